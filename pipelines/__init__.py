@@ -1,0 +1,42 @@
+"""The API that a diffusers user already knows: pipelines with the standard call, and `load_pipeline`.
+
+Names are imported on first use, so that `import pipelines` costs nothing.
+
+Example:
+    >>> from pipelines import load_pipeline
+    >>> pipe = load_pipeline("stickers")
+    >>> pipe("a red apple on a white background").images[0].save("apple.png")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipelines.base import TesseraPipeline
+    from pipelines.builtin import builtin_models, load_pipeline
+    from pipelines.class_to_image import ClassToImagePipeline
+    from pipelines.text_to_image import TextToImagePipeline
+
+__all__ = ["ClassToImagePipeline", "TesseraPipeline", "TextToImagePipeline", "builtin_models", "load_pipeline"]
+
+_MODULE_OF = {
+    "ClassToImagePipeline": "pipelines.class_to_image",
+    "TesseraPipeline": "pipelines.base",
+    "TextToImagePipeline": "pipelines.text_to_image",
+    "builtin_models": "pipelines.builtin",
+    "load_pipeline": "pipelines.builtin",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'pipelines' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # the next access is a plain look-up
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,308 @@
+"""What all pipelines share: safe loading, size checks, per-picture noise, previews, interruption, callbacks.
+
+diffusers writes the module path of every component into `model_index.json` and, on loading, looks that path up among
+the modules that happen to be imported. `TesseraPipeline` closes the gap: it imports our component modules by itself,
+but only those of a static list, so that a checkpoint can never name code to run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from dit.tokenizers import VisualTokenizer, as_visual_tokenizer
+
+OWN_PACKAGES = ("dit", "sampling", "pipelines", "apps")
+
+COMPONENT_MODULES = frozenset(
+    {
+        "dit.models.dit",
+        "dit.models.text_dit",
+        "dit.tokenizers.vit_autoencoder",
+    }
+)
+"""Modules of ours that a `model_index.json` may name. Nothing else of ours is ever imported for a checkpoint."""
+
+RENAMED_MODULES: dict[str, str] = {}
+"""Old module path -> today's. A component class that moves gets an entry here, and its old checkpoints still load."""
+
+HUB_ALLOW = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja", "*.txt", "*.md")
+HUB_IGNORE = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.onnx")
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class TesseraPipeline(DiffusionPipeline):
+    """Base class of our pipelines: a `DiffusionPipeline` that loads safely and can be stopped and watched.
+
+    Attributes:
+        max_side: the largest height or width in pixels that a call accepts (a guard, raise it at will).
+    """
+
+    max_side: int = 4096
+    _interrupt: bool = False
+    _interrupted: bool = False
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> TesseraPipeline:
+        """Load a pipeline from a folder or a Hub repository; weights from safetensors files only.
+
+        Args:
+            pretrained_model_name_or_path: folder with a `model_index.json`, or Hub id `user/repository`.
+            **kwargs: as in `diffusers.DiffusionPipeline.from_pretrained` (`torch_dtype`, `revision`, components...).
+
+        Returns:
+            The pipeline, on the CPU.
+
+        Raises:
+            ValueError: `use_safetensors` is not True, or a component names a module of ours that is not a component.
+            OSError: a file is missing, or the weights exist only as pickles.
+        """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError(
+                f"use_safetensors={kwargs['use_safetensors']!r}: weights are loaded from .safetensors files only "
+                "(a pickle can run code). Convert the checkpoint first: `tessera convert --help`."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Read `model_index.json`, translate moved module paths and import the component modules it names.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            **kwargs: as in `diffusers.ConfigMixin.load_config`.
+
+        Returns:
+            The config dict, or the tuple that diffusers returns when extra return values are asked for.
+
+        Raises:
+            ValueError: a component names a module of ours outside `COMPONENT_MODULES`.
+        """
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        resolve_components(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike:
+        """Download a pipeline repository; ours are fetched as data files only, others the way diffusers does.
+
+        diffusers' own `download` refuses repositories whose components live outside diffusers and transformers.
+
+        Args:
+            pretrained_model_name: Hub id `user/repository`.
+            **kwargs: as in `diffusers.DiffusionPipeline.download`.
+
+        Returns:
+            The local folder.
+        """
+        names = ("cache_dir", "force_download", "token", "local_files_only", "revision")
+        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        index, commit = cls.load_config(pretrained_model_name, return_commit_hash=True, **hub)
+        if not any(_is_own(library) for library, _ in component_entries(index).values()):
+            return super().download(pretrained_model_name, **kwargs)
+
+        from huggingface_hub import snapshot_download
+
+        hub["revision"] = commit or hub.get("revision")  # one commit for the index and the weights
+        return snapshot_download(
+            pretrained_model_name, allow_patterns=list(HUB_ALLOW), ignore_patterns=list(HUB_IGNORE), **hub
+        )
+
+    # ------------------------------------------------------------- interruption
+
+    @property
+    def interrupt(self) -> bool:
+        """True when the running call is asked to stop. Setting it (from any thread) stops before the next step."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = bool(value)
+
+    @property
+    def interrupted(self) -> bool:
+        """True when the last call was stopped before its end; its pictures were not decoded."""
+        return self._interrupted
+
+    # -------------------------------------------------------------------- sizes
+
+    @property
+    def visual_tokenizer(self) -> VisualTokenizer:
+        """The `vae` behind the one interface for pixels and latents, whatever its class."""
+        return as_visual_tokenizer(self.vae)
+
+    def check_size(self, height: int, width: int, multiple: int) -> None:
+        """Check a picture size.
+
+        Args:
+            height: pixels.
+            width: pixels.
+            multiple: both must be positive multiples of it (pixels a latent cell times the patch size).
+
+        Raises:
+            TypeError: a side is not an int.
+            ValueError: a side is out of range; the message names the nearest allowed value.
+        """
+        for name, side in (("height", height), ("width", width)):
+            if isinstance(side, bool) or not isinstance(side, int):
+                raise TypeError(f"{name} must be an int (pixels), got {side!r} of type {type(side).__name__}.")
+            if side % multiple or not multiple <= side <= self.max_side:
+                limit = self.max_side // multiple * multiple
+                nearest = min(max(round(side / multiple), 1) * multiple, limit)
+                raise ValueError(
+                    f"{name}={side} is not usable: expected a multiple of {multiple} from {multiple} to {limit}. "
+                    f"Nearest: {name}={nearest}."
+                )
+
+    # -------------------------------------------------------------------- noise
+
+    @staticmethod
+    def prepare_noise(
+        shape: Sequence[int], count: int, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """Draw Gaussian noise picture by picture in float32, so that picture i never depends on the batch size.
+
+        Args:
+            shape: of one picture's latent, `(C, H, W)` or `(C, T, H, W)`.
+            count: number of pictures B.
+            generator: one generator that serves all pictures in order, one per picture, or None (global state).
+
+        Returns:
+            Noise, (B, *shape), float32, on the CPU.
+
+        Raises:
+            TypeError: `generator` holds something else than generators.
+            ValueError: a list whose length is not `count`.
+        """
+        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
+        if len(generators) != count:
+            raise ValueError(
+                f"Got {len(generators)} generators for {count} pictures: pass one generator, or one per picture."
+            )
+        for one in generators:
+            if one is not None and not isinstance(one, torch.Generator):
+                raise TypeError(
+                    f"generator must be a torch.Generator or a list of them, got {type(one).__name__}. "
+                    "From a seed: torch.Generator().manual_seed(seed)."
+                )
+        pictures = [
+            torch.randn(tuple(shape), generator=one, dtype=torch.float32, device=one.device if one else "cpu").cpu()
+            for one in generators
+        ]
+        return torch.stack(pictures)  # (B, C, H, W)
+
+    # ----------------------------------------------------------------- pictures
+
+    @torch.no_grad()
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Show latents cheaply, without the decoder: a linear map from latent channels to colours.
+
+        Args:
+            latents: normalised latents as the denoising loop holds them, (B, C, H, W), any float dtype.
+
+        Returns:
+            B small pictures, one pixel per latent cell.
+        """
+        latents = latents.to(self.vae.device, self.vae.dtype)  # an offloaded vae previews on the CPU
+        rgb = self.visual_tokenizer.preview(latents)  # (B, 3, h, w) in [-1, 1]
+        return self.image_processor.postprocess(rgb.float(), output_type="pil")
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Decode the loop's latents to pixels.
+
+        Args:
+            latents: normalised latents, (B, C, H, W).
+
+        Returns:
+            Pictures, (B, 3, H * f, W * f), about [-1, 1].
+        """
+        tokenizer = self.visual_tokenizer
+        return tokenizer.decode(tokenizer.denormalize_latents(latents).to(self.vae.dtype)).sample
+
+    # ---------------------------------------------------------------- callbacks
+
+    def check_callback_inputs(self, names: Sequence[str]) -> None:
+        """Check the tensor names a step callback asks for against `_callback_tensor_inputs`.
+
+        Raises:
+            ValueError: a name is unknown.
+        """
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: {unknown} unknown, choose among {self._callback_tensor_inputs}."
+            )
+
+    def run_callback(
+        self,
+        callback: Callable[..., dict[str, Tensor] | None] | None,
+        step: int,
+        timestep: Tensor,
+        names: Sequence[str],
+        tensors: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Call a step callback with the tensors it asked for and take over those it returns.
+
+        Args:
+            callback: `callback(pipe, step, timestep, tensors) -> dict | None`, or None.
+            step: index of the finished step.
+            timestep: of that step, scalar.
+            names: the tensors the callback wants.
+            tensors: all tensors on offer, by name.
+
+        Returns:
+            `tensors` with the returned entries replaced.
+        """
+        if callback is None:
+            return tensors
+        wanted = {name: tensors[name] for name in names}
+        returned = callback(self, step, timestep, wanted) or {}
+        self.check_callback_inputs(list(returned))
+        return {**tensors, **returned}
+
+
+def component_entries(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the components of a `model_index.json`: name -> (library, class name); empty slots are left out."""
+    entries: dict[str, tuple[str, str]] = {}
+    for name, value in index.items():
+        if not name.startswith("_") and isinstance(value, (list, tuple)) and len(value) == 2:
+            library, class_name = value
+            if isinstance(library, str) and isinstance(class_name, str):
+                entries[name] = (library, class_name)
+    return entries
+
+
+def resolve_components(index: dict[str, Any]) -> None:
+    """Translate moved module paths of a model index in place and import our component modules it names.
+
+    Args:
+        index: content of a `model_index.json`.
+
+    Raises:
+        ValueError: an entry names a module of ours that is not in `COMPONENT_MODULES`.
+    """
+    for name, (library, class_name) in component_entries(index).items():
+        library = RENAMED_MODULES.get(library, library)
+        index[name] = [library, class_name]
+        if not _is_own(library):
+            continue
+        if library not in COMPONENT_MODULES:
+            raise ValueError(
+                f"Component {name!r} of this checkpoint names the module {library!r}, which holds no component. "
+                f"Allowed: {', '.join(sorted(COMPONENT_MODULES))}. The checkpoint may need a newer version."
+            )
+        importlib.import_module(library)
+
+
+def _is_own(library: str) -> bool:
+    return library.split(".")[0] in OWN_PACKAGES
