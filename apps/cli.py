@@ -1,0 +1,208 @@
+"""The `tessera` command.
+
+This file only parses: every command imports its implementation when it runs, so that `tessera --help` and a
+mistyped option answer at once instead of after the import of torch.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[DType, typer.Option(help="Number format of the weights; auto suits the device.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own default if absent.")]
+Guidance = Annotated[float | None, typer.Option(min=0.0, help="Guidance scale; 1 turns guidance off.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise: the same seed gives the same picture.")]
+
+app = typer.Typer(
+    name="tessera",
+    help="Text to picture and video with small, readable transformers.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version and leave, when `--version` was given."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"tessera {version('tessera')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the whole trace of an error (may stand anywhere).")
+    ] = False,
+) -> None:
+    """Hold the options of every command; `main` reads `--debug` itself, because it reports the errors."""
+
+
+@app.command()
+def studio(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Offer this model too: a built-in name, a folder or a hub id. May be repeated."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; the default is reachable from here only.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder that receives the pictures.")] = Path(
+        "outputs"
+    ),
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+) -> None:
+    """Start the studio: a web page that paints what you type."""
+    from apps.studio import run
+
+    run(model=model or [], host=host, port=port, output=output, device=device, dtype=dtype, browser=browser)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to paint.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", dir_okay=False, help="Picture file to write; -1, -2 ... with --num."),
+    ] = Path("tessera.png"),
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    model: Annotated[str, typer.Option(help="Built-in name, folder or hub id.")] = "stickers",
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Annotated[str | None, typer.Option(help="Pixels: 128, or WIDTHxHEIGHT such as 192x128.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    json_output: Json = False,
+) -> None:
+    """Paint a prompt into a file."""
+    from apps.generate import run
+
+    run(
+        prompt=prompt,
+        output=output,
+        negative_prompt=negative_prompt,
+        model=model,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        size=size,
+        num=num,
+        device=device,
+        dtype=dtype,
+        json_output=json_output,
+    )
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="TOML file that describes the run.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change one setting, e.g. optimizer.lr=1e-4. May be repeated."
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="latest|FOLDER", help="Go on from a checkpoint, exactly where it stopped."),
+    ] = None,
+) -> None:
+    """Train a model; Ctrl-C saves a checkpoint before it stops."""
+    from apps.train import run
+
+    run(config_path=config, overrides=overrides or [], resume=resume)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Built-in name, folder or hub id.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind to paint and judge.")] = 500,
+    output: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for the report and the contact sheet.")
+    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    json_output: Json = False,
+) -> None:
+    """Paint many prompts and let the exact judge read the pictures."""
+    from apps.evaluate import run
+
+    run(
+        model=model,
+        prompts=prompts,
+        output=output,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        json_output=json_output,
+    )
+
+
+@app.command()
+def convert(
+    family: Annotated[str, typer.Option(help="Model family of the checkpoint, e.g. dit.")],
+    checkpoint: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Published checkpoint file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Folder to write.")],
+) -> None:
+    """Turn a published checkpoint into a folder that loads here."""
+    from apps.convert import run
+
+    run(family=family, checkpoint=checkpoint, output=output)
+
+
+@app.command()
+def info(json_output: Json = False) -> None:
+    """Show versions, devices, what is installed and what stands in the way."""
+    from apps.info import run
+
+    run(json_output=json_output)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code.
+
+    Args:
+        arguments: Words after the program's name; those of this process if None.
+
+    Raises:
+        SystemExit: Always, with the exit code. What the user can mend (ValueError, OSError, a missing extra)
+            prints one line and exits with 1; any other error is a defect and keeps its trace.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        app(args=[word for word in words if word != "--debug"], prog_name="tessera")
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}  (--debug shows the trace)", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
