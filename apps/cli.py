@@ -35,9 +35,9 @@ app = typer.Typer(
 def _print_version(wanted: bool) -> None:
     """Print the version and leave, when `--version` was given."""
     if wanted:
-        from importlib.metadata import version
+        from dit import __version__
 
-        typer.echo(f"tessera {version('tessera')}")
+        typer.echo(f"tessera {__version__}")
         raise typer.Exit
 
 
