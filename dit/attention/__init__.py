@@ -1,0 +1,61 @@
+"""Where tokens look. Every attention call of our networks goes through `attention`.
+
+One call, one contract: query, key and value are (B, N, K, E), the result has the query's shape. diffusers' dispatcher
+chooses the kernel (native, flex, xformers, flash, sage, ...), so `model.set_attention_backend(name)` works on our
+networks as it does on diffusers' own.
+"""
+
+import math
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+    parallel_config: object | None = None,
+) -> Tensor:
+    """Scaled dot-product attention through the chosen backend.
+
+    Args:
+        query: (B, N, K, E).
+        key: (B, M, K, E).
+        value: (B, M, K, E).
+        attn_mask: bool, True where a query may look; (B, M), or anything that broadcasts to (B, K, N, M).
+        backend: name of a diffusers attention backend; None means the active one.
+        parallel_config: diffusers' context-parallel configuration.
+
+    Returns:
+        (B, N, K, E).
+    """
+    if attn_mask is not None and attn_mask.ndim == 2:
+        attn_mask = attn_mask[:, None, None, :]  # (B, 1, 1, M)
+    return dispatch_attention_fn(
+        query, key, value, attn_mask=attn_mask, backend=backend, parallel_config=parallel_config
+    )  # (B, N, K, E)
+
+
+def attention_reference(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """The same as `attention`, written out slowly in float64: the oracle of the tests.
+
+    Args:
+        query: (B, N, K, E).
+        key: (B, M, K, E).
+        value: (B, M, K, E).
+        attn_mask: bool, (B, M) or broadcastable to (B, K, N, M).
+
+    Returns:
+        (B, N, K, E) in the query's dtype.
+    """
+    scores = torch.einsum("bnke,bmke->bknm", query.double(), key.double()) / math.sqrt(query.shape[-1])
+    if attn_mask is not None:
+        if attn_mask.ndim == 2:
+            attn_mask = attn_mask[:, None, None, :]
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return torch.einsum("bknm,bmke->bnke", scores.softmax(-1), value.double()).to(query.dtype)

@@ -1,0 +1,1 @@
+"""Small, pure building blocks of the networks, with shapes on every line."""

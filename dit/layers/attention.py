@@ -1,0 +1,93 @@
+"""The attention layer of our networks: projections in diffusers' names around `dit.attention.attention`."""
+
+from diffusers.models.attention import AttentionModuleMixin
+from torch import Tensor, nn
+
+from dit.attention import attention
+from dit.layers.norms import RMSNorm
+from dit.layers.positions import Rotary, apply_rotary
+
+
+class SelfAttnProcessor:
+    """Project, normalise, turn, attend, project back. Replaceable through `set_attn_processor`."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "SelfAttention",
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> Tensor:
+        """Attend among all tokens.
+
+        Args:
+            attn: the layer that owns the projections.
+            hidden_states: (B, N, D).
+            attention_mask: bool, (B, N), True for tokens that may be looked at.
+            image_rotary_emb: (cos, sin), each (N, E).
+
+        Returns:
+            (B, N, D).
+        """
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # (B, N, D) each
+        else:
+            query = attn.to_q(hidden_states)  # (B, N, D)
+            key = attn.to_k(hidden_states)  # (B, N, D)
+            value = attn.to_v(hidden_states)  # (B, N, D)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, N, K, E)
+        query, key = attn.norm_q(query), attn.norm_k(key)  # (B, N, K, E)
+        if image_rotary_emb is not None:
+            query, key = apply_rotary(query, image_rotary_emb), apply_rotary(key, image_rotary_emb)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        out = attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )  # (B, N, K, E)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))  # (B, N, D)
+
+
+class SelfAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention.
+
+    Args:
+        hidden_size: model width D.
+        num_heads: heads K; D must be a multiple.
+        bias: whether the projections of query, key and value have a bias.
+        qk_norm: normalise queries and keys per head by an RMS norm (arXiv 2302.05442).
+    """
+
+    _default_processor_cls = SelfAttnProcessor
+    _available_processors = [SelfAttnProcessor]
+
+    def __init__(self, hidden_size: int, num_heads: int, *, bias: bool = True, qk_norm: bool = True) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"a width of {hidden_size} can't be split into {num_heads} heads; use a divisor of it")
+        self.heads = num_heads
+        self.use_bias = bias  # read by diffusers' fuse_projections
+        self.is_cross_attention = False
+        self.to_q = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.to_k = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.to_v = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size), nn.Identity()])
+        head_dim = hidden_size // num_heads
+        self.norm_q = RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.set_processor(self._default_processor_cls())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> Tensor:
+        """Attend; see `SelfAttnProcessor` for the shapes."""
+        return self.processor(self, hidden_states, attention_mask, image_rotary_emb)

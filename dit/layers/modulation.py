@@ -1,0 +1,42 @@
+"""How a condition steers a layer: shifts, scales and gates (the forms of adaLN)."""
+
+import torch
+from torch import Tensor, nn
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shift and scale normalised tokens: `x * (1 + scale) + shift`.
+
+    Args:
+        x: (B, N, D).
+        shift: (B, 1, D) or broadcastable.
+        scale: (B, 1, D) or broadcastable.
+
+    Returns:
+        (B, N, D).
+    """
+    return x * (1 + scale) + shift
+
+
+class AdaLNSingle(nn.Module):
+    """One projection of the condition for the whole network (PixArt-alpha, arXiv 2310.00426, section 2.3).
+
+    Every block adds its own learned table to the six vectors made here, instead of owning a D -> 6D matrix.
+
+    Args:
+        hidden_size: model width D.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.act = nn.SiLU()
+        self.linear = nn.Linear(hidden_size, 6 * hidden_size)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """Map the condition (B, D) to six vectors (B, 6, D)."""
+        return self.linear(self.act(condition)).unflatten(-1, (6, -1))  # (B, 6, D)
+
+
+def modulation_table(rows: int, hidden_size: int) -> nn.Parameter:
+    """A block's own additive table (rows, D), initialised with standard deviation 1/sqrt(D) as in PixArt."""
+    return nn.Parameter(torch.randn(rows, hidden_size) / hidden_size**0.5)

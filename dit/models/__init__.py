@@ -1,0 +1,1 @@
+"""One file per generator family, each class a diffusers ModelMixin."""

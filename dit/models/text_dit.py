@@ -1,0 +1,256 @@
+"""TextDiT: a text-to-image diffusion transformer that learns a flow from noise to latents.
+
+One stream: text tokens and latent patches are concatenated and share every weight, as U-ViT-like text-to-image
+models do (arXiv 2412.12391 finds this to scale better than cross-attention). Modulation is adaLN-single
+(PixArt-alpha, arXiv 2310.00426), queries and keys are RMS-normalised (arXiv 2302.05442), positions are rotary over
+(frame, row, column). An image is a video of one frame, so the same class makes clips.
+"""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from dit.layers.attention import SelfAttention
+from dit.layers.embeddings import TimestepEmbedding, patchify, unpatchify
+from dit.layers.feed_forward import FeedForward
+from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
+from dit.layers.positions import Rotary, coordinate_waves, grid_positions, rotary_embedding
+
+
+class TextDiTBlock(nn.Module):
+    """Self-attention over text and latent tokens, then a perceptron, both steered by adaLN-single.
+
+    Args:
+        hidden_size: model width D.
+        num_heads: attention heads K.
+        inner_size: width of the perceptron.
+        activation: see `FeedForward`.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, inner_size: int, activation: str) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = SelfAttention(hidden_size, num_heads, qk_norm=True)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.ff = FeedForward(hidden_size, inner_size, activation)
+        self.scale_shift_table = modulation_table(6, hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Run the block.
+
+        Args:
+            hidden_states: text and latent tokens, (B, L + N, D).
+            temb: modulation shared by all blocks, (B, 6, D).
+            image_rotary_emb: (cos, sin), each (L + N, E).
+            attention_mask: bool, (B, L + N).
+
+        Returns:
+            (B, L + N, D).
+        """
+        table = self.scale_shift_table.to(temb.dtype) + temb  # (B, 6, D)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table[:, :, None].unbind(1)  # (B, 1, D) each
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_a, scale_a), attention_mask, image_rotary_emb)
+        hidden_states = hidden_states + gate_a * attended  # (B, L + N, D)
+        fed = self.ff(modulate(self.norm2(hidden_states), shift_f, scale_f))
+        return hidden_states + gate_f * fed  # (B, L + N, D)
+
+
+class TextDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+    """Text-to-image flow transformer; predicts the velocity `noise - data`.
+
+    Args:
+        in_channels: latent channels C.
+        out_channels: predicted channels; None means `in_channels`.
+        patch_size: side of a patch in latent pixels.
+        patch_size_t: frames in a patch.
+        num_layers: blocks.
+        num_attention_heads: heads K.
+        attention_head_dim: head width E; D = K * E.
+        ff_ratio: width of the perceptron as a multiple of D.
+        activation: "swiglu" or "gelu-approximate".
+        text_dim: width of the text encoder's states.
+        rope_axes_dims: share of the head for (frame, row, column); even, summing to E. None splits E about evenly.
+        rope_theta: base of the rotary frequencies.
+        coordinate_frequencies: waves an axis of the token's place as a fraction of the canvas; 0 leaves them out.
+        sample_size: latent side of a picture of the default size.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["TextDiTBlock"]
+    _repeated_blocks = ["TextDiTBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "coordinate_embed", "norm", "scale_shift_table"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 8,
+        out_channels: int | None = None,
+        patch_size: int = 2,
+        patch_size_t: int = 1,
+        num_layers: int = 6,
+        num_attention_heads: int = 4,
+        attention_head_dim: int = 64,
+        ff_ratio: float = 8 / 3,
+        activation: str = "swiglu",
+        text_dim: int = 192,
+        rope_axes_dims: tuple[int, int, int] | None = None,
+        rope_theta: float = 100.0,
+        coordinate_frequencies: int = 4,
+        sample_size: int = 8,
+    ) -> None:
+        super().__init__()
+        hidden_size = num_attention_heads * attention_head_dim
+        self.out_channels = out_channels or in_channels
+        self.patch = (patch_size_t, patch_size, patch_size)
+        values = patch_size_t * patch_size * patch_size
+        self.axes_dims = tuple(rope_axes_dims or _split_axes(attention_head_dim))
+        if sum(self.axes_dims) != attention_head_dim:
+            raise ValueError(f"rope_axes_dims {self.axes_dims} must sum to the head width {attention_head_dim}")
+
+        self.patch_embed = nn.Linear(values * in_channels, hidden_size)
+        self.coordinate_embed = (
+            nn.Linear(6 * coordinate_frequencies, hidden_size, bias=False) if coordinate_frequencies else None
+        )
+        self.context_embedder = nn.Linear(text_dim, hidden_size)
+        self.pooled_embedder = nn.Sequential(
+            nn.Linear(text_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.time_embed = TimestepEmbedding(hidden_size)
+        self.adaln_single = AdaLNSingle(hidden_size)
+        inner_size = int(ff_ratio * hidden_size / 16 + 0.5) * 16  # a multiple of 16 keeps the kernels aligned
+        self.transformer_blocks = nn.ModuleList(
+            [TextDiTBlock(hidden_size, num_attention_heads, inner_size, activation) for _ in range(num_layers)]
+        )
+        self.norm_out = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.scale_shift_table = modulation_table(2, hidden_size)
+        self.proj_out = nn.Linear(hidden_size, values * self.out_channels)
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Start as DiT does (arXiv 2212.09748): xavier matrices, closed gates, an output of zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for layer in (self.time_embed.linear_1, self.time_embed.linear_2, self.pooled_embedder[0]):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.adaln_single.linear.weight)
+        for block in self.transformer_blocks:
+            nn.init.zeros_(block.scale_shift_table)
+        nn.init.zeros_(self.proj_out.weight)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        attention_kwargs: dict | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity.
+
+        Args:
+            hidden_states: noisy latents, (B, C, H, W) or (B, C, T, H, W).
+            encoder_hidden_states: text states, (B, L, text_dim).
+            timestep: 1000 * sigma, (B,) or a scalar, in [0, 1000].
+            encoder_attention_mask: bool, (B, L), True for real tokens; None if all are.
+            attention_kwargs: `{"scale": s}` scales attached LoRAs.
+            return_dict: whether to wrap the result.
+
+        Returns:
+            The velocity, of the shape of `hidden_states` but for the channels.
+
+        Raises:
+            ValueError: if the latents or the text have a shape that the model can't take.
+        """
+        self._check(hidden_states, encoder_hidden_states)
+        is_image = hidden_states.ndim == 4
+        latents = hidden_states.unsqueeze(2) if is_image else hidden_states  # (B, C, T, H, W)
+        grid = tuple(size // p for size, p in zip(latents.shape[2:], self.patch, strict=True))
+        length = encoder_hidden_states.shape[1]
+
+        image = self._embed_latents(latents, grid)  # (B, N, D)
+        text = self.context_embedder(encoder_hidden_states)  # (B, L, D)
+        condition = self._embed_condition(timestep, encoder_hidden_states, encoder_attention_mask)  # (B, D)
+        temb = self.adaln_single(condition)  # (B, 6, D)
+        rotary = self._rotary(grid, length, latents.device)
+        mask = _joint_mask(encoder_attention_mask, image.shape[1])  # (B, L + N)
+
+        tokens = torch.cat([text, image], dim=1)  # (B, L + N, D)
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, temb, rotary, mask)
+            else:
+                tokens = block(tokens, temb, rotary, mask)  # (B, L + N, D)
+
+        image = tokens[:, length:]  # (B, N, D)
+        shift, scale = (self.scale_shift_table.to(condition.dtype) + condition[:, None]).chunk(2, dim=1)  # (B, 1, D)
+        image = self.proj_out(modulate(self.norm_out(image), shift, scale))  # (B, N, P)
+        sample = unpatchify(image, grid, self.patch)  # (B, C, T, H, W)
+        sample = sample.squeeze(2) if is_image else sample
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _check(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None:
+        shape = tuple(hidden_states.shape)
+        if hidden_states.ndim not in (4, 5) or shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"latents must be (B, {self.config.in_channels}, H, W) or (B, {self.config.in_channels}, T, H, W), "
+                f"got {shape}"
+            )
+        if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[-1] != self.config.text_dim:
+            raise ValueError(
+                f"text states must be (B, L, {self.config.text_dim}), got {tuple(encoder_hidden_states.shape)}; "
+                "is this the text encoder that the model was trained with?"
+            )
+
+    def _embed_latents(self, latents: Tensor, grid: tuple[int, ...]) -> Tensor:
+        tokens = self.patch_embed(patchify(latents, self.patch))  # (B, N, D)
+        if self.coordinate_embed is None:
+            return tokens
+        waves = coordinate_waves(grid, self.config.coordinate_frequencies, latents.device)  # (N, 6 F)
+        return tokens + self.coordinate_embed(waves.to(tokens.dtype))  # (B, N, D)
+
+    def _embed_condition(self, timestep: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        timestep = timestep.reshape(-1).expand(text.shape[0])  # (B,)
+        if mask is None:
+            pooled = text.mean(dim=1)  # (B, text_dim)
+        else:
+            weight = mask.to(text.dtype)[:, :, None]  # (B, L, 1)
+            pooled = (text * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)  # (B, text_dim)
+        return self.time_embed(timestep, text.dtype) + self.pooled_embedder(pooled)  # (B, D)
+
+    def _rotary(self, grid: tuple[int, ...], length: int, device: torch.device) -> Rotary:
+        positions = grid_positions(grid, device)  # (N, 3)
+        # Text stands at the origin: its order is the text encoder's business.
+        positions = torch.cat([positions.new_zeros(length, 3), positions])  # (L + N, 3)
+        return rotary_embedding(positions, self.axes_dims, self.config.rope_theta)
+
+
+def _split_axes(head_dim: int) -> tuple[int, int, int]:
+    """Share a head among (frame, row, column): even widths, rows and columns equal, the rest to the frames."""
+    space = head_dim * 3 // 8 // 2 * 2
+    return head_dim - 2 * space, space, space
+
+
+def _joint_mask(text_mask: Tensor | None, num_image_tokens: int) -> Tensor | None:
+    """Extend the text's key mask (B, L) by the always visible latent tokens to (B, L + N)."""
+    if text_mask is None:
+        return None
+    text_mask = text_mask.bool()
+    return torch.cat([text_mask, text_mask.new_ones(text_mask.shape[0], num_image_tokens)], dim=1)

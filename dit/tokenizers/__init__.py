@@ -1,0 +1,13 @@
+"""Pixels to latents and back: one interface, our own autoencoders, and an adapter for diffusers' ones."""
+
+from dit.tokenizers.adapters import DiffusersTokenizer, as_visual_tokenizer
+from dit.tokenizers.base import TokenizerOutput, VisualTokenizer
+from dit.tokenizers.vit_autoencoder import ViTAutoencoder
+
+__all__ = [
+    "DiffusersTokenizer",
+    "TokenizerOutput",
+    "ViTAutoencoder",
+    "VisualTokenizer",
+    "as_visual_tokenizer",
+]

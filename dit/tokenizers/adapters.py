@@ -1,0 +1,104 @@
+"""diffusers' autoencoders behind the `VisualTokenizer` interface."""
+
+import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import Tensor, nn
+
+from dit.tokenizers.base import TokenizerOutput, VisualTokenizer
+
+
+class DiffusersTokenizer(VisualTokenizer):
+    """Wraps an instance of a diffusers autoencoder; owns no weights.
+
+    It knows the four ways in which diffusers keeps the scale of latents: a factor, a factor and a shift, a mean and
+    standard deviation a channel, or nothing (the model normalises by itself).
+
+    Args:
+        model: AutoencoderKL, AutoencoderTiny, AutoencoderDC, AutoencoderKLWan, ...
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        config = model.config
+        self._takes_video = _first_weight_rank(model) == 5
+        channels = config.get("latent_channels") or config.get("z_dim") or config.get("latent_dim")
+        if channels is None:
+            raise ValueError(
+                f"{type(model).__name__} says neither latent_channels nor z_dim in its config, so its latents can't be "
+                "sized; wrap it in a VisualTokenizer of your own"
+            )
+        self.latent_channels = int(channels)
+        self.spatial_compression_ratio = _spatial_ratio(model)
+        self.temporal_compression_ratio = int(getattr(model, "temporal_compression_ratio", None) or 1)
+
+    def encode(
+        self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
+    ) -> TokenizerOutput | tuple[Tensor]:
+        """Encode pixels; see `VisualTokenizer.encode`."""
+        added_frame = self._takes_video and x.ndim == 4
+        output = self.model.encode(x.unsqueeze(2) if added_frame else x)
+        distribution = getattr(output, "latent_dist", None)
+        if distribution is not None:
+            latent = distribution.mode() if generator is None else distribution.sample(generator)
+        else:
+            latent = output.latent if hasattr(output, "latent") else output.latents
+        latent = latent.squeeze(2) if added_frame else latent
+        return TokenizerOutput(latent=latent, latent_dist=distribution) if return_dict else (latent,)
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Decode latents; see `VisualTokenizer.decode`."""
+        added_frame = self._takes_video and z.ndim == 4
+        sample = self.model.decode(z.unsqueeze(2) if added_frame else z, return_dict=False)[0]
+        sample = sample.squeeze(2) if added_frame else sample
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _scale(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """The (mean, factor) of `normalised = (z - mean) * factor`."""
+        config = self.model.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            shape = (1, -1, *[1] * (z.ndim - 2))
+            mean = torch.tensor(mean, device=z.device, dtype=z.dtype).reshape(shape)
+            std = torch.tensor(std, device=z.device, dtype=z.dtype).reshape(shape)
+            return mean, float(config.get("scaling_factor") or 1.0) / std
+        return float(config.get("shift_factor") or 0.0), float(config.get("scaling_factor") or 1.0)
+
+    def normalize_latents(self, z: Tensor) -> Tensor:
+        """See `VisualTokenizer.normalize_latents`."""
+        mean, factor = self._scale(z)
+        return (z - mean) * factor
+
+    def denormalize_latents(self, z: Tensor) -> Tensor:
+        """See `VisualTokenizer.denormalize_latents`."""
+        mean, factor = self._scale(z)
+        return z / factor + mean
+
+    def preview(self, z: Tensor) -> Tensor:
+        """Paint the first three channels in turn: crude, but it shows the layout of any latent."""
+        z = z[:, :, 0] if z.ndim == 5 else z  # (B, C, H, W)
+        shown = z[:, [i % z.shape[1] for i in range(3)]].float()  # (B, 3, H, W)
+        spread = shown.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+        return (shown / spread).clamp(-1, 1)
+
+
+def as_visual_tokenizer(vae: nn.Module | VisualTokenizer) -> VisualTokenizer:
+    """Return `vae` itself if it is a `VisualTokenizer`, else an adapter around the diffusers autoencoder."""
+    return vae if isinstance(vae, VisualTokenizer) else DiffusersTokenizer(vae)
+
+
+def _first_weight_rank(model: nn.Module) -> int:
+    """5 for models made of 3-D convolutions, 4 for those of 2-D ones."""
+    return next((p.ndim for p in model.parameters() if p.ndim in (4, 5)), 4)
+
+
+def _spatial_ratio(model: nn.Module) -> int:
+    """Pixels a latent pixel covers along a side; diffusers writes this in three places."""
+    config = model.config
+    for name in ("spatial_compression_ratio", "vae_scale_factor_spatial", "scale_factor_spatial"):
+        ratio = getattr(model, name, None) or config.get(name)
+        if isinstance(ratio, int | float):
+            return int(ratio)
+    channels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if channels is None:
+        raise ValueError(f"{type(model).__name__} doesn't say how far it compresses; give it block_out_channels")
+    return 2 ** (len(channels) - 1)
