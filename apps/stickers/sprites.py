@@ -1,0 +1,62 @@
+"""The sprite sheet: every sticker's picture, name and keywords, shipped with the package."""
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+DATA = Path(__file__).parent / "data"
+SIDE = 128  # pixels of a sprite
+COLUMNS = 40  # sprites in a row of the sheet
+
+
+@dataclass(frozen=True, eq=False)
+class SpriteSheet:
+    """All stickers.
+
+    Attributes:
+        names: S names, lower case, unique.
+        keywords: for each sticker the words that CLDR lists for it (they may be shared by several stickers).
+        pixels: `(S, 4, 128, 128)` uint8, RGBA with straight alpha. A sprite's visible box is centred and its longer
+            side is 128 px.
+    """
+
+    names: tuple[str, ...]
+    keywords: tuple[tuple[str, ...], ...]
+    pixels: torch.Tensor
+    _position: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_position", {name: i for i, name in enumerate(self.names)})
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index(self, name: str) -> int:
+        """Returns the number of the sticker called `name`.
+
+        Raises:
+            KeyError: there is no such sticker; the message offers some that contain one of its words.
+        """
+        if name not in self._position:
+            words = [word for word in name.split() if len(word) > 2]
+            near = [other for other in self.names if any(word in other.split() for word in words)][:5]
+            raise KeyError(f"no sticker is called {name!r}; names near it: {near}; all are in {DATA / 'names.json'}")
+        return self._position[name]
+
+
+@functools.cache
+def load_sprites() -> SpriteSheet:
+    """Decodes the shipped sheet (once a process; about 95 MB of memory)."""
+    table = json.loads((DATA / "names.json").read_text(encoding="ascii"))
+    with Image.open(DATA / "sprites.webp") as image:
+        sheet = np.asarray(image.convert("RGBA"))  # (rows * 128, 40 * 128, 4)
+    rows = sheet.shape[0] // SIDE
+    tiles = sheet.reshape(rows, SIDE, COLUMNS, SIDE, 4).transpose(0, 2, 4, 1, 3)  # (rows, 40, 4, 128, 128)
+    pixels = torch.from_numpy(tiles.reshape(rows * COLUMNS, 4, SIDE, SIDE)[: len(table)].copy())  # (S, 4, 128, 128)
+    names = tuple(row["name"] for row in table)
+    return SpriteSheet(names, tuple(tuple(row["keywords"]) for row in table), pixels)
