@@ -56,7 +56,8 @@ $(VENV)/installed-studio: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV) (the first time takes some minutes)"
 	$(INSTALL) --editable ".[studio,train,dev]"
-	@command -v chromium chromium-browser google-chrome >/dev/null || $(MAKE) --no-print-directory chromium
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		$(MAKE) --no-print-directory chromium
 	@touch $@
 
 # The browser tests drive a chromium of the system; without one they are skipped and say so.

@@ -207,7 +207,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         console: Where to print.
     """
     for section in ("versions", "machine", "attention", "extras"):
-        _print_rows(console, section, report[section])
+        _print_rows(console, section, report[section] or {"unknown": ""})
     line = "{name}, {memory_gib} GiB, bfloat16 {bfloat16_gain} times as fast as float32"
     _print_rows(console, "devices", {row["device"]: line.format(**row) for row in report["devices"]})
     _print_rows(console, "models", dict.fromkeys(report["models"], "built in") or {"none": "built in"})
