@@ -1,0 +1,184 @@
+"""The models a server offers: loaded on first use, one after another, the least recently used one put back.
+
+Callers name a model by its key in a list that the server's owner wrote; where it comes from stays with the shelf.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+Pipeline = Any
+"""Any text-to-image `DiffusionPipeline`; its class is unknown until runtime, and its import takes seconds."""
+
+FALLBACK_SIDE = 512
+"""Side in pixels for a pipeline that doesn't tell its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A pipeline in memory and what its call accepts.
+
+    Attributes:
+        key: its name on the shelf.
+        pipe: the pipeline.
+        fingerprint: hash of structure and weights, 16 hex digits.
+        accepts: argument names of the pipeline's call.
+        side: default height and width, pixels.
+        steps: default number of denoising steps.
+        guidance: default guidance scale; None for a pipeline without one.
+        can_interrupt: `pipe.interrupt = True` ends the call before the next step, without decoding.
+        can_preview: `pipe.preview(latents)` shows latents cheaply.
+    """
+
+    key: str
+    pipe: Pipeline
+    fingerprint: str
+    accepts: frozenset[str]
+    side: int
+    steps: int
+    guidance: float | None
+    can_interrupt: bool
+    can_preview: bool
+
+
+class ModelShelf:
+    """Load models by key, each once, in the background.
+
+    Args:
+        sources: key -> built-in name, folder or hub id; the first key is the default.
+        load: turns a source into a pipeline on its device.
+        capacity: how many models stay loaded.
+
+    Raises:
+        ValueError: no source at all.
+    """
+
+    def __init__(self, sources: Mapping[str, str], load: Callable[[str], Pipeline], capacity: int) -> None:
+        if not sources:
+            raise ValueError("The list of models is empty; name at least one built-in model, folder or hub id.")
+        self.keys = tuple(sources)
+        self._sources = dict(sources)
+        self._load = load
+        self._capacity = capacity
+        self._futures: OrderedDict[str, Future[LoadedModel]] = OrderedDict()
+        self._table = threading.Lock()  # guards _futures
+        self._loading = threading.Lock()  # two models are never read at once: memory and disk are shared
+
+    def get(self, key: str) -> Future[LoadedModel]:
+        """Return the future of a model and start loading it unless that has been done.
+
+        Args:
+            key: one of `keys`.
+
+        Raises:
+            KeyError: not on the shelf.
+        """
+        if key not in self._sources:
+            raise KeyError(key)
+        with self._table:
+            future = self._futures.get(key)
+            if future is None or (future.done() and future.exception() is not None):  # a failed one may be retried
+                future = self._futures[key] = Future()
+                threading.Thread(target=self._fill, args=(key, future), name=f"load {key}", daemon=True).start()
+            self._futures.move_to_end(key)
+            self._put_back()
+            return future
+
+    def source(self, key: str) -> str:
+        """Return the name, folder or hub id behind a key."""
+        return self._sources[key]
+
+    def _fill(self, key: str, future: Future[LoadedModel]) -> None:
+        try:
+            with self._loading:
+                future.set_result(inspect_model(key, self._load(self._sources[key])))
+        except Exception as error:
+            logger.exception("could not load the model %r", key)
+            future.set_exception(error)
+
+    def _put_back(self) -> None:
+        """Forget the least recently used models beyond the capacity; a running job keeps its own reference."""
+        loaded = [key for key, future in self._futures.items() if future.done()]
+        for key in loaded[: max(len(self._futures) - self._capacity, 0)]:
+            del self._futures[key]
+
+
+def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
+    """Find out what a pipeline's call accepts and what its defaults are.
+
+    Args:
+        key: its name on the shelf.
+        pipe: a pipeline of ours or of diffusers.
+
+    Raises:
+        ValueError: it doesn't paint from text.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "prompt" not in parameters:
+        raise ValueError(f"{type(pipe).__name__} has no prompt; the model {key!r} must be a text-to-image pipeline.")
+    pipe.set_progress_bar_config(disable=True)
+    steps = parameters["num_inference_steps"].default
+    guidance = parameters["guidance_scale"].default if "guidance_scale" in parameters else None
+    interrupt = getattr(type(pipe), "interrupt", None)
+    return LoadedModel(
+        key=key,
+        pipe=pipe,
+        fingerprint=fingerprint(pipe),
+        accepts=frozenset(parameters),
+        side=default_side(pipe),
+        steps=int(steps),
+        guidance=None if guidance is None else float(guidance),
+        can_interrupt=isinstance(interrupt, property) and interrupt.fset is not None,
+        can_preview=callable(getattr(pipe, "preview", None)),
+    )
+
+
+def default_side(pipe: Pipeline) -> int:
+    """Return the side in pixels that a pipeline was made for: its sample size in latents times its scale."""
+    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    sample = getattr(pipe, "default_sample_size", None) or getattr(
+        getattr(network, "config", None), "sample_size", None
+    )
+    scale = getattr(pipe, "vae_scale_factor", None)
+    return int(sample) * int(scale) if isinstance(sample, int) and scale else FALLBACK_SIDE
+
+
+def fingerprint(pipe: Pipeline, values_per_tensor: int = 64) -> str:
+    """Hash a pipeline's structure and a sample of its weights.
+
+    A sample, because hashing all of a large model would take longer than painting with it; one trained on has moved
+    in every tensor.
+
+    Args:
+        pipe: a pipeline; its components that are networks count.
+        values_per_tensor: about how many evenly spaced values of each weight are hashed.
+
+    Returns:
+        16 hex digits, the same in every process, device and number format that holds the values exactly.
+    """
+    digest = hashlib.sha256()
+    for name, component in sorted(pipe.components.items()):
+        if not isinstance(component, torch.nn.Module):
+            continue
+        digest.update(json.dumps([name, type(component).__name__]).encode())
+        for key, weight in component.state_dict().items():
+            digest.update(json.dumps([key, list(weight.shape)]).encode())
+            if weight.is_meta or weight.numel() == 0:  # offloaded to disk: its structure must do
+                continue
+            values = weight.flatten()  # (V,)
+            values = values[:: max(len(values) // values_per_tensor, 1)]
+            digest.update(values.detach().to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
