@@ -1,0 +1,33 @@
+"""`tessera train`: runs a configuration and turns its outcome into an exit code."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+INTERRUPTED = 130  # the shell's code for a process ended by Ctrl-C
+
+
+def run(config_path: str | Path, overrides: list[str] | None = None, resume: str | None = None) -> None:
+    """Trains as a configuration file says.
+
+    Args:
+        config_path: TOML file; the shipped ones are in `apps/training/configs`.
+        overrides: `section.key=value` settings that replace those of the file.
+        resume: `latest`, or the path of a checkpoint, to go on with a run.
+
+    Raises:
+        SystemExit: With 130 after Ctrl-C (a checkpoint is saved), with 1 for a configuration, checkpoint or
+            divergence error, whose message is printed.
+    """
+    from apps.training.checkpoint import CheckpointError
+    from apps.training.config import ConfigError
+    from apps.training.loop import TrainingDiverged, train
+    from apps.training.task import load_config
+
+    try:
+        reason = train(load_config(Path(config_path), overrides or []), resume)
+    except (ConfigError, CheckpointError, TrainingDiverged, FileExistsError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from error
+    if reason == "interrupted":
+        raise SystemExit(INTERRUPTED)

@@ -1,0 +1,205 @@
+"""Configuration files: TOML in, frozen pydantic models out; an unknown key is an error that says what was meant.
+
+A file has `[run]`, `[optimizer]` and `[task]` (with `kind`) for every task; the task named by `kind` adds its own
+sections, usually `[data]` and `[model]`, by subclassing `TrainConfig`.
+"""
+
+import difflib
+import json
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message lists every problem with its remedy."""
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, and strict about keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(Section):
+    """What every run has, whatever it trains.
+
+    Attributes:
+        name: Name of the run; its files lie in `output/name`.
+        output: Folder that holds runs.
+        seed: Seed of the weights, the batches and the noise.
+        steps: Optimizer steps of the whole run, resumed parts included.
+        batch_size: Examples per process and forward pass.
+        gradient_accumulation_steps: Forward passes per optimizer step.
+        mixed_precision: `bf16` runs the forward pass under autocast; weights stay in fp32.
+        log_every: Steps between two lines of the log.
+        validate_every: Steps between two validations; 0 for never.
+        preview_every: Steps between two preview pictures; 0 for never.
+        save_every: Steps between two checkpoints; 0 for only the last one.
+        export_every: Steps between two exports of the EMA weights; 0 for only at the end.
+        checkpoints_total_limit: How many checkpoints are kept.
+        max_minutes: Wall time of this slice; the run then saves, exports and ends, to be resumed later.
+        num_threads: CPU threads of torch; unset leaves torch's choice.
+        tensorboard: Also write TensorBoard events (needs the `train` extra).
+    """
+
+    name: str = Field(min_length=1)
+    output: Path = Path("runs")
+    seed: int = Field(default=0, ge=0)
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    mixed_precision: Literal["no", "bf16"] = "no"
+    log_every: int = Field(default=50, ge=1)
+    validate_every: int = Field(default=500, ge=0)
+    preview_every: int = Field(default=500, ge=0)
+    save_every: int = Field(default=500, ge=0)
+    export_every: int = Field(default=0, ge=0)
+    checkpoints_total_limit: int = Field(default=2, ge=1)
+    max_minutes: float | None = Field(default=None, ge=0)
+    num_threads: int | None = Field(default=None, ge=1)
+    tensorboard: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this run's files."""
+        return self.output / self.name
+
+
+class OptimizerConfig(Section):
+    """AdamW, its learning-rate schedule and the moving average of the weights.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        betas: Momenta of AdamW.
+        weight_decay: Decoupled weight decay; biases, gains and other 0-D and 1-D parameters are left out.
+        warmup_steps: Steps of linear warm-up.
+        schedule: `constant`; `cosine` to zero; `wsd` (warm-up, stable, decay: linear to zero at the end).
+        decay_fraction: Share of the run that `wsd` spends decaying.
+        max_grad_norm: Gradients are clipped to this norm.
+        ema_decay: Decay of the moving average; it warms up as (1 + step) / (10 + step).
+    """
+
+    learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_steps: int = Field(default=200, ge=0)
+    schedule: Literal["constant", "cosine", "wsd"] = "wsd"
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+
+
+class TaskSection(Section):
+    """The `[task]` section; tasks add their own settings.
+
+    Attributes:
+        kind: Which task is trained; see `apps.training.tasks.TASKS`.
+    """
+
+    kind: str
+
+
+class TrainConfig(Section):
+    """A whole configuration; tasks subclass it to narrow `task` and to add sections."""
+
+    run: RunConfig
+    optimizer: OptimizerConfig
+    task: TaskSection
+
+
+def read_document(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """Reads a TOML file (or the `config.json` of an earlier run) and applies `section.key=value` overrides.
+
+    Args:
+        path: The file.
+        overrides: Values are TOML (`run.steps=10`, `data.kinds=["single"]`); what is not TOML is a plain string.
+
+    Returns:
+        The nested document, not yet validated.
+
+    Raises:
+        ConfigError: If the file is missing or malformed, or an override is not `section.key=value`.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no configuration file {path}; the shipped ones are in apps/training/configs")
+    try:
+        document = json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be parsed: {error}") from error
+    for override in overrides:
+        keys, separator, text = override.partition("=")
+        *parents, last = keys.strip().split(".")
+        if not separator or not parents:
+            raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. run.steps=1000")
+        section = document
+        for key in parents:
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
+        section[last] = _parse_value(text.strip())
+    return document
+
+
+def validate_document(document: dict[str, Any], config_class: type[TrainConfig]) -> TrainConfig:
+    """Validates a document against a task's configuration class.
+
+    Raises:
+        ConfigError: Listing every unknown key (with a suggestion) and every bad value (with its accepted range).
+    """
+    try:
+        return config_class.model_validate(document)
+    except ValidationError as error:
+        problems = [_describe(problem, config_class) for problem in error.errors()]
+        raise ConfigError("the configuration has problems:\n  " + "\n  ".join(problems)) from error
+
+
+def suggestion(name: str, choices: typing.Iterable[str]) -> str:
+    """A hint for a mistyped name: the closest choice, or all of them."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:  # a bare word: `run.name=trial` is meant as a string
+        return text
+
+
+def _describe(problem: Any, config_class: type[BaseModel]) -> str:
+    """One problem of pydantic as a sentence."""
+    location = problem["loc"]
+    where = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; {suggestion(str(location[-1]), _keys_at(config_class, location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where!r} is missing; add it to the file or pass --set {where}=VALUE"
+    return f"{where} = {problem['input']!r}: {problem['msg']}"
+
+
+def _keys_at(config_class: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys that a section accepts, found by walking the classes along `location`."""
+    for part in location:
+        if isinstance(part, int):  # an item of a list of sections: the list's class is already known
+            continue
+        found = _section_class(config_class.model_fields[part].annotation)
+        if found is None:
+            return []
+        config_class = found
+    return list(config_class.model_fields)
+
+
+def _section_class(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation such as `list[Stage]` or `Data | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        found = _section_class(argument)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,345 @@
+"""The training loop: batches ahead, forward, backward, clip, AdamW, moving average; log, validate, preview, save.
+
+Works for any `Task`, in one process or several (accelerate). A step is an optimizer step; batch number
+`step * accumulation + micro` is a pure function of that number, so a resumed run sees the same data.
+"""
+
+import contextlib
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from torch import Tensor, nn
+
+from apps.training import checkpoint as checkpoints
+from apps.training.config import TrainConfig
+from apps.training.ema import MovingAverage
+from apps.training.journal import Journal
+from apps.training.schedule import learning_rate
+from apps.training.task import Task, TaskContext, task_class
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became NaN or infinite; the message names the checkpoint to go back to."""
+
+
+class LossModule(nn.Module):
+    """A task's loss as a forward pass: DDP and autocast then see one module and one call."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.trained = nn.ModuleDict(task.modules())
+        self.task = task
+
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the task's loss and its log values."""
+        return self.task.loss(batch)
+
+
+def train(config: TrainConfig, resume: str | None = None) -> str:
+    """Trains as configured.
+
+    Args:
+        config: The validated configuration.
+        resume: `latest`, the path of a checkpoint, or None for a new run.
+
+    Returns:
+        Why it ended: `finished`, `time` (run.max_minutes) or `interrupted` (Ctrl-C). All three have saved.
+
+    Raises:
+        TrainingDiverged: If the loss is no longer finite.
+        CheckpointError: If `resume` cannot be used.
+        FileExistsError: If a new run would overwrite the checkpoints of an old one.
+    """
+    return Trainer(config, resume).run()
+
+
+class Trainer:
+    """One run: builds the task and the optimizer, then steps until the end. See `train`."""
+
+    def __init__(self, config: TrainConfig, resume: str | None = None) -> None:
+        self.config = config
+        self.options = options = config.run
+        self.started = time.monotonic()
+        if options.num_threads is not None:
+            torch.set_num_threads(options.num_threads)
+        self.accelerator = Accelerator(mixed_precision=options.mixed_precision)
+        found = resume and checkpoints.resolve(options.folder, resume)
+        if not found and checkpoints.complete_checkpoints(options.folder):
+            raise FileExistsError(f"{options.folder} holds checkpoints; pass --resume latest or another run.name")
+        options.folder.mkdir(parents=True, exist_ok=True)
+        set_seed(options.seed)  # the same weights on every process
+        self.task = task_class(config.task.kind)(config, self._context())
+        self.model = self.accelerator.prepare(LossModule(self.task))
+        modules = self.task.modules()
+        parameters = checkpoints.trained_parameters(modules)
+        self.ema = MovingAverage(parameters, config.optimizer.ema_decay)
+        optimizer = make_optimizer(parameters, config)
+        self.state = checkpoints.TrainState(
+            parameters, checkpoints.persistent_buffers(modules), self.ema.shadow, optimizer
+        )
+        set_seed(options.seed, device_specific=True)
+        self.saved_step = -1
+        if found:
+            self._resume(found)
+        self.journal = Journal(
+            options.folder, options.steps, self.state.step, self.accelerator.is_main_process, options.tensorboard
+        )
+        if self.accelerator.is_main_process:
+            (options.folder / "config.json").write_text(config.model_dump_json(indent=1))
+
+    def run(self) -> str:
+        """Steps until the end, the time limit or Ctrl-C; then saves, and exports unless interrupted."""
+        options, state = self.options, self.state
+        size = sum(parameter.numel() for parameter in state.parameters.values())
+        with self.journal, _interruptible() as interrupted, _Ahead(self.task) as ahead:
+            self.journal.say(f"{options.name}: {size:,} parameters on {self.accelerator.device}, step {state.step}")
+            window = _Window(self.accelerator.device)
+            reason = ""
+            while not reason:
+                reason = self._reason_to_stop(interrupted.is_set())
+                if reason:
+                    break
+                self._step(ahead, window)
+                self.journal.advance(state.step)
+                if _due(state.step, options.log_every):
+                    self._log(window)
+                self._occasionally(window)
+            self._check_finite(window)
+            self._save()
+            if reason != "interrupted":
+                self._export()
+            self.journal.say(f"{reason} at step {state.step}; files in {options.folder}")
+        return reason
+
+    def _step(self, ahead: "_Ahead", window: "_Window") -> None:
+        """One optimizer step."""
+        state, accumulation = self.state, self.options.gradient_accumulation_steps
+        self.model.train()
+        for micro in range(accumulation):
+            started = time.monotonic()
+            batch = send_to_device(ahead.get(state.step * accumulation + micro), self.accelerator.device, True)
+            window.waited += time.monotonic() - started
+            last = micro == accumulation - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss, values = self.model(batch)
+                self.accelerator.backward(loss / accumulation)
+            window.add(loss, values)
+        norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), self.config.optimizer.max_grad_norm)
+        rate = learning_rate(state.step, self.options.steps, self.config.optimizer)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(state.step)
+        state.step += 1
+        window.rate, window.norm = rate, norm
+
+    def _log(self, window: "_Window") -> None:
+        """Writes the means since the last line, after a check that the loss is still finite."""
+        self._check_finite(window)
+        images = window.count * self.options.batch_size * self.accelerator.num_processes
+        elapsed = time.monotonic() - window.started
+        self.state.seconds += elapsed
+        values = {name: float(total) / window.count for name, total in window.totals.items()}
+        values |= {"gradient_norm": float(window.norm), "learning_rate": window.rate}
+        values |= {"images_per_second": images / elapsed, "data_wait": window.waited / elapsed}
+        self.journal.write("train", self.state.step, {**values, "seconds": self.state.seconds})
+        window.restart()
+
+    def _occasionally(self, window: "_Window") -> None:
+        """Validation, preview, export and checkpoint, each when it is due; their time is not training time."""
+        step, options = self.state.step, self.options
+        started = time.monotonic()
+        if _due(step, options.save_every):
+            self._check_finite(window)
+            self._save()
+        if _due(step, options.validate_every) or (options.validate_every and step == options.steps):
+            self._validate()
+        if _due(step, options.preview_every) or (options.preview_every and step == options.steps):
+            self._preview()
+        if _due(step, options.export_every) and step < options.steps:
+            self._export()
+        window.started += time.monotonic() - started
+
+    def _validate(self) -> None:
+        with self._averaged():
+            values = self.task.validate()
+        self.journal.write("validation", self.state.step, values)
+
+    def _preview(self) -> None:
+        """Draws the preview; a failure there is reported but does not end the training."""
+        if not self.accelerator.is_main_process:
+            return
+        path = self.options.folder / "previews" / f"step-{self.state.step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        try:
+            with self._averaged():
+                self.task.preview(path)
+        except Exception as error:
+            self.journal.say(f"step {self.state.step}: the preview failed: {type(error).__name__}: {error}")
+
+    def _export(self) -> None:
+        """Writes the averaged weights to `export/`, with the configuration and the log beside them."""
+        if self.accelerator.is_main_process:
+            folder = self.options.folder / "export"
+            folder.mkdir(exist_ok=True)
+            with self._averaged():
+                self.task.export(folder)
+            (folder / "training_config.json").write_text(self.config.model_dump_json(indent=1))
+            if self.journal.path.is_file():
+                (folder / "training_log.jsonl").write_text(self.journal.path.read_text())
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        """Writes a checkpoint of the present step, unless it has one, and deletes the oldest."""
+        if self.saved_step == self.state.step:
+            return
+        accelerator, folder = self.accelerator, self.options.folder
+        temporary = folder / f"{checkpoints.checkpoint_path(folder, self.state.step).name}.tmp"
+        if accelerator.is_main_process:
+            checkpoints.begin(folder, self.state.step)
+        accelerator.wait_for_everyone()
+        checkpoints.write_random_state(temporary, accelerator.process_index)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            checkpoints.commit(temporary, self.state, self.config.model_dump(mode="json"), accelerator.num_processes)
+            checkpoints.rotate(folder, self.options.checkpoints_total_limit)
+        accelerator.wait_for_everyone()
+        self.saved_step = self.state.step
+
+    def _resume(self, path: Path) -> None:
+        checkpoints.read(path, self.state, self.accelerator.num_processes)
+        checkpoints.read_random_state(path, self.accelerator.process_index)
+        self.saved_step = self.state.step if path.parent == self.options.folder else -1
+
+    def _check_finite(self, window: "_Window") -> None:
+        if math.isfinite(float(window.totals.get("loss", 0.0))) and math.isfinite(float(window.norm)):
+            return
+        good = checkpoints.complete_checkpoints(self.options.folder)
+        advice = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        raise TrainingDiverged(
+            f"the loss is not finite at or before step {self.state.step}; {advice}; lower optimizer.learning_rate"
+        )
+
+    def _reason_to_stop(self, interrupted: bool) -> str:
+        """Why to stop before the next step, agreed between the processes; empty for going on."""
+        if self.state.step >= self.options.steps:
+            return "finished"
+        limit = self.options.max_minutes
+        out_of_time = limit is not None and time.monotonic() - self.started >= 60 * limit
+        flags = torch.tensor([interrupted, out_of_time], dtype=torch.float32)
+        if self.accelerator.num_processes > 1:
+            flags = self.accelerator.reduce(flags.to(self.accelerator.device)).cpu()
+        return "interrupted" if flags[0] else "time" if flags[1] else ""
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Averaged weights in evaluation mode without gradients, and random states put back afterwards."""
+        self.model.eval()
+        states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        with self.ema.applied(), torch.no_grad(), self.accelerator.autocast():
+            yield
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+    def _context(self) -> TaskContext:
+        accelerator = self.accelerator
+        return TaskContext(
+            device=accelerator.device,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            autocast=accelerator.autocast,
+            main_process_first=accelerator.main_process_first,
+            report=lambda message: accelerator.print(message),
+        )
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Fused AdamW with weight decay on matrices only (0-D and 1-D parameters are biases and gains)."""
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
+    others = [parameter for parameter in parameters.values() if parameter.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.optimizer.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.optimizer.learning_rate, betas=config.optimizer.betas, fused=True)
+
+
+class _Window:
+    """Sums since the last line of the log, kept on the device so that a GPU is not waited for at every step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rate = 0.0
+        self.norm = torch.zeros(())
+        self.restart()
+
+    def restart(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.count = 0
+        self.waited = 0.0
+        self.started = time.monotonic()
+
+    def add(self, loss: Tensor, values: dict[str, Tensor]) -> None:
+        for name, value in {"loss": loss, **values}.items():
+            self.totals[name] = self.totals.get(name, 0) + value.detach()
+        self.count += 1
+
+
+class _Ahead:
+    """Makes batch `index + 1` in a second thread while batch `index` is trained on."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.pending: dict[int, Future[dict[str, Any]]] = {}
+
+    def __enter__(self) -> "_Ahead":
+        # One thread of torch in there: a second OpenMP team would fight the training for the cores.
+        self.executor = ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def get(self, index: int) -> dict[str, Any]:
+        """Batch `index`; the next one is started."""
+        future = self.pending.pop(index, None) or self.executor.submit(self.task.batch, index)
+        self.pending = {index + 1: self.executor.submit(self.task.batch, index + 1)}
+        return future.result()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event; a second one ends the process as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_: object) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
