@@ -1,0 +1,27 @@
+"""Writes trained networks as the component folders that diffusers and transformers load."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def half_precision(module: nn.Module) -> Any:
+    """A copy on the CPU with bf16 parameters; buffers (statistics, preview maps) keep their precision."""
+    copied = copy.deepcopy(module).cpu().eval()
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return copied
+
+
+def save_component(module: nn.Module, folder: Path) -> None:
+    """Saves a network as `config.json` and bf16 safetensors.
+
+    Args:
+        module: Anything with `save_pretrained`.
+        folder: Component folder, e.g. `export/vae`.
+    """
+    half_precision(module).save_pretrained(str(folder), safe_serialization=True)

@@ -1,0 +1,221 @@
+"""Trains `ViTAutoencoder` on pictures of the sticker world.
+
+The loss is Charbonnier plus structural similarity; Gaussian noise of random strength on the code makes the decoder
+forgive the small errors that a generator will make (arXiv:2009.14794 does it for compression; most latent diffusion
+uses a KL term to the same end).
+"""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from apps.training.config import Section, TaskSection, TrainConfig
+from apps.training.export import save_component
+from apps.training.scenes import (
+    VALIDATION_SEED,
+    SceneMix,
+    SceneSampler,
+    box_mask,
+    load_sprites,
+    read_vocabulary,
+    render,
+    save_grid,
+    scene_series,
+)
+from apps.training.task import TaskContext
+from dit.tokenizers import ViTAutoencoder
+from dit.tokenizers.base import fit_linear_preview
+
+
+class AutoencoderSection(TaskSection):
+    """The `[task]` section.
+
+    Attributes:
+        latent_noise: Largest standard deviation of the noise on the code, which has unit variance.
+        ssim_weight: Weight of `1 - SSIM` beside the Charbonnier loss.
+    """
+
+    kind: Literal["autoencoder"]
+    latent_noise: float = Field(default=0.1, ge=0)
+    ssim_weight: float = Field(default=0.1, ge=0)
+
+
+class AutoencoderData(Section):
+    """The `[data]` section.
+
+    Attributes:
+        resolution: Side of the pictures in pixels.
+        vocabulary: `starter`, `all`, or a text file with one sticker name a line.
+        vocabulary_fraction: Share of the scenes drawn from the vocabulary; the rest comes from all stickers.
+        single, pair, count: Relative frequencies of the kinds of scenes.
+        validation_scenes: Held-out scenes that are measured.
+    """
+
+    resolution: int = Field(default=128, ge=16)
+    vocabulary: str = "starter"
+    vocabulary_fraction: float = Field(default=1.0, ge=0, le=1)
+    single: float = Field(default=0.5, ge=0)
+    pair: float = Field(default=0.3, ge=0)
+    count: float = Field(default=0.2, ge=0)
+    validation_scenes: int = Field(default=128, ge=1)
+
+
+class AutoencoderModel(Section):
+    """The `[model]` section; see `ViTAutoencoder`."""
+
+    latent_channels: int = 8
+    patch_size: int = 16
+    encoder_dim: int = 128
+    encoder_layers: int = 2
+    decoder_dim: int = 192
+    decoder_layers: int = 4
+    attention_head_dim: int = 32
+    ff_ratio: float = 8 / 3
+    refiner_channels: int = 32
+    refiner_layers: int = 1
+    refiner_patch: int = 4
+
+
+class AutoencoderConfig(TrainConfig):
+    """A whole configuration of this task."""
+
+    task: AutoencoderSection
+    data: AutoencoderData = AutoencoderData()
+    model: AutoencoderModel = AutoencoderModel()
+
+
+class AutoencoderTask:
+    """Learns to code and decode scenes. See `apps.training.task.Task`."""
+
+    config_class: ClassVar[type[TrainConfig]] = AutoencoderConfig
+
+    def __init__(self, config: AutoencoderConfig, context: TaskContext) -> None:
+        self.config, self.context = config, context
+        data = config.data
+        self.sheet = load_sprites()
+        vocabulary = read_vocabulary(data.vocabulary)
+        mix = SceneMix(single=data.single, pair=data.pair, count=data.count)
+        from_vocabulary = round(data.vocabulary_fraction * config.run.batch_size)
+        self.samplers = [
+            (SceneSampler(self.sheet, vocabulary, mix=mix), from_vocabulary),
+            (SceneSampler(self.sheet, mix=mix), config.run.batch_size - from_vocabulary),
+        ]
+        self.vae = ViTAutoencoder(**config.model.model_dump(), sample_size=data.resolution)
+        held_out = SceneSampler(self.sheet, vocabulary, split="heldout_combination", mix=mix)
+        self.validation_scenes = scene_series([(held_out, data.validation_scenes)], VALIDATION_SEED, 0)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The autoencoder."""
+        return {"vae": self.vae}
+
+    def batch(self, index: int) -> dict[str, Any]:
+        """Pictures of fresh scenes, `images` (B, 3, H, W) in [-1, 1]."""
+        scenes = scene_series(self.samplers, self.config.run.seed, index * self.context.world_size + self.context.rank)
+        return {"images": render(scenes, self.sheet, self.config.data.resolution)}
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Charbonnier plus weighted `1 - SSIM` of the pictures decoded from noisy codes."""
+        images = batch["images"]  # (B, 3, H, W)
+        latent = self.vae.encode(images).latent  # (B, C, h, w)
+        scale = self.config.task.latent_noise * torch.rand(len(latent), 1, 1, 1, device=latent.device)
+        decoded = self.vae.decode(latent + scale * torch.randn_like(latent)).sample  # (B, 3, H, W)
+        with torch.autocast(images.device.type, enabled=False):
+            return reconstruction_loss(decoded.float(), images, self.config.task.ssim_weight)
+
+    def validate(self) -> dict[str, float]:
+        """PSNR of held-out scenes (peak 2, since pictures span [-1, 1]): whole pictures, and inside sticker boxes."""
+        vae = self._calibrated(4)
+        resolution = self.config.data.resolution
+        whole, boxes, pixels, box_pixels = 0.0, 0.0, 0, 0
+        for start in range(0, len(self.validation_scenes), 32):
+            scenes = self.validation_scenes[start : start + 32]
+            images = render(scenes, self.sheet, resolution).to(self.context.device)  # (B, 3, H, W)
+            decoded = vae.decode(vae.encode(images).latent).sample.float().clamp(-1, 1)  # (B, 3, H, W)
+            error = (decoded - images).square().mean(dim=1, keepdim=True)  # (B, 1, H, W)
+            mask = box_mask(scenes, resolution).to(error.device)  # (B, 1, H, W)
+            whole, pixels = whole + float(error.sum()), pixels + error.numel()
+            boxes, box_pixels = boxes + float(error[mask].sum()), box_pixels + int(mask.sum())
+        return {"psnr": psnr(whole / pixels), "psnr_boxes": psnr(boxes / box_pixels)}
+
+    def preview(self, path: Path) -> None:
+        """Rows of held-out scenes, each above its reconstruction."""
+        vae = self._calibrated(4)
+        images = render(self.validation_scenes[:24], self.sheet, self.config.data.resolution).to(self.context.device)
+        decoded = vae.decode(vae.encode(images).latent).sample.float()  # (B, 3, H, W)
+        save_grid(torch.cat([part for pair in zip(images.split(8), decoded.split(8), strict=True) for part in pair]), path, 8)
+
+    def export(self, folder: Path) -> None:
+        """Writes `vae/`, its code statistics and preview map fitted to fresh scenes."""
+        vae = self._calibrated(16)
+        images = self._fresh_images(0)
+        latents = vae.normalize_latents(vae.encode(images).latent).float()  # (B, C, h, w)
+        cell = math.isqrt(vae.preview_factors.shape[0] // 3)
+        vae.preview_factors.copy_(fit_linear_preview(latents, images, cell))
+        save_component(vae, folder / "vae")
+
+    def _fresh_images(self, index: int) -> Tensor:
+        scenes = scene_series(self.samplers, VALIDATION_SEED + 1, index)
+        return render(scenes, self.sheet, self.config.data.resolution).to(self.context.device)  # (B, 3, H, W)
+
+    def _calibrated(self, batches: int) -> ViTAutoencoder:
+        """A copy whose code statistics are measured anew: those of training lag behind, and belong to other weights."""
+        vae = copy.deepcopy(self.vae).eval()
+        vae.latent_norm.reset_running_stats()
+        vae.latent_norm.momentum = None  # a plain mean over the batches
+        vae.latent_norm.train()
+        for index in range(batches):
+            vae.encode(self._fresh_images(index))
+        vae.latent_norm.eval()
+        return vae
+
+
+def reconstruction_loss(decoded: Tensor, images: Tensor, ssim_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Charbonnier (a smooth L1, eps 1e-3) plus `ssim_weight * (1 - SSIM)`.
+
+    Args:
+        decoded: (B, 3, H, W) float32.
+        images: Targets in [-1, 1], the same shape.
+        ssim_weight: 0 leaves the second term out.
+
+    Returns:
+        The loss and its parts for the log.
+    """
+    charbonnier = ((decoded - images).square() + 1e-6).sqrt().mean()
+    if ssim_weight == 0:
+        return charbonnier, {"charbonnier": charbonnier.detach()}
+    similarity = ssim(decoded, images)
+    loss = charbonnier + ssim_weight * (1 - similarity)
+    return loss, {"charbonnier": charbonnier.detach(), "ssim": similarity.detach()}
+
+
+def ssim(first: Tensor, second: Tensor, window: int = 7, data_range: float = 2.0) -> Tensor:
+    """Mean structural similarity (Wang et al. 2004) with a uniform window, without padding.
+
+    Args:
+        first: (B, C, H, W).
+        second: The same shape.
+        window: Side of the window in pixels.
+        data_range: Largest minus smallest possible value.
+
+    Returns:
+        A scalar, 1 for equal pictures.
+    """
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    maps = torch.stack([first, second, first * first, second * second, first * second])  # (5, B, C, H, W)
+    means = F.avg_pool2d(maps.flatten(0, 2), window, stride=1).unflatten(0, maps.shape[:3])  # (5, B, C, h, w)
+    mean1, mean2, square1, square2, product = means.unbind(0)  # (B, C, h, w)
+    variance1, variance2 = square1 - mean1**2, square2 - mean2**2
+    covariance = product - mean1 * mean2
+    numerator = (2 * mean1 * mean2 + c1) * (2 * covariance + c2)
+    return (numerator / ((mean1**2 + mean2**2 + c1) * (variance1 + variance2 + c2))).mean()
+
+
+def psnr(mean_squared_error: float) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    return 10 * math.log10(4 / max(mean_squared_error, 1e-10))
