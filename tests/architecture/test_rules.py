@@ -12,9 +12,9 @@ import pytest
 from tests.architecture.sources import PACKAGES, ROOT, parse, python_files, tracked_files, where
 
 MAX_LINES = 800
-# Written in two halves, so that this file does not find itself.
+# Written in two halves, so that this file does not find itself; /home/someone is for examples.
 FORBIDDEN_TEXT = {
-    "a path of one machine": re.compile("/(?:" + "home|root|work|Users" + r")/[\w.-]+/[\w.-]+"),
+    "a path of one machine": re.compile("/(?:" + "home|root|work|Users" + r")/(?!someone/)[\w.-]+/[\w.-]+"),
     "a temporary path of one machine": re.compile(r"/tmp" + r"/[\w.-]+/[\w.-]+"),
 }
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".json", ".html", ".css", ".js", ".cfg", ".yml", ".yaml", ""}
