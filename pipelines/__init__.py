@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from pipelines.class_to_image import ClassToImagePipeline
     from pipelines.text_to_image import TextToImagePipeline
 
-__all__ = ["ClassToImagePipeline", "TesseraPipeline", "TextToImagePipeline", "builtin_models", "load_pipeline"]
+__all__ = [
+    "ClassToImagePipeline",
+    "TesseraPipeline",
+    "TextToImagePipeline",
+    "builtin_models",
+    "load_pipeline",
+]
 
 _MODULE_OF = {
     "ClassToImagePipeline": "pipelines.class_to_image",

@@ -1,8 +1,8 @@
 """What all pipelines share: safe loading, size checks, per-picture noise, previews, interruption, callbacks.
 
-diffusers writes the module path of every component into `model_index.json` and, on loading, looks that path up among
-the modules that happen to be imported. `TesseraPipeline` closes the gap: it imports our component modules by itself,
-but only those of a static list, so that a checkpoint can never name code to run.
+diffusers writes the module path of every component into `model_index.json` and, on loading, looks that path
+up among the modules that happen to be imported. `TesseraPipeline` closes the gap: it imports our component modules
+by itself, but only those of a static list, so that a checkpoint can never name code to run.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
 from dit.tokenizers import VisualTokenizer, as_visual_tokenizer
+from pipelines.checks import check_side
 
 OWN_PACKAGES = ("dit", "sampling", "pipelines", "apps")
 
@@ -28,12 +30,12 @@ COMPONENT_MODULES = frozenset(
         "dit.tokenizers.vit_autoencoder",
     }
 )
-"""Modules of ours that a `model_index.json` may name. Nothing else of ours is ever imported for a checkpoint."""
+"""Modules of ours that a `model_index.json` may name; no other is ever imported for a checkpoint."""
 
 RENAMED_MODULES: dict[str, str] = {}
-"""Old module path -> today's. A component class that moves gets an entry here, and its old checkpoints still load."""
+"""Old module path -> today's. A component class that moves gets an entry, so that old checkpoints still load."""
 
-HUB_ALLOW = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja", "*.txt", "*.md")
+HUB_ALLOW = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 HUB_IGNORE = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.onnx")
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -47,35 +49,38 @@ class TesseraPipeline(DiffusionPipeline):
     """
 
     max_side: int = 4096
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _guidance_scale: float = 1.0
+    _num_timesteps: int = 0
     _interrupt: bool = False
     _interrupted: bool = False
 
     # ------------------------------------------------------------------ loading
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> TesseraPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: object) -> Self:
         """Load a pipeline from a folder or a Hub repository; weights from safetensors files only.
 
         Args:
             pretrained_model_name_or_path: folder with a `model_index.json`, or Hub id `user/repository`.
-            **kwargs: as in `diffusers.DiffusionPipeline.from_pretrained` (`torch_dtype`, `revision`, components...).
+            **kwargs: as in `diffusers.DiffusionPipeline.from_pretrained` (`torch_dtype`, `revision`, ...).
 
         Returns:
             The pipeline, on the CPU.
 
         Raises:
-            ValueError: `use_safetensors` is not True, or a component names a module of ours that is not a component.
+            ValueError: `use_safetensors` is not True, or a component names a module outside the allow-list.
             OSError: a file is missing, or the weights exist only as pickles.
         """
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError(
-                f"use_safetensors={kwargs['use_safetensors']!r}: weights are loaded from .safetensors files only "
-                "(a pickle can run code). Convert the checkpoint first: `tessera convert --help`."
+                f"use_safetensors={kwargs['use_safetensors']!r}: weights are loaded from .safetensors files "
+                "only (a pickle can run code). Convert the checkpoint first: `tessera convert --help`."
             )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:  # noqa: ANN401  (diffusers' own mix)
         """Read `model_index.json`, translate moved module paths and import the component modules it names.
 
         Args:
@@ -93,10 +98,10 @@ class TesseraPipeline(DiffusionPipeline):
         return loaded
 
     @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike:
-        """Download a pipeline repository; ours are fetched as data files only, others the way diffusers does.
+    def download(cls, pretrained_model_name: str, **kwargs: object) -> str | os.PathLike:
+        """Download a pipeline repository: ours as data files only, others the way diffusers does.
 
-        diffusers' own `download` refuses repositories whose components live outside diffusers and transformers.
+        diffusers' own `download` refuses components that live outside diffusers and transformers.
 
         Args:
             pretrained_model_name: Hub id `user/repository`.
@@ -111,18 +116,31 @@ class TesseraPipeline(DiffusionPipeline):
         if not any(_is_own(library) for library, _ in component_entries(index).values()):
             return super().download(pretrained_model_name, **kwargs)
 
-        from huggingface_hub import snapshot_download
-
         hub["revision"] = commit or hub.get("revision")  # one commit for the index and the weights
         return snapshot_download(
             pretrained_model_name, allow_patterns=list(HUB_ALLOW), ignore_patterns=list(HUB_IGNORE), **hub
         )
 
-    # ------------------------------------------------------------- interruption
+    # ------------------------------------------------------------- running call
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the running (or last) call; a step callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the unconditional branch is evaluated too: only scales above 1 need it."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the running (or last) call."""
+        return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """True when the running call is asked to stop. Setting it (from any thread) stops before the next step."""
+        """True when the running call is asked to stop; set it from any thread, no further step starts."""
         return self._interrupt
 
     @interrupt.setter
@@ -142,27 +160,9 @@ class TesseraPipeline(DiffusionPipeline):
         return as_visual_tokenizer(self.vae)
 
     def check_size(self, height: int, width: int, multiple: int) -> None:
-        """Check a picture size.
-
-        Args:
-            height: pixels.
-            width: pixels.
-            multiple: both must be positive multiples of it (pixels a latent cell times the patch size).
-
-        Raises:
-            TypeError: a side is not an int.
-            ValueError: a side is out of range; the message names the nearest allowed value.
-        """
-        for name, side in (("height", height), ("width", width)):
-            if isinstance(side, bool) or not isinstance(side, int):
-                raise TypeError(f"{name} must be an int (pixels), got {side!r} of type {type(side).__name__}.")
-            if side % multiple or not multiple <= side <= self.max_side:
-                limit = self.max_side // multiple * multiple
-                nearest = min(max(round(side / multiple), 1) * multiple, limit)
-                raise ValueError(
-                    f"{name}={side} is not usable: expected a multiple of {multiple} from {multiple} to {limit}. "
-                    f"Nearest: {name}={nearest}."
-                )
+        """Check a picture size in pixels: multiples of `multiple` up to `max_side`; see `check_side`."""
+        check_side("height", height, multiple, self.max_side)
+        check_side("width", width, multiple, self.max_side)
 
     # -------------------------------------------------------------------- noise
 
@@ -170,12 +170,12 @@ class TesseraPipeline(DiffusionPipeline):
     def prepare_noise(
         shape: Sequence[int], count: int, generator: torch.Generator | Sequence[torch.Generator] | None = None
     ) -> Tensor:
-        """Draw Gaussian noise picture by picture in float32, so that picture i never depends on the batch size.
+        """Draw Gaussian noise picture by picture in float32: picture i does not depend on the batch size.
 
         Args:
             shape: of one picture's latent, `(C, H, W)` or `(C, T, H, W)`.
             count: number of pictures B.
-            generator: one generator that serves all pictures in order, one per picture, or None (global state).
+            generator: one that serves all pictures in order, one per picture, or None (torch's global state).
 
         Returns:
             Noise, (B, *shape), float32, on the CPU.
@@ -186,18 +186,17 @@ class TesseraPipeline(DiffusionPipeline):
         """
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
         if len(generators) != count:
-            raise ValueError(
-                f"Got {len(generators)} generators for {count} pictures: pass one generator, or one per picture."
-            )
+            raise ValueError(f"Got {len(generators)} generators for {count} pictures: pass one, or one per picture.")
         for one in generators:
             if one is not None and not isinstance(one, torch.Generator):
                 raise TypeError(
                     f"generator must be a torch.Generator or a list of them, got {type(one).__name__}. "
                     "From a seed: torch.Generator().manual_seed(seed)."
                 )
+        devices = ["cpu" if one is None else one.device for one in generators]
         pictures = [
-            torch.randn(tuple(shape), generator=one, dtype=torch.float32, device=one.device if one else "cpu").cpu()
-            for one in generators
+            torch.randn(tuple(shape), generator=one, dtype=torch.float32, device=device).cpu()
+            for one, device in zip(generators, devices, strict=True)
         ]
         return torch.stack(pictures)  # (B, C, H, W)
 
@@ -240,7 +239,8 @@ class TesseraPipeline(DiffusionPipeline):
         unknown = [name for name in names if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs: {unknown} unknown, choose among {self._callback_tensor_inputs}."
+                f"callback_on_step_end_tensor_inputs names {unknown}, which are not on offer. "
+                f"Choose among {self._callback_tensor_inputs}."
             )
 
     def run_callback(
@@ -272,7 +272,7 @@ class TesseraPipeline(DiffusionPipeline):
 
 
 def component_entries(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return the components of a `model_index.json`: name -> (library, class name); empty slots are left out."""
+    """Return the filled component slots of a `model_index.json`: name -> (library, class name)."""
     entries: dict[str, tuple[str, str]] = {}
     for name, value in index.items():
         if not name.startswith("_") and isinstance(value, (list, tuple)) and len(value) == 2:
@@ -291,18 +291,18 @@ def resolve_components(index: dict[str, Any]) -> None:
     Raises:
         ValueError: an entry names a module of ours that is not in `COMPONENT_MODULES`.
     """
-    for name, (library, class_name) in component_entries(index).items():
-        library = RENAMED_MODULES.get(library, library)
+    for name, (recorded, class_name) in component_entries(index).items():
+        library = RENAMED_MODULES.get(recorded, recorded)
         index[name] = [library, class_name]
         if not _is_own(library):
             continue
         if library not in COMPONENT_MODULES:
             raise ValueError(
-                f"Component {name!r} of this checkpoint names the module {library!r}, which holds no component. "
-                f"Allowed: {', '.join(sorted(COMPONENT_MODULES))}. The checkpoint may need a newer version."
+                f"Component {name!r} of the checkpoint names the module {library!r}, which holds no component "
+                f"(allowed: {', '.join(sorted(COMPONENT_MODULES))}). It may need a newer version of tessera."
             )
         importlib.import_module(library)
 
 
 def _is_own(library: str) -> bool:
-    return library.split(".")[0] in OWN_PACKAGES
+    return library.split(".", maxsplit=1)[0] in OWN_PACKAGES

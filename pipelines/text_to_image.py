@@ -1,0 +1,383 @@
+"""Text to picture by flow matching: prompts in, pictures out, with the call that diffusers users know."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import SanaLoraLoaderMixin
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipelines.base import OUTPUT_TYPES, TesseraPipeline
+from pipelines.checks import check_choice, check_count, check_number, check_sigmas
+from pipelines.conditioning import PromptEncoderMixin
+from sampling.guidance import classifier_free_guidance, in_interval
+from sampling.timesteps import set_timesteps
+
+ImageInput = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
+
+
+class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMixin):
+    """Paint pictures from text with a flow-matching transformer.
+
+    LoRA files of the transformer load and save through `load_lora_weights` and `save_lora_weights` (diffusers'
+    loader for pipelines whose only adapted component is `transformer`; nothing in it is specific to Sana).
+
+    Args:
+        transformer: predicts the velocity `noise - data`, e.g. `dit.models.text_dit.TextDiT`.
+        text_encoder: a transformers encoder of the T5 or CLIP text kind.
+        tokenizer: its tokenizer.
+        vae: autoencoder, one of `dit.tokenizers` or of diffusers.
+        scheduler: a flow-matching scheduler, e.g. `FlowMatchEulerDiscreteScheduler`.
+
+    Example:
+        >>> from pipelines import load_pipeline
+        >>> pipe = load_pipeline("stickers")
+        >>> pipe("a red apple on a white background").images[0].save("apple.png")
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs: ClassVar[list[str]] = [
+        "latents",
+        "denoised_latents",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+    ]
+    _attention_kwargs: dict[str, Any] | None = None
+    _guidance_rescale: float = 0.0
+    _guidance_interval: tuple[float, float] | None = None
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        vae: ModelMixin,
+        scheduler: SchedulerMixin,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            vae=vae,
+            scheduler=scheduler,
+        )
+        self.vae_scale_factor = 8 if vae is None else self.visual_tokenizer.spatial_compression_ratio
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_convert_rgb=True)
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """What the running call passes on to the transformer, e.g. `{"scale": 0.5}` for LoRAs."""
+        return self._attention_kwargs
+
+    @classmethod
+    def lora_state_dict(
+        cls, pretrained_model_name_or_path_or_dict: str | dict[str, Tensor], **kwargs: object
+    ) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict]:
+        """Read a LoRA file as diffusers does, but from safetensors only.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: file, folder, Hub id, or the tensors themselves.
+            **kwargs: as in diffusers; in a folder, `weight_name` names the file.
+
+        Returns:
+            The tensors; with their metadata if `return_lora_metadata` is True.
+
+        Raises:
+            ValueError: `use_safetensors` is not True.
+        """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("use_safetensors=False: LoRA files are read from safetensors only; convert it.")
+        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        image: ImageInput | None = None,
+        strength: float = 0.6,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | Tensor]:
+        """Paint.
+
+        Args:
+            prompt: what to paint, one string or a list of P.
+            negative_prompt: what to steer away from, one for all or one per prompt; needs guidance.
+            image: start from this picture (or P of them) instead of noise: PIL, or arrays/tensors in [0, 1].
+            strength: how much of `image` is repainted, 0 < strength <= 1 (1 ignores it).
+            height: pixels; None is the size the model was trained for.
+            width: pixels; None is the size the model was trained for.
+            num_inference_steps: steps; with `image`, about `strength` of them are done.
+            sigmas: custom noise levels instead, decreasing in (0, 1], before the scheduler's shift.
+            guidance_scale: classifier-free guidance (arXiv 2207.12598); 1 or less turns it off.
+            num_images_per_prompt: pictures per prompt; B = P times this.
+            generator: seeded generator, or one per picture; noise is drawn picture by picture on the CPU.
+            latents: the starting noise itself, (B, C, H / f, W / f).
+            prompt_embeds: text states instead of `prompt`, (P, L, Dt).
+            prompt_attention_mask: (P, L), True on real tokens.
+            negative_prompt_embeds: text states instead of `negative_prompt`, (P, L, Dt).
+            negative_prompt_attention_mask: (P, L).
+            output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent"
+                (normalised latents).
+            return_dict: whether to wrap the result.
+            attention_kwargs: passed on to the transformer, e.g. `{"scale": 0.5}` for LoRAs.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; tensors it
+                returns replace ours. It may set `pipe.interrupt = True`.
+            callback_on_step_end_tensor_inputs: the tensors it gets; "denoised_latents" is the current guess of
+                the finished latents, good for `pipe.preview`.
+            max_sequence_length: tokens kept of a prompt; None is the model's limit.
+            guidance_rescale: 0 to 1, see `sampling.guidance.rescale_to`.
+            guidance_interval: lowest and highest sigma with guidance (arXiv 2404.07724); None is all.
+
+        Returns:
+            The pictures; none when the run was interrupted (then `pipe.interrupted` is True).
+
+        Raises:
+            TypeError: an argument has a wrong type.
+            ValueError: an argument is out of range; the message says what is accepted.
+        """
+        self._interrupt = self._interrupted = False
+        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_count("num_inference_steps", num_inference_steps, 1, 1000)
+        check_count("num_images_per_prompt", num_images_per_prompt, 1, 1024)
+        check_number("guidance_scale", guidance_scale, 0.0, 100.0)
+        check_number("guidance_rescale", guidance_rescale, 0.0, 1.0)
+        check_number("strength", strength, 0.01, 1.0)
+        if sigmas is not None:
+            check_sigmas(sigmas)
+        height, width = self._resolve_size(height, width, latents)
+        self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
+        self._guidance_interval, self._attention_kwargs = guidance_interval, attention_kwargs
+        device = self._execution_device
+
+        embeds, mask, negative_embeds, negative_mask = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            self.do_classifier_free_guidance,
+            num_images_per_prompt,
+            device,
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            max_sequence_length,
+        )  # (B, L, Dt), (B, L), (B, L, Dt), (B, L)
+        timesteps = set_timesteps(
+            self.scheduler,
+            num_inference_steps,
+            num_tokens=height * width // self.pixels_per_token**2,
+            device=device,
+            sigmas=sigmas,
+            strength=1.0 if image is None else strength,
+        )
+        self._num_timesteps = len(timesteps)
+        latents = self.prepare_latents(len(embeds), height, width, timesteps, generator, latents, image)
+
+        latents = self._denoise(
+            {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds},
+            mask if negative_mask is None else torch.cat([negative_mask, mask]),
+            timesteps,
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )  # (B, C, h, w)
+        if self._interrupted:
+            images = []
+        elif output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(self.decode_latents(latents), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # -------------------------------------------------------------------- sizes
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Pixels that one token of the transformer covers along a side."""
+        return self.vae_scale_factor * self.transformer.config.patch_size
+
+    def _resolve_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
+        if latents is not None:
+            default = [side * self.vae_scale_factor for side in latents.shape[-2:]]
+        else:
+            side = self.transformer.config.sample_size
+            default = [
+                cells * self.vae_scale_factor for cells in (side if isinstance(side, list | tuple) else [side] * 2)
+            ]
+        height, width = height or default[0], width or default[1]
+        self.check_size(height, width, self.pixels_per_token)
+        return height, width
+
+    # ------------------------------------------------------------------ latents
+
+    def prepare_latents(
+        self,
+        count: int,
+        height: int,
+        width: int,
+        timesteps: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: Tensor | None = None,
+        image: ImageInput | None = None,
+    ) -> Tensor:
+        """Return where the run starts: noise, or a picture noised to the first timestep.
+
+        Args:
+            count: number of pictures B.
+            height: pixels.
+            width: pixels.
+            timesteps: those to visit, (S,).
+            generator: see `prepare_noise`.
+            noise: the noise itself, (B, C, h, w).
+            image: the picture to start from.
+
+        Returns:
+            Latents, (B, C, h, w), float32.
+
+        Raises:
+            ValueError: `noise` has another shape, or NaN in it.
+        """
+        f = self.vae_scale_factor
+        shape = (self.transformer.config.in_channels, height // f, width // f)
+        if noise is None:
+            noise = self.prepare_noise(shape, count, generator)  # (B, C, h, w)
+        elif noise.shape != (count, *shape) or not torch.isfinite(noise).all():
+            raise ValueError(
+                f"latents must be finite and of shape {(count, *shape)} (pictures, channels, height / {f}, "
+                f"width / {f}), got {tuple(noise.shape)}."
+            )
+        noise = noise.to(timesteps.device, torch.float32)
+        if image is None:
+            return noise
+        start = self.encode_image(image, height, width)  # (P, C, h, w)
+        if count % len(start):
+            raise ValueError(f"Got {len(start)} images for {count} pictures: pass one, or one per prompt.")
+        start = start.repeat_interleave(count // len(start), dim=0)  # (B, C, h, w)
+        sigma = timesteps[0] / self.scheduler.config.num_train_timesteps
+        return torch.lerp(start, noise, sigma)  # (1 - sigma) * data + sigma * noise
+
+    def encode_image(self, image: ImageInput, height: int, width: int) -> Tensor:
+        """Encode pictures to normalised latents; transparent parts become white.
+
+        Args:
+            image: PIL picture, float array (H, W, 3) or tensor (3, H, W) in [0, 1], a batch or a list of them.
+            height: pixels, to which the picture is resized.
+            width: pixels.
+
+        Returns:
+            Latents, (P, C, h, w), float32.
+
+        Raises:
+            TypeError: not a picture.
+            ValueError: values outside [0, 1].
+        """
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        for one in images or [None]:
+            if not isinstance(one, Image.Image) and not _is_float_array(one):
+                raise TypeError(
+                    "image must be a PIL image, a float array or tensor in [0, 1], or a list of them, "
+                    f"got {type(one).__name__}."
+                )
+        flat = [_on_white(one) if isinstance(one, Image.Image) else one for one in images]
+        pixels = self.image_processor.preprocess(flat, height, width)  # (P, 3, H, W) in [-1, 1]
+        if not pixels.abs().max() <= 1.001:
+            raise ValueError("image has values outside [0, 1] (or NaN): divide 8-bit values by 255.")
+        tokenizer = self.visual_tokenizer
+        latents = tokenizer.encode(pixels.to(self._execution_device, self.vae.dtype)).latent
+        return tokenizer.normalize_latents(latents).float()  # (P, C, h, w)
+
+    # --------------------------------------------------------------------- loop
+
+    def _denoise(
+        self,
+        tensors: dict[str, Tensor | None],
+        mask: Tensor,
+        timesteps: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback: Callable[..., dict[str, Tensor] | None] | None,
+        callback_inputs: Sequence[str],
+    ) -> Tensor:
+        """Walk the latents through the timesteps; all arithmetic outside the transformer is float32."""
+        masked = not bool(mask.all())  # attention without a mask is faster; ask once, not every step
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for step, timestep in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                latents = tensors["latents"]
+                velocity = self._velocity(tensors, mask if masked else None, timestep)  # (B, C, h, w)
+                sigma = timestep / self.scheduler.config.num_train_timesteps
+                tensors["denoised_latents"] = latents - sigma * velocity  # (B, C, h, w)
+                tensors["latents"] = self.scheduler.step(velocity, timestep, latents, return_dict=False, **extra)[0]
+                tensors = self.run_callback(callback, step, timestep, callback_inputs, tensors)
+                bar.update()
+        self._interrupted = self._interrupt
+        return tensors["latents"]
+
+    def _velocity(self, tensors: dict[str, Tensor | None], mask: Tensor | None, timestep: Tensor) -> Tensor:
+        """Predict the (guided) velocity; the negative and the positive branch share one batch."""
+        latents, states, negative = (tensors[n] for n in ("latents", "prompt_embeds", "negative_prompt_embeds"))
+        count = len(latents)
+        interval = self._guidance_interval
+        sigma = 0.0 if interval is None else float(timestep) / self.scheduler.config.num_train_timesteps
+        guided = self.do_classifier_free_guidance and negative is not None and in_interval(sigma, interval)
+        if guided:
+            latents, states = torch.cat([latents, latents]), torch.cat([negative, states])  # (2B, ...)
+        with self.transformer.cache_context("guided" if guided else "cond"):
+            velocity = self.transformer(
+                latents.to(self.transformer.dtype),
+                encoder_hidden_states=states,
+                timestep=timestep.expand(len(latents)),
+                encoder_attention_mask=None if mask is None else mask[-len(latents) :],
+                attention_kwargs=self._attention_kwargs,
+                return_dict=False,
+            )[0].float()
+        if not guided:
+            return velocity  # (B, C, h, w)
+        uncond, cond = velocity.split(count)
+        return classifier_free_guidance(cond, uncond, self._guidance_scale, self._guidance_rescale)
+
+
+def _is_float_array(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    return isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Lay a picture with transparency on white; PIL alone would turn it black."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
