@@ -107,10 +107,10 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(hidden_size, int(hidden_size * ff_ratio))
 
-    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
-        """Map tokens (B, N, D), given the condition (B, D), to tokens (B, N, D)."""
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """Map tokens (B, N, D), given the condition `temb` (B, D), to tokens (B, N, D)."""
         # attention's shift, scale and gate, then the perceptron's; each (B, 1, D)
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(condition)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(temb)
         attended = self.attn(modulate(self.norm1(hidden_states), shift_a, scale_a))  # (B, N, D)
         hidden_states = hidden_states + gate_a * attended  # (B, N, D)
         fed = self.ff(modulate(self.norm2(hidden_states), shift_f, scale_f))  # (B, N, D)
@@ -212,9 +212,7 @@ class DiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin)
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(
-            self.patch_embed.weight.detach().flatten(1)
-        )  # as a linear layer on flat patches
+        nn.init.xavier_uniform_(self.patch_embed.weight.detach().flatten(1))  # as a linear layer on flat patches
         nn.init.zeros_(self.patch_embed.bias)
         for weight in (
             self.label_embed.table.weight,
@@ -262,22 +260,20 @@ class DiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin)
         p = self.config.patch_size
         height, width = hidden_states.shape[-2:]
         if height % p or width % p:
-            raise ValueError(
-                f"a latent of {height}x{width} can't be cut into patches of {p}; use multiples of {p}"
-            )
+            raise ValueError(f"a latent of {height}x{width} can't be cut into patches of {p}; use multiples of {p}")
         rows, columns = height // p, width // p
         hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
         hidden_states = hidden_states + self._positions(rows, columns, hidden_states)  # (B, N, D)
         times = self.config.time_scale * timestep.expand(hidden_states.shape[0])  # (B,)
-        condition = self.time_embed(times, hidden_states.dtype) + self.label_embed(class_labels)  # (B, D)
+        temb = self.time_embed(times, hidden_states.dtype) + self.label_embed(class_labels)  # (B, D)
 
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)
             else:
-                hidden_states = block(hidden_states, condition)  # (B, N, D)
+                hidden_states = block(hidden_states, temb)  # (B, N, D)
 
-        shift, scale = self.modulation_out(condition)  # (B, 1, D) each
+        shift, scale = self.modulation_out(temb)  # (B, 1, D) each
         tokens = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale))  # (B, N, p p C')
         sample = unpatchify(tokens, (1, rows, columns), (1, p, p))[:, :, 0]  # (B, C', H, W)
         if self.config.objective == "velocity":

@@ -1,0 +1,326 @@
+"""Class label to picture with DiT (diffusion) or SiT (flow): the call of diffusers' DiTPipeline, and more of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+
+from pipelines.base import OUTPUT_TYPES, TesseraPipeline
+from pipelines.checks import check_choice, check_count, check_number
+from sampling.guidance import classifier_free_guidance
+from sampling.timesteps import set_timesteps
+
+Label = int | str
+
+
+class ClassToImagePipeline(TesseraPipeline):
+    """Paint pictures of a class.
+
+    A transformer with the objective "epsilon" (DiT) takes diffusion schedulers: DDPM with the learned variance
+    ("learned_range"), DDIM, DPM-Solver. One with "velocity" (SiT) takes flow schedulers: diffusers' `FlowMatch...`
+    for the ODE, `sampling.schedulers.flow_match_sde.FlowMatchSDEScheduler` for the SDE.
+
+    Args:
+        transformer: a `dit.models.dit.DiT`.
+        vae: autoencoder, one of `dit.tokenizers` or of diffusers.
+        scheduler: one that fits the transformer's objective.
+        id2label: name of each class, several names separated by commas; then calls take names too.
+
+    Example:
+        >>> pipe = load_pipeline("DiT-XL-2-256")  # a folder written by `tessera convert`
+        >>> pipe([207, 360], guidance_scale=4.0).images[0].save("retriever.png")
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "denoised_latents"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vae: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict[int, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        names = {int(label): name for label, name in (id2label or {}).items()}  # JSON turns the keys into strings
+        self.register_to_config(id2label={str(label): name for label, name in names.items()} or None)
+        self.labels = {part.strip(): label for label, name in names.items() for part in name.split(",")}
+        self.vae_scale_factor = 8 if vae is None else self.visual_tokenizer.spatial_compression_ratio
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Label | Sequence[Label],
+        guidance_scale: float = 4.0,
+        num_inference_steps: int = 50,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        cfg_channels: int | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | Tensor]:
+        """Paint.
+
+        Args:
+            class_labels: one label or a list of P: class numbers, or names if the pipeline knows them.
+            guidance_scale: classifier-free guidance (arXiv 2207.12598); 1 or less turns it off.
+            num_inference_steps: steps.
+            height: pixels; None is the size the model was trained for.
+            width: pixels; None is the size the model was trained for.
+            num_images_per_prompt: pictures per label; B = P times this.
+            generator: seeded generator, or one per picture; picture i does not depend on the batch size.
+            latents: the starting noise itself, (B, C, H / f, W / f).
+            output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent"
+                (normalised latents).
+            return_dict: whether to wrap the result.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; tensors it
+                returns replace ours. It may set `pipe.interrupt = True`.
+            callback_on_step_end_tensor_inputs: the tensors it gets; "denoised_latents" is the current guess of
+                the finished latents, good for `pipe.preview`.
+            cfg_channels: guide only the first so many latent channels; None guides all. The released samplers of
+                DiT and SiT guide 3 of 4.
+            attention_kwargs: passed on to the transformer, e.g. `{"scale": 0.5}` for LoRAs.
+
+        Returns:
+            The pictures; none when the run was interrupted (then `pipe.interrupted` is True).
+
+        Raises:
+            TypeError: an argument has a wrong type.
+            ValueError: an argument is out of range, or the scheduler does not fit the transformer.
+        """
+        self._interrupt = self._interrupted = False
+        self._guidance_scale = guidance_scale
+        config = self.transformer.config
+        height = height or config.sample_size * self.vae_scale_factor
+        width = width or config.sample_size * self.vae_scale_factor
+        self._check_call(height, width, num_inference_steps, num_images_per_prompt, output_type, cfg_channels)
+        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self._check_scheduler()
+
+        device = self._execution_device
+        labels = self.get_label_ids(class_labels).repeat_interleave(num_images_per_prompt).to(device)  # (B,)
+        shape = (config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        noise_generators = _generator_per_picture(generator, len(labels))  # before the start noise advances it
+        latents = self._prepare_latents(shape, len(labels), generator, latents, device)  # (B, C, H, W)
+        timesteps = self._set_timesteps(num_inference_steps, shape, device)
+        extra = _accepted(self.scheduler.step, generator=noise_generators)
+
+        with self.progress_bar(total=len(timesteps)) as progress:
+            for step, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    self._interrupted = True
+                    break
+                prediction = self._predict(latents, timestep, labels, cfg_channels, attention_kwargs)
+                output = self.scheduler.step(prediction, timestep, latents, **extra)
+                tensors = {
+                    "latents": output.prev_sample.float(),
+                    "denoised_latents": self._denoised(output, prediction, latents, timestep),
+                }
+                tensors = self.run_callback(
+                    callback_on_step_end, step, timestep, callback_on_step_end_tensor_inputs, tensors
+                )
+                latents = tensors["latents"]  # (B, C, H, W)
+                progress.update()
+
+        self._interrupted = self._interrupted or self.interrupt
+        images = [] if self._interrupted else self._finish(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def get_label_ids(self, labels: Label | Sequence[Label]) -> Tensor:
+        """Class numbers of labels given as numbers or names.
+
+        Args:
+            labels: one or a list of P.
+
+        Returns:
+            (P,), int64.
+
+        Raises:
+            TypeError: a label is neither an int nor a string.
+            ValueError: no labels, an unknown name, or a number that the model has no row for.
+        """
+        given = [labels] if isinstance(labels, int | str) else list(labels)
+        if not given:
+            raise ValueError("class_labels is an empty list: pass at least one class number or name.")
+        return torch.tensor([self._label_id(label) for label in given])  # (P,)
+
+    def _label_id(self, label: Label) -> int:
+        if isinstance(label, str):
+            if label not in self.labels:
+                known = ", ".join(sorted(self.labels)[:5]) or "none; pass class numbers"
+                raise ValueError(f"Class name {label!r} is not known. Known names ({len(self.labels)}): {known} ...")
+            return self.labels[label]
+        # The row after the last class is 'no class', which may be painted too.
+        last = self.transformer.config.num_classes - (self.transformer.config.class_dropout_prob == 0)
+        check_count("class label", label, 0, last)
+        return int(label)
+
+    def _check_call(
+        self, height: int, width: int, steps: int, per_label: int, output_type: str, cfg_channels: int | None
+    ) -> None:
+        """Raise for arguments out of range."""
+        config = self.transformer.config
+        self.check_size(height, width, self.vae_scale_factor * config.patch_size)
+        check_count("num_inference_steps", steps, 1, 1000)
+        check_count("num_images_per_prompt", per_label, 1, 1024)
+        check_number("guidance_scale", self._guidance_scale, 0.0, 100.0)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        if cfg_channels is not None:
+            check_count("cfg_channels", cfg_channels, 1, config.in_channels)
+        if self.do_classifier_free_guidance and config.class_dropout_prob == 0:
+            raise ValueError(
+                f"guidance_scale={self._guidance_scale:g} needs a model that was trained with dropped labels; "
+                "this one has no row for 'no class'. Use guidance_scale=1."
+            )
+
+    @property
+    def _is_flow(self) -> bool:
+        """Whether the transformer predicts a velocity along a flow (SiT) rather than noise (DiT)."""
+        return self.transformer.config.objective == "velocity"
+
+    def _check_scheduler(self) -> None:
+        """Raise when scheduler and transformer speak of different processes; the result would be noise."""
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        flows = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+        if flows != self._is_flow:
+            wanted = "FlowMatchEulerDiscreteScheduler" if self._is_flow else "DDPMScheduler or DDIMScheduler"
+            raise ValueError(
+                f"{name} does not fit a transformer with the objective {self.transformer.config.objective!r}: "
+                f"use {wanted}."
+            )
+        learned = config.get("variance_type") in ("learned", "learned_range")
+        if learned and name.startswith(("DPMSolver", "SASolver")):
+            raise ValueError(
+                f"{name} with variance_type={config['variance_type']!r} keeps 3 channels of the noise whatever the "
+                f"model has: make it with {name}.from_config(config, variance_type=None)."
+            )
+
+    def _prepare_latents(
+        self,
+        shape: tuple[int, int, int],
+        count: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        device: torch.device,
+    ) -> Tensor:
+        """The starting noise (B, C, H, W), float32, scaled as the scheduler wants it."""
+        if latents is None:
+            latents = self.prepare_noise(shape, count, generator)  # (B, C, H, W)
+        elif latents.shape != (count, *shape):
+            raise ValueError(f"latents have shape {tuple(latents.shape)}: expected {(count, *shape)}.")
+        return latents.to(device, torch.float32) * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    def _set_timesteps(self, steps: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+        """Set the scheduler's timesteps (S,): even flow times for SiT, the scheduler's own spacing for DiT."""
+        if self._is_flow:
+            tokens = shape[1] * shape[2] // self.transformer.config.patch_size**2
+            timesteps = set_timesteps(self.scheduler, steps, num_tokens=tokens, device=device)
+        else:
+            self.scheduler.set_timesteps(steps, device=device)
+            timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        return timesteps
+
+    def _predict(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        labels: Tensor,
+        cfg_channels: int | None,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> Tensor:
+        """What the scheduler wants of the transformer, guided, float32.
+
+        SiT's time runs from noise (0) to data (1) and its velocity points to the data; diffusers' flow schedulers
+        count the other way, hence `1 - sigma` and the minus sign.
+
+        Returns:
+            (B, C, H, W), or (B, 2 C, H, W) for schedulers that take a learned variance.
+        """
+        null = torch.full_like(labels, self.transformer.config.num_classes)
+        guided = self.do_classifier_free_guidance
+        sample = (
+            self.scheduler.scale_model_input(latents, timestep)
+            if hasattr(self.scheduler, "scale_model_input")
+            else latents
+        )
+        prediction = self.transformer(
+            torch.cat([sample, sample] if guided else [sample]).to(self.transformer.dtype),
+            timestep=self._model_time(timestep),
+            class_labels=torch.cat([labels, null]) if guided else labels,
+            attention_kwargs=attention_kwargs,
+        ).sample.float()  # (2 B, C', H, W)
+        channels = self.transformer.config.in_channels
+        if guided:
+            cond, uncond = prediction.chunk(2)  # (B, C', H, W) each
+            n = cfg_channels or channels
+            head = classifier_free_guidance(cond[:, :n], uncond[:, :n], self._guidance_scale)
+            prediction = torch.cat([head, cond[:, n:]], dim=1)  # (B, C', H, W)
+        if self._is_flow:
+            return -prediction
+        # Only DDPM keeps `variance_type` as an attribute, and only it takes the channels of the variance.
+        takes_variance = getattr(self.scheduler, "variance_type", None) in ("learned", "learned_range")
+        return prediction if takes_variance else prediction[:, :channels]
+
+    def _model_time(self, timestep: Tensor) -> Tensor:
+        """The transformer's time, (), of a scheduler's timestep."""
+        if not self._is_flow:
+            return timestep
+        return 1.0 - timestep.float() / self.scheduler.config.num_train_timesteps
+
+    def _denoised(self, output: Any, prediction: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:  # noqa: ANN401
+        """The current guess of the finished latents, (B, C, H, W)."""
+        guess = getattr(output, "pred_original_sample", None)
+        if guess is not None:
+            return guess.float()
+        if self._is_flow:
+            return latents - (1.0 - self._model_time(timestep)) * prediction
+        return output.prev_sample.float()  # solvers that keep their guess to themselves
+
+    def _finish(self, latents: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+        """Latents (B, C, H, W) to pictures of the wanted type."""
+        if output_type == "latent":
+            return latents
+        return self.image_processor.postprocess(self.decode_latents(latents).float(), output_type=output_type)
+
+
+def _generator_per_picture(
+    generator: torch.Generator | list[torch.Generator] | None, count: int
+) -> list[torch.Generator] | None:
+    """One generator a picture for the noise of stochastic steps, so that picture i is the same in any batch.
+
+    Args:
+        generator: what the caller gave; left as it is.
+        count: number of pictures B.
+
+    Returns:
+        The caller's list, or B new generators seeded from a copy of the caller's one; None stays None.
+    """
+    if generator is None or isinstance(generator, list | tuple):
+        return None if generator is None else list(generator)
+    source = generator.clone_state()
+    seeds = torch.randint(2**63 - 1, (count,), generator=source, device=source.device).tolist()
+    return [torch.Generator(source.device).manual_seed(seed) for seed in seeds]
+
+
+def _accepted(function: Callable[..., Any], **arguments: object) -> dict[str, object]:
+    """Those of the arguments that the function takes."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in known}

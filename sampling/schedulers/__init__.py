@@ -1,0 +1,1 @@
+"""Schedulers that diffusers lacks, each a diffusers SchedulerMixin."""
