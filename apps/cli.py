@@ -81,7 +81,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to paint.", show_default=False)],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", dir_okay=False, help="Picture file to write; -1, -2 ... with --num."),
+        typer.Option("--output", "-o", dir_okay=False, help="PNG file to write; -0, -1 ... with --num."),
     ] = Path("tessera.png"),
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
     model: Annotated[str, typer.Option(help="Built-in name, folder or hub id.")] = "stickers",

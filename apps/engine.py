@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
 from dataclasses import dataclass
@@ -106,7 +106,7 @@ class Engine:
         """Return the built-in name, folder or hub id behind a key (for the owner's eyes only)."""
         return self._shelf.source(key)
 
-    def generate(self, request: TextToImageRequest, stop: threading.Event | None = None) -> Iterator[Event]:
+    def generate(self, request: TextToImageRequest, stop: threading.Event | None = None) -> Generator[Event]:
         """Paint a request.
 
         Args:

@@ -11,9 +11,10 @@ import json
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,6 +115,28 @@ class ModelShelf:
         loaded = [key for key, future in self._futures.items() if future.done()]
         for key in loaded[: max(len(self._futures) - self._capacity, 0)]:
             del self._futures[key]
+
+
+def name_models(sources: Iterable[str]) -> dict[str, str]:
+    """Give models the keys by which people choose them.
+
+    Args:
+        sources: built-in names, folders or hub ids.
+
+    Returns:
+        Key -> source. A folder goes by its last name, because a path would tell strangers about the machine; equal
+        names are numbered.
+    """
+    named: dict[str, str] = {}
+    for source in dict.fromkeys(sources):
+        folder = Path(source).expanduser()
+        base = folder.resolve().name if folder.is_dir() else source
+        key, count = base, 1
+        while key in named:
+            count += 1
+            key = f"{base} ({count})"
+        named[key] = str(folder) if folder.is_dir() else source
+    return named
 
 
 def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
