@@ -59,13 +59,11 @@ def studio(
         list[str] | None,
         typer.Option(help="Offer this model too: a built-in name, a folder or a hub id. May be repeated."),
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; the default is reachable from here only.")
-    ] = ("127.0.0.1"),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder that receives the pictures.")] = Path(
-        "outputs"
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is reachable from here only.")] = (
+        "127.0.0.1"
     ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder that receives the pictures.")] = Path("outputs"),
     device: Device = "auto",
     dtype: Precision = "auto",
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
@@ -115,14 +113,10 @@ def generate(
 
 @app.command()
 def train(
-    config: Annotated[
-        Path, typer.Argument(exists=True, dir_okay=False, help="TOML file that describes the run.")
-    ],
+    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML file that describes the run.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one setting, e.g. optimizer.lr=1e-4. May be repeated."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. optimizer.lr=1e-4. May be repeated."),
     ] = None,
     resume: Annotated[
         str | None,

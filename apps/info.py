@@ -46,7 +46,8 @@ def run(json_output: bool = False) -> None:
 
 def collect() -> dict[str, Any]:
     """Gather everything that the report says, as plain JSON values."""
-    notes = [f"{name}: {text}" for name, text in find_shadows().items()]
+    shadows = find_shadows()
+    notes = [f"{name}: {text}" for name, text in shadows.items()]
     extras = installed_extras()
     if not extras:
         notes.append("tessera itself is not installed, only importable from here: run `pip install -e .`")
@@ -61,7 +62,7 @@ def collect() -> dict[str, Any]:
         "devices": [describe_device(device) for device in available_devices()],
         "attention": {name: probe_attention(name) for name in ATTENTION_BACKENDS},
         "extras": {name: missing or "installed" for name, missing in extras.items()},
-        "models": builtin_models(),
+        "models": [] if "pipelines" in shadows else _builtin_models(),
         "warnings": notes,
     }
 
@@ -103,16 +104,15 @@ def bfloat16_gain(device: torch.device, side: int = 512) -> float:
         float32 time divided by bfloat16 time; above 1 means that bfloat16 is worth choosing.
     """
 
-    def best_time(dtype: torch.dtype) -> float:
+    def product_time(dtype: torch.dtype) -> float:
         matrix = torch.ones(side, side, device=device, dtype=dtype)
-        times = []
-        for _ in range(8):  # the first ones warm up; the smallest is the one that nothing disturbed
-            start = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # reading a value waits for the device
-            times.append(time.perf_counter() - start)
-        return min(times)
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # reading a value waits for the device
+        return time.perf_counter() - start
 
-    return best_time(torch.float32) / best_time(torch.bfloat16)
+    # In turns, and the shortest of each: a burst of other load hits both, and the best time escapes it.
+    pairs = [(product_time(torch.float32), product_time(torch.bfloat16)) for _ in range(16)]
+    return min(slow for slow, _ in pairs) / min(fast for _, fast in pairs)
 
 
 def probe_attention(backend: str) -> str:
@@ -155,17 +155,6 @@ def installed_extras() -> dict[str, str]:
             package, extra = match.groups()
             missing.setdefault(extra, []).extend([] if _versions([package]) else [package])
     return {extra: "missing " + ", ".join(names) if names else "" for extra, names in missing.items()}
-
-
-def builtin_models() -> list[str]:
-    """Name the models that ship with the package."""
-    spec = find_spec("pipelines")
-    folders = spec.submodule_search_locations or [] if spec else []
-    return sorted(
-        index.parent.name
-        for folder in folders
-        for index in Path(folder).glob("pretrained/*/model_index.json")
-    )
 
 
 def find_shadows(providers: Mapping[str, Sequence[str]] | None = None, home: Path = HOME) -> dict[str, str]:
@@ -222,6 +211,13 @@ def _print_rows(console: Console, title: str, rows: Mapping[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(f"  {name}", escape(str(value)))
     console.print(f"[bold]{title}[/]", table, sep="\n")
+
+
+def _builtin_models() -> list[str]:
+    """Name the models that ship with the package."""
+    from pipelines import builtin_models
+
+    return builtin_models()
 
 
 def _versions(names: Sequence[str]) -> dict[str, str]:

@@ -6,35 +6,38 @@ can break by its name or by what it does not import; the component then saves an
 
 import importlib
 import inspect
+import pkgutil
 import sys
 
 import diffusers
 import pytest
 from diffusers import ModelMixin, SchedulerMixin
 
-PUBLIC_MODULES = ("dit.models", "dit.tokenizers", "sampling.schedulers")
+from pipelines.base import COMPONENT_MODULES
+
+ROOMS = ("dit.models", "dit.tokenizers", "sampling.schedulers")
 BASES = (ModelMixin, SchedulerMixin)
 
 
 def components() -> list[type]:
-    """Every loadable class that the public modules export."""
-    found = {}
-    for name in PUBLIC_MODULES:
-        try:
-            module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is not None and name.startswith(error.name):
-                continue  # a room that has no content yet
-            raise
-        for value in vars(module).values():
-            ours = inspect.isclass(value) and value.__module__.split(".")[0] in {"dit", "sampling"}
-            if ours and issubclass(value, BASES):
-                found[f"{value.__module__}.{value.__name__}"] = value
-    return [found[key] for key in sorted(found)]
+    """Every loadable class that is defined in a room for components."""
+    rooms = [importlib.import_module(name) for name in ROOMS]
+    names = [found.name for room in rooms for found in pkgutil.walk_packages(room.__path__, f"{room.__name__}.")]
+    modules = [*rooms, *(importlib.import_module(name) for name in sorted(names))]
+    return [
+        value
+        for module in modules
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, BASES) and value.__module__ == module.__name__
+    ]
 
 
 def test_there_are_components() -> None:
-    assert {"TextDiT", "ViTAutoencoder"} <= {component.__name__ for component in components()}
+    assert {"TextDiT", "DiT", "ViTAutoencoder"} <= {component.__name__ for component in components()}
+
+
+def test_the_loader_may_import_every_component() -> None:
+    assert {component.__module__ for component in components()} <= COMPONENT_MODULES
 
 
 @pytest.mark.parametrize("component", components(), ids=lambda component: component.__name__)

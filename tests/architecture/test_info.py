@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from apps import info
+from pipelines import builtin_models
 
 
 def test_report_is_json_and_names_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,6 +19,7 @@ def test_report_is_json_and_names_this_machine(capsys: pytest.CaptureFixture[str
     assert [row["device"] for row in report["devices"]][-1] == "cpu"
     assert all(row["bfloat16_gain"] > 0 for row in report["devices"])
     assert report["attention"]["native"].startswith("works on ")
+    assert report["models"] == builtin_models()
 
 
 def test_shown_report_keeps_every_value() -> None:
@@ -67,8 +69,3 @@ def test_a_backend_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dit.attention.attention", refuse)
     device = info.available_devices()[0]
     assert info.probe_attention("native") == f"fails on {device}: this kernel wants a GPU"
-
-
-def test_builtin_models_are_folders_with_an_index() -> None:
-    home = info.HOME / "pipelines" / "pretrained"
-    assert info.builtin_models() == sorted(path.parent.name for path in home.glob("*/model_index.json"))
