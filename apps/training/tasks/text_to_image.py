@@ -1,0 +1,343 @@
+"""Trains `TextDiT` and its T5 text encoder to paint captions of the sticker world, by flow matching.
+
+Latents of a pool of scenes are encoded ahead; each time a scene is seen it gets a fresh caption. Stages say which
+kinds of scenes are seen when, so that single centred stickers can be learned first.
+"""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import diffusers
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
+
+from apps.stickers.captions import caption
+from apps.training.config import ConfigError, Section, TaskSection, TrainConfig
+from apps.training.export import half_precision
+from apps.training.latent_pool import KINDS, LatentPool, cached_latents, encode_scenes, pool_scenes
+from apps.training.scenes import (
+    VALIDATION_SEED,
+    Scene,
+    SceneMix,
+    SceneSampler,
+    load_sprites,
+    read_vocabulary,
+    save_grid,
+)
+from apps.training.task import TaskContext
+from apps.training.tokenizer import train_tokenizer
+from dit.models.text_dit import TextDiT
+from sampling.objectives import flow_matching_loss, interpolate, logit_normal_grid, logit_normal_sigmas
+
+
+class TextToImageSection(TaskSection):
+    """The `[task]` section.
+
+    Attributes:
+        sigma_mean, sigma_std: Of the logit of the noise levels.
+        sigma_shift: Moves the noise levels towards noise if above 1.
+        caption_dropout: Share of the captions replaced by the empty one, for guidance.
+        scheduler_shift: Shift of the exported scheduler.
+        preview_steps, preview_guidance: How previews are sampled.
+    """
+
+    kind: Literal["text_to_image"]
+    sigma_mean: float = 0.0
+    sigma_std: float = Field(default=1.0, gt=0)
+    sigma_shift: float = Field(default=1.0, gt=0)
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    scheduler_shift: float = Field(default=3.0, gt=0)
+    preview_steps: int = Field(default=20, ge=1)
+    preview_guidance: float = Field(default=4.0, ge=0)
+
+
+class Stage(Section):
+    """One part of the curriculum.
+
+    Attributes:
+        until_step: The optimizer step at which the next stage begins; the last stage goes on for ever.
+        single, pair, count: Relative frequencies of the kinds of scenes.
+        jitter: Largest jitter of the scenes that are seen.
+    """
+
+    until_step: int = Field(ge=1)
+    single: float = Field(default=0.5, ge=0)
+    pair: float = Field(default=0.3, ge=0)
+    count: float = Field(default=0.2, ge=0)
+    jitter: float = Field(default=1.0, ge=0, le=1)
+
+
+class TextToImageData(Section):
+    """The `[data]` section.
+
+    Attributes:
+        vae: Folder of the frozen autoencoder; may be left out with `init_from`, whose one is taken then.
+        init_from: Pipeline folder whose weights and tokenizer the run starts from; `[model]` is then not used.
+        resolution: Side of the pictures in pixels.
+        vocabulary: `starter`, `all`, or a text file with one sticker name a line.
+        pool_size: Scenes encoded ahead.
+        single, pair, count: Relative frequencies of the kinds of scenes in the pool.
+        size_words: Share of the single stickers drawn small or large.
+        synonyms: Probability that a caption calls a sticker by one of its keywords.
+        stages: The curriculum.
+        tokenizer_captions: Captions that the tokenizer is trained on.
+        validation_scenes: Held-out scenes of each kind that the loss is measured on.
+    """
+
+    vae: Path | None = None
+    init_from: Path | None = None
+    resolution: int = Field(default=128, ge=16)
+    vocabulary: str = "starter"
+    pool_size: int = Field(default=60_000, ge=8)
+    single: float = Field(default=0.4, ge=0)
+    pair: float = Field(default=0.4, ge=0)
+    count: float = Field(default=0.2, ge=0)
+    size_words: float = Field(default=0.4, ge=0, le=1)
+    synonyms: float = Field(default=0.15, ge=0, le=1)
+    stages: list[Stage] = Field(default=[Stage(until_step=1)], min_length=1)
+    tokenizer_captions: int = Field(default=20_000, ge=2)
+    validation_scenes: int = Field(default=128, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "TextToImageData":
+        if self.vae is None and self.init_from is None:
+            raise ValueError("data.vae is missing: give the folder of a trained autoencoder, e.g. export/vae of its run")
+        steps = [stage.until_step for stage in self.stages]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"data.stages end at steps {steps}: put them in ascending order")
+        return self
+
+
+class TextModel(Section):
+    """The `[model.text]` section: a T5 encoder and its tokenizer."""
+
+    vocab_size: int = Field(default=2048, ge=300)
+    max_length: int = Field(default=64, ge=8)
+    d_model: int = 192
+    d_kv: int = 64
+    d_ff: int = 512
+    num_layers: int = 3
+    num_heads: int = 3
+
+
+class TextToImageModel(Section):
+    """The `[model]` section; see `TextDiT`. Channels and sizes follow from the autoencoder and the text encoder."""
+
+    patch_size: int = 2
+    num_layers: int = 6
+    num_attention_heads: int = 4
+    attention_head_dim: int = 64
+    ff_ratio: float = 8 / 3
+    text: TextModel = TextModel()
+
+
+class TextToImageConfig(TrainConfig):
+    """A whole configuration of this task."""
+
+    task: TextToImageSection
+    data: TextToImageData
+    model: TextToImageModel = TextToImageModel()
+
+
+class TextToImageTask:
+    """Learns to paint captions. See `apps.training.task.Task`."""
+
+    config_class: ClassVar[type[TrainConfig]] = TextToImageConfig
+
+    def __init__(self, config: TextToImageConfig, context: TaskContext) -> None:
+        self.config, self.context = config, context
+        data = config.data
+        self.sheet = load_sprites()
+        self.vocabulary = read_vocabulary(data.vocabulary)
+        self.mix = SceneMix(single=data.single, pair=data.pair, count=data.count, size_words=data.size_words)
+        self.vae = load_autoencoder(data.vae or data.init_from / "vae").to(context.device)
+        scenes, levels = pool_scenes(
+            self.sheet,
+            self.vocabulary,
+            self.mix,
+            sorted({stage.jitter for stage in data.stages}),
+            data.pool_size,
+            config.run.seed,
+        )
+        with context.main_process_first():  # the first process writes the files that the others read
+            self.tokenizer = self._load_or_train_tokenizer(config.run.folder / "tokenizer")
+            latents = cached_latents(
+                scenes, self.sheet, self.vae, data.resolution, context.device, config.run.output
+            )
+        self.pool = LatentPool(scenes, levels, latents)
+        self.transformer, self.text_encoder = self._networks()
+        self._validation = [self._validation_batch(number) for number in range(len(KINDS))]
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The transformer and its text encoder."""
+        return {"transformer": self.transformer, "text_encoder": self.text_encoder}
+
+    def batch(self, index: int) -> dict[str, Any]:
+        """Latents of scenes of the present stage with fresh captions, noise and noise levels."""
+        run, task, data = self.config.run, self.config.task, self.config.data
+        step = index // run.gradient_accumulation_steps
+        stage = next((stage for stage in data.stages if step < stage.until_step), data.stages[-1])
+        rng = np.random.default_rng((run.seed, index, self.context.rank))
+        rows = self.pool.draw(rng, run.batch_size, (stage.single, stage.pair, stage.count), stage.jitter)  # (B,)
+        dropped = rng.random(run.batch_size) < task.caption_dropout  # (B,)
+        captions = [
+            "" if drop else self._caption(self.pool.scenes[row], rng) for row, drop in zip(rows, dropped, strict=True)
+        ]
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        latents = self.pool.latents[torch.from_numpy(rows)].float()  # (B, C, h, w)
+        return {
+            "latents": latents,
+            "noise": torch.randn(latents.shape, generator=generator),  # (B, C, h, w)
+            "sigmas": logit_normal_sigmas(
+                len(latents), task.sigma_mean, task.sigma_std, task.sigma_shift, generator
+            ),  # (B,)
+            **self._tokenize(captions),
+        }
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error of the velocity."""
+        return self._losses(batch).mean(), {}
+
+    def validate(self) -> dict[str, float]:
+        """The loss of held-out scenes, by kind, on fixed noise and evenly spread noise levels."""
+        values = {}
+        for kind, batch in zip(KINDS, self._validation, strict=True):
+            moved = {name: tensor.to(self.context.device) for name, tensor in batch.items()}
+            values[f"loss_{kind}"] = float(self._losses(moved).mean())
+        return {"loss": sum(values.values()) / len(values), **values}
+
+    def preview(self, path: Path) -> None:
+        """Paints held-out scenes: two rows of singles, one of pairs, one of counts; prompts in `prompts.txt`."""
+        pipe = self._pipeline(self.transformer, self.text_encoder, self.vae)
+        pipe.set_progress_bar_config(disable=True)
+        counts = zip(KINDS, (16, 8, 8), strict=True)
+        prompts = [text for kind, count in counts for text in self._validation_captions(kind, count)]
+        (path.parent / "prompts.txt").write_text("".join(text + "\n" for text in prompts))
+        pictures = pipe(
+            prompts,
+            num_inference_steps=self.config.task.preview_steps,
+            guidance_scale=self.config.task.preview_guidance,
+            height=self.config.data.resolution,
+            width=self.config.data.resolution,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
+            output_type="pt",
+        ).images  # (B, 3, H, W) in [0, 1]
+        save_grid(pictures.float() * 2 - 1, path, 8)
+
+    def export(self, folder: Path) -> None:
+        """Writes a complete pipeline folder, and the stickers it has learned as `vocabulary.txt`."""
+        networks = [half_precision(network) for network in (self.transformer, self.text_encoder, self.vae)]
+        self._pipeline(*networks).save_pretrained(str(folder), safe_serialization=True)
+        (folder / "vocabulary.txt").write_text("".join(name + "\n" for name in self.vocabulary))
+
+    def _losses(self, batch: dict[str, Any]) -> Tensor:
+        """Loss of each sample, (B,)."""
+        states = self.text_encoder(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).last_hidden_state  # (B, L, Dt)
+        predicted = self.transformer(
+            interpolate(batch["latents"], batch["noise"], batch["sigmas"]),
+            encoder_hidden_states=states,
+            timestep=1000 * batch["sigmas"],
+            encoder_attention_mask=batch["attention_mask"].bool(),
+        ).sample  # (B, C, h, w)
+        return flow_matching_loss(predicted, batch["latents"], batch["noise"])
+
+    def _caption(self, scene: Scene, rng: np.random.Generator) -> str:
+        return caption(scene, self.sheet, rng, synonyms=self.config.data.synonyms, vocabulary=self.vocabulary)
+
+    def _tokenize(self, captions: list[str]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, both (B, L)."""
+        tokens = self.tokenizer(captions, padding=True, pad_to_multiple_of=4, truncation=True, return_tensors="pt")
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def _held_out_scenes(self, kind: str, count: int) -> list[Scene]:
+        mix = SceneMix(**{name: float(name == kind) for name in KINDS}, size_words=self.mix.size_words)
+        sampler = SceneSampler(self.sheet, self.vocabulary, split="heldout_combination", mix=mix)
+        return [sampler.scene(VALIDATION_SEED, index) for index in range(count)]
+
+    def _validation_captions(self, kind: str, count: int) -> list[str]:
+        rng = np.random.default_rng(VALIDATION_SEED)
+        return [self._caption(scene, rng) for scene in self._held_out_scenes(kind, count)]
+
+    def _validation_batch(self, number: int) -> dict[str, Tensor]:
+        """The fixed batch of kind `number`."""
+        data, task = self.config.data, self.config.task
+        scenes = self._held_out_scenes(KINDS[number], data.validation_scenes)
+        latents = encode_scenes(scenes, self.sheet, self.vae, data.resolution, self.context.device).float()
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(number))  # (B, C, h, w)
+        sigmas = logit_normal_grid(len(latents), task.sigma_mean, task.sigma_std, task.sigma_shift)  # (B,)
+        captions = self._validation_captions(KINDS[number], data.validation_scenes)
+        return {"latents": latents, "noise": noise, "sigmas": sigmas, **self._tokenize(captions)}
+
+    def _networks(self) -> tuple[TextDiT, T5EncoderModel]:
+        """New networks, or those of `init_from`, in float32."""
+        model, start = self.config.model, self.config.data.init_from
+        if start is not None:
+            transformer = TextDiT.from_pretrained(start / "transformer", torch_dtype=torch.float32)
+            text_encoder = T5EncoderModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
+            return transformer, text_encoder
+        channels, side = self.pool.latents.shape[1], self.pool.latents.shape[-1]
+        size = model.model_dump(exclude={"text"})
+        transformer = TextDiT(in_channels=channels, sample_size=side, text_dim=model.text.d_model, **size)
+        config = T5Config(
+            vocab_size=len(self.tokenizer),
+            **model.text.model_dump(exclude={"vocab_size", "max_length"}),
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            is_encoder_decoder=False,
+            use_cache=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+        return transformer, T5EncoderModel(config)
+
+    def _load_or_train_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
+        """The tokenizer of `init_from` or of this run so far, else a new one.
+
+        Half of its captions name any sticker, so that a vocabulary can grow later without a new tokenizer.
+        """
+        if self.config.data.init_from is not None:
+            return AutoTokenizer.from_pretrained(self.config.data.init_from / "tokenizer")
+        if not folder.is_dir():
+            count, text = self.config.data.tokenizer_captions, self.config.model.text
+            rng = np.random.default_rng((self.config.run.seed, VALIDATION_SEED))
+            known = SceneSampler(self.sheet, self.vocabulary, mix=self.mix)
+            every = SceneSampler(self.sheet, mix=self.mix)
+            scenes = ((known, every)[index % 2].scene(VALIDATION_SEED + 2, index) for index in range(count))
+            captions = [caption(scene, self.sheet, rng, synonyms=0.3) for scene in scenes]
+            train_tokenizer(captions, text.vocab_size, text.max_length).save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
+
+    def _pipeline(self, transformer: nn.Module, text_encoder: nn.Module, vae: nn.Module) -> Any:
+        from pipelines.text_to_image import TextToImagePipeline
+
+        return TextToImagePipeline(
+            transformer=transformer,
+            text_encoder=text_encoder,
+            tokenizer=self.tokenizer,
+            vae=vae,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=self.config.task.scheduler_shift),
+        )
+
+
+def load_autoencoder(folder: Path) -> nn.Module:
+    """Loads a frozen autoencoder in float32: ours, or any of diffusers.
+
+    Raises:
+        ConfigError: If the folder holds none.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"data.vae = {str(folder)!r} has no config.json; give the folder that a run exported as vae")
+    name = json.loads(path.read_text())["_class_name"]
+    for module in ("dit.tokenizers", "diffusers"):
+        found = getattr(importlib.import_module(module), name, None)
+        if found is not None:
+            return found.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
+    raise ConfigError(f"data.vae = {str(folder)!r} is a {name}, which neither dit.tokenizers nor diffusers has")

@@ -1,0 +1,108 @@
+"""What training minimises. Pure functions on tensors; random numbers come from a generator that the caller seeds.
+
+Flow matching with straight paths (rectified flow, arXiv 2209.03003; flow matching, arXiv 2210.02747): sigma 0 is
+data, sigma 1 is noise, and networks predict the velocity `noise - data`, as diffusers' FlowMatchEulerDiscreteScheduler
+expects.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Move noise levels towards noise, as larger pictures need (arXiv 2403.03206, eq. 23).
+
+    Args:
+        sigmas: noise levels in [0, 1], any shape.
+        shift: 1 leaves them alone; above 1 moves them up.
+
+    Returns:
+        Shifted levels in [0, 1], the same shape.
+
+    Raises:
+        ValueError: `shift` is not positive.
+    """
+    if shift <= 0:
+        raise ValueError(f"shift {shift} must be above 0; 1 leaves the noise levels alone.")
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def logit_normal_sigmas(
+    batch_size: int, mean: float = 0.0, std: float = 1.0, shift: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw noise levels whose logit is normal: most in the middle, where learning is hardest (arXiv 2403.03206).
+
+    Args:
+        batch_size: how many, B.
+        mean: of the logit; above 0 means more noise.
+        std: of the logit.
+        shift: see `shift_sigmas`.
+        generator: source of the random numbers; on the CPU.
+
+    Returns:
+        (B,) float32 in (0, 1).
+    """
+    normal = torch.randn(batch_size, generator=generator)  # (B,)
+    return shift_sigmas(torch.sigmoid(mean + std * normal), shift)
+
+
+def logit_normal_grid(batch_size: int, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> Tensor:
+    """The evenly spaced quantiles of `logit_normal_sigmas`: the fixed noise levels of a validation.
+
+    Returns:
+        (B,) float32 in (0, 1), ascending.
+    """
+    quantiles = (torch.arange(batch_size) + 0.5) / batch_size  # (B,)
+    normal = torch.special.ndtri(quantiles)  # (B,)
+    return shift_sigmas(torch.sigmoid(mean + std * normal), shift)
+
+
+def interpolate(data: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """Put samples on the straight line between data and noise.
+
+    Args:
+        data: (B, ...).
+        noise: standard normal, the same shape.
+        sigmas: (B,) in [0, 1].
+
+    Returns:
+        `(1 - sigma) * data + sigma * noise`, the shape of `data`.
+    """
+    sigmas = sigmas.reshape(-1, *[1] * (data.ndim - 1)).to(data.dtype)  # (B, 1, ...)
+    return (1 - sigmas) * data + sigmas * noise  # (B, ...)
+
+
+def velocity(data: Tensor, noise: Tensor) -> Tensor:
+    """The derivative of `interpolate` by sigma: what the network predicts."""
+    return noise - data
+
+
+def data_from_velocity(sample: Tensor, predicted: Tensor, sigmas: Tensor) -> Tensor:
+    """The clean data that a predicted velocity implies.
+
+    Args:
+        sample: noisy, (B, ...).
+        predicted: velocity, the same shape.
+        sigmas: (B,) in [0, 1].
+
+    Returns:
+        `sample - sigma * predicted`, the same shape.
+    """
+    return sample - sigmas.reshape(-1, *[1] * (sample.ndim - 1)).to(sample.dtype) * predicted
+
+
+def flow_matching_loss(predicted: Tensor, data: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error of the velocity, for each sample and in float32.
+
+    Args:
+        predicted: velocity, (B, ...), any float dtype.
+        data: (B, ...).
+        noise: (B, ...).
+
+    Returns:
+        (B,) float32.
+    """
+    error = predicted.float() - velocity(data.float(), noise.float())  # (B, ...)
+    return error.square().flatten(1).mean(dim=1)  # (B,)
