@@ -161,14 +161,36 @@ def evaluate(
 
 @app.command()
 def convert(
-    family: Annotated[str, typer.Option(help="Model family of the checkpoint, e.g. dit.")],
-    checkpoint: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Published checkpoint file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="Folder to write.")],
+    family: Annotated[Literal["dit", "sit"], typer.Option(help="Model family of the checkpoint.")],
+    checkpoint: Annotated[
+        Path, typer.Option(exists=True, help="Published file, a diffusers DiT folder, or a folder of ours.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder (or official file) to write.")],
+    vae: Annotated[str | None, typer.Option(help="Folder or hub id of an AutoencoderKL to include.")] = None,
+    dtype: Annotated[DType, typer.Option(help="Number format; auto keeps the checkpoint's.")] = "auto",
+    weights: Annotated[
+        Literal["ema", "model"], typer.Option(help="Which weights of a trainer's checkpoint.")
+    ] = "ema",
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads, for a size that was never published.")
+    ] = None,
+    to_official: Annotated[
+        bool, typer.Option("--to-official", help="The other way: a folder of ours to the official layout.")
+    ] = False,
 ) -> None:
-    """Turn a published checkpoint into a folder that loads here."""
+    """Turn a published checkpoint into a folder that loads here, or back."""
     from apps.convert import run
 
-    run(family=family, checkpoint=checkpoint, output=output)
+    run(
+        family=family,
+        checkpoint=checkpoint,
+        output=output,
+        vae=vae,
+        dtype=dtype,
+        weights=weights,
+        heads=heads,
+        to_official=to_official,
+    )
 
 
 @app.command()

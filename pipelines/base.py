@@ -28,6 +28,7 @@ COMPONENT_MODULES = frozenset(
         "dit.models.dit",
         "dit.models.text_dit",
         "dit.tokenizers.vit_autoencoder",
+        "sampling.schedulers.flow_match_sde",
     }
 )
 """Modules of ours that a `model_index.json` may name; no other is ever imported for a checkpoint."""
@@ -63,7 +64,7 @@ class TesseraPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: folder with a `model_index.json`, or Hub id `user/repository`.
-            **kwargs: as in `diffusers.DiffusionPipeline.from_pretrained` (`torch_dtype`, `revision`, ...).
+            **kwargs: as in `diffusers.DiffusionPipeline.from_pretrained` (`dtype`, `revision`, ...).
 
         Returns:
             The pipeline, on the CPU.
@@ -223,10 +224,10 @@ class TesseraPipeline(DiffusionPipeline):
             latents: normalised latents, (B, C, H, W).
 
         Returns:
-            Pictures, (B, 3, H * f, W * f), about [-1, 1].
+            Pictures, (B, 3, H * f, W * f), about [-1, 1], float32.
         """
         tokenizer = self.visual_tokenizer
-        return tokenizer.decode(tokenizer.denormalize_latents(latents).to(self.vae.dtype)).sample
+        return tokenizer.decode(tokenizer.denormalize_latents(latents).to(self.vae.dtype)).sample.float()
 
     # ---------------------------------------------------------------- callbacks
 

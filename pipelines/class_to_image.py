@@ -41,6 +41,8 @@ class ClassToImagePipeline(TesseraPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "denoised_latents"]
+    _attention_kwargs: dict[str, Any] | None = None
+    _cfg_channels: int | None = None
 
     def __init__(
         self,
@@ -105,41 +107,34 @@ class ClassToImagePipeline(TesseraPipeline):
             ValueError: an argument is out of range, or the scheduler does not fit the transformer.
         """
         self._interrupt = self._interrupted = False
-        self._guidance_scale = guidance_scale
-        config = self.transformer.config
-        height = height or config.sample_size * self.vae_scale_factor
-        width = width or config.sample_size * self.vae_scale_factor
-        self._check_call(height, width, num_inference_steps, num_images_per_prompt, output_type, cfg_channels)
-        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+        self._cfg_channels = cfg_channels
+        height, width = self._resolve_size(height, width, latents)
+        self._check_call(num_inference_steps, num_images_per_prompt, output_type)
         self._check_scheduler()
+        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
 
         device = self._execution_device
         labels = self.get_label_ids(class_labels).repeat_interleave(num_images_per_prompt).to(device)  # (B,)
-        shape = (config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
-        noise_generators = _generator_per_picture(generator, len(labels))  # before the start noise advances it
-        latents = self._prepare_latents(shape, len(labels), generator, latents, device)  # (B, C, H, W)
-        timesteps = self._set_timesteps(num_inference_steps, shape, device)
-        extra = _accepted(self.scheduler.step, generator=noise_generators)
+        shape = (self.transformer.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        step_generators = _generator_per_picture(generator, len(labels))  # before the start noise advances it
+        latents = self._prepare_latents(shape, len(labels), generator, latents, device)  # (B, C, h, w)
+        timesteps = self._set_timesteps(num_inference_steps, shape, device)  # (S,)
 
-        with self.progress_bar(total=len(timesteps)) as progress:
-            for step, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    self._interrupted = True
-                    break
-                prediction = self._predict(latents, timestep, labels, cfg_channels, attention_kwargs)
-                output = self.scheduler.step(prediction, timestep, latents, **extra)
-                tensors = {
-                    "latents": output.prev_sample.float(),
-                    "denoised_latents": self._denoised(output, prediction, latents, timestep),
-                }
-                tensors = self.run_callback(
-                    callback_on_step_end, step, timestep, callback_on_step_end_tensor_inputs, tensors
-                )
-                latents = tensors["latents"]  # (B, C, H, W)
-                progress.update()
-
-        self._interrupted = self._interrupted or self.interrupt
-        images = [] if self._interrupted else self._finish(latents, output_type)
+        latents = self._denoise(
+            latents,
+            labels,
+            timesteps,
+            step_generators,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )  # (B, C, h, w)
+        if self._interrupted:
+            images = []
+        elif output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(self.decode_latents(latents).float(), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -172,18 +167,24 @@ class ClassToImagePipeline(TesseraPipeline):
         check_count("class label", label, 0, last)
         return int(label)
 
-    def _check_call(
-        self, height: int, width: int, steps: int, per_label: int, output_type: str, cfg_channels: int | None
-    ) -> None:
+    # ------------------------------------------------------------------- checks
+
+    def _resolve_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
+        """Height and width in pixels: as asked, else of the given latents, else of the model's training."""
+        sides = [self.transformer.config.sample_size] * 2 if latents is None else latents.shape[-2:]
+        height, width = height or sides[0] * self.vae_scale_factor, width or sides[1] * self.vae_scale_factor
+        self.check_size(height, width, self.vae_scale_factor * self.transformer.config.patch_size)
+        return height, width
+
+    def _check_call(self, steps: int, per_label: int, output_type: str) -> None:
         """Raise for arguments out of range."""
         config = self.transformer.config
-        self.check_size(height, width, self.vae_scale_factor * config.patch_size)
         check_count("num_inference_steps", steps, 1, 1000)
         check_count("num_images_per_prompt", per_label, 1, 1024)
         check_number("guidance_scale", self._guidance_scale, 0.0, 100.0)
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        if cfg_channels is not None:
-            check_count("cfg_channels", cfg_channels, 1, config.in_channels)
+        if self._cfg_channels is not None:
+            check_count("cfg_channels", self._cfg_channels, 1, config.in_channels)
         if self.do_classifier_free_guidance and config.class_dropout_prob == 0:
             raise ValueError(
                 f"guidance_scale={self._guidance_scale:g} needs a model that was trained with dropped labels; "
@@ -212,6 +213,8 @@ class ClassToImagePipeline(TesseraPipeline):
                 f"model has: make it with {name}.from_config(config, variance_type=None)."
             )
 
+    # --------------------------------------------------------------------- loop
+
     def _prepare_latents(
         self,
         shape: tuple[int, int, int],
@@ -220,11 +223,15 @@ class ClassToImagePipeline(TesseraPipeline):
         latents: Tensor | None,
         device: torch.device,
     ) -> Tensor:
-        """The starting noise (B, C, H, W), float32, scaled as the scheduler wants it."""
+        """The starting noise (B, C, h, w), float32, scaled as the scheduler wants it."""
         if latents is None:
-            latents = self.prepare_noise(shape, count, generator)  # (B, C, H, W)
-        elif latents.shape != (count, *shape):
-            raise ValueError(f"latents have shape {tuple(latents.shape)}: expected {(count, *shape)}.")
+            latents = self.prepare_noise(shape, count, generator)  # (B, C, h, w)
+        elif latents.shape != (count, *shape) or not torch.isfinite(latents).all():
+            f = self.vae_scale_factor
+            raise ValueError(
+                f"latents must be finite and of shape {(count, *shape)} (pictures, channels, height / {f}, "
+                f"width / {f}), got {tuple(latents.shape)}."
+            )
         return latents.to(device, torch.float32) * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
     def _set_timesteps(self, steps: int, shape: tuple[int, int, int], device: torch.device) -> Tensor:
@@ -238,46 +245,76 @@ class ClassToImagePipeline(TesseraPipeline):
         self._num_timesteps = len(timesteps)
         return timesteps
 
-    def _predict(
+    def _denoise(
         self,
         latents: Tensor,
-        timestep: Tensor,
         labels: Tensor,
-        cfg_channels: int | None,
-        attention_kwargs: dict[str, Any] | None,
+        timesteps: Tensor,
+        generators: list[torch.Generator] | None,
+        callback: Callable[..., dict[str, Tensor] | None] | None,
+        callback_inputs: Sequence[str],
     ) -> Tensor:
+        """Walk the latents (B, C, h, w) through the timesteps (S,); arithmetic outside the transformer is float32."""
+        extra = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            extra["generator"] = generators
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for step, timestep in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                prediction = self._predict(latents, labels, timestep)  # (B, C, h, w), or 2 C with a variance
+                output = self.scheduler.step(prediction, timestep, latents, **extra)
+                tensors = {
+                    "latents": output.prev_sample.float(),  # (B, C, h, w)
+                    "denoised_latents": self._denoised(output, prediction, latents, timestep),
+                }
+                latents = self.run_callback(callback, step, timestep, callback_inputs, tensors)["latents"]
+                bar.update()
+        self._interrupted = self._interrupt
+        return latents
+
+    def _predict(self, latents: Tensor, labels: Tensor, timestep: Tensor) -> Tensor:
         """What the scheduler wants of the transformer, guided, float32.
 
         SiT's time runs from noise (0) to data (1) and its velocity points to the data; diffusers' flow schedulers
         count the other way, hence `1 - sigma` and the minus sign.
 
+        Args:
+            latents: (B, C, h, w).
+            labels: (B,).
+            timestep: the scheduler's, ().
+
         Returns:
-            (B, C, H, W), or (B, 2 C, H, W) for schedulers that take a learned variance.
+            (B, C, h, w), or (B, 2 C, h, w) for schedulers that take a learned variance.
         """
-        null = torch.full_like(labels, self.transformer.config.num_classes)
+        sample = latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            sample = self.scheduler.scale_model_input(latents, timestep)  # (B, C, h, w)
         guided = self.do_classifier_free_guidance
-        sample = (
-            self.scheduler.scale_model_input(latents, timestep)
-            if hasattr(self.scheduler, "scale_model_input")
-            else latents
-        )
-        prediction = self.transformer(
-            torch.cat([sample, sample] if guided else [sample]).to(self.transformer.dtype),
-            timestep=self._model_time(timestep),
-            class_labels=torch.cat([labels, null]) if guided else labels,
-            attention_kwargs=attention_kwargs,
-        ).sample.float()  # (2 B, C', H, W)
-        channels = self.transformer.config.in_channels
         if guided:
-            cond, uncond = prediction.chunk(2)  # (B, C', H, W) each
-            n = cfg_channels or channels
-            head = classifier_free_guidance(cond[:, :n], uncond[:, :n], self._guidance_scale)
-            prediction = torch.cat([head, cond[:, n:]], dim=1)  # (B, C', H, W)
+            no_class = torch.full_like(labels, self.transformer.config.num_classes)
+            sample, labels = torch.cat([sample, sample]), torch.cat([no_class, labels])  # (2B, ...)
+        with self.transformer.cache_context("guided" if guided else "cond"):
+            prediction = self.transformer(
+                sample.to(self.transformer.dtype),
+                timestep=self._model_time(timestep),
+                class_labels=labels,
+                attention_kwargs=self._attention_kwargs,
+                return_dict=False,
+            )[0].float()
+        if guided:
+            prediction = self._guide(*prediction.chunk(2))
         if self._is_flow:
             return -prediction
         # Only DDPM keeps `variance_type` as an attribute, and only it takes the channels of the variance.
         takes_variance = getattr(self.scheduler, "variance_type", None) in ("learned", "learned_range")
-        return prediction if takes_variance else prediction[:, :channels]
+        return prediction if takes_variance else prediction[:, : latents.shape[1]]
+
+    def _guide(self, uncond: Tensor, cond: Tensor) -> Tensor:
+        """Guide the first channels; the others, the variance among them, are those of `cond`; (B, C', h, w)."""
+        n = self._cfg_channels or self.transformer.config.in_channels
+        head = classifier_free_guidance(cond[:, :n], uncond[:, :n], self._guidance_scale)  # (B, n, h, w)
+        return torch.cat([head, cond[:, n:]], dim=1)  # (B, C', h, w)
 
     def _model_time(self, timestep: Tensor) -> Tensor:
         """The transformer's time, (), of a scheduler's timestep."""
@@ -286,19 +323,13 @@ class ClassToImagePipeline(TesseraPipeline):
         return 1.0 - timestep.float() / self.scheduler.config.num_train_timesteps
 
     def _denoised(self, output: Any, prediction: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:  # noqa: ANN401
-        """The current guess of the finished latents, (B, C, H, W)."""
+        """The current guess of the finished latents, (B, C, h, w)."""
         guess = getattr(output, "pred_original_sample", None)
         if guess is not None:
             return guess.float()
         if self._is_flow:
             return latents - (1.0 - self._model_time(timestep)) * prediction
         return output.prev_sample.float()  # solvers that keep their guess to themselves
-
-    def _finish(self, latents: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
-        """Latents (B, C, H, W) to pictures of the wanted type."""
-        if output_type == "latent":
-            return latents
-        return self.image_processor.postprocess(self.decode_latents(latents).float(), output_type=output_type)
 
 
 def _generator_per_picture(
@@ -318,9 +349,3 @@ def _generator_per_picture(
     source = generator.clone_state()
     seeds = torch.randint(2**63 - 1, (count,), generator=source, device=source.device).tolist()
     return [torch.Generator(source.device).manual_seed(seed) for seed in seeds]
-
-
-def _accepted(function: Callable[..., Any], **arguments: object) -> dict[str, object]:
-    """Those of the arguments that the function takes."""
-    known = inspect.signature(function).parameters
-    return {name: value for name, value in arguments.items() if name in known}
