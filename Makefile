@@ -37,7 +37,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 type: $(VENV)/installed-dev
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
