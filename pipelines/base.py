@@ -81,7 +81,7 @@ class TesseraPipeline(DiffusionPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:  # noqa: ANN401  (diffusers' own mix)
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """Read `model_index.json`, translate moved module paths and import the component modules it names.
 
         Args:

@@ -6,12 +6,13 @@ import difflib
 import importlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
-from pipelines.base import TesseraPipeline
+from pipelines.base import TesseraPipeline, component_entries
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -52,7 +53,7 @@ def load_pipeline(
     Args:
         name_or_folder_or_hub_id: a built-in model (see `builtin_models`), a folder with a `model_index.json`, or a
             Hub id `user/repository`. A built-in name wins over a folder; write `./name` for the folder.
-        device: where it runs; None is CUDA, MPS or the CPU, in this order. "meta" and offloading are up to you.
+        device: where it runs; None is CUDA, MPS or the CPU, in this order.
         dtype: of the weights, e.g. "bfloat16"; None is bfloat16 on CUDA and float32 elsewhere.
         revision: branch, tag or commit of a Hub repository; pin a commit for reproducible results.
         **kwargs: passed on to `from_pretrained` (components to replace, `variant`, `local_files_only`, ...).
@@ -63,7 +64,7 @@ def load_pipeline(
     Raises:
         FileNotFoundError: no such built-in model or folder, or files are missing in it.
         TypeError: the dtype is no torch dtype.
-        ValueError: a checkpoint that only loads by running foreign code.
+        ValueError: a checkpoint that would run code on loading.
 
     Example:
         >>> pipe = load_pipeline("stickers", device="cpu")
@@ -71,14 +72,17 @@ def load_pipeline(
     """
     source = _find(name_or_folder_or_hub_id)
     place = default_device() if device is None else torch.device(device)
-    kwargs["torch_dtype"] = default_dtype(place) if dtype is None else as_dtype(dtype)
+    kwargs["dtype"] = default_dtype(place) if dtype is None else as_dtype(dtype)
     if revision is not None:
         kwargs["revision"] = revision
     if isinstance(source, Path):
-        pipeline_class = _class_of(_read_index(source))
+        pipeline_class = _class_of(_read_index(source, replaced=kwargs.keys()))
     else:
         pipeline_class = _class_of(_fetch_index(source, kwargs))
-    kwargs.setdefault("use_safetensors", True)
+    if not kwargs.setdefault("use_safetensors", True):
+        raise ValueError(
+            "use_safetensors=False: weights are loaded from safetensors files only (a pickle can run code)."
+        )
     return pipeline_class.from_pretrained(str(source), **kwargs).to(place)
 
 
@@ -122,15 +126,22 @@ def _choices() -> str:
     return f"a Hub id 'user/repository', or a built-in name: {', '.join(builtin_models()) or 'none is installed'}."
 
 
-def _read_index(folder: Path) -> dict:
-    """Read a folder's model index and check that the folders of its components are there."""
+def _read_index(folder: Path, replaced: Collection[str]) -> dict:
+    """Read a folder's model index and check that its components are there, but for those replaced by the user."""
     path = folder / TesseraPipeline.config_name
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no {path.name}, so it is not a saved pipeline. "
             "Save one with `pipe.save_pretrained(folder)`, or pass the folder above."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    index = json.loads(path.read_text(encoding="utf-8"))
+    for name in component_entries(index):
+        if name not in replaced and not (folder / name).is_dir():
+            raise FileNotFoundError(
+                f"{folder} lacks the component {name!r}, which its {path.name} names: the copy is incomplete. "
+                f"Fetch it again, or pass {name}=... yourself."
+            )
+    return index
 
 
 def _fetch_index(hub_id: str, kwargs: dict) -> dict:

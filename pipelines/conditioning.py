@@ -102,6 +102,12 @@ class PromptEncoderMixin:
         elif not isinstance(embeds, Tensor) or embeds.ndim != 3:
             shown = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
             raise ValueError(f"{name}_embeds must be a tensor (prompts, tokens, width), got {shown}.")
+        wanted = None if self.transformer is None else self.transformer.config.get("text_dim")
+        if wanted is not None and embeds.shape[-1] != wanted:
+            raise ValueError(
+                f"{name}_embeds has width {embeds.shape[-1]}, the transformer reads width {wanted}: "
+                "were they made by another text encoder?"
+            )
         if mask is None:
             mask = torch.ones(embeds.shape[:2])
         if mask.shape != embeds.shape[:2]:

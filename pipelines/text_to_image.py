@@ -234,7 +234,8 @@ class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMix
             default = [
                 cells * self.vae_scale_factor for cells in (side if isinstance(side, list | tuple) else [side] * 2)
             ]
-        height, width = height or default[0], width or default[1]
+        height = default[0] if height is None else height
+        width = default[1] if width is None else width
         self.check_size(height, width, self.pixels_per_token)
         return height, width
 
@@ -286,6 +287,7 @@ class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMix
         sigma = timesteps[0] / self.scheduler.config.num_train_timesteps
         return torch.lerp(start, noise, sigma)  # (1 - sigma) * data + sigma * noise
 
+    @torch.no_grad()
     def encode_image(self, image: ImageInput, height: int, width: int) -> Tensor:
         """Encode pictures to normalised latents; transparent parts become white.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
@@ -77,7 +78,7 @@ def set_timesteps(
         )
     extra: dict[str, object] = {}
     if "sigmas" in accepted:
-        extra["sigmas"] = list(sigmas) if sigmas is not None else uniform_sigmas(num_steps)
+        extra["sigmas"] = np.asarray(uniform_sigmas(num_steps) if sigmas is None else sigmas)
     if "mu" in accepted and scheduler.config.get("use_dynamic_shifting"):
         extra["mu"] = dynamic_shift(num_tokens, scheduler)
     steps = num_steps if sigmas is None else len(sigmas)
