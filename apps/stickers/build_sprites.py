@@ -22,6 +22,8 @@ FONT_SIZE = 109  # the only size of the font's bitmaps
 GLYPH_WIDTH = 136  # width of one bitmap; anything wider is a sequence that the font draws as several pictures
 ALIKE = 0.048  # root mean square difference (0 to 1, at 32x32) under which two pictures count as the same
 LEFT_OUT = ("button", "skin tone")  # lettered squares and colour swatches, which nobody would name in a prompt
+# Shapes that differ from their large namesakes only in size, which fitting takes away.
+RESIZED = ("medium square", "medium-small square", "small square", "small orange diamond", "small blue diamond")
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ def collect(font_path: Path = FONT, annotations: Path = ANNOTATIONS) -> tuple[li
     thumbnails: list[np.ndarray] = []
     names: set[str] = set()
     for annotation in read_annotations(annotations):
-        if annotation.name in names or any(word in annotation.name for word in LEFT_OUT):
+        if annotation.name in names or any(word in annotation.name for word in LEFT_OUT + RESIZED):
             continue
         if max(map(ord, annotation.characters)) < 0x2000 and annotation.characters not in "\u00a9\u00ae":
             continue  # digits and punctuation: parts of key caps, no pictures of their own

@@ -21,6 +21,13 @@ def background_colours(device: torch.device | str = "cpu") -> torch.Tensor:
     return torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32, device=device) / 255
 
 
+def premultiplied(pixels: torch.Tensor) -> torch.Tensor:
+    """Turns uint8 RGBA with straight alpha, `(N, 4, H, W)`, into float32 with premultiplied alpha in [0, 1]."""
+    values = pixels.float() / 255
+    values[:, :3] *= values[:, 3:]
+    return values
+
+
 def resampling_weights(start: torch.Tensor, length: torch.Tensor, source: int, target: int) -> torch.Tensor:
     """Builds the matrices that draw `source` samples over a stretch of a line of `target` pixels.
 
@@ -58,8 +65,7 @@ def draw_sprites(
     columns = torch.tensor([(p.x, p.y, p.size) for p in placements], dtype=torch.float32, device=device)  # (N, 3)
     x, y, size = (columns * resolution).unbind(1)  # (N,) pixels
     sprites = torch.tensor([p.sprite for p in placements], device=device)  # (N,)
-    picture = _pixels_on(sheet, device)[sprites].float() / 255  # (N, 4, 128, 128)
-    picture[:, :3] *= picture[:, 3:]
+    picture = premultiplied(_pixels_on(sheet, device)[sprites])  # (N, 4, 128, 128)
     # Halve while that keeps at least one sample a pixel: the filter's reach stays short, and the products small.
     largest, side = float(size.max()), SIDE
     while side >= 2 * largest and side % 2 == 0:
