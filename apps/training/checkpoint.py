@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -87,7 +88,7 @@ def begin(folder: Path, step: int) -> Path:
 
 def write_random_state(temporary: Path, rank: int) -> None:
     """Writes the random states of this process (every process)."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (the global state is what is kept)
     version, internal, gauss = random.getstate()
     tensors = {
         "torch": torch.get_rng_state(),
@@ -106,8 +107,6 @@ def read_random_state(checkpoint: Path, rank: int) -> None:
     Raises:
         CheckpointError: If the run had fewer processes.
     """
-    from safetensors import safe_open
-
     path = checkpoint / f"random-{rank}.safetensors"
     if not path.is_file():
         raise CheckpointError(f"{checkpoint} has no random state for process {rank}; resume with as many processes")
@@ -117,7 +116,8 @@ def read_random_state(checkpoint: Path, rank: int) -> None:
     name, position, has_gauss, cached = scalars["numpy"]
     version, gauss = scalars["python"]
     torch.set_rng_state(tensors["torch"])
-    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((name, keys, position, has_gauss, cached))  # noqa: NPY002 (the global state is what is kept)
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])

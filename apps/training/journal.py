@@ -1,7 +1,6 @@
 """What a person sees of a run: a progress bar with ETA, `log.jsonl`, and TensorBoard events if asked for."""
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,11 @@ class Journal:
         self.console = Console(stderr=True, quiet=not active)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(
-            *columns, TextColumn("ETA"), TimeRemainingColumn(), console=self.console, disable=not active
+            *columns,
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (active and self.console.is_terminal),
         )
         self.bar = self.progress.add_task("starting", total=total_steps, completed=step)
         self.events = _event_writer(folder) if tensorboard and active else None
@@ -45,7 +48,7 @@ class Journal:
 
     def say(self, message: str) -> None:
         """Shows one line above the progress bar."""
-        self.console.print(message, markup=False, highlight=False)
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -60,8 +63,9 @@ class Journal:
             file.write(json.dumps(entry) + "\n")
         shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
         if kind == "train":
-            self.progress.update(self.bar, description=shown)
-        if kind != "train" or not sys.stderr.isatty():
+            brief = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
+            self.progress.update(self.bar, description=brief)
+        if kind != "train" or not self.console.is_terminal:
             self.say(f"step {step} {kind}: {shown}")
         if self.events is not None:
             for name, value in values.items():

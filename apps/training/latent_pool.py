@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -61,7 +62,9 @@ class LatentPool:
             rows = kinds == number
             allowed = int(np.searchsorted(self.levels[kind], jitter, side="right"))
             if rows.any() and not allowed:
-                raise ValueError(f"the pool has no {kind} scene with jitter <= {jitter}; raise data.{kind} or pool_size")
+                raise ValueError(
+                    f"the pool has no {kind} scene with jitter <= {jitter}; raise data.{kind} or pool_size"
+                )
             drawn[rows] = self.members[kind][(position[rows] * allowed).astype(np.int64)]
         return drawn
 
@@ -82,7 +85,12 @@ def pool_scenes(
 
 @torch.no_grad()
 def encode_scenes(
-    scenes: Sequence[Scene], sheet: SpriteSheet, vae: nn.Module, resolution: int, device: torch.device, quiet: bool = True
+    scenes: Sequence[Scene],
+    sheet: SpriteSheet,
+    vae: nn.Module,
+    resolution: int,
+    device: torch.device,
+    quiet: bool = True,
 ) -> Tensor:
     """Renders and encodes scenes.
 
@@ -91,7 +99,7 @@ def encode_scenes(
     """
     tokenizer = as_visual_tokenizer(vae)
     parts = []
-    for start in track(range(0, len(scenes), 64), "encoding scenes", disable=quiet):
+    for start in track(range(0, len(scenes), 64), "encoding scenes", console=Console(stderr=True), disable=quiet):
         images = render(scenes[start : start + 64], sheet, resolution).to(device)  # (b, 3, H, W)
         latents = tokenizer.normalize_latents(tokenizer.encode(images).latent)  # (b, C, h, w)
         parts.append(latents.to("cpu", torch.float16))

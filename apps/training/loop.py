@@ -247,11 +247,11 @@ class Trainer:
     def _averaged(self) -> Iterator[None]:
         """Averaged weights in evaluation mode without gradients, and random states put back afterwards."""
         self.model.eval()
-        states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 (the global state)
         with self.ema.applied(), torch.no_grad(), self.accelerator.autocast():
             yield
         torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         random.setstate(states[2])
 
     def _context(self) -> TaskContext:
@@ -262,7 +262,6 @@ class Trainer:
             world_size=accelerator.num_processes,
             autocast=accelerator.autocast,
             main_process_first=accelerator.main_process_first,
-            report=lambda message: accelerator.print(message),
         )
 
 

@@ -41,9 +41,7 @@ def read_vocabulary(name: str) -> tuple[str, ...]:
     return names
 
 
-def scene_series(
-    samplers: Sequence[tuple[SceneSampler, int]], seed: int, batch_index: int
-) -> list[Scene]:
+def scene_series(samplers: Sequence[tuple[SceneSampler, int]], seed: int, batch_index: int) -> list[Scene]:
     """The scenes of one batch: so many from each sampler, all at numbers that no other batch uses.
 
     Args:

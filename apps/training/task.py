@@ -28,7 +28,6 @@ class TaskContext:
         world_size: Number of processes.
         autocast: Makes the mixed-precision context of the run, for forward passes outside `loss`.
         main_process_first: Makes a context that the first process passes before the others (to write caches).
-        report: Shows one line to the user.
     """
 
     device: torch.device
@@ -36,7 +35,6 @@ class TaskContext:
     world_size: int
     autocast: Callable[[], AbstractContextManager[Any]]
     main_process_first: Callable[[], AbstractContextManager[Any]]
-    report: Callable[[str], None]
 
 
 class Task(Protocol):

@@ -35,7 +35,8 @@ def test_errors_say_what_was_meant(toy, override, message):
 def test_every_problem_is_listed_at_once(toy):
     with pytest.raises(ConfigError) as caught:
         toy("run.stesp=3", "run.batch_size=-1")
-    assert "stesp" in str(caught.value) and "batch_size" in str(caught.value)
+    assert "stesp" in str(caught.value)
+    assert "batch_size" in str(caught.value)
 
 
 def test_a_saved_configuration_can_be_read_again(toy, tmp_path):

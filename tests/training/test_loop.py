@@ -11,39 +11,29 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from apps.training.checkpoint import CheckpointError, complete_checkpoints
 from apps.training.config import OptimizerConfig
 from apps.training.ema import MovingAverage
-from apps.training.loop import Trainer, TrainingDiverged, train
+from apps.training.loop import TrainingDiverged, train
 from apps.training.schedule import learning_rate
-
-FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "random-0.safetensors")
-
-
-def assert_equal_checkpoints(one, other):
-    for name in FILES:
-        first, second = load_file(one / name), load_file(other / name)
-        assert first.keys() == second.keys() and first
-        for key in first:
-            assert torch.equal(first[key], second[key]), (name, key)
+from tests.training.helpers import assert_equal_checkpoints, train_until
+from tests.training.toy import ToyTask
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resume_is_bit_identical(toy, tmp_path, accumulation):
     accumulate = f"run.gradient_accumulation_steps={accumulation}"
     assert train(toy(accumulate, output="whole")) == "finished"
-    Trainer(toy(accumulate, "run.checkpoints_total_limit=5", output="parts"))  # a run that did nothing leaves nothing
-    three = toy(accumulate, output="parts")
-    trainer = Trainer(three)
-    real = trainer._reason_to_stop
-    trainer._reason_to_stop = lambda flag: "time" if trainer.state.step == 3 else real(flag)
-    assert trainer.run() == "time"
-    assert train(three, "latest") == "finished"
+    parts = toy(accumulate, output="parts")
+    train_until(parts, 3)
+    assert train(parts, "latest") == "finished"
     assert_equal_checkpoints(tmp_path / "whole/toy/checkpoint-000006", tmp_path / "parts/toy/checkpoint-000006")
     logs = [(tmp_path / part / "toy/log.jsonl").read_text().splitlines() for part in ("whole", "parts")]
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
-    assert losses[0] == losses[1] and len(losses[0]) == 6 + 3
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6 + 3
 
 
 def test_resume_repeats_the_log_after_the_checkpoint_once(toy, tmp_path):
@@ -78,10 +68,6 @@ def test_checkpoints_hold_no_pickle(toy, tmp_path):
 
 def test_checkpoint_of_another_network_is_refused(toy, tmp_path, monkeypatch):
     train(toy())
-    from torch import nn
-
-    from tests.training.toy import ToyTask
-
     monkeypatch.setattr(ToyTask, "modules", lambda self: {"net": nn.Linear(4, 3)})
     with pytest.raises(CheckpointError, match="another network"):
         train(toy(), "latest")
@@ -102,7 +88,8 @@ def test_nan_between_log_lines_is_never_saved(toy, tmp_path):
 def test_time_limit_saves_exports_and_goes_on(toy, tmp_path):
     assert train(toy("run.max_minutes=0")) == "time"
     folder = tmp_path / "runs/toy"
-    assert (folder / "export/weights.json").is_file() and (folder / "checkpoint-000000").is_dir()
+    assert (folder / "export/weights.json").is_file()
+    assert (folder / "checkpoint-000000").is_dir()
     assert train(toy(), "latest") == "finished"
 
 
@@ -151,7 +138,7 @@ def test_bf16_and_exit_code_in_a_fresh_process(toy, tmp_path):
 
 
 def test_average_follows_its_closed_form():
-    weight = torch.nn.Parameter(torch.zeros(3))
+    weight = nn.Parameter(torch.zeros(3))
     average = MovingAverage({"w": weight}, decay=0.5)
     expected = 0.0
     for step in range(12):

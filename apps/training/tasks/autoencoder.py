@@ -7,6 +7,7 @@ uses a KL term to the same end).
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -55,6 +56,7 @@ class AutoencoderData(Section):
         vocabulary_fraction: Share of the scenes drawn from the vocabulary; the rest comes from all stickers.
         single, pair, count: Relative frequencies of the kinds of scenes.
         validation_scenes: Held-out scenes that are measured.
+        calibration_scenes: Fresh scenes that the statistics of the code and the preview map are fitted to.
     """
 
     resolution: int = Field(default=128, ge=16)
@@ -64,6 +66,7 @@ class AutoencoderData(Section):
     pair: float = Field(default=0.3, ge=0)
     count: float = Field(default=0.2, ge=0)
     validation_scenes: int = Field(default=128, ge=1)
+    calibration_scenes: int = Field(default=512, ge=2)
 
 
 class AutoencoderModel(Section):
@@ -130,7 +133,7 @@ class AutoencoderTask:
 
     def validate(self) -> dict[str, float]:
         """PSNR of held-out scenes (peak 2, since pictures span [-1, 1]): whole pictures, and inside sticker boxes."""
-        vae = self._calibrated(4)
+        vae = self._calibrated()
         resolution = self.config.data.resolution
         whole, boxes, pixels, box_pixels = 0.0, 0.0, 0, 0
         for start in range(0, len(self.validation_scenes), 32):
@@ -145,32 +148,40 @@ class AutoencoderTask:
 
     def preview(self, path: Path) -> None:
         """Rows of held-out scenes, each above its reconstruction."""
-        vae = self._calibrated(4)
+        vae = self._calibrated()
         images = render(self.validation_scenes[:24], self.sheet, self.config.data.resolution).to(self.context.device)
         decoded = vae.decode(vae.encode(images).latent).sample.float()  # (B, 3, H, W)
-        save_grid(torch.cat([part for pair in zip(images.split(8), decoded.split(8), strict=True) for part in pair]), path, 8)
+        rows = zip(images.split(8), decoded.split(8), strict=True)
+        save_grid(torch.cat([part for pair in rows for part in pair]), path, columns=8)
 
     def export(self, folder: Path) -> None:
         """Writes `vae/`, its code statistics and preview map fitted to fresh scenes."""
-        vae = self._calibrated(16)
-        images = self._fresh_images(0)
-        latents = vae.normalize_latents(vae.encode(images).latent).float()  # (B, C, h, w)
+        vae = self._calibrated()
+        pairs = [(vae.normalize_latents(vae.encode(images).latent).float(), images) for images in self._fresh_images()]
+        latents, images = (torch.cat(parts) for parts in zip(*pairs, strict=True))  # (S, C, h, w), (S, 3, H, W)
         cell = math.isqrt(vae.preview_factors.shape[0] // 3)
         vae.preview_factors.copy_(fit_linear_preview(latents, images, cell))
         save_component(vae, folder / "vae")
 
-    def _fresh_images(self, index: int) -> Tensor:
-        scenes = scene_series(self.samplers, VALIDATION_SEED + 1, index)
-        return render(scenes, self.sheet, self.config.data.resolution).to(self.context.device)  # (B, 3, H, W)
+    def _fresh_images(self) -> Iterator[Tensor]:
+        """Pictures that are in no batch, 64 at a time, (64, 3, H, W)."""
+        count, size = self.config.data.calibration_scenes, self.config.run.batch_size
+        scenes = [
+            scene for index in range(math.ceil(count / size))
+            for scene in scene_series(self.samplers, VALIDATION_SEED + 1, index)
+        ]  # fmt: skip
+        for start in range(0, count, 64):
+            part = scenes[start : min(start + 64, count)]
+            yield render(part, self.sheet, self.config.data.resolution).to(self.context.device)
 
-    def _calibrated(self, batches: int) -> ViTAutoencoder:
+    def _calibrated(self) -> ViTAutoencoder:
         """A copy whose code statistics are measured anew: those of training lag behind, and belong to other weights."""
         vae = copy.deepcopy(self.vae).eval()
         vae.latent_norm.reset_running_stats()
         vae.latent_norm.momentum = None  # a plain mean over the batches
         vae.latent_norm.train()
-        for index in range(batches):
-            vae.encode(self._fresh_images(index))
+        for images in self._fresh_images():
+            vae.encode(images)
         vae.latent_norm.eval()
         return vae
 

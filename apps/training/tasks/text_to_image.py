@@ -106,7 +106,9 @@ class TextToImageData(Section):
     @model_validator(mode="after")
     def _check(self) -> "TextToImageData":
         if self.vae is None and self.init_from is None:
-            raise ValueError("data.vae is missing: give the folder of a trained autoencoder, e.g. export/vae of its run")
+            raise ValueError(
+                "data.vae is missing: give the folder of a trained autoencoder, e.g. export/vae of its run"
+            )
         steps = [stage.until_step for stage in self.stages]
         if steps != sorted(set(steps)):
             raise ValueError(f"data.stages end at steps {steps}: put them in ascending order")
@@ -166,9 +168,7 @@ class TextToImageTask:
         )
         with context.main_process_first():  # the first process writes the files that the others read
             self.tokenizer = self._load_or_train_tokenizer(config.run.folder / "tokenizer")
-            latents = cached_latents(
-                scenes, self.sheet, self.vae, data.resolution, context.device, config.run.output
-            )
+            latents = cached_latents(scenes, self.sheet, self.vae, data.resolution, context.device, config.run.output)
         self.pool = LatentPool(scenes, levels, latents)
         self.transformer, self.text_encoder = self._networks()
         self._validation = [self._validation_batch(number) for number in range(len(KINDS))]
