@@ -256,12 +256,12 @@ def test_shipped_configurations_are_valid():
         assert load_config(path, []).run.name == path.stem
 
 
-def slow_ssim(first, second, window=7):
+def slow_ssim(first, second, stride, window=7):
     """The formula of Wang et al. 2004, one window at a time."""
     c1, c2, values = 0.02**2, 0.06**2, []
     for x, y in zip(first.reshape(-1, *first.shape[2:]), second.reshape(-1, *second.shape[2:]), strict=True):
-        for row in range(x.shape[0] - window + 1):
-            for column in range(x.shape[1] - window + 1):
+        for row in range(0, x.shape[0] - window + 1, stride):
+            for column in range(0, x.shape[1] - window + 1, stride):
                 a = x[row : row + window, column : column + window].astype(np.float64).ravel()
                 b = y[row : row + window, column : column + window].astype(np.float64).ravel()
                 (va, cov), (_, vb) = np.cov(a, b, bias=True)
@@ -274,7 +274,9 @@ def test_ssim_equals_the_slow_formula():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 20, 16, generator=generator) * 2 - 1
     other = (images + 0.3 * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
-    assert ssim(other.double(), images.double()) == pytest.approx(slow_ssim(other.numpy(), images.numpy()), abs=1e-6)
+    for stride in (1, 4):
+        expected = slow_ssim(other.numpy(), images.numpy(), stride)
+        assert ssim(other.double(), images.double(), stride=stride) == pytest.approx(expected, abs=1e-6)
     assert ssim(images, images) == pytest.approx(1.0, abs=1e-5)
     loss, parts = reconstruction_loss(other, images, 0.5)
     assert loss == pytest.approx(float(parts["charbonnier"] + 0.5 * (1 - parts["ssim"])))
