@@ -71,7 +71,15 @@ def studio(
     """Start the studio: a web page that paints what you type."""
     from apps.studio import run
 
-    run(model=model or [], host=host, port=port, output=output, device=device, dtype=dtype, browser=browser)
+    run(
+        models=model or [],
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        open_browser=browser,
+        output_dir=output,
+    )
 
 
 @app.command()

@@ -82,7 +82,7 @@ class Engine:
         self.limits = server_limits or ServerLimits()
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        self._output_dir = output_dir
+        self.output_dir = output_dir
         self._shelf = ModelShelf(models, load or self._load_pipeline, self.limits.loaded_models)
         self._line = _Line(self.limits.queue)
 
@@ -216,15 +216,15 @@ class Engine:
         )
 
     def _save(self, image: Image.Image, settings: PictureSettings) -> Path | None:
-        if self._output_dir is None:
+        if self.output_dir is None:
             return None
         # The time sorts the folder, the seed helps a person, the random end keeps two processes apart.
         name = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.seed}-{uuid.uuid4().hex[:4]}.png"
-        return save_png(image, self._output_dir / name, settings)
+        return save_png(image, self.output_dir / name, settings)
 
     def _load_pipeline(self, source: str) -> Pipeline:
         # Here and not above: diffusers and transformers take seconds to import, and a server shall answer before.
-        from pipelines import load_pipeline  # noqa: PLC0415
+        from pipelines import load_pipeline
 
         return load_pipeline(source, device=self.device, dtype=self.dtype)
 
@@ -385,7 +385,7 @@ def _scheduler_settings(pipe: Pipeline) -> dict[str, Any]:
 @functools.cache
 def _versions() -> dict[str, str]:
     """Return the versions of the packages that a picture depends on."""
-    from dit import __version__  # noqa: PLC0415  (tessera may run from a folder, without being installed)
+    from dit import __version__  # not asked of importlib: tessera may run from a folder
 
     packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     return {"tessera": __version__, **packages}

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from apps import limits
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class LoadedModel:
         fingerprint: hash of structure and weights, 16 hex digits.
         accepts: argument names of the pipeline's call.
         side: default height and width, pixels.
+        multiple: height and width must be multiples of it, pixels.
         steps: default number of denoising steps.
         guidance: default guidance scale; None for a pipeline without one.
         can_interrupt: `pipe.interrupt = True` ends the call before the next step, without decoding.
@@ -49,6 +53,7 @@ class LoadedModel:
     fingerprint: str
     accepts: frozenset[str]
     side: int
+    multiple: int
     steps: int
     guidance: float | None
     can_interrupt: bool
@@ -162,6 +167,7 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
         fingerprint=fingerprint(pipe),
         accepts=frozenset(parameters),
         side=default_side(pipe),
+        multiple=side_multiple(pipe),
         steps=int(steps),
         guidance=None if guidance is None else float(guidance),
         can_interrupt=isinstance(interrupt, property) and interrupt.fset is not None,
@@ -177,6 +183,13 @@ def default_side(pipe: Pipeline) -> int:
     )
     scale = getattr(pipe, "vae_scale_factor", None)
     return int(sample) * int(scale) if isinstance(sample, int) and scale else FALLBACK_SIDE
+
+
+def side_multiple(pipe: Pipeline) -> int:
+    """Return what height and width must be multiples of: pixels per latent cell times cells per token."""
+    patch = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "patch_size", 1)
+    scale = int(getattr(pipe, "vae_scale_factor", limits.SIDE_MULTIPLE))
+    return math.lcm(scale * (patch if isinstance(patch, int) else 1), limits.SIDE_MULTIPLE)
 
 
 def fingerprint(pipe: Pipeline, values_per_tensor: int = 64) -> str:

@@ -1,0 +1,46 @@
+"""Prompts to begin with, made of words that the model knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+FAVOURITES = (
+    ("a pizza on a blue background", ("pizza",)),
+    ("three cherries on yellow", ("cherries",)),
+    ("a penguin left of a rocket", ("penguin", "rocket")),
+    ("a small ghost on black", ("ghost",)),
+    ("a crown above a frog on pink", ("crown", "frog")),
+    ("a big octopus on a green background", ("octopus",)),
+    ("a fox on an orange background", ("fox",)),
+    ("two stars on purple", ("star",)),
+)
+"""Prompts of the sticker world and the words each one needs."""
+
+PATTERNS = ("{0} on a blue background", "three {1} on yellow", "{2} left of {3} on a pink background")
+
+OPEN_WORLD = (
+    "a lighthouse at dusk, oil painting",
+    "a red fox asleep in fresh snow",
+    "still life with lemons and a blue jug",
+    "a tiny greenhouse on the moon",
+)
+"""For models without a list of words."""
+
+
+def example_prompts(words: Sequence[str], count: int = 5) -> list[str]:
+    """Choose prompts that a model can paint.
+
+    Args:
+        words: the model's vocabulary; empty when it has none.
+        count: how many prompts at most.
+
+    Returns:
+        Prompts whose nouns are all in the vocabulary.
+    """
+    if not words:
+        return list(OPEN_WORLD[:count])
+    known = set(words)
+    chosen = [prompt for prompt, needs in FAVOURITES if known.issuperset(needs)]
+    spread = [words[i * len(words) // 4] for i in range(4)]
+    chosen += [pattern.format(*spread) for pattern in PATTERNS]
+    return chosen[:count]
