@@ -97,7 +97,8 @@ def import_checkpoint(
         notes.append(SHIFT_ZERO)
     else:
         model = layouts.from_official(layouts.read_checkpoint(checkpoint, weights), family, heads)
-    model = model.to(model.dtype if dtype == "auto" else as_dtype(dtype))
+    if dtype != "auto":
+        model = model.to(as_dtype(dtype))
     autoencoder = None
     if vae is None:
         notes.append(NO_VAE)
@@ -124,7 +125,8 @@ def export(family: str, source: Path, output: Path, dtype: str = "auto") -> DiT:
         raise ValueError(
             f"{source} predicts {model.config.objective!r}, but --family {family} means {layouts.OBJECTIVES[family]!r}"
         )
-    model = model.to(model.dtype if dtype == "auto" else as_dtype(dtype))
+    if dtype != "auto":
+        model = model.to(as_dtype(dtype))
     state = {key: tensor.contiguous() for key, tensor in layouts.to_official(model).items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.part")

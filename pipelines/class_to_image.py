@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from sampling.guidance import classifier_free_guidance
 from sampling.timesteps import set_timesteps
 
 Label = int | str
+"""A class number, or one of its names."""
 
 
 class ClassToImagePipeline(TesseraPipeline):
@@ -30,7 +32,7 @@ class ClassToImagePipeline(TesseraPipeline):
 
     Args:
         transformer: a `dit.models.dit.DiT`.
-        vae: autoencoder, one of `dit.tokenizers` or of diffusers.
+        vae: autoencoder, one of `dit.tokenizers` or of diffusers; without one only latents come out.
         scheduler: one that fits the transformer's objective.
         id2label: name of each class, several names separated by commas; then calls take names too.
 
@@ -40,6 +42,7 @@ class ClassToImagePipeline(TesseraPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    _optional_components: ClassVar[list[str]] = ["vae"]  # a converted checkpoint may come without one
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "denoised_latents"]
     _attention_kwargs: dict[str, Any] | None = None
     _cfg_channels: int | None = None
@@ -47,7 +50,7 @@ class ClassToImagePipeline(TesseraPipeline):
     def __init__(
         self,
         transformer: ModelMixin,
-        vae: ModelMixin,
+        vae: ModelMixin | None,
         scheduler: SchedulerMixin,
         id2label: dict[int, str] | None = None,
     ) -> None:
@@ -62,7 +65,7 @@ class ClassToImagePipeline(TesseraPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Label | Sequence[Label],
+        class_labels: Label | Sequence[Label] | Tensor,
         guidance_scale: float = 4.0,
         num_inference_steps: int = 50,
         height: int | None = None,
@@ -138,7 +141,7 @@ class ClassToImagePipeline(TesseraPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def get_label_ids(self, labels: Label | Sequence[Label]) -> Tensor:
+    def get_label_ids(self, labels: Label | Sequence[Label] | Tensor) -> Tensor:
         """Class numbers of labels given as numbers or names.
 
         Args:
@@ -148,10 +151,14 @@ class ClassToImagePipeline(TesseraPipeline):
             (P,), int64.
 
         Raises:
-            TypeError: a label is neither an int nor a string.
+            TypeError: something else than ints and strings.
             ValueError: no labels, an unknown name, or a number that the model has no row for.
         """
-        given = [labels] if isinstance(labels, int | str) else list(labels)
+        if isinstance(labels, Tensor):
+            labels = labels.reshape(-1).tolist()
+        if not isinstance(labels, (str, Integral, Sequence)):
+            raise TypeError(f"class_labels must be a class number or name, or a list of them, got {labels!r}.")
+        given = [labels] if isinstance(labels, (str, Integral)) else list(labels)
         if not given:
             raise ValueError("class_labels is an empty list: pass at least one class number or name.")
         return torch.tensor([self._label_id(label) for label in given])  # (P,)
@@ -183,6 +190,11 @@ class ClassToImagePipeline(TesseraPipeline):
         check_count("num_images_per_prompt", per_label, 1, 1024)
         check_number("guidance_scale", self._guidance_scale, 0.0, 100.0)
         check_choice("output_type", output_type, OUTPUT_TYPES)
+        if self.vae is None and output_type != "latent":
+            raise ValueError(
+                f"output_type={output_type!r} needs an autoencoder and this pipeline has none: load it with "
+                "load_pipeline(folder, vae=AutoencoderKL.from_pretrained(...)), or use output_type='latent'."
+            )
         if self._cfg_channels is not None:
             check_count("cfg_channels", self._cfg_channels, 1, config.in_channels)
         if self.do_classifier_free_guidance and config.class_dropout_prob == 0:
@@ -306,8 +318,9 @@ class ClassToImagePipeline(TesseraPipeline):
             prediction = self._guide(*prediction.chunk(2))
         if self._is_flow:
             return -prediction
-        # Only DDPM keeps `variance_type` as an attribute, and only it takes the channels of the variance.
-        takes_variance = getattr(self.scheduler, "variance_type", None) in ("learned", "learned_range")
+        # Only DDPM has the attribute and takes the channels of the variance; others may inherit the config entry,
+        # which diffusers' getattr would find too.
+        takes_variance = vars(self.scheduler).get("variance_type") in ("learned", "learned_range")
         return prediction if takes_variance else prediction[:, : latents.shape[1]]
 
     def _guide(self, uncond: Tensor, cond: Tensor) -> Tensor:
@@ -322,7 +335,7 @@ class ClassToImagePipeline(TesseraPipeline):
             return timestep
         return 1.0 - timestep.float() / self.scheduler.config.num_train_timesteps
 
-    def _denoised(self, output: Any, prediction: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:  # noqa: ANN401
+    def _denoised(self, output: Any, prediction: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
         """The current guess of the finished latents, (B, C, h, w)."""
         guess = getattr(output, "pred_original_sample", None)
         if guess is not None:

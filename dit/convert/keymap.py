@@ -113,9 +113,7 @@ class Drop:
         """See `Rename.consume`. Raises `KeyMapError` when the tensor is another than `value()`."""
         found, expected = state.pop(self.source), self.value()
         if found.shape != expected.shape:
-            raise KeyMapError(
-                f"{self.source} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-            )
+            raise KeyMapError(f"{self.source} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
         gap = (found.to(expected) - expected).abs().max().item()
         # Half-precision copies of the same table are welcome: their rounding is not information.
         limit = max(self.atol, torch.finfo(found.dtype).eps)
@@ -229,7 +227,5 @@ def convert(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> StateDict:
             raise KeyMapError(f"the state dict lacks the key {missing} of this layout") from None
     if rest:
         some = ", ".join(sorted(rest)[:5])
-        raise KeyMapError(
-            f"{len(rest)} keys are not part of this layout: {some}{', ...' if len(rest) > 5 else ''}"
-        )
+        raise KeyMapError(f"{len(rest)} keys are not part of this layout: {some}{', ...' if len(rest) > 5 else ''}")
     return converted
