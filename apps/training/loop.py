@@ -151,7 +151,9 @@ class Trainer:
         images = window.count * self.options.batch_size * self.accelerator.num_processes
         elapsed = time.monotonic() - window.started
         self.state.seconds += elapsed
-        values = {name: float(total) / window.count for name, total in window.totals.items()}
+        means = torch.stack([total.float() for total in window.totals.values()]) / window.count
+        means = self.accelerator.reduce(means, "mean").tolist()  # over the processes
+        values = dict(zip(window.totals, means, strict=True))
         values |= {"gradient_norm": float(window.norm), "learning_rate": window.rate}
         values |= {"images_per_second": images / elapsed, "data_wait": window.waited / elapsed}
         self.journal.write("train", self.state.step, {**values, "seconds": self.state.seconds})

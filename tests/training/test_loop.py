@@ -164,3 +164,25 @@ def test_average_follows_its_closed_form():
 def test_schedules(schedule, step, factor):
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, schedule=schedule, decay_fraction=0.2)
     assert learning_rate(step, 100, config) == pytest.approx(2.0 * factor, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_and_resume_exactly(toy, tmp_path):
+    toy()
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, apps.training.tasks as t; t.TASKS['toy'] = 'tests.training.toy:ToyTask'\n"
+        "from apps.train import run; run(sys.argv[1], sys.argv[3:], sys.argv[2] if sys.argv[2] != 'new' else None)\n"
+    )
+
+    def launch(name, resume):
+        words = [str(script), str(tmp_path / "toy.toml"), resume, f"run.output={tmp_path}", f"run.name={name}"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+        subprocess.run([*launcher, *words], check=True, capture_output=True, timeout=120, env=environment)
+
+    launch("whole", "new")
+    launch("parts", str(tmp_path / "whole/checkpoint-000003"))
+    assert_equal_checkpoints(tmp_path / "whole/checkpoint-000006", tmp_path / "parts/checkpoint-000006")
+    states = [load_file(tmp_path / f"{name}/checkpoint-000006/random-1.safetensors") for name in ("whole", "parts")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
