@@ -141,9 +141,18 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Built-in name, folder or hub id.")],
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind to paint and judge.")] = 500,
-    output: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Folder for the report and the contact sheet.")
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Paint only this set of prompts, e.g. single. May be repeated.")
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", file_okay=False, help="Folder for the report and the contact sheet."),
+    ] = None,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(help="starter, all, or a file with one sticker name a line; the model's own if absent."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures painted at once.")] = 32,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
@@ -157,7 +166,10 @@ def evaluate(
     run(
         model=model,
         prompts=prompts,
+        sets=sets or (),
         output=output,
+        vocabulary=vocabulary,
+        batch_size=batch_size,
         steps=steps,
         guidance=guidance,
         seed=seed,
