@@ -53,6 +53,7 @@ class TesseraPipeline(DiffusionPipeline):
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0
+    _current_timestep: Tensor | None = None
     _interrupt: bool = False
     _interrupted: bool = False
 
@@ -138,6 +139,11 @@ class TesseraPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Number of steps of the running (or last) call."""
         return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """Timestep of the running step, a scalar; None between calls. diffusers' caches ask for it."""
+        return self._current_timestep
 
     @property
     def interrupt(self) -> bool:

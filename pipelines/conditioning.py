@@ -56,30 +56,34 @@ class PromptEncoderMixin:
             ValueError: text is missing or given twice, counts or shapes disagree; the message says which.
         """
         device = device or self._execution_device
-        embeds, mask = self._one_side(
+        prompt_embeds, prompt_attention_mask = self._one_side(
             "prompt", prompt, prompt_embeds, prompt_attention_mask, max_sequence_length, device
         )
-        count = len(embeds)
-        if not do_classifier_free_guidance:
-            return *repeat_text(embeds, mask, num_images_per_prompt), None, None
-        if negative_prompt is None and negative_prompt_embeds is None:
-            negative_prompt = ""
-        negative, negative_mask = self._one_side(
-            "negative_prompt",
-            negative_prompt,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-            max_sequence_length,
-            device,
-        )
-        if len(negative) not in (1, count):
-            raise ValueError(f"Got {len(negative)} negative prompts for {count} prompts: pass 1 or {count}.")
-        negative, negative_mask = repeat_text(negative, negative_mask, count // len(negative))
-        length = max(embeds.shape[1], negative.shape[1])  # the two sides share one batch
-        return (
-            *repeat_text(*pad_text(embeds, mask, length), num_images_per_prompt),
-            *repeat_text(*pad_text(negative, negative_mask, length), num_images_per_prompt),
-        )
+        count, times = len(prompt_embeds), num_images_per_prompt
+        if do_classifier_free_guidance:
+            if negative_prompt is None and negative_prompt_embeds is None:
+                negative_prompt = ""
+            negative_prompt_embeds, negative_prompt_attention_mask = self._one_side(
+                "negative_prompt",
+                negative_prompt,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+                max_sequence_length,
+                device,
+            )
+            given = len(negative_prompt_embeds)
+            if given not in (1, count):
+                raise ValueError(f"Got {given} negative prompts for {count} prompts: pass 1 or {count}.")
+            length = max(prompt_embeds.shape[1], negative_prompt_embeds.shape[1])  # the sides share one batch
+            prompt_embeds, prompt_attention_mask = pad_text(prompt_embeds, prompt_attention_mask, length)
+            negative_prompt_embeds, negative_prompt_attention_mask = repeat_text(
+                *pad_text(negative_prompt_embeds, negative_prompt_attention_mask, length), times * count // given
+            )
+        else:
+            negative_prompt_embeds = negative_prompt_attention_mask = None
+        prompt_embeds, prompt_attention_mask = repeat_text(prompt_embeds, prompt_attention_mask, times)
+        # diffusers' tools read these names out of the source, so they are those of __call__
+        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
 
     def _one_side(
         self,

@@ -337,6 +337,7 @@ class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMix
             for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break
+                self._current_timestep = timestep
                 latents = tensors["latents"]
                 velocity = self._velocity(tensors, mask if masked else None, timestep)  # (B, C, h, w)
                 sigma = timestep / self.scheduler.config.num_train_timesteps
@@ -344,6 +345,7 @@ class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMix
                 tensors["latents"] = self.scheduler.step(velocity, timestep, latents, return_dict=False, **extra)[0]
                 tensors = self.run_callback(callback, step, timestep, callback_inputs, tensors)
                 bar.update()
+        self._current_timestep = None
         self._interrupted = self._interrupt
         return tensors["latents"]
 

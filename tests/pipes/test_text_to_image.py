@@ -204,6 +204,7 @@ def test_callback_sees_and_replaces_tensors(pipe):
     seen = []
 
     def record(pipe, step, timestep, tensors):
+        assert pipe.current_timestep == timestep
         seen.append((step, float(timestep), set(tensors)))
         if step == 2:
             torch.testing.assert_close(tensors["denoised_latents"], tensors["latents"])  # sigma has reached 0
@@ -220,6 +221,7 @@ def test_callback_sees_and_replaces_tensors(pipe):
     assert seen[0][1] == 1000.0
     assert seen[0][2] == {"latents", "denoised_latents"}
     assert images.abs().sum() == 0
+    assert pipe.current_timestep is None
 
 
 def test_preview_is_small_and_cheap(pipe):
