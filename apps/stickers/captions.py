@@ -188,7 +188,7 @@ def caption(
         raise ValueError(f"phrasing is {phrasing!r}: give 'train' or 'heldout'")
 
     def pick(options: Sequence[str]) -> str:
-        return options[rng.integers(len(options))]
+        return options[int(rng.integers(len(options)))]
 
     keywords = unique_keywords(sheet, vocabulary) if synonyms > 0 else {}
     names = []

@@ -12,8 +12,9 @@ The judge never sees the prompt. It reads
 
 Every sticker is tried sharp and blurred, since a blurred zebra is nearer to a gray rock than to a sharp zebra.
 
-A sticker drawn as T (premultiplied colour minus alpha times background) leaves the error |D - T|^2. Far from the sticker
-T is zero, so all that counts is the gain |D|^2 - |D - T|^2 = 2 <D, T> - |T|^2, which needs only the pixels under it.
+A sticker drawn as T (premultiplied colour minus alpha times background) leaves the error |D - T|^2. Far from the
+sticker T is zero, so all that counts is the gain |D|^2 - |D - T|^2 = 2 <D, T> - |T|^2, which needs only the pixels
+under it.
 """
 
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ class Reading:
 
 
 def moments(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns centre (x, y) and spread of masks `(N, H, W)` as fractions of the side; spread 0 where a mask is empty."""
+    """Returns centres x, y and spreads of masks `(N, H, W)`, as fractions of the side; 0 where a mask is empty."""
     side = mask.shape[-1]
     place = (torch.arange(side, device=mask.device) + 0.5) / side  # (W,)
     mass = mask.sum((1, 2)).clamp(min=1e-6)  # (N,)
@@ -85,7 +86,9 @@ def crop(pictures: torch.Tensor, x: torch.Tensor, y: torch.Tensor, size: torch.T
 
     Args:
         pictures: `(N, C, H, W)`, H == W.
-        x, y, size: `(N, K)` centre and side of each square, as fractions of the picture's side.
+        x: `(N, K)` centre of each square from the left, as a fraction of the picture's side.
+        y: the same from the top.
+        size: `(N, K)` side of each square, as a fraction of the picture's side.
         cells: samples across a square.
 
     Returns:
@@ -144,7 +147,7 @@ def cut(difference: torch.Tensor) -> torch.Tensor:
 
 
 def template_slopes(drawn: torch.Tensor) -> torch.Tensor:
-    """Returns how templates change along x, y and the logarithm of the size: `(N, K, 3, h, w)` to `(N, K, 3, 3 h w)`."""
+    """Returns how templates `(N, K, 3, h, w)` change along x, y and the logarithm of the size, `(N, K, 3, 3 h w)`."""
     down, across = torch.gradient(drawn, dim=(3, 4))  # (N, K, 3, h, w) a sample
     height, width = drawn.shape[-2:]
     x = torch.arange(width, device=drawn.device) - (width - 1) / 2  # (w,)
@@ -342,7 +345,7 @@ def score(scene: Scene, reading: Reading) -> dict[str, bool]:
         "colour" (the background), and by the kind of scene
         "recall" (single: exactly one sticker, the right one),
         "relation" (pair: exactly two, both right and placed right),
-        "count" (as many stickers as asked for) and "count and stickers" (and all of them right).
+        "count" (as many stickers as asked for) and "count_strict" (and all of them right).
     """
     results = {"colour": reading.background == scene.background}
     found = reading.objects
@@ -353,7 +356,7 @@ def score(scene: Scene, reading: Reading) -> dict[str, bool]:
         results["relation"] = sorted(sprites) == sorted(scene.sprites) and _stands(scene, found)
     else:
         results["count"] = len(found) == scene.count
-        results["count and stickers"] = sprites == list(scene.sprites) * scene.count
+        results["count_strict"] = sprites == list(scene.sprites) * scene.count
     return results
 
 

@@ -1,0 +1,337 @@
+"""`tessera evaluate`: paint many prompts and let the exact judge read the pictures.
+
+Every figure stands beside its ceiling: first the judge reads freshly drawn scenes, then the same scenes after a round
+trip through the model's autoencoder, and only then what the model painted.
+"""
+
+import inspect
+import json
+import os
+import platform
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from apps.stickers import Scene, SpriteSheet, load_sprites, render
+from apps.stickers.contact_sheet import contact_sheet
+from apps.stickers.judge import Judge, score
+from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, sheet_requests
+from apps.training.scenes import box_mask, read_vocabulary
+from apps.training.tasks.autoencoder import psnr
+from dit import __version__
+from dit.tokenizers import as_visual_tokenizer
+from pipelines import load_pipeline
+
+Generate = Callable[[Sequence[str], Sequence[int]], torch.Tensor]
+"""Prompts and a seed for each, to pictures `(B, 3, H, W)` in [-1, 1]."""
+Through = Callable[[torch.Tensor], torch.Tensor]
+"""Changes pictures `(B, 3, H, W)` in [-1, 1]."""
+Tick = Callable[[int], None]
+"""Told after each batch how many pictures it had."""
+
+CEILING_SETS = ("single", "pair", "count")
+SEEDS_PER_SET = 100_000  # every set's pictures have noise of their own
+
+
+@dataclass
+class Report:
+    """Everything that was measured, as it is written to `report.json`.
+
+    Attributes:
+        model: what was evaluated.
+        settings: prompts of each set, steps, guidance, seed, batch size.
+        machine: where, and with which versions.
+        vocabulary: number of stickers asked for; all stickers of the sheet compete in the judge.
+        ceiling: shares of right readings of fresh renders, by set, then metric.
+        autoencoder: the same after a round trip, and `psnr_in_boxes` in dB.
+        painted: shares of right pictures by set, then metric.
+        seconds_per_picture: painting time, without loading and judging.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    vocabulary: int
+    ceiling: dict[str, dict[str, float]] = field(default_factory=dict)
+    autoencoder: dict[str, Any] = field(default_factory=dict)
+    painted: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds_per_picture: float | None = None
+
+
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Cuts a sequence into pieces of at most `size`."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def shares(
+    scenes: Sequence[Scene], pictures: Iterable[torch.Tensor], judge: Judge, tick: Tick = lambda _: None
+) -> dict[str, float]:
+    """Lets the judge read pictures, batch by batch, and returns the share of right answers for each metric."""
+    answers: dict[str, list[bool]] = defaultdict(list)
+    remaining = iter(scenes)
+    for batch in pictures:
+        for reading in judge.read(batch):
+            for metric, right in score(next(remaining), reading).items():
+                answers[metric].append(right)
+        tick(len(batch))
+    return {metric: sum(right) / len(right) for metric, right in answers.items()}
+
+
+def box_psnr(scenes: Sequence[Scene], sheet: SpriteSheet, resolution: int, through: Through) -> float:
+    """Returns the PSNR in dB over all pixels in sticker boxes, after `through` has changed the pictures."""
+    error = pixels = 0.0
+    for part in batches(scenes, 32):
+        picture = render(part, sheet, resolution)  # (b, 3, R, R)
+        inside = box_mask(part, resolution).expand_as(picture)  # (b, 3, R, R)
+        error += float((through(picture) - picture).square()[inside].sum())
+        pixels += float(inside.sum())
+    return psnr(error / pixels)
+
+
+def round_trip(vae: Any) -> Through:
+    """Returns a function that encodes and decodes pictures; they stay on the CPU at either end."""
+    tokenizer = as_visual_tokenizer(vae)
+    weight = next(vae.parameters())
+
+    @torch.inference_mode()
+    def through(pictures: torch.Tensor) -> torch.Tensor:
+        latents = tokenizer.encode(pictures.to(weight.device, weight.dtype), return_dict=False)[0]
+        return tokenizer.decode(latents, return_dict=False)[0].float().clamp(-1, 1).cpu()
+
+    return through
+
+
+def painter(pipe: Any, steps: int, guidance: float) -> Generate:
+    """Returns a function that paints with a text-to-image pipeline."""
+
+    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+        pictures = pipe(prompt=list(prompts), generator=noise, **settings).images  # (B, 3, H, W) in [0, 1]
+        return pictures.float().cpu() * 2 - 1
+
+    return generate
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Measures one model.
+
+    Attributes:
+        sheet: the stickers.
+        vocabulary: names that the model knows.
+        judge: reads the pictures.
+        prompts: prompts per set.
+        seed: of scenes and noise.
+        batch_size: pictures painted at once.
+        progress: shows what goes on.
+    """
+
+    sheet: SpriteSheet
+    vocabulary: Sequence[str]
+    judge: Judge
+    prompts: int
+    seed: int
+    batch_size: int
+    progress: Progress
+
+    def requests(self, prompts: PromptSet) -> list[Request]:
+        """Draws the requests of a set."""
+        return draw_requests(prompts, self.prompts, self.sheet, self.vocabulary, self.seed)
+
+    def ceiling(self, resolution: int, through: Through, title: str) -> dict[str, dict[str, float]]:
+        """Scores fresh renders after `through` has changed them, by set."""
+        result = {}
+        for name in CEILING_SETS:
+            scenes = [request.scene for request in self.requests(SETS[name])]
+            pictures = (through(render(part, self.sheet, resolution)) for part in batches(scenes, 32))
+            result[name] = shares(scenes, pictures, self.judge, self._tick(f"{title}, {SETS[name].title}"))
+        return result
+
+    def box_psnr(self, resolution: int, through: Through) -> float:
+        """Returns the PSNR inside sticker boxes of scenes with held-out combinations, in dB."""
+        names = ("heldout_single", "heldout_pair")
+        scenes = [request.scene for name in names for request in self.requests(SETS[name])]
+        return box_psnr(scenes, self.sheet, resolution, through)
+
+    def painted(self, name: str, generate: Generate) -> dict[str, float]:
+        """Scores what the model paints for one set."""
+        requests = self.requests(SETS[name])
+        first = self.seed + SEEDS_PER_SET * (1 + list(SETS).index(name))
+        pictures = (
+            generate([requests[i].prompt for i in part], [first + i for i in part])
+            for part in batches(range(len(requests)), self.batch_size)
+        )
+        return shares([request.scene for request in requests], pictures, self.judge, self._tick(SETS[name].title))
+
+    def sheet_pictures(self, generate: Generate) -> tuple[torch.Tensor, list[str]]:
+        """Paints the fixed prompts of the contact sheet: `(64, 3, H, W)`, and the prompts."""
+        prompts = [request.prompt for request in sheet_requests(self.sheet, self.vocabulary)]
+        tick = self._tick("contact sheet", len(prompts))
+        parts = []
+        for part in batches(range(len(prompts)), self.batch_size):
+            parts.append(generate([prompts[i] for i in part], [self.seed + i for i in part]))
+            tick(len(part))
+        return torch.cat(parts), prompts
+
+    def _tick(self, title: str, total: int | None = None) -> Tick:
+        task = self.progress.add_task(title, total=total or self.prompts)
+        return lambda count: self.progress.advance(task, count)
+
+
+def run(
+    model: str = "stickers",
+    *,
+    prompts: int = 500,
+    sets: Sequence[str] = (),
+    output: Path | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    vocabulary: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    json_output: bool = False,
+) -> Report:
+    """Evaluates a text-to-image model of the sticker world.
+
+    Args:
+        model: built-in name, folder or hub id.
+        prompts: prompts of each set.
+        sets: keys of `SETS` to paint; all if empty.
+        output: folder for `report.json` and `contact_sheet.png`; `outputs/evaluate-MODEL` if None.
+        steps: denoising steps; None is the pipeline's default.
+        guidance: guidance scale; None is the pipeline's default.
+        seed: of scenes, captions and noise.
+        batch_size: pictures painted at once.
+        vocabulary: "starter", "all" or a text file; None is the `vocabulary.txt` beside the model.
+        device: where to paint; "auto" is the best there is. The judge reads on the same device.
+        dtype: of the weights; "auto" suits the device.
+        json_output: print the report as JSON instead of tables.
+
+    Raises:
+        ValueError: an unknown set, or a model without a vocabulary when none is given.
+    """
+    unknown = set(sets) - set(SETS)
+    if unknown:
+        raise ValueError(f"no such set of prompts: {', '.join(sorted(unknown))}; choose from {', '.join(SETS)}")
+    told = Console(stderr=True, quiet=json_output)
+    place, precision = (None if value == "auto" else value for value in (device, dtype))
+    pipe = load_pipeline(model, device=place, dtype=precision)
+    pipe.set_progress_bar_config(disable=True)
+    names = read_vocabulary(vocabulary or str(_vocabulary_file(pipe, model)))
+    folder = output or Path("outputs") / f"evaluate-{Path(model).name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    defaults = inspect.signature(type(pipe).__call__).parameters
+    num_steps = int(defaults["num_inference_steps"].default if steps is None else steps)
+    scale = float(defaults["guidance_scale"].default if guidance is None else guidance)
+    settings = {"prompts": prompts, "steps": num_steps, "guidance": scale, "seed": seed, "batch_size": batch_size}
+    report = Report(model, settings, _machine(pipe), len(names))
+    sheet = load_sprites()
+    with _progress(told) as progress:
+        judge = Judge(sheet, pipe.device)
+        examiner = Examiner(sheet, names, judge, prompts, seed, batch_size, progress)
+        examine(pipe, examiner, sets or tuple(SETS), painter(pipe, num_steps, scale), report, folder)
+    (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    console = Console()
+    if json_output:
+        console.print_json(data=asdict(report))
+    else:
+        show(report, console)
+        console.print(f"Written to {folder}: report.json, contact_sheet.png")
+    return report
+
+
+def examine(
+    pipe: Any, examiner: Examiner, sets: Sequence[str], generate: Generate, report: Report, folder: Path
+) -> None:
+    """Fills a report, and writes the contact sheet into `folder`."""
+    resolution = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    through = round_trip(pipe.vae)
+    report.ceiling = examiner.ceiling(resolution, lambda pictures: pictures, "fresh renders")
+    report.autoencoder = dict(examiner.ceiling(resolution, through, "after a round trip"))
+    report.autoencoder["psnr_in_boxes"] = examiner.box_psnr(resolution, through)
+    start = time.perf_counter()
+    pictures, prompts = examiner.sheet_pictures(generate)
+    report.seconds_per_picture = (time.perf_counter() - start) / len(prompts)
+    sheet = contact_sheet(pictures, prompts, f"tessera: {Path(report.model).name}", _subtitle(report))
+    sheet.save(folder / "contact_sheet.png", optimize=True)
+    for name in sets:
+        report.painted[name] = examiner.painted(name, generate)
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints a report as a table."""
+    title = f"{Path(report.model).name}: {report.vocabulary} stickers, {report.settings['prompts']} prompts each"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("prompts", overflow="fold")
+    for column in ("metric", "painted", "colour", "ceiling", "round trip"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "metric" else "right")
+    for name, found in report.painted.items():
+        for metric in (metric for metric in found if metric != "colour"):
+            limits = [_percent(part[SETS[name].kind][metric]) for part in (report.ceiling, report.autoencoder)]
+            main = metric == SETS[name].metric
+            title, colour = (SETS[name].title, _percent(found["colour"])) if main else ("", "")
+            table.add_row(title, metric, _percent(found[metric]), colour, *limits)
+    console.print(table)
+    console.print(f"autoencoder: {report.autoencoder['psnr_in_boxes']:.2f} dB inside sticker boxes")
+    if report.seconds_per_picture is not None:
+        console.print(f"painting: {report.seconds_per_picture:.3f} s a picture on {report.machine['device']}")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _vocabulary_file(pipe: Any, model: str) -> Path:
+    """Returns the vocabulary that a model's folder holds."""
+    path = Path(pipe.name_or_path) / "vocabulary.txt"
+    if not path.is_file():
+        raise ValueError(f"{model} has no vocabulary.txt: pass --vocabulary starter, all, or a file of sticker names")
+    return path
+
+
+def _machine(pipe: Any) -> dict[str, Any]:
+    """Describes what the figures were measured on."""
+    device = torch.device(pipe.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "tessera": __version__,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Returns the commit of the checkout that runs, or None outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return result.stdout.strip() or None
+
+
+def _subtitle(report: Report) -> str:
+    settings, machine = report.settings, report.machine
+    return f"{settings['steps']} steps, guidance {settings['guidance']:g}, {machine['dtype']} on {machine['device']}"
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
