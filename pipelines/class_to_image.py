@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -156,9 +155,7 @@ class ClassToImagePipeline(TesseraPipeline):
         """
         if isinstance(labels, Tensor):
             labels = labels.reshape(-1).tolist()
-        if not isinstance(labels, (str, Integral, Sequence)):
-            raise TypeError(f"class_labels must be a class number or name, or a list of them, got {labels!r}.")
-        given = [labels] if isinstance(labels, (str, Integral)) else list(labels)
+        given = labels if isinstance(labels, list | tuple) else [labels]
         if not given:
             raise ValueError("class_labels is an empty list: pass at least one class number or name.")
         return torch.tensor([self._label_id(label) for label in given])  # (P,)
@@ -172,14 +169,15 @@ class ClassToImagePipeline(TesseraPipeline):
         # The row after the last class is 'no class', which may be painted too.
         last = self.transformer.config.num_classes - (self.transformer.config.class_dropout_prob == 0)
         check_count("class label", label, 0, last)
-        return int(label)
+        return label
 
     # ------------------------------------------------------------------- checks
 
     def _resolve_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
         """Height and width in pixels: as asked, else of the given latents, else of the model's training."""
         sides = [self.transformer.config.sample_size] * 2 if latents is None else latents.shape[-2:]
-        height, width = height or sides[0] * self.vae_scale_factor, width or sides[1] * self.vae_scale_factor
+        height = height or int(sides[0]) * self.vae_scale_factor
+        width = width or int(sides[1]) * self.vae_scale_factor
         self.check_size(height, width, self.vae_scale_factor * self.transformer.config.patch_size)
         return height, width
 

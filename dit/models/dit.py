@@ -192,7 +192,7 @@ class DiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin)
         self._initialize()
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> "DiT":  # noqa: ANN401 (any value of the configuration)
+    def from_preset(cls, name: str, **overrides: Any) -> "DiT":
         """Build an untrained model by its published name.
 
         Args:
@@ -220,8 +220,8 @@ class DiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin)
             self.time_embed.linear_2.weight,
         ):
             nn.init.normal_(weight, std=0.02)
-        modulations = [block.modulation for block in self.transformer_blocks] + [self.modulation_out]
-        for linear in [modulation.linear for modulation in modulations] + [self.proj_out]:
+        zero = [module.linear for module in self.modules() if isinstance(module, AdaLNZero)] + [self.proj_out]
+        for linear in zero:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 

@@ -220,7 +220,7 @@ def test_callback_preview_and_interrupt() -> None:
         ({"class_labels": 11}, ValueError, "0 to 10"),
         ({"class_labels": []}, ValueError, "empty"),
         ({"class_labels": ["unicorn"]}, ValueError, "unicorn"),
-        ({"class_labels": 1.5}, TypeError, "class_labels"),
+        ({"class_labels": 1.5}, TypeError, "class label"),
         ({"height": 40}, ValueError, "Nearest: height=32"),
         ({"num_inference_steps": 0}, ValueError, "num_inference_steps=0"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale"),
