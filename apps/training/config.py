@@ -70,10 +70,12 @@ class RunConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW, its learning-rate schedule and the moving average of the weights.
+    """The optimizer, its learning-rate schedule and the moving average of the weights.
 
     Attributes:
-        learning_rate: Peak learning rate.
+        name: `adamw`, or `muon`: Muon for the matrices of transformer blocks, AdamW for everything else.
+        learning_rate: Peak learning rate of AdamW.
+        muon_learning_rate: Peak learning rate of Muon, in AdamW's units (updates are scaled to AdamW's size).
         betas: Momenta of AdamW.
         weight_decay: Decoupled weight decay; biases, gains and other 0-D and 1-D parameters are left out.
         warmup_steps: Steps of linear warm-up.
@@ -83,7 +85,9 @@ class OptimizerConfig(Section):
         ema_decay: Decay of the moving average; it warms up as (1 + step) / (10 + step).
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(gt=0)
+    muon_learning_rate: float = Field(default=5e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_steps: int = Field(default=200, ge=0)

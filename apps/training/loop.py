@@ -25,6 +25,7 @@ from apps.training import checkpoint as checkpoints
 from apps.training.config import TrainConfig
 from apps.training.ema import MovingAverage
 from apps.training.journal import Journal
+from apps.training.optimizer import make_optimizer
 from apps.training.schedule import learning_rate
 from apps.training.task import Task, TaskContext, task_class
 
@@ -138,7 +139,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), self.config.optimizer.max_grad_norm)
         rate = learning_rate(state.step, self.options.steps, self.config.optimizer)
         for group in state.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         self.ema.update(state.step)
@@ -265,18 +266,6 @@ class Trainer:
             autocast=accelerator.autocast,
             main_process_first=accelerator.main_process_first,
         )
-
-
-def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Fused AdamW with weight decay on matrices only (0-D and 1-D parameters are biases and gains)."""
-    matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
-    others = [parameter for parameter in parameters.values() if parameter.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.optimizer.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.optimizer.learning_rate, betas=config.optimizer.betas, fused=True)
 
 
 class _Window:

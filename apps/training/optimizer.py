@@ -1,0 +1,89 @@
+"""The optimizers: fused AdamW, or Muon for the matrices of transformer blocks with AdamW for the rest."""
+
+from collections import ChainMap
+from typing import Any
+
+import torch
+from torch import nn
+
+from apps.training.config import TrainConfig
+
+
+class JoinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers over disjoint parameters, stepped together and seen as one.
+
+    Args:
+        optimizers: The parts; their groups and states stay theirs.
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        self.defaults = {}
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.state = _JoinedState(optimizers)
+
+    def step(self, closure: None = None) -> None:
+        """Steps every part."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears every part's gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+
+class _JoinedState(ChainMap):
+    """The states of the parts as one mapping from parameter to tensors; a new entry goes to its owner."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        super().__init__(*[optimizer.state for optimizer in optimizers])
+        self._owner = {
+            parameter: optimizer.state
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    def __missing__(self, parameter: nn.Parameter) -> Any:
+        return self._owner[parameter][parameter]  # a defaultdict: makes the empty entry
+
+    def clear(self) -> None:
+        for state in self.maps:
+            state.clear()
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The configured optimizer; weight decay on matrices only (0-D and 1-D parameters are biases and gains).
+
+    Every group has a `scale`: its learning rate is that of the schedule times this.
+
+    Muon (orthogonalised momentum, with updates scaled to the size of AdamW's, arXiv:2502.16982) takes the matrices
+    inside blocks; embeddings, heads and everything that is not a matrix stay with AdamW.
+
+    Args:
+        parameters: Trained parameters by name.
+        config: The configuration of the run.
+    """
+    settings = config.optimizer
+    if settings.name == "adamw":
+        return _adamw(list(parameters.values()), config)
+    inside = {name: p for name, p in parameters.items() if p.ndim == 2 and "block" in name and "table" not in name}
+    outside = [parameter for name, parameter in parameters.items() if name not in inside]
+    scale = settings.muon_learning_rate / settings.learning_rate
+    muon = torch.optim.Muon(
+        [{"params": list(inside.values()), "scale": scale}],
+        lr=settings.muon_learning_rate,
+        weight_decay=settings.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return JoinedOptimizer([muon, _adamw(outside, config)])
+
+
+def _adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.optimizer.weight_decay, "scale": 1.0},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "scale": 1.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.optimizer.learning_rate, betas=config.optimizer.betas, fused=True)

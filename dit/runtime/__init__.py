@@ -1,0 +1,1 @@
+"""The ground that all mechanisms stand on."""
