@@ -224,8 +224,14 @@ class Engine:
 
     def _load_pipeline(self, source: str) -> Pipeline:
         # Here and not above: diffusers and transformers take seconds to import, and a server shall answer before.
+        import diffusers
+        import transformers
+
         from pipelines import load_pipeline
 
+        # Loading is told by an event; the libraries' own bars would be drawn over whatever shows it.
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
         return load_pipeline(source, device=self.device, dtype=self.dtype)
 
 

@@ -202,7 +202,7 @@ def _settings(
     choices = shapes(side, 16)
     model = gr.Dropdown(list(engine.models), value=engine.models[0], label="Model", filterable=False, elem_id="model")
     shape = gr.Radio(choices, value=choices[0][1], label="Size", elem_id="shape")
-    with gr.Row(visible=False, elem_id="sides") as sides:
+    with gr.Row(visible="hidden", elem_id="sides") as sides:  # hidden and not absent: it must take updates
         width = gr.Slider(limits.MIN_SIDE, side * 4, side, step=16, label="Width", elem_id="width")
         height = gr.Slider(limits.MIN_SIDE, side * 4, side, step=16, label="Height", elem_id="height")
     with gr.Row():

@@ -228,11 +228,13 @@ class Handlers:
         ]
         choices = shapes(model.side, model.multiple)
         most = min(limits.MAX_SIDE, model.side * 4)
-        side = gr.update(value=model.side, maximum=most, step=model.multiple, minimum=_least_side(model))
+        sides = [  # one update each: Gradio takes them apart
+            gr.update(value=model.side, maximum=most, step=model.multiple, minimum=_least_side(model))
+            for _ in ("width", "height")
+        ]
         return (
             gr.update(choices=choices, value=choices[0][1]),
-            side,
-            side,
+            *sides,
             model.steps,
             gr.skip() if model.guidance is None else model.guidance,
             views.vocabulary(words, key),
@@ -241,7 +243,7 @@ class Handlers:
 
     def show_size(self, shape: str) -> Update:
         """Show the width and height controls for a custom shape only."""
-        return gr.update(visible=shape == CUSTOM)
+        return gr.update(visible=True if shape == CUSTOM else "hidden")
 
 
 def shapes(side: int, multiple: int) -> list[tuple[str, str]]:

@@ -13,12 +13,16 @@ from tests.studio.fakes import FakePipeline, ForeignPipeline
 
 
 def make_engine(pipe, tmp_path=None, **limits):
+    def load(source):
+        time.sleep(0.02)  # long enough to be seen loading
+        return pipe
+
     return Engine(
         {"fake": "somewhere"},
         output_dir=tmp_path,
         device="cpu",
         server_limits=ServerLimits(**limits),
-        load=lambda source: pipe,
+        load=load,
     )
 
 
