@@ -40,9 +40,9 @@ BLUR = 1.25  # standard deviation of the blur, in samples
 CLOSER = ((8, 1), (3, 2))  # (how many stickers of a part are looked at more closely, Gauss-Newton steps on them)
 PRICE = 0.03  # of each sticker beyond the first, as a share of the energy of D
 FAINT = 0.0003  # mean square of D below which there is nothing to be seen
-# Each way of cutting, by its parts: whole, left, right, top, bottom, and the four quarters.
 PARTS = ("whole", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
-LAYOUTS = ((0,), (1, 2), (3, 4), (3, 7, 8), (5, 6, 4), (5, 6, 7, 8))
+# Each way of cutting, as indices of its parts. None at all is right where no sticker explains anything.
+LAYOUTS = ((), (0,), (1, 2), (3, 4), (3, 7, 8), (5, 6, 4), (5, 6, 7, 8))
 
 
 @dataclass(frozen=True)
@@ -332,7 +332,7 @@ class Judge:
         def left_over(layout: tuple[int, ...]) -> float:
             return 1 - sum(gains[first + part] for part in layout) / total
 
-        layout = min(LAYOUTS, key=lambda layout: left_over(layout) + PRICE * (len(layout) - 1))
+        layout = min(LAYOUTS, key=lambda layout: left_over(layout) + PRICE * max(len(layout) - 1, 0))
         rows = [first + part for part in layout]
         objects = (Found(sprites[i], *places[i], error=1 - gains[i] / max(energies[i], 1e-6)) for i in rows)
         return Reading(background, tuple(objects), left_over(layout))

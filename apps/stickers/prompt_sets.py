@@ -107,11 +107,13 @@ def sheet_requests(sheet: SpriteSheet, vocabulary: Sequence[str]) -> list[Reques
             count = (3, 2, 4)[row % 3]
             scene = Scene("count", (), background, sprites, count=count)
             subject = f"{NUMBERS[count][0]} {name} stickers"
-        else:
+        else:  # a single sticker, in some columns of a named size
             word = {3: "large", 7: "small"}.get(column)
             scene = Scene("single", (), background, sprites, size_word=word)
             subject = with_article(f"{word} {name}" if word else name)
-        requests.append(Request(scene, f"{subject} on {with_article(COLOURS[background])} background"))
+        colour = COLOURS[background]
+        where = f"{with_article(colour)} background" if scene.kind == "single" else colour  # short enough to be read
+        requests.append(Request(scene, f"{subject} on {where}"))
     return requests
 
 
