@@ -207,9 +207,16 @@ class ViTAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin, VisualTokenizer)
         tokens = self.patch_embed(patchify(x.unsqueeze(2), self.patch))  # (B, N, De)
         tokens = self._run(self.encoder_blocks, tokens, grid)
         tokens = self.to_latent(self.encoder_norm(tokens))  # (B, N, C)
-        # The statistics stay in float32 whatever the model's dtype: they define the scale of the code.
-        latent = self.latent_norm(tokens.float().transpose(1, 2)).to(tokens.dtype)  # (B, C, N)
+        latent = self._normalize(tokens.float().transpose(1, 2)).to(tokens.dtype)  # (B, C, N)
         return latent.unflatten(-1, grid)  # (B, C, H, W)
+
+    def _normalize(self, latent: Tensor) -> Tensor:
+        """Batch-normalise (B, C, N) in float32 whatever the model's dtype: this defines the scale of the code."""
+        norm = self.latent_norm
+        if norm.training:
+            return norm(latent)
+        mean, var = norm.running_mean.float(), norm.running_var.float()  # (C,)
+        return F.batch_norm(latent, mean, var, eps=norm.eps)  # (B, C, N)
 
     def _decode(self, z: Tensor) -> Tensor:
         grid = tuple(z.shape[-2:])
