@@ -60,7 +60,7 @@ class TesseraPipeline(DiffusionPipeline):
     # ------------------------------------------------------------------ loading
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: object) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Load a pipeline from a folder or a Hub repository; weights from safetensors files only.
 
         Args:
@@ -82,11 +82,19 @@ class TesseraPipeline(DiffusionPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+    def load_config(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        return_unused_kwargs: bool = False,
+        return_commit_hash: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Read `model_index.json`, translate moved module paths and import the component modules it names.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
+            return_unused_kwargs: as in diffusers.
+            return_commit_hash: whether to return the commit of the Hub repository too.
             **kwargs: as in `diffusers.ConfigMixin.load_config`.
 
         Returns:
@@ -95,12 +103,12 @@ class TesseraPipeline(DiffusionPipeline):
         Raises:
             ValueError: a component names a module of ours outside `COMPONENT_MODULES`.
         """
-        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        loaded = super().load_config(pretrained_model_name_or_path, return_unused_kwargs, return_commit_hash, **kwargs)
         resolve_components(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: object) -> str | os.PathLike:
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike:
         """Download a pipeline repository: ours as data files only, others the way diffusers does.
 
         diffusers' own `download` refuses components that live outside diffusers and transformers.
@@ -191,7 +199,7 @@ class TesseraPipeline(DiffusionPipeline):
             TypeError: `generator` holds something else than generators.
             ValueError: a list whose length is not `count`.
         """
-        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
+        generators: list[Any] = list(generator) if isinstance(generator, list | tuple) else [generator] * count
         if len(generators) != count:
             raise ValueError(f"Got {len(generators)} generators for {count} pictures: pass one, or one per picture.")
         for one in generators:
@@ -233,7 +241,7 @@ class TesseraPipeline(DiffusionPipeline):
             Pictures, (B, 3, H * f, W * f), about [-1, 1], float32.
         """
         tokenizer = self.visual_tokenizer
-        return tokenizer.decode(tokenizer.denormalize_latents(latents).to(self.vae.dtype)).sample.float()
+        return tokenizer.decode(tokenizer.denormalize_latents(latents).to(self.vae.dtype), return_dict=False)[0].float()
 
     # ---------------------------------------------------------------- callbacks
 

@@ -22,8 +22,9 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number from {low:g} to {high:g}, got {_shown(value)}.")
-    if not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{name}={float(value):g} is out of range: expected {low:g} to {high:g}.")
+    number = float(value)
+    if not math.isfinite(number) or not low <= number <= high:
+        raise ValueError(f"{name}={number:g} is out of range: expected {low:g} to {high:g}.")
 
 
 def check_count(name: str, value: object, low: int, high: int) -> None:
@@ -41,7 +42,7 @@ def check_count(name: str, value: object, low: int, high: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int from {low} to {high}, got {_shown(value)}.")
-    if not low <= value <= high:
+    if not low <= int(value) <= high:
         raise ValueError(f"{name}={value} is out of range: expected {low} to {high}.")
 
 
@@ -60,9 +61,10 @@ def check_side(name: str, side: object, multiple: int, largest: int) -> None:
     """
     if isinstance(side, bool) or not isinstance(side, Integral):
         raise TypeError(f"{name} must be an int (pixels, a multiple of {multiple}), got {_shown(side)}.")
-    if side % multiple or not multiple <= side <= largest:
+    pixels = int(side)
+    if pixels % multiple or not multiple <= pixels <= largest:
         limit = largest // multiple * multiple
-        nearest = min(max(round(side / multiple), 1) * multiple, limit)
+        nearest = min(max(round(pixels / multiple), 1) * multiple, limit)
         raise ValueError(
             f"{name}={side} is not usable: expected a multiple of {multiple} from {multiple} to {limit}. "
             f"Nearest: {name}={nearest}."

@@ -10,6 +10,7 @@ from diffusers.utils import logging
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipelines.base import TesseraPipeline
 from pipelines.checks import check_prompts
 
 logger = logging.get_logger(__name__)
@@ -18,8 +19,8 @@ LONGEST = 512
 """Tokens kept of a prompt when neither the tokenizer nor the encoder states a limit."""
 
 
-class PromptEncoderMixin:
-    """`encode_prompt` for pipelines with the components `tokenizer`, `text_encoder` and `transformer`."""
+class TextConditionedPipeline(TesseraPipeline):
+    """A pipeline with the components `tokenizer`, `text_encoder` and `transformer`, which can read prompts."""
 
     def encode_prompt(
         self,
@@ -102,25 +103,27 @@ class PromptEncoderMixin:
             prompts = check_prompts(name, prompt)
             if self.text_encoder is None or self.tokenizer is None:
                 raise ValueError(f"This pipeline has no text encoder to read {name} with: pass {name}_embeds.")
-            embeds, mask = encode_text(self.tokenizer, self.text_encoder, prompts, max_length, device)
-        elif not isinstance(embeds, Tensor) or embeds.ndim != 3:
+            states, mask = encode_text(self.tokenizer, self.text_encoder, prompts, max_length, device)
+        elif isinstance(embeds, Tensor) and embeds.ndim == 3:
+            states = embeds
+        else:
             shown = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
             raise ValueError(f"{name}_embeds must be a tensor (prompts, tokens, width), got {shown}.")
         wanted = None if self.transformer is None else self.transformer.config.get("text_dim")
-        if wanted is not None and embeds.shape[-1] != wanted:
+        if wanted is not None and states.shape[-1] != wanted:
             raise ValueError(
-                f"{name}_embeds has width {embeds.shape[-1]}, the transformer reads width {wanted}: "
+                f"{name}_embeds has width {states.shape[-1]}, the transformer reads width {wanted}: "
                 "were they made by another text encoder?"
             )
         if mask is None:
-            mask = torch.ones(embeds.shape[:2])
-        if mask.shape != embeds.shape[:2]:
+            mask = torch.ones(states.shape[:2])
+        if mask.shape != states.shape[:2]:
             raise ValueError(
                 f"{name}_attention_mask has the shape {tuple(mask.shape)}: expected (prompts, tokens) of "
-                f"{name}_embeds, {tuple(embeds.shape[:2])}."
+                f"{name}_embeds, {tuple(states.shape[:2])}."
             )
-        dtype = embeds.dtype if self.transformer is None else self.transformer.dtype
-        return embeds.to(device, dtype), mask.to(device).bool()
+        dtype = states.dtype if self.transformer is None else self.transformer.dtype
+        return states.to(device, dtype), mask.to(device).bool()  # (P, L, Dt), (P, L)
 
 
 def text_limit(tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel) -> int:

@@ -15,16 +15,17 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipelines.base import OUTPUT_TYPES, TesseraPipeline
+from pipelines.base import OUTPUT_TYPES
 from pipelines.checks import check_choice, check_count, check_number, check_sigmas
-from pipelines.conditioning import PromptEncoderMixin
+from pipelines.conditioning import TextConditionedPipeline
 from sampling.guidance import classifier_free_guidance, in_interval
 from sampling.timesteps import set_timesteps
 
 ImageInput = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
+Pictures = list[Image.Image] | np.ndarray | Tensor
 
 
-class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMixin):
+class TextToImagePipeline(TextConditionedPipeline, SanaLoraLoaderMixin):
     """Paint pictures from text with a flow-matching transformer.
 
     LoRA files of the transformer load and save through `load_lora_weights` and `save_lora_weights` (diffusers'
@@ -125,7 +126,7 @@ class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMix
         max_sequence_length: int | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
-    ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | Tensor]:
+    ) -> ImagePipelineOutput | tuple[Pictures]:
         """Paint.
 
         Args:
@@ -211,7 +212,7 @@ class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMix
             callback_on_step_end_tensor_inputs,
         )  # (B, C, h, w)
         if self._interrupted:
-            images = []
+            images: Any = []
         elif output_type == "latent":
             images = latents
         else:
@@ -227,15 +228,11 @@ class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMix
         return self.vae_scale_factor * self.transformer.config.patch_size
 
     def _resolve_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        if latents is not None:
-            default = [side * self.vae_scale_factor for side in latents.shape[-2:]]
-        else:
-            side = self.transformer.config.sample_size
-            default = [
-                cells * self.vae_scale_factor for cells in (side if isinstance(side, list | tuple) else [side] * 2)
-            ]
-        height = default[0] if height is None else height
-        width = default[1] if width is None else width
+        """Fill in the size: that of the latents, else that of the training; then check it."""
+        cells = self.transformer.config.sample_size if latents is None else latents.shape[-2:]
+        rows, columns = cells if isinstance(cells, list | tuple) else (cells, cells)
+        height = int(rows) * self.vae_scale_factor if height is None else height
+        width = int(columns) * self.vae_scale_factor if width is None else width
         self.check_size(height, width, self.pixels_per_token)
         return height, width
 
@@ -310,19 +307,19 @@ class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMix
                     "image must be a PIL image, a float array or tensor in [0, 1], or a list of them, "
                     f"got {type(one).__name__}."
                 )
-        flat = [_on_white(one) if isinstance(one, Image.Image) else one for one in images]
+        flat: Any = [_on_white(one) if isinstance(one, Image.Image) else one for one in images]
         pixels = self.image_processor.preprocess(flat, height, width)  # (P, 3, H, W) in [-1, 1]
         if not pixels.abs().max() <= 1.001:
             raise ValueError("image has values outside [0, 1] (or NaN): divide 8-bit values by 255.")
         tokenizer = self.visual_tokenizer
-        latents = tokenizer.encode(pixels.to(self._execution_device, self.vae.dtype)).latent
+        latents = tokenizer.encode(pixels.to(self._execution_device, self.vae.dtype), return_dict=False)[0]
         return tokenizer.normalize_latents(latents).float()  # (P, C, h, w)
 
     # --------------------------------------------------------------------- loop
 
     def _denoise(
         self,
-        tensors: dict[str, Tensor | None],
+        tensors: dict[str, Any],
         mask: Tensor,
         timesteps: Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
@@ -333,7 +330,7 @@ class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMix
         masked = not bool(mask.all())  # attention without a mask is faster; ask once, not every step
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
-        with self.progress_bar(total=len(timesteps)) as bar:
+        with self.progress_bar(total=len(timesteps)) as bar:  # pyright: ignore[reportCallIssue]
             for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break
@@ -349,16 +346,17 @@ class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMix
         self._interrupted = self._interrupt
         return tensors["latents"]
 
-    def _velocity(self, tensors: dict[str, Tensor | None], mask: Tensor | None, timestep: Tensor) -> Tensor:
+    def _velocity(self, tensors: dict[str, Any], mask: Tensor | None, timestep: Tensor) -> Tensor:
         """Predict the (guided) velocity; the negative and the positive branch share one batch."""
-        latents, states, negative = (tensors[n] for n in ("latents", "prompt_embeds", "negative_prompt_embeds"))
-        count = len(latents)
-        interval = self._guidance_interval
+        latents, states = tensors["latents"], tensors["prompt_embeds"]
+        count, interval = len(latents), self._guidance_interval
+        # asking for the number costs a wait for the device, so only where an interval needs it
         sigma = 0.0 if interval is None else float(timestep) / self.scheduler.config.num_train_timesteps
-        guided = self.do_classifier_free_guidance and negative is not None and in_interval(sigma, interval)
-        if guided:
+        guides = self.do_classifier_free_guidance and in_interval(sigma, interval)
+        negative = tensors["negative_prompt_embeds"] if guides else None
+        if negative is not None:
             latents, states = torch.cat([latents, latents]), torch.cat([negative, states])  # (2B, ...)
-        with self.transformer.cache_context("guided" if guided else "cond"):
+        with self.transformer.cache_context("cond" if negative is None else "guided"):
             velocity = self.transformer(
                 latents.to(self.transformer.dtype),
                 encoder_hidden_states=states,
@@ -367,7 +365,7 @@ class TextToImagePipeline(TesseraPipeline, PromptEncoderMixin, SanaLoraLoaderMix
                 attention_kwargs=self._attention_kwargs,
                 return_dict=False,
             )[0].float()
-        if not guided:
+        if negative is None:
             return velocity  # (B, C, h, w)
         uncond, cond = velocity.split(count)
         return classifier_free_guidance(cond, uncond, self._guidance_scale, self._guidance_rescale)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 
@@ -26,7 +26,7 @@ def uniform_sigmas(num_steps: int) -> list[float]:
     return [1.0 - step / num_steps for step in range(num_steps)]
 
 
-def dynamic_shift(num_tokens: int, scheduler: SchedulerMixin) -> float:
+def dynamic_shift(num_tokens: int, scheduler: Any) -> float:
     """Return the shift exponent `mu` for a picture of `num_tokens` tokens: linear between two anchors.
 
     Larger pictures need more noise to lose their structure (arXiv 2403.03206, section 5.3.2; the linear rule is that
@@ -46,7 +46,7 @@ def dynamic_shift(num_tokens: int, scheduler: SchedulerMixin) -> float:
 
 
 def set_timesteps(
-    scheduler: SchedulerMixin,
+    scheduler: Any,
     num_steps: int,
     *,
     num_tokens: int,
