@@ -36,8 +36,9 @@ def test_the_named_backend_is_used_in_training_too(monkeypatch):
 
     original = module.dispatch_attention_fn
     monkeypatch.setattr(module, "dispatch_attention_fn", lambda *a, **k: called.append(1) or original(*a, **k))
-    attention(query, key, value)
-    assert not called  # plain products by default
+    with attention_backend("native"):
+        attention(query, key, value)
+    assert not called  # plain products
     attention(query, key, value, backend="native")
     with attention_backend("_native_math"):
         attention(query, key, value)

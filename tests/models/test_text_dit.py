@@ -110,6 +110,7 @@ def test_attention_backends_agree():
         model.set_attention_backend("_native_math")
         processors = {type(p).__name__ + str(p._attention_backend) for p in model.attn_processors.values()}
         math = model(**given).sample
+        model.reset_attention_backend()  # diffusers keeps the choice for the whole process too
     assert len(processors) == 1
     assert "MATH" in processors.pop()
     torch.testing.assert_close(native, math, rtol=1e-4, atol=1e-5)
