@@ -68,7 +68,7 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> 
     settings = config.optimizer
     if settings.name == "adamw":
         return _adamw(list(parameters.values()), config)
-    inside = {name: p for name, p in parameters.items() if p.ndim == 2 and "block" in name and "table" not in name}
+    inside = {name: p for name, p in parameters.items() if p.ndim == 2 and _is_hidden_matrix(name)}
     outside = [parameter for name, parameter in parameters.items() if name not in inside]
     scale = settings.muon_learning_rate / settings.learning_rate
     muon = torch.optim.Muon(
@@ -87,3 +87,8 @@ def _adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.A
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.optimizer.learning_rate, betas=config.optimizer.betas, fused=True)
+
+
+def _is_hidden_matrix(name: str) -> bool:
+    """Whether a parameter maps hidden states to hidden states: in a block, and neither a table nor a position bias."""
+    return "block" in name and "table" not in name and "relative_attention_bias" not in name
