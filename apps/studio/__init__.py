@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -66,6 +67,7 @@ def run(
             page = launch(engine, host, port, open_browser)
         console.print(f"[bold]tessera studio[/bold]  [link]http://{host}:{port}[/link]")
         console.print(f"[dim]pictures go to {output_dir}, Ctrl-C ends[/dim]", highlight=False)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's Ctrl-C: tidy up as well
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

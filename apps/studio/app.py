@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -19,7 +20,7 @@ from apps.studio.handlers import EXAMPLES, FIXED, RANDOM, Handlers, shapes
 from apps.studio.theme import CSS, SCRIPT, theme
 from pipelines import builtin_models
 
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every listener: the page is no API, and it draws its own progress."""
 BUILTIN_SIDE = 128
 """Side that the controls show until the model is loaded, for built-in models; pixels."""
@@ -40,7 +41,6 @@ class Controls:
     seed_mode: gr.Radio
     seed: gr.Number
     count: gr.Slider
-    sides: gr.Row
     chips: list[gr.Button]
     paint: gr.Button
     stop: gr.Button
@@ -202,7 +202,7 @@ def _settings(
     choices = shapes(side, 16)
     model = gr.Dropdown(list(engine.models), value=engine.models[0], label="Model", filterable=False, elem_id="model")
     shape = gr.Radio(choices, value=choices[0][1], label="Size", elem_id="shape")
-    with gr.Row(visible="hidden", elem_id="sides") as sides:  # hidden and not absent: it must take updates
+    with gr.Row(elem_id="sides"):  # shown by the style sheet when the size is custom
         width = gr.Slider(limits.MIN_SIDE, side * 4, side, step=16, label="Width", elem_id="width")
         height = gr.Slider(limits.MIN_SIDE, side * 4, side, step=16, label="Height", elem_id="height")
     with gr.Row():
@@ -232,7 +232,6 @@ def _settings(
         seed_mode=seed_mode,
         seed=seed,
         count=count,
-        sides=sides,
         chips=chips,
         paint=paint,
         stop=stop,
@@ -271,10 +270,9 @@ def _connect(
     easel.strip.select(handlers.choose, visit, shown, **QUIET)
     easel.reuse_seed.click(handlers.reuse_seed, chosen, [controls.seed_mode, controls.seed], **QUIET)
     repeated = [c for c in controls.request() if c is not controls.model]
-    easel.reuse_settings.click(handlers.reuse_settings, chosen, [*repeated, controls.sides], **QUIET)
+    easel.reuse_settings.click(handlers.reuse_settings, chosen, repeated, **QUIET)
 
     fitted = [controls.shape, controls.width, controls.height, controls.steps, controls.guidance, words]
     gr.on([page.load, controls.model.change], handlers.settle, controls.model, [*fitted, *controls.chips], **QUIET)
-    controls.shape.change(handlers.show_size, controls.shape, controls.sides, **QUIET)
     # A typed seed is meant to be used.
     controls.seed.input(lambda: FIXED, None, controls.seed_mode, **QUIET)

@@ -184,10 +184,10 @@ class Handlers:
         """Set every control as for the picture on the stage.
 
         Returns:
-            Prompt, negative prompt, shape, width, height, steps, guidance, seed mode, seed, count, width and height.
+            Prompt, negative prompt, shape, width, height, steps, guidance, seed mode, seed, count.
         """
         if chosen is None:
-            return tuple(gr.skip() for _ in range(11))
+            return tuple(gr.skip() for _ in range(10))
         it = chosen.settings
         return (
             it.prompt,
@@ -200,7 +200,6 @@ class Handlers:
             FIXED,
             it.seed,
             1,
-            gr.update(visible=True),
         )
 
     # -------------------------------------------------------------------- model
@@ -240,10 +239,6 @@ class Handlers:
             views.vocabulary(words, key),
             *chips,
         )
-
-    def show_size(self, shape: str) -> Update:
-        """Show the width and height controls for a custom shape only."""
-        return gr.update(visible=True if shape == CUSTOM else "hidden")
 
 
 def shapes(side: int, multiple: int) -> list[tuple[str, str]]:

@@ -87,7 +87,7 @@ def test_pictures_can_be_chosen_and_painted_again(studio):
     chosen = studio.choose(visit, SimpleNamespace(index=0))[4]
     assert chosen == visit[0]
     assert studio.reuse_seed(chosen) == (FIXED, 9)
-    prompt, _, shape, width, height, steps, _, mode, seed, count, _ = studio.reuse_settings(chosen)
+    prompt, _, shape, width, height, steps, _, mode, seed, count = studio.reuse_settings(chosen)
     assert (prompt, shape, width, height, steps, mode, seed, count) == ("a fox", CUSTOM, 64, 64, 4, FIXED, 9, 1)
     for index in (7, -1, "0", None):
         assert all(part == gr.skip() for part in studio.choose(visit, SimpleNamespace(index=index)))

@@ -157,17 +157,24 @@ def test_type_paint_stop(server, browser, width, height):
     served = httpx.get(thumbnail, trust_env=False)
     assert served.content == painted.read_bytes()  # the file itself, its settings with it
 
+    assert not page.locator("#sides").is_visible()
+    page.locator("#shape label", has_text="Custom").click()
+    assert page.input_value("#height input[type=number]") == "32"  # the model's own size, though it was hidden
+    page.fill("#width input[type=number]", "48")
+    page.press("#width input[type=number]", "Tab")
     page.fill("#count input[type=number]", "16")
     page.fill("#steps input[type=number]", "100")
     page.press("#steps input[type=number]", "Tab")
     page.get_by_role("button", name="Paint", exact=True).click()
-    note_says(page, "Picture 1 of 16")
+    note_says(page, "Picture 2 of 16")
     done = len(list(out.glob("*.png")))
     asked = time.monotonic()
     page.get_by_role("button", name="Stop", exact=True).click()
     note_says(page, "Stopped", 5)
     assert time.monotonic() - asked < 2.5
-    assert len(list(out.glob("*.png"))) <= done + 1
+    pictures = sorted(out.glob("*.png"), key=lambda path: path.stat().st_mtime)
+    assert len(pictures) <= done + 1
+    assert read_png(pictures[-1]).width == 48
     assert page.get_by_role("button", name="Paint", exact=True).is_enabled()
 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
