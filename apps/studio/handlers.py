@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 CUSTOM = "custom"
 RANDOM, FIXED = "Random", "Fixed"
+REDRAW_SECONDS = 0.1
+"""Steps redraw the page no faster than this; if the page fell behind, so would the Stop that it shows."""
 STRIP = 24
 """Pictures that the strip of a visit keeps; older ones stay in the output folder."""
 EXAMPLES = 5
@@ -138,6 +141,7 @@ class Handlers:
         """Turn the events of a job into views; closing it closes the job."""
         seen: str | None = None  # the last preview or picture stays until there is something newer
         rough = True
+        next_redraw = 0.0
         try:
             for event in events:
                 match event:
@@ -149,6 +153,9 @@ class Handlers:
                     case Step(preview=preview):
                         if preview is not None:
                             seen, rough = views.preview_uri(preview), True
+                        if time.monotonic() < next_redraw:
+                            continue
+                        next_redraw = time.monotonic() + REDRAW_SECONDS
                         note, share = progress_line(event)
                         yield View(stage=views.stage(seen, size=size, note=note, share=share, is_preview=rough))
                     case Picture():

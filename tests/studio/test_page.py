@@ -46,7 +46,7 @@ def test_a_picture_reaches_strip_and_stage_as_the_file_itself(studio):
 def test_stop_ends_the_job_of_this_tab_only(studio):
     other = SimpleNamespace(session_hash="another tab")
     job = paint(studio, steps=100)
-    while "Step 2" not in next(job)[0]:
+    while "Step" not in next(job)[0]:
         pass
     studio.stop(other)
     assert "Step" in next(job)[0]
@@ -56,6 +56,13 @@ def test_stop_ends_the_job_of_this_tab_only(studio):
     assert "Stopped" in told[-1][0]
     assert not any(isinstance(view[3], list) for view in told)
     studio.stop(TAB)  # nothing runs: nothing happens
+
+
+def test_fast_steps_do_not_flood_the_page(tmp_path):
+    engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: FakePipeline())
+    told = list(paint(Handlers(engine), steps=150, count=4))
+    steps = [view for view in told if isinstance(view[0], str) and "Picture " in view[0]]
+    assert 1 <= len(steps) <= 20  # of 600
 
 
 @pytest.mark.parametrize(
