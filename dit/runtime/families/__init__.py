@@ -1,0 +1,85 @@
+"""What mechanisms may know about a family of transformers: one table, one row per network.
+
+No other file names a network of diffusers. A mechanism asks `family_of(model)` and gets blocks, attention layers,
+the token grid, how guidance is batched and what the timestep means; `dit.runtime.families` is the only place to add
+a family to.
+"""
+
+from torch import nn
+
+from dit.runtime.families.detect import UnknownFamilyError, detect
+from dit.runtime.families.folding import Fold, FoldedGroup, Scaled
+from dit.runtime.families.images import IMAGE_FAMILIES
+from dit.runtime.families.modules import is_attention
+from dit.runtime.families.own import OWN_FAMILIES
+from dit.runtime.families.schema import (
+    AttentionLayer,
+    AttentionPattern,
+    BlockList,
+    BranchLayout,
+    Family,
+    PipelineRow,
+    TimestepScale,
+)
+from dit.runtime.families.tokens import TokenLayout
+from dit.runtime.families.videos import VIDEO_FAMILIES
+from dit.runtime.state import unwrap
+
+FAMILIES: tuple[Family, ...] = (*IMAGE_FAMILIES, *VIDEO_FAMILIES, *OWN_FAMILIES)
+"""The table."""
+
+
+def family(name: str) -> Family:
+    """The row of that name.
+
+    Args:
+        name: e.g. "flux", see `FAMILIES`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for row in FAMILIES:
+        if row.name == name:
+            return row
+    raise ValueError(f"there is no family {name!r}; use one of {', '.join(row.name for row in FAMILIES)}")
+
+
+def family_of(model: nn.Module) -> Family:
+    """The row of a transformer, found by its class or an ancestor's.
+
+    Args:
+        model: the transformer; PEFT, torch.compile and data parallelism around it don't matter.
+
+    Returns:
+        Its row; for a class that is not listed, one guessed from its structure, with `generic` set.
+
+    Raises:
+        UnknownFamilyError: the class is not listed and its structure tells too little.
+    """
+    bare = unwrap(model)
+    rows = {(row.package, row.transformer): row for row in FAMILIES}
+    for ancestor in type(bare).__mro__:
+        place = "diffusers" if ancestor.__module__.startswith("diffusers.") else ancestor.__module__
+        if (place, ancestor.__name__) in rows:
+            return rows[place, ancestor.__name__]
+    return detect(bare)
+
+
+__all__ = [
+    "FAMILIES",
+    "AttentionLayer",
+    "AttentionPattern",
+    "BlockList",
+    "BranchLayout",
+    "Family",
+    "Fold",
+    "FoldedGroup",
+    "PipelineRow",
+    "Scaled",
+    "TimestepScale",
+    "TokenLayout",
+    "UnknownFamilyError",
+    "family",
+    "family_of",
+    "is_attention",
+]

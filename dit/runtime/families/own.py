@@ -1,0 +1,88 @@
+"""Rows of our own networks."""
+
+from types import MappingProxyType
+from typing import Any
+
+from dit.runtime.families.folding import Fold, Scaled
+from dit.runtime.families.images import QKV, modulated, value
+from dit.runtime.families.layouts import patched
+from dit.runtime.families.schema import (
+    UNCOND_FIRST,
+    AttentionPattern,
+    BlockList,
+    Family,
+    PipelineRow,
+    TimestepScale,
+)
+
+
+def _class_timestep(config: Any) -> TimestepScale:
+    """A network that predicts a velocity counts its time from noise (0) to data (1)."""
+    return TimestepScale(-1 / 1000, 1.0) if config.objective == "velocity" else TimestepScale()
+
+
+TEXT_DIT = Family(
+    name="text_dit",
+    transformer="TextDiT",
+    package="dit.models.text_dit",
+    pipelines=(PipelineRow("TextToImagePipeline", UNCOND_FIRST),),
+    block_lists=(BlockList("transformer_blocks", "joint"),),
+    attention=(AttentionPattern(r"transformer_blocks\.\d+\.attn", "joint"),),
+    layout=patched("before", size_t="patch_size_t"),
+    skip=(
+        "patch_embed",
+        "coordinate_embed",
+        "context_embedder",
+        "pooled_embedder",
+        "time_embed",
+        "adaln_single",
+        "norm_out",
+        "proj_out",
+    ),
+    modulation=(r"adaln_single\.linear",),
+    fold=(value("attn"), Fold((Scaled("ff.net.0.proj", (0, 2)),), ("ff.net.2",))),
+    tiny_config=MappingProxyType(
+        {
+            "in_channels": 4,
+            "patch_size": 2,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "text_dim": 16,
+            "sample_size": 4,
+        }
+    ),
+)
+
+CLASS_DIT = Family(
+    name="class_dit",
+    transformer="DiT",
+    package="dit.models.dit",
+    pipelines=(PipelineRow("ClassToImagePipeline", UNCOND_FIRST),),
+    block_lists=(BlockList("transformer_blocks"),),
+    attention=(AttentionPattern(r"transformer_blocks\.\d+\.attn", "self"),),
+    layout=patched("none"),
+    text_argument=None,
+    timestep=_class_timestep,
+    skip=("patch_embed", "time_embed", "label_embed", "modulation_out", "norm_out", "proj_out"),
+    modulation=(r"transformer_blocks\.\d+\.modulation\.linear", r"modulation_out\.linear"),
+    fold=(
+        Fold(modulated("modulation.linear", 0, 1, 6), QKV),
+        Fold(modulated("modulation.linear", 3, 4, 6), ("ff.net.0.proj",)),
+        value("attn"),
+    ),
+    tiny_config=MappingProxyType(
+        {
+            "sample_size": 4,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_classes": 10,
+        }
+    ),
+)
+
+OWN_FAMILIES = (TEXT_DIT, CLASS_DIT)

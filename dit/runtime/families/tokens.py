@@ -1,0 +1,97 @@
+"""What the tokens of one forward pass mean: the picture's grid, and where the text stands."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["self", "joint", "cross", "text", "unknown"]
+"""Who looks at whom: picture among itself, picture and text among each other, picture at text, text among itself;
+"unknown" only where the network is not in the table and its structure doesn't tell."""
+
+Axes = Literal["thw", "hw", "t"]
+"""Which axes of the grid one sequence runs over; the others are folded into the batch."""
+
+TextPosition = Literal["before", "after", "separate", "none", "unknown"]
+"""Where text tokens stand in a joint sequence; "separate": they are only keys of cross-attention."""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The tokens that one call of a transformer works on.
+
+    A joint sequence is `text, grid, extra` or `grid, extra, text`, as `text_position` says.
+
+    Args:
+        grid: latent tokens as (frames T, rows H, columns W); the sequence is row-major.
+        text_length: text tokens L in the sequence, padding included where the network keeps it.
+        text_position: where they stand.
+        extra: tokens right behind the grid that are not of the painted picture: a reference picture, or padding.
+        text_lengths: text tokens of each sample in the batch, where the network drops the padding sample by sample.
+    """
+
+    grid: tuple[int, int, int]
+    text_length: int = 0
+    text_position: TextPosition = "none"
+    extra: int = 0
+    text_lengths: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens N of the painted picture or clip."""
+        frames, rows, columns = self.grid
+        return frames * rows * columns
+
+    @property
+    def in_sequence(self) -> bool:
+        """Whether the text shares a sequence with the picture."""
+        return self.text_position in ("before", "after")
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of the sequence that the picture is part of, text included where it is in it."""
+        return self.num_tokens + self.extra + (self.text_length if self.in_sequence else 0)
+
+    def image_slice(self, sample: int = 0) -> slice:
+        """Where the grid stands in the sequence.
+
+        Args:
+            sample: index in the batch; matters only where the samples' texts differ in length and stand before.
+        """
+        start = self._text_of(sample) if self.text_position == "before" else 0
+        return slice(start, start + self.num_tokens)
+
+    def text_slice(self, sample: int = 0) -> slice:
+        """Where the text stands in the sequence; empty if it is not in it.
+
+        Args:
+            sample: index in the batch.
+        """
+        if not self.in_sequence:
+            return slice(0, 0)
+        start = 0 if self.text_position == "before" else self.num_tokens + self.extra
+        return slice(start, start + self._text_of(sample))
+
+    def lengths(self, kind: Kind, axes: Axes = "thw") -> tuple[int, int]:
+        """Number of queries and of keys in an attention layer of this kind.
+
+        Args:
+            kind: who looks at whom.
+            axes: axes of the grid that its sequence runs over.
+
+        Raises:
+            ValueError: the kind is "unknown".
+        """
+        frames, rows, columns = self.grid
+        picture = {"thw": self.num_tokens + self.extra, "hw": rows * columns, "t": frames}[axes]
+        match kind:
+            case "self":
+                return picture, picture
+            case "joint":
+                return self.sequence_length, self.sequence_length
+            case "cross":
+                return picture, self.text_length
+            case "text":
+                return self.text_length, self.text_length
+        raise ValueError(f"how many tokens an attention layer of kind {kind!r} sees is not known")
+
+    def _text_of(self, sample: int) -> int:
+        return self.text_lengths[sample] if self.text_lengths else self.text_length

@@ -1,0 +1,260 @@
+"""Rows of the families that paint clips, one per network of diffusers. Facts were read in diffusers 0.42."""
+
+from types import MappingProxyType
+
+from dit.runtime.families.folding import Fold, Scaled
+from dit.runtime.families.images import ADDED_QKV, QKV, modulated, value
+from dit.runtime.families.layouts import masked_text_last, patched, said_sizes
+from dit.runtime.families.schema import (
+    TWO_CALLS,
+    TWO_CALLS_EMBEDDED,
+    UNCOND_FIRST,
+    AttentionPattern,
+    BlockList,
+    Family,
+    PipelineRow,
+)
+
+WAN = Family(
+    name="wan",
+    transformer="WanTransformer3DModel",
+    pipelines=(
+        # Wan 2.2 has two transformers, of which the second takes the low noise levels.
+        PipelineRow("WanPipeline", TWO_CALLS),
+        PipelineRow("WanImageToVideoPipeline", TWO_CALLS),
+        PipelineRow("WanVideoToVideoPipeline", TWO_CALLS),
+        PipelineRow("LucyEditPipeline", TWO_CALLS),
+    ),
+    block_lists=(BlockList("blocks"),),
+    attention=(
+        AttentionPattern(r"blocks\.\d+\.attn1", "self"),
+        AttentionPattern(r"blocks\.\d+\.attn2", "cross"),
+    ),
+    layout=patched("separate"),
+    skip=("patch_embedding", "condition_embedder", "norm_out", "proj_out"),
+    modulation=(r"condition_embedder\.time_proj",),
+    fold=(Fold((Scaled("norm2"),), ("attn2.to_q",)), value("attn1"), value("attn2")),
+    tiny_config=MappingProxyType(
+        {
+            "patch_size": (1, 2, 2),
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 16,
+            "freq_dim": 16,
+            "ffn_dim": 32,
+            "num_layers": 2,
+            "rope_max_seq_len": 32,
+        }
+    ),
+)
+
+HUNYUAN_VIDEO = Family(
+    name="hunyuan_video",
+    transformer="HunyuanVideoTransformer3DModel",
+    pipelines=tuple(
+        PipelineRow(name, TWO_CALLS_EMBEDDED, "true_cfg_scale")
+        for name in (
+            "HunyuanVideoPipeline",
+            "HunyuanVideoImageToVideoPipeline",
+            "HunyuanSkyreelsImageToVideoPipeline",
+        )
+    ),
+    block_lists=(
+        BlockList("context_embedder.token_refiner.refiner_blocks", "text", refiner=True),
+        BlockList("transformer_blocks", "joint"),
+        BlockList("single_transformer_blocks", "joint"),
+    ),
+    attention=(
+        AttentionPattern(r"context_embedder\.token_refiner\.refiner_blocks\.\d+\.attn", "text"),
+        AttentionPattern(r"(single_)?transformer_blocks\.\d+\.attn", "joint"),
+    ),
+    layout=patched("after", size_t="patch_size_t"),
+    skip=("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
+    modulation=(
+        r"transformer_blocks\.\d+\.norm1(_context)?\.linear",
+        r"single_transformer_blocks\.\d+\.norm\.linear",
+    ),
+    fold=(
+        Fold((Scaled("norm1"),), QKV, r"context_embedder.*"),
+        Fold((Scaled("norm2"),), ("ff.net.0.proj",), r"context_embedder.*"),
+        Fold(modulated("norm1.linear", 0, 1, 6), QKV),
+        Fold(modulated("norm1_context.linear", 0, 1, 6), ADDED_QKV),
+        Fold(modulated("norm1.linear", 3, 4, 6), ("ff.net.0.proj",)),
+        Fold(modulated("norm1_context.linear", 3, 4, 6), ("ff_context.net.0.proj",)),
+        Fold(modulated("norm.linear", 0, 1, 3), (*QKV, "proj_mlp"), r"single_.*"),
+        value("attn", added=True),
+    ),
+    tiny_config=MappingProxyType(
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 10,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "num_refiner_layers": 1,
+            "patch_size": 1,
+            "patch_size_t": 1,
+            "guidance_embeds": True,
+            "text_embed_dim": 16,
+            "pooled_projection_dim": 16,
+            "rope_axes_dim": (2, 4, 4),
+        }
+    ),
+)
+
+
+def _two_streams(norm: str) -> tuple[Scaled, ...]:
+    """One affine norm serves picture and text; to each is added a shift of its own."""
+    return Scaled(f"{norm}.norm"), Scaled(f"{norm}.linear", (0, 6)), Scaled(f"{norm}.linear", (3, 6))
+
+
+COGVIDEOX = Family(
+    name="cogvideox",
+    transformer="CogVideoXTransformer3DModel",
+    pipelines=(
+        PipelineRow("CogVideoXPipeline", UNCOND_FIRST),
+        PipelineRow("CogVideoXImageToVideoPipeline", UNCOND_FIRST),
+        PipelineRow("CogVideoXVideoToVideoPipeline", UNCOND_FIRST),
+        PipelineRow("CogVideoXFunControlPipeline", UNCOND_FIRST),
+    ),
+    block_lists=(BlockList("transformer_blocks", "joint"),),
+    attention=(AttentionPattern(r"transformer_blocks\.\d+\.attn1", "joint"),),
+    layout=patched("before", channels_last_axis=2, size_t="patch_size_t"),
+    skip=("patch_embed", "time_embedding", "norm_final", "norm_out", "proj_out"),
+    modulation=(r"transformer_blocks\.\d+\.norm[12]\.linear",),
+    fold=(
+        Fold(_two_streams("norm1"), ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+        Fold(_two_streams("norm2"), ("ff.net.0.proj",)),
+        value("attn1"),
+    ),
+    tiny_config=MappingProxyType(
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 8,
+            "text_embed_dim": 16,
+            "num_layers": 2,
+            "sample_width": 4,
+            "sample_height": 4,
+            "sample_frames": 9,
+            "patch_size": 2,
+            "temporal_compression_ratio": 4,
+            "max_text_seq_length": 16,
+        }
+    ),
+)
+
+MOCHI = Family(
+    name="mochi",
+    transformer="MochiTransformer3DModel",
+    # The scheduler itself counts from data to noise (`invert_sigmas`).
+    pipelines=(PipelineRow("MochiPipeline", UNCOND_FIRST),),
+    block_lists=(BlockList("transformer_blocks", "joint"),),
+    attention=(AttentionPattern(r"transformer_blocks\.\d+\.attn1", "joint"),),
+    layout=masked_text_last,
+    skip=("patch_embed", "time_embed", "norm_out", "proj_out"),
+    modulation=(r"transformer_blocks\.\d+\.norm1(_context)?\.linear(_1)?",),
+    fold=(
+        Fold((Scaled("norm1.linear", (0, 4), True),), ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+        Fold((Scaled("norm1.linear", (2, 4), True),), ("ff.net.0.proj",)),
+        Fold((Scaled("ff.net.0.proj", (0, 2)),), ("ff.net.2",)),
+        Fold(
+            (Scaled("norm1_context.linear", (0, 4), True),),
+            ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),
+        ),
+        Fold(
+            (Scaled("norm1_context.linear_1", (0, 1), True),),
+            ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),
+        ),
+        Fold((Scaled("norm1_context.linear", (2, 4), True),), ("ff_context.net.0.proj",)),
+        Fold((Scaled("ff_context.net.0.proj", (0, 2)),), ("ff_context.net.2",)),
+        value("attn1", added=True),
+    ),
+    tiny_config=MappingProxyType(
+        {
+            "patch_size": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+            "pooled_projection_dim": 16,
+            "in_channels": 12,
+            "text_embed_dim": 16,
+            "time_embed_dim": 4,
+            "max_sequence_length": 16,
+        }
+    ),
+)
+
+LTX = Family(
+    name="ltx",
+    transformer="LTXVideoTransformer3DModel",
+    pipelines=(
+        PipelineRow("LTXPipeline", UNCOND_FIRST),
+        PipelineRow("LTXImageToVideoPipeline", UNCOND_FIRST),
+        PipelineRow("LTXConditionPipeline", UNCOND_FIRST),
+    ),
+    block_lists=(BlockList("transformer_blocks"),),
+    attention=(
+        AttentionPattern(r"transformer_blocks\.\d+\.attn1", "self"),
+        AttentionPattern(r"transformer_blocks\.\d+\.attn2", "cross"),
+    ),
+    layout=said_sizes,
+    skip=("proj_in", "time_embed", "caption_projection", "norm_out", "proj_out"),
+    modulation=(r"time_embed\.linear",),
+    fold=(value("attn1"), value("attn2")),
+    tiny_config=MappingProxyType(
+        {
+            "in_channels": 8,
+            "out_channels": 8,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "num_layers": 2,
+            "caption_channels": 16,
+        }
+    ),
+)
+
+LATTE = Family(
+    name="latte",
+    transformer="LatteTransformer3DModel",
+    pipelines=(PipelineRow("LattePipeline", UNCOND_FIRST),),
+    block_lists=(BlockList("transformer_blocks"), BlockList("temporal_transformer_blocks")),
+    interleaved=True,
+    attention=(
+        AttentionPattern(r"transformer_blocks\.\d+\.attn1", "self", "hw"),
+        AttentionPattern(r"transformer_blocks\.\d+\.attn2", "cross", "hw"),
+        AttentionPattern(r"temporal_transformer_blocks\.\d+\.attn1", "self", "t"),
+    ),
+    layout=patched("separate"),
+    skip=("pos_embed", "adaln_single", "caption_projection", "norm_out", "proj_out"),
+    modulation=(r"adaln_single\.linear",),
+    fold=(value("attn1"), value("attn2")),
+    tiny_config=MappingProxyType(
+        {
+            "sample_size": 8,
+            "num_layers": 2,
+            "patch_size": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 3,
+            "caption_channels": 16,
+            "in_channels": 4,
+            "cross_attention_dim": 24,
+            "out_channels": 8,
+            "attention_bias": True,
+            "activation_fn": "gelu-approximate",
+            "num_embeds_ada_norm": 1000,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "video_length": 4,
+        }
+    ),
+)
+
+VIDEO_FAMILIES = (WAN, HUNYUAN_VIDEO, COGVIDEOX, MOCHI, LTX, LATTE)
