@@ -1,26 +1,43 @@
-"""`load_pipeline`: one name, folder or Hub id in, a pipeline ready to run out."""
+"""`load_pipeline`: one name, folder, file or Hub id in, a pipeline ready to run out."""
 
 from __future__ import annotations
 
 import difflib
-import importlib
-import json
 import os
-from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
-from pipelines.base import TesseraPipeline, component_entries
+from pipelines.base import TesseraPipeline
+from pipelines.memory import check_memory, explain_out_of_memory, is_out_of_memory, release
+from pipelines.offload import check_offload, place
+from pipelines.single_file import (
+    DENOISERS,
+    denoiser_slot,
+    file_bytes,
+    find_repository,
+    is_gguf,
+    load_denoiser,
+    load_whole,
+)
+from pipelines.sources import (
+    DOWNLOAD_OPTIONS,
+    check_folder,
+    clear_hub_errors,
+    fetch,
+    find_file,
+    hub_token,
+    pipeline_class,
+    read_index,
+)
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
-PIPELINE_MODULES = {
-    "ClassToImagePipeline": "pipelines.class_to_image",
-    "TextToImagePipeline": "pipelines.text_to_image",
-}
-"""Our pipeline classes by the `_class_name` of a `model_index.json`; other names are diffusers' business."""
+LOADING_OPTIONS = frozenset({*DOWNLOAD_OPTIONS, "variant", "use_safetensors", "low_cpu_mem_usage", "disable_mmap"})
+"""Keyword arguments of `from_pretrained` that are no components."""
 
 
 def builtin_models() -> list[str]:
@@ -41,49 +58,172 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_pipeline(
-    name_or_folder_or_hub_id: str | os.PathLike,
+    name: str | os.PathLike,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    offload: str = "none",
     revision: str | None = None,
-    **kwargs: object,
+    base: str | os.PathLike | None = None,
+    config: str | os.PathLike | None = None,
+    **kwargs: Any,
 ) -> DiffusionPipeline:
-    """Load a pipeline: ours or any of diffusers'; weights from safetensors files only.
+    """Load a pipeline, ours or any of diffusers'; from safetensors and GGUF files only.
+
+    Everything that can be checked is checked before any weight is read: files, classes, and whether the memory
+    suffices. Whatever goes wrong, nothing stays half-loaded.
+
+    A gated Hub repository needs an access token in the environment variable HF_TOKEN; repositories that are in the
+    local cache load without a network.
 
     Args:
-        name_or_folder_or_hub_id: a built-in model (see `builtin_models`), a folder with a `model_index.json`, or a
-            Hub id `user/repository`. A built-in name wins over a folder; write `./name` for the folder.
+        name: a built-in model (see `builtin_models`), a folder with a `model_index.json`, a single file, or a Hub id
+            `user/repository`. A built-in name wins over a folder; write `./name` for the folder.
         device: where it runs; None is CUDA, MPS or the CPU, in this order.
         dtype: of the weights, e.g. "bfloat16"; None is bfloat16 on CUDA and float32 elsewhere.
+        offload: "none"; or, for an accelerator with too little memory, "model" (one component on the device at a
+            time), "group" (layers are brought over just before their use) or "sequential" (each layer when it runs).
         revision: branch, tag or commit of a Hub repository; pin a commit for reproducible results.
-        **kwargs: passed on to `from_pretrained` (components to replace, `variant`, `local_files_only`, ...).
+        base: for a single file that holds the transformer only (GGUF always does): the pipeline that everything else
+            comes from, a built-in name, folder or Hub id.
+        config: for a single file that holds a whole pipeline: folder or Hub id with its configurations and
+            tokenizers; None asks the Hub, by the layout of the file.
+        **kwargs: passed on to `from_pretrained`: components to replace, `variant`, `local_files_only`, ... A
+            `transformer` may also be a file, which is then the same as `load_pipeline(file, base=name)`.
 
     Returns:
         The pipeline on its device.
 
     Raises:
-        FileNotFoundError: no such built-in model or folder, or files are missing in it.
+        FileNotFoundError: no such model, folder, file or repository, or files are missing in it.
+        PermissionError: the Hub repository is gated or private.
+        ConnectionError: the Hub can't be reached.
+        MemoryError: the weights don't fit; the message says what to try.
+        ImportError: a GGUF file without the extra `gguf`.
         TypeError: the dtype is no torch dtype.
-        ValueError: a checkpoint that would run code on loading.
+        ValueError: a checkpoint that would run code on loading, an unknown class, or settings that don't go together.
 
     Example:
         >>> pipe = load_pipeline("stickers", device="cpu")
         >>> pipe("a red apple").images[0].save("apple.png")
+        >>> load_pipeline("flux1-dev-Q4_0.gguf", base="black-forest-labs/FLUX.1-dev", offload="model")
     """
-    source = _find(name_or_folder_or_hub_id)
-    place = default_device() if device is None else torch.device(device)
-    kwargs["dtype"] = default_dtype(place) if dtype is None else as_dtype(dtype)
-    if revision is not None:
-        kwargs["revision"] = revision
-    if isinstance(source, Path):
-        pipeline_class = _class_of(_read_index(source, replaced=kwargs.keys()))
+    target = default_device() if device is None else torch.device(device)
+    check_offload(offload, target)
+    _check_options(kwargs)
+    request = _Request(
+        place=target,
+        dtype=default_dtype(target) if dtype is None else as_dtype(dtype),
+        offload=offload,
+        options={"revision": revision, **kwargs},
+    )
+    try:
+        return place(_load(os.fspath(name), base, config, request), target, offload)
+    except Exception as error:
+        release(error)
+        if is_out_of_memory(error):
+            raise explain_out_of_memory(error, f"Loading {Path(name).name}") from None
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """How to load, whatever it is that is loaded."""
+
+    place: torch.device
+    dtype: torch.dtype
+    offload: str
+    options: dict[str, Any]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The options without those that were left open."""
+        return {name: value for name, value in self.options.items() if value is not None or name != "revision"}
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """Components that the caller brings, by name."""
+        return frozenset(self.options) - LOADING_OPTIONS
+
+    def check_memory(self, parts: dict[str, int]) -> None:
+        """Refuse what can't fit; see `pipelines.memory.check_memory`."""
+        check_memory(parts, self.place, self.dtype, self.offload)
+
+
+def _load(name: str, base: str | os.PathLike | None, config: str | os.PathLike | None, request: _Request) -> Any:
+    """Load onto the CPU what a name stands for."""
+    file = None if name in builtin_models() else find_file(name)
+    brought = request.options.get("transformer")
+    if isinstance(brought, str | os.PathLike):
+        if file is not None or base is not None:
+            raise ValueError("transformer=FILE goes with a pipeline as the name, and without base=; give one of both.")
+        base, file = name, find_file(os.fspath(brought))
+        if file is None:
+            raise ValueError(f"transformer={str(brought)!r} is no .safetensors or .gguf file.")
+        del request.options["transformer"]
+    if file is None:
+        if base is not None or config is not None:
+            raise ValueError(f"base and config go with a single file, and {name!r} is none.")
+        return _load_folder(_find(name), request)
+    if base is not None:
+        if config is not None:
+            raise ValueError("Give base (the file is a transformer) or config (the file is all of it), not both.")
+        return _load_onto_base(file, _find(os.fspath(base)), request)
+    return _load_single_file(file, find_repository(file) if config is None else _find(os.fspath(config)), request)
+
+
+def _load_folder(source: Path | str, request: _Request) -> DiffusionPipeline:
+    """Load a folder or a Hub repository; what is called a component in the options replaces the stored one."""
+    folder = source if isinstance(source, Path) else fetch(source, request.options, request.replaced)
+    index = read_index(folder)
+    loader = pipeline_class(index)
+    request.check_memory(check_folder(folder, index, request.replaced, request.dtype, request.options.get("variant")))
+    return _generic(loader).from_pretrained(str(folder), dtype=request.dtype, **request.arguments)
+
+
+def _load_onto_base(file: Path, source: Path | str, request: _Request) -> DiffusionPipeline:
+    """Load the network that paints from a file and everything else from a folder or Hub repository."""
+    rest = {*request.replaced, *DENOISERS}  # the repository's own network isn't even fetched
+    folder = source if isinstance(source, Path) else fetch(source, request.options, rest)
+    index = read_index(folder)
+    slot = denoiser_slot(index)
+    sizes = check_folder(folder, index, {*request.replaced, slot}, request.dtype, request.options.get("variant"))
+    request.check_memory({slot: file_bytes(file, request.dtype), **sizes})
+    network = load_denoiser(file, source, index, request.dtype, request.options)
+    arguments = request.arguments | {slot: network}
+    return _generic(pipeline_class(index)).from_pretrained(str(folder), dtype=request.dtype, **arguments)
+
+
+def _load_single_file(file: Path, config: Path | str, request: _Request) -> DiffusionPipeline:
+    """Load a whole pipeline from one file."""
+    if is_gguf(file):
+        raise ValueError(f"{file.name} holds a transformer only: pass its pipeline as base=, not config=.")
+    if isinstance(config, Path):
+        index = read_index(config)
     else:
-        pipeline_class = _class_of(_fetch_index(source, kwargs))
-    if not kwargs.setdefault("use_safetensors", True):
+        hub = {name: request.options[name] for name in DOWNLOAD_OPTIONS if request.options.get(name) is not None}
+        with clear_hub_errors(config, request.options.get("revision")):
+            index = TesseraPipeline.load_config(config, token=hub_token(), **hub)
+    request.check_memory({file.name: file_bytes(file, request.dtype)})
+    options = {name: value for name, value in request.arguments.items() if name not in ("variant", "use_safetensors")}
+    return load_whole(file, config, pipeline_class(index), request.dtype, options)
+
+
+def _generic(loader: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """Our class for our pipelines and diffusers' generic loader for all others."""
+    return loader if issubclass(loader, TesseraPipeline) else DiffusionPipeline
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse options that would run code or carry a token through logs and histories."""
+    if not options.setdefault("use_safetensors", True):
         raise ValueError(
             "use_safetensors=False: weights are loaded from safetensors files only (a pickle can run code)."
         )
-    return pipeline_class.from_pretrained(str(source), **kwargs).to(place)
+    if "token" in options:
+        raise ValueError("token= is not taken: put the access token into the environment variable HF_TOKEN.")
+    if options.get("trust_remote_code") or options.get("custom_pipeline"):
+        raise ValueError("trust_remote_code and custom_pipeline run code of a checkpoint, which is never done here.")
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -124,40 +264,3 @@ def _find(name: str | os.PathLike) -> Path | str:
 
 def _choices() -> str:
     return f"a Hub id 'user/repository', or a built-in name: {', '.join(builtin_models()) or 'none is installed'}."
-
-
-def _read_index(folder: Path, replaced: Collection[str]) -> dict:
-    """Read a folder's model index and check that its components are there, but for those replaced by the user."""
-    path = folder / TesseraPipeline.config_name
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {path.name}, so it is not a saved pipeline. "
-            "Save one with `pipe.save_pretrained(folder)`, or pass the folder above."
-        )
-    index = json.loads(path.read_text(encoding="utf-8"))
-    for name in component_entries(index):
-        if name not in replaced and not (folder / name).is_dir():
-            raise FileNotFoundError(
-                f"{folder} lacks the component {name!r}, which its {path.name} names: the copy is incomplete. "
-                f"Fetch it again, or pass {name}=... yourself."
-            )
-    return index
-
-
-def _fetch_index(hub_id: str, kwargs: dict) -> dict:
-    names = ("cache_dir", "force_download", "token", "local_files_only", "revision")
-    hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    return TesseraPipeline.load_config(hub_id, **hub)
-
-
-def _class_of(index: dict) -> type[DiffusionPipeline]:
-    """Return our class for our pipelines and diffusers' generic loader for all others."""
-    name = index.get("_class_name")
-    if not isinstance(name, str):
-        raise ValueError(
-            f"This checkpoint brings its own pipeline code ({name!r}), which is never run. "
-            "Load it with diffusers and trust_remote_code=True if you have read that code."
-        )
-    if name in PIPELINE_MODULES:
-        return getattr(importlib.import_module(PIPELINE_MODULES[name]), name)
-    return DiffusionPipeline

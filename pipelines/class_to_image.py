@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipelines.base import OUTPUT_TYPES, TesseraPipeline
 from pipelines.checks import check_choice, check_count, check_number
+from pipelines.lora import TransformerLoraMixin
 from sampling.guidance import classifier_free_guidance
 from sampling.timesteps import set_timesteps
 
@@ -22,7 +23,7 @@ Label = int | str
 """A class number, or one of its names."""
 
 
-class ClassToImagePipeline(TesseraPipeline):
+class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
     """Paint pictures of a class.
 
     A transformer with the objective "epsilon" (DiT) takes diffusion schedulers: DDPM with the learned variance

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import SanaLoraLoaderMixin
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipelines.base import OUTPUT_TYPES
 from pipelines.checks import check_choice, check_count, check_number, check_sigmas
 from pipelines.conditioning import TextConditionedPipeline
+from pipelines.lora import TransformerLoraMixin
 from sampling.guidance import classifier_free_guidance, in_interval
 from sampling.timesteps import set_timesteps
 
@@ -25,11 +25,10 @@ ImageInput = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.nda
 Pictures = list[Image.Image] | np.ndarray | Tensor
 
 
-class TextToImagePipeline(TextConditionedPipeline, SanaLoraLoaderMixin):
+class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
     """Paint pictures from text with a flow-matching transformer.
 
-    LoRA files of the transformer load and save through `load_lora_weights` and `save_lora_weights` (diffusers'
-    loader for pipelines whose only adapted component is `transformer`; nothing in it is specific to Sana).
+    LoRA files of the transformer load and save through `load_lora_weights` and `save_lora_weights`.
 
     Args:
         transformer: predicts the velocity `noise - data`, e.g. `dit.models.text_dit.TextDiT`.
@@ -78,26 +77,6 @@ class TextToImagePipeline(TextConditionedPipeline, SanaLoraLoaderMixin):
     def attention_kwargs(self) -> dict[str, Any] | None:
         """What the running call passes on to the transformer, e.g. `{"scale": 0.5}` for LoRAs."""
         return self._attention_kwargs
-
-    @classmethod
-    def lora_state_dict(
-        cls, pretrained_model_name_or_path_or_dict: str | dict[str, Tensor], **kwargs: object
-    ) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict]:
-        """Read a LoRA file as diffusers does, but from safetensors only.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: file, folder, Hub id, or the tensors themselves.
-            **kwargs: as in diffusers; in a folder, `weight_name` names the file.
-
-        Returns:
-            The tensors; with their metadata if `return_lora_metadata` is True.
-
-        Raises:
-            ValueError: `use_safetensors` is not True.
-        """
-        if not kwargs.setdefault("use_safetensors", True):
-            raise ValueError("use_safetensors=False: LoRA files are read from safetensors only; convert it.")
-        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
 
     @torch.no_grad()
     def __call__(

@@ -1,0 +1,280 @@
+"""What a name stands for: a folder, a single file or a Hub repository; checked whole before any weight is read."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from pipelines.base import TesseraPipeline, component_entries, resolve_components
+from pipelines.memory import component_bytes
+
+PIPELINE_MODULES = {
+    "ClassToImagePipeline": "pipelines.class_to_image",
+    "TextToImagePipeline": "pipelines.text_to_image",
+}
+"""Our pipeline classes by the `_class_name` of a `model_index.json`; other names are diffusers' business."""
+
+FILE_SUFFIXES = (".safetensors", ".gguf")
+PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+
+DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision")
+
+
+def find_file(name: str) -> Path | None:
+    """Return the single-file checkpoint that a name stands for, or None when it doesn't look like one.
+
+    Raises:
+        FileNotFoundError: it looks like one, but isn't there.
+        ValueError: it is a pickle.
+    """
+    path = Path(name).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_dir() or suffix not in FILE_SUFFIXES + PICKLE_SUFFIXES:
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"No file {name!r}: check the path, or fetch the file first.")
+    if suffix in PICKLE_SUFFIXES:
+        raise ValueError(
+            f"{path.name} is a pickle, which can run code on loading. Get the model as .safetensors or .gguf, or "
+            "convert it: `tessera convert --help`."
+        )
+    return path
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read the `model_index.json` of a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON object, or names modules of ours that hold no component.
+    """
+    path = folder / TesseraPipeline.config_name
+    if not path.is_file():
+        holds = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{folder} has no {path.name}, so it is not a saved pipeline (it holds {holds}). "
+            "Save one with `pipe.save_pretrained(folder)`, or pass the folder above."
+        )
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON; the copy is damaged, fetch it again.") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"{path} holds a {type(index).__name__} instead of an object; it describes no pipeline.")
+    resolve_components(index)
+    return index
+
+
+def pipeline_class(index: Mapping[str, Any]) -> type[DiffusionPipeline]:
+    """Return the pipeline class that an index names, ours or one of diffusers.
+
+    Raises:
+        ValueError: code of the checkpoint's own, or a class that nobody here knows.
+    """
+    name = index.get("_class_name")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"This checkpoint brings its own pipeline code ({name!r}), which is never run. "
+            "Load it with diffusers and trust_remote_code=True if you have read that code."
+        )
+    if name in PIPELINE_MODULES:
+        return getattr(importlib.import_module(PIPELINE_MODULES[name]), name)
+    found = getattr(diffusers, name, None)
+    if not (inspect.isclass(found) and issubclass(found, DiffusionPipeline)):
+        raise ValueError(
+            f"The pipeline class {name!r} is neither ours nor one of diffusers {diffusers.__version__}: the checkpoint "
+            "may need a newer diffusers, or be no pipeline at all."
+        )
+    return found
+
+
+def component_class(name: str, library: str, class_name: str) -> type:
+    """Return the class of one component of an index; nothing outside the known libraries is ever imported.
+
+    Args:
+        name: of the slot, for the message.
+        library: as recorded.
+        class_name: as recorded.
+
+    Raises:
+        ValueError: an unknown library or class.
+    """
+    if library in ("diffusers", "transformers"):
+        module: Any = diffusers if library == "diffusers" else transformers
+    elif hasattr(diffusers.pipelines, library):
+        module = getattr(diffusers.pipelines, library)
+    elif library.split(".", maxsplit=1)[0] in ("dit", "sampling"):
+        module = importlib.import_module(library)  # `resolve_components` has checked it against the allow-list
+    else:
+        raise ValueError(
+            f"Component {name!r} names the module {library!r}, which is neither diffusers, transformers nor ours; it "
+            f"is not imported. Pass {name}=... yourself if you trust it."
+        )
+    found = getattr(module, class_name, None)
+    if found is None:
+        version = f" {module.__version__}" if hasattr(module, "__version__") else ""
+        raise ValueError(
+            f"Component {name!r} is a {class_name}, which {library}{version} doesn't have: update {library}, or pass "
+            f"{name}=... yourself."
+        )
+    return found
+
+
+def check_folder(
+    folder: Path,
+    index: Mapping[str, Any],
+    replaced: Collection[str] = (),
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+) -> dict[str, int]:
+    """Check that everything an index names is there and known.
+
+    Args:
+        folder: a saved pipeline.
+        index: its `model_index.json`.
+        replaced: components that the caller brings.
+        dtype: number format the weights will be loaded in.
+        variant: as in `from_pretrained`.
+
+    Returns:
+        Bytes in memory of each component with weights.
+
+    Raises:
+        FileNotFoundError: a component, its weights or a shard is missing.
+        OSError: a weight file is damaged.
+        ValueError: an unknown class.
+    """
+    sizes = {}
+    for name, (library, class_name) in component_entries(dict(index)).items():
+        if name in replaced:
+            continue
+        found = component_class(name, library, class_name)
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(
+                f"{folder} lacks the component {name!r}, which its model_index.json names: the copy is incomplete. "
+                f"Fetch it again, or pass {name}=... yourself."
+            )
+        if inspect.isclass(found) and issubclass(found, torch.nn.Module):
+            sizes[name] = component_bytes(folder / name, dtype, variant)
+    return sizes
+
+
+# ------------------------------------------------------------------------ hub
+
+
+def hub_token() -> str | bool:
+    """Return the access token of the environment variable HF_TOKEN, or False to send none at all."""
+    return os.environ.get("HF_TOKEN") or False
+
+
+def fetch(repository: str, options: Mapping[str, Any], replaced: Collection[str] = ()) -> Path:
+    """Bring a Hub repository into the local cache, or find it there.
+
+    Args:
+        repository: `user/repository`.
+        options: those of the loading call; `revision`, `variant`, `cache_dir`, ... are used.
+        replaced: components that the caller brings; they are not fetched.
+
+    Returns:
+        The folder in the cache.
+
+    Raises:
+        PermissionError: the repository is gated or private.
+        FileNotFoundError: no such repository, revision or file.
+        ConnectionError: the Hub can't be reached and the cache doesn't hold it.
+        ValueError: its index names something that is not loaded here.
+    """
+    hub = {name: options[name] for name in DOWNLOAD_OPTIONS if options.get(name) is not None} | {"token": hub_token()}
+    with clear_hub_errors(repository, hub.get("revision")):
+        loader = pipeline_class(TesseraPipeline.load_config(repository, **hub))
+        if not issubclass(loader, TesseraPipeline):
+            loader = DiffusionPipeline  # its download reads the class from the index by itself
+        # diffusers leaves out the files of components that are passed, whatever they are
+        passed = dict.fromkeys(replaced)
+        return Path(loader.download(repository, use_safetensors=True, variant=options.get("variant"), **hub, **passed))
+
+
+@contextmanager
+def clear_hub_errors(repository: str, revision: str | None = None) -> Generator[None]:
+    """Turn what huggingface_hub raises into one sentence that says what to do; the token is never in it."""
+    try:
+        yield
+    except Exception as error:
+        told = explain_hub_error(error, repository, revision)
+        if told is None:
+            raise
+        raise told from error
+
+
+def explain_hub_error(error: BaseException, repository: str, revision: str | None = None) -> OSError | None:
+    """Find the Hub's own error behind an error (diffusers wraps it) and say it clearly; None if there is none."""
+    link: BaseException | None = error
+    while link is not None:
+        told = _explain(link, repository, revision)
+        if told is not None:
+            return told
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def _explain(error: BaseException, repository: str, revision: str | None) -> OSError | None:
+    """Explain one error; those that are kinds of others come first."""
+    page = f"https://huggingface.co/{repository}"
+    has_token = bool(hub_token())
+    told: OSError | None = None
+    match error:
+        case GatedRepoError():
+            todo = (
+                "the account of HF_TOKEN has no access to it yet"
+                if has_token
+                else "then put an access token into the environment variable HF_TOKEN"
+            )
+            told = PermissionError(f"{repository} is gated: accept its conditions on {page}; {todo}.")
+        case DisabledRepoError():
+            told = PermissionError(f"{repository} has been disabled by the Hub; see {page}.")
+        case RepositoryNotFoundError():
+            private = "HF_TOKEN's account can't see it" if has_token else "it is private and HF_TOKEN is not set"
+            told = FileNotFoundError(f"The Hub has no repository {repository!r}, or {private}. Check the spelling.")
+        case RevisionNotFoundError():
+            told = FileNotFoundError(f"{repository} has no revision {revision!r}; see {page}/commits.")
+        case LocalEntryNotFoundError() | OfflineModeIsEnabled():
+            told = ConnectionError(
+                f"{repository} is not (completely) in the local cache, and the Hub can't be reached or may not be "
+                "asked (HF_HUB_OFFLINE, local_files_only). Connect once to fetch it, or pass a local folder."
+            )
+        case EntryNotFoundError():
+            told = FileNotFoundError(
+                f"{repository} lacks a file that a pipeline needs, such as model_index.json: it may hold a single "
+                "file or a LoRA instead. Look at its files, and load a single file by its path."
+            )
+        case HFValidationError():
+            told = OSError(f"{repository!r} is no name of a Hub repository; write user/repository.")
+        case HfHubHTTPError():
+            status = getattr(error.response, "status_code", None)
+            if status in (401, 403):
+                told = PermissionError(f"The Hub refuses access to {repository} (HTTP {status}): check HF_TOKEN.")
+            else:
+                told = ConnectionError(f"The Hub answered HTTP {status} for {repository}; try again later.")
+    return told
