@@ -74,7 +74,10 @@ class Trainer:
         self.started = time.monotonic()
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)
-        self.accelerator = Accelerator(mixed_precision=options.mixed_precision)
+        # Without `cpu` accelerate ignores the launcher of several processes on a machine without a GPU.
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision
+        )
         found = resume and checkpoints.resolve(options.folder, resume)
         if not found and checkpoints.complete_checkpoints(options.folder):
             raise FileExistsError(f"{options.folder} holds checkpoints; pass --resume latest or another run.name")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from apps.training.config import Section, TaskSection, TrainConfig
@@ -40,9 +40,12 @@ class AutoencoderSection(TaskSection):
     Attributes:
         latent_noise: Largest standard deviation of the noise on the code, which has unit variance.
         ssim_weight: Weight of `1 - SSIM` beside the Charbonnier loss.
+        train: `all`, or `decoder`: the encoder and its statistics stay as they are (the second stage of ViTok,
+            arXiv:2501.09755), so that a generator trained on its codes still fits.
     """
 
     kind: Literal["autoencoder"]
+    train: Literal["all", "decoder"] = "all"
     latent_noise: float = Field(default=0.1, ge=0)
     ssim_weight: float = Field(default=0.1, ge=0)
 
@@ -51,6 +54,7 @@ class AutoencoderData(Section):
     """The `[data]` section.
 
     Attributes:
+        init_from: Folder of an exported autoencoder that the run starts from; `[model]` is then not used.
         resolution: Side of the pictures in pixels.
         vocabulary: `starter`, `all`, or a text file with one sticker name a line.
         vocabulary_fraction: Share of the scenes drawn from the vocabulary; the rest comes from all stickers.
@@ -59,6 +63,7 @@ class AutoencoderData(Section):
         calibration_scenes: Fresh scenes that the statistics of the code and the preview map are fitted to.
     """
 
+    init_from: Path | None = None
     resolution: int = Field(default=128, ge=16)
     vocabulary: str = "starter"
     vocabulary_fraction: float = Field(default=1.0, ge=0, le=1)
@@ -92,6 +97,12 @@ class AutoencoderConfig(TrainConfig):
     data: AutoencoderData = AutoencoderData()
     model: AutoencoderModel = AutoencoderModel()
 
+    @model_validator(mode="after")
+    def _check(self) -> "AutoencoderConfig":
+        if self.task.train == "decoder" and self.data.init_from is None:
+            raise ValueError('task.train = "decoder" needs an encoder to fit: give data.init_from')
+        return self
+
 
 class AutoencoderTask:
     """Learns to code and decode scenes. See `apps.training.task.Task`."""
@@ -109,9 +120,21 @@ class AutoencoderTask:
             (SceneSampler(self.sheet, vocabulary, mix=mix), from_vocabulary),
             (SceneSampler(self.sheet, mix=mix), config.run.batch_size - from_vocabulary),
         ]
-        self.vae = ViTAutoencoder(**config.model.model_dump(), sample_size=data.resolution)
+        self.vae = self._network()
         held_out = SceneSampler(self.sheet, vocabulary, split="heldout_combination", mix=mix)
         self.validation_scenes = scene_series([(held_out, data.validation_scenes)], VALIDATION_SEED, 0)
+
+    def _network(self) -> ViTAutoencoder:
+        """A new autoencoder, or that of `init_from`, with the encoder frozen if only the decoder is trained."""
+        start, model = self.config.data.init_from, self.config.model
+        if start is not None:
+            vae = ViTAutoencoder.from_pretrained(start, torch_dtype=torch.float32)
+        else:
+            vae = ViTAutoencoder(**model.model_dump(), sample_size=self.config.data.resolution)
+        if self.config.task.train == "decoder":
+            for part in (vae.patch_embed, vae.encoder_blocks, vae.encoder_norm, vae.to_latent):
+                part.requires_grad_(False)
+        return vae
 
     def modules(self) -> dict[str, nn.Module]:
         """The autoencoder."""
@@ -125,6 +148,8 @@ class AutoencoderTask:
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Charbonnier plus weighted `1 - SSIM` of the pictures decoded from noisy codes."""
         images = batch["images"]  # (B, 3, H, W)
+        if self.config.task.train == "decoder":
+            self.vae.latent_norm.eval()
         latent = self.vae.encode(images).latent  # (B, C, h, w)
         scale = self.config.task.latent_noise * torch.rand(len(latent), 1, 1, 1, device=latent.device)
         decoded = self.vae.decode(latent + scale * torch.randn_like(latent)).sample  # (B, 3, H, W)
@@ -177,6 +202,8 @@ class AutoencoderTask:
     def _calibrated(self) -> ViTAutoencoder:
         """A copy whose code statistics are measured anew: those of training lag behind, and belong to other weights."""
         vae = copy.deepcopy(self.vae).eval()
+        if self.config.task.train == "decoder":
+            return vae
         vae.latent_norm.reset_running_stats()
         vae.latent_norm.momentum = None  # a plain mean over the batches
         vae.latent_norm.train()
