@@ -78,9 +78,9 @@ class StateStore:
         for key in [key for key in self._values if key.mechanism == mechanism]:
             del self._values[key]
 
-    def keys(self) -> tuple[StateKey, ...]:
-        """Return the keys of all values."""
-        return tuple(self._values)
+    def entries(self, mechanism: str) -> list[tuple[str, str, Any]]:
+        """Return what one mechanism keeps, as (layer, branch, value) in the order of arrival."""
+        return [(key.layer, key.branch, value) for key, value in self._values.items() if key.mechanism == mechanism]
 
     def nbytes(self, mechanism: str | None = None) -> int:
         """Return the bytes of the tensors kept, by one mechanism or by all; a storage shared by views counts once.

@@ -1,0 +1,387 @@
+"""How mechanisms get onto a network and off again: one protocol, a declared order, no trace after `detach()`.
+
+A `Mechanism` says what it does in `install`, by way of the tools that its `Attachment` offers; everything done with
+these tools is undone by `detach()`. Mechanisms on one network form a pile, sorted by `Mechanism.order`. To put one in
+or take one out, those above it are lifted off and put back, so that each undoes exactly what it did, whatever the
+order of calls.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import count
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import nn
+
+from dit.runtime.state import StateStore, unwrap
+
+if TYPE_CHECKING:
+    from dit.runtime.families import AttentionLayer
+
+_PILE = "_tessera_attachments"
+_MISSING = object()
+_ARRIVALS = count()
+
+
+class AttachError(RuntimeError):
+    """A mechanism cannot be attached or detached; the message says why and what to do."""
+
+
+class Mechanism(ABC):
+    """Something that changes or watches a network: sparse attention, a step cache, a quantizer, an observer.
+
+    Attributes:
+        name: unique among the mechanisms on a network; its tensors are kept under it.
+        order: place in the pile; lower is nearer to the network's own code. Quantization 10, attention 20, adapters
+            30, step caches 40, observers 90.
+        exclusive: names of the things that it must have for itself, e.g. {"attention.output"}; two mechanisms that
+            name the same thing refuse each other.
+    """
+
+    name: ClassVar[str]
+    order: ClassVar[int] = 50
+    exclusive: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def install(self, attachment: Attachment) -> None:
+        """Hook into the networks `attachment.models` with the attachment's tools.
+
+        It may be called again: state that must outlive that belongs to `attachment.state` or to the mechanism.
+
+        Args:
+            attachment: offers `layers`, `before`, `after`, `around`, `replace` and `state`.
+
+        Raises:
+            AttachError: the network lacks what the mechanism needs.
+        """
+
+    def report(self, attachment: Attachment) -> dict[str, Any]:
+        """Return what the mechanism did on one target, as plain values; it is merged into `Attachment.report()`."""
+        return {}
+
+    def attach(self, target: Any) -> Attachment:
+        """Attach to a network, or to all networks of a pipeline that denoise.
+
+        Args:
+            target: a transformer, wrapped or not, or a pipeline.
+
+        Returns:
+            The attachment; also a context manager that detaches at its end.
+
+        Raises:
+            AttachError: nothing to attach to, or another mechanism on the network forbids it.
+        """
+        return Attachment(self, target)
+
+
+class Attachment:
+    """A mechanism on a network.
+
+    Args:
+        mechanism: what to attach.
+        target: a transformer, wrapped or not, or a pipeline.
+
+    Attributes:
+        models: the networks by component name ("transformer" for a single one), as they are called.
+        state: tensors kept between calls, shared by all mechanisms on the network.
+        calls: how often the mechanism's functions were called.
+        inactive: why it did nothing, and how often; see `skip`.
+
+    Raises:
+        AttachError: see `Mechanism.attach`.
+    """
+
+    def __init__(self, mechanism: Mechanism, target: Any) -> None:
+        self.mechanism = mechanism
+        self.target = target
+        self.models = find_networks(target)
+        self.state = StateStore()
+        self.calls = 0
+        self.inactive: Counter[str] = Counter()
+        self._places = 0
+        self._replaced: list[tuple[Any, str, Any]] = []
+        self._undo: ExitStack | None = None
+        self._last_report: dict[str, Any] | None = None
+        self._attached = False
+        self._arrival = next(_ARRIVALS)
+        self._attach()
+
+    # ------------------------------------------------------------- tools for install()
+
+    def layers(self, *kinds: str) -> list[AttentionLayer]:
+        """Return the attention layers of all networks, in the order of execution.
+
+        Args:
+            *kinds: which ("self", "joint", "cross", "text", "unknown"); none means all.
+
+        Raises:
+            AttachError: there is none.
+        """
+        from dit.runtime.families import family_of
+
+        found: list[AttentionLayer] = []
+        for component, model in self.models.items():
+            prefix = "" if component == "transformer" else f"{component}."  # two networks may share names
+            layers = family_of(model).attention_layers(model)
+            found += [replace(layer, name=prefix + layer.name) for layer in layers if not kinds or layer.kind in kinds]
+        if not found:
+            wanted = " or ".join(kinds) or "any"
+            raise AttachError(f"{self._title()}: no attention layer of kind {wanted} in {self._models_title()}")
+        return found
+
+    def before(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """Call `function(module, args, kwargs)` before each call of a module.
+
+        It returns None, or the pair (args, kwargs) to use instead.
+        """
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+            self.calls += 1
+            return function(module, args, kwargs)
+
+        self.on_detach(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def after(self, module: nn.Module, function: Callable[..., Any], always: bool = False) -> None:
+        """Call `function(module, args, kwargs, output)` after each call of a module.
+
+        Args:
+            module: where.
+            function: returns None, or what to put in the place of the output.
+            always: also after a call that raised; then the output is None.
+        """
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            self.calls += 1
+            return function(module, args, kwargs, output)
+
+        self.on_detach(module.register_forward_hook(hook, with_kwargs=True, always_call=always).remove)
+
+    def around(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """Put `function(forward, *args, **kwargs)` in the place of a module's `forward`; it may leave the call out."""
+        inner = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return function(inner, *args, **kwargs)
+
+        self.replace(module, "forward", forward)
+
+    def replace(self, thing: Any, attribute: str, value: Any) -> None:
+        """Set an attribute until `detach()`, which gives back the old one, or none where there was none."""
+        old = _own(thing, attribute)
+        setattr(thing, attribute, value)
+
+        def restore() -> None:
+            if old is _MISSING:
+                delattr(thing, attribute)
+            else:
+                setattr(thing, attribute, old)
+
+        self._replaced.append((thing, attribute, value))
+        self.on_detach(restore)
+
+    def on_detach(self, function: Callable[[], object]) -> None:
+        """Call `function()` when the mechanism leaves; the last one given is the first called."""
+        if self._undo is None:
+            raise AttachError(f"{self._title()}: hooks can be set in install() only")
+        self._places += 1
+        self._undo.callback(function)
+
+    def skip(self, reason: str) -> None:
+        """Count a call in which the mechanism did nothing, by its reason."""
+        self.inactive[reason] += 1
+
+    # ------------------------------------------------------------------------ lifecycle
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the mechanism is on its network."""
+        return self._attached
+
+    def detach(self) -> None:
+        """Take the mechanism off: the network computes the same bits as before. A second call does nothing.
+
+        Raises:
+            AttachError: somebody else wrapped what the mechanism replaced. It stays attached; undo that and try again.
+        """
+        if not self._attached:
+            return
+        last_report = self.report()
+        above = [other for other in self._others() if other._rank() > self._rank()]
+        try:
+            _lift(above)
+            self._uninstall()
+            self._attached = False
+            for model in self._networks():
+                pile = vars(model)[_PILE]
+                pile.remove(self)
+                if not pile:
+                    delattr(model, _PILE)
+        finally:
+            _put_back(above)
+        self._last_report = {**last_report, "attached": False}
+        self.state.drop(self.mechanism.name)
+
+    def report(self) -> dict[str, Any]:
+        """Return what the mechanism is on, what it did and why it did nothing, as plain values.
+
+        After `detach()` it tells how things stood then.
+        """
+        if self._last_report is not None:
+            return self._last_report
+        return {
+            "mechanism": self.mechanism.name,
+            "attached": self._attached,
+            "networks": {name: type(unwrap(model)).__name__ for name, model in self.models.items()},
+            "places": self._places,
+            "calls": self.calls,
+            "inactive": dict(self.inactive),
+            "state_bytes": self.state.nbytes(self.mechanism.name),
+            "beside": [other.mechanism.name for other in self._others()],
+            **self.mechanism.report(self),
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    # ------------------------------------------------------------------------- the pile
+
+    def _attach(self) -> None:
+        others = self._others()
+        self._check(others)
+        if others:
+            self.state = others[0].state
+        above = [other for other in others if other.mechanism.order > self.mechanism.order]
+        try:
+            _lift(above)
+            self._install()
+            if not self._places:
+                self._uninstall()
+                raise AttachError(f"{self._title()}: found nothing to attach to in {self._models_title()}")
+            for model in self._networks():
+                vars(model).setdefault(_PILE, []).append(self)
+                vars(model)[_PILE].sort(key=Attachment._rank)
+            self._attached = True
+        finally:
+            _put_back(above)
+
+    def _check(self, others: list[Attachment]) -> None:
+        for other in others:
+            if other.mechanism.name == self.mechanism.name:
+                raise AttachError(
+                    f"{self._title()}: {self._models_title()} already has a mechanism of this name; detach it first"
+                )
+            shared = self.mechanism.exclusive & other.mechanism.exclusive
+            if shared:
+                raise AttachError(
+                    f"{self._title()} and {other._title()} both need {', '.join(sorted(shared))} for themselves; "
+                    "detach one of them"
+                )
+
+    def _install(self) -> None:
+        self._places, self._replaced, self._undo = 0, [], ExitStack()
+        try:
+            self.mechanism.install(self)
+        except BaseException:
+            self._uninstall()
+            raise
+
+    def _uninstall(self) -> None:
+        for thing, attribute, value in self._last_replaced():
+            if _own(thing, attribute) is not value:
+                raise AttachError(
+                    f"{self._title()}: someone else replaced {type(thing).__name__}.{attribute} meanwhile; undo that "
+                    "first, then try again"
+                )
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo.close()
+
+    def _last_replaced(self) -> list[tuple[Any, str, Any]]:
+        """What was replaced; of a thing that was replaced twice, the last value."""
+        return list({(id(thing), name): (thing, name, value) for thing, name, value in self._replaced}.values())
+
+    def _networks(self) -> list[nn.Module]:
+        return [unwrap(model) for model in self.models.values()]
+
+    def _others(self) -> list[Attachment]:
+        """The other attachments on the same networks, lowest first."""
+        piles = [vars(model).get(_PILE, ()) for model in self._networks()]
+        return sorted({other for pile in piles for other in pile if other is not self}, key=Attachment._rank)
+
+    def _rank(self) -> tuple[int, int]:
+        return self.mechanism.order, self._arrival
+
+    def _title(self) -> str:
+        return f"mechanism {self.mechanism.name!r}"
+
+    def _models_title(self) -> str:
+        return ", ".join(type(unwrap(model)).__name__ for model in self.models.values())
+
+
+def find_networks(target: Any) -> dict[str, nn.Module]:
+    """Return the denoising networks of a target by component name.
+
+    Args:
+        target: a module, or a pipeline with a dict `components`.
+
+    Returns:
+        {"transformer": module} for a module; for a pipeline its components called transformer, transformer_2, ...
+
+    Raises:
+        AttachError: there is none.
+    """
+    if isinstance(target, nn.Module):
+        return {"transformer": target}
+    components = getattr(target, "components", {})
+    found = {
+        name: part
+        for name, part in components.items()
+        if name.startswith("transformer") and isinstance(part, nn.Module)
+    }
+    if not found:
+        raise AttachError(
+            f"cannot attach to {type(target).__name__}: expected a transformer, or a pipeline with a component "
+            f"called 'transformer' (its components: {', '.join(components) or 'none'})"
+        )
+    return found
+
+
+def attachments(target: Any) -> list[Attachment]:
+    """Return what is attached to a network or pipeline, in the order of the pile.
+
+    Args:
+        target: as in `Mechanism.attach`.
+    """
+    piles = [vars(unwrap(model)).get(_PILE, ()) for model in find_networks(target).values()]
+    return list(dict.fromkeys(attachment for pile in piles for attachment in pile))
+
+
+def _lift(above: list[Attachment]) -> None:
+    for attachment in reversed(above):
+        attachment._uninstall()
+
+
+def _put_back(above: list[Attachment]) -> None:
+    for attachment in above:
+        if attachment._undo is None:
+            attachment._install()
+
+
+def _own(thing: Any, attribute: str) -> Any:
+    """What an instance itself holds under a name; a module's parts count as its own."""
+    places = [vars(thing)]
+    if isinstance(thing, nn.Module):
+        places += [thing._modules, thing._parameters, thing._buffers]
+    return next((place[attribute] for place in places if attribute in place), _MISSING)

@@ -1,0 +1,79 @@
+"""The noise levels that a run visits, read off any scheduler: a plain table that costs no wait for a device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dit.runtime.coordinates import Coordinates
+
+SMALLEST_SIGNAL = 2.0**-24
+"""Least `alphas_cumprod` taken for a finite noise level, where a schedule starts at pure noise."""
+
+
+@dataclass(frozen=True)
+class NoiseTable:
+    """One entry for each call of the model that a run makes.
+
+    Args:
+        timesteps: as the scheduler gives them.
+        sigmas: noise levels, see `Coordinates.sigma`.
+    """
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+    @classmethod
+    def of(cls, scheduler: Any) -> NoiseTable:
+        """Read the table of a scheduler whose timesteps are set.
+
+        Args:
+            scheduler: of diffusers or `sampling.schedulers`.
+
+        Raises:
+            ValueError: it has no timesteps yet.
+        """
+        if getattr(scheduler, "timesteps", None) is None:
+            raise ValueError(f"{type(scheduler).__name__} has no timesteps yet: call set_timesteps first")
+        timesteps = torch.as_tensor(scheduler.timesteps).cpu()  # (S,)
+        return cls(tuple(timesteps.double().tolist()), _sigmas(scheduler, timesteps))
+
+    def last(self, count: int) -> NoiseTable:
+        """Return the table of a run that visits only the last `count` entries, as image-to-image does."""
+        first = len(self) - count
+        return NoiseTable(self.timesteps[first:], self.sigmas[first:])
+
+    def at(self, run: int, step: int, branch: str = "all", is_exact: bool = True) -> Coordinates:
+        """Return the coordinates of an entry.
+
+        Args:
+            run: number of the run.
+            step: index of the entry.
+            branch: see `Coordinates.branch`.
+            is_exact: see `Coordinates.is_exact`.
+        """
+        sigma, timestep = self.sigmas[step], self.timesteps[step]
+        return Coordinates(run, step, len(self), sigma, timestep, branch, is_exact=is_exact)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+def _sigmas(scheduler: Any, timesteps: torch.Tensor) -> tuple[float, ...]:
+    """Noise levels of the timesteps (S,); NaN where the scheduler does not tell."""
+    # vars(): attribute look-up on a diffusers scheduler falls through to its config, with a warning
+    own, count = vars(scheduler), len(timesteps)
+    sigmas, signal = own.get("sigmas"), own.get("alphas_cumprod")
+    if sigmas is not None and len(sigmas) in (count, count + 1):
+        levels = torch.as_tensor(sigmas).cpu().double()[:count]  # (S,)
+        if scheduler.config.get("invert_sigmas"):
+            levels = 1.0 - levels
+    elif signal is not None:
+        kept = signal.cpu().double()[timesteps.long()].clamp(min=SMALLEST_SIGNAL)  # (S,)
+        levels = ((1.0 - kept) / kept).sqrt()
+    else:
+        levels = torch.full((count,), math.nan)
+    return tuple(levels.tolist())
