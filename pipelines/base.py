@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -227,8 +228,8 @@ class TesseraPipeline(DiffusionPipeline):
         Returns:
             B small pictures, one pixel per latent cell.
         """
-        latents = latents.to(self.vae.device, self.vae.dtype)  # an offloaded vae previews on the CPU
-        rgb = self.visual_tokenizer.preview(latents)  # (B, 3, h, w) in [-1, 1]
+        with brought_over(self.vae) as device:  # offloading may have taken its weights away
+            rgb = self.visual_tokenizer.preview(latents.to(device, torch.float32))  # (B, 3, h, w) in [-1, 1]
         return self.image_processor.postprocess(rgb.float(), output_type="pil")
 
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -284,6 +285,34 @@ class TesseraPipeline(DiffusionPipeline):
         returned = callback(self, step, timestep, wanted) or {}
         self.check_callback_inputs(list(returned))
         return {**tensors, **returned}
+
+
+@contextmanager
+def brought_over(module: torch.nn.Module) -> Generator[torch.device]:
+    """Have a module's own tensors at hand: sequential offloading puts them aside outside of `forward`.
+
+    Args:
+        module: the module; its submodules stay as they are.
+
+    Yields:
+        The device of its tensors.
+    """
+    hook = getattr(module, "_hf_hook", None)  # accelerate's
+    is_aside = any(tensor.is_meta for tensor in (*module.buffers(recurse=False), *module.parameters(recurse=False)))
+    if hook is None or not is_aside:
+        yield _device_of(module)
+        return
+    hook.pre_forward(module)
+    try:
+        yield _device_of(module)
+    finally:
+        hook.post_forward(module, None)
+
+
+def _device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module's own tensors are, buffers first (previews need no more); the CPU for one that has none."""
+    tensors = (*module.buffers(recurse=False), *module.parameters())
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
 def component_entries(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
