@@ -10,7 +10,7 @@ The judge never sees the prompt. It reads
 4. for the best of those their exact place and size, by Gauss-Newton steps (Lucas and Kanade, 1981) on the error;
 5. the way of cutting whose stickers explain most of D, each sticker beyond the first at a small price.
 
-Every sticker is tried sharp and blurred, since a blurred zebra is nearer to a gray rock than to a sharp zebra.
+Every sticker is tried sharp and blurred, because a blurred zebra is nearer to a gray rock than to a sharp zebra.
 
 A sticker drawn as T (premultiplied colour minus alpha times background) leaves the error |D - T|^2. Far from the
 sticker T is zero, so all that counts is the gain |D|^2 - |D - T|^2 = 2 <D, T> - |T|^2, which needs only the pixels
@@ -36,9 +36,10 @@ FRAME = CELLS + 2 * MARGIN
 SIZES = (0.1, 1.2)  # sizes that a sticker may be read at, as fractions of the picture's side
 COARSE = 24  # samples across the standard frame of the first comparison
 REACH = 1.9  # half the standard frame, in units of the spread
-BLUR = 1.25  # standard deviation of the blur, in samples
+# Standard deviations of the blur in samples. The first is that of a clean picture, brought to the canvas and cut out.
+BLURS = (0.6, 1.25)
 CLOSER = ((8, 1), (3, 2))  # (how many stickers of a part are looked at more closely, Gauss-Newton steps on them)
-PRICE = 0.03  # of each sticker beyond the first, as a share of the energy of D
+PRICE = 0.02  # of each sticker beyond the first, as a share of the energy of D
 FAINT = 0.0003  # mean square of D below which there is nothing to be seen
 PARTS = ("whole", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
 # Each way of cutting, as indices of its parts. None at all is right where no sticker explains anything.
@@ -168,8 +169,8 @@ class Judge:
         self.device = torch.device(device)
         self.colours = background_colours(self.device)  # (10, 3)
         samples = functional.avg_pool2d(premultiplied(sheet.pixels.to(self.device)), SIDE // CELLS)  # (S, 4, 32, 32)
-        sharp = functional.pad(samples, (MARGIN,) * 4)  # (S, 4, 40, 40)
-        self._templates = torch.cat([sharp, blurred(sharp, BLUR)])  # (2 * S, 4, 40, 40): sharp, then blurred
+        padded = functional.pad(samples, (MARGIN,) * 4)  # (S, 4, 40, 40)
+        self._templates = torch.cat([blurred(padded, deviation) for deviation in BLURS])  # (2 S, 4, 40, 40)
         self._standard: dict[int, tuple[torch.Tensor, ...]] = {}
 
     @torch.inference_mode()
@@ -249,7 +250,7 @@ class Judge:
         for colour in background.unique().tolist():
             rows = background == colour
             templates, energy, where = self._standard_frame(colour)
-            errors = (energy - 2 * frames[rows] @ templates.T).view(-1, 2, total)  # (n, 2, S)
+            errors = (energy - 2 * frames[rows] @ templates.T).view(-1, len(BLURS), total)  # (n, 2, S)
             least, blur = errors.min(1)  # (n, S)
             best = least.topk(count, largest=False).indices  # (n, K)
             best = best + total * blur.gather(1, best)  # (n, K)
