@@ -13,10 +13,12 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
+from dit.runtime.coordinates import coordinates_scope, next_run
 from pipelines.base import OUTPUT_TYPES, TesseraPipeline
 from pipelines.checks import check_choice, check_count, check_number
 from pipelines.lora import TransformerLoraMixin
 from sampling.guidance import classifier_free_guidance
+from sampling.noise_table import NoiseTable
 from sampling.timesteps import set_timesteps
 
 Label = int | str
@@ -269,11 +271,14 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         extra = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             extra["generator"] = generators
+        run, table = next_run(), NoiseTable.of(self.scheduler).last(len(timesteps))
         with self.progress_bar(total=len(timesteps)) as bar:
             for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break
-                prediction = self._predict(latents, labels, timestep)  # (B, C, h, w), or 2 C with a variance
+                branch = "all" if self.do_classifier_free_guidance else "cond"
+                with coordinates_scope(table.at(run, step, branch)):
+                    prediction = self._predict(latents, labels, timestep)  # (B, C, h, w), or 2 C with a variance
                 output = self.scheduler.step(prediction, timestep, latents, **extra)
                 tensors = {
                     "latents": output.prev_sample.float(),  # (B, C, h, w)

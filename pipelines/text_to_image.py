@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,11 +15,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
 from pipelines.base import OUTPUT_TYPES
 from pipelines.checks import check_choice, check_count, check_number, check_sigmas
 from pipelines.conditioning import TextConditionedPipeline
 from pipelines.lora import TransformerLoraMixin
 from sampling.guidance import classifier_free_guidance, in_interval
+from sampling.noise_table import NoiseTable
 from sampling.timesteps import set_timesteps
 
 ImageInput = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
@@ -309,13 +312,14 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         masked = not bool(mask.all())  # attention without a mask is faster; ask once, not every step
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
+        run, table = next_run(), NoiseTable.of(self.scheduler).last(len(timesteps))
         with self.progress_bar(total=len(timesteps)) as bar:  # pyright: ignore[reportCallIssue]
             for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break
                 self._current_timestep = timestep
                 latents = tensors["latents"]
-                velocity = self._velocity(tensors, mask if masked else None, timestep)  # (B, C, h, w)
+                velocity = self._velocity(tensors, mask if masked else None, timestep, table.at(run, step))
                 sigma = timestep / self.scheduler.config.num_train_timesteps
                 tensors["denoised_latents"] = latents - sigma * velocity  # (B, C, h, w)
                 tensors["latents"] = self.scheduler.step(velocity, timestep, latents, return_dict=False, **extra)[0]
@@ -325,17 +329,16 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         self._interrupted = self._interrupt
         return tensors["latents"]
 
-    def _velocity(self, tensors: dict[str, Any], mask: Tensor | None, timestep: Tensor) -> Tensor:
-        """Predict the (guided) velocity; the negative and the positive branch share one batch."""
+    def _velocity(self, tensors: dict[str, Any], mask: Tensor | None, timestep: Tensor, here: Coordinates) -> Tensor:
+        """Predict the (guided) velocity (B, C, h, w); the negative and the positive branch share one batch."""
         latents, states = tensors["latents"], tensors["prompt_embeds"]
-        count, interval = len(latents), self._guidance_interval
-        # asking for the number costs a wait for the device, so only where an interval needs it
-        sigma = 0.0 if interval is None else float(timestep) / self.scheduler.config.num_train_timesteps
-        guides = self.do_classifier_free_guidance and in_interval(sigma, interval)
+        count = len(latents)
+        guides = self.do_classifier_free_guidance and in_interval(here.sigma, self._guidance_interval)
         negative = tensors["negative_prompt_embeds"] if guides else None
         if negative is not None:
             latents, states = torch.cat([latents, latents]), torch.cat([negative, states])  # (2B, ...)
-        with self.transformer.cache_context("cond" if negative is None else "guided"):
+        branch, context = ("cond", "cond") if negative is None else ("all", "guided")
+        with coordinates_scope(replace(here, branch=branch)), self.transformer.cache_context(context):
             velocity = self.transformer(
                 latents.to(self.transformer.dtype),
                 encoder_hidden_states=states,
