@@ -14,9 +14,18 @@ from typing import Annotated, Literal
 import typer
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+OffloadName = Literal["none", "model", "group", "sequential"]
 
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[DType, typer.Option(help="Number format of the weights; auto suits the device.")]
+Offload = Annotated[
+    OffloadName,
+    typer.Option(help="What waits on the CPU, for a GPU with little memory; none is fastest."),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(help="For a file with a transformer only (GGUF): folder or hub id of the pipeline it belongs to."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own default if absent.")]
 Guidance = Annotated[float | None, typer.Option(min=0.0, help="Guidance scale; 1 turns guidance off.")]
@@ -57,7 +66,7 @@ def _global_options(
 def studio(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Offer this model too: a built-in name, a folder or a hub id. May be repeated."),
+        typer.Option(help="Offer this model too: a built-in name, folder, file or hub id. May be repeated."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; the default is reachable from here only.")] = (
         "127.0.0.1"
@@ -66,6 +75,8 @@ def studio(
     output: Annotated[Path, typer.Option(file_okay=False, help="Folder that receives the pictures.")] = Path("outputs"),
     device: Device = "auto",
     dtype: Precision = "auto",
+    offload: Offload = "none",
+    base: Base = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
     """Start the studio: a web page that paints what you type."""
@@ -77,6 +88,8 @@ def studio(
         port=port,
         device=device,
         dtype=dtype,
+        offload=offload,
+        base=base,
         open_browser=browser,
         output_dir=output,
     )
@@ -87,17 +100,20 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to paint.", show_default=False)],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", dir_okay=False, help="PNG file to write; -0, -1 ... with --num."),
+        typer.Option("--output", "-o", dir_okay=False, help="PNG (or MP4) file to write; -0, -1 ... with --num."),
     ] = Path("tessera.png"),
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
-    model: Annotated[str, typer.Option(help="Built-in name, folder or hub id.")] = "stickers",
+    model: Annotated[str, typer.Option(help="Built-in name, folder, single file or hub id.")] = "stickers",
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
     size: Annotated[str | None, typer.Option(help="Pixels: 128, or WIDTHxHEIGHT such as 192x128.")] = None,
     num: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a clip; the model's default if absent.")] = None,
     device: Device = "auto",
     dtype: Precision = "auto",
+    offload: Offload = "none",
+    base: Base = None,
     json_output: Json = False,
 ) -> None:
     """Paint a prompt into a file."""
@@ -113,8 +129,11 @@ def generate(
         guidance=guidance,
         size=size,
         num=num,
+        frames=frames,
         device=device,
         dtype=dtype,
+        offload=offload,
+        base=base,
         json_output=json_output,
     )
 
@@ -188,9 +207,7 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder (or official file) to write.")],
     vae: Annotated[str | None, typer.Option(help="Folder or hub id of an AutoencoderKL to include.")] = None,
     dtype: Annotated[DType, typer.Option(help="Number format; auto keeps the checkpoint's.")] = "auto",
-    weights: Annotated[
-        Literal["ema", "model"], typer.Option(help="Which weights of a trainer's checkpoint.")
-    ] = "ema",
+    weights: Annotated[Literal["ema", "model"], typer.Option(help="Which weights of a trainer's checkpoint.")] = "ema",
     heads: Annotated[
         int | None, typer.Option(min=1, help="Attention heads, for a size that was never published.")
     ] = None,
@@ -228,14 +245,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Words after the program's name; those of this process if None.
 
     Raises:
-        SystemExit: Always, with the exit code. What the user can mend (ValueError, OSError, a missing extra)
-            prints one line and exits with 1; any other error is a defect and keeps its trace.
+        SystemExit: Always, with the exit code. What the user can mend (ValueError, OSError, a missing extra, too
+            little memory) prints one line and exits with 1; any other error is a defect and keeps its trace.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
         app(args=[word for word in words if word != "--debug"], prog_name="tessera")
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         if debug:
             raise
         typer.echo(f"error: {error}  (--debug shows the trace)", err=True)

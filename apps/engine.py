@@ -31,9 +31,12 @@ from PIL import Image
 
 from apps.jobs import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped, TextToImageRequest
 from apps.limits import ServerLimits
+from apps.media import Clip, contact_strip, require_video, save_mp4
 from apps.metadata import PictureSettings, save_png
 from apps.painter import Canvas, StopRequestedError, paint
 from apps.shelf import LoadedModel, ModelShelf, Pipeline
+from pipelines.memory import explain_out_of_memory, is_out_of_memory, release
+from pipelines.offload import check_offload
 
 __all__ = [
     "Done",
@@ -58,15 +61,17 @@ class Engine:
     """Paint requests, one at a time, and tell how it goes.
 
     Args:
-        models: key -> built-in name, folder or hub id; requests choose by key, the first one is the default.
+        models: key -> built-in name, folder, file or hub id; requests choose by key, the first one is the default.
         output_dir: existing folder that receives the pictures as PNG files; None hands them over in memory only.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        offload: `none`, `model`, `group`, `sequential`: what of a model waits on the CPU, see `load_pipeline`.
+        base: for models that are single files with a transformer only: where everything else comes from.
         server_limits: length of the line, time limit, models in memory.
         load: turns a source into a pipeline; for tests and special loaders.
 
     Raises:
-        ValueError: no model, or an unknown device or dtype.
+        ValueError: no model, an unknown device or dtype, or an offload without an accelerator.
     """
 
     def __init__(
@@ -75,6 +80,8 @@ class Engine:
         output_dir: Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        offload: str = "none",
+        base: str | None = None,
         *,
         server_limits: ServerLimits | None = None,
         load: Callable[[str], Pipeline] | None = None,
@@ -82,6 +89,9 @@ class Engine:
         self.limits = server_limits or ServerLimits()
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
+        check_offload(offload, torch.device(self.device))
+        self.offload = offload
+        self.base = base
         self.output_dir = output_dir
         self._shelf = ModelShelf(models, load or self._load_pipeline, self.limits.loaded_models)
         self._line = _Line(self.limits.queue)
@@ -186,19 +196,35 @@ class Engine:
         started = time.monotonic()
         clock = _StepClock(tell, started, request.num_images)
         try:
+            if model.frames is not None:
+                require_video()
             for seed in request.seeds():
                 begun = time.monotonic()
                 canvas = fill_in(request, model, seed)
                 clock.next_picture(canvas.steps)
-                image = paint(model, canvas, stop, clock.step, started + self.limits.seconds)
-                settings = self._settings(model, canvas, image.width, image.height)
-                path = self._save(image, settings)
-                tell(Picture(path, seed, settings, image, time.monotonic() - begun))
+                frames = paint(model, canvas, stop, clock.step, started + self.limits.seconds)
+                tell(self._finish(model, canvas, frames, begun))
             tell(Done(time.monotonic() - started))
+        except StopRequestedError as stopped:
+            tell(stopped)
         except Exception as error:
+            release(error)  # what was being computed must be free before the next request comes
             tell(error)
 
-    def _settings(self, model: LoadedModel, canvas: Canvas, width: int, height: int) -> PictureSettings:
+    def _finish(self, model: LoadedModel, canvas: Canvas, frames: list[Image.Image], begun: float) -> Picture:
+        """Write a picture, or a clip and a picture of some of its frames."""
+        settings = self._settings(model, canvas, *frames[0].size, len(frames))
+        clip = None if model.frames is None else Clip(tuple(frames), model.fps)
+        image = frames[0] if clip is None else contact_strip(frames)
+        path = video = None
+        if self.output_dir is not None:
+            # The time sorts the folder, the seed helps a person, the random end keeps two processes apart.
+            name = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.seed}-{uuid.uuid4().hex[:4]}.png"
+            path = save_png(image, self.output_dir / name, settings)
+            video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), settings)
+        return Picture(path, settings.seed, settings, image, time.monotonic() - begun, clip, video)
+
+    def _settings(self, model: LoadedModel, canvas: Canvas, width: int, height: int, frames: int) -> PictureSettings:
         return PictureSettings(
             prompt=canvas.prompt,
             negative_prompt=canvas.negative_prompt,
@@ -207,6 +233,8 @@ class Engine:
             guidance=1.0 if canvas.guidance is None else canvas.guidance,
             height=height,
             width=width,
+            frames=None if model.frames is None else frames,
+            fps=None if model.frames is None else model.fps,
             model=model.key,
             fingerprint=model.fingerprint,
             scheduler=_scheduler_settings(model.pipe),
@@ -214,13 +242,6 @@ class Engine:
             dtype=str(self.dtype).removeprefix("torch."),
             versions=_versions(),
         )
-
-    def _save(self, image: Image.Image, settings: PictureSettings) -> Path | None:
-        if self.output_dir is None:
-            return None
-        # The time sorts the folder, the seed helps a person, the random end keeps two processes apart.
-        name = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.seed}-{uuid.uuid4().hex[:4]}.png"
-        return save_png(image, self.output_dir / name, settings)
 
     def _load_pipeline(self, source: str) -> Pipeline:
         # Here and not above: diffusers and transformers take seconds to import, and a server shall answer before.
@@ -232,7 +253,8 @@ class Engine:
         # Loading is told by an event; the libraries' own bars would be drawn over whatever shows it.
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-        return load_pipeline(source, device=self.device, dtype=self.dtype)
+        base = self.base if Path(source).expanduser().is_file() else None
+        return load_pipeline(source, device=self.device, dtype=self.dtype, offload=self.offload, base=base)
 
 
 def fill_in(request: TextToImageRequest, model: LoadedModel, seed: int) -> Canvas:
@@ -242,15 +264,21 @@ def fill_in(request: TextToImageRequest, model: LoadedModel, seed: int) -> Canva
         request: what was asked.
         model: gives the defaults.
         seed: of the picture to paint.
+
+    Raises:
+        ValueError: frames for a model of pictures.
     """
+    if request.frames is not None and model.frames is None:
+        raise ValueError(f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.")
     return Canvas(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt.strip(),
         height=request.height or model.side,
-        width=request.width or model.side,
+        width=request.width or model.width,
         steps=request.steps or model.steps,
         guidance=model.guidance if request.guidance is None else request.guidance,
         seed=seed,
+        frames=request.frames or model.frames,
     )
 
 
@@ -357,25 +385,37 @@ class _StepClock:
 
 def _failure(error: Exception) -> Failed:
     """Say what went wrong without a path or a trace; those go to the log."""
-    if isinstance(error, _LineFullError):
-        return Failed("queue_full", "The line is full; try again in a moment.", error)
     if isinstance(error, _ModelFailedError):
-        cause = error.__cause__
-        return Failed(
-            "model_failed",
-            f"The model {error.args[0]!r} could not be loaded; the log of the server says why.",
-            cause if isinstance(cause, Exception) else error,
-        )
-    if isinstance(error, TimeoutError):
-        return Failed("too_slow", "This took longer than the server allows; ask for fewer or smaller pictures.", error)
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return Failed("out_of_memory", "The device ran out of memory; ask for a smaller picture.", error)
-    if isinstance(error, ValueError):  # a pipeline's check of its arguments, written for people
-        return Failed("bad_request", str(error), error)
+        return _model_failure(error)
+    if is_out_of_memory(error):
+        error = explain_out_of_memory(error, "Painting")
+        return Failed("out_of_memory", str(error), error)
+    for kind, code, message in _FAILURES:
+        if isinstance(error, kind):
+            return Failed(code, message or str(error), error)
     logger.error("a request failed", exc_info=error)
     return Failed("failed", "Something went wrong; the log of the server says what.", error)
+
+
+_FAILURES: tuple[tuple[type[Exception], str, str], ...] = (
+    (_LineFullError, "queue_full", "The line is full; try again in a moment."),
+    (TimeoutError, "too_slow", "This took longer than the server allows; ask for fewer or smaller pictures."),
+    (ImportError, "missing_extra", ""),  # of an optional package, and it says which
+    (ValueError, "bad_request", ""),  # a pipeline's check of its arguments, written for people
+)
+"""Kind of error, code, and what people are told; an empty message is that of the error."""
+
+
+def _model_failure(error: _ModelFailedError) -> Failed:
+    """Say that a model didn't load; why is for the owner, because messages of libraries name paths."""
+    key, cause = error.args[0], error.__cause__
+    if isinstance(cause, MemoryError):  # ours: sizes, no paths
+        return Failed("out_of_memory", f"The model {key!r} could not be loaded. {cause}", cause)
+    return Failed(
+        "model_failed",
+        f"The model {key!r} could not be loaded; the log of the server says why.",
+        cause if isinstance(cause, Exception) else error,
+    )
 
 
 def _scheduler_settings(pipe: Pipeline) -> dict[str, Any]:

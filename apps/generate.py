@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from apps import limits
 from apps.engine import Engine, Event, Failed, ModelLoading, Picture, Step, TextToImageRequest
+from apps.media import save_mp4
 from apps.metadata import save_png
 from apps.shelf import name_models
 
@@ -28,29 +29,39 @@ def run(
     guidance: float | None = None,
     size: str | None = None,
     num: int = 1,
+    frames: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    offload: str = "none",
+    base: str | None = None,
     json_output: bool = False,
 ) -> None:
     """Paint a prompt and write the pictures, each with the settings that reproduce it.
 
     Args:
         prompt: what to paint.
-        output: PNG file to write; several pictures get -0, -1, ... before the ending.
+        output: PNG file to write; several pictures get -0, -1, ... before the ending. Of a model that makes clips it
+            receives some frames side by side, and the clip goes beside it as MP4; a name with `.mp4` receives the
+            clip alone.
         negative_prompt: what to keep away from.
-        model: built-in name, folder or hub id.
+        model: built-in name, folder, single file or hub id.
         seed: of the first picture, the next ones count up; None draws one.
         steps: denoising steps; None for the model's default.
         guidance: guidance scale; None for the model's default.
         size: `128`, or `WIDTHxHEIGHT` such as `160x128`; None for the model's default.
         num: how many pictures.
+        frames: of a clip, for models that make clips; None for the model's default.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        offload: `none`, `model`, `group`, `sequential`; see `pipelines.load_pipeline`.
+        base: for a single file that holds a transformer only: folder or hub id of its pipeline.
         json_output: print one JSON object instead of text and a progress bar.
 
     Raises:
         ValueError: a setting is out of range.
         OSError: the model can't be read, or the file can't be written.
+        MemoryError: the model or the picture needs more memory than there is.
+        ImportError: an optional package is missing.
         KeyboardInterrupt: Ctrl-C; no broken file is left.
     """
     width, height = parse_size(size)
@@ -63,14 +74,40 @@ def run(
         guidance=guidance,
         seed=seed,
         num_images=num,
+        frames=frames,
     )
     paths = iter(picture_paths(output, num))
     logging.getLogger("apps").setLevel(logging.CRITICAL)  # an error is raised here; the log would tell it twice
-    engine = Engine(name_models([model]), device=device, dtype=dtype)
+    engine = Engine(name_models([model]), None, device, dtype, offload, base)
+    if is_clip(output) and engine.model().result().frames is None:
+        raise ValueError(f"The model {model!r} paints pictures, not clips; write to a '.png' file.")
     told = Console(stderr=True, quiet=json_output)
     with closing(follow(engine.generate(request), told)) as pictures:
-        written = [(save_png(picture.image, next(paths), picture.metadata), picture) for picture in pictures]
+        written = [(save(picture, next(paths)), picture) for picture in pictures]
     report(written, json_output)
+
+
+def is_clip(path: Path) -> bool:
+    """Whether a name is that of a clip."""
+    return path.suffix.lower() == ".mp4"
+
+
+def save(picture: Picture, path: Path) -> list[Path]:
+    """Write a picture, or a clip with a picture of it, or a clip alone.
+
+    Args:
+        picture: painted.
+        path: PNG file, or MP4 file for a clip.
+
+    Returns:
+        The files written.
+    """
+    written = []
+    if not is_clip(path):
+        written.append(save_png(picture.image, path, picture.metadata))
+    if picture.clip is not None:
+        written.append(save_mp4(picture.clip, path.with_suffix(".mp4"), picture.metadata))
+    return written
 
 
 def parse_size(text: str | None) -> tuple[int, int] | tuple[None, None]:
@@ -106,10 +143,12 @@ def picture_paths(output: Path, num: int) -> list[Path]:
         `output` alone, or with -0, -1, ... before the ending.
 
     Raises:
-        ValueError: no PNG name.
+        ValueError: neither a PNG nor an MP4 name.
     """
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"{output.name!r}: pictures are written as PNG, which keeps their settings; use '.png'.")
+    if output.suffix.lower() not in (".png", ".mp4"):
+        raise ValueError(
+            f"{output.name!r}: pictures are written as PNG, which keeps their settings; use '.png' ('.mp4' for clips)."
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     return [output] if num == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(num)]
 
@@ -150,15 +189,21 @@ def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
                     raise cause if cause is not None else ValueError(message)
 
 
-def report(written: list[tuple[Path, Picture]], json_output: bool) -> None:
+def report(written: list[tuple[list[Path], Picture]], json_output: bool) -> None:
     """Tell what was written, for people or for programs."""
     console = Console(soft_wrap=True)
     if json_output:
         rows = [
-            {"path": str(path), "seconds": round(picture.seconds, 3), **picture.metadata.model_dump()}
-            for path, picture in written
+            {
+                "path": str(paths[0]),
+                "paths": [str(path) for path in paths],
+                "seconds": round(picture.seconds, 3),
+                **picture.metadata.model_dump(),
+            }
+            for paths, picture in written
         ]
         console.print_json(json.dumps({"pictures": rows}))
         return
-    for path, picture in written:
-        console.print(f"{path}  [dim]seed {picture.seed}, {picture.seconds:.1f} s[/dim]", highlight=False)
+    for paths, picture in written:
+        names = ", ".join(map(str, paths))
+        console.print(f"{names}  [dim]seed {picture.seed}, {picture.seconds:.1f} s[/dim]", highlight=False)

@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from apps import limits
+from apps.media import Clip
 from apps.metadata import PictureSettings
 
 
@@ -37,6 +38,7 @@ class TextToImageRequest(BaseModel):
         width: pixels.
         steps: denoising steps.
         guidance: guidance scale; 1 turns guidance off.
+        frames: of a clip, for models that make clips.
         seed: of the first picture, the next ones count up; None draws one, which every picture records.
         num_images: how many pictures.
         model: key in the engine's list of models; None takes the first.
@@ -50,6 +52,7 @@ class TextToImageRequest(BaseModel):
     width: int | None = None
     steps: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
     guidance: float | None = Field(default=None, ge=0, le=limits.MAX_GUIDANCE)
+    frames: int | None = Field(default=None, ge=1, le=limits.MAX_FRAMES)
     seed: int | None = Field(default=None, ge=0, le=limits.MAX_SEED)
     num_images: int = Field(default=1, ge=1, le=limits.MAX_PICTURES)
     model: str | None = Field(default=None, max_length=200)
@@ -112,8 +115,10 @@ class Picture:
         path: where it was written; None for an engine without an output folder.
         seed: of its noise.
         metadata: what reproduces it, as stored in the file.
-        image: the picture itself.
+        image: the picture itself; of a clip some frames side by side.
         seconds: time it took.
+        clip: the frames, from a model that makes clips.
+        video: where the clip was written.
     """
 
     path: Path | None
@@ -121,6 +126,8 @@ class Picture:
     metadata: PictureSettings
     image: Image.Image
     seconds: float
+    clip: Clip | None = None
+    video: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +147,8 @@ class Failed:
     """The request can't be fulfilled; the last event.
 
     Attributes:
-        code: for programs: queue_full, unknown_model, model_failed, bad_request, out_of_memory, too_slow, failed.
+        code: for programs: queue_full, unknown_model, model_failed, bad_request, out_of_memory, missing_extra,
+            too_slow, failed.
         message: for people; holds no path and no trace, so that it may be shown to strangers.
         cause: the error itself, for the log and for the owner of the machine.
     """

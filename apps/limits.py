@@ -16,6 +16,7 @@ SIDE_MULTIPLE = 8
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
 MAX_PICTURES = 16
+MAX_FRAMES = 257
 MAX_SEED = 2**32 - 1
 """Seeds fit 32 bits: every random generator in use takes them, and a person can still type them."""
 MAX_METADATA_BYTES = 64 * 1_024

@@ -35,6 +35,8 @@ class PictureSettings(BaseModel):
         guidance: guidance scale.
         height: pixels.
         width: pixels.
+        frames: of a clip; None for a picture.
+        fps: frames a second of a clip.
         model: name of the model in the list it was chosen from; never a path.
         fingerprint: hash of the model's structure and weights, 16 hex digits.
         scheduler: class name and config values of the scheduler.
@@ -53,6 +55,8 @@ class PictureSettings(BaseModel):
     guidance: float = Field(ge=0, le=limits.MAX_GUIDANCE)
     height: int = Field(ge=1, le=limits.MAX_SIDE)
     width: int = Field(ge=1, le=limits.MAX_SIDE)
+    frames: int | None = Field(default=None, ge=1, le=limits.MAX_FRAMES)
+    fps: float | None = Field(default=None, gt=0, le=240)
     model: ShortText
     fingerprint: str = Field(pattern=r"^[0-9a-f]{16}$")
     scheduler: dict[ShortText, Scalar | list[Scalar]] = Field(default_factory=dict, max_length=100)

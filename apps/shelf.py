@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from apps import limits
+from pipelines.memory import release
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ Pipeline = Any
 
 FALLBACK_SIDE = 512
 """Side in pixels for a pipeline that doesn't tell its own."""
+FALLBACK_FRAMES = 17
+FALLBACK_FPS = 16
+"""For the pipelines of clips that don't tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +44,17 @@ class LoadedModel:
         pipe: the pipeline.
         fingerprint: hash of structure and weights, 16 hex digits.
         accepts: argument names of the pipeline's call.
-        side: default height and width, pixels.
+        side: default height, pixels.
+        width: default width, pixels.
         multiple: height and width must be multiples of it, pixels.
         steps: default number of denoising steps.
         guidance: default guidance scale; None for a pipeline without one.
+        guidance_argument: what the call names the guidance scale.
+        frames: default number of frames; None for a model of pictures.
+        frames_argument: what the call names the number of frames.
+        fps: frames a second of its clips.
         can_interrupt: `pipe.interrupt = True` ends the call before the next step, without decoding.
-        can_preview: `pipe.preview(latents)` shows latents cheaply.
+        can_preview: its latents can be shown cheaply.
     """
 
     key: str
@@ -53,9 +62,14 @@ class LoadedModel:
     fingerprint: str
     accepts: frozenset[str]
     side: int
+    width: int
     multiple: int
     steps: int
     guidance: float | None
+    guidance_argument: str
+    frames: int | None
+    frames_argument: str
+    fps: float
     can_interrupt: bool
     can_preview: bool
 
@@ -64,7 +78,7 @@ class ModelShelf:
     """Load models by key, each once, in the background.
 
     Args:
-        sources: key -> built-in name, folder or hub id; the first key is the default.
+        sources: key -> built-in name, folder, file or hub id; the first key is the default.
         load: turns a source into a pipeline on its device.
         capacity: how many models stay loaded.
 
@@ -113,6 +127,7 @@ class ModelShelf:
                 future.set_result(inspect_model(key, self._load(self._sources[key])))
         except Exception as error:
             logger.exception("could not load the model %r", key)
+            release(error)  # the future keeps the error, which shall not keep half a model
             future.set_exception(error)
 
     def _put_back(self) -> None:
@@ -126,21 +141,21 @@ def name_models(sources: Iterable[str]) -> dict[str, str]:
     """Give models the keys by which people choose them.
 
     Args:
-        sources: built-in names, folders or hub ids.
+        sources: built-in names, folders, files or hub ids.
 
     Returns:
-        Key -> source. A folder goes by its last name, because a path would tell strangers about the machine; equal
-        names are numbered.
+        Key -> source. A folder or file goes by its last name, because a path would tell strangers about the machine;
+        equal names are numbered.
     """
     named: dict[str, str] = {}
     for source in dict.fromkeys(sources):
         folder = Path(source).expanduser()
-        base = folder.resolve().name if folder.is_dir() else source
+        base = folder.resolve().name if folder.exists() else source
         key, count = base, 1
         while key in named:
             count += 1
             key = f"{base} ({count})"
-        named[key] = str(folder) if folder.is_dir() else source
+        named[key] = str(folder) if folder.exists() else source
     return named
 
 
@@ -159,37 +174,102 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
         raise ValueError(f"{type(pipe).__name__} has no prompt; the model {key!r} must be a text-to-image pipeline.")
     pipe.set_progress_bar_config(disable=True)
     steps = parameters["num_inference_steps"].default
-    guidance = parameters["guidance_scale"].default if "guidance_scale" in parameters else None
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    # A pipeline with both has its distilled guidance in the first, unless that is off by default.
+    guidance_argument = "guidance_scale" if defaults.get("guidance_scale") is not None else "true_cfg_scale"
+    guidance = defaults.get(guidance_argument)
+    frames_argument = "video_length" if "video_length" in defaults else "num_frames"
     interrupt = getattr(type(pipe), "interrupt", None)
     return LoadedModel(
         key=key,
         pipe=pipe,
         fingerprint=fingerprint(pipe),
         accepts=frozenset(parameters),
-        side=default_side(pipe),
+        side=default_side(pipe, "height"),
+        width=default_side(pipe, "width"),
         multiple=side_multiple(pipe),
         steps=int(steps),
         guidance=None if guidance is None else float(guidance),
+        guidance_argument=guidance_argument,
+        frames=default_frames(pipe, defaults[frames_argument]) if frames_argument in defaults else None,
+        frames_argument=frames_argument,
+        fps=float(defaults.get("frame_rate") or FALLBACK_FPS),
         can_interrupt=isinstance(interrupt, property) and interrupt.fset is not None,
-        can_preview=callable(getattr(pipe, "preview", None)),
+        can_preview=callable(getattr(pipe, "preview", None)) or _shows_latents(pipe),
     )
 
 
-def default_side(pipe: Pipeline) -> int:
-    """Return the side in pixels that a pipeline was made for: its sample size in latents times its scale."""
-    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
-    sample = getattr(pipe, "default_sample_size", None) or getattr(
-        getattr(network, "config", None), "sample_size", None
+def default_side(pipe: Pipeline, name: str = "height") -> int:
+    """Return the height or width in pixels that a pipeline was made for.
+
+    That is the default of its call, else its sample size in latents times its scale.
+
+    Args:
+        pipe: a pipeline.
+        name: "height" or "width".
+    """
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    pixels = (getattr(parameter, "default", None), getattr(pipe, f"default_{name}", None))
+    config = _network_config(pipe)
+    cells = (
+        getattr(pipe, "default_sample_size", None),
+        getattr(config, f"sample_{name}", None),
+        getattr(config, "sample_size", None),
     )
-    scale = getattr(pipe, "vae_scale_factor", None)
-    return int(sample) * int(scale) if isinstance(sample, int) and scale else FALLBACK_SIDE
+    scale = latent_scale(pipe) or 0
+    sides = [*pixels, *(value * scale for value in cells if isinstance(value, int))]
+    return next((side for side in sides if isinstance(side, int) and side > 0), FALLBACK_SIDE)
+
+
+def latent_scale(pipe: Pipeline) -> int | None:
+    """Return how many pixels a latent cell covers along a side; None for a pipeline that doesn't say."""
+    names = (
+        "vae_scale_factor",
+        "vae_scale_factor_spatial",
+        "vae_spatial_compression_ratio",
+        "vae_spatial_scale_factor",
+    )
+    return next((int(scale) for name in names if (scale := getattr(pipe, name, None))), None)
 
 
 def side_multiple(pipe: Pipeline) -> int:
     """Return what height and width must be multiples of: pixels per latent cell times cells per token."""
-    patch = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "patch_size", 1)
-    scale = int(getattr(pipe, "vae_scale_factor", limits.SIDE_MULTIPLE))
-    return math.lcm(scale * (patch if isinstance(patch, int) else 1), limits.SIDE_MULTIPLE)
+    patch = getattr(_network_config(pipe), "patch_size", None) or 1
+    across = int(patch) if isinstance(patch, int) else int(patch[-1])  # (t, h, w) of some networks of clips
+    if across == 1 and hasattr(pipe, "_pack_latents"):
+        across = 2  # pipelines that pack 2 x 2 cells into a token keep silent about it in the config
+    return math.lcm((latent_scale(pipe) or limits.SIDE_MULTIPLE) * across, limits.SIDE_MULTIPLE)
+
+
+def default_frames(pipe: Pipeline, default: object) -> int:
+    """Return how many frames a pipeline was made for: the default of its call, else what its network says."""
+    if isinstance(default, int):
+        return default
+    stored = getattr(_network_config(pipe), "sample_frames", None)
+    return stored if isinstance(stored, int) else FALLBACK_FRAMES
+
+
+def _network_config(pipe: Pipeline) -> Any:
+    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    return getattr(network, "config", None)
+
+
+def _shows_latents(pipe: Pipeline) -> bool:
+    from pipelines.previews import can_preview  # diffusers is imported by now, or `pipe` is none of its pipelines
+
+    return can_preview(pipe)
+
+
+def _weights(component: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a network's weights by name, also those that sequential offloading put aside."""
+    weights = component.state_dict()
+    for path, layer in component.named_modules():
+        hook = getattr(layer, "_hf_hook", None)  # accelerate's; several are chained in one
+        for one in getattr(hook, "hooks", [hook]):
+            aside = getattr(one, "weights_map", None)
+            for name in [] if aside is None else (name for name, _ in layer.named_parameters(recurse=False)):
+                weights[f"{path}.{name}" if path else name] = aside[name]
+    return weights
 
 
 def fingerprint(pipe: Pipeline, values_per_tensor: int = 64) -> str:
@@ -210,7 +290,7 @@ def fingerprint(pipe: Pipeline, values_per_tensor: int = 64) -> str:
         if not isinstance(component, torch.nn.Module):
             continue
         digest.update(json.dumps([name, type(component).__name__]).encode())
-        for key, weight in component.state_dict().items():
+        for key, weight in _weights(component).items():
             digest.update(json.dumps([key, list(weight.shape)]).encode())
             if weight.is_meta or weight.numel() == 0:  # offloaded to disk: its structure must do
                 continue

@@ -6,10 +6,14 @@ time, `group` brings layers over one ahead of their use, `sequential` brings eac
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import DiffusionPipeline
 
 from pipelines.checks import check_choice
+
+if TYPE_CHECKING:  # diffusers takes seconds to import, and whoever checks a setting needs none of it
+    from diffusers import DiffusionPipeline
 
 OFFLOADS = ("none", "model", "sequential", "group")
 

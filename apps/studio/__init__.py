@@ -32,6 +32,8 @@ def run(
     dtype: str = "auto",
     open_browser: bool = True,
     output_dir: Path = Path("outputs"),
+    offload: str = "none",
+    base: str | None = None,
 ) -> None:
     """Serve the studio until Ctrl-C.
 
@@ -43,6 +45,8 @@ def run(
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         open_browser: open the page.
         output_dir: folder that receives the pictures; visitors of the page can read all of it.
+        offload: `none`, `model`, `group`, `sequential`; see `pipelines.load_pipeline`.
+        base: for models that are single files with a transformer only: folder or hub id of their pipeline.
 
     Raises:
         ValueError: the host is no loopback address, or there is no model.
@@ -63,7 +67,7 @@ def run(
             # Here, because they read the environment at import.
             from apps.studio.app import build_engine, launch
 
-            engine = build_engine(models, output_dir, device, dtype)
+            engine = build_engine(models, output_dir, device, dtype, offload, base)
             page = launch(engine, host, port, open_browser)
         console.print(f"[bold]tessera studio[/bold]  [link]http://{host}:{port}[/link]")
         console.print(f"[dim]pictures go to {output_dir}, Ctrl-C ends[/dim]", highlight=False)

@@ -74,7 +74,9 @@ class Easel:
     strip: gr.Gallery
 
 
-def build_engine(models: list[str], output_dir: Path, device: str, dtype: str) -> Engine:
+def build_engine(
+    models: list[str], output_dir: Path, device: str, dtype: str, offload: str = "none", base: str | None = None
+) -> Engine:
     """Create the engine of a studio and start to load its default model.
 
     Raises:
@@ -83,7 +85,8 @@ def build_engine(models: list[str], output_dir: Path, device: str, dtype: str) -
     sources = name_models([*models, *builtin_models()])
     if not sources:
         raise ValueError("No built-in model is installed; name one with --model: a pipeline folder or a hub id.")
-    engine = Engine(sources, limits.output_folder(output_dir), device, dtype, server_limits=ServerLimits())
+    folder = limits.output_folder(output_dir)
+    engine = Engine(sources, folder, device, dtype, offload, base, server_limits=ServerLimits())
     engine.model()  # so that it is there when the first prompt comes
     return engine
 
