@@ -127,10 +127,13 @@ def configured(tmp_path, vae_folder):
     return load
 
 
-@pytest.mark.parametrize("kind", ["autoencoder", "text_to_image"])
-def test_resume_is_bit_identical(configured, tmp_path, kind):
-    assert train(configured(kind, output="whole")) == "finished"
-    parts = configured(kind, output="parts")
+@pytest.mark.parametrize(
+    ("kind", "optimizer"), [("autoencoder", "adamw"), ("autoencoder", "muon"), ("text_to_image", "muon")]
+)
+def test_resume_is_bit_identical(configured, tmp_path, kind, optimizer):
+    name = f"optimizer.name={optimizer}"
+    assert train(configured(kind, name, output="whole")) == "finished"
+    parts = configured(kind, name, output="parts")
     train_until(parts, 3)
     assert train(parts, "latest") == "finished"
     assert_equal_checkpoints(tmp_path / "whole/tiny/checkpoint-000006", tmp_path / "parts/tiny/checkpoint-000006")
@@ -154,6 +157,41 @@ def test_autoencoder_exports_calibrated_statistics(configured, tmp_path):
     assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.1
     small = torch.nn.functional.interpolate(images, size=painted.shape[-2:], mode="area")
     assert (painted - small).square().mean() < 0.5 * small.var()  # the linear map explains most of the colours
+
+
+def test_muon_takes_the_matrices_of_blocks_only(configured):
+    trainer = Trainer(configured("text_to_image", "optimizer.name=muon", "optimizer.muon_learning_rate=2e-3"))
+    muon, adamw = trainer.state.optimizer.optimizers
+    names = {id(parameter): name for name, parameter in trainer.state.parameters.items()}
+    inside = [names[id(p)] for group in muon.param_groups for p in group["params"]]
+    outside = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
+    assert sorted(inside + outside) == sorted(names.values())
+    assert all("block" in name and trainer.state.parameters[name].ndim == 2 for name in inside)
+    assert any(name.endswith("attn.to_q.weight") for name in inside)
+    assert any("SelfAttention.q" in name for name in inside)
+    assert not any("table" in name or "relative_attention_bias" in name for name in inside)
+    trainer.run()
+    assert muon.param_groups[0]["lr"] == pytest.approx(2 * adamw.param_groups[0]["lr"])
+
+
+def test_training_the_decoder_leaves_the_codes_alone(configured, vae_folder, tmp_path):
+    config = configured("autoencoder", f'data.init_from="{vae_folder}"', "task.train=decoder")
+    before = ViTAutoencoder.from_pretrained(vae_folder).eval()
+    trainer = Trainer(config)
+    trainer.run()
+    after = ViTAutoencoder.from_pretrained(tmp_path / "runs/tiny/export/vae", torch_dtype=torch.float32).eval()
+    images = trainer.task.batch(50)["images"]
+    with torch.no_grad():
+        # Equal but for the rounding of the exported weights to bfloat16.
+        torch.testing.assert_close(after.encode(images).latent, before.encode(images).latent, rtol=0.05, atol=0.05)
+    assert torch.equal(after.latent_norm.running_var, before.latent_norm.running_var)
+    assert not torch.equal(after.to_pixels.weight, before.to_pixels.weight.bfloat16().float())
+    assert torch.equal(after.to_latent.weight, before.to_latent.weight.bfloat16().float())
+
+
+def test_training_the_decoder_needs_a_start(configured):
+    with pytest.raises(ConfigError, match=r"data\.init_from"):
+        configured("autoencoder", "task.train=decoder")
 
 
 def test_autoencoder_learns(configured):
