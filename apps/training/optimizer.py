@@ -1,6 +1,6 @@
 """The optimizers: fused AdamW, or Muon for the matrices of transformer blocks with AdamW for the rest."""
 
-from collections import ChainMap
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -33,23 +33,40 @@ class JoinedOptimizer(torch.optim.Optimizer):
             optimizer.zero_grad(set_to_none)
 
 
-class _JoinedState(ChainMap):
-    """The states of the parts as one mapping from parameter to tensors; a new entry goes to its owner."""
+class _JoinedState(MutableMapping):
+    """The states of the parts as one mapping from parameter to tensors.
+
+    A `ChainMap` would not do: each part's state is a `defaultdict`, so the first one would answer for every parameter.
+    """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        super().__init__(*[optimizer.state for optimizer in optimizers])
-        self._owner = {
+        self.owner = {
             parameter: optimizer.state
             for optimizer in optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
 
-    def __missing__(self, parameter: nn.Parameter) -> Any:
-        return self._owner[parameter][parameter]  # a defaultdict: makes the empty entry
+    def __getitem__(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return self.owner[parameter][parameter]  # an empty entry is made for a parameter that has none yet
+
+    def __setitem__(self, parameter: nn.Parameter, value: dict[str, Any]) -> None:
+        self.owner[parameter][parameter] = value
+
+    def __delitem__(self, parameter: nn.Parameter) -> None:
+        del self.owner[parameter][parameter]
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter, state in self.owner.items() if parameter in state)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self.owner and parameter in self.owner[parameter]  # type: ignore[index]
 
     def clear(self) -> None:
-        for state in self.maps:
+        for state in self.owner.values():
             state.clear()
 
 
