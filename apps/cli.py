@@ -143,17 +143,18 @@ def train(
     config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML file that describes the run.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. optimizer.lr=1e-4. May be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. run.steps=1000. May be repeated."),
     ] = None,
     resume: Annotated[
         str | None,
         typer.Option(metavar="latest|FOLDER", help="Go on from a checkpoint, exactly where it stopped."),
     ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Rehearse: two steps on little data.")] = False,
 ) -> None:
     """Train a model; Ctrl-C saves a checkpoint before it stops."""
     from apps.train import run
 
-    run(config_path=config, overrides=overrides or [], resume=resume)
+    run(config_path=config, overrides=overrides or [], resume=resume, smoke=smoke)
 
 
 @app.command()

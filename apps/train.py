@@ -7,13 +7,31 @@ from rich.console import Console
 INTERRUPTED = 130  # the shell's code for a process ended by Ctrl-C
 
 
-def run(config_path: str | Path, overrides: list[str] | None = None, resume: str | None = None) -> None:
+# A rehearsal: everything runs once, on little data.
+SMOKE = (
+    "run.steps=2",
+    "run.batch_size=2",
+    "run.log_every=1",
+    "run.validate_every=2",
+    "run.preview_every=2",
+    "run.save_every=0",
+    "run.export_every=0",
+)
+
+
+def run(
+    config_path: str | Path,
+    overrides: list[str] | None = None,
+    resume: str | None = None,
+    smoke: bool = False,
+) -> None:
     """Trains as a configuration file says.
 
     Args:
         config_path: TOML file; the shipped ones are in `apps/training/configs`.
         overrides: `section.key=value` settings that replace those of the file.
         resume: `latest`, or the path of a checkpoint, to go on with a run.
+        smoke: Rehearse: two steps on little data, in a folder of their own beside the run's.
 
     Raises:
         SystemExit: With 130 after Ctrl-C (a checkpoint is saved), with 1 for a configuration, checkpoint or
@@ -22,10 +40,15 @@ def run(config_path: str | Path, overrides: list[str] | None = None, resume: str
     from apps.training.checkpoint import CheckpointError
     from apps.training.config import ConfigError
     from apps.training.loop import TrainingDiverged, train
-    from apps.training.task import load_config
+    from apps.training.task import load_config, task_class
 
     try:
-        reason = train(load_config(Path(config_path), overrides or []), resume)
+        overrides = list(overrides or [])
+        config = load_config(Path(config_path), overrides)
+        if smoke:
+            rehearsal = (*SMOKE, *task_class(config.task.kind).smoke, f"run.name={config.run.name}-smoke")
+            config = load_config(Path(config_path), [*rehearsal, *overrides])
+        reason = train(config, resume)
     except (ConfigError, CheckpointError, TrainingDiverged, FileExistsError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error

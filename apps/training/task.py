@@ -38,9 +38,15 @@ class TaskContext:
 
 
 class Task(Protocol):
-    """One kind of training. Constructed as `TaskClass(config, context)`."""
+    """One kind of training. Constructed as `TaskClass(config, context)`.
+
+    Attributes:
+        config_class: What its configuration files are validated against.
+        smoke: Overrides that shrink its data for a rehearsal.
+    """
 
     config_class: ClassVar[type[TrainConfig]]
+    smoke: ClassVar[tuple[str, ...]]
 
     def modules(self) -> dict[str, nn.Module]:
         """The networks whose parameters with `requires_grad` are trained, averaged and saved."""

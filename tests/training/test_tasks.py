@@ -355,3 +355,15 @@ def test_tokenizer_reads_anything(tmp_path):
         assert again.decode(ids, skip_special_tokens=True).strip() == text
     assert again("A Red APPLE").input_ids == again("a red apple").input_ids
     assert again("").input_ids == [1]
+
+
+def test_smoke_rehearses_beside_the_run(tmp_path, vae_folder):
+    from apps.train import run
+
+    path = tmp_path / "real.toml"
+    path.write_text((COMMON + TEXT_TO_IMAGE).replace("VAE", str(vae_folder)))
+    run(path, [f'run.output="{tmp_path}"'], smoke=True)
+    state = json.loads((tmp_path / "tiny-smoke/checkpoint-000002/state.json").read_text())
+    assert state["config"]["data"]["pool_size"] == 64
+    assert (tmp_path / "tiny-smoke/export/model_index.json").is_file()
+    assert not (tmp_path / "tiny").exists()

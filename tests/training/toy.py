@@ -23,6 +23,7 @@ class ToyConfig(TrainConfig):
 
 class ToyTask:
     config_class = ToyConfig
+    smoke = ()
 
     def __init__(self, config, context):
         self.config, self.context = config, context

@@ -108,6 +108,7 @@ class AutoencoderTask:
     """Learns to code and decode scenes. See `apps.training.task.Task`."""
 
     config_class: ClassVar[type[TrainConfig]] = AutoencoderConfig
+    smoke: ClassVar[tuple[str, ...]] = ("data.validation_scenes=24", "data.calibration_scenes=16")
 
     def __init__(self, config: AutoencoderConfig, context: TaskContext) -> None:
         self.config, self.context = config, context

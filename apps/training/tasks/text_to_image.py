@@ -150,6 +150,12 @@ class TextToImageTask:
     """Learns to paint captions. See `apps.training.task.Task`."""
 
     config_class: ClassVar[type[TrainConfig]] = TextToImageConfig
+    smoke: ClassVar[tuple[str, ...]] = (
+        "data.pool_size=64",
+        "data.tokenizer_captions=200",
+        "data.validation_scenes=2",
+        "task.preview_steps=1",
+    )
 
     def __init__(self, config: TextToImageConfig, context: TaskContext) -> None:
         self.config, self.context = config, context
