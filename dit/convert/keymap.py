@@ -7,6 +7,7 @@ and back:
 | rule     | source -> target                    | inverse  |
 |----------|-------------------------------------|----------|
 | Rename   | one key -> one key                  | Rename   |
+| Reshape  | one key -> one key, another shape   | Reshape  |
 | Split    | one tensor -> equal chunks          | Fuse     |
 | Fuse     | chunks -> one tensor                | Split    |
 | Drop     | a tensor that can be recomputed -> 0 | Constant |
@@ -49,12 +50,41 @@ class Rename:
 
 
 @dataclass(frozen=True)
+class Reshape:
+    """`source` becomes `target`, the same numbers in the same order in another shape."""
+
+    source: str
+    target: str
+    source_shape: tuple[int, ...]
+    target_shape: tuple[int, ...]
+
+    def consume(self, state: StateDict) -> StateDict:
+        """See `Rename.consume`. Raises `KeyMapError` when the tensor does not have `source_shape`."""
+        tensor = state.pop(self.source)
+        if tuple(tensor.shape) != self.source_shape:
+            raise KeyMapError(f"{self.source} has shape {tuple(tensor.shape)}, expected {self.source_shape}")
+        return {self.target: tensor.reshape(self.target_shape)}
+
+    def inverse(self) -> Rule:
+        """The rule that undoes this one."""
+        return Reshape(self.target, self.source, self.target_shape, self.source_shape)
+
+
+@dataclass(frozen=True)
 class Split:
-    """One tensor becomes `len(targets)` equal chunks along `dim` (fused qkv -> q, k, v)."""
+    """One tensor becomes `len(targets)` equal chunks along `dim` (fused qkv -> q, k, v).
+
+    Args:
+        source: key of the fused tensor.
+        targets: keys of the chunks.
+        dim: axis of the chunks.
+        kernel_axes: axes of size 1 at the end that only the fused tensor has (a 1x1 convolution -> linear layers).
+    """
 
     source: str
     targets: tuple[str, ...]
     dim: int = 0
+    kernel_axes: int = 0
 
     def consume(self, state: StateDict) -> StateDict:
         """See `Rename.consume`. Raises `KeyMapError` when the size is not divisible."""
@@ -64,6 +94,10 @@ class Split:
                 f"{self.source} has size {fused.shape[self.dim]} along dim {self.dim}, not divisible by "
                 f"{len(self.targets)}; is this a fused projection?"
             )
+        if self.kernel_axes:
+            if any(size != 1 for size in fused.shape[-self.kernel_axes :]):
+                raise KeyMapError(f"{self.source} has shape {tuple(fused.shape)}, expected a 1x1 convolution")
+            fused = fused.flatten(-self.kernel_axes - 1)
         chunks = fused.chunk(len(self.targets), dim=self.dim)
         # Clones, because chunks that share memory cannot be saved as safetensors.
         return {
@@ -73,24 +107,26 @@ class Split:
 
     def inverse(self) -> Rule:
         """The rule that undoes this one."""
-        return Fuse(self.targets, self.source, self.dim)
+        return Fuse(self.targets, self.source, self.dim, self.kernel_axes)
 
 
 @dataclass(frozen=True)
 class Fuse:
-    """Several tensors become their concatenation along `dim`."""
+    """Several tensors become their concatenation along `dim`; `kernel_axes` as for `Split`."""
 
     sources: tuple[str, ...]
     target: str
     dim: int = 0
+    kernel_axes: int = 0
 
     def consume(self, state: StateDict) -> StateDict:
         """See `Rename.consume`."""
-        return {self.target: torch.cat([state.pop(key) for key in self.sources], dim=self.dim)}
+        fused = torch.cat([state.pop(key) for key in self.sources], dim=self.dim)
+        return {self.target: fused[(..., *[None] * self.kernel_axes)]}
 
     def inverse(self) -> Rule:
         """The rule that undoes this one."""
-        return Split(self.target, self.sources, self.dim)
+        return Split(self.target, self.sources, self.dim, self.kernel_axes)
 
 
 @dataclass(frozen=True)
@@ -114,9 +150,10 @@ class Drop:
         found, expected = state.pop(self.source), self.value()
         if found.shape != expected.shape:
             raise KeyMapError(f"{self.source} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
-        gap = (found.to(expected) - expected).abs().max().item()
+        found_as = found.to(expected)
+        gap = (found_as - expected).abs().masked_fill(found_as == expected, 0).max().item()  # masks hold equal -inf
         # Half-precision copies of the same table are welcome: their rounding is not information.
-        limit = max(self.atol, torch.finfo(found.dtype).eps)
+        limit = max(self.atol, torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0)
         if not gap <= limit:
             raise KeyMapError(
                 f"{self.source} differs by {gap:.3g} from the fixed table that replaces it "
@@ -183,7 +220,7 @@ class Repeat:
         return Merge(self.targets, self.source)
 
 
-Rule = Rename | Split | Fuse | Drop | Constant | Merge | Repeat
+Rule = Rename | Reshape | Split | Fuse | Drop | Constant | Merge | Repeat
 
 
 def affine(make: Callable[..., Rule], *keys: str | tuple[str, ...]) -> tuple[Rule, Rule]:
