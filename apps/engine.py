@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import logging
+import math
 import queue
 import threading
 import time
@@ -205,10 +206,9 @@ class Engine:
                 frames = paint(model, canvas, stop, clock.step, started + self.limits.seconds)
                 tell(self._finish(model, canvas, frames, begun))
             tell(Done(time.monotonic() - started))
-        except StopRequestedError as stopped:
-            tell(stopped)
         except Exception as error:
-            release(error)  # what was being computed must be free before the next request comes
+            if is_out_of_memory(error):  # what was being computed must be free before the next request comes
+                release(error)
             tell(error)
 
     def _finish(self, model: LoadedModel, canvas: Canvas, frames: list[Image.Image], begun: float) -> Picture:
@@ -419,11 +419,12 @@ def _model_failure(error: _ModelFailedError) -> Failed:
 
 
 def _scheduler_settings(pipe: Pipeline) -> dict[str, Any]:
-    """Return the scheduler's class and its plain config values."""
+    """Return the scheduler's class and its plain config values; JSON has no infinities."""
     plain = {
         key: value
         for key, value in pipe.scheduler.config.items()
         if not key.startswith("_") and isinstance(value, (bool, int, float, str, type(None)))
+        if not (isinstance(value, float) and not math.isfinite(value))
     }
     return {"class": type(pipe.scheduler).__name__, **plain}
 

@@ -6,6 +6,7 @@ signature, and a wish that a pipeline cannot fulfil is an error, never a no-op.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import threading
 import time
@@ -120,7 +121,7 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
     for name in arguments:
         if name not in model.accepts:
             raise ValueError(f"The model {model.key!r} has no setting {name!r}; leave it out.")
-    return arguments | _guidance_extras(model, canvas) | _size_extras(model)
+    return arguments | _guidance_extras(model, canvas) | _other_extras(model)
 
 
 def _guidance_extras(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
@@ -141,9 +142,17 @@ def _guidance_extras(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
     return {}
 
 
-def _size_extras(model: LoadedModel) -> dict[str, Any]:
-    """Paint the size that was asked for, where a pipeline would paint another and scale the picture."""
-    return {"use_resolution_binning": False} if "use_resolution_binning" in model.accepts else {}
+def _other_extras(model: LoadedModel) -> dict[str, Any]:
+    """Settle what some pipelines would change behind one's back."""
+    extras: dict[str, Any] = {}
+    if "use_resolution_binning" in model.accepts:  # would paint another size than asked for and scale the picture
+        extras["use_resolution_binning"] = False
+    length = getattr(getattr(getattr(model.pipe, "transformer", None), "config", None), "max_text_seq_length", None)
+    if length is not None and "max_sequence_length" in model.accepts:  # the network takes this length and no other
+        extras["max_sequence_length"] = length
+    if "clean_caption" in model.accepts and not all(map(importlib.util.find_spec, ("bs4", "ftfy"))):
+        extras["clean_caption"] = False  # else diffusers warns at every picture that it can't be done
+    return extras
 
 
 class _StepWatch:

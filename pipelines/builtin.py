@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +119,9 @@ def load_pipeline(
         offload=offload,
         options={"revision": revision, **kwargs},
     )
+    read = _plan(os.fspath(name), base, config, request)
     try:
-        return place(_load(os.fspath(name), base, config, request), target, offload)
+        return place(read(), target, offload)
     except Exception as error:
         release(error)
         if is_out_of_memory(error):
@@ -150,8 +153,12 @@ class _Request:
         check_memory(parts, self.place, self.dtype, self.offload)
 
 
-def _load(name: str, base: str | os.PathLike | None, config: str | os.PathLike | None, request: _Request) -> Any:
-    """Load onto the CPU what a name stands for."""
+Reading = Callable[[], DiffusionPipeline]
+"""Reads the weights onto the CPU; everything that can be checked without them has been."""
+
+
+def _plan(name: str, base: str | os.PathLike | None, config: str | os.PathLike | None, request: _Request) -> Reading:
+    """Find out what a name stands for, and check it."""
     file = None if name in builtin_models() else find_file(name)
     brought = request.options.get("transformer")
     if isinstance(brought, str | os.PathLike):
@@ -164,38 +171,42 @@ def _load(name: str, base: str | os.PathLike | None, config: str | os.PathLike |
     if file is None:
         if base is not None or config is not None:
             raise ValueError(f"base and config go with a single file, and {name!r} is none.")
-        return _load_folder(_find(name), request)
+        return _plan_folder(_find(name), request)
     if base is not None:
         if config is not None:
             raise ValueError("Give base (the file is a transformer) or config (the file is all of it), not both.")
-        return _load_onto_base(file, _find(os.fspath(base)), request)
-    return _load_single_file(file, find_repository(file) if config is None else _find(os.fspath(config)), request)
+        return _plan_onto_base(file, _find(os.fspath(base)), request)
+    return _plan_single_file(file, find_repository(file) if config is None else _find(os.fspath(config)), request)
 
 
-def _load_folder(source: Path | str, request: _Request) -> DiffusionPipeline:
-    """Load a folder or a Hub repository; what is called a component in the options replaces the stored one."""
+def _plan_folder(source: Path | str, request: _Request) -> Reading:
+    """Plan for a folder or a Hub repository; what is called a component in the options replaces the stored one."""
     folder = source if isinstance(source, Path) else fetch(source, request.options, request.replaced)
     index = read_index(folder)
     loader = pipeline_class(index)
     request.check_memory(check_folder(folder, index, request.replaced, request.dtype, request.options.get("variant")))
-    return _generic(loader).from_pretrained(str(folder), dtype=request.dtype, **request.arguments)
+    return partial(_generic(loader).from_pretrained, str(folder), dtype=request.dtype, **request.arguments)
 
 
-def _load_onto_base(file: Path, source: Path | str, request: _Request) -> DiffusionPipeline:
-    """Load the network that paints from a file and everything else from a folder or Hub repository."""
+def _plan_onto_base(file: Path, source: Path | str, request: _Request) -> Reading:
+    """Plan to load the network that paints from a file and everything else from a folder or Hub repository."""
     rest = {*request.replaced, *DENOISERS}  # the repository's own network isn't even fetched
     folder = source if isinstance(source, Path) else fetch(source, request.options, rest)
     index = read_index(folder)
     slot = denoiser_slot(index)
     sizes = check_folder(folder, index, {*request.replaced, slot}, request.dtype, request.options.get("variant"))
     request.check_memory({slot: file_bytes(file, request.dtype), **sizes})
-    network = load_denoiser(file, source, index, request.dtype, request.options)
-    arguments = request.arguments | {slot: network}
-    return _generic(pipeline_class(index)).from_pretrained(str(folder), dtype=request.dtype, **arguments)
+    loader = _generic(pipeline_class(index))
+
+    def read() -> DiffusionPipeline:
+        network = load_denoiser(file, source, index, request.dtype, request.options)
+        return loader.from_pretrained(str(folder), dtype=request.dtype, **request.arguments, **{slot: network})
+
+    return read
 
 
-def _load_single_file(file: Path, config: Path | str, request: _Request) -> DiffusionPipeline:
-    """Load a whole pipeline from one file."""
+def _plan_single_file(file: Path, config: Path | str, request: _Request) -> Reading:
+    """Plan for a file that holds a whole pipeline."""
     if is_gguf(file):
         raise ValueError(f"{file.name} holds a transformer only: pass its pipeline as base=, not config=.")
     if isinstance(config, Path):
@@ -206,7 +217,7 @@ def _load_single_file(file: Path, config: Path | str, request: _Request) -> Diff
             index = TesseraPipeline.load_config(config, token=hub_token(), **hub)
     request.check_memory({file.name: file_bytes(file, request.dtype)})
     options = {name: value for name, value in request.arguments.items() if name not in ("variant", "use_safetensors")}
-    return load_whole(file, config, pipeline_class(index), request.dtype, options)
+    return partial(load_whole, file, config, pipeline_class(index), request.dtype, options)
 
 
 def _generic(loader: type[DiffusionPipeline]) -> type[DiffusionPipeline]:

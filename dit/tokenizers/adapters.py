@@ -29,7 +29,8 @@ class DiffusersTokenizer(VisualTokenizer):
             )
         self.latent_channels = int(channels)
         self.spatial_compression_ratio = _spatial_ratio(model)
-        self.temporal_compression_ratio = int(getattr(model, "temporal_compression_ratio", None) or 1)
+        along = config.get("temporal_compression_ratio") or getattr(model, "temporal_compression_ratio", None)
+        self.temporal_compression_ratio = int(along or 1)
 
     def encode(
         self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
@@ -95,7 +96,7 @@ def _spatial_ratio(model: nn.Module) -> int:
     """Pixels a latent pixel covers along a side; diffusers writes this in three places."""
     config = model.config
     for name in ("spatial_compression_ratio", "vae_scale_factor_spatial", "scale_factor_spatial"):
-        ratio = getattr(model, name, None) or config.get(name)
+        ratio = config.get(name) or getattr(model, name, None)
         if isinstance(ratio, int | float):
             return int(ratio)
     channels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
