@@ -39,6 +39,8 @@ class NoiseTable:
         if getattr(scheduler, "timesteps", None) is None:
             raise ValueError(f"{type(scheduler).__name__} has no timesteps yet: call set_timesteps first")
         timesteps = torch.as_tensor(scheduler.timesteps).cpu()  # (S,)
+        if scheduler.config.get("prediction_type") == "trigflow":
+            timesteps = timesteps[:-1]  # the last angle is where the run ends
         return cls(tuple(timesteps.double().tolist()), _sigmas(scheduler, timesteps))
 
     def last(self, count: int) -> NoiseTable:
@@ -71,6 +73,9 @@ def _sigmas(scheduler: Any, timesteps: torch.Tensor) -> tuple[float, ...]:
         levels = torch.as_tensor(sigmas).cpu().double()[:count]  # (S,)
         if scheduler.config.get("invert_sigmas"):
             levels = 1.0 - levels
+    elif scheduler.config.get("prediction_type") == "trigflow":
+        largest = math.atan(SMALLEST_SIGNAL**-0.5)
+        levels = timesteps.double().clamp(max=largest).tan()  # (S,), x = cos(t) data + sin(t) noise
     elif signal is not None:
         kept = signal.cpu().double()[timesteps.long()].clamp(min=SMALLEST_SIGNAL)  # (S,)
         levels = ((1.0 - kept) / kept).sqrt()

@@ -1,0 +1,117 @@
+"""The canary: what we use of diffusers' private parts is still there, and nobody else touches them."""
+
+import ast
+
+import diffusers
+import pytest
+import torch
+from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
+
+from dit.runtime import bridge
+from tests.architecture.sources import ROOT, parse, python_files, where
+from tests.families.tiny import tiny_pipeline
+from tests.runtime.truth import guided_call
+
+
+def test_diffusers_still_has_what_the_bridge_touches() -> None:
+    assert bridge.missing() == [], "diffusers moved private names: update dit/runtime/bridge.py"
+
+
+def test_the_tested_version_is_the_installed_one() -> None:
+    assert diffusers.__version__.startswith(bridge.TESTED + "."), (
+        f"diffusers {diffusers.__version__} is installed, dit/runtime/bridge.py was written for {bridge.TESTED}: look "
+        "at what it touches, then raise TESTED and the cap in pyproject.toml"
+    )
+
+
+def test_the_message_names_version_and_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = ("diffusers.hooks._helpers", "NoSuchRegistry.register")
+    monkeypatch.setattr(bridge, "TOUCHED", (*bridge.TOUCHED, gone, ("diffusers.no_such_module", "thing")))
+    messages = bridge.missing()
+    assert len(messages) == 2
+    for message in messages:
+        assert diffusers.__version__ in message
+        assert f"diffusers~={bridge.TESTED}.0" in message
+    assert "diffusers.hooks._helpers.NoSuchRegistry.register" in messages[0]
+
+
+def private_touches(tree: ast.Module) -> list[ast.AST]:
+    """Imports of private names of diffusers, and words that only its inner workings use."""
+    found: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "diffusers":
+            parts = [*node.module.split("."), *(name.name for name in node.names)]
+        elif isinstance(node, ast.Import):
+            parts = [part for name in node.names if name.name.startswith("diffusers") for part in name.name.split(".")]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("diffusers."):
+            parts = node.value.split(".")
+        elif isinstance(node, ast.Attribute) and node.attr in ("_diffusers_hook", "_cache_config", "_hook_order"):
+            parts = [node.attr]
+        else:
+            continue
+        if any(part.startswith("_") and not part.startswith("__") for part in parts):
+            found.append(node)
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from diffusers.hooks._helpers import TransformerBlockRegistry",
+        "from diffusers.models.attention_dispatch import _AttentionBackendRegistry",
+        "import diffusers.hooks._common",
+        "import_module('diffusers.hooks._helpers')",
+        "model._diffusers_hook",
+    ],
+)
+def test_the_rule_sees_private_touches(source: str) -> None:
+    assert len(private_touches(ast.parse(source))) == 1
+
+
+def test_only_the_bridge_touches_private_parts() -> None:
+    files = [path for path in python_files(tests=False) if path != ROOT / "dit" / "runtime" / "bridge.py"]
+    found = [where(path, node) for path in files for node in private_touches(parse(path))]
+    assert not found, f"move it to dit/runtime/bridge.py: {found}"
+
+
+def test_install_is_idempotent() -> None:
+    assert bridge.install() == ("DiTBlock", "TextDiTBlock")
+    assert bridge.install() is bridge.install()
+
+
+def calls_of_blocks(name: str, config: object | None, steps: int) -> list[int]:
+    """How often each block runs in a run of a tiny pipeline."""
+    pipe = tiny_pipeline(name)
+    counts = [0] * len(pipe.transformer.transformer_blocks)
+    for index, block in enumerate(pipe.transformer.transformer_blocks):
+        projection = block.attn.to_q  # inside the block: hooks of the block itself run when it is skipped, too
+
+        def count(*_, index: int = index) -> None:
+            counts[index] += 1
+
+        projection.register_forward_pre_hook(count)
+    if config is not None:
+        pipe.transformer.enable_cache(config)
+    output = pipe(**guided_call(pipe, name, guided=True, num_inference_steps=steps))[0]
+    assert torch.isfinite(torch.as_tensor(output)).all()
+    return counts
+
+
+@pytest.mark.parametrize("name", ["text_dit", "class_dit"])
+def test_first_block_cache_skips_on_our_networks(name: str) -> None:
+    bridge.install()
+    assert set(calls_of_blocks(name, None, 6)) == {6}
+    assert set(calls_of_blocks(name, FirstBlockCacheConfig(threshold=0.0), 6)) == {6}
+    first, *rest = calls_of_blocks(name, FirstBlockCacheConfig(threshold=1e3), 6)
+    assert first == 6
+    assert set(rest) == {1}, "all but the first step were to skip"
+
+
+@pytest.mark.parametrize("name", ["text_dit", "class_dit"])
+def test_mag_cache_skips_on_our_networks(name: str) -> None:
+    bridge.install()
+    config = MagCacheConfig(
+        threshold=1.0, max_skip_steps=2, retention_ratio=0.2, num_inference_steps=6, mag_ratios=torch.ones(6)
+    )
+    counts = calls_of_blocks(name, config, 6)
+    assert 0 < counts[-1] < 6
