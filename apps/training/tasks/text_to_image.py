@@ -63,6 +63,8 @@ class Stage(Section):
         until_step: The optimizer step at which the next stage begins; the last stage goes on for ever.
         single, pair, count: Relative frequencies of the kinds of scenes.
         jitter: Largest jitter of the scenes that are seen.
+        reading_order: Share of the captions of pairs that name the left or upper sticker first; unset leaves it to
+            the phrasings (see `apps.stickers.caption`).
     """
 
     until_step: int = Field(ge=1)
@@ -70,6 +72,7 @@ class Stage(Section):
     pair: float = Field(default=0.3, ge=0)
     count: float = Field(default=0.2, ge=0)
     jitter: float = Field(default=1.0, ge=0, le=1)
+    reading_order: float | None = Field(default=None, ge=0, le=1)
 
 
 class TextToImageData(Section):
@@ -192,7 +195,8 @@ class TextToImageTask:
         rows = self.pool.draw(rng, run.batch_size, (stage.single, stage.pair, stage.count), stage.jitter)  # (B,)
         dropped = rng.random(run.batch_size) < task.caption_dropout  # (B,)
         captions = [
-            "" if drop else self._caption(self.pool.scenes[row], rng) for row, drop in zip(rows, dropped, strict=True)
+            "" if drop else self._caption(self.pool.scenes[row], rng, stage.reading_order)
+            for row, drop in zip(rows, dropped, strict=True)
         ]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         latents = self.pool.latents[torch.from_numpy(rows)].float()  # (B, C, h, w)
@@ -254,8 +258,11 @@ class TextToImageTask:
         ).sample  # (B, C, h, w)
         return flow_matching_loss(predicted, batch["latents"], batch["noise"])
 
-    def _caption(self, scene: Scene, rng: np.random.Generator) -> str:
-        return caption(scene, self.sheet, rng, synonyms=self.config.data.synonyms, vocabulary=self.vocabulary)
+    def _caption(self, scene: Scene, rng: np.random.Generator, reading_order: float | None = None) -> str:
+        synonyms = self.config.data.synonyms
+        return caption(
+            scene, self.sheet, rng, synonyms=synonyms, vocabulary=self.vocabulary, reading_order=reading_order
+        )
 
     def _tokenize(self, captions: list[str]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, both (B, L)."""
