@@ -89,7 +89,7 @@ def load_pipeline(
         base: for a single file that holds the transformer only (GGUF always does): the pipeline that everything else
             comes from, a built-in name, folder or Hub id.
         config: for a single file that holds a whole pipeline: folder or Hub id with its configurations and
-            tokenizers; None asks the Hub, by the layout of the file.
+            tokenizers; None asks the Hub, by the layout of the file. Components that the file lacks may be passed.
         **kwargs: passed on to `from_pretrained`: components to replace, `variant`, `local_files_only`, ... A
             `transformer` may also be a file, which is then the same as `load_pipeline(file, base=name)`.
 

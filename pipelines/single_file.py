@@ -133,8 +133,7 @@ def load_whole(
 
     Args:
         file: .safetensors of a published layout.
-        config: folder or Hub id with the configurations and tokenizers; components with weights of their own in the
-            folder fill what the file lacks.
+        config: folder or Hub id with the configurations and tokenizers.
         loader: the pipeline class.
         dtype: of the weights.
         options: those of the loading call; components to replace among them.
@@ -160,7 +159,8 @@ def load_whole(
             if is_missing_component(error):
                 raise ValueError(
                     f"{file.name} doesn't hold all of a {loader.__name__} ({str(error).splitlines()[0]}). Pass "
-                    f"base={str(config)!r}, or a folder, to take everything but the network that paints from there."
+                    f"base={str(config)!r}, or a folder, to take everything but the network that paints from there; "
+                    "or pass the components."
                 ) from error
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise

@@ -90,7 +90,10 @@ def published_repository(checkpoint: Mapping[str, Tensor]) -> str | None:
         `user/repository`, or None for a layout that diffusers doesn't know.
     """
     fetch = _private("diffusers.loaders.single_file_utils", "fetch_diffusers_config")
-    found = fetch(checkpoint)["pretrained_model_name_or_path"]
+    try:
+        found = fetch(checkpoint)["pretrained_model_name_or_path"]
+    except (KeyError, UnboundLocalError):  # the names of a published network, but in a size that was never published
+        return None
     # The first Stable Diffusion is also what diffusers answers when nothing matched.
     is_guess = found == fetch({})["pretrained_model_name_or_path"]
     if is_guess and not any(name.startswith("model.diffusion_model.input_blocks.") for name in checkpoint):
