@@ -6,9 +6,6 @@ trip through the model's autoencoder, and only then what the model painted.
 
 import inspect
 import json
-import os
-import platform
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,13 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from apps.machine import describe_machine
 from apps.stickers import Scene, SpriteSheet, load_sprites, render
 from apps.stickers.contact_sheet import contact_sheet
 from apps.stickers.judge import Judge, score
 from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, sheet_requests
 from apps.training.scenes import box_mask, read_vocabulary
 from apps.training.tasks.autoencoder import psnr
-from dit import __version__
 from dit.tokenizers import as_visual_tokenizer
 from pipelines import load_pipeline
 
@@ -237,7 +234,7 @@ def run(
     num_steps = int(defaults["num_inference_steps"].default if steps is None else steps)
     scale = float(defaults["guidance_scale"].default if guidance is None else guidance)
     settings = {"prompts": prompts, "steps": num_steps, "guidance": scale, "seed": seed, "batch_size": batch_size}
-    report = Report(model, settings, _machine(pipe), len(names))
+    report = Report(model, settings, describe_machine(torch.device(pipe.device), pipe.transformer.dtype), len(names))
     sheet = load_sprites()
     with _progress(told) as progress:
         judge = Judge(sheet, pipe.device)
@@ -300,31 +297,6 @@ def _vocabulary_file(pipe: Any, model: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{model} has no vocabulary.txt: pass --vocabulary starter, all, or a file of sticker names")
     return path
-
-
-def _machine(pipe: Any) -> dict[str, Any]:
-    """Describes what the figures were measured on."""
-    device = torch.device(pipe.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "tessera": __version__,
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """Returns the commit of the checkout that runs, or None outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # no git on this machine
-        return None
-    return result.stdout.strip() or None
 
 
 def _subtitle(report: Report) -> str:

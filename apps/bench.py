@@ -1,0 +1,144 @@
+"""`tessera bench`: how fast things are here, measured in turns, with what they were measured on.
+
+`tessera bench paint` times a picture at the default settings, a single forward pass, and the decoder.
+`tessera bench start` times importing the library beside importing diffusers alone, in fresh processes.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from apps.machine import describe_machine
+from dit.runtime.compare import Comparison, count_flops, measure
+from pipelines import load_pipeline
+
+PROMPT = "a red apple on a yellow background"
+IMPORTS = {
+    "diffusers": "from diffusers import ModelMixin, DiffusionPipeline",
+    "diffusers + pipelines": "from diffusers import ModelMixin, DiffusionPipeline; import pipelines",
+}
+
+
+def run(
+    what: str,
+    *,
+    model: str = "stickers",
+    repeats: int = 7,
+    output: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    smoke: bool = False,
+    json_output: bool = False,
+) -> dict[str, Any]:
+    """Runs a benchmark, prints it, and writes it as JSON if asked.
+
+    Args:
+        what: a key of `BENCHMARKS`.
+        model: built-in name, folder or hub id.
+        repeats: counted rounds.
+        output: JSON file.
+        device: where to run; "auto" is the best there is.
+        dtype: of the weights; "auto" suits the device.
+        smoke: one round only, to see that it runs.
+        json_output: print JSON instead of a table.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: an unknown benchmark.
+    """
+    if what not in BENCHMARKS:
+        raise ValueError(f"no benchmark {what!r}: choose one of {', '.join(BENCHMARKS)}")
+    place, precision = (None if value == "auto" else value for value in (device, dtype))
+    report = {"benchmark": what, **BENCHMARKS[what](model, 1 if smoke else repeats, place, precision)}
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    console = Console(soft_wrap=True)
+    if json_output:
+        console.print_json(data=report)
+    else:
+        _show(report, console)
+    return report
+
+
+def bench_paint(model: str, repeats: int, device: str | None, dtype: str | None) -> dict[str, Any]:
+    """Times a picture at the pipeline's defaults, and its parts."""
+    begun = time.perf_counter()
+    pipe: Any = load_pipeline(model, device=device, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    loading = time.perf_counter() - begun
+    calls: list[dict[str, Any]] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append({"args": args, "kwargs": kwargs}), with_kwargs=True
+    )
+    latents = pipe(PROMPT, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    hook.remove()
+
+    def paint() -> None:
+        pipe(PROMPT, generator=torch.Generator().manual_seed(0))
+
+    @torch.inference_mode()
+    def step() -> None:
+        pipe.transformer(*calls[0]["args"], **calls[0]["kwargs"])
+
+    @torch.inference_mode()
+    def decode() -> None:
+        pipe.visual_tokenizer.decode(latents.to(pipe.vae.dtype))
+
+    comparison = measure({"picture": paint, "forward pass": step, "decoder": decode}, repeats)
+    return {
+        "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
+        "steps": len(calls),
+        "gflops_per_pass": round(count_flops(step) / 1e9, 3),
+        "seconds": {"loading": round(loading, 3), **_medians(comparison)},
+    }
+
+
+def bench_start(model: str, repeats: int, device: str | None, dtype: str | None) -> dict[str, Any]:
+    """Times imports in fresh processes."""
+    comparison = measure({name: _in_fresh_process(code) for name, code in IMPORTS.items()}, repeats)
+    ours, theirs = comparison.timings["diffusers + pipelines"], comparison.timings["diffusers"]
+    added = statistics.median(a - b for a, b in zip(ours.wall, theirs.wall, strict=True))
+    return {
+        "machine": describe_machine(torch.device("cpu"), torch.float32),
+        "ratio": round(comparison.ratio("diffusers + pipelines", "diffusers"), 3),
+        "seconds": {**_medians(comparison), "added by pipelines": round(added, 3)},
+    }
+
+
+BENCHMARKS: dict[str, Callable[[str, int, str | None, str | None], dict[str, Any]]] = {
+    "paint": bench_paint,
+    "start": bench_start,
+}
+
+
+def _in_fresh_process(code: str) -> Callable[[], object]:
+    return lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def _medians(comparison: Comparison) -> dict[str, float]:
+    return {name: round(timing.wall_median, 4) for name, timing in comparison.timings.items()}
+
+
+def _show(report: dict[str, Any], console: Console) -> None:
+    machine = report["machine"]
+    table = Table(title=f"{report['benchmark']} on {machine['device']}, {machine['dtype']}", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("seconds (median)", justify="right")
+    for name, seconds in report["seconds"].items():
+        table.add_row(name, f"{seconds:.3f}")
+    console.print(table)
+    for name in sorted(set(report) - {"benchmark", "machine", "seconds"}):
+        console.print(f"{name}: {report[name]}")
