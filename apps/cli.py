@@ -200,13 +200,43 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="paint (a picture and its parts) or start (imports).")],
+    model: Annotated[str, typer.Option(help="Built-in name, folder or hub id.")] = "stickers",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 7,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", dir_okay=False, help="JSON file for the report.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    smoke: Annotated[bool, typer.Option("--smoke", help="One round only, to see that it runs.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Time things on this machine, in turns."""
+    from apps.bench import run
+
+    run(
+        what=what,
+        model=model,
+        repeats=repeats,
+        output=output,
+        device=device,
+        dtype=dtype,
+        smoke=smoke,
+        json_output=json_output,
+    )
+
+
+@app.command()
 def convert(
-    family: Annotated[Literal["dit", "sit"], typer.Option(help="Model family of the checkpoint.")],
+    family: Annotated[Literal["dit", "sit", "var"], typer.Option(help="Model family of the checkpoint.")],
     checkpoint: Annotated[
         Path, typer.Option(exists=True, help="Published file, a diffusers DiT folder, or a folder of ours.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder (or official file) to write.")],
-    vae: Annotated[str | None, typer.Option(help="Folder or hub id of an AutoencoderKL to include.")] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="Folder or hub id of an AutoencoderKL to include; for var the VQVAE's file.")
+    ] = None,
     dtype: Annotated[DType, typer.Option(help="Number format; auto keeps the checkpoint's.")] = "auto",
     weights: Annotated[Literal["ema", "model"], typer.Option(help="Which weights of a trainer's checkpoint.")] = "ema",
     heads: Annotated[

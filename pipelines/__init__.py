@@ -17,22 +17,28 @@ if TYPE_CHECKING:
     from pipelines.base import TesseraPipeline
     from pipelines.builtin import builtin_models, load_pipeline
     from pipelines.class_to_image import ClassToImagePipeline
+    from pipelines.next_scale import NextScaleClassToImagePipeline
+    from pipelines.observe import observe
     from pipelines.text_to_image import TextToImagePipeline
 
 __all__ = [
     "ClassToImagePipeline",
+    "NextScaleClassToImagePipeline",
     "TesseraPipeline",
     "TextToImagePipeline",
     "builtin_models",
     "load_pipeline",
+    "observe",
 ]
 
 _MODULE_OF = {
     "ClassToImagePipeline": "pipelines.class_to_image",
+    "NextScaleClassToImagePipeline": "pipelines.next_scale",
     "TesseraPipeline": "pipelines.base",
     "TextToImagePipeline": "pipelines.text_to_image",
     "builtin_models": "pipelines.builtin",
     "load_pipeline": "pipelines.builtin",
+    "observe": "pipelines.observe",
 }
 
 

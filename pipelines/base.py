@@ -27,7 +27,9 @@ OWN_PACKAGES = ("dit", "sampling", "pipelines", "apps")
 COMPONENT_MODULES = frozenset(
     {
         "dit.models.dit",
+        "dit.models.next_scale",
         "dit.models.text_dit",
+        "dit.tokenizers.multi_scale_vq",
         "dit.tokenizers.vit_autoencoder",
         "sampling.schedulers.flow_match_sde",
     }

@@ -53,6 +53,8 @@ def read_checkpoint(path: str | Path, part: str = TRANSFORMER) -> dict[str, Tens
     if path.suffix != ".safetensors" and path.suffix not in _PICKLE_SUFFIXES:
         known = ", ".join((".safetensors", *_PICKLE_SUFFIXES))
         raise ValueError(f"can't read {path.name}: the suffix must be one of {known}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; pass a published checkpoint")
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
@@ -60,7 +62,7 @@ def read_checkpoint(path: str | Path, part: str = TRANSFORMER) -> dict[str, Tens
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path.name} is damaged or no checkpoint ({error}); download it again") from error
     state = _find_state(content, part, path.name)
     odd = [key for key, value in state.items() if not isinstance(value, Tensor)]

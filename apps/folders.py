@@ -1,0 +1,80 @@
+"""What `tessera convert` reads and writes: whole or not at all, and never over something that is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+PICKLE_SUFFIXES = (".pt", ".pth")
+"""What official code reads; the files hold tensors only."""
+
+
+def check_new_folder(output: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        ValueError: it does, or it is a file.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder; remove it or choose another --output")
+
+
+def check_new_file(output: Path) -> None:
+    """Refuse a file that exists, or one that no official code reads.
+
+    Raises:
+        ValueError: the file exists or has another suffix.
+    """
+    if output.suffix not in (*PICKLE_SUFFIXES, ".safetensors"):
+        raise ValueError(f"{output.name} must end in .pt or .pth (what the official code reads) or .safetensors")
+    if output.exists():
+        raise ValueError(f"{output} exists; remove it or choose another --output")
+
+
+def write_state(state: Mapping[str, Tensor], output: Path) -> None:
+    """Write tensors to a file that takes its name when it is complete.
+
+    Args:
+        state: tensors by key.
+        output: a path that passed `check_new_file`.
+    """
+    state = {key: tensor.contiguous() for key, tensor in state.items()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.part")
+    try:
+        if output.suffix in PICKLE_SUFFIXES:
+            torch.save(state, partial)
+        else:
+            save_file(state, partial)
+        partial.rename(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def component_folder(folder: Path, name: str) -> Path:
+    """The folder of a component, given its own folder or the pipeline's."""
+    found = folder / name if (folder / name).is_dir() else folder
+    if not (found / "config.json").is_file():
+        raise ValueError(f"{folder} holds neither config.json nor {name}/config.json; pass a model's folder")
+    return found
+
+
+@contextmanager
+def staged_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place when all went well and vanishes otherwise."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp keeps others out
+        os.replace(folder, output)  # works over an empty folder too
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
