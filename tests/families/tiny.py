@@ -478,7 +478,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "clean_caption": False,
         "complex_human_instruction": None,
     },
-    "lumina2": {**_IMAGE, "max_sequence_length": 64},
+    "lumina2": {**_IMAGE, "system_prompt": "", "max_sequence_length": 64},
     "qwen_image": {**_IMAGE, "height": 16, "width": 32},
     "z_image": {**_IMAGE, "max_sequence_length": 40},
     "hunyuan_dit": {**_IMAGE, "use_resolution_binning": False},

@@ -8,6 +8,7 @@ quantizers use it to even out channels (SmoothQuant, arXiv 2211.10438).
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,13 @@ class Fold:
         producers: all whose output adds to or multiplies the input, so that scaling them scales it.
         consumers: all that take it, by their names in the block.
         blocks: regular expression of the blocks' names.
+        unless: a layer whose presence in the block forbids it, because that makes the input too.
     """
 
     producers: tuple[Scaled, ...]
     consumers: tuple[str, ...]
     blocks: str = ".*"
+    unless: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,13 @@ class FoldedGroup:
             scale: positive, (width,).
 
         Raises:
-            ValueError: `scale` has another shape or is not positive.
+            ValueError: `scale` has another shape or is not positive, or a layer has an adapter.
         """
         if tuple(scale.shape) != (self.width,) or not (scale > 0).all():
             raise ValueError(f"the scale must be positive and of shape ({self.width},), got {tuple(scale.shape)}")
+        for name in (*(entry.name for entry in self.producers), *self.consumers):
+            if hasattr(modules[name], "base_layer"):
+                raise ValueError(f"{name} has an adapter, which would not be rescaled: merge it or unload it first")
         for producer in self.producers:
             module, (index, count) = modules[producer.name], producer.part
             for name in ("weight", "bias"):
@@ -79,7 +85,7 @@ class FoldedGroup:
                     one = float(producer.plus_one and name == "bias")
                     rows.copy_((rows + one) / _like(scale, rows) - one)
         for consumer in self.consumers:
-            weight = modules[consumer].weight  # (out, width)
+            weight: Any = modules[consumer].weight  # (out, width)
             weight.mul_(scale.to(weight))
 
 
@@ -98,19 +104,20 @@ def resolve_folds(folds: Sequence[Fold], blocks: Sequence[str], modules: Mapping
         for fold in folds:
             if re.fullmatch(fold.blocks, block):
                 group = _resolve(fold, block, modules)
-                if group is not None:
-                    groups.append(group)
+                groups += [] if group is None else [group]
     return groups
 
 
 def _resolve(fold: Fold, block: str, modules: Mapping[str, nn.Module]) -> FoldedGroup | None:
     producers = [Scaled(f"{block}.{entry.name}", entry.part, entry.plus_one) for entry in fold.producers]
     consumers = [f"{block}.{name}" for name in fold.consumers]
-    takers = [modules.get(name) for name in consumers]
-    widths = {getattr(module, "in_features", None) for module in takers}
-    if None in widths or len(widths) != 1:
+    if fold.unless and f"{block}.{fold.unless}" in modules:
         return None
+    takers = [modules.get(name) for name in consumers]
+    widths = {getattr(module, "in_features", 0) for module in takers}
     width = widths.pop()
+    if widths or not width:
+        return None  # a layer is missing, or they take different inputs
     for entry in producers:
         module = modules.get(entry.name)
         weight = getattr(module, "weight", None)

@@ -19,7 +19,6 @@ from dit.runtime.families.schema import (
     UNCOND_FIRST,
     AttentionPattern,
     BlockList,
-    BranchLayout,
     Family,
     PipelineRow,
     TimestepScale,
@@ -37,8 +36,10 @@ def modulated(name: str, shift: int, scale: int, count: int) -> tuple[Scaled, Sc
 
 def value(attention: str, added: bool = False) -> Fold:
     """Values and the projection behind the attention: attention mixes tokens, never channels."""
-    producers = (Scaled(f"{attention}.to_v"), *([Scaled(f"{attention}.add_v_proj")] if added else []))
-    return Fold(producers, (f"{attention}.to_out.0", *([f"{attention}.to_add_out"] if added else [])))
+    if added:
+        producers = (Scaled(f"{attention}.to_v"), Scaled(f"{attention}.add_v_proj"))
+        return Fold(producers, (f"{attention}.to_out.0", f"{attention}.to_add_out"))
+    return Fold((Scaled(f"{attention}.to_v"),), (f"{attention}.to_out.0",), unless=f"{attention}.add_v_proj")
 
 
 FLUX = Family(
@@ -332,7 +333,7 @@ QWEN_IMAGE = Family(
     name="qwen_image",
     transformer="QwenImageTransformer2DModel",
     pipelines=tuple(
-        PipelineRow(name, BranchLayout("two_calls", ("cond", "uncond"), embedded=True), "true_cfg_scale")
+        PipelineRow(name, TWO_CALLS, "true_cfg_scale")
         for name in (
             "QwenImagePipeline",
             "QwenImageImg2ImgPipeline",
@@ -378,9 +379,9 @@ Z_IMAGE = Family(
     name="z_image",
     transformer="ZImageTransformer2DModel",
     pipelines=(
-        PipelineRow("ZImagePipeline", COND_FIRST),
-        PipelineRow("ZImageImg2ImgPipeline", COND_FIRST),
-        PipelineRow("ZImageInpaintPipeline", COND_FIRST),
+        PipelineRow("ZImagePipeline", COND_FIRST, guidance_off=0.0),
+        PipelineRow("ZImageImg2ImgPipeline", COND_FIRST, guidance_off=0.0),
+        PipelineRow("ZImageInpaintPipeline", COND_FIRST, guidance_off=0.0),
     ),
     block_lists=(
         BlockList("noise_refiner", "image", refiner=True),

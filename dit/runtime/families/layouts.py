@@ -81,7 +81,7 @@ def said_sizes(model: nn.Module, inputs: Inputs) -> TokenLayout:
     With `video_coords` instead, (B, 3, N), the grid is counted from the coordinates.
     """
     tokens, length = inputs["hidden_states"].shape[1], text_length(inputs)
-    sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
+    sizes: list[Any] = [inputs.get(name) for name in ("num_frames", "height", "width")]
     if None not in sizes:
         frames, rows, columns = (int(side) for side in sizes)
     elif inputs.get("video_coords") is not None:
@@ -99,7 +99,7 @@ def masked_text_first(model: nn.Module, inputs: Inputs) -> TokenLayout:
     patch = patch_of(model.config)
     rows, columns = (side // patch[1] for side in inputs["hidden_states"].shape[-2:])
     lengths = tuple(int(length) for length in inputs["encoder_attention_mask"].sum(dim=1))
-    return TokenLayout((1, rows, columns), max(lengths), "before", text_lengths=lengths)
+    return TokenLayout((1, rows, columns), max(lengths), "before", 0, lengths, text_length(inputs))
 
 
 def masked_text_last(model: nn.Module, inputs: Inputs) -> TokenLayout:

@@ -82,8 +82,8 @@ class PipelineRow:
     Args:
         name: its class.
         branches: its guidance.
-        guidance_argument: the argument of its call that switches on the second branch (above 1; in Z-Image above 0);
-            None if there is none.
+        guidance_argument: the argument of its call that switches on the second branch; None if there is none.
+        guidance_off: the largest value of it that leaves the second branch away.
         timestep: what it hands to the transformer, where that differs from the family's.
     """
 
@@ -91,6 +91,7 @@ class PipelineRow:
     branches: BranchLayout
     guidance_argument: str | None = "guidance_scale"
     timestep: TimestepScale | None = None
+    guidance_off: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class TokenLayout:
         text_position: where they stand.
         extra: tokens right behind the grid that are not of the painted picture: a reference picture, or padding.
         text_lengths: text tokens of each sample in the batch, where the network drops the padding sample by sample.
+        padded_text_length: text tokens that the refiners of the text still see, where the joint sequence has fewer.
     """
 
     grid: tuple[int, int, int]
@@ -33,6 +34,7 @@ class TokenLayout:
     text_position: TextPosition = "none"
     extra: int = 0
     text_lengths: tuple[int, ...] = ()
+    padded_text_length: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -70,27 +72,31 @@ class TokenLayout:
         start = 0 if self.text_position == "before" else self.num_tokens + self.extra
         return slice(start, start + self._text_of(sample))
 
-    def lengths(self, kind: Kind, axes: Axes = "thw") -> tuple[int, int]:
+    def lengths(self, kind: Kind, axes: Axes = "thw", sample: int | None = None) -> tuple[int, int]:
         """Number of queries and of keys in an attention layer of this kind.
 
         Args:
             kind: who looks at whom.
             axes: axes of the grid that its sequence runs over.
+            sample: index in the batch, for networks that attend sample by sample; None for the batch's sequence.
 
         Raises:
             ValueError: the kind is "unknown".
         """
         frames, rows, columns = self.grid
+        text = self.text_length if sample is None else self._text_of(sample)
         picture = {"thw": self.num_tokens + self.extra, "hw": rows * columns, "t": frames}[axes]
         match kind:
             case "self":
                 return picture, picture
             case "joint":
-                return self.sequence_length, self.sequence_length
+                length = picture + (text if self.in_sequence else 0)
+                return length, length
             case "cross":
-                return picture, self.text_length
+                return picture, text
             case "text":
-                return self.text_length, self.text_length
+                length = self.padded_text_length or text
+                return length, length
         raise ValueError(f"how many tokens an attention layer of kind {kind!r} sees is not known")
 
     def _text_of(self, sample: int) -> int:

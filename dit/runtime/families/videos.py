@@ -33,7 +33,13 @@ WAN = Family(
     layout=patched("separate"),
     skip=("patch_embedding", "condition_embedder", "norm_out", "proj_out"),
     modulation=(r"condition_embedder\.time_proj",),
-    fold=(Fold((Scaled("norm2"),), ("attn2.to_q",)), value("attn1"), value("attn2")),
+    fold=(
+        Fold((Scaled("norm2"),), ("attn2.to_q",)),
+        value("attn1"),
+        value("attn2"),
+        # Networks that continue a picture also look at its features, in a product of its own.
+        Fold((Scaled("attn2.to_v"), Scaled("attn2.add_v_proj")), ("attn2.to_out.0",)),
+    ),
     tiny_config=MappingProxyType(
         {
             "patch_size": (1, 2, 2),
