@@ -27,7 +27,7 @@ HEADER = f"""<header class="masthead">{LOGO}<h1>tessera</h1><p>Say it, and watch
 <circle cx="12" cy="12" r="8" fill="none" stroke="currentColor" stroke-width="2"/>
 <path d="M12 4a8 8 0 0 1 0 16z" fill="currentColor"/></svg></button></header>"""
 
-PIXEL_SIDE = 256
+PIXEL_SIDE = 64
 """Pictures up to this side are enlarged with crisp edges; larger ones smoothly."""
 
 
