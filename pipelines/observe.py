@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -142,3 +144,13 @@ def _between(sigmas: Sequence[float]) -> tuple[float, ...]:
     """Levels halfway between the distinct noise levels of a run, falling; none where the scheduler tells no levels."""
     levels = sorted({sigma for sigma in sigmas if math.isfinite(sigma)}, reverse=True)
     return tuple((level + lower) / 2 for level, lower in pairwise(levels))
+
+
+class _CallableModule(ModuleType):
+    """Python binds `pipelines.observe` to this module once it is imported; then calling that still observes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Observation:
+        return observe(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,5 +1,6 @@
 import copy
 import json
+import sys
 
 import diffusers
 import pytest
@@ -7,6 +8,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 
+import pipelines
 from dit.runtime.artifacts import (
     ArtifactError,
     ArtifactHeader,
@@ -85,6 +87,13 @@ def test_a_pass_is_the_same_twice_and_prompts_have_their_own_noise() -> None:
     energy = Energy()
     observe(pipe, ["a cat"], [energy], num_inference_steps=2, seed=3)
     assert 2 * energy.total["all"] != results[0]["all"]
+
+
+def test_public_name_whatever_was_imported_before() -> None:
+    """`pipelines.observe` is the function at first, and the module of that name once somebody imported it."""
+    for public in (pipelines.__getattr__("observe"), pipelines.observe, sys.modules["pipelines.observe"]):
+        with pytest.raises(ValueError, match="at least one prompt"):
+            public(None, [], [])
 
 
 def test_an_error_detaches_everything() -> None:
