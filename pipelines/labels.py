@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ Label = int | str
 """A class number, or one of its names."""
 
 
-def names_of(id2label: Mapping[int | str, str] | None) -> dict[str, int]:
+def names_of(id2label: Mapping[Any, str] | None) -> dict[str, int]:
     """Class numbers by name, from a table of names separated by commas (JSON turns its keys into strings)."""
     table = {int(label): names for label, names in (id2label or {}).items()}
     return {name.strip(): label for label, names in table.items() for name in names.split(",")}

@@ -210,7 +210,8 @@ class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             Indices (B, N), and what to add to the picture: the same, or mixed codebook entries (B, N, C).
         """
         if self.do_classifier_free_guidance:
-            logits = guide_logits(*logits.chunk(2), self._guidance_scale * progress)  # (B, N, V)
+            cond, uncond = logits.chunk(2)  # (B, N, V) each
+            logits = guide_logits(cond, uncond, self._guidance_scale * progress)  # (B, N, V)
         logits = truncate(logits, how.top_k, how.top_p, how.temperature)  # (B, N, V)
         indices = draw_tokens(logits, generator)  # (B, N)
         if not how.smooth:
