@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import import_module
 from inspect import Signature, signature
 from types import MappingProxyType
 from typing import Any, Literal
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -322,9 +322,7 @@ class Family:
 
     def transformer_class(self) -> type[nn.Module]:
         """The class of the network."""
-        if self.package == "diffusers":
-            return getattr(diffusers, self.transformer)
-        return getattr(__import__(self.package, fromlist=[self.transformer]), self.transformer)
+        return getattr(import_module(self.package), self.transformer)
 
     def tiny_transformer(self, seed: int = 0, **overrides: Any) -> nn.Module:
         """A random network of some thousand weights, on the CPU, in evaluation mode.
