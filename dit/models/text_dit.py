@@ -17,10 +17,12 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from dit.layers.attention import SelfAttention
-from dit.layers.embeddings import TimestepEmbedding, patchify, unpatchify
+from dit.layers.embeddings import TimestepEmbedding, patchify, sinusoidal_embedding, unpatchify
 from dit.layers.feed_forward import FeedForward
 from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
 from dit.layers.positions import Rotary, coordinate_waves, grid_positions, rotary_embedding
+
+TEXT_PERIOD = 100.0  # tokens in the slowest wave of a text token's place
 
 
 class TextDiTBlock(nn.Module):
@@ -84,6 +86,8 @@ class TextDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMi
         rope_axes_dims: share of the head for (frame, row, column); even, summing to E. None splits E about evenly.
         rope_theta: base of the rotary frequencies.
         coordinate_frequencies: waves an axis of the token's place as a fraction of the canvas; 0 leaves them out.
+        text_position_frequencies: waves of a text token's place in the text, added to its state; 0 leaves them out and
+            trusts the text encoder to tell "a left of b" from "b left of a".
         sample_size: latent side of a picture of the default size.
     """
 
@@ -108,6 +112,7 @@ class TextDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMi
         rope_axes_dims: tuple[int, int, int] | None = None,
         rope_theta: float = 100.0,
         coordinate_frequencies: int = 4,
+        text_position_frequencies: int = 32,
         sample_size: int = 8,
     ) -> None:
         super().__init__()
@@ -124,6 +129,9 @@ class TextDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMi
             nn.Linear(6 * coordinate_frequencies, hidden_size, bias=False) if coordinate_frequencies else None
         )
         self.context_embedder = nn.Linear(text_dim, hidden_size)
+        self.text_position_embed = (
+            nn.Linear(2 * text_position_frequencies, hidden_size, bias=False) if text_position_frequencies else None
+        )
         self.pooled_embedder = nn.Sequential(
             nn.Linear(text_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
@@ -149,6 +157,8 @@ class TextDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMi
         for layer in (self.time_embed.linear_1, self.time_embed.linear_2, self.pooled_embedder[0]):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.adaln_single.linear.weight)
+        if self.text_position_embed is not None:
+            nn.init.zeros_(self.text_position_embed.weight)
         for block in self.transformer_blocks:
             nn.init.zeros_(block.scale_shift_table)
         nn.init.zeros_(self.proj_out.weight)
@@ -186,7 +196,7 @@ class TextDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMi
         length = encoder_hidden_states.shape[1]
 
         image = self._embed_latents(latents, grid)  # (B, N, D)
-        text = self.context_embedder(encoder_hidden_states)  # (B, L, D)
+        text = self._embed_text(encoder_hidden_states)  # (B, L, D)
         condition = self._embed_condition(timestep, encoder_hidden_states, encoder_attention_mask)  # (B, D)
         temb = self.adaln_single(condition)  # (B, 6, D)
         rotary = self._rotary(grid, length, latents.device)
@@ -226,6 +236,14 @@ class TextDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMi
         waves = coordinate_waves(grid, self.config.coordinate_frequencies, latents.device)  # (N, 6 F)
         return tokens + self.coordinate_embed(waves.to(tokens.dtype))  # (B, N, D)
 
+    def _embed_text(self, states: Tensor) -> Tensor:
+        text = self.context_embedder(states)  # (B, L, D)
+        if self.text_position_embed is None:
+            return text
+        places = torch.arange(states.shape[1], dtype=torch.float32, device=states.device)  # (L,)
+        waves = sinusoidal_embedding(places, 2 * self.config.text_position_frequencies, TEXT_PERIOD)  # (L, 2 F)
+        return text + self.text_position_embed(waves.to(text.dtype))  # (B, L, D)
+
     def _embed_condition(self, timestep: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
         timestep = timestep.reshape(-1).expand(text.shape[0])  # (B,)
         if mask is None:
@@ -237,7 +255,7 @@ class TextDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMi
 
     def _rotary(self, grid: tuple[int, ...], length: int, device: torch.device) -> Rotary:
         positions = grid_positions(grid, device)  # (N, 3)
-        # Text stands at the origin: its order is the text encoder's business.
+        # Text stands at the origin of the picture; `_embed_text` says where it stands in the sentence.
         positions = torch.cat([positions.new_zeros(length, 3), positions])  # (L + N, 3)
         return rotary_embedding(positions, self.axes_dims, self.config.rope_theta)
 

@@ -22,7 +22,12 @@ def _one(config, state, latent: Tensor, text: Tensor, t: Tensor, mask: Tensor) -
     cells = [(a, b, c) for a in range(grid[0]) for b in range(grid[1]) for c in range(grid[2])]
 
     text = text[mask]  # the masked tokens are not there at all
-    tokens = [_linear(state, "context_embedder", token) for token in text]
+    tokens = []
+    for index, token in enumerate(text):
+        slow = [100 ** (-i / config.text_position_frequencies) for i in range(config.text_position_frequencies)]
+        waves = [math.cos(index * f) for f in slow] + [math.sin(index * f) for f in slow]
+        place = state["text_position_embed.weight"] @ torch.tensor(waves, dtype=torch.float64)
+        tokens.append(_linear(state, "context_embedder", token) + place)
     for a, b, c in cells:
         patch = latent[:, a * pt : (a + 1) * pt, b * p : (b + 1) * p, c * p : (c + 1) * p]
         token = _linear(state, "patch_embed", patch.permute(1, 2, 3, 0).reshape(-1))
