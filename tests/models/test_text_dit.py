@@ -172,7 +172,7 @@ def test_bad_head_split_is_named():
 
 def test_the_order_of_the_text_matters():
     """Without this a text encoder that forgets the order leaves 'a left of b' and 'b left of a' the same."""
-    model, given = small_model(), inputs((1, 4, 8, 6))
+    model, given = small_model(), {**inputs((1, 4, 8, 6)), "encoder_attention_mask": None}
     swapped = given["encoder_hidden_states"].flip(1)
     with torch.no_grad():
         plain = model(**given).sample
