@@ -20,12 +20,20 @@ from torch import Tensor, nn
 
 from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments
 from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates, next_run
-from dit.runtime.families import Family, family_of
+from dit.runtime.families import Family, TimestepScale, family_of
 from dit.runtime.state import unwrap
 from sampling.noise_table import NoiseTable
 
 ROUNDING = 2.0**-7
 """How far a timestep may lie from its entry, as a share of the largest: two roundings to bfloat16."""
+
+USUAL_SCALES = (
+    TimestepScale(),
+    TimestepScale(factor=0.001),
+    TimestepScale(factor=-0.001, offset=1.0),
+    TimestepScale(factor=-1.0, offset=1000.0),
+)
+"""What networks may receive for a timestep; tried where a network has no row in the table of families."""
 
 BATCHED = "cond_uncond"
 """The name that pipelines of diffusers give to a call on both branches (also when guidance is off)."""
@@ -60,7 +68,7 @@ class CoordinateResolver(Mechanism):
                 f"coordinates are found in a pipeline with a scheduler, got {type(pipeline).__name__}; for a bare "
                 "network say them with dit.runtime.coordinates_scope"
             )
-        if self._pipeline not in (None, pipeline):
+        if self._pipeline is not None and self._pipeline is not pipeline:
             raise AttachError("this CoordinateResolver serves another pipeline; make one for each")
         self._pipeline = pipeline
         enter, leave = torch.compiler.disable(self._enter), torch.compiler.disable(self._leave)
@@ -118,14 +126,31 @@ class CoordinateResolver(Mechanism):
         index, is_exact = fields.get("step_index"), True
         source = "scheduler" if index is None else "cache_context"
         if index is None:
-            timestep = family.scheduler_timestep(model, inputs, self._pipeline)
-            index, is_exact = find_entry(run.table, timestep, _hint(scheduler), must_check=run.is_fresh)
+            index, is_exact = self._find(family, model, inputs)
             index -= run.first(index)
         branch, order = self._branch(name, family, inputs)
         branch = run.enter(index, branch, order)
         table = run.table.last(fields.get("num_inference_steps") or len(run.table) - run.offset)
         here = table.at(run.number, index, branch, is_exact)
         return (here if fields.get("sigma") is None else replace(here, sigma=float(fields["sigma"]))), source
+
+    def _find(self, family: Family, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, bool]:
+        """The entry of the scheduler's table that a call stands at, and whether that is beyond doubt."""
+        table, hint = self._run.table, _hint(self._pipeline.scheduler)
+        received = inputs.get(family.timestep_argument)
+        if received is None:
+            raise _Unknown(f"the call has no {family.timestep_argument}")
+        timestep = family.scheduler_timestep(model, inputs, self._pipeline)
+        if timestep is not None:
+            return find_entry(table, timestep, hint, must_check=self._run.is_fresh)
+        values = {scale: scale.scheduler_timestep(torch.as_tensor(received)).max() for scale in self._run.scales}
+        index, self._run.scales = find_unlisted(table, values, self._expected(hint))
+        return index, False
+
+    def _expected(self, hint: int | None) -> int | None:
+        """Where the scheduler must be: a run begins at its first entry, and stays until the first `step`."""
+        counts = hasattr(self._pipeline.scheduler, "step_index")
+        return 0 if hint is None and (counts or self._run.is_fresh) else hint
 
     def _branch(self, name: str | None, family: Family, inputs: Mapping[str, Any]) -> tuple[str | None, tuple]:
         """The branch of a call; None with the branches in order where only its place among the step's calls tells."""
@@ -136,7 +161,7 @@ class CoordinateResolver(Mechanism):
             return "cond", ()
         if name is None and layout is not None and layout.kind != "batched":
             return (None, layout.order) if layout.kind == "two_calls" else ("cond", ())
-        if self._is_doubled(family, inputs):
+        if family.latent_argument in inputs and self._is_doubled(family, inputs):
             return "all", ()
         return ("cond", ()) if layout is not None or name == BATCHED else (None, ())
 
@@ -177,6 +202,7 @@ class _Run:
         offset: entry of the table that the run began with.
         is_fresh: no call of the run was placed yet.
         doubled: for each batch size seen, whether it held both branches.
+        scales: of timesteps, as far as the calls fit them; for networks without a row.
     """
 
     def __init__(self) -> None:
@@ -189,6 +215,7 @@ class _Run:
         self.offset, self._step, self.is_fresh = 0, -1, True
         self._branches: list[str] = []
         self.doubled: dict[int, bool] = {}
+        self.scales: tuple[TimestepScale, ...] = USUAL_SCALES
 
     def read(self, scheduler: Any) -> None:
         """Take over the scheduler's table if it was set anew since the last call."""
@@ -226,7 +253,7 @@ class _Run:
 
 
 def find_entry(
-    table: NoiseTable, timestep: Tensor | None, hint: int | None = None, must_check: bool = True
+    table: NoiseTable, timestep: Tensor, hint: int | None = None, must_check: bool = True
 ) -> tuple[int, bool]:
     """Find a timestep in a table.
 
@@ -239,8 +266,6 @@ def find_entry(
     Returns:
         The index, and whether it is beyond doubt.
     """
-    if timestep is None:
-        raise _Unknown("the family's timestep scale is not known")
     if hint is not None and hint < len(table) and not must_check and timestep.device.type != "cpu":
         return hint, True
     value, largest = float(timestep), max(map(abs, table.timesteps))
@@ -254,6 +279,32 @@ def find_entry(
     if others and min(others) <= 2 * distances[nearest] + 1e-9:
         raise _Unknown("the timestep stands several times in the scheduler's table")
     return nearest, distances[nearest] <= 1e-6 * largest
+
+
+def find_unlisted(
+    table: NoiseTable, values: Mapping[TimestepScale, Tensor], expected: int | None
+) -> tuple[int, tuple[TimestepScale, ...]]:
+    """Find the entry of a call whose scale of timesteps is not known.
+
+    Args:
+        table: of the scheduler.
+        values: the call's timestep in the scheduler's unit by each scale that it may have.
+        expected: the entry that the scheduler is at, if it says.
+
+    Returns:
+        The index, and the scales that fit it.
+    """
+    found: dict[TimestepScale, int] = {}
+    for scale, value in values.items():
+        try:
+            found[scale] = find_entry(table, value, expected)[0]
+        except _Unknown:
+            continue
+    if expected is not None:
+        found = {scale: index for scale, index in found.items() if index == expected}
+    if len(set(found.values())) != 1:
+        raise _Unknown("the network's scale of timesteps is not known")
+    return next(iter(found.values())), tuple(found)
 
 
 def _hint(scheduler: Any) -> int | None:

@@ -1,5 +1,7 @@
 """Coordinates against what really happens, in a tiny pipeline of every family: no call may be misplaced."""
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
@@ -8,6 +10,7 @@ from dit.runtime.attachment import AttachError, attachments
 from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates
 from sampling.noise_table import NoiseTable
 from sampling.resolve import CoordinateResolver, find_entry, resolve_coordinates
+from tests.families.test_unlisted import Unlisted
 from tests.families.tiny import TINY_NAMES, VARIANTS, tiny_call, tiny_pipeline
 from tests.runtime.truth import Witness, guided_call, witness
 
@@ -198,6 +201,44 @@ def test_second_network_of_a_pipeline_goes_on_counting() -> None:
     assert all(places)
     assert [*places[0], *places[1]] == [(step, branch) for step in range(5) for branch in ("cond", "uncond")]
     assert len({here.run for notes in heard.values() for here in notes}) == 1
+
+
+UNLISTED_SCALES = {"same": (1.0, 0.0), "share": (0.001, 0.0), "reversed": (-0.001, 1.0), "backwards": (-1.0, 1000.0)}
+
+
+@pytest.mark.parametrize("schedule", [diffusers.FlowMatchEulerDiscreteScheduler, diffusers.DDIMScheduler])
+@pytest.mark.parametrize("two_calls", [True, False])
+@pytest.mark.parametrize("scale", UNLISTED_SCALES)
+def test_networks_without_a_row(scale: str, two_calls: bool, schedule: type) -> None:
+    """The scheduler's own index decides; the timestep only confirms it, on any of the usual scales."""
+    model, scheduler = Unlisted(), schedule()
+    pipe = SimpleNamespace(components={"transformer": model}, scheduler=scheduler)
+    factor, offset = UNLISTED_SCALES[scale]
+    heard = []
+
+    def loop() -> None:
+        scheduler.set_timesteps(5)
+        latents = torch.randn(1, 4, 4, 4)
+        for timestep in scheduler.timesteps:
+            batch = latents if two_calls else torch.cat([latents, latents])
+            for _ in range(1 + two_calls):
+                model(batch, timestep=(offset + factor * timestep).expand(len(batch))[:, None, None, None])
+            latents = scheduler.step(latents, timestep, latents)[0]
+
+    forward = model.forward
+
+    def listen(hidden_states, timestep, encoder_hidden_states=None):
+        heard.append(current_coordinates())
+        return forward(hidden_states, timestep, encoder_hidden_states)
+
+    model.forward = listen
+    with CoordinateResolver().attach(pipe) as attachment:
+        loop()
+        loop()
+        assert attachment.report()["inactive"] == {}
+        assert attachment.report()["runs"] == 2
+    branches = ("call_0", "call_1") if two_calls else ("all",)
+    assert [(here.step, here.branch) for here in heard] == 2 * [(step, b) for step in range(5) for b in branches]
 
 
 def test_the_loop_knows_best() -> None:
