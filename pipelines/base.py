@@ -29,6 +29,7 @@ COMPONENT_MODULES = frozenset(
         "dit.models.dit",
         "dit.models.next_scale",
         "dit.models.text_dit",
+        "dit.tokenizers.multi_scale_bsq",
         "dit.tokenizers.multi_scale_vq",
         "dit.tokenizers.vit_autoencoder",
         "sampling.schedulers.flow_match_sde",

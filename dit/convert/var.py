@@ -10,7 +10,7 @@ import math
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.utils import logging
@@ -18,10 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dit.convert.autoencoder_cnn import AutoencoderLayout
 from dit.convert.keymap import Drop, KeyMapError, Rename, Reshape, Rule, Split, affine, convert, inverse
 from dit.layers.scales import block_causal_mask, scale_grids, token_scales
 from dit.models.next_scale import SCALES_256, SCALES_512, NextScaleTransformer
 from dit.tokenizers.multi_scale_vq import MultiScaleVQ
+
+ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
 logger = logging.get_logger(__name__)
 
@@ -95,7 +98,8 @@ def _find_state(content: object, part: str, name: str) -> Mapping[str, Any]:
     return content
 
 
-def _check_has(state: Mapping[str, Tensor], needed: Sequence[str], what: str) -> None:
+def check_has(state: Mapping[str, Tensor], needed: Sequence[str], what: str) -> None:
+    """Raise a `KeyMapError` if a state dict lacks keys that every state dict of its kind has."""
     missing = [key for key in needed if key not in state]
     if missing:
         raise KeyMapError(f"not an official state dict of {what}: it lacks {', '.join(missing)}")
@@ -178,7 +182,7 @@ def infer_transformer_config(
     block = "blocks.0"
     fc1, sharpness = f"{block}.ffn.fc1.weight", f"{block}.attn.scale_mul_1H11"
     needed = ("pos_1LC", "class_emb.weight", "word_embed.weight", "head.weight", fc1)
-    _check_has(state, needed, "a VAR transformer")
+    check_has(state, needed, "a VAR transformer")
     _, length, width = state["pos_1LC"].shape
     if num_attention_heads is None:
         num_attention_heads = state[sharpness].shape[1] if sharpness in state else width // 64
@@ -233,8 +237,7 @@ def transformer_from_official(
     filled = {key: rule.value() for key, rule in derived.items() if key not in state}
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         model = NextScaleTransformer(**config)
-    _load(model, convert({**filled, **state}, rules))
-    return model
+    return load_exactly(model, convert({**filled, **state}, rules))
 
 
 def transformer_to_official(model: NextScaleTransformer) -> dict[str, Tensor]:
@@ -252,8 +255,6 @@ def tokenizer_rules(config: Mapping[str, Any], phis: str = "quantize.quant_resi.
         config: arguments of `MultiScaleVQ`, all that shape its weights.
         phis: official name of the i-th convolution `phi`.
     """
-    channels, layers = list(config["block_out_channels"]), config["layers_per_block"]
-    last = len(channels) - 1
     rules: list[Rule] = [
         *affine(Rename, "quant_conv", "quant_conv"),
         *affine(Rename, "post_quant_conv", "post_quant_conv"),
@@ -262,58 +263,7 @@ def tokenizer_rules(config: Mapping[str, Any], phis: str = "quantize.quant_resi.
     ]
     for i in range(config["num_phis"]):
         rules += affine(Rename, phis.format(i), f"quantizer.phis.{i}")
-    for side in ("encoder", "decoder"):
-        for theirs, ours in (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")):
-            rules += affine(Rename, f"{side}.{theirs}", f"{side}.{ours}")
-        for j in (1, 2):
-            rules += _resnet_rules(f"{side}.mid.block_{j}", f"{side}.mid_block.resnets.{j - 1}", has_shortcut=False)
-        rules += _attention_rules(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", channels[-1])
-
-    for i, width in enumerate(channels):
-        # Official levels count from the finest; a decoder of diffusers runs, and counts, from the coarsest.
-        down = (f"encoder.down.{i}", f"encoder.down_blocks.{i}")
-        up = (f"decoder.up.{i}", f"decoder.up_blocks.{last - i}")
-        coarser, finer = channels[min(i + 1, last)], channels[max(i - 1, 0)]
-        rules += _level_rules(*down, layers, width, enters_with=finer, has_attention=i == last)
-        rules += _level_rules(*up, layers + 1, width, enters_with=coarser, has_attention=i == last)
-        if i < last:
-            rules += affine(Rename, f"{down[0]}.downsample.conv", f"{down[1]}.downsamplers.0.conv")
-        if i > 0:
-            rules += affine(Rename, f"{up[0]}.upsample.conv", f"{up[1]}.upsamplers.0.conv")
-    return tuple(rules)
-
-
-def _level_rules(theirs: str, ours: str, layers: int, width: int, enters_with: int, has_attention: bool) -> list[Rule]:
-    """The rules of the blocks of one resolution."""
-    rules: list[Rule] = []
-    for j in range(layers):
-        has_shortcut = j == 0 and enters_with != width
-        rules += _resnet_rules(f"{theirs}.block.{j}", f"{ours}.resnets.{j}", has_shortcut)
-        if has_attention:
-            rules += _attention_rules(f"{theirs}.attn.{j}", f"{ours}.attentions.{j}", width)
-    return rules
-
-
-def _resnet_rules(theirs: str, ours: str, has_shortcut: bool) -> list[Rule]:
-    """The rules of a residual block."""
-    rules = [
-        rule
-        for part in ("norm1", "conv1", "norm2", "conv2")
-        for rule in affine(Rename, f"{theirs}.{part}", f"{ours}.{part}")
-    ]
-    return [*rules, *(affine(Rename, f"{theirs}.nin_shortcut", f"{ours}.conv_shortcut") if has_shortcut else ())]
-
-
-def _attention_rules(theirs: str, ours: str, width: int) -> list[Rule]:
-    """The rules of an attention block: 1x1 convolutions there, linear layers here."""
-    parts = tuple(f"{ours}.to_{part}" for part in "qkv")
-    return [
-        *affine(Rename, f"{theirs}.norm", f"{ours}.group_norm"),
-        Split(f"{theirs}.qkv.weight", tuple(f"{part}.weight" for part in parts), kernel_axes=2),
-        Split(f"{theirs}.qkv.bias", tuple(f"{part}.bias" for part in parts)),
-        Reshape(f"{theirs}.proj_out.weight", f"{ours}.to_out.0.weight", (width, width, 1, 1), (width, width)),
-        Rename(f"{theirs}.proj_out.bias", f"{ours}.to_out.0.bias"),
-    ]
+    return (*rules, *AutoencoderLayout(config["block_out_channels"], config["layers_per_block"]).rules())
 
 
 def _phi_names(state: Mapping[str, Tensor]) -> tuple[str, int]:
@@ -341,7 +291,7 @@ def infer_tokenizer_config(state: Mapping[str, Tensor], scales: Sequence[int] = 
         KeyMapError: the state dict is not in the official layout.
     """
     needed = ("encoder.conv_in.weight", "quantize.embedding.weight", "encoder.down.0.block.0.conv1.weight")
-    _check_has(state, needed, "a VAR tokenizer")
+    check_has(state, needed, "a VAR tokenizer")
 
     def count(start: str) -> int:
         return len({key.removeprefix(start).split(".")[0] for key in state if key.startswith(start)})
@@ -379,8 +329,8 @@ def tokenizer_from_official(state: Mapping[str, Tensor], scales: Sequence[int] =
         hits = torch.zeros(len(config["scales"]), config["vocab_size"])
     with torch.device("meta"):
         model = MultiScaleVQ(**config)
-    _load(model, convert({**state, "quantize.ema_vocab_hit_SV": hits}, tokenizer_rules(config, phis)))
-    return model
+    state = {**state, "quantize.ema_vocab_hit_SV": hits}
+    return load_exactly(model, convert(state, tokenizer_rules(config, phis)))
 
 
 def tokenizer_to_official(model: MultiScaleVQ) -> dict[str, Tensor]:
@@ -391,15 +341,26 @@ def tokenizer_to_official(model: MultiScaleVQ) -> dict[str, Tensor]:
 # --------------------------------------------------------------------- shared
 
 
-def _load(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a model on "meta" exactly these tensors and set it to evaluation."""
+def load_exactly(model: ModelT, state: Mapping[str, Tensor]) -> ModelT:
+    """Give a model on "meta" exactly these tensors and set it to evaluation.
+
+    Args:
+        model: without memory for its weights.
+        state: a tensor for each of its keys.
+
+    Returns:
+        The model.
+
+    Raises:
+        KeyMapError: a tensor has another shape than the model's.
+    """
     wrong = [key for key, value in model.state_dict().items() if key in state and state[key].shape != value.shape]
     if wrong:
         raise KeyMapError(
             f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)}, which the rest of the file contradicts"
         )
     model.load_state_dict(state, strict=True, assign=True)
-    model.requires_grad_(True).eval()
+    return model.requires_grad_(True).eval()
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

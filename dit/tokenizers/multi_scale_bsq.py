@@ -1,0 +1,254 @@
+"""MultiScaleBSQ: a picture as maps of bits of growing size, each coding what the coarser ones left over (Infinity).
+
+Sections 3.2 and 3.3 of arXiv 2412.04431. There is no codebook: a token is the signs of a vector's d channels, and
+stands for the unit vector with these signs and equal magnitudes (binary spherical quantisation, arXiv 2406.07548).
+With `patchify` 2 a token covers 2 x 2 latent pixels and has 4 d bits. One model serves every schedule of scales, so
+methods take the schedule of token maps; None is the one of the configuration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from dit.layers.scales import Grid, scale_grids
+from dit.tokenizers.base import TokenizerOutput, VisualTokenizer
+from dit.tokenizers.multi_scale_vq import PREVIEW_SIDE, MultiScaleCodes
+
+
+def bits_to_codes(bits: Tensor) -> Tensor:
+    """The unit vectors that bits (B, d, h, w) in {0, 1} stand for, (B, d, h, w), float32."""
+    corner = bits.shape[1] ** -0.5
+    return F.normalize(bits.float() * corner * 2 - corner, dim=1)  # (B, d, h, w)
+
+
+def resize(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """Resize maps (B, d, h, w) as clips of one frame, with the arithmetic that the released weights were trained with.
+
+    Args:
+        x: (B, d, h, w).
+        size: rows and columns.
+        mode: "area" or "trilinear".
+    """
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x[:, :, None], size=(1, *size), mode=mode)[:, :, 0]  # (B, d, H, W)
+
+
+class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
+    """Autoencoder with multi-scale bits, numerically the released tokenizer of Infinity.
+
+    Its latent is the sum of the coded scales, so `decode(encode(x).latent)` is what the bits can say of `x`.
+
+    Args:
+        scales: the default schedule: sides of the token maps, coarse to fine; pairs are rows and columns.
+        latent_channels: channels d of the latent, which are the bits of a latent pixel.
+        block_out_channels: of encoder and (reversed) decoder; each entry but the last halves the size.
+        layers_per_block: residual blocks a level of the encoder; the decoder has one more.
+        norm_num_groups: groups of the group norms.
+        patchify: latent pixels along a side of a token, 1 or 2.
+        in_channels: colours.
+
+    Raises:
+        ValueError: scales that shrink, or none; tokens of another size.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        scales: tuple[int | tuple[int, int], ...] = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64),
+        latent_channels: int = 32,
+        block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 512),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        patchify: int = 1,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if patchify not in (1, 2):
+            raise ValueError(f"patchify is {patchify}; a token covers 1 or 2 latent pixels along a side")
+        self.grids = scale_grids(scales)
+        shape = {
+            "block_out_channels": tuple(block_out_channels),
+            "layers_per_block": layers_per_block,
+            "norm_num_groups": norm_num_groups,
+            "mid_block_add_attention": False,
+        }
+        levels = len(block_out_channels)
+        self.encoder = Encoder(in_channels, latent_channels, ("DownEncoderBlock2D",) * levels, double_z=False, **shape)
+        self.decoder = Decoder(latent_channels, in_channels, ("UpDecoderBlock2D",) * levels, **shape)
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels along a side of a latent pixel."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        """Frames of a latent frame: 1."""
+        return 1
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels d of the latent."""
+        return self.config.latent_channels
+
+    # ------------------------------------------------------------------- pixels
+
+    @apply_forward_hook
+    def features(self, x: Tensor) -> Tensor:
+        """Encode pictures (B, 3, H f, W f) in [-1, 1] without quantising, (B, d, H, W), float32."""
+        return self.encoder(x).float()
+
+    def quantize(self, x: Tensor, grids: Sequence[Grid] | None = None) -> MultiScaleCodes:
+        """Turn pictures into bits.
+
+        Args:
+            x: (B, 3, H f, W f) in [-1, 1], where H, W is the latent size of the last scale.
+            grids: the schedule of token maps.
+
+        Returns:
+            The bits of each scale, (B, N_s, d p p) int64 each (p is `patchify`), and their sum.
+
+        Raises:
+            ValueError: pictures of another size.
+        """
+        size = tuple(side * self.spatial_compression_ratio for side in self._latent_size(grids, -1))
+        if x.ndim != 4 or tuple(x.shape[-2:]) != size:
+            raise ValueError(f"got a picture tensor of shape {tuple(x.shape)}, expected (B, 3, {size[0]}, {size[1]})")
+        return self.quantize_features(self.features(x), grids)
+
+    def quantize_features(self, features: Tensor, grids: Sequence[Grid] | None = None) -> MultiScaleCodes:
+        """Turn features (B, d, H, W) into bits; see `quantize`."""
+        latents, indices = torch.zeros_like(features), []
+        rest = features  # (B, d, H, W)
+        for scale in range(len(grids or self.grids)):
+            size = self._latent_size(grids, scale)
+            bits = (resize(rest, size, "area") > 0).long()  # (B, d, h, w)
+            added = resize(bits_to_codes(bits), features.shape[-2:], "trilinear")  # (B, d, H, W)
+            latents, rest = latents + added, rest - added
+            indices.append(self._to_tokens(bits))
+        return MultiScaleCodes(indices=indices, latent=latents)
+
+    def encode(
+        self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
+    ) -> TokenizerOutput | tuple[Tensor]:
+        """Encode pictures (B, 3, H f, W f) to quantised latents (B, d, H, W); `generator` is not used."""
+        latent = self.quantize(x).latent  # (B, d, H, W)
+        return TokenizerOutput(latent=latent) if return_dict else (latent,)
+
+    @apply_forward_hook
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Decode latents, also those of the first few scales only.
+
+        Args:
+            z: (B, d, H, W); any size.
+            return_dict: whether to wrap the result.
+            generator: accepted for the interface; decoding is deterministic.
+
+        Returns:
+            Pixels of about [-1, 1], not clamped, (B, 3, H f, W f).
+        """
+        sample = self.decoder(z.to(self.decoder.conv_in.weight.dtype))  # (B, 3, H f, W f)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Encode and decode `sample`."""
+        return self.decode(self.encode(sample).latent, return_dict=return_dict)
+
+    def normalize_latents(self, z: Tensor) -> Tensor:
+        """The identity: next-scale models work on the tokenizer's own scale."""
+        return z
+
+    def denormalize_latents(self, z: Tensor) -> Tensor:
+        """The identity, see `normalize_latents`."""
+        return z
+
+    @torch.no_grad()
+    def preview(self, z: Tensor) -> Tensor:
+        """Paint a latent (B, d, H, W) small: the decoder on at most 8 latent pixels a side, (B, 3, h f, w f)."""
+        longest = max(z.shape[-2:])
+        if longest > PREVIEW_SIDE:
+            z = resize(z, [max(side * PREVIEW_SIDE // longest, 1) for side in z.shape[-2:]], "area")  # (B, d, h, w)
+        return self.decode(z, return_dict=False)[0].float().clamp(-1, 1)  # (B, 3, h f, w f)
+
+    # ------------------------------------------------------------------- scales
+
+    def _latent_size(self, grids: Sequence[Grid] | None, scale: int) -> Grid:
+        """Rows and columns of a scale in latent pixels."""
+        rows, columns = (grids or self.grids)[scale]
+        return rows * self.config.patchify, columns * self.config.patchify
+
+    def _to_tokens(self, maps: Tensor) -> Tensor:
+        """Cut maps (B, d, h p, w p) into tokens (B, h w, d p p)."""
+        return F.pixel_unshuffle(maps, self.config.patchify).flatten(2).transpose(1, 2)  # (B, N, d p p)
+
+    def _to_map(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Lay tokens (B, h w, d p p) out as a map (B, d, h p, w p)."""
+        expected = (math.prod(grid), self.latent_channels * self.config.patchify**2)
+        if tuple(tokens.shape[1:]) != expected:
+            raise ValueError(f"got tokens of shape {tuple(tokens.shape)}, expected (B, {expected[0]}, {expected[1]})")
+        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), self.config.patchify)  # (B, d, h p, w p)
+
+    def start_latents(self, batch_size: int, grids: Sequence[Grid] | None = None) -> Tensor:
+        """The latent before the first scale: zeros, (B, d, H, W), float32."""
+        size = self._latent_size(grids, -1)
+        return torch.zeros(batch_size, self.latent_channels, *size, device=self.decoder.conv_in.weight.device)
+
+    def accumulate(self, latents: Tensor, tokens: Tensor, scale: int, grids: Sequence[Grid] | None = None) -> Tensor:
+        """Add a scale to the latent.
+
+        Args:
+            latents: sum of the scales before, (B, d, H, W).
+            tokens: the scale's bits, (B, N, d p p).
+            scale: index of the scale.
+            grids: the schedule of token maps.
+
+        Returns:
+            The new sum, (B, d, H, W); `latents` stays as it is.
+
+        Raises:
+            ValueError: another number of tokens or bits than the scale has.
+        """
+        codes = bits_to_codes(self._to_map(tokens, (grids or self.grids)[scale]))  # (B, d, h, w)
+        return latents + resize(codes, latents.shape[-2:], "trilinear")  # (B, d, H, W)
+
+    def next_input(self, latents: Tensor, scale: int, grids: Sequence[Grid] | None = None) -> Tensor:
+        """What the generator sees when it predicts `scale`: the latent (B, d, H, W) at that size, (B, N, d p p)."""
+        return self._to_tokens(resize(latents, self._latent_size(grids, scale), "trilinear"))  # (B, N, d p p)
+
+    def indices_to_latents(self, indices: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> Tensor:
+        """Sum up the bits of the first scales (or all), (B, N_s, d p p) each, to a latent (B, d, H, W)."""
+        latents = self.start_latents(indices[0].shape[0], grids)
+        for scale, tokens in enumerate(indices):
+            latents = self.accumulate(latents, tokens, scale, grids)  # (B, d, H, W)
+        return latents
+
+    @torch.no_grad()
+    def teacher_inputs(self, indices: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> Tensor:
+        """The generator's inputs for pictures that are known, all scales from the second on in one row.
+
+        Args:
+            indices: bits of each scale, (B, N_s, d p p) each; those of the last scale are not needed.
+            grids: the schedule of token maps.
+
+        Returns:
+            (B, L - N_0, d p p), float32.
+        """
+        latents, inputs = self.start_latents(indices[0].shape[0], grids), []
+        for scale in range(len(grids or self.grids) - 1):
+            latents = self.accumulate(latents, indices[scale], scale, grids)  # (B, d, H, W)
+            inputs.append(self.next_input(latents, scale + 1, grids))  # (B, N, d p p)
+        return torch.cat(inputs, dim=1)  # (B, L - N_0, d p p)
