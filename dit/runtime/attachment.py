@@ -17,6 +17,7 @@ from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
 from torch import nn
 
 from dit.runtime.state import StateStore, unwrap
@@ -296,6 +297,7 @@ class Attachment:
         except BaseException:
             self._uninstall()
             raise
+        self._recompile()
 
     def _uninstall(self) -> None:
         for thing, attribute, value in self._last_replaced():
@@ -307,6 +309,12 @@ class Attachment:
         undo, self._undo = self._undo, None
         if undo is not None:
             undo.close()
+            self._recompile()
+
+    def _recompile(self) -> None:
+        """Have compiled networks compiled anew: compiled code keeps the hooks that it was compiled with."""
+        if any(_is_compiled(model) for model in self.models.values()):
+            torch.compiler.reset()
 
     def _last_replaced(self) -> list[tuple[Any, str, Any]]:
         """What was replaced; of a thing that was replaced twice, the last value."""
@@ -366,6 +374,10 @@ def attachments(target: Any) -> list[Attachment]:
     """
     piles = [vars(unwrap(model)).get(_PILE, ()) for model in find_networks(target).values()]
     return list(dict.fromkeys(attachment for pile in piles for attachment in pile))
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules())
 
 
 def _lift(above: list[Attachment]) -> None:

@@ -261,6 +261,35 @@ def test_two_networks_of_a_pipeline_are_told_apart() -> None:
     assert names[-1].startswith("transformer_2.")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
+def test_compiled_networks(how: str) -> None:
+    """Code that was compiled before sees the mechanism come and go."""
+    torch.compiler.reset()
+    pipe = tiny_pipeline("flux")
+    arguments = {**guided_call(pipe, "flux", guided=False), "output_type": "latent"}
+    if how == "wrapped":
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    elif how == "in place":
+        pipe.transformer.compile(backend="eager")
+    else:
+        pipe.transformer.compile_repeated_blocks(backend="eager")
+
+    def paint() -> torch.Tensor:
+        return pipe(**{**arguments, "generator": torch.Generator().manual_seed(0)})[0]
+
+    before = paint()
+    with CoordinateResolver().attach(pipe) as coordinates, AttentionNorms().attach(pipe) as norms:
+        assert torch.equal(paint(), before)
+        report = norms.report()
+        assert coordinates.report()["found"] == {"scheduler": 4}
+    assert report["inactive"] == {}
+    assert report["calls"] == 4 * report["places"]
+    assert all(len(recorded["cond"]) == 4 for recorded in report["norms"].values())
+    assert torch.equal(paint(), before)
+    assert norms.calls == report["calls"], "a detached mechanism is still called"
+
+
 def test_public_names() -> None:
     assert dit.runtime.Attachment is Attachment
     assert dit.runtime.Coordinates is Coordinates
