@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 from torch import nn
 
 
@@ -14,6 +15,8 @@ def half_precision(module: nn.Module) -> Any:
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
+    if isinstance(copied, ConfigMixin):
+        copied.register_to_config(_name_or_path="")  # a folder of the machine that trained is nobody's business
     return copied
 
 

@@ -187,6 +187,7 @@ def test_training_the_decoder_leaves_the_codes_alone(configured, vae_folder, tmp
     assert torch.equal(after.latent_norm.running_var, before.latent_norm.running_var)
     assert not torch.equal(after.to_pixels.weight, before.to_pixels.weight.bfloat16().float())
     assert torch.equal(after.to_latent.weight, before.to_latent.weight.bfloat16().float())
+    assert str(vae_folder) not in (tmp_path / "runs/tiny/export/vae/config.json").read_text()
 
 
 def test_training_the_decoder_needs_a_start(configured):
