@@ -50,7 +50,8 @@ class Report:
         machine: where, and with which versions.
         vocabulary: number of stickers asked for; all stickers of the sheet compete in the judge.
         ceiling: shares of right readings of fresh renders, by set, then metric.
-        autoencoder: the same after a round trip, and `psnr_in_boxes` in dB.
+        autoencoder: the same after a round trip, and in dB `psnr_in_boxes` (mean over pictures,
+            as papers report it) and `psnr_in_boxes_pooled` (of the squared error of all pictures together).
         painted: shares of right pictures by set, then metric.
         seconds_per_picture: painting time, without loading and judging.
     """
@@ -84,15 +85,21 @@ def shares(
     return {metric: sum(right) / len(right) for metric, right in answers.items()}
 
 
-def box_psnr(scenes: Sequence[Scene], sheet: SpriteSheet, resolution: int, through: Through) -> float:
-    """Returns the PSNR in dB over all pixels in sticker boxes, after `through` has changed the pictures."""
-    error = pixels = 0.0
+def box_psnr(scenes: Sequence[Scene], sheet: SpriteSheet, resolution: int, through: Through) -> dict[str, float]:
+    """Measures what `through` does to the pixels in sticker boxes.
+
+    Returns:
+        In dB: `psnr_in_boxes`, the mean over pictures, and `psnr_in_boxes_pooled`, of all their pixels together.
+    """
+    errors, sizes = [], []
     for part in batches(scenes, 32):
         picture = render(part, sheet, resolution)  # (b, 3, R, R)
-        inside = box_mask(part, resolution).expand_as(picture)  # (b, 3, R, R)
-        error += float((through(picture) - picture).square()[inside].sum())
-        pixels += float(inside.sum())
-    return psnr(error / pixels)
+        inside = box_mask(part, resolution)  # (b, 1, R, R)
+        error = (through(picture) - picture).square().mean(1, keepdim=True)  # (b, 1, R, R)
+        errors += (error * inside).sum((1, 2, 3)).tolist()
+        sizes += inside.sum((1, 2, 3)).tolist()
+    each = [psnr(error / size) for error, size in zip(errors, sizes, strict=True)]
+    return {"psnr_in_boxes": sum(each) / len(each), "psnr_in_boxes_pooled": psnr(sum(errors) / sum(sizes))}
 
 
 def round_trip(vae: Any) -> Through:
@@ -155,8 +162,8 @@ class Examiner:
             result[name] = shares(scenes, pictures, self.judge, self._tick(f"{title}, {SETS[name].title}"))
         return result
 
-    def box_psnr(self, resolution: int, through: Through) -> float:
-        """Returns the PSNR inside sticker boxes of scenes with held-out combinations, in dB."""
+    def box_psnr(self, resolution: int, through: Through) -> dict[str, float]:
+        """Returns the PSNR inside sticker boxes of scenes with held-out combinations."""
         names = ("heldout_single", "heldout_pair")
         scenes = [request.scene for name in names for request in self.requests(SETS[name])]
         return box_psnr(scenes, self.sheet, resolution, through)
@@ -258,7 +265,7 @@ def examine(
     through = round_trip(pipe.vae)
     report.ceiling = examiner.ceiling(resolution, lambda pictures: pictures, "fresh renders")
     report.autoencoder = dict(examiner.ceiling(resolution, through, "after a round trip"))
-    report.autoencoder["psnr_in_boxes"] = examiner.box_psnr(resolution, through)
+    report.autoencoder |= examiner.box_psnr(resolution, through)
     start = time.perf_counter()
     pictures, prompts = examiner.sheet_pictures(generate)
     report.seconds_per_picture = (time.perf_counter() - start) / len(prompts)
@@ -282,7 +289,8 @@ def show(report: Report, console: Console) -> None:
             title, colour = (SETS[name].title, _percent(found["colour"])) if main else ("", "")
             table.add_row(title, metric, _percent(found[metric]), colour, *limits)
     console.print(table)
-    console.print(f"autoencoder: {report.autoencoder['psnr_in_boxes']:.2f} dB inside sticker boxes")
+    mean, pooled = (report.autoencoder[name] for name in ("psnr_in_boxes", "psnr_in_boxes_pooled"))
+    console.print(f"autoencoder: {mean:.2f} dB inside sticker boxes (mean over pictures; {pooled:.2f} dB pooled)")
     if report.seconds_per_picture is not None:
         console.print(f"painting: {report.seconds_per_picture:.3f} s a picture on {report.machine['device']}")
 
