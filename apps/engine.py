@@ -54,6 +54,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+WATCH_SECONDS = 2.0
+"""How often it is checked that a silent worker still lives."""
 POLL_SECONDS = 0.1
 """How often a waiting request looks whether it has been stopped."""
 
@@ -176,7 +178,7 @@ class Engine:
         worker.start()
         try:
             while True:
-                event = events.get()
+                event = _next(events, worker)
                 if isinstance(event, Exception):
                     raise event
                 yield event
@@ -309,6 +311,16 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     if name not in table:
         raise ValueError(f"dtype {name!r} is unknown; choose among auto, {', '.join(table)}.")
     return table[name]
+
+
+def _next(events: queue.SimpleQueue[Event | Exception], worker: threading.Thread) -> Event | Exception:
+    """Return what the worker tells next; one that died without a word, for want of memory, is not waited for."""
+    while True:
+        try:
+            return events.get(timeout=WATCH_SECONDS)
+        except queue.Empty:
+            if not worker.is_alive() and events.empty():
+                return MemoryError("the painting thread ended without a word")
 
 
 class _LineFullError(Exception):
