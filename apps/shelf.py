@@ -267,8 +267,10 @@ def _weights(component: torch.nn.Module) -> dict[str, torch.Tensor]:
         hook = getattr(layer, "_hf_hook", None)  # accelerate's; several are chained in one
         for one in getattr(hook, "hooks", [hook]):
             aside = getattr(one, "weights_map", None)
-            for name in [] if aside is None else (name for name, _ in layer.named_parameters(recurse=False)):
-                weights[f"{path}.{name}" if path else name] = aside[name]
+            if aside is not None:
+                weights |= {
+                    f"{path}.{name}".lstrip("."): aside[name] for name, _ in layer.named_parameters(recurse=False)
+                }
     return weights
 
 

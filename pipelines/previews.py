@@ -58,7 +58,7 @@ def preview(
         return pipe.preview(latents)
     grid = unpack_latents(pipe, latents.to("cpu", torch.float32), height, width, num_frames)
     rgb = as_visual_tokenizer(pipe.vae).preview(grid)  # (B, 3, h, w)
-    return VaeImageProcessor().postprocess(rgb, output_type="pil")
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy((rgb + 1) / 2))
 
 
 def unpack_latents(

@@ -108,7 +108,7 @@ def load_denoiser(
     with clear_hub_errors(str(config), options.get("revision")):
         try:
             # `revision` is the one of the weights there; they are local, only the configuration may come from the Hub
-            loaded = network.from_single_file(
+            loaded: Any = network.from_single_file(
                 str(file),
                 config=str(config),
                 subfolder=slot,

@@ -207,7 +207,8 @@ def fetch(repository: str, options: Mapping[str, Any], replaced: Collection[str]
         ConnectionError: the Hub can't be reached and the cache doesn't hold it.
         ValueError: its index names something that is not loaded here.
     """
-    hub = {name: options[name] for name in DOWNLOAD_OPTIONS if options.get(name) is not None} | {"token": hub_token()}
+    hub: dict[str, Any] = {name: options[name] for name in DOWNLOAD_OPTIONS if options.get(name) is not None}
+    hub["token"] = hub_token()
     with clear_hub_errors(repository, hub.get("revision")):
         loader = pipeline_class(TesseraPipeline.load_config(repository, **hub))
         if not issubclass(loader, TesseraPipeline):
