@@ -80,7 +80,7 @@ def test_ctrl_c_leaves_130_and_no_file(tmp_path):
         from pathlib import Path
         from apps import cli, engine
         from tests.studio.fakes import FakePipeline
-        pipe = FakePipeline(step_seconds=0.05)
+        pipe = FakePipeline(step_seconds=0.5)  # 75 seconds in all: even a starved signal comes in time
         engine.Engine._load_pipeline = lambda self, source: pipe
         tell = lambda: (pipe.in_step.wait(), Path(sys.argv[1], "started").touch())
         threading.Thread(target=tell, daemon=True).start()
@@ -93,7 +93,7 @@ def test_ctrl_c_leaves_130_and_no_file(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=10)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error.decode()
     assert [file.name for file in tmp_path.iterdir()] == ["started"]
     assert b"Traceback" not in error

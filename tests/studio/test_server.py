@@ -50,7 +50,7 @@ def server(tmp_path_factory):
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(30)  # Gradio gives open connections five seconds; a busy machine takes its time too
+            process.wait(120)  # Gradio gives open connections five seconds; a busy machine takes its time too
         finally:
             process.kill()
     assert "Traceback" not in (folder / "log").read_text()
