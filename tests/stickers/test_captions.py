@@ -61,12 +61,11 @@ def read_relation(text: str, first: str, second: str) -> str:
     start, end = min(place, other), max(place, other)
     name = first if place < other else second
     before, between, after = text[:start], text[start + len(name) : end], text[end:]
-    early = next((w for w in ("left", "right", "top", "bottom", "above", "under", "below") if w in words(before)), None)
+    early = next((w for w in ("left", "right", "top", "bottom", "under", "below") if w in words(before)), None)
     inside = words(between)
     listing = "and" in inside or "," in between or ":" in between
     if early and " is " in between:  # "to the right of A is B", "below A is B": the word belongs to the later one
-        opposite = {"right": "left of", "left": "right of", "below": "above", "under": "above"}
-        earlier_stands = {**opposite, "above": "below", "top": "below"}[early]
+        earlier_stands = {"right": "left of", "left": "right of", "below": "above", "under": "above"}[early]
     elif early:  # "left: A, right: B"
         earlier_stands = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}[early]
     elif listing:  # "A on top, B below"
