@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from dit.cache import POLICIES
-from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
 from pipelines.base import OUTPUT_TYPES, TesseraPipeline
 from pipelines.checks import check_choice, check_count, check_number
 from pipelines.labels import Label, label_ids, names_of
 from pipelines.lora import TransformerLoraMixin
+from sampling.next_scale import ScaleWalk
 from sampling.tokens import Generators, draw_tokens, guide_logits, mix_codes, ramp, truncate
 
 
@@ -170,30 +169,31 @@ class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         """Walk through the scales; returns the latents (B, C, h, w)."""
         no_class = torch.full_like(labels, self.transformer.config.num_classes)
         rows = torch.cat([labels, no_class]) if self.do_classifier_free_guidance else labels  # (B,) or (2B,)
-        condition = self.transformer.prepare_condition(rows)
-        cache = self.transformer.make_cache(len(rows), kv_policy)
-        latents = self.vae.start_latents(len(labels))  # (B, C, h, w)
-        run, count = next_run(), len(self.vae.grids)
+        count = len(self.vae.grids)
+        walk = ScaleWalk(
+            self.transformer,
+            self.vae,
+            self.transformer.prepare_condition(rows),
+            self.transformer.make_cache(len(rows), kv_policy),
+            self.vae.start_latents(len(labels)),
+            guided=self.do_classifier_free_guidance,
+            guide=lambda cond, uncond, scale: guide_logits(cond, uncond, self._guidance_scale * ramp(scale, count)),
+            draw=lambda logits, scale: self._draw(logits, ramp(scale, count), how, generator),
+            num_scales=count,
+            step_arguments={"attention_kwargs": self._attention_kwargs},
+        )
         self._num_timesteps = count
         with self.progress_bar(total=count) as bar:
             for scale in range(count):
                 if self._interrupt:
                     break
-                codes = None if scale == 0 else self.vae.next_input(latents, scale)  # (B, N, C)
-                if codes is not None and len(rows) > len(labels):
-                    codes = codes.repeat(2, 1, 1)  # (2B, N, C)
-                here = Coordinates(run, scale, count, math.nan, float(scale), scale=scale)
-                with coordinates_scope(here):
-                    logits = self.transformer.step(
-                        codes, scale, condition, cache, attention_kwargs=self._attention_kwargs
-                    )  # (B or 2B, N, V)
-                indices, tokens = self._draw(logits, ramp(scale, count), how, generator)
-                latents = self.vae.accumulate(latents, tokens, scale)  # (B, C, h, w)
-                tensors = {"latents": latents, "denoised_latents": latents, "indices": indices}
-                latents = self.run_callback(callback, scale, torch.tensor(scale), callback_inputs, tensors)["latents"]
+                indices = walk.step(scale)
+                tensors = {"latents": walk.latents, "denoised_latents": walk.latents, "indices": indices}
+                returned = self.run_callback(callback, scale, torch.tensor(scale), callback_inputs, tensors)
+                walk.latents = returned["latents"]
                 bar.update()
         self._interrupted = self._interrupt
-        return latents
+        return walk.latents
 
     def _draw(
         self, logits: Tensor, progress: float, how: TokenSampling, generator: Generators
@@ -201,7 +201,7 @@ class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         """Draw a scale's tokens.
 
         Args:
-            logits: (B, N, V), or (2B, N, V) with the unconditional half behind.
+            logits: (B, N, V).
             progress: 0 at the first scale, 1 at the last.
             how: the settings.
             generator: of the caller.
@@ -209,9 +209,6 @@ class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         Returns:
             Indices (B, N), and what to add to the picture: the same, or mixed codebook entries (B, N, C).
         """
-        if self.do_classifier_free_guidance:
-            cond, uncond = logits.chunk(2)  # (B, N, V) each
-            logits = guide_logits(cond, uncond, self._guidance_scale * progress)  # (B, N, V)
         logits = truncate(logits, how.top_k, how.top_p, how.temperature)  # (B, N, V)
         indices = draw_tokens(logits, generator)  # (B, N)
         if not how.smooth:
