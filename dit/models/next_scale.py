@@ -1,15 +1,20 @@
-"""Transformer that paints a picture scale by scale (VAR, arXiv 2404.02905).
+"""Transformer that paints a picture scale by scale (VAR, arXiv 2404.02905; Infinity, arXiv 2412.04431).
 
 A picture is a pyramid of token maps. The network sees the picture of all coarser scales, shrunk to the size of the next
 one, and predicts all tokens of that scale at once. Three entries: `prepare_condition` computes once per picture what
 does not change from scale to scale, `step` predicts one scale against a cache of the earlier ones, and `forward`
 predicts all scales of known pictures in one masked pass, for training.
+
+VAR and Infinity are configurations: what conditions the picture (labels or text), how a place is told (learned or
+rotary), and what is predicted of a token (its entry in a codebook, or each of its bits).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,38 +22,68 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from dit.attention import attention
 from dit.cache import ScaleKVCache
-from dit.layers.feed_forward import FeedForward
-from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
-from dit.layers.scales import block_causal_mask, scale_grids, token_counts, token_scales, token_slices
+from dit.layers.modulation import AdaLNSingle, modulate
+from dit.layers.next_scale_block import KeyValue, LayerCache, NextScaleBlock, TextPool
+from dit.layers.norms import RMSNorm
+from dit.layers.positions import Rotary, rotary_embedding
+from dit.layers.resolutions import LADDERS, reference_grid, scale_positions
+from dit.layers.scales import Grid, block_causal_mask, scale_grids, token_counts, token_scales, token_slices
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-"""Sides of the token maps for pictures of 256 pixels: 680 tokens."""
+"""Sides of VAR's token maps for pictures of 256 pixels: 680 tokens."""
 
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-"""Sides of the token maps for pictures of 512 pixels: 2240 tokens."""
+"""Sides of VAR's token maps for pictures of 512 pixels: 2240 tokens."""
 
-PRESETS: dict[str, dict[str, Any]] = {
-    f"VAR-d{depth}": {
+
+def _var(depth: int) -> dict[str, Any]:
+    """The configuration of VAR-d<depth>."""
+    return {
         "scales": SCALES_512 if depth == 36 else SCALES_256,
         "num_layers": depth,
         "num_attention_heads": depth,
         "attention_head_dim": 64,
         "shared_modulation": depth == 36,
     }
-    for depth in (16, 20, 24, 30, 36)
+
+
+def _infinity(depth: int, heads: int, head_dim: int, bits: int = 32, patchify: int = 1) -> dict[str, Any]:
+    """The configuration of an Infinity for pictures of about a million pixels."""
+    width = heads * head_dim
+    return {
+        "scales": tuple(rows for rows, _ in LADDERS[1.0]),
+        "latent_channels": bits,
+        "patchify": patchify,
+        "num_layers": depth,
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "ff_ratio": round(4 * width / 256) * 256 / width,
+        "shared_modulation": True,
+        "text_dim": 2048,
+        "bitwise": True,
+        "positions": "rotary",
+        "max_scales": 15,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **{f"VAR-d{depth}": _var(depth) for depth in (16, 20, 24, 30, 36)},
+    "Infinity-125M": _infinity(12, 8, 96),
+    "Infinity-2B": _infinity(32, 16, 128),
+    "Infinity-8B": _infinity(40, 28, 128, bits=14, patchify=2),
 }
 """Configurations by their published names, for example "VAR-d16"."""
 
-MAX_SHARPNESS = 100.0
-"""Upper limit of what a head multiplies its cosine similarities with."""
+POSITIONS = ("learned", "rotary")
+"""How the network knows where a token stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,183 +94,74 @@ class NextScaleCondition:
         start: input of the first scale, (B, N0, D).
         modulation: of each block, (B, 6, D): two gates, two scales, two shifts (attention's and the perceptron's).
         modulation_out: before the head, (B, 2, D): scale, shift.
+        grids: rows and columns of each scale.
+        text: of each block, keys and values of the text, (B, M, K, E) each; empty without text.
+        text_mask: (B, M), bool, True on real text tokens; None if all are.
+        rotary: of each scale, (cos, sin), each (N, E); empty with learned positions.
     """
 
     start: Tensor
     modulation: tuple[Tensor, ...]
     modulation_out: Tensor
+    grids: tuple[Grid, ...]
+    text: tuple[KeyValue, ...] = ()
+    text_mask: Tensor | None = None
+    rotary: tuple[Rotary, ...] = ()
 
     def select(self, rows: Tensor) -> NextScaleCondition:
         """Keep, drop, repeat or reorder rows of the batch by indices (B',)."""
-        chosen = tuple(one.index_select(0, rows) for one in self.modulation)
-        return NextScaleCondition(self.start.index_select(0, rows), chosen, self.modulation_out.index_select(0, rows))
+        return replace(
+            self,
+            start=self.start.index_select(0, rows),
+            modulation=tuple(one.index_select(0, rows) for one in self.modulation),
+            modulation_out=self.modulation_out.index_select(0, rows),
+            text=tuple((key.index_select(0, rows), value.index_select(0, rows)) for key, value in self.text),
+            text_mask=None if self.text_mask is None else self.text_mask.index_select(0, rows),
+        )
 
-
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """One layer's way into the cache at one scale."""
-
-    cache: ScaleKVCache
-    layer: int
-    scale: int
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, N, K, E); returns those of all scales so far, (B, M, K, E)."""
-        return self.cache.append(self.layer, self.scale, key, value)
-
-
-class NextScaleAttnProcessor:
-    """Project, normalise, remember, attend, project back. Replaceable through `set_attn_processor`."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: NextScaleAttention,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """Attend to all scales so far.
-
-        Args:
-            attn: the layer that owns the projections.
-            hidden_states: (B, N, D), one scale with a cache, else all of them.
-            attention_mask: bool, broadcastable to (B, K, N, M).
-            cache: earlier scales of this layer; the current one is added.
-
-        Returns:
-            (B, N, D).
-        """
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, K, E)
-        key = attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, K, E)
-        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, K, E)
-        query, key = attn.normalize(query, key)
-        if cache is not None:
-            key, value = cache.append(key, value)  # (B, M, K, E)
-        out = attention(
-            query,
-            key,
-            value,
-            attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )  # (B, N, K, E)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2)))  # (B, N, D)
-
-
-class NextScaleAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention over cosine similarities, each head with a learned sharpness (arXiv 2111.09883, 3.3).
-
-    Args:
-        hidden_size: model width D.
-        num_heads: heads K; D must be a multiple.
-        qk_l2_norm: compare directions; False compares vectors, at a quarter of the usual softmax scale, as the
-            reference does.
-    """
-
-    _default_processor_cls = NextScaleAttnProcessor
-    _available_processors = [NextScaleAttnProcessor]
-    _supports_qkv_fusion = False  # keys have no bias, and diffusers fuses layers with biases or without
-
-    def __init__(self, hidden_size: int, num_heads: int, qk_l2_norm: bool) -> None:
-        super().__init__()
-        self.heads = num_heads
-        self.to_q = nn.Linear(hidden_size, hidden_size)
-        self.to_k = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.to_v = nn.Linear(hidden_size, hidden_size)
-        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size), nn.Identity()])
-        self.log_sharpness = nn.Parameter(torch.full((num_heads,), math.log(4.0))) if qk_l2_norm else None
-        self.set_processor(self._default_processor_cls())
-
-    def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Make queries and keys (B, N, K, E) such that the usual softmax scale 1 / sqrt(E) gives the wanted scores."""
-        if self.log_sharpness is None:
-            return 0.25 * query, key
-        sharpness = self.log_sharpness.clamp(max=math.log(MAX_SHARPNESS)).exp() * math.sqrt(query.shape[-1])  # (K,)
-        return F.normalize(query, dim=-1) * sharpness[:, None].to(query.dtype), F.normalize(key, dim=-1)
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
-        """Attend; see `NextScaleAttnProcessor` for the shapes."""
-        return self.processor(self, hidden_states, attention_mask, cache)
-
-
-class NextScaleBlock(nn.Module):
-    """Attention and perceptron, each scaled, shifted and gated by the condition.
-
-    Args:
-        hidden_size: model width D.
-        num_heads: attention heads K.
-        ff_ratio: width of the perceptron over D.
-        norm_eps: added to the variance by the norms.
-        qk_l2_norm: see `NextScaleAttention`.
-        shared_modulation: own a table to be added to the network's six vectors, not a projection of the condition.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        ff_ratio: float,
-        norm_eps: float,
-        qk_l2_norm: bool,
-        shared_modulation: bool,
-    ) -> None:
-        super().__init__()
-        self.modulation = None if shared_modulation else AdaLNSingle(hidden_size)
-        self.modulation_table = modulation_table(6, hidden_size) if shared_modulation else None  # (6, D)
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
-        self.attn = NextScaleAttention(hidden_size, num_heads, qk_l2_norm)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
-        self.ff = FeedForward(hidden_size, int(hidden_size * ff_ratio))
-
-    def modulate_by(self, condition: Tensor, shared: Tensor | None) -> Tensor:
-        """This block's six vectors (B, 6, D) from the condition (B, D) or the network's shared vectors (B, 6, D)."""
-        return self.modulation(condition) if self.modulation is not None else self.modulation_table + shared
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        modulation: Tensor,
-        attention_mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """Map tokens (B, N, D), given the six vectors (B, 6, D), to tokens (B, N, D)."""
-        gate_a, gate_f, scale_a, scale_f, shift_a, shift_f = modulation.unsqueeze(2).unbind(1)  # (B, 1, D) each
-        attended = self.attn(modulate(self.norm1(hidden_states), shift_a, scale_a), attention_mask, cache)  # (B, N, D)
-        hidden_states = hidden_states + gate_a * attended  # (B, N, D)
-        fed = self.ff(modulate(self.norm2(hidden_states), shift_f, scale_f))  # (B, N, D)
-        return hidden_states + gate_f * fed  # (B, N, D)
+    def for_block(self, layer: int) -> dict[str, Any]:
+        """What a block gets at every scale, by the names of `NextScaleBlock.forward`."""
+        text = self.text[layer] if self.text else None
+        return {"modulation": self.modulation[layer], "text": text, "text_mask": self.text_mask}
 
 
 class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
-    """Class-conditional next-scale transformer, numerically the released VAR.
+    """Next-scale transformer, numerically the released VAR or Infinity.
+
+    With `text_dim` the condition is text, which is pooled into one vector (it starts the picture and modulates every
+    layer) and read by every block through cross-attention; else it is a class label.
 
     Args:
         scales: sides of the token maps, coarse to fine; pairs are rows and columns.
         latent_channels: channels C of the tokenizer's latents.
-        vocab_size: entries V of the tokenizer's codebook.
+        vocab_size: entries V of the tokenizer's codebook; not used with `bitwise`.
         num_layers: number of blocks.
         num_attention_heads: heads K.
         attention_head_dim: head width E; the model width is D = K E.
         ff_ratio: width of the perceptron over D.
-        num_classes: number of labels; label `num_classes` means 'no class'.
-        class_dropout_prob: share of labels that `forward` replaces by 'no class' in training mode.
-        shared_modulation: one projection of the condition for all blocks (VAR-d36), not one a block.
+        num_classes: number of labels; label `num_classes` means 'no class'. Not used with `text_dim`.
+        class_dropout_prob: share of labels that `forward` replaces by 'no class' in training mode, or of texts that it
+            replaces by the empty one.
+        shared_modulation: one projection of the condition for all blocks (VAR-d36, Infinity), not one a block.
         qk_l2_norm: attend by cosine similarity; all released models do.
         norm_eps: added to the variance by the norms.
+        text_dim: width Dt of the text states; None for class labels.
+        text_max_length: longest text that can be left empty.
+        text_pool_heads: heads that pool the text.
+        bitwise: predict each bit of a token, not its entry in a codebook.
+        patchify: latent pixels along a side of a token; its inputs are C p p numbers.
+        positions: one of `POSITIONS`. "learned": a vector a token, for this schedule only; "rotary": turned queries and
+            keys (arXiv 2104.09864), for any schedule, with rows and columns of all scales counted on one map.
+        max_scales: longest schedule; None is the length of `scales`.
 
     Raises:
-        ValueError: scales that shrink, or none.
+        ValueError: scales that shrink, or none; heads that don't divide the width; unknown positions.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["NextScaleBlock"]
     _repeated_blocks: ClassVar = ["NextScaleBlock"]
-    _skip_layerwise_casting_patterns: ClassVar = ["embed", "norm", "modulation", "log_sharpness", "proj_out"]
+    _skip_layerwise_casting_patterns: ClassVar = ["embed", "norm", "modulation", "log_sharpness", "proj_out", "text_"]
 
     @register_to_config
     def __init__(
@@ -252,28 +178,46 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
         shared_modulation: bool = False,
         qk_l2_norm: bool = True,
         norm_eps: float = 1e-6,
+        text_dim: int | None = None,
+        text_max_length: int = 512,
+        text_pool_heads: int = 16,
+        bitwise: bool = False,
+        patchify: int = 1,
+        positions: str = "learned",
+        max_scales: int | None = None,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size = num_attention_heads * attention_head_dim
         self.grids = scale_grids(scales)
         self.slices = token_slices(self.grids)
-        self.hidden_size = hidden_size = num_attention_heads * attention_head_dim
-        self.class_embed = nn.Embedding(num_classes + 1, hidden_size)
+        _check_choices(hidden_size, text_dim, text_pool_heads, positions, attention_head_dim)
+        if text_dim is None:
+            self.class_embed = nn.Embedding(num_classes + 1, hidden_size)
+        else:
+            self.null_text = nn.Parameter(torch.empty(text_max_length, text_dim))  # (M, Dt)
+            self.text_norm = RMSNorm(text_dim, norm_eps)
+            self.text_pool = TextPool(text_dim, hidden_size, text_pool_heads)
+            self.text_proj = PixArtAlphaTextProjection(text_dim, hidden_size)
         self.start_embed = nn.Parameter(torch.empty(self.slices[0].stop, hidden_size))  # (N0, D)
-        self.pos_embed = nn.Parameter(torch.empty(self.slices[-1].stop, hidden_size))  # (L, D)
-        self.scale_embed = nn.Embedding(len(self.grids), hidden_size)
-        self.code_embed = nn.Linear(latent_channels, hidden_size)
+        learned = positions == "learned"
+        self.pos_embed = nn.Parameter(torch.empty(self.slices[-1].stop, hidden_size)) if learned else None  # (L, D)
+        self.scale_embed = nn.Embedding(max_scales or len(self.grids), hidden_size)
+        self.code_embed = nn.Linear(self.code_size, hidden_size)
         self.adaln_single = AdaLNSingle(hidden_size) if shared_modulation else None
+        shape = (hidden_size, num_attention_heads, ff_ratio, norm_eps, qk_l2_norm, shared_modulation)
         self.transformer_blocks = nn.ModuleList(
-            [
-                NextScaleBlock(hidden_size, num_attention_heads, ff_ratio, norm_eps, qk_l2_norm, shared_modulation)
-                for _ in range(num_layers)
-            ]
+            [NextScaleBlock(*shape, reads_text=text_dim is not None) for _ in range(num_layers)]
         )
         self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.norm_out = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
-        self.proj_out = nn.Linear(hidden_size, vocab_size)
+        self.proj_out = nn.Linear(hidden_size, 2 * self.code_size if bitwise else vocab_size)
         self.gradient_checkpointing = False
         self._initialize()
+
+    @property
+    def code_size(self) -> int:
+        """Numbers that the network sees of a token: C p p. With `bitwise` also the bits that it predicts."""
+        return self.config.latent_channels * self.config.patchify**2
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> NextScaleTransformer:
@@ -309,39 +253,120 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
             gates, rest = own.unflatten(0, (6, -1)).split((2, 4))  # the gates are the first two of six
             gates.mul_(1e-5)
             rest.mul_(0.5)
-            for last in (block.attn.to_out[0], block.ff.net[2]):
-                last.weight.div_(math.sqrt(2 * len(self.transformer_blocks)))
+            for last in (block.attn, block.cross_attn, block.ff):
+                if last is not None:
+                    layer = last.net[2] if last is block.ff else last.to_out[0]
+                    layer.weight.div_(math.sqrt(2 * len(self.transformer_blocks)))
+        if self.config.text_dim is not None:
+            nn.init.trunc_normal_(self.null_text, std=1.2 / math.sqrt(self.config.text_dim))
 
-    # --------------------------------------------------------------- generation
+    # ---------------------------------------------------------------- condition
 
+    def empty_text(self, length: int, batch_size: int = 1) -> Tensor:
+        """The learned text that stands for none, as guidance's other side: as long as the text it replaces.
+
+        Args:
+            length: text tokens M.
+            batch_size: rows B.
+
+        Returns:
+            (B, M, Dt); it goes with the mask of the replaced text.
+
+        Raises:
+            ValueError: the network reads no text, or none of this length.
+        """
+        if self.config.text_dim is None:
+            raise ValueError("this transformer reads class labels, not text: 'no class' is the label after the last")
+        if not 1 <= length <= len(self.null_text):
+            raise ValueError(f"a text of {length} tokens can't be left empty: expected 1 to {len(self.null_text)}")
+        return self.null_text[:length].expand(batch_size, -1, -1)  # (B, M, Dt)
+
+    @apply_lora_scale("attention_kwargs")
     @apply_forward_hook
-    def prepare_condition(self, class_labels: Tensor) -> NextScaleCondition:
+    def prepare_condition(
+        self,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        grids: Sequence[Grid] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> NextScaleCondition:
         """Compute what does not change from scale to scale.
 
         Args:
-            class_labels: (B,), int; `num_classes` means 'no class'.
+            class_labels: (B,), int; `num_classes` means 'no class'. For networks of labels.
+            encoder_hidden_states: text states, (B, M, Dt). For networks of text.
+            encoder_attention_mask: (B, M), bool, True on real text tokens, at least one a row; None if all are.
+            grids: rows and columns of each scale; None is the schedule of the configuration.
+            attention_kwargs: `{"scale": s}` scales LoRA adapters.
 
         Returns:
             The condition of `step`.
+
+        Raises:
+            ValueError: labels for a network of text or the other way round; a schedule that it can't paint.
         """
-        condition = self.class_embed(class_labels)  # (B, D)
+        grids = self._check_schedule(grids)
+        condition, text = self._embed_condition(class_labels, encoder_hidden_states, encoder_attention_mask)
         shared = None if self.adaln_single is None else self.adaln_single(condition)  # (B, 6, D)
         return NextScaleCondition(
             start=condition[:, None] + self.start_embed,  # (B, N0, D)
             modulation=tuple(block.modulate_by(condition, shared) for block in self.transformer_blocks),
             modulation_out=self.modulation_out(F.silu(condition)).unflatten(-1, (2, -1)),  # (B, 2, D)
+            grids=grids,
+            text=() if text is None else tuple(block.cross_attn.read(text) for block in self.transformer_blocks),
+            text_mask=encoder_attention_mask,
+            rotary=self._rotary(grids),
         )
 
-    def make_cache(self, batch_size: int, policy: str = "full") -> ScaleKVCache:
+    def _embed_condition(
+        self, labels: Tensor | None, text: Tensor | None, text_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The condition as one vector (B, D), and the text as the blocks read it, (B, M, D)."""
+        wants_text = self.config.text_dim is not None
+        if (text is None) == wants_text or (labels is None) != wants_text:
+            wanted = "encoder_hidden_states and no class_labels" if wants_text else "class_labels and no text"
+            raise ValueError(f"this transformer needs {wanted}")
+        if not wants_text:
+            return self.class_embed(labels), None
+        text = self.text_norm(text.to(self.dtype))  # (B, M, Dt)
+        return self.text_pool(text, text_mask), self.text_proj(text)
+
+    def _check_schedule(self, grids: Sequence[Grid] | None) -> tuple[Grid, ...]:
+        """The schedule to paint, by default the configuration's."""
+        if grids is None:
+            return self.grids
+        grids = scale_grids(grids)
+        if self.pos_embed is not None and grids != self.grids:
+            raise ValueError(f"learned positions fit the schedule {list(self.grids)} only, got {list(grids)}")
+        if len(grids) > self.scale_embed.num_embeddings or grids[0] != self.grids[0]:
+            raise ValueError(
+                f"the schedule {list(grids)} does not fit this transformer: expected at most "
+                f"{self.scale_embed.num_embeddings} scales, the first of size {self.grids[0]}"
+            )
+        return grids
+
+    def _rotary(self, grids: tuple[Grid, ...]) -> tuple[Rotary, ...]:
+        """Rotary angles of each scale, (cos, sin), each (N, E); none with learned positions."""
+        if self.pos_embed is not None:
+            return ()
+        half, reference = self.config.attention_head_dim // 2, reference_grid(grids)
+        places = [scale_positions(grid, reference, self.start_embed.device) for grid in grids]  # (N, 2) each
+        return tuple(rotary_embedding(place, (half, half)) for place in places)
+
+    # --------------------------------------------------------------- generation
+
+    def make_cache(self, batch_size: int, policy: str = "full", grids: Sequence[Grid] | None = None) -> ScaleKVCache:
         """An empty cache for one run of `step` over all scales.
 
         Args:
             batch_size: rows B; with guidance both branches count.
             policy: what to keep, see `dit.cache.POLICIES`.
+            grids: the schedule of the condition.
         """
         config = self.config
         return ScaleKVCache(
-            token_counts(self.grids),
+            token_counts(self._check_schedule(grids)),
             config.num_layers,
             batch_size,
             config.num_attention_heads,
@@ -364,50 +389,71 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
         """Predict the tokens of one scale.
 
         Args:
-            codes: the picture so far at this scale's size, (B, N, C); None at scale 0, which starts from the condition.
+            codes: the picture so far at this scale's size, (B, N, C p p); None at scale 0, which starts from the
+                condition.
             scale: index of the scale; a run goes through all of them in order.
             condition: of `prepare_condition`, for the same B rows.
-            cache: of `make_cache`; this scale is added.
+            cache: of `make_cache`, for the same schedule; this scale is added.
             attention_kwargs: `{"scale": s}` scales LoRA adapters.
 
         Returns:
-            Logits, (B, N, V), float32.
+            Logits, (B, N, V), or (B, N, C p p, 2) of bits; float32.
 
         Raises:
             ValueError: codes of another size than this scale's, or a scale out of order.
         """
-        expected = self.slices[scale].stop - self.slices[scale].start
+        place = token_slices(condition.grids)[scale]
+        expected = place.stop - place.start
         if (codes is None) != (scale == 0) or (codes is not None and codes.shape[1] != expected):
             found = None if codes is None else tuple(codes.shape)
-            wanted = "None" if scale == 0 else f"(B, {expected}, {self.config.latent_channels})"
+            wanted = "None" if scale == 0 else f"(B, {expected}, {self.code_size})"
             raise ValueError(f"codes of scale {scale} are {found}, expected {wanted}")
         tokens = condition.start if codes is None else self.code_embed(codes.to(self.dtype))  # (B, N, D)
-        hidden_states = tokens + self.pos_embed[self.slices[scale]] + self.scale_embed.weight[scale]  # (B, N, D)
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed[place]  # (B, N, D)
+        hidden_states = tokens + self.scale_embed.weight[scale]  # (B, N, D)
+        rotary = condition.rotary[scale] if condition.rotary else None
         for layer, block in enumerate(self.transformer_blocks):
             hidden_states = block(
-                hidden_states, condition.modulation[layer], None, LayerCache(cache, layer, scale)
+                hidden_states,
+                cache=LayerCache(cache, layer, scale),
+                rotary=rotary,
+                **condition.for_block(layer),
             )  # (B, N, D)
-        return self._logits(hidden_states, condition)  # (B, N, V)
+        return self._logits(hidden_states, condition)
 
     def _logits(self, hidden_states: Tensor, condition: NextScaleCondition) -> Tensor:
-        """From tokens (B, N, D) to logits (B, N, V), float32."""
+        """From tokens (B, N, D) to logits (B, N, V) or (B, N, C p p, 2), float32."""
         scale, shift = condition.modulation_out.unsqueeze(2).unbind(1)  # (B, 1, D) each
-        return self.proj_out(modulate(self.norm_out(hidden_states), shift, scale)).float()  # (B, N, V)
+        logits = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale)).float()  # (B, N, V)
+        return logits.unflatten(-1, (-1, 2)) if self.config.bitwise else logits
 
     # ----------------------------------------------------------------- training
 
     def _drop_labels(self, labels: Tensor) -> Tensor:
         """Replace some labels (B,) by 'no class' in training mode, so that guidance has something to push away from."""
-        if not self.training or self.config.class_dropout_prob == 0:
-            return labels
-        dropped = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout_prob  # (B,)
-        return labels.masked_fill(dropped, self.config.num_classes)  # (B,)
+        return labels.masked_fill(self._dropped(labels), self.config.num_classes)  # (B,)
+
+    def _drop_texts(self, text: Tensor) -> Tensor:
+        """Replace some texts (B, M, Dt) by the empty one in training mode; the mask stays."""
+        empty = self.empty_text(text.shape[1]).to(text.dtype)  # (1, M, Dt)
+        return torch.where(self._dropped(text)[:, None, None], empty, text)  # (B, M, Dt)
+
+    def _dropped(self, rows: Tensor) -> Tensor:
+        """Which rows (B, ...) lose their condition, (B,), bool; none outside of training."""
+        share = self.config.class_dropout_prob if self.training else 0.0
+        if share == 0:
+            return torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        return torch.rand(len(rows), device=rows.device) < share  # (B,)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: Tensor,
-        class_labels: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        grids: Sequence[Grid] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -415,32 +461,63 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
 
         Args:
             hidden_states: the picture before each scale from the second on, at that scale's size, all in one row:
-                (B, L - N0, C); see `teacher_inputs` of the tokenizer.
-            class_labels: (B,), int; `num_classes` means 'no class'.
+                (B, L - N0, C p p); see `teacher_inputs` of the tokenizer.
+            class_labels: see `prepare_condition`.
+            encoder_hidden_states: see `prepare_condition`.
+            encoder_attention_mask: see `prepare_condition`.
+            grids: see `prepare_condition`.
             attention_kwargs: `{"scale": s}` scales LoRA adapters.
             return_dict: return an object with `.sample` rather than a tuple.
 
         Returns:
-            Logits, (B, L, V), float32.
+            Logits, (B, L, V), or (B, L, C p p, 2) of bits; float32.
 
         Raises:
             ValueError: another number of tokens than the schedule has.
         """
-        expected = self.slices[-1].stop - self.slices[0].stop
+        grids = self._check_schedule(grids)
+        expected = sum(token_counts(grids[1:]))
         if hidden_states.shape[1] != expected:
             raise ValueError(
-                f"got {hidden_states.shape[1]} tokens, expected {expected}: those of the scales {list(self.grids[1:])}"
+                f"got {hidden_states.shape[1]} tokens, expected {expected}: those of the scales {list(grids[1:])}"
             )
-        class_labels = self._drop_labels(class_labels)  # (B,)
-        condition = self.prepare_condition(class_labels)
+        if class_labels is not None:
+            class_labels = self._drop_labels(class_labels)  # (B,)
+        if encoder_hidden_states is not None and self.config.text_dim is not None:
+            encoder_hidden_states = self._drop_texts(encoder_hidden_states)  # (B, M, Dt)
+        condition = self.prepare_condition(class_labels, encoder_hidden_states, encoder_attention_mask, grids)
         device = hidden_states.device
         tokens = torch.cat([condition.start, self.code_embed(hidden_states.to(self.dtype))], dim=1)  # (B, L, D)
-        tokens = tokens + self.pos_embed + self.scale_embed(token_scales(self.grids, device))  # (B, L, D)
-        mask = block_causal_mask(self.grids, device)  # (1, 1, L, L)
-        for block, modulation in zip(self.transformer_blocks, condition.modulation, strict=True):
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed  # (B, L, D)
+        tokens = tokens + self.scale_embed(token_scales(grids, device))  # (B, L, D)
+        shared = {
+            "attention_mask": block_causal_mask(grids, device),  # (1, 1, L, L)
+            "rotary": _joined(condition.rotary),
+        }
+        for layer, block in enumerate(self.transformer_blocks):
+            inputs = {**condition.for_block(layer), **shared}
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, modulation, mask)
+                tokens = self._gradient_checkpointing_func(partial(block, **inputs), tokens)
             else:
-                tokens = block(tokens, modulation, mask)  # (B, L, D)
-        logits = self._logits(tokens, condition)  # (B, L, V)
+                tokens = block(tokens, **inputs)  # (B, L, D)
+        logits = self._logits(tokens, condition)
         return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)
+
+
+def _joined(rotary: tuple[Rotary, ...]) -> Rotary | None:
+    """The angles of all scales in one row, (cos, sin), each (L, E)."""
+    if not rotary:
+        return None
+    cos, sin = zip(*rotary, strict=True)
+    return torch.cat(cos), torch.cat(sin)
+
+
+def _check_choices(hidden_size: int, text_dim: int | None, text_pool_heads: int, positions: str, head_dim: int) -> None:
+    """Raise for configurations that can't be built."""
+    if positions not in POSITIONS:
+        raise ValueError(f"positions {positions!r} are not known; use one of {', '.join(map(repr, POSITIONS))}")
+    if positions == "rotary" and head_dim % 4:
+        raise ValueError(f"rotary positions over rows and columns need a head width that 4 divides, got {head_dim}")
+    if text_dim is not None and (text_pool_heads < 1 or hidden_size % text_pool_heads):
+        raise ValueError(f"{text_pool_heads} heads can't pool text into a width of {hidden_size}; use a divisor of it")

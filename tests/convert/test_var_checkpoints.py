@@ -78,7 +78,7 @@ def on_meta(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("VAR")])
 def test_every_published_transformer_fits(name: str) -> None:
     """0 missing and 0 unexpected keys, both ways, at full size."""
     depth = int(name.removeprefix("VAR-d"))

@@ -96,14 +96,18 @@ def test_presets_have_the_published_sizes() -> None:
         with torch.device("meta"):
             model = NextScaleTransformer.from_preset(name)
         millions[name] = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
-    assert millions == {"VAR-d16": 310, "VAR-d20": 601, "VAR-d24": 1033, "VAR-d30": 2010, "VAR-d36": 2354}
+    var = {"VAR-d16": 310, "VAR-d20": 601, "VAR-d24": 1033, "VAR-d30": 2010, "VAR-d36": 2354}
+    assert millions == {**var, "Infinity-125M": 125, "Infinity-2B": 2205, "Infinity-8B": 8376}
     with pytest.raises(ValueError, match="VAR-d16"):
         NextScaleTransformer.from_preset("VAR-d17")
 
 
 def test_schedules_are_the_published_ones() -> None:
     lengths = {name: sum(token_counts(scale_grids(preset["scales"]))) for name, preset in PRESETS.items()}
-    assert lengths == {"VAR-d16": 680, "VAR-d20": 680, "VAR-d24": 680, "VAR-d30": 680, "VAR-d36": 2240}
+    assert {name: length for name, length in lengths.items() if length != 680} == {
+        "VAR-d36": 2240,
+        **dict.fromkeys(("Infinity-125M", "Infinity-2B", "Infinity-8B"), 10521),
+    }
 
 
 def test_mask_is_block_causal() -> None:

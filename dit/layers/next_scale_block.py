@@ -1,0 +1,282 @@
+"""The block of next-scale transformers: attention over all scales so far, optionally a look at the text, a perceptron.
+
+VAR (arXiv 2404.02905) has the first and the last, Infinity (arXiv 2412.04431) all three. Keys and values of the text
+don't change from scale to scale, so they come ready into the block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from torch import Tensor, nn
+
+from dit.attention import attention
+from dit.cache import ScaleKVCache
+from dit.layers.feed_forward import FeedForward
+from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
+from dit.layers.positions import Rotary, apply_rotary
+
+MAX_SHARPNESS = 100.0
+"""Upper limit of what a head multiplies its cosine similarities with."""
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values, (B, M, K, E) each."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's way into the cache at one scale."""
+
+    cache: ScaleKVCache
+    layer: int
+    scale: int
+
+    def append(self, key: Tensor, value: Tensor) -> KeyValue:
+        """Store keys and values (B, N, K, E); returns those of all scales so far, (B, M, K, E)."""
+        return self.cache.append(self.layer, self.scale, key, value)
+
+
+class NextScaleAttnProcessor:
+    """Project, normalise, turn, remember, attend, project back. Replaceable through `set_attn_processor`."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: NextScaleAttention,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Attend to all scales so far.
+
+        Args:
+            attn: the layer that owns the projections.
+            hidden_states: (B, N, D), one scale with a cache, else all of them.
+            attention_mask: bool, broadcastable to (B, K, N, M).
+            cache: earlier scales of this layer; the current one is added.
+            rotary: (cos, sin) of these tokens' places, each (N, E).
+
+        Returns:
+            (B, N, D).
+        """
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, K, E)
+        key = attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, K, E)
+        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, K, E)
+        query, key = attn.normalize(query, key)
+        if rotary is not None:
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # autocast normalises in float32
+        if cache is not None:
+            key, value = cache.append(key, value)  # (B, M, K, E)
+        out = attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )  # (B, N, K, E)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))  # (B, N, D)
+
+
+class NextScaleAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention over cosine similarities, each head with a learned sharpness (arXiv 2111.09883, 3.3).
+
+    Args:
+        hidden_size: model width D.
+        num_heads: heads K; D must be a multiple.
+        qk_l2_norm: compare directions; False compares vectors, at a quarter of the usual softmax scale, as the
+            reference does.
+    """
+
+    _default_processor_cls = NextScaleAttnProcessor
+    _available_processors = [NextScaleAttnProcessor]
+    _supports_qkv_fusion = False  # keys have no bias, and diffusers fuses layers with biases or without
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_l2_norm: bool) -> None:
+        super().__init__()
+        self.heads = num_heads
+        self.to_q = nn.Linear(hidden_size, hidden_size)
+        self.to_k = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_v = nn.Linear(hidden_size, hidden_size)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size), nn.Identity()])
+        self.log_sharpness = nn.Parameter(torch.full((num_heads,), math.log(4.0))) if qk_l2_norm else None
+        self.set_processor(self._default_processor_cls())
+
+    def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Make queries and keys (B, N, K, E) such that the usual softmax scale 1 / sqrt(E) gives the wanted scores."""
+        if self.log_sharpness is None:
+            return 0.25 * query, key
+        sharpness = self.log_sharpness.clamp(max=math.log(MAX_SHARPNESS)).exp() * math.sqrt(query.shape[-1])  # (K,)
+        return F.normalize(query, dim=-1) * sharpness[:, None].to(query.dtype), F.normalize(key, dim=-1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Attend; see `NextScaleAttnProcessor` for the shapes."""
+        return self.processor(self, hidden_states, attention_mask, cache, rotary)
+
+
+class TextAttnProcessor:
+    """Project queries, attend to ready keys and values, project back. Replaceable through `set_attn_processor`."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self, attn: TextAttention, hidden_states: Tensor, text: KeyValue, text_mask: Tensor | None = None
+    ) -> Tensor:
+        """Look at the text.
+
+        Args:
+            attn: the layer that owns the projections.
+            hidden_states: (B, N, D).
+            text: of `TextAttention.read`.
+            text_mask: bool, (B, M), True on real text tokens; None if all are.
+
+        Returns:
+            (B, N, D).
+        """
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, K, E)
+        out = attention(
+            query, *text, text_mask, backend=self._attention_backend, parallel_config=self._parallel_config
+        )  # (B, N, K, E)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))  # (B, N, D)
+
+
+class TextAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention of the picture to the text; no positions, no norm of queries and keys.
+
+    Args:
+        hidden_size: model width D.
+        num_heads: heads K; D must be a multiple.
+    """
+
+    _default_processor_cls = TextAttnProcessor
+    _available_processors = [TextAttnProcessor]
+    _supports_qkv_fusion = False
+    is_cross_attention = True
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.heads = num_heads
+        self.to_q = nn.Linear(hidden_size, hidden_size)
+        self.to_k = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_v = nn.Linear(hidden_size, hidden_size)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size), nn.Identity()])
+        self.set_processor(self._default_processor_cls())
+
+    def read(self, text: Tensor) -> KeyValue:
+        """Keys and values of text (B, M, D), once a picture."""
+        key, value = self.to_k(text), self.to_v(text)  # (B, M, D) each
+        return key.unflatten(-1, (self.heads, -1)), value.unflatten(-1, (self.heads, -1))  # (B, M, K, E) each
+
+    def forward(self, hidden_states: Tensor, text: KeyValue, text_mask: Tensor | None = None) -> Tensor:
+        """Look at the text; see `TextAttnProcessor` for the shapes."""
+        return self.processor(self, hidden_states, text, text_mask)
+
+
+class TextPool(nn.Module):
+    """Pool text into one vector: a learned query attends to its tokens (the reference's attentive pool).
+
+    Args:
+        text_dim: width Dt of the text states.
+        hidden_size: width D of the result.
+        num_heads: heads; D must be a multiple.
+    """
+
+    def __init__(self, text_dim: int, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(num_heads, hidden_size // num_heads))  # (K, E)
+        self.to_k = nn.Linear(text_dim, hidden_size, bias=False)
+        self.to_v = nn.Linear(text_dim, hidden_size)
+        self.proj_out = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Pool text (B, M, Dt), real where the mask (B, M) is True, into (B, D)."""
+        heads = len(self.query)
+        key = self.to_k(text).unflatten(-1, (heads, -1))  # (B, M, K, E)
+        value = self.to_v(text).unflatten(-1, (heads, -1))  # (B, M, K, E)
+        query = self.query.to(key.dtype).expand(len(text), 1, -1, -1)  # (B, 1, K, E)
+        return self.proj_out(attention(query, key, value, text_mask).flatten(1))  # (B, D)
+
+
+class NextScaleBlock(nn.Module):
+    """Attention and perceptron, each scaled, shifted and gated by the condition; between them a look at the text.
+
+    Args:
+        hidden_size: model width D.
+        num_heads: attention heads K.
+        ff_ratio: width of the perceptron over D.
+        norm_eps: added to the variance by the norms.
+        qk_l2_norm: see `NextScaleAttention`.
+        shared_modulation: own a table to be added to the network's six vectors, not a projection of the condition.
+        reads_text: whether it looks at the text.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        ff_ratio: float,
+        norm_eps: float,
+        qk_l2_norm: bool,
+        shared_modulation: bool,
+        reads_text: bool = False,
+    ) -> None:
+        super().__init__()
+        self.modulation = None if shared_modulation else AdaLNSingle(hidden_size)
+        self.modulation_table = modulation_table(6, hidden_size) if shared_modulation else None  # (6, D)
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
+        self.attn = NextScaleAttention(hidden_size, num_heads, qk_l2_norm)
+        self.norm_cross = nn.LayerNorm(hidden_size, eps=norm_eps) if reads_text else None
+        self.cross_attn = TextAttention(hidden_size, num_heads) if reads_text else None
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
+        self.ff = FeedForward(hidden_size, round(hidden_size * ff_ratio))
+
+    def modulate_by(self, condition: Tensor, shared: Tensor | None) -> Tensor:
+        """This block's six vectors (B, 6, D) from the condition (B, D) or the network's shared vectors (B, 6, D)."""
+        return self.modulation(condition) if self.modulation is not None else self.modulation_table + shared
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        modulation: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        rotary: Rotary | None = None,
+        text: KeyValue | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Map tokens to tokens.
+
+        Args:
+            hidden_states: (B, N, D).
+            modulation: the six vectors, (B, 6, D).
+            attention_mask: see `NextScaleAttnProcessor`.
+            cache: see `NextScaleAttnProcessor`.
+            rotary: see `NextScaleAttnProcessor`.
+            text: keys and values of `TextAttention.read`, for blocks that read text.
+            text_mask: see `TextAttnProcessor`.
+
+        Returns:
+            (B, N, D).
+        """
+        gate_a, gate_f, scale_a, scale_f, shift_a, shift_f = modulation.unsqueeze(2).unbind(1)  # (B, 1, D) each
+        normed = modulate(self.norm1(hidden_states), shift_a, scale_a)  # (B, N, D)
+        hidden_states = hidden_states + gate_a * self.attn(normed, attention_mask, cache, rotary)  # (B, N, D)
+        if self.cross_attn is not None:
+            hidden_states = hidden_states + self.cross_attn(self.norm_cross(hidden_states), text, text_mask)
+        fed = self.ff(modulate(self.norm2(hidden_states), shift_f, scale_f))  # (B, N, D)
+        return hidden_states + gate_f * fed  # (B, N, D)

@@ -1,0 +1,88 @@
+"""The published schedules of token maps for pictures of any aspect ratio (Infinity, arXiv 2412.04431).
+
+For each aspect ratio there is one ladder of 13 maps; smaller pictures climb only its first rungs. A rung says how many
+tokens there are, not how many pixels: all released tokenizers have 16 pixels along a side of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from dit.layers.scales import Grid
+
+RUNGS = MappingProxyType({"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13})
+"""Rungs of the ladder that a picture climbs, by its pixels in millions: 256, 512, 768 and 1024 squared."""
+
+_TALL = {
+    1.000: "1x1 2x2 4x4 6x6 8x8 12x12 16x16 20x20 24x24 32x32 40x40 48x48 64x64",
+    1.250: "1x1 2x2 3x3 5x4 10x8 15x12 20x16 25x20 30x24 35x28 45x36 55x44 70x56",
+    1.333: "1x1 2x2 4x3 8x6 12x9 16x12 20x15 24x18 28x21 36x27 48x36 60x45 72x54",
+    1.500: "1x1 2x2 3x2 6x4 9x6 15x10 21x14 27x18 33x22 39x26 48x32 63x42 78x52",
+    1.750: "1x1 2x2 3x3 7x4 11x6 14x8 21x12 28x16 35x20 42x24 56x32 70x40 84x48",
+    2.000: "1x1 2x2 4x2 6x3 10x5 16x8 22x11 30x15 38x19 46x23 60x30 74x37 90x45",
+    2.500: "1x1 2x2 5x2 10x4 15x6 20x8 25x10 30x12 40x16 50x20 65x26 80x32 100x40",
+    3.000: "1x1 2x2 6x2 9x3 15x5 21x7 27x9 36x12 45x15 54x18 72x24 90x30 111x37",
+}
+
+
+def _ladders() -> dict[float, tuple[Grid, ...]]:
+    """Every ladder by its height over width; the wide ones are the tall ones lying down."""
+    ladders: dict[float, tuple[Grid, ...]] = {}
+    for ratio, text in _TALL.items():
+        tall = tuple((int(rows), int(columns)) for rows, columns in (one.split("x") for one in text.split()))
+        ladders[ratio] = tall
+        ladders.setdefault(int(1000 / ratio) / 1000, tuple((columns, rows) for rows, columns in tall))
+    return ladders
+
+
+LADDERS = MappingProxyType(_ladders())
+"""The 13 maps of each aspect ratio, height over width."""
+
+
+def nearest_ratio(height_over_width: float) -> float:
+    """The published aspect ratio that is nearest."""
+    return min(LADDERS, key=lambda ratio: abs(ratio - height_over_width))
+
+
+def published_schedules() -> dict[Grid, tuple[Grid, ...]]:
+    """Every published schedule by its last map."""
+    return {ladder[rungs - 1]: ladder[:rungs] for ladder in LADDERS.values() for rungs in RUNGS.values()}
+
+
+def reference_grid(grids: Sequence[Grid]) -> Grid:
+    """The map in whose rows and columns the positions of all scales are counted.
+
+    Args:
+        grids: a schedule.
+
+    Returns:
+        The last rung of the ladder for a published schedule, however many of its rungs it climbs; of any other schedule
+        its own last map.
+    """
+    given = tuple(grids)
+    for ladder in LADDERS.values():
+        if len(given) in RUNGS.values() and ladder[: len(given)] == given:
+            return ladder[-1]
+    return given[-1]
+
+
+def scale_positions(grid: Grid, reference: Grid, device: torch.device | None = None) -> Tensor:
+    """Where a scale's tokens stand on the reference map: every scale spans all of it.
+
+    Args:
+        grid: rows and columns of the scale.
+        reference: see `reference_grid`.
+        device: where to put them.
+
+    Returns:
+        (N, 2), row and column, whole numbers (halves go to the even neighbour, as in the released code), float32.
+    """
+    axes = [
+        (torch.arange(count, device=device) * (whole / count)).round()
+        for count, whole in zip(grid, reference, strict=True)
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)  # (N, 2)
