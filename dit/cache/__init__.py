@@ -1,5 +1,16 @@
 """Keys and values that next-scale models keep between scales."""
 
-from dit.cache.kv_cache import POLICIES, ScaleKVCache
+from dit.cache.kv_cache import KVReport, Observer, ScaleKVCache
+from dit.cache.plan import POLICIES, CachePlan, find_table, plan_cache
+from dit.cache.storage import KV_DTYPES
 
-__all__ = ["POLICIES", "ScaleKVCache"]
+__all__ = [
+    "KV_DTYPES",
+    "POLICIES",
+    "CachePlan",
+    "KVReport",
+    "Observer",
+    "ScaleKVCache",
+    "find_table",
+    "plan_cache",
+]

@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-POLICIES = ("full",)
-"""What can be kept; "full" keeps everything that a later scale reads, so it changes no number."""
+from dit.cache.buffers import PackedBuffers, StackedBuffers
+from dit.cache.plan import CachePlan, check_policy, plan_cache
+from dit.cache.storage import check_kv_dtype
+from dit.layers.scales import Grid
+
+Observer = Callable[[int, int, Tensor, Tensor, Tensor], None]
+"""Called with layer, scale, queries (B, N, K, E), keys and values (B, M, K, E) of each attention call."""
+
+
+@dataclass(frozen=True)
+class KVReport:
+    """What a cache kept and what it took.
+
+    Args:
+        policy: what was kept.
+        share: tokens kept for the last scale over the full history, the mean over layers.
+        kv_dtype: how they were stored.
+        rows: rows of the batch at the end; with guidance both branches.
+        stored_bytes: most bytes that were stored between two scales.
+        peak_bytes: the same with the workspace.
+        full_bytes: what the full history of as many rows takes in the model's number format.
+    """
+
+    policy: str
+    share: float
+    kv_dtype: str
+    rows: int
+    stored_bytes: int
+    peak_bytes: int
+    full_bytes: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values."""
+        return asdict(self)
 
 
 class ScaleKVCache:
     """Keys and values of all layers of one network, for a batch of pictures that are painted together.
 
-    The last scale is never stored: nothing reads it later. Its queries do need a row of keys in which history and
-    current scale are neighbours, and copying the history for that would cost as much as storing. Hence the order in
-    memory: tokens come first, and the layers stand in reverse, the last layer at the front,
-
-        | layer 2: history | layer 1: history | layer 0: history | room |
-
-    so the last scale of a layer is written behind its history, over the histories of the layers before it, which have
-    done their work by then. Only layer 0 needs room of its own.
+    The last scale is never stored: nothing reads it later. A network calls `append` before and `settle` after the
+    attention of each layer; in between, the returned row is valid. Where everything is kept, `settle` has nothing to
+    do and may be left out.
 
     Args:
         token_counts: tokens of each scale, coarse to fine.
@@ -31,13 +59,20 @@ class ScaleKVCache:
         head_dim: head width E.
         dtype: of keys and values, as the network makes them.
         device: where the buffers live.
-        policy: one of `POLICIES`.
+        policy: one of `POLICIES`; "scalekv" needs a plan.
+        budget: share of the full history to keep, see `plan_cache`; "full" takes no notice of it.
+        plan: what to keep, in place of policy and budget.
+        kv_dtype: how to store, "auto" (as the network makes it) or "int8".
+        grids: rows and columns of each scale; without them observing queries are spread along the row of tokens.
+        observer: sees every attention call, for calibration.
 
     Attributes:
-        policy: what is kept.
+        plan: what is kept.
+        kv_dtype: how it is stored.
 
     Raises:
-        ValueError: an unknown policy, or sizes below 1.
+        ValueError: an unknown policy or format, a budget out of range, a plan for another schedule or depth, or sizes
+            below 1.
     """
 
     def __init__(
@@ -51,47 +86,80 @@ class ScaleKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         policy: str = "full",
+        budget: float = 0.1,
+        plan: CachePlan | None = None,
+        kv_dtype: str = "auto",
+        grids: Sequence[Grid] | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"policy {policy!r} is not known; use one of {', '.join(map(repr, POLICIES))}")
+        check_policy(policy)
+        check_kv_dtype(kv_dtype)
         sizes = {"scales": len(token_counts), "layers": num_layers, "rows": batch_size, "heads": num_heads}
         for name, size in {**sizes, "head_dim": head_dim, "tokens of a scale": min(token_counts, default=0)}.items():
             if size < 1:
                 raise ValueError(f"a cache with {size} {name} can hold nothing; use at least 1")
-        self.policy = policy
         self.token_counts = tuple(token_counts)
         self.num_layers = num_layers
-        self._history = sum(self.token_counts[:-1])
-        slots = num_layers * self._history + self.token_counts[-1]
-        self._keys = torch.empty(slots, batch_size, num_heads, head_dim, dtype=dtype, device=device)  # (T, B, K, E)
-        self._values = torch.empty_like(self._keys)  # (T, B, K, E)
+        self.kv_dtype = kv_dtype
+        self.plan = self._checked(plan or plan_cache(policy, self.token_counts, num_layers, budget))
+        self._shape, self._dtype, self._device = (batch_size, num_heads, head_dim), dtype, device
+        self._grids, self._observer = grids, observer
         self._done = [0] * num_layers  # scales seen by each layer
+        self._pending: int | None = None  # the layer whose row is in use
+        self._most_stored = 0
+        if self.plan.policy == "full" and kv_dtype == "auto":
+            self._buffers: StackedBuffers | PackedBuffers = StackedBuffers(
+                self.token_counts, num_layers, self._shape, dtype, device
+            )
+        else:
+            self._buffers = PackedBuffers(self.plan, self._shape, dtype, device, kv_dtype)
+
+    @property
+    def policy(self) -> str:
+        """What is kept."""
+        return self.plan.policy
 
     @property
     def batch_size(self) -> int:
         """Rows B."""
-        return self._keys.shape[1]
+        return self._shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of what is stored."""
-        return self._keys.dtype
+        """Number format of the keys and values that come in and go out."""
+        return self._dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values that later scales will read."""
-        tokens = sum(self.length(layer) for layer in range(self.num_layers))
-        return 2 * tokens * self._keys[0].numel() * self._keys.element_size()
+        return sum(self.length(layer) for layer in range(self.num_layers)) * self._buffers.token_nbytes
 
     @property
     def peak_nbytes(self) -> int:
-        """Bytes that the buffers take from the first scale to the last, the room of the last scale included."""
-        return self._keys.nbytes + self._values.nbytes
+        """Most bytes from the first scale to the last, the room of the last scale included."""
+        return self._buffers.peak_nbytes
 
     def length(self, layer: int) -> int:
         """Stored tokens of a layer; none once its last scale is over."""
-        done = self._done[layer]
-        return 0 if done == len(self.token_counts) else sum(self.token_counts[:done])
+        return 0 if self._done[layer] == len(self.token_counts) else self._buffers.lengths[layer]
+
+    def stored(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that a layer holds, (B, K, T, E) each; for looking, not for writing."""
+        return self._buffers.stored(layer)
+
+    def report(self) -> KVReport:
+        """Say what was kept so far and what it took."""
+        batch, heads, width = self._shape
+        token = 2 * batch * heads * width * self._dtype.itemsize
+        return KVReport(
+            policy=self.policy,
+            share=self.plan.share,
+            kv_dtype=self.kv_dtype,
+            rows=batch,
+            stored_bytes=self._most_stored,
+            peak_bytes=self.peak_nbytes,
+            full_bytes=token * self.num_layers * sum(self.token_counts[:-1]),
+        )
 
     def append(self, layer: int, scale: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add a layer's keys and values of the current scale.
@@ -99,23 +167,63 @@ class ScaleKVCache:
         Args:
             layer: index of the layer; the last scale must visit the layers in order.
             scale: index of the scale; each layer must see every scale once, in order.
-            key: (B, N, K, E), final (normalised, turned).
+            key: (B, N, K, E), final (normalised, turned); N may be less than the scale's tokens if some were pruned.
             value: (B, N, K, E).
 
         Returns:
-            Keys and values of all scales up to this one, (B, M, K, E) each: views, valid until the next layer's call.
+            Keys and values of what is kept of all scales up to this one, (B, M, K, E) each: views, valid until the
+            next layer's call.
 
         Raises:
             ValueError: a scale or layer out of order, or tensors of another size.
         """
         self._check(layer, scale, key)
-        start = (self.num_layers - 1 - layer) * self._history
-        past = sum(self.token_counts[:scale])
-        end = start + past + self.token_counts[scale]
-        self._keys[start + past : end] = key.transpose(0, 1)  # (N, B, K, E)
-        self._values[start + past : end] = value.transpose(0, 1)  # (N, B, K, E)
         self._done[layer] = scale + 1
-        return self._keys[start:end].transpose(0, 1), self._values[start:end].transpose(0, 1)  # (B, M, K, E)
+        self._pending = layer
+        return self._buffers.append(layer, key, value)  # (B, M, K, E) each
+
+    def settle(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Decide what stays of a layer's row, after its attention.
+
+        Args:
+            layer: of the last `append`.
+            query: of the current scale, (B, N, K, E), final.
+            keys: that `append` returned, (B, M, K, E).
+            values: that `append` returned, (B, M, K, E).
+
+        Raises:
+            ValueError: the last `append` was another layer's.
+        """
+        if self._pending != layer:
+            raise ValueError(f"settle got layer {layer} after an append to {self._pending}; call them in pairs")
+        scale = self._done[layer] - 1
+        if self._observer is not None:
+            self._observer(layer, scale, query, keys, values)
+        grid = self._grids[scale] if self._grids is not None else None
+        self._buffers.settle(layer, scale, query, grid)
+        self._pending = None
+        self._most_stored = max(self._most_stored, self.nbytes)
+
+    def compress(self, plan: CachePlan) -> None:
+        """Follow another plan from now on: layers shrink as they settle at the current or next scale.
+
+        Args:
+            plan: for the same schedule and depth.
+
+        Raises:
+            ValueError: a plan for another schedule or depth, or in the midst of a layer.
+        """
+        if self._pending is not None:
+            raise ValueError(f"layer {self._pending} is attending; compress between two scales")
+        old = self._buffers
+        new = PackedBuffers(self._checked(plan), self._shape, self._dtype, self._device, self.kv_dtype)
+        longest = max(old.lengths) + max(self.token_counts)
+        if longest > new.room.shape[3]:  # what is there now may be longer than what the plan will keep
+            new.room = new.room.new_empty(*new.room.shape[:3], longest, new.room.shape[4])
+        for layer in range(self.num_layers):
+            if self.length(layer):
+                new.hold(layer, old.stored(layer))
+        self.plan, self._buffers = plan, new
 
     def select(self, rows: Tensor) -> None:
         """Keep, drop, repeat or reorder rows of the batch, for example the survivors of a search.
@@ -128,12 +236,24 @@ class ScaleKVCache:
         """
         if rows.numel() == 0:
             raise ValueError("select got no rows; a cache needs at least one")
-        rows = rows.to(self._keys.device)
-        self._keys, self._values = self._keys.index_select(1, rows), self._values.index_select(1, rows)
+        room = self._buffers.keys if isinstance(self._buffers, StackedBuffers) else self._buffers.room
+        self._buffers.select(rows.to(room.device))
+        self._shape = (len(rows), *self._shape[1:])
 
     def reset(self) -> None:
         """Forget everything, keep the buffers: ready for the next pictures."""
         self._done = [0] * self.num_layers
+        self._pending, self._most_stored = None, 0
+        self._buffers.reset()
+
+    def _checked(self, plan: CachePlan) -> CachePlan:
+        """Raise unless a plan fits."""
+        if plan.token_counts != self.token_counts or plan.num_layers != self.num_layers:
+            raise ValueError(
+                f"the plan is for {plan.num_layers} layers and scales of {plan.token_counts} tokens, the cache for "
+                f"{self.num_layers} and {self.token_counts}; make the plan for this network and schedule"
+            )
+        return plan
 
     def _check(self, layer: int, scale: int, key: Tensor) -> None:
         """Raise where a call would silently read or write a wrong place."""
@@ -144,9 +264,15 @@ class ScaleKVCache:
                 f"layer {layer} has seen {self._done[layer]} of {len(self.token_counts)} scales and got scale {scale}; "
                 "run the scales in order, and reset() before the next pictures"
             )
+        if self._pending is not None and isinstance(self._buffers, PackedBuffers):
+            raise ValueError(f"layer {self._pending} was not settled; call settle() after its attention")
         is_last = scale == len(self.token_counts) - 1
         if is_last and any(done <= scale for done in self._done[:layer]):
             raise ValueError(f"layer {layer} met the last scale before an earlier layer; run the layers in order")
-        expected = (self.batch_size, self.token_counts[scale], *self._keys.shape[2:])
-        if key.shape != expected:
-            raise ValueError(f"keys of scale {scale} have shape {tuple(key.shape)}, expected (B, N, K, E) {expected}")
+        most = self.token_counts[scale]
+        expected = (self.batch_size, most, *self._shape[1:])
+        given = (key.shape[0], *key.shape[2:]) if key.ndim == 4 else None
+        if given != (self.batch_size, *self._shape[1:]) or not 1 <= key.shape[1] <= most:
+            raise ValueError(
+                f"keys of scale {scale} have shape {tuple(key.shape)}, expected (B, N, K, E) {expected} or fewer tokens"
+            )

@@ -39,6 +39,10 @@ class LayerCache:
         """Store keys and values (B, N, K, E); returns those of all scales so far, (B, M, K, E)."""
         return self.cache.append(self.layer, self.scale, key, value)
 
+    def settle(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Let the cache decide what stays, given the queries (B, N, K, E) and what `append` returned."""
+        self.cache.settle(self.layer, query, key, value)
+
 
 class NextScaleAttnProcessor:
     """Project, normalise, turn, remember, attend, project back. Replaceable through `set_attn_processor`."""
@@ -83,6 +87,8 @@ class NextScaleAttnProcessor:
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )  # (B, N, K, E)
+        if cache is not None:
+            cache.settle(query, key, value)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))  # (B, N, D)
 
 

@@ -29,7 +29,7 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from dit.cache import ScaleKVCache
+from dit.cache import CachePlan, Observer, ScaleKVCache, find_table, plan_cache
 from dit.layers.modulation import AdaLNSingle, modulate
 from dit.layers.next_scale_block import KeyValue, LayerCache, NextScaleBlock, TextPool
 from dit.layers.norms import RMSNorm
@@ -356,24 +356,66 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
 
     # --------------------------------------------------------------- generation
 
-    def make_cache(self, batch_size: int, policy: str = "full", grids: Sequence[Grid] | None = None) -> ScaleKVCache:
+    def plan_cache(
+        self,
+        policy: str = "full",
+        budget: float = 0.1,
+        grids: Sequence[Grid] | None = None,
+        shares: Sequence[Sequence[float]] | None = None,
+        **settings: int,
+    ) -> CachePlan:
+        """Divide a budget of cached tokens among layers and scales.
+
+        Args:
+            policy: what to keep, see `dit.cache.POLICIES`.
+            budget: share of the full history that a layer keeps on average.
+            grids: the schedule; None is the one of the configuration.
+            shares: of a calibration, for "scalekv"; without them the authors' table is taken, if the network has one.
+            **settings: `observe`, `sinks`, `pool` of `dit.cache.CachePlan`.
+
+        Raises:
+            ValueError: see `dit.cache.plan_cache`.
+        """
+        counts = token_counts(self._check_schedule(grids))
+        table = find_table(self.config.num_layers, self.hidden_size, len(counts))
+        return plan_cache(policy, counts, self.config.num_layers, budget, table=table, shares=shares, **settings)
+
+    def make_cache(
+        self,
+        batch_size: int,
+        policy: str = "full",
+        grids: Sequence[Grid] | None = None,
+        *,
+        budget: float = 0.1,
+        plan: CachePlan | None = None,
+        kv_dtype: str = "auto",
+        observer: Observer | None = None,
+    ) -> ScaleKVCache:
         """An empty cache for one run of `step` over all scales.
 
         Args:
             batch_size: rows B; with guidance both branches count.
             policy: what to keep, see `dit.cache.POLICIES`.
             grids: the schedule of the condition.
+            budget: share of the full history to keep.
+            plan: what to keep, in place of policy and budget; that of a run which ends early holds fewer scales.
+            kv_dtype: how to store, see `dit.cache.KV_DTYPES`.
+            observer: sees every attention call, for calibration.
         """
-        config = self.config
+        config, grids = self.config, self._check_schedule(grids)
+        plan = plan or self.plan_cache(policy, budget, grids)
         return ScaleKVCache(
-            token_counts(self._check_schedule(grids)),
+            token_counts(grids)[: len(plan.token_counts)],
             config.num_layers,
             batch_size,
             config.num_attention_heads,
             config.attention_head_dim,
             dtype=self.dtype,
             device=self.start_embed.device,
-            policy=policy,
+            plan=plan,
+            kv_dtype=kv_dtype,
+            grids=grids,
+            observer=observer,
         )
 
     @apply_lora_scale("attention_kwargs")

@@ -1,0 +1,190 @@
+"""Where keys and values lie in memory. Two ways: everything, without a copy; or what a plan keeps, beside a workspace.
+
+Both take a layer's new tokens (`append`) and give back the row of history and new tokens; afterwards `settle` decides
+what stays. Sizes are known before the first scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dit.cache.plan import CachePlan
+from dit.cache.policies import choose
+from dit.cache.storage import Stored, decode_into, encode, token_nbytes
+from dit.layers.scales import Grid
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+class StackedBuffers:
+    """Everything but the last scale, in two buffers that serve all layers.
+
+    The queries of the last scale need a row of keys in which history and current scale are neighbours, and copying the
+    history for that would cost as much as storing. Hence the order in memory: tokens come first, and the layers stand
+    in reverse, the last layer at the front,
+
+        | layer 2: history | layer 1: history | layer 0: history | room |
+
+    so the last scale of a layer is written behind its history, over the histories of the layers before it, which have
+    done their work by then. Only layer 0 needs room of its own.
+
+    Args:
+        token_counts: tokens of each scale.
+        num_layers: layers.
+        shape: rows B, heads K, head width E.
+        dtype: of keys and values.
+        device: where the buffers live.
+    """
+
+    def __init__(
+        self,
+        token_counts: Sequence[int],
+        num_layers: int,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+    ) -> None:
+        self.num_layers, self.num_scales = num_layers, len(token_counts)
+        self.history = sum(token_counts[:-1])
+        slots = num_layers * self.history + token_counts[-1]
+        self.keys = torch.empty(slots, *shape, dtype=dtype, device=device)  # (T, B, K, E)
+        self.values = torch.empty_like(self.keys)  # (T, B, K, E)
+        self.lengths = [0] * num_layers
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of a token: keys and values, all rows and heads."""
+        return 2 * self.keys[0].numel() * self.keys.element_size()
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
+        """Write new tokens (B, N, K, E) behind a layer's history; returns the whole row, (B, M, K, E) views."""
+        start = (self.num_layers - 1 - layer) * self.history
+        past = start + self.lengths[layer]
+        end = past + key.shape[1]
+        self.keys[past:end] = key.transpose(0, 1)  # (N, B, K, E)
+        self.values[past:end] = value.transpose(0, 1)  # (N, B, K, E)
+        self.lengths[layer] += key.shape[1]
+        return self.keys[start:end].transpose(0, 1), self.values[start:end].transpose(0, 1)  # (B, M, K, E)
+
+    def settle(self, layer: int, scale: int, query: Tensor, grid: Grid | None) -> None:
+        """Keep everything; nothing after the last scale."""
+        if scale == self.num_scales - 1:
+            self.lengths[layer] = 0
+
+    def stored(self, layer: int) -> KeyValue:
+        """What a layer holds, (B, K, T, E) views."""
+        start = (self.num_layers - 1 - layer) * self.history
+        end = start + self.lengths[layer]
+        return self.keys[start:end].permute(1, 2, 0, 3), self.values[start:end].permute(1, 2, 0, 3)
+
+    def select(self, rows: Tensor) -> None:
+        """Choose rows by indices (B',)."""
+        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.lengths = [0] * self.num_layers
+
+
+class PackedBuffers:
+    """What a plan keeps, layer by layer, and one workspace in which a layer's row is joined for its attention.
+
+    Args:
+        plan: what to keep.
+        shape: rows B, heads K, head width E.
+        dtype: of keys and values as the network makes them.
+        device: where the buffers live.
+        kv_dtype: how they are stored, one of `dit.cache.storage.KV_DTYPES`.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        kv_dtype: str,
+    ) -> None:
+        self.plan, self.kv_dtype = plan, kv_dtype
+        batch, heads, width = shape
+        self.room = torch.empty(2, batch, heads, plan.most_joined(), width, dtype=dtype, device=device)  # (2,B,K,M,E)
+        self.kept: list[tuple[Stored, Stored] | None] = [None] * plan.num_layers
+        self.joined = 0  # tokens in the workspace
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each layer holds."""
+        return [0 if pair is None else pair[0][0].shape[2] for pair in self.kept]
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of a stored token: keys and values, all rows and heads."""
+        _, batch, heads, _, width = self.room.shape
+        return 2 * batch * heads * token_nbytes(width, self.room.dtype, self.kv_dtype)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Bytes of the workspace and of what the layers hold at most."""
+        return self.room.nbytes + self.plan.most_stored() * self.token_nbytes
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
+        """Join a layer's history and new tokens (B, N, K, E) in the workspace; returns the row, (B, M, K, E) views."""
+        past, held = self.lengths[layer], self.kept[layer]
+        self.joined = past + key.shape[1]
+        for place, new, old in zip(self.room, (key, value), held or (None, None), strict=True):
+            if old is not None:
+                decode_into(old, place[:, :, :past])
+            place[:, :, past : self.joined] = new.transpose(1, 2)  # (B, K, N, E)
+        self.kept[layer] = None  # it is in the workspace now
+        keys, values = (place[:, :, : self.joined].transpose(1, 2) for place in self.room)  # (B, M, K, E) each
+        return keys, values
+
+    def settle(self, layer: int, scale: int, query: Tensor, grid: Grid | None) -> None:
+        """Store what the plan keeps of the row in the workspace for the next scale; nothing after the last."""
+        if scale == len(self.plan.token_counts) - 1:
+            return
+        keys, values = (place[:, :, : self.joined] for place in self.room)  # (B, K, M, E) each
+        capacity = self.plan.capacities[scale + 1][layer]
+        if capacity < self.joined:
+            places = choose(self.plan, query.transpose(1, 2), keys, capacity, grid)  # (B, K, c)
+            index = places[..., None].expand(-1, -1, -1, keys.shape[-1])  # (B, K, c, E)
+            keys, values = keys.gather(2, index), values.gather(2, index)  # (B, K, c, E)
+        elif self.kv_dtype == "auto":
+            keys, values = keys.clone(), values.clone()  # the workspace goes on to the next layer
+        self.kept[layer] = (encode(keys, self.kv_dtype), encode(values, self.kv_dtype))
+
+    def hold(self, layer: int, pair: KeyValue) -> None:
+        """Take over a layer's tokens (B, K, T, E) from another cache."""
+        self.kept[layer] = (encode(pair[0].clone(), self.kv_dtype), encode(pair[1].clone(), self.kv_dtype))
+
+    def stored(self, layer: int) -> KeyValue:
+        """What a layer holds, read back, (B, K, T, E) each."""
+        pair = self.kept[layer]
+        if pair is None:
+            empty = self.room[0][:, :, :0]
+            return empty, empty
+        out = [torch.empty(one[0].shape, dtype=self.room.dtype, device=self.room.device) for one in pair]
+        for one, place in zip(pair, out, strict=True):
+            decode_into(one, place)
+        return out[0], out[1]
+
+    def select(self, rows: Tensor) -> None:
+        """Choose rows by indices (B',)."""
+        if len(rows) != self.room.shape[1]:
+            self.room = self.room.new_empty(2, len(rows), *self.room.shape[2:])
+        for layer, pair in enumerate(self.kept):
+            if pair is not None:
+                key, value = (tuple(part.index_select(0, rows) for part in one) for one in pair)
+                self.kept[layer] = (key, value)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.kept, self.joined = [None] * self.plan.num_layers, 0

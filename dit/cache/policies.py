@@ -1,0 +1,123 @@
+"""Which tokens of a layer stay when the room is short. Pure functions; a token is chosen by its place in the row.
+
+Window keeps the newest, streaming (arXiv 2309.17453) the oldest few and the newest. SnapKV (arXiv 2404.14469) asks the
+last queries where they look; PyramidKV too. ScaleKV (arXiv 2505.19602) asks queries that are spread over the current
+map, one at the centre of each of W patches, and keeps their own tokens always. We score with the queries that attention
+really uses, normalised and turned, and with softmax weights; the released code scores with raw projections and sums
+of logits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit.cache.plan import CachePlan
+from dit.layers.scales import Grid
+
+MAX_WINDOW_SHARE = 0.5
+"""Most of a layer's room that the tokens of the observing queries may take by right."""
+
+
+def choose(plan: CachePlan, query: Tensor, keys: Tensor, capacity: int, grid: Grid | None) -> Tensor:
+    """Choose the tokens that stay.
+
+    Args:
+        plan: policy and settings.
+        query: of the current scale, (B, K, N, E), final.
+        keys: of history and current scale, (B, K, M, E), final; the current scale's are the last N.
+        capacity: how many stay, below M.
+        grid: rows and columns of the current scale, if its N tokens are a whole map.
+
+    Returns:
+        Places in the row, rising, (B, K, capacity), int64.
+    """
+    batch, heads, length, _ = keys.shape
+    if plan.policy == "window":
+        chosen = newest(length, capacity, keys.device)  # (c,)
+    elif plan.policy == "streaming":
+        chosen = sinks_and_newest(length, capacity, plan.sinks, keys.device)  # (c,)
+    else:
+        count = query.shape[2]
+        spread = plan.policy == "scalekv"
+        watchers = spread_over(grid, count, plan.observe) if spread else newest(count, min(plan.observe, count))  # (W,)
+        watchers = watchers.to(keys.device)
+        scores = attention_mass(query[:, :, watchers], keys)  # (B, K, M)
+        always = watchers[-math.floor(capacity * MAX_WINDOW_SHARE) :] if capacity > 1 else watchers[:0]  # (W',)
+        return best(smooth(scores, plan.pool), capacity, always + length - count)  # (B, K, c)
+    return chosen.expand(batch, heads, -1)  # (B, K, c)
+
+
+def newest(length: int, count: int, device: torch.device | None = None) -> Tensor:
+    """The last `count` of `length` places, (count,)."""
+    return torch.arange(length - count, length, device=device)
+
+
+def sinks_and_newest(length: int, capacity: int, sinks: int, device: torch.device | None = None) -> Tensor:
+    """The first few and the last few, `capacity` together, (capacity,)."""
+    first = min(sinks, capacity // 2)
+    return torch.cat([torch.arange(first, device=device), newest(length, capacity - first, device)])
+
+
+def spread_over(grid: Grid | None, count: int, observe: int) -> Tensor:
+    """Places of queries spread over a map: the centres of about `observe` equal patches.
+
+    Args:
+        grid: rows and columns of the map; None spreads them evenly over the row.
+        count: tokens of the map.
+        observe: how many are wanted; a map that has fewer gives all.
+
+    Returns:
+        Rising places, (W,), W <= observe.
+    """
+    if count <= observe:
+        return torch.arange(count)
+    if grid is None or grid[0] * grid[1] != count:
+        return _centres(count, observe)
+    rows = min(max(round(math.sqrt(observe * grid[0] / grid[1])), 1), grid[0], observe)
+    columns = min(observe // rows, grid[1])
+    return (_centres(grid[0], rows)[:, None] * grid[1] + _centres(grid[1], columns)).flatten()  # (W,)
+
+
+def _centres(length: int, parts: int) -> Tensor:
+    """Middle places of equal parts of a row, as the released code takes them."""
+    part = length // parts
+    return torch.arange(parts) * part + (part - 1) // 2
+
+
+def attention_mass(query: Tensor, keys: Tensor) -> Tensor:
+    """How much attention each key gets from some queries.
+
+    Args:
+        query: (B, K, W, E).
+        keys: (B, K, M, E).
+
+    Returns:
+        Sum of the softmax weights, (B, K, M), float32.
+    """
+    logits = (query @ keys.mT).float() * query.shape[-1] ** -0.5  # (B, K, W, M)
+    return logits.softmax(-1).sum(2)  # (B, K, M)
+
+
+def smooth(scores: Tensor, width: int) -> Tensor:
+    """The maximum over `width` neighbours, (B, K, M): neighbours of what matters tend to matter."""
+    return scores if width == 1 else F.max_pool1d(scores, width, stride=1, padding=width // 2)
+
+
+def best(scores: Tensor, capacity: int, always: Tensor) -> Tensor:
+    """The places with the highest scores, after those that stay by right.
+
+    Args:
+        scores: (B, K, M).
+        capacity: how many stay.
+        always: places that stay, (W',), at most `capacity`.
+
+    Returns:
+        Rising places, (B, K, capacity).
+    """
+    scores = scores.clone()
+    scores[..., always] = torch.inf
+    return scores.topk(capacity, dim=-1).indices.sort(-1).values  # (B, K, c)
