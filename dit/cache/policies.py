@@ -21,6 +21,9 @@ from dit.layers.scales import Grid
 MAX_WINDOW_SHARE = 0.5
 """Most of a layer's room that the tokens of the observing queries may take by right."""
 
+TIE_BREAK = 1e-3
+"""Weight of a token's own score beside the maximum over its neighbours, which they share."""
+
 
 def choose(plan: CachePlan, query: Tensor, keys: Tensor, capacity: int, grid: Grid | None) -> Tensor:
     """Choose the tokens that stay.
@@ -103,8 +106,8 @@ def attention_mass(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def smooth(scores: Tensor, width: int) -> Tensor:
-    """The maximum over `width` neighbours, (B, K, M): neighbours of what matters tend to matter."""
-    return scores if width == 1 else F.max_pool1d(scores, width, stride=1, padding=width // 2)
+    """The maximum over `width` neighbours, (B, K, M): neighbours of what matters tend to matter; their own breaks ties."""
+    return F.max_pool1d(scores, width, stride=1, padding=width // 2) + TIE_BREAK * scores
 
 
 def best(scores: Tensor, capacity: int, always: Tensor) -> Tensor:
