@@ -60,6 +60,7 @@ class TesseraPipeline(DiffusionPipeline):
     _current_timestep: Tensor | None = None
     _interrupt: bool = False
     _interrupted: bool = False
+    _finish_now: bool = False
 
     # ------------------------------------------------------------------ loading
 
@@ -165,6 +166,15 @@ class TesseraPipeline(DiffusionPipeline):
     @interrupt.setter
     def interrupt(self, value: bool) -> None:
         self._interrupt = bool(value)
+
+    @property
+    def finish_now(self) -> bool:
+        """True when the running call shall end with what it has: after the present step its estimate is decoded."""
+        return self._finish_now
+
+    @finish_now.setter
+    def finish_now(self, value: bool) -> None:
+        self._finish_now = bool(value)
 
     @property
     def interrupted(self) -> bool:

@@ -111,7 +111,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             TypeError: an argument has a wrong type.
             ValueError: an argument is out of range, or the scheduler does not fit the transformer.
         """
-        self._interrupt = self._interrupted = False
+        self._interrupt = self._interrupted = self._finish_now = False
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         self._cfg_channels = cfg_channels
         height, width = self._resolve_size(height, width, latents)
@@ -284,8 +284,12 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
                     "latents": output.prev_sample.float(),  # (B, C, h, w)
                     "denoised_latents": self._denoised(output, prediction, latents, timestep),
                 }
-                latents = self.run_callback(callback, step, timestep, callback_inputs, tensors)["latents"]
+                tensors = self.run_callback(callback, step, timestep, callback_inputs, tensors)
+                latents = tensors["latents"]
                 bar.update()
+                if self._finish_now:
+                    latents = tensors["denoised_latents"]
+                    break
         self._interrupted = self._interrupt
         return latents
 

@@ -126,7 +126,7 @@ class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             TypeError: an argument has a wrong type.
             ValueError: an argument is out of range.
         """
-        self._interrupt = self._interrupted = False
+        self._interrupt = self._interrupted = self._finish_now = False
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
         how = TokenSampling(guidance_scale, top_k, top_p, temperature, smooth)
         check_count("num_images_per_prompt", num_images_per_prompt, 1, 1024)
@@ -192,6 +192,8 @@ class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
                 returned = self.run_callback(callback, scale, torch.tensor(scale), callback_inputs, tensors)
                 walk.latents = returned["latents"]
                 bar.update()
+                if self._finish_now:
+                    break
         self._interrupted = self._interrupt
         return walk.latents
 

@@ -19,6 +19,7 @@ from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
 from pipelines.base import OUTPUT_TYPES
 from pipelines.checks import check_choice, check_count, check_number, check_sigmas
 from pipelines.conditioning import TextConditionedPipeline
+from pipelines.inpaint import KeptRegion, MaskInput, fill_in, read_mask
 from pipelines.lora import TransformerLoraMixin
 from sampling.guidance import classifier_free_guidance, in_interval
 from sampling.noise_table import NoiseTable
@@ -108,6 +109,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         max_sequence_length: int | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
+        mask_image: MaskInput | None = None,
     ) -> ImagePipelineOutput | tuple[Pictures]:
         """Paint.
 
@@ -139,6 +141,8 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             max_sequence_length: tokens kept of a prompt; None is the model's limit.
             guidance_rescale: 0 to 1, see `sampling.guidance.rescale_to`.
             guidance_interval: lowest and highest sigma with guidance (arXiv 2404.07724); None is all.
+            mask_image: with `image`: paint where it is white, keep every other pixel as it is, see
+                `pipelines.inpaint`. `strength` is how much of what was there is repainted; 1 forgets it.
 
         Returns:
             The pictures; none when the run was interrupted (then `pipe.interrupted` is True).
@@ -147,7 +151,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             TypeError: an argument has a wrong type.
             ValueError: an argument is out of range; the message says what is accepted.
         """
-        self._interrupt = self._interrupted = False
+        self._interrupt = self._interrupted = self._finish_now = False
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         check_count("num_inference_steps", num_inference_steps, 1, 1000)
@@ -157,6 +161,8 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         check_number("strength", strength, 0.01, 1.0)
         if sigmas is not None:
             check_sigmas(sigmas)
+        if mask_image is not None and image is None:
+            raise ValueError("mask_image without image: pass the picture whose other parts shall be kept.")
         height, width = self._resolve_size(height, width, latents)
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
         self._guidance_interval, self._attention_kwargs = guidance_interval, attention_kwargs
@@ -183,7 +189,9 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             strength=1.0 if image is None else strength,
         )
         self._num_timesteps = len(timesteps)
-        latents = self.prepare_latents(len(embeds), height, width, timesteps, generator, latents, image)
+        noise = self._start_noise(len(embeds), height, width, generator, latents).to(device)  # (B, C, h, w)
+        latents = self.prepare_latents(len(embeds), height, width, timesteps, None, noise, image)
+        kept = None if mask_image is None else self._keep(image, mask_image, height, width, noise)
 
         latents = self._denoise(
             {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds},
@@ -192,13 +200,15 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             generator,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            kept,
         )  # (B, C, h, w)
         if self._interrupted:
             images: Any = []
         elif output_type == "latent":
             images = latents
         else:
-            images = self.image_processor.postprocess(self.decode_latents(latents), output_type)
+            pixels = self.decode_latents(latents)  # (B, 3, H, W)
+            images = self.image_processor.postprocess(pixels if kept is None else kept.lay_over(pixels), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -247,15 +257,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         Raises:
             ValueError: `noise` has another shape, or NaN in it.
         """
-        f = self.vae_scale_factor
-        shape = (self.transformer.config.in_channels, height // f, width // f)
-        if noise is None:
-            noise = self.prepare_noise(shape, count, generator)  # (B, C, h, w)
-        elif noise.shape != (count, *shape) or not torch.isfinite(noise).all():
-            raise ValueError(
-                f"latents must be finite and of shape {(count, *shape)} (pictures, channels, height / {f}, "
-                f"width / {f}), got {tuple(noise.shape)}."
-            )
+        noise = self._start_noise(count, height, width, generator, noise)
         noise = noise.to(timesteps.device, torch.float32)
         if image is None:
             return noise
@@ -265,6 +267,37 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         start = start.repeat_interleave(count // len(start), dim=0)  # (B, C, h, w)
         sigma = timesteps[0] / self.scheduler.config.num_train_timesteps
         return torch.lerp(start, noise, sigma)  # (1 - sigma) * data + sigma * noise
+
+    def _start_noise(
+        self,
+        count: int,
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        noise: Tensor | None,
+    ) -> Tensor:
+        """Return the noise (B, C, h, w) of a run, drawn or given and checked."""
+        f = self.vae_scale_factor
+        shape = (self.transformer.config.in_channels, height // f, width // f)
+        if noise is None:
+            noise = self.prepare_noise(shape, count, generator)  # (B, C, h, w)
+        elif noise.shape != (count, *shape) or not torch.isfinite(noise).all():
+            raise ValueError(
+                f"latents must be finite and of shape {(count, *shape)} (pictures, channels, height / {f}, "
+                f"width / {f}), got {tuple(noise.shape)}."
+            )
+        return noise
+
+    def _keep(self, image: Any, mask_image: MaskInput, height: int, width: int, noise: Tensor) -> KeptRegion:
+        """Prepare what inpainting keeps of pictures (P of them), for the B pictures of a run."""
+        pixels = self._read_pixels(image, height, width)  # (P, 3, H, W)
+        mask = read_mask(mask_image, height, width).to(pixels.device)  # (P', 1, H, W)
+        if len(noise) % len(pixels) or len(noise) % len(mask):
+            raise ValueError(f"Got {len(pixels)} images and {len(mask)} masks for {len(noise)} pictures.")
+        pixels = pixels.repeat_interleave(len(noise) // len(pixels), dim=0)  # (B, 3, H, W)
+        mask = mask.repeat_interleave(len(noise) // len(mask), dim=0)  # (B, 1, H, W)
+        latents = self._encode_pixels(fill_in(pixels, mask))  # (B, C, h, w)
+        return KeptRegion(pixels, mask, latents, noise.to(latents))
 
     @torch.no_grad()
     def encode_image(self, image: ImageInput, height: int, width: int) -> Tensor:
@@ -282,7 +315,12 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             TypeError: not a picture.
             ValueError: values outside [0, 1].
         """
-        images = list(image) if isinstance(image, list | tuple) else [image]
+        return self._encode_pixels(self._read_pixels(image, height, width))
+
+    def _read_pixels(self, image: ImageInput, height: int, width: int) -> Tensor:
+        """Read and resize pictures: (P, 3, H, W) in [-1, 1]."""
+        is_batch = isinstance(image, list | tuple) or (isinstance(image, Tensor | np.ndarray) and image.ndim == 4)
+        images = list(image) if is_batch else [image]  # type: ignore[arg-type]
         for one in images or [None]:
             if not isinstance(one, Image.Image) and not _is_float_array(one):
                 raise TypeError(
@@ -293,6 +331,10 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         pixels = self.image_processor.preprocess(flat, height, width)  # (P, 3, H, W) in [-1, 1]
         if not pixels.abs().max() <= 1.001:
             raise ValueError("image has values outside [0, 1] (or NaN): divide 8-bit values by 255.")
+        return pixels.to(self._execution_device, torch.float32)
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Encode pixels (P, 3, H, W) to normalised latents (P, C, h, w), float32."""
         tokenizer = self.visual_tokenizer
         latents = tokenizer.encode(pixels.to(self._execution_device, self.vae.dtype), return_dict=False)[0]
         return tokenizer.normalize_latents(latents).float()  # (P, C, h, w)
@@ -307,6 +349,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         generator: torch.Generator | list[torch.Generator] | None,
         callback: Callable[..., dict[str, Tensor] | None] | None,
         callback_inputs: Sequence[str],
+        kept: KeptRegion | None = None,
     ) -> Tensor:
         """Walk the latents through the timesteps; all arithmetic outside the transformer is float32."""
         masked = not bool(mask.all())  # attention without a mask is faster; ask once, not every step
@@ -323,8 +366,15 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
                 sigma = timestep / self.scheduler.config.num_train_timesteps
                 tensors["denoised_latents"] = latents - sigma * velocity  # (B, C, h, w)
                 tensors["latents"] = self.scheduler.step(velocity, timestep, latents, return_dict=False, **extra)[0]
+                if kept is not None:
+                    following = table.sigmas[step + 1] if step + 1 < len(table) else 0.0
+                    tensors["latents"] = kept.put_back(tensors["latents"], following)
+                    tensors["denoised_latents"] = kept.put_back(tensors["denoised_latents"], 0.0)
                 tensors = self.run_callback(callback, step, timestep, callback_inputs, tensors)
                 bar.update()
+                if self._finish_now:
+                    tensors["latents"] = tensors["denoised_latents"]
+                    break
         self._current_timestep = None
         self._interrupted = self._interrupt
         return tensors["latents"]
