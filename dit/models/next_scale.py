@@ -29,7 +29,7 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from dit.cache import CachePlan, Observer, ScaleKVCache, find_table, plan_cache
+from dit.cache import CachePlan, KVProfile, Observer, ScaleKVCache, find_table, plan_cache
 from dit.layers.modulation import AdaLNSingle, modulate
 from dit.layers.next_scale_block import KeyValue, LayerCache, NextScaleBlock, TextPool
 from dit.layers.norms import RMSNorm
@@ -337,8 +337,10 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
         if grids is None:
             return self.grids
         grids = scale_grids(grids)
-        if self.pos_embed is not None and grids != self.grids:
-            raise ValueError(f"learned positions fit the schedule {list(self.grids)} only, got {list(grids)}")
+        if self.pos_embed is not None and grids != self.grids[: len(grids)]:
+            raise ValueError(
+                f"learned positions fit the schedule {list(self.grids)}, or its first scales, only; got {list(grids)}"
+            )
         if len(grids) > self.scale_embed.num_embeddings or grids[0] != self.grids[0]:
             raise ValueError(
                 f"the schedule {list(grids)} does not fit this transformer: expected at most "
@@ -361,7 +363,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
         policy: str = "full",
         budget: float = 0.1,
         grids: Sequence[Grid] | None = None,
-        shares: Sequence[Sequence[float]] | None = None,
+        profile: KVProfile | None = None,
         **settings: int,
     ) -> CachePlan:
         """Divide a budget of cached tokens among layers and scales.
@@ -370,7 +372,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
             policy: what to keep, see `dit.cache.POLICIES`.
             budget: share of the full history that a layer keeps on average.
             grids: the schedule; None is the one of the configuration.
-            shares: of a calibration, for "scalekv"; without them the authors' table is taken, if the network has one.
+            profile: of a calibration, for "scalekv"; without it the authors' table is taken, if the network has one.
             **settings: `observe`, `sinks`, `pool` of `dit.cache.CachePlan`.
 
         Raises:
@@ -378,7 +380,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
         """
         counts = token_counts(self._check_schedule(grids))
         table = find_table(self.config.num_layers, self.hidden_size, len(counts))
-        return plan_cache(policy, counts, self.config.num_layers, budget, table=table, shares=shares, **settings)
+        return plan_cache(policy, counts, self.config.num_layers, budget, table=table, profile=profile, **settings)
 
     def make_cache(
         self,
@@ -531,7 +533,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
         device = hidden_states.device
         tokens = torch.cat([condition.start, self.code_embed(hidden_states.to(self.dtype))], dim=1)  # (B, L, D)
         if self.pos_embed is not None:
-            tokens = tokens + self.pos_embed  # (B, L, D)
+            tokens = tokens + self.pos_embed[: tokens.shape[1]]  # (B, L, D)
         tokens = tokens + self.scale_embed(token_scales(grids, device))  # (B, L, D)
         shared = {
             "attention_mask": block_causal_mask(grids, device),  # (1, 1, L, L)

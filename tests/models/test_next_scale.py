@@ -74,6 +74,18 @@ def test_a_scale_sees_nothing_finer() -> None:
 
 
 @torch.no_grad()
+def test_the_first_scales_can_be_trained_alone() -> None:
+    """A schedule that ends early is a part of the whole one: learned positions serve both."""
+    model, inputs = transformer(), ref.inputs()
+    whole = model(inputs, LABELS).sample
+    count = model.slices[1].stop
+    part = model(inputs[:, : count - model.slices[0].stop], LABELS, grids=model.grids[:2]).sample
+    assert relative_error(part, whole[:, :count]) < 1e-5
+    with pytest.raises(ValueError, match="its first scales"):
+        model(inputs[:, :9], LABELS, grids=[(1, 1), (3, 3)])
+
+
+@torch.no_grad()
 def test_rows_of_the_condition_and_the_cache_can_be_chosen() -> None:
     """A run that drops one row and doubles the other goes on as if it had been so from the start."""
     model, rows = transformer(), torch.tensor([1, 1])
