@@ -43,7 +43,7 @@ def read_checkpoint(path: str | Path, part: str = TRANSFORMER) -> dict[str, Tens
 
     Args:
         path: a .safetensors file, or a .pth, .pt, .ckpt or .bin file of tensors and plain settings.
-        part: which model to take of a trainer's checkpoint: `TRANSFORMER` or `TOKENIZER`.
+        part: which model to take of a trainer's checkpoint, e.g. `TRANSFORMER` or `TOKENIZER`.
 
     Returns:
         Tensors by key, on the CPU, without the prefixes of wrappers.
@@ -58,16 +58,7 @@ def read_checkpoint(path: str | Path, part: str = TRANSFORMER) -> dict[str, Tens
         raise ValueError(f"can't read {path.name}: the suffix must be one of {known}")
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; pass a published checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path.name} is damaged or no checkpoint ({error}); download it again") from error
-    state = _find_state(content, part, path.name)
+    state = _find_state(_read(path, "cpu"), part, path.name)
     odd = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if odd or not state:
         raise ValueError(f"{path.name} is not a state dict: expected names and tensors, found {odd[:1] or 'nothing'}")
@@ -77,13 +68,31 @@ def read_checkpoint(path: str | Path, part: str = TRANSFORMER) -> dict[str, Tens
     return dict(state)
 
 
+def trainer_parts(path: str | Path) -> set[str]:
+    """Names of the models that a trainer's checkpoint holds; none for other files. Reads no tensor."""
+    path = Path(path)
+    if path.suffix not in _PICKLE_SUFFIXES or not path.is_file():
+        return set()
+    content = _read(path, "meta")
+    trainer = content.get("trainer") if isinstance(content, Mapping) else None
+    return {name for name, part in trainer.items() if isinstance(part, Mapping)} if trainer else set()
+
+
 def holds_both(path: str | Path) -> bool:
     """Whether a file is a trainer's checkpoint, which brings the tokenizer along."""
-    path = Path(path)
-    if path.suffix not in _PICKLE_SUFFIXES:
-        return False
-    content = torch.load(path, map_location="meta", weights_only=True)
-    return isinstance(content, Mapping) and TOKENIZER in content.get("trainer", {})
+    return TOKENIZER in trainer_parts(path)
+
+
+def _read(path: Path, device: str) -> Any:
+    """What a file holds; nothing but tensors and plain settings is built."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        raise
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path.name} is damaged or no checkpoint ({error}); download it again") from error
 
 
 def _find_state(content: object, part: str, name: str) -> Mapping[str, Any]:
