@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 POLICIES = ("full", "window", "streaming", "snapkv", "pyramidkv", "scalekv")
 """What can be kept; "full" keeps everything that a later scale reads, so it changes no number."""
@@ -20,6 +21,14 @@ MIN_REFINER_SHARE = 0.3
 
 PYRAMID_STEEPNESS = 20
 """PyramidKV's beta: the deepest layer keeps 1 / beta of the average."""
+
+
+class Profile(Protocol):
+    """Knows what layers need; see `dit.cache.calibration.KVProfile`."""
+
+    def divide(self, scale: int, average: int, held: int) -> list[int]:
+        """Tokens of each layer when a scale begins, `average` on average, at most `held` each."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ def plan_cache(
     budget: float = 0.1,
     *,
     table: DrafterTable | None = None,
-    shares: Sequence[Sequence[float]] | None = None,
+    profile: Profile | None = None,
     observe: int = 16,
     sinks: int = 4,
     pool: int = 5,
@@ -154,8 +163,7 @@ def plan_cache(
         num_layers: layers L.
         budget: share of the full history that a layer keeps on average, in (0, 1]; "full" takes no notice of it.
         table: drafters of a released model, for "scalekv".
-        shares: of our own calibration, for "scalekv": what each layer should keep of the sum over layers when a scale
-            begins, [scale][layer]; see `dit.cache.calibration`.
+        profile: of our own calibration, for "scalekv", see `dit.cache.calibration.KVProfile`; it goes before a table.
         observe: see `CachePlan`.
         sinks: see `CachePlan`.
         pool: see `CachePlan`.
@@ -165,7 +173,7 @@ def plan_cache(
 
     Raises:
         ValueError: an unknown policy, a budget out of range or too small for a single token, or "scalekv" with
-            neither a table nor shares.
+            neither a table nor a profile.
     """
     check_policy(policy)
     counts = tuple(token_counts)
@@ -174,10 +182,10 @@ def plan_cache(
         capacities = tuple((held,) * num_layers for held in past)
         return CachePlan(policy, counts, capacities, observe, sinks, pool)
     base = _average(budget, past[-1])
-    if policy == "scalekv" and table is None and shares is None:
+    if policy == "scalekv" and table is None and profile is None:
         raise ValueError(
             "ScaleKV needs to know which layers are drafters: there is a table for "
-            f"{' and '.join(TABLES)}; for another model calibrate once (`tessera kv-profile MODEL`)"
+            f"{' and '.join(TABLES)}; calibrate any other model once, with `pipe.calibrate_kv` or `tessera bench kv`"
         )
     capacities = []
     for scale, held in enumerate(past):
@@ -186,8 +194,8 @@ def plan_cache(
             row = [held] * num_layers
         elif policy == "pyramidkv":
             row = _pyramid(average, held, num_layers)
-        elif policy == "scalekv" and shares is not None:
-            row = _by_shares(average, held, shares[scale])
+        elif policy == "scalekv" and profile is not None:
+            row = profile.divide(scale, average, held)
         elif policy == "scalekv" and table is not None:
             row = _by_table(average, held, scale, num_layers, table)
         else:
@@ -239,19 +247,6 @@ def _by_table(average: int, held: int, scale: int, num_layers: int, table: Draft
     kept = round(min(table.kept[scale] * held, most))
     rest = round((total - kept * len(drafters)) / refiners)
     return [kept if layer in drafters else rest for layer in range(num_layers)]
-
-
-def _by_shares(average: int, held: int, shares: Sequence[float]) -> list[int]:
-    """Divide by calibrated shares; who would get more than there is leaves it to the others."""
-    total, size = average * len(shares), sum(shares)
-    wanted = [total * share / size for share in shares]
-    for _ in range(len(wanted)):
-        over = sum(max(each - held, 0) for each in wanted)
-        room = sum(each for each in wanted if each < held)
-        if over <= 0 or room <= 0:
-            break
-        wanted = [held if each >= held else each * (1 + over / room) for each in wanted]
-    return _whole(wanted, total, held)
 
 
 def _whole(wanted: Sequence[float], total: int, held: int) -> list[int]:

@@ -106,7 +106,7 @@ def attention_mass(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def smooth(scores: Tensor, width: int) -> Tensor:
-    """The maximum over `width` neighbours, (B, K, M): neighbours of what matters tend to matter; their own breaks ties."""
+    """The maximum over `width` neighbours, (B, K, M): neighbours of what matters tend to matter."""
     return F.max_pool1d(scores, width, stride=1, padding=width // 2) + TIE_BREAK * scores
 
 

@@ -15,14 +15,21 @@ from tests.cache.reference import SlowCache
 SCALES = (1, 2, 3, 4, 6)
 COUNTS, GRIDS = token_counts(scale_grids(SCALES)), scale_grids(SCALES)
 LAYERS, ROWS, HEADS, WIDTH = 3, 2, 2, 8
-SHARES = [[3.0, 1.0, 1.0]] * len(COUNTS)
 INFINITY = token_counts(scale_grids((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)))
 COMPRESSING = [policy for policy in POLICIES if policy != "full"]
 
 
+class Uneven:
+    """Gives the first layer as much as the two others together, as far as there is so much."""
+
+    def divide(self, scale: int, average: int, held: int) -> list[int]:
+        first = min(2 * average - 1, held)
+        rest = (LAYERS * average - first) // 2
+        return [first, rest, LAYERS * average - first - rest]
+
+
 def make(policy: str, budget: float = 0.4, kv_dtype: str = "auto", **settings: int) -> ScaleKVCache:
-    shares = SHARES if policy == "scalekv" else None
-    plan = plan_cache(policy, COUNTS, LAYERS, budget, shares=shares, **settings)
+    plan = plan_cache(policy, COUNTS, LAYERS, budget, profile=Uneven(), **settings)
     return ScaleKVCache(COUNTS, LAYERS, ROWS, HEADS, WIDTH, plan=plan, kv_dtype=kv_dtype, grids=GRIDS)
 
 
