@@ -76,46 +76,70 @@ COUNT: dict[str, tuple[str, ...]] = {
     ),
     "heldout": ("the same {n} {k} times", "there are exactly {k} {n} stickers", "a picture of {k} copies of {a}"),
 }
-PAIR: dict[str, dict[str, tuple[str, ...]]] = {
+# A relation said from the side of {p} or of {q} in any of these forms: {r} stands between the two, or before both.
+RELATION_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "left of": {
-        "train": (
-            "{p} left of {q}",
-            "{p} to the left of {q}",
-            "{p} on the left of {q}",
-            "{p} is to the left of {q}",
-            "{q} right of {p}",
-            "{q} to the right of {p}",
-            "{q} on the right of {p}",
-            "{q} is to the right of {p}",
-            "{p} on the left, {q} on the right",
-            "{p} on the left and {q} on the right",
-            "{q} on the right and {p} on the left",
-            "on the left {p}, on the right {q}",
-            "left: {p}, right: {q}",
-            "right: {q}, left: {p}",
-        ),
-        "heldout": ("on the right {q}, on the left {p}", "to the right of {p} is {q}", "{q} is right of {p}"),
+        "{p} {r} {q}": ("left of", "to the left of", "on the left of"),
+        "{q} {r} {p}": ("right of", "to the right of", "on the right of"),
     },
     "above": {
-        "train": (
-            "{p} above {q}",
-            "{p} on top of {q}",
-            "{p} over {q}",
-            "{p} is above {q}",
-            "{q} below {p}",
-            "{q} under {p}",
-            "{q} underneath {p}",
-            "{q} is below {p}",
-            "{p} on top, {q} below",
-            "{p} at the top and {q} at the bottom",
-            "{q} at the bottom and {p} at the top",
-            "at the top {p}, at the bottom {q}",
-            "top: {p}, bottom: {q}",
-            "bottom: {q}, top: {p}",
-        ),
-        "heldout": ("at the bottom {q}, at the top {p}", "below {p} is {q}", "{q} is under {p}"),
+        "{p} {r} {q}": ("above", "over", "on top of"),
+        "{q} {r} {p}": ("below", "under", "underneath"),
     },
 }
+RELATION_FORMS = (
+    "{x} {r} {y}",
+    "{x} {r} {y}",  # what people write most
+    "{x} {r} {y}",
+    "{x} is {r} {y}",
+    "{x} stands {r} {y}",
+    "there is {x} {r} {y}",
+    "{r} {y} is {x}",
+    "{r} {y} stands {x}",
+    "{r} {y} there is {x}",
+)
+LISTS: dict[str, tuple[str, ...]] = {
+    "left of": (
+        "{p} on the left, {q} on the right",
+        "{p} on the left and {q} on the right",
+        "{q} on the right and {p} on the left",
+        "{q} on the right, {p} on the left",
+        "on the left {p}, on the right {q}",
+        "on the left {p} and on the right {q}",
+        "on the right is {q}, on the left is {p}",
+        "left: {p}, right: {q}",
+        "right: {q}, left: {p}",
+    ),
+    "above": (
+        "{p} on top, {q} below",
+        "{p} at the top and {q} at the bottom",
+        "{q} at the bottom and {p} at the top",
+        "{q} at the bottom, {p} at the top",
+        "at the top {p}, at the bottom {q}",
+        "at the top {p} and at the bottom {q}",
+        "at the bottom is {q}, at the top is {p}",
+        "top: {p}, bottom: {q}",
+        "bottom: {q}, top: {p}",
+    ),
+}
+HELD_OUT_RELATIONS: dict[str, tuple[str, ...]] = {
+    "left of": ("on the right {q}, on the left {p}", "to the right of {p} is {q}", "{q} is right of {p}"),
+    "above": ("at the bottom {q}, at the top {p}", "below {p} is {q}", "{q} is under {p}"),
+}
+
+
+def _relation_phrasings(relation: str) -> dict[str, tuple[str, ...]]:
+    """All forms with all words but the held-out ones, and each list twice: about a third of the whole."""
+    held_out = HELD_OUT_RELATIONS[relation]
+    phrasings = []
+    for order, words in RELATION_WORDS[relation].items():
+        x, y = order.split(" {r} ")
+        said = [form.format(x=x, r=word, y=y) for word in words for form in RELATION_FORMS]
+        phrasings += [text for text in said if text not in held_out]
+    return {"train": (*phrasings, *LISTS[relation], *LISTS[relation]), "heldout": held_out}
+
+
+PAIR: dict[str, dict[str, tuple[str, ...]]] = {relation: _relation_phrasings(relation) for relation in RELATION_WORDS}
 SIZE_WORDS = {"small": ("small", "tiny"), "large": ("large", "big")}
 NUMBERS = {2: ("two", "2"), 3: ("three", "3"), 4: ("four", "4")}
 NAMELESS_WHITE = 0.3  # share of the white scenes whose caption says nothing of the background
@@ -170,7 +194,6 @@ def caption(
     phrasing: Phrasing = "train",
     synonyms: float = 0.15,
     vocabulary: Sequence[str] | None = None,
-    reading_order: float | None = None,
 ) -> str:
     """Says a scene in words.
 
@@ -181,10 +204,6 @@ def caption(
         phrasing: "train", or "heldout" for phrasings that training never uses (their words all occur in training).
         synonyms: probability that a sticker goes by one of its unique keywords, where it has any.
         vocabulary: the names among which keywords must be unique; None takes all.
-        reading_order: probability that a pair's left or upper sticker is said first; None lets all phrasings be
-            equally likely. While both orders are about as likely, neither order nor relation word alone says which
-            sticker stands where, and a network that starts to learn finds no slope; with most captions in reading
-            order it first learns the order, then what the words change.
 
     Raises:
         ValueError: the phrasing is unknown.
@@ -202,8 +221,7 @@ def caption(
         others = keywords.get(name, ())
         names.append(pick(others) if others and rng.random() < synonyms else name)
     if scene.kind == "pair":
-        in_order = None if reading_order is None else bool(rng.random() < reading_order)
-        subject = _pair_subject(scene, names, phrasing, pick, in_order)
+        subject = _pair_subject(scene, names, phrasing, pick)
     elif scene.kind == "count":
         number = pick(NUMBERS[scene.count])
         subject = pick(COUNT[phrasing]).format(k=number, n=names[0], a=with_article(names[0]))
@@ -217,14 +235,11 @@ def caption(
     return frame.replace("a {c}", with_article(colour)).format(x=subject, c=colour)
 
 
-def _pair_subject(scene: Scene, names: Sequence[str], phrasing: Phrasing, pick: Pick, in_order: bool | None) -> str:
-    """Says a relation from either side (`in_order`: the left or upper one first), in one style of articles for both."""
+def _pair_subject(scene: Scene, names: Sequence[str], phrasing: Phrasing, pick: Pick) -> str:
+    """Says a relation, in one style of articles for both stickers."""
     style = pick(("{n}", "{a}", "the {n}", "{a} sticker"))
     first, second = (style.format(n=name, a=with_article(name)) for name in names)
     relation = scene.relation or ""
     if relation not in PAIR:  # "right of" and "below" are said from the other side
         relation, first, second = INVERSE[relation], second, first
-    options = PAIR[relation][phrasing]
-    if in_order is not None:
-        options = tuple(text for text in options if (text.index("{p}") < text.index("{q}")) == in_order)
-    return pick(options).format(p=first, q=second)
+    return pick(PAIR[relation][phrasing]).format(p=first, q=second)

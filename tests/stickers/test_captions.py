@@ -54,6 +54,11 @@ def test_a_relation_can_be_read_back(seed: int, phrasing: str) -> None:
     assert read_relation(text, *(SHEET.names[sprite] for sprite in scene.sprites)) == scene.relation
 
 
+# "left of A is B": how A then stands to B
+WHERE_THE_NEXT_STANDS = {"left": "right of", "right": "left of", "top": "below", "bottom": "above"}
+WHERE_THE_NEXT_STANDS |= {"above": "below", "over": "below", "below": "above", "under": "above", "underneath": "above"}
+
+
 def read_relation(text: str, first: str, second: str) -> str:
     """An independent little grammar: which word belongs to the sticker that it stands next to."""
     place = text.index(first) if first not in second else text.replace(second, "#" * len(second)).index(first)
@@ -61,13 +66,13 @@ def read_relation(text: str, first: str, second: str) -> str:
     start, end = min(place, other), max(place, other)
     name = first if place < other else second
     before, between, after = text[:start], text[start + len(name) : end], text[end:]
-    early = next((w for w in ("left", "right", "top", "bottom", "under", "below") if w in words(before)), None)
+    early = next((w for w in WHERE_THE_NEXT_STANDS if w in words(before)), None)
     inside = words(between)
     listing = "and" in inside or "," in between or ":" in between
-    if early and " is " in between:  # "to the right of A is B", "below A is B": the word belongs to the later one
-        earlier_stands = {"right": "left of", "left": "right of", "below": "above", "under": "above"}[early]
-    elif early:  # "left: A, right: B"
+    if early and listing:  # "left: A, right: B", "on the right is A, on the left is B"
         earlier_stands = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}[early]
+    elif early:  # "to the right of A is B", "below A stands B": the word belongs to the later one
+        earlier_stands = WHERE_THE_NEXT_STANDS[early]
     elif listing:  # "A on top, B below"
         earlier_stands = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}[
             next(w for w in ("left", "right", "top", "bottom") if w in inside)

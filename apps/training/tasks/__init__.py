@@ -2,5 +2,7 @@
 
 TASKS: dict[str, str] = {
     "autoencoder": "apps.training.tasks.autoencoder:AutoencoderTask",
+    "multi_scale_tokenizer": "apps.training.tasks.multi_scale_tokenizer:MultiScaleTokenizerTask",
+    "text_reading": "apps.training.tasks.text_reading:TextReadingTask",
     "text_to_image": "apps.training.tasks.text_to_image:TextToImageTask",
 }

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from apps.stickers.captions import caption
 from apps.training.config import ConfigError, Section, TaskSection, TrainConfig
 from apps.training.export import half_precision
-from apps.training.latent_pool import KINDS, LatentPool, cached_latents, encode_scenes, pool_scenes
+from apps.training.latent_pool import KINDS, Encode, LatentPool, cached_latents, encode_scenes, pool_scenes
 from apps.training.scenes import (
     VALIDATION_SEED,
     Scene,
@@ -30,7 +30,14 @@ from apps.training.scenes import (
     save_grid,
 )
 from apps.training.task import TaskContext
-from apps.training.tokenizer import train_tokenizer
+from apps.training.text_encoder import (
+    TextModel,
+    caption_corpus,
+    caption_tokenizer,
+    load_text_encoder,
+    new_text_encoder,
+    tokenize,
+)
 from dit.models.text_dit import TextDiT
 from sampling.objectives import flow_matching_loss, interpolate, logit_normal_grid, logit_normal_sigmas
 
@@ -63,8 +70,6 @@ class Stage(Section):
         until_step: The optimizer step at which the next stage begins; the last stage goes on for ever.
         single, pair, count: Relative frequencies of the kinds of scenes.
         jitter: Largest jitter of the scenes that are seen.
-        reading_order: Share of the captions of pairs that name the left or upper sticker first; unset leaves it to
-            the phrasings (see `apps.stickers.caption`).
     """
 
     until_step: int = Field(ge=1)
@@ -72,7 +77,6 @@ class Stage(Section):
     pair: float = Field(default=0.3, ge=0)
     count: float = Field(default=0.2, ge=0)
     jitter: float = Field(default=1.0, ge=0, le=1)
-    reading_order: float | None = Field(default=None, ge=0, le=1)
 
 
 class TextToImageData(Section):
@@ -81,6 +85,8 @@ class TextToImageData(Section):
     Attributes:
         vae: Folder of the frozen autoencoder; may be left out with `init_from`, whose one is taken then.
         init_from: Pipeline folder whose weights and tokenizer the run starts from; `[model]` is then not used.
+        text_from: Folder with `text_encoder/` and `tokenizer/` to use in place of new ones (or of those of
+            `init_from`), e.g. the export of a `text_reading` run; the encoder then stays as it is.
         resolution: Side of the pictures in pixels.
         vocabulary: `starter`, `all`, or a text file with one sticker name a line.
         pool_size: Scenes encoded ahead.
@@ -94,6 +100,7 @@ class TextToImageData(Section):
 
     vae: Path | None = None
     init_from: Path | None = None
+    text_from: Path | None = None
     resolution: int = Field(default=128, ge=16)
     vocabulary: str = "starter"
     pool_size: int = Field(default=60_000, ge=8)
@@ -116,18 +123,6 @@ class TextToImageData(Section):
         if steps != sorted(set(steps)):
             raise ValueError(f"data.stages end at steps {steps}: put them in ascending order")
         return self
-
-
-class TextModel(Section):
-    """The `[model.text]` section: a T5 encoder and its tokenizer."""
-
-    vocab_size: int = Field(default=2048, ge=300)
-    max_length: int = Field(default=64, ge=8)
-    d_model: int = 192
-    d_kv: int = 64
-    d_ff: int = 512
-    num_layers: int = 3
-    num_heads: int = 3
 
 
 class TextToImageModel(Section):
@@ -153,6 +148,7 @@ class TextToImageTask:
     """Learns to paint captions. See `apps.training.task.Task`."""
 
     config_class: ClassVar[type[TrainConfig]] = TextToImageConfig
+    encode: ClassVar[Encode] = staticmethod(encode_scenes)
     smoke: ClassVar[tuple[str, ...]] = (
         "data.pool_size=64",
         "data.tokenizer_captions=200",
@@ -175,11 +171,13 @@ class TextToImageTask:
             data.pool_size,
             config.run.seed,
         )
-        with context.main_process_first():  # the first process writes the files that the others read
-            self.tokenizer = self._load_or_train_tokenizer(config.run.folder / "tokenizer")
-            latents = cached_latents(scenes, self.sheet, self.vae, data.resolution, context.device, config.run.output)
+        with context.main_process_first():  # the first process writes the file that the others read
+            latents = cached_latents(
+                scenes, self.sheet, self.vae, data.resolution, context.device, config.run.output, self.encode
+            )
         self.pool = LatentPool(scenes, levels, latents)
-        self.transformer, self.text_encoder = self._networks()
+        self.text_encoder, self.tokenizer = self._text()
+        self.transformer = self._transformer()
         self._validation = [self._validation_batch(number) for number in range(len(KINDS))]
 
     def modules(self) -> dict[str, nn.Module]:
@@ -188,26 +186,36 @@ class TextToImageTask:
 
     def batch(self, index: int) -> dict[str, Any]:
         """Latents of scenes of the present stage with fresh captions, noise and noise levels."""
-        run, task, data = self.config.run, self.config.task, self.config.data
-        step = index // run.gradient_accumulation_steps
-        stage = next((stage for stage in data.stages if step < stage.until_step), data.stages[-1])
-        rng = np.random.default_rng((run.seed, index, self.context.rank))
-        rows = self.pool.draw(rng, run.batch_size, (stage.single, stage.pair, stage.count), stage.jitter)  # (B,)
-        dropped = rng.random(run.batch_size) < task.caption_dropout  # (B,)
-        captions = [
-            "" if drop else self._caption(self.pool.scenes[row], rng, stage.reading_order)
-            for row, drop in zip(rows, dropped, strict=True)
-        ]
+        task = self.config.task
+        rng, rows, captions = self._draw(index)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        latents = self.pool.latents[torch.from_numpy(rows)].float()  # (B, C, h, w)
+        latents = self.pool.latents[rows].float()  # (B, C, h, w)
         return {
             "latents": latents,
             "noise": torch.randn(latents.shape, generator=generator),  # (B, C, h, w)
             "sigmas": logit_normal_sigmas(
                 len(latents), task.sigma_mean, task.sigma_std, task.sigma_shift, generator
             ),  # (B,)
-            **self._tokenize(captions),
+            **tokenize(self.tokenizer, captions),
         }
+
+    def _draw(self, index: int) -> tuple[np.random.Generator, Tensor, list[str]]:
+        """Batch `index` as rows of the pool (B,) with a caption each, and the generator to go on with."""
+        run = self.config.run
+        stage = self._stage(index)
+        rng = np.random.default_rng((run.seed, index, self.context.rank))
+        rows = self.pool.draw(rng, run.batch_size, (stage.single, stage.pair, stage.count), stage.jitter)  # (B,)
+        dropped = rng.random(run.batch_size) < self.config.task.caption_dropout  # (B,)
+        captions = [
+            "" if drop else self._caption(self.pool.scenes[row], rng)
+            for row, drop in zip(rows, dropped, strict=True)
+        ]
+        return rng, torch.from_numpy(rows), captions
+
+    def _stage(self, index: int) -> Any:
+        """The part of the curriculum that batch `index` belongs to."""
+        step, stages = index // self.config.run.gradient_accumulation_steps, self.config.data.stages
+        return next((stage for stage in stages if step < stage.until_step), stages[-1])
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the velocity."""
@@ -230,14 +238,17 @@ class TextToImageTask:
         (path.parent / "prompts.txt").write_text("".join(text + "\n" for text in prompts))
         pictures = pipe(
             prompts,
-            num_inference_steps=self.config.task.preview_steps,
-            guidance_scale=self.config.task.preview_guidance,
-            height=self.config.data.resolution,
-            width=self.config.data.resolution,
+            **self._preview_settings(),
             generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
             output_type="pt",
         ).images  # (B, 3, H, W) in [0, 1]
         save_grid(pictures.float() * 2 - 1, path, 8)
+
+    def _preview_settings(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call."""
+        task, side = self.config.task, self.config.data.resolution
+        steps = {"num_inference_steps": task.preview_steps, "guidance_scale": task.preview_guidance}
+        return {**steps, "height": side, "width": side}
 
     def export(self, folder: Path) -> None:
         """Writes a complete pipeline folder, and the stickers it has learned as `vocabulary.txt`."""
@@ -258,16 +269,8 @@ class TextToImageTask:
         ).sample  # (B, C, h, w)
         return flow_matching_loss(predicted, batch["latents"], batch["noise"])
 
-    def _caption(self, scene: Scene, rng: np.random.Generator, reading_order: float | None = None) -> str:
-        synonyms = self.config.data.synonyms
-        return caption(
-            scene, self.sheet, rng, synonyms=synonyms, vocabulary=self.vocabulary, reading_order=reading_order
-        )
-
-    def _tokenize(self, captions: list[str]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, both (B, L)."""
-        tokens = self.tokenizer(captions, padding=True, pad_to_multiple_of=4, truncation=True, return_tensors="pt")
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+    def _caption(self, scene: Scene, rng: np.random.Generator) -> str:
+        return caption(scene, self.sheet, rng, synonyms=self.config.data.synonyms, vocabulary=self.vocabulary)
 
     def _held_out_scenes(self, kind: str, count: int) -> list[Scene]:
         mix = SceneMix(**{name: float(name == kind) for name in KINDS}, size_words=self.mix.size_words)
@@ -281,51 +284,36 @@ class TextToImageTask:
     def _validation_batch(self, number: int) -> dict[str, Tensor]:
         """The fixed batch of kind `number`."""
         data, task = self.config.data, self.config.task
-        scenes = self._held_out_scenes(KINDS[number], data.validation_scenes)
-        latents = encode_scenes(scenes, self.sheet, self.vae, data.resolution, self.context.device).float()
+        latents = self._held_out_latents(number).float()  # (B, C, h, w)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(number))  # (B, C, h, w)
         sigmas = logit_normal_grid(len(latents), task.sigma_mean, task.sigma_std, task.sigma_shift)  # (B,)
         captions = self._validation_captions(KINDS[number], data.validation_scenes)
-        return {"latents": latents, "noise": noise, "sigmas": sigmas, **self._tokenize(captions)}
+        return {"latents": latents, "noise": noise, "sigmas": sigmas, **tokenize(self.tokenizer, captions)}
 
-    def _networks(self) -> tuple[TextDiT, T5EncoderModel]:
-        """New networks, or those of `init_from`, in float32."""
-        model, start = self.config.model, self.config.data.init_from
+    def _text(self) -> tuple[T5EncoderModel, PreTrainedTokenizerBase]:
+        """The text encoder, frozen if it comes from `text_from`, and its tokenizer."""
+        data, run, text = self.config.data, self.config.run, self.config.model.text
+        if data.text_from is not None:
+            encoder, tokenizer = load_text_encoder(data.text_from)
+            return encoder.requires_grad_(False), tokenizer
+        if data.init_from is not None:
+            return load_text_encoder(data.init_from)
+        with self.context.main_process_first():  # the first process writes the files that the others read
+            tokenizer = caption_tokenizer(
+                run.folder / "tokenizer",
+                text,
+                lambda: caption_corpus(self.vocabulary, self.mix, data.tokenizer_captions, run.seed),
+            )
+        return new_text_encoder(text, tokenizer), tokenizer
+
+    def _transformer(self) -> TextDiT:
+        """A new transformer, or the one of `init_from`, in float32."""
+        start = self.config.data.init_from
         if start is not None:
-            transformer = TextDiT.from_pretrained(start / "transformer", torch_dtype=torch.float32)
-            text_encoder = T5EncoderModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
-            return transformer, text_encoder
+            return TextDiT.from_pretrained(start / "transformer", torch_dtype=torch.float32)
         channels, side = self.pool.latents.shape[1], self.pool.latents.shape[-1]
-        size = model.model_dump(exclude={"text"})
-        transformer = TextDiT(in_channels=channels, sample_size=side, text_dim=model.text.d_model, **size)
-        config = T5Config(
-            vocab_size=len(self.tokenizer),
-            **model.text.model_dump(exclude={"vocab_size", "max_length"}),
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            is_encoder_decoder=False,
-            use_cache=False,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-        )
-        return transformer, T5EncoderModel(config)
-
-    def _load_or_train_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
-        """The tokenizer of `init_from` or of this run so far, else a new one.
-
-        Half of its captions name any sticker, so that a vocabulary can grow later without a new tokenizer.
-        """
-        if self.config.data.init_from is not None:
-            return AutoTokenizer.from_pretrained(self.config.data.init_from / "tokenizer")
-        if not folder.is_dir():
-            count, text = self.config.data.tokenizer_captions, self.config.model.text
-            rng = np.random.default_rng((self.config.run.seed, VALIDATION_SEED))
-            known = SceneSampler(self.sheet, self.vocabulary, mix=self.mix)
-            every = SceneSampler(self.sheet, mix=self.mix)
-            scenes = ((known, every)[index % 2].scene(VALIDATION_SEED + 2, index) for index in range(count))
-            captions = [caption(scene, self.sheet, rng, synonyms=0.3) for scene in scenes]
-            train_tokenizer(captions, text.vocab_size, text.max_length).save_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
+        size = self.config.model.model_dump(exclude={"text"})
+        return TextDiT(in_channels=channels, sample_size=side, text_dim=self.text_encoder.config.d_model, **size)
 
     def _pipeline(self, transformer: nn.Module, text_encoder: nn.Module, vae: nn.Module) -> Any:
         from pipelines.text_to_image import TextToImagePipeline
