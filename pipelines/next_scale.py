@@ -1,4 +1,4 @@
-"""Class label to picture, scale by scale, with VAR (arXiv 2404.02905)."""
+"""Class label to picture, scale by scale, with VAR (arXiv 2404.02905); and what text pipelines share with it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from dit.cache import POLICIES
+from dit.tokenizers.multi_scale_bsq import MultiScaleBSQ
 from pipelines.base import OUTPUT_TYPES, TesseraPipeline
 from pipelines.checks import check_choice, check_count, check_number
 from pipelines.labels import Label, label_ids, names_of
 from pipelines.lora import TransformerLoraMixin
 from sampling.next_scale import ScaleWalk
 from sampling.tokens import Generators, draw_tokens, guide_logits, mix_codes, ramp, truncate
+
+Pictures = list[Image.Image] | np.ndarray | Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,48 @@ class TokenSampling:
         check_number("temperature", self.temperature, 0.01, 100.0)
 
 
-class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
+class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
+    """A pipeline with a `NextScaleTransformer` and a multi-scale tokenizer; each scale is a step of the call."""
+
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["vae"]  # small, and every scale goes through it
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "denoised_latents", "indices"]
+    _attention_kwargs: dict[str, Any] | None = None
+
+    def _walk(
+        self,
+        walk: ScaleWalk,
+        callback: Callable[..., dict[str, Tensor] | None] | None,
+        callback_inputs: Sequence[str],
+    ) -> Tensor:
+        """Go through the scales, with progress bar, callback and interruption; returns the latents (B, C, h, w)."""
+        self._num_timesteps = walk.num_scales
+        with self.progress_bar(total=walk.num_scales) as bar:
+            for scale in range(walk.num_scales):
+                if self._interrupt:
+                    break
+                indices = walk.step(scale)
+                tensors = {"latents": walk.latents, "denoised_latents": walk.latents, "indices": indices}
+                returned = self.run_callback(callback, scale, torch.tensor(scale), callback_inputs, tensors)
+                walk.latents = returned["latents"]
+                bar.update()
+                if self._finish_now:
+                    break
+        self._interrupted = self._interrupt
+        return walk.latents
+
+    def _finish(self, latents: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple[Pictures]:
+        """Turn the latents (B, C, h, w) of a run into what the caller asked for."""
+        if self._interrupted:
+            images: Any = []
+        elif output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(self.decode_latents(latents), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+class NextScaleClassToImagePipeline(NextScalePipeline):
     """Paint pictures of a class, coarse to fine: each scale is one pass of the network and one step of the call.
 
     Args:
@@ -61,16 +105,13 @@ class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
     """
 
     model_cpu_offload_seq = "transformer"
-    _exclude_from_cpu_offload: ClassVar[list[str]] = ["vae"]  # small, and every scale goes through it
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "denoised_latents", "indices"]
-    _attention_kwargs: dict[str, Any] | None = None
 
     def __init__(self, transformer: ModelMixin, vae: ModelMixin, id2label: dict[int, str] | None = None) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
         self.labels = names_of(id2label)
         self.register_to_config(id2label={str(label): name for label, name in (id2label or {}).items()} or None)
-        _check_pair(transformer, vae)
+        check_pair(transformer, vae, wants_text=False)
         self.vae_scale_factor = vae.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -96,7 +137,7 @@ class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         attention_kwargs: dict[str, Any] | None = None,
-    ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | Tensor]:
+    ) -> ImagePipelineOutput | tuple[Pictures]:
         """Paint.
 
         Args:
@@ -134,7 +175,7 @@ class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         check_choice("kv_policy", kv_policy, POLICIES)
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         labels = self.get_label_ids(class_labels).repeat_interleave(num_images_per_prompt)  # (B,)
-        _check_generators(generator, len(labels))
+        check_generators(generator, len(labels))
 
         latents = self._paint(
             labels.to(self._execution_device),
@@ -144,14 +185,7 @@ class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )  # (B, C, h, w)
-        if self._interrupted:
-            images = []
-        elif output_type == "latent":
-            images = latents
-        else:
-            images = self.image_processor.postprocess(self.decode_latents(latents), output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._finish(latents, output_type, return_dict)
 
     def get_label_ids(self, labels: Label | Sequence[Label] | Tensor) -> Tensor:
         """Class numbers (P,) of labels given as numbers or names; the number after the last class is 'no class'."""
@@ -182,20 +216,7 @@ class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             num_scales=count,
             step_arguments={"attention_kwargs": self._attention_kwargs},
         )
-        self._num_timesteps = count
-        with self.progress_bar(total=count) as bar:
-            for scale in range(count):
-                if self._interrupt:
-                    break
-                indices = walk.step(scale)
-                tensors = {"latents": walk.latents, "denoised_latents": walk.latents, "indices": indices}
-                returned = self.run_callback(callback, scale, torch.tensor(scale), callback_inputs, tensors)
-                walk.latents = returned["latents"]
-                bar.update()
-                if self._finish_now:
-                    break
-        self._interrupted = self._interrupt
-        return walk.latents
+        return self._walk(walk, callback, callback_inputs)
 
     def _draw(
         self, logits: Tensor, progress: float, how: TokenSampling, generator: Generators
@@ -218,22 +239,29 @@ class NextScaleClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         return indices, mix_codes(logits, self.vae.quantizer.codebook.weight, progress, generator)  # (B, N, C)
 
 
-def _check_pair(transformer: ModelMixin, vae: ModelMixin) -> None:
-    """Raise when a transformer speaks of other tokens than its tokenizer."""
+def check_pair(transformer: ModelMixin, vae: ModelMixin, wants_text: bool) -> None:
+    """Raise when a transformer speaks of other tokens than its tokenizer, or is painted by the other pipeline."""
+    theirs, ours = transformer.config, vae.config
+    if (theirs.text_dim is not None) != wants_text:
+        kind, name = ("text", "Text") if theirs.text_dim is not None else ("class labels", "Class")
+        raise ValueError(f"this transformer reads {kind}: use NextScale{name}ToImagePipeline")
     pairs = {
-        "schedules of scales": (list(transformer.grids), list(vae.grids)),
-        "latent channels": (transformer.config.latent_channels, vae.config.latent_channels),
-        "codebook sizes": (transformer.config.vocab_size, vae.config.vocab_size),
+        "tokens": ("bits" if theirs.bitwise else "indices", "bits" if isinstance(vae, MultiScaleBSQ) else "indices"),
+        "latent channels": (theirs.latent_channels, ours.latent_channels),
+        "latent pixels a token": (theirs.patchify, ours.get("patchify", 1)),
     }
-    for what, (theirs, ours) in pairs.items():
-        if theirs != ours:
+    if not theirs.bitwise:  # bits have no codebook, and their tokenizer takes any schedule
+        pairs["schedules of scales"] = (list(transformer.grids), list(vae.grids))
+        pairs["codebook sizes"] = (theirs.vocab_size, ours.get("vocab_size"))
+    for what, (one, other) in pairs.items():
+        if one != other:
             raise ValueError(
-                f"transformer and vae have different {what}: {theirs} and {ours}. Use the tokenizer that the "
-                "transformer was trained on; `tessera convert --family var` makes a pair that fits."
+                f"transformer and vae have different {what}: {one} and {other}. Use the tokenizer that the "
+                "transformer was trained on; `tessera convert` makes a pair that fits."
             )
 
 
-def _check_generators(generator: object, count: int) -> None:
+def check_generators(generator: object, count: int) -> None:
     """Raise for anything but None, a generator, or one generator a picture."""
     given = generator if isinstance(generator, list | tuple) else [generator] * count
     if len(given) != count:

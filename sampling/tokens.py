@@ -1,7 +1,9 @@
 """From logits to tokens: guidance that grows from scale to scale, truncation, and draws in a fixed order.
 
-Pure functions on logits (B, N, V): B pictures, N tokens of a scale, V entries of the codebook. The order of operations
-and of random draws is that of the released sampler of VAR (arXiv 2404.02905), so a seed gives the same tokens.
+Pure functions on logits (B, ..., V): B pictures, and V choices for each of what is drawn: the N tokens of a scale with
+V entries of a codebook, (B, N, V), or the d bits of each token, (B, N, d, 2). The order of operations and of random
+draws is that of the released samplers of VAR (arXiv 2404.02905) and Infinity (arXiv 2412.04431), so a seed gives the
+same tokens.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ def guide_logits(cond: Tensor, uncond: Tensor, strength: float) -> Tensor:
     """Push logits away from the unconditional ones: `(1 + strength) cond - strength uncond`.
 
     Args:
-        cond: (B, N, V).
-        uncond: (B, N, V).
+        cond: (B, ..., V).
+        uncond: (B, ..., V).
         strength: 0 is no guidance; this is diffusers' guidance scale less 1.
 
     Returns:
-        (B, N, V).
+        (B, ..., V).
     """
     return (1 + strength) * cond - strength * uncond
 
@@ -38,15 +40,15 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Rule out all but the `k` likeliest entries; entries equal to the last of them stay.
 
     Args:
-        logits: (B, N, V).
+        logits: (B, ..., V).
         k: how many; 0, or V and more, keeps all.
 
     Returns:
-        (B, N, V), -inf where ruled out.
+        (B, ..., V), -inf where ruled out.
     """
     if k <= 0 or k >= logits.shape[-1]:
         return logits
-    smallest = logits.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)  # (B, N, 1)
+    smallest = logits.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)  # (B, ..., 1)
     return logits.masked_fill(logits < smallest, -torch.inf)
 
 
@@ -54,16 +56,16 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Rule out the least likely entries whose probabilities sum up to at most `1 - p` (arXiv 1904.09751).
 
     Args:
-        logits: (B, N, V).
+        logits: (B, ..., V).
         p: share of the probability that stays; 0 keeps all. The likeliest entry always stays.
 
     Returns:
-        (B, N, V), -inf where ruled out.
+        (B, ..., V), -inf where ruled out.
     """
     if p <= 0:
         return logits
-    ascending, order = logits.sort(dim=-1)  # (B, N, V)
-    is_out = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, N, V)
+    ascending, order = logits.sort(dim=-1)  # (B, ..., V)
+    is_out = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, ..., V)
     is_out[..., -1] = False
     return logits.masked_fill(is_out.scatter(-1, order, is_out), -torch.inf)
 
@@ -72,41 +74,42 @@ def truncate(logits: Tensor, top_k: int = 0, top_p: float = 0.0, temperature: fl
     """Temperature, then `keep_top_k`, then `keep_top_p` on what is left.
 
     Args:
-        logits: (B, N, V).
+        logits: (B, ..., V).
         top_k: 0 keeps all.
         top_p: 0 keeps all.
         temperature: divides the logits; below 1 is bolder, above 1 more varied.
 
     Returns:
-        (B, N, V).
+        (B, ..., V).
     """
     logits = logits if temperature == 1.0 else logits / temperature
     return keep_top_p(keep_top_k(logits, top_k), top_p)
 
 
 def draw_tokens(logits: Tensor, generator: Generators = None) -> Tensor:
-    """Draw one entry a token.
+    """Draw one of the choices for each token (or bit).
 
     Args:
-        logits: (B, N, V).
-        generator: a single one draws all B N tokens at once, picture by picture; of a list, each draws the N tokens of
-            its picture, which then don't depend on the batch.
+        logits: (B, ..., V).
+        generator: a single one draws for the whole batch at once, picture by picture; of a list, each draws the tokens
+            of its picture, which then don't depend on the batch.
 
     Returns:
-        Indices, (B, N), int64.
+        Choices, (B, ...), int64.
     """
-    probabilities = logits.softmax(-1)  # (B, N, V)
+    probabilities = logits.softmax(-1)  # (B, ..., V)
     if isinstance(generator, Sequence):
-        rows = [_multinomial(one, each) for one, each in zip(probabilities, generator, strict=True)]  # B x (N,)
-        return torch.stack(rows)  # (B, N)
-    return _multinomial(probabilities.flatten(0, 1), generator).unflatten(0, logits.shape[:2])  # (B, N)
+        rows = [_multinomial(one, each) for one, each in zip(probabilities, generator, strict=True)]  # B x (...)
+        return torch.stack(rows)  # (B, ...)
+    return _multinomial(probabilities, generator)  # (B, ...)
 
 
 def _multinomial(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw one entry of each row of (M, V); (M,)."""
+    """Draw one of the last axis of (..., V); (...)."""
     device = probabilities.device if generator is None else generator.device
-    drawn = torch.multinomial(probabilities.to(device), 1, replacement=True, generator=generator)  # (M, 1)
-    return drawn[:, 0].to(probabilities.device)  # (M,)
+    rows = probabilities.flatten(0, -2).to(device)  # (M, V)
+    drawn = torch.multinomial(rows, 1, replacement=True, generator=generator)  # (M, 1)
+    return drawn.view(probabilities.shape[:-1]).to(probabilities.device)  # (...)
 
 
 def mix_codes(logits: Tensor, codebook: Tensor, progress: float, generator: Generators = None) -> Tensor:
