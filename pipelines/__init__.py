@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from pipelines.builtin import builtin_models, load_pipeline
     from pipelines.class_to_image import ClassToImagePipeline
     from pipelines.next_scale import NextScaleClassToImagePipeline
+    from pipelines.next_scale_text import NextScaleTextToImagePipeline
     from pipelines.observe import observe
     from pipelines.text_to_image import TextToImagePipeline
 
 __all__ = [
     "ClassToImagePipeline",
     "NextScaleClassToImagePipeline",
+    "NextScaleTextToImagePipeline",
     "TesseraPipeline",
     "TextToImagePipeline",
     "builtin_models",
@@ -34,6 +36,7 @@ __all__ = [
 _MODULE_OF = {
     "ClassToImagePipeline": "pipelines.class_to_image",
     "NextScaleClassToImagePipeline": "pipelines.next_scale",
+    "NextScaleTextToImagePipeline": "pipelines.next_scale_text",
     "TesseraPipeline": "pipelines.base",
     "TextToImagePipeline": "pipelines.text_to_image",
     "builtin_models": "pipelines.builtin",

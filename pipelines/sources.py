@@ -33,6 +33,7 @@ from pipelines.memory import component_bytes
 PIPELINE_MODULES = {
     "ClassToImagePipeline": "pipelines.class_to_image",
     "NextScaleClassToImagePipeline": "pipelines.next_scale",
+    "NextScaleTextToImagePipeline": "pipelines.next_scale_text",
     "TextToImagePipeline": "pipelines.text_to_image",
 }
 """Our pipeline classes by the `_class_name` of a `model_index.json`; other names are diffusers' business."""

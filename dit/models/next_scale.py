@@ -262,6 +262,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
 
     # ---------------------------------------------------------------- condition
 
+    @apply_forward_hook
     def empty_text(self, length: int, batch_size: int = 1) -> Tensor:
         """The learned text that stands for none, as guidance's other side: as long as the text it replaces.
 

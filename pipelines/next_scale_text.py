@@ -1,0 +1,355 @@
+"""Text to picture, scale by scale, with Infinity (arXiv 2412.04431) or a VAR that reads text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ImagePipelineOutput, ModelMixin
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dit.cache import POLICIES
+from dit.layers.resolutions import LADDERS, RUNGS, nearest_ratio, published_schedules
+from dit.layers.scales import Grid
+from pipelines.base import OUTPUT_TYPES
+from pipelines.checks import check_choice, check_count, check_number
+from pipelines.conditioning import TextConditionedPipeline, text_limit
+from pipelines.next_scale import NextScalePipeline, Pictures, check_generators, check_pair
+from sampling.next_scale import ScaleWalk
+from sampling.tokens import Generators, draw_tokens, guide_logits, truncate
+
+DEFAULTS: Mapping[str, float] = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 0.0}
+"""Settings of a call that neither the call nor the pipeline's configuration names."""
+
+PerScale = float | Sequence[float]
+"""One value for all scales, or one for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleSampling:
+    """How each scale is drawn; see the arguments of the pipeline's call.
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: a value out of range.
+    """
+
+    guidance_scale: tuple[float, ...]
+    temperature: tuple[float, ...]
+    top_k: int
+    top_p: float
+
+    def __post_init__(self) -> None:
+        for guidance, temperature in zip(self.guidance_scale, self.temperature, strict=True):
+            check_number("guidance_scale", guidance, 0.0, 100.0)
+            check_number("temperature", temperature, 0.01, 100.0)
+        check_count("top_k", self.top_k, 0, 2**31 - 1)
+        check_number("top_p", self.top_p, 0.0, 1.0)
+
+    def guide(self, cond: Tensor, uncond: Tensor, scale: int) -> Tensor:
+        """Push a scale's logits (B, N, ..., V) away from the unconditional ones."""
+        return guide_logits(cond, uncond, self.guidance_scale[scale] - 1)
+
+    def draw(self, logits: Tensor, scale: int, generator: Generators) -> Tensor:
+        """Draw a scale's tokens (B, N), or their bits (B, N, d), from logits (B, N, ..., V)."""
+        return draw_tokens(truncate(logits, self.top_k, self.top_p, self.temperature[scale]), generator)
+
+
+class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
+    """Paint pictures from text, coarse to fine: each scale is one pass of the network and one step of the call.
+
+    Args:
+        transformer: a `dit.models.next_scale.NextScaleTransformer` with `text_dim`.
+        text_encoder: a transformers encoder of the T5 kind (released models: the encoder of flan-t5-xl); None if calls
+            bring `prompt_embeds`.
+        tokenizer: its tokenizer, or None.
+        vae: the picture tokenizer that the transformer was trained on: `dit.tokenizers.multi_scale_bsq.MultiScaleBSQ`
+            for bits, `dit.tokenizers.multi_scale_vq.MultiScaleVQ` for entries of a codebook.
+        defaults: settings of a call that suit this model, by the names of `DEFAULTS`.
+
+    Raises:
+        ValueError: transformer and tokenizer don't belong together; an unknown name among the defaults.
+
+    Example:
+        >>> pipe = load_pipeline("infinity-2b")  # a folder written by `tessera convert --family infinity`
+        >>> pipe("a cat holds a board with the text 'hello'", aspect_ratio=16 / 9).images[0].save("cat.png")
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer"
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        text_encoder: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        vae: ModelMixin,
+        defaults: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
+        unknown = sorted(set(defaults or {}) - set(DEFAULTS))
+        if unknown:
+            raise ValueError(f"defaults name {unknown}; expected some of {sorted(DEFAULTS)}")
+        self.register_to_config(defaults=dict(defaults or {}))
+        check_pair(transformer, vae, wants_text=True)
+        self.vae_scale_factor = vae.spatial_compression_ratio
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the unconditional branch is evaluated too: if any scale is guided."""
+        scale = self._guidance_scale
+        return any(one != 1 for one in (scale if isinstance(scale, Sequence) else (scale,)))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        aspect_ratio: float | None = None,
+        guidance_scale: PerScale | None = None,
+        temperature: PerScale | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        kv_policy: str = "full",
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> ImagePipelineOutput | tuple[Pictures]:
+        """Paint.
+
+        Args:
+            prompt: what to paint, one string or a list of P; "" is whatever the model makes of an empty text.
+            negative_prompt: what to steer away from, one for all or one per prompt; None steers away from the learned
+                empty text.
+            height: pixels; height and width together name one of the published sizes. None is the model's size.
+            width: pixels.
+            aspect_ratio: width over height, in place of a size; the nearest published one at the model's number of
+                pixels is painted.
+            guidance_scale: classifier-free guidance, for all scales or one a scale: 1 is none (and none at all halves
+                the work). This and the next three are the model's own setting if None.
+            temperature: divides the logits, for all scales or one a scale; the released code calls it tau. Below 1 is
+                bolder, above 1 more varied.
+            top_k: draw among so many entries of the codebook only; 0 is all. Means nothing for bits.
+            top_p: draw among the likeliest entries (or values of a bit) that hold this share of the probability; 0 is
+                all.
+            num_images_per_prompt: pictures per prompt; B = P times this.
+            generator: a single one draws for all pictures at once, as the released sampler does; of a list of B, each
+                draws for its own picture, which then does not depend on the batch.
+            kv_policy: what to keep of earlier scales, one of `dit.cache.POLICIES`.
+            prompt_embeds: text states in place of `prompt`, (P, M, Dt).
+            prompt_attention_mask: (P, M), True on real tokens.
+            negative_prompt_embeds: text states in place of `negative_prompt`, (P, M, Dt).
+            negative_prompt_attention_mask: (P, M).
+            max_sequence_length: tokens kept of a prompt; None is the model's limit.
+            output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w).
+            return_dict: whether to wrap the result.
+            callback_on_step_end: called as `callback(pipe, scale, timestep, tensors)` after each scale; latents it
+                returns replace ours. It may set `pipe.interrupt = True`.
+            callback_on_step_end_tensor_inputs: the tensors it gets: "latents" or "denoised_latents" (the picture so
+                far, for `pipe.preview` or `pipe.decode_latents`), "indices" (the scale's tokens (B, N), or bits
+                (B, N, d)).
+            attention_kwargs: passed on to the transformer, e.g. `{"scale": 0.5}` for LoRAs.
+
+        Returns:
+            The pictures; none when the run was interrupted (then `pipe.interrupted` is True).
+
+        Raises:
+            TypeError: an argument has a wrong type.
+            ValueError: an argument is out of range.
+        """
+        self._interrupt = self._interrupted = self._finish_now = False
+        grids = self.resolve_schedule(height, width, aspect_ratio)
+        how = self._sampling(len(grids), guidance_scale, temperature, top_k, top_p)
+        self._guidance_scale, self._attention_kwargs = how.guidance_scale, attention_kwargs
+        check_count("num_images_per_prompt", num_images_per_prompt, 1, 1024)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_choice("kv_policy", kv_policy, POLICIES)
+        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
+
+        rows, mask = self._encode_branches(
+            (prompt, prompt_embeds, prompt_attention_mask),
+            (negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask),
+            num_images_per_prompt,
+            max_sequence_length,
+        )  # (B or 2B, M, Dt), (B or 2B, M)
+        count = len(rows) // (2 if self.do_classifier_free_guidance else 1)
+        check_generators(generator, count)
+        walk = self._start(rows, mask, count, grids, how, generator, kv_policy)
+        latents = self._walk(walk, callback_on_step_end, callback_on_step_end_tensor_inputs)  # (B, C, h, w)
+        return self._finish(latents, output_type, return_dict)
+
+    # ----------------------------------------------------------------- settings
+
+    def _sampling(
+        self,
+        num_scales: int,
+        guidance_scale: PerScale | None,
+        temperature: PerScale | None,
+        top_k: int | None,
+        top_p: float | None,
+    ) -> ScaleSampling:
+        """Fill in what the call left open, and give every scale its value."""
+        given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        named = {name: value for name, value in given.items() if value is not None}
+        full: dict[str, Any] = {**DEFAULTS, **self.config.defaults, **named}
+        for name in ("guidance_scale", "temperature"):
+            values = full[name] if isinstance(full[name], Sequence) else [full[name]] * num_scales
+            if len(values) != num_scales:
+                raise ValueError(
+                    f"{name} has {len(values)} values; expected one, or one for each of {num_scales} scales"
+                )
+            full[name] = tuple(values)
+        return ScaleSampling(**full)
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Pixels that one token covers along a side."""
+        return self.vae_scale_factor * self.transformer.config.patchify
+
+    def resolve_schedule(
+        self, height: int | None = None, width: int | None = None, aspect_ratio: float | None = None
+    ) -> tuple[Grid, ...]:
+        """Find the schedule of scales for a picture.
+
+        Args:
+            height: pixels, given together with the width.
+            width: pixels.
+            aspect_ratio: width over height, in place of a size.
+
+        Returns:
+            Rows and columns of each scale.
+
+        Raises:
+            ValueError: a size that no schedule has, or half a size; for models with one schedule, another size.
+        """
+        own = self.transformer.grids
+        size = self.pixels_per_token
+        if aspect_ratio is not None:
+            check_number("aspect_ratio", aspect_ratio, 0.1, 10.0)
+            if height is not None or width is not None:
+                raise ValueError("give aspect_ratio, or height and width, not both")
+            return self._schedule_of_ratio(1 / aspect_ratio)
+        if height is None and width is None:
+            return own
+        if height is None or width is None:
+            raise ValueError(f"got height={height} and width={width}: give both, or aspect_ratio")
+        self.check_size(height, width, size)
+        last = (height // size, width // size)
+        offered = {**(published_schedules() if self._is_flexible else {}), own[-1]: own}
+        if last not in offered:
+            near = min(offered, key=lambda grid: (abs(grid[0] - last[0]) + abs(grid[1] - last[1]), grid))
+            raise ValueError(
+                f"no schedule of scales ends in {height} x {width} pixels (height x width). Nearest: "
+                f"height={near[0] * size}, width={near[1] * size}."
+            )
+        return offered[last]
+
+    @property
+    def _is_flexible(self) -> bool:
+        """Whether pictures of other sizes than the model's own can be painted."""
+        return self.transformer.config.bitwise and self.transformer.config.positions == "rotary"
+
+    def _schedule_of_ratio(self, height_over_width: float) -> tuple[Grid, ...]:
+        """The published schedule of the nearest ratio, with as many scales as the model's own."""
+        own = self.transformer.grids
+        if not self._is_flexible or len(own) not in RUNGS.values():
+            rows, columns = (side * self.pixels_per_token for side in own[-1])
+            raise ValueError(f"this model paints {rows} x {columns} pixels only: leave aspect_ratio away")
+        return LADDERS[nearest_ratio(height_over_width)][: len(own)]
+
+    # --------------------------------------------------------------------- text
+
+    def _encode_branches(
+        self,
+        positive: tuple[Any, Tensor | None, Tensor | None],
+        negative: tuple[Any, Tensor | None, Tensor | None],
+        num_images_per_prompt: int,
+        max_length: int | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text states of the pictures and, with guidance behind them, of what to steer away from.
+
+        Args:
+            positive: prompt, its states, its mask.
+            negative: the same; all None for the learned empty text.
+            num_images_per_prompt: pictures per prompt.
+            max_length: tokens kept of a prompt.
+
+        Returns:
+            States (B or 2B, M, Dt) and mask (B or 2B, M), None where all tokens are real.
+        """
+        guided, longest = self.do_classifier_free_guidance, self.transformer.config.text_max_length
+        if max_length is None and self.text_encoder is not None and self.tokenizer is not None:
+            max_length = min(text_limit(self.tokenizer, self.text_encoder), longest)
+        says_no = guided and (negative[0] is not None or negative[1] is not None)
+        cond, mask, uncond, uncond_mask = self.encode_prompt(
+            positive[0],
+            negative[0] if says_no else None,
+            says_no,
+            num_images_per_prompt,
+            None,
+            *positive[1:],
+            *(negative[1:] if says_no else (None, None)),
+            max_length,
+        )  # (B, M, Dt), (B, M), and the same again or None
+        if guided and uncond is None:
+            uncond = self.transformer.empty_text(cond.shape[1], len(cond)).to(cond)  # (B, M, Dt)
+            uncond_mask = mask  # as long as the text it stands beside
+        states, masks = (cond, mask) if uncond is None else (torch.cat([cond, uncond]), torch.cat([mask, uncond_mask]))
+        if not masks.any(dim=1).all():
+            raise ValueError("a prompt has no token at all: the tokenizer adds no end token to it. Say something.")
+        return states, None if masks.all() else masks
+
+    # --------------------------------------------------------------------- loop
+
+    def _start(
+        self,
+        states: Tensor,
+        mask: Tensor | None,
+        count: int,
+        grids: tuple[Grid, ...],
+        how: ScaleSampling,
+        generator: Generators,
+        kv_policy: str,
+    ) -> ScaleWalk:
+        """Set up a walk through the scales for `count` pictures B, from text states (B or 2B, M, Dt)."""
+
+        def draw(logits: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+            tokens = how.draw(logits, scale, generator)  # (B, N) or (B, N, d)
+            return tokens, tokens
+
+        flexible = grids if self.transformer.config.bitwise else None
+        return ScaleWalk(
+            self.transformer,
+            self.vae,
+            self.transformer.prepare_condition(
+                encoder_hidden_states=states,
+                encoder_attention_mask=mask,
+                grids=grids,
+                attention_kwargs=self._attention_kwargs,
+            ),
+            self.transformer.make_cache(len(states), kv_policy, grids=grids),
+            self.vae.start_latents(count) if flexible is None else self.vae.start_latents(count, flexible),
+            guided=len(states) > count,
+            guide=how.guide,
+            draw=draw,
+            num_scales=len(grids),
+            grids=flexible,
+            step_arguments={"attention_kwargs": self._attention_kwargs},
+        )
