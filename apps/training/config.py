@@ -76,6 +76,8 @@ class OptimizerConfig(Section):
         name: `adamw`, or `muon`: Muon for the matrices of transformer blocks, AdamW for everything else.
         learning_rate: Peak learning rate of AdamW.
         muon_learning_rate: Peak learning rate of Muon, in AdamW's units (updates are scaled to AdamW's size).
+        muon_leaves_out: Modules that stay with AdamW throughout, by the names that the task gives them. A T5 should:
+            its scores are not scaled, and Muon's updates saturate them.
         betas: Momenta of AdamW.
         weight_decay: Decoupled weight decay; biases, gains and other 0-D and 1-D parameters are left out.
         warmup_steps: Steps of linear warm-up.
@@ -88,6 +90,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(gt=0)
     muon_learning_rate: float = Field(default=5e-3, gt=0)
+    muon_leaves_out: list[str] = []
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_steps: int = Field(default=200, ge=0)

@@ -5,8 +5,9 @@ Latents are kept (in half precision) together with the scenes they show, so that
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from apps.training.scenes import Scene, SceneMix, SceneSampler, SpriteSheet, ren
 from dit.tokenizers import as_visual_tokenizer
 
 KINDS = ("single", "pair", "count")
+Encode = Callable[..., Tensor]
+"""From scenes (and the arguments of `encode_scenes`) to a tensor with a row for each."""
 
 
 class LatentPool:
@@ -28,7 +31,7 @@ class LatentPool:
     Args:
         scenes: P scenes.
         levels: Jitter that each scene was drawn with, (P,).
-        latents: Normalised latents, (P, C, h, w).
+        latents: What the pictures are coded as, (P, ...), e.g. normalised latents (P, C, h, w).
     """
 
     def __init__(self, scenes: Sequence[Scene], levels: np.ndarray, latents: Tensor) -> None:
@@ -106,10 +109,37 @@ def encode_scenes(
     return torch.cat(parts)
 
 
-def cached_latents(
-    scenes: Sequence[Scene], sheet: SpriteSheet, vae: nn.Module, resolution: int, device: torch.device, folder: Path
+@torch.no_grad()
+def encode_tokens(
+    scenes: Sequence[Scene],
+    sheet: SpriteSheet,
+    vae: Any,
+    resolution: int,
+    device: torch.device,
+    quiet: bool = True,
 ) -> Tensor:
-    """`encode_scenes`, kept in a file whose name depends on all that the latents depend on.
+    """Renders scenes and turns them into tokens of all scales in a row.
+
+    Returns:
+        Codebook entries (P, L), or bits (P, L, d); int16 on the CPU.
+    """
+    parts = []
+    for start in track(range(0, len(scenes), 64), "encoding scenes", console=Console(stderr=True), disable=quiet):
+        images = render(scenes[start : start + 64], sheet, resolution).to(device)  # (b, 3, H, W)
+        parts.append(torch.cat(vae.quantize(images).indices, dim=1).to("cpu", torch.int16))  # (b, L) or (b, L, d)
+    return torch.cat(parts)
+
+
+def cached_latents(
+    scenes: Sequence[Scene],
+    sheet: SpriteSheet,
+    vae: nn.Module,
+    resolution: int,
+    device: torch.device,
+    folder: Path,
+    encode: Encode = encode_scenes,
+) -> Tensor:
+    """Encoded scenes, kept in a file whose name depends on all that the latents depend on.
 
     Args:
         scenes: P scenes.
@@ -118,9 +148,10 @@ def cached_latents(
         resolution: Side of the pictures in pixels.
         device: Where to encode.
         folder: Folder of the cache files.
+        encode: `encode_scenes` or `encode_tokens`.
 
     Returns:
-        Normalised latents, (P, C, h, w), float16 on the CPU.
+        What `encode` returns.
     """
     digest = hashlib.sha256(repr((list(scenes), resolution, dict(vae.config))).encode())
     digest.update(inspect.getsource(renderer).encode())
@@ -131,6 +162,6 @@ def cached_latents(
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        save_file({"latents": encode_scenes(scenes, sheet, vae, resolution, device, quiet=False)}, temporary)
+        save_file({"latents": encode(scenes, sheet, vae, resolution, device, quiet=False)}, temporary)
         temporary.rename(path)
     return load_file(path)["latents"]

@@ -85,7 +85,11 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> 
     settings = config.optimizer
     if settings.name == "adamw":
         return _adamw(list(parameters.values()), config)
-    inside = {name: p for name, p in parameters.items() if p.ndim == 2 and _is_hidden_matrix(name)}
+    inside = {
+        name: p
+        for name, p in parameters.items()
+        if p.ndim == 2 and _is_hidden_matrix(name) and name.split("/")[0] not in settings.muon_leaves_out
+    }
     outside = [parameter for name, parameter in parameters.items() if name not in inside]
     scale = settings.muon_learning_rate / settings.learning_rate
     muon = torch.optim.Muon(

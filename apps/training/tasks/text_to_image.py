@@ -207,8 +207,7 @@ class TextToImageTask:
         rows = self.pool.draw(rng, run.batch_size, (stage.single, stage.pair, stage.count), stage.jitter)  # (B,)
         dropped = rng.random(run.batch_size) < self.config.task.caption_dropout  # (B,)
         captions = [
-            "" if drop else self._caption(self.pool.scenes[row], rng)
-            for row, drop in zip(rows, dropped, strict=True)
+            "" if drop else self._caption(self.pool.scenes[row], rng) for row, drop in zip(rows, dropped, strict=True)
         ]
         return rng, torch.from_numpy(rows), captions
 
@@ -289,6 +288,11 @@ class TextToImageTask:
         sigmas = logit_normal_grid(len(latents), task.sigma_mean, task.sigma_std, task.sigma_shift)  # (B,)
         captions = self._validation_captions(KINDS[number], data.validation_scenes)
         return {"latents": latents, "noise": noise, "sigmas": sigmas, **tokenize(self.tokenizer, captions)}
+
+    def _held_out_latents(self, number: int) -> Tensor:
+        """The validation scenes of kind `number`, encoded as those of the pool."""
+        scenes = self._held_out_scenes(KINDS[number], self.config.data.validation_scenes)
+        return self.encode(scenes, self.sheet, self.vae, self.config.data.resolution, self.context.device)
 
     def _text(self) -> tuple[T5EncoderModel, PreTrainedTokenizerBase]:
         """The text encoder, frozen if it comes from `text_from`, and its tokenizer."""
