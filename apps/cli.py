@@ -97,31 +97,57 @@ def studio(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to paint.", show_default=False)],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to paint; a class name or number for models of classes.")
+    ] = None,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", dir_okay=False, help="PNG (or MP4) file to write; -0, -1 ... with --num."),
+        typer.Option("--output", "-o", help="PNG, WebP or MP4 file to write; a folder with --batch."),
     ] = Path("tessera.png"),
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
-    model: Annotated[str, typer.Option(help="Built-in name, folder, single file or hub id.")] = "stickers",
-    seed: Seed = 0,
+    model: Annotated[str | None, typer.Option(help="Built-in name, folder, single file or hub id.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the noise: the same seed gives the same picture.")
+    ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     size: Annotated[str | None, typer.Option(help="Pixels: 128, or WIDTHxHEIGHT such as 192x128.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 1,
+    num: Annotated[int | None, typer.Option(min=1, help="How many pictures.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="How many of them are painted at once.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a clip; the model's default if absent.")] = None,
+    style: Annotated[str | None, typer.Option(help="Name of a style, see apps/presets/styles.json.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="euler, heun, sde, dpm++, unipc, ddim or ddpm.")] = None,
+    image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Start from this picture.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="With --image: paint only where it is white.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(min=0.05, max=1.0, help="With --image: how much of it is repainted.")
+    ] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Take the settings of this picture (or JSON file)."),
+    ] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="JSONL (or text) file with a picture a line; goes on where it was."
+        ),
+    ] = None,
+    keep_settings: Annotated[
+        bool, typer.Option("--keep-settings/--no-settings", help="Write what reproduces a picture into its file.")
+    ] = True,
     device: Device = "auto",
     dtype: Precision = "auto",
     offload: Offload = "none",
     base: Base = None,
     json_output: Json = False,
 ) -> None:
-    """Paint a prompt into a file."""
-    from apps.generate import run
+    """Paint a prompt into a file, repeat a picture from its settings, or work through a file of prompts."""
+    from apps.generate import Machine, Wishes, run
 
-    run(
+    wishes = Wishes(
         prompt=prompt,
-        output=output,
         negative_prompt=negative_prompt,
         model=model,
         seed=seed,
@@ -129,13 +155,26 @@ def generate(
         guidance=guidance,
         size=size,
         num=num,
+        batch_size=batch_size,
         frames=frames,
-        device=device,
-        dtype=dtype,
-        offload=offload,
-        base=base,
-        json_output=json_output,
+        style=style,
+        scheduler=scheduler,
+        image=image,
+        mask=mask,
+        strength=strength,
     )
+    machine = Machine(device=device, dtype=dtype, offload=offload, base=base)
+    if prompt is None and settings is None and batch is None:
+        raise typer.BadParameter("There is nothing to paint: give a prompt, --settings or --batch.")
+    if batch is None:
+        run(wishes, output, machine, settings, json_output, keep_settings)
+        return
+    if prompt is not None or settings is not None:
+        raise typer.BadParameter("--batch has its prompts in the file; leave out the prompt and --settings.")
+    from apps.batch import run_batch
+
+    folder = Path("outputs") / batch.stem if output == Path("tessera.png") else output
+    run_batch(batch, folder, wishes, machine, json_output)
 
 
 @app.command()
@@ -229,14 +268,22 @@ def bench(
 
 @app.command()
 def convert(
-    family: Annotated[Literal["dit", "sit", "var"], typer.Option(help="Model family of the checkpoint.")],
+    family: Annotated[Literal["dit", "sit", "var", "infinity"], typer.Option(help="Model family of the checkpoint.")],
     checkpoint: Annotated[
-        Path, typer.Option(exists=True, help="Published file, a diffusers DiT folder, or a folder of ours.")
+        Path, typer.Option(exists=True, help="Published file or folder, a diffusers DiT folder, or a folder of ours.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder (or official file) to write.")],
     vae: Annotated[
-        str | None, typer.Option(help="Folder or hub id of an AutoencoderKL to include; for var the VQVAE's file.")
+        str | None,
+        typer.Option(help="Folder or hub id of an AutoencoderKL to include; var, infinity: file of the tokenizer."),
     ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="For infinity: local folder of flan-t5-xl to include; not needed to convert.")
+    ] = None,
+    resolution: Annotated[
+        Literal["0.06M", "0.25M", "0.60M", "1M"],
+        typer.Option(help="For infinity: pixels of its pictures, e.g. 0.25M for the model of 512 x 512."),
+    ] = "1M",
     dtype: Annotated[DType, typer.Option(help="Number format; auto keeps the checkpoint's.")] = "auto",
     weights: Annotated[Literal["ema", "model"], typer.Option(help="Which weights of a trainer's checkpoint.")] = "ema",
     heads: Annotated[
@@ -254,6 +301,8 @@ def convert(
         checkpoint=checkpoint,
         output=output,
         vae=vae,
+        text_encoder=text_encoder,
+        resolution=resolution,
         dtype=dtype,
         weights=weights,
         heads=heads,

@@ -4,38 +4,33 @@
     for event in engine.generate(TextToImageRequest(prompt="a red apple")):
         ...
 
-One request runs at a time (an engine owns one device); the others wait in line and are told their place. The
-pipeline runs in a worker thread, so that whoever reads the events can stop it: by setting the event it passed as
-`stop`, or by closing the iterator, which is what a web server does when a browser tab goes away.
+Requests stand in one line, first come, first served; one worker a device takes the next one. The line is on disk
+(`apps.job_store`), so it goes on where it stood after a restart, a crash or a kill. Any thread may submit, follow,
+stop or finish a job.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import logging
-import math
-import queue
+import secrets
 import threading
 import time
-import uuid
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
 
-from apps.jobs import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped, TextToImageRequest
+from apps.events import Done, Event, EventStream, Failed, ModelLoading, Picture, Queued, Step, Stopped
+from apps.job_store import JobStore, QueueFullError, StoredJob, StoredPicture
+from apps.jobs import REQUEST, AnyRequest, TextToImageRequest
 from apps.limits import ServerLimits
-from apps.media import Clip, contact_strip, require_video, save_mp4
-from apps.metadata import PictureSettings, save_png
-from apps.painter import Canvas, StopRequestedError, paint
+from apps.painter import StopRequestedError, Switches
 from apps.shelf import LoadedModel, ModelShelf, Pipeline
+from apps.uploads import UploadStore
+from apps.worker import Order, Studio, work
 from pipelines.memory import explain_out_of_memory, is_out_of_memory, release
 from pipelines.offload import check_offload
 
@@ -50,23 +45,47 @@ __all__ = [
     "Step",
     "Stopped",
     "TextToImageRequest",
+    "UnknownModelError",
 ]
 
 logger = logging.getLogger(__name__)
 
-WATCH_SECONDS = 2.0
-"""How often it is checked that a silent worker still lives."""
 POLL_SECONDS = 0.1
-"""How often a waiting request looks whether it has been stopped."""
+"""How often it is looked whether a waiting job has been stopped."""
+STATE_FOLDER = ".tessera"
+"""Of the output folder: the line of jobs and the pictures handed in; never served."""
+
+
+class UnknownModelError(ValueError):
+    """A request names a model that is not offered."""
+
+
+@dataclass(eq=False, slots=True)
+class _LiveJob:
+    """A job that waits or runs."""
+
+    order: Order
+    stop: threading.Event
+    finish: threading.Event = field(default_factory=threading.Event)
+    stream: EventStream = field(default_factory=EventStream)
+    told_ahead: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    """A device and the models on it."""
+
+    studio: Studio
+    shelf: ModelShelf
 
 
 class Engine:
-    """Paint requests, one at a time, and tell how it goes.
+    """Paint requests and tell how it goes.
 
     Args:
         models: key -> built-in name, folder, file or hub id; requests choose by key, the first one is the default.
-        output_dir: existing folder that receives the pictures as PNG files; None hands them over in memory only.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        output_dir: existing folder that receives the pictures and keeps the line of jobs; None keeps both in memory.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; several with commas between them work side by side.
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         offload: `none`, `model`, `group`, `sequential`: what of a model waits on the CPU, see `load_pipeline`.
         base: for models that are single files with a transformer only: where everything else comes from.
@@ -74,7 +93,8 @@ class Engine:
         load: turns a source into a pipeline; for tests and special loaders.
 
     Raises:
-        ValueError: no model, an unknown device or dtype, or an offload without an accelerator.
+        ValueError: no model, an unknown device or dtype, an offload without an accelerator, or an output folder
+            that another process works on.
     """
 
     def __init__(
@@ -90,19 +110,41 @@ class Engine:
         load: Callable[[str], Pipeline] | None = None,
     ) -> None:
         self.limits = server_limits or ServerLimits()
-        self.device = resolve_device(device)
-        self.dtype = resolve_dtype(dtype, self.device)
-        check_offload(offload, torch.device(self.device))
+        names = [resolve_device(name) for name in device.split(",")]
+        formats = [resolve_dtype(dtype, name) for name in names]
+        for name in names:
+            check_offload(offload, torch.device(name))
         self.offload = offload
         self.base = base
         self.output_dir = output_dir
-        self._shelf = ModelShelf(models, load or self._load_pipeline, self.limits.loaded_models)
-        self._line = _Line(self.limits.queue)
+        shelves = [
+            ModelShelf(models, load or _loader(self, name, one), self.limits.loaded_models)
+            for name, one in zip(names, formats, strict=True)
+        ]
+        state = _state_folder(output_dir)
+        self._store = JobStore(None if state is None else state / "jobs.sqlite")
+        self.uploads = UploadStore(None if state is None else state / "uploads")
+        self._devices = [
+            _Device(Studio(name, one, self._store, self.uploads, output_dir), shelf)
+            for name, one, shelf in zip(names, formats, shelves, strict=True)
+        ]
+        self._live: dict[str, _LiveJob] = {}
+        self._moved = threading.Condition()  # guards _live; notified when there is work
+        self._closing = False
+        for stored in self._store.recover(self.limits.attempts):
+            self._revive(stored)
+        self._threads = [
+            threading.Thread(target=self._serve, args=(one,), name="painter", daemon=True) for one in self._devices
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # -------------------------------------------------------------------- models
 
     @property
     def models(self) -> tuple[str, ...]:
         """Keys of the models that requests may name, the default first."""
-        return self._shelf.keys
+        return self._devices[0].shelf.keys
 
     def model(self, key: str | None = None) -> Future[LoadedModel]:
         """Return a model as a future, and start to load it if it isn't loaded: call it early to warm up.
@@ -113,54 +155,231 @@ class Engine:
         Raises:
             KeyError: not in the list.
         """
-        return self._shelf.get(self.models[0] if key is None else key)
+        return self._devices[0].shelf.get(self.models[0] if key is None else key)
 
     def source(self, key: str) -> str:
         """Return the built-in name, folder or hub id behind a key (for the owner's eyes only)."""
-        return self._shelf.source(key)
+        return self._devices[0].shelf.source(key)
 
-    def generate(self, request: TextToImageRequest, stop: threading.Event | None = None) -> Generator[Event]:
-        """Paint a request.
+    # ---------------------------------------------------------------------- jobs
+
+    def submit(self, request: AnyRequest, owner: str = "local", stop: threading.Event | None = None) -> str:
+        """Put a request at the end of the line.
+
+        Args:
+            request: what to paint.
+            owner: who asks; others don't see the job.
+            stop: set it from any thread to stop the job within one step.
+
+        Returns:
+            The job's id, 16 hex digits.
+
+        Raises:
+            UnknownModelError: it names a model that is not offered.
+            UploadError: it names a picture that was not handed in.
+            QueueFullError: as many wait as may.
+        """
+        key = self.models[0] if request.model is None else request.model
+        if key not in self.models:
+            raise UnknownModelError(f"There is no model {key!r} here; choose among {', '.join(self.models)}.")
+        for name in (getattr(request, "image", None), getattr(request, "mask", None)):
+            if name is not None:
+                self.uploads.get(name)
+        settled = request.settled().model_copy(update={"model": key})
+        job_id = secrets.token_hex(8)
+        with self._moved:
+            if self._closing:
+                raise QueueFullError("The server is shutting down; try again later.")
+            stored = self._store.add(
+                job_id, owner, settled.model_dump_json(), self.limits.queue, self.limits.queue_per_user
+            )
+            self._live[job_id] = _LiveJob(Order(job_id, stored.created, settled), stop or threading.Event())
+            self._tell_places()
+            self._moved.notify_all()
+        return job_id
+
+    def stream(self, job_id: str) -> EventStream:
+        """Return the events of a job, live; of an ended one its last event alone.
+
+        Raises:
+            KeyError: no such job.
+        """
+        with self._moved:
+            job = self._live.get(job_id)
+            if job is not None:
+                return job.stream
+            stored = self._store.get(job_id)
+        if stored is None:
+            raise KeyError(job_id)
+        stream = EventStream()
+        stream.tell(_last_event(stored))
+        return stream
+
+    def stop(self, job_id: str) -> None:
+        """Stop a job within one step, or take it out of the line; nothing happens to one that has ended.
+
+        Raises:
+            KeyError: no such job.
+        """
+        with self._moved:
+            job = self._live.get(job_id)
+            if job is None:
+                if self._store.get(job_id) is None:
+                    raise KeyError(job_id)
+                return
+            job.stop.set()
+            if self._store.stop_waiting(job_id):
+                self._forget(job, Stopped())
+
+    def finish(self, job_id: str) -> bool:
+        """End a running job with the picture as it is now.
+
+        Returns:
+            False if it doesn't run, or if its model can't end early; then nothing changes.
+
+        Raises:
+            KeyError: no such job.
+        """
+        stored = self.job(job_id)
+        with self._moved:
+            job = self._live.get(job_id)
+        if job is None or stored.state != "running":
+            return False
+        model = self.model(job.order.request.model)
+        if not model.done() or not model.result().can_finish:
+            return False
+        job.finish.set()
+        return True
+
+    def job(self, job_id: str) -> StoredJob:
+        """Return what is recorded of a job.
+
+        Raises:
+            KeyError: no such job.
+        """
+        stored = self._store.get(job_id)
+        if stored is None:
+            raise KeyError(job_id)
+        return stored
+
+    def jobs(self, owner: str | None = None, limit: int = 100, before: float | None = None) -> list[StoredJob]:
+        """Return the jobs of an owner (None: of all), the newest first."""
+        return self._store.jobs(owner, limit, before)
+
+    def pictures(self, job_id: str) -> list[StoredPicture]:
+        """Return the pictures of a job that are done."""
+        return self._store.pictures(job_id)
+
+    def history(self, owner: str | None = None, limit: int = 48, skip: int = 0) -> list[StoredPicture]:
+        """Return the pictures of an owner (None: of all) that have files, the newest first."""
+        return self._store.history(owner, limit, skip)
+
+    def ahead(self, job_id: str) -> int:
+        """Return how many jobs come before one that waits; 0 for others."""
+        return self._store.ahead().get(job_id, 0)
+
+    # ------------------------------------------------------------------ following
+
+    def generate(
+        self, request: AnyRequest, stop: threading.Event | None = None, owner: str = "local"
+    ) -> Generator[Event]:
+        """Submit a request and follow it; closing the iterator stops the job.
 
         Args:
             request: what to paint.
             stop: set it from any thread to stop within one step, also while waiting in line.
+            owner: who asks.
 
         Yields:
             Queued, ModelLoading, Step and Picture events, then one of Done, Stopped, Failed. Closing the iterator
-            stops the work too, and returns when the worker has ended.
+            stops the work too, and returns when the worker has left it.
         """
-        stop = stop or threading.Event()
-        key = self.models[0] if request.model is None else request.model
-        if key not in self.models:
-            yield Failed("unknown_model", f"There is no model {key!r} here; choose among {', '.join(self.models)}.")
-            return
         try:
-            with self._line.place() as place:
-                yield from self._wait_in_line(place, stop)
-                model = yield from self._wait_for_model(key, stop)
-                yield from self._work(model, request, stop)
-        except StopRequestedError:
-            yield Stopped()
-        except Exception as error:
+            job_id = self.submit(request, owner, stop)
+        except (QueueFullError, ValueError) as error:
             yield _failure(error)
+            return
+        yield from self.follow(job_id, stop)
 
-    def _wait_in_line(self, place: _Place, stop: threading.Event) -> Generator[Event]:
-        told = None
-        while (ahead := place.ahead()) > 0:
-            if stop.is_set():
-                raise StopRequestedError
-            if ahead != told:
-                yield Queued(ahead)
-                told = ahead
-            place.wait(POLL_SECONDS)
+    def follow(self, job_id: str, stop: threading.Event | None = None) -> Generator[Event]:
+        """Follow a job; closing the iterator stops it. See `generate`.
 
-    def _wait_for_model(self, key: str, stop: threading.Event) -> Generator[Event, None, LoadedModel]:
-        future = self.model(key)
-        if not future.done():
-            yield ModelLoading(key)
+        Raises:
+            KeyError: no such job.
+        """
+        stream, seen = self.stream(job_id), 0
+        try:
+            while True:
+                was_closed = stream.is_closed
+                for number, event in stream.read(seen, POLL_SECONDS):
+                    seen = number
+                    yield event
+                if was_closed:
+                    return
+                if stop is not None and stop.is_set():
+                    self.stop(job_id)
+        finally:
+            if not stream.is_closed:
+                self.stop(job_id)
+                stream.wait_closed()
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Stop working; what runs goes back into the line, so that the next engine on the folder goes on with it.
+
+        Args:
+            timeout: seconds to wait for the running step.
+        """
+        with self._moved:
+            self._closing = True
+            for job in self._live.values():
+                job.stop.set()
+            self._moved.notify_all()
+        for thread in self._threads:
+            thread.join(timeout)
+        for job in self._live.values():  # those that wait: whoever follows them shall not wait too
+            job.stream.tell(Stopped())
+        self._store.close()
+
+    # -------------------------------------------------------------------- working
+
+    def _serve(self, device: _Device) -> None:
+        """Work on one job after another, for as long as the engine lives."""
         while True:
-            if stop.is_set():  # loading goes on in the background; the next request will want it
+            with self._moved:
+                stored = None if self._closing else self._store.take()
+                if stored is None:
+                    if self._closing:
+                        return
+                    self._moved.wait()
+                    continue
+                job = self._live[stored.id]
+                self._tell_places()
+            self._end(job, self._run(job, device))
+
+    def _run(self, job: _LiveJob, device: _Device) -> Event:
+        """Work on a job; whatever happens becomes its last event."""
+        started = time.monotonic()
+        try:
+            model = self._wait_for_model(job, device)
+            switches = Switches(job.stop, job.finish, time.monotonic() + self.limits.seconds)
+            if job.stop.is_set():
+                return Stopped()
+            work(job.order, model, device.studio, switches, job.stream.tell)
+        except StopRequestedError:
+            return Stopped()
+        except Exception as error:
+            if is_out_of_memory(error):  # what was being computed must be free before the next request comes
+                release(error)
+            return _failure(error)
+        return Done(time.monotonic() - started)
+
+    def _wait_for_model(self, job: _LiveJob, device: _Device) -> LoadedModel:
+        key = job.order.request.model or self.models[0]
+        future = device.shelf.get(key)
+        if not future.done():
+            job.stream.tell(ModelLoading(key))
+        while True:
+            if job.stop.is_set():  # loading goes on in the background; the next request will want it
                 raise StopRequestedError
             try:
                 return future.result(timeout=POLL_SECONDS)
@@ -169,83 +388,47 @@ class Engine:
             except Exception as error:
                 raise _ModelFailedError(key) from error
 
-    def _work(self, model: LoadedModel, request: TextToImageRequest, stop: threading.Event) -> Generator[Event]:
-        """Run the pipeline in a thread and hand on its events; never leave before the thread has ended."""
-        events: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
-        worker = threading.Thread(
-            target=self._worker, args=(model, request, stop, events.put), name="painter", daemon=True
-        )
-        worker.start()
+    def _end(self, job: _LiveJob, last: Event) -> None:
+        """Record how a job ended and tell it; on closing, put it back instead."""
+        with self._moved:
+            if self._closing and isinstance(last, Stopped):
+                self._store.put_back(job.order.id)
+            elif isinstance(last, Failed):
+                self._store.end(job.order.id, "failed", last.code, last.message)
+            else:
+                self._store.end(job.order.id, "done" if isinstance(last, Done) else "stopped")
+            self._forget(job, last)
+
+    def _forget(self, job: _LiveJob, last: Event) -> None:
+        """Tell the last event of a job and its new place to those behind; the lock is held."""
+        del self._live[job.order.id]
+        job.stream.tell(last)
+        if not self._closing:
+            self._tell_places()
+
+    def _tell_places(self) -> None:
+        """Tell each waiting job its place where that has changed; the lock is held."""
+        for job_id, ahead in self._store.ahead().items():
+            job = self._live[job_id]
+            # The worker is about to take one that has nobody before it, which then needs no word about waiting.
+            if ahead != job.told_ahead and ahead >= len(self._devices):
+                job.stream.tell(Queued(ahead))
+            job.told_ahead = ahead
+
+    def _revive(self, stored: StoredJob) -> None:
+        """Put a job of an earlier process back into the line."""
         try:
-            while True:
-                event = _next(events, worker)
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-                if isinstance(event, Done):
-                    return
-        finally:
-            stop.set()
-            worker.join()
+            request = REQUEST.validate_json(stored.request)
+        except ValueError:  # of another version
+            logger.exception("the job %s can't be read any more", stored.id)
+            self._store.end(stored.id, "failed", "bad_request", "This was asked of another version of tessera.")
+            return
+        if request.model not in self.models:
+            self._store.end(stored.id, "failed", "unknown_model", f"The model {request.model!r} isn't here any more.")
+            return
+        self._live[stored.id] = _LiveJob(Order(stored.id, stored.created, request), threading.Event())
 
-    def _worker(
-        self,
-        model: LoadedModel,
-        request: TextToImageRequest,
-        stop: threading.Event,
-        tell: Callable[[Event | Exception], None],
-    ) -> None:
-        """Paint all pictures of a request; whatever happens becomes an event or an exception told."""
-        started = time.monotonic()
-        clock = _StepClock(tell, started, request.num_images)
-        try:
-            if model.frames is not None:
-                require_video()
-            for seed in request.seeds():
-                begun = time.monotonic()
-                canvas = fill_in(request, model, seed)
-                clock.next_picture(canvas.steps)
-                frames = paint(model, canvas, stop, clock.step, started + self.limits.seconds)
-                tell(self._finish(model, canvas, frames, begun))
-            tell(Done(time.monotonic() - started))
-        except Exception as error:
-            if is_out_of_memory(error):  # what was being computed must be free before the next request comes
-                release(error)
-            tell(error)
-
-    def _finish(self, model: LoadedModel, canvas: Canvas, frames: list[Image.Image], begun: float) -> Picture:
-        """Write a picture, or a clip and a picture of some of its frames."""
-        settings = self._settings(model, canvas, *frames[0].size, len(frames))
-        clip = None if model.frames is None else Clip(tuple(frames), model.fps)
-        image = frames[0] if clip is None else contact_strip(frames)
-        path = video = None
-        if self.output_dir is not None:
-            # The time sorts the folder, the seed helps a person, the random end keeps two processes apart.
-            name = f"{datetime.now():%Y%m%d-%H%M%S}-{settings.seed}-{uuid.uuid4().hex[:4]}.png"
-            path = save_png(image, self.output_dir / name, settings)
-            video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), settings)
-        return Picture(path, settings.seed, settings, image, time.monotonic() - begun, clip, video)
-
-    def _settings(self, model: LoadedModel, canvas: Canvas, width: int, height: int, frames: int) -> PictureSettings:
-        return PictureSettings(
-            prompt=canvas.prompt,
-            negative_prompt=canvas.negative_prompt,
-            seed=canvas.seed,
-            steps=canvas.steps,
-            guidance=1.0 if canvas.guidance is None else canvas.guidance,
-            height=height,
-            width=width,
-            frames=None if model.frames is None else frames,
-            fps=None if model.frames is None else model.fps,
-            model=model.key,
-            fingerprint=model.fingerprint,
-            scheduler=_scheduler_settings(model.pipe),
-            device=torch.device(self.device).type,
-            dtype=str(self.dtype).removeprefix("torch."),
-            versions=_versions(),
-        )
-
-    def _load_pipeline(self, source: str) -> Pipeline:
+    def _load_pipeline(self, source: str, device: str, dtype: torch.dtype) -> Pipeline:
         # Here and not above: diffusers and transformers take seconds to import, and a server shall answer before.
         import diffusers
         import transformers
@@ -256,32 +439,7 @@ class Engine:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         base = self.base if Path(source).expanduser().is_file() else None
-        return load_pipeline(source, device=self.device, dtype=self.dtype, offload=self.offload, base=base)
-
-
-def fill_in(request: TextToImageRequest, model: LoadedModel, seed: int) -> Canvas:
-    """Replace what a request leaves open by the model's defaults.
-
-    Args:
-        request: what was asked.
-        model: gives the defaults.
-        seed: of the picture to paint.
-
-    Raises:
-        ValueError: frames for a model of pictures.
-    """
-    if request.frames is not None and model.frames is None:
-        raise ValueError(f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.")
-    return Canvas(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt.strip(),
-        height=request.height or model.side,
-        width=request.width or model.width,
-        steps=request.steps or model.steps,
-        guidance=model.guidance if request.guidance is None else request.guidance,
-        seed=seed,
-        frames=request.frames or model.frames,
-    )
+        return load_pipeline(source, device=device, dtype=dtype, offload=self.offload, base=base)
 
 
 def resolve_device(name: str) -> str:
@@ -313,86 +471,28 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     return table[name]
 
 
-def _next(events: queue.SimpleQueue[Event | Exception], worker: threading.Thread) -> Event | Exception:
-    """Return what the worker tells next; one that died without a word, for want of memory, is not waited for."""
-    while True:
-        try:
-            return events.get(timeout=WATCH_SECONDS)
-        except queue.Empty:
-            if not worker.is_alive() and events.empty():
-                return MemoryError("the painting thread ended without a word")
+def _loader(engine: Engine, device: str, dtype: torch.dtype) -> Callable[[str], Pipeline]:
+    return lambda source: engine._load_pipeline(source, device, dtype)
 
 
-class _LineFullError(Exception):
-    """As many requests wait as the server takes."""
+def _state_folder(output_dir: Path | None) -> Path | None:
+    """Return the folder of what an engine remembers, readable by its owner only."""
+    if output_dir is None:
+        return None
+    folder = output_dir / STATE_FOLDER
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 class _ModelFailedError(Exception):
     """A model could not be loaded; its cause is the reason."""
 
 
-class _Line:
-    """First come, first served: the places of the requests that wait for one device or use it."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.places: list[_Place] = []
-        self.moved = threading.Condition()
-
-    def place(self) -> _Place:
-        """Return a place at the end of the line; it is taken on entering it as a context manager."""
-        return _Place(self)
-
-
-@dataclass(eq=False, slots=True)
-class _Place:
-    """One request's place in the line."""
-
-    line: _Line
-
-    def __enter__(self) -> _Place:
-        with self.line.moved:
-            if len(self.line.places) >= self.line.capacity:
-                raise _LineFullError
-            self.line.places.append(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self.line.moved:
-            self.line.places.remove(self)
-            self.line.moved.notify_all()
-
-    def ahead(self) -> int:
-        """Return how many requests come before this one."""
-        with self.line.moved:
-            return self.line.places.index(self)
-
-    def wait(self, seconds: float) -> None:
-        """Wait until the line moves, at most some seconds."""
-        with self.line.moved:
-            self.line.moved.wait(seconds)
-
-
-class _StepClock:
-    """Turns the steps of several pictures into Step events with an estimate of the time left."""
-
-    def __init__(self, tell: Callable[[Event], None], started: float, pictures: int) -> None:
-        self._tell = tell
-        self._started = started
-        self._pictures = pictures
-        self._picture = 0
-        self._steps = 0
-
-    def next_picture(self, steps: int) -> None:
-        self._picture += 1
-        self._steps = steps
-
-    def step(self, step: int, preview: Image.Image | None) -> None:
-        done = (self._picture - 1) * self._steps + step
-        left = max(self._pictures * self._steps - done, 0)
-        eta = (time.monotonic() - self._started) / done * left
-        steps = max(self._steps, step)  # a second-order scheduler calls back more often than it was asked to step
-        self._tell(Step(step, steps, self._picture, self._pictures, preview, eta))
+def _last_event(stored: StoredJob) -> Event:
+    """Return the last event of a job that has ended."""
+    if stored.state == "failed":
+        return Failed(stored.code, stored.message)
+    return Done((stored.ended or stored.created) - stored.created) if stored.state == "done" else Stopped()
 
 
 def _failure(error: Exception) -> Failed:
@@ -410,7 +510,8 @@ def _failure(error: Exception) -> Failed:
 
 
 _FAILURES: tuple[tuple[type[Exception], str, str], ...] = (
-    (_LineFullError, "queue_full", "The line is full; try again in a moment."),
+    (QueueFullError, "queue_full", ""),
+    (UnknownModelError, "unknown_model", ""),
     (TimeoutError, "too_slow", "This took longer than the server allows; ask for fewer or smaller pictures."),
     (ImportError, "missing_extra", ""),  # of an optional package, and it says which
     (ValueError, "bad_request", ""),  # a pipeline's check of its arguments, written for people
@@ -428,23 +529,3 @@ def _model_failure(error: _ModelFailedError) -> Failed:
         f"The model {key!r} could not be loaded; the log of the server says why.",
         cause if isinstance(cause, Exception) else error,
     )
-
-
-def _scheduler_settings(pipe: Pipeline) -> dict[str, Any]:
-    """Return the scheduler's class and its plain config values; JSON has no infinities."""
-    plain = {
-        key: value
-        for key, value in pipe.scheduler.config.items()
-        if not key.startswith("_") and isinstance(value, (bool, int, float, str, type(None)))
-        if not (isinstance(value, float) and not math.isfinite(value))
-    }
-    return {"class": type(pipe.scheduler).__name__, **plain}
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    """Return the versions of the packages that a picture depends on."""
-    from dit import __version__  # not asked of importlib: tessera may run from a folder
-
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
-    return {"tessera": __version__, **packages}

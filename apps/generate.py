@@ -7,84 +7,211 @@ import logging
 import re
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from apps import limits
-from apps.engine import Engine, Event, Failed, ModelLoading, Picture, Step, TextToImageRequest
-from apps.media import save_mp4
-from apps.metadata import save_png
+from apps.engine import STATE_FOLDER, Engine, Event, Failed, ModelLoading, Picture, Step
+from apps.jobs import REQUEST, AnyRequest, repeat
+from apps.media import read_mp4, save_mp4
+from apps.metadata import FORMATS, PictureSettings, parse, read_picture, save_picture
 from apps.shelf import name_models
+from apps.uploads import read_upload
+
+DEFAULT_MODEL = "stickers"
+DEFAULT_SEED = 0
+"""The same words give the same picture, unless a seed is given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What was said on the command line; None was not said.
+
+    Attributes:
+        prompt: what to paint; a class for a model of classes.
+        negative_prompt: what to keep away from.
+        model: built-in name, folder, single file or hub id.
+        seed: of the first picture.
+        steps: denoising steps.
+        guidance: guidance scale.
+        size: `128`, or `WIDTHxHEIGHT` such as `160x128`.
+        num: how many pictures.
+        batch_size: how many at once.
+        frames: of a clip.
+        style: name of a style.
+        scheduler: name of a scheduler.
+        image: file of a picture to start from.
+        mask: file of a mask, white where to paint.
+        strength: how much of the picture is repainted.
+    """
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    model: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    size: str | None = None
+    num: int | None = None
+    batch_size: int | None = None
+    frames: int | None = None
+    style: str | None = None
+    scheduler: str | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    strength: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where and how to compute; see `apps.engine.Engine`."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    offload: str = "none"
+    base: str | None = None
+
+    def engine(self, model: str) -> Engine:
+        """Make an engine for one model."""
+        logging.getLogger("apps").setLevel(logging.CRITICAL)  # an error is raised here; the log would tell it twice
+        return Engine(name_models([model]), None, self.device, self.dtype, self.offload, self.base)
 
 
 def run(
-    prompt: str,
+    wishes: Wishes,
     output: Path,
-    negative_prompt: str | None = None,
-    model: str = "stickers",
-    seed: int | None = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    size: str | None = None,
-    num: int = 1,
-    frames: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    offload: str = "none",
-    base: str | None = None,
+    machine: Machine | None = None,
+    settings: Path | None = None,
     json_output: bool = False,
+    keep_settings: bool = True,
 ) -> None:
-    """Paint a prompt and write the pictures, each with the settings that reproduce it.
+    """Paint and write the pictures, each with the settings that reproduce it.
 
     Args:
-        prompt: what to paint.
-        output: PNG file to write; several pictures get -0, -1, ... before the ending. Of a model that makes clips it
-            receives some frames side by side, and the clip goes beside it as MP4; a name with `.mp4` receives the
-            clip alone.
-        negative_prompt: what to keep away from.
-        model: built-in name, folder, single file or hub id.
-        seed: of the first picture, the next ones count up; None draws one.
-        steps: denoising steps; None for the model's default.
-        guidance: guidance scale; None for the model's default.
-        size: `128`, or `WIDTHxHEIGHT` such as `160x128`; None for the model's default.
-        num: how many pictures.
-        frames: of a clip, for models that make clips; None for the model's default.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
-        dtype: `auto`, `float32`, `bfloat16`, `float16`.
-        offload: `none`, `model`, `group`, `sequential`; see `pipelines.load_pipeline`.
-        base: for a single file that holds a transformer only: folder or hub id of its pipeline.
+        wishes: what to paint; they go before `settings`.
+        output: PNG or WebP file to write; several pictures get -0, -1, ... before the ending. Of a model that makes
+            clips it receives some frames side by side, and the clip goes beside it as MP4; a name with `.mp4` receives
+            the clip alone.
+        machine: where to compute.
+        settings: picture, clip or JSON file whose settings are taken.
         json_output: print one JSON object instead of text and a progress bar.
+        keep_settings: whether the files carry their settings.
 
     Raises:
         ValueError: a setting is out of range.
-        OSError: the model can't be read, or the file can't be written.
+        OSError: the model can't be read, or a file can't be read or written.
         MemoryError: the model or the picture needs more memory than there is.
         ImportError: an optional package is missing.
         KeyboardInterrupt: Ctrl-C; no broken file is left.
     """
-    width, height = parse_size(size)
-    request = TextToImageRequest(
-        prompt=prompt,
-        negative_prompt=negative_prompt or "",
-        height=height,
-        width=width,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-        num_images=num,
-        frames=frames,
-    )
-    paths = iter(picture_paths(output, num))
-    logging.getLogger("apps").setLevel(logging.CRITICAL)  # an error is raised here; the log would tell it twice
-    engine = Engine(name_models([model]), None, device, dtype, offload, base)
-    if is_clip(output) and engine.model().result().frames is None:
-        raise ValueError(f"The model {model!r} paints pictures, not clips; write to a '.png' file.")
+    taken = None if settings is None else read_settings(settings)
+    source = wishes.model or (DEFAULT_MODEL if taken is None else taken.model)
+    check_output(output)
+    parse_size(wishes.size)
     told = Console(stderr=True, quiet=json_output)
-    with closing(follow(engine.generate(request), told)) as pictures:
-        written = [(save(picture, next(paths)), picture) for picture in pictures]
+    with closing((machine or Machine()).engine(source)) as engine:
+        request = make_request(wishes, engine, taken, settings)
+        paths = iter(picture_paths(output, 1 if request.pick is not None else request.num_images))
+        if is_clip(output) and engine.model().result().frames is None:
+            raise ValueError(f"The model {source!r} paints pictures, not clips; write to a '.png' file.")
+        with closing(follow(engine.generate(request), told)) as pictures:
+            written = [(save(picture, next(paths), keep_settings), picture) for picture in pictures]
+    if taken is not None:
+        told_differences(taken, written[0][1].metadata, told)
     report(written, json_output)
+
+
+def make_request(
+    wishes: Wishes, engine: Engine, taken: PictureSettings | None = None, settings: Path | None = None
+) -> AnyRequest:
+    """Turn wishes into a request.
+
+    Args:
+        wishes: what was said.
+        engine: has one model, and receives the pictures to start from.
+        taken: settings of a picture, for all that was not said.
+        settings: the file they came from; pictures it was made from are looked for beside it.
+
+    Raises:
+        ValueError: a setting is missing or out of range.
+        OSError: a picture can't be read.
+    """
+    width, height = parse_size(wishes.size)
+    said = {
+        "negative_prompt": wishes.negative_prompt,
+        "seed": wishes.seed,
+        "steps": wishes.steps,
+        "guidance": wishes.guidance,
+        "width": width,
+        "height": height,
+        "num_images": wishes.num,
+        "batch_size": wishes.batch_size,
+        "frames": wishes.frames,
+        "style": wishes.style,
+        "scheduler": wishes.scheduler,
+        "strength": wishes.strength,
+        "image": _hand_in(wishes.image, taken.image if taken else None, settings, engine),
+        "mask": _hand_in(wishes.mask, taken.mask if taken else None, settings, engine),
+    }
+    values = {name: value for name, value in said.items() if value is not None}
+    if taken is not None:
+        by_prompt = {} if wishes.prompt is None else {"prompt" if not taken.label else "label": wishes.prompt}
+        return repeat(taken, **values, **by_prompt, model=engine.models[0])
+    task = _task(values, engine)
+    if wishes.prompt is None:
+        raise ValueError("There is nothing to paint: give a prompt, or --settings with a picture.")
+    if task in ("class_to_image", "next_scale_class"):
+        values["label"] = int(wishes.prompt) if wishes.prompt.isdecimal() else wishes.prompt
+    else:
+        values["prompt"] = wishes.prompt
+    return REQUEST.validate_python({"seed": DEFAULT_SEED, **values, "task": task})
+
+
+def _task(values: dict[str, Any], engine: Engine) -> str:
+    """Find out what is asked for: by the pictures handed in, else by what the model does first."""
+    if "mask" in values:
+        return "inpaint"
+    return "image_to_image" if "image" in values else engine.model().result().tasks[0]
+
+
+def _hand_in(file: Path | None, wanted: str | None, settings: Path | None, engine: Engine) -> str | None:
+    """Hand in a picture to start from: the file named, or the one that settings ask for, kept beside their picture."""
+    if file is not None:
+        return engine.uploads.add(read_upload(file.read_bytes()))
+    if wanted is None or settings is None:
+        return None
+    kept = settings.parent / STATE_FOLDER / "uploads" / f"{wanted}.png"
+    if not kept.is_file():
+        raise ValueError(
+            f"{settings.name} was painted from a picture that isn't beside it; name it with --image (and --mask)."
+        )
+    return engine.uploads.add(read_upload(kept.read_bytes()))
+
+
+def read_settings(file: Path) -> PictureSettings:
+    """Read the settings of a picture, a clip or a JSON file.
+
+    Raises:
+        MetadataError: it carries none that pass the checks.
+        OSError: it can't be read.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"No file {str(file)!r} to take the settings from.")
+    if file.suffix.lower() == ".json":
+        return parse(file.read_bytes()[: limits.MAX_METADATA_BYTES + 1].decode("utf-8", errors="replace"))
+    return read_mp4(file) if is_clip(file) else read_picture(file)
+
+
+def told_differences(taken: PictureSettings, painted: PictureSettings, console: Console) -> None:
+    """Warn about what keeps a picture from coming out the same."""
+    for name, what in (("fingerprint", "other weights"), ("device", "another device"), ("dtype", "another precision")):
+        before, now = getattr(taken, name), getattr(painted, name)
+        if before != now:
+            console.print(f"[yellow]note[/yellow] painted with {what} ({now}, then {before}): it may look different")
 
 
 def is_clip(path: Path) -> bool:
@@ -92,19 +219,20 @@ def is_clip(path: Path) -> bool:
     return path.suffix.lower() == ".mp4"
 
 
-def save(picture: Picture, path: Path) -> list[Path]:
+def save(picture: Picture, path: Path, keep_settings: bool = True) -> list[Path]:
     """Write a picture, or a clip with a picture of it, or a clip alone.
 
     Args:
         picture: painted.
-        path: PNG file, or MP4 file for a clip.
+        path: PNG or WebP file, or MP4 file for a clip.
+        keep_settings: whether the picture carries its settings.
 
     Returns:
         The files written.
     """
     written = []
     if not is_clip(path):
-        written.append(save_png(picture.image, path, picture.metadata))
+        written.append(save_picture(picture.image, path, picture.metadata if keep_settings else None))
     if picture.clip is not None:
         written.append(save_mp4(picture.clip, path.with_suffix(".mp4"), picture.metadata))
     return written
@@ -132,6 +260,19 @@ def parse_size(text: str | None) -> tuple[int, int] | tuple[None, None]:
     return width, height
 
 
+def check_output(output: Path) -> None:
+    """Refuse names of files that can't keep settings.
+
+    Raises:
+        ValueError: neither a PNG, a WebP nor an MP4 name.
+    """
+    if output.suffix.lower() not in (*FORMATS, ".mp4"):
+        raise ValueError(
+            f"{output.name!r}: pictures are written as PNG or WebP, which keep their settings; use '.png' "
+            "('.mp4' for clips)."
+        )
+
+
 def picture_paths(output: Path, num: int) -> list[Path]:
     """Name the files and make sure that they can be written, before any time is spent on painting.
 
@@ -143,12 +284,9 @@ def picture_paths(output: Path, num: int) -> list[Path]:
         `output` alone, or with -0, -1, ... before the ending.
 
     Raises:
-        ValueError: neither a PNG nor an MP4 name.
+        ValueError: no name of a picture or a clip.
     """
-    if output.suffix.lower() not in (".png", ".mp4"):
-        raise ValueError(
-            f"{output.name!r}: pictures are written as PNG, which keeps their settings; use '.png' ('.mp4' for clips)."
-        )
+    check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     return [output] if num == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(num)]
 

@@ -1,21 +1,18 @@
-"""What a person asks of the engine, and what the engine tells back: one request, a few kinds of event.
+"""What a person asks of the engine: one pydantic request a task, told apart by `task`.
 
-Web page, command line and (later) HTTP speak these types only; none of them knows threads or pipelines.
+Web page, command line and HTTP speak these types only; none of them knows threads or pipelines. A request names
+nothing on the machine: models by their key in the owner's list, pictures by the hash of their content.
 """
 
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Literal, Self
 
-from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from apps import limits
-from apps.media import Clip
-from apps.metadata import PictureSettings
+from apps.metadata import KvPolicy, PictureId, PictureSettings, SchedulerName, StepCache
 
 
 def _filled(text: str) -> str:
@@ -26,36 +23,78 @@ def _filled(text: str) -> str:
 
 
 Prompt = Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARS), AfterValidator(_filled)]
+Avoided = Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARS)]
+Label = Annotated[int, Field(ge=0, le=10**6)] | Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class TextToImageRequest(BaseModel):
-    """Ask for pictures of a text. `None` means the model's own default.
+class BaseRequest(BaseModel):
+    """What all tasks share. `None` means the model's own default.
 
     Attributes:
-        prompt: what to paint.
-        negative_prompt: what to keep away from; empty for nothing.
-        height: pixels.
-        width: pixels.
-        steps: denoising steps.
-        guidance: guidance scale; 1 turns guidance off.
-        frames: of a clip, for models that make clips.
+        model: key in the engine's list of models; None takes the first.
         seed: of the first picture, the next ones count up; None draws one, which every picture records.
         num_images: how many pictures.
-        model: key in the engine's list of models; None takes the first.
+        batch_size: how many of them are painted at once.
+        pick: keep only this picture of the (one) batch, from 0: repeats a picture that was painted in a batch, whose
+            company moves its last bits.
+        guidance: guidance scale.
+        style: name of a prompt template in the server's list.
+        file_format: of the pictures; WebP is written without loss.
+        keep_settings: whether the files carry what reproduces them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    prompt: Prompt
-    negative_prompt: str = Field(default="", max_length=limits.MAX_PROMPT_CHARS)
+    model: str | None = Field(default=None, max_length=200)
+    seed: int | None = Field(default=None, ge=0, le=limits.MAX_SEED)
+    num_images: int = Field(default=1, ge=1, le=limits.MAX_PICTURES)
+    batch_size: int = Field(default=1, ge=1, le=limits.MAX_BATCH)
+    pick: int | None = Field(default=None, ge=0, lt=limits.MAX_BATCH)
+    guidance: float | None = Field(default=None, ge=0, le=limits.MAX_GUIDANCE)
+    style: str | None = Field(default=None, max_length=100)
+    file_format: Literal["png", "webp"] = "png"
+    keep_settings: bool = True
+
+    @model_validator(mode="after")
+    def _check_pick(self) -> Self:
+        if self.pick is not None and (self.pick >= self.batch_size or self.num_images != self.batch_size):
+            raise ValueError("pick chooses from one batch: give num_images = batch_size, and pick below it.")
+        return self
+
+    def batches(self) -> list[list[int]]:
+        """Return the seeds of the pictures, batch by batch.
+
+        Raises:
+            ValueError: the seed is open; `settled` draws it.
+        """
+        if self.seed is None:
+            raise ValueError("The seed is open; call settled() first.")
+        seeds = [(self.seed + i) % (limits.MAX_SEED + 1) for i in range(self.num_images)]
+        return [seeds[i : i + self.batch_size] for i in range(0, len(seeds), self.batch_size)]
+
+    def settled(self) -> Self:
+        """Return the request with a seed: what is painted twice must be the same twice."""
+        return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbelow(2**32)})
+
+
+class DenoisingRequest(BaseRequest):
+    """What all tasks with a denoising loop share.
+
+    Attributes:
+        height: pixels.
+        width: pixels.
+        steps: denoising steps.
+        scheduler: how the noise is taken away.
+        finish_after: end after so many steps with the picture as it is then.
+        step_cache: compute only some of the steps and forecast the others.
+    """
+
     height: int | None = None
     width: int | None = None
     steps: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
-    guidance: float | None = Field(default=None, ge=0, le=limits.MAX_GUIDANCE)
-    frames: int | None = Field(default=None, ge=1, le=limits.MAX_FRAMES)
-    seed: int | None = Field(default=None, ge=0, le=limits.MAX_SEED)
-    num_images: int = Field(default=1, ge=1, le=limits.MAX_PICTURES)
-    model: str | None = Field(default=None, max_length=200)
+    scheduler: SchedulerName | None = None
+    finish_after: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
+    step_cache: StepCache | None = None
 
     @model_validator(mode="after")
     def _check_size(self) -> Self:
@@ -65,97 +104,157 @@ class TextToImageRequest(BaseModel):
             limits.check_size(self.height, self.width)
         return self
 
-    def seeds(self) -> list[int]:
-        """Return the seed of every picture; draws the first one if the request leaves it open."""
-        first = secrets.randbelow(limits.MAX_SEED + 1) if self.seed is None else self.seed
-        return [(first + i) % (limits.MAX_SEED + 1) for i in range(self.num_images)]
 
-
-@dataclass(frozen=True, slots=True)
-class Queued:
-    """The request waits for `ahead` others."""
-
-    ahead: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLoading:
-    """The model is being read into memory."""
-
-    model: str
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A denoising step is done.
+class TextToImageRequest(DenoisingRequest):
+    """Ask for pictures of a text.
 
     Attributes:
-        step: steps of this picture that are done, from 1.
-        steps: steps of one picture.
-        picture: which picture is being painted, from 1.
-        pictures: how many were asked for.
-        preview: a small view of the picture to come; None when it's too early for a new one, or when the
-            model has no cheap view.
-        eta: seconds until the whole request is done.
+        prompt: what to paint.
+        negative_prompt: what to keep away from; empty for nothing.
+        frames: of a clip, for models that make clips.
     """
 
-    step: int
-    steps: int
-    picture: int
-    pictures: int
-    preview: Image.Image | None
-    eta: float
+    task: Literal["text_to_image"] = "text_to_image"
+    prompt: Prompt
+    negative_prompt: Avoided = ""
+    frames: int | None = Field(default=None, ge=1, le=limits.MAX_FRAMES)
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture is done.
+class ImageToImageRequest(DenoisingRequest):
+    """Ask for variations of a picture.
 
     Attributes:
-        path: where it was written; None for an engine without an output folder.
-        seed: of its noise.
-        metadata: what reproduces it, as stored in the file.
-        image: the picture itself; of a clip some frames side by side.
-        seconds: time it took.
-        clip: the frames, from a model that makes clips.
-        video: where the clip was written.
+        prompt: what to paint.
+        negative_prompt: what to keep away from.
+        image: hash of a picture handed in before, see `apps.uploads`.
+        strength: how much is repainted; 1 ignores the picture.
     """
 
-    path: Path | None
-    seed: int
-    metadata: PictureSettings
-    image: Image.Image
-    seconds: float
-    clip: Clip | None = None
-    video: Path | None = None
+    task: Literal["image_to_image"] = "image_to_image"
+    prompt: Prompt
+    negative_prompt: Avoided = ""
+    image: PictureId
+    strength: float = Field(default=0.6, ge=0.05, le=1)
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """All pictures are painted; the last event."""
-
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Stopped:
-    """The request was stopped; the last event. Pictures told before stay valid."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The request can't be fulfilled; the last event.
+class InpaintRequest(DenoisingRequest):
+    """Ask for a part of a picture to be painted anew; every other pixel is kept as it is.
 
     Attributes:
-        code: for programs: queue_full, unknown_model, model_failed, bad_request, out_of_memory, missing_extra,
-            too_slow, failed.
-        message: for people; holds no path and no trace, so that it may be shown to strangers.
-        cause: the error itself, for the log and for the owner of the machine.
+        prompt: what to paint.
+        negative_prompt: what to keep away from.
+        image: hash of the picture.
+        mask: hash of the mask, white where to paint.
+        strength: how much of the part is repainted; 1 ignores what was there.
     """
 
-    code: str
-    message: str
-    cause: Exception | None = None
+    task: Literal["inpaint"] = "inpaint"
+    prompt: Prompt
+    negative_prompt: Avoided = ""
+    image: PictureId
+    mask: PictureId
+    strength: float = Field(default=1.0, ge=0.05, le=1)
 
 
-Event = Queued | ModelLoading | Step | Picture | Done | Stopped | Failed
+class ClassToImageRequest(DenoisingRequest):
+    """Ask for pictures of a class.
+
+    Attributes:
+        label: number or name of the class.
+    """
+
+    task: Literal["class_to_image"] = "class_to_image"
+    label: Label
+
+
+class NextScaleRequest(BaseRequest):
+    """What the next-scale tasks share.
+
+    Attributes:
+        top_k: draw among so many tokens; 0 is all.
+        top_p: draw among the likeliest tokens that hold this share; 0 is all.
+        temperature: below 1 is bolder, above more varied.
+        smooth: mix codes in place of choosing one.
+        kv_policy: what is kept of earlier scales.
+    """
+
+    top_k: int | None = Field(default=None, ge=0, le=2**20)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    temperature: float | None = Field(default=None, ge=0.01, le=100)
+    smooth: bool | None = None
+    kv_policy: KvPolicy | None = None
+
+
+class NextScaleClassRequest(NextScaleRequest):
+    """Ask a next-scale model for pictures of a class.
+
+    Attributes:
+        label: number or name of the class.
+    """
+
+    task: Literal["next_scale_class"] = "next_scale_class"
+    label: Label
+
+
+class NextScaleTextRequest(NextScaleRequest):
+    """Ask a next-scale model for pictures of a text.
+
+    Attributes:
+        prompt: what to paint.
+        negative_prompt: what to keep away from.
+        height: pixels.
+        width: pixels.
+    """
+
+    task: Literal["next_scale_text"] = "next_scale_text"
+    prompt: Prompt
+    negative_prompt: Avoided = ""
+    height: int | None = Field(default=None, ge=limits.MIN_SIDE, le=limits.MAX_SIDE)
+    width: int | None = Field(default=None, ge=limits.MIN_SIDE, le=limits.MAX_SIDE)
+
+
+AnyRequest = (
+    TextToImageRequest
+    | ImageToImageRequest
+    | InpaintRequest
+    | ClassToImageRequest
+    | NextScaleClassRequest
+    | NextScaleTextRequest
+)
+Request = Annotated[AnyRequest, Field(discriminator="task")]
+REQUEST: TypeAdapter[AnyRequest] = TypeAdapter(Request)
+"""Checks and reads a request from JSON or Python values."""
+
+TASKS: dict[str, type[AnyRequest]] = {
+    "text_to_image": TextToImageRequest,
+    "image_to_image": ImageToImageRequest,
+    "inpaint": InpaintRequest,
+    "class_to_image": ClassToImageRequest,
+    "next_scale_class": NextScaleClassRequest,
+    "next_scale_text": NextScaleTextRequest,
+}
+
+
+def repeat(settings: PictureSettings, **changes: Any) -> AnyRequest:
+    """Return the request that paints a picture again.
+
+    Args:
+        settings: as stored in the picture.
+        **changes: fields of the request to set differently.
+
+    Raises:
+        ValueError: the settings don't make a request, such as inpainting without a mask.
+    """
+    kind = TASKS[settings.task]
+    values: dict[str, Any] = {
+        name: getattr(settings, name)
+        for name in kind.model_fields
+        if hasattr(settings, name) and name not in ("scheduler", "model")
+    }
+    values |= {"scheduler": settings.sampler, "model": settings.model}
+    values |= {"num_images": 1, "batch_size": 1}
+    if settings.batch_size > 1 and settings.pick is not None:  # its neighbours first: they have a part in its rounding
+        first = (settings.seed - settings.pick) % (limits.MAX_SEED + 1)
+        values |= {"num_images": settings.batch_size, "batch_size": settings.batch_size, "seed": first}
+    known = {name: value for name, value in {**values, **changes}.items() if name in kind.model_fields}
+    return kind.model_validate(known)

@@ -19,6 +19,11 @@ MAX_PICTURES = 16
 MAX_FRAMES = 257
 MAX_SEED = 2**32 - 1
 """Seeds fit 32 bits: every random generator in use takes them, and a person can still type them."""
+MAX_BATCH = 8
+"""Pictures painted at once."""
+MAX_UPLOAD_BYTES = 20 * 1_024 * 1_024
+MAX_UPLOAD_PIXELS = 4_096 * 4_096
+"""Of a picture handed in; counted before it is decoded."""
 MAX_METADATA_BYTES = 64 * 1_024
 """Of the settings stored in one picture; read files are refused above it before they are parsed."""
 
@@ -29,11 +34,15 @@ class ServerLimits:
 
     Attributes:
         queue: how many requests may wait or run at once.
+        queue_per_user: how many of them may be one user's.
         seconds: wall-clock limit of one request, loading of the model excluded.
+        attempts: how often a request is begun that was running when the process died.
         loaded_models: how many models stay in memory; the least recently used one leaves first.
     """
 
-    queue: int = 16
+    queue: int = 64
+    queue_per_user: int = 32
+    attempts: int = 3
     seconds: float = 3_600.0
     loaded_models: int = 2
 

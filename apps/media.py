@@ -99,7 +99,7 @@ def save_mp4(clip: Clip, path: Path, settings: PictureSettings) -> Path:
 
 
 def read_mp4(path: Path) -> PictureSettings:
-    """Read the settings of a clip of any origin; see `apps.metadata.read_png`.
+    """Read the settings of a clip of any origin; see `apps.metadata.read_picture`.
 
     Raises:
         MetadataError: no MP4, no settings in it, too long, or outside the schema.

@@ -1,15 +1,16 @@
-"""The settings that reproduce a picture, written into its PNG file and read back as untrusted text.
+"""The settings that reproduce a picture, written into its PNG or WebP file and read back as untrusted text.
 
-A picture carries one `tessera` text chunk: JSON of `PictureSettings`. Reading trusts nothing: the text is capped,
-parsed as JSON and checked against the schema; it can name neither a path nor a class to load.
+A PNG carries one `tessera` text chunk, a WebP the EXIF description: JSON of `PictureSettings`. Reading trusts nothing:
+the text is capped, parsed as JSON and checked against the schema; it can name neither a path nor a class to load.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,21 +19,47 @@ from apps import limits
 
 CHUNK = "tessera"
 """Keyword of the text chunk."""
+DESCRIPTION = 0x010E
+"""EXIF tag ImageDescription, which keeps the settings of a WebP file."""
+FORMATS = {".png": "PNG", ".webp": "WEBP"}
 
 Scalar = bool | int | float | str | None
 ShortText = Annotated[str, Field(max_length=200)]
+PictureId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""Hash of a picture's pixels, see `apps.uploads`."""
+SchedulerName = Literal["euler", "heun", "sde", "dpm++", "unipc", "ddim", "ddpm"]
+"""Choices of `apps.schedulers`."""
+KvPolicy = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,40}$")]
+Task = Literal[
+    "text_to_image", "image_to_image", "inpaint", "class_to_image", "next_scale_class", "next_scale_text"
+]  # fmt: skip
+
+
+class StepCache(BaseModel):
+    """Which steps are computed and how the others are forecast.
+
+    Attributes:
+        preset: name of a preset of `sampling.step_cache`.
+        speed: 0 keeps closest to the uncached picture, 1 skips most; None is the preset's own setting.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    preset: str = Field(pattern=r"^[a-z0-9_.-]{1,40}$")
+    speed: float | None = Field(default=None, ge=0, le=1)
 
 
 class PictureSettings(BaseModel):
     """Everything needed to paint one picture again.
 
     Attributes:
-        schema_version: of this record.
-        prompt: the text that was painted.
+        schema_version: of this record; 1 knew text to image only.
+        task: what was asked for.
+        prompt: the text that was painted; empty for a picture of a class.
         negative_prompt: the text that was kept away from.
         seed: of this picture's noise, drawn on the CPU in float32.
-        steps: denoising steps.
-        guidance: guidance scale.
+        steps: denoising steps; None for a model that has none to choose.
+        guidance: guidance scale; None for the own one of a model without a choice.
         height: pixels.
         width: pixels.
         frames: of a clip; None for a picture.
@@ -43,16 +70,31 @@ class PictureSettings(BaseModel):
         device: kind of device, such as `cpu`; another kind rounds differently.
         dtype: number format of the weights.
         versions: of the packages that computed it.
+        sampler: the scheduler that was chosen in place of the model's own.
+        finish_after: the run ended after so many steps.
+        step_cache: which steps were forecast.
+        image: hash of the picture that was started from.
+        mask: hash of the mask of inpainting.
+        strength: how much of the picture was repainted.
+        label: number or name of the class.
+        top_k: tokens to draw among.
+        top_p: share of the probability to draw among.
+        temperature: of the draw.
+        smooth: codes were mixed.
+        kv_policy: what was kept of earlier scales.
+        batch_size: pictures that were painted at once.
+        pick: which of them this is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    schema_version: Literal[1] = 1
-    prompt: str = Field(max_length=limits.MAX_PROMPT_CHARS)
+    schema_version: Literal[1, 2] = 2
+    task: Task = "text_to_image"
+    prompt: str = Field(default="", max_length=limits.MAX_PROMPT_CHARS)
     negative_prompt: str = Field(default="", max_length=limits.MAX_PROMPT_CHARS)
     seed: int = Field(ge=0, le=limits.MAX_SEED)
-    steps: int = Field(ge=1, le=limits.MAX_STEPS)
-    guidance: float = Field(ge=0, le=limits.MAX_GUIDANCE)
+    steps: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
+    guidance: float | None = Field(default=None, ge=0, le=limits.MAX_GUIDANCE)
     height: int = Field(ge=1, le=limits.MAX_SIDE)
     width: int = Field(ge=1, le=limits.MAX_SIDE)
     frames: int | None = Field(default=None, ge=1, le=limits.MAX_FRAMES)
@@ -63,57 +105,87 @@ class PictureSettings(BaseModel):
     device: ShortText = "cpu"
     dtype: ShortText = "float32"
     versions: dict[ShortText, ShortText] = Field(default_factory=dict, max_length=20)
+    sampler: SchedulerName | None = None
+    finish_after: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
+    step_cache: StepCache | None = None
+    image: PictureId | None = None
+    mask: PictureId | None = None
+    strength: float | None = Field(default=None, gt=0, le=1)
+    label: int | ShortText | None = None
+    top_k: int | None = Field(default=None, ge=0, le=2**20)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    temperature: float | None = Field(default=None, gt=0, le=100)
+    smooth: bool | None = None
+    kv_policy: KvPolicy | None = None
+    batch_size: int = Field(default=1, ge=1, le=limits.MAX_BATCH)
+    pick: int | None = Field(default=None, ge=0, lt=limits.MAX_BATCH)
 
 
 class MetadataError(ValueError):
     """A picture carries no settings of ours, or settings that don't pass the checks."""
 
 
-def save_png(image: Image.Image, path: Path, settings: PictureSettings) -> Path:
+def save_picture(image: Image.Image, path: Path, settings: PictureSettings | None) -> Path:
     """Write a picture with its settings; the file appears complete or not at all.
 
     Args:
         image: the picture.
-        path: the file to write; an existing one is replaced.
-        settings: what reproduces the picture.
+        path: the file to write, `.png` or `.webp` (without loss); an existing one is replaced.
+        settings: what reproduces the picture; None leaves it out.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: the name doesn't end in `.png`; no other format keeps the settings.
+        ValueError: another ending; no other format keeps picture and settings as they are.
     """
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path.name!r} is no PNG name; settings are kept in PNG files only. Use '.png'.")
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt(CHUNK, settings.model_dump_json())
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(
+            f"{path.name!r} is no PNG or WebP name; other formats lose the settings. Use '.png' or '.webp'."
+        )
     partial = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with partial.open("xb") as file:
-            image.save(file, format="PNG", pnginfo=text)
+            image.save(file, format=kind, **_saving_options(kind, settings))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
 
 
-def read_png(path: Path) -> PictureSettings:
+def _saving_options(kind: str, settings: PictureSettings | None) -> dict[str, Any]:
+    """Return what `Image.save` needs for settings in a format, and for no loss."""
+    if kind == "PNG":
+        text = PngImagePlugin.PngInfo()
+        if settings is not None:
+            text.add_itxt(CHUNK, settings.model_dump_json())
+        return {"pnginfo": text}
+    exif = Image.Exif()
+    if settings is not None:
+        exif[DESCRIPTION] = json.dumps(settings.model_dump(mode="json"))  # ASCII, as EXIF wants it
+    return {"lossless": True, "exact": True, "exif": exif}
+
+
+def read_picture(path: Path) -> PictureSettings:
     """Read the settings of a picture of any origin.
 
     Args:
-        path: a PNG file.
+        path: a PNG or WebP file.
 
     Returns:
         The checked settings.
 
     Raises:
-        MetadataError: no PNG, no settings in it, too long, or outside the schema.
+        MetadataError: no such picture, no settings in it, too long, or outside the schema.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(CHUNK)
+        with Image.open(path, formats=list(FORMATS.values())) as image:
+            text = image.info.get(CHUNK) if image.format == "PNG" else image.getexif().get(DESCRIPTION)
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's three ways to say "no PNG"
-        raise MetadataError(f"{path.name!r} is not a readable PNG picture.") from error
+        raise MetadataError(f"{path.name!r} is not a readable PNG or WebP picture.") from error
+    except Image.DecompressionBombError as error:
+        raise MetadataError(f"{path.name!r} claims to have more pixels than are read.") from error
     if not isinstance(text, str):
         raise MetadataError(f"{path.name!r} carries no settings; only pictures painted by tessera do.")
     return parse(text)

@@ -1,6 +1,6 @@
-"""Paint one picture or clip with one pipeline: watch its steps, preview them, stop between two of them.
+"""Paint one batch with one pipeline: watch its steps, preview them, stop between two of them, or end early.
 
-Works with our pipelines and with any diffusers text-to-image pipeline: what a call may carry is read from its
+Works with our pipelines and with diffusers' for texts, pictures and classes: what a call may carry is read from its
 signature, and a wish that a pipeline cannot fulfil is an error, never a no-op.
 """
 
@@ -10,7 +10,8 @@ import importlib.util
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from apps.jobs import AnyRequest
+from apps.schedulers import make_scheduler
 from apps.shelf import LoadedModel, Pipeline
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,22 @@ PREVIEW_SECONDS = 0.15
 PREVIEW_SHARE = 0.05
 """Nor may they cost more than this share of the time."""
 
+ARGUMENTS = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "label": "class_labels",
+    "height": "height",
+    "width": "width",
+    "steps": "num_inference_steps",
+    "strength": "strength",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "temperature": "temperature",
+    "smooth": "smooth",
+    "kv_policy": "kv_policy",
+}
+"""Field of a request -> argument of a call; those whose names differ between pipelines are settled in `_arguments`."""
+
 
 class StopRequestedError(Exception):
     """The picture was given up because somebody asked for it."""
@@ -34,159 +53,267 @@ class StopRequestedError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Canvas:
-    """What one picture needs, with nothing left open.
+    """What one batch needs, with nothing left open.
 
     Attributes:
-        prompt: what to paint.
-        negative_prompt: what to keep away from; empty for nothing.
-        height: pixels.
-        width: pixels.
-        steps: denoising steps.
-        guidance: guidance scale; None for a pipeline that has none.
-        seed: of the noise.
-        frames: of a clip; None for a picture.
+        request: with the model's defaults filled in.
+        seeds: of the noise, one a picture.
+        image: to start from, of the size of the request.
+        mask: where to paint, of the size of the request.
     """
 
-    prompt: str
-    negative_prompt: str
-    height: int
-    width: int
-    steps: int
-    guidance: float | None
-    seed: int
-    frames: int | None = None
+    request: AnyRequest
+    seeds: tuple[int, ...]
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+
+    def wish(self, name: str) -> Any:
+        """Return a field of the request; None where its task has no such field."""
+        return getattr(self.request, name, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Switches:
+    """How a running batch is ended from another thread.
+
+    Attributes:
+        stop: once set, no further step starts and nothing is decoded.
+        finish: once set, no further step starts and what there is is decoded.
+        deadline: `time.monotonic()` value after which the batch is given up.
+    """
+
+    stop: threading.Event
+    finish: threading.Event
+    deadline: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Painted:
+    """What came out.
+
+    Attributes:
+        pictures: of the batch; each a list of frames, one for a picture.
+        ended_after: steps done, if it was ended early; else None.
+        scheduler: the one that was used.
+    """
+
+    pictures: list[list[Image.Image]]
+    ended_after: int | None
+    scheduler: Any
 
 
 OnStep = Callable[[int, Image.Image | None], None]
 """Told after each step: steps done (from 1), and a preview if it is time for one."""
 
 
-def paint(
-    model: LoadedModel, canvas: Canvas, stop: threading.Event, on_step: OnStep, deadline: float = float("inf")
-) -> list[Image.Image]:
-    """Paint one picture or clip.
+def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnStep) -> Painted:
+    """Paint one batch of pictures, or one clip.
 
     Args:
-        model: the pipeline and what it accepts.
+        model: the pipelines and what they accept.
         canvas: what to paint.
-        stop: once set, no further step starts and nothing is decoded.
+        switches: end it.
         on_step: told after each step, in this thread.
-        deadline: `time.monotonic()` value after which the picture is given up.
-
-    Returns:
-        The frames; one for a picture.
 
     Raises:
         StopRequestedError: `stop` was set.
         TimeoutError: the deadline passed.
         ValueError: the pipeline doesn't accept what is asked.
     """
-    watch = _StepWatch(model, canvas, stop, on_step, deadline)
+    pipe = model.pipe_for(canvas.request.task)
     arguments = _arguments(model, canvas)
-    if "callback_on_step_end" in model.accepts:
-        arguments["callback_on_step_end"] = watch
-        if "callback_on_step_end_tensor_inputs" in model.accepts:
-            arguments["callback_on_step_end_tensor_inputs"] = [watch.tensor]
-    elif "callback" in model.accepts:  # older pipelines
-        arguments["callback"] = watch.old_style
-    try:
-        output = model.pipe(**arguments)
-    except BaseException:
-        model.pipe.maybe_free_model_hooks()  # the pipeline's last line, which a stop or an error has skipped
-        raise
+    with _own_scheduler(pipe, canvas.wish("scheduler")):
+        watch = _StepWatch(model, pipe, canvas, switches, on_step)
+        try:
+            with watch.attached(arguments):
+                output = pipe(**arguments)
+        except BaseException:
+            pipe.maybe_free_model_hooks()  # the pipeline's last line, which a stop or an error has skipped
+            raise
+        used = getattr(pipe, "scheduler", None)
     if watch.late:
         raise TimeoutError
-    if stop.is_set():
+    if switches.stop.is_set():
         raise StopRequestedError
-    return [output.images[0]] if model.frames is None else list(output.frames[0])
+    pictures = [[image] for image in output.images] if model.frames is None else [list(output.frames[0])]
+    return Painted(pictures, watch.ended_after, used)
+
+
+@contextmanager
+def _own_scheduler(pipe: Pipeline, name: str | None) -> Generator[None]:
+    """Give a pipeline another scheduler for one call, and its own back.
+
+    Raises:
+        ValueError: it has none, or the name doesn't fit it.
+    """
+    if name is None:
+        yield
+        return
+    own = getattr(pipe, "scheduler", None)
+    if own is None:
+        raise ValueError("This model paints scale by scale and has no scheduler; leave it out.")
+    pipe.scheduler = make_scheduler(own, name)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+# ---------------------------------------------------------------------- arguments
 
 
 def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
     """Translate a canvas into the keyword arguments of the pipeline's call."""
-    arguments: dict[str, Any] = {
-        "prompt": canvas.prompt,
-        "height": canvas.height,
-        "width": canvas.width,
-        "num_inference_steps": canvas.steps,
-        # On the CPU whatever the device: then the same seed starts from the same noise everywhere.
-        "generator": torch.Generator("cpu").manual_seed(canvas.seed),
-        "output_type": "pil",
+    accepts = model.accepts(canvas.request.task)
+    # On the CPU whatever the device: then the same seed starts from the same noise everywhere.
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in canvas.seeds]
+    wishes = {name: canvas.wish(field) for field, name in ARGUMENTS.items()}
+    wishes |= {
+        model.guidance_argument: canvas.request.guidance,
+        model.frames_argument: canvas.wish("frames"),
+        "image": canvas.image,
+        "mask_image": canvas.mask,
+        "num_images_per_prompt": len(generators) if len(generators) > 1 else None,
     }
-    if canvas.negative_prompt:
-        arguments["negative_prompt"] = canvas.negative_prompt
-    if canvas.guidance is not None:
-        arguments[model.guidance_argument] = canvas.guidance
-    if canvas.frames is not None:
-        arguments[model.frames_argument] = canvas.frames
+    arguments = {name: value for name, value in wishes.items() if value not in (None, "")}
+    if canvas.image is not None:  # it has the size already, and some pipelines take the size from it
+        arguments = {name: value for name, value in arguments.items() if name in accepts or name not in _SIDES}
     for name in arguments:
-        if name not in model.accepts:
+        if name not in accepts:
             raise ValueError(f"The model {model.key!r} has no setting {name!r}; leave it out.")
-    return arguments | _guidance_extras(model, canvas) | _other_extras(model)
+    arguments["generator"] = generators[0] if len(generators) == 1 else generators
+    if "output_type" in accepts:
+        arguments["output_type"] = "pil"
+    return arguments | _guidance_extras(model, canvas, accepts) | _other_extras(model, accepts)
 
 
-def _guidance_extras(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
+_SIDES = ("height", "width")
+
+
+def _guidance_extras(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -> dict[str, Any]:
     """Settle what pipelines with a `true_cfg_scale` would silently ignore: it and a negative prompt need each other.
 
     Raises:
         ValueError: a negative prompt for a model whose guidance is distilled into it.
     """
-    if "true_cfg_scale" not in model.accepts:
+    if "true_cfg_scale" not in accepts:
         return {}
+    guidance, negative = canvas.request.guidance, canvas.wish("negative_prompt")
     if model.guidance_argument == "true_cfg_scale":
-        needs_negative = canvas.guidance is not None and canvas.guidance > 1 and not canvas.negative_prompt
+        needs_negative = guidance is not None and guidance > 1 and not negative
         return {"negative_prompt": " "} if needs_negative else {}
-    if canvas.negative_prompt:
+    if negative:
         raise ValueError(
             f"The model {model.key!r} has its guidance built in and takes no negative prompt; leave it out."
         )
     return {}
 
 
-def _other_extras(model: LoadedModel) -> dict[str, Any]:
+def _other_extras(model: LoadedModel, accepts: frozenset[str]) -> dict[str, Any]:
     """Settle what some pipelines would change behind one's back."""
     extras: dict[str, Any] = {}
-    if "use_resolution_binning" in model.accepts:  # would paint another size than asked for and scale the picture
+    if "use_resolution_binning" in accepts:  # would paint another size than asked for and scale the picture
         extras["use_resolution_binning"] = False
     length = getattr(getattr(getattr(model.pipe, "transformer", None), "config", None), "max_text_seq_length", None)
-    if length is not None and "max_sequence_length" in model.accepts:  # the network takes this length and no other
+    if length is not None and "max_sequence_length" in accepts:  # the network takes this length and no other
         extras["max_sequence_length"] = length
-    if "clean_caption" in model.accepts and not all(map(importlib.util.find_spec, ("bs4", "ftfy"))):
+    if "clean_caption" in accepts and not all(map(importlib.util.find_spec, ("bs4", "ftfy"))):
         extras["clean_caption"] = False  # else diffusers warns at every picture that it can't be done
     return extras
+
+
+# -------------------------------------------------------------------------- steps
 
 
 class _StepWatch:
     """The callback that diffusers calls after each step."""
 
-    def __init__(
-        self, model: LoadedModel, canvas: Canvas, stop: threading.Event, on_step: OnStep, deadline: float
-    ) -> None:
-        offered = getattr(model.pipe, "_callback_tensor_inputs", ["latents"])
+    def __init__(self, model: LoadedModel, pipe: Pipeline, canvas: Canvas, switches: Switches, on_step: OnStep) -> None:
+        offered = getattr(pipe, "_callback_tensor_inputs", ["latents"])
         # The estimate of the finished picture shows far earlier what it will be than the noisy latents.
         self.tensor = "denoised_latents" if "denoised_latents" in offered else "latents"
         self.late = False
+        self.ended_after: int | None = None
         self._model = model
+        self._pipe = pipe
         self._canvas = canvas
-        self._stop = stop
+        self._switches = switches
         self._on_step = on_step
-        self._deadline = deadline
         self._next_preview = 0.0
         self._before: Tensor | None = None
         self._can_preview = model.can_preview
+        self._finish_after = canvas.wish("finish_after")
+        if self._finish_after is not None and not model.can_finish:
+            raise ValueError(f"The model {model.key!r} can't end before its last step; leave finish_after out.")
+
+    @contextmanager
+    def attached(self, arguments: dict[str, Any]) -> Generator[None]:
+        """Put the watch where a pipeline calls it: a callback, or the scheduler's step if it has none."""
+        accepts = self._model.accepts(self._canvas.request.task)
+        if "callback_on_step_end" in accepts:
+            arguments["callback_on_step_end"] = self
+            if "callback_on_step_end_tensor_inputs" in accepts:
+                arguments["callback_on_step_end_tensor_inputs"] = [self.tensor]
+            yield
+        elif "callback" in accepts:  # older pipelines
+            arguments["callback"] = self.old_style
+            yield
+        elif not hasattr(getattr(self._pipe, "scheduler", None), "step"):
+            yield
+        else:
+            with self._inside_scheduler():
+                yield
+
+    @contextmanager
+    def _inside_scheduler(self) -> Generator[None]:
+        """Watch the steps of a pipeline that tells nobody about them."""
+        scheduler, count = self._pipe.scheduler, 0
+        plain = scheduler.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            result = plain(*args, **kwargs)
+            self(self._pipe, count, torch.tensor(count), {})
+            count += 1
+            return result
+
+        scheduler.step = step
+        try:
+            yield
+        finally:
+            del scheduler.step  # the class's own shows again
 
     def __call__(self, pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.late = time.monotonic() > self._deadline
-        if self._stop.is_set() or self.late:
+        self.late = time.monotonic() > self._switches.deadline
+        if self._switches.stop.is_set() or self.late:
             if not self._model.can_interrupt:
                 raise TimeoutError if self.late else StopRequestedError
             pipe.interrupt = True
             return {}
-        self._on_step(step + 1, self._preview(tensors.get(self.tensor)))
-        return {}
+        latents = tensors.get(self.tensor)
+        wants_end = self._switches.finish.is_set() or step + 1 == self._finish_after
+        replaced = self._end_early(pipe, step, latents) if wants_end and self._model.can_finish else {}
+        self._on_step(step + 1, self._preview(latents))
+        return replaced
 
     def old_style(self, step: int, timestep: Tensor, latents: Tensor) -> None:
         """Stand in for the callback of older pipelines, which get the latents and give nothing back."""
-        self(self._model.pipe, step, timestep, {self.tensor: latents})
+        self(self._pipe, step, timestep, {self.tensor: latents})
+
+    def _end_early(self, pipe: Pipeline, step: int, latents: Tensor | None) -> dict[str, Tensor]:
+        """Have a pipeline decode the estimate of the finished picture instead of going on."""
+        if isinstance(getattr(type(pipe), "finish_now", None), property):
+            pipe.finish_now = True
+            self.ended_after = step + 1
+            return {}
+        if self._before is None or latents is None:  # an estimate takes two steps
+            return {}
+        from dit.runtime.bridge import skip_other_steps
+        from pipelines.previews import guess_finished
+
+        skip_other_steps(pipe)
+        self.ended_after = step + 1
+        return {"latents": guess_finished(pipe, self._before, latents)}
 
     def _preview(self, latents: Tensor | None) -> Image.Image | None:
         """Show the latents if the model can and if it's time again."""
@@ -207,11 +334,11 @@ class _StepWatch:
 
     def _show(self, before: Tensor | None, latents: Tensor) -> Image.Image:
         """Make the small picture of latents; those of a flow are first led to where they are going."""
-        pipe, canvas = self._model.pipe, self._canvas
+        pipe, canvas = self._pipe, self._canvas
         if callable(getattr(pipe, "preview", None)):
             return pipe.preview(latents)[0]
         from pipelines.previews import guess_finished, is_flow, preview  # with diffusers, imported by now
 
         if before is not None and is_flow(pipe):
             latents = guess_finished(pipe, before, latents)
-        return preview(pipe, latents, canvas.height, canvas.width, canvas.frames)[0]
+        return preview(pipe, latents, canvas.wish("height"), canvas.wish("width"), canvas.wish("frames"))[0]

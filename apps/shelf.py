@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from apps import limits
+from apps.schedulers import scheduler_names
 from pipelines.memory import release
 
 logger = logging.getLogger(__name__)
 
 Pipeline = Any
-"""Any text-to-image `DiffusionPipeline`; its class is unknown until runtime, and its import takes seconds."""
+"""Any `DiffusionPipeline` that paints; its class is unknown until runtime, and its import takes seconds."""
 
 FALLBACK_SIDE = 512
 """Side in pixels for a pipeline that doesn't tell its own."""
@@ -41,37 +42,68 @@ class LoadedModel:
 
     Attributes:
         key: its name on the shelf.
-        pipe: the pipeline.
+        pipes: the pipeline of each task; they share their weights.
         fingerprint: hash of structure and weights, 16 hex digits.
-        accepts: argument names of the pipeline's call.
         side: default height, pixels.
         width: default width, pixels.
         multiple: height and width must be multiples of it, pixels.
-        steps: default number of denoising steps.
-        guidance: default guidance scale; None for a pipeline without one.
+        steps: default number of denoising steps; None for a pipeline without a choice, such as one of scales.
+        guidance: default guidance scale; None for a pipeline without one, or with one of its own choosing.
+        defaults: of the other arguments of the call.
         guidance_argument: what the call names the guidance scale.
         frames: default number of frames; None for a model of pictures.
         frames_argument: what the call names the number of frames.
         fps: frames a second of its clips.
         can_interrupt: `pipe.interrupt = True` ends the call before the next step, without decoding.
+        can_finish: it can end after any step with the picture as it is then.
         can_preview: its latents can be shown cheaply.
+        labels: number of classes and their names by number, for models that paint classes.
+        schedulers: names of the schedulers that fit.
     """
 
     key: str
-    pipe: Pipeline
+    pipes: Mapping[str, Pipeline]
     fingerprint: str
-    accepts: frozenset[str]
     side: int
     width: int
     multiple: int
-    steps: int
+    steps: int | None
     guidance: float | None
+    defaults: Mapping[str, Any]
     guidance_argument: str
     frames: int | None
     frames_argument: str
     fps: float
     can_interrupt: bool
+    can_finish: bool
     can_preview: bool
+    labels: Mapping[int, str]
+    schedulers: tuple[str, ...]
+
+    @property
+    def pipe(self) -> Pipeline:
+        """The pipeline of the first task."""
+        return next(iter(self.pipes.values()))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it can be asked for, the main task first."""
+        return tuple(self.pipes)
+
+    def pipe_for(self, task: str) -> Pipeline:
+        """Return the pipeline of a task.
+
+        Raises:
+            ValueError: the model can't do it.
+        """
+        if task not in self.pipes:
+            able = ", ".join(name.replace("_", " ") for name in self.pipes)
+            raise ValueError(f"The model {self.key!r} can't do {task.replace('_', ' ')}; it can do {able}.")
+        return self.pipes[task]
+
+    def accepts(self, task: str) -> frozenset[str]:
+        """Return the argument names of a task's call."""
+        return call_arguments(self.pipe_for(task))
 
 
 class ModelShelf:
@@ -169,34 +201,110 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
     Raises:
         ValueError: it doesn't paint from text.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    if "prompt" not in parameters:
-        raise ValueError(f"{type(pipe).__name__} has no prompt; the model {key!r} must be a text-to-image pipeline.")
-    pipe.set_progress_bar_config(disable=True)
-    steps = parameters["num_inference_steps"].default
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    pipes = find_tasks(pipe)
+    if not pipes:
+        raise ValueError(
+            f"{type(pipe).__name__} takes neither a prompt nor a class; the model {key!r} can't be asked for a picture."
+        )
+    for one in pipes.values():
+        one.set_progress_bar_config(disable=True)
+    defaults = {name: one.default for name, one in inspect.signature(type(pipe).__call__).parameters.items()}
+    stored = getattr(pipe, "defaults", None)  # of our next-scale pipelines: what the call's None stands for
+    defaults |= dict(stored) if isinstance(stored, Mapping) else {}
     # A pipeline with both has its distilled guidance in the first, unless that is off by default.
     guidance_argument = "guidance_scale" if defaults.get("guidance_scale") is not None else "true_cfg_scale"
-    guidance = defaults.get(guidance_argument)
+    guidance, steps = defaults.get(guidance_argument), defaults.get("num_inference_steps")
     frames_argument = "video_length" if "video_length" in defaults else "num_frames"
     interrupt = getattr(type(pipe), "interrupt", None)
+    can_interrupt = isinstance(interrupt, property) and interrupt.fset is not None
     return LoadedModel(
         key=key,
-        pipe=pipe,
+        pipes=pipes,
         fingerprint=fingerprint(pipe),
-        accepts=frozenset(parameters),
         side=default_side(pipe, "height"),
         width=default_side(pipe, "width"),
         multiple=side_multiple(pipe),
-        steps=int(steps),
-        guidance=None if guidance is None else float(guidance),
-        guidance_argument=guidance_argument,
+        steps=steps if isinstance(steps, int) else None,
+        guidance=float(guidance) if isinstance(guidance, int | float) else None,
+        defaults=defaults,
+        guidance_argument=guidance_argument if guidance_argument in defaults else "guidance_scale",
         frames=default_frames(pipe, defaults[frames_argument]) if frames_argument in defaults else None,
         frames_argument=frames_argument,
         fps=float(defaults.get("frame_rate") or FALLBACK_FPS),
-        can_interrupt=isinstance(interrupt, property) and interrupt.fset is not None,
+        can_interrupt=can_interrupt,
+        can_finish=isinstance(getattr(type(pipe), "finish_now", None), property) or _ends_when_told(pipe),
         can_preview=callable(getattr(pipe, "preview", None)) or _shows_latents(pipe),
+        labels=class_names(pipe),
+        schedulers=tuple(scheduler_names(getattr(pipe, "scheduler", None))),
     )
+
+
+def call_arguments(pipe: Pipeline) -> frozenset[str]:
+    """Return the argument names of a pipeline's call."""
+    return frozenset(inspect.signature(type(pipe).__call__).parameters)
+
+
+def find_tasks(pipe: Pipeline) -> dict[str, Pipeline]:
+    """Find out what a pipeline can be asked for, and by which pipeline over the same weights.
+
+    Args:
+        pipe: a pipeline of ours or of diffusers.
+
+    Returns:
+        Task -> pipeline, the main task first; empty for one that paints neither texts nor classes.
+    """
+    accepts = call_arguments(pipe)
+    if "class_labels" in accepts:
+        return {"next_scale_class" if "kv_policy" in accepts else "class_to_image": pipe}
+    if "prompt" not in accepts:
+        return {}
+    if "kv_policy" in accepts:
+        return {"next_scale_text": pipe}
+    found = {"text_to_image": pipe}
+    if {"image", "strength"} <= accepts:
+        found["image_to_image"] = pipe
+    if {"image", "mask_image"} <= accepts:
+        found["inpaint"] = pipe
+    return found if len(found) > 1 else found | _sister_pipelines(pipe)
+
+
+def _sister_pipelines(pipe: Pipeline) -> dict[str, Pipeline]:
+    """Make the pipelines of diffusers that change pictures with the same components, where it has any."""
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+
+    hooked = any(hasattr(part, "_hf_hook") for part in getattr(pipe, "components", {}).values())
+    if not isinstance(pipe, DiffusionPipeline) or hooked:  # what is offloaded is hooked for one pipeline only
+        return {}
+    found: dict[str, Pipeline] = {}
+    for task, maker in (("image_to_image", AutoPipelineForImage2Image), ("inpaint", AutoPipelineForInpainting)):
+        try:
+            found[task] = maker.from_pipe(pipe)
+        except ValueError:  # how diffusers says that it has none
+            logger.info("diffusers has no %s pipeline for %s", task, type(pipe).__name__)
+    return found
+
+
+def _ends_when_told(pipe: Pipeline) -> bool:
+    """Whether a pipeline of diffusers, once interrupted, decodes the latents that the callback gave back."""
+    from pipelines.previews import is_flow
+
+    can_be_told = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"} <= call_arguments(pipe)
+    has_switch = isinstance(getattr(type(pipe), "interrupt", None), property)
+    return can_be_told and has_switch and hasattr(pipe, "scheduler") and is_flow(pipe)
+
+
+def class_names(pipe: Pipeline) -> dict[int, str]:
+    """Return the classes of a model by number, with their names where they have any; empty for others."""
+    count = getattr(_network_config(pipe), "num_classes", None) or getattr(
+        _network_config(pipe), "num_embeds_ada_norm", None
+    )
+    if "class_labels" not in call_arguments(pipe) or not isinstance(count, int):
+        return {}
+    names: dict[str, int] = getattr(pipe, "labels", None) or {}
+    found = dict.fromkeys(range(count), "")
+    for name, number in names.items():
+        found[number] = found.get(number) or name  # the first name of several
+    return found
 
 
 def default_side(pipe: Pipeline, name: str = "height") -> int:

@@ -6,13 +6,13 @@ so here and not somewhere in a run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 import diffusers
-from torch import Tensor
+from torch import Tensor, nn
 
 TESTED = "0.42"
 """The minor version of diffusers whose private names these are."""
@@ -23,6 +23,8 @@ TOUCHED: tuple[tuple[str, str], ...] = (
     ("diffusers.hooks._helpers", "TransformerBlockRegistry.register"),
     ("diffusers.hooks._helpers", "TransformerBlockRegistry.get"),
     ("diffusers.hooks._helpers", "TransformerBlockMetadata"),
+    ("diffusers.hooks.hooks", "HookRegistry"),
+    ("diffusers.models._modeling_parallel", "ParallelConfig"),
     ("diffusers.loaders.single_file_utils", "fetch_diffusers_config"),
     ("diffusers.loaders.single_file_utils", "SingleFileComponentError"),
 )
@@ -80,6 +82,61 @@ def install() -> tuple[str, ...]:
     return tuple(block.__name__ for block in blocks)
 
 
+@cache
+def block_streams(block: type[nn.Module]) -> tuple[tuple[str, str], tuple[int, int | None]] | None:
+    """Return what diffusers knows about the streams of a block class.
+
+    Args:
+        block: its class.
+
+    Returns:
+        The arguments with the picture's and the text's stream, and their places in the block's result; None for a
+        class that is not registered.
+    """
+    try:
+        found = _private("diffusers.hooks._helpers", "TransformerBlockRegistry.get")(block)
+    except ValueError:
+        return None
+    arguments = found.hidden_states_argument_name, found.encoder_hidden_states_argument_name
+    return arguments, (found.return_hidden_states_index, found.return_encoder_hidden_states_index)
+
+
+_STEP_CACHES = ("fbc_", "mag_cache", "sea_cache", "taylorseer", "faster_cache", "pyramid_attention")
+"""What the names of hooks begin with, of those caches of diffusers that skip work across steps."""
+
+
+def foreign_caches(target: Any, models: Iterable[nn.Module]) -> list[str]:
+    """Name the caches of steps that others put on a pipeline's networks: those of diffusers and of cache-dit.
+
+    Args:
+        target: the pipeline, or a network.
+        models: its networks, wrapped or not.
+    """
+    found = set()
+    for model in models:
+        for part in model.modules():
+            hooks = vars(part).get("_diffusers_hook")
+            names = () if hooks is None else hooks.hooks
+            if any(word in name for name in names for word in _STEP_CACHES):
+                found.add("a cache of diffusers")
+            if "_is_cached" in vars(part) or type(part).__module__.startswith("cache_dit."):
+                found.add("cache-dit")
+    if "_is_cached" in vars(type(target)) or "_is_cached" in vars(target):
+        found.add("cache-dit")
+    return sorted(found)
+
+
+def context_parallel_group(model: nn.Module) -> Any:
+    """Return the process group that shares the tokens of a network, or None.
+
+    Args:
+        model: the bare network, after diffusers' `enable_parallelism`.
+    """
+    config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    mesh = getattr(config, "_flattened_mesh", None)
+    return None if mesh is None else mesh.get_group()
+
+
 def published_repository(checkpoint: Mapping[str, Tensor]) -> str | None:
     """Name the Hub repository of the pipeline that a single-file checkpoint belongs to, by the names of its weights.
 
@@ -99,6 +156,14 @@ def published_repository(checkpoint: Mapping[str, Tensor]) -> str | None:
     if is_guess and not any(name.startswith("model.diffusion_model.input_blocks.") for name in checkpoint):
         return None
     return found
+
+
+def skip_other_steps(pipe: Any) -> None:
+    """Have a running pipeline of diffusers skip its other steps and decode what it holds.
+
+    Its `interrupt` can only be read; the name behind it is the same in all pipelines, and set to False by each call.
+    """
+    pipe._interrupt = True
 
 
 def is_missing_component(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ class FakePipeline:
         self.in_step = threading.Event()
         self.components = {"transformer": torch.nn.Linear(4, 4)}
         self.scheduler = SimpleNamespace(config={"shift": 3.0, "_private": 1, "sigmas": object()})
+        self.finish_now = False
         self._interrupt = False
 
     @property

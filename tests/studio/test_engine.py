@@ -8,7 +8,7 @@ import torch
 
 from apps.engine import Done, Engine, Failed, ModelLoading, Picture, Queued, Step, Stopped, TextToImageRequest
 from apps.limits import ServerLimits
-from apps.metadata import read_png
+from apps.metadata import read_picture
 from tests.studio.fakes import FakePipeline, ForeignPipeline
 
 
@@ -40,7 +40,7 @@ def test_events_come_in_order_and_the_file_reproduces_the_picture(tmp_path):
     first, second = (event for event in events if isinstance(event, Picture))
     assert (first.seed, second.seed) == (7, 8)
     assert first.image.size == (96, 64)
-    assert read_png(first.path) == first.metadata
+    assert read_picture(first.path) == first.metadata
     settings = first.metadata
     again = ask(prompt=settings.prompt, seed=settings.seed, steps=settings.steps,
                 height=settings.height, width=settings.width)  # fmt: skip

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from apps import engine as engine_module
-from apps.generate import parse_size, picture_paths, run
-from apps.metadata import read_png
+from apps.batch import BatchError, run_batch
+from apps.generate import Machine, Wishes, parse_size, picture_paths, run
+from apps.metadata import MetadataError, read_picture
 from apps.shelf import name_models
 from tests.studio.fakes import FakePipeline
 
@@ -21,38 +23,86 @@ from tests.studio.fakes import FakePipeline
 @pytest.fixture
 def fake(monkeypatch):
     pipe = FakePipeline()
-    monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source: pipe)
+    monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, dtype: pipe)
     return pipe
 
 
+CPU = Machine(device="cpu")
+
+
 def test_one_picture_goes_where_it_was_asked(fake, tmp_path, capsys):
-    run("a red apple", tmp_path / "new" / "apple.png", negative_prompt="blue", size="160x128", steps=2, device="cpu")
-    settings = read_png(tmp_path / "new" / "apple.png")
+    wishes = Wishes(prompt="a red apple", negative_prompt="blue", size="160x128", steps=2)
+    run(wishes, tmp_path / "new" / "apple.png", CPU)
+    settings = read_picture(tmp_path / "new" / "apple.png")
     assert (settings.width, settings.height, settings.steps, settings.seed) == (160, 128, 2, 0)
     assert settings.negative_prompt == "blue"
     assert "apple.png" in capsys.readouterr().out
 
 
 def test_several_pictures_are_numbered_and_reported_as_json(fake, tmp_path, capsys):
-    run("x", tmp_path / "a.png", num=2, seed=5, steps=2, device="cpu", json_output=True)
+    run(Wishes(prompt="x", num=2, seed=5, steps=2), tmp_path / "a.png", CPU, json_output=True)
     told = capsys.readouterr()
     rows = json.loads(told.out)["pictures"]
     assert [row["path"] for row in rows] == [str(tmp_path / "a-0.png"), str(tmp_path / "a-1.png")]
-    assert [read_png(tmp_path / f"a-{i}.png").seed for i in range(2)] == [5, 6]
+    assert [read_picture(tmp_path / f"a-{i}.png").seed for i in range(2)] == [5, 6]
     assert [row["seed"] for row in rows] == [5, 6]
     assert told.err == ""
 
 
 def test_wrong_wishes_are_refused_before_painting(fake, tmp_path):
-    for settings, reason in (({"size": "big"}, "160x128"), ({"size": "100"}, "multiple"), ({"num": 0}, "num_images")):
+    wrong = (({"size": "big"}, "160x128"), ({"size": "100"}, "multiple"), ({"num": 0}, "num_images"),
+             ({"prompt": None}, "nothing to paint"), ({"scheduler": "magic"}, "scheduler"))  # fmt: skip
+    for settings, reason in wrong:
         with pytest.raises(ValueError, match=reason):
-            run("x", tmp_path / "a.png", device="cpu", **settings)
+            run(Wishes(**{"prompt": "x", **settings}), tmp_path / "a.png", CPU)
     with pytest.raises(ValueError, match=r"\.png"):
-        run("x", tmp_path / "a.jpg", device="cpu")
+        run(Wishes(prompt="x"), tmp_path / "a.jpg", CPU)
     with pytest.raises(ValueError, match="multiple of 16"):
-        run("x", tmp_path / "a.png", size="72", device="cpu")
+        run(Wishes(prompt="x", size="72"), tmp_path / "a.png", CPU)
     assert fake.steps_run == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", ["png", "webp"])
+def test_a_picture_is_repeated_from_its_settings(fake, tmp_path, ending):
+    """The bar: the same pixels, from the file alone, whatever its format; also for one of a batch."""
+    first, second = tmp_path / f"a.{ending}", tmp_path / f"b.{ending}"
+    run(Wishes(prompt="a fox", seed=11, steps=3, size="96x64", guidance=2.0), first, CPU)
+    run(Wishes(), second, CPU, settings=first)
+    with Image.open(first) as one, Image.open(second) as two:
+        assert one.tobytes() == two.tobytes()
+    assert read_picture(first) == read_picture(second)
+    run(Wishes(seed=12, prompt="a cat"), second, CPU, settings=first)  # what is said goes first
+    assert (read_picture(second).seed, read_picture(second).prompt) == (12, "a cat")
+    assert read_picture(second).steps == 3
+
+
+def test_settings_can_be_left_out_of_the_file(fake, tmp_path):
+    run(Wishes(prompt="a secret", steps=2), tmp_path / "a.png", CPU, keep_settings=False)
+    assert b"secret" not in (tmp_path / "a.png").read_bytes()
+    with pytest.raises(MetadataError, match="no settings"):
+        run(Wishes(), tmp_path / "b.png", CPU, settings=tmp_path / "a.png")
+
+
+def test_a_batch_goes_on_where_it_was(fake, tmp_path, capsys):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    file.write_text(
+        '# comment\na red apple\n{"prompt": "a fox", "seed": 4, "steps": 3}\n{"prompt": "bad", "size": "7"}\n'
+    )
+    with pytest.raises(BatchError, match="1 of 3 lines failed"):
+        run_batch(file, out, Wishes(steps=2), CPU)
+    assert len(list(out.glob("*.png"))) == 2
+    assert {read_picture(path).steps for path in out.glob("*.png")} == {2, 3}
+    before = fake.steps_run
+    file.write_text(file.read_text().replace('"7"', '"64"') + '"one more"\n')
+    capsys.readouterr()
+    run_batch(file, out, Wishes(steps=2), CPU, json_output=True)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["state"] for row in rows] == ["skipped", "skipped", "done", "done"]
+    assert fake.steps_run == before + 4
+    file.write_text('{"prompt": "x", "model": "/etc"}\n')
+    with pytest.raises(ValueError, match="Line 1 holds model"):
+        run_batch(file, out, Wishes(), CPU)
 
 
 def test_sizes_and_names():
@@ -81,7 +131,7 @@ def test_ctrl_c_leaves_130_and_no_file(tmp_path):
         from apps import cli, engine
         from tests.studio.fakes import FakePipeline
         pipe = FakePipeline(step_seconds=0.5)  # 75 seconds in all: even a starved signal comes in time
-        engine.Engine._load_pipeline = lambda self, source: pipe
+        engine.Engine._load_pipeline = lambda self, source, device, dtype: pipe
         tell = lambda: (pipe.in_step.wait(), Path(sys.argv[1], "started").touch())
         threading.Thread(target=tell, daemon=True).start()
         cli.main(["generate", "x", "-o", sys.argv[1] + "/a.png", "--steps", "150", "--device", "cpu"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from apps import limits
-from apps.metadata import CHUNK, MetadataError, PictureSettings, parse, read_png, save_png
+from apps.metadata import CHUNK, MetadataError, PictureSettings, parse, read_picture, save_picture
 
 SETTINGS = PictureSettings(
     prompt='ein "roter" Apfel \u2603 \U0001f34e',
@@ -27,8 +27,8 @@ SETTINGS = PictureSettings(
 
 def test_settings_survive_the_file(tmp_path):
     picture = Image.effect_noise((96, 64), 50).convert("RGB")
-    path = save_png(picture, tmp_path / "a.png", SETTINGS)
-    assert read_png(path) == SETTINGS
+    path = save_picture(picture, tmp_path / "a.png", SETTINGS)
+    assert read_picture(path) == SETTINGS
     assert Image.open(path).tobytes() == picture.tobytes()
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
@@ -61,7 +61,7 @@ def test_untrusted_text_is_refused_in_one_way_only(text):
         {"prompt": "x" * 5_000},
         {"fingerprint": "../../etc"},
         {"extra": 1},
-        {"schema_version": 2},
+        {"schema_version": 3},
         {"scheduler": {"a": {"nested": 1}}},
     ],
 )
@@ -83,7 +83,7 @@ def test_long_text_is_refused_before_it_is_parsed(tmp_path):
     chunk.add_itxt(CHUNK, "{" * 200_000, zip=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "bomb.png", pnginfo=chunk)
     with pytest.raises(MetadataError):
-        read_png(tmp_path / "bomb.png")
+        read_picture(tmp_path / "bomb.png")
 
 
 def test_foreign_files_are_refused(tmp_path):
@@ -92,7 +92,7 @@ def test_foreign_files_are_refused(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for name, reason in (("plain.png", "no settings"), ("photo.jpg", "not a readable"), ("text.png", "not a readable")):
         with pytest.raises(MetadataError, match=reason):
-            read_png(tmp_path / name)
+            read_picture(tmp_path / name)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
@@ -103,10 +103,10 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
     (tmp_path / "a.png").write_bytes(b"older")
     with pytest.raises(KeyboardInterrupt):
-        save_png(Broken(), tmp_path / "a.png", SETTINGS)
+        save_picture(Broken(), tmp_path / "a.png", SETTINGS)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"older"]
     with pytest.raises(ValueError, match=r"\.png"):
-        save_png(Image.new("RGB", (4, 4)), tmp_path / "a.jpg", SETTINGS)
+        save_picture(Image.new("RGB", (4, 4)), tmp_path / "a.jpg", SETTINGS)
 
 
 def test_paths_stay_inside(tmp_path):

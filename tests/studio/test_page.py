@@ -8,7 +8,7 @@ import gradio as gr
 import pytest
 
 from apps.engine import Engine
-from apps.metadata import read_png
+from apps.metadata import read_picture
 from apps.studio import check_host, check_port, handlers, views
 from apps.studio.app import build_page
 from apps.studio.examples import FAVOURITES, example_prompts
@@ -35,7 +35,7 @@ def test_a_picture_reaches_strip_and_stage_as_the_file_itself(studio):
     shown = [view for view in views_told if isinstance(view[3], list)]
     visit = shown[-1][3]
     assert [item.settings.seed for item in visit] == [4, 3]  # newest first
-    assert read_png(visit[0].path) == visit[0].settings
+    assert read_picture(visit[0].path) == visit[0].settings
     assert views.file_uri(visit[0].path) in shown[-1][0]
     assert [caption for _, caption in handlers.strip_items(visit)] == ["4", "3"]
     assert "Done in" in views_told[-1][0]

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from apps.metadata import read_png
+from apps.metadata import read_picture
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -149,7 +149,7 @@ def test_type_paint_stop(server, browser, width, height):
     page.press("#prompt textarea", "Enter")
     note_says(page, "Done")
     (painted,) = set(out.glob("*.png")) - before
-    settings = read_png(painted)
+    settings = read_picture(painted)
     assert settings.prompt == "a ghost"
     assert f"seed {settings.seed}" in page.inner_text("#details")
     assert page.inner_text("#strip .caption-label") == str(settings.seed)
@@ -172,7 +172,7 @@ def test_type_paint_stop(server, browser, width, height):
     note_says(page, "Stopped")
     pictures = sorted(set(out.glob("*.png")) - before - {painted})
     assert 1 <= len(pictures) < 16
-    assert read_png(pictures[0]).width == 128
+    assert read_picture(pictures[0]).width == 128
     time.sleep(1)
     assert set(out.glob("*.png")) == before | {painted, *pictures}  # nothing paints on behind the page
     assert page.get_by_role("button", name="Paint", exact=True).is_enabled()
@@ -206,7 +206,7 @@ def test_words_examples_and_dark_mode(server, browser):
     with page.expect_download() as download:
         page.click("#download")
     saved = download.value.path()
-    assert read_png(Path(saved)).seed == int(page.input_value("#seed input"))
+    assert read_picture(Path(saved)).seed == int(page.input_value("#seed input"))
     with Image.open(saved) as image:
         assert image.format == "PNG"
 

@@ -1,0 +1,122 @@
+"""`tessera generate --batch`: work through a file of prompts, skip what is done, go on after a failure.
+
+A line is a JSON object with the words of the command line (`prompt`, `seed`, `steps`, `size`, ...), a JSON string, or
+plain text. The name of a picture follows from its line and from what was said on the command line, so a second run
+finds what the first one has done, and a changed line is painted anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from apps.engine import Engine
+from apps.generate import DEFAULT_MODEL, Machine, Wishes, follow, make_request, picture_paths, save
+
+MAX_LINES = 100_000
+FROM_LINE = {field.name for field in fields(Wishes)} - {"model"}
+
+
+class BatchError(ValueError):
+    """Some lines of a batch failed; the others are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the file.
+
+    Attributes:
+        number: from 1, as editors count.
+        wishes: what it asks for, with those of the command line behind.
+        name: of its picture, without the ending.
+    """
+
+    number: int
+    wishes: Wishes
+    name: str
+
+
+def run_batch(
+    file: Path, folder: Path, common: Wishes, machine: Machine | None = None, json_output: bool = False
+) -> None:
+    """Paint every line of a file.
+
+    Args:
+        file: JSONL or text.
+        folder: receives the pictures; created if absent.
+        common: for all lines that don't say otherwise.
+        machine: where to compute.
+        json_output: print one JSON object a line instead of text.
+
+    Raises:
+        BatchError: lines failed; what could be painted is there.
+        ValueError: a line isn't understood; then nothing has been painted.
+    """
+    lines = list(read_lines(file, common))
+    folder.mkdir(parents=True, exist_ok=True)
+    console, failed = Console(soft_wrap=True), 0
+    with closing((machine or Machine()).engine(common.model or DEFAULT_MODEL)) as engine:
+        for line in lines:
+            row = _paint(line, folder, engine, Console(stderr=True, quiet=json_output))
+            failed += row["state"] == "failed"
+            if json_output:
+                console.print(json.dumps(row), markup=False, highlight=False)
+            else:
+                told = row.get("error") or ", ".join(row["paths"])
+                console.print(f"line {line.number}: {row['state']}  {told}", markup=False, highlight=False)
+    if failed:
+        raise BatchError(f"{failed} of {len(lines)} lines failed; run the same command again to try only those.")
+
+
+def read_lines(file: Path, common: Wishes) -> Iterator[Line]:
+    """Read the lines of a file; blank ones and those that begin with # are skipped.
+
+    Raises:
+        ValueError: a line is neither text nor an object of known words.
+    """
+    rows = file.read_text(encoding="utf-8").splitlines()
+    if len(rows) > MAX_LINES:
+        raise ValueError(f"{file.name} has {len(rows)} lines; at most {MAX_LINES} are taken.")
+    for number, text in enumerate(rows, 1):
+        if text.strip() and not text.startswith("#"):
+            wishes = replace(common, **_read(text.strip(), number, file.parent))
+            content = json.dumps(asdict(wishes), sort_keys=True, default=str)
+            yield Line(number, wishes, f"{number:05d}-{hashlib.sha256(content.encode()).hexdigest()[:8]}")
+
+
+def _read(text: str, number: int, folder: Path) -> dict[str, Any]:
+    """Read one line."""
+    if not text.startswith(("{", '"')):
+        return {"prompt": text}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"Line {number} is no JSON: {error}.") from error
+    if isinstance(value, str):
+        return {"prompt": value}
+    unknown = set(value) - FROM_LINE
+    if unknown:
+        raise ValueError(f"Line {number} holds {', '.join(sorted(unknown))}; known are {', '.join(sorted(FROM_LINE))}.")
+    return {key: folder / one if key in ("image", "mask") else one for key, one in value.items()}
+
+
+def _paint(line: Line, folder: Path, engine: Engine, console: Console) -> dict[str, Any]:
+    """Paint one line unless it is done; returns what is told of it."""
+    row: dict[str, Any] = {"line": line.number, "prompt": line.wishes.prompt, "state": "done"}
+    try:
+        request = make_request(line.wishes, engine)
+        paths = picture_paths(folder / f"{line.name}.png", request.num_images)
+        if all(path.is_file() for path in paths):
+            return {**row, "state": "skipped", "paths": [str(path) for path in paths]}
+        with closing(follow(engine.generate(request), console)) as pictures:
+            written = [save(picture, path) for path, picture in zip(paths, pictures, strict=True)]
+    except (ValueError, OSError, TypeError) as error:
+        return {**row, "state": "failed", "error": str(error)}
+    return {**row, "paths": [str(path) for files in written for path in files]}

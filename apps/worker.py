@@ -1,0 +1,311 @@
+"""The work on one job: fill in what was left open, paint batch by batch, write each picture with its settings."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from apps.events import Event, Picture, Step
+from apps.job_store import JobStore, StoredPicture
+from apps.jobs import AnyRequest
+from apps.media import Clip, contact_strip, require_video, save_mp4
+from apps.metadata import PictureSettings, save_picture
+from apps.painter import Canvas, Painted, Switches, paint
+from apps.shelf import LoadedModel
+from apps.styles import apply_style
+from apps.uploads import UploadStore
+
+
+@dataclass(frozen=True, slots=True)
+class Studio:
+    """What a job is worked on with.
+
+    Attributes:
+        device: kind of device, such as `cpu`.
+        dtype: number format of the weights.
+        store: records pictures.
+        uploads: pictures handed in.
+        output_dir: receives the files; None hands pictures over in memory only.
+    """
+
+    device: str
+    dtype: torch.dtype
+    store: JobStore
+    uploads: UploadStore
+    output_dir: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A job to be painted.
+
+    Attributes:
+        id: of the job.
+        created: seconds since 1970; gives the files their names.
+        request: settled, so that a second attempt paints the same.
+    """
+
+    id: str
+    created: float
+    request: AnyRequest
+
+
+def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, tell: Callable[[Event], None]) -> None:
+    """Paint all pictures of a job that don't count yet.
+
+    Args:
+        order: the job.
+        model: paints.
+        studio: where and with what.
+        switches: end it.
+        tell: receives Step and Picture events.
+
+    Raises:
+        Exception: whatever goes wrong, in the words of where it did.
+    """
+    request = fill_in(order.request, model, studio.uploads)
+    if model.frames is not None:
+        require_video()
+        if request.batch_size > 1:
+            raise ValueError("Clips are painted one at a time; set batch_size to 1.")
+    done = {picture.place for picture in studio.store.pictures(order.id)}
+    wanted = 1 if request.pick is not None else request.num_images
+    batches = request.batches()
+    clock = _StepClock(tell, len(batches))
+    for number, seeds in enumerate(batches):
+        first = number * request.batch_size
+        if done.issuperset(range(first, min(first + len(seeds), wanted))):
+            clock.skip()
+            continue
+        canvas = _canvas(request, tuple(seeds), studio.uploads)
+        begun = time.monotonic()
+        clock.begin(_step_count(request, model))
+        painted = _keep(canvas, paint(model, canvas, switches, clock.step))
+        seconds = (time.monotonic() - begun) / len(painted.pictures)
+        for i, frames in enumerate(painted.pictures):
+            if request.pick in (None, i):
+                settings = _settings(canvas, i, model, studio, painted, frames)
+                tell(_finish(order, first + i if request.pick is None else 0, model, studio, settings, frames, seconds))
+        if painted.ended_after is not None and switches.finish.is_set():
+            return
+
+
+# ------------------------------------------------------------------------ filling in
+
+
+def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> AnyRequest:
+    """Replace what a request leaves open by the model's defaults, and put its prompt into its style.
+
+    Args:
+        request: what was asked.
+        model: gives the defaults.
+        uploads: the picture to start from gives the size.
+
+    Raises:
+        ValueError: the model can't do the task, or not with these settings.
+    """
+    model.pipe_for(request.task)
+    values: dict[str, Any] = {"model": model.key, "style": None}
+    fields = type(request).model_fields
+    if request.guidance is None:
+        values["guidance"] = model.guidance
+    for name in ("top_k", "top_p", "temperature", "smooth", "kv_policy"):
+        default = model.defaults.get(name)
+        if name in fields and getattr(request, name) is None and isinstance(default, int | float | str):
+            values[name] = default
+    if "steps" in fields and getattr(request, "steps", None) is None:
+        values["steps"] = model.steps
+    if "width" in fields and getattr(request, "width", None) is None:
+        values["width"], values["height"] = _open_size(request, model, uploads)
+    values |= _frames(request, model)
+    if request.style is not None:
+        if "prompt" not in fields:
+            raise ValueError("Styles are for prompts; leave the style out for a picture of a class.")
+        texts = apply_style(request.style, getattr(request, "prompt"), getattr(request, "negative_prompt"))  # noqa: B009
+        values["prompt"], values["negative_prompt"] = texts
+    elif "negative_prompt" in fields:
+        values["negative_prompt"] = getattr(request, "negative_prompt").strip()  # noqa: B009
+    return request.model_copy(update=values)
+
+
+def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
+    """Return the number of frames of a clip, if the model makes clips."""
+    asked = getattr(request, "frames", None)
+    if asked is not None and model.frames is None:
+        raise ValueError(f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.")
+    return {"frames": asked or model.frames} if "frames" in type(request).model_fields else {}
+
+
+def _open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> tuple[int, int]:
+    """Return width and height of a request without a size: the model's, in the shape of the picture handed in."""
+    name = getattr(request, "image", None)
+    return (model.width, model.side) if name is None else fit_size(uploads.get(name).size, model)
+
+
+def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:
+    """Find a size for a picture handed in.
+
+    Args:
+        size: its width and height.
+        model: was trained for an area and takes multiples of something.
+
+    Returns:
+        The picture's own width and height if the model can paint that well, else about its shape in the model's area.
+    """
+    width, height = size
+    area, multiple = model.side * model.width, model.multiple
+    if width % multiple == height % multiple == 0 and area / 2 <= width * height <= 2 * area:
+        return size
+    scale = math.sqrt(area / (width * height))
+    least = -(-32 // multiple) * multiple
+    return (
+        max(round(width * scale / multiple) * multiple, least),
+        max(round(height * scale / multiple) * multiple, least),
+    )
+
+
+def _canvas(request: AnyRequest, seeds: tuple[int, ...], uploads: UploadStore) -> Canvas:
+    """Fetch the pictures that a request names, at the size of the request."""
+    pictures: dict[str, Image.Image] = {}
+    for field, filtering in (("image", Image.Resampling.LANCZOS), ("mask", Image.Resampling.NEAREST)):
+        name = getattr(request, field, None)
+        if name is not None:
+            size = (getattr(request, "width"), getattr(request, "height"))  # noqa: B009
+            picture = uploads.get(name)
+            pictures[field] = picture if picture.size == size else picture.resize(size, filtering)
+    return Canvas(request=request, seeds=seeds, **pictures)
+
+
+def _keep(canvas: Canvas, painted: Painted) -> Painted:
+    """After inpainting, lay what is kept over the result; diffusers' pipelines change it a little."""
+    if canvas.image is None or canvas.mask is None:
+        return painted
+    from pipelines.inpaint import keep_pixels
+
+    for frames in painted.pictures:
+        frames[0] = keep_pixels(canvas.image, frames[0], canvas.mask)
+    return painted
+
+
+def _step_count(request: AnyRequest, model: LoadedModel) -> int:
+    """Return how many steps a batch takes, as far as that is known beforehand."""
+    scales = getattr(getattr(model.pipe, "vae", None), "grids", None)
+    steps = getattr(request, "steps", None) or (len(scales) if scales is not None else 1)
+    strength = getattr(request, "strength", None) or 1.0
+    return min(max(round(steps * strength), 1), getattr(request, "finish_after", None) or steps)
+
+
+# ------------------------------------------------------------------------ finishing
+
+
+def _finish(
+    order: Order,
+    place: int,
+    model: LoadedModel,
+    studio: Studio,
+    settings: PictureSettings,
+    frames: list[Image.Image],
+    seconds: float,
+) -> Picture:
+    """Write a picture, or a clip and a picture of some of its frames; then it counts."""
+    clip = None if model.frames is None else Clip(tuple(frames), model.fps)
+    image = frames[0] if clip is None else contact_strip(frames)
+    path = video = None
+    if studio.output_dir is not None:
+        # The name follows from the job, so that a second attempt replaces what the first one left.
+        name = f"{datetime.fromtimestamp(order.created):%Y%m%d-%H%M%S}-{settings.seed}-{order.id}-{place}"
+        written = settings if order.request.keep_settings else None
+        path = save_picture(image, studio.output_dir / f"{name}.{order.request.file_format}", written)
+        video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), settings)
+    name = "" if path is None else path.name
+    studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds))
+    return Picture(path, settings.seed, settings, image, seconds, clip, video)
+
+
+def _settings(
+    canvas: Canvas, place: int, model: LoadedModel, studio: Studio, painted: Painted, frames: list[Image.Image]
+) -> PictureSettings:
+    """Gather what reproduces one picture of a batch."""
+    request, batch = canvas.request, len(canvas.seeds)
+    same = {
+        name: getattr(request, name)
+        for name in PictureSettings.model_fields
+        if name in type(request).model_fields and name not in ("scheduler", "seed", "batch_size", "pick")
+    }
+    ended = painted.ended_after
+    return PictureSettings(
+        **{
+            **same,
+            "seed": canvas.seeds[place],
+            "width": frames[0].width,
+            "height": frames[0].height,
+            "frames": None if model.frames is None else len(frames),
+            "fps": None if model.frames is None else model.fps,
+            "fingerprint": model.fingerprint,
+            "sampler": canvas.wish("scheduler"),
+            "scheduler": {} if painted.scheduler is None else _scheduler_settings(painted.scheduler),
+            "finish_after": ended if ended is not None else canvas.wish("finish_after"),
+            "batch_size": batch,
+            "pick": place if batch > 1 else None,
+            "device": torch.device(studio.device).type,
+            "dtype": str(studio.dtype).removeprefix("torch."),
+            "versions": _versions(),
+        }
+    )
+
+
+def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    """Return a scheduler's class and its plain config values; JSON has no infinities."""
+    plain = {
+        key: value
+        for key, value in scheduler.config.items()
+        if not key.startswith("_") and isinstance(value, (bool, int, float, str, type(None)))
+        if not (isinstance(value, float) and not math.isfinite(value))
+    }
+    return {"class": type(scheduler).__name__, **plain}
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that a picture depends on."""
+    from dit import __version__  # not asked of importlib: tessera may run from a folder
+
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    return {"tessera": __version__, **packages}
+
+
+class _StepClock:
+    """Turns the steps of several batches into Step events with an estimate of the time left."""
+
+    def __init__(self, tell: Callable[[Event], None], batches: int) -> None:
+        self._tell = tell
+        self._batches = batches
+        self._batch = 0
+        self._skipped = 0
+        self._steps = 1
+        self._started = time.monotonic()
+
+    def skip(self) -> None:
+        self._batch += 1
+        self._skipped += 1
+
+    def begin(self, steps: int) -> None:
+        self._batch += 1
+        self._steps = steps
+
+    def step(self, step: int, preview: Image.Image | None) -> None:
+        done = (self._batch - 1 - self._skipped) * self._steps + step
+        left = max((self._batches - self._skipped) * self._steps - done, 0)
+        eta = (time.monotonic() - self._started) / done * left
+        steps = max(self._steps, step)  # a second-order scheduler calls back more often than it was asked to step
+        self._tell(Step(step, steps, self._batch, self._batches, preview, eta))
