@@ -1,4 +1,4 @@
-"""`tessera convert`: published DiT, SiT and VAR checkpoints to folders that load here, and back."""
+"""`tessera convert`: published DiT, SiT, VAR and Infinity checkpoints to folders that load here, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from rich.console import Console
 
-from apps import convert_var
+from apps import convert_infinity, convert_var
 from apps.folders import check_new_file, check_new_folder, component_folder, staged_folder, write_state
 from dit.convert import dit as layouts
 from dit.models.dit import DiT
@@ -34,29 +34,44 @@ def run(
     weights: str = "ema",
     heads: int | None = None,
     to_official: bool = False,
+    text_encoder: str | None = None,
+    resolution: str = "1M",
 ) -> None:
     """Convert a checkpoint and say what was made.
 
     Args:
-        family: "dit", "sit" or "var" (see `apps.convert_var`).
+        family: "dit", "sit", "var" (see `apps.convert_var`) or "infinity" (see `apps.convert_infinity`).
         checkpoint: a published file (.pt or .safetensors, bare or a trainer's {model, ema, opt, args}), or the
             folder of a diffusers DiT; with `to_official`, a folder of ours.
         output: folder to write, new or empty; with `to_official`, a new .pt or .safetensors file.
-        vae: folder or hub id of an AutoencoderKL to put beside the transformer; for "var" the published VQVAE file.
+        vae: folder or hub id of an AutoencoderKL to put beside the transformer; for "var" and "infinity" the published
+            tokenizer's file.
         dtype: "auto" keeps the checkpoint's number format; else "float32", "bfloat16" or "float16".
         weights: which weights of a trainer's checkpoint to take, "ema" or "model".
         heads: attention heads, for sizes that were never published.
-        to_official: convert the other way, to the layout of facebookresearch/DiT and willisma/SiT.
+        to_official: convert the other way, to the layout of the official code.
+        text_encoder: for "infinity", a local folder of flan-t5-xl to put beside the transformer.
+        resolution: for "infinity", a key of `dit.layers.resolutions.RUNGS`.
 
     Raises:
         ValueError: an unknown family or layout, tensors that don't fit, or an output that exists.
         OSError: a file can't be read or written.
     """
-    families = (*sorted(layouts.OBJECTIVES), "var")
+    families = (*sorted(layouts.OBJECTIVES), "var", "infinity")
     if family not in families:
         raise ValueError(f"--family {family} is not known; use one of {', '.join(families)}")
+    if text_encoder is not None and (family != "infinity" or to_official):
+        raise ValueError(
+            f"--text-encoder goes with importing --family infinity; {family} checkpoints read no text here"
+        )
     console = Console(stderr=True)
-    if family == "var":
+    if family == "infinity":
+        model, notes = (
+            convert_infinity.export(checkpoint, output, dtype)
+            if to_official
+            else convert_infinity.import_checkpoint(checkpoint, output, vae, dtype, weights, text_encoder, resolution)
+        )
+    elif family == "var":
         model, notes = (
             convert_var.export(checkpoint, output, dtype)
             if to_official

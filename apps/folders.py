@@ -39,19 +39,20 @@ def check_new_file(output: Path) -> None:
         raise ValueError(f"{output} exists; remove it or choose another --output")
 
 
-def write_state(state: Mapping[str, Tensor], output: Path) -> None:
+def write_state(state: Mapping[str, Tensor], output: Path, nest: str | None = None) -> None:
     """Write tensors to a file that takes its name when it is complete.
 
     Args:
         state: tensors by key.
         output: a path that passed `check_new_file`.
+        nest: entry of the file that the official code looks for the tensors in; .safetensors files have no entries.
     """
     state = {key: tensor.contiguous() for key, tensor in state.items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.part")
     try:
         if output.suffix in PICKLE_SUFFIXES:
-            torch.save(state, partial)
+            torch.save(state if nest is None else {nest: state}, partial)
         else:
             save_file(state, partial)
         partial.rename(output)
