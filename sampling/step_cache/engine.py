@@ -1,0 +1,392 @@
+"""StepCache: some steps are computed, the others forecast from them. Gate x forecaster x region, over one adapter.
+
+The cache knows the step from `Coordinates`, never from counting calls, and keeps what it needs by network and branch
+until the run ends. Whatever it cannot place or forecast is computed, and the reason is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dit.runtime import bridge
+from dit.runtime.attachment import AttachError, Attachment, Mechanism
+from dit.runtime.coordinates import Coordinates, current_coordinates
+from dit.runtime.families import family_of
+from dit.runtime.state import unwrap
+from sampling.noise_table import NoiseTable
+from sampling.resolve import resolve_coordinates
+from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
+from sampling.step_cache.gates import Gate, Interval, Signal
+from sampling.step_cache.values import Rebuild, Values, mix, signature, take_apart
+
+if TYPE_CHECKING:
+    from sampling.step_cache.regions import Place, Region
+
+
+@dataclass
+class Track:
+    """What one branch of one network remembers of the run; tensors are in the state store, but the gate's."""
+
+    memory: dict[str, Any] = field(default_factory=dict)
+    anchors: list[Anchor] = field(default_factory=list)
+    shapes: tuple = ()
+    last_step: int = -1
+    skips: int = 0
+    rebuild: dict[str, Rebuild] = field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """One call of a network under the cache.
+
+    Attributes:
+        here: where it is.
+        track: what its branch remembers.
+        computed: the decision; None until it is made.
+        weights: of the forecast.
+        signal: what the gate looked at.
+    """
+
+    cache: StepCache
+    attachment: Attachment
+    component: str
+    here: Coordinates
+    track: Track
+    computed: bool | None = None
+    weights: Weights = ()
+    signal: Signal = None
+
+    def decide(self, signal: Signal = None) -> bool:
+        """Decide once; return whether the step is computed."""
+        if self.computed is None:
+            self.signal = signal
+            self.computed = self.cache.decide(self)
+        return self.computed
+
+    def keep(self, slot: str, output: Any, base: Values | None = None) -> None:
+        """Keep a computed output for forecasts.
+
+        Args:
+            slot: whose output it is.
+            output: any structure of tensors.
+            base: tensors that are taken off the output's, where the difference is what is forecast.
+        """
+        tensors, self.track.rebuild[slot] = take_apart(output)
+        values = tuple(tensor.detach().clone() for tensor in tensors) if base is None else _less(tensors, base)
+        depth = self.cache.forecaster.depth
+        old = self._history(slot) or ()
+        self.attachment.state.set(self.cache.name, self._layer(slot), self.here.branch, (values, *old[: depth - 1]))
+
+    def forecast(self, slot: str, base: Values | None = None) -> Any:
+        """Return the forecast of an output that was kept before.
+
+        Args:
+            slot: whose output.
+            base: tensors that the difference is added to.
+        """
+        values = mix(self._history(slot), self.weights)
+        if base is not None:
+            values = tuple(value + start for value, start in zip(values, base, strict=True))
+        return self.track.rebuild[slot](values)
+
+    def _history(self, slot: str) -> Any:
+        return self.attachment.state.get(self.cache.name, self._layer(slot), self.here.branch)
+
+    def _layer(self, slot: str) -> str:
+        return f"{self.component}.{slot}"
+
+
+def _less(tensors: Values, base: Values) -> Values:
+    return tuple((tensor - start).detach() for tensor, start in zip(tensors, base, strict=True))
+
+
+class StepCache(Mechanism):
+    """Computes some steps and forecasts the others.
+
+    Args:
+        gate: which steps are computed; None is every second one.
+        forecaster: what stands in for the others; None is a line in sigma through the two newest computed steps.
+        region: of which part of the network; None is its output, so that a forecast step costs nothing.
+        warmup: steps at the beginning that are computed: a number, or a share of the steps below 1.
+        tail: steps at the end that are computed.
+        max_skips: forecasts in a row; None is no limit.
+        group: process group whose ranks decide alike, for gates that look at tensors; context parallelism is found.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> with StepCache.preset("budget", budget=0.35, profile=profile).attach(pipe) as cache:
+        ...     pipe("a red apple", num_inference_steps=28)
+        >>> cache.report()["strip"]  # {"all": "CC.C...C...C"}
+    """
+
+    name = "step_cache"
+    order = 40
+    exclusive = frozenset({"step"})
+
+    def __init__(
+        self,
+        gate: Gate | None = None,
+        forecaster: Forecaster | None = None,
+        region: Region | None = None,
+        *,
+        warmup: float = 0,
+        tail: int = 0,
+        max_skips: int | None = None,
+        group: Any = None,
+    ) -> None:
+        from sampling.step_cache.regions import Output
+
+        if warmup < 0 or tail < 0 or (max_skips is not None and max_skips < 0):
+            raise ValueError(f"warmup, tail and max_skips must not be negative, got {warmup}, {tail}, {max_skips}")
+        self.gate = Interval() if gate is None else gate
+        self.forecaster = Newton() if forecaster is None else forecaster
+        self.region = Output() if region is None else region
+        self.warmup, self.tail, self.max_skips, self.group = warmup, tail, max_skips, group
+        self.on_decision: Callable[[Coordinates, bool], None] | None = None
+        self._attachment: Attachment | None = None
+        self._reset(None)
+
+    @staticmethod
+    def preset(name: str, **params: Any) -> StepCache:
+        """Make a published method, or a budgeted schedule.
+
+        Args:
+            name: one of `sampling.step_cache.PRESETS`, e.g. "budget", "fbcache", "taylorseer".
+            **params: of the method, see `sampling.step_cache.presets`.
+
+        Raises:
+            ValueError: an unknown name or parameter.
+        """
+        from sampling.step_cache.presets import make
+
+        return make(name, **params)
+
+    def attach(self, target: Any) -> Attachment:
+        """Attach to a network or pipeline; where the pipeline has a scheduler, its steps are found too.
+
+        Raises:
+            AttachError: another cache is on the network, or the region is not in it.
+        """
+        return _CacheAttachment(self, target)
+
+    def install(self, attachment: Attachment) -> None:
+        """Wrap the networks, and the parts of them that the region names."""
+        if self._attachment not in (None, attachment) and self._attachment.is_attached:  # pyright: ignore
+            raise AttachError("this StepCache is attached elsewhere; make one for each network or pipeline")
+        foreign = bridge.foreign_caches(attachment.target, attachment.models.values())
+        if foreign:
+            raise AttachError(
+                f"{', '.join(foreign)} already caches steps of this network; two caches would skip steps that the "
+                "other needs. Disable it first (disable_cache(), or cache_dit.disable_cache)"
+            )
+        self._attachment = attachment
+        for component, model in attachment.models.items():
+            bare = unwrap(model)
+            if hasattr(bare, "enable_cache"):
+                attachment.replace(bare, "enable_cache", _refuse)
+            place = self.region.place(self, attachment, component, model)
+            attachment.around(model, _outside_graph(partial(self._call, attachment, component, place, bare)))
+
+    # ---------------------------------------------------------------------- calls
+
+    def _call(
+        self,
+        attachment: Attachment,
+        component: str,
+        place: Place,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        here = current_coordinates()
+        reason = "no coordinates" if here is None else "gradients are on" if torch.is_grad_enabled() else None
+        if here is None or reason is not None:
+            attachment.skip(str(reason))
+            return forward(*args, **kwargs)
+        call = Call(self, attachment, component, here, self._track(attachment, component, here, args, kwargs))
+        if self.gate.signal == "input" or self.region.needs_latents:
+            family = family_of(model)
+            call.signal = family.latents(family.bind(model, args, kwargs))
+        if self.gate.signal in ("none", "input"):
+            call.decide(call.signal)
+        output = place.run(call, forward, args, kwargs)
+        self._close(call, output)
+        return output
+
+    def _track(
+        self, attachment: Attachment, component: str, here: Coordinates, args: tuple, kwargs: dict[str, Any]
+    ) -> Track:
+        """What the branch remembers; nothing at the first call of a run, or if the inputs changed their shape."""
+        if here.run != self._run:
+            self._reset(here.run)
+            self._sigmas = _noise_levels(attachment.target, here)
+        key, shapes = (component, here.branch), signature((args, kwargs))
+        track = self._tracks.get(key)
+        if track is not None and track.shapes != shapes:
+            attachment.skip("the inputs changed their shape")
+            track = None
+        if track is None:
+            track = self._tracks[key] = Track(shapes=shapes, last_step=here.step - 1)
+            track.memory["sigmas"] = self._sigmas
+        return track
+
+    def decide(self, call: Call) -> bool:
+        """Decide about a call: the rules, then the earlier branch of the step, then the gate."""
+        here, track = call.here, call.track
+        wanted = self._wanted(call)
+        if not wanted:
+            weights = self.forecaster.weights(track.anchors, here, track.memory)
+            reason = self._obstacle(here, track, weights)
+            if reason is not None:
+                call.attachment.skip(reason)
+                wanted = True
+            elif weights is not None:
+                call.weights = weights
+        if self.gate.shared:
+            self._decisions.setdefault(here.step, wanted)
+        return wanted
+
+    def _wanted(self, call: Call) -> bool:
+        here, track = call.here, call.track
+        first = self.warmup if self.warmup >= 1 else round(self.warmup * here.num_steps)
+        if here.step < first or here.step >= here.num_steps - self.tail:
+            return True
+        if self.max_skips is not None and track.skips >= self.max_skips:
+            return True
+        if self.gate.shared and here.step in self._decisions:
+            return self._decisions[here.step]
+        return self._vote(call, self.gate.computes(here, track.memory, call.signal))
+
+    def _vote(self, call: Call, wanted: bool) -> bool:
+        """All ranks compute if one wants to; only gates that look at tensors can disagree."""
+        group = self.group
+        if self.gate.signal == "none":
+            return wanted
+        if group is None:
+            group = bridge.context_parallel_group(unwrap(call.attachment.models[call.component]))
+        if group is None:
+            return wanted
+        vote = torch.tensor(int(wanted))
+        torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX, group=group)
+        return bool(vote)
+
+    def _obstacle(self, here: Coordinates, track: Track, weights: Weights | None) -> str | None:
+        """Why a step cannot be forecast."""
+        if weights is None or not track.anchors:
+            return "nothing computed yet to forecast from"
+        if here.step - track.last_step > 1:
+            return "the branch was not called in the step before"
+        return None
+
+    def _close(self, call: Call, output: Any) -> None:
+        here, track, computed = call.here, call.track, bool(call.computed)
+        tensors = take_apart(output)[0] if computed and self.gate.signal == "input" else ()
+        self.gate.note(here, track.memory, call.signal, computed, tensors[0] if tensors else None)
+        if computed:
+            track.anchors = [Anchor(here.step, here.sigma), *track.anchors][: self.forecaster.depth]
+        track.skips = 0 if computed else track.skips + 1
+        track.last_step = here.step
+        self._strip.setdefault(here.branch, {})[here.step] = computed
+        share = 1.0 if computed else self._shares.get(call.component, 0.0)
+        self._executed += share
+        self._called += 1
+        if self.on_decision is not None:
+            self.on_decision(here, computed)
+
+    def _reset(self, run: int | None) -> None:
+        """Forget what belongs to another run; totals stay."""
+        if run is None:
+            self._executed, self._called, self._runs = 0.0, 0, 0
+            self._shares: dict[str, float] = {}
+        else:
+            self._runs += 1
+        self._run = run
+        self._tracks: dict[tuple[str, str], Track] = {}
+        self._decisions: dict[int, bool] = {}
+        self._strip: dict[str, dict[int, bool]] = {}
+        self._sigmas: tuple[float, ...] = ()
+
+    def leaves(self, component: str, share: float) -> None:
+        """Say what share of a network's work a forecast step still does."""
+        self._shares[component] = share
+
+    # --------------------------------------------------------------------- report
+
+    def decisions(self) -> dict[str, dict[int, bool]]:
+        """Return, for the newest run, by branch and step, whether the step was computed."""
+        return {branch: dict(steps) for branch, steps in self._strip.items()}
+
+    def report(self, attachment: Attachment) -> dict[str, Any]:
+        """Return the cost (share of the calls' work that was done), and the newest run's steps.
+
+        "strip" has one letter a step: C computed, a dot forecast, a space not called.
+        """
+        return {
+            "gate": type(self.gate).__name__,
+            "forecaster": type(self.forecaster).__name__,
+            "region": type(self.region).__name__,
+            "runs": self._runs,
+            "cost": self._executed / self._called if self._called else 1.0,
+            "executed": self._executed,
+            "asked": self._called,
+            "decisions": self.decisions(),
+            "strip": {branch: _strip(steps) for branch, steps in self._strip.items()},
+        }
+
+
+class _CacheAttachment(Attachment):
+    """An attachment that brings the coordinates it needs and takes them away again."""
+
+    def __init__(self, mechanism: StepCache, target: Any) -> None:
+        is_pipeline = not isinstance(target, nn.Module) and getattr(target, "scheduler", None) is not None
+        self._coordinates = resolve_coordinates(target) if is_pipeline else None
+        try:
+            super().__init__(mechanism, target)
+        except BaseException:
+            if self._coordinates is not None:
+                self._coordinates.detach()
+            raise
+
+    def detach(self) -> None:
+        """See `Attachment.detach`."""
+        super().detach()
+        if self._coordinates is not None:
+            self._coordinates.detach()
+
+
+def _strip(steps: dict[int, bool]) -> str:
+    return "".join({True: "C", False: ".", None: " "}[steps.get(step)] for step in range(max(steps) + 1))
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise AttachError("a tessera step cache is on this network; detach it before enabling a cache of diffusers")
+
+
+def _outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep decisions out of compiled graphs; what the function calls is still compiled."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return torch.compiler.disable(call, recursive=False)
+
+
+def _noise_levels(target: Any, here: Coordinates) -> tuple[float, ...]:
+    """The noise levels of the run where a scheduler tells them and they fit the call; else none."""
+    scheduler = getattr(target, "scheduler", None)
+    if isinstance(target, nn.Module) or scheduler is None or getattr(scheduler, "timesteps", None) is None:
+        return ()
+    table = NoiseTable.of(scheduler)
+    if len(table) < here.num_steps:
+        return ()
+    sigmas = table.last(here.num_steps).sigmas
+    return sigmas if abs(sigmas[here.step] - here.sigma) <= 1e-4 * max(1.0, abs(here.sigma)) else ()

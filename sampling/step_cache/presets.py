@@ -1,0 +1,211 @@
+"""Published methods as combinations of gate, forecaster and region; their constants are data files.
+
+Each preset takes the parameters of `data/defaults.json` under its name. Decisions and forecasts are those of the
+methods' own implementations (tests hold some of them to 1e-6); what differs is that the step is known, not counted,
+and that branches never share tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from sampling.step_cache.engine import StepCache
+from sampling.step_cache.forecasters import Blend, Corrected, Forecaster, Gram, Newton, Reuse, Taylor
+from sampling.step_cache.gates import (
+    Budget,
+    FirstBlock,
+    InputRate,
+    Interval,
+    Magnitude,
+    ModulatedInput,
+    Probe,
+    Speculative,
+)
+from sampling.step_cache.regions import Blocks, Modules, Output
+
+if TYPE_CHECKING:
+    from sampling.step_cache.profile import Profile
+
+
+def make(name: str, **params: Any) -> StepCache:
+    """Make a preset; see `StepCache.preset`."""
+    if name not in PRESETS:
+        raise ValueError(f"there is no step cache {name!r}; use one of {', '.join(PRESETS)}")
+    known = data("defaults")[name]
+    unknown = set(params) - set(known)
+    if unknown:
+        raise ValueError(
+            f"step cache {name!r} has no parameter {', '.join(sorted(unknown))}; it takes {', '.join(known)}"
+        )
+    return PRESETS[name](**{**known, **params})
+
+
+@cache
+def data(name: str) -> Any:
+    """Read one of the data files.
+
+    Args:
+        name: of the file, without its ending.
+    """
+    return json.loads((files("sampling.step_cache") / "data" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def budget(budget: float, profile: Profile | str | None, fill: str, guidance: float | None) -> StepCache:
+    """The best steps for a share of the calls, the others on a line in sigma through their two neighbours before.
+
+    Args:
+        budget: largest share of calls that are computed.
+        profile: of the model, or a file of one, see `calibrate_budget`.
+        fill: "newton", "reuse" or "gram" (least squares by the profile).
+        guidance: scale of the runs; None is that of the calibration.
+    """
+    from sampling.step_cache.profile import Profile
+
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget {budget} is outside (0, 1]: it is the share of calls that are computed")
+    if profile is None:
+        raise ValueError(
+            "the preset 'budget' needs a profile of the model: calibrate_budget(pipeline, prompts) makes one"
+        )
+    found = profile if isinstance(profile, Profile) else Profile.load(profile)
+    forecasters: dict[str, Forecaster] = {"newton": Newton(1), "reuse": Reuse(), "gram": Gram(found)}
+    if fill not in forecasters:
+        raise ValueError(f"fill {fill!r} is not known; use one of {', '.join(forecasters)}")
+    return StepCache(Budget(found, budget, fill, guidance), forecasters[fill], Output())  # pyright: ignore
+
+
+def fora(every: int, first: int) -> StepCache:
+    """FORA (arXiv 2407.01425): attention and feed-forward outputs of every `every`-th step, used again."""
+    return StepCache(Interval(every, first), Reuse(), Modules())
+
+
+def fbcache(threshold: float) -> StepCache:
+    """First-block cache, as in diffusers' `FirstBlockCacheConfig`."""
+    return StepCache(FirstBlock(threshold), Reuse(), Blocks(head=1))
+
+
+def dbcache(
+    threshold: float,
+    head: int,
+    tail: int,
+    warmup: int,
+    max_skips: int | None,
+    max_skipped: int | None,
+    order: int | None,
+) -> StepCache:
+    """Dual-block cache, as in cache-dit's `DBCacheConfig`; with an `order`, its TaylorSeer calibrator too.
+
+    Args:
+        threshold: of the head's movement.
+        head: blocks at the beginning that always run (Fn).
+        tail: blocks at the end that always run (Bn).
+        warmup: steps at the beginning that are computed.
+        max_skips: skips in a row.
+        max_skipped: skips in a run.
+        order: of the Taylor series; None is reuse.
+    """
+    forecaster = Reuse() if order is None else Taylor(order)
+    gate = FirstBlock(threshold, max_skipped, strict=True)
+    return StepCache(gate, forecaster, Blocks(head, tail), warmup=warmup, max_skips=max_skips)
+
+
+def teacache(threshold: float, model: str | None, coefficients: tuple[float, ...] | None) -> StepCache:
+    """TeaCache (arXiv 2411.19108).
+
+    Args:
+        threshold: sum of the movements at which a step is computed.
+        model: whose published polynomial to take, a key of `data/teacache.json`.
+        coefficients: a polynomial instead, highest power first; (1, 0) takes the movements as they are.
+    """
+    found = _published("teacache", "coefficients", model, coefficients)
+    return StepCache(ModulatedInput(threshold, found), Reuse(), Blocks(head=0), warmup=1, tail=1)
+
+
+def magcache(
+    threshold: float, max_skips: int, retention: float, model: str | None, ratios: tuple[float, ...] | None
+) -> StepCache:
+    """MagCache, as in diffusers' `MagCacheConfig`.
+
+    Args:
+        threshold: sum of the drifts at which a step is computed.
+        max_skips: skips in a row.
+        retention: share of the steps at the beginning that are computed.
+        model: whose published ratios to take, a key of `data/magcache.json`.
+        ratios: ratios instead, e.g. `Profile.magnitude_ratios()`.
+    """
+    found = _published("magcache", "ratios", model, ratios)
+    return StepCache(Magnitude(found, threshold, max_skips, retention), Reuse(), Blocks(head=0))
+
+
+def easycache(threshold: float, warmup: int) -> StepCache:
+    """EasyCache (arXiv 2507.02860): the difference of output and input is used again."""
+    return StepCache(InputRate(threshold), Reuse(), Output(minus_input=True), warmup=warmup, tail=1)
+
+
+def dicache(threshold: float, depth: int, retention: float) -> StepCache:
+    """DiCache (arXiv 2508.17356): probe the first `depth` blocks, blend the two newest residuals."""
+    return StepCache(Probe(threshold), Blend(), Blocks(head=depth), warmup=retention, tail=1)
+
+
+def taylorseer(every: int, first: int, order: int, patterns: tuple[str, ...] | None) -> StepCache:
+    """TaylorSeer, as in diffusers' `TaylorSeerCacheConfig` with explicit modules.
+
+    Args:
+        every: distance of computed steps.
+        first: steps at the beginning that are computed.
+        order: of the series.
+        patterns: whole names of the modules; None is all attention and feed-forward layers.
+    """
+    region = Modules(None if patterns is None else tuple(patterns))
+    return StepCache(Interval(every, first, offset=first + 1), Taylor(order), region)
+
+
+def hicache(every: int, first: int, order: int, damping: float, patterns: tuple[str, ...] | None) -> StepCache:
+    """HiCache (arXiv 2508.16984): as TaylorSeer, with scaled Hermite polynomials."""
+    region = Modules(None if patterns is None else tuple(patterns))
+    return StepCache(Interval(every, first, offset=first + 1), Taylor(order, damping), region)
+
+
+def foca(every: int, first: int) -> StepCache:
+    """FoCa (arXiv 2508.16211): at an interval, anchored two-step forecasts."""
+    return StepCache(Interval(every, first, offset=first + 1), Corrected(), Blocks(head=0))
+
+
+def speca(base: float, decay: float, shortest: int, longest: int, first: int, order: int) -> StepCache:
+    """SpeCa (arXiv 2509.11628): Taylor forecasts until the last block, which always runs, disagrees."""
+    gate = Speculative(base, decay, shortest, longest)
+    return StepCache(gate, Taylor(order), Blocks(head=0, tail=1, verify=True), warmup=first)
+
+
+PRESETS: dict[str, Callable[..., StepCache]] = {
+    "budget": budget,
+    "fora": fora,
+    "fbcache": fbcache,
+    "teacache": teacache,
+    "magcache": magcache,
+    "easycache": easycache,
+    "dicache": dicache,
+    "taylorseer": taylorseer,
+    "hicache": hicache,
+    "foca": foca,
+    "speca": speca,
+    "dbcache": dbcache,
+}
+"""What `StepCache.preset` takes."""
+
+
+def _published(file: str, kind: str, model: str | None, given: tuple[float, ...] | None) -> tuple[float, ...]:
+    """Constants that are given, or those published for a model."""
+    if given is not None:
+        return tuple(given)
+    known = data(file)[kind]
+    if model not in known:
+        raise ValueError(
+            f"{file} has published {kind} for {', '.join(known)}, not for {model!r}: name one of them as model=, or "
+            f"pass {kind}="
+        )
+    return tuple(known[model])

@@ -1,0 +1,192 @@
+"""What a calibration learned about a model: how its predictions at any two noise levels are alike.
+
+From the Gram matrix `G[j, k] = <F_j, F_k> / numbers` of predictions F along a run follows the error of every forecast:
+with weights w of the computed steps A it is `G_jj - 2 w G_Aj + w G_AA w`. So the best steps to compute for any budget
+are found without painting another picture: a shortest path over the two newest computed steps.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from os import PathLike
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dit.runtime.artifacts import ArtifactError, ArtifactHeader, read_artifact, write_artifact
+from dit.runtime.attachment import find_networks
+from sampling.step_cache.schedule import Errors, best_steps
+
+KIND = "step_cache_profile"
+Fill = Literal["reuse", "newton", "gram"]
+"""What stands in for skipped steps: `Reuse`, `Newton` of order 1, or `Gram` with two points."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Likeness of a model's predictions along a run.
+
+    Args:
+        header: what it was measured on.
+        sigmas: noise levels of the calibration runs, falling, (N,).
+        grams: (N, N) for "cond,cond" and, where there was guidance, "uncond,uncond" and "cond,uncond".
+        guidance: scale of the calibration runs; 1 where there was none.
+        prompts: how many were painted.
+    """
+
+    header: ArtifactHeader
+    sigmas: tuple[float, ...]
+    grams: dict[str, np.ndarray]
+    guidance: float = 1.0
+    prompts: int = 0
+    _plans: dict[tuple, tuple[bool, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    # -------------------------------------------------------------------------- use
+
+    def gram(self, sigmas: Sequence[float] = (), guidance: float | None = None) -> np.ndarray:
+        """Return the Gram matrix of the guided predictions, float64.
+
+        Args:
+            sigmas: noise levels of the run, (M,); empty means those of the calibration.
+            guidance: scale; None is that of the calibration.
+
+        Returns:
+            (M, M).
+        """
+        scale = self.guidance if guidance is None else guidance
+        total = self.grams["cond,cond"].astype(np.float64)  # (N, N)
+        if "uncond,uncond" in self.grams:
+            both, mixed = self.grams["uncond,uncond"], self.grams["cond,uncond"]
+            total = scale**2 * total + (1 - scale) ** 2 * both + scale * (1 - scale) * (mixed + mixed.T)
+        if not sigmas or tuple(sigmas) == self.sigmas:
+            return total
+        spread = interpolation(self.sigmas, sigmas)  # (M, N)
+        return spread @ total @ spread.T
+
+    def mask(
+        self, sigmas: Sequence[float], budget: float, fill: Fill = "newton", guidance: float | None = None
+    ) -> tuple[bool, ...]:
+        """Return the best steps to compute.
+
+        Args:
+            sigmas: noise levels of the run, falling, (M,); empty means those of the calibration.
+            budget: largest share of the steps that are computed, in (0, 1]; at least one is.
+            fill: what stands in for the others.
+            guidance: scale of the run; None is that of the calibration.
+
+        Returns:
+            True for each step that is computed.
+
+        Raises:
+            ValueError: the budget is out of range.
+        """
+        if not 0 < budget <= 1:
+            raise ValueError(f"budget {budget} is outside (0, 1]: it is the share of calls that are computed")
+        levels = tuple(sigmas) or self.sigmas
+        key = (levels, budget, fill, guidance)
+        if key not in self._plans:
+            count = max(int(budget * len(levels) + 1e-6), 1)
+            self._plans[key] = self._best(levels, count, fill, guidance)
+        return self._plans[key]
+
+    def _best(self, levels: tuple[float, ...], count: int, fill: Fill, guidance: float | None) -> tuple[bool, ...]:
+        if count >= len(levels):
+            return (True,) * len(levels)
+        return best_steps(Errors.of(self.gram(levels, guidance), levels, fill), count)
+
+    def weights(self, anchors: Sequence[float], sigma: float, ridge: float = 1e-5) -> tuple[float, ...]:
+        """Return the least-squares weights of predictions at some noise levels for the one at another.
+
+        Args:
+            anchors: noise levels of the computed steps, newest first.
+            sigma: of the forecast.
+            ridge: added to the diagonal, as a share of its mean.
+        """
+        gram = self.gram((*anchors, sigma))  # (A + 1, A + 1)
+        known = gram[:-1, :-1]
+        known = known + ridge * np.trace(known) / len(known) * np.eye(len(known))
+        return tuple(np.linalg.solve(known, gram[:-1, -1]).tolist())
+
+    def magnitude_ratios(self) -> tuple[float, ...]:
+        """Return the root mean square of each prediction over that of the step before, 1 for the first (MagCache)."""
+        size = np.sqrt(np.diag(self.gram()))
+        return (1.0, *(size[1:] / size[:-1]).tolist())
+
+    def check(self, pipeline: Any, *, any_weights: bool = False, any_scheduler: bool = False) -> None:
+        """Refuse a profile of another model.
+
+        A profile is about the network; it carries to other sizes and, in sigma, to other schedulers and step counts.
+
+        Args:
+            pipeline: that it is to be used on.
+            any_weights: accept other weights of the same architecture.
+            any_scheduler: accept another scheduler.
+
+        Raises:
+            ArtifactError: with what differs.
+        """
+        model = next(iter(find_networks(pipeline).values()))
+        here = ArtifactHeader.of(KIND, model, pipeline.scheduler, self.header.grid, ())
+        if any_scheduler:
+            here = ArtifactHeader(here.kind, here.architecture, here.weights, self.header.scheduler, here.grid, ())
+        self.header.check(here, any_weights=any_weights)
+
+    # ------------------------------------------------------------------------ files
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write it as an artifact (float32; 50 steps with guidance take 30 kB).
+
+        Args:
+            path: of the file, ending in .safetensors.
+        """
+        tensors = {name: torch.from_numpy(np.asarray(gram, np.float32)) for name, gram in self.grams.items()}
+        data = {"sigmas": self.sigmas, "guidance": self.guidance, "prompts": self.prompts}
+        write_artifact(path, self.header, tensors, data)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Profile:
+        """Read a profile.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            ArtifactError: it is something else.
+            FileNotFoundError: there is none.
+        """
+        header, tensors, data = read_artifact(path)
+        if header.kind != KIND:
+            raise ArtifactError(f"{path} is a {header.kind!r}, expected a {KIND!r}: calibrate one")
+        grams = {name: tensor.double().numpy() for name, tensor in tensors.items()}
+        return cls(header, tuple(data["sigmas"]), grams, data["guidance"], data["prompts"])
+
+
+def interpolation(known: Sequence[float], wanted: Sequence[float]) -> np.ndarray:
+    """Return the matrix that interpolates values at falling levels by local cubics (lines where there are too few).
+
+    Applied to both sides of a Gram matrix it gives that of the interpolated predictions, so errors stay squares.
+
+    Args:
+        known: levels, falling, (N,).
+        wanted: levels, (M,); beyond the ends the outermost values hold.
+
+    Returns:
+        (M, N).
+    """
+    rising = [-level for level in known]
+    if any(later <= level for level, later in pairwise(rising)):
+        raise ValueError(f"noise levels must fall strictly, got {tuple(known)}")
+    matrix = np.zeros((len(wanted), len(known)))
+    width = min(4, len(known))
+    for row, level in enumerate(wanted):
+        place = min(max(-level, rising[0]), rising[-1])
+        first = min(max(bisect.bisect_left(rising, place) - width // 2, 0), len(known) - width)
+        points = rising[first : first + width]
+        for i, point in enumerate(points):
+            others = [other for other in points if other != point]
+            matrix[row, first + i] = np.prod([(place - other) / (point - other) for other in others])
+    return matrix

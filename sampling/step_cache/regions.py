@@ -1,0 +1,219 @@
+"""What a forecast stands in for: the network's output, the stack of its blocks, or modules by name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dit.runtime.attachment import AttachError, Attachment
+from dit.runtime.families import family_of
+from dit.runtime.state import named_layers, unwrap
+from sampling.step_cache.stack import Stack
+
+if TYPE_CHECKING:
+    from sampling.step_cache.engine import Call, StepCache
+
+Forward = Callable[..., Any]
+
+
+class Place(ABC):
+    """A region in one network."""
+
+    @abstractmethod
+    def run(self, call: Call, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Return the network's output, computed or forecast; `call` must be decided in the course of it."""
+
+
+class Region(ABC):
+    """A part of a network.
+
+    Attributes:
+        needs_latents: whether calls must bring their latents as the signal.
+    """
+
+    needs_latents: bool = False
+
+    @abstractmethod
+    def place(self, cache: StepCache, attachment: Attachment, component: str, model: nn.Module) -> Place:
+        """Find the region in a network and hook into it.
+
+        Raises:
+            AttachError: it is not there, or the gate needs another region.
+        """
+
+
+@dataclass(frozen=True)
+class Output(Region):
+    """The network's output: a forecast step does not call the network at all.
+
+    It needs nothing of the network, so quantized, compiled, sharded ones are all the same, and keeps latents only.
+
+    Args:
+        minus_input: forecast the difference to the latents that came in, as EasyCache does.
+    """
+
+    minus_input: bool = False
+
+    @property
+    def needs_latents(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where the difference to them is forecast."""
+        return self.minus_input
+
+    def place(self, cache: StepCache, attachment: Attachment, component: str, model: nn.Module) -> Place:
+        """See `Region.place`."""
+        if cache.gate.signal in ("head", "modulated"):
+            raise AttachError(
+                f"the gate {type(cache.gate).__name__} looks into the first blocks, which Output() does not run on "
+                "forecast steps; use the region Blocks()"
+            )
+        cache.leaves(component, 0.0)
+        return _OutputPlace(self.minus_input)
+
+
+@dataclass(frozen=True)
+class _OutputPlace(Place):
+    minus_input: bool
+
+    def run(self, call: Call, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
+        base = (call.signal,) if self.minus_input else None
+        if not call.decide(call.signal):
+            return call.forecast("output", base)
+        output = forward(*args, **kwargs)
+        call.keep("output", output, base)
+        return output
+
+
+@dataclass(frozen=True)
+class Blocks(Region):
+    """The blocks between the first `head` and the last `tail` ones; what they add to the streams is forecast.
+
+    Args:
+        head: blocks at the beginning that always run.
+        tail: blocks at the end that always run.
+        verify: compare the output of the tail with its own forecast (`memory["error"]`), for `Speculative`.
+    """
+
+    head: int = 1
+    tail: int = 0
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.head < 0 or self.tail < 0 or (self.verify and self.tail < 1):
+            raise ValueError(
+                f"need head >= 0 and tail >= 0 (>= 1 to verify), got {self.head}, {self.tail}, verify={self.verify}"
+            )
+
+    def place(self, cache: StepCache, attachment: Attachment, component: str, model: nn.Module) -> Place:
+        """See `Region.place`."""
+        family = family_of(model)
+        blocks = family.blocks(model, refiners=False)
+        if len(blocks) <= self.head + self.tail:
+            raise AttachError(
+                f"{type(unwrap(model)).__name__} has {len(blocks)} blocks, too few for head={self.head} and "
+                f"tail={self.tail}: at least one must lie between"
+            )
+        if cache.gate.signal == "head" and self.head < 1:
+            raise AttachError(f"the gate {type(cache.gate).__name__} looks at the head blocks: use Blocks(head=1)")
+        cache.leaves(component, (self.head + self.tail) / len(blocks))
+        attention = None
+        if cache.gate.signal == "modulated":
+            if self.head:
+                raise AttachError(f"the gate {type(cache.gate).__name__} decides in the first block: use head=0")
+            attention = _first_attention(model, blocks[0][0])
+        return Stack(attachment, [block for _, block in blocks], self.head, self.tail, attention, self.verify)
+
+
+def _first_attention(model: nn.Module, block: str) -> nn.Module:
+    layers = family_of(model).attention_layers(model)
+    for layer in layers:
+        if layer.name.startswith(block + "."):
+            return layer.module
+    raise AttachError(f"{type(unwrap(model)).__name__}: no attention layer in {block}, whose input the gate looks at")
+
+
+@dataclass(frozen=True)
+class Modules(Region):
+    """Modules by name; each one's output is forecast by itself, as TaylorSeer does with attention and feed-forward.
+
+    Args:
+        patterns: regular expressions that whole normalised names match; None means all attention layers of the blocks
+            and their feed-forward layers.
+
+    Raises:
+        AttachError: (on attaching) nothing matches.
+    """
+
+    patterns: tuple[str, ...] | None = None
+
+    def place(self, cache: StepCache, attachment: Attachment, component: str, model: nn.Module) -> Place:
+        """See `Region.place`."""
+        if cache.gate.signal in ("head", "modulated"):
+            raise AttachError(f"the gate {type(cache.gate).__name__} needs the region Blocks(), not Modules()")
+        found = self._find(model)
+        place = _ModulesPlace()
+        for name, module in found.items():
+            place.wrap(attachment, name, module)
+        weights = sum(parameter.numel() for parameter in unwrap(model).parameters())
+        inside = sum(parameter.numel() for module in found.values() for parameter in module.parameters())
+        cache.leaves(component, 1.0 - inside / max(weights, 1))
+        return place
+
+    def _find(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The outermost modules that match."""
+        bare = unwrap(model)
+        named = dict(named_layers(bare))
+        patterns = self.patterns if self.patterns is not None else self._usual(model)
+        found = {name: part for name, part in named.items() if any(re.fullmatch(p, name) for p in patterns)}
+        if not found:
+            near = difflib.get_close_matches(re.sub(r"[\\^$*+()]", "", patterns[0]), list(named), n=3, cutoff=0.3)
+            raise AttachError(
+                f"no module of {type(bare).__name__} matches {' or '.join(patterns)} as a whole name; names near it: "
+                f"{', '.join(near) or ', '.join(list(named)[:3])}"
+            )
+        inner = {name for name in found for other in found if name.startswith(other + ".")}
+        return {name: part for name, part in found.items() if name not in inner}
+
+    @staticmethod
+    def _usual(model: nn.Module) -> tuple[str, ...]:
+        family = family_of(model)
+        attention = tuple(re.escape(layer.name) for layer in family.attention_layers(model))
+        blocks = tuple(re.escape(name) for name, _ in family.blocks(model, refiners=False))
+        return (*attention, *(rf"{block}\.(ff|ffn|mlp|feed_forward)(_context)?" for block in blocks))
+
+
+class _ModulesPlace(Place):
+    """The modules ask which call runs."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+
+    def wrap(self, attachment: Attachment, name: str, module: nn.Module) -> None:
+        attachment.around(module, partial(self._around, name))
+
+    def run(self, call: Call, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
+        call.decide(call.signal)
+        self.call = call
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.call = None
+
+    def _around(self, name: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        call = self.call
+        if call is None:
+            return forward(*args, **kwargs)
+        if not call.computed:
+            return call.forecast(name)
+        output = forward(*args, **kwargs)
+        call.keep(name, output)
+        return output
+
+
+__all__ = ["Blocks", "Modules", "Output", "Place", "Region"]

@@ -1,0 +1,181 @@
+"""The best steps to compute, given how predictions at any two steps are alike.
+
+Exact for its model of the error: the forecast of a skipped step is wrong by what the Gram matrix says, an error counts
+by the length of its step, and errors add up. Then, because errors of different gaps may also cancel, steps are moved
+one at a time while that lowers the squared length of the summed error (with the computed predictions taken as given).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RIDGE = 1e-5
+"""Added to the diagonal in least squares, as a share of its mean."""
+
+OWN_SHARE = 1.0
+"""Weight of the sum of each step's own squared error beside the summed error when steps are moved: cancellation that
+the calibration promises is only half believed."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors of forecasts from two computed steps p < a (p = a: from one alone).
+
+    Args:
+        gram: of the predictions, (N, N).
+        lengths: of the steps in sigma, (N,).
+        newest: weight of step a in the forecast of j, [p, a, j], (N, N, N).
+        older: weight of step p, (N, N, N).
+        size: root mean square error of the forecast times the step's length, (N, N, N).
+    """
+
+    gram: np.ndarray
+    lengths: np.ndarray
+    newest: np.ndarray
+    older: np.ndarray
+    size: np.ndarray
+
+    @classmethod
+    def of(cls, gram: np.ndarray, sigmas: Sequence[float], fill: str = "newton") -> Errors:
+        """Compute them.
+
+        Args:
+            gram: (N, N).
+            sigmas: noise levels, falling, (N,).
+            fill: "reuse", "newton" (a line in sigma) or "gram" (least squares).
+
+        Raises:
+            ValueError: an unknown fill.
+        """
+        count = len(sigmas)
+        levels = np.asarray(sigmas, np.float64)
+        p, a, j = np.ogrid[:count, :count, :count]
+        if fill == "reuse":
+            older = np.zeros((count, count, count))
+            newest = np.ones((count, count, count))
+        elif fill == "newton":
+            way = levels[a] - levels[p]  # (N, N, 1)
+            ahead = np.where(way != 0, (levels[j] - levels[a]) / np.where(way != 0, way, 1.0), 0.0)  # (N, N, N)
+            newest, older = 1.0 + ahead, -ahead
+        elif fill == "gram":
+            newest, older = _least_squares(gram)
+        else:
+            raise ValueError(f"fill {fill!r} is not known; use 'reuse', 'newton' or 'gram'")
+        square = (
+            gram[j, j]
+            - 2 * (newest * gram[a, j] + older * gram[p, j])
+            + newest**2 * gram[a, a]
+            + 2 * newest * older * gram[p, a]
+            + older**2 * gram[p, p]
+        )  # (N, N, N)
+        lengths = np.abs(np.diff(levels, append=0.0))  # (N,)
+        return cls(gram, lengths, newest, older, np.sqrt(np.maximum(square, 0.0)) * lengths)
+
+
+def _least_squares(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of steps a and p that fit j best, (N, N, N) each; one step alone where p = a."""
+    count = len(gram)
+    p, a, j = np.ogrid[:count, :count, :count]
+    size = np.diag(gram)
+    ridge = RIDGE * (size[p] + size[a]) / 2
+    first, second = size[a] + ridge, size[p] + ridge  # diagonal of the 2 x 2 system
+    determinant = first * second - gram[p, a] ** 2
+    newest = (second * gram[a, j] - gram[p, a] * gram[p, j]) / determinant
+    older = (first * gram[p, j] - gram[p, a] * gram[a, j]) / determinant
+    alone = np.broadcast_to(p == a, newest.shape)
+    return np.where(alone, gram[a, j] / first, newest), np.where(alone, 0.0, older)
+
+
+def best_steps(errors: Errors, count: int) -> tuple[bool, ...]:
+    """Choose the steps to compute; the first always is.
+
+    Args:
+        errors: of all forecasts.
+        count: how many steps are computed, 1 to N.
+
+    Returns:
+        True for each computed step.
+    """
+    anchors = improved(errors, shortest_path(errors, count))
+    return tuple(step in anchors for step in range(len(errors.lengths)))
+
+
+def shortest_path(errors: Errors, count: int) -> list[int]:
+    """Find the steps with the least sum of errors, by dynamic programming over the two newest ones: O(count N^3).
+
+    Args:
+        errors: of all forecasts.
+        count: how many steps are computed.
+    """
+    steps = len(errors.lengths)
+    cumulative = np.concatenate([np.zeros((steps, steps, 1)), np.cumsum(errors.size, axis=2)], axis=2)  # (N, N, N + 1)
+    a = np.arange(steps)
+    gaps = cumulative - cumulative[:, a, a + 1][:, :, None]  # [p, a, b]: errors of a + 1 ... b - 1; (N, N, N + 1)
+    b = np.arange(steps + 1)
+    gaps = np.where(b[None, None] > a[None, :, None], gaps, np.inf)
+    cost = np.full((steps, steps), np.inf)
+    cost[0, 0] = 0.0  # step 0 alone
+    previous = []
+    for _ in range(count - 1):
+        ways = cost[:, :, None] + gaps[:, :, :steps]  # [p, a, b], (N, N, N)
+        previous.append(ways.argmin(axis=0))  # (N, N): the p behind (a, b)
+        cost = ways.min(axis=0)
+    p, a = np.unravel_index(np.argmin(cost + gaps[:, :, steps]), cost.shape)
+    found = [int(a)]
+    for layer in reversed(previous):
+        found.append(int(p))
+        p, a = layer[p, a], p
+    return sorted(found)
+
+
+def improved(errors: Errors, anchors: Sequence[int]) -> list[int]:
+    """Move single steps while the summed error gets smaller; the first stays.
+
+    Args:
+        errors: of all forecasts.
+        anchors: the computed steps, rising.
+    """
+    total, best = _Total(errors), list(anchors)
+    value = total(best)
+    while True:
+        moves = [
+            sorted([*best[:i], step, *best[i + 1 :]])
+            for i in range(1, len(best))
+            for step in range(1, len(errors.lengths))
+            if step not in best
+        ]
+        found = min(moves, key=total, default=best)
+        if not total(found) < 0.999 * value:
+            return best
+        best, value = found, total(found)
+
+
+class _Total:
+    """Squared length of the sum of all errors, plus `OWN_SHARE` times their own squares; gaps are looked up."""
+
+    def __init__(self, errors: Errors) -> None:
+        self.errors = errors
+        self._gaps: dict[tuple[int, int, int], tuple[np.ndarray, float]] = {}
+
+    def __call__(self, anchors: Sequence[int]) -> float:
+        steps = len(self.errors.lengths)
+        ends = [*anchors[1:], steps]
+        parts = [self._gap(anchors[max(i - 1, 0)], anchor, ends[i]) for i, anchor in enumerate(anchors)]
+        error = np.sum([part[0] for part in parts], axis=0)  # (N,): coefficients of the predictions
+        return float(error @ self.errors.gram @ error) + OWN_SHARE * math.fsum(part[1] for part in parts)
+
+    def _gap(self, p: int, a: int, b: int) -> tuple[np.ndarray, float]:
+        """The summed error of the steps between a and b, as coefficients, and the sum of their squares."""
+        if (p, a, b) not in self._gaps:
+            inside = slice(a + 1, b)
+            lengths = self.errors.lengths
+            row = np.zeros(len(lengths))
+            row[inside] = -lengths[inside]
+            row[a] += lengths[inside] @ self.errors.newest[p, a, inside]
+            row[p] += lengths[inside] @ self.errors.older[p, a, inside]
+            self._gaps[p, a, b] = row, float(np.square(self.errors.size[p, a, inside]).sum())
+        return self._gaps[p, a, b]

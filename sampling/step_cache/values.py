@@ -1,0 +1,85 @@
+"""Outputs of networks and blocks taken apart into tensors, mixed, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Values = tuple[Tensor, ...]
+Rebuild = Callable[[Sequence[Tensor]], Any]
+
+
+def take_apart(output: Any) -> tuple[Values, Rebuild]:
+    """Find the tensors of an output.
+
+    Args:
+        output: a tensor, or tuples, lists, dicts and diffusers' output classes of them; anything else is kept as it is.
+
+    Returns:
+        The tensors in order, and a function that makes the same structure of others.
+    """
+    tensors: list[Tensor] = []
+    rebuild = _walk(output, tensors)
+    return tuple(tensors), rebuild
+
+
+def _walk(part: Any, tensors: list[Tensor]) -> Rebuild:
+    if isinstance(part, Tensor):
+        place = len(tensors)
+        tensors.append(part)
+        return lambda values: values[place]
+    if isinstance(part, dict):  # diffusers' outputs are dicts too
+        kind, parts = type(part), {key: _walk(value, tensors) for key, value in part.items()}
+        return lambda values: kind(**{key: build(values) for key, build in parts.items()})
+    if isinstance(part, tuple | list):
+        kind, items = type(part), [_walk(value, tensors) for value in part]
+        if hasattr(part, "_fields"):
+            return lambda values: kind(*(build(values) for build in items))
+        return lambda values: kind(build(values) for build in items)
+    return lambda values: part
+
+
+def mix(history: Sequence[Values], weights: Sequence[float | Tensor]) -> Values:
+    """Return the weighted sums of what was kept, newest first; new tensors in the dtype of the history.
+
+    Args:
+        history: values of computed steps, newest first.
+        weights: one for each of the first `len(weights)` of them.
+    """
+    return tuple(_sum([values[i] for values in history], weights) for i in range(len(history[0])))
+
+
+def _sum(tensors: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
+    """Sum in float32 at least: differences of neighbouring steps lose too many bits in bfloat16."""
+    first = tensors[0]
+    total = first.to(torch.promote_types(first.dtype, torch.float32)) * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=False):
+        wide = tensor.to(total.dtype)
+        total = total.add_(wide, alpha=weight) if isinstance(weight, int | float) else total.add_(wide * weight)
+    return total.to(first.dtype)
+
+
+def is_alike(one: Values, other: Values) -> bool:
+    """Whether two sets of tensors have the same shapes, dtypes and devices."""
+    return signature(one) == signature(other)
+
+
+def signature(value: Any) -> tuple:
+    """Shapes, dtypes and devices of all tensors in a value, and the switches (booleans) beside them."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.dtype, value.device)
+    if isinstance(value, bool):
+        return (value,)
+    if isinstance(value, dict):
+        return tuple((key, signature(item)) for key, item in value.items())
+    if isinstance(value, tuple | list):
+        return tuple(signature(item) for item in value)
+    return ()
+
+
+def mean_change(now: Tensor, before: Tensor) -> float:
+    """Mean absolute difference over the mean absolute value of `before`; waits for the device."""
+    return ((now - before).abs().mean() / before.abs().mean()).item()
