@@ -7,7 +7,10 @@ expects.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -106,3 +109,19 @@ def flow_matching_loss(predicted: Tensor, data: Tensor, noise: Tensor) -> Tensor
     """
     error = predicted.float() - velocity(data.float(), noise.float())  # (B, ...)
     return error.square().flatten(1).mean(dim=1)  # (B,)
+
+
+def next_scale_loss(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+    """Mean cross-entropy of each scale's tokens (arXiv 2404.02905, eq. 4; for bits arXiv 2412.04431, section 3.2).
+
+    Args:
+        logits: over codebook entries, (B, L, V); or of bits, (B, L, d, 2).
+        tokens: the true entries, (B, L); or bits, (B, L, d).
+        counts: tokens of each of S scales, L in all.
+
+    Returns:
+        Nats a token (or a bit), (B, S), float32.
+    """
+    rows = F.cross_entropy(logits.float().flatten(0, -2), tokens.flatten(), reduction="none")
+    each = rows.unflatten(0, tokens.shape)  # (B, L) or (B, L, d)
+    return torch.stack([part.flatten(1).mean(1) for part in each.split(list(counts), dim=1)], dim=1)  # (B, S)

@@ -8,8 +8,10 @@ methods take the schedule of token maps; None is the one of the configuration.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,10 @@ from torch import Tensor
 from dit.layers.scales import Grid, scale_grids
 from dit.tokenizers.base import TokenizerOutput, VisualTokenizer
 from dit.tokenizers.multi_scale_vq import PREVIEW_SIDE, MultiScaleCodes
+from dit.tokenizers.vit_autoencoder import ViTAutoencoder
+
+VIT_SPREAD = 2.0
+"""Standard deviation of a ViT's features in units of a bit's magnitude: several scales are needed to add up to it."""
 
 
 def bits_to_codes(bits: Tensor) -> Tensor:
@@ -56,12 +62,15 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         norm_num_groups: groups of the group norms.
         patchify: latent pixels along a side of a token, 1 or 2.
         in_channels: colours.
+        vit: arguments of a `ViTAutoencoder` that encodes and decodes in place of the convolutional networks (whose
+            sizes, `block_out_channels` to `norm_num_groups`, then mean nothing).
 
     Raises:
         ValueError: scales that shrink, or none; tokens of another size.
     """
 
     _supports_gradient_checkpointing = False
+    _keep_in_fp32_modules = ["latent_norm"]
 
     @register_to_config
     def __init__(
@@ -73,11 +82,16 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         norm_num_groups: int = 32,
         patchify: int = 1,
         in_channels: int = 3,
+        vit: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if patchify not in (1, 2):
             raise ValueError(f"patchify is {patchify}; a token covers 1 or 2 latent pixels along a side")
         self.grids = scale_grids(scales)
+        self.backbone = ViTAutoencoder(in_channels, latent_channels, **vit) if vit is not None else None
+        self.feature_scale = VIT_SPREAD * latent_channels**-0.5 if vit is not None else 1.0
+        if vit is not None:
+            return
         shape = {
             "block_out_channels": tuple(block_out_channels),
             "layers_per_block": layers_per_block,
@@ -91,6 +105,8 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
     @property
     def spatial_compression_ratio(self) -> int:
         """Pixels along a side of a latent pixel."""
+        if self.backbone is not None:
+            return self.backbone.spatial_compression_ratio
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     @property
@@ -108,6 +124,8 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
     @apply_forward_hook
     def features(self, x: Tensor) -> Tensor:
         """Encode pictures (B, 3, H f, W f) in [-1, 1] without quantising, (B, d, H, W), float32."""
+        if self.backbone is not None:
+            return self.backbone.encode(x).latent.float() * self.feature_scale  # (B, d, H, W)
         return self.encoder(x).float()
 
     def quantize(self, x: Tensor, grids: Sequence[Grid] | None = None) -> MultiScaleCodes:
@@ -140,6 +158,33 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
             indices.append(self._to_tokens(bits))
         return MultiScaleCodes(indices=indices, latent=latents)
 
+    def partial_sums(self, indices: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> list[Tensor]:
+        """What the first scale, the first two, ... and all of them add up to.
+
+        Args:
+            indices: bits of each scale, (B, N_s, d p p) each.
+            grids: the schedule of token maps.
+
+        Returns:
+            (B, d, H, W) for each scale, float32.
+        """
+        start = self.start_latents(indices[0].shape[0], grids)  # (B, d, H, W)
+        added = (self.accumulate(start, tokens, scale, grids) for scale, tokens in enumerate(indices))
+        return list(itertools.accumulate(added))
+
+    def residuals(self, features: Tensor, sums: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> list[Tensor]:
+        """What each scale had to code: rows (M, d) of what the scales before it left of the features.
+
+        Args:
+            features: (B, d, H, W).
+            sums: of `partial_sums`.
+            grids: the schedule of token maps.
+        """
+        before = [torch.zeros_like(features), *sums[:-1]]
+        sizes = [self._latent_size(grids, scale) for scale in range(len(before))]
+        rests = [resize(features - done, size, "area") for done, size in zip(before, sizes, strict=True)]
+        return [rest.permute(0, 2, 3, 1).flatten(0, 2) for rest in rests]
+
     def encode(
         self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> TokenizerOutput | tuple[Tensor]:
@@ -161,6 +206,9 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         Returns:
             Pixels of about [-1, 1], not clamped, (B, 3, H f, W f).
         """
+        if self.backbone is not None:
+            z = (z / self.feature_scale).to(self.backbone.from_latent.weight.dtype)  # (B, d, H, W)
+            return self.backbone.decode(z, return_dict=return_dict)
         sample = self.decoder(z.to(self.decoder.conv_in.weight.dtype))  # (B, 3, H f, W f)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -205,7 +253,7 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
     def start_latents(self, batch_size: int, grids: Sequence[Grid] | None = None) -> Tensor:
         """The latent before the first scale: zeros, (B, d, H, W), float32."""
         size = self._latent_size(grids, -1)
-        return torch.zeros(batch_size, self.latent_channels, *size, device=self.decoder.conv_in.weight.device)
+        return torch.zeros(batch_size, self.latent_channels, *size, device=next(self.parameters()).device)
 
     def accumulate(self, latents: Tensor, tokens: Tensor, scale: int, grids: Sequence[Grid] | None = None) -> Tensor:
         """Add a scale to the latent.

@@ -2,13 +2,16 @@
 
 Section 3.2 and algorithms 1 and 2 of arXiv 2404.02905. All scales share one codebook. A looked-up map is enlarged to
 the latent's size, repaired by a small convolution `phi` (enlarging blurs), and added to the sum so far; the next scale
-codes the rest. Encoder and decoder are those of latent diffusion's f16 autoencoder, taken from diffusers.
+codes the rest. Encoder and decoder are those of latent diffusion's f16 autoencoder, taken from diffusers, or, for small
+models, those of `ViTAutoencoder`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from dit.layers.scales import Grid, scale_grids, token_counts
 from dit.tokenizers.base import TokenizerOutput, VisualTokenizer
+from dit.tokenizers.vit_autoencoder import ViTAutoencoder
 
 PREVIEW_SIDE = 8
 """Latent pixels along the longer side of what `preview` decodes."""
@@ -73,7 +77,8 @@ class Phi(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W), in the dtype of `x`."""
-        mixed = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=1)  # (B, C, H, W)
+        with torch.autocast(x.device.type, enabled=False):  # a sum of scales must not lose what the fine ones add
+            mixed = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=1)  # (B, C, H, W)
         return x * (1 - self.ratio) + mixed * self.ratio
 
 
@@ -160,13 +165,16 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         num_phis: convolutions that repair enlarged maps, shared by the scales.
         phi_ratio: share of the convolution in their output.
         in_channels: colours.
+        vit: arguments of a `ViTAutoencoder` that encodes and decodes in place of the convolutional networks (whose
+            sizes, `block_out_channels` to `norm_num_groups`, then mean nothing). Its code has unit variance, so a
+            codebook fits whatever the encoder does.
 
     Raises:
         ValueError: scales that shrink, or none.
     """
 
     _supports_gradient_checkpointing = False
-    _keep_in_fp32_modules = ["quantizer"]
+    _keep_in_fp32_modules = ["quantizer", "latent_norm"]
 
     @register_to_config
     def __init__(
@@ -180,9 +188,14 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         num_phis: int = 4,
         phi_ratio: float = 0.5,
         in_channels: int = 3,
+        vit: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.grids = scale_grids(scales)
+        self.quantizer = MultiScaleQuantizer(self.grids, vocab_size, latent_channels, num_phis, phi_ratio)
+        self.backbone = ViTAutoencoder(in_channels, latent_channels, **vit) if vit is not None else None
+        if vit is not None:
+            return
         plain = len(block_out_channels) - 1
         shape = {
             "block_out_channels": tuple(block_out_channels),
@@ -197,7 +210,6 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
             **shape,
         )
         self.quant_conv = nn.Conv2d(latent_channels, latent_channels, 3, padding=1)
-        self.quantizer = MultiScaleQuantizer(self.grids, vocab_size, latent_channels, num_phis, phi_ratio)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 3, padding=1)
         self.decoder = Decoder(
             latent_channels,
@@ -209,6 +221,8 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
     @property
     def spatial_compression_ratio(self) -> int:
         """Pixels along a side of a latent pixel."""
+        if self.backbone is not None:
+            return self.backbone.spatial_compression_ratio
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     @property
@@ -224,14 +238,14 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
     # ------------------------------------------------------------------- pixels
 
     @apply_forward_hook
-    def quantize(self, x: Tensor) -> MultiScaleCodes:
-        """Turn pictures into tokens.
+    def features(self, x: Tensor) -> Tensor:
+        """Encode pictures without quantising.
 
         Args:
             x: (B, 3, H f, W f) in [-1, 1], where H, W is the size of the last scale.
 
         Returns:
-            The tokens of each scale and their sum.
+            (B, C, H, W).
 
         Raises:
             ValueError: pictures of another size.
@@ -239,7 +253,45 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         size = tuple(side * self.spatial_compression_ratio for side in self.grids[-1])
         if x.ndim != 4 or tuple(x.shape[-2:]) != size:
             raise ValueError(f"got a picture tensor of shape {tuple(x.shape)}, expected (B, 3, {size[0]}, {size[1]})")
-        return self.quantizer(self.quant_conv(self.encoder(x)))
+        return (
+            self.quant_conv(self.encoder(x)) if self.backbone is None else self.backbone.encode(x).latent
+        )  # (B, C, H, W)
+
+    @apply_forward_hook
+    def quantize(self, x: Tensor) -> MultiScaleCodes:
+        """Turn pictures into tokens; see `features`.
+
+        Returns:
+            The tokens of each scale and their sum.
+        """
+        return self.quantize_features(self.features(x))
+
+    def quantize_features(self, features: Tensor) -> MultiScaleCodes:
+        """Turn features (B, C, H, W) into tokens; see `quantize`."""
+        return self.quantizer(features)
+
+    def partial_sums(self, indices: Sequence[Tensor]) -> list[Tensor]:
+        """What the first scale, the first two, ... and all of them add up to; differentiable, for training.
+
+        Args:
+            indices: tokens of each scale, (B, N_s) each.
+
+        Returns:
+            (B, C, H, W) for each scale, float32.
+        """
+        start = self.start_latents(indices[0].shape[0])  # (B, C, H, W)
+        return list(itertools.accumulate(self.accumulate(start, tokens, s) for s, tokens in enumerate(indices)))
+
+    def residuals(self, features: Tensor, sums: Sequence[Tensor]) -> list[Tensor]:
+        """What each scale had to code: rows (B N_s, C) of what the scales before it left of the features.
+
+        Args:
+            features: (B, C, H, W).
+            sums: of `partial_sums`.
+        """
+        before = [torch.zeros_like(features), *sums[:-1]]
+        rests = [self.quantizer.shrink(features - done, scale) for scale, done in enumerate(before)]
+        return [rest.permute(0, 2, 3, 1).flatten(0, 2) for rest in rests]
 
     def encode(
         self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
@@ -262,6 +314,8 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         Returns:
             Pixels of about [-1, 1], not clamped, (B, 3, H f, W f).
         """
+        if self.backbone is not None:
+            return self.backbone.decode(z.to(self.backbone.from_latent.weight.dtype), return_dict=return_dict)
         sample = self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))  # (B, 3, H f, W f)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 

@@ -40,14 +40,15 @@ class AutoencoderSection(TaskSection):
     Attributes:
         latent_noise: Largest standard deviation of the noise on the code, which has unit variance.
         ssim_weight: Weight of `1 - SSIM` beside the Charbonnier loss.
+        squared_weight: Weight of the mean squared error beside it: higher PSNR, softer pictures.
         train: `all`, or `decoder`: the encoder and its statistics stay as they are (the second stage of ViTok,
             arXiv:2501.09755), so that a generator trained on its codes still fits.
     """
 
-    kind: Literal["autoencoder"]
     train: Literal["all", "decoder"] = "all"
     latent_noise: float = Field(default=0.1, ge=0)
     ssim_weight: float = Field(default=0.1, ge=0)
+    squared_weight: float = Field(default=0.0, ge=0)
 
 
 class AutoencoderData(Section):
@@ -155,11 +156,15 @@ class AutoencoderTask:
         scale = self.config.task.latent_noise * torch.rand(len(latent), 1, 1, 1, device=latent.device)
         decoded = self.vae.decode(latent + scale * torch.randn_like(latent)).sample  # (B, 3, H, W)
         with torch.autocast(images.device.type, enabled=False):
-            return reconstruction_loss(decoded.float(), images, self.config.task.ssim_weight)
+            task = self.config.task
+            return reconstruction_loss(decoded.float(), images, task.ssim_weight, task.squared_weight)
 
     def validate(self) -> dict[str, float]:
         """PSNR of held-out scenes (peak 2, since pictures span [-1, 1]): whole pictures, and inside sticker boxes."""
-        vae = self._calibrated()
+        return self.measure(self._calibrated())
+
+    def measure(self, vae: nn.Module) -> dict[str, float]:
+        """`psnr` and `psnr_boxes` of an autoencoder on the held-out scenes."""
         resolution = self.config.data.resolution
         whole, boxes, pixels, box_pixels = 0.0, 0.0, 0, 0
         for start in range(0, len(self.validation_scenes), 32):
@@ -205,32 +210,44 @@ class AutoencoderTask:
         vae = copy.deepcopy(self.vae).eval()
         if self.config.task.train == "decoder":
             return vae
-        vae.latent_norm.reset_running_stats()
-        vae.latent_norm.momentum = None  # a plain mean over the batches
-        vae.latent_norm.train()
+        norm = self._latent_norm(vae)
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+        norm.train()
         for images in self._fresh_images():
             vae.encode(images)
-        vae.latent_norm.eval()
+        norm.eval()
         return vae
 
+    def _latent_norm(self, vae: nn.Module) -> nn.BatchNorm1d:
+        """Where the statistics of the code are."""
+        return vae.latent_norm
 
-def reconstruction_loss(decoded: Tensor, images: Tensor, ssim_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Charbonnier (a smooth L1, eps 1e-3) plus `ssim_weight * (1 - SSIM)`.
+
+def reconstruction_loss(
+    decoded: Tensor, images: Tensor, ssim_weight: float, squared_weight: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Charbonnier (a smooth L1, eps 1e-3) plus `ssim_weight * (1 - SSIM)` plus `squared_weight * MSE`.
 
     Args:
         decoded: (B, 3, H, W) float32.
         images: Targets in [-1, 1], the same shape.
         ssim_weight: 0 leaves the second term out.
+        squared_weight: 0 leaves the third term out.
 
     Returns:
         The loss and its parts for the log.
     """
-    charbonnier = ((decoded - images).square() + 1e-6).sqrt().mean()
-    if ssim_weight == 0:
-        return charbonnier, {"charbonnier": charbonnier.detach()}
-    similarity = ssim(decoded, images, stride=4)  # every window would cost as much as the network
-    loss = charbonnier + ssim_weight * (1 - similarity)
-    return loss, {"charbonnier": charbonnier.detach(), "ssim": similarity.detach()}
+    squared = (decoded - images).square()  # (B, 3, H, W)
+    loss = (squared + 1e-6).sqrt().mean()
+    parts = {"charbonnier": loss.detach()}
+    if ssim_weight:
+        similarity = ssim(decoded, images, stride=4)  # every window would cost as much as the network
+        loss, parts["ssim"] = loss + ssim_weight * (1 - similarity), similarity.detach()
+    if squared_weight:
+        mean = squared.mean()
+        loss, parts["squared"] = loss + squared_weight * mean, mean.detach()
+    return loss, parts
 
 
 def ssim(first: Tensor, second: Tensor, window: int = 7, stride: int = 1, data_range: float = 2.0) -> Tensor:

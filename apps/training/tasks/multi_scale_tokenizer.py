@@ -1,0 +1,249 @@
+"""Trains the tokenizers of next-scale models: `MultiScaleVQ` or `MultiScaleBSQ` around a `ViTAutoencoder`.
+
+Pictures are coded, quantised scale by scale and decoded; gradients pass the quantizer straight through. Codes that are
+hardly used are moved to where the batch needs some. It may start from a trained continuous autoencoder: its codes are
+clustered, and the networks only have to learn to live with what clusters can say.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from apps.training.code_usage import CodeUsage
+from apps.training.config import TrainConfig
+from apps.training.export import save_component
+from apps.training.scenes import render
+from apps.training.tasks.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderModel,
+    AutoencoderSection,
+    AutoencoderTask,
+    reconstruction_loss,
+)
+from dit.tokenizers import MultiScaleBSQ, MultiScaleVQ, ViTAutoencoder
+from dit.tokenizers.losses import bit_entropy, code_entropy, residual_loss, straight_through
+
+ENTROPY_ROWS = 1024  # tokens of a batch that the entropy is estimated from
+CLUSTER_PASSES = 8
+MIN_CLUSTER = 5  # members; smaller clusters start again elsewhere
+HITS_DECAY = 0.97  # of the running average of a code's use
+
+
+class TokenizerSection(AutoencoderSection):
+    """The `[task]` section.
+
+    Attributes:
+        quantizer_weight: weight of `dit.tokenizers.losses.residual_loss`.
+        commitment: how strongly features are pulled towards their codes.
+        entropy_weight: weight of the entropy terms; 0 leaves them out.
+        revive_below: a code used less often than this share of the mean is moved to a random residual of the batch.
+    """
+
+    latent_noise: float = Field(default=0.0, ge=0)
+    quantizer_weight: float = Field(default=0.25, ge=0)
+    commitment: float = Field(default=0.25, ge=0)
+    entropy_weight: float = Field(default=0.0, ge=0)
+    revive_below: float = Field(default=0.03, ge=0, lt=1)
+
+
+class TokenizerModel(AutoencoderModel):
+    """The `[model]` section; see `MultiScaleVQ`, `MultiScaleBSQ` and `ViTAutoencoder`.
+
+    With `data.init_from` the sizes of the networks are those found there.
+    """
+
+    quantizer: Literal["vq", "bsq"] = "vq"
+    scales: list[int] = [1, 2, 3, 4, 5, 6, 8]
+    vocab_size: int = Field(default=1024, ge=2)
+    num_phis: int = Field(default=4, ge=1)
+    phi_ratio: float = Field(default=0.5, ge=0, le=1)
+
+
+class TokenizerConfig(AutoencoderConfig):
+    """A whole configuration of this task."""
+
+    task: TokenizerSection
+    model: TokenizerModel = TokenizerModel()
+
+
+class MultiScaleTokenizerTask(AutoencoderTask):
+    """Learns to say scenes in tokens. See `apps.training.task.Task`."""
+
+    config: TokenizerConfig
+    config_class: ClassVar[type[TrainConfig]] = TokenizerConfig
+
+    def _network(self) -> Any:
+        """A new tokenizer, one around the networks of a trained autoencoder, or the trained one of `init_from`."""
+        start = self.config.data.init_from
+        kind = None if start is None else ViTAutoencoder.load_config(start)["_class_name"]
+        if kind in ("MultiScaleVQ", "MultiScaleBSQ"):
+            vae = {"MultiScaleVQ": MultiScaleVQ, "MultiScaleBSQ": MultiScaleBSQ}[kind].from_pretrained(
+                start, torch_dtype=torch.float32
+            )
+        else:
+            trained = None if start is None else ViTAutoencoder.from_pretrained(start, torch_dtype=torch.float32)
+            vae = self._around(trained)
+        if self.config.task.train == "decoder":
+            vit = vae.backbone
+            quantizer = [vae.quantizer] if isinstance(vae, MultiScaleVQ) else []
+            for part in (vit.patch_embed, vit.encoder_blocks, vit.encoder_norm, vit.to_latent, *quantizer):
+                part.requires_grad_(False)
+        if start is not None and isinstance(vae, MultiScaleVQ) and kind != "MultiScaleVQ":
+            self._cluster(vae)
+        return vae
+
+    @torch.no_grad()
+    def _cluster(self, vae: MultiScaleVQ) -> None:
+        """Puts the codes where the features of fresh scenes are: k-means over what all scales have to code.
+
+        The coarse scales' residuals depend on the codes, so assignments and means alternate over whole passes.
+        """
+        features = torch.cat([vae.eval().features(images) for images in self._fresh_images()])  # (S, C, H, W)
+        rows = features.permute(0, 2, 3, 1).flatten(0, 2)  # (M, C)
+        rng = torch.Generator().manual_seed(self.config.run.seed)
+        codes = vae.quantizer.codebook.weight  # (V, C)
+        small = torch.ones(len(codes), dtype=torch.bool)  # (V,): clusters that start (again) at a random row
+        for _ in range(CLUSTER_PASSES):
+            codes[small] = rows[torch.randint(len(rows), (int(small.sum()),), generator=rng)]
+            indices = vae.quantize_features(features).indices
+            rows = torch.cat(vae.residuals(features, vae.partial_sums(indices)))  # (M, C)
+            chosen = torch.cat([tokens.flatten() for tokens in indices])  # (M,)
+            counts = torch.bincount(chosen, minlength=len(codes))  # (V,)
+            sums = torch.zeros_like(codes).index_add_(0, chosen, rows)  # (V, C)
+            codes[counts > 0] = (sums / counts[:, None])[counts > 0]
+            small = counts < MIN_CLUSTER
+        vae.quantizer.hits.fill_(1.0)  # all are in use until proven otherwise
+        vae.train()
+
+    def _around(self, trained: ViTAutoencoder | None) -> Any:
+        """A tokenizer with new codes around a trained autoencoder's networks, or around new ones."""
+        model = self.config.model
+        if trained is None:
+            own = {"quantizer", "scales", "vocab_size", "num_phis", "phi_ratio", "latent_channels"}
+            channels, vit = model.latent_channels, model.model_dump(exclude=own)
+            vit["sample_size"] = self.config.data.resolution
+        else:
+            channels = trained.latent_channels
+            vit = {
+                k: v for k, v in trained.config.items() if k[0] != "_" and k not in ("in_channels", "latent_channels")
+            }
+        if model.quantizer == "bsq":
+            vae = MultiScaleBSQ(scales=tuple(model.scales), latent_channels=channels, vit=vit)
+        else:
+            vae = MultiScaleVQ(
+                scales=tuple(model.scales),
+                latent_channels=channels,
+                vocab_size=model.vocab_size,
+                num_phis=model.num_phis,
+                phi_ratio=model.phi_ratio,
+                vit=vit,
+            )
+            nn.init.normal_(vae.quantizer.codebook.weight)
+            for phi in vae.quantizer.phis:  # the identity: there is nothing to repair yet
+                nn.init.dirac_(phi.weight)
+                nn.init.zeros_(phi.bias)
+        if trained is not None:
+            vae.backbone.load_state_dict(trained.state_dict())
+        return vae
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction error, and how far the scales' sums are from the features."""
+        images, task = batch["images"], self.config.task  # (B, 3, H, W)
+        if task.train == "decoder":
+            self.vae.backbone.latent_norm.eval()
+        features = self.vae.features(images).float()  # (B, C, H, W)
+        with torch.autocast(images.device.type, enabled=False):
+            latent, loss, values = self._quantize(features)
+        scale = task.latent_noise * torch.rand(len(latent), 1, 1, 1, device=latent.device)
+        decoded = self.vae.decode(latent + scale * torch.randn_like(latent)).sample  # (B, 3, H, W)
+        with torch.autocast(images.device.type, enabled=False):
+            error, parts = reconstruction_loss(decoded.float(), images, task.ssim_weight, task.squared_weight)
+        return error + loss, {**parts, **values}
+
+    def _quantize(self, features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Quantised features (B, C, H, W) with gradients to the features, the quantizer's loss, and log values."""
+        task = self.config.task
+        if isinstance(self.vae, MultiScaleVQ) and task.train == "all":
+            self._revive(features)
+        with torch.no_grad():
+            indices = self.vae.quantize_features(features.detach()).indices
+        sums = self.vae.partial_sums(indices)
+        latent = straight_through(features, sums[-1])  # (B, C, H, W)
+        error = (sums[-1] - features).detach().square().mean() / features.detach().square().mean()
+        if task.train == "decoder":
+            return latent, features.new_zeros(()), {"quantization_error": error}
+        loss = task.quantizer_weight * residual_loss(features, sums, task.commitment)
+        values = {"quantization_error": error}
+        if isinstance(self.vae, MultiScaleVQ):
+            values["dead"] = self._count(indices)
+        if task.entropy_weight:
+            entropy = self._entropy(torch.cat(self.vae.residuals(features, [part.detach() for part in sums])))
+            loss, values["entropy"] = loss + task.entropy_weight * entropy, entropy.detach()
+        return latent, loss, values
+
+    def _entropy(self, rows: Tensor) -> Tensor:
+        rows = rows[torch.randint(len(rows), (min(ENTROPY_ROWS, len(rows)),), device=rows.device)]  # (M, C)
+        if isinstance(self.vae, MultiScaleBSQ):
+            return bit_entropy(rows)
+        return code_entropy(rows, self.vae.quantizer.codebook.weight)
+
+    @torch.no_grad()
+    def _count(self, indices: list[Tensor]) -> Tensor:
+        """Updates the running use of each code at each scale; returns the share that is hardly used."""
+        hits = self.vae.quantizer.hits  # (S, V)
+        for row, tokens in zip(hits, indices, strict=True):
+            count = torch.bincount(tokens.flatten(), minlength=len(row))  # (V,)
+            row.lerp_(count.to(row), 1 - HITS_DECAY)
+        return self._is_dead(hits).float().mean()
+
+    def _is_dead(self, hits: Tensor) -> Tensor:
+        """Which codes (V,) are used less than the given share of the mean."""
+        total = hits.sum(0)  # (V,)
+        return total < self.config.task.revive_below * total.mean()
+
+    @torch.no_grad()
+    def _revive(self, features: Tensor) -> None:
+        """Moves hardly used codes to residuals of the batch. All processes see the same `hits`, so all take part."""
+        quantizer = self.vae.quantizer
+        is_new = bool((quantizer.hits == 0).all())  # before the first step nothing has been used
+        dead = torch.ones_like(quantizer.hits[0], dtype=torch.bool) if is_new else self._is_dead(quantizer.hits)  # (V,)
+        if not dead.any():
+            return
+        sums = self.vae.partial_sums(self.vae.quantize_features(features).indices)
+        if is_new:  # no code means anything yet: what coarse scales would see is the shrunk features
+            sums = [torch.zeros_like(part) for part in sums]
+        rows = torch.cat(self.vae.residuals(features, sums))  # (M, C)
+        chosen = rows[torch.randint(len(rows), (int(dead.sum()),), device=rows.device)]  # (D, C)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(chosen, 0)
+        quantizer.codebook.weight[dead] = chosen
+        mean = quantizer.hits.sum(0).mean() if not is_new else torch.ones(())
+        quantizer.hits[:, dead] = mean / len(quantizer.hits)  # alive until proven otherwise
+
+    def validate(self) -> dict[str, float]:
+        """PSNR as of an autoencoder, and how the codes of the same scenes are used; the run's folder has a plot."""
+        vae = self._calibrated()
+        usage = self.usage(vae)
+        usage.plot(self.config.run.folder / "code_usage.png")
+        return {**self.measure(vae), **usage.summary()}
+
+    def usage(self, vae: Any) -> CodeUsage:
+        """Counts the codes of the held-out scenes."""
+        is_bits = isinstance(vae, MultiScaleBSQ)
+        codes = 2 * vae.latent_channels * vae.config.patchify**2 if is_bits else vae.config.vocab_size
+        usage = CodeUsage(len(vae.grids), codes, is_bits)
+        for start in range(0, len(self.validation_scenes), 32):
+            part = self.validation_scenes[start : start + 32]
+            images = render(part, self.sheet, self.config.data.resolution).to(self.context.device)  # (b, 3, H, W)
+            usage.add(vae.quantize(images).indices)
+        return usage
+
+    def export(self, folder: Path) -> None:
+        """Writes `vae/`, its code statistics fitted to fresh scenes."""
+        save_component(self._calibrated(), folder / "vae")
+
+    def _latent_norm(self, vae: nn.Module) -> nn.BatchNorm1d:
+        return vae.backbone.latent_norm
