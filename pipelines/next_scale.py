@@ -1,28 +1,33 @@
-"""Class label to picture, scale by scale, with VAR (arXiv 2404.02905); and what text pipelines share with it."""
+"""Class label to picture, scale by scale, with VAR (arXiv 2404.02905)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
-from diffusers import ImagePipelineOutput, ModelMixin
+from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
 from torch import Tensor
 
-from dit.cache import POLICIES
 from dit.tokenizers.multi_scale_bsq import MultiScaleBSQ
-from pipelines.base import OUTPUT_TYPES, TesseraPipeline
+from pipelines.base import OUTPUT_TYPES
 from pipelines.checks import check_choice, check_count, check_number
+from pipelines.inpaint import MaskInput
 from pipelines.labels import Label, label_ids, names_of
-from pipelines.lora import TransformerLoraMixin
-from sampling.next_scale import ScaleWalk
+from pipelines.next_scale_run import (
+    Callback,
+    NextScaleOutput,
+    NextScalePipeline,
+    Pictures,
+    ScaleOptions,
+    ScaleTask,
+    check_generators,
+)
+from sampling.scale_acceleration import ScaleAcceleration
+from sampling.test_time_search import TTSConfig
 from sampling.tokens import Generators, draw_tokens, guide_logits, mix_codes, ramp, truncate
-
-Pictures = list[Image.Image] | np.ndarray | Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,47 +50,6 @@ class TokenSampling:
         check_count("top_k", self.top_k, 0, 2**31 - 1)
         check_number("top_p", self.top_p, 0.0, 1.0)
         check_number("temperature", self.temperature, 0.01, 100.0)
-
-
-class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
-    """A pipeline with a `NextScaleTransformer` and a multi-scale tokenizer; each scale is a step of the call."""
-
-    _exclude_from_cpu_offload: ClassVar[list[str]] = ["vae"]  # small, and every scale goes through it
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "denoised_latents", "indices"]
-    _attention_kwargs: dict[str, Any] | None = None
-
-    def _walk(
-        self,
-        walk: ScaleWalk,
-        callback: Callable[..., dict[str, Tensor] | None] | None,
-        callback_inputs: Sequence[str],
-    ) -> Tensor:
-        """Go through the scales, with progress bar, callback and interruption; returns the latents (B, C, h, w)."""
-        self._num_timesteps = walk.num_scales
-        with self.progress_bar(total=walk.num_scales) as bar:
-            for scale in range(walk.num_scales):
-                if self._interrupt:
-                    break
-                indices = walk.step(scale)
-                tensors = {"latents": walk.latents, "denoised_latents": walk.latents, "indices": indices}
-                returned = self.run_callback(callback, scale, torch.tensor(scale), callback_inputs, tensors)
-                walk.latents = returned["latents"]
-                bar.update()
-                if self._finish_now:
-                    break
-        self._interrupted = self._interrupt
-        return walk.latents
-
-    def _finish(self, latents: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple[Pictures]:
-        """Turn the latents (B, C, h, w) of a run into what the caller asked for."""
-        if self._interrupted:
-            images: Any = []
-        elif output_type == "latent":
-            images = latents
-        else:
-            images = self.image_processor.postprocess(self.decode_latents(latents), output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
 class NextScaleClassToImagePipeline(NextScalePipeline):
@@ -132,12 +96,18 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         kv_policy: str = "full",
+        kv_budget: float = 0.1,
+        kv_dtype: str = "auto",
+        acceleration: ScaleAcceleration | None = None,
+        search: TTSConfig | None = None,
+        image: Any = None,
+        mask_image: MaskInput | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         attention_kwargs: dict[str, Any] | None = None,
-    ) -> ImagePipelineOutput | tuple[Pictures]:
+    ) -> NextScaleOutput | tuple[Pictures]:
         """Paint.
 
         Args:
@@ -151,7 +121,14 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
             num_images_per_prompt: pictures per label; B = P times this.
             generator: a single one draws for all pictures at once, as the released sampler does; of a list of B, each
                 draws for its own picture, which then does not depend on the batch.
-            kv_policy: what to keep of earlier scales, one of `dit.cache.POLICIES`.
+            kv_policy: what to keep of earlier scales, one of `dit.cache.POLICIES`; `pipe.kv_report` tells what it took.
+            kv_budget: share of the history to keep on average over the layers, 0.1 = 10 %; "full" keeps all.
+            kv_dtype: how to store it, one of `dit.cache.KV_DTYPES`.
+            acceleration: what to leave out to be faster, see `ScaleAcceleration`; `pipe.acceleration_report` tells.
+            search: paint several candidates and go on with the promising, see `TTSConfig`; the output's `search` holds
+                them. Its draws come from the generator of a prompt's first picture.
+            image: change a part of this picture (or of B pictures): PIL, or arrays/tensors in [0, 1].
+            mask_image: with `image`: paint where it is white, keep every other pixel as it is.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w).
             return_dict: whether to wrap the result.
             callback_on_step_end: called as `callback(pipe, scale, timestep, tensors)` after each scale; latents it
@@ -172,51 +149,40 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         how = TokenSampling(guidance_scale, top_k, top_p, temperature, smooth)
         check_count("num_images_per_prompt", num_images_per_prompt, 1, 1024)
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        check_choice("kv_policy", kv_policy, POLICIES)
+        options = ScaleOptions(kv_policy, kv_budget, kv_dtype, acceleration, search, image, mask_image)
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         labels = self.get_label_ids(class_labels).repeat_interleave(num_images_per_prompt)  # (B,)
         check_generators(generator, len(labels))
 
-        latents = self._paint(
-            labels.to(self._execution_device),
-            how,
-            generator,
-            kv_policy,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )  # (B, C, h, w)
-        return self._finish(latents, output_type, return_dict)
+        task = self._task(labels.to(self._execution_device), how, num_images_per_prompt)
+        painted = self._paint(task, options, generator, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self._finish(painted, output_type, return_dict)
 
     def get_label_ids(self, labels: Label | Sequence[Label] | Tensor) -> Tensor:
         """Class numbers (P,) of labels given as numbers or names; the number after the last class is 'no class'."""
         return label_ids(labels, self.labels, self.transformer.config.num_classes)
 
-    def _paint(
-        self,
-        labels: Tensor,
-        how: TokenSampling,
-        generator: Generators,
-        kv_policy: str,
-        callback: Callable[..., dict[str, Tensor] | None] | None,
-        callback_inputs: Sequence[str],
-    ) -> Tensor:
-        """Walk through the scales; returns the latents (B, C, h, w)."""
-        no_class = torch.full_like(labels, self.transformer.config.num_classes)
-        rows = torch.cat([labels, no_class]) if self.do_classifier_free_guidance else labels  # (B,) or (2B,)
-        count = len(self.vae.grids)
-        walk = ScaleWalk(
-            self.transformer,
-            self.vae,
-            self.transformer.prepare_condition(rows),
-            self.transformer.make_cache(len(rows), kv_policy),
-            self.vae.start_latents(len(labels)),
+    def _task(self, labels: Tensor, how: TokenSampling, images_per_prompt: int) -> ScaleTask:
+        """What to paint for labels (B,)."""
+        count, none = len(self.vae.grids), self.transformer.config.num_classes
+        names = {int(label): each.split(",")[0].strip() for label, each in (self.config.id2label or {}).items()}
+
+        def prepare(transformer: Any, rows: Tensor) -> Any:
+            wanted = labels[rows]  # (B',)
+            both = torch.cat([wanted, torch.full_like(wanted, none)])  # (2B',)
+            return transformer.prepare_condition(
+                both if self.do_classifier_free_guidance else wanted, attention_kwargs=self._attention_kwargs
+            )
+
+        return ScaleTask(
+            prepare,
+            prompts=[names.get(label, str(label)) for label in labels.tolist()],
+            images_per_prompt=images_per_prompt,
             guided=self.do_classifier_free_guidance,
             guide=lambda cond, uncond, scale: guide_logits(cond, uncond, self._guidance_scale * ramp(scale, count)),
-            draw=lambda logits, scale: self._draw(logits, ramp(scale, count), how, generator),
-            num_scales=count,
-            step_arguments={"attention_kwargs": self._attention_kwargs},
+            draw=lambda logits, scale, generator: self._draw(logits, ramp(scale, count), how, generator),
+            grids=tuple(self.vae.grids),
         )
-        return self._walk(walk, callback, callback_inputs)
 
     def _draw(
         self, logits: Tensor, progress: float, how: TokenSampling, generator: Generators
@@ -258,17 +224,4 @@ def check_pair(transformer: ModelMixin, vae: ModelMixin, wants_text: bool) -> No
             raise ValueError(
                 f"transformer and vae have different {what}: {one} and {other}. Use the tokenizer that the "
                 "transformer was trained on; `tessera convert` makes a pair that fits."
-            )
-
-
-def check_generators(generator: object, count: int) -> None:
-    """Raise for anything but None, a generator, or one generator a picture."""
-    given = generator if isinstance(generator, list | tuple) else [generator] * count
-    if len(given) != count:
-        raise ValueError(f"Got {len(given)} generators for {count} pictures: pass one, or one per picture.")
-    for one in given:
-        if one is not None and not isinstance(one, torch.Generator):
-            raise TypeError(
-                f"generator must be a torch.Generator or a list of them, got {type(one).__name__}. "
-                "From a seed: torch.Generator().manual_seed(seed)."
             )

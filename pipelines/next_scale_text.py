@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ImagePipelineOutput, ModelMixin
+from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dit.cache import POLICIES
 from dit.layers.resolutions import LADDERS, RUNGS, nearest_ratio, published_schedules
 from dit.layers.scales import Grid
 from pipelines.base import OUTPUT_TYPES
 from pipelines.checks import check_choice, check_count, check_number
 from pipelines.conditioning import TextConditionedPipeline, text_limit
-from pipelines.next_scale import NextScalePipeline, Pictures, check_generators, check_pair
-from sampling.next_scale import ScaleWalk
+from pipelines.inpaint import MaskInput
+from pipelines.next_scale import check_pair
+from pipelines.next_scale_run import (
+    Callback,
+    NextScaleOutput,
+    NextScalePipeline,
+    Pictures,
+    ScaleOptions,
+    ScaleTask,
+    check_generators,
+)
+from sampling.scale_acceleration import ScaleAcceleration
+from sampling.test_time_search import TTSConfig
 from sampling.tokens import Generators, draw_tokens, guide_logits, truncate
 
 DEFAULTS: Mapping[str, float] = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 0.0}
@@ -121,6 +131,12 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         kv_policy: str = "full",
+        kv_budget: float = 0.1,
+        kv_dtype: str = "auto",
+        acceleration: ScaleAcceleration | None = None,
+        search: TTSConfig | None = None,
+        image: Any = None,
+        mask_image: MaskInput | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -128,10 +144,10 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         max_sequence_length: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         attention_kwargs: dict[str, Any] | None = None,
-    ) -> ImagePipelineOutput | tuple[Pictures]:
+    ) -> NextScaleOutput | tuple[Pictures]:
         """Paint.
 
         Args:
@@ -152,7 +168,14 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             num_images_per_prompt: pictures per prompt; B = P times this.
             generator: a single one draws for all pictures at once, as the released sampler does; of a list of B, each
                 draws for its own picture, which then does not depend on the batch.
-            kv_policy: what to keep of earlier scales, one of `dit.cache.POLICIES`.
+            kv_policy: what to keep of earlier scales, one of `dit.cache.POLICIES`; `pipe.kv_report` tells what it took.
+            kv_budget: share of the history to keep on average over the layers, 0.1 = 10 %; "full" keeps all.
+            kv_dtype: how to store it, one of `dit.cache.KV_DTYPES`.
+            acceleration: what to leave out to be faster, see `ScaleAcceleration`; `pipe.acceleration_report` tells.
+            search: paint several candidates and go on with the promising, see `TTSConfig`; the output's `search` holds
+                them. Its draws come from the generator of a prompt's first picture.
+            image: change a part of this picture (or of B pictures): PIL, or arrays/tensors in [0, 1].
+            mask_image: with `image`: paint where it is white, keep every other pixel as it is.
             prompt_embeds: text states in place of `prompt`, (P, M, Dt).
             prompt_attention_mask: (P, M), True on real tokens.
             negative_prompt_embeds: text states in place of `negative_prompt`, (P, M, Dt).
@@ -180,7 +203,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         self._guidance_scale, self._attention_kwargs = how.guidance_scale, attention_kwargs
         check_count("num_images_per_prompt", num_images_per_prompt, 1, 1024)
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        check_choice("kv_policy", kv_policy, POLICIES)
+        options = ScaleOptions(kv_policy, kv_budget, kv_dtype, acceleration, search, image, mask_image)
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
 
         rows, mask = self._encode_branches(
@@ -191,9 +214,9 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         )  # (B or 2B, M, Dt), (B or 2B, M)
         count = len(rows) // (2 if self.do_classifier_free_guidance else 1)
         check_generators(generator, count)
-        walk = self._start(rows, mask, count, grids, how, generator, kv_policy)
-        latents = self._walk(walk, callback_on_step_end, callback_on_step_end_tensor_inputs)  # (B, C, h, w)
-        return self._finish(latents, output_type, return_dict)
+        task = self._task(rows, mask, prompt, count, num_images_per_prompt, grids, how)
+        painted = self._paint(task, options, generator, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self._finish(painted, output_type, return_dict)
 
     # ----------------------------------------------------------------- settings
 
@@ -318,38 +341,40 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
 
     # --------------------------------------------------------------------- loop
 
-    def _start(
+    def _task(
         self,
         states: Tensor,
         mask: Tensor | None,
+        prompt: str | list[str] | None,
         count: int,
+        images_per_prompt: int,
         grids: tuple[Grid, ...],
         how: ScaleSampling,
-        generator: Generators,
-        kv_policy: str,
-    ) -> ScaleWalk:
-        """Set up a walk through the scales for `count` pictures B, from text states (B or 2B, M, Dt)."""
+    ) -> ScaleTask:
+        """What to paint: `count` pictures B from text states (B or 2B, M, Dt)."""
+        guided = len(states) > count
+        prompts = [prompt or ""] * (count // images_per_prompt) if not isinstance(prompt, list) else prompt
 
-        def draw(logits: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+        def prepare(transformer: Any, rows: Tensor) -> Any:
+            both = torch.cat([rows, rows + count]) if guided else rows  # (B',) or (2B',)
+            return transformer.prepare_condition(
+                encoder_hidden_states=states[both],
+                encoder_attention_mask=None if mask is None else mask[both],
+                grids=grids,
+                attention_kwargs=self._attention_kwargs,
+            )
+
+        def draw(logits: Tensor, scale: int, generator: Generators) -> tuple[Tensor, Tensor]:
             tokens = how.draw(logits, scale, generator)  # (B, N) or (B, N, d)
             return tokens, tokens
 
-        flexible = grids if self.transformer.config.bitwise else None
-        return ScaleWalk(
-            self.transformer,
-            self.vae,
-            self.transformer.prepare_condition(
-                encoder_hidden_states=states,
-                encoder_attention_mask=mask,
-                grids=grids,
-                attention_kwargs=self._attention_kwargs,
-            ),
-            self.transformer.make_cache(len(states), kv_policy, grids=grids),
-            self.vae.start_latents(count) if flexible is None else self.vae.start_latents(count, flexible),
-            guided=len(states) > count,
+        return ScaleTask(
+            prepare,
+            prompts=[one for one in prompts for _ in range(images_per_prompt)],
+            images_per_prompt=images_per_prompt,
+            guided=guided,
             guide=how.guide,
             draw=draw,
-            num_scales=len(grids),
-            grids=flexible,
-            step_arguments={"attention_kwargs": self._attention_kwargs},
+            grids=grids,
+            flexible=self.transformer.config.bitwise,
         )

@@ -202,7 +202,8 @@ class ScaleKVCache:
         grid = self._grids[scale] if self._grids is not None else None
         self._buffers.settle(layer, scale, query, grid)
         self._pending = None
-        self._most_stored = max(self._most_stored, self.nbytes)
+        if layer == self.num_layers - 1:
+            self._most_stored = max(self._most_stored, self.nbytes)
 
     def compress(self, plan: CachePlan) -> None:
         """Follow another plan from now on: layers shrink as they settle at the current or next scale.

@@ -82,12 +82,12 @@ def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
 
     Args:
         x: (B, N, K, E).
-        rotary: (cos, sin), each (N, E).
+        rotary: (cos, sin), each (N, E), or (B, N, E) where the tokens of each row stand elsewhere.
 
     Returns:
         (B, N, K, E), same dtype as `x`.
     """
-    cos, sin = (part[None, :, None, :] for part in rotary)  # (1, N, 1, E)
+    cos, sin = (part[..., None, :] for part in rotary)  # (N, 1, E) or (B, N, 1, E)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, K, E/2) each
     turned = torch.stack([-odd, even], dim=-1).flatten(-2)  # (B, N, K, E)
     return (x.float() * cos + turned * sin).to(x.dtype)

@@ -201,7 +201,7 @@ def test_observing_queries_are_the_centres_of_patches() -> None:
         ({"budget": -0.1}, "above 0 and up to 1"),
         ({"budget": 1.5}, "above 0 and up to 1"),
         ({"budget": 0.001}, "keeps none; use at least"),
-        ({"policy": "scalekv"}, "calibrate once"),
+        ({"policy": "scalekv"}, "calibrate any other"),
         ({"pool": 4}, "odd"),
         ({"observe": 0}, "observe is 0"),
     ],

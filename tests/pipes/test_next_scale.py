@@ -62,7 +62,7 @@ def test_equals_the_released_sampler(shared: bool, name: str) -> None:
 def test_without_guidance_half_the_rows_run(pipe: NextScaleClassToImagePipeline, monkeypatch: Any) -> None:
     rows, prepare = [], pipe.transformer.prepare_condition
     monkeypatch.setattr(
-        pipe.transformer, "prepare_condition", lambda labels: (rows.append(len(labels)), prepare(labels))[1]
+        pipe.transformer, "prepare_condition", lambda labels, **_: (rows.append(len(labels)), prepare(labels))[1]
     )
     free = pipe([1], guidance_scale=0.0, generator=seeded(), output_type="latent").images
     weak = pipe([1], guidance_scale=1e-6, generator=seeded(), output_type="latent").images

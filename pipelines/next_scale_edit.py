@@ -1,0 +1,85 @@
+"""Change a part of a picture with a next-scale model, without training (arXiv 2404.02905, section 5.3).
+
+After each scale is drawn, the tokens of what shall stay are replaced by the picture's own, so that the network paints
+the rest to fit. Tokens cannot hold every pixel, so at the end the kept pixels are laid over the result: they are the
+original's, bit for bit. The picture is encoded with its masked part filled in smoothly: nothing of it shines through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit.layers.scales import Grid
+from pipelines.inpaint import fill_in
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What a run keeps.
+
+    Attributes:
+        pixels: the original, (B, 3, H, W) in [-1, 1].
+        mask: where to paint, (B, 1, H, W), bool.
+        tokens: the original's, of each scale: (B, N) entries or (B, N, d) bits.
+        kept: which of them stay, of each scale: (B, N), bool.
+        codebook: (V, C) of tokenizers that have one, else None.
+    """
+
+    pixels: Tensor
+    mask: Tensor
+    tokens: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...]
+    codebook: Tensor | None
+
+    @classmethod
+    def read(cls, vae: Any, pixels: Tensor, mask: Tensor, grids: Sequence[Grid], flexible: bool) -> KeptTokens:
+        """Encode what stays.
+
+        Args:
+            vae: `MultiScaleVQ` or `MultiScaleBSQ`.
+            pixels: (B, 3, H, W) in [-1, 1].
+            mask: where to paint, (B, 1, H, W), bool.
+            grids: schedule of scales.
+            flexible: whether the tokenizer takes the schedule.
+        """
+        filled = fill_in(pixels, mask).to(next(vae.parameters()).dtype)  # (B, 3, H, W)
+        codes = vae.quantize(filled, grids) if flexible else vae.quantize(filled)
+        quantizer = getattr(vae, "quantizer", None)
+        codebook = None if quantizer is None else quantizer.codebook.weight
+        return cls(pixels, mask, tuple(codes.indices), tuple(kept_cells(mask, grid) for grid in grids), codebook)
+
+    def overrule(self, tokens: Tensor, scale: int, rows: Tensor) -> Tensor:
+        """Put the original's tokens back where they stay.
+
+        Args:
+            tokens: as drawn: (B, N), (B, N, d), or mixed codebook entries (B, N, C).
+            scale: index of the scale; all tokens of the first stay, they hold the picture's mood.
+            rows: which pictures these are, (B,).
+
+        Returns:
+            Like `tokens`.
+        """
+        own, kept = self.tokens[scale][rows], self.kept[scale][rows]  # (B, N, ...), (B, N)
+        if scale == 0:
+            kept = torch.ones_like(kept)
+        if tokens.is_floating_point() and self.codebook is not None:
+            own = F.embedding(own, self.codebook.to(tokens.dtype))  # (B, N, C)
+        kept = kept if tokens.ndim == 2 else kept[..., None]  # (B, N) or (B, N, 1)
+        return torch.where(kept, own.to(tokens.dtype), tokens)
+
+    def lay_over(self, pictures: Tensor, rows: Tensor) -> Tensor:
+        """Replace the kept pixels of decoded pictures (B, 3, H, W) in about [-1, 1] by the original's."""
+        rows = rows.to(self.mask.device)
+        return torch.where(self.mask[rows].to(pictures.device), pictures, self.pixels[rows].to(pictures))
+
+
+def kept_cells(mask: Tensor, grid: Grid) -> Tensor:
+    """Cells of a token map more than half of which stays, (B, N), bool, for a mask (B, 1, H, W) of what is painted."""
+    painted = F.adaptive_avg_pool2d(mask.float(), grid)  # (B, 1, h, w)
+    return (painted < 0.5).flatten(1)  # (B, N)

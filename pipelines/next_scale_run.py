@@ -1,0 +1,513 @@
+"""What all next-scale pipelines do between the conditions and the pictures: cache, search, accelerations, editing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import ImagePipelineOutput
+from PIL import Image
+from torch import Tensor
+
+from dit.cache import KV_DTYPES, POLICIES, KVCalibrator, KVProfile, KVReport, ScaleKVCache
+from dit.layers.scales import Grid, token_counts
+from dit.runtime.compare import psnr, relative_error
+from pipelines.base import TesseraPipeline
+from pipelines.checks import check_choice, check_number
+from pipelines.inpaint import MaskInput, read_mask
+from pipelines.lora import TransformerLoraMixin
+from pipelines.next_scale_edit import KeptTokens
+from sampling.next_scale import Guide, ScaleWalk
+from sampling.rewards import as_reward
+from sampling.scale_acceleration import AppliedAcceleration, ScaleAcceleration
+from sampling.test_time_search import ScaleSearch, SearchResult, TTSConfig
+from sampling.tokens import Generators
+
+Pictures = list[Image.Image] | np.ndarray | Tensor
+Callback = Callable[..., dict[str, Tensor] | None]
+
+PROFILE_FILE, SCORER_FOLDER = "kv_profile.safetensors", "scorer"
+"""What a model's folder may hold: a calibration for ScaleKV, and a CLIP-like model as the reward of searches."""
+
+
+@dataclass
+class NextScaleOutput(ImagePipelineOutput):
+    """Pictures of a next-scale pipeline.
+
+    Attributes:
+        images: as asked for.
+        search: with `search=`: what was found for each prompt, candidates included; else None.
+    """
+
+    search: list[SearchResult] | None = None
+
+
+@dataclass(frozen=True)
+class ScaleOptions:
+    """How to run, apart from what to paint; see the arguments of the pipelines' calls.
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: a value out of range, or options that exclude each other.
+    """
+
+    kv_policy: str = "full"
+    kv_budget: float = 0.1
+    kv_dtype: str = "auto"
+    acceleration: ScaleAcceleration | None = None
+    search: TTSConfig | None = None
+    image: Any = None
+    mask_image: MaskInput | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("kv_policy", self.kv_policy, POLICIES)
+        check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
+        check_number("kv_budget", self.kv_budget, 0.0, 1.0)
+        if self.kv_budget == 0:
+            raise ValueError("kv_budget=0 would forget everything: expected a share above 0 and up to 1, such as 0.1")
+        for name, value, kind in (
+            ("acceleration", self.acceleration, ScaleAcceleration),
+            ("search", self.search, TTSConfig),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}.")
+        if (self.image is None) != (self.mask_image is None):
+            raise ValueError("image and mask_image belong together: the picture, and white where it shall be painted.")
+        if self.search is not None and self.acceleration is not None and self.acceleration.prune:
+            raise ValueError("search chooses among candidates, whose pruned tokens don't move with them: drop `prune`.")
+
+
+@dataclass(frozen=True)
+class ScaleTask:
+    """What to paint: B pictures, `images_per_prompt` of each prompt side by side.
+
+    Args:
+        prepare: from a transformer and picture indices (B',) to its condition; with guidance the unconditional rows
+            stand behind the others.
+        prompts: of each picture, for rewards.
+        images_per_prompt: see above.
+        guided: whether there are unconditional rows.
+        guide: joins both branches.
+        draw: from a scale's logits, its index and the generator to indices and what to add up.
+        grids: schedule of scales.
+        flexible: whether the tokenizer takes the schedule at each call.
+    """
+
+    prepare: Callable[[Any, Tensor], Any]
+    prompts: Sequence[str]
+    images_per_prompt: int
+    guided: bool
+    guide: Guide
+    draw: Callable[[Tensor, int, Generators], tuple[Tensor, Tensor]]
+    grids: tuple[Grid, ...]
+    flexible: bool = False
+
+    @property
+    def count(self) -> int:
+        """Pictures B."""
+        return len(self.prompts)
+
+
+class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
+    """A pipeline with a `NextScaleTransformer` and a multi-scale tokenizer; each scale is a step of the call.
+
+    Attributes:
+        kv_report: what the cache of the last call kept and took, a `dit.cache.KVReport`.
+        acceleration_report: what the acceleration of the last call left out, and how far it drifted if that was
+            measured; None without one.
+    """
+
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["vae"]  # small, and every scale goes through it
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "denoised_latents", "indices"]
+    _attention_kwargs: dict[str, Any] | None = None
+    _kv_profile: KVProfile | None = None
+    _calibration: dict[str, int] | None = None
+    _calibrator: KVCalibrator | None = None
+    _seconds: float = 0.0  # of the network and the draws, in the last run
+    kv_report: KVReport | None = None
+    acceleration_report: dict[str, Any] | None = None
+
+    # -------------------------------------------------------------- calibration
+
+    @property
+    def kv_profile(self) -> KVProfile | None:
+        """Which layers need their history, for `kv_policy="scalekv"`; of the model's folder if it holds one."""
+        path = Path(self.name_or_path or "") / PROFILE_FILE
+        if self._kv_profile is None and self.name_or_path and path.is_file():
+            self._kv_profile = KVProfile.load(path, self.transformer)
+        return self._kv_profile
+
+    def load_kv_profile(self, path: str | PathLike[str], any_weights: bool = False) -> None:
+        """Read a calibration for `kv_policy="scalekv"`.
+
+        Args:
+            path: file that `calibrate_kv` wrote.
+            any_weights: accept other weights of the same architecture, such as a fine-tuned model's.
+
+        Raises:
+            ArtifactError: it was measured on another network.
+            FileNotFoundError: there is no such file.
+        """
+        self._kv_profile = KVProfile.load(path, self.transformer, any_weights)
+
+    def calibrate_kv(
+        self,
+        *arguments: Any,
+        path: str | PathLike[str] | None = None,
+        observe: int = 16,
+        pool: int = 5,
+        **keywords: Any,
+    ) -> KVProfile:
+        """Paint some pictures, measure which layers need their history, and use that for `kv_policy="scalekv"`.
+
+        Args:
+            *arguments: of the call; 16 different prompts or labels are plenty.
+            path: where to write the result, or None.
+            observe: queries that rank the history.
+            pool: width of the maximum over neighbours.
+            **keywords: of the call.
+
+        Returns:
+            The profile, also at `kv_profile`.
+        """
+        self._calibration, self._calibrator = {"observe": observe, "pool": pool}, None
+        try:
+            self(*arguments, **{**keywords, "kv_policy": "full", "kv_dtype": "auto", "output_type": "latent"})
+            if self._calibrator is None:
+                raise ValueError("the call painted nothing to calibrate on")
+            self._kv_profile = self._calibrator.profile()
+        finally:
+            self._calibration = self._calibrator = None
+        if path is not None:
+            self._kv_profile.save(path, self.transformer)
+        return self._kv_profile
+
+    def _make_cache(self, transformer: Any, rows: int, task: ScaleTask, options: ScaleOptions, scales: int) -> Any:
+        """An empty cache for rows of a network, for the first scales of a schedule."""
+        observer, profile = None, None
+        if transformer is self.transformer and self._calibration is not None:
+            if self._calibrator is None:
+                layers = transformer.config.num_layers
+                self._calibrator = KVCalibrator(task.grids, layers, **self._calibration)
+            observer = self._calibrator
+        if transformer is self.transformer and options.kv_policy == "scalekv":
+            profile = self.kv_profile
+            if profile is not None and profile.grids != task.grids:
+                raise ValueError(
+                    f"the calibration for ScaleKV is of the schedule {list(profile.grids)}, painted is "
+                    f"{list(task.grids)}: run `calibrate_kv` on it"
+                )
+        plan = transformer.plan_cache(options.kv_policy, options.kv_budget, task.grids, profile)
+        return transformer.make_cache(
+            rows, grids=task.grids, plan=plan.first(scales), kv_dtype=options.kv_dtype, observer=observer
+        )
+
+    # ------------------------------------------------------------------ the run
+
+    def _paint(
+        self,
+        task: ScaleTask,
+        options: ScaleOptions,
+        generator: Generators,
+        callback: Callback | None,
+        callback_inputs: Sequence[str],
+    ) -> tuple[Tensor, KeptTokens | None, list[SearchResult] | None]:
+        """Paint a task.
+
+        Returns:
+            Latents (B, C, h, w), what was kept of an edited picture, and what a search found.
+        """
+        kept = self._read_kept(options, task)
+        self.acceleration_report = None
+        exact = options.acceleration is not None and options.acceleration.measure_drift
+        reference, spent = None, 0.0
+        if exact:
+            with _same_draws(generator):
+                plain = replace(options, acceleration=None)
+                reference, _ = self._paint_once(task, plain, kept, generator, None, ())  # (B, C, h, w)
+                spent = self._seconds
+        latents, found = self._paint_once(task, options, kept, generator, callback, callback_inputs)  # (B, C, h, w)
+        if self.acceleration_report is not None and reference is not None and not self._interrupted:
+            pictures, aims = (self.decode_latents(one).clamp(-1, 1) / 2 + 0.5 for one in (latents, reference))
+            self.acceleration_report |= {
+                "exact_seconds": spent,
+                "drift": {"psnr": psnr(pictures, aims), "latent_error": relative_error(latents, reference)},
+            }
+        return latents, kept, found
+
+    def _paint_once(
+        self,
+        task: ScaleTask,
+        options: ScaleOptions,
+        kept: KeptTokens | None,
+        generator: Generators,
+        callback: Callback | None,
+        callback_inputs: Sequence[str],
+    ) -> tuple[Tensor, list[SearchResult] | None]:
+        """Walk through the scales once; with a search once for each prompt."""
+        acceleration = options.acceleration
+        applied = None if acceleration is None else acceleration.at(task.grids)
+        scales = len(task.grids) if applied is None else applied.num_scales
+        self._num_timesteps = scales
+        self.kv_report, self._seconds = None, 0.0
+        painter = acceleration.refiner if applied is not None and applied.handover is not None else self.transformer
+        pruning = nullcontext() if applied is None or applied.pruning is None else applied.pruning.attach(painter)
+        steps: list[tuple[int, int]] = []
+        with pruning:
+            if options.search is None:
+                rows = torch.arange(task.count)  # (B,)
+                with self.progress_bar(total=scales) as bar:
+                    walk = self._begin(task, options, kept, rows, generator, scales)
+                    self._walk(walk, task, options, applied, rows, None, callback, callback_inputs, bar)
+                latents, found, steps = walk.latents, None, walk.steps
+            else:
+                latents, found = self._search(
+                    options.search, task, options, applied, kept, generator, callback, callback_inputs, steps
+                )
+        if applied is not None:
+            tokens, counts = sum(rows * count for rows, count in steps), token_counts(task.grids)
+            branches = 2 if task.guided else 1
+            self.acceleration_report = {
+                "scales": [scales, len(task.grids)],
+                "token_share": tokens / (sum(counts) * branches * max(len(latents), 1)),
+                "seconds": self._seconds,
+                "pruning": None if applied.pruning is None else applied.pruning.counts(),
+            }
+        return latents, found
+
+    def _begin(
+        self,
+        task: ScaleTask,
+        options: ScaleOptions,
+        kept: KeptTokens | None,
+        rows: Tensor,
+        generator: Generators,
+        scales: int,
+    ) -> ScaleWalk:
+        """Set out with some pictures (B',) of a task."""
+
+        def draw(logits: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+            return task.draw(logits, scale, generator)
+
+        def overrule(tokens: Tensor, scale: int) -> Tensor:
+            return tokens if kept is None else kept.overrule(tokens, scale, rows[: len(tokens)].to(tokens.device))
+
+        rows = rows.to(self._execution_device)
+        grids = task.grids if task.flexible else None
+        total = len(rows) * (2 if task.guided else 1)
+        return ScaleWalk(
+            self.transformer,
+            self.vae,
+            task.prepare(self.transformer, rows),
+            self._make_cache(self.transformer, total, task, options, scales),
+            self.vae.start_latents(len(rows)) if grids is None else self.vae.start_latents(len(rows), grids),
+            guided=task.guided,
+            guide=task.guide,
+            draw=draw,
+            num_scales=len(task.grids),
+            grids=grids,
+            step_arguments={"attention_kwargs": self._attention_kwargs},
+            overrule=None if kept is None else overrule,
+            keep_inputs=options.acceleration is not None and options.acceleration.refiner is not None,
+        )
+
+    def _walk(
+        self,
+        walk: ScaleWalk,
+        task: ScaleTask,
+        options: ScaleOptions,
+        applied: AppliedAcceleration | None,
+        rows: Tensor,
+        search: ScaleSearch | None,
+        callback: Callback | None,
+        callback_inputs: Sequence[str],
+        bar: Any,
+    ) -> None:
+        """Go through the scales, with progress bar, callback and interruption."""
+        scales, peak = (walk.num_scales if applied is None else applied.num_scales), 0
+        for scale in range(scales):
+            if self._interrupt:
+                break
+            if search is not None:
+                search.before(walk, scale)
+            if applied is not None:
+                self._accelerate(walk, task, options, applied, rows, scale)
+            peak = max(peak, walk.cache.peak_nbytes)
+            begun = time.perf_counter()
+            indices = walk.step(scale)
+            self._seconds += time.perf_counter() - begun
+            tensors = {"latents": walk.latents, "denoised_latents": walk.latents, "indices": indices}
+            returned = self.run_callback(callback, scale, torch.tensor(scale), callback_inputs, tensors)
+            walk.latents = returned["latents"]
+            bar.update()
+            if self._finish_now:
+                break
+        self._interrupted = self._interrupt
+        self._report_cache(walk.cache, peak)
+
+    def _accelerate(
+        self,
+        walk: ScaleWalk,
+        task: ScaleTask,
+        options: ScaleOptions,
+        applied: AppliedAcceleration,
+        rows: Tensor,
+        scale: int,
+    ) -> None:
+        """Do what an acceleration does ahead of a scale: hand over, drop the unconditional rows."""
+        if scale == 0 and applied.unguided:
+            inner = walk.guide
+            walk.guide = lambda cond, uncond, at: cond if at in applied.unguided else inner(cond, uncond, at)
+        if scale == applied.guided_until:
+            walk.drop_guidance()
+        if scale == applied.handover and options.acceleration is not None:
+            refiner = options.acceleration.refiner
+            condition = task.prepare(refiner, rows[: walk.batch_size].to(walk.latents.device))
+            if task.guided and not walk.guided:
+                condition = condition.select(torch.arange(walk.batch_size, device=walk.latents.device))
+            total = walk.batch_size * (2 if walk.guided else 1)
+            walk.hand_over(refiner, condition, self._make_cache(refiner, total, task, options, applied.num_scales))
+
+    def _report_cache(self, cache: ScaleKVCache, peak: int) -> None:
+        """Keep the largest report of a call."""
+        report = replace(cache.report(), peak_bytes=peak)
+        if self.kv_report is None or report.peak_bytes > self.kv_report.peak_bytes:
+            self.kv_report = report
+
+    # ------------------------------------------------------------------- search
+
+    def _search(
+        self,
+        config: TTSConfig,
+        task: ScaleTask,
+        options: ScaleOptions,
+        applied: AppliedAcceleration | None,
+        kept: KeptTokens | None,
+        generator: Generators,
+        callback: Callback | None,
+        callback_inputs: Sequence[str],
+        steps: list[tuple[int, int]],
+    ) -> tuple[Tensor, list[SearchResult]]:
+        """Search for each prompt in turn; returns the best latents (B, C, h, w), and all results."""
+        reward = as_reward(self._find_scorer() if config.reward is None else config.reward, self._execution_device)
+        schedule = config.at(len(task.grids))
+        scales = len(task.grids) if applied is None else applied.num_scales
+        if schedule.batch_sizes[scales - 1] < task.images_per_prompt:
+            raise ValueError(
+                f"the search ends with {schedule.batch_sizes[scales - 1]} candidates, asked for are "
+                f"{task.images_per_prompt} pictures a prompt: raise batch_sizes or lower num_images_per_prompt"
+            )
+        latents, found = [], []
+        firsts = range(0, task.count, task.images_per_prompt)
+        per_picture = sum(token_counts(task.grids)) * (2 if task.guided else 1)
+        with self.progress_bar(total=scales * len(firsts)) as bar:
+            for first in firsts:
+                own = generator[first] if isinstance(generator, Sequence) else generator
+                rows = torch.full((max(schedule.batch_sizes),), first)  # (N,)
+                walk = self._begin(task, options, kept, rows[: schedule.batch_sizes[0]], own, scales)
+                search = ScaleSearch(
+                    config, reward, task.prompts[first], len(task.grids), self._shower(kept, first), own
+                )
+                self._walk(walk, task, options, applied, rows, search, callback, callback_inputs, bar)
+                steps += walk.steps
+                if self._interrupted:
+                    break
+                result = search.finish(walk)
+                result.token_cost = sum(count * tokens for count, tokens in walk.steps) / per_picture
+                latents.append(walk.latents[: task.images_per_prompt])
+                found.append(result)
+        return (torch.cat(latents) if latents else self.vae.start_latents(0)), found
+
+    def _shower(self, kept: KeptTokens | None, row: int) -> Callable[[Tensor], Tensor]:
+        """From latents (B, C, h, w) of one prompt's candidates to pictures (B, 3, H, W) in [0, 1]."""
+
+        def show(latents: Tensor) -> Tensor:
+            pictures = self.decode_latents(latents)  # (B, 3, H, W)
+            if kept is not None:
+                pictures = kept.lay_over(pictures, torch.full((len(pictures),), row))
+            return pictures.clamp(-1, 1) / 2 + 0.5
+
+        return show
+
+    def _find_scorer(self) -> str:
+        """The scorer in the model's folder."""
+        folder = Path(self.name_or_path or "") / SCORER_FOLDER
+        if not self.name_or_path or not folder.is_dir():
+            raise ValueError(
+                "this model comes without a scorer: give the search a reward, a callable (pictures, prompts) -> (B,) "
+                "or the folder or hub id of a CLIP-like model, as in search=TTSConfig(reward=...)"
+            )
+        return str(folder)
+
+    # ---------------------------------------------------------------- in and out
+
+    def _read_kept(self, options: ScaleOptions, task: ScaleTask) -> KeptTokens | None:
+        """Encode a picture to be edited, once for each of the task's pictures."""
+        if options.image is None or options.mask_image is None:
+            return None
+        side = self.vae_scale_factor * (self.transformer.config.get("patchify", 1) if task.flexible else 1)
+        height, width = (one * side for one in task.grids[-1])
+        pixels = self.image_processor.preprocess(options.image, height, width).float()  # (P, 3, H, W) in [-1, 1]
+        mask = read_mask(options.mask_image, height, width)  # (P', 1, H, W)
+        for name, part in (("image", pixels), ("mask_image", mask)):
+            if len(part) not in (1, task.count):
+                raise ValueError(f"{name} holds {len(part)} pictures for {task.count}: pass one, or one per picture.")
+        device = self._execution_device
+        pixels = pixels.expand(task.count, -1, -1, -1).to(device)  # (B, 3, H, W)
+        mask = mask.expand(task.count, -1, -1, -1).to(device)  # (B, 1, H, W)
+        return KeptTokens.read(self.vae, pixels, mask, task.grids, task.flexible)
+
+    def _finish(
+        self,
+        painted: tuple[Tensor, KeptTokens | None, list[SearchResult] | None],
+        output_type: str,
+        return_dict: bool,
+    ) -> NextScaleOutput | tuple[Pictures]:
+        """Turn what `_paint` returned into what the caller asked for."""
+        latents, kept, found = painted
+        if self._interrupted:
+            images: Any = []
+        elif output_type == "latent":
+            images = latents
+        else:
+            pictures = self.decode_latents(latents)  # (B, 3, H, W)
+            if kept is not None:
+                pictures = kept.lay_over(pictures, torch.arange(len(pictures)))
+            images = self.image_processor.postprocess(pictures, output_type)
+        self.maybe_free_model_hooks()
+        return NextScaleOutput(images=images, search=found) if return_dict else (images,)
+
+
+@contextmanager
+def _same_draws(generator: Generators) -> Generator[None]:
+    """Put generators (or torch's global one) back to where they stood."""
+    given = generator if isinstance(generator, Sequence) else [generator]
+    states = [torch.get_rng_state() if one is None else one.get_state() for one in given]
+    try:
+        yield
+    finally:
+        for one, state in zip(given, states, strict=True):
+            if one is None:
+                torch.set_rng_state(state)
+            else:
+                one.set_state(state)
+
+
+def check_generators(generator: object, count: int) -> None:
+    """Raise for anything but None, a generator, or one generator a picture."""
+    given = generator if isinstance(generator, list | tuple) else [generator] * count
+    if len(given) != count:
+        raise ValueError(f"Got {len(given)} generators for {count} pictures: pass one, or one per picture.")
+    for one in given:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator or a list of them, got {type(one).__name__}. "
+                "From a seed: torch.Generator().manual_seed(seed)."
+            )

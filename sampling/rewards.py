@@ -1,0 +1,68 @@
+"""Rewards by name: how well a picture fits its prompt, by a CLIP-like model of transformers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class ClipReward:
+    """Cosine similarity of picture and prompt.
+
+    Args:
+        name: folder or hub id of a model with `get_image_features` and `get_text_features`, with its tokenizer and
+            image processor. Weights come from safetensors files only, and no code of the repository is run.
+        device: where to compute.
+
+    Raises:
+        ValueError: the model is not CLIP-like.
+        OSError: there is no such model.
+    """
+
+    def __init__(self, name: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+        self.model: Any = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+        for needed in ("get_image_features", "get_text_features"):
+            if not hasattr(self.model, needed):
+                raise ValueError(
+                    f"{name} is a {type(self.model).__name__} without {needed}: as a reward by name use a CLIP-like "
+                    "model, or pass any callable (pictures, prompts) -> (B,)"
+                )
+        self.model.eval().to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        self.processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
+        """Judge pictures (B, 3, H, W) in [0, 1]; returns (B,) in [-1, 1]."""
+        device = self.model.device
+        shown = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        pixels = self.processor([Image.fromarray(one) for one in shown], return_tensors="pt")["pixel_values"]
+        words = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+        words = {name: tensor.to(device) for name, tensor in words.items() if name != "token_type_ids"}
+        image = _vector(self.model.get_image_features(pixel_values=pixels.to(device, self.model.dtype)))  # (B, F)
+        text = _vector(self.model.get_text_features(**words))  # (B, F)
+        return torch.cosine_similarity(image.float(), text.float())  # (B,)
+
+
+def as_reward(reward: Any, device: torch.device | str = "cpu") -> Any:
+    """A callable from what the user gave: the callable itself, or a CLIP-like model by name.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(reward, str | os.PathLike):
+        return ClipReward(reward, device)
+    if not callable(reward):
+        raise TypeError(f"reward must be a callable or the name of a CLIP-like model, got {type(reward).__name__}")
+    return reward
+
+
+def _vector(features: Any) -> Tensor:
+    """Features (B, F): transformers returns them bare or as an output with `pooler_output`."""
+    return features if isinstance(features, Tensor) else features.pooler_output

@@ -1,0 +1,383 @@
+"""Paint several candidates, look at them while they are coarse, and go on with the promising: search at sampling time.
+
+TTS-VAR (arXiv 2507.18537): many candidates through the cheap coarse scales, fewer and fewer through the dear fine ones.
+Early, when structure is fixed but a reward says little, candidates are clustered by what they look like and one of each
+cluster goes on; later they are drawn again in proportion to exp(strength x reward). Best-of-N paints all to the end,
+beam search keeps the best few and branches them.
+
+We select before a scale runs, so a schedule says how many candidates each scale really costs. The released code selects
+after it has run: with the same numbers it pays for 14656 tokens of a 1024-pixel picture where its schedule says 12800.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sampling.next_scale import ScaleWalk
+
+Reward = Callable[[Tensor, list[str]], Tensor]
+"""From pictures (B, 3, H, W) in [0, 1] and their prompts to rewards (B,); higher is better."""
+
+Features = Callable[[Tensor], Tensor]
+"""From pictures (B, 3, H, W) in [0, 1] to vectors (B, F): what candidates are clustered by."""
+
+BATCH_SIZES = (8, 8, 6, 6, 6, 4, 2, 2, 2, 1, 1, 1, 1)
+"""Published candidates at each of 13 scales."""
+
+CLUSTER_SCALES, RESAMPLE_SCALES = (2, 5), (6, 9)
+"""Scales of the published schedule before which candidates are clustered, and drawn again."""
+
+METHODS = ("tts", "best_of", "beam")
+POTENTIALS = ("value", "diff", "max", "sum")
+FEATURE_SIDE = 8
+"""Side of the small picture that stands for a candidate where no features are given."""
+
+
+@dataclass(frozen=True)
+class TTSConfig:
+    """How to search.
+
+    Args:
+        reward: any callable, see `Reward`; or folder or hub id of a CLIP-like model of transformers, see
+            `sampling.rewards`; None is the scorer that comes with the model, if one does.
+        method: "tts", "best_of" or "beam".
+        batch_sizes: candidates that each scale is run with; None is the published schedule, stretched to the number of
+            scales. For "best_of" a single number will do.
+        cluster_scales: scales before which candidates are clustered; None follows the published schedule.
+        resample_scales: scales before which candidates are drawn again (or, with "beam", the best kept and branched).
+        potential: what the draw depends on: the reward now ("value"), its gain since the last look ("diff"), the best
+            ("max") or the sum of all looks so far.
+        strength: lambda, the exponent's factor.
+        beam_width: how many the beam keeps at a selection; they are repeated to fill the next scale's batch.
+        features: see `Features`; None is the picture itself, very small.
+
+    Raises:
+        ValueError: an unknown method or potential, batches that grow (but for "beam") or shrink at a scale where
+            nothing is selected.
+    """
+
+    reward: Reward | str | None = None
+    method: str = "tts"
+    batch_sizes: tuple[int, ...] | int | None = None
+    cluster_scales: tuple[int, ...] | None = None
+    resample_scales: tuple[int, ...] | None = None
+    potential: str = "value"
+    strength: float = 10.0
+    beam_width: int = 2
+    features: Features | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("method", self.method, METHODS), ("potential", self.potential, POTENTIALS)):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is not known; use one of {', '.join(map(repr, known))}")
+        sizes = (self.batch_sizes,) if isinstance(self.batch_sizes, int) else self.batch_sizes or (1,)
+        if min(sizes) < 1 or self.beam_width < 1:
+            raise ValueError(f"batch_sizes={self.batch_sizes}, beam_width={self.beam_width}; expected at least 1")
+        if isinstance(self.batch_sizes, int) and self.method == "tts":
+            raise ValueError("method 'tts' wants the candidates of each scale; a single number is for 'best_of'")
+        if not self.strength >= 0:
+            raise ValueError(f"strength is {self.strength}; expected 0 or more")
+
+    @classmethod
+    def for_cost(cls, cost: float, token_counts: Sequence[int], **settings: Any) -> TTSConfig:
+        """The published schedule with more or fewer candidates, for a cost in pictures.
+
+        Args:
+            cost: tokens to spend, over those of one picture; at least 1.
+            token_counts: tokens of each scale.
+            **settings: other arguments of the class. With `method="best_of"` N is the whole part of `cost`.
+
+        Raises:
+            ValueError: less than one picture.
+        """
+        if cost < 1:
+            raise ValueError(f"a cost of {cost} is less than one picture; expected at least 1")
+        if settings.get("method") == "best_of":
+            return cls(batch_sizes=int(cost), **settings)
+        pattern = stretch(len(token_counts)).batch_sizes
+        fitting, step = tuple(1 for _ in pattern), 1 / 64
+        for multiple in range(1, int(64 * 16 * cost)):
+            sizes = tuple(max(int(size * multiple * step), 1) for size in pattern)
+            if token_cost(sizes, token_counts) > cost + 1e-3:
+                break
+            fitting = sizes
+        return cls(batch_sizes=fitting, **settings)
+
+    def at(self, num_scales: int) -> SearchSchedule:
+        """This search on a schedule of scales.
+
+        Raises:
+            ValueError: a schedule of another length, or one that cannot be followed.
+        """
+        if self.method == "best_of":
+            count = self.batch_sizes if isinstance(self.batch_sizes, int) else max(self.batch_sizes or BATCH_SIZES)
+            return SearchSchedule((count,) * num_scales, frozenset(), frozenset())
+        usual = stretch(num_scales)
+        sizes = (self.batch_sizes,) * num_scales if isinstance(self.batch_sizes, int) else self.batch_sizes
+        sizes = usual.batch_sizes if sizes is None else sizes
+        drops = {scale for scale in range(1, len(sizes)) if sizes[scale] < sizes[scale - 1]}
+        given = (self.cluster_scales, self.resample_scales)
+        if given == (None, None):
+            cluster = {scale for scale in drops if scale <= max(usual.cluster, default=0)}
+            resample = drops - cluster
+        else:
+            cluster, resample = (set(scales or ()) for scales in given)
+        if self.method == "beam":
+            cluster, resample = set(), resample | cluster or set(usual.resample)
+        schedule = SearchSchedule(tuple(sizes), frozenset(cluster), frozenset(resample))
+        schedule.check(num_scales, may_grow=self.method == "beam")
+        return schedule
+
+
+@dataclass(frozen=True)
+class SearchSchedule:
+    """Candidates of each scale, and the scales before which they are clustered or drawn again."""
+
+    batch_sizes: tuple[int, ...]
+    cluster: frozenset[int]
+    resample: frozenset[int]
+
+    def check(self, num_scales: int, may_grow: bool = False) -> None:
+        """Raise ValueError unless the schedule can be followed."""
+        if len(self.batch_sizes) != num_scales:
+            raise ValueError(f"batch_sizes has {len(self.batch_sizes)} entries for {num_scales} scales; give one each")
+        chosen = self.cluster | self.resample
+        if self.cluster & self.resample or not all(0 < scale < num_scales for scale in chosen):
+            raise ValueError(
+                f"cluster_scales {sorted(self.cluster)} and resample_scales {sorted(self.resample)} must differ and "
+                f"lie in 1 to {num_scales - 1}"
+            )
+        for scale in range(1, num_scales):
+            before, after = self.batch_sizes[scale - 1 : scale + 1]
+            if after > before and not (may_grow and scale in chosen):
+                raise ValueError(f"batch_sizes grows from {before} to {after} at scale {scale}; it may only shrink")
+            if after != before and scale not in chosen:
+                raise ValueError(
+                    f"batch_sizes goes from {before} to {after} at scale {scale}, where nothing is selected: name it "
+                    "in cluster_scales or resample_scales"
+                )
+
+
+def stretch(num_scales: int) -> SearchSchedule:
+    """The published schedule for another number of scales."""
+    last = len(BATCH_SIZES) - 1
+    places = [round(scale * last / max(num_scales - 1, 1)) for scale in range(num_scales)]
+    sizes = tuple(BATCH_SIZES[place] for place in places)
+    cluster, resample = set(), set()
+    for scale in range(1, num_scales):
+        if sizes[scale] < sizes[scale - 1]:
+            crossed = range(places[scale - 1] + 1, places[scale] + 1)
+            (resample if any(place in crossed for place in RESAMPLE_SCALES) else cluster).add(scale)
+    return SearchSchedule(sizes, frozenset(cluster), frozenset(resample))
+
+
+def token_cost(batch_sizes: Sequence[int], token_counts: Sequence[int]) -> float:
+    """Tokens that a search runs, over those of one picture."""
+    spent = sum(size * count for size, count in zip(batch_sizes, token_counts, strict=True))
+    return spent / sum(token_counts)
+
+
+# -------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One look at the candidates.
+
+    Attributes:
+        scale: the scale that ran next; the number of scales for the final look.
+        kind: "cluster", "resample", "beam" or "final".
+        pictures: what was looked at, (B, 3, H, W) in [0, 1].
+        rewards: (B,), None where only looks counted.
+        survivors: which candidates went on, (B',).
+    """
+
+    scale: int
+    kind: str
+    pictures: Tensor
+    rewards: Tensor | None
+    survivors: Tensor
+
+
+@dataclass
+class SearchResult:
+    """What a search found for one prompt.
+
+    Attributes:
+        prompt: as given to the reward.
+        rewards: of the candidates that were painted to the end, best first, (B,).
+        pictures: these candidates, (B, 3, H, W) in [0, 1].
+        selections: every look, in order.
+        token_cost: tokens spent over those of one picture.
+    """
+
+    prompt: str
+    rewards: Tensor
+    pictures: Tensor
+    selections: list[Selection] = field(default_factory=list)
+    token_cost: float = 0.0
+
+
+class ScaleSearch:
+    """A search for one prompt: call `before` ahead of each scale and `finish` after the last.
+
+    Args:
+        config: how to search.
+        reward: the callable.
+        prompt: for the reward.
+        num_scales: of the schedule.
+        show: latents (B, C, h, w) to pictures (B, 3, H, W) in [0, 1].
+        generator: of the draws.
+
+    Raises:
+        ValueError: see `TTSConfig.at`.
+    """
+
+    def __init__(
+        self,
+        config: TTSConfig,
+        reward: Reward,
+        prompt: str,
+        num_scales: int,
+        show: Callable[[Tensor], Tensor],
+        generator: torch.Generator | None,
+    ) -> None:
+        self.config, self.reward, self.prompt, self.show = config, reward, prompt, show
+        self.schedule = config.at(num_scales)
+        self.generator = generator
+        self.selections: list[Selection] = []
+        self._history = torch.zeros(self.schedule.batch_sizes[0], 0)  # rewards so far, (B, looks)
+
+    def before(self, walk: ScaleWalk, scale: int) -> None:
+        """Select candidates, if the schedule says so ahead of this scale."""
+        is_cluster = scale in self.schedule.cluster
+        if not is_cluster and scale not in self.schedule.resample:
+            return
+        wanted = self.schedule.batch_sizes[scale]
+        pictures, rewards = self.show(walk.latents), None
+        if is_cluster:
+            kind, features = "cluster", self.config.features or small_picture
+            rows = medoids(features(pictures).float().cpu(), wanted)  # (B',)
+        else:
+            rewards = self._judge(pictures)  # (B,)
+            kind = "beam" if self.config.method == "beam" else "resample"
+            rows = self._branch(rewards, wanted) if kind == "beam" else self._draw(rewards, wanted)  # (B',)
+            self._history = torch.cat([self._history, rewards[:, None]], dim=1)  # (B, looks)
+        self._history = self._history[rows]
+        self.selections.append(Selection(scale, kind, pictures.cpu(), rewards, rows))
+        walk.select(rows)
+
+    def finish(self, walk: ScaleWalk) -> SearchResult:
+        """Judge the finished candidates and put the best first, in the walk too."""
+        pictures = self.show(walk.latents)
+        rewards = self._judge(pictures)  # (B,)
+        order = rewards.argsort(descending=True, stable=True)  # (B,)
+        walk.latents = walk.latents[order.to(walk.latents.device)]
+        pictures = pictures.cpu()
+        self.selections.append(Selection(len(self.schedule.batch_sizes), "final", pictures, rewards, order))
+        return SearchResult(self.prompt, rewards[order], pictures[order], self.selections)
+
+    def _judge(self, pictures: Tensor) -> Tensor:
+        """Rewards (B,), float32 on the CPU."""
+        found = torch.as_tensor(self.reward(pictures, [self.prompt] * len(pictures))).detach().float().cpu()
+        if found.shape != (len(pictures),) or not found.isfinite().all():
+            raise ValueError(
+                f"the reward gave {tuple(found.shape)} for {len(pictures)} pictures; expected ({len(pictures)},) and "
+                "finite"
+            )
+        return found
+
+    def _draw(self, rewards: Tensor, count: int) -> Tensor:
+        """Draw candidates with replacement, in proportion to exp(strength x potential); indices (count,)."""
+        values = potential(self.config.potential, rewards, self._history)  # (B,)
+        weights = (self.config.strength * values).softmax(0)  # (B,)
+        device = "cpu" if self.generator is None else self.generator.device
+        drawn = torch.multinomial(weights.to(device), count, replacement=True, generator=self.generator)
+        return drawn.cpu()
+
+    def _branch(self, rewards: Tensor, count: int) -> Tensor:
+        """The best candidates, each repeated until `count` are reached; indices (count,)."""
+        best = rewards.argsort(descending=True, stable=True)[: min(self.config.beam_width, count)]  # (W,)
+        return best[torch.arange(count) % len(best)]
+
+
+def potential(kind: str, rewards: Tensor, history: Tensor) -> Tensor:
+    """What a candidate is drawn by (arXiv 2507.18537, section 3.3), (B,).
+
+    Args:
+        kind: one of `POTENTIALS`.
+        rewards: now, (B,).
+        history: at earlier looks, (B, looks).
+    """
+    if kind == "value" or history.shape[1] == 0:
+        return rewards
+    if kind == "diff":
+        return rewards - history[:, -1]
+    every = torch.cat([history, rewards[:, None]], dim=1)  # (B, looks + 1)
+    return every.amax(1) if kind == "max" else every.sum(1)
+
+
+# -------------------------------------------------------------------------- clusters
+
+
+def small_picture(pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) as vectors: very small and side by side, (B, F)."""
+    return F.adaptive_avg_pool2d(pictures.float(), FEATURE_SIDE).flatten(1)
+
+
+def principal_view(tokens: Tensor) -> Tensor:
+    """Patch features as one number a patch: along the first principal component of each picture.
+
+    A component's sign is arbitrary; it is chosen such that patches with large features lie on the positive side, so
+    that two like pictures get like vectors.
+
+    Args:
+        tokens: (B, N, D), for example DINOv2's patch tokens.
+
+    Returns:
+        (B, N).
+    """
+    centred = tokens.float() - tokens.float().mean(1, keepdim=True)  # (B, N, D)
+    direction = torch.linalg.svd(centred, full_matrices=False).Vh[:, 0]  # (B, D)
+    view = (centred @ direction[..., None])[..., 0]  # (B, N)
+    norms = tokens.float().norm(dim=-1)  # (B, N)
+    sign = ((norms - norms.mean(1, keepdim=True)) * view).sum(1, keepdim=True).sign()  # (B, 1)
+    return view * torch.where(sign == 0, torch.ones_like(sign), sign)
+
+
+def medoids(vectors: Tensor, count: int, rounds: int = 50) -> Tensor:
+    """The member nearest to the centre of each of `count` clusters (k-means; begins with members far apart).
+
+    Args:
+        vectors: (B, F).
+        count: clusters, at most B.
+        rounds: limit of the iterations.
+
+    Returns:
+        Rising indices, (count,), all different.
+    """
+    chosen = [int((vectors - vectors.mean(0)).square().sum(1).argmin())]
+    while len(chosen) < count:
+        nearest = torch.cdist(vectors, vectors[chosen]).amin(1)  # (B,)
+        nearest[chosen] = -1.0
+        chosen.append(int(nearest.argmax()))
+    centres = vectors[chosen].clone()  # (count, F)
+    for _ in range(rounds):
+        owner = torch.cdist(vectors, centres).argmin(1)  # (B,)
+        members = [vectors[owner == cluster] for cluster in range(count)]
+        moved = torch.stack([own.mean(0) if len(own) else centres[i] for i, own in enumerate(members)])
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    distances, found = torch.cdist(vectors, centres), []  # (B, count)
+    for cluster in range(count):
+        near = distances[:, cluster].clone()
+        near[found] = torch.inf
+        found.append(int(near.argmin()))
+    return torch.tensor(sorted(found))
