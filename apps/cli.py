@@ -26,6 +26,10 @@ Base = Annotated[
     str | None,
     typer.Option(help="For a file with a transformer only (GGUF): folder or hub id of the pipeline it belongs to."),
 ]
+AuthFile = Annotated[
+    Path | None,
+    typer.Option(dir_okay=False, help="Users and their tokens, made by `tessera token`; asks everybody for one."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own default if absent.")]
 Guidance = Annotated[float | None, typer.Option(min=0.0, help="Guidance scale; 1 turns guidance off.")]
@@ -78,9 +82,10 @@ def studio(
     offload: Offload = "none",
     base: Base = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+    auth_file: AuthFile = None,
 ) -> None:
     """Start the studio: a web page that paints what you type."""
-    from apps.studio import run
+    from apps.serve import run
 
     run(
         models=model or [],
@@ -92,7 +97,57 @@ def studio(
         base=base,
         open_browser=browser,
         output_dir=output,
+        auth_file=auth_file,
     )
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Offer this model too: a built-in name, folder, file or hub id. May be repeated."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs --auth-file.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder that receives the pictures.")] = Path("outputs"),
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    offload: Offload = "none",
+    base: Base = None,
+    page: Annotated[bool, typer.Option(help="Serve the web page too.")] = True,
+    auth_file: AuthFile = None,
+) -> None:
+    """Serve the HTTP API (under /v1) and the studio."""
+    from apps.serve import run
+
+    run(
+        models=model or [],
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        base=base,
+        open_browser=False,
+        output_dir=output,
+        api=True,
+        page=page,
+        auth_file=auth_file,
+    )
+
+
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Of the user: letters, digits and _.-")],
+    auth_file: Annotated[Path, typer.Option(dir_okay=False, help="File of users; created if absent.")],
+    role: Annotated[
+        Literal["watch", "paint", "admin"], typer.Option(help="watch: see one's jobs; paint: submit; admin: all jobs.")
+    ] = "paint",
+) -> None:
+    """Add a user of the server, or give one a new token; it is shown once."""
+    from apps.api.tokens import add_user
+
+    typer.echo(add_user(auth_file, name, role))
 
 
 @app.command()

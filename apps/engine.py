@@ -157,6 +157,10 @@ class Engine:
         """
         return self._devices[0].shelf.get(self.models[0] if key is None else key)
 
+    def loaded(self, key: str) -> Future[LoadedModel] | None:
+        """Return the future of a model if it is loaded or being loaded, else None."""
+        return self._devices[0].shelf.peek(key)
+
     def source(self, key: str) -> str:
         """Return the built-in name, folder or hub id behind a key (for the owner's eyes only)."""
         return self._devices[0].shelf.source(key)
@@ -181,7 +185,7 @@ class Engine:
         """
         key = self.models[0] if request.model is None else request.model
         if key not in self.models:
-            raise UnknownModelError(f"There is no model {key!r} here; choose among {', '.join(self.models)}.")
+            raise UnknownModelError(f"There is no such model here; choose among {', '.join(self.models)}.")
         for name in (getattr(request, "image", None), getattr(request, "mask", None)):
             if name is not None:
                 self.uploads.get(name)

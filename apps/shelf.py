@@ -149,6 +149,11 @@ class ModelShelf:
             self._put_back()
             return future
 
+    def peek(self, key: str) -> Future[LoadedModel] | None:
+        """Return the future of a model that has been asked for, or None."""
+        with self._table:
+            return self._futures.get(key)
+
     def source(self, key: str) -> str:
         """Return the name, folder or hub id behind a key."""
         return self._sources[key]

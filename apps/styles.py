@@ -64,7 +64,7 @@ def apply_style(name: str, prompt: str, negative_prompt: str) -> tuple[str, str]
     """
     styles = load_styles()
     if name not in styles:
-        raise ValueError(f"There is no style {name!r}; choose among {', '.join(styles)}.")
+        raise ValueError(f"There is no such style; choose among {', '.join(styles)}.")
     style = styles[name]
     text = style.prompt.replace("{prompt}", prompt)
     avoided = ", ".join(part for part in (negative_prompt.strip(), style.negative_prompt) if part)

@@ -49,7 +49,9 @@ def read_upload(data: bytes) -> Image.Image:
                 return flatten(ImageOps.exif_transpose(image))
     except UploadError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise UploadError(f"The picture claims too many pixels; at most {limits.MAX_UPLOAD_PIXELS} are taken.") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise UploadError("This is no picture that can be read; hand in PNG, JPEG or WebP.") from error
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from fastapi import FastAPI
 
 from apps import limits
-from apps.engine import Engine
+from apps.api.tokens import TokenTable
+from apps.engine import STATE_FOLDER, Engine
 from apps.limits import ServerLimits
 from apps.shelf import FALLBACK_SIDE, name_models
 from apps.studio import views
@@ -91,44 +91,36 @@ def build_engine(
     return engine
 
 
-def launch(engine: Engine, host: str, port: int, open_browser: bool) -> gr.Blocks:
-    """Serve the page in the background.
+def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> None:
+    """Put the page onto a server.
 
     Args:
+        app: the server; its own routes go first.
         engine: paints; its output folder is the only one that is served.
-        host: loopback address.
-        port: a free port.
-        open_browser: open the page.
-
-    Returns:
-        The page; `close()` ends the server.
+        tokens: the users, whose tokens are their passwords; None asks nobody.
     """
     page = build_page(engine)
     page.queue(max_size=2 * engine.limits.queue, default_concurrency_limit=2 * engine.limits.queue)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        inbrowser=open_browser,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
+    folder = engine.output_dir
+    gr.mount_gradio_app(
+        app,
+        page,
+        "/",
+        auth=None if tokens is None else lambda name, token: tokens.find(token, name) is not None,
         show_error=False,
         enable_monitoring=False,
         run_history=False,
         mcp_server=False,
         ssr_mode=False,
         pwa=False,
-        strict_cors=True,
         footer_links=[],
-        max_file_size="20mb",
-        allowed_paths=[] if engine.output_dir is None else [str(engine.output_dir)],
+        max_file_size=limits.MAX_UPLOAD_BYTES,
+        allowed_paths=[] if folder is None else [str(folder)],
+        blocked_paths=[] if folder is None else [str(folder / STATE_FOLDER)],
         theme=theme(),
         css_paths=CSS,
         js=SCRIPT.read_text(encoding="utf-8"),
-        # Another site whose name is made to point here (DNS rebinding) sends its own name, and is turned away.
-        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=[host, "localhost", "127.0.0.1"])]},
     )
-    return page
 
 
 def build_page(engine: Engine) -> gr.Blocks:

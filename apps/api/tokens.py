@@ -1,0 +1,147 @@
+"""Who may do what: a file of users with the hashes of their tokens.
+
+Tokens are drawn by us, 256 bits each, and never chosen by people; that is why one round of a salted hash is enough to
+keep a stolen file useless. A user's token is also the password of the web page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import threading
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Role = Literal["watch", "paint", "admin"]
+RANKS: dict[Role, int] = {"watch": 0, "paint": 1, "admin": 2}
+"""What a role may do includes all below: see one's own jobs; submit and stop them; see and stop everybody's."""
+MAX_BYTES = 1024 * 1024
+
+
+class User(BaseModel):
+    """One row of the file.
+
+    Attributes:
+        name: of the user, who owns jobs by it.
+        role: what it may do.
+        salt: 32 hex digits.
+        digest: SHA-256 of salt and token, 64 hex digits.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")
+    role: Role = "paint"
+    salt: str = Field(pattern=r"^[0-9a-f]{32}$")
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    def may(self, role: Role) -> bool:
+        """Whether the user's role includes another."""
+        return RANKS[self.role] >= RANKS[role]
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    users: list[User] = Field(default_factory=list, max_length=1000)
+
+
+class TokenTable:
+    """The users of a server.
+
+    Args:
+        file: written by `add_user`; it is read again when it changes.
+
+    Raises:
+        ValueError: no such file, it isn't of this form, or others may read it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._lock = threading.Lock()
+        self._stamp = -1
+        self._users: list[User] = []
+        self._refresh()
+        if not self._users:
+            raise ValueError(f"{file} has no users; add one: tessera token NAME --auth-file {file}")
+
+    def find(self, token: str, name: str | None = None) -> User | None:
+        """Return the user of a token, or None.
+
+        Args:
+            token: as presented.
+            name: the user it must belong to, when one was named.
+        """
+        self._refresh()
+        found = None
+        for user in self._users:  # all of them, so that the time tells nothing
+            right = hmac.compare_digest(_digest(user.salt, token), user.digest)
+            if right and name in (None, user.name):
+                found = user
+        return found
+
+    def named(self, name: str | None) -> User | None:
+        """Return a user by name, or None."""
+        self._refresh()
+        return next((user for user in self._users if user.name == name), None)
+
+    def _refresh(self) -> None:
+        with self._lock:
+            stamp = self._file.stat().st_mtime_ns if self._file.is_file() else 0
+            if stamp != self._stamp:
+                self._users = read_users(self._file)
+                self._stamp = stamp
+
+
+def read_users(file: Path) -> list[User]:
+    """Read a file of users.
+
+    Raises:
+        ValueError: no such file, it isn't of this form, or others may read it.
+    """
+    if not file.is_file():
+        raise ValueError(f"No file {file}; make one: tessera token NAME --auth-file {file}")
+    if os.name == "posix" and file.stat().st_mode & 0o077:
+        raise ValueError(f"{file} can be read by other users of this machine; run: chmod 600 {file}")
+    try:
+        return _File.model_validate_json(file.read_bytes()[:MAX_BYTES]).users
+    except ValidationError as error:
+        raise ValueError(f"{file} is no file of users; make one: tessera token NAME --auth-file {file}") from error
+
+
+def add_user(file: Path, name: str, role: Role = "paint") -> str:
+    """Add a user, or give one a new token and role.
+
+    Args:
+        file: created if absent, readable by its owner only.
+        name: letters, digits and `_.-`, at most 40.
+        role: what it may do.
+
+    Returns:
+        The token, which is stored nowhere.
+
+    Raises:
+        ValueError: the name isn't allowed, or the file isn't of this form.
+    """
+    token, salt = f"tessera-{secrets.token_urlsafe(32)}", secrets.token_hex(16)
+    try:
+        user = User(name=name, role=role, salt=salt, digest=_digest(salt, token))
+    except ValidationError as error:
+        raise ValueError(f"{name!r} is no name: use letters, digits and _.-, at most 40.") from error
+    others = [other for other in (read_users(file) if file.exists() else []) if other.name != name]
+    text = json.dumps({"users": [one.model_dump() for one in (*others, user)]}, indent=2)
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+        opened.write(text + "\n")
+    partial.replace(file)
+    return token
+
+
+def _digest(salt: str, token: str) -> str:
+    return hashlib.sha256(f"{salt}:{token}".encode("utf-8", errors="replace")).hexdigest()
