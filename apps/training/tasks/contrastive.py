@@ -1,0 +1,253 @@
+"""Trains a tiny CLIP (arXiv 2103.00020) on pictures and captions of the sticker world, as a reward for searches.
+
+Each picture must find its caption among those of the batch and among near misses: captions of scenes that differ from
+its own in one thing, as a relation turned round. The pictures may be coarse: a search wants to judge them half painted.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from apps.stickers.captions import caption
+from apps.stickers.scene import COLOURS, INVERSE
+from apps.training.config import Section, TaskSection, TrainConfig
+from apps.training.export import save_component
+from apps.training.latent_pool import KINDS
+from apps.training.scenes import (
+    VALIDATION_SEED,
+    Scene,
+    SceneMix,
+    SceneSampler,
+    load_sprites,
+    read_vocabulary,
+    render,
+    save_grid,
+    scene_series,
+)
+from apps.training.task import TaskContext
+from apps.training.tasks.text_to_image import load_autoencoder
+from apps.training.text_encoder import TextModel, caption_corpus, caption_tokenizer, tokenize
+from dit.tokenizers import MultiScaleVQ
+
+NEAR_MISSES = 3  # of each validation scene
+MIN_SCALES = 3  # of a half-painted picture
+
+
+class ContrastiveSection(TaskSection):
+    """The `[task]` section.
+
+    Attributes:
+        near_misses: Whether the captions of near misses compete too.
+    """
+
+    kind: Literal["contrastive"]
+    near_misses: bool = True
+
+
+class ContrastiveData(Section):
+    """The `[data]` section.
+
+    Attributes:
+        tokenizer: Folder of the tokenizer of captions; unset trains one.
+        vae: Folder of a multi-scale tokenizer; some pictures are then painted by its first few scales.
+        half_painted: Share of these pictures.
+        resolution: Side of the pictures in pixels.
+        vocabulary: `starter`, `all`, or a text file with one sticker name a line.
+        single, pair, count: Relative frequencies of the kinds of scenes.
+        size_words: Share of the single stickers drawn small or large.
+        synonyms: Probability that a caption calls a sticker by one of its keywords.
+        tokenizer_captions: Captions that a new tokenizer is trained on.
+        validation_scenes: Held-out scenes of each kind.
+    """
+
+    tokenizer: Path | None = None
+    vae: Path | None = None
+    half_painted: float = Field(default=0.5, ge=0, le=1)
+    resolution: int = Field(default=128, ge=16)
+    vocabulary: str = "starter"
+    single: float = Field(default=0.35, ge=0)
+    pair: float = Field(default=0.45, ge=0)
+    count: float = Field(default=0.2, ge=0)
+    size_words: float = Field(default=0.4, ge=0, le=1)
+    synonyms: float = Field(default=0.15, ge=0, le=1)
+    tokenizer_captions: int = Field(default=20_000, ge=2)
+    validation_scenes: int = Field(default=64, ge=1)
+
+
+class TowerModel(Section):
+    """One of the two transformers."""
+
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    num_hidden_layers: int = Field(default=3, ge=1)
+    num_attention_heads: int = Field(default=2, ge=1)
+
+
+class ContrastiveModel(Section):
+    """The `[model]` section; see `transformers.CLIPModel`."""
+
+    projection_dim: int = 64
+    patch_size: int = 16
+    vision: TowerModel = TowerModel()
+    language: TowerModel = TowerModel(num_hidden_layers=2)
+    text: TextModel = TextModel()
+
+
+class ContrastiveConfig(TrainConfig):
+    """A whole configuration of this task."""
+
+    task: ContrastiveSection
+    data: ContrastiveData = ContrastiveData()
+    model: ContrastiveModel = ContrastiveModel()
+
+
+class ContrastiveTask:
+    """Learns which caption belongs to which picture. See `apps.training.task.Task`."""
+
+    config_class: ClassVar[type[TrainConfig]] = ContrastiveConfig
+    smoke: ClassVar[tuple[str, ...]] = ("data.tokenizer_captions=200", "data.validation_scenes=4")
+
+    def __init__(self, config: ContrastiveConfig, context: TaskContext) -> None:
+        self.config, self.context = config, context
+        data = config.data
+        self.sheet = load_sprites()
+        self.vocabulary = read_vocabulary(data.vocabulary)
+        self.mix = SceneMix(single=data.single, pair=data.pair, count=data.count, size_words=data.size_words)
+        self.sampler = SceneSampler(self.sheet, self.vocabulary, mix=self.mix)
+        self.painter = None if data.vae is None else load_autoencoder(data.vae)
+        if self.painter is not None and not isinstance(self.painter, MultiScaleVQ):
+            raise ValueError(f"data.vae = {str(data.vae)!r} is no multi-scale tokenizer; unset it or give one")
+        with context.main_process_first():
+            self.tokenizer = caption_tokenizer(
+                data.tokenizer or config.run.folder / "tokenizer",
+                config.model.text,
+                lambda: caption_corpus(self.vocabulary, self.mix, data.tokenizer_captions, config.run.seed),
+            )
+        self.clip = self._network()
+        self._validation = {kind: self._held_out(kind) for kind in KINDS}
+
+    def _network(self) -> CLIPModel:
+        model, tokenizer = self.config.model, self.tokenizer
+        text = {
+            **model.language.model_dump(),
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": tokenizer.model_max_length,
+            "bos_token_id": tokenizer.eos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        vision = {
+            **model.vision.model_dump(),
+            "image_size": self.config.data.resolution,
+            "patch_size": model.patch_size,
+        }
+        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=model.projection_dim))
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The CLIP."""
+        return {"clip": self.clip}
+
+    def batch(self, index: int) -> dict[str, Any]:
+        """Pictures of fresh scenes, their captions, and captions of near misses behind them."""
+        run = self.config.run
+        number = index * self.context.world_size + self.context.rank
+        rng = np.random.default_rng((run.seed, index, self.context.rank))
+        scenes = scene_series([(self.sampler, run.batch_size)], run.seed, number)
+        told = [*scenes, *(near_miss(scene, rng, self.sampler.sprites) for scene in scenes)]
+        if not self.config.task.near_misses:
+            told = scenes
+        images = render(scenes, self.sheet, self.config.data.resolution)  # (B, 3, H, W)
+        return {"pixel_values": self._half_paint(images, rng), **self._tell(told, rng)}
+
+    @torch.no_grad()
+    def _half_paint(self, images: Tensor, rng: np.random.Generator) -> Tensor:
+        """Replaces the first pictures of a batch (B, 3, H, W) by what some first scales of their tokens show."""
+        count = round(self.config.data.half_painted * len(images))
+        if self.painter is None or count == 0:
+            return images
+        scales = int(rng.integers(min(MIN_SCALES, len(self.painter.grids)), len(self.painter.grids) + 1))
+        codes = self.painter.quantize(images[:count]).indices[:scales]
+        painted = self.painter.decode(self.painter.indices_to_latents(codes)).sample.clamp(-1, 1)  # (b, 3, H, W)
+        return torch.cat([painted, images[count:]])
+
+    def _tell(self, scenes: list[Scene], rng: np.random.Generator) -> dict[str, Tensor]:
+        synonyms = self.config.data.synonyms
+        captions = [caption(one, self.sheet, rng, synonyms=synonyms, vocabulary=self.vocabulary) for one in scenes]
+        return tokenize(self.tokenizer, captions)
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """InfoNCE both ways (arXiv 2103.00020, figure 3); near misses compete for the pictures only."""
+        scores = self.clip(**batch).logits_per_image.float()  # (B, B) or (B, 2B)
+        size = len(scores)
+        true = torch.arange(size, device=scores.device)  # (B,)
+        loss = (F.cross_entropy(scores, true) + F.cross_entropy(scores[:, :size].T, true)) / 2
+        return loss, {"right": (scores.argmax(1) == true).float().mean()}
+
+    def validate(self) -> dict[str, float]:
+        """Shares of held-out pictures that find their caption: among all of their kind, and among near misses."""
+        values = {}
+        for kind, batch in self._validation.items():
+            count = self.config.data.validation_scenes
+            scores = self.clip(**{name: one.to(self.context.device) for name, one in batch.items()}).logits_per_image
+            true = scores[:, :count]  # (S, S)
+            misses = scores[:, count:].unflatten(1, (NEAR_MISSES, count)).diagonal(dim1=0, dim2=2)  # (M, S)
+            found = true.argmax(1) == torch.arange(count, device=scores.device)  # (S,)
+            values[f"retrieved_{kind}"] = float(found.float().mean())
+            values[f"near_{kind}"] = float((true.diagonal() > misses.amax(0)).float().mean())
+        return values
+
+    def preview(self, path: Path) -> None:
+        """Shows held-out pictures; there is nothing to paint."""
+        save_grid(torch.cat([batch["pixel_values"][:8] for batch in self._validation.values()]), path, 8)
+
+    def export(self, folder: Path) -> None:
+        """Writes the model with its tokenizer and image processor, as transformers' Auto classes load it."""
+        save_component(self.clip, folder)
+        self.tokenizer.save_pretrained(folder)
+        side = self.config.data.resolution
+        CLIPImageProcessorPil(
+            size={"height": side, "width": side},
+            do_center_crop=False,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        ).save_pretrained(folder)
+
+    def _held_out(self, kind: str) -> dict[str, Tensor]:
+        """The fixed batch of a kind: S pictures, their captions, and those of `NEAR_MISSES` near misses each."""
+        mix = SceneMix(**{name: float(name == kind) for name in KINDS}, size_words=self.mix.size_words)
+        sampler = SceneSampler(self.sheet, self.vocabulary, split="heldout_combination", mix=mix)
+        scenes = [sampler.scene(VALIDATION_SEED, index) for index in range(self.config.data.validation_scenes)]
+        rng = np.random.default_rng(VALIDATION_SEED)
+        misses = [near_miss(scene, rng, sampler.sprites) for _ in range(NEAR_MISSES) for scene in scenes]
+        images = render(scenes, self.sheet, self.config.data.resolution)  # (S, 3, H, W)
+        return {"pixel_values": images, **self._tell([*scenes, *misses], rng)}
+
+
+def near_miss(scene: Scene, rng: np.random.Generator, sprites: tuple[int, ...]) -> Scene:
+    """Changes one thing in what a scene says: a relation, a number, a sticker or the background.
+
+    Args:
+        scene: stays as it is; the placements of the copy are those of the original and mean nothing.
+        rng: picks what to change.
+        sprites: numbers of the stickers to choose others from.
+    """
+    if scene.kind == "pair" and scene.relation is not None and rng.random() < 0.5:
+        return replace(scene, relation=INVERSE[scene.relation])
+    if scene.kind == "count" and rng.random() < 0.5:
+        return replace(scene, count=int(rng.choice([count for count in (2, 3, 4) if count != scene.count])))
+    if rng.random() < 0.3:
+        step = int(rng.integers(1, len(COLOURS)))
+        return replace(scene, background=(scene.background + step) % len(COLOURS))
+    place = int(rng.integers(len(scene.sprites)))
+    others = [sprite for sprite in sprites if sprite not in scene.sprites]
+    changed = [*scene.sprites]
+    changed[place] = int(rng.choice(others))
+    return replace(scene, sprites=tuple(changed))

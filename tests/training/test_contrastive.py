@@ -1,0 +1,103 @@
+"""The scorer: what near misses change, and that the export is a reward by name."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from apps.stickers.scene import SceneMix, SceneSampler
+from apps.stickers.sprites import load_sprites
+from apps.stickers.vocabulary import STARTER
+from apps.training.loop import train
+from apps.training.task import load_config
+from apps.training.tasks.contrastive import near_miss
+from sampling.rewards import ClipReward
+from tests.training.helpers import assert_equal_checkpoints, train_until
+
+CONTRASTIVE = """
+[run]
+name = "tiny"
+steps = 4
+batch_size = 4
+log_every = 2
+validate_every = 4
+preview_every = 0
+save_every = 2
+num_threads = 1
+
+[optimizer]
+learning_rate = 1e-3
+warmup_steps = 2
+
+[task]
+kind = "contrastive"
+
+[data]
+resolution = 32
+tokenizer_captions = 50
+validation_scenes = 4
+
+[model]
+projection_dim = 8
+
+[model.vision]
+hidden_size = 16
+intermediate_size = 16
+num_hidden_layers = 1
+
+[model.language]
+hidden_size = 16
+intermediate_size = 16
+num_hidden_layers = 1
+
+[model.text]
+vocab_size = 300
+"""
+
+
+@pytest.fixture
+def configured(tmp_path):
+    path = tmp_path / "contrastive.toml"
+    path.write_text(CONTRASTIVE)
+    return lambda output: load_config(path, [f'run.output="{tmp_path / output}"'])
+
+
+def test_resume_is_bit_identical_and_the_export_is_a_reward(configured, tmp_path):
+    assert train(configured("whole")) == "finished"
+    train_until(configured("parts"), 2)
+    assert train(configured("parts"), "latest") == "finished"
+    assert_equal_checkpoints(tmp_path / "whole/tiny/checkpoint-000004", tmp_path / "parts/tiny/checkpoint-000004")
+    log = [json.loads(line) for line in (tmp_path / "whole/tiny/log.jsonl").read_text().splitlines()]
+    assert {"near_pair", "retrieved_single"} <= set(log[-1])
+
+    reward = ClipReward(tmp_path / "whole/tiny/export")
+    pictures = torch.rand(2, 3, 32, 32)
+    scores = reward(pictures, ["a red apple", "a bus left of a dog"])
+    assert scores.shape == (2,)
+    assert scores.abs().max() <= 1
+    alone = reward(pictures[1:], ["a bus left of a dog"])
+    assert torch.allclose(scores[1:], alone, atol=1e-5), "padding of a longer batch must not matter"
+    pixels = reward.processor([np.zeros((32, 32, 3), np.uint8)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, -torch.ones(1, 3, 32, 32)), "the export must see pictures as training did"
+
+
+@pytest.mark.parametrize("kind", ["single", "pair", "count"])
+def test_a_near_miss_differs_in_one_thing(kind):
+    sheet, rng = load_sprites(), np.random.default_rng(0)
+    sampler = SceneSampler(
+        sheet, STARTER, mix=SceneMix(**{name: float(name == kind) for name in ("single", "pair", "count")})
+    )
+    changed = set()
+    for index in range(60):
+        scene = sampler.scene(0, index)
+        other = near_miss(scene, rng, sampler.sprites)
+        differ = [
+            name
+            for name in ("sprites", "background", "relation", "count")
+            if getattr(scene, name) != getattr(other, name)
+        ]
+        assert len(differ) == 1
+        assert len(set(other.sprites)) == len(scene.sprites)
+        changed.add(differ[0])
+    assert changed == {"sprites", "background"} | {"pair": {"relation"}, "count": {"count"}}.get(kind, set())
