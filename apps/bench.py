@@ -2,6 +2,7 @@
 
 `tessera bench paint` times a picture at the default settings, a single forward pass, and the decoder.
 `tessera bench start` times importing the library beside importing diffusers alone, in fresh processes.
+`tessera bench cache` compares step caches and fewer steps at equal cost, with rivals in the same run.
 """
 
 import json
@@ -118,9 +119,17 @@ def bench_start(model: str, repeats: int, device: str | None, dtype: str | None)
     }
 
 
+def bench_cache(model: str, repeats: int, device: str | None, dtype: str | None) -> dict[str, Any]:
+    """Compares step caches."""
+    from apps import bench_cache as implementation
+
+    return implementation.bench_cache(model, repeats, device, dtype)
+
+
 BENCHMARKS: dict[str, Callable[[str, int, str | None, str | None], dict[str, Any]]] = {
     "paint": bench_paint,
     "start": bench_start,
+    "cache": bench_cache,
 }
 
 
@@ -140,5 +149,5 @@ def _show(report: dict[str, Any], console: Console) -> None:
     for name, seconds in report["seconds"].items():
         table.add_row(name, f"{seconds:.3f}")
     console.print(table)
-    for name in sorted(set(report) - {"benchmark", "machine", "seconds"}):
+    for name in sorted(set(report) - {"benchmark", "machine", "seconds", "rows"}):
         console.print(f"{name}: {report[name]}")

@@ -88,6 +88,8 @@ class TTSConfig:
     def for_cost(cls, cost: float, token_counts: Sequence[int], **settings: Any) -> TTSConfig:
         """The published schedule with more or fewer candidates, for a cost in pictures.
 
+        A cost just below a multiple of the published one goes into more candidates early on, not into more at the end.
+
         Args:
             cost: tokens to spend, over those of one picture; at least 1.
             token_counts: tokens of each scale.
@@ -101,12 +103,16 @@ class TTSConfig:
         if settings.get("method") == "best_of":
             return cls(batch_sizes=int(cost), **settings)
         pattern = stretch(len(token_counts)).batch_sizes
-        fitting, step = tuple(1 for _ in pattern), 1 / 64
-        for multiple in range(1, int(64 * 16 * cost)):
-            sizes = tuple(max(int(size * multiple * step), 1) for size in pattern)
-            if token_cost(sizes, token_counts) > cost + 1e-3:
-                break
-            fitting = sizes
+        fitting = (1,) * len(pattern)
+        for whole in (True, False):  # all scales first; what is left then goes to those where candidates are chosen
+            for step in range(1, int(1024 * cost)):
+                larger = tuple(
+                    max(int(size * step / 64), 1) if whole or size > 1 else held
+                    for size, held in zip(pattern, fitting, strict=True)
+                )
+                if token_cost(larger, token_counts) > cost + 1e-3:
+                    break
+                fitting = larger if sum(larger) > sum(fitting) else fitting
         return cls(batch_sizes=fitting, **settings)
 
     def at(self, num_scales: int) -> SearchSchedule:

@@ -299,6 +299,9 @@ class StepCache(Mechanism):
         share = 1.0 if computed else self._shares.get(call.component, 0.0)
         self._executed += share
         self._called += 1
+        scheduler = getattr(call.attachment.target, "scheduler", None)
+        if hasattr(type(scheduler), "forecast_output"):  # a solver with history; see FlowMatchAB2Scheduler
+            scheduler.forecast_output = not computed  # pyright: ignore[reportOptionalMemberAccess]
         if self.on_decision is not None:
             self.on_decision(here, computed)
 

@@ -246,7 +246,7 @@ class Gram(Forecaster):
         if not anchors:
             return None
         sigmas = [anchor.sigma for anchor in anchors[: self.points]]
-        return self.profile.weights(sigmas, here.sigma, here.branch, self.ridge)
+        return self.profile.weights(sigmas, here.sigma, self.ridge)
 
 
 def positions(anchors: Sequence[Anchor], here: Coordinates, variable: Variable) -> tuple[list[float], float]:

@@ -103,13 +103,13 @@ class Budget(Gate):
     Args:
         profile: of this model.
         budget: share of the calls that are computed, in (0, 1].
-        fill: what fills the gaps: "newton", "reuse" or "gram".
+        fill: what fills the gaps: "gram", "newton" or "reuse".
         guidance: scale of the runs; None is that of the calibration.
     """
 
     profile: Profile
     budget: float
-    fill: Literal["reuse", "newton", "gram"] = "newton"
+    fill: Literal["reuse", "newton", "gram"] = "gram"
     guidance: float | None = None
 
     def __post_init__(self) -> None:

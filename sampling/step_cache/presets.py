@@ -55,12 +55,12 @@ def data(name: str) -> Any:
 
 
 def budget(budget: float, profile: Profile | str | None, fill: str, guidance: float | None) -> StepCache:
-    """The best steps for a share of the calls, the others on a line in sigma through their two neighbours before.
+    """The best steps for a share of the calls; the others are what the two before them predict.
 
     Args:
         budget: largest share of calls that are computed.
         profile: of the model, or a file of one, see `calibrate_budget`.
-        fill: "newton", "reuse" or "gram" (least squares by the profile).
+        fill: "gram" (least squares by the profile), "newton" (a line in sigma) or "reuse".
         guidance: scale of the runs; None is that of the calibration.
     """
     from sampling.step_cache.profile import Profile

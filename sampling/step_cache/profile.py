@@ -44,6 +44,7 @@ class Profile:
     guidance: float = 1.0
     prompts: int = 0
     _plans: dict[tuple, tuple[bool, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _weights: dict[tuple, tuple[float, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     # -------------------------------------------------------------------------- use
 
@@ -68,7 +69,7 @@ class Profile:
         return spread @ total @ spread.T
 
     def mask(
-        self, sigmas: Sequence[float], budget: float, fill: Fill = "newton", guidance: float | None = None
+        self, sigmas: Sequence[float], budget: float, fill: Fill = "gram", guidance: float | None = None
     ) -> tuple[bool, ...]:
         """Return the best steps to compute.
 
@@ -106,10 +107,13 @@ class Profile:
             sigma: of the forecast.
             ridge: added to the diagonal, as a share of its mean.
         """
-        gram = self.gram((*anchors, sigma))  # (A + 1, A + 1)
-        known = gram[:-1, :-1]
-        known = known + ridge * np.trace(known) / len(known) * np.eye(len(known))
-        return tuple(np.linalg.solve(known, gram[:-1, -1]).tolist())
+        key = (*anchors, sigma, ridge)
+        if key not in self._weights:  # the same in every run
+            gram = self.gram((*anchors, sigma))  # (A + 1, A + 1)
+            known = gram[:-1, :-1]
+            known = known + ridge * np.trace(known) / len(known) * np.eye(len(known))
+            self._weights[key] = tuple(np.linalg.solve(known, gram[:-1, -1]).tolist())
+        return self._weights[key]
 
     def magnitude_ratios(self) -> tuple[float, ...]:
         """Return the root mean square of each prediction over that of the step before, 1 for the first (MagCache)."""
