@@ -43,8 +43,7 @@ class Step:
         preview: a small view of the picture to come; None when it's too early for a new one, or when the
             model has no cheap view.
         eta: seconds until the whole request is done.
-        strip: what a step cache did in the steps so far, a letter each: `C`omputed, `P`artly, `F`orecast; empty
-            without one.
+        strip: what a step cache did in the steps so far, a letter each: C computed, a dot forecast; empty without one.
     """
 
     step: int

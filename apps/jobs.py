@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from apps import limits
-from apps.metadata import KvPolicy, PictureId, PictureSettings, SchedulerName, StepCache
+from apps.metadata import KvPolicy, KvType, PictureId, PictureSettings, SchedulerName, SearchMethod, StepCache
 
 
 def _filled(text: str) -> str:
@@ -176,6 +176,10 @@ class NextScaleRequest(BaseRequest):
         temperature: below 1 is bolder, above more varied.
         smooth: mix codes in place of choosing one.
         kv_policy: what is kept of earlier scales.
+        kv_budget: which share of it.
+        kv_dtype: in which number format.
+        search: paint several candidates and keep the best, as the scorer of the model sees it.
+        candidates: how many, for `best_of`.
     """
 
     top_k: int | None = Field(default=None, ge=0, le=2**20)
@@ -183,6 +187,10 @@ class NextScaleRequest(BaseRequest):
     temperature: float | None = Field(default=None, ge=0.01, le=100)
     smooth: bool | None = None
     kv_policy: KvPolicy | None = None
+    kv_budget: float | None = Field(default=None, gt=0, le=1)
+    kv_dtype: KvType | None = None
+    search: SearchMethod | None = None
+    candidates: int | None = Field(default=None, ge=2, le=limits.MAX_CANDIDATES)
 
 
 class NextScaleClassRequest(NextScaleRequest):

@@ -21,6 +21,8 @@ MAX_SEED = 2**32 - 1
 """Seeds fit 32 bits: every random generator in use takes them, and a person can still type them."""
 MAX_BATCH = 8
 """Pictures painted at once."""
+MAX_CANDIDATES = 16
+"""That a search may paint for one picture."""
 MAX_UPLOAD_BYTES = 20 * 1_024 * 1_024
 MAX_UPLOAD_PIXELS = 4_096 * 4_096
 """Of a picture handed in; counted before it is decoded."""

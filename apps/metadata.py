@@ -30,6 +30,8 @@ PictureId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SchedulerName = Literal["euler", "heun", "sde", "dpm++", "unipc", "ddim", "ddpm"]
 """Choices of `apps.schedulers`."""
 KvPolicy = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,40}$")]
+KvType = Literal["auto", "int8"]
+SearchMethod = Literal["best_of", "tts", "beam"]
 Task = Literal[
     "text_to_image", "image_to_image", "inpaint", "class_to_image", "next_scale_class", "next_scale_text"
 ]  # fmt: skip
@@ -40,13 +42,13 @@ class StepCache(BaseModel):
 
     Attributes:
         preset: name of a preset of `sampling.step_cache`.
-        speed: 0 keeps closest to the uncached picture, 1 skips most; None is the preset's own setting.
+        amount: of the preset's main parameter, see `apps.accelerate.KNOBS`; None is its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     preset: str = Field(pattern=r"^[a-z0-9_.-]{1,40}$")
-    speed: float | None = Field(default=None, ge=0, le=1)
+    amount: float | None = Field(default=None, gt=0, le=100)
 
 
 class PictureSettings(BaseModel):
@@ -82,6 +84,10 @@ class PictureSettings(BaseModel):
         temperature: of the draw.
         smooth: codes were mixed.
         kv_policy: what was kept of earlier scales.
+        kv_budget: which share of it.
+        kv_dtype: in which number format.
+        search: how candidates were searched.
+        candidates: how many of them.
         batch_size: pictures that were painted at once.
         pick: which of them this is.
     """
@@ -117,6 +123,10 @@ class PictureSettings(BaseModel):
     temperature: float | None = Field(default=None, gt=0, le=100)
     smooth: bool | None = None
     kv_policy: KvPolicy | None = None
+    kv_budget: float | None = Field(default=None, gt=0, le=1)
+    kv_dtype: KvType | None = None
+    search: SearchMethod | None = None
+    candidates: int | None = Field(default=None, ge=2, le=limits.MAX_CANDIDATES)
     batch_size: int = Field(default=1, ge=1, le=limits.MAX_BATCH)
     pick: int | None = Field(default=None, ge=0, lt=limits.MAX_BATCH)
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from apps.accelerate import RunningCache, describe, search_argument, step_cache
 from apps.jobs import AnyRequest
 from apps.schedulers import make_scheduler
 from apps.shelf import LoadedModel, Pipeline
@@ -43,6 +44,8 @@ ARGUMENTS = {
     "temperature": "temperature",
     "smooth": "smooth",
     "kv_policy": "kv_policy",
+    "kv_budget": "kv_budget",
+    "kv_dtype": "kv_dtype",
 }
 """Field of a request -> argument of a call; those whose names differ between pipelines are settled in `_arguments`."""
 
@@ -95,15 +98,17 @@ class Painted:
         pictures: of the batch; each a list of frames, one for a picture.
         ended_after: steps done, if it was ended early; else None.
         scheduler: the one that was used.
+        report: what accelerators did, for people; empty without any.
     """
 
     pictures: list[list[Image.Image]]
     ended_after: int | None
     scheduler: Any
+    report: str = ""
 
 
-OnStep = Callable[[int, Image.Image | None], None]
-"""Told after each step: steps done (from 1), and a preview if it is time for one."""
+OnStep = Callable[[int, Image.Image | None, str], None]
+"""Told after each step: steps done (from 1), a preview if it is time for one, the strip of a step cache."""
 
 
 def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnStep) -> Painted:
@@ -122,21 +127,21 @@ def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnSte
     """
     pipe = model.pipe_for(canvas.request.task)
     arguments = _arguments(model, canvas)
-    with _own_scheduler(pipe, canvas.wish("scheduler")):
-        watch = _StepWatch(model, pipe, canvas, switches, on_step)
+    with _own_scheduler(pipe, canvas.wish("scheduler")), step_cache(pipe, canvas.wish("step_cache")) as cache:
+        watch = _StepWatch(model, pipe, canvas, switches, on_step, cache)
         try:
             with watch.attached(arguments):
                 output = pipe(**arguments)
         except BaseException:
             pipe.maybe_free_model_hooks()  # the pipeline's last line, which a stop or an error has skipped
             raise
-        used = getattr(pipe, "scheduler", None)
+        used, report = getattr(pipe, "scheduler", None), describe(pipe, cache)
     if watch.late:
         raise TimeoutError
     if switches.stop.is_set():
         raise StopRequestedError
     pictures = [[image] for image in output.images] if model.frames is None else [list(output.frames[0])]
-    return Painted(pictures, watch.ended_after, used)
+    return Painted(pictures, watch.ended_after, used, report)
 
 
 @contextmanager
@@ -181,6 +186,7 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
     for name in arguments:
         if name not in accepts:
             raise ValueError(f"The model {model.key!r} has no setting {name!r}; leave it out.")
+    arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"))
     arguments["generator"] = generators[0] if len(generators) == 1 else generators
     if "output_type" in accepts:
         arguments["output_type"] = "pil"
@@ -228,7 +234,15 @@ def _other_extras(model: LoadedModel, accepts: frozenset[str]) -> dict[str, Any]
 class _StepWatch:
     """The callback that diffusers calls after each step."""
 
-    def __init__(self, model: LoadedModel, pipe: Pipeline, canvas: Canvas, switches: Switches, on_step: OnStep) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        pipe: Pipeline,
+        canvas: Canvas,
+        switches: Switches,
+        on_step: OnStep,
+        cache: RunningCache,
+    ) -> None:
         offered = getattr(pipe, "_callback_tensor_inputs", ["latents"])
         # The estimate of the finished picture shows far earlier what it will be than the noisy latents.
         self.tensor = "denoised_latents" if "denoised_latents" in offered else "latents"
@@ -239,6 +253,8 @@ class _StepWatch:
         self._canvas = canvas
         self._switches = switches
         self._on_step = on_step
+        self._cache = cache
+        self._shows_all = model.steps is None  # of a few scales each is worth a look
         self._next_preview = 0.0
         self._before: Tensor | None = None
         self._can_preview = model.can_preview
@@ -293,7 +309,7 @@ class _StepWatch:
         latents = tensors.get(self.tensor)
         wants_end = self._switches.finish.is_set() or step + 1 == self._finish_after
         replaced = self._end_early(pipe, step, latents) if wants_end and self._model.can_finish else {}
-        self._on_step(step + 1, self._preview(latents))
+        self._on_step(step + 1, self._preview(latents), self._cache.strip())
         return replaced
 
     def old_style(self, step: int, timestep: Tensor, latents: Tensor) -> None:
@@ -319,7 +335,8 @@ class _StepWatch:
         """Show the latents if the model can and if it's time again."""
         before, self._before = self._before, latents
         started = time.monotonic()
-        if latents is None or not self._can_preview or started < self._next_preview:
+        is_early = started < self._next_preview and not self._shows_all
+        if latents is None or not self._can_preview or is_early:
             return None
         try:
             preview = self._show(before, latents)

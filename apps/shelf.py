@@ -214,8 +214,7 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
     for one in pipes.values():
         one.set_progress_bar_config(disable=True)
     defaults = {name: one.default for name, one in inspect.signature(type(pipe).__call__).parameters.items()}
-    stored = getattr(pipe, "defaults", None)  # of our next-scale pipelines: what the call's None stands for
-    defaults |= dict(stored) if isinstance(stored, Mapping) else {}
+    defaults |= _own_defaults(pipe)
     # A pipeline with both has its distilled guidance in the first, unless that is off by default.
     guidance_argument = "guidance_scale" if defaults.get("guidance_scale") is not None else "true_cfg_scale"
     guidance, steps = defaults.get(guidance_argument), defaults.get("num_inference_steps")
@@ -242,6 +241,15 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
         labels=class_names(pipe),
         schedulers=tuple(scheduler_names(getattr(pipe, "scheduler", None))),
     )
+
+
+def _own_defaults(pipe: Pipeline) -> dict[str, Any]:
+    """Return what None stands for in the call of our next-scale pipelines from text."""
+    if not {"prompt", "kv_policy"} <= call_arguments(pipe):
+        return {}
+    from pipelines.next_scale_text import DEFAULTS
+
+    return {**DEFAULTS, **(pipe.config.get("defaults") or {})}
 
 
 def call_arguments(pipe: Pipeline) -> frozenset[str]:

@@ -95,7 +95,8 @@ def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, t
         for i, frames in enumerate(painted.pictures):
             if request.pick in (None, i):
                 settings = _settings(canvas, i, model, studio, painted, frames)
-                tell(_finish(order, first + i if request.pick is None else 0, model, studio, settings, frames, seconds))
+                place = first + i if request.pick is None else 0
+                tell(_finish(order, place, model, studio, settings, frames, seconds, painted.report))
         if painted.ended_after is not None and switches.finish.is_set():
             return
 
@@ -119,7 +120,7 @@ def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> An
     fields = type(request).model_fields
     if request.guidance is None:
         values["guidance"] = model.guidance
-    for name in ("top_k", "top_p", "temperature", "smooth", "kv_policy"):
+    for name in ("top_k", "top_p", "temperature", "smooth", "kv_policy", "kv_budget", "kv_dtype"):
         default = model.defaults.get(name)
         if name in fields and getattr(request, name) is None and isinstance(default, int | float | str):
             values[name] = default
@@ -216,6 +217,7 @@ def _finish(
     settings: PictureSettings,
     frames: list[Image.Image],
     seconds: float,
+    report: str,
 ) -> Picture:
     """Write a picture, or a clip and a picture of some of its frames; then it counts."""
     clip = None if model.frames is None else Clip(tuple(frames), model.fps)
@@ -229,7 +231,7 @@ def _finish(
         video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), settings)
     name = "" if path is None else path.name
     studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds))
-    return Picture(path, settings.seed, settings, image, seconds, clip, video)
+    return Picture(path, settings.seed, settings, image, seconds, clip, video, report)
 
 
 def _settings(
@@ -303,9 +305,9 @@ class _StepClock:
         self._batch += 1
         self._steps = steps
 
-    def step(self, step: int, preview: Image.Image | None) -> None:
+    def step(self, step: int, preview: Image.Image | None, strip: str = "") -> None:
         done = (self._batch - 1 - self._skipped) * self._steps + step
         left = max((self._batches - self._skipped) * self._steps - done, 0)
         eta = (time.monotonic() - self._started) / done * left
         steps = max(self._steps, step)  # a second-order scheduler calls back more often than it was asked to step
-        self._tell(Step(step, steps, self._batch, self._batches, preview, eta))
+        self._tell(Step(step, steps, self._batch, self._batches, preview, eta, strip))

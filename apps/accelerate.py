@@ -1,0 +1,95 @@
+"""What makes one request faster: a step cache for denoising, a search among candidates, and what they report."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from apps.metadata import StepCache
+
+KNOBS = {
+    "taylorseer": "every",
+    "hicache": "every",
+    "fora": "every",
+    "foca": "every",
+    "fbcache": "threshold",
+    "easycache": "threshold",
+    "dicache": "threshold",
+    "speca": "base",
+}
+"""Presets that need nothing measured beforehand, and the parameter of each that trades time for likeness."""
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class RunningCache:
+    """A step cache on a pipeline, or none.
+
+    Attributes:
+        mechanism: a `sampling.step_cache.StepCache`.
+    """
+
+    mechanism: Any = None
+
+    def strip(self) -> str:
+        """Return a letter for each step so far: C computed, a dot forecast; empty without a cache."""
+        branches = [] if self.mechanism is None else list(self.mechanism.decisions().values())
+        steps = branches[0] if branches else {}
+        return "".join("C" if steps[step] else "." for step in sorted(steps))
+
+
+@contextmanager
+def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
+    """Attach a step cache for one call.
+
+    Args:
+        pipe: with its scheduler in place.
+        wish: what was asked for; None attaches nothing.
+
+    Raises:
+        ValueError: an unknown preset, a parameter out of range, or a network that it can't be attached to.
+    """
+    if wish is None:
+        yield RunningCache()
+        return
+    if wish.preset not in KNOBS:
+        raise ValueError(f"There is no such step cache; choose among {', '.join(KNOBS)}.")
+    from dit.runtime.attachment import AttachError
+    from sampling.step_cache import StepCache as Mechanism
+
+    knob = KNOBS[wish.preset]
+    amount = None if wish.amount is None else round(wish.amount) if knob == "every" else wish.amount
+    mechanism = Mechanism.preset(wish.preset, **({} if amount is None else {knob: amount}))
+    try:
+        attachment = mechanism.attach(pipe)
+    except AttachError as error:
+        raise ValueError(f"The step cache {wish.preset!r} doesn't fit this model: {error}.") from error
+    with attachment:
+        yield RunningCache(mechanism)
+
+
+def search_argument(method: str | None, candidates: int | None) -> dict[str, Any]:
+    """Return the argument of a next-scale call that searches among candidates; empty without a search."""
+    if method is None:
+        return {}
+    from sampling.test_time_search import TTSConfig
+
+    sizes = {"batch_sizes": candidates or 4} if method == "best_of" else {}
+    return {"search": TTSConfig(method=method, **sizes)}
+
+
+def describe(pipe: Any, cache: RunningCache) -> str:
+    """Say what accelerators did in the call that has just ended; empty without any."""
+    told = []
+    strip = cache.strip()
+    if strip:
+        told.append(f"{strip.count('.')} of {len(strip)} steps forecast")
+    kept = getattr(pipe, "kv_report", None)
+    if kept is not None:
+        told.append(
+            f"KV {kept.policy}: {100 * kept.share:.0f} % kept, peak {kept.peak_bytes / MIB:.1f} of "
+            f"{kept.full_bytes / MIB:.1f} MiB"
+        )
+    return ", ".join(told)
