@@ -289,14 +289,15 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         """The generator's inputs for pictures that are known, all scales from the second on in one row.
 
         Args:
-            indices: bits of each scale, (B, N_s, d p p) each; those of the last scale are not needed.
+            indices: bits of each scale, (B, N_s, d p p) each; those of the last scale are not needed. Fewer scales give
+                the inputs up to the scale after them.
             grids: the schedule of token maps.
 
         Returns:
             (B, L - N_0, d p p), float32.
         """
         latents, inputs = self.start_latents(indices[0].shape[0], grids), []
-        for scale in range(len(grids or self.grids) - 1):
+        for scale in range(min(len(indices), len(grids or self.grids) - 1)):
             latents = self.accumulate(latents, indices[scale], scale, grids)  # (B, d, H, W)
             inputs.append(self.next_input(latents, scale + 1, grids))  # (B, N, d p p)
         return torch.cat(inputs, dim=1)  # (B, L - N_0, d p p)

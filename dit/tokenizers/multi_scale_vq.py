@@ -387,13 +387,14 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         """The generator's inputs for pictures that are known, all scales from the second on in one row.
 
         Args:
-            indices: tokens of each scale, (B, N_s) each; those of the last scale are not needed.
+            indices: tokens of each scale, (B, N_s) each; those of the last scale are not needed. Fewer scales give the
+                inputs up to the scale after them.
 
         Returns:
             (B, L - N_0, C), float32.
         """
         latents, inputs = self.start_latents(indices[0].shape[0]), []
-        for scale in range(len(self.grids) - 1):
+        for scale in range(min(len(indices), len(self.grids) - 1)):
             latents = self.accumulate(latents, indices[scale], scale)  # (B, C, H, W)
             inputs.append(self.next_input(latents, scale + 1))  # (B, N, C)
         return torch.cat(inputs, dim=1)  # (B, L - N_0, C)

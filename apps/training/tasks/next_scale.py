@@ -124,9 +124,12 @@ class NextScaleTask(TextToImageTask):
         counts = token_counts(self.vae.grids)
         scales = min(scales or len(counts), len(counts))
         seen = tokens if generator is None else self._disturb(tokens, generator)
-        inputs = self.vae.teacher_inputs([part.to(self.context.device) for part in seen.split(counts, dim=1)])
+        known = seen.to(self.context.device).split(counts, dim=1)[: scales - 1]
         length = sum(counts[:scales])
-        return {"tokens": tokens[:, :length], "inputs": inputs[:, : length - counts[0]].cpu()}
+        if not known:  # the first scale alone sees nothing
+            size = self.vae.next_input(self.vae.start_latents(len(tokens)), 0).shape[-1]
+            return {"tokens": tokens[:, :length], "inputs": torch.zeros(len(tokens), 0, size)}
+        return {"tokens": tokens[:, :length], "inputs": self.vae.teacher_inputs(known).cpu()}
 
     def _disturb(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """Replaces some tokens by random ones (bits by their opposites); tokens (B, L) or (B, L, d)."""
