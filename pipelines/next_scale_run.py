@@ -257,7 +257,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         scales = len(task.grids) if applied is None else applied.num_scales
         self._num_timesteps = scales
         self.kv_report, self._seconds = None, 0.0
-        painter = acceleration.refiner if applied is not None and applied.handover is not None else self.transformer
+        painter = self.transformer if acceleration is None else acceleration.refiner or self.transformer
         pruning = nullcontext() if applied is None or applied.pruning is None else applied.pruning.attach(painter)
         steps: list[tuple[int, int]] = []
         with pruning:
