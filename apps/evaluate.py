@@ -115,16 +115,45 @@ def round_trip(vae: Any) -> Through:
     return through
 
 
-def painter(pipe: Any, steps: int, guidance: float) -> Generate:
-    """Returns a function that paints with a text-to-image pipeline."""
+def painter(pipe: Any, steps: int | None, guidance: float) -> Generate:
+    """Returns a function that paints with a text-to-image pipeline; `steps` is None where steps can't be chosen."""
+    settings = {"guidance_scale": guidance, "output_type": "pt"}
+    if steps is not None:
+        settings["num_inference_steps"] = steps
 
     def generate(prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
         pictures = pipe(prompt=list(prompts), generator=noise, **settings).images  # (B, 3, H, W) in [0, 1]
         return pictures.float().cpu() * 2 - 1
 
     return generate
+
+
+def call_settings(pipe: Any, steps: int | None, guidance: float | None) -> tuple[int | None, float]:
+    """The steps and the guidance of a call: those given, else the pipeline's own.
+
+    Next-scale pipelines have no steps to choose, and keep the guidance that suits the model in their configuration.
+
+    Raises:
+        ValueError: steps are given for a pipeline that has none to choose.
+    """
+    defaults = {name: one.default for name, one in inspect.signature(type(pipe).__call__).parameters.items()}
+    own = dict(getattr(pipe.config, "defaults", None) or {})
+    scale = next(
+        one for one in (guidance, defaults["guidance_scale"], own.get("guidance_scale"), 1.0) if one is not None
+    )
+    if "num_inference_steps" in defaults:
+        return int(defaults["num_inference_steps"] if steps is None else steps), float(scale)
+    if steps is not None:
+        raise ValueError(f"{type(pipe).__name__} paints scale by scale and takes no --steps; leave it out")
+    return None, float(scale)
+
+
+def picture_side(pipe: Any) -> int:
+    """Side of the pictures that a pipeline was trained on, in pixels."""
+    grids = getattr(pipe.vae, "grids", None)
+    cells = pipe.transformer.config.sample_size if grids is None else grids[-1][0]
+    return cells * pipe.vae_scale_factor
 
 
 @dataclass(frozen=True)
@@ -237,9 +266,7 @@ def run(
     names = read_vocabulary(vocabulary or str(_vocabulary_file(pipe, model)))
     folder = output or Path("outputs") / f"evaluate-{Path(model).name}"
     folder.mkdir(parents=True, exist_ok=True)
-    defaults = inspect.signature(type(pipe).__call__).parameters
-    num_steps = int(defaults["num_inference_steps"].default if steps is None else steps)
-    scale = float(defaults["guidance_scale"].default if guidance is None else guidance)
+    num_steps, scale = call_settings(pipe, steps, guidance)
     settings = {"prompts": prompts, "steps": num_steps, "guidance": scale, "seed": seed, "batch_size": batch_size}
     report = Report(model, settings, describe_machine(torch.device(pipe.device), pipe.transformer.dtype), len(names))
     sheet = load_sprites()
@@ -261,7 +288,7 @@ def examine(
     pipe: Any, examiner: Examiner, sets: Sequence[str], generate: Generate, report: Report, folder: Path
 ) -> None:
     """Fills a report, and writes the contact sheet into `folder`."""
-    resolution = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    resolution = picture_side(pipe)
     through = round_trip(pipe.vae)
     report.ceiling = examiner.ceiling(resolution, lambda pictures: pictures, "fresh renders")
     report.autoencoder = dict(examiner.ceiling(resolution, through, "after a round trip"))
@@ -309,7 +336,8 @@ def _vocabulary_file(pipe: Any, model: str) -> Path:
 
 def _subtitle(report: Report) -> str:
     settings, machine = report.settings, report.machine
-    return f"{settings['steps']} steps, guidance {settings['guidance']:g}, {machine['dtype']} on {machine['device']}"
+    steps = "" if settings["steps"] is None else f"{settings['steps']} steps, "
+    return f"{steps}guidance {settings['guidance']:g}, {machine['dtype']} on {machine['device']}"
 
 
 def _progress(console: Console) -> Progress:

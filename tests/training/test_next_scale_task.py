@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from apps import evaluate
 from apps.training.code_usage import CodeUsage
 from apps.training.loop import Trainer, train
 from apps.training.task import load_config
@@ -200,6 +201,11 @@ def test_the_generator_is_exported_as_a_pipeline(configured, tmp_path, vae):
     pipe = load_pipeline(folder / "export", device="cpu")
     pictures = pipe("a red apple", generator=torch.Generator().manual_seed(0), output_type="pt").images
     assert pictures.shape == (1, 3, 32, 32)
+    assert evaluate.call_settings(pipe, None, None) == (None, 3.0), "previews and evaluations draw as was configured"
+    assert evaluate.call_settings(pipe, None, 1.5) == (None, 1.5)
+    assert evaluate.picture_side(pipe) == 32
+    with pytest.raises(ValueError, match="takes no --steps"):
+        evaluate.call_settings(pipe, 28, None)
     assert len((folder / "export/vocabulary.txt").read_text().splitlines()) == 128
 
 
@@ -248,7 +254,7 @@ def test_losses_by_hand():
     assert torch.equal(features.grad, torch.ones(1, 2))
     assert quantised.grad is None
     loss = residual_loss(features, [quantised], commitment=0.5)
-    assert float(loss) == pytest.approx(1.5 * (4 + 9) / 2)
+    assert loss.item() == pytest.approx(1.5 * (4 + 9) / 2)
 
 
 def test_entropies_reward_sure_and_varied_choices():
