@@ -253,7 +253,9 @@ class NextScaleBlock(nn.Module):
 
     def modulate_by(self, condition: Tensor, shared: Tensor | None) -> Tensor:
         """This block's six vectors (B, 6, D) from the condition (B, D) or the network's shared vectors (B, 6, D)."""
-        return self.modulation(condition) if self.modulation is not None else self.modulation_table + shared
+        if self.modulation is not None:
+            return self.modulation(condition)
+        return self.modulation_table.to(shared.device) + shared  # offloading brings it over in `forward` only
 
     def forward(
         self,

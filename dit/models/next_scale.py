@@ -261,6 +261,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
             nn.init.trunc_normal_(self.null_text, std=1.2 / math.sqrt(self.config.text_dim))
 
     # ---------------------------------------------------------------- condition
+    # Offloading layer by layer brings weights over for calls of their module. What lies beside the modules, or is read
+    # without a call, is brought over by hand: `.to(device)` below does nothing elsewhere.
 
     @apply_forward_hook
     def empty_text(self, length: int, batch_size: int = 1) -> Tensor:
@@ -311,13 +313,13 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
         condition, text = self._embed_condition(class_labels, encoder_hidden_states, encoder_attention_mask)
         shared = None if self.adaln_single is None else self.adaln_single(condition)  # (B, 6, D)
         return NextScaleCondition(
-            start=condition[:, None] + self.start_embed,  # (B, N0, D)
+            start=condition[:, None] + self.start_embed.to(condition.device),  # (B, N0, D)
             modulation=tuple(block.modulate_by(condition, shared) for block in self.transformer_blocks),
             modulation_out=self.modulation_out(F.silu(condition)).unflatten(-1, (2, -1)),  # (B, 2, D)
             grids=grids,
             text=() if text is None else tuple(block.cross_attn.read(text) for block in self.transformer_blocks),
             text_mask=encoder_attention_mask,
-            rotary=self._rotary(grids),
+            rotary=self._rotary(grids, condition.device),
         )
 
     def _embed_condition(
@@ -349,12 +351,12 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
             )
         return grids
 
-    def _rotary(self, grids: tuple[Grid, ...]) -> tuple[Rotary, ...]:
+    def _rotary(self, grids: tuple[Grid, ...], device: torch.device) -> tuple[Rotary, ...]:
         """Rotary angles of each scale, (cos, sin), each (N, E); none with learned positions."""
         if self.pos_embed is not None:
             return ()
         half, reference = self.config.attention_head_dim // 2, reference_grid(grids)
-        places = [scale_positions(grid, reference, self.start_embed.device) for grid in grids]  # (N, 2) each
+        places = [scale_positions(grid, reference, device) for grid in grids]  # (N, 2) each
         return tuple(rotary_embedding(place, (half, half)) for place in places)
 
     # --------------------------------------------------------------- generation
@@ -414,7 +416,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
             config.num_attention_heads,
             config.attention_head_dim,
             dtype=self.dtype,
-            device=self.start_embed.device,
+            device=self.device,
             plan=plan,
             kv_dtype=kv_dtype,
             grids=grids,
@@ -455,8 +457,8 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
             raise ValueError(f"codes of scale {scale} are {found}, expected {wanted}")
         tokens = condition.start if codes is None else self.code_embed(codes.to(self.dtype))  # (B, N, D)
         if self.pos_embed is not None:
-            tokens = tokens + self.pos_embed[place]  # (B, N, D)
-        hidden_states = tokens + self.scale_embed.weight[scale]  # (B, N, D)
+            tokens = tokens + self.pos_embed[place].to(tokens.device)  # (B, N, D)
+        hidden_states = tokens + self.scale_embed.weight[scale].to(tokens.device)  # (B, N, D)
         rotary = condition.rotary[scale] if condition.rotary else None
         for layer, block in enumerate(self.transformer_blocks):
             hidden_states = block(
