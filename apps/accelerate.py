@@ -10,6 +10,7 @@ from typing import Any
 from apps.metadata import StepCache
 
 KNOBS = {
+    "budget": "budget",
     "taylorseer": "every",
     "hicache": "every",
     "fora": "every",
@@ -19,7 +20,8 @@ KNOBS = {
     "dicache": "threshold",
     "speca": "base",
 }
-"""Presets that need nothing measured beforehand, and the parameter of each that trades time for likeness."""
+"""Presets that anybody can use, and the parameter of each that trades time for likeness. "budget" needs a profile in
+the model's folder, as the built-in one has."""
 MIB = 2**20
 
 
@@ -38,6 +40,26 @@ class RunningCache:
         branches = [] if self.mechanism is None else list(self.mechanism.decisions().values())
         steps = branches[0] if branches else {}
         return "".join("C" if steps[step] else "." for step in sorted(steps))
+
+
+def read_cache(text: str) -> StepCache:
+    """Read a step cache from a command line, `budget=0.35` or `fbcache:threshold=0.1`.
+
+    Raises:
+        ValueError: an unknown preset, or a parameter other than its main one (the Python API takes them all).
+    """
+    from pipelines.step_cache import parse_cache
+
+    preset, params = parse_cache(text)
+    knob = KNOBS.get(preset)
+    others = sorted(set(params) - {knob})
+    if knob is None or others:
+        offered = ", ".join(f"{name}:{key}=..." for name, key in KNOBS.items())
+        raise ValueError(f"The step cache {text!r} can't be set here; choose among {offered}.")
+    amount = params.get(knob)
+    if amount is not None and not isinstance(amount, int | float):
+        raise ValueError(f"The step cache {text!r} needs a number behind {knob}=.")
+    return StepCache(preset=preset, amount=amount)
 
 
 @contextmanager
@@ -61,7 +83,12 @@ def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
 
     knob = KNOBS[wish.preset]
     amount = None if wish.amount is None else round(wish.amount) if knob == "every" else wish.amount
-    mechanism = Mechanism.preset(wish.preset, **({} if amount is None else {knob: amount}))
+    params = {} if amount is None else {knob: amount}
+    if wish.preset == "budget":
+        from pipelines.step_cache import find_profile
+
+        params["profile"] = find_profile(pipe)
+    mechanism = Mechanism.preset(wish.preset, **params)
     try:
         attachment = mechanism.attach(pipe)
     except AttachError as error:

@@ -172,6 +172,10 @@ def generate(
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a clip; the model's default if absent.")] = None,
     style: Annotated[str | None, typer.Option(help="Name of a style, see apps/presets/styles.json.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="euler, heun, sde, dpm++, unipc, ddim or ddpm.")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="Compute some steps, forecast the rest: budget=0.35, taylorseer, fbcache:threshold=0.1 ..."),
+    ] = None,
     image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Start from this picture.")] = None,
     mask: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="With --image: paint only where it is white.")
@@ -214,6 +218,7 @@ def generate(
         frames=frames,
         style=style,
         scheduler=scheduler,
+        cache=cache,
         image=image,
         mask=mask,
         strength=strength,
@@ -295,8 +300,18 @@ def evaluate(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="paint (a picture and its parts) or start (imports).")],
-    model: Annotated[str, typer.Option(help="Built-in name, folder or hub id.")] = "stickers",
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="paint (a picture and its parts), start (imports), cache (step caches), or kv and search (what "
+            "next-scale models lose by forgetting and gain by searching)."
+        ),
+    ],
+    name: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Built-in name, folder or hub id; as --model.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Built-in name, folder or hub id.", show_default="stickers")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Pictures to compare, for kv and search.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 7,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", dir_okay=False, help="JSON file for the report.")
@@ -311,7 +326,8 @@ def bench(
 
     run(
         what=what,
-        model=model,
+        model=name or model,
+        prompts=prompts,
         repeats=repeats,
         output=output,
         device=device,
@@ -319,6 +335,23 @@ def bench(
         smoke=smoke,
         json_output=json_output,
     )
+
+
+@app.command("calibrate-cache")
+def calibrate_cache(
+    model: Annotated[str, typer.Argument(help="Built-in name, folder or hub id.")] = "stickers",
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt to learn from; one to four are enough.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", dir_okay=False, help="File to write; the model's folder if absent.")
+    ] = None,
+    steps: Steps = None,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+) -> None:
+    """Learn which steps of a model can be forecast, for --cache budget=0.35."""
+    from apps.calibrate_cache import run
+
+    run(model, prompts=prompt or (), steps=steps, output=output, device=device, dtype=dtype)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from apps import limits
+from apps.accelerate import read_cache
 from apps.engine import STATE_FOLDER, Engine, Event, Failed, ModelLoading, Picture, Step
 from apps.jobs import REQUEST, AnyRequest, repeat
 from apps.media import read_mp4, save_mp4
@@ -47,6 +48,7 @@ class Wishes:
         image: file of a picture to start from.
         mask: file of a mask, white where to paint.
         strength: how much of the picture is repainted.
+        cache: step cache with its main parameter, e.g. `budget=0.35` or `fbcache:threshold=0.1`.
     """
 
     prompt: str | None = None
@@ -64,6 +66,7 @@ class Wishes:
     image: Path | None = None
     mask: Path | None = None
     strength: float | None = None
+    cache: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +157,7 @@ def make_request(
         "style": wishes.style,
         "scheduler": wishes.scheduler,
         "strength": wishes.strength,
+        "step_cache": None if wishes.cache is None else read_cache(wishes.cache),
         "image": _hand_in(wishes.image, taken.image if taken else None, settings, engine),
         "mask": _hand_in(wishes.mask, taken.mask if taken else None, settings, engine),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,25 +44,31 @@ class GramObserver(Mechanism):
         self._sketch: tuple[Tensor, Tensor] | None = None
 
     def install(self, attachment: Attachment) -> None:
-        """Listen to the output of every network."""
+        """Listen to the output of every network, from where coordinates are still said."""
         for model in attachment.models.values():
-            attachment.after(model, partial(self._note, attachment))
+            attachment.around(model, partial(self._watch, attachment, model))
 
     def begin(self, prompt: Any) -> None:
         """Forget an unfinished run."""
         self._branches = {}
 
-    def _note(self, attachment: Attachment, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        here = current_coordinates()
+    def _watch(
+        self, attachment: Attachment, model: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        output, here = forward(*args, **kwargs), current_coordinates()
         if here is None:
-            return attachment.skip("no coordinates")
+            attachment.skip("no coordinates")
+        else:
+            self._note(attachment, model, here, output)
+        return output
+
+    def _note(self, attachment: Attachment, model: nn.Module, here: Coordinates, output: Any) -> None:
         tensors, _ = take_apart(output)
         prediction = torch.stack(tensors) if isinstance(output, list) else tensors[0]  # (B, ...)
         self._steps = here.num_steps
         for branch, part in self._parts(attachment, model, here, prediction):
             self._numbers = part.numel()
             self._branches.setdefault(branch, {})[here.step] = self._sketched(part.detach().float().flatten(1))
-        return None
 
     def _parts(
         self, attachment: Attachment, model: nn.Module, here: Coordinates, prediction: Tensor

@@ -190,6 +190,7 @@ class StepCache(Mechanism):
         self._attachment = attachment
         for component, model in attachment.models.items():
             bare = unwrap(model)
+            self.gate.check(bare)
             if hasattr(bare, "enable_cache"):
                 attachment.replace(bare, "enable_cache", _refuse)
             place = self.region.place(self, attachment, component, model)

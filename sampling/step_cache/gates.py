@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit.runtime.coordinates import Coordinates
 from sampling.step_cache.values import mean_change
@@ -51,6 +51,13 @@ class Gate(ABC):
         self, here: Coordinates, memory: Memory, signal: Signal, computed: bool, output: Tensor | None
     ) -> None:
         """Hear how a call ended, whoever decided; `output` is the network's where it was computed."""
+
+    def check(self, model: nn.Module) -> None:  # noqa: B027 (most gates fit any network)
+        """Refuse a network that the gate was not made for.
+
+        Raises:
+            ArtifactError: with the reason.
+        """
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,19 @@ class Budget(Gate):
         budget: share of the calls that are computed, in (0, 1].
         fill: what fills the gaps: "gram", "newton" or "reuse".
         guidance: scale of the runs; None is that of the calibration.
+        checks: whether to refuse networks that the profile was not measured on.
     """
 
     profile: Profile
     budget: float
     fill: Literal["reuse", "newton", "gram"] = "gram"
     guidance: float | None = None
+    checks: bool = True
+
+    def check(self, model: nn.Module) -> None:
+        """See `Gate.check`."""
+        if self.checks:
+            self.profile.check(model)
 
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:

@@ -54,7 +54,7 @@ def data(name: str) -> Any:
     return json.loads((files("sampling.step_cache") / "data" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def budget(budget: float, profile: Profile | str | None, fill: str, guidance: float | None) -> StepCache:
+def budget(budget: float, profile: Profile | str | None, fill: str, guidance: float | None, check: bool) -> StepCache:
     """The best steps for a share of the calls; the others are what the two before them predict.
 
     Args:
@@ -62,6 +62,7 @@ def budget(budget: float, profile: Profile | str | None, fill: str, guidance: fl
         profile: of the model, or a file of one, see `calibrate_budget`.
         fill: "gram" (least squares by the profile), "newton" (a line in sigma) or "reuse".
         guidance: scale of the runs; None is that of the calibration.
+        check: whether to refuse networks that the profile was not measured on.
     """
     from sampling.step_cache.profile import Profile
 
@@ -75,7 +76,7 @@ def budget(budget: float, profile: Profile | str | None, fill: str, guidance: fl
     forecasters: dict[str, Forecaster] = {"newton": Newton(1), "reuse": Reuse(), "gram": Gram(found)}
     if fill not in forecasters:
         raise ValueError(f"fill {fill!r} is not known; use one of {', '.join(forecasters)}")
-    return StepCache(Budget(found, budget, fill, guidance), forecasters[fill], Output())  # pyright: ignore
+    return StepCache(Budget(found, budget, fill, guidance, check), forecasters[fill], Output())  # pyright: ignore
 
 
 def fora(every: int, first: int) -> StepCache:

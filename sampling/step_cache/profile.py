@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from os import PathLike
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
-from dit.runtime.artifacts import ArtifactError, ArtifactHeader, read_artifact, write_artifact
-from dit.runtime.attachment import find_networks
+from dit.runtime.artifacts import ArtifactError, ArtifactHeader, model_fingerprint, read_artifact, write_artifact
 from sampling.step_cache.schedule import Errors, best_steps
 
 KIND = "step_cache_profile"
@@ -120,24 +120,26 @@ class Profile:
         size = np.sqrt(np.diag(self.gram()))
         return (1.0, *(size[1:] / size[:-1]).tolist())
 
-    def check(self, pipeline: Any, *, any_weights: bool = False, any_scheduler: bool = False) -> None:
-        """Refuse a profile of another model.
-
-        A profile is about the network; it carries to other sizes and, in sigma, to other schedulers and step counts.
+    def check(self, model: nn.Module) -> None:
+        """Refuse a profile of another network; sizes, schedulers and step counts may differ, as it is kept in sigma.
 
         Args:
-            pipeline: that it is to be used on.
-            any_weights: accept other weights of the same architecture.
-            any_scheduler: accept another scheduler.
+            model: the network that it is to be used on, wrapped or not.
 
         Raises:
             ArtifactError: with what differs.
         """
-        model = next(iter(find_networks(pipeline).values()))
-        here = ArtifactHeader.of(KIND, model, pipeline.scheduler, self.header.grid, ())
-        if any_scheduler:
-            here = ArtifactHeader(here.kind, here.architecture, here.weights, self.header.scheduler, here.grid, ())
-        self.header.check(here, any_weights=any_weights)
+        architecture, weights = model_fingerprint(model)
+        if self.header.architecture != architecture:
+            reason = "another architecture (or a quantized network)"
+        elif self.header.weights != weights:
+            reason = "other weights of this architecture"
+        else:
+            return
+        raise ArtifactError(
+            f"this step cache profile was measured on {reason}: calibrate anew with calibrate_budget(), or pass "
+            "check=False if you know that the networks behave alike"
+        )
 
     # ------------------------------------------------------------------------ files
 
