@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from apps.bench_next_scale import Asked, bench_kv, bench_search, show_tables
 from apps.machine import describe_machine
 from dit.runtime.compare import Comparison, count_flops, measure
 from pipelines import load_pipeline
@@ -33,8 +34,9 @@ IMPORTS = {
 def run(
     what: str,
     *,
-    model: str = "stickers",
+    model: str | None = None,
     repeats: int = 7,
+    prompts: int = 64,
     output: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -45,8 +47,9 @@ def run(
 
     Args:
         what: a key of `BENCHMARKS`.
-        model: built-in name, folder or hub id.
+        model: built-in name, folder or hub id; None is what the benchmark is meant for.
         repeats: counted rounds.
+        prompts: pictures to compare, for benchmarks of quality.
         output: JSON file.
         device: where to run; "auto" is the best there is.
         dtype: of the weights; "auto" suits the device.
@@ -62,22 +65,25 @@ def run(
     if what not in BENCHMARKS:
         raise ValueError(f"no benchmark {what!r}: choose one of {', '.join(BENCHMARKS)}")
     place, precision = (None if value == "auto" else value for value in (device, dtype))
-    report = {"benchmark": what, **BENCHMARKS[what](model, 1 if smoke else repeats, place, precision)}
+    asked = Asked(model, 1 if smoke else repeats, min(prompts, 2) if smoke else prompts, place, precision)
+    report = {"benchmark": what, **BENCHMARKS[what](asked)}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console = Console(soft_wrap=True)
     if json_output:
         console.print_json(data=report)
+    elif "tables" in report:
+        show_tables(report, console)
     else:
         _show(report, console)
     return report
 
 
-def bench_paint(model: str, repeats: int, device: str | None, dtype: str | None) -> dict[str, Any]:
+def bench_paint(asked: Asked) -> dict[str, Any]:
     """Times a picture at the pipeline's defaults, and its parts."""
     begun = time.perf_counter()
-    pipe: Any = load_pipeline(model, device=device, dtype=dtype)
+    pipe: Any = load_pipeline(asked.model or "stickers", device=asked.device, dtype=asked.dtype)
     pipe.set_progress_bar_config(disable=True)
     loading = time.perf_counter() - begun
     calls: list[dict[str, Any]] = []
@@ -98,7 +104,7 @@ def bench_paint(model: str, repeats: int, device: str | None, dtype: str | None)
     def decode() -> None:
         pipe.visual_tokenizer.decode(latents.to(pipe.vae.dtype))
 
-    comparison = measure({"picture": paint, "forward pass": step, "decoder": decode}, repeats)
+    comparison = measure({"picture": paint, "forward pass": step, "decoder": decode}, asked.repeats)
     return {
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
         "steps": len(calls),
@@ -107,9 +113,9 @@ def bench_paint(model: str, repeats: int, device: str | None, dtype: str | None)
     }
 
 
-def bench_start(model: str, repeats: int, device: str | None, dtype: str | None) -> dict[str, Any]:
+def bench_start(asked: Asked) -> dict[str, Any]:
     """Times imports in fresh processes."""
-    comparison = measure({name: _in_fresh_process(code) for name, code in IMPORTS.items()}, repeats)
+    comparison = measure({name: _in_fresh_process(code) for name, code in IMPORTS.items()}, asked.repeats)
     ours, theirs = comparison.timings["diffusers + pipelines"], comparison.timings["diffusers"]
     added = statistics.median(a - b for a, b in zip(ours.wall, theirs.wall, strict=True))
     return {
@@ -126,10 +132,16 @@ def bench_cache(model: str, repeats: int, device: str | None, dtype: str | None)
     return implementation.bench_cache(model, repeats, device, dtype)
 
 
-BENCHMARKS: dict[str, Callable[[str, int, str | None, str | None], dict[str, Any]]] = {
+def _bench_cache(asked: Asked) -> dict[str, Any]:
+    return bench_cache(asked.model or "stickers", asked.repeats, asked.device, asked.dtype)
+
+
+BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "paint": bench_paint,
     "start": bench_start,
-    "cache": bench_cache,
+    "cache": _bench_cache,
+    "kv": bench_kv,
+    "search": bench_search,
 }
 
 

@@ -98,6 +98,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         kv_policy: str = "full",
         kv_budget: float = 0.1,
         kv_dtype: str = "auto",
+        kv_observe: int = 16,
         acceleration: ScaleAcceleration | None = None,
         search: TTSConfig | None = None,
         image: Any = None,
@@ -124,6 +125,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
             kv_policy: what to keep of earlier scales, one of `dit.cache.POLICIES`; `pipe.kv_report` tells what it took.
             kv_budget: share of the history to keep on average over the layers, 0.1 = 10 %; "full" keeps all.
             kv_dtype: how to store it, one of `dit.cache.KV_DTYPES`.
+            kv_observe: tokens of the current scale whose queries choose what is kept, for the policies that ask.
             acceleration: what to leave out to be faster, see `ScaleAcceleration`; `pipe.acceleration_report` tells.
             search: paint several candidates and go on with the promising, see `TTSConfig`; the output's `search` holds
                 them. Its draws come from the generator of a prompt's first picture.
@@ -149,7 +151,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         how = TokenSampling(guidance_scale, top_k, top_p, temperature, smooth)
         check_count("num_images_per_prompt", num_images_per_prompt, 1, 1024)
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        options = ScaleOptions(kv_policy, kv_budget, kv_dtype, acceleration, search, image, mask_image)
+        options = ScaleOptions(kv_policy, kv_budget, kv_dtype, kv_observe, acceleration, search, image, mask_image)
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         labels = self.get_label_ids(class_labels).repeat_interleave(num_images_per_prompt)  # (B,)
         check_generators(generator, len(labels))

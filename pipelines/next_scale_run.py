@@ -20,7 +20,7 @@ from dit.cache import KV_DTYPES, POLICIES, KVCalibrator, KVProfile, KVReport, Sc
 from dit.layers.scales import Grid, token_counts
 from dit.runtime.compare import psnr, relative_error
 from pipelines.base import TesseraPipeline
-from pipelines.checks import check_choice, check_number
+from pipelines.checks import check_choice, check_count, check_number
 from pipelines.inpaint import MaskInput, read_mask
 from pipelines.lora import TransformerLoraMixin
 from pipelines.next_scale_edit import KeptTokens
@@ -61,6 +61,7 @@ class ScaleOptions:
     kv_policy: str = "full"
     kv_budget: float = 0.1
     kv_dtype: str = "auto"
+    kv_observe: int = 16
     acceleration: ScaleAcceleration | None = None
     search: TTSConfig | None = None
     image: Any = None
@@ -70,6 +71,7 @@ class ScaleOptions:
         check_choice("kv_policy", self.kv_policy, POLICIES)
         check_choice("kv_dtype", self.kv_dtype, KV_DTYPES)
         check_number("kv_budget", self.kv_budget, 0.0, 1.0)
+        check_count("kv_observe", self.kv_observe, 1, 65536)
         if self.kv_budget == 0:
             raise ValueError("kv_budget=0 would forget everything: expected a share above 0 and up to 1, such as 0.1")
         for name, value, kind in (
@@ -179,7 +181,8 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         """
         self._calibration, self._calibrator = {"observe": observe, "pool": pool}, None
         try:
-            self(*arguments, **{**keywords, "kv_policy": "full", "kv_dtype": "auto", "output_type": "latent"})
+            call: Any = self  # subclasses can be called
+            call(*arguments, **{**keywords, "kv_policy": "full", "kv_dtype": "auto", "output_type": "latent"})
             if self._calibrator is None:
                 raise ValueError("the call painted nothing to calibrate on")
             self._kv_profile = self._calibrator.profile()
@@ -204,7 +207,9 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
                     f"the calibration for ScaleKV is of the schedule {list(profile.grids)}, painted is "
                     f"{list(task.grids)}: run `calibrate_kv` on it"
                 )
-        plan = transformer.plan_cache(options.kv_policy, options.kv_budget, task.grids, profile)
+        plan = transformer.plan_cache(
+            options.kv_policy, options.kv_budget, task.grids, profile, observe=options.kv_observe
+        )
         return transformer.make_cache(
             rows, grids=task.grids, plan=plan.first(scales), kv_dtype=options.kv_dtype, observer=observer
         )

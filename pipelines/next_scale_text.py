@@ -91,6 +91,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer"
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
+    _guidance_scale: Any = 1.0  # one value a scale while a call runs
 
     def __init__(
         self,
@@ -133,6 +134,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         kv_policy: str = "full",
         kv_budget: float = 0.1,
         kv_dtype: str = "auto",
+        kv_observe: int = 16,
         acceleration: ScaleAcceleration | None = None,
         search: TTSConfig | None = None,
         image: Any = None,
@@ -171,6 +173,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             kv_policy: what to keep of earlier scales, one of `dit.cache.POLICIES`; `pipe.kv_report` tells what it took.
             kv_budget: share of the history to keep on average over the layers, 0.1 = 10 %; "full" keeps all.
             kv_dtype: how to store it, one of `dit.cache.KV_DTYPES`.
+            kv_observe: tokens of the current scale whose queries choose what is kept, for the policies that ask.
             acceleration: what to leave out to be faster, see `ScaleAcceleration`; `pipe.acceleration_report` tells.
             search: paint several candidates and go on with the promising, see `TTSConfig`; the output's `search` holds
                 them. Its draws come from the generator of a prompt's first picture.
@@ -203,7 +206,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         self._guidance_scale, self._attention_kwargs = how.guidance_scale, attention_kwargs
         check_count("num_images_per_prompt", num_images_per_prompt, 1, 1024)
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        options = ScaleOptions(kv_policy, kv_budget, kv_dtype, acceleration, search, image, mask_image)
+        options = ScaleOptions(kv_policy, kv_budget, kv_dtype, kv_observe, acceleration, search, image, mask_image)
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
 
         rows, mask = self._encode_branches(
@@ -334,7 +337,9 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         if guided and uncond is None:
             uncond = self.transformer.empty_text(cond.shape[1], len(cond)).to(cond)  # (B, M, Dt)
             uncond_mask = mask  # as long as the text it stands beside
-        states, masks = (cond, mask) if uncond is None else (torch.cat([cond, uncond]), torch.cat([mask, uncond_mask]))
+        states, masks = cond, mask
+        if uncond is not None and uncond_mask is not None:
+            states, masks = torch.cat([cond, uncond]), torch.cat([mask, uncond_mask])  # (2B, M, Dt), (2B, M)
         if not masks.any(dim=1).all():
             raise ValueError("a prompt has no token at all: the tokenizer adds no end token to it. Say something.")
         return states, None if masks.all() else masks

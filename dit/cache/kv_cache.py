@@ -125,6 +125,11 @@ class ScaleKVCache:
         return self._shape[0]
 
     @property
+    def token_shape(self) -> tuple[int, int]:
+        """Heads K and head width E."""
+        return self._shape[1], self._shape[2]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Number format of the keys and values that come in and go out."""
         return self._dtype

@@ -1,0 +1,278 @@
+"""`tessera bench kv` and `tessera bench search`: what next-scale models gain and lose by forgetting and by searching.
+
+`kv` counts the bytes of the cache for released sizes beside those of the released code (from shapes, no weights are
+needed). With a model it also paints the same pictures with every policy at several budgets: distance from the picture
+with a full cache and, for models of the sticker world, how often the judge finds what was asked for.
+
+`search` paints two-sticker prompts once, as the best of N, and with TTS-VAR, at equal costs in tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from apps.evaluate import batches, shares
+from apps.machine import describe_machine
+from apps.stickers import Scene, load_sprites, render
+from apps.stickers.judge import Judge
+from apps.stickers.prompt_sets import SETS, draw_requests
+from apps.training.scenes import read_vocabulary
+from dit.cache import ScaleKVCache, find_table, plan_cache
+from dit.layers.scales import scale_grids, token_counts
+from dit.models.next_scale import PRESETS
+from dit.runtime.compare import psnr
+from pipelines import NextScaleClassToImagePipeline, load_pipeline
+from pipelines.next_scale_run import NextScalePipeline
+from sampling.test_time_search import TTSConfig
+
+BUDGETS = (0.25, 0.1)
+COMPRESSING = ("scalekv", "snapkv", "pyramidkv", "streaming", "window")
+OBSERVE = 8
+COSTS = (1.2, 2.0, 4.0)
+MOST_DECIBEL = 60.0
+"""Counted for pictures that are (nearly) equal, so that a mean exists."""
+
+CALIBRATION_PICTURES, BATCH = 16, 16
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a benchmark is asked to do.
+
+    Args:
+        model: built-in name, folder or hub id; None is what the benchmark is meant for.
+        repeats: counted rounds.
+        prompts: pictures to compare.
+        device: None is the best there is.
+        dtype: None suits the device.
+    """
+
+    model: str | None
+    repeats: int
+    prompts: int
+    device: str | None
+    dtype: str | None
+
+
+# ------------------------------------------------------------------------------ kv
+
+
+def bench_kv(asked: Asked) -> dict[str, Any]:
+    """Counts bytes for released sizes; compares policies on a model if one is named."""
+    report: dict[str, Any] = {"machine": describe_machine(torch.device("cpu"), torch.float32)}
+    report["tables"] = {"memory": memory_table()}
+    if asked.model is not None:
+        subject = Subject.load(asked, "single")
+        report["machine"] = describe_machine(torch.device(subject.pipe.device), subject.pipe.transformer.dtype)
+        report["tables"]["quality"] = quality_table(subject)
+    return report
+
+
+def memory_table() -> list[dict[str, Any]]:
+    """Bytes of the cache with guidance, one picture, in half precision, for the released sizes.
+
+    The released code keeps keys in float32, values in 16 bits, and the last scale too; while it joins a layer's new
+    tokens to the old, both the old and the joined row exist.
+    """
+    rows = []
+    for name, preset in PRESETS.items():
+        counts, layers = token_counts(scale_grids(preset["scales"])), preset["num_layers"]
+        heads, width = preset["num_attention_heads"], preset["attention_head_dim"]
+        token = 2 * heads * width  # numbers, both branches
+        kept = layers * sum(counts) * token * (4 + 2)
+        peak = kept + sum(counts[:-1]) * token * (4 + 2)
+        history = layers * sum(counts[:-1]) * token * 2 * 2
+        table = find_table(layers, heads * width, len(counts))
+        for policy, kv_dtype in (("full", "auto"), ("full", "int8"), ("snapkv", "auto"), ("scalekv", "auto")):
+            if policy == "scalekv" and table is None:
+                continue
+            plan = plan_cache(policy, counts, layers, 0.1, table=table)
+            cache = ScaleKVCache(
+                counts, layers, 2, heads, width, dtype=torch.bfloat16, device="meta", plan=plan, kv_dtype=kv_dtype
+            )
+            stored = stored_bytes(cache, layers)
+            rows.append(
+                {
+                    "model": name,
+                    "policy": policy if kv_dtype == "auto" else f"{policy} {kv_dtype}",
+                    "stored MiB": round(stored / 2**20, 1),
+                    "peak MiB": round(cache.peak_nbytes / 2**20, 1),
+                    "stored / history": round(stored / history, 4),
+                    "peak / released kept": round(cache.peak_nbytes / kept, 4),
+                    "peak / released peak": round(cache.peak_nbytes / peak, 4),
+                }
+            )
+    return rows
+
+
+def stored_bytes(cache: ScaleKVCache, layers: int) -> int:
+    """Run a cache on the meta device; the most bytes it holds between two scales."""
+    for scale, count in enumerate(cache.token_counts[:-1]):
+        for layer in range(layers):
+            part = torch.empty(cache.batch_size, count, *cache.token_shape, dtype=cache.dtype, device="meta")
+            cache.settle(layer, part, *cache.append(layer, scale, part, part))
+    return cache.report().stored_bytes
+
+
+def quality_table(subject: Subject) -> list[dict[str, Any]]:
+    """Each policy at each budget beside the full cache, on common seeds."""
+    subject.calibrate()
+    exact = subject.paint()
+    rows = [{"policy": "full", "budget": 1.0, "psnr": None, "recall": subject.recall(exact)}]
+    for budget in BUDGETS:
+        for policy in COMPRESSING:
+            pictures = subject.paint(kv_policy=policy, kv_budget=budget, kv_observe=OBSERVE)
+            found = [min(psnr(one, other), MOST_DECIBEL) for one, other in zip(pictures, exact, strict=True)]
+            rows.append(
+                {
+                    "policy": policy,
+                    "budget": budget,
+                    "psnr": round(statistics.mean(found), 3),
+                    "recall": subject.recall(pictures),
+                }
+            )
+    pictures = subject.paint(kv_dtype="int8")
+    found = [min(psnr(one, other), MOST_DECIBEL) for one, other in zip(pictures, exact, strict=True)]
+    rows.append(
+        {"policy": "int8", "budget": 1.0, "psnr": round(statistics.mean(found), 3), "recall": subject.recall(pictures)}
+    )
+    return rows
+
+
+# -------------------------------------------------------------------------- search
+
+
+def bench_search(asked: Asked) -> dict[str, Any]:
+    """Compares one picture, the best of N and TTS-VAR by the judge, which no search sees.
+
+    Raises:
+        ValueError: no model was named, or it comes without a scorer.
+    """
+    if asked.model is None:
+        raise ValueError("name the model to search with: tessera bench search MODEL")
+    subject = Subject.load(asked, "pair")
+    counts = token_counts(subject.pipe.transformer.grids)
+    rows = [{"method": "single", "cost": 1.0, "recall": subject.recall(subject.paint())}]
+    for cost in COSTS:
+        for method in ("best_of", "tts"):
+            if method == "best_of" and cost < 2:
+                continue
+            config = TTSConfig.for_cost(cost, counts, method=method)
+            spent: list[float] = []
+            pictures = subject.paint(spent, search=config)
+            rows.append(
+                {"method": method, "cost": round(statistics.mean(spent), 3), "recall": subject.recall(pictures)}
+            )
+    ceiling = subject.ceiling()
+    return {
+        "machine": describe_machine(torch.device(subject.pipe.device), subject.pipe.transformer.dtype),
+        "tables": {"search": [*rows, {"method": "judge's ceiling", "cost": None, "recall": ceiling}]},
+    }
+
+
+# ------------------------------------------------------------------------- subject
+
+
+@dataclass
+class Subject:
+    """A next-scale pipeline and what it is asked for.
+
+    Args:
+        pipe: of text or classes.
+        prompts: captions or class numbers.
+        others: more of them, for calibration.
+        scenes: what the judge looks for; None if the model has no sticker vocabulary.
+        metric: what the judge is asked.
+        judge: reads pictures.
+    """
+
+    pipe: Any
+    prompts: Sequence[Any]
+    others: Sequence[Any]
+    scenes: list[Scene] | None
+    metric: str
+    judge: Judge | None
+
+    @classmethod
+    def load(cls, asked: Asked, kind: str) -> Subject:
+        """Load a model and draw prompts of one of `SETS`.
+
+        Raises:
+            ValueError: it is no next-scale model, or reads text and has no vocabulary of stickers.
+        """
+        pipe: Any = load_pipeline(asked.model or "", device=asked.device, dtype=asked.dtype)
+        if not isinstance(pipe, NextScalePipeline):
+            raise ValueError(f"{asked.model} is a {type(pipe).__name__}; this benchmark needs a next-scale pipeline")
+        pipe.set_progress_bar_config(disable=True)
+        if isinstance(pipe, NextScaleClassToImagePipeline):
+            labels = [
+                label % pipe.transformer.config.num_classes for label in range(asked.prompts + CALIBRATION_PICTURES)
+            ]
+            return cls(pipe, labels[: asked.prompts], labels[asked.prompts :], None, "", None)
+        vocabulary = Path(pipe.name_or_path) / "vocabulary.txt"
+        if not vocabulary.is_file():
+            raise ValueError(f"{asked.model} has no vocabulary.txt, so it is unclear what to ask it for")
+        sheet, names = load_sprites(), read_vocabulary(str(vocabulary))
+        requests = draw_requests(SETS[kind], asked.prompts, sheet, names, seed=0)
+        others = draw_requests(SETS[kind], CALIBRATION_PICTURES, sheet, names, seed=1)
+        judge = Judge(sheet, pipe.device)
+        scenes = [request.scene for request in requests]
+        captions = [[request.prompt for request in some] for some in (requests, others)]
+        return cls(pipe, captions[0], captions[1], scenes, SETS[kind].metric, judge)
+
+    def calibrate(self) -> None:
+        """Measure which layers need their history, on prompts that are not compared."""
+        generators = [torch.Generator().manual_seed(10_000 + i) for i in range(len(self.others))]
+        self.pipe.calibrate_kv(list(self.others), generator=generators, observe=OBSERVE)
+
+    def paint(self, spent: list[float] | None = None, **options: Any) -> torch.Tensor:
+        """Paint all prompts, each with a seed of its own, (B, 3, H, W) in [0, 1]; adds the cost of searches."""
+        parts = []
+        for part in batches(range(len(self.prompts)), BATCH):
+            generators = [torch.Generator().manual_seed(seed) for seed in part]
+            out = self.pipe([self.prompts[i] for i in part], generator=generators, output_type="pt", **options)
+            parts.append(out.images.float().cpu())
+            if spent is not None:
+                spent += [found.token_cost for found in out.search or ()]
+        return torch.cat(parts)
+
+    def recall(self, pictures: torch.Tensor) -> float | None:
+        """How often the judge finds what was asked for; None without a judge."""
+        if self.judge is None or self.scenes is None:
+            return None
+        return round(shares(self.scenes, _shown(pictures), self.judge)[self.metric], 4)
+
+    def ceiling(self) -> float | None:
+        """What the judge says of fresh renders."""
+        if self.judge is None or self.scenes is None:
+            return None
+        side = self.pipe.transformer.grids[-1][0] * self.pipe.vae_scale_factor
+        renders = (render(part, load_sprites(), side) for part in batches(self.scenes, BATCH))
+        return round(shares(self.scenes, renders, self.judge)[self.metric], 4)
+
+
+def _shown(pictures: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Batches of pictures as the judge wants them, in [-1, 1]."""
+    return (part * 2 - 1 for part in pictures.split(BATCH))
+
+
+def show_tables(report: dict[str, Any], console: Console) -> None:
+    """Prints the tables of a report."""
+    machine = report["machine"]
+    for title, rows in report["tables"].items():
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        table = Table(title=f"{title} ({machine['dtype']} on {machine['device']})", box=box.SIMPLE_HEAD)
+        for column in columns:
+            table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right")
+        for row in rows:
+            table.add_row(*("" if row.get(name) is None else str(row[name]) for name in columns))
+        console.print(table)
