@@ -23,7 +23,7 @@ TOUCHED: tuple[tuple[str, str], ...] = (
     ("diffusers.hooks._helpers", "TransformerBlockRegistry.register"),
     ("diffusers.hooks._helpers", "TransformerBlockRegistry.get"),
     ("diffusers.hooks._helpers", "TransformerBlockMetadata"),
-    ("diffusers.hooks.hooks", "HookRegistry"),
+    ("diffusers.hooks.context_parallel", "apply_context_parallel"),
     ("diffusers.models._modeling_parallel", "ParallelConfig"),
     ("diffusers.loaders.single_file_utils", "fetch_diffusers_config"),
     ("diffusers.loaders.single_file_utils", "SingleFileComponentError"),
@@ -99,6 +99,33 @@ def block_streams(block: type[nn.Module]) -> tuple[tuple[str, str], tuple[int, i
         return None
     arguments = found.hidden_states_argument_name, found.encoder_hidden_states_argument_name
     return arguments, (found.return_hidden_states_index, found.return_encoder_hidden_states_index)
+
+
+def enable_ulysses(model: nn.Module, degree: int) -> None:
+    """Set a diffusers network up for Ulysses attention on the present process group, on any device.
+
+    What `enable_parallelism` does, without its look at the number of accelerators, which is 0 on a CPU.
+
+    Args:
+        model: the bare network, with `_cp_plan`.
+        degree: number of processes.
+    """
+    from diffusers import ContextParallelConfig
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+
+    apply = _private("diffusers.hooks.context_parallel", "apply_context_parallel")
+    device = next(model.parameters()).device
+    config = ContextParallelConfig(ulysses_degree=degree)
+    mesh = init_device_mesh(device.type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
+    parallel = _private("diffusers.models._modeling_parallel", "ParallelConfig")(context_parallel_config=config)
+    parallel.setup(distributed.get_rank(), distributed.get_world_size(), device, mesh=mesh)
+    holders: list[Any] = [model, *(getattr(part, "processor", None) for part in model.modules())]
+    for holder in holders:
+        if hasattr(holder, "_parallel_config"):
+            holder._parallel_config = parallel
+    plan: Any = model._cp_plan
+    apply(model, config, plan)
 
 
 _STEP_CACHES = ("fbc_", "mag_cache", "sea_cache", "taylorseer", "faster_cache", "pyramid_attention")

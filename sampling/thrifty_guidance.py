@@ -1,0 +1,239 @@
+"""Guidance on fewer calls: only at noise levels where it helps, and with an old difference between the branches.
+
+Works on any pipeline, diffusers' too, without changing it: where the unconditional call can be left out, the network's
+answer for it is made of the conditional one. Guidance with `uncond = cond + d` gives `cond - (scale - 1) d`, so a
+difference of zero is no guidance at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit.runtime.attachment import Attachment, Mechanism
+from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates
+from dit.runtime.families import family_of
+from sampling.guidance import in_interval
+from sampling.resolve import resolve_coordinates
+from sampling.step_cache.forecasters import Anchor, Forecaster, Newton
+from sampling.step_cache.values import Values, mix, take_apart
+
+
+class ThriftyGuidance(Mechanism):
+    """Leaves unconditional calls out: outside an interval of noise levels, and between refreshed differences.
+
+    Args:
+        interval: lowest and highest sigma with guidance (arXiv 2404.07724; REPA's SiT uses (0, 0.7) of flow time);
+            None is everywhere. In sigma it means the same for every step count and shift.
+        every: within the interval the unconditional branch is computed at every `every`-th step.
+        forecaster: what stands in for the difference of the branches in between.
+
+    Raises:
+        ValueError: the interval is empty, or `every` below 1.
+
+    Example:
+        >>> with ThriftyGuidance(interval=(0.2, 0.9), every=2).attach(pipe) as guidance:
+        ...     pipe("a red apple")
+        >>> guidance.report()["uncond_computed"]  # steps
+    """
+
+    name = "thrifty_guidance"
+    order = 45  # above step caches, which see calls of the conditional branch alone
+    exclusive = frozenset({"guidance"})
+
+    def __init__(
+        self, interval: tuple[float, float] | None = None, every: int = 1, forecaster: Forecaster | None = None
+    ) -> None:
+        in_interval(0.0, interval)  # raises for an empty one
+        if every < 1:
+            raise ValueError(f"every is {every}; use 1 (each step) or more")
+        self.interval, self.every = interval, every
+        self.forecaster = Newton(1) if forecaster is None else forecaster
+        self._reset(None)
+
+    def _reset(self, run: int | None) -> None:
+        self._run = run
+        self._anchors: dict[str, list[Anchor]] = {}
+        self._cond: dict[str, tuple[int, Values]] = {}
+        self._first: int | None = None
+        self.computed: list[int] = []
+        self.left_out: list[int] = []
+
+    def attach(self, target: Any) -> Attachment:
+        """See `Mechanism.attach`; steps of a pipeline are found too, and stay found until its resolver is detached."""
+        if not isinstance(target, nn.Module) and getattr(target, "scheduler", None) is not None:
+            resolve_coordinates(target)
+        return super().attach(target)
+
+    def install(self, attachment: Attachment) -> None:
+        """Wrap the networks."""
+        for component, model in attachment.models.items():
+            attachment.around(model, partial(self._call, attachment, component, model))
+
+    def report(self, attachment: Attachment) -> dict[str, Any]:
+        """Return at which steps of the newest run the unconditional branch was computed and left out."""
+        return {"uncond_computed": list(self.computed), "uncond_left_out": list(self.left_out)}
+
+    def _call(
+        self,
+        attachment: Attachment,
+        component: str,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        here = current_coordinates()
+        if here is None:
+            attachment.skip("no coordinates")
+            return forward(*args, **kwargs)
+        if here.run != self._run:
+            self._reset(here.run)
+        if here.branch == "all":
+            return self._both(attachment, component, model, here, forward, args, kwargs)
+        if here.branch == "uncond":
+            return self._uncond(attachment, component, here, forward, args, kwargs)
+        output = forward(*args, **kwargs)
+        if here.branch == "cond":
+            self._cond[component] = here.step, tuple(tensor.clone() for tensor in take_apart(output)[0])
+        return output
+
+    # ------------------------------------------------------------------ one call for both
+
+    def _both(
+        self,
+        attachment: Attachment,
+        component: str,
+        model: nn.Module,
+        here: Coordinates,
+        forward: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        layout = family_of(model).branches(attachment.target) or family_of(model).branches()
+        if layout is None or layout.kind != "batched" or set(layout.order) != {"cond", "uncond"}:
+            attachment.skip("the order of the branches in the batch is not known")
+            return forward(*args, **kwargs)
+        cond_first = layout.order[0] == "cond"
+        difference = self._difference(attachment, component, here)
+        if difference is None:
+            output = forward(*args, **kwargs)
+            halves = [tensor.chunk(2) for tensor in take_apart(output)[0]]
+            pairs = [(a, b) if cond_first else (b, a) for a, b in halves]
+            self._keep(attachment, component, here, tuple(uncond - cond for cond, uncond in pairs))
+            return output
+        size = 2 * _half_size(model, args, kwargs)
+        half = partial(_half, size=size, first=cond_first)
+        with coordinates_scope(replace(here, branch="cond")):
+            output = forward(*half(args), **half(kwargs))
+        tensors, rebuild = take_apart(output)
+        pairs = [
+            (cond, cond + part) for cond, part in zip(tensors, _or_zeros(difference, tensors), strict=True)
+        ]  # (cond, uncond)
+        return rebuild([torch.cat(pair if cond_first else pair[::-1]) for pair in pairs])
+
+    # --------------------------------------------------------------------- two calls
+
+    def _uncond(
+        self,
+        attachment: Attachment,
+        component: str,
+        here: Coordinates,
+        forward: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        step, cond = self._cond.get(component, (-1, ()))
+        if step != here.step:
+            attachment.skip("the unconditional call comes before the conditional one")
+            return forward(*args, **kwargs)
+        difference = self._difference(attachment, component, here)
+        if difference is None:
+            output = forward(*args, **kwargs)
+            tensors, self._rebuild = take_apart(output)
+            self._keep(attachment, component, here, tuple(a - b for a, b in zip(tensors, cond, strict=True)))
+            return output
+        values = [one + part for one, part in zip(cond, _or_zeros(difference, cond), strict=True)]
+        return self._structure(args, kwargs, values)
+
+    def _structure(self, args: tuple, kwargs: dict[str, Any], values: list[Tensor]) -> Any:
+        """The form in which the caller wants its output."""
+        if hasattr(self, "_rebuild"):
+            return self._rebuild(values)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        is_dict = kwargs.get("return_dict", True)
+        return Transformer2DModelOutput(sample=values[0]) if is_dict else tuple(values)  # pyright: ignore
+
+    # --------------------------------------------------------------------- differences
+
+    def _difference(self, attachment: Attachment, component: str, here: Coordinates) -> Values | None:
+        """The difference to use; empty for none at all; None if the branch must be computed."""
+        if not in_interval(here.sigma, self.interval):
+            self.left_out.append(here.step)
+            return ()
+        if self._first is None:
+            self._first = here.step
+        anchors = self._anchors.get(component, [])
+        weights = self.forecaster.weights(anchors, here, {})
+        due = (here.step - self._first) % self.every == 0 or len(anchors) < min(self.forecaster.depth, 2)
+        if due or weights is None:
+            self.computed.append(here.step)
+            return None
+        self.left_out.append(here.step)
+        return mix(attachment.state.get(self.name, component, "uncond"), weights)
+
+    def _keep(self, attachment: Attachment, component: str, here: Coordinates, values: Values) -> None:
+        depth = self.forecaster.depth
+        old = attachment.state.get(self.name, component, "uncond") or ()
+        attachment.state.set(self.name, component, "uncond", (values, *old[: depth - 1]))
+        self._anchors[component] = [Anchor(here.step, here.sigma), *self._anchors.get(component, [])][:depth]
+
+
+def guider_interval(sigmas: list[float] | tuple[float, ...], interval: tuple[float, float]) -> tuple[float, float]:
+    """Return `start` and `stop` of diffusers' guiders, shares of the steps, that mean an interval of noise levels.
+
+    Guiders guide at steps with `int(start N) <= step < int(stop N)`, so what they mean changes with the shift.
+
+    Args:
+        sigmas: noise levels of the run, falling, (N,).
+        interval: lowest and highest sigma with guidance.
+
+    Returns:
+        (start, stop).
+
+    Raises:
+        ValueError: no step lies in the interval.
+    """
+    inside = [step for step, sigma in enumerate(sigmas) if in_interval(sigma, interval)]
+    if not inside:
+        raise ValueError(f"no step of the run lies in the guidance interval {interval}: its levels are {sigmas}")
+    count = len(sigmas)
+    return (inside[0] + 1e-6) / count, min((inside[-1] + 1 + 1e-6) / count, 1.0)
+
+
+def _or_zeros(difference: Values, like: Values) -> Values:
+    return difference or tuple(torch.zeros_like(tensor) for tensor in like)
+
+
+def _half_size(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int:
+    family = family_of(model)
+    return len(family.latents(family.bind(model, args, kwargs))) // 2
+
+
+def _half(value: Any, size: int, first: bool) -> Any:
+    """One half of everything that is as long as the doubled batch."""
+    if isinstance(value, Tensor):
+        return value.chunk(2)[0 if first else 1] if value.ndim and len(value) == size else value
+    if isinstance(value, dict):
+        return {key: _half(item, size, first) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        if len(value) == size and size and all(isinstance(item, Tensor) for item in value):  # a list of samples
+            return type(value)(value[: size // 2] if first else value[size // 2 :])
+        return type(value)(_half(item, size, first) for item in value)
+    return value
