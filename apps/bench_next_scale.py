@@ -80,8 +80,8 @@ def bench_kv(asked: Asked) -> dict[str, Any]:
 def memory_table() -> list[dict[str, Any]]:
     """Bytes of the cache with guidance, one picture, in half precision, for the released sizes.
 
-    The released code keeps keys in float32, values in 16 bits, and the last scale too; while it joins a layer's new
-    tokens to the old, both the old and the joined row exist.
+    The released code keeps keys in float32, values in 16 bits, and the last scale too; while it joins the last layer's
+    new keys to the old, the old row still exists, and the values are not joined yet.
     """
     rows = []
     for name, preset in PRESETS.items():
@@ -89,7 +89,7 @@ def memory_table() -> list[dict[str, Any]]:
         heads, width = preset["num_attention_heads"], preset["attention_head_dim"]
         token = 2 * heads * width  # numbers, both branches
         kept = layers * sum(counts) * token * (4 + 2)
-        peak = kept + sum(counts[:-1]) * token * (4 + 2)
+        peak = kept + (sum(counts[:-1]) * 4 - counts[-1] * 2) * token
         history = layers * sum(counts[:-1]) * token * 2 * 2
         table = find_table(layers, heads * width, len(counts))
         for policy, kv_dtype in (("full", "auto"), ("full", "int8"), ("snapkv", "auto"), ("scalekv", "auto")):
@@ -99,7 +99,7 @@ def memory_table() -> list[dict[str, Any]]:
             cache = ScaleKVCache(
                 counts, layers, 2, heads, width, dtype=torch.bfloat16, device="meta", plan=plan, kv_dtype=kv_dtype
             )
-            stored = stored_bytes(cache, layers)
+            stored = cache.planned_nbytes
             rows.append(
                 {
                     "model": name,
@@ -112,15 +112,6 @@ def memory_table() -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def stored_bytes(cache: ScaleKVCache, layers: int) -> int:
-    """Run a cache on the meta device; the most bytes it holds between two scales."""
-    for scale, count in enumerate(cache.token_counts[:-1]):
-        for layer in range(layers):
-            part = torch.empty(cache.batch_size, count, *cache.token_shape, dtype=cache.dtype, device="meta")
-            cache.settle(layer, part, *cache.append(layer, scale, part, part))
-    return cache.report().stored_bytes
 
 
 def quality_table(subject: Subject) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Keys and values that next-scale models keep between scales."""
 
+from dit.cache.buffers import Attend
 from dit.cache.calibration import KVCalibrator, KVProfile
 from dit.cache.kv_cache import KVReport, Observer, ScaleKVCache
 from dit.cache.plan import POLICIES, CachePlan, find_table, plan_cache
@@ -8,6 +9,7 @@ from dit.cache.storage import KV_DTYPES
 __all__ = [
     "KV_DTYPES",
     "POLICIES",
+    "Attend",
     "CachePlan",
     "KVCalibrator",
     "KVProfile",

@@ -6,7 +6,7 @@ what stays. Sizes are known before the first scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from dit.layers.scales import Grid
 
 KeyValue = tuple[Tensor, Tensor]
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From queries (B, N, K, E), keys and values (B, M, K, E) to (B, N, K, E)."""
+
 
 class StackedBuffers:
     """Everything but the last scale, in two buffers that serve all layers.
@@ -26,10 +29,10 @@ class StackedBuffers:
     history for that would cost as much as storing. Hence the order in memory: tokens come first, and the layers stand
     in reverse, the last layer at the front,
 
-        | layer 2: history | layer 1: history | layer 0: history | room |
+        | layer 2: history | layer 1: history | layer 0: history |
 
     so the last scale of a layer is written behind its history, over the histories of the layers before it, which have
-    done their work by then. Only layer 0 needs room of its own.
+    done their work by then. Only layer 0 has no such place; its heads are joined and attend one after the other.
 
     Args:
         token_counts: tokens of each scale.
@@ -48,8 +51,8 @@ class StackedBuffers:
         device: torch.device | str | None,
     ) -> None:
         self.num_layers, self.num_scales = num_layers, len(token_counts)
-        self.history = sum(token_counts[:-1])
-        slots = num_layers * self.history + token_counts[-1]
+        self.history, self.last = sum(token_counts[:-1]), token_counts[-1]
+        slots = num_layers * self.history + (max(self.last - self.history, 0) if num_layers > 1 else 0)
         self.keys = torch.empty(slots, *shape, dtype=dtype, device=device)  # (T, B, K, E)
         self.values = torch.empty_like(self.keys)  # (T, B, K, E)
         self.lengths = [0] * num_layers
@@ -61,18 +64,45 @@ class StackedBuffers:
 
     @property
     def peak_nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of the buffers, and of the last scale's row of one head of layer 0."""
+        row = (self.history + self.last) * self.token_nbytes // self.keys.shape[2]
+        return self.keys.nbytes + self.values.nbytes + row
+
+    def has_place(self, layer: int, count: int) -> bool:
+        """Whether `count` new tokens of a layer can stand behind its history."""
+        start = (self.num_layers - 1 - layer) * self.history
+        limit = start + self.history if layer == 0 else len(self.keys)
+        return start + self.lengths[layer] + count <= limit
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
-        """Write new tokens (B, N, K, E) behind a layer's history; returns the whole row, (B, M, K, E) views."""
+        """Write new tokens (B, N, K, E) behind a layer's history; returns the whole row, (B, M, K, E).
+
+        Views where there is a place, see `has_place`; else a copy.
+        """
         start = (self.num_layers - 1 - layer) * self.history
         past = start + self.lengths[layer]
         end = past + key.shape[1]
+        if not self.has_place(layer, key.shape[1]):
+            self.lengths[layer] += key.shape[1]
+            held = (self.keys[start:past].transpose(0, 1), self.values[start:past].transpose(0, 1))  # (B, T, K, E)
+            return torch.cat([held[0], key], dim=1), torch.cat([held[1], value], dim=1)
         self.keys[past:end] = key.transpose(0, 1)  # (N, B, K, E)
         self.values[past:end] = value.transpose(0, 1)  # (N, B, K, E)
         self.lengths[layer] += key.shape[1]
         return self.keys[start:end].transpose(0, 1), self.values[start:end].transpose(0, 1)  # (B, M, K, E)
+
+    def attend_by_head(self, layer: int, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
+        """Attention of new tokens (B, N, K, E) that find no place, joining one head at a time; (B, N, K, E)."""
+        start = (self.num_layers - 1 - layer) * self.history
+        past = start + self.lengths[layer]
+        out = []
+        for head in range(key.shape[2]):
+            one = slice(head, head + 1)
+            keys = torch.cat([self.keys[start:past, :, one].transpose(0, 1), key[:, :, one]], dim=1)  # (B, M, 1, E)
+            values = torch.cat([self.values[start:past, :, one].transpose(0, 1), value[:, :, one]], dim=1)
+            out.append(attend(query[:, :, one], keys, values))  # (B, N, 1, E)
+        self.lengths[layer] = 0
+        return torch.cat(out, dim=2)  # (B, N, K, E)
 
     def settle(self, layer: int, scale: int, query: Tensor, grid: Grid | None) -> None:
         """Keep everything; nothing after the last scale."""

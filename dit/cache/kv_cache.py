@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from dit.cache.buffers import PackedBuffers, StackedBuffers
+from dit.cache.buffers import Attend, PackedBuffers, StackedBuffers
 from dit.cache.plan import CachePlan, check_policy, plan_cache
 from dit.cache.storage import check_kv_dtype
 from dit.layers.scales import Grid
@@ -125,11 +125,6 @@ class ScaleKVCache:
         return self._shape[0]
 
     @property
-    def token_shape(self) -> tuple[int, int]:
-        """Heads K and head width E."""
-        return self._shape[1], self._shape[2]
-
-    @property
     def dtype(self) -> torch.dtype:
         """Number format of the keys and values that come in and go out."""
         return self._dtype
@@ -138,6 +133,11 @@ class ScaleKVCache:
     def nbytes(self) -> int:
         """Bytes of the keys and values that later scales will read."""
         return sum(self.length(layer) for layer in range(self.num_layers)) * self._buffers.token_nbytes
+
+    @property
+    def planned_nbytes(self) -> int:
+        """Most bytes that will be stored between two scales, if no token is pruned."""
+        return max(sum(row) for row in self.plan.capacities) * self._buffers.token_nbytes
 
     @property
     def peak_nbytes(self) -> int:
@@ -176,8 +176,8 @@ class ScaleKVCache:
             value: (B, N, K, E).
 
         Returns:
-            Keys and values of what is kept of all scales up to this one, (B, M, K, E) each: views, valid until the
-            next layer's call.
+            Keys and values of what is kept of all scales up to this one, (B, M, K, E) each: valid until the next
+            layer's call.
 
         Raises:
             ValueError: a scale or layer out of order, or tensors of another size.
@@ -186,6 +186,37 @@ class ScaleKVCache:
         self._done[layer] = scale + 1
         self._pending = layer
         return self._buffers.append(layer, key, value)  # (B, M, K, E) each
+
+    def attend(self, layer: int, scale: int, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
+        """Add a layer's keys and values of the current scale, attend to all that is kept, and settle.
+
+        The same as `append`, `attend` and `settle`, but for one place where it needs less memory: the last scale of
+        the first layer.
+
+        Args:
+            layer: see `append`.
+            scale: see `append`.
+            query: (B, N, K, E), final.
+            key: see `append`.
+            value: see `append`.
+            attend: attention, on any number of heads.
+
+        Returns:
+            (B, N, K, E).
+        """
+        buffers = self._buffers
+        if (
+            isinstance(buffers, StackedBuffers)
+            and self._observer is None
+            and not buffers.has_place(layer, key.shape[1])
+        ):
+            self._check(layer, scale, key)
+            self._done[layer] = scale + 1
+            return buffers.attend_by_head(layer, query, key, value, attend)  # (B, N, K, E)
+        keys, values = self.append(layer, scale, key, value)  # (B, M, K, E) each
+        out = attend(query, keys, values)  # (B, N, K, E)
+        self.settle(layer, query, keys, values)
+        return out
 
     def settle(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> None:
         """Decide what stays of a layer's row, after its attention.

@@ -15,7 +15,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from dit.attention import attention
-from dit.cache import ScaleKVCache
+from dit.cache import Attend, ScaleKVCache
 from dit.layers.feed_forward import FeedForward
 from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
 from dit.layers.positions import Rotary, apply_rotary
@@ -35,13 +35,9 @@ class LayerCache:
     layer: int
     scale: int
 
-    def append(self, key: Tensor, value: Tensor) -> KeyValue:
-        """Store keys and values (B, N, K, E); returns those of all scales so far, (B, M, K, E)."""
-        return self.cache.append(self.layer, self.scale, key, value)
-
-    def settle(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Let the cache decide what stays, given the queries (B, N, K, E) and what `append` returned."""
-        self.cache.settle(self.layer, query, key, value)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
+        """Store keys and values (B, N, K, E) and attend to those of all scales so far, (B, N, K, E)."""
+        return self.cache.attend(self.layer, self.scale, query, key, value, attend)
 
 
 class NextScaleAttnProcessor:
@@ -77,18 +73,12 @@ class NextScaleAttnProcessor:
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast normalises in float32
-        if cache is not None:
-            key, value = cache.append(key, value)  # (B, M, K, E)
-        out = attention(
-            query,
-            key,
-            value,
-            attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )  # (B, N, K, E)
-        if cache is not None:
-            cache.settle(query, key, value)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            options = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
+            return attention(query, key, value, attention_mask, **options)
+
+        out = attend(query, key, value) if cache is None else cache.attend(query, key, value, attend)  # (B, N, K, E)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))  # (B, N, D)
 
 

@@ -76,6 +76,7 @@ def test_keeps_to_the_budget(policy: str, budget: float) -> None:
     run_scale(cache, len(COUNTS) - 1)
     report = cache.report()
     assert cache.nbytes == 0
+    assert report.stored_bytes == cache.planned_nbytes
     assert report.stored_bytes <= report.peak_bytes == cache.peak_nbytes
     assert report.full_bytes == LAYERS * sum(COUNTS[:-1]) * token
 
