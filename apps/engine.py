@@ -22,11 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from apps.events import Done, Event, EventStream, Failed, ModelLoading, Picture, Queued, Step, Stopped
 from apps.job_store import JobStore, QueueFullError, StoredJob, StoredPicture
 from apps.jobs import REQUEST, AnyRequest, TextToImageRequest
 from apps.limits import ServerLimits
+from apps.metadata import parse
 from apps.painter import StopRequestedError, Switches
 from apps.shelf import LoadedModel, ModelShelf, Pipeline
 from apps.uploads import UploadStore
@@ -203,7 +205,7 @@ class Engine:
         return job_id
 
     def stream(self, job_id: str) -> EventStream:
-        """Return the events of a job, live; of an ended one its last event alone.
+        """Return the events of a job, live; of an ended one its pictures that have files, and its last event.
 
         Raises:
             KeyError: no such job.
@@ -216,6 +218,9 @@ class Engine:
         if stored is None:
             raise KeyError(job_id)
         stream = EventStream()
+        for picture in self._store.pictures(job_id):
+            if self.output_dir is not None and (self.output_dir / picture.name).is_file():
+                stream.tell(_picture_again(picture, self.output_dir))
         stream.tell(_last_event(stored))
         return stream
 
@@ -490,6 +495,15 @@ def _state_folder(output_dir: Path | None) -> Path | None:
 
 class _ModelFailedError(Exception):
     """A model could not be loaded; its cause is the reason."""
+
+
+def _picture_again(stored: StoredPicture, folder: Path) -> Picture:
+    """Tell of a picture on record; a clip by its picture alone."""
+    path, settings = folder / stored.name, parse(stored.settings)
+    video = path.with_suffix(".mp4")
+    with Image.open(path, formats=["PNG", "WEBP"]) as image:
+        image.load()
+        return Picture(path, settings.seed, settings, image, stored.seconds, None, video if video.is_file() else None)
 
 
 def _last_event(stored: StoredJob) -> Event:

@@ -50,7 +50,8 @@ def read_upload(data: bytes) -> Image.Image:
     except UploadError:
         raise
     except Image.DecompressionBombError as error:
-        raise UploadError(f"The picture claims too many pixels; at most {limits.MAX_UPLOAD_PIXELS} are taken.") from error
+        most = limits.MAX_UPLOAD_PIXELS
+        raise UploadError(f"The picture claims too many pixels; at most {most} are taken.") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise UploadError("This is no picture that can be read; hand in PNG, JPEG or WebP.") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -188,10 +187,7 @@ def _model_row(engine: Engine, key: str) -> dict[str, Any]:
 
 async def _tell(engine: Engine, job_id: str, after: int, request: Request) -> AsyncIterator[str]:
     """Stream the events of a job until its last one, or until nobody listens any more."""
-    stream, quiet = engine.stream(job_id), time.monotonic()
-    if stream.is_closed and after == 0:  # it ended before: its pictures are on record
-        for picture in engine.pictures(job_id):
-            yield f"event: result\ndata: {json.dumps(picture_row(picture))}\n\n"
+    stream, quiet = await run_in_threadpool(engine.stream, job_id), time.monotonic()
     while True:
         was_closed = stream.is_closed
         for number, event in stream.read(after):

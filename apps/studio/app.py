@@ -1,8 +1,8 @@
-"""The page: what stands where, and which listener answers what."""
+"""The page: what stands where, and which listener answers what; once in each language."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,74 +13,39 @@ from apps import limits
 from apps.api.tokens import TokenTable
 from apps.engine import STATE_FOLDER, Engine
 from apps.limits import ServerLimits
-from apps.shelf import FALLBACK_SIDE, name_models
-from apps.studio import views
-from apps.studio.examples import example_prompts
-from apps.studio.handlers import EXAMPLES, FIXED, RANDOM, Handlers, shapes
-from apps.studio.theme import CSS, SCRIPT, theme
+from apps.shelf import name_models
+from apps.studio import desk, views
+from apps.studio.choosing import SAVED, Choosing
+from apps.studio.desk import Parts
+from apps.studio.examples import EXAMPLES
+from apps.studio.painting import Changes, Painting
+from apps.studio.sessions import Sessions
+from apps.studio.strings import Strings, languages
+from apps.studio.tabs import TABS
+from apps.studio.theme import BRUSH, CSS, SCRIPT, theme
+from apps.studio.wishes import FIXED
 from pipelines import builtin_models
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every listener: the page is no API, and it draws its own progress."""
-BUILTIN_SIDE = 128
-"""Side that the controls show until the model is loaded, for built-in models; pixels."""
-
-
-@dataclass(frozen=True, slots=True)
-class Controls:
-    """The controls of the page that belong to a request, in the order in which the painting listener takes them."""
-
-    prompt: gr.Textbox
-    negative_prompt: gr.Textbox
-    model: gr.Dropdown
-    shape: gr.Radio
-    width: gr.Slider
-    height: gr.Slider
-    steps: gr.Slider
-    guidance: gr.Slider
-    seed_mode: gr.Radio
-    seed: gr.Number
-    count: gr.Slider
-    chips: list[gr.Button]
-    paint: gr.Button
-    stop: gr.Button
-
-    def request(self) -> list[gr.components.Component]:
-        """Return the controls that a request is made of."""
-        return [
-            self.prompt,
-            self.negative_prompt,
-            self.model,
-            self.shape,
-            self.width,
-            self.height,
-            self.steps,
-            self.guidance,
-            self.seed_mode,
-            self.seed,
-            self.count,
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class Easel:
-    """The part of the page that shows pictures."""
-
-    stage: gr.HTML
-    details: gr.HTML
-    reuse_seed: gr.Button
-    reuse_settings: gr.Button
-    download: gr.DownloadButton
-    strip: gr.Gallery
+GO = "(...all) => { window.tessera.go('%s'); return '%s'; }"
+STATES = {"visit": [], "chosen": None, "many": [], "hung": [], "source": None, "page": 0}
+"""What the page remembers while it is open."""
+PAINTED = (
+    "stage", "details", "strip", "visit", "chosen", "save", "reuse_seed", "reuse_settings", "start_from", "inpaint_it",
+    "stop", "finish", "line", "clear",
+)  # fmt: skip
+"""What painting changes: few parts, because it changes them often."""
+REMEMBER = "(...all) => Object.fromEntries(%s.map((name, i) => [name, all[i]]))"
 
 
 def build_engine(
     models: list[str], output_dir: Path, device: str, dtype: str, offload: str = "none", base: str | None = None
 ) -> Engine:
-    """Create the engine of a studio and start to load its default model.
+    """Create the engine of a server and start to load its default model.
 
     Raises:
-        ValueError: no model at all, or an output folder that would show too much.
+        ValueError: no model at all, or an output folder that would show too much or is in use.
     """
     sources = name_models([*models, *builtin_models()])
     if not sources:
@@ -92,182 +57,201 @@ def build_engine(
 
 
 def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> None:
-    """Put the page onto a server.
+    """Put the page onto a server, in every language: English at `/`, others at their names.
 
     Args:
         app: the server; its own routes go first.
         engine: paints; its output folder is the only one that is served.
         tokens: the users, whose tokens are their passwords; None asks nobody.
     """
-    page = build_page(engine)
-    page.queue(max_size=2 * engine.limits.queue, default_concurrency_limit=2 * engine.limits.queue)
-    folder = engine.output_dir
-    gr.mount_gradio_app(
-        app,
-        page,
-        "/",
-        auth=None if tokens is None else lambda name, token: tokens.find(token, name) is not None,
-        show_error=False,
-        enable_monitoring=False,
-        run_history=False,
-        mcp_server=False,
-        ssr_mode=False,
-        pwa=False,
-        footer_links=[],
-        max_file_size=limits.MAX_UPLOAD_BYTES,
-        allowed_paths=[] if folder is None else [str(folder)],
-        blocked_paths=[] if folder is None else [str(folder / STATE_FOLDER)],
-        theme=theme(),
-        css_paths=CSS,
-        js=SCRIPT.read_text(encoding="utf-8"),
-    )
+    folder, sessions = engine.output_dir, Sessions(tokens)
+    for language in reversed(languages()):  # the page at `/` last, because it answers for every address
+        page = build_page(engine, Strings(language), sessions)
+        page.queue(max_size=4 * engine.limits.queue, default_concurrency_limit=4 * engine.limits.queue)
+        gr.mount_gradio_app(
+            app,
+            page,
+            "/" if language == "en" else f"/{language}",
+            auth=None if tokens is None else lambda name, token: tokens.find(token, name) is not None,
+            show_error=False,
+            enable_monitoring=False,
+            run_history=False,
+            mcp_server=False,
+            ssr_mode=False,
+            pwa=False,
+            footer_links=[],
+            max_file_size=limits.MAX_UPLOAD_BYTES,
+            allowed_paths=[] if folder is None else [str(folder)],
+            blocked_paths=[] if folder is None else [str(folder / STATE_FOLDER)],
+            theme=theme(),
+            css_paths=CSS,
+            js=SCRIPT.read_text(encoding="utf-8"),
+            head=f"<script>{BRUSH.read_text(encoding='utf-8')}</script>",
+        )
 
 
-def build_page(engine: Engine) -> gr.Blocks:
+def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
     """Lay the page out and connect it.
 
     Args:
         engine: paints.
+        words: of its language.
+        sessions: who is on it.
     """
+    other = next(name for name in languages() if name != words.language)
     with gr.Blocks(title="tessera studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.HTML(views.HEADER, elem_id="head", js_on_load=None)
-        visit, chosen = gr.State([]), gr.State(None)
+        gr.HTML(views.header(words, "/" if other == "en" else f"/{other}/"), elem_id="head", js_on_load=None)
+        parts: Parts = {name: gr.State(value) for name, value in STATES.items()}
+        parts["saved"] = gr.BrowserState(None, storage_key="tessera-settings", secret="not a secret")
         with gr.Row(elem_id="desk"):
+            with gr.Tabs(selected="text", elem_id="tabs", overflow_behavior="wrap") as tabs:
+                for name, tab in TABS.items():
+                    with gr.Tab(words(f"tab.{name}"), id=name, elem_id=f"tab-{name}", render_children=True) as one:
+                        parts |= tab.build(words)
+                    parts[f"tab_{name}"] = one
+                with gr.Tab(words("tab.gallery"), id="gallery", elem_id="tab-gallery", render_children=True) as one:
+                    parts |= desk.gallery(words)
+                parts["tab_gallery"] = one
+            parts["tabs"] = tabs
+            parts["mode"] = gr.Textbox("text", elem_id="mode", elem_classes="offstage", container=False)
+            with gr.Column(elem_id="source", elem_classes="card"):
+                parts |= desk.source(words)
             with gr.Column(elem_id="ask", elem_classes="card"):
-                prompt, paint, stop, chips = _ask()
+                parts |= desk.ask(words)
             with gr.Column(elem_id="easel", elem_classes="card"):
-                easel = _easel()
+                parts |= desk.easel(words)
             with gr.Column(elem_id="settings", elem_classes="card"):
-                controls = _settings(engine, prompt, paint, stop, chips)
-        words = gr.HTML("", elem_id="words", js_on_load=None)
-        _connect(page, Handlers(engine), controls, easel, words, visit, chosen)
+                parts |= desk.settings(engine, words)
+        parts["words"] = gr.HTML("", elem_id="words", js_on_load=None)
+        _connect(page, engine, words, sessions, parts)
     return page
 
 
-def _ask() -> tuple[gr.Textbox, gr.Button, gr.Button, list[gr.Button]]:
-    prompts = example_prompts([], EXAMPLES)
-    prompt = gr.Textbox(
-        label="What shall I paint?",
-        placeholder="a penguin left of a rocket on an orange background",
-        lines=1,  # one line: then Enter submits, and the field still grows with the text
-        max_lines=4,
-        max_length=limits.MAX_PROMPT_CHARS,
-        autofocus=True,
-        elem_id="prompt",
-    )
-    with gr.Row(elem_id="go"):
-        paint = gr.Button("Paint", variant="primary", elem_id="paint", scale=3)
-        stop = gr.Button("Stop", elem_id="stop", interactive=False, scale=1, min_width=90)
-    with gr.Row(elem_id="examples"):
-        chips = [
-            gr.Button(prompts[i] if i < len(prompts) else "", size="sm", visible=False, elem_classes="chip")
-            for i in range(EXAMPLES)
-        ]
-    return prompt, paint, stop, chips
+# ------------------------------------------------------------------------------ listeners
 
 
-def _easel() -> Easel:
-    size = (BUILTIN_SIDE, BUILTIN_SIDE)
-    stage = gr.HTML(views.stage(size=size, note="Your picture appears here."), elem_id="stage", js_on_load=None)
-    details = gr.HTML("", elem_id="details", js_on_load=None)
-    with gr.Row(elem_id="use"):
-        reuse_seed = gr.Button("Keep this seed", size="sm", interactive=False, elem_id="reuse-seed", min_width=90)
-        reuse_settings = gr.Button(
-            "Use its settings", size="sm", interactive=False, elem_id="reuse-settings", min_width=90
-        )
-        download = gr.DownloadButton("Save PNG", size="sm", interactive=False, elem_id="download", min_width=90)
-    strip = gr.Gallery(
-        visible=False,
-        show_label=False,
-        columns=6,
-        height="auto",
-        object_fit="contain",
-        allow_preview=False,
-        interactive=False,
-        buttons=[],
-        elem_id="strip",
-    )
-    return Easel(stage, details, reuse_seed, reuse_settings, download, strip)
+class _Wiring:
+    """Turns listeners that speak of parts by name into listeners of Gradio, which speaks of components."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        # Everything that a listener may read or change; those that a request is made of come first.
+        self.wishes = [*SAVED, "source", "mask", "many"]
+        self.changing = [name for name, part in parts.items() if not isinstance(part, gr.Tab)]
+
+    def components(self, names: Sequence[str]) -> list[Any]:
+        return [self.parts[name] for name in names]
+
+    def values(self, given: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(self.wishes, given, strict=True))
+
+    def told(self, changes: Changes) -> dict[Any, Any]:
+        # Gradio wants a word even where nothing changes.
+        return {self.parts[name]: value for name, value in changes.items()} or {self.parts["line"]: gr.skip()}
+
+    def on(
+        self,
+        triggers: Sequence[Any],
+        listener: Callable[..., Any],
+        inputs: Sequence[str] = (),
+        outputs: Sequence[str] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Connect a listener that returns or yields changes by name; to any part unless the outputs are named."""
+        changing = self.changing if outputs is None else outputs
+        return gr.on(triggers, listener, self.components(inputs), self.components(changing), **QUIET, **more)
 
 
-def _settings(
-    engine: Engine, prompt: gr.Textbox, paint: gr.Button, stop: gr.Button, chips: list[gr.Button]
-) -> Controls:
-    side = BUILTIN_SIDE if engine.models[0] in builtin_models() else FALLBACK_SIDE
-    choices = shapes(side, 16)
-    model = gr.Dropdown(list(engine.models), value=engine.models[0], label="Model", filterable=False, elem_id="model")
-    shape = gr.Radio(choices, value=choices[0][1], label="Size", elem_id="shape")
-    with gr.Row(elem_id="sides"):  # shown by the style sheet when the size is custom
-        width = gr.Slider(limits.MIN_SIDE, side * 4, side, step=16, label="Width", elem_id="width")
-        height = gr.Slider(limits.MIN_SIDE, side * 4, side, step=16, label="Height", elem_id="height")
-    with gr.Row():
-        steps = gr.Slider(1, 100, 28, step=1, label="Steps", elem_id="steps")
-        guidance = gr.Slider(1, 12, 4, step=0.1, label="Guidance", elem_id="guidance")
-    with gr.Row(elem_id="seeds"):
-        seed_mode = gr.Radio([RANDOM, FIXED], value=RANDOM, label="Seed", elem_id="seed-mode")
-        seed = gr.Number(
-            0, precision=0, minimum=0, maximum=limits.MAX_SEED, label="Fixed seed", elem_id="seed", min_width=100
-        )
-    count = gr.Slider(1, limits.MAX_PICTURES, 1, step=1, label="Pictures", elem_id="count")
-    negative = gr.Textbox(
-        label="Keep away from",
-        placeholder="optional, for example: blue background",
-        max_length=limits.MAX_PROMPT_CHARS,
-        elem_id="negative",
-    )
-    return Controls(
-        prompt=prompt,
-        negative_prompt=negative,
-        model=model,
-        shape=shape,
-        width=width,
-        height=height,
-        steps=steps,
-        guidance=guidance,
-        seed_mode=seed_mode,
-        seed=seed,
-        count=count,
-        chips=chips,
-        paint=paint,
-        stop=stop,
-    )
-
-
-def _connect(
-    page: gr.Blocks,
-    handlers: Handlers,
-    controls: Controls,
-    easel: Easel,
-    words: gr.HTML,
-    visit: gr.State,
-    chosen: gr.State,
-) -> None:
+def _connect(page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions, parts: Parts) -> None:
     """Connect controls and listeners."""
-    shown = [
-        easel.stage,
-        easel.details,
-        easel.strip,
-        visit,
-        chosen,
-        easel.download,
-        controls.paint,
-        controls.stop,
-        easel.reuse_seed,
-        easel.reuse_settings,
-    ]
-    start = [controls.paint.click, controls.prompt.submit]
-    gr.on(start, handlers.paint, [visit, *controls.request()], shown, **QUIET)
-    controls.stop.click(handlers.stop, queue=False, **QUIET)
-    for chip in controls.chips:
-        filled = chip.click(None, chip, controls.prompt, js="(text) => text", **QUIET)
+    wiring = _Wiring(parts)
+    painting = Painting(engine, words, sessions)
+    choosing = Choosing(engine, words, sessions, painting)
+    _connect_painting(wiring, painting)
+    _connect_pictures(wiring, choosing)
+    _connect_tabs(wiring, choosing)
+
+    def opened(saved: object, *given: Any) -> dict[Any, Any]:
+        return wiring.told(choosing.open(saved, wiring.values(given)))
+
+    def settled(key: str, mode: str) -> dict[Any, Any]:
+        return wiring.told(choosing.settle(key, mode))
+
+    wiring.on([page.load], opened, ["saved", *wiring.wishes])
+    wiring.on([parts["model"].input], settled, ["model", "mode"])
+    # A typed seed is meant to be used.
+    parts["seed"].input(lambda: FIXED, None, parts["seed_mode"], **QUIET)
+    changed = [parts[name].change for name in SAVED if name != "mode"]
+    names = str(list(SAVED))
+    gr.on(changed, None, wiring.components(SAVED), parts["saved"], js=REMEMBER % names, **QUIET)
+
+
+def _connect_painting(wiring: _Wiring, painting: Painting) -> None:
+    parts = wiring.parts
+
+    def paint(request: gr.Request, visit: Any, *given: Any) -> Generator[dict[Any, Any]]:
+        for changes in painting.paint(visit, wiring.values(given), request):
+            yield wiring.told(changes)
+
+    def finish(request: gr.Request) -> dict[Any, Any]:
+        return wiring.told(painting.finish(request))
+
+    def clear(request: gr.Request) -> dict[Any, Any]:
+        return wiring.told(painting.clear(request))
+
+    start = [parts["paint"].click, parts["prompt"].submit]
+    # "multiple": a click while one is being painted puts another into the line.
+    wiring.on(start, paint, ["visit", *wiring.wishes], PAINTED, trigger_mode="multiple")
+    parts["stop"].click(painting.stop, queue=False, **QUIET)
+    wiring.on([parts["finish"].click], finish, outputs=["line"], queue=False)
+    wiring.on([parts["clear"].click], clear, outputs=["line", "clear"], queue=False)
+    for i in range(EXAMPLES):
+        filled = parts[f"chip_{i}"].click(None, parts[f"chip_{i}"], parts["prompt"], js="(text) => text", **QUIET)
         filled.then(None, js="() => document.querySelector('#paint').click()", **QUIET)
 
-    easel.strip.select(handlers.choose, visit, shown, **QUIET)
-    easel.reuse_seed.click(handlers.reuse_seed, chosen, [controls.seed_mode, controls.seed], **QUIET)
-    repeated = [c for c in controls.request() if c is not controls.model]
-    easel.reuse_settings.click(handlers.reuse_settings, chosen, repeated, **QUIET)
 
-    fitted = [controls.shape, controls.width, controls.height, controls.steps, controls.guidance, words]
-    gr.on([page.load, controls.model.change], handlers.settle, controls.model, [*fitted, *controls.chips], **QUIET)
-    # A typed seed is meant to be used.
-    controls.seed.input(lambda: FIXED, None, controls.seed_mode, **QUIET)
+def _connect_pictures(wiring: _Wiring, choosing: Choosing) -> None:
+    parts = wiring.parts
+
+    def connect(trigger: Any, method: Callable[..., Changes], inputs: Sequence[str]) -> None:
+        wiring.on([trigger], lambda *given: wiring.told(method(*given)), inputs)
+
+    def choose(visit: Any, event: gr.SelectData) -> dict[Any, Any]:
+        return wiring.told(choosing.choose(visit, event))
+
+    def look(hung: Any, event: gr.SelectData) -> dict[Any, Any]:
+        return wiring.told(choosing.look(hung, event))
+
+    wiring.on([parts["strip"].select], choose, ["visit"], PAINTED)
+    wiring.on([parts["gallery"].select], look, ["hung"])
+    connect(parts["reuse_seed"].click, choosing.reuse_seed, ["chosen"])
+    connect(parts["reuse_settings"].click, choosing.reuse_settings, ["chosen"])
+    connect(parts["start_from"].click, lambda chosen: choosing.send(chosen, "image"), ["chosen"])
+    connect(parts["inpaint_it"].click, lambda chosen: choosing.send(chosen, "inpaint"), ["chosen"])
+    connect(parts["settings_file"].upload, choosing.load_settings, ["settings_file"])
+    connect(parts["source_file"].upload, choosing.take_source, ["source_file"])
+    connect(parts["many_file"].upload, choosing.take_prompts, ["many_file"])
+    connect(parts["many_drop"].click, choosing.drop_prompts, [])
+
+
+def _connect_tabs(wiring: _Wiring, choosing: Choosing) -> None:
+    parts = wiring.parts
+
+    def turned(by: int) -> Callable[..., Any]:
+        def listener(page: int, request: gr.Request) -> dict[Any, Any]:
+            return wiring.told(choosing.turn(page, by, request))
+
+        return listener
+
+    for name in TABS:
+        chosen = parts[f"tab_{name}"].select(None, None, parts["mode"], js=GO % (name, name), **QUIET)
+        chosen.then(
+            lambda key, mode: wiring.told(choosing.fit(key, mode)),
+            wiring.components(["model", "mode"]),
+            wiring.components(wiring.changing),
+            **QUIET,
+        )
+    hung = parts["tab_gallery"].select(None, js="() => window.tessera.go('gallery')", **QUIET)
+    hung.then(turned(0), parts["page"], wiring.components(wiring.changing), **QUIET)
+    wiring.on([parts["newer"].click], turned(-1), ["page"])
+    wiring.on([parts["older"].click], turned(1), ["page"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+EXAMPLES = 5
+"""Example buttons on the page; those that a model has no prompt for are hidden."""
 FAVOURITES = (
     ("a pizza on a blue background", ("pizza",)),
     ("three cherries on yellow", ("cherries",)),
@@ -27,7 +29,7 @@ OPEN_WORLD = (
 """For models without a list of words."""
 
 
-def example_prompts(words: Sequence[str], count: int = 5) -> list[str]:
+def example_prompts(words: Sequence[str], count: int = EXAMPLES) -> list[str]:
     """Choose prompts that a model can paint.
 
     Args:

@@ -12,6 +12,7 @@ import gradio as gr
 STATIC = Path(__file__).parent / "static"
 CSS = STATIC / "studio.css"
 SCRIPT = STATIC / "studio.js"
+BRUSH = STATIC / "brush.js"
 
 PAPER, CARD, SUNK, LINE, INK, SOFT = "#f6f3ee", "#ffffff", "#f3efe8", "#e6dfd4", "#26221d", "#776e62"
 NIGHT, NIGHT_CARD, NIGHT_SUNK, NIGHT_LINE, CHALK, DIM = (

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from apps.metadata import PictureSettings
+from apps.studio.strings import Strings
 
 LOGO = """<svg viewBox="0 0 34 34" width="34" height="34" aria-hidden="true">
 <rect x="1" y="1" width="15" height="15" rx="4.5" fill="#d9603a"/>
@@ -21,11 +22,21 @@ LOGO = """<svg viewBox="0 0 34 34" width="34" height="34" aria-hidden="true">
 <rect x="1" y="18" width="15" height="15" rx="7.5" fill="#2f7f79"/>
 <rect x="18" y="18" width="15" height="15" rx="4.5" fill="#41507f"/></svg>"""
 
-HEADER = f"""<header class="masthead">{LOGO}<h1>tessera</h1><p>Say it, and watch it being laid.</p>
-<button type="button" class="night" title="Light or dark" aria-label="Switch between light and dark">
+
+def header(words: Strings, other: str) -> str:
+    """Draw the head of the page.
+
+    Args:
+        words: of the page.
+        other: address of the page in the other language.
+    """
+    return f"""<header class="masthead">{LOGO}<h1>tessera</h1><p>{escape(words("slogan"))}</p>
+<a class="language" href="{other}">{escape(words("other_language"))}</a>
+<button type="button" class="night" title="{escape(words("night"))}" aria-label="{escape(words("night"))}">
 <svg viewBox="0 0 24 24" width="20" height="20" aria-hidden="true">
 <circle cx="12" cy="12" r="8" fill="none" stroke="currentColor" stroke-width="2"/>
 <path d="M12 4a8 8 0 0 1 0 16z" fill="currentColor"/></svg></button></header>"""
+
 
 PIXEL_SIDE = 64
 """Pictures up to this side are enlarged with crisp edges; larger ones smoothly."""
@@ -39,6 +50,8 @@ def stage(
     share: float | None = None,
     is_preview: bool = False,
     is_problem: bool = False,
+    strip: str = "",
+    scales: Sequence[str] = (),
 ) -> str:
     """Draw the big frame with the picture in it and a line on how it goes.
 
@@ -49,6 +62,8 @@ def stage(
         share: work done, 0 to 1, drawn as a bar; None for no bar.
         is_preview: the picture is a rough view of one to come.
         is_problem: the note tells of a failure.
+        strip: what a step cache did, a letter a step, see `apps.events.Step`.
+        scales: data URIs of the scales so far.
     """
     width, height = size
     inner = _empty_mosaic(busy=share is not None)
@@ -57,37 +72,83 @@ def stage(
         inner = f'<img class="{kind}" src="{picture}" alt="{"preview" if is_preview else "the picture"}">'
     bar = "" if share is None else f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div>'
     role = 'role="alert" class="note problem"' if is_problem else 'role="status" class="note"'
-    return f'<div class="frame" style="--w:{width};--h:{height}">{inner}{bar}</div><p {role}>{escape(note)}</p>'
+    steps = "".join(f'<i class="{"computed" if letter == "C" else "forecast"}"></i>' for letter in strip)
+    steps = f'<div class="steps" aria-label="{strip}">{steps}</div>' if steps else ""
+    seen = "".join(f'<img src="{uri}" alt="scale {i + 1}">' for i, uri in enumerate(scales))
+    seen = f'<div class="scales">{seen}</div>' if seen else ""
+    frame = f'<div class="frame" style="--w:{width};--h:{height}">{inner}{bar}</div>'
+    return f"{frame}{steps}{seen}<p {role}>{escape(note)}</p>"
 
 
-def details(settings: PictureSettings, seconds: float) -> str:
+def details(settings: PictureSettings, seconds: float, words: Strings, report: str = "") -> str:
     """Draw the facts about one picture as small tags."""
-    facts = (
-        f"seed {settings.seed}",
+    facts = [
+        words("facts.seed", value=settings.seed),
         f"{settings.width} \u00d7 {settings.height}",
-        f"{settings.steps} steps",
-        f"guidance {settings.guidance:g}",
-        f"{seconds:.1f} s",
-    )
-    return '<div class="facts">' + "".join(f"<span>{escape(fact)}</span>" for fact in facts) + "</div>"
+        words("facts.steps", value=settings.steps) if settings.steps else "",
+        words("facts.guidance", value=f"{settings.guidance:g}") if settings.guidance is not None else "",
+        settings.sampler or "",
+        words("facts.seconds", value=f"{seconds:.1f}"),
+        report,
+    ]
+    return '<div class="facts">' + "".join(f"<span>{escape(fact)}</span>" for fact in facts if fact) + "</div>"
 
 
-def vocabulary(words: Sequence[str], model: str) -> str:
+def vocabulary(names: Sequence[str], model: str, words: Strings) -> str:
     """Draw the words that a model knows, searchable; a click puts one into the prompt (see studio.js)."""
-    if not words:
+    if not names:
         return ""
-    chips = "".join(f'<button type="button" class="word">{escape(word)}</button>' for word in words)
+    chips = "".join(f'<button type="button" class="word">{escape(name)}</button>' for name in names)
+    title = escape(words("words", count=len(names), model=model))
+    search = escape(words("words.search"))
     return (
-        f'<details class="words"><summary><b>{len(words)} things {escape(model)} can paint</b>'
-        "<span>Click one to add it to the prompt.</span></summary>"
-        '<input type="search" placeholder="Search, for example: cat" aria-label="Search the words">'
-        f'<div class="chips">{chips}</div><p class="nothing" hidden>Nothing of that name.</p></details>'
+        f'<details class="words"><summary><b>{title}</b><span>{escape(words("words.hint"))}</span></summary>'
+        f'<input type="search" placeholder="{search}" aria-label="{search}">'
+        f'<div class="chips">{chips}</div><p class="nothing" hidden>{escape(words("words.none"))}</p></details>'
     )
+
+
+def note(text: str) -> str:
+    """Draw a remark on a card; nothing for no text."""
+    return f'<p class="remark">{escape(text)}</p>' if text else ""
+
+
+def source(words: Strings, picture: str | None = None, size: tuple[int, int] = (1, 1), mask: str = "") -> str:
+    """Draw the picture to start from, with the canvas of the brush over it.
+
+    Args:
+        words: of the page.
+        picture: data URI; None draws a place to drop one.
+        size: of the picture, pixels.
+        mask: data URI of a mask to begin with.
+    """
+    if picture is None:
+        return f'<div class="brush empty"><p>{escape(words("source.none"))}</p></div>'
+    width, height = size
+    crisp = "crisp" if max(size) <= PIXEL_SIDE else ""
+    return (
+        f'<div class="brush" style="--w:{width};--h:{height}"><img class="{crisp}" src="{picture}" alt="">'
+        f'<canvas width="{width}" height="{height}" data-mask="{mask}"></canvas></div>'
+    )
+
+
+def brush_tools(words: Strings) -> str:
+    """Draw the tools of the brush."""
+    pressed = {"draw": ' aria-pressed="true"', "erase": ' aria-pressed="false"'}
+    tools = "".join(
+        f'<button type="button" data-tool="{tool}"{pressed.get(tool, "")}>{escape(words(f"brush.{tool}"))}</button>'
+        for tool in ("draw", "erase", "undo", "clear", "invert")
+    )
+    width = (
+        f'<label>{escape(words("brush.size"))}<input id="brush-size" type="range" min="2" max="40" value="14"></label>'
+    )
+    return f'<div class="tools">{tools}{width}</div><p class="hint">{escape(words("brush.hint"))}</p>'
 
 
 def file_uri(path: Path) -> str:
-    """Return a PNG file as a data URI, byte for byte, so that saving it from the page keeps its settings."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    """Return a PNG or WebP file as a data URI, byte for byte, so that saving it from the page keeps its settings."""
+    kind = "webp" if path.suffix == ".webp" else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def preview_uri(image: Image.Image) -> str:

@@ -159,15 +159,17 @@ def test_a_caller_who_leaves_stops_the_work(tmp_path):
 
 
 def test_a_full_line(tmp_path):
-    with serving(tmp_path, FakePipeline(0.05), queue=2) as running:
-        with httpx.Client(base_url=running.address, trust_env=False) as client:
-            jobs = [submit(client, steps=200) for _ in range(2)]
-            full = client.post("/v1/jobs", json=ASK)
-            assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
-            assert "full" in full.json()["error"]["message"]
-            for job in jobs:
-                client.delete(f"/v1/jobs/{job}")
-            assert client.post("/v1/jobs", json=ASK).status_code == 202
+    with (
+        serving(tmp_path, FakePipeline(0.05), queue=2) as running,
+        httpx.Client(base_url=running.address, trust_env=False) as client,
+    ):
+        jobs = [submit(client, steps=200) for _ in range(2)]
+        full = client.post("/v1/jobs", json=ASK)
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
+        assert "full" in full.json()["error"]["message"]
+        for job in jobs:
+            client.delete(f"/v1/jobs/{job}")
+        assert client.post("/v1/jobs", json=ASK).status_code == 202
 
 
 # ------------------------------------------------------------------------- who may what
@@ -231,22 +233,22 @@ def test_users_do_not_see_each_other(guarded):
 
 def test_two_users_know_their_places(tmp_path):
     users = {name: add_user(tmp_path / "users.json", name) for name in ("ann", "bob")}
-    with serving(tmp_path, FakePipeline(0.02), TokenTable(tmp_path / "users.json")) as running:
-        with httpx.Client(base_url=running.address, trust_env=False, timeout=30) as client:
-            heads = {name: {"Authorization": f"Bearer {token}"} for name, token in users.items()}
-            submit(client, heads["ann"], steps=20)
-            second, third = submit(client, heads["bob"], seed=1), submit(client, heads["ann"], seed=2)
-            told = {}
-            readers = [
-                threading.Thread(
-                    target=lambda job=job, name=name: told.update({job: events_of(client, job, heads[name])})
-                )
-                for job, name in ((second, "bob"), (third, "ann"))
-            ]
-            for reader in readers:
-                reader.start()
-            for reader in readers:
-                reader.join(30)
+    with (
+        serving(tmp_path, FakePipeline(0.02), TokenTable(tmp_path / "users.json")) as running,
+        httpx.Client(base_url=running.address, trust_env=False, timeout=30) as client,
+    ):
+        heads = {name: {"Authorization": f"Bearer {token}"} for name, token in users.items()}
+        submit(client, heads["ann"], steps=20)
+        second, third = submit(client, heads["bob"], seed=1), submit(client, heads["ann"], seed=2)
+        told = {}
+        readers = [
+            threading.Thread(target=lambda job=job, name=name: told.update({job: events_of(client, job, heads[name])}))
+            for job, name in ((second, "bob"), (third, "ann"))
+        ]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(30)
     assert [data["ahead"] for name, data in told[second] if name == "queued"] == [1]
     assert [data["ahead"] for name, data in told[third] if name == "queued"] == [2, 1]
     seeds = {job: data["settings"]["seed"] for job in told for name, data in told[job] if name == "result"}

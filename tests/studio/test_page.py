@@ -2,67 +2,151 @@
 
 from __future__ import annotations
 
+import json
+import re
+import threading
+import time
 from types import SimpleNamespace
 
 import gradio as gr
+import numpy as np
 import pytest
+from PIL import Image
 
 from apps.engine import Engine
-from apps.metadata import read_picture
-from apps.studio import check_host, check_port, handlers, views
+from apps.grid import Axis, Filled, compose, plan, read_axis
+from apps.jobs import TextToImageRequest
+from apps.metadata import parse, read_picture, save_picture
+from apps.serve import check_host, check_port
+from apps.shelf import find_tasks, inspect_model
+from apps.studio import views
 from apps.studio.app import build_page
+from apps.studio.choosing import SAVED, Choosing
 from apps.studio.examples import FAVOURITES, example_prompts
-from apps.studio.handlers import CUSTOM, FIXED, RANDOM, Handlers, read_size, shapes
+from apps.studio.painting import Painting, strip
+from apps.studio.sessions import Sessions
+from apps.studio.strings import FOLDER, Strings, languages
+from apps.studio.tabs.classes import read_label
 from apps.studio.vocabulary import read_vocabulary
+from apps.studio.wishes import AUTO, CUSTOM, FIXED, RANDOM, read_mask, read_size, shapes, show_settings
+from apps.styles import load_styles
+from tests.models import tiny_next_scale
+from tests.pipes.test_class_to_image import tiny_pipeline
 from tests.studio.fakes import FakePipeline
 
-TAB = SimpleNamespace(session_hash="one tab")
+TAB = SimpleNamespace(session_hash="one tab", username=None)
+ENGLISH = Strings("en")
+PAGE = {
+    "mode": "text", "prompt": "a fox", "negative": "", "model": "fake", "shape": "64x64", "width": 96, "height": 64,
+    "steps": 4, "guidance": 4.0, "seed_mode": FIXED, "seed": 3, "count": 1, "batch_size": 1, "style": "",
+    "scheduler": "", "step_cache": "", "cache_amount": 0, "file_format": "png", "keep_settings": True,
+    "strength": 0.6, "repaint": 1.0,
+    "label": None, "scale_label": None, "top_k": 900, "top_p": 0.95, "temperature": 1, "smooth": False,
+    "kv_policy": "full", "kv_budget": 0.1, "kv_dtype": "auto", "search": "", "candidates": 4, "grid_x": "steps",
+    "grid_x_values": "2, 3", "grid_y": "", "grid_y_values": "", "grid_z": "", "grid_z_values": "", "source": None,
+    "mask": "", "many": [],
+}  # fmt: skip
 
 
 @pytest.fixture
 def studio(tmp_path):
-    engine = Engine({"fake": str(tmp_path)}, tmp_path / "out", device="cpu", load=lambda source: FakePipeline(0.01))
     (tmp_path / "out").mkdir()
-    return Handlers(engine)
+    engine = Engine({"fake": str(tmp_path)}, tmp_path / "out", device="cpu", load=lambda source: FakePipeline(0.01))
+    engine.model().result(10)
+    sessions = Sessions(None)
+    painting = Painting(engine, ENGLISH, sessions)
+    yield SimpleNamespace(
+        engine=engine, painting=painting, choosing=Choosing(engine, ENGLISH, sessions, painting), sessions=sessions
+    )
+    engine.close()
 
 
-def paint(studio, visit=(), prompt="a fox", shape="64x64", steps=4, seed_mode=FIXED, seed=3, count=1, model="fake"):
-    return studio.paint(list(visit), prompt, "", model, shape, 96, 64, steps, 4.0, seed_mode, seed, count, TAB)
+def paint(studio, visit=(), tab=TAB, **changes):
+    return studio.painting.paint(list(visit), {**PAGE, **changes}, tab)
+
+
+def pictures(told):
+    """Return the pictures of a visit, the newest first."""
+    return [changes["visit"] for changes in told if "visit" in changes][-1]
 
 
 def test_a_picture_reaches_strip_and_stage_as_the_file_itself(studio):
-    views_told = list(paint(studio, count=2))
-    shown = [view for view in views_told if isinstance(view[3], list)]
-    visit = shown[-1][3]
+    told = list(paint(studio, count=2))
+    visit = pictures(told)
     assert [item.settings.seed for item in visit] == [4, 3]  # newest first
     assert read_picture(visit[0].path) == visit[0].settings
-    assert views.file_uri(visit[0].path) in shown[-1][0]
-    assert [caption for _, caption in handlers.strip_items(visit)] == ["4", "3"]
-    assert "Done in" in views_told[-1][0]
-    assert views_told[0][6]["interactive"] is False
-    assert views_told[-1][6]["interactive"] is True
+    shown = next(changes for changes in reversed(told) if "details" in changes)
+    assert views.file_uri(visit[0].path) in shown["stage"]
+    assert [caption for _, caption in strip(visit)["strip"]["value"]] == ["4", "3"]
+    stages = [changes["stage"] for changes in told if "stage" in changes]
+    assert "Done in" in stages[-1]
+    buttons = [changes["stop"]["interactive"] for changes in told if "stop" in changes]
+    assert (buttons[0], buttons[-1]) == (True, False)
 
 
 def test_stop_ends_the_job_of_this_tab_only(studio):
-    other = SimpleNamespace(session_hash="another tab")
+    other = SimpleNamespace(session_hash="another tab", username=None)
     job = paint(studio, steps=100)
-    while "Step" not in next(job)[0]:
+    while "Step" not in next(job).get("stage", ""):
         pass
-    studio.stop(other)
-    assert "Step" in next(job)[0]
-    studio.stop(TAB)
+    studio.painting.stop(other)
+    assert "Step" in next(changes for changes in job if "stage" in changes)["stage"]
+    studio.painting.stop(TAB)
     told = list(job)
-    assert len(told) <= 3
-    assert "Stopped" in told[-1][0]
-    assert not any(isinstance(view[3], list) for view in told)
-    studio.stop(TAB)  # nothing runs: nothing happens
+    assert len(told) <= 6
+    assert any("Stopped" in changes.get("stage", "") for changes in told)
+    assert not any("visit" in changes for changes in told)
+    studio.painting.stop(TAB)  # nothing runs: nothing happens
+
+
+def test_a_second_click_waits_in_line_and_is_shown_in_its_turn(studio):
+    first, seen = paint(studio, steps=30), []
+    while "Step" not in next(first).get("stage", ""):
+        pass
+    second = list(paint(studio, seed=50))
+    assert len(second) == 1
+    assert "1 waiting" in second[0]["line"]
+    assert second[0]["clear"]["visible"] is True
+    seen = list(first)
+    assert [item.settings.seed for item in pictures(seen)] == [50, 3]
+
+
+def test_the_line_can_be_cleared(studio):
+    job = paint(studio, steps=30)
+    while "Step" not in next(job).get("stage", ""):
+        pass
+    for seed in (50, 51):
+        list(paint(studio, seed=seed))
+    assert studio.painting.clear(TAB)["line"] == ""
+    assert [item.settings.seed for item in pictures(list(job))] == [3]
+    assert [one.state for one in studio.engine.jobs()] == ["stopped", "stopped", "done"]
+
+
+def test_closing_the_tab_stops_all_of_its_line(studio):
+    job = paint(studio, steps=200)
+    while "Step" not in next(job).get("stage", ""):
+        pass
+    list(paint(studio, seed=50))
+    job.close()
+    assert [one.state for one in studio.engine.jobs()] == ["stopped", "stopped"]
+    assert pictures(list(paint(studio)))  # and the page is as good as new
+
+
+def test_prompts_from_a_file_are_a_job_each(studio, tmp_path):
+    (tmp_path / "prompts.txt").write_text('# mine\na fox\n"a cat"\n{"prompt": "a dog"}\n{"steps": 3}\n\n')
+    changes = studio.choosing.take_prompts(str(tmp_path / "prompts.txt"))
+    assert changes["many"] == ["a fox", "a cat", "a dog"]
+    visit = pictures(list(paint(studio, many=changes["many"])))
+    assert [item.settings.prompt for item in visit] == ["a dog", "a cat", "a fox"]
+    assert studio.choosing.drop_prompts()["many"] == []
 
 
 def test_fast_steps_do_not_flood_the_page(tmp_path):
     engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: FakePipeline())
-    told = list(paint(Handlers(engine), steps=150, count=4))
-    steps = [view for view in told if isinstance(view[0], str) and "Picture " in view[0]]
-    assert 1 <= len(steps) <= 20  # of 600
+    told = list(Painting(engine, ENGLISH, Sessions(None)).paint([], {**PAGE, "steps": 150, "count": 4}, TAB))
+    steps = [changes for changes in told if "Picture " in changes.get("stage", "")]
+    assert 1 <= len(steps) <= 30  # of 600
+    engine.close()
 
 
 @pytest.mark.parametrize(
@@ -76,51 +160,252 @@ def test_fast_steps_do_not_flood_the_page(tmp_path):
         ({"seed": None}, "missing"),
         ({"seed": float("nan")}, "cannot convert"),
         ({"model": "/etc"}, "choose among fake"),
+        ({"mode": "image"}, "Choose a picture"),
+        ({"mode": "image", "source": "../../etc/passwd"}, "image"),
+        ({"mode": "inpaint", "source": "0" * 64}, "Nothing is marked"),
+        ({"mode": "inpaint", "source": "0" * 64, "mask": "data:image/png;base64,AAAA"}, "no picture"),
+        ({"mode": "classes"}, "Choose a class"),
+        ({"mode": "grid", "grid_x": "module"}, "can vary"),
+        ({"scheduler": "os.system"}, "scheduler"),
+        ({"style": "<script>"}, "no such style"),
+        ({"step_cache": "../x"}, "step_cache"),
     ],
 )
 def test_wishes_that_by_pass_the_widgets_are_refused(studio, wish, reason):
-    last = list(paint(studio, **wish))[-1]
-    assert reason in last[0]
-    assert 'role="alert"' in last[0]
+    told = [changes["stage"] for changes in paint(studio, **wish) if "stage" in changes]
+    assert reason in told[-1]
+    assert 'role="alert"' in told[-1]
+    assert "<script>" not in told[-1]
 
 
 def test_a_random_seed_ignores_the_field(studio):
-    seeds = {list(paint(studio, seed_mode=RANDOM))[-2][3][0].settings.seed for _ in range(3)}
-    assert len(seeds) == 3
+    assert len({pictures(list(paint(studio, seed_mode=RANDOM)))[0].settings.seed for _ in range(3)}) == 3
 
 
-def test_pictures_can_be_chosen_and_painted_again(studio):
-    visit = next(view[3] for view in paint(studio, seed=9) if isinstance(view[3], list))
-    chosen = studio.choose(visit, SimpleNamespace(index=0))[4]
-    assert chosen == visit[0]
-    assert studio.reuse_seed(chosen) == (FIXED, 9)
-    prompt, _, shape, width, height, steps, _, mode, seed, count = studio.reuse_settings(chosen)
-    assert (prompt, shape, width, height, steps, mode, seed, count) == ("a fox", CUSTOM, 64, 64, 4, FIXED, 9, 1)
+def test_settings_in_the_picture_put_the_page_in_place(studio):
+    """The bar: picture, settings, the same picture again."""
+    first = pictures(list(paint(studio, seed=9, width=96, height=64, shape=CUSTOM, guidance=2.5)))[0]
+    changes = studio.choosing.load_settings(str(first.path))
+    assert changes["mode"] == "text"
+    again = pictures(list(paint(studio, **{name: value for name, value in changes.items() if name in PAGE})))[0]
+    assert again.settings == first.settings
+    with Image.open(first.path) as one, Image.open(again.path) as two:
+        assert one.tobytes() == two.tobytes()
+    assert studio.choosing.reuse_settings(first)["seed"] == 9
+    assert studio.choosing.reuse_seed(first) == {"seed_mode": FIXED, "seed": 9}
+    assert studio.choosing.reuse_seed(None) == studio.choosing.reuse_settings(None) == {}
+
+
+def test_hostile_settings_are_refused(studio, tmp_path):
+    settings = pictures(list(paint(studio)))[0].settings
+    for number, change in enumerate(({"task": "inpaint"}, {"image": "0" * 64, "task": "image_to_image"})):
+        file = tmp_path / f"{number}.png"
+        hostile = settings.model_copy(update={"prompt": "<b>", **change})
+        save_picture(Image.new("RGB", (8, 8)), file, hostile)
+        with pytest.raises(gr.Error) as caught:
+            studio.choosing.load_settings(str(file))
+        assert "<b>" not in str(caught.value)
+    (tmp_path / "x.png").write_bytes(b"\x89PNG but no")
+    with pytest.raises(gr.Error, match="not a readable"):
+        studio.choosing.load_settings(str(tmp_path / "x.png"))
+
+
+def test_pictures_of_strip_and_gallery_can_be_chosen(studio):
+    visit = pictures(list(paint(studio, seed=9, count=3)))
+    assert studio.choosing.choose(visit, SimpleNamespace(index=0))["chosen"] == visit[0]
     for index in (7, -1, "0", None):
-        assert all(part == gr.skip() for part in studio.choose(visit, SimpleNamespace(index=index)))
-    assert studio.reuse_seed(None) == (gr.skip(), gr.skip())
+        assert studio.choosing.choose(visit, SimpleNamespace(index=index)) == {}
+    hung = studio.choosing.turn(0, 0, TAB)
+    assert [one.settings.seed for one in hung["hung"]] == [11, 10, 9]
+    assert hung["older"]["interactive"] is False
+    visit[0].path.unlink()
+    assert len(studio.choosing.turn(0, 0, TAB)["hung"]) == 2  # what was removed from disk is not hung
+    assert studio.choosing.look(hung["hung"], SimpleNamespace(index=1))["chosen"].settings.seed == 10
+    assert studio.choosing.turn(0, -1, TAB)["page"] == 0
+
+
+def test_a_painted_picture_can_be_started_from(studio):
+    first = pictures(list(paint(studio)))[0]
+    changes = studio.choosing.send(first, "inpaint")
+    with Image.open(first.path) as image:
+        assert studio.engine.uploads.get(changes["source"]).tobytes() == image.convert("RGB").tobytes()
+    assert changes["mode"] == "inpaint"
+    assert "<canvas" in changes["source_view"]
+    assert studio.choosing.send(None, "image") == {}
+
+
+def test_the_mask_of_the_brush():
+    drawn = Image.new("L", (16, 8))
+    drawn.paste(255, (0, 0, 8, 8))
+    mask = np.asarray(read_mask(views.preview_uri(drawn)))
+    assert mask[:, :8].all()
+    assert not mask[:, 8:].any()
 
 
 def test_the_controls_fit_the_model(studio, tmp_path):
     (tmp_path / "vocabulary.txt").write_text("fox\npizza\nice cream\nghost\n")
-    shape, width, _, steps, guidance, words, *chips = studio.settle("fake")
-    assert shape["value"] == "128x128"
-    assert (width["value"], width["step"], steps, guidance) == (128, 16, 28, 4.0)
-    assert "ice cream" in words
-    assert chips[0]["value"] == "a pizza on a blue background"
+    changes = studio.choosing.settle("fake", "text")
+    assert changes["shape"]["value"] == AUTO
+    assert (changes["width"]["value"], changes["width"]["step"]) == (128, 16)
+    assert (changes["steps"]["value"], changes["guidance"]["value"]) == (28, 4.0)
+    assert "ice cream" in changes["words"]
+    assert changes["chip_0"]["value"] == "a pizza on a blue background"
+    assert changes["need"] == ""
+    assert "tessera convert" in studio.choosing.settle("fake", "scales")["need"]
     with pytest.raises(gr.Error, match="no such model"):
-        studio.settle("../secret")
+        studio.choosing.settle("../secret", "text")
+
+
+def test_what_the_browser_remembers_is_put_in_place_and_checked(studio):
+    saved = {name: PAGE[name] for name in SAVED} | {"prompt": "a ghost", "steps": 9, "mode": "grid"}
+    changes = studio.choosing.open(saved, PAGE)
+    assert changes["prompt"] == "a ghost"
+    assert changes["steps"]["value"] == 9
+    assert changes["tabs"]["selected"] == "grid"
+    for odd in (None, [], "x", {"model": "../x", "prompt": "y"}, {"model": "fake", "prompt": ["y"], "source": "z"}):
+        assert "prompt" not in studio.choosing.open(odd, PAGE)
+
+
+# ---------------------------------------------------------------------------------- tasks
+
+
+def test_every_kind_of_pipeline_is_offered_its_tasks():
+    from pipelines.next_scale import NextScaleClassToImagePipeline
+
+    scales = NextScaleClassToImagePipeline(tiny_next_scale.transformer(), tiny_next_scale.tokenizer())
+    classes = tiny_pipeline("dit", id2label={0: "tench, Tinca tinca", 1: "goldfish"})
+    assert list(find_tasks(scales)) == ["next_scale_class"]
+    assert list(find_tasks(classes)) == ["class_to_image"]
+    model = inspect_model("classes", classes)
+    assert model.labels[1] == "goldfish"
+    assert "ddim" in model.schedulers
+    assert [read_label(text) for text in ("12: tench", "12", "tench", 7)] == [12, 12, "tench", 7]
+
+
+@pytest.mark.parametrize("mode", ["classes", "scales"])
+def test_pictures_of_classes(tmp_path, mode):
+    from pipelines.next_scale import NextScaleClassToImagePipeline
+
+    if mode == "classes":
+        pipe = tiny_pipeline("dit", id2label={0: "tench", 1: "goldfish"})
+    else:
+        pipe = NextScaleClassToImagePipeline(tiny_next_scale.transformer(), tiny_next_scale.tokenizer())
+    engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: pipe)
+    engine.model().result(10)
+    painting = Painting(engine, ENGLISH, Sessions(None))
+    settings = {**PAGE, "mode": mode, "label": "1: goldfish", "scale_label": "1", "shape": AUTO, "top_k": 0,
+                "kv_policy": "window", "kv_budget": 0.5, "guidance": 2.0}  # fmt: skip
+    told = list(painting.paint([], settings, TAB))
+    assert "visit" in told[-3] or any("visit" in changes for changes in told), told[-1]
+    first = pictures(told)[0]
+    assert first.settings.label == 1
+    if mode == "scales":
+        assert any('class="scales"' in changes.get("stage", "") for changes in told)
+        assert "KV window" in first.report
+    shown = show_settings(parse(first.settings.model_dump_json()))
+    assert shown.pop("mode") == mode
+    again = pictures(list(painting.paint([], {**settings, **shown}, TAB)))[0]
+    with Image.open(first.path) as one, Image.open(again.path) as two:
+        assert one.tobytes() == two.tobytes()
+    engine.close()
+
+
+# ----------------------------------------------------------------------------------- grid
+
+
+def test_grids_vary_what_they_say():
+    request = TextToImageRequest(prompt="a red fox", seed=1)
+    axes = [read_axis("steps", "4, 8"), read_axis("prompt", "red, blue"), read_axis("step_cache", "off, taylorseer")]
+    cells = plan(request, axes)
+    assert len(cells) == 8
+    assert {(cell.request.steps, cell.request.prompt) for cell in cells} == {
+        (4, "a red fox"), (8, "a red fox"), (4, "a blue fox"), (8, "a blue fox"),
+    }  # fmt: skip
+    assert sum(cell.request.step_cache is not None for cell in cells) == 4
+    assert {cell.request.seed for cell in cells} == {1}
+    sheet = compose(axes, {(0, 0, 0): Filled(Image.new("RGB", (64, 32), "red"), 1.0, "10 of 28")}, side=64)
+    colours = {colour for _, colour in sheet.getcolors(1 << 20)}
+    assert (255, 0, 0) in colours
+    assert sheet.width > 128
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [("path", "x", "can vary"), ("steps", "", "1 to 8"), ("steps", "a", "no number"), ("steps", "1," * 20, "1 to 8")],
+)
+def test_axes_are_checked(name, text, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_axis(name, text)
+
+
+def test_grids_are_checked():
+    request = TextToImageRequest(prompt="a fox", seed=1)
+    for axes, reason in (
+        ([read_axis("steps", "1,2"), read_axis("steps", "1,2"), Axis()], "something else"),
+        ([read_axis("prompt", "cat, dog"), Axis(), Axis()], "must occur"),
+        ([read_axis("steps", "0"), Axis(), Axis()], "steps"),
+        ([read_axis("temperature", "1"), Axis(), Axis()], "has no temperature"),
+        ([read_axis(n, "1,2,3,4,5,6,7,8") for n in ("steps", "seed", "guidance")], "at most"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            plan(request, axes)
+
+
+def test_a_grid_is_painted_cell_by_cell_and_saved(studio):
+    told = list(paint(studio, mode="grid", seed_mode=RANDOM))
+    assert any("Cell 2 of 2" in changes.get("stage", "") for changes in told)
+    saved = next(changes["save"]["value"] for changes in told if "save" in changes)
+    with Image.open(saved) as sheet:
+        assert sheet.width > 2 * 192
+    assert len({parse(one.settings).seed for one in studio.engine.history()}) == 1
+    assert {parse(one.settings).steps for one in studio.engine.history()} == {2, 3}
+
+
+def test_a_grid_can_be_stopped(studio):
+    job = paint(studio, mode="grid", grid_x_values="50, 60, 70")
+    while "Cell 2" not in next(job).get("stage", ""):
+        pass
+    threading.Timer(0.05, studio.painting.stop, (TAB,)).start()
+    told = list(job)
+    assert any("Stopped" in changes.get("stage", "") for changes in told)
+    assert len(studio.engine.history()) == 1
+    time.sleep(0.05)
+    assert pictures(list(paint(studio)))
+
+
+# ---------------------------------------------------------------------------------- words
+
+
+def test_all_languages_say_the_same_things():
+    assert languages()[0] == "en"
+    assert set(languages()) == {"en", "zh"}
+    for language in languages():
+        strings = json.loads((FOLDER / f"{language}.json").read_text(encoding="utf-8"))
+        assert set(strings) == ENGLISH.keys()
+        for key, text in strings.items():
+            assert set(re.findall(r"{(\w+)}", text)) == set(re.findall(r"{(\w+)}", ENGLISH(key))), (language, key)
+            assert text.strip()
+
+
+def test_every_string_is_used_and_every_use_has_one(root):
+    sources = "".join(path.read_text() for path in (root / "apps" / "studio").rglob("*.py"))
+    built = ("tab.", "axis.", "grid.", "brush.", "cant.", "size.", "facts.", "seed.")  # put together from parts
+    for key in sorted(ENGLISH.keys()):
+        assert f'"{key}"' in sources or f"'{key}'" in sources or key.startswith(built) or key == "language", key
+    for key in re.findall(r'words\("([\w.]+)"', sources):
+        assert ENGLISH(key)
 
 
 def test_words_from_files_are_escaped_and_capped(tmp_path):
     (tmp_path / "vocabulary.txt").write_text("<img src=x onerror=alert(1)>\n\n  fox  \n" + "x\n" * 10_000)
-    words = read_vocabulary(str(tmp_path))
-    assert words[1] == "fox"
-    assert len(words) == 5_000
-    assert "<img" not in views.vocabulary(words[:2], "<b>")
+    names = read_vocabulary(str(tmp_path))
+    assert names[1] == "fox"
+    assert len(names) == 5_000
+    assert "<img" not in views.vocabulary(names[:2], "<b>", ENGLISH)
     assert read_vocabulary("user/repository") == []
-    assert views.vocabulary([], "model") == ""
+    assert views.vocabulary([], "model", ENGLISH) == ""
     assert "<script>" not in views.stage(size=(1, 1), note="<script>")
+    assert "<script>" not in views.note("<script>")
 
 
 def test_examples_use_known_words_only():
@@ -134,26 +419,39 @@ def test_examples_use_known_words_only():
 
 
 def test_sizes():
-    assert dict(shapes(128, 16)) == {
-        "Square 128 \u00d7 128": "128x128",
+    assert dict(shapes(ENGLISH, 128, 128, 16)) == {
+        "Auto 128 \u00d7 128": AUTO,
         "Portrait 128 \u00d7 160": "128x160",
         "Landscape 160 \u00d7 128": "160x128",
         "Custom": CUSTOM,
     }
     assert read_size("160x128", 1, 1) == (160, 128)
     assert read_size(CUSTOM, 96.0, 64.0) == (96, 64)
+    assert read_size(AUTO, 96.0, 64.0) == (None, None)
 
 
-def test_the_page_is_no_public_api(studio):
-    page = build_page(studio._engine)
+def test_styles_hold_a_place_for_the_prompt(studio):
+    assert all(style.prompt.count("{prompt}") == 1 for style in load_styles().values())
+    painted = pictures(list(paint(studio, style="watercolour", negative="blue")))[0].settings
+    assert painted.prompt.startswith("watercolour of a fox")
+    assert painted.negative_prompt == "blue, photograph"
+
+
+# ----------------------------------------------------------------------------------- page
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_page_is_no_public_api(studio, language):
+    page = build_page(studio.engine, Strings(language), studio.sessions)
     assert {listener.api_visibility for listener in page.fns.values()} == {"private"}
     assert page.analytics_enabled is False
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
-def test_other_machines_are_kept_out(host):
-    with pytest.raises(ValueError, match="no passwords"):
+def test_other_machines_are_kept_out(host, tmp_path):
+    with pytest.raises(ValueError, match="nobody would be asked"):
         check_host(host)
+    check_host(host, tmp_path / "users.json")
 
 
 def test_hosts_and_ports():

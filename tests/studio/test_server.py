@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -11,13 +12,15 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from apps.metadata import read_picture
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 PROJECT = Path(__file__).resolve().parents[2]
+STRINGS = json.loads((PROJECT / "apps" / "studio" / "strings" / "zh.json").read_text(encoding="utf-8"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = [
     "--headless",
@@ -73,6 +76,9 @@ def wait_for_address(process, log):
         "/gradio_api/file=/etc/passwd",
         "/gradio_api/file=" + str(PROJECT / "pyproject.toml"),
         "/gradio_api/file=pyproject.toml",
+        "/gradio_api/file={out}/.tessera/jobs.sqlite",
+        "/zh/gradio_api/file={out}/.tessera/jobs.sqlite",
+        "/zh/gradio_api/file=/etc/passwd",
         "/gradio_api/file={out}/../log",
         "/gradio_api/file={out}/..%2flog",
         "/gradio_api/file={out}/../tiny/vocabulary.txt",
@@ -111,6 +117,7 @@ def test_the_page_offers_no_api(server):
     address, _ = server
     told = httpx.get(f"{address}/gradio_api/info", trust_env=False).json()
     assert told == {"named_endpoints": {}, "unnamed_endpoints": {}}
+    assert httpx.get(f"{address}/v1/models", trust_env=False).status_code == 404  # `tessera studio` serves no API
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +131,27 @@ def browser():
         chromium.close()
 
 
+@pytest.fixture
+def page(server, browser):
+    """Open the page; at the end there was no error in the console and no request to another server."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(60_000)
+    requests, errors = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    open_page(page, server[0])
+    yield page
+    assert errors == []
+    assert [url for url in requests if not url.startswith((server[0], "data:", "blob:"))] == []
+    page.close()
+
+
+def open_page(page, address):
+    page.goto(address)
+    page.locator(".chip:visible").first.wait_for()  # the model is there and has told its words
+
+
 def note_says(page, start, seconds=60):
     page.wait_for_function(
         "start => document.querySelector('#stage .note')?.textContent.startsWith(start)",
@@ -132,23 +160,38 @@ def note_says(page, start, seconds=60):
     )
 
 
+def newest(out, before):
+    (painted,) = set(out.glob("*.png")) - before
+    return painted
+
+
+def paint_one(page, out, prompt="a ghost"):
+    before = set(out.glob("*.png"))
+    page.fill("#prompt textarea", prompt)
+    page.click("#paint")
+    deadline = time.monotonic() + 60
+    while not set(out.glob("*.png")) - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    note_says(page, "Done")
+    return newest(out, before)
+
+
+def tab(page, name):
+    page.get_by_role("tab", name=name, exact=True).first.click()
+    page.wait_for_function("tab => document.querySelector('#desk').dataset.tab === tab", arg=name.lower())
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
-def test_type_paint_stop(server, browser, width, height):
-    address, out = server
-    page = browser.new_page(viewport={"width": width, "height": height})
-    requests, errors = [], []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
+def test_type_paint_stop(server, page, width, height):
+    _, out = server
+    page.set_viewport_size({"width": width, "height": height})
     before = set(out.glob("*.png"))
-
-    page.goto(address)
-    page.locator(".chip:visible").first.wait_for()  # the model is there and has told its words
     page.fill("#prompt textarea", "a ghost")
-    page.press("#prompt textarea", "Enter")
+    page.press("#prompt textarea", "Control+Enter")
     note_says(page, "Done")
-    (painted,) = set(out.glob("*.png")) - before
+    painted = newest(out, before)
     settings = read_picture(painted)
     assert settings.prompt == "a ghost"
     assert f"seed {settings.seed}" in page.inner_text("#details")
@@ -176,19 +219,13 @@ def test_type_paint_stop(server, browser, width, height):
     time.sleep(1)
     assert set(out.glob("*.png")) == before | {painted, *pictures}  # nothing paints on behind the page
     assert page.get_by_role("button", name="Paint", exact=True).is_enabled()
-
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert errors == []
-    assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
-    page.close()
+    for name in ("Image", "Inpaint", "Class", "Scales", "Grid", "Gallery", "Text"):
+        page.get_by_role("tab", name=name, exact=True).first.click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
 
 
 @pytest.mark.browser
-def test_words_examples_and_dark_mode(server, browser):
-    address, _ = server
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.goto(address)
-    page.locator(".chip:visible").first.wait_for()
+def test_words_examples_and_dark_mode(page):
     page.click(".words summary")
     page.fill(".words input", "ice")
     assert page.locator(".word:visible").all_inner_texts() == ["ice cream"]
@@ -201,7 +238,7 @@ def test_words_examples_and_dark_mode(server, browser):
     note_says(page, "Done")
     assert page.input_value("#prompt textarea") == page.locator(".chip:visible").first.inner_text()
     page.click("#reuse-seed")
-    page.wait_for_function("document.querySelector('#seed-mode input:checked')?.value === 'Fixed'")
+    page.wait_for_function("document.querySelector('#seed-mode input:checked')?.value === 'fixed'")
     assert f"seed {page.input_value('#seed input')}" in page.inner_text("#details")
     with page.expect_download() as download:
         page.click("#download")
@@ -214,4 +251,112 @@ def test_words_examples_and_dark_mode(server, browser):
     assert page.evaluate("document.body.classList.contains('dark')")
     page.reload()
     page.wait_for_function("document.body.classList.contains('dark')")
-    page.close()
+
+
+@pytest.mark.browser
+def test_settings_of_a_picture_paint_it_again(server, page):
+    """The bar: from the file alone, in a page that knows nothing of it, bit for bit."""
+    _, out = server
+    page.fill("#steps input[type=number]", "7")
+    page.press("#steps input[type=number]", "Tab")
+    first = paint_one(page, out)
+    page.evaluate("localStorage.clear()")
+    page.reload()
+    page.locator(".chip:visible").first.wait_for()
+    page.wait_for_function("document.querySelector('#steps input[type=number]').value === '28'")
+    page.set_input_files("#settings input[type=file]", first)
+    page.wait_for_function("document.querySelector('#steps input[type=number]').value === '7'")
+    before = set(out.glob("*.png"))
+    page.click("#paint")
+    note_says(page, "Done")
+    again = newest(out, before)
+    assert read_picture(again) == read_picture(first)
+    with Image.open(first) as one, Image.open(again) as two:
+        assert one.tobytes() == two.tobytes()
+
+
+@pytest.mark.browser
+def test_inpaint_with_the_brush(server, page):
+    _, out = server
+    original = paint_one(page, out)
+    page.click("#inpaint-it")
+    canvas = page.locator("#source canvas")
+    canvas.wait_for()
+    page.wait_for_function("document.querySelector('#desk').dataset.tab === 'inpaint'")
+    page.fill("#prompt textarea", "a fox")
+    page.click("#paint")
+    note_says(page, "Nothing is marked")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 0.3 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.7 * box["width"], box["y"] + 0.3 * box["height"], steps=5)
+    page.mouse.up()
+    page.wait_for_function("document.querySelector('#mask textarea, #mask input').value.startsWith('data:image/png')")
+    painted = paint_one(page, out, "a fox")
+    settings = read_picture(painted)
+    assert settings.task == "inpaint"
+    with Image.open(out / ".tessera" / "uploads" / f"{settings.mask}.png") as image:
+        marked = np.asarray(image.convert("L")) > 0
+    assert 0.02 < marked.mean() < 0.5
+    before, after = (np.asarray(Image.open(path).convert("RGB")) for path in (original, painted))
+    assert (after[~marked] == before[~marked]).all()
+    assert (after[marked] != before[marked]).any()
+    page.click("[data-tool=undo]")
+    page.wait_for_function("document.querySelector('#mask textarea, #mask input').value === ''")
+
+
+@pytest.mark.browser
+def test_what_was_set_survives_a_reload(page):
+    page.fill("#prompt textarea", "a pizza")
+    page.fill("#steps input[type=number]", "9")
+    page.press("#steps input[type=number]", "Tab")
+    page.wait_for_function("(localStorage.getItem('tessera-settings') ?? '').length > 100")
+    time.sleep(0.5)
+    page.reload()
+    page.wait_for_function("document.querySelector('#prompt textarea')?.value === 'a pizza'")
+    assert page.input_value("#steps input[type=number]") == "9"
+
+
+@pytest.mark.browser
+def test_chinese_gallery_and_a_hostile_upload(server, page, tmp_path):
+    address, out = server
+    painted = paint_one(page, out)
+    page.click(".language")
+    page.wait_for_url(f"{address}/zh/")
+    page.locator(".chip:visible").first.wait_for()
+    assert page.inner_text("#paint") == STRINGS["paint"]
+    page.get_by_role("tab", name=STRINGS["tab.gallery"], exact=True).first.click()
+    page.locator("#gallery img").first.click()
+    seed = str(read_picture(painted).seed)
+    page.wait_for_function("seed => document.querySelector('#details')?.textContent.includes(seed)", arg=seed)
+    hostile = PngImagePlugin.PngInfo()
+    hostile.add_itxt("tessera", '{"prompt": "<img src=x onerror=document.title=1>", "model": "../../etc"}')
+    Image.new("RGB", (8, 8)).save(tmp_path / "hostile.png", pnginfo=hostile)
+    page.set_input_files("#settings input[type=file]", tmp_path / "hostile.png")
+    page.locator(".toast-body").first.wait_for()
+    assert 'src="x"' not in page.content()
+    assert page.title() != "1"
+
+
+@pytest.mark.browser
+def test_closing_the_tab_frees_the_engine(server, browser):
+    address, out = server
+    first = browser.new_page()
+    open_page(first, address)
+    first.fill("#steps input[type=number]", "100")
+    first.fill("#count input[type=number]", "16")
+    first.press("#count input[type=number]", "Tab")
+    first.fill("#prompt textarea", "a ghost")
+    first.click("#paint")
+    note_says(first, "Picture 2")
+    first.close()
+    deadline, seen = time.monotonic() + 60, -1
+    while (count := len(list(out.glob("*.png")))) != seen:  # until no more pictures come
+        assert time.monotonic() < deadline
+        seen = count
+        time.sleep(2)
+    second = browser.new_page()
+    open_page(second, address)
+    paint_one(second, out)
+    second.close()

@@ -3,6 +3,16 @@
   const root = document.body;
   const promptBox = () => document.querySelector("#prompt textarea");
 
+  // Which tab is open decides what the style sheet shows.
+  window.tessera = {
+    go(tab) {
+      const desk = document.querySelector("#desk");
+      if (desk) desk.dataset.tab = tab;
+    },
+  };
+  window.tessera.go("text");
+  document.documentElement.lang = location.pathname.startsWith("/zh") ? "zh" : "en";
+
   const dark = localStorage.getItem("tessera-dark");
   if (dark !== null) root.classList.toggle("dark", dark === "1");
 
@@ -31,6 +41,7 @@
   });
 
   document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) document.querySelector("#paint").click();
     if (event.key === "Escape") document.querySelector("#stop:not([disabled])")?.click();
   });
 }

@@ -1,0 +1,282 @@
+"""What happens besides painting: the model's own settings, pictures chosen and used again, the gallery, reloads."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from apps import limits
+from apps.engine import Engine
+from apps.job_store import StoredPicture
+from apps.jobs import repeat
+from apps.media import read_mp4
+from apps.metadata import MetadataError, PictureSettings, parse, read_picture
+from apps.shelf import LoadedModel
+from apps.studio import views
+from apps.studio.examples import EXAMPLES, example_prompts
+from apps.studio.painting import MAX_PROMPTS, Changes, Painting, Shown
+from apps.studio.sessions import Sessions
+from apps.studio.strings import Strings
+from apps.studio.tabs import TABS
+from apps.studio.vocabulary import read_vocabulary
+from apps.studio.wishes import FIXED, explain, least_side, shapes, show_settings
+from apps.uploads import UploadError, read_upload
+
+logger = logging.getLogger(__name__)
+
+PAGE = 24
+"""Pictures on a page of the gallery."""
+SAVED = (
+    "mode", "prompt", "negative", "model", "shape", "width", "height", "steps", "guidance", "seed_mode", "seed",
+    "count", "batch_size", "style", "scheduler", "step_cache", "cache_amount", "file_format", "keep_settings",
+    "strength", "repaint", "label", "scale_label", "top_k", "top_p", "temperature", "smooth", "kv_policy",
+    "kv_budget", "kv_dtype", "search", "candidates", "grid_x", "grid_x_values", "grid_y", "grid_y_values", "grid_z",
+    "grid_z_values",
+)  # fmt: skip
+"""What the browser remembers, by name; pictures are not among it."""
+
+
+class Choosing:
+    """The listeners besides painting.
+
+    Args:
+        engine: paints; must have an output folder.
+        words: of the page.
+        sessions: who is on the page.
+        painting: shows pictures.
+    """
+
+    def __init__(self, engine: Engine, words: Strings, sessions: Sessions, painting: Painting) -> None:
+        self._engine = engine
+        self._words = words
+        self._sessions = sessions
+        self._painting = painting
+
+    # --------------------------------------------------------------------------- model
+
+    def open(self, saved: object, values: Mapping[str, Any]) -> Changes:
+        """Fit the page to its model when it opens, then put in place what the browser remembers."""
+        remembered = self._remembered(saved)
+        key = remembered.get("model", values["model"])
+        mode = remembered.get("mode", values["mode"])
+        changes = self.settle(key, mode)
+        if not remembered:
+            return changes
+        merged = {**changes, "model": key}
+        for name, value in remembered.items():
+            before = merged.get(name)
+            if isinstance(before, dict) and before.get("__type__") == "update":
+                before["value"] = value
+            else:
+                merged[name] = value
+        return {**merged, **self._go(mode)}
+
+    def _remembered(self, saved: object) -> dict[str, Any]:
+        """Read what the browser remembers; what doesn't fit is left out."""
+        if not isinstance(saved, dict) or saved.get("model") not in self._engine.models:
+            return {}
+        return {
+            name: value
+            for name, value in saved.items()
+            if name in SAVED and isinstance(value, str | int | float) and len(str(value)) <= limits.MAX_PROMPT_CHARS
+        }
+
+    def settle(self, key: str, mode: str) -> Changes:
+        """Wait until a model is loaded and fit the controls to it."""
+        try:
+            model = self._engine.model(key).result(timeout=self._engine.limits.seconds)
+        except KeyError as error:
+            raise gr.Error(self._words("no_model"), print_exception=False) from error
+        except Exception as error:
+            logger.warning("the model %r did not load: %s", key, error)
+            raise gr.Error(self._words("model_failed", model=key), print_exception=False) from error
+        names = read_vocabulary(self._engine.source(key))
+        prompts = example_prompts(names, EXAMPLES)
+        chips = {
+            f"chip_{i}": gr.update(value=prompts[i] if i < len(prompts) else "", visible=i < len(prompts))
+            for i in range(EXAMPLES)
+        }
+        labels = [f"{number}: {name}" if name else str(number) for number, name in model.labels.items()]
+        most = min(limits.MAX_SIDE, model.side * 4)
+        sides = {  # one update each: Gradio takes them apart
+            name: gr.update(value=value, maximum=most, step=model.multiple, minimum=least_side(model))
+            for name, value in (("width", model.width), ("height", model.side))
+        }
+        choices = shapes(self._words, model.side, model.width, model.multiple)
+        own = (self._words("scheduler.own"), "")
+        return {
+            "shape": gr.update(choices=choices, value=choices[0][1]),
+            **sides,
+            **({} if model.steps is None else {"steps": gr.update(value=model.steps)}),
+            **({} if model.guidance is None else {"guidance": gr.update(value=model.guidance)}),
+            "scheduler": gr.update(choices=[own, *model.schedulers], value=""),
+            "label": gr.update(choices=labels),
+            "scale_label": gr.update(choices=labels, visible=bool(labels)),
+            "words": views.vocabulary(names, key, self._words),
+            **chips,
+            **self.fit(key, mode),
+        }
+
+    def fit(self, key: str, mode: str) -> Changes:
+        """Say whether a model can do what a tab asks for, and which one can."""
+        tab = TABS.get(mode)
+        model = self._loaded(key)
+        if tab is None or model is None or set(tab.tasks) & set(model.tasks):
+            return {"need": ""}
+        others = [name for name in self._engine.models if self._can(name, tab.tasks)]
+        if others:
+            remedy = self._words("cant.other", models=", ".join(others))
+        else:
+            remedy = self._words(f"cant.{mode}") if mode in ("classes", "scales") else ""
+        return {"need": views.note(f"{self._words('cant', model=key)} {remedy}")}
+
+    def _can(self, key: str, tasks: Sequence[str]) -> bool:
+        model = self._loaded(key)
+        return model is not None and bool(set(tasks) & set(model.tasks))
+
+    def _loaded(self, key: str) -> LoadedModel | None:
+        future = self._engine.loaded(key)
+        return None if future is None or not future.done() or future.exception() else future.result()
+
+    # ------------------------------------------------------------------------ pictures
+
+    def choose(self, visit: Sequence[Shown], event: gr.SelectData) -> Changes:
+        """Show the picture of the strip that was clicked."""
+        index = event.index if isinstance(event.index, int) else -1
+        return self._painting.show(visit[index]) if 0 <= index < len(visit) else {}
+
+    def reuse_seed(self, chosen: Shown | None) -> Changes:
+        """Fix the seed to that of the picture on the stage."""
+        return {} if chosen is None else {"seed_mode": FIXED, "seed": chosen.settings.seed}
+
+    def reuse_settings(self, chosen: Shown | None) -> Changes:
+        """Set every control as for the picture on the stage."""
+        return {} if chosen is None else self._put_in_place(chosen.settings)
+
+    def load_settings(self, file: str | None) -> Changes:
+        """Set every control as for a picture that was handed in."""
+        if not file:
+            return {}
+        path = Path(file)
+        try:
+            settings = _read(path)
+            repeat(settings)
+        except (MetadataError, ValueError, OSError) as error:
+            note = explain(error, self._words) if isinstance(error, ValueError) else self._words("wrong_form")
+            raise gr.Error(note, print_exception=False) from error
+        gr.Info(self._words("load_settings.done", name=path.name[:60]))
+        return self._put_in_place(settings)
+
+    def _put_in_place(self, settings: PictureSettings) -> Changes:
+        """Set every control for the settings of a picture, its source and mask too."""
+        changes = show_settings(settings)
+        mode = changes.pop("mode")
+        if settings.model in self._engine.models:
+            changes["model"] = settings.model
+        mask = changes.pop("mask", None)
+        if settings.image is not None:
+            try:
+                changes |= self._source(settings.image, mask)
+            except UploadError as error:
+                raise gr.Error(str(error), print_exception=False) from error
+        return {**changes, **self._go(mode)}
+
+    def _go(self, mode: str) -> Changes:
+        return {"mode": mode, "tabs": gr.update(selected=mode)}
+
+    # -------------------------------------------------------------------------- source
+
+    def take_source(self, file: str | None) -> Changes:
+        """Start from a picture that was handed in."""
+        if not file:
+            return {}
+        try:
+            image = read_upload(Path(file).read_bytes())
+        except UploadError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return self._source(self._engine.uploads.add(image))
+
+    def send(self, chosen: Shown | None, mode: str) -> Changes:
+        """Start from the picture on the stage, in one of the tabs that start from a picture."""
+        if chosen is None:
+            return {}
+        image = read_upload(chosen.path.read_bytes())
+        return {**self._source(self._engine.uploads.add(image)), **self._go(mode)}
+
+    def _source(self, name: str, mask: str | None = None) -> Changes:
+        image = self._engine.uploads.get(name)
+        drawn = "" if mask is None else views.preview_uri(self._engine.uploads.get(mask))
+        return {
+            "source": name,
+            "source_view": views.source(self._words, views.preview_uri(image), image.size, drawn),
+            "mask": drawn,
+        }
+
+    # ------------------------------------------------------------------------- prompts
+
+    def take_prompts(self, file: str | None) -> Changes:
+        """Read prompts from a file: a line each, or JSON strings."""
+        if not file:
+            return {}
+        path = Path(file)
+        text = path.read_bytes()[: 256 * 1024].decode("utf-8", errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+        prompts = [one for one in map(_prompt, lines[:MAX_PROMPTS]) if one]
+        note = self._words("from_file.count", count=len(prompts), name=path.name[:40])
+        return {"many": prompts, "many_note": views.note(note), "many_drop": gr.update(visible=True)}
+
+    def drop_prompts(self) -> Changes:
+        """Forget the prompts of a file."""
+        return {"many": [], "many_note": "", "many_drop": gr.update(visible=False)}
+
+    # ------------------------------------------------------------------------- gallery
+
+    def turn(self, page: int, by: int, request: gr.Request) -> Changes:
+        """Turn the pages of the gallery."""
+        first = max(int(page) + by, 0) * PAGE
+        found = self._engine.history(self._sessions.watcher(request), PAGE + 1, first)
+        shown = [one for one in map(self._on_disk, found[:PAGE]) if one is not None]
+        items = [(str(one.path), one.settings.prompt or str(one.settings.label)) for one in shown]
+        note = self._words("gallery.page", first=first + 1, last=first + len(shown)) if shown else ""
+        return {
+            "page": first // PAGE,
+            "hung": shown,
+            "gallery": gr.update(value=items, visible=bool(items)),
+            "gallery_note": views.note(note or self._words("gallery.empty")),
+            "newer": gr.update(interactive=first > 0),
+            "older": gr.update(interactive=len(found) > PAGE),
+        }
+
+    def _on_disk(self, picture: StoredPicture) -> Shown | None:
+        """Return a picture of the record; None if its file has been removed."""
+        folder = self._engine.output_dir
+        if folder is None or not (folder / picture.name).is_file():
+            return None
+        return Shown(folder / picture.name, parse(picture.settings), picture.seconds)
+
+    def look(self, hung: Sequence[Shown], event: gr.SelectData) -> Changes:
+        """Show the picture of the gallery that was clicked."""
+        index = event.index if isinstance(event.index, int) else -1
+        if not 0 <= index < len(hung):
+            return {}
+        return {**self._painting.show(hung[index]), **self._go("text")}
+
+
+def _read(path: Path) -> PictureSettings:
+    return read_mp4(path) if path.suffix.lower() == ".mp4" else read_picture(path)
+
+
+def _prompt(line: str) -> str:
+    """Read one line of a file of prompts."""
+    if not line.startswith(("{", '"')):
+        return line
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return line
+    return str(value.get("prompt", "")) if isinstance(value, dict) else str(value)

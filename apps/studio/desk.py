@@ -1,0 +1,174 @@
+"""The shared parts of the page: what is asked, how, and the easel that shows it. Each returns its parts by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from apps import limits
+from apps.accelerate import KNOBS
+from apps.engine import Engine
+from apps.shelf import FALLBACK_SIDE
+from apps.studio import views
+from apps.studio.examples import EXAMPLES, example_prompts
+from apps.studio.strings import Strings
+from apps.studio.wishes import FIXED, RANDOM, shapes
+from apps.styles import load_styles
+from pipelines import builtin_models
+
+BUILTIN_SIDE = 128
+"""Side that the controls show until the model is loaded, for built-in models; pixels."""
+
+Parts = dict[str, Any]
+"""Components by name."""
+
+
+def ask(words: Strings) -> Parts:
+    """Lay out the prompt, the buttons and the examples."""
+    prompts = example_prompts([], EXAMPLES)
+    parts: Parts = {"need": gr.HTML("", elem_id="need", js_on_load=None)}
+    parts["prompt"] = gr.Textbox(
+        label=words("prompt"),
+        placeholder=words("prompt.hint"),
+        lines=1,  # one line: then Enter submits, and the field still grows with the text
+        max_lines=4,
+        max_length=limits.MAX_PROMPT_CHARS,
+        autofocus=True,
+        elem_id="prompt",
+    )
+    with gr.Row(elem_id="go"):
+        parts["paint"] = gr.Button(words("paint"), variant="primary", elem_id="paint", scale=3)
+        parts["finish"] = gr.Button(words("finish"), elem_id="finish", interactive=False, scale=2, min_width=80)
+        parts["stop"] = gr.Button(words("stop"), elem_id="stop", interactive=False, scale=1, min_width=80)
+    with gr.Row(elem_id="queue"):
+        parts["line"] = gr.HTML("", elem_id="line", js_on_load=None)
+        parts["clear"] = gr.Button(words("line.clear"), size="sm", visible=False, elem_id="clear", min_width=80)
+    with gr.Row(elem_id="examples"):
+        for i in range(EXAMPLES):
+            text = prompts[i] if i < len(prompts) else ""
+            parts[f"chip_{i}"] = gr.Button(text, size="sm", visible=False, elem_classes="chip")
+    with gr.Row(elem_id="prompt-file"):
+        parts["many_file"] = gr.UploadButton(
+            words("from_file"), file_types=[".txt", ".jsonl"], size="sm", elem_id="many-file", min_width=80
+        )
+        parts["many_note"] = gr.HTML("", elem_id="many-note", js_on_load=None)
+        parts["many_drop"] = gr.Button(words("from_file.drop"), size="sm", visible=False, min_width=80)
+    return parts
+
+
+def source(words: Strings) -> Parts:
+    """Lay out the picture to start from."""
+    view = gr.HTML(views.source(words), elem_id="source-view", js_on_load=None)
+    file = gr.UploadButton(
+        words("source.choose"), file_types=[".png", ".jpg", ".jpeg", ".webp"], size="sm", elem_id="source-file"
+    )
+    return {"source_view": view, "source_file": file}
+
+
+def settings(engine: Engine, words: Strings) -> Parts:
+    """Lay out the settings that all tabs share."""
+    side = BUILTIN_SIDE if engine.models[0] in builtin_models() else FALLBACK_SIDE
+    choices = shapes(words, side, side, 16)
+    parts: Parts = {
+        "model": gr.Dropdown(
+            list(engine.models), value=engine.models[0], label=words("model"), filterable=False, elem_id="model"
+        ),
+        "shape": gr.Radio(choices, value=choices[0][1], label=words("size"), elem_id="shape"),
+    }
+    with gr.Row(elem_id="sides"):  # shown by the style sheet when the size is custom
+        for name in ("width", "height"):
+            parts[name] = gr.Slider(limits.MIN_SIDE, side * 4, side, step=16, label=words(name), elem_id=name)
+    with gr.Row(elem_id="walk"):
+        parts["steps"] = gr.Slider(1, 100, 28, step=1, label=words("steps"), elem_id="steps")
+        parts["guidance"] = gr.Slider(0, 12, 4, step=0.1, label=words("guidance"), elem_id="guidance")
+    modes = [(words("seed.random"), RANDOM), (words("seed.fixed"), FIXED)]
+    with gr.Row(elem_id="seeds"):
+        parts["seed_mode"] = gr.Radio(modes, value=RANDOM, label=words("seed"), elem_id="seed-mode")
+        parts["seed"] = gr.Number(
+            0, precision=0, minimum=0, maximum=limits.MAX_SEED, label=words("seed.value"), elem_id="seed", min_width=100
+        )
+    with gr.Row(elem_id="counts"):
+        parts["count"] = gr.Slider(1, limits.MAX_PICTURES, 1, step=1, label=words("count"), elem_id="count")
+        parts["batch_size"] = gr.Slider(1, limits.MAX_BATCH, 1, step=1, label=words("batch_size"), elem_id="batch")
+    return parts | _advanced(words)
+
+
+def _advanced(words: Strings) -> Parts:
+    with gr.Accordion(words("advanced"), open=False, elem_id="advanced"):
+        parts: Parts = {
+            "negative": gr.Textbox(
+                label=words("negative"),
+                placeholder=words("negative.hint"),
+                max_length=limits.MAX_PROMPT_CHARS,
+                elem_id="negative",
+            )
+        }
+        with gr.Row():
+            styles = [(words("style.none"), ""), *load_styles()]
+            parts["style"] = gr.Dropdown(styles, value="", label=words("style"), filterable=False, elem_id="style")
+            own = [(words("scheduler.own"), "")]
+            parts["scheduler"] = gr.Dropdown(
+                own, value="", label=words("scheduler"), filterable=False, elem_id="scheduler"
+            )
+        with gr.Row(elem_id="cache"):
+            caches = [(words("step_cache.none"), ""), *KNOBS]
+            parts["step_cache"] = gr.Dropdown(
+                caches, value="", label=words("step_cache"), filterable=False, elem_id="step-cache"
+            )
+            parts["cache_amount"] = gr.Number(
+                0, label=words("step_cache.amount"), minimum=0, maximum=100, elem_id="cache-amount"
+            )
+        with gr.Row():
+            parts["file_format"] = gr.Radio(["png", "webp"], value="png", label=words("file_format"), elem_id="format")
+            parts["keep_settings"] = gr.Checkbox(True, label=words("keep_settings"), elem_id="keep")
+    parts["settings_file"] = gr.UploadButton(
+        words("load_settings"), file_types=[".png", ".webp", ".mp4"], size="sm", elem_id="settings-file"
+    )
+    return parts
+
+
+def easel(words: Strings) -> Parts:
+    """Lay out the part that shows pictures."""
+    size = (BUILTIN_SIDE, BUILTIN_SIDE)
+    parts: Parts = {
+        "stage": gr.HTML(views.stage(size=size, note=words("empty")), elem_id="stage", js_on_load=None),
+        "details": gr.HTML("", elem_id="details", js_on_load=None),
+    }
+    with gr.Row(elem_id="use"):
+        for name in ("reuse_seed", "reuse_settings", "start_from", "inpaint_it"):
+            parts[name] = gr.Button(
+                words(name), size="sm", interactive=False, elem_id=name.replace("_", "-"), min_width=80
+            )
+        parts["save"] = gr.DownloadButton(words("save"), size="sm", interactive=False, elem_id="download", min_width=80)
+    parts["strip"] = gr.Gallery(
+        visible=False,
+        show_label=False,
+        columns=6,
+        height="auto",
+        object_fit="contain",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        elem_id="strip",
+    )
+    return parts
+
+
+def gallery(words: Strings) -> Parts:
+    """Lay out the gallery."""
+    with gr.Row(elem_id="turn"):
+        newer = gr.Button(words("newer"), size="sm", interactive=False, elem_id="newer", min_width=80)
+        note = gr.HTML("", elem_id="gallery-note", js_on_load=None)
+        older = gr.Button(words("older"), size="sm", interactive=False, elem_id="older", min_width=80)
+    hung = gr.Gallery(
+        show_label=False,
+        columns=6,
+        height="auto",
+        object_fit="cover",
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        elem_id="gallery",
+    )
+    return {"newer": newer, "gallery_note": note, "older": older, "gallery": hung}

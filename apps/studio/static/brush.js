@@ -1,0 +1,127 @@
+// The mask brush: paints on a canvas over the source picture and hands the mask over as a PNG in a hidden text field.
+// Everything listens on the document, because the page redraws its parts.
+(() => {
+  const COLOUR = "#d9603a";
+  let drawing = false, erasing = false, last = null;
+  const history = [];
+
+  const canvas = () => document.querySelector("#source .brush canvas");
+  const size = (target) => (document.querySelector("#brush-size")?.value ?? 12) / 100 * Math.min(target.width, target.height);
+
+  const place = (event, target) => {
+    const box = target.getBoundingClientRect();
+    return [(event.clientX - box.left) * target.width / box.width, (event.clientY - box.top) * target.height / box.height];
+  };
+
+  const stroke = (target, from, to) => {
+    const paint = target.getContext("2d");
+    paint.globalCompositeOperation = erasing ? "destination-out" : "source-over";
+    paint.strokeStyle = paint.fillStyle = COLOUR;
+    paint.lineWidth = size(target);
+    paint.lineCap = paint.lineJoin = "round";
+    paint.beginPath();
+    paint.moveTo(...from);
+    paint.lineTo(to[0] + 0.01, to[1]);
+    paint.stroke();
+  };
+
+  const remember = (target) => {
+    history.push(target.getContext("2d").getImageData(0, 0, target.width, target.height));
+    if (history.length > 30) history.shift();
+  };
+
+  // Edges of strokes are smooth on the screen; a mask is not: half covered counts as covered.
+  const handOver = (target) => {
+    const data = target.getContext("2d").getImageData(0, 0, target.width, target.height);
+    let any = false;
+    for (let i = 0; i < data.data.length; i += 4) {
+      const on = data.data[i + 3] >= 128;
+      any ||= on;
+      data.data.fill(on ? 255 : 0, i, i + 3);
+      data.data[i + 3] = 255;
+    }
+    const plain = document.createElement("canvas");
+    [plain.width, plain.height] = [target.width, target.height];
+    plain.getContext("2d").putImageData(data, 0, 0);
+    const field = document.querySelector("#mask textarea, #mask input");
+    field.value = any ? plain.toDataURL("image/png") : "";
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+
+  const fill = (target, keep) => {
+    const data = target.getContext("2d").getImageData(0, 0, target.width, target.height);
+    for (let i = 0; i < data.data.length; i += 4) {
+      const on = keep(data.data[i + 3] >= 128);
+      data.data.set(on ? [217, 96, 58, 255] : [0, 0, 0, 0], i);
+    }
+    target.getContext("2d").putImageData(data, 0, 0);
+  };
+
+  const TOOLS = {
+    draw: () => { erasing = false; },
+    erase: () => { erasing = true; },
+    undo: (target) => { if (history.length) target.getContext("2d").putImageData(history.pop(), 0, 0); },
+    clear: (target) => { remember(target); fill(target, () => false); },
+    invert: (target) => { remember(target); fill(target, (on) => !on); },
+  };
+
+  document.addEventListener("pointerdown", (event) => {
+    const target = event.target.closest?.("#source .brush canvas");
+    if (!target || document.querySelector("#desk")?.dataset.tab !== "inpaint") return;
+    event.preventDefault();
+    target.setPointerCapture(event.pointerId);
+    remember(target);
+    drawing = true;
+    last = place(event, target);
+    stroke(target, last, last);
+  });
+  document.addEventListener("pointermove", (event) => {
+    if (!drawing) return;
+    const target = canvas(), here = place(event, target);
+    stroke(target, last, here);
+    last = here;
+  });
+  for (const kind of ["pointerup", "pointercancel"]) document.addEventListener(kind, () => {
+    if (!drawing) return;
+    drawing = false;
+    handOver(canvas());
+  });
+
+  document.addEventListener("click", (event) => {
+    const tool = event.target.closest?.("[data-tool]");
+    if (!tool || !canvas()) return;
+    TOOLS[tool.dataset.tool](canvas());
+    if (tool.dataset.tool !== "draw" && tool.dataset.tool !== "erase") handOver(canvas());
+    for (const one of document.querySelectorAll("[data-tool=draw], [data-tool=erase]"))
+      one.setAttribute("aria-pressed", String((one.dataset.tool === "erase") === erasing));
+  });
+
+  // A mask that the server brings (settings of a picture) is drawn onto the canvas.
+  new MutationObserver(() => {
+    const target = canvas();
+    if (!target || target.dataset.ready) return;
+    target.dataset.ready = "1";
+    history.length = 0;
+    if (!target.dataset.mask) return;
+    const mask = new Image();
+    mask.onload = () => {
+      const paint = target.getContext("2d");
+      paint.drawImage(mask, 0, 0);
+      const data = paint.getImageData(0, 0, target.width, target.height);
+      for (let i = 0; i < data.data.length; i += 4) data.data.set(data.data[i] >= 128 ? [217, 96, 58, 255] : [0, 0, 0, 0], i);
+      paint.putImageData(data, 0, 0);
+    };
+    mask.src = target.dataset.mask;
+  }).observe(document, { childList: true, subtree: true });
+
+  // Dropping a file onto the source hands it to the button that chooses one.
+  const zone = (event) => event.target.closest?.("#source");
+  document.addEventListener("dragover", (event) => { if (zone(event)) event.preventDefault(); });
+  document.addEventListener("drop", (event) => {
+    const input = document.querySelector("#source-file input[type=file]") ?? document.querySelector("input[type=file][data-testid]");
+    if (!zone(event) || !input || !event.dataTransfer.files.length) return;
+    event.preventDefault();
+    input.files = event.dataTransfer.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  });
+})();

@@ -1,0 +1,47 @@
+"""X/Y/Z grid: some settings of text to image varied, every cell timed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from apps.grid import AXES, Axis, read_axis
+from apps.studio.strings import Strings
+from apps.studio.tabs.base import Tab, Values
+
+STARTS = (("steps", "8, 16, 28"), ("guidance", "1, 4, 7"), ("", ""))
+"""What the axes hold at first: something that works."""
+
+
+def _build(words: Strings) -> dict[str, gr.components.Component]:
+    gr.HTML(f'<p class="hint">{words("grid.hint")}</p>', js_on_load=None)
+    choices = [(words("grid.none"), ""), *((words(f"axis.{name}"), name) for name in AXES)]
+    parts: dict[str, Any] = {}
+    for axis, (name, values) in zip("xyz", STARTS, strict=True):
+        with gr.Row(elem_classes="axis"):
+            parts[f"grid_{axis}"] = gr.Dropdown(
+                choices,
+                value=name,
+                label=words(f"grid.{axis}"),
+                filterable=False,
+                elem_id=f"grid-{axis}",
+                min_width=120,
+            )
+            parts[f"grid_{axis}_values"] = gr.Textbox(
+                values, label=words("grid.values"), max_length=400, elem_id=f"grid-{axis}-values", min_width=140
+            )
+    return parts
+
+
+def axes(values: Values) -> Sequence[Axis]:
+    """Read the three axes.
+
+    Raises:
+        ValueError: one isn't understood.
+    """
+    return [read_axis(values[f"grid_{axis}"] or "", values[f"grid_{axis}_values"] or "") for axis in "xyz"]
+
+
+TAB = Tab("grid", ("text_to_image", "next_scale_text"), _build, lambda values: {}, lambda settings: {})

@@ -1,0 +1,72 @@
+"""Next-scale models: how tokens are drawn, what is remembered of earlier scales, whether candidates compete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from apps import limits
+from apps.metadata import PictureSettings
+from apps.studio.strings import Strings
+from apps.studio.tabs.base import PageError, Tab, Values
+from apps.studio.tabs.classes import read_label
+
+KV_POLICIES = ("full", "window", "streaming", "snapkv", "pyramidkv", "scalekv")
+SEARCHES = ("best_of", "tts", "beam")
+
+
+def _build(words: Strings) -> dict[str, gr.components.Component]:
+    gr.HTML(f'<p class="hint">{words("scales.hint")}</p>', js_on_load=None)
+    parts: dict[str, Any] = {
+        "scale_label": gr.Dropdown([], label=words("label"), allow_custom_value=True, elem_id="scale-label"),
+    }
+    with gr.Row():
+        parts["top_k"] = gr.Number(900, label=words("top_k"), precision=0, minimum=0, maximum=2**20)
+        parts["top_p"] = gr.Slider(0, 1, 0.95, step=0.01, label=words("top_p"))
+    with gr.Row():
+        parts["temperature"] = gr.Slider(0.1, 3, 1, step=0.05, label=words("temperature"))
+        parts["smooth"] = gr.Checkbox(False, label=words("smooth"), elem_id="smooth")
+    with gr.Row():
+        parts["kv_policy"] = gr.Dropdown(KV_POLICIES, value="full", label=words("kv_policy"), filterable=False)
+        parts["kv_dtype"] = gr.Dropdown(["auto", "int8"], value="auto", label=words("kv_dtype"), filterable=False)
+    parts["kv_budget"] = gr.Slider(0.02, 1, 0.1, step=0.02, label=words("kv_budget"))
+    with gr.Row():
+        none = (words("search.none"), "")
+        parts["search"] = gr.Dropdown([none, *SEARCHES], value="", label=words("search"), filterable=False)
+        parts["candidates"] = gr.Slider(2, limits.MAX_CANDIDATES, 4, step=1, label=words("candidates"))
+    return parts
+
+
+def _fields(values: Values) -> dict[str, object]:
+    searches = bool(values["search"])
+    found = {
+        "top_k": int(values["top_k"]),
+        "top_p": float(values["top_p"]),
+        "temperature": float(values["temperature"]),
+        "smooth": bool(values["smooth"]),
+        "kv_policy": values["kv_policy"],
+        "kv_budget": float(values["kv_budget"]) if values["kv_policy"] != "full" else None,
+        "kv_dtype": values["kv_dtype"],
+        "search": values["search"] or None,
+        "candidates": int(values["candidates"]) if searches else None,
+    }
+    try:
+        return {**found, "label": read_label(values["scale_label"])}
+    except PageError:
+        return found  # a model of texts has no class
+
+
+def _show(settings: PictureSettings) -> dict[str, object]:
+    same = {name: getattr(settings, name) for name in ("top_k", "top_p", "temperature", "smooth", "kv_policy")}
+    return {
+        **same,
+        "kv_budget": settings.kv_budget,
+        "kv_dtype": settings.kv_dtype,
+        "search": settings.search or "",
+        "candidates": settings.candidates,
+        "scale_label": None if settings.label is None else str(settings.label),
+    }
+
+
+TAB = Tab("scales", ("next_scale_text", "next_scale_class"), _build, _fields, _show)

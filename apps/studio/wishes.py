@@ -1,0 +1,161 @@
+"""From what stands on the page to requests, and from the settings of a picture back to the page. Pure functions."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any
+
+from PIL import Image
+from pydantic import ValidationError
+
+from apps.jobs import TASKS, AnyRequest
+from apps.metadata import PictureSettings
+from apps.shelf import LoadedModel
+from apps.studio.strings import Strings
+from apps.studio.tabs import TABS, Values
+from apps.studio.tabs.base import PageError
+from apps.uploads import UploadError, read_upload
+
+AUTO, CUSTOM = "auto", "custom"
+RANDOM, FIXED = "random", "fixed"
+MASK_HEAD = "data:image/png;base64,"
+
+
+def make_request(values: Values, tasks: tuple[str, ...]) -> AnyRequest:
+    """Make the request that the page asks for.
+
+    Args:
+        values: what stands on the page; the mask and the source by their hashes.
+        tasks: what the chosen model can do; empty if that isn't known yet.
+
+    Raises:
+        PageError: something is missing.
+        ValueError: something is out of range.
+    """
+    tab = TABS.get(values["mode"], TABS["text"])
+    task = next((task for task in tab.tasks if task in tasks), tab.tasks[0])
+    kind = TASKS[task]
+    fields = {**_common(values), **tab.fields(values)}
+    return kind.model_validate({name: value for name, value in fields.items() if name in kind.model_fields})
+
+
+def _common(values: Values) -> dict[str, Any]:
+    """Read the shared settings."""
+    width, height = read_size(values["shape"], values["width"], values["height"])
+    cache = {"preset": values["step_cache"], "amount": values["cache_amount"] or None} if values["step_cache"] else None
+    count = int(values["count"])
+    return {
+        "prompt": values["prompt"],
+        "negative_prompt": values["negative"] or "",
+        "model": values["model"],
+        "width": width,
+        "height": height,
+        "steps": int(values["steps"]),
+        "guidance": float(values["guidance"]),
+        "seed": int(values["seed"]) if values["seed_mode"] == FIXED else None,
+        "num_images": count,
+        "batch_size": min(int(values["batch_size"]), count),
+        "style": values["style"] or None,
+        "scheduler": values["scheduler"] or None,
+        "step_cache": cache,
+        "file_format": values["file_format"],
+        "keep_settings": bool(values["keep_settings"]),
+    }
+
+
+def read_size(shape: str, width: float, height: float) -> tuple[int, int] | tuple[None, None]:
+    """Return width and height in pixels from the size controls; None for the model's, or the picture's, own.
+
+    Raises:
+        ValueError: the shape is neither `auto`, `custom` nor `WIDTHxHEIGHT`.
+    """
+    if shape == AUTO:
+        return None, None
+    if shape == CUSTOM:
+        return int(width), int(height)
+    first, _, second = str(shape).partition("x")
+    if not (first.isdecimal() and second.isdecimal() and len(shape) < 12):
+        raise ValueError("The size is not understood; choose one of the list.")
+    return int(first), int(second)
+
+
+def read_mask(text: str) -> Image.Image:
+    """Read the mask that the brush hands over.
+
+    Raises:
+        PageError: there is none.
+        UploadError: it is no picture.
+    """
+    if not text:
+        raise PageError("brush.nothing")
+    try:
+        data = base64.b64decode(str(text).removeprefix(MASK_HEAD), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UploadError("The mask is no picture.") from error
+    return read_upload(data).convert("L").point(lambda value: 255 if value >= 128 else 0)
+
+
+def shapes(words: Strings, side: int, width: int, multiple: int) -> list[tuple[str, str]]:
+    """Return the size presets of a model as (label, value), the value being `auto`, `WIDTHxHEIGHT` or `custom`."""
+    long = max(round(side * 1.25 / multiple), 1) * multiple
+    sizes = {"size.portrait": (side, long), "size.landscape": (long, side)}
+    named = [(f"{words(key)} {w} \u00d7 {h}", f"{w}x{h}") for key, (w, h) in sizes.items()]
+    return [(f"{words('size.auto')} {width} \u00d7 {side}", AUTO), *named, (words("size.custom"), CUSTOM)]
+
+
+def show_settings(settings: PictureSettings) -> dict[str, Any]:
+    """Return what the page holds for the settings of a picture: those that paint it again, bit for bit.
+
+    Args:
+        settings: of a picture; untrusted, but checked.
+
+    Returns:
+        Values by component; `mode` among them. The model is left out: the page may not have it.
+    """
+    mode = mode_of(settings)
+    cache = settings.step_cache
+    shown = {
+        "mode": mode,
+        "prompt": settings.prompt,
+        "negative": settings.negative_prompt,
+        "shape": CUSTOM,
+        "width": settings.width,
+        "height": settings.height,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "seed_mode": FIXED,
+        "seed": settings.seed,
+        "count": 1,
+        "batch_size": 1,
+        "style": "",
+        "scheduler": settings.sampler or "",
+        "step_cache": cache.preset if cache else "",
+        "cache_amount": (cache.amount or 0) if cache else 0,
+        **TABS[mode].show(settings),
+    }
+    return {name: value for name, value in shown.items() if value is not None}
+
+
+def mode_of(settings: PictureSettings) -> str:
+    """Return the tab that paints what a picture is."""
+    if settings.task.startswith("next_scale"):
+        return "scales"
+    return next(name for name, tab in TABS.items() if settings.task in tab.tasks)
+
+
+def least_side(model: LoadedModel) -> int:
+    """Return the smallest side that is allowed and that the model's grid fits."""
+    return -(-32 // model.multiple) * model.multiple
+
+
+def explain(error: Exception, words: Strings) -> str:
+    """Say what is wrong with a request in the words of its first failed check."""
+    if isinstance(error, PageError):
+        return words(error.key)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "request"
+        text = str(first["msg"]).removeprefix("Value error, ")
+        return text[:1].upper() + text[1:] if first["type"] == "value_error" else f"{name}: {text}"
+    return str(error) if isinstance(error, ValueError) and str(error)[:7] != "invalid" else words("wrong_form")
