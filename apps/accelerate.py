@@ -83,7 +83,7 @@ def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
 
     knob = KNOBS[wish.preset]
     amount = None if wish.amount is None else round(wish.amount) if knob == "every" else wish.amount
-    params = {} if amount is None else {knob: amount}
+    params: dict[str, Any] = {} if amount is None else {knob: amount}
     if wish.preset == "budget":
         from pipelines.step_cache import find_profile
 
@@ -103,8 +103,7 @@ def search_argument(method: str | None, candidates: int | None) -> dict[str, Any
         return {}
     from sampling.test_time_search import TTSConfig
 
-    sizes = {"batch_sizes": candidates or 4} if method == "best_of" else {}
-    return {"search": TTSConfig(method=method, **sizes)}
+    return {"search": TTSConfig(method=method, batch_sizes=(candidates or 4) if method == "best_of" else None)}
 
 
 def describe(pipe: Any, cache: RunningCache) -> str:

@@ -22,6 +22,8 @@ from rich.table import Table
 from apps.machine import describe_machine
 from apps.stickers import Scene, SpriteSheet, load_sprites, render
 from apps.stickers.contact_sheet import contact_sheet
+from apps.stickers.inpaint_set import draw_tasks, is_painted
+from apps.stickers.inpaint_set import evaluate as evaluate_inpainting
 from apps.stickers.judge import Judge, score
 from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, sheet_requests
 from apps.training.scenes import box_mask, read_vocabulary
@@ -37,6 +39,8 @@ Tick = Callable[[int], None]
 """Told after each batch how many pictures it had."""
 
 CEILING_SETS = ("single", "pair", "count")
+INPAINT = "inpaint"
+"""The set of pictures to be changed; it is painted only when it is asked for."""
 SEEDS_PER_SET = 100_000  # every set's pictures have noise of their own
 
 
@@ -53,6 +57,8 @@ class Report:
         autoencoder: the same after a round trip, and in dB `psnr_in_boxes` (mean over pictures,
             as papers report it) and `psnr_in_boxes_pooled` (of the squared error of all pictures together).
         painted: shares of right pictures by set, then metric.
+        inpainted: of the set "inpaint": shares of masked stickers that are the ones asked for (`masked`, and by kind
+            of scene), of pictures with every pixel outside the mask as before (`kept`), and the `ceiling` of the judge.
         seconds_per_picture: painting time, without loading and judging.
     """
 
@@ -63,6 +69,7 @@ class Report:
     ceiling: dict[str, dict[str, float]] = field(default_factory=dict)
     autoencoder: dict[str, Any] = field(default_factory=dict)
     painted: dict[str, dict[str, float]] = field(default_factory=dict)
+    inpainted: dict[str, float] = field(default_factory=dict)
     seconds_per_picture: float | None = None
 
 
@@ -207,6 +214,30 @@ class Examiner:
         )
         return shares([request.scene for request in requests], pictures, self.judge, self._tick(SETS[name].title))
 
+    def inpainted(self, pipe: Any, steps: int, guidance: float, resolution: int) -> dict[str, float]:
+        """Scores what the model paints into masked boxes; see `apps.stickers.inpaint_set`."""
+        tasks = draw_tasks(self.prompts, self.sheet, self.vocabulary, self.seed)
+        tick = self._tick("inpaint")
+
+        def paint(
+            prompts: Sequence[str], pictures: torch.Tensor, masks: torch.Tensor, seeds: Sequence[int]
+        ) -> torch.Tensor:
+            noise = [torch.Generator().manual_seed(self.seed + seed) for seed in seeds]
+            settings = {"num_inference_steps": steps, "guidance_scale": guidance, "strength": 1.0}
+            given = {"image": ((pictures + 1) / 2).clamp(0, 1), "mask_image": masks.float()}
+            painted = pipe(list(prompts), generator=noise, output_type="pt", **given, **settings).images
+            tick(len(painted))
+            return painted.float().cpu() * 2 - 1
+
+        found = list(evaluate_inpainting(tasks, self.sheet, self.judge, paint, resolution, self.batch_size))
+        readings = self.judge.read(render([task.after for task in tasks], self.sheet, resolution))
+        ceiling = [is_painted(task, reading) for task, reading in zip(tasks, readings, strict=True)]
+        result = {"masked": _share(right for right, _ in found), "kept": _share(kept for _, kept in found)}
+        for kind in ("single", "pair"):
+            rows = [right for (right, _), task in zip(found, tasks, strict=True) if task.after.kind == kind]
+            result |= {f"masked_{kind}": _share(rows)} if rows else {}
+        return {**result, "ceiling": _share(ceiling)}
+
     def sheet_pictures(self, generate: Generate) -> tuple[torch.Tensor, list[str]]:
         """Paints the fixed prompts of the contact sheet: `(64, 3, H, W)`, and the prompts."""
         prompts = [request.prompt for request in sheet_requests(self.sheet, self.vocabulary)]
@@ -242,7 +273,7 @@ def run(
     Args:
         model: built-in name, folder or hub id.
         prompts: prompts of each set.
-        sets: keys of `SETS` to paint; all if empty.
+        sets: keys of `SETS` to paint, or "inpaint"; all but that one if empty.
         output: folder for `report.json` and `contact_sheet.png`; `outputs/evaluate-MODEL` if None.
         steps: denoising steps; None is the pipeline's default.
         guidance: guidance scale; None is the pipeline's default.
@@ -256,9 +287,10 @@ def run(
     Raises:
         ValueError: an unknown set, or a model without a vocabulary when none is given.
     """
-    unknown = set(sets) - set(SETS)
+    unknown = set(sets) - {*SETS, INPAINT}
     if unknown:
-        raise ValueError(f"no such set of prompts: {', '.join(sorted(unknown))}; choose from {', '.join(SETS)}")
+        known = ", ".join((*SETS, INPAINT))
+        raise ValueError(f"no such set of prompts: {', '.join(sorted(unknown))}; choose from {known}")
     told = Console(stderr=True, quiet=json_output)
     place, precision = (None if value == "auto" else value for value in (device, dtype))
     pipe = load_pipeline(model, device=place, dtype=precision)
@@ -273,14 +305,18 @@ def run(
     with _progress(told) as progress:
         judge = Judge(sheet, pipe.device)
         examiner = Examiner(sheet, names, judge, prompts, seed, batch_size, progress)
-        examine(pipe, examiner, sets or tuple(SETS), painter(pipe, num_steps, scale), report, folder)
+        if sets != [INPAINT]:
+            chosen = tuple(name for name in sets or SETS if name != INPAINT)
+            examine(pipe, examiner, chosen, painter(pipe, num_steps, scale), report, folder)
+        if INPAINT in sets:
+            report.inpainted = examiner.inpainted(pipe, num_steps, scale, _resolution(pipe))
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     console = Console()
     if json_output:
         console.print_json(data=asdict(report))
     else:
         show(report, console)
-        console.print(f"Written to {folder}: report.json, contact_sheet.png")
+        console.print(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return report
 
 
@@ -304,6 +340,11 @@ def examine(
 
 def show(report: Report, console: Console) -> None:
     """Prints a report as a table."""
+    if report.inpainted:
+        rows = ", ".join(f"{name} {_percent(share)}" for name, share in report.inpainted.items())
+        console.print(f"inpaint, {report.settings['prompts']} prompts: {rows}")
+    if not report.painted:
+        return
     title = f"{Path(report.model).name}: {report.vocabulary} stickers, {report.settings['prompts']} prompts each"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("prompts", overflow="fold")
@@ -320,6 +361,16 @@ def show(report: Report, console: Console) -> None:
     console.print(f"autoencoder: {mean:.2f} dB inside sticker boxes (mean over pictures; {pooled:.2f} dB pooled)")
     if report.seconds_per_picture is not None:
         console.print(f"painting: {report.seconds_per_picture:.3f} s a picture on {report.machine['device']}")
+
+
+def _resolution(pipe: Any) -> int:
+    """Side in pixels of the pictures that a model was trained on."""
+    return pipe.transformer.config.sample_size * pipe.vae_scale_factor
+
+
+def _share(answers: Iterable[bool]) -> float:
+    found = list(answers)
+    return sum(found) / len(found)
 
 
 def _percent(share: float) -> str:

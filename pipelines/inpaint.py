@@ -131,5 +131,5 @@ def keep_pixels(original: Image.Image, painted: Image.Image, mask: Image.Image) 
     """
     if not original.size == painted.size == mask.size:
         raise ValueError(f"sizes differ: original {original.size}, painted {painted.size}, mask {mask.size}.")
-    hard = mask.convert("L").point(lambda value: 255 if value >= 128 else 0)
+    hard = mask.convert("L").point([0] * 128 + [255] * 128)
     return Image.composite(painted.convert("RGB"), original.convert("RGB"), hard)

@@ -93,7 +93,7 @@ def read_mask(text: str) -> Image.Image:
         data = base64.b64decode(str(text).removeprefix(MASK_HEAD), validate=True)
     except (binascii.Error, ValueError) as error:
         raise UploadError("The mask is no picture.") from error
-    return read_upload(data).convert("L").point(lambda value: 255 if value >= 128 else 0)
+    return read_upload(data).convert("L").point([0] * 128 + [255] * 128)
 
 
 def shapes(words: Strings, side: int, width: int, multiple: int) -> list[tuple[str, str]]:
