@@ -1,0 +1,153 @@
+"""Attaches the step cache to every transformer that diffusers' own tests build, and says where it works.
+
+`python tests/step_cache/coverage.py CHECKOUT [REPORT.json]`, with a checkout of diffusers' tests of the installed
+version; it takes their tiny configurations and inputs. Not a test: it needs that checkout.
+"""
+
+import importlib
+import inspect
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 8
+MASK = (True, True, False, True, False, False, True, True)
+
+
+def cases(folder: Path) -> Iterator[tuple[type, Any]]:
+    """(class of the network, instance of its test class) of all test files."""
+    for file in sorted((folder / "models" / "transformers").glob("test_models_*.py")):
+        try:
+            module = importlib.import_module(f"tests.models.transformers.{file.stem}")
+        except Exception as error:  # whatever a foreign test file needs
+            yield type(None), f"{file.stem}: {type(error).__name__}: {error}"
+            continue
+        for _, case in inspect.getmembers(module, inspect.isclass):
+            kind = inspect.getattr_static(case, "model_class", None)
+            if case.__module__ != module.__name__ or not isinstance(kind, type | property):
+                continue
+            instance = case() if not issubclass(case, importlib.import_module("unittest").TestCase) else case("run")
+            yield instance.model_class, instance
+
+
+def build(instance: Any) -> tuple[Any, dict[str, Any]]:
+    """A network of theirs and inputs for it."""
+    if hasattr(instance, "get_init_dict"):
+        config, inputs = instance.get_init_dict(), instance.get_dummy_inputs()
+    else:
+        config, inputs = instance.prepare_init_args_and_inputs_for_common()
+    torch.manual_seed(0)
+    model = instance.model_class(**config).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model, inputs
+
+
+def changed(value: Any, step: int) -> Any:
+    """Inputs of a later step: pictures and texts a little weaker."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 2:
+        return value * (1 - 0.04 * step)
+    if isinstance(value, list):
+        return [changed(item, step) for item in value]
+    return value
+
+
+@torch.no_grad()
+def run(model: Any, inputs: dict[str, Any]) -> list[Any]:
+    """The outputs of all steps."""
+    from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
+    from sampling.step_cache.values import take_apart
+
+    outputs, number = [], next_run()
+    for step in range(STEPS):
+        sigma = 1 - step / STEPS
+        given = {key: changed(value, step) if "hidden" in key or key == "x" else value for key, value in inputs.items()}
+        torch.manual_seed(1)
+        with coordinates_scope(Coordinates(number, step, STEPS, sigma, 1000 * sigma, "cond")):
+            outputs.append([tensor.clone() for tensor in take_apart(model(**given))[0]])
+    return outputs
+
+
+def alike(one: list, other: list) -> bool:
+    """Whether two runs gave the same bits."""
+    return all(torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def examine(instance: Any, region: str) -> str:
+    """ "ok", or what went wrong."""
+    from sampling.step_cache import StepCache
+    from sampling.step_cache.forecasters import Newton, Reuse
+    from sampling.step_cache.gates import Mask
+    from sampling.step_cache.regions import Blocks, Output
+
+    model, inputs = build(instance)
+    calls = []
+    forward = model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    plain = run(model, inputs)
+    if not alike(plain, run(model, inputs)):
+        return "its own runs differ"
+    places = {"output": Output(), "blocks": Blocks(0)}
+    with StepCache(Mask((True,) * STEPS), region=places[region]).attach(model):
+        if not alike(plain, run(model, inputs)):
+            return "a full budget changes bits"
+    found = {}
+    for forecaster in (Newton(1), Reuse()):
+        calls.clear()
+        with StepCache(Mask(MASK), forecaster, places[region]).attach(model) as attached:
+            found[type(forecaster)] = run(model, inputs)
+            report = attached.report()
+        if report["strip"] != {"cond": "CC.C..CC"} or report["inactive"]:
+            return f"decisions {report['strip']}, inactive {report['inactive']}"
+        if region == "output" and len(calls) != sum(MASK):
+            return f"{len(calls)} calls instead of {sum(MASK)}"
+    if alike(found[Newton], found[Reuse]):
+        return "a forecast is the same as reuse"
+    return "ok" if alike(plain, run(model, inputs)) else "something stayed behind"
+
+
+def main(checkout: str, report: str | None) -> None:
+    """Examine all and write the report."""
+    sys.path[:0] = [checkout, str(Path(checkout) / "stub")]
+    sys.path.append(str(ROOT))
+    warnings.simplefilter("ignore")
+    results: dict[str, dict[str, str]] = {}
+    for network, instance in cases(Path(checkout) / "tests"):
+        if isinstance(instance, str):
+            results.setdefault("not imported", {})[instance[:200]] = ""
+            continue
+        name = network.__name__
+        if results.get(name, {}).get("blocks") == "ok":
+            continue
+        for region in ("output", "blocks"):
+            if results.get(name, {}).get(region) == "ok":
+                continue
+            try:
+                verdict = examine(instance, region)
+            except Exception as error:  # one line for each network, whatever happens in it
+                verdict = f"{type(error).__name__}: {error}"[:300]
+            results.setdefault(name, {})[region] = verdict
+            sys.stderr.write(f"{name} {region}: {verdict}\n")
+    networks = {name: found for name, found in results.items() if name != "not imported"}
+    summary = {region: sum(found[region] == "ok" for found in networks.values()) for region in ("output", "blocks")}
+    text = json.dumps({"networks": len(networks), "work": summary, "results": results}, indent=2)
+    if report is None:
+        sys.stdout.write(text + "\n")
+    else:
+        Path(report).write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
