@@ -2,7 +2,8 @@
 
 `tessera bench paint` times a picture at the default settings, a single forward pass, and the decoder.
 `tessera bench start` times importing the library beside importing diffusers alone, in fresh processes.
-`tessera bench cache` compares step caches and fewer steps at equal cost, with rivals in the same run.
+`tessera bench cache` compares step caches and fewer steps at equal cost, with rivals in the same run, and draws them
+beside the JSON file; `tessera bench cache-transfer` carries a profile to other prompts, sizes, guidance and schedulers.
 """
 
 import json
@@ -70,6 +71,11 @@ def run(
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if what == "cache":
+            from apps.bench_plot import plot
+
+            title = f"{report['steps']} steps, {report['prompts']} prompts: PSNR to the uncached run"
+            plot(report["rows"], output.with_suffix(".png"), title)
     console = Console(soft_wrap=True)
     if json_output:
         console.print_json(data=report)
@@ -130,6 +136,13 @@ def bench_cache(model: str, repeats: int, device: str | None, dtype: str | None)
     from apps import bench_cache as implementation
 
     return implementation.bench_cache(model, repeats, device, dtype)
+
+
+def bench_transfer(model: str, repeats: int, device: str | None, dtype: str | None) -> dict[str, Any]:
+    """Measures how a step cache's profile carries to other settings."""
+    from apps import bench_transfer as implementation
+
+    return implementation.bench_transfer(model, repeats, device, dtype)
 
 
 def _bench_cache(asked: Asked) -> dict[str, Any]:

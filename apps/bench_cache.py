@@ -119,8 +119,8 @@ def bench_cache(
                 "settings": candidate.settings,
                 "cost": round(cost[0], 4),
                 "computed_steps": round(cost[1], 4),
-                "to_uncached_db": round(_mean_psnr(pictures, uncached), 2),
-                "to_reference_db": round(_mean_psnr(pictures, finest), 2),
+                "to_uncached_db": round(mean_psnr(pictures, uncached), 2),
+                "to_reference_db": round(mean_psnr(pictures, finest), 2),
             }
         )
         row = rows[-1]
@@ -135,7 +135,7 @@ def bench_cache(
         "steps": work.steps,
         "guidance": work.guidance,
         "uncached": {
-            "to_reference_db": round(_mean_psnr(uncached, finest), 2),
+            "to_reference_db": round(mean_psnr(uncached, finest), 2),
             "judge": judged(work.requests, uncached),
         },
         "rows": rows,
@@ -166,7 +166,7 @@ def _painted(work: Workload, candidate: Candidate) -> tuple[torch.Tensor, tuple[
         return work.paint_all(candidate.steps), cost()
 
 
-def _mean_psnr(pictures: torch.Tensor, reference: torch.Tensor) -> float:
+def mean_psnr(pictures: torch.Tensor, reference: torch.Tensor) -> float:
     """Mean over the pictures; equal ones count as 100 dB."""
     values = [min(psnr(one, other), 100.0) for one, other in zip(pictures, reference, strict=True)]
     return sum(values) / len(values)

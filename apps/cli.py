@@ -303,7 +303,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="paint (a picture and its parts), start (imports), cache (step caches), or kv and search (what "
+            help="paint (a picture and its parts), start (imports), cache and cache-transfer (step caches), or kv and search (what "
             "next-scale models lose by forgetting and gain by searching)."
         ),
     ],
