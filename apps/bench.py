@@ -131,28 +131,26 @@ def bench_start(asked: Asked) -> dict[str, Any]:
     }
 
 
-def bench_cache(model: str, repeats: int, device: str | None, dtype: str | None) -> dict[str, Any]:
-    """Compares step caches."""
+def bench_cache(asked: Asked) -> dict[str, Any]:
+    """Compares step caches with rivals; see `apps.bench_cache`."""
     from apps import bench_cache as implementation
 
-    return implementation.bench_cache(model, repeats, device, dtype)
+    model = asked.model or "stickers"
+    return implementation.bench_cache(model, asked.repeats, asked.device, asked.dtype, asked.prompts)
 
 
-def bench_transfer(model: str, repeats: int, device: str | None, dtype: str | None) -> dict[str, Any]:
-    """Measures how a step cache's profile carries to other settings."""
+def bench_transfer(asked: Asked) -> dict[str, Any]:
+    """Carries the profile of a step cache to other settings; see `apps.bench_transfer`."""
     from apps import bench_transfer as implementation
 
-    return implementation.bench_transfer(model, repeats, device, dtype)
-
-
-def _bench_cache(asked: Asked) -> dict[str, Any]:
-    return bench_cache(asked.model or "stickers", asked.repeats, asked.device, asked.dtype)
+    return implementation.bench_transfer(asked.model or "stickers", asked.repeats, asked.device, asked.dtype)
 
 
 BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "paint": bench_paint,
     "start": bench_start,
-    "cache": _bench_cache,
+    "cache": bench_cache,
+    "cache-transfer": bench_transfer,
     "kv": bench_kv,
     "search": bench_search,
 }

@@ -303,15 +303,15 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="paint (a picture and its parts), start (imports), cache and cache-transfer (step caches), or kv and search (what "
-            "next-scale models lose by forgetting and gain by searching)."
+            help="paint (a picture and its parts), start (imports), cache and cache-transfer (step caches), or kv and "
+            "search (what next-scale models lose by forgetting and gain by searching)."
         ),
     ],
     name: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Built-in name, folder or hub id; as --model.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Built-in name, folder or hub id.", show_default="stickers")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Pictures to compare, for kv and search.")] = 64,
+    prompts: Annotated[int, typer.Option(min=1, help="Pictures to compare, for cache, kv and search.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 7,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", dir_okay=False, help="JSON file for the report.")
