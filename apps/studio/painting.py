@@ -88,14 +88,16 @@ class Painting:
         yield self._line(session)
         if not follows:
             return
+        is_left = True
         try:
             yield from self._follow_line(session, list(visit))
+            is_left = False  # from here on the line may be another click's
         finally:  # also when the browser tab is closed
-            with session.lock:
-                left, session.line, session.is_followed = session.line, [], False
-            for job in left:
-                self._engine.stop(job)
-            self._sessions.forget(request)
+            if is_left:
+                with session.lock:
+                    left, session.line, session.is_followed = session.line, [], False
+                for job in left:
+                    self._engine.stop(job)
 
     def stop(self, request: gr.Request) -> None:
         """Stop what is being painted for this page, within one step."""

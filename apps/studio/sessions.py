@@ -10,6 +10,8 @@ import gradio as gr
 from apps.api.tokens import TokenTable
 from apps.studio.tabs.base import PageError
 
+MOST = 1_000
+"""Pages that are remembered; beyond them idle ones are forgotten."""
 LOCAL = "local"
 """Who owns jobs on a server without tokens."""
 
@@ -45,14 +47,10 @@ class Sessions:
     def of(self, request: gr.Request) -> Session:
         """Return the session of a page."""
         with self._lock:
+            if len(self._sessions) > MOST:  # those that wait for nothing have nothing to lose
+                busy = {key: one for key, one in self._sessions.items() if one.line or one.is_followed}
+                self._sessions = busy
             return self._sessions.setdefault(str(request.session_hash), Session())
-
-    def forget(self, request: gr.Request) -> None:
-        """Forget a page that has nothing in line."""
-        with self._lock:
-            session = self._sessions.get(str(request.session_hash))
-            if session is not None and not session.line and not session.is_followed:
-                del self._sessions[str(request.session_hash)]
 
     def watcher(self, request: gr.Request) -> str | None:
         """Return whose pictures a page may see: a name, or None for everybody's."""
