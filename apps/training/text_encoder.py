@@ -107,4 +107,7 @@ def load_text_encoder(folder: Path) -> tuple[T5EncoderModel, PreTrainedTokenizer
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, both (B, L) with L a multiple of 4."""
     tokens = tokenizer(captions, padding=True, pad_to_multiple_of=4, truncation=True, return_tensors="pt")
+    # A fast tokenizer remembers how it was last called, and would be saved with it.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}

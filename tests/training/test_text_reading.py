@@ -105,6 +105,9 @@ def test_training_resumes_bit_for_bit_and_exports_an_encoder(configured, tmp_pat
     assert any("right_pair" in line for line in log)
     assert Image.open(folder / "previews/step-000006.png").size == (8 * 128, 6 * 128)
     assert len((folder / "previews/prompts.txt").read_text().splitlines()) == 48
+    saved = json.loads((folder / "export/tokenizer/tokenizer.json").read_text())
+    assert saved["padding"] is None
+    assert saved["truncation"] is None
     encoder, tokenizer = load_text_encoder(folder / "export")
     batch = tokenize(tokenizer, ["a fox left of a cat face", "two foxes"])
     states = encoder(**batch).last_hidden_state
