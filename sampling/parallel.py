@@ -19,7 +19,7 @@ from dit.runtime.attachment import AttachError, Attachment, Mechanism
 from dit.runtime.coordinates import coordinates_scope, current_coordinates
 from dit.runtime.families import family_of
 from dit.runtime.state import unwrap
-from sampling.resolve import resolve_coordinates
+from sampling.resolve import PlacedAttachment
 from sampling.step_cache.values import take_apart
 from sampling.thrifty_guidance import _half, _half_size
 
@@ -49,9 +49,7 @@ class GuidanceParallel(Mechanism):
 
     def attach(self, target: Any) -> Attachment:
         """See `Mechanism.attach`; steps of a pipeline are found too."""
-        if not isinstance(target, nn.Module) and getattr(target, "scheduler", None) is not None:
-            resolve_coordinates(target)
-        return super().attach(target)
+        return PlacedAttachment(self, target)
 
     def install(self, attachment: Attachment) -> None:
         """Wrap the networks."""

@@ -53,6 +53,9 @@ class CoordinateResolver(Mechanism):
     name = "coordinates"
     order = 0
 
+    is_brought = False
+    """Whether a mechanism that needs coordinates attached it, and not the user."""
+
     def __init__(self) -> None:
         self.found: Counter[str] = Counter()
         self._pipeline: Any = None
@@ -186,6 +189,29 @@ def resolve_coordinates(pipeline: Any) -> Attachment | None:
     if any(isinstance(other.mechanism, CoordinateResolver) for other in attachments(pipeline)):
         return None
     return CoordinateResolver().attach(pipeline)
+
+
+class PlacedAttachment(Attachment):
+    """An attachment that brings a resolver to its pipeline where there is none; the last of them takes it away."""
+
+    def __init__(self, mechanism: Mechanism, target: Any) -> None:
+        is_pipeline = not isinstance(target, nn.Module) and getattr(target, "scheduler", None) is not None
+        brought = resolve_coordinates(target) if is_pipeline else None
+        if brought is not None:
+            brought.mechanism.is_brought = True  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            super().__init__(mechanism, target)
+        except BaseException:
+            if brought is not None:
+                brought.detach()
+            raise
+
+    def detach(self) -> None:
+        """See `Attachment.detach`."""
+        super().detach()
+        left = attachments(self.target)
+        if len(left) == 1 and isinstance(left[0].mechanism, CoordinateResolver) and left[0].mechanism.is_brought:
+            left[0].detach()
 
 
 class _Unknown(Exception):

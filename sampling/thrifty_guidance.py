@@ -19,9 +19,9 @@ from dit.runtime.attachment import Attachment, Mechanism
 from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates
 from dit.runtime.families import family_of
 from sampling.guidance import in_interval
-from sampling.resolve import resolve_coordinates
+from sampling.resolve import PlacedAttachment
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton
-from sampling.step_cache.values import Values, mix, take_apart
+from sampling.step_cache.values import Rebuild, Values, mix, take_apart
 
 
 class ThriftyGuidance(Mechanism):
@@ -61,14 +61,13 @@ class ThriftyGuidance(Mechanism):
         self._anchors: dict[str, list[Anchor]] = {}
         self._cond: dict[str, tuple[int, Values]] = {}
         self._first: int | None = None
+        self._rebuild: Rebuild | None = None
         self.computed: list[int] = []
         self.left_out: list[int] = []
 
     def attach(self, target: Any) -> Attachment:
-        """See `Mechanism.attach`; steps of a pipeline are found too, and stay found until its resolver is detached."""
-        if not isinstance(target, nn.Module) and getattr(target, "scheduler", None) is not None:
-            resolve_coordinates(target)
-        return super().attach(target)
+        """See `Mechanism.attach`; steps of a pipeline are found too."""
+        return PlacedAttachment(self, target)
 
     def install(self, attachment: Attachment) -> None:
         """Wrap the networks."""
@@ -163,7 +162,7 @@ class ThriftyGuidance(Mechanism):
 
     def _structure(self, args: tuple, kwargs: dict[str, Any], values: list[Tensor]) -> Any:
         """The form in which the caller wants its output."""
-        if hasattr(self, "_rebuild"):
+        if self._rebuild is not None:
             return self._rebuild(values)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 

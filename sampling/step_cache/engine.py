@@ -20,7 +20,7 @@ from dit.runtime.coordinates import Coordinates, current_coordinates
 from dit.runtime.families import family_of
 from dit.runtime.state import unwrap
 from sampling.noise_table import NoiseTable
-from sampling.resolve import resolve_coordinates
+from sampling.resolve import PlacedAttachment
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
 from sampling.step_cache.gates import Gate, Interval, Signal
 from sampling.step_cache.values import Rebuild, Values, mix, signature, take_apart
@@ -175,7 +175,7 @@ class StepCache(Mechanism):
         Raises:
             AttachError: another cache is on the network, or the region is not in it.
         """
-        return _CacheAttachment(self, target)
+        return PlacedAttachment(self, target)
 
     def install(self, attachment: Attachment) -> None:
         """Wrap the networks, and the parts of them that the region names."""
@@ -345,26 +345,6 @@ class StepCache(Mechanism):
             "decisions": self.decisions(),
             "strip": {branch: _strip(steps) for branch, steps in self._strip.items()},
         }
-
-
-class _CacheAttachment(Attachment):
-    """An attachment that brings the coordinates it needs and takes them away again."""
-
-    def __init__(self, mechanism: StepCache, target: Any) -> None:
-        is_pipeline = not isinstance(target, nn.Module) and getattr(target, "scheduler", None) is not None
-        self._coordinates = resolve_coordinates(target) if is_pipeline else None
-        try:
-            super().__init__(mechanism, target)
-        except BaseException:
-            if self._coordinates is not None:
-                self._coordinates.detach()
-            raise
-
-    def detach(self) -> None:
-        """See `Attachment.detach`."""
-        super().detach()
-        if self._coordinates is not None:
-            self._coordinates.detach()
 
 
 def _strip(steps: dict[int, bool]) -> str:

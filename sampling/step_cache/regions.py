@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 Forward = Callable[..., Any]
 
 
-class Place(ABC):
+class Place(Protocol):
     """A region in one network."""
 
-    @abstractmethod
     def run(self, call: Call, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Return the network's output, computed or forecast; `call` must be decided in the course of it."""
+        ...
 
 
 class Region(ABC):
@@ -78,7 +78,7 @@ class Output(Region):
 
 
 @dataclass(frozen=True)
-class _OutputPlace(Place):
+class _OutputPlace:
     minus_input: bool
 
     def run(self, call: Call, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -188,7 +188,7 @@ class Modules(Region):
         return (*attention, *(rf"{block}\.(ff|ffn|mlp|feed_forward)(_context)?" for block in blocks))
 
 
-class _ModulesPlace(Place):
+class _ModulesPlace:
     """The modules ask which call runs."""
 
     def __init__(self) -> None:
