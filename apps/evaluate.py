@@ -214,7 +214,7 @@ class Examiner:
         )
         return shares([request.scene for request in requests], pictures, self.judge, self._tick(SETS[name].title))
 
-    def inpainted(self, pipe: Any, steps: int, guidance: float, resolution: int) -> dict[str, float]:
+    def inpainted(self, pipe: Any, steps: int | None, guidance: float, resolution: int) -> dict[str, float]:
         """Scores what the model paints into masked boxes; see `apps.stickers.inpaint_set`."""
         tasks = draw_tasks(self.prompts, self.sheet, self.vocabulary, self.seed)
         tick = self._tick("inpaint")
@@ -223,7 +223,9 @@ class Examiner:
             prompts: Sequence[str], pictures: torch.Tensor, masks: torch.Tensor, seeds: Sequence[int]
         ) -> torch.Tensor:
             noise = [torch.Generator().manual_seed(self.seed + seed) for seed in seeds]
-            settings = {"num_inference_steps": steps, "guidance_scale": guidance, "strength": 1.0}
+            settings: dict[str, Any] = {"guidance_scale": guidance}
+            if steps is not None:  # next-scale models have neither steps nor a strength
+                settings |= {"num_inference_steps": steps, "strength": 1.0}
             given = {"image": ((pictures + 1) / 2).clamp(0, 1), "mask_image": masks.float()}
             painted = pipe(list(prompts), generator=noise, output_type="pt", **given, **settings).images
             tick(len(painted))
