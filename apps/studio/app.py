@@ -136,7 +136,7 @@ class _Wiring:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         # Everything that a listener may read or change; those that a request is made of come first.
-        self.wishes = [*SAVED, "source", "mask", "many"]
+        self.wishes = [*SAVED, "source", "mask", "many", "frames"]
         self.changing = [name for name, part in parts.items() if not isinstance(part, gr.Tab)]
 
     def components(self, names: Sequence[str]) -> list[Any]:

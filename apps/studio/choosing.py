@@ -114,6 +114,7 @@ class Choosing:
             **sides,
             **({} if model.steps is None else {"steps": gr.update(value=model.steps)}),
             **({} if model.guidance is None else {"guidance": gr.update(value=model.guidance)}),
+            "frames": gr.update(value=model.frames, visible=model.frames is not None),
             "scheduler": gr.update(choices=[own, *model.schedulers], value=""),
             "label": gr.update(choices=labels),
             "scale_label": gr.update(choices=labels, visible=bool(labels)),

@@ -91,6 +91,9 @@ def settings(engine: Engine, words: Strings) -> Parts:
     with gr.Row(elem_id="counts"):
         parts["count"] = gr.Slider(1, limits.MAX_PICTURES, 1, step=1, label=words("count"), elem_id="count")
         parts["batch_size"] = gr.Slider(1, limits.MAX_BATCH, 1, step=1, label=words("batch_size"), elem_id="batch")
+    parts["frames"] = gr.Number(  # shown for models of clips
+        None, precision=0, minimum=1, maximum=limits.MAX_FRAMES, label=words("frames"), visible=False, elem_id="frames"
+    )
     return parts | _advanced(words)
 
 

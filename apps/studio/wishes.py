@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 from pydantic import ValidationError
 
+from apps import limits
 from apps.jobs import TASKS, AnyRequest
 from apps.metadata import PictureSettings
 from apps.shelf import LoadedModel
@@ -61,6 +62,7 @@ def _common(values: Values) -> dict[str, Any]:
         "step_cache": cache,
         "file_format": values["file_format"],
         "keep_settings": bool(values["keep_settings"]),
+        "frames": int(values["frames"]) if values.get("frames") else None,
     }
 
 
@@ -115,6 +117,9 @@ def show_settings(settings: PictureSettings) -> dict[str, Any]:
     """
     mode = mode_of(settings)
     cache = settings.step_cache
+    # One of a batch comes with its company, which moved its last bits.
+    before = settings.pick if settings.batch_size > 1 and settings.pick is not None else 0
+    count = settings.batch_size if settings.pick is not None else 1
     shown = {
         "mode": mode,
         "prompt": settings.prompt,
@@ -125,9 +130,10 @@ def show_settings(settings: PictureSettings) -> dict[str, Any]:
         "steps": settings.steps,
         "guidance": settings.guidance,
         "seed_mode": FIXED,
-        "seed": settings.seed,
-        "count": 1,
-        "batch_size": 1,
+        "seed": (settings.seed - before) % (limits.MAX_SEED + 1),
+        "count": count,
+        "batch_size": count,
+        "frames": settings.frames,
         "style": "",
         "scheduler": settings.sampler or "",
         "step_cache": cache.preset if cache else "",

@@ -1,0 +1,91 @@
+"""One picture, painted in the studio, comes out the same from its file alone: in the studio, the CLI and the API."""
+
+from __future__ import annotations
+
+import io
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from apps import engine as engine_module
+from apps.api.app import create_app
+from apps.generate import Machine, Wishes, run
+from apps.jobs import repeat
+from apps.metadata import read_picture
+from apps.serve import _start, check_port
+from apps.studio.choosing import Choosing
+from apps.studio.painting import Painting
+from apps.studio.sessions import Sessions
+from apps.studio.strings import Strings
+from tests.pipes.tiny import tiny_text_to_image_pipeline
+from tests.studio.test_page import PAGE, TAB, pictures
+
+MODES = {
+    "text": {"scheduler": "unipc", "guidance": 3.0, "shape": "64x32"},
+    "cached": {"mode": "text", "step_cache": "taylorseer", "steps": 8},
+    "batch": {"mode": "text", "count": 3, "batch_size": 3},
+    "webp": {"mode": "text", "file_format": "webp", "style": "watercolour"},
+    "image": {"strength": 0.7},
+    "inpaint": {"repaint": 0.9, "scheduler": "heun"},
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A studio, a server and a command line, each with a pipeline of its own of the same weights."""
+    out = tmp_path_factory.mktemp("everywhere")
+    with pytest.MonkeyPatch.context() as patch:
+        load = lambda self, source, device, dtype: tiny_text_to_image_pipeline()  # noqa: E731
+        patch.setattr(engine_module.Engine, "_load_pipeline", load)
+        engine = engine_module.Engine({"stickers": "stickers"}, out, device="cpu")
+        engine.model().result(20)
+        sessions = Sessions(None)
+        painting = Painting(engine, Strings("en"), sessions)
+        port = check_port("127.0.0.1", 0)
+        server = _start(create_app(engine), "127.0.0.1", port)
+        yield engine, painting, Choosing(engine, Strings("en"), sessions, painting), f"http://127.0.0.1:{port}"
+        server.should_exit = True
+        engine.close()
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return image.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_the_file_is_enough(world, tmp_path, name):
+    engine, painting, choosing, address = world
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 24))
+    page = {**PAGE, "mode": name, "model": "stickers", "shape": "auto", "seed": 21, **MODES[name]}
+    if page["mode"] in ("image", "inpaint"):
+        page |= {"source": engine.uploads.add(picture)}
+    if page["mode"] == "inpaint":
+        from apps.studio import views
+
+        page |= {"mask": views.preview_uri(mask)}
+    first = pictures(list(painting.paint([], page, TAB)))[0]
+    settings = read_picture(first.path)
+
+    shown = {key: value for key, value in choosing.load_settings(str(first.path)).items() if key in PAGE}
+    again = pictures(list(painting.paint([], {**PAGE, **shown}, TAB)))
+    assert [pixels(one.path) for one in again if one.settings.seed == settings.seed] == [pixels(first.path)]
+
+    run(Wishes(), tmp_path / "cli.png", Machine(device="cpu"), settings=first.path)
+    assert pixels(tmp_path / "cli.png") == pixels(first.path)
+    assert read_picture(tmp_path / "cli.png") == settings
+
+    with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
+        job = client.post("/v1/jobs", content=repeat(settings).model_dump_json()).json()["id"]
+        assert engine.stream(job).wait_closed(30)
+        row = client.get(f"/v1/jobs/{job}").json()["pictures"][0]
+        with Image.open(io.BytesIO(client.get(row["url"]).content)) as image:
+            assert image.convert("RGB").tobytes() == pixels(first.path)
+    if page["mode"] == "inpaint":
+        kept = np.asarray(mask) == 0
+        with Image.open(first.path) as image:
+            assert (np.asarray(image.convert("RGB"))[kept] == np.asarray(picture)[kept]).all()
