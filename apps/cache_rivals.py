@@ -57,7 +57,11 @@ def of_diffusers(magnitudes: Sequence[float], steps: int) -> list[Candidate]:
         settings = {"threshold": threshold, "max_skip_steps": skips, "retention_ratio": retention}
         found.append(Candidate("diffusers MagCache", settings, _enabled(config)))
     for every, first_steps, order in ((2, 2, 1), (3, 2, 1), (5, 2, 1)):
-        settings = {"cache_interval": every, "disable_cache_before_step": first_steps, "max_order": order}
+        settings: dict[str, Any] = {
+            "cache_interval": every,
+            "disable_cache_before_step": first_steps,
+            "max_order": order,
+        }
         config = TaylorSeerCacheConfig(**settings, taylor_factors_dtype=torch.float32, cache_identifiers=MODULES)
         found.append(Candidate("diffusers TaylorSeer", settings, _enabled(config)))
     return found
@@ -109,7 +113,7 @@ def _with_cache_dit(
 ) -> Callable[[Any], AbstractContextManager[Any]]:
     @contextmanager
     def on(pipe: Any) -> Iterator[None]:
-        import cache_dit
+        import cache_dit  # pyright: ignore[reportMissingImports]
 
         config = cache_dit.DBCacheConfig(
             Fn_compute_blocks=1,

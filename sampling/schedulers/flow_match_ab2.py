@@ -64,12 +64,12 @@ class FlowMatchAB2Scheduler(FlowMatchEulerDiscreteScheduler):
             The next sample, in the dtype of `model_output`.
         """
         if self.step_index is None:
-            self._init_step_index(timestep)
-        index = self.step_index or 0
-        sigma, after = float(self.sigmas[index]), float(self.sigmas[index + 1])
+            self._init_step_index(timestep)  # pyright: ignore[reportArgumentType]
+        index, levels = self.step_index or 0, torch.as_tensor(self.sigmas)  # (), (S + 1,)
+        sigma, after = float(levels[index]), float(levels[index + 1])
         velocity, length = model_output.float(), after - sigma  # (B, C, H, W)
         slope = torch.zeros_like(velocity)
-        if self._history is not None and index + 2 < len(self.sigmas):
+        if self._history is not None and index + 2 < len(levels):
             before, there = self._history
             slope = (velocity - before) / (sigma - there)  # (B, C, H, W)
         if not self.forecast_output:
@@ -77,4 +77,6 @@ class FlowMatchAB2Scheduler(FlowMatchEulerDiscreteScheduler):
         previous = sample.float() + length * (velocity + 0.5 * length * slope)  # (B, C, H, W)
         self._step_index = index + 1
         previous = previous.to(model_output.dtype)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+        if not return_dict:
+            return (previous,)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=previous)  # pyright: ignore[reportArgumentType]
