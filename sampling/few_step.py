@@ -12,17 +12,6 @@ from typing import Any
 
 import diffusers
 
-FEW_STEP: tuple[str, ...] = (
-    "lcm",
-    "sdxl-dmd2",
-    "sdxl-lightning",
-    "sdxl-hyper",
-    "flux-hyper",
-    "flux-turbo",
-    "qwen-lightning",
-)
-"""Names of the presets."""
-
 
 @dataclass(frozen=True)
 class FewStep:
@@ -73,17 +62,26 @@ class FewStep:
         return {**steps, "guidance_scale": self.guidance}
 
 
+def few_step_names() -> tuple[str, ...]:
+    """Names of the presets, as the data file has them."""
+    return tuple(_presets())
+
+
 def few_step(name: str) -> FewStep:
     """Return a preset.
 
     Args:
-        name: one of `FEW_STEP`.
+        name: one of `few_step_names()`.
 
     Raises:
         ValueError: an unknown name.
     """
-    known = json.loads((files("sampling") / "data" / "few_step.json").read_text(encoding="utf-8"))
+    known = _presets()
     if name not in known:
         raise ValueError(f"there is no few-step preset {name!r}; use one of {', '.join(known)}")
     values = known[name]
     return FewStep(**{**values, "timesteps": tuple(values.get("timesteps", ()))})
+
+
+def _presets() -> dict[str, dict[str, Any]]:
+    return json.loads((files("sampling") / "data" / "few_step.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.guiders import ClassifierFreeGuidance
 
 from dit.runtime.attachment import attachments
-from sampling.few_step import FEW_STEP, few_step
+from sampling.few_step import few_step, few_step_names
 from sampling.schedulers import FlowMatchAB2Scheduler
 from sampling.step_cache import StepCache
 from sampling.step_cache.gates import Mask
@@ -168,7 +168,7 @@ def test_a_step_cache_tells_the_solver() -> None:
 # ------------------------------------------------------------------------------- few steps
 
 
-@pytest.mark.parametrize("name", FEW_STEP)
+@pytest.mark.parametrize("name", few_step_names())
 def test_few_step_presets_make_their_scheduler(name: str) -> None:
     preset = few_step(name)
     pipe = tiny_pipeline("flux" if preset.flow else "pixart")
