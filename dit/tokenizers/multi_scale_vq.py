@@ -316,7 +316,8 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         """
         if self.backbone is not None:
             return self.backbone.decode(z.to(self.backbone.from_latent.weight.dtype), return_dict=return_dict)
-        sample = self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))  # (B, 3, H f, W f)
+        z = z.to(self.post_quant_conv.weight.dtype, memory_format=torch.channels_last)  # a faster order on CPUs
+        sample = self.decoder(self.post_quant_conv(z))  # (B, 3, H f, W f)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
