@@ -99,7 +99,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         text_encoder: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
         vae: ModelMixin,
-        defaults: Mapping[str, float] | None = None,
+        defaults: Mapping[str, Any] | None = None,  # whole numbers too; diffusers checks, and takes no union here
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
