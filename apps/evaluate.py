@@ -158,9 +158,8 @@ def call_settings(pipe: Any, steps: int | None, guidance: float | None) -> tuple
 
 def picture_side(pipe: Any) -> int:
     """Side of the pictures that a pipeline was trained on, in pixels."""
-    grids = getattr(pipe.vae, "grids", None)
-    cells = pipe.transformer.config.sample_size if grids is None else grids[-1][0]
-    return cells * pipe.vae_scale_factor
+    own = getattr(pipe, "default_height", None)
+    return own or pipe.transformer.config.sample_size * pipe.vae_scale_factor
 
 
 @dataclass(frozen=True)

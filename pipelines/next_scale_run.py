@@ -136,6 +136,16 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
     kv_report: KVReport | None = None
     acceleration_report: dict[str, Any] | None = None
 
+    @property
+    def default_height(self) -> int:
+        """Height in pixels of the pictures of the network's own schedule."""
+        return self.transformer.grids[-1][0] * self.transformer.config.patchify * self.vae_scale_factor
+
+    @property
+    def default_width(self) -> int:
+        """Width in pixels of the pictures of the network's own schedule."""
+        return self.transformer.grids[-1][1] * self.transformer.config.patchify * self.vae_scale_factor
+
     # -------------------------------------------------------------- calibration
 
     @property

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from apps import evaluate
+from apps.shelf import default_side
 from apps.training.code_usage import CodeUsage
 from apps.training.loop import Trainer, train
 from apps.training.task import load_config
@@ -203,7 +204,7 @@ def test_the_generator_is_exported_as_a_pipeline(configured, tmp_path, vae):
     assert pictures.shape == (1, 3, 32, 32)
     assert evaluate.call_settings(pipe, None, None) == (None, 3.0), "previews and evaluations draw as was configured"
     assert evaluate.call_settings(pipe, None, 1.5) == (None, 1.5)
-    assert evaluate.picture_side(pipe) == 32
+    assert evaluate.picture_side(pipe) == default_side(pipe) == default_side(pipe, "width") == 32
     with pytest.raises(ValueError, match="takes no --steps"):
         evaluate.call_settings(pipe, 28, None)
     assert len((folder / "export/vocabulary.txt").read_text().splitlines()) == 128
