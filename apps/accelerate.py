@@ -87,7 +87,12 @@ def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
     if wish.preset == "budget":
         from pipelines.step_cache import find_profile
 
-        params["profile"] = find_profile(pipe)
+        try:
+            params["profile"] = find_profile(pipe)
+        except ValueError as error:  # which names the model's folder
+            raise ValueError(
+                "The step cache 'budget' needs a profile, and this model has none; choose another step cache."
+            ) from error
     mechanism = Mechanism.preset(wish.preset, **params)
     try:
         attachment = mechanism.attach(pipe)

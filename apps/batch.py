@@ -21,7 +21,7 @@ from apps.engine import Engine
 from apps.generate import DEFAULT_MODEL, Machine, Wishes, follow, make_request, picture_paths, save
 
 MAX_LINES = 100_000
-FROM_LINE = {field.name for field in fields(Wishes)} - {"model"}
+FROM_LINE = {field.name for field in fields(Wishes)} - {"model", "lora"}
 
 
 class BatchError(ValueError):
@@ -44,7 +44,13 @@ class Line:
 
 
 def run_batch(
-    file: Path, folder: Path, common: Wishes, machine: Machine | None = None, json_output: bool = False
+    file: Path,
+    folder: Path,
+    common: Wishes,
+    machine: Machine | None = None,
+    json_output: bool = False,
+    keep_settings: bool = True,
+    sidecar: bool = False,
 ) -> None:
     """Paint every line of a file.
 
@@ -54,6 +60,8 @@ def run_batch(
         common: for all lines that don't say otherwise.
         machine: where to compute.
         json_output: print one JSON object a line instead of text.
+        keep_settings: whether the files carry their settings.
+        sidecar: whether a JSON file beside each one does.
 
     Raises:
         BatchError: lines failed; what could be painted is there.
@@ -62,9 +70,9 @@ def run_batch(
     lines = list(read_lines(file, common))
     folder.mkdir(parents=True, exist_ok=True)
     console, failed = Console(soft_wrap=True), 0
-    with closing((machine or Machine()).engine(common.model or DEFAULT_MODEL)) as engine:
+    with closing((machine or Machine()).engine(common.model or DEFAULT_MODEL, common.lora)) as engine:
         for line in lines:
-            row = _paint(line, folder, engine, Console(stderr=True, quiet=json_output))
+            row = _paint(line, folder, engine, Console(stderr=True, quiet=json_output), keep_settings, sidecar)
             failed += row["state"] == "failed"
             if json_output:
                 console.print(json.dumps(row), markup=False, highlight=False)
@@ -107,7 +115,9 @@ def _read(text: str, number: int, folder: Path) -> dict[str, Any]:
     return {key: folder / one if key in ("image", "mask") else one for key, one in value.items()}
 
 
-def _paint(line: Line, folder: Path, engine: Engine, console: Console) -> dict[str, Any]:
+def _paint(
+    line: Line, folder: Path, engine: Engine, console: Console, keep_settings: bool, sidecar: bool
+) -> dict[str, Any]:
     """Paint one line unless it is done; returns what is told of it."""
     row: dict[str, Any] = {"line": line.number, "prompt": line.wishes.prompt, "state": "done"}
     try:
@@ -116,7 +126,9 @@ def _paint(line: Line, folder: Path, engine: Engine, console: Console) -> dict[s
         if all(path.is_file() for path in paths):
             return {**row, "state": "skipped", "paths": [str(path) for path in paths]}
         with closing(follow(engine.generate(request), console)) as pictures:
-            written = [save(picture, path) for path, picture in zip(paths, pictures, strict=True)]
+            written = [
+                save(picture, path, keep_settings, sidecar) for path, picture in zip(paths, pictures, strict=True)
+            ]
     except (ValueError, OSError, TypeError) as error:
         return {**row, "state": "failed", "error": str(error)}
     return {**row, "paths": [str(path) for files in written for path in files]}

@@ -30,6 +30,9 @@ AuthFile = Annotated[
     Path | None,
     typer.Option(dir_okay=False, help="Users and their tokens, made by `tessera token`; asks everybody for one."),
 ]
+LoraFolder = Annotated[
+    Path | None, typer.Option("--lora", file_okay=False, help="Offer the LoRA files (safetensors) of this folder.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps; the model's own default if absent.")]
 Guidance = Annotated[float | None, typer.Option(min=0.0, help="Guidance scale; 1 turns guidance off.")]
@@ -83,6 +86,7 @@ def studio(
     base: Base = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
     auth_file: AuthFile = None,
+    lora: LoraFolder = None,
 ) -> None:
     """Start the studio: a web page that paints what you type."""
     from apps.serve import run
@@ -98,6 +102,7 @@ def studio(
         open_browser=browser,
         output_dir=output,
         auth_file=auth_file,
+        lora=lora,
     )
 
 
@@ -116,6 +121,7 @@ def serve(
     base: Base = None,
     page: Annotated[bool, typer.Option(help="Serve the web page too.")] = True,
     auth_file: AuthFile = None,
+    lora: LoraFolder = None,
 ) -> None:
     """Serve the HTTP API (under /v1) and the studio."""
     from apps.serve import run
@@ -133,6 +139,7 @@ def serve(
         api=True,
         page=page,
         auth_file=auth_file,
+        lora=lora,
     )
 
 
@@ -171,10 +178,19 @@ def generate(
     batch_size: Annotated[int | None, typer.Option(min=1, help="How many of them are painted at once.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a clip; the model's default if absent.")] = None,
     style: Annotated[str | None, typer.Option(help="Name of a style, see apps/presets/styles.json.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Named settings, see apps/presets/presets.json: draft, fine ...")
+    ] = None,
     scheduler: Annotated[str | None, typer.Option(help="euler, heun, sde, dpm++, unipc, ddim or ddpm.")] = None,
     cache: Annotated[
         str | None,
         typer.Option(help="Compute some steps, forecast the rest: budget=0.35, taylorseer, fbcache:threshold=0.1 ..."),
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Put this LoRA file (safetensors) on the model.")
+    ] = None,
+    lora_scale: Annotated[
+        float | None, typer.Option(min=-4.0, max=4.0, help="With --lora: how much of it; 1 is as trained.")
     ] = None,
     image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Start from this picture.")] = None,
     mask: Annotated[
@@ -196,6 +212,7 @@ def generate(
     keep_settings: Annotated[
         bool, typer.Option("--keep-settings/--no-settings", help="Write what reproduces a picture into its file.")
     ] = True,
+    sidecar: Annotated[bool, typer.Option("--sidecar", help="Write it into a JSON file beside the picture.")] = False,
     device: Device = "auto",
     dtype: Precision = "auto",
     offload: Offload = "none",
@@ -217,8 +234,11 @@ def generate(
         batch_size=batch_size,
         frames=frames,
         style=style,
+        preset=preset,
         scheduler=scheduler,
         cache=cache,
+        lora=lora,
+        lora_scale=lora_scale,
         image=image,
         mask=mask,
         strength=strength,
@@ -227,14 +247,14 @@ def generate(
     if prompt is None and settings is None and batch is None:
         raise typer.BadParameter("There is nothing to paint: give a prompt, --settings or --batch.")
     if batch is None:
-        run(wishes, output, machine, settings, json_output, keep_settings)
+        run(wishes, output, machine, settings, json_output, keep_settings, sidecar)
         return
     if prompt is not None or settings is not None:
         raise typer.BadParameter("--batch has its prompts in the file; leave out the prompt and --settings.")
     from apps.batch import run_batch
 
     folder = Path("outputs") / batch.stem if output == Path("tessera.png") else output
-    run_batch(batch, folder, wishes, machine, json_output)
+    run_batch(batch, folder, wishes, machine, json_output, keep_settings, sidecar)
 
 
 @app.command()

@@ -6,7 +6,7 @@
 
 Requests stand in one line, first come, first served; one worker a device takes the next one. The line is on disk
 (`apps.job_store`), so it goes on where it stood after a restart, a crash or a kill. Any thread may submit, follow,
-stop or finish a job.
+stop, finish or move a job.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from apps.events import Done, Event, EventStream, Failed, ModelLoading, Picture,
 from apps.job_store import JobStore, QueueFullError, StoredJob, StoredPicture
 from apps.jobs import REQUEST, AnyRequest, TextToImageRequest
 from apps.limits import ServerLimits
-from apps.metadata import parse
+from apps.lora import settle
+from apps.metadata import Lora, parse
 from apps.painter import StopRequestedError, Switches
 from apps.shelf import LoadedModel, ModelShelf, Pipeline
 from apps.uploads import UploadStore
@@ -69,6 +70,7 @@ class _LiveJob:
     order: Order
     stop: threading.Event
     finish: threading.Event = field(default_factory=threading.Event)
+    skip: threading.Event = field(default_factory=threading.Event)
     stream: EventStream = field(default_factory=EventStream)
     told_ahead: int = 0
 
@@ -91,6 +93,7 @@ class Engine:
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         offload: `none`, `model`, `group`, `sequential`: what of a model waits on the CPU, see `load_pipeline`.
         base: for models that are single files with a transformer only: where everything else comes from.
+        loras: name -> LoRA file (safetensors); requests choose by name.
         server_limits: length of the line, time limit, models in memory.
         load: turns a source into a pipeline; for tests and special loaders.
 
@@ -108,6 +111,7 @@ class Engine:
         offload: str = "none",
         base: str | None = None,
         *,
+        loras: Mapping[str, Path] | None = None,
         server_limits: ServerLimits | None = None,
         load: Callable[[str], Pipeline] | None = None,
     ) -> None:
@@ -119,6 +123,7 @@ class Engine:
         self.offload = offload
         self.base = base
         self.output_dir = output_dir
+        self._loras = dict(loras or {})
         shelves = [
             ModelShelf(models, load or _loader(self, name, one), self.limits.loaded_models)
             for name, one in zip(names, formats, strict=True)
@@ -127,7 +132,7 @@ class Engine:
         self._store = JobStore(None if state is None else state / "jobs.sqlite")
         self.uploads = UploadStore(None if state is None else state / "uploads")
         self._devices = [
-            _Device(Studio(name, one, self._store, self.uploads, output_dir), shelf)
+            _Device(Studio(name, one, self._store, self.uploads, output_dir, self._loras), shelf)
             for name, one, shelf in zip(names, formats, shelves, strict=True)
         ]
         self._live: dict[str, _LiveJob] = {}
@@ -167,6 +172,19 @@ class Engine:
         """Return the built-in name, folder or hub id behind a key (for the owner's eyes only)."""
         return self._devices[0].shelf.source(key)
 
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Names of the LoRA files that requests may choose."""
+        return tuple(self._loras)
+
+    def check_lora(self, wish: Lora) -> Lora:
+        """Return a choice of a LoRA file with the hash of its content.
+
+        Raises:
+            LoraError: there is no such file, or it is another one than was asked for.
+        """
+        return settle(wish, self._loras)
+
     # ---------------------------------------------------------------------- jobs
 
     def submit(self, request: AnyRequest, owner: str = "local", stop: threading.Event | None = None) -> str:
@@ -183,6 +201,7 @@ class Engine:
         Raises:
             UnknownModelError: it names a model that is not offered.
             UploadError: it names a picture that was not handed in.
+            LoraError: it names a LoRA file that is not offered, or was another one.
             QueueFullError: as many wait as may.
         """
         key = self.models[0] if request.model is None else request.model
@@ -191,6 +210,8 @@ class Engine:
         for name in (getattr(request, "image", None), getattr(request, "mask", None)):
             if name is not None:
                 self.uploads.get(name)
+        if request.lora is not None:  # with its hash, so that no other file slips in while it waits
+            request = request.model_copy(update={"lora": self.check_lora(request.lora)})
         settled = request.settled().model_copy(update={"model": key})
         job_id = secrets.token_hex(8)
         with self._moved:
@@ -259,6 +280,50 @@ class Engine:
             return False
         job.finish.set()
         return True
+
+    def skip(self, job_id: str) -> bool:
+        """End the picture that a running job is at, and those painted at once with it; the job goes on with the next.
+
+        Returns:
+            False if it doesn't run; then nothing changes.
+
+        Raises:
+            KeyError: no such job.
+        """
+        stored = self.job(job_id)
+        with self._moved:
+            job = self._live.get(job_id)
+        if job is None or stored.state != "running":
+            return False
+        job.skip.set()
+        return True
+
+    def move(self, job_id: str, position: int) -> bool:
+        """Move a waiting job among those of its owner; the jobs of others keep their places.
+
+        Args:
+            job_id: the job.
+            position: among the owner's waiting jobs, from 0; beyond the last one is last.
+
+        Returns:
+            False if it doesn't wait; then nothing changes.
+
+        Raises:
+            KeyError: no such job.
+            ValueError: the position is below 0.
+        """
+        self.job(job_id)
+        if position < 0:
+            raise ValueError(f"position is {position}; choose 0 for the first place or a number above.")
+        with self._moved:
+            moved = self._store.move(job_id, position)
+            if moved:
+                self._tell_places()
+        return moved
+
+    def waiting(self, owner: str) -> list[str]:
+        """Return the ids of an owner's jobs that wait, in their order."""
+        return self._store.waiting(owner)
 
     def job(self, job_id: str) -> StoredJob:
         """Return what is recorded of a job.
@@ -370,7 +435,7 @@ class Engine:
         started = time.monotonic()
         try:
             model = self._wait_for_model(job, device)
-            switches = Switches(job.stop, job.finish, time.monotonic() + self.limits.seconds)
+            switches = Switches(job.stop, job.finish, job.skip, time.monotonic() + self.limits.seconds)
             if job.stop.is_set():
                 return Stopped()
             work(job.order, model, device.studio, switches, job.stream.tell)

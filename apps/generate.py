@@ -17,9 +17,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from apps import limits
 from apps.accelerate import read_cache
 from apps.engine import STATE_FOLDER, Engine, Event, Failed, ModelLoading, Picture, Step
-from apps.jobs import REQUEST, AnyRequest, repeat
+from apps.jobs import REQUEST, TASKS, AnyRequest, repeat
+from apps.lora import one_lora
 from apps.media import read_mp4, save_mp4
-from apps.metadata import FORMATS, PictureSettings, parse, read_picture, save_picture
+from apps.metadata import FORMATS, Lora, PictureSettings, parse, read_picture, save_picture, save_sidecar
+from apps.named_settings import preset_values
 from apps.shelf import name_models
 from apps.uploads import read_upload
 
@@ -44,10 +46,13 @@ class Wishes:
         batch_size: how many at once.
         frames: of a clip.
         style: name of a style.
+        preset: name of a set of settings.
         scheduler: name of a scheduler.
         image: file of a picture to start from.
         mask: file of a mask, white where to paint.
         strength: how much of the picture is repainted.
+        lora: file of a LoRA.
+        lora_scale: 1 is as trained.
         cache: step cache with its main parameter, e.g. `budget=0.35` or `fbcache:threshold=0.1`.
     """
 
@@ -62,11 +67,14 @@ class Wishes:
     batch_size: int | None = None
     frames: int | None = None
     style: str | None = None
+    preset: str | None = None
     scheduler: str | None = None
     image: Path | None = None
     mask: Path | None = None
     strength: float | None = None
     cache: str | None = None
+    lora: Path | None = None
+    lora_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +86,15 @@ class Machine:
     offload: str = "none"
     base: str | None = None
 
-    def engine(self, model: str) -> Engine:
-        """Make an engine for one model."""
+    def engine(self, model: str, lora: Path | None = None) -> Engine:
+        """Make an engine for one model, and one LoRA file if there is one.
+
+        Raises:
+            ValueError: that is none.
+        """
+        loras = {} if lora is None else one_lora(lora)
         logging.getLogger("apps").setLevel(logging.CRITICAL)  # an error is raised here; the log would tell it twice
-        return Engine(name_models([model]), None, self.device, self.dtype, self.offload, self.base)
+        return Engine(name_models([model]), None, self.device, self.dtype, self.offload, self.base, loras=loras)
 
 
 def run(
@@ -91,6 +104,7 @@ def run(
     settings: Path | None = None,
     json_output: bool = False,
     keep_settings: bool = True,
+    sidecar: bool = False,
 ) -> None:
     """Paint and write the pictures, each with the settings that reproduce it.
 
@@ -103,6 +117,7 @@ def run(
         settings: picture, clip or JSON file whose settings are taken.
         json_output: print one JSON object instead of text and a progress bar.
         keep_settings: whether the files carry their settings.
+        sidecar: whether a JSON file beside each one does.
 
     Raises:
         ValueError: a setting is out of range.
@@ -116,13 +131,13 @@ def run(
     check_output(output)
     parse_size(wishes.size)
     told = Console(stderr=True, quiet=json_output)
-    with closing((machine or Machine()).engine(source)) as engine:
+    with closing((machine or Machine()).engine(source, wishes.lora)) as engine:
         request = make_request(wishes, engine, taken, settings)
         paths = iter(picture_paths(output, 1 if request.pick is not None else request.num_images))
         if is_clip(output) and engine.model().result().frames is None:
             raise ValueError(f"The model {source!r} paints pictures, not clips; write to a '.png' file.")
         with closing(follow(engine.generate(request), told)) as pictures:
-            written = [(save(picture, next(paths), keep_settings), picture) for picture in pictures]
+            written = [(save(picture, next(paths), keep_settings, sidecar), picture) for picture in pictures]
     if taken is not None:
         told_differences(taken, written[0][1].metadata, told)
     report(written, json_output)
@@ -155,14 +170,18 @@ def make_request(
         "batch_size": wishes.batch_size,
         "frames": wishes.frames,
         "style": wishes.style,
+        "preset": wishes.preset,
         "scheduler": wishes.scheduler,
         "strength": wishes.strength,
         "step_cache": None if wishes.cache is None else read_cache(wishes.cache),
+        "lora": _lora(wishes, engine, None if taken is None else taken.lora),
         "image": _hand_in(wishes.image, taken.image if taken else None, settings, engine),
         "mask": _hand_in(wishes.mask, taken.mask if taken else None, settings, engine),
     }
     values = {name: value for name, value in said.items() if value is not None}
     if taken is not None:
+        if wishes.preset is not None:  # it was said now, so it goes before what the picture had
+            values = preset_values(values.pop("preset"), TASKS[taken.task].model_fields) | values
         by_prompt = {} if wishes.prompt is None else {"prompt" if not taken.label else "label": wishes.prompt}
         return repeat(taken, **values, **by_prompt, model=engine.models[0])
     task = _task(values, engine)
@@ -173,6 +192,24 @@ def make_request(
     else:
         values["prompt"] = wishes.prompt
     return REQUEST.validate_python({"seed": DEFAULT_SEED, **values, "task": task})
+
+
+def _lora(wishes: Wishes, engine: Engine, taken: Lora | None) -> Lora | None:
+    """Find out which LoRA file is asked for, and how much of it: the one named, or the one of a picture's settings.
+
+    Raises:
+        ValueError: a scale without a file, or settings whose file isn't named or is another one.
+    """
+    scale = {} if wishes.lora_scale is None else {"scale": wishes.lora_scale}
+    if taken is not None and engine.loras in ((), (taken.name,)):
+        if not engine.loras:
+            raise ValueError(f"The settings ask for the LoRA file {taken.name!r}; name it with --lora.")
+        return Lora.model_validate({**taken.model_dump(), **scale})
+    if not engine.loras:
+        if scale:
+            raise ValueError("--lora-scale is for a LoRA file; name one with --lora.")
+        return None
+    return Lora.model_validate({"name": engine.loras[0], **scale})
 
 
 def _task(values: dict[str, Any], engine: Engine) -> str:
@@ -223,13 +260,14 @@ def is_clip(path: Path) -> bool:
     return path.suffix.lower() == ".mp4"
 
 
-def save(picture: Picture, path: Path, keep_settings: bool = True) -> list[Path]:
+def save(picture: Picture, path: Path, keep_settings: bool = True, sidecar: bool = False) -> list[Path]:
     """Write a picture, or a clip with a picture of it, or a clip alone.
 
     Args:
         picture: painted.
         path: PNG or WebP file, or MP4 file for a clip.
         keep_settings: whether the picture carries its settings.
+        sidecar: whether a JSON file beside it does.
 
     Returns:
         The files written.
@@ -239,6 +277,8 @@ def save(picture: Picture, path: Path, keep_settings: bool = True) -> list[Path]
         written.append(save_picture(picture.image, path, picture.metadata if keep_settings else None))
     if picture.clip is not None:
         written.append(save_mp4(picture.clip, path.with_suffix(".mp4"), picture.metadata))
+    if sidecar:
+        written.append(save_sidecar(picture.metadata, path))
     return written
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,13 @@ CREATE INDEX IF NOT EXISTS jobs_by_owner ON jobs(owner, number);
 CREATE TABLE IF NOT EXISTS pictures(
     job TEXT NOT NULL REFERENCES jobs(id), place INTEGER NOT NULL, name TEXT NOT NULL, settings TEXT NOT NULL,
     seconds REAL NOT NULL, PRIMARY KEY(job, place)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS skipped(
+    job TEXT NOT NULL REFERENCES jobs(id), place INTEGER NOT NULL, PRIMARY KEY(job, place)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS turns(job TEXT PRIMARY KEY REFERENCES jobs(id), turn INTEGER NOT NULL) WITHOUT ROWID;
 """
+LINE = "FROM jobs LEFT JOIN turns ON turns.job = jobs.id"
+TURN = "coalesce(turn, number)"
+"""A job's place in the line: its number, unless it was moved."""
 COLUMNS = "id, owner, request, state, attempts, created, ended, code, message"
 
 
@@ -139,11 +146,11 @@ class JobStore:
             return self._one("id = ?", job_id)
 
     def take(self) -> StoredJob | None:
-        """Mark the job that waits longest as running and return it; None when nobody waits."""
+        """Mark the first job of the line as running and return it; None when nobody waits."""
         with self._lock:
             row = self._db.execute(
                 "UPDATE jobs SET state = 'running', attempts = attempts + 1 WHERE number = "
-                f"(SELECT min(number) FROM jobs WHERE state = 'queued') RETURNING {COLUMNS}"
+                f"(SELECT number {LINE} WHERE state = 'queued' ORDER BY {TURN} LIMIT 1) RETURNING {COLUMNS}"
             ).fetchone()
             return None if row is None else StoredJob(*row)
 
@@ -177,15 +184,47 @@ class JobStore:
                 (time.time(), f"The server died {attempts} times while it worked on this.", attempts),
             )
             self._db.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'")
-            rows = self._db.execute(f"SELECT {COLUMNS} FROM jobs WHERE state = 'queued' ORDER BY number")
+            self._db.execute("DELETE FROM turns WHERE job NOT IN (SELECT id FROM jobs WHERE state = 'queued')")
+            rows = self._db.execute(f"SELECT {COLUMNS} {LINE} WHERE state = 'queued' ORDER BY {TURN}")
             return [StoredJob(*row) for row in rows]
 
     def ahead(self) -> dict[str, int]:
         """Return for every waiting job how many come before it, running ones included."""
         with self._lock:
-            query = "SELECT id, state FROM jobs WHERE state IN ('queued', 'running') ORDER BY state DESC, number"
+            query = f"SELECT id, state {LINE} WHERE state IN ('queued', 'running') ORDER BY state DESC, {TURN}"
             rows = self._db.execute(query).fetchall()
         return {job: place for place, (job, state) in enumerate(rows) if state == "queued"}
+
+    def waiting(self, owner: str) -> list[str]:
+        """Return the ids of an owner's jobs that wait, in their order."""
+        with self._lock:
+            query = f"SELECT id {LINE} WHERE state = 'queued' AND owner = ? ORDER BY {TURN}"
+            return [job for (job,) in self._db.execute(query, (owner,))]
+
+    def move(self, job_id: str, position: int) -> bool:
+        """Move a waiting job among those of its owner, who keep their places in the line between them.
+
+        Args:
+            job_id: the job.
+            position: among the owner's waiting jobs, from 0; beyond the last one is last.
+
+        Returns:
+            False if the job doesn't wait.
+        """
+        with self._lock:
+            query = (
+                f"SELECT id, {TURN} {LINE} WHERE state = 'queued' "
+                f"AND owner = (SELECT owner FROM jobs WHERE id = ?) ORDER BY {TURN}"
+            )
+            rows = self._db.execute(query, (job_id,)).fetchall()
+            others = [job for job, _ in rows if job != job_id]
+            if len(others) == len(rows):
+                return False
+            others.insert(position, job_id)
+            turns = [(job, turn) for job, (_, turn) in zip(others, rows, strict=True)]
+            values = ", ".join("(?, ?)" for _ in turns)  # one statement, so that a kill leaves all or none
+            self._db.execute(f"INSERT OR REPLACE INTO turns VALUES {values}", [v for pair in turns for v in pair])
+            return True
 
     # ------------------------------------------------------------------ records
 
@@ -212,6 +251,16 @@ class JobStore:
         """Record a picture, whose file is complete; from here on it counts."""
         values = (picture.job, picture.place, picture.name, picture.settings, picture.seconds)
         self._change("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?)", *values)
+
+    def add_skipped(self, job_id: str, places: Iterable[int]) -> None:
+        """Record pictures that nobody wants any more, so that a second attempt leaves them out too."""
+        with self._lock:
+            self._db.executemany("INSERT OR IGNORE INTO skipped VALUES (?, ?)", [(job_id, place) for place in places])
+
+    def skipped(self, job_id: str) -> set[int]:
+        """Return the places of a job's pictures that were skipped."""
+        with self._lock:
+            return {place for (place,) in self._db.execute("SELECT place FROM skipped WHERE job = ?", (job_id,))}
 
     def pictures(self, job_id: str) -> list[StoredPicture]:
         """Return the pictures of a job that count, in their order."""

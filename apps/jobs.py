@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from apps import limits
-from apps.metadata import KvPolicy, KvType, PictureId, PictureSettings, SchedulerName, SearchMethod, StepCache
+from apps.metadata import KvPolicy, KvType, Lora, PictureId, PictureSettings, SchedulerName, SearchMethod, StepCache
 
 
 def _filled(text: str) -> str:
@@ -38,9 +38,12 @@ class BaseRequest(BaseModel):
         pick: keep only this picture of the (one) batch, from 0: repeats a picture that was painted in a batch, whose
             company moves its last bits.
         guidance: guidance scale.
+        lora: LoRA file of the server's list to put on the model.
         style: name of a prompt template in the server's list.
+        preset: name of a set of settings in the server's list; what the request says itself goes first.
         file_format: of the pictures; WebP is written without loss.
         keep_settings: whether the files carry what reproduces them.
+        sidecar: whether a JSON file beside each one does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -51,9 +54,12 @@ class BaseRequest(BaseModel):
     batch_size: int = Field(default=1, ge=1, le=limits.MAX_BATCH)
     pick: int | None = Field(default=None, ge=0, lt=limits.MAX_BATCH)
     guidance: float | None = Field(default=None, ge=0, le=limits.MAX_GUIDANCE)
+    lora: Lora | None = None
     style: str | None = Field(default=None, max_length=100)
+    preset: str | None = Field(default=None, max_length=100)
     file_format: Literal["png", "webp"] = "png"
     keep_settings: bool = True
+    sidecar: bool = False
 
     @model_validator(mode="after")
     def _check_pick(self) -> Self:

@@ -51,6 +51,22 @@ class StepCache(BaseModel):
     amount: float | None = Field(default=None, gt=0, le=100)
 
 
+class Lora(BaseModel):
+    """A LoRA file on the model.
+
+    Attributes:
+        name: of the file in the owner's list.
+        scale: 1 is as trained, 0 nothing.
+        sha256: of the file's content; None takes what has the name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(min_length=1, max_length=200)
+    scale: float = Field(default=1.0, ge=-4, le=4)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+
 class PictureSettings(BaseModel):
     """Everything needed to paint one picture again.
 
@@ -75,6 +91,7 @@ class PictureSettings(BaseModel):
         sampler: the scheduler that was chosen in place of the model's own.
         finish_after: the run ended after so many steps.
         step_cache: which steps were forecast.
+        lora: LoRA file that was on the model.
         image: hash of the picture that was started from.
         mask: hash of the mask of inpainting.
         strength: how much of the picture was repainted.
@@ -114,6 +131,7 @@ class PictureSettings(BaseModel):
     sampler: SchedulerName | None = None
     finish_after: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
     step_cache: StepCache | None = None
+    lora: Lora | None = None
     image: PictureId | None = None
     mask: PictureId | None = None
     strength: float | None = Field(default=None, gt=0, le=1)
@@ -158,6 +176,26 @@ def save_picture(image: Image.Image, path: Path, settings: PictureSettings | Non
     try:
         with partial.open("xb") as file:
             image.save(file, format=kind, **_saving_options(kind, settings))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def save_sidecar(settings: PictureSettings, picture: Path) -> Path:
+    """Write the settings of a picture beside it; the file appears complete or not at all.
+
+    Args:
+        settings: of the picture.
+        picture: its file; the JSON file has its whole name and `.json` behind, so that no two share one.
+
+    Returns:
+        The JSON file, which `--settings` takes as it takes the picture.
+    """
+    path = picture.with_name(f"{picture.name}.json")
+    partial = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        partial.write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -51,7 +51,11 @@ ARGUMENTS = {
 
 
 class StopRequestedError(Exception):
-    """The picture was given up because somebody asked for it."""
+    """The job was given up because somebody asked for it."""
+
+
+class SkipRequestedError(Exception):
+    """The batch was given up because somebody asked for the next one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +86,13 @@ class Switches:
     Attributes:
         stop: once set, no further step starts and nothing is decoded.
         finish: once set, no further step starts and what there is is decoded.
+        skip: as `stop`, but the job goes on with its next batch.
         deadline: `time.monotonic()` value after which the batch is given up.
     """
 
     stop: threading.Event
     finish: threading.Event
+    skip: threading.Event
     deadline: float = float("inf")
 
 
@@ -122,6 +128,7 @@ def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnSte
 
     Raises:
         StopRequestedError: `stop` was set.
+        SkipRequestedError: `skip` was set.
         TimeoutError: the deadline passed.
         ValueError: the pipeline doesn't accept what is asked.
     """
@@ -140,6 +147,8 @@ def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnSte
         raise TimeoutError
     if switches.stop.is_set():
         raise StopRequestedError
+    if switches.skip.is_set():
+        raise SkipRequestedError
     pictures = [[image] for image in output.images] if model.frames is None else [list(output.frames[0])]
     return Painted(pictures, watch.ended_after, used, report)
 
@@ -301,9 +310,10 @@ class _StepWatch:
 
     def __call__(self, pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         self.late = time.monotonic() > self._switches.deadline
-        if self._switches.stop.is_set() or self.late:
+        stops = self._switches.stop.is_set()
+        if stops or self.late or self._switches.skip.is_set():
             if not self._model.can_interrupt:
-                raise TimeoutError if self.late else StopRequestedError
+                raise TimeoutError if self.late else StopRequestedError if stops else SkipRequestedError
             pipe.interrupt = True
             return {}
         latents = tensors.get(self.tensor)

@@ -43,6 +43,7 @@ def run(
     api: bool = False,
     page: bool = True,
     auth_file: Path | None = None,
+    lora: Path | None = None,
 ) -> None:
     """Serve until Ctrl-C; what is unfinished then goes on at the next start.
 
@@ -59,6 +60,7 @@ def run(
         api: serve the HTTP API under `/v1`.
         page: serve the web page.
         auth_file: users and their tokens; None lets everybody in who can reach the address.
+        lora: folder of LoRA files to offer.
 
     Raises:
         ValueError: other machines could reach it without a token, there is no model, or the output folder is in use.
@@ -83,7 +85,7 @@ def run(
             from apps.studio.app import build_engine, mount
 
             tokens = None if auth_file is None else TokenTable(auth_file)
-            engine = build_engine(models, output_dir, device, dtype, offload, base)
+            engine = build_engine(models, output_dir, device, dtype, offload, base, lora)
             app = create_app(engine, tokens, _names(host), api)
             if page:
                 mount(app, engine, tokens)

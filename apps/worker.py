@@ -6,8 +6,8 @@ import functools
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from PIL import Image
 from apps.events import Event, Picture, Step
 from apps.job_store import JobStore, StoredPicture
 from apps.jobs import AnyRequest
+from apps.lora import adapted, settle
 from apps.media import Clip, contact_strip, require_video, save_mp4
-from apps.metadata import PictureSettings, save_picture
-from apps.painter import Canvas, Painted, Switches, paint
+from apps.metadata import PictureSettings, save_picture, save_sidecar
+from apps.named_settings import preset_values
+from apps.painter import Canvas, Painted, SkipRequestedError, Switches, paint
 from apps.shelf import LoadedModel
 from apps.styles import apply_style
 from apps.uploads import UploadStore
@@ -36,6 +38,7 @@ class Studio:
         store: records pictures.
         uploads: pictures handed in.
         output_dir: receives the files; None hands pictures over in memory only.
+        loras: LoRA files by name.
     """
 
     device: str
@@ -43,6 +46,7 @@ class Studio:
     store: JobStore
     uploads: UploadStore
     output_dir: Path | None
+    loras: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,22 @@ def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, t
         require_video()
         if request.batch_size > 1:
             raise ValueError("Clips are painted one at a time; set batch_size to 1.")
-    done = {picture.place for picture in studio.store.pictures(order.id)}
+    if request.lora is not None:
+        request = request.model_copy(update={"lora": settle(request.lora, studio.loras)})
+    with adapted(model.pipe_for(request.task), request.lora, studio.loras):
+        _paint_batches(order, request, model, studio, switches, tell)
+
+
+def _paint_batches(
+    order: Order,
+    request: AnyRequest,
+    model: LoadedModel,
+    studio: Studio,
+    switches: Switches,
+    tell: Callable[[Event], None],
+) -> None:
+    """Paint the batches of a job, each unless its pictures count already or were skipped."""
+    done = {picture.place for picture in studio.store.pictures(order.id)} | studio.store.skipped(order.id)
     wanted = 1 if request.pick is not None else request.num_images
     batches = request.batches()
     clock = _StepClock(tell, len(batches))
@@ -90,7 +109,13 @@ def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, t
         canvas = _canvas(request, tuple(seeds), studio.uploads)
         begun = time.monotonic()
         clock.begin(_step_count(request, model))
-        painted = _keep(canvas, paint(model, canvas, switches, clock.step))
+        switches.skip.clear()  # one that came too late for its picture shall not hit the next
+        try:
+            painted = _keep(canvas, paint(model, canvas, switches, clock.step))
+        except SkipRequestedError:
+            studio.store.add_skipped(order.id, range(first, first + len(seeds)))
+            clock.drop(time.monotonic() - begun)
+            continue
         seconds = (time.monotonic() - begun) / len(painted.pictures)
         for i, frames in enumerate(painted.pictures):
             if request.pick in (None, i):
@@ -105,7 +130,7 @@ def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, t
 
 
 def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> AnyRequest:
-    """Replace what a request leaves open by the model's defaults, and put its prompt into its style.
+    """Replace what a request leaves open by its preset and the model's defaults, and put its prompt into its style.
 
     Args:
         request: what was asked.
@@ -116,8 +141,11 @@ def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> An
         ValueError: the model can't do the task, or not with these settings.
     """
     model.pipe_for(request.task)
-    values: dict[str, Any] = {"model": model.key, "style": None}
+    values: dict[str, Any] = {"model": model.key, "style": None, "preset": None}
     fields = type(request).model_fields
+    if request.preset is not None:
+        preset = preset_values(request.preset, fields)
+        request = request.model_copy(update={n: value for n, value in preset.items() if getattr(request, n) is None})
     if request.guidance is None:
         values["guidance"] = model.guidance
     for name in ("top_k", "top_p", "temperature", "smooth", "kv_policy", "kv_budget", "kv_dtype"):
@@ -178,12 +206,12 @@ def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:
 def _canvas(request: AnyRequest, seeds: tuple[int, ...], uploads: UploadStore) -> Canvas:
     """Fetch the pictures that a request names, at the size of the request."""
     pictures: dict[str, Image.Image] = {}
-    for field, filtering in (("image", Image.Resampling.LANCZOS), ("mask", Image.Resampling.NEAREST)):
-        name = getattr(request, field, None)
-        if name is not None:
+    for name, filtering in (("image", Image.Resampling.LANCZOS), ("mask", Image.Resampling.NEAREST)):
+        picture_id = getattr(request, name, None)
+        if picture_id is not None:
             size = (getattr(request, "width"), getattr(request, "height"))  # noqa: B009
-            picture = uploads.get(name)
-            pictures[field] = picture if picture.size == size else picture.resize(size, filtering)
+            picture = uploads.get(picture_id)
+            pictures[name] = picture if picture.size == size else picture.resize(size, filtering)
     return Canvas(request=request, seeds=seeds, **pictures)
 
 
@@ -228,6 +256,8 @@ def _finish(
         name = f"{datetime.fromtimestamp(order.created):%Y%m%d-%H%M%S}-{settings.seed}-{order.id}-{place}"
         written = settings if order.request.keep_settings else None
         path = save_picture(image, studio.output_dir / f"{name}.{order.request.file_format}", written)
+        if order.request.sidecar:
+            save_sidecar(settings, path)
         video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), settings)
     name = "" if path is None else path.name
     studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds))
@@ -300,6 +330,11 @@ class _StepClock:
     def skip(self) -> None:
         self._batch += 1
         self._skipped += 1
+
+    def drop(self, seconds: float) -> None:
+        """Leave a begun batch, and the time it took, out of the estimate."""
+        self._skipped += 1
+        self._started += seconds
 
     def begin(self, steps: int) -> None:
         self._batch += 1

@@ -17,11 +17,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from apps import limits
 from apps.api.guards import Guards
-from apps.api.messages import STATUS, ImagesRequest, error_body, explain, job_row, picture_row, server_sent
+from apps.api.messages import STATUS, ImagesRequest, MoveRequest, error_body, explain, job_row, picture_row, server_sent
 from apps.api.tokens import Role, TokenTable, User
 from apps.engine import Engine, Failed, UnknownModelError
 from apps.job_store import QueueFullError, StoredJob
 from apps.jobs import REQUEST, AnyRequest
+from apps.lora import LoraError
 from apps.uploads import UploadError, read_upload
 
 LOCAL = User(name="local", role="admin", salt="0" * 32, digest="0" * 64)
@@ -135,6 +136,10 @@ def _add_looking(app: FastAPI) -> None:
     def models(user: Watcher, engine: Painting) -> dict[str, Any]:
         return {"object": "list", "data": [_model_row(engine, key) for key in engine.models]}
 
+    @app.get("/v1/loras")
+    def loras(user: Watcher, engine: Painting) -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "lora"} for name in engine.loras]}
+
     @app.get("/v1/schema")
     def schema(user: Watcher) -> dict[str, Any]:
         return REQUEST.json_schema()
@@ -235,6 +240,21 @@ def _add_painting(app: FastAPI) -> None:
             raise HTTPException(409, error_body("cant_finish", "It doesn't run, or its model can't end early."))
         return {"id": job_id}
 
+    @app.post("/v1/jobs/{job_id}/skip")
+    def skip(job_id: JobId, user: Painter, engine: Painting) -> dict[str, Any]:
+        _job(engine, user, job_id)
+        if not engine.skip(job_id):
+            raise HTTPException(409, error_body("cant_skip", "It doesn't run."))
+        return {"id": job_id}
+
+    @app.patch("/v1/jobs/{job_id}")
+    async def move(job_id: JobId, user: Painter, engine: Painting, request: Request) -> dict[str, Any]:
+        await run_in_threadpool(_job, engine, user, job_id)
+        wanted = MoveRequest.model_validate_json(await request.body())
+        if not await run_in_threadpool(engine.move, job_id, wanted.position):
+            raise HTTPException(409, error_body("cant_move", "It doesn't wait any more."))
+        return {"id": job_id, "ahead": await run_in_threadpool(engine.ahead, job_id)}
+
     @app.post("/v1/images/generations")
     async def images(user: Painter, engine: Painting, request: Request) -> dict[str, Any]:
         body = ImagesRequest.model_validate_json(await request.body())
@@ -261,6 +281,8 @@ def _submit(engine: Engine, wanted: AnyRequest, user: User) -> str:
         return engine.submit(wanted, user.name)
     except UnknownModelError as error:
         raise HTTPException(404, error_body("unknown_model", str(error))) from error
+    except LoraError as error:
+        raise HTTPException(404, error_body("unknown_lora", str(error))) from error
     except UploadError as error:
         raise HTTPException(422, error_body("unknown_picture", str(error))) from error
     except QueueFullError as error:

@@ -66,6 +66,18 @@ class ImagesRequest(BaseModel):
         return TextToImageRequest(**same, num_images=self.n, width=width, height=height, scheduler=self.scheduler)
 
 
+class MoveRequest(BaseModel):
+    """The body of `PATCH /v1/jobs/{id}`.
+
+    Attributes:
+        position: where the job shall wait among its owner's, from 0; beyond the last one is last.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    position: int = Field(ge=0, le=10**6)
+
+
 def error_body(code: str, message: str) -> dict[str, Any]:
     """Return the body of an error: what went wrong, and nothing about the machine."""
     return {"error": {"code": code, "message": message, "type": "invalid_request_error"}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from apps import limits
 from apps.api.tokens import TokenTable
 from apps.engine import STATE_FOLDER, Engine
 from apps.limits import ServerLimits
+from apps.lora import find_loras
 from apps.shelf import name_models
 from apps.studio import desk, views
 from apps.studio.choosing import SAVED, Choosing
@@ -33,25 +35,33 @@ STATES = {"visit": [], "chosen": None, "many": [], "hung": [], "source": None, "
 """What the page remembers while it is open."""
 PAINTED = (
     "stage", "details", "strip", "visit", "chosen", "save", "reuse_seed", "reuse_settings", "start_from", "inpaint_it",
-    "stop", "finish", "line", "clear",
+    "stop", "skip", "finish", "line", "clear", "order", "waiting",
 )  # fmt: skip
 """What painting changes: few parts, because it changes them often."""
 REMEMBER = "(...all) => Object.fromEntries(%s.map((name, i) => [name, all[i]]))"
 
 
 def build_engine(
-    models: list[str], output_dir: Path, device: str, dtype: str, offload: str = "none", base: str | None = None
+    models: list[str],
+    output_dir: Path,
+    device: str,
+    dtype: str,
+    offload: str = "none",
+    base: str | None = None,
+    lora: Path | None = None,
 ) -> Engine:
     """Create the engine of a server and start to load its default model.
 
     Raises:
-        ValueError: no model at all, or an output folder that would show too much or is in use.
+        ValueError: no model at all, a folder without LoRA files, or an output folder that would show too much or is in
+            use.
     """
     sources = name_models([*models, *builtin_models()])
     if not sources:
         raise ValueError("No built-in model is installed; name one with --model: a pipeline folder or a hub id.")
     folder = limits.output_folder(output_dir)
-    engine = Engine(sources, folder, device, dtype, offload, base, server_limits=ServerLimits())
+    loras = {} if lora is None else find_loras(lora)
+    engine = Engine(sources, folder, device, dtype, offload, base, loras=loras, server_limits=ServerLimits())
     engine.model()  # so that it is there when the first prompt comes
     return engine
 
@@ -179,6 +189,12 @@ def _connect(page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions
 
     wiring.on([page.load], opened, ["saved", *wiring.wishes])
     wiring.on([parts["model"].input], settled, ["model", "mode"])
+    parts["preset"].input(
+        lambda name, key: wiring.told(choosing.choose_preset(name, key)),
+        wiring.components(["preset", "model"]),
+        wiring.components(["steps", "guidance", "scheduler", "step_cache", "cache_amount", "line"]),
+        **QUIET,
+    )
     # A typed seed is meant to be used.
     parts["seed"].input(lambda: FIXED, None, parts["seed_mode"], **QUIET)
     changed = [parts[name].change for name in SAVED if name != "mode"]
@@ -204,7 +220,20 @@ def _connect_painting(wiring: _Wiring, painting: Painting) -> None:
     wiring.on(start, paint, ["visit", *wiring.wishes], PAINTED, trigger_mode="multiple")
     parts["stop"].click(painting.stop, queue=False, **QUIET)
     wiring.on([parts["finish"].click], finish, outputs=["line"], queue=False)
-    wiring.on([parts["clear"].click], clear, outputs=["line", "clear"], queue=False)
+    parts["skip"].click(painting.skip, queue=False, **QUIET)
+    line = ["line", "clear", "order", "waiting"]
+    wiring.on([parts["clear"].click], clear, outputs=line, queue=False)
+
+    def ordering(change: Callable[[gr.Request, str | None], Changes]) -> Callable[..., Any]:
+        def listener(request: gr.Request, job: str | None) -> dict[Any, Any]:
+            return wiring.told(change(request, job))
+
+        return listener
+
+    for name, by in (("sooner", -1), ("later", 1)):
+        change = functools.partial(painting.move, by=by)
+        wiring.on([parts[name].click], ordering(change), ["waiting"], line, queue=False)
+    wiring.on([parts["drop"].click], ordering(painting.drop), ["waiting"], line, queue=False)
     for i in range(EXAMPLES):
         filled = parts[f"chip_{i}"].click(None, parts[f"chip_{i}"], parts["prompt"], js="(text) => text", **QUIET)
         filled.then(None, js="() => document.querySelector('#paint').click()", **QUIET)

@@ -14,8 +14,10 @@ from apps import limits
 from apps.engine import Engine
 from apps.job_store import StoredPicture
 from apps.jobs import repeat
+from apps.lora import LoraError
 from apps.media import read_mp4
-from apps.metadata import MetadataError, PictureSettings, parse, read_picture
+from apps.metadata import MetadataError, PictureSettings, StepCache, parse, read_picture
+from apps.named_settings import load_presets
 from apps.shelf import LoadedModel
 from apps.studio import views
 from apps.studio.examples import EXAMPLES, example_prompts
@@ -33,10 +35,10 @@ PAGE = 24
 """Pictures on a page of the gallery."""
 SAVED = (
     "mode", "prompt", "negative", "model", "shape", "width", "height", "steps", "guidance", "seed_mode", "seed",
-    "count", "batch_size", "style", "scheduler", "step_cache", "cache_amount", "file_format", "keep_settings",
-    "strength", "repaint", "label", "scale_label", "top_k", "top_p", "temperature", "smooth", "kv_policy",
-    "kv_budget", "kv_dtype", "search", "candidates", "grid_x", "grid_x_values", "grid_y", "grid_y_values", "grid_z",
-    "grid_z_values",
+    "count", "batch_size", "style", "scheduler", "lora", "lora_scale", "step_cache", "cache_amount", "file_format",
+    "keep_settings", "sidecar", "strength", "repaint", "label", "scale_label", "top_k", "top_p", "temperature",
+    "smooth", "kv_policy", "kv_budget", "kv_dtype", "search", "candidates", "grid_x", "grid_x_values", "grid_y",
+    "grid_y_values", "grid_z", "grid_z_values",
 )  # fmt: skip
 """What the browser remembers, by name; pictures are not among it."""
 
@@ -80,10 +82,14 @@ class Choosing:
         """Read what the browser remembers; what doesn't fit is left out."""
         if not isinstance(saved, dict) or saved.get("model") not in self._engine.models:
             return {}
+        offered = ("", *self._engine.loras)
         return {
             name: value
             for name, value in saved.items()
-            if name in SAVED and isinstance(value, str | int | float) and len(str(value)) <= limits.MAX_PROMPT_CHARS
+            if name in SAVED
+            and (name != "lora" or value in offered)
+            and isinstance(value, str | int | float)
+            and len(str(value)) <= limits.MAX_PROMPT_CHARS
         }
 
     def settle(self, key: str, mode: str) -> Changes:
@@ -144,6 +150,20 @@ class Choosing:
         future = self._engine.loaded(key)
         return None if future is None or not future.done() or future.exception() else future.result()
 
+    def choose_preset(self, name: str, key: str) -> Changes:
+        """Set the controls that a preset is about; none sets them as the model has them."""
+        model = self._loaded(key)
+        own = {"steps": model and model.steps, "guidance": model and model.guidance}
+        chosen = load_presets()[name].values() if name else {}
+        cache: StepCache | None = chosen.get("step_cache")
+        values = {
+            **{control: chosen.get(control, default) for control, default in own.items()},
+            "scheduler": chosen.get("scheduler", ""),
+            "step_cache": cache.preset if cache else "",
+            "cache_amount": (cache.amount or 0) if cache else 0,
+        }
+        return {control: value for control, value in values.items() if value is not None}
+
     # ------------------------------------------------------------------------ pictures
 
     def choose(self, visit: Sequence[Shown], event: gr.SelectData) -> Changes:
@@ -177,6 +197,11 @@ class Choosing:
         """Set every control for the settings of a picture, its source and mask too."""
         changes = show_settings(settings)
         mode = changes.pop("mode")
+        if settings.lora is not None:
+            try:
+                self._engine.check_lora(settings.lora)
+            except LoraError as error:
+                raise gr.Error(str(error), print_exception=False) from error
         if settings.model in self._engine.models:
             changes["model"] = settings.model
         mask = changes.pop("mask", None)

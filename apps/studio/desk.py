@@ -9,6 +9,7 @@ import gradio as gr
 from apps import limits
 from apps.accelerate import KNOBS
 from apps.engine import Engine
+from apps.named_settings import load_presets
 from apps.shelf import FALLBACK_SIDE
 from apps.studio import views
 from apps.studio.examples import EXAMPLES, example_prompts
@@ -40,10 +41,17 @@ def ask(words: Strings) -> Parts:
     with gr.Row(elem_id="go"):
         parts["paint"] = gr.Button(words("paint"), variant="primary", elem_id="paint", scale=3)
         parts["finish"] = gr.Button(words("finish"), elem_id="finish", interactive=False, scale=2, min_width=80)
+        parts["skip"] = gr.Button(words("skip"), elem_id="skip", visible=False, scale=1, min_width=80)
         parts["stop"] = gr.Button(words("stop"), elem_id="stop", interactive=False, scale=1, min_width=80)
     with gr.Row(elem_id="queue"):
         parts["line"] = gr.HTML("", elem_id="line", js_on_load=None)
         parts["clear"] = gr.Button(words("line.clear"), size="sm", visible=False, elem_id="clear", min_width=80)
+    with gr.Row(elem_id="order", visible=False) as parts["order"]:
+        parts["waiting"] = gr.Dropdown(
+            [], show_label=False, container=False, filterable=False, elem_id="waiting", scale=4, min_width=160
+        )
+        for name in ("sooner", "later", "drop"):
+            parts[name] = gr.Button(words(name), size="sm", elem_id=name, scale=0, min_width=48)
     with gr.Row(elem_id="examples"):
         for i in range(EXAMPLES):
             text = prompts[i] if i < len(prompts) else ""
@@ -94,18 +102,20 @@ def settings(engine: Engine, words: Strings) -> Parts:
     parts["frames"] = gr.Number(  # shown for models of clips
         None, precision=0, minimum=1, maximum=limits.MAX_FRAMES, label=words("frames"), visible=False, elem_id="frames"
     )
-    return parts | _advanced(words)
+    return parts | _advanced(engine, words)
 
 
-def _advanced(words: Strings) -> Parts:
+def _advanced(engine: Engine, words: Strings) -> Parts:
     with gr.Accordion(words("advanced"), open=False, elem_id="advanced"):
+        presets = [(words("preset.none"), ""), *load_presets()]
         parts: Parts = {
+            "preset": gr.Dropdown(presets, value="", label=words("preset"), filterable=False, elem_id="preset"),
             "negative": gr.Textbox(
                 label=words("negative"),
                 placeholder=words("negative.hint"),
                 max_length=limits.MAX_PROMPT_CHARS,
                 elem_id="negative",
-            )
+            ),
         }
         with gr.Row():
             styles = [(words("style.none"), ""), *load_styles()]
@@ -122,9 +132,14 @@ def _advanced(words: Strings) -> Parts:
             parts["cache_amount"] = gr.Number(
                 0, label=words("step_cache.amount"), minimum=0, maximum=100, elem_id="cache-amount"
             )
+        with gr.Row(elem_id="lora-row", visible=bool(engine.loras)):
+            loras = [(words("lora.none"), ""), *engine.loras]
+            parts["lora"] = gr.Dropdown(loras, value="", label=words("lora"), filterable=False, elem_id="lora")
+            parts["lora_scale"] = gr.Slider(-2, 2, 1, step=0.05, label=words("lora.scale"), elem_id="lora-scale")
         with gr.Row():
             parts["file_format"] = gr.Radio(["png", "webp"], value="png", label=words("file_format"), elem_id="format")
             parts["keep_settings"] = gr.Checkbox(True, label=words("keep_settings"), elem_id="keep")
+            parts["sidecar"] = gr.Checkbox(False, label=words("sidecar"), elem_id="sidecar")
     parts["settings_file"] = gr.UploadButton(
         words("load_settings"), file_types=[".png", ".webp", ".mp4"], size="sm", elem_id="settings-file"
     )

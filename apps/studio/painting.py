@@ -85,7 +85,7 @@ class Painting:
             note = str(error) if isinstance(error, QueueFullError) else explain(error, self._words)
             yield {"stage": views.stage(size=(1, 1), note=note, is_problem=True)}
             return
-        yield self._line(session)
+        yield self._line(session) | self._order(session)
         if not follows:
             return
         is_left = True
@@ -116,11 +116,42 @@ class Painting:
             gr.Info(self._words("cant_finish"))
         return {}
 
+    def skip(self, request: gr.Request) -> None:
+        """Leave out the picture that is being painted for this page, and go on with the next of its job."""
+        session = self._sessions.of(request)
+        with session.lock:
+            running = session.line[:1]
+        for job in running:
+            self._engine.skip(job)
+
     def clear(self, request: gr.Request) -> Changes:
         """Take what waits for this page out of the line; what is being painted goes on."""
         session = self._sessions.of(request)
         self._drop_waiting(session)
-        return self._line(session)
+        return self._line(session) | self._order(session)
+
+    def move(self, request: gr.Request, job: str | None, by: int) -> Changes:
+        """Let a job of this page change places with the one before it (by -1) or behind it (by 1)."""
+        session = self._sessions.of(request)
+        with session.lock:
+            place = session.line.index(job) if job in session.line[1:] else 0
+            if job is not None and place and 1 <= place + by < len(session.line):
+                other = session.line[place + by]
+                order = self._engine.waiting(self._engine.job(job).owner)
+                if other in order and self._engine.move(job, order.index(other)):
+                    session.line[place], session.line[place + by] = other, job
+        return self._order(session, job)
+
+    def drop(self, request: gr.Request, job: str | None) -> Changes:
+        """Take one job of this page out of the line."""
+        session = self._sessions.of(request)
+        with session.lock:
+            waits = job in session.line[1:]
+            if job is not None and waits:
+                session.line.remove(job)
+        if job is not None and waits:
+            self._engine.stop(job)
+        return self._line(session) | self._order(session)
 
     def _drop_waiting(self, session: Session) -> None:
         with session.lock:
@@ -168,6 +199,18 @@ class Painting:
         note = self._words("added", count=waiting) if waiting else ""
         return {"line": views.note(note), "clear": gr.update(visible=waiting > 0)}
 
+    def _order(self, session: Session, chosen: str | None = None) -> Changes:
+        """List what waits for a page; told only when it changes, because the list may be open."""
+        with session.lock:
+            waiting = session.line[1:]
+        choices = [(f"{number}. {self._title(job)}", job) for number, job in enumerate(waiting, 1)]
+        value = chosen if chosen in waiting else waiting[0] if waiting else None
+        return {"order": gr.update(visible=bool(waiting)), "waiting": gr.update(choices=choices, value=value)}
+
+    def _title(self, job: str) -> str:
+        request = self._request_of(job)
+        return (getattr(request, "prompt", "") or f"{self._words('label')} {getattr(request, 'label', '')}")[:60]
+
     # ----------------------------------------------------------------------- following
 
     def _follow_line(self, session: Session, visit: list[Shown]) -> Generator[Changes]:
@@ -188,21 +231,25 @@ class Painting:
             with session.lock:
                 if session.line[:1] == [job]:
                     session.line.pop(0)
-            yield self._line(session)
+            yield self._line(session) | self._order(session)
 
     def _follow(self, job: str, visit: list[Shown]) -> Generator[Changes]:
         """Turn the events of a job into changes; closing it stops the job."""
-        request = self._request_of(job)
+        request, last = self._request_of(job), None
         size, view = self._frame(request), _View(is_by_scales=request.task.startswith("next_scale"))
-        yield self._busy(True) | {"stage": views.stage(size=size, note=self._words("starting"), share=0.0)}
+        busy = self._busy(True, can_skip=len(request.batches()) > 1)
+        yield busy | {"stage": views.stage(size=size, note=self._words("starting"), share=0.0)}
         with closing(self._engine.follow(job)) as events:
             for event in events:
                 if isinstance(event, Picture):
                     shown = Shown(_path(event), event.metadata, event.seconds, event.report)
                     visit[:] = [shown, *visit][:STRIP]
-                    view = replace(view, picture=views.file_uri(shown.path), is_rough=False)
+                    last = views.file_uri(shown.path)
+                    view = replace(view, picture=last, is_rough=False)
                     yield {**self.show(shown), **strip(visit)}
                 elif isinstance(event, Done | Stopped | Failed):
+                    if isinstance(event, Done) and last is not None:  # not the view of one that was skipped
+                        view = replace(view, picture=last, is_rough=False)
                     yield self._busy(False) | self._ended(event, view, size)
                 elif (changes := self._progress(event, view, size)) is not None:
                     yield changes
@@ -234,9 +281,9 @@ class Painting:
             case _:
                 return {"stage": view.draw(size, self._words("stopped"))}
 
-    def _busy(self, is_busy: bool) -> Changes:
+    def _busy(self, is_busy: bool, can_skip: bool = False) -> Changes:
         can = gr.update(interactive=is_busy)
-        return {"stop": can, "finish": can}
+        return {"stop": can, "finish": can, "skip": gr.update(visible=can_skip)}
 
     def show(self, shown: Shown) -> Changes:
         """Put a picture onto the stage."""

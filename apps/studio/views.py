@@ -88,6 +88,7 @@ def details(settings: PictureSettings, seconds: float, words: Strings, report: s
         words("facts.steps", value=settings.steps) if settings.steps else "",
         words("facts.guidance", value=f"{settings.guidance:g}") if settings.guidance is not None else "",
         settings.sampler or "",
+        f"{settings.lora.name} {settings.lora.scale:g}" if settings.lora else "",
         words("facts.seconds", value=f"{seconds:.1f}"),
         report,
     ]

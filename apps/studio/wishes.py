@@ -59,9 +59,11 @@ def _common(values: Values) -> dict[str, Any]:
         "batch_size": min(int(values["batch_size"]), count),
         "style": values["style"] or None,
         "scheduler": values["scheduler"] or None,
+        "lora": {"name": values["lora"], "scale": values["lora_scale"]} if values["lora"] else None,
         "step_cache": cache,
         "file_format": values["file_format"],
         "keep_settings": bool(values["keep_settings"]),
+        "sidecar": bool(values["sidecar"]),
         "frames": int(values["frames"]) if values.get("frames") else None,
     }
 
@@ -138,6 +140,8 @@ def show_settings(settings: PictureSettings) -> dict[str, Any]:
         "scheduler": settings.sampler or "",
         "step_cache": cache.preset if cache else "",
         "cache_amount": (cache.amount or 0) if cache else 0,
+        "lora": settings.lora.name if settings.lora else "",
+        "lora_scale": settings.lora.scale if settings.lora else 1.0,
         **TABS[mode].show(settings),
     }
     return {name: value for name, value in shown.items() if value is not None}

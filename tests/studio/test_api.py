@@ -172,11 +172,39 @@ def test_a_full_line(tmp_path):
         assert client.post("/v1/jobs", json=ASK).status_code == 202
 
 
+def test_a_picture_is_skipped_and_the_line_reordered(tmp_path):
+    with (
+        serving(tmp_path, FakePipeline(0.05)) as running,
+        httpx.Client(base_url=running.address, trust_env=False, timeout=30) as client,
+    ):
+        first = submit(client, num_images=2, steps=200)
+        while client.get(f"/v1/jobs/{first}").json()["state"] != "running":
+            time.sleep(0.02)
+        jobs = [submit(client, seed=seed) for seed in (1, 2)]
+        moved = client.patch(f"/v1/jobs/{jobs[1]}", json={"position": 0})
+        assert (moved.status_code, moved.json()) == (200, {"id": jobs[1], "ahead": 1})
+        assert client.get(f"/v1/jobs/{jobs[0]}").json()["ahead"] == 2
+        refused = client.patch(f"/v1/jobs/{first}", json={"position": 0})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "cant_move")
+        for wrong in ({"position": -1}, {"position": "x"}, {"place": 1}, {}):
+            assert client.patch(f"/v1/jobs/{jobs[0]}", json=wrong).status_code == 422
+        waiting = client.post(f"/v1/jobs/{jobs[0]}/skip")
+        assert (waiting.status_code, waiting.json()["error"]["code"]) == (409, "cant_skip")
+        with client.stream("GET", f"/v1/jobs/{first}/events") as answer:
+            lines = answer.iter_lines()
+            next(line for line in lines if line == "event: step")
+            assert client.post(f"/v1/jobs/{first}/skip").status_code == 200
+            steps = (json.loads(line[6:]) for line in lines if line.startswith('data: {"step"'))
+            assert next(step for step in steps if step["picture"] == 2)["step"] == 1
+        client.delete(f"/v1/jobs/{first}")
+
+
 # ------------------------------------------------------------------------- who may what
 
 TABLE = [  # method, path, least role; None is for everybody
     ("GET", "/v1/health", None),
     ("GET", "/v1/models", "watch"),
+    ("GET", "/v1/loras", "watch"),
     ("GET", "/v1/schema", "watch"),
     ("GET", "/v1/jobs", "watch"),
     ("GET", "/v1/jobs/{job}", "watch"),
@@ -187,6 +215,8 @@ TABLE = [  # method, path, least role; None is for everybody
     ("POST", "/v1/images/generations", "paint"),
     ("POST", "/v1/jobs/{job}/stop", "paint"),
     ("POST", "/v1/jobs/{job}/finish", "paint"),
+    ("POST", "/v1/jobs/{job}/skip", "paint"),
+    ("PATCH", "/v1/jobs/{job}", "paint"),
     ("DELETE", "/v1/jobs/{job}", "paint"),
 ]
 RANK = {"watch": 0, "paint": 1, "admin": 2}

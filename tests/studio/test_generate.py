@@ -49,6 +49,25 @@ def test_several_pictures_are_numbered_and_reported_as_json(fake, tmp_path, caps
     assert told.err == ""
 
 
+def test_a_sidecar_repeats_the_picture_even_when_the_picture_says_nothing(fake, tmp_path):
+    first, second = tmp_path / "a.png", tmp_path / "b.webp"
+    run(Wishes(prompt="a fox", steps=2, seed=4), first, CPU, keep_settings=False, sidecar=True)
+    with pytest.raises(MetadataError, match="carries no settings"):
+        read_picture(first)
+    run(Wishes(), second, CPU, settings=tmp_path / "a.png.json")
+    with Image.open(first) as one, Image.open(second) as other:
+        assert one.tobytes() == other.tobytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.png.json", "b.webp"]
+
+
+def test_presets_go_behind_words_and_before_settings(fake, tmp_path):
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    run(Wishes(prompt="a fox", steps=2, preset="fine"), first, CPU)
+    assert read_picture(first).steps == 2
+    run(Wishes(preset="fine"), second, CPU, settings=first)
+    assert read_picture(second).steps == 50
+
+
 def test_wrong_wishes_are_refused_before_painting(fake, tmp_path):
     wrong = (({"size": "big"}, "160x128"), ({"size": "100"}, "multiple"), ({"num": 0}, "num_images"),
              ({"prompt": None}, "nothing to paint"), ({"scheduler": "magic"}, "scheduler"))  # fmt: skip

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apps.engine import Engine
+from apps.engine import Done, Engine
 from apps.grid import Axis, Filled, compose, plan, read_axis
 from apps.jobs import TextToImageRequest
 from apps.metadata import parse, read_picture, save_picture
+from apps.named_settings import load_presets, preset_values
 from apps.serve import check_host, check_port
 from apps.shelf import find_tasks, inspect_model
 from apps.studio import views
@@ -39,8 +40,8 @@ ENGLISH = Strings("en")
 PAGE = {
     "mode": "text", "prompt": "a fox", "negative": "", "model": "fake", "shape": "64x64", "width": 96, "height": 64,
     "steps": 4, "guidance": 4.0, "seed_mode": FIXED, "seed": 3, "count": 1, "batch_size": 1, "style": "",
-    "scheduler": "", "step_cache": "", "cache_amount": 0, "file_format": "png", "keep_settings": True,
-    "strength": 0.6, "repaint": 1.0,
+    "scheduler": "", "lora": "", "lora_scale": 1, "step_cache": "", "cache_amount": 0, "file_format": "png",
+    "keep_settings": True, "sidecar": False, "strength": 0.6, "repaint": 1.0,
     "label": None, "scale_label": None, "top_k": 900, "top_p": 0.95, "temperature": 1, "smooth": False,
     "kv_policy": "full", "kv_budget": 0.1, "kv_dtype": "auto", "search": "", "candidates": 4, "grid_x": "steps",
     "grid_x_values": "2, 3", "grid_y": "", "grid_y_values": "", "grid_z": "", "grid_z_values": "", "source": None,
@@ -120,6 +121,45 @@ def test_the_line_can_be_cleared(studio):
     assert studio.painting.clear(TAB)["line"] == ""
     assert [item.settings.seed for item in pictures(list(job))] == [3]
     assert [one.state for one in studio.engine.jobs()] == ["stopped", "stopped", "done"]
+
+
+def test_the_line_can_be_reordered_and_one_of_it_removed(studio):
+    first = paint(studio, steps=60)
+    while "Step" not in next(first).get("stage", ""):
+        pass
+    told = [next(paint(studio, seed=seed, prompt=f"a fox <b>{seed}</b>")) for seed in (50, 60, 70)]
+    assert told[-1]["order"]["visible"] is True
+    jobs = [job for _, job in told[-1]["waiting"]["choices"]]
+    assert [title for title, _ in told[-1]["waiting"]["choices"]][1] == "2. a fox <b>60</b>"
+
+    moved = studio.painting.move(TAB, jobs[2], -1)["waiting"]
+    assert (moved["value"], [job for _, job in moved["choices"]]) == (jobs[2], [jobs[0], jobs[2], jobs[1]])
+    for job, by in ((jobs[0], -1), (jobs[1], 1), ("0" * 16, 1), (None, 1)):  # at the ends, and what isn't in line
+        assert [one for _, one in studio.painting.move(TAB, job, by)["waiting"]["choices"]] == [
+            jobs[0], jobs[2], jobs[1],
+        ]  # fmt: skip
+    stranger = SimpleNamespace(session_hash="another tab", username=None)
+    assert studio.painting.move(stranger, jobs[1], -1)["order"]["visible"] is False
+    left = studio.painting.drop(TAB, jobs[0])
+    assert "2 waiting" in left["line"]
+    assert studio.engine.job(jobs[0]).state == "stopped"
+    seen = [*first]
+    assert [item.settings.seed for item in pictures(seen)] == [60, 70, 3]  # newest first
+    assert seen[-1]["order"]["visible"] is False
+
+
+def test_one_picture_of_several_is_skipped(studio):
+    told = paint(studio, count=2, steps=30)
+    seen = [next(told)]
+    while "Picture 1" not in seen[-1].get("stage", ""):
+        seen.append(next(told))
+    assert [changes["skip"]["visible"] for changes in seen if "skip" in changes] == [True]
+    studio.painting.skip(TAB)
+    seen += told
+    assert [item.settings.seed for item in pictures(seen)] == [4]
+    assert seen[-2]["skip"]["visible"] is False
+    alone = [changes["skip"]["visible"] for changes in paint(studio) if "skip" in changes]
+    assert alone == [False, False]  # nothing to go on with
 
 
 def test_closing_the_tab_stops_all_of_its_line(studio):
@@ -438,6 +478,34 @@ def test_styles_hold_a_place_for_the_prompt(studio):
 
 
 # ----------------------------------------------------------------------------------- page
+
+
+def test_presets_set_their_controls_and_none_the_models_own(studio):
+    presets = load_presets()
+    assert {"draft", "fine"} <= set(presets)
+    draft = studio.choosing.choose_preset("draft", "fake")
+    assert draft == {"steps": 12, "guidance": 4.0, "scheduler": "", "step_cache": "budget", "cache_amount": 0.5}
+    assert studio.choosing.choose_preset("fine", "fake")["step_cache"] == ""
+    assert studio.choosing.choose_preset("", "fake")["steps"] == 28
+
+
+def test_a_preset_fills_what_a_request_leaves_open(studio):
+    def paint_one(**wish):
+        events = list(studio.engine.generate(TextToImageRequest(prompt="a fox", height=64, width=64, **wish)))
+        return events[-2].metadata if isinstance(events[-1], Done) else events[-1].message
+
+    assert paint_one(preset="fine").steps == 50
+    assert paint_one(preset="fine", steps=3).steps == 3
+    assert "choose among draft" in paint_one(preset="nonsense")
+    assert "needs a profile" in paint_one(preset="draft")  # and not: which folder has none
+    with pytest.raises(ValueError, match="sets steps, which this task"):
+        preset_values("fine", {"guidance"})
+
+
+def test_a_sidecar_lies_beside_the_picture(studio):
+    (shown,) = pictures(paint(studio, sidecar=True, keep_settings=False))
+    assert parse(shown.path.with_name(f"{shown.path.name}.json").read_text()) == shown.settings
+    assert Image.open(shown.path).info == {}
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

@@ -1,0 +1,120 @@
+"""LoRA files: the list that a server's owner offers, and one of them on a pipeline for the time of a job.
+
+Requests choose by name; where a file lies stays with the engine. The settings of a picture hold the hash of the file
+too, so that another file of the same name is refused and not taken for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from apps import limits
+from apps.metadata import Lora
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "tessera"
+DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
+"""Endings of the first factor of a layer's LoRA, in the dialects that are read."""
+
+
+class LoraError(ValueError):
+    """A LoRA file isn't offered, is another one than asked for, or doesn't fit the model."""
+
+
+def find_loras(folder: Path) -> dict[str, Path]:
+    """List the LoRA files of a folder: name -> file, safetensors only.
+
+    Raises:
+        ValueError: no such folder, none in it, or a link in it leads elsewhere.
+    """
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        raise ValueError(f"{folder} is no folder with LoRA files; put files that end in .safetensors into it.")
+    return {file.stem: limits.inside(file, folder) for file in files}
+
+
+def one_lora(file: Path) -> dict[str, Path]:
+    """List one LoRA file by its name.
+
+    Raises:
+        ValueError: no such file, or not safetensors.
+    """
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise ValueError(f"{file} is no LoRA file; name one that ends in .safetensors.")
+    return {file.stem: file.resolve()}
+
+
+def settle(wish: Lora, loras: Mapping[str, Path]) -> Lora:
+    """Return a wish with the hash of its file.
+
+    Args:
+        wish: what was asked for.
+        loras: name -> file.
+
+    Raises:
+        LoraError: there is no such file, or it is another one than was asked for.
+    """
+    if wish.name not in loras:
+        offered = f"choose among {', '.join(loras)}" if loras else "this server offers none"
+        raise LoraError(f"There is no LoRA file {wish.name!r} here; {offered}.")
+    with loras[wish.name].open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if wish.sha256 not in (None, found):
+        raise LoraError(f"The LoRA file {wish.name!r} is another one here than was asked for: its content differs.")
+    return wish.model_copy(update={"sha256": found})
+
+
+@contextmanager
+def adapted(pipe: Any, wish: Lora | None, loras: Mapping[str, Path]) -> Generator[None]:
+    """Put a LoRA file on a pipeline, and take it off again to the last bit.
+
+    Args:
+        pipe: of diffusers or ours.
+        wish: settled; None puts nothing on.
+        loras: name -> file.
+
+    Raises:
+        LoraError: the pipeline takes none, or not every layer of the file has its place in it.
+    """
+    if wish is None:
+        yield
+        return
+    if not callable(getattr(pipe, "load_lora_weights", None)):
+        raise LoraError("This model takes no LoRA files; leave it out.")
+    try:
+        _load(pipe, loras[wish.name], wish)
+        yield
+    finally:
+        pipe.unload_lora_weights()
+
+
+def _load(pipe: Any, file: Path, wish: Lora) -> None:
+    """Load a file onto a pipeline and count that all of it arrived: diffusers leaves out what doesn't fit."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            names = opened.keys()
+        held = sum(name.endswith(DOWN) for name in names)
+        pipe.load_lora_weights(
+            str(file.parent), weight_name=file.name, adapter_name=ADAPTER, use_safetensors=True, local_files_only=True
+        )
+    except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:  # messages that name paths
+        logger.warning("the LoRA file %s did not load: %s", file, error)
+        raise LoraError(f"The LoRA file {wish.name!r} doesn't fit this model.") from error
+    placed = _count_layers(pipe)
+    if placed == 0 or placed < held:
+        raise LoraError(f"The LoRA file {wish.name!r} doesn't fit this model: {placed} of {held} layers found a place.")
+    pipe.set_adapters(ADAPTER, wish.scale)
+
+
+def _count_layers(pipe: Any) -> int:
+    """Return how many layers of a pipeline have our adapter."""
+    networks = [part for part in pipe.components.values() if hasattr(part, "modules")]
+    return sum(ADAPTER in getattr(layer, "lora_A", ()) for network in networks for layer in network.modules())
