@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from apps.bench_next_scale import Asked, bench_kv, bench_search, show_tables
+from apps.bench_next_scale import Asked, bench_kv, bench_search, bench_shortcuts, show_tables
 from apps.machine import describe_machine
 from dit.runtime.compare import Comparison, count_flops, measure
 from pipelines import load_pipeline
@@ -152,6 +152,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "cache": bench_cache,
     "cache-transfer": bench_transfer,
     "kv": bench_kv,
+    "shortcuts": bench_shortcuts,
     "search": bench_search,
 }
 

@@ -1,8 +1,10 @@
-"""`tessera bench kv` and `tessera bench search`: what next-scale models gain and lose by forgetting and by searching.
+"""`tessera bench kv`, `shortcuts` and `search`: what next-scale models gain and lose by forgetting and by searching.
 
 `kv` counts the bytes of the cache for released sizes beside those of the released code (from shapes, no weights are
 needed). With a model it also paints the same pictures with every policy at several budgets: distance from the picture
 with a full cache and, for models of the sticker world, how often the judge finds what was asked for.
+
+`shortcuts` skips scales, prunes tokens and drops guidance.
 
 `search` paints two-sticker prompts once, as the best of N, and with TTS-VAR, at equal costs in tokens.
 """
@@ -32,12 +34,21 @@ from dit.models.next_scale import PRESETS
 from dit.runtime.compare import psnr
 from pipelines import NextScaleClassToImagePipeline, load_pipeline
 from pipelines.next_scale_run import NextScalePipeline
+from sampling.scale_acceleration import ScaleAcceleration
 from sampling.test_time_search import TTSConfig
 
 BUDGETS = (0.25, 0.1)
 COMPRESSING = ("scalekv", "snapkv", "pyramidkv", "streaming", "window")
 OBSERVE = 8
 COSTS = (1.2, 2.0, 4.0)
+SHORTCUTS: dict[str, dict[str, Any]] = {
+    "last scale unguided": {"unguided": (-1,)},
+    "last two unguided": {"unguided": (-2, -1)},
+    "last scale skipped": {"skip_last": 1},
+    "last skipped, one pruned": {"skip_last": 1, "prune": {-2: 0.4}},
+    "last skipped, one unguided": {"skip_last": 1, "unguided": (-2,)},
+    "last skipped, one pruned and unguided": {"skip_last": 1, "prune": {-2: 0.4}, "unguided": (-2,)},
+}
 MOST_DECIBEL = 60.0
 """Counted for pictures that are (nearly) equal, so that a mean exists."""
 
@@ -139,6 +150,40 @@ def quality_table(subject: Subject) -> list[dict[str, Any]]:
     return rows
 
 
+# ------------------------------------------------------------------------ shortcuts
+
+
+def bench_shortcuts(asked: Asked) -> dict[str, Any]:
+    """What skipped scales, pruned tokens and dropped guidance save, and what they cost the picture.
+
+    Raises:
+        ValueError: no model was named.
+    """
+    if asked.model is None:
+        raise ValueError("name the model to paint with: tessera bench shortcuts MODEL")
+    subject = Subject.load(asked, "single")
+    exact = subject.paint()
+    rows: list[dict[str, Any]] = [
+        {"setting": "exact", "tokens": 1.0, "seconds": 1.0, "psnr": None, "recall": subject.recall(exact)}
+    ]
+    for name, settings in SHORTCUTS.items():
+        spent: list[dict[str, Any]] = []
+        pictures = subject.paint(reports=spent, acceleration=ScaleAcceleration(**settings, measure_drift=True))
+        found = [min(psnr(one, other), MOST_DECIBEL) for one, other in zip(pictures, exact, strict=True)]
+        seconds, plain = (sum(report[key] for report in spent) for key in ("seconds", "exact_seconds"))
+        rows.append(
+            {
+                "setting": name,
+                "tokens": round(statistics.mean(report["token_share"] for report in spent), 3),
+                "seconds": round(seconds / plain, 3),
+                "psnr": round(statistics.mean(found), 3),
+                "recall": subject.recall(pictures),
+            }
+        )
+    machine = describe_machine(torch.device(subject.pipe.device), subject.pipe.transformer.dtype)
+    return {"machine": machine, "tables": {"shortcuts (tokens, seconds of the network: share of exact)": rows}}
+
+
 # -------------------------------------------------------------------------- search
 
 
@@ -225,8 +270,16 @@ class Subject:
         generators = [torch.Generator().manual_seed(10_000 + i) for i in range(len(self.others))]
         self.pipe.calibrate_kv(list(self.others), generator=generators, observe=OBSERVE)
 
-    def paint(self, spent: list[float] | None = None, **options: Any) -> torch.Tensor:
-        """Paint all prompts, each with a seed of its own, (B, 3, H, W) in [0, 1]; adds the cost of searches."""
+    def paint(
+        self, spent: list[float] | None = None, reports: list[dict[str, Any]] | None = None, **options: Any
+    ) -> torch.Tensor:
+        """Paint all prompts, each with a seed of its own, (B, 3, H, W) in [0, 1].
+
+        Args:
+            spent: gets the cost of searches.
+            reports: gets what an acceleration tells of each batch.
+            options: of the pipeline's call.
+        """
         parts = []
         for part in batches(range(len(self.prompts)), BATCH):
             generators = [torch.Generator().manual_seed(seed) for seed in part]
@@ -234,6 +287,8 @@ class Subject:
             parts.append(out.images.float().cpu())
             if spent is not None:
                 spent += [found.token_cost for found in out.search or ()]
+            if reports is not None:
+                reports.append(self.pipe.acceleration_report)
         return torch.cat(parts)
 
     def recall(self, pictures: torch.Tensor) -> float | None:

@@ -323,8 +323,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="paint (a picture and its parts), start (imports), cache and cache-transfer (step caches), or kv and "
-            "search (what next-scale models lose by forgetting and gain by searching)."
+            help="paint (a picture and its parts), start (imports), cache and cache-transfer (step caches), or kv, "
+            "shortcuts and search (what next-scale models lose by forgetting and skipping, and gain by searching)."
         ),
     ],
     name: Annotated[

@@ -61,6 +61,17 @@ def test_searches_are_compared_at_equal_cost(folder: Path, capsys) -> None:
     assert "ceiling" in capsys.readouterr().out
 
 
+def test_shortcuts_spend_less_than_the_exact_run(folder: Path) -> None:
+    rows = run("shortcuts", model=str(folder), smoke=True)["tables"]
+    ((title, rows),) = rows.items()
+    assert "share of exact" in title
+    shares = {row["setting"]: row["tokens"] for row in rows}
+    assert shares["exact"] == 1.0
+    assert shares["last two unguided"] < shares["last scale unguided"] < 1.0
+    assert shares["last skipped, one unguided"] < shares["last scale skipped"] < 1.0
+    assert all(row["psnr"] < 60 for row in rows[1:])
+
+
 def test_other_models_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="name the model"):
         run("search", smoke=True)
