@@ -28,5 +28,5 @@ def test_import_report():
 
 
 def test_unknown_benchmark_lists_the_known():
-    with pytest.raises(ValueError, match="choose one of paint, start, cache, kv, search"):
+    with pytest.raises(ValueError, match="choose one of paint, start, cache, cache-transfer, kv, shortcuts, search"):
         run("nothing")

@@ -4,6 +4,7 @@ Each picture must find its caption among those of the batch and among near misse
 its own in one thing, as a relation turned round. The pictures may be coarse: a search wants to judge them half painted.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,12 +34,16 @@ from apps.training.scenes import (
     scene_series,
 )
 from apps.training.task import TaskContext
+from apps.training.tasks.text_reading import QUESTIONS, SPOTS, answers
 from apps.training.tasks.text_to_image import load_autoencoder
 from apps.training.text_encoder import TextModel, caption_corpus, caption_tokenizer, tokenize
 from dit.tokenizers import MultiScaleVQ
 
 NEAR_MISSES = 3  # of each validation scene
 MIN_SCALES = 3  # of a half-painted picture
+POSITION_SIZE = 0.05  # of the waves that positions start from; tokens start at 0.02
+READER_SCALE = 8.0  # of the unit vectors that the reader sees
+PEAK = 0.8  # how sharply the first text layer looks at one place
 
 
 class ContrastiveSection(TaskSection):
@@ -46,10 +51,14 @@ class ContrastiveSection(TaskSection):
 
     Attributes:
         near_misses: Whether the captions of near misses compete too.
+        reading_weight: Weight of an extra loss: one light head, thrown away afterwards, must tell from the vector of a
+            picture and from that of a caption alike what stands where, how often, on what. It says directly what the
+            contrast rewards late: the order of words.
     """
 
     kind: Literal["contrastive"]
     near_misses: bool = True
+    reading_weight: float = Field(default=0.5, ge=0)
 
 
 class ContrastiveData(Section):
@@ -132,6 +141,9 @@ class ContrastiveTask:
                 lambda: caption_corpus(self.vocabulary, self.mix, data.tokenizer_captions, config.run.seed),
             )
         self.clip = self._network()
+        self.entries = {self.sheet.index(name): entry for entry, name in enumerate(self.vocabulary, 1)}
+        names = len(SPOTS) * (1 + len(self.vocabulary))
+        self.reader = nn.Linear(config.model.projection_dim, names + sum(QUESTIONS.values()))
         self._validation = {kind: self._held_out(kind) for kind in KINDS}
 
     def _network(self) -> CLIPModel:
@@ -149,11 +161,13 @@ class ContrastiveTask:
             "image_size": self.config.data.resolution,
             "patch_size": model.patch_size,
         }
-        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=model.projection_dim))
+        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=model.projection_dim))
+        look_back(clip)
+        return clip
 
     def modules(self) -> dict[str, nn.Module]:
-        """The CLIP."""
-        return {"clip": self.clip}
+        """The CLIP, and the head of the extra loss."""
+        return {"clip": self.clip, "reader": self.reader}
 
     def batch(self, index: int) -> dict[str, Any]:
         """Pictures of fresh scenes, their captions, and captions of near misses behind them."""
@@ -165,7 +179,8 @@ class ContrastiveTask:
         if not self.config.task.near_misses:
             told = scenes
         images = render(scenes, self.sheet, self.config.data.resolution)  # (B, 3, H, W)
-        return {"pixel_values": self._half_paint(images, rng), **self._tell(told, rng)}
+        facts = {f"true_{name}": one for name, one in answers(told, self.entries).items()}
+        return {"pixel_values": self._half_paint(images, rng), **self._tell(told, rng), **facts}
 
     @torch.no_grad()
     def _half_paint(self, images: Tensor, rng: np.random.Generator) -> Tensor:
@@ -185,11 +200,29 @@ class ContrastiveTask:
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """InfoNCE both ways (arXiv 2103.00020, figure 3); near misses compete for the pictures only."""
-        scores = self.clip(**batch).logits_per_image.float()  # (B, B) or (B, 2B)
+        facts = {name: one for name, one in batch.items() if name.startswith("true_")}
+        out = self.clip(**{name: one for name, one in batch.items() if name not in facts})
+        scores = out.logits_per_image.float()  # (B, B) or (B, 2B)
         size = len(scores)
         true = torch.arange(size, device=scores.device)  # (B,)
         loss = (F.cross_entropy(scores, true) + F.cross_entropy(scores[:, :size].T, true)) / 2
-        return loss, {"right": (scores.argmax(1) == true).float().mean()}
+        values = {"right": (scores.argmax(1) == true).float().mean()}
+        if self.config.task.reading_weight:
+            told = self._misread(out.text_embeds, facts)
+            shown = self._misread(out.image_embeds, {name: one[:size] for name, one in facts.items()})
+            loss = loss + self.config.task.reading_weight * (told + shown)
+            values |= {"misread_text": told.detach(), "misread_picture": shown.detach()}
+        return loss, values
+
+    def _misread(self, vectors: Tensor, facts: dict[str, Tensor]) -> Tensor:
+        """Cross-entropies of what the head tells from unit vectors (B, F), summed over its questions."""
+        logits = self.reader(READER_SCALE * vectors).float()  # (B, R)
+        count = len(SPOTS) * (1 + len(self.vocabulary))
+        names = logits[:, :count].unflatten(1, (len(SPOTS), -1))  # (B, 6, 1 + names)
+        losses = [len(SPOTS) * F.cross_entropy(names.flatten(0, 1), facts["true_names"].flatten())]
+        rest = logits[:, count:].split(list(QUESTIONS.values()), dim=1)
+        losses += [F.cross_entropy(one, facts[f"true_{name}"]) for name, one in zip(QUESTIONS, rest, strict=True)]
+        return torch.stack(losses).sum()
 
     def validate(self) -> dict[str, float]:
         """Shares of held-out pictures that find their caption: among all of their kind, and among near misses."""
@@ -231,6 +264,33 @@ class ContrastiveTask:
         return {"pixel_values": images, **self._tell([*scenes, *misses], rng)}
 
 
+@torch.no_grad()
+def look_back(clip: CLIPModel) -> None:
+    """Starts the first text layer with a view: its heads look one place back, two, three ...
+
+    From random positions a text tower learns names at once and the order of words very late, see
+    `apps.training.text_encoder.look_nearby`. CLIP has no relative biases, so positions start as waves in half of the
+    width, and queries as keys turned by some places: scores then peak that many places back.
+    """
+    model = clip.text_model
+    table = model.embeddings.position_embedding.weight  # (M, D)
+    attention = model.encoder.layers[0].self_attn
+    head_dim = attention.head_dim
+    waves = min(table.shape[1] // 4, head_dim // 2)
+    places = torch.arange(len(table), dtype=table.dtype)[:, None]  # (M, 1)
+    rates = math.pi * 0.5 ** torch.linspace(0, 4, waves)  # (W,) from half a turn a place to a 32nd
+    table[:, : 2 * waves] = POSITION_SIZE * torch.cat([(places * rates).sin(), (places * rates).cos()], dim=1)
+    for head in range(attention.num_heads):
+        turn = rates * (head + 1)  # (W,)
+        first = head * head_dim
+        query, key = (one.weight[first : first + 2 * waves] for one in (attention.q_proj, attention.k_proj))
+        query.zero_(), key.zero_()
+        key[:, : 2 * waves] = PEAK * torch.eye(2 * waves)
+        cos, sin = torch.diag(turn.cos()), torch.diag(turn.sin())
+        rotation = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])  # of (sin, cos) pairs, backwards
+        query[:, : 2 * waves] = PEAK * rotation
+
+
 def near_miss(scene: Scene, rng: np.random.Generator, sprites: tuple[int, ...]) -> Scene:
     """Changes one thing in what a scene says: a relation, a number, a sticker or the background.
 
@@ -239,7 +299,7 @@ def near_miss(scene: Scene, rng: np.random.Generator, sprites: tuple[int, ...]) 
         rng: picks what to change.
         sprites: numbers of the stickers to choose others from.
     """
-    if scene.kind == "pair" and scene.relation is not None and rng.random() < 0.5:
+    if scene.kind == "pair" and scene.relation is not None and rng.random() < 0.6:
         return replace(scene, relation=INVERSE[scene.relation])
     if scene.kind == "count" and rng.random() < 0.5:
         return replace(scene, count=int(rng.choice([count for count in (2, 3, 4) if count != scene.count])))
