@@ -250,7 +250,9 @@ class Painting:
                 elif isinstance(event, Done | Stopped | Failed):
                     if isinstance(event, Done) and last is not None:  # not the view of one that was skipped
                         view = replace(view, picture=last, is_rough=False)
-                    yield self._busy(False) | self._ended(event, view, size)
+                    # Once more, since a strip that is not shown yet can miss its first pictures.
+                    again = {} if last is None else strip(visit)
+                    yield self._busy(False) | self._ended(event, view, size) | again
                 elif (changes := self._progress(event, view, size)) is not None:
                     yield changes
 
