@@ -2,8 +2,9 @@
 
 from dit.tokenizers.adapters import DiffusersTokenizer, as_visual_tokenizer
 from dit.tokenizers.base import TokenizerOutput, VisualTokenizer
+from dit.tokenizers.multi_scale import MultiScaleCodes
 from dit.tokenizers.multi_scale_bsq import MultiScaleBSQ
-from dit.tokenizers.multi_scale_vq import MultiScaleCodes, MultiScaleVQ
+from dit.tokenizers.multi_scale_vq import MultiScaleVQ
 from dit.tokenizers.vit_autoencoder import ViTAutoencoder
 
 __all__ = [

@@ -8,7 +8,6 @@ methods take the schedule of token maps; None is the one of the configuration.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +21,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from dit.layers.scales import Grid, scale_grids
-from dit.tokenizers.base import TokenizerOutput, VisualTokenizer
-from dit.tokenizers.multi_scale_vq import PREVIEW_SIDE, MultiScaleCodes
+from dit.tokenizers.multi_scale import MultiScaleCodes, MultiScaleTokenizer
 from dit.tokenizers.vit_autoencoder import ViTAutoencoder
 
 VIT_SPREAD = 2.0
@@ -49,7 +47,7 @@ def resize(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
     return F.interpolate(x[:, :, None], size=(1, *size), mode=mode)[:, :, 0]  # (B, d, H, W)
 
 
-class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
+class MultiScaleBSQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixin):
     """Autoencoder with multi-scale bits, numerically the released tokenizer of Infinity.
 
     Its latent is the sum of the coded scales, so `decode(encode(x).latent)` is what the bits can say of `x`.
@@ -102,23 +100,6 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         self.encoder = Encoder(in_channels, latent_channels, ("DownEncoderBlock2D",) * levels, double_z=False, **shape)
         self.decoder = Decoder(latent_channels, in_channels, ("UpDecoderBlock2D",) * levels, **shape)
 
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """Pixels along a side of a latent pixel."""
-        if self.backbone is not None:
-            return self.backbone.spatial_compression_ratio
-        return 2 ** (len(self.config.block_out_channels) - 1)
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        """Frames of a latent frame: 1."""
-        return 1
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels d of the latent."""
-        return self.config.latent_channels
-
     # ------------------------------------------------------------------- pixels
 
     @apply_forward_hook
@@ -158,20 +139,6 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
             indices.append(self._to_tokens(bits))
         return MultiScaleCodes(indices=indices, latent=latents)
 
-    def partial_sums(self, indices: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> list[Tensor]:
-        """What the first scale, the first two, ... and all of them add up to.
-
-        Args:
-            indices: bits of each scale, (B, N_s, d p p) each.
-            grids: the schedule of token maps.
-
-        Returns:
-            (B, d, H, W) for each scale, float32.
-        """
-        start = self.start_latents(indices[0].shape[0], grids)  # (B, d, H, W)
-        added = (self.accumulate(start, tokens, scale, grids) for scale, tokens in enumerate(indices))
-        return list(itertools.accumulate(added))
-
     def residuals(self, features: Tensor, sums: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> list[Tensor]:
         """What each scale had to code: rows (M, d) of what the scales before it left of the features.
 
@@ -184,13 +151,6 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         sizes = [self._latent_size(grids, scale) for scale in range(len(before))]
         rests = [resize(features - done, size, "area") for done, size in zip(before, sizes, strict=True)]
         return [rest.permute(0, 2, 3, 1).flatten(0, 2) for rest in rests]
-
-    def encode(
-        self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
-    ) -> TokenizerOutput | tuple[Tensor]:
-        """Encode pictures (B, 3, H f, W f) to quantised latents (B, d, H, W); `generator` is not used."""
-        latent = self.quantize(x).latent  # (B, d, H, W)
-        return TokenizerOutput(latent=latent) if return_dict else (latent,)
 
     @apply_forward_hook
     def decode(
@@ -211,26 +171,6 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
             return self.backbone.decode(z, return_dict=return_dict)
         sample = self.decoder(z.to(self.decoder.conv_in.weight.dtype))  # (B, 3, H f, W f)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode `sample`."""
-        return self.decode(self.encode(sample).latent, return_dict=return_dict)
-
-    def normalize_latents(self, z: Tensor) -> Tensor:
-        """The identity: next-scale models work on the tokenizer's own scale."""
-        return z
-
-    def denormalize_latents(self, z: Tensor) -> Tensor:
-        """The identity, see `normalize_latents`."""
-        return z
-
-    @torch.no_grad()
-    def preview(self, z: Tensor) -> Tensor:
-        """Paint a latent (B, d, H, W) small: the decoder on at most 8 latent pixels a side, (B, 3, h f, w f)."""
-        longest = max(z.shape[-2:])
-        if longest > PREVIEW_SIDE:
-            z = resize(z, [max(side * PREVIEW_SIDE // longest, 1) for side in z.shape[-2:]], "area")  # (B, d, h, w)
-        return self.decode(z, return_dict=False)[0].float().clamp(-1, 1)  # (B, 3, h f, w f)
 
     # ------------------------------------------------------------------- scales
 
@@ -276,28 +216,3 @@ class MultiScaleBSQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
     def next_input(self, latents: Tensor, scale: int, grids: Sequence[Grid] | None = None) -> Tensor:
         """What the generator sees when it predicts `scale`: the latent (B, d, H, W) at that size, (B, N, d p p)."""
         return self._to_tokens(resize(latents, self._latent_size(grids, scale), "trilinear"))  # (B, N, d p p)
-
-    def indices_to_latents(self, indices: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> Tensor:
-        """Sum up the bits of the first scales (or all), (B, N_s, d p p) each, to a latent (B, d, H, W)."""
-        latents = self.start_latents(indices[0].shape[0], grids)
-        for scale, tokens in enumerate(indices):
-            latents = self.accumulate(latents, tokens, scale, grids)  # (B, d, H, W)
-        return latents
-
-    @torch.no_grad()
-    def teacher_inputs(self, indices: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> Tensor:
-        """The generator's inputs for pictures that are known, all scales from the second on in one row.
-
-        Args:
-            indices: bits of each scale, (B, N_s, d p p) each; those of the last scale are not needed. Fewer scales give
-                the inputs up to the scale after them.
-            grids: the schedule of token maps.
-
-        Returns:
-            (B, L - N_0, d p p), float32.
-        """
-        latents, inputs = self.start_latents(indices[0].shape[0], grids), []
-        for scale in range(min(len(indices), len(grids or self.grids) - 1)):
-            latents = self.accumulate(latents, indices[scale], scale, grids)  # (B, d, H, W)
-            inputs.append(self.next_input(latents, scale + 1, grids))  # (B, N, d p p)
-        return torch.cat(inputs, dim=1)  # (B, L - N_0, d p p)

@@ -8,9 +8,7 @@ models, those of `ViTAutoencoder`.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,29 +16,12 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from dit.layers.scales import Grid, scale_grids, token_counts
-from dit.tokenizers.base import TokenizerOutput, VisualTokenizer
+from dit.tokenizers.multi_scale import MultiScaleCodes, MultiScaleTokenizer
 from dit.tokenizers.vit_autoencoder import ViTAutoencoder
-
-PREVIEW_SIDE = 8
-"""Latent pixels along the longer side of what `preview` decodes."""
-
-
-@dataclass
-class MultiScaleCodes(BaseOutput):
-    """A picture as tokens.
-
-    Attributes:
-        indices: codebook entries of each scale, coarse to fine, (B, N_s) int64 each.
-        latent: their sum, (B, C, H, W): what the decoder sees.
-    """
-
-    indices: list[Tensor]
-    latent: Tensor
 
 
 def phi_of_scale(scale: int, num_scales: int, num_phis: int) -> int:
@@ -150,7 +131,7 @@ class MultiScaleQuantizer(nn.Module):
         return MultiScaleCodes(indices=indices, latent=latent)
 
 
-class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
+class MultiScaleVQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixin):
     """Autoencoder with a multi-scale codebook, numerically the released VQVAE of VAR.
 
     Its latent is the sum of the looked-up scales, so `decode(encode(x).latent)` is what the tokens can say of `x`.
@@ -218,23 +199,6 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
             **shape,
         )
 
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """Pixels along a side of a latent pixel."""
-        if self.backbone is not None:
-            return self.backbone.spatial_compression_ratio
-        return 2 ** (len(self.config.block_out_channels) - 1)
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        """Frames of a latent frame: 1."""
-        return 1
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels C of the latent."""
-        return self.config.latent_channels
-
     # ------------------------------------------------------------------- pixels
 
     @apply_forward_hook
@@ -270,18 +234,6 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         """Turn features (B, C, H, W) into tokens; see `quantize`."""
         return self.quantizer(features)
 
-    def partial_sums(self, indices: Sequence[Tensor]) -> list[Tensor]:
-        """What the first scale, the first two, ... and all of them add up to; differentiable, for training.
-
-        Args:
-            indices: tokens of each scale, (B, N_s) each.
-
-        Returns:
-            (B, C, H, W) for each scale, float32.
-        """
-        start = self.start_latents(indices[0].shape[0])  # (B, C, H, W)
-        return list(itertools.accumulate(self.accumulate(start, tokens, s) for s, tokens in enumerate(indices)))
-
     def residuals(self, features: Tensor, sums: Sequence[Tensor]) -> list[Tensor]:
         """What each scale had to code: rows (B N_s, C) of what the scales before it left of the features.
 
@@ -292,13 +244,6 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         before = [torch.zeros_like(features), *sums[:-1]]
         rests = [self.quantizer.shrink(features - done, scale) for scale, done in enumerate(before)]
         return [rest.permute(0, 2, 3, 1).flatten(0, 2) for rest in rests]
-
-    def encode(
-        self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
-    ) -> TokenizerOutput | tuple[Tensor]:
-        """Encode pictures (B, 3, H f, W f) to quantised latents (B, C, H, W); `generator` is not used."""
-        latent = self.quantize(x).latent  # (B, C, H, W)
-        return TokenizerOutput(latent=latent) if return_dict else (latent,)
 
     @apply_forward_hook
     def decode(
@@ -319,27 +264,6 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
         z = z.to(self.post_quant_conv.weight.dtype, memory_format=torch.channels_last)  # a faster order on CPUs
         sample = self.decoder(self.post_quant_conv(z))  # (B, 3, H f, W f)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode `sample`."""
-        return self.decode(self.encode(sample).latent, return_dict=return_dict)
-
-    def normalize_latents(self, z: Tensor) -> Tensor:
-        """The identity: next-scale models work on the tokenizer's own scale."""
-        return z
-
-    def denormalize_latents(self, z: Tensor) -> Tensor:
-        """The identity, see `normalize_latents`."""
-        return z
-
-    @torch.no_grad()
-    def preview(self, z: Tensor) -> Tensor:
-        """Paint a latent (B, C, H, W) small: the decoder on at most 8 latent pixels a side, (B, 3, h f, w f)."""
-        longest = max(z.shape[-2:])
-        if longest > PREVIEW_SIDE:
-            size = tuple(max(side * PREVIEW_SIDE // longest, 1) for side in z.shape[-2:])
-            z = F.interpolate(z, size=size, mode="area")  # (B, C, h, w)
-        return self.decode(z, return_dict=False)[0].float().clamp(-1, 1)  # (B, 3, h f, w f)
 
     # ------------------------------------------------------------------- scales
 
@@ -375,27 +299,3 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, AutoencoderMixin, VisualTokenizer):
     def next_input(self, latents: Tensor, scale: int) -> Tensor:
         """What the generator sees when it predicts `scale`: the latent (B, C, H, W) at that size, (B, N, C)."""
         return self.quantizer.shrink(latents, scale).flatten(2).transpose(1, 2)  # (B, N, C)
-
-    def indices_to_latents(self, indices: Sequence[Tensor]) -> Tensor:
-        """Sum up the tokens of the first scales (or all), (B, N_s) each, to a latent (B, C, H, W)."""
-        latents = self.start_latents(indices[0].shape[0])
-        for scale, tokens in enumerate(indices):
-            latents = self.accumulate(latents, tokens, scale)  # (B, C, H, W)
-        return latents
-
-    @torch.no_grad()
-    def teacher_inputs(self, indices: Sequence[Tensor]) -> Tensor:
-        """The generator's inputs for pictures that are known, all scales from the second on in one row.
-
-        Args:
-            indices: tokens of each scale, (B, N_s) each; those of the last scale are not needed. Fewer scales give the
-                inputs up to the scale after them.
-
-        Returns:
-            (B, L - N_0, C), float32.
-        """
-        latents, inputs = self.start_latents(indices[0].shape[0]), []
-        for scale in range(min(len(indices), len(self.grids) - 1)):
-            latents = self.accumulate(latents, indices[scale], scale)  # (B, C, H, W)
-            inputs.append(self.next_input(latents, scale + 1))  # (B, N, C)
-        return torch.cat(inputs, dim=1)  # (B, L - N_0, C)
