@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any import of the libraries concerned: they read these once.
@@ -12,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
+
+from dit.runtime.bridge import active_attention_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,6 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _fixed_seed() -> None:
     """Start every test from the same global random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _attention_backend() -> Iterator[None]:
+    """Give the attention backend back after every test: `model.set_attention_backend` changes the whole process."""
+    with attention_backend(active_attention_backend()):
+        yield
 
 
 @pytest.fixture(scope="session")
