@@ -10,7 +10,7 @@ import torch
 from diffusers import ModelMixin
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from apps.folders import check_new_file, check_new_folder, component_folder, staged_folder, write_state
+from apps.folders import check_new_file, check_new_folder, read_component, staged_folder, write_state
 from dit.convert import infinity as layouts
 from dit.convert.var import read_checkpoint, trainer_parts
 from dit.models.next_scale import NextScaleTransformer
@@ -112,18 +112,11 @@ def export(source: Path, output: Path, dtype: str = "auto") -> tuple[ModelMixin,
         ValueError: another kind of folder, or an output that exists.
     """
     check_new_file(output)
-    folder = component_folder(source, "transformer")
-    name = json.loads((folder / "config.json").read_text()).get("_class_name")
-    kinds = {"NextScaleTransformer": NextScaleTransformer, "MultiScaleBSQ": MultiScaleBSQ}
-    if name not in kinds:
-        raise ValueError(f"{folder} holds a {name}; --family infinity exports a {' or a '.join(kinds)}")
-    model = kinds[name].from_pretrained(folder, use_safetensors=True)
-    if dtype != "auto":
-        model = model.to(as_dtype(dtype))
+    model = read_component(source, (NextScaleTransformer, MultiScaleBSQ), "infinity", dtype)
     if isinstance(model, MultiScaleBSQ):
         write_state(layouts.tokenizer_to_official(model), output, nest=layouts.TOKENIZER)
         return model, []
     if not model.config.bitwise:
-        raise ValueError(f"{folder} predicts entries of a codebook, which no Infinity does; use --family var")
+        raise ValueError(f"{source} predicts entries of a codebook, which no Infinity does; use --family var")
     write_state(layouts.transformer_to_official(model), output)
     return model, [f"the tokenizer of pictures is exported from {source / 'vae'} in the same way"]

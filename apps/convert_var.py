@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from diffusers import ModelMixin
 
-from apps.folders import check_new_file, check_new_folder, component_folder, staged_folder, write_state
+from apps.folders import check_new_file, check_new_folder, read_component, staged_folder, write_state
 from dit.convert import var as layouts
 from dit.models.next_scale import NextScaleTransformer
 from dit.tokenizers.multi_scale_vq import MultiScaleVQ
@@ -65,14 +64,7 @@ def export(source: Path, output: Path, dtype: str = "auto") -> tuple[ModelMixin,
         ValueError: another kind of folder, or an output that exists.
     """
     check_new_file(output)
-    folder = component_folder(source, "transformer")
-    name = json.loads((folder / "config.json").read_text()).get("_class_name")
-    kinds = {"NextScaleTransformer": NextScaleTransformer, "MultiScaleVQ": MultiScaleVQ}
-    if name not in kinds:
-        raise ValueError(f"{folder} holds a {name}; --family var exports a {' or a '.join(kinds)}")
-    model = kinds[name].from_pretrained(folder, use_safetensors=True)
-    if dtype != "auto":
-        model = model.to(as_dtype(dtype))
+    model = read_component(source, (NextScaleTransformer, MultiScaleVQ), "var", dtype)
     is_tokenizer = isinstance(model, MultiScaleVQ)
     write_state(
         layouts.tokenizer_to_official(model) if is_tokenizer else layouts.transformer_to_official(model), output

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pipelines.builtin import as_dtype
 
 PICKLE_SUFFIXES = (".pt", ".pth")
 """What official code reads; the files hold tensors only."""
@@ -66,6 +70,27 @@ def component_folder(folder: Path, name: str) -> Path:
     if not (found / "config.json").is_file():
         raise ValueError(f"{folder} holds neither config.json nor {name}/config.json; pass a model's folder")
     return found
+
+
+def read_component(source: Path, kinds: Sequence[type[ModelMixin]], family: str, dtype: str) -> ModelMixin:
+    """Read the model to export: the one in a folder, or a pipeline's transformer.
+
+    Args:
+        source: a pipeline's folder or a component's.
+        kinds: classes that the family can export.
+        family: its name on the command line.
+        dtype: "auto" keeps the folder's number format.
+
+    Raises:
+        ValueError: no model there, or one of another kind.
+    """
+    folder = component_folder(source, "transformer")
+    name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    known = {kind.__name__: kind for kind in kinds}
+    if name not in known:
+        raise ValueError(f"{folder} holds a {name}; --family {family} exports a {' or a '.join(known)}")
+    model = known[name].from_pretrained(folder, use_safetensors=True)
+    return model if dtype == "auto" else model.to(as_dtype(dtype))
 
 
 @contextmanager
