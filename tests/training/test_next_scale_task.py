@@ -195,6 +195,28 @@ def test_only_the_decoder_learns_when_asked(configured, folders, tmp_path):
 
 
 @pytest.mark.parametrize("vae", ["vq", "bsq"])
+def test_a_deeper_decoder_starts_as_the_old_one_and_learns(configured, folders, vae):
+    more = ("model.decoder_layers=3", "model.refiner_layers=4")
+    trainer = Trainer(configured("tokenizer", f'data.init_from="{folders / vae}"', "task.train=decoder", *more))
+    old = {"vq": MultiScaleVQ, "bsq": MultiScaleBSQ}[vae].from_pretrained(folders / vae).eval()
+    new = trainer.task.vae.eval()
+    assert (len(new.backbone.decoder_blocks), len(new.backbone.refiner)) == (3, 4 + 2)
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    codes = old.quantize(pictures)
+    assert all(map(torch.equal, new.quantize(pictures).indices, codes.indices))
+    assert torch.allclose(new.decode(codes.latent).sample, old.decode(codes.latent).sample, atol=1e-6)
+    trainer.run()
+    assert new.backbone.refiner[3].conv2.weight.abs().max() > 1e-6  # nothing stays silent
+    assert new.backbone.decoder_blocks[2].ff.net[2].weight.abs().max() > 1e-6
+
+
+def test_a_decoder_does_not_become_shallower(configured, folders):
+    config = configured("tokenizer", f'data.init_from="{folders / "vq"}"', "model.refiner_layers=0")
+    with pytest.raises(ValueError, match="refiner_layers = 0 is less than the 1"):
+        Trainer(config)
+
+
+@pytest.mark.parametrize("vae", ["vq", "bsq"])
 def test_the_generator_is_exported_as_a_pipeline(configured, tmp_path, vae):
     assert train(configured("next_scale", "optimizer.name=muon", vae=vae)) == "finished"
     folder = tmp_path / "runs/tiny"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from apps.training.code_usage import CodeUsage
 from apps.training.config import TrainConfig
 from apps.training.export import save_component
+from apps.training.grow import deeper_decoder
 from apps.training.scenes import render
 from apps.training.tasks.autoencoder import (
     AutoencoderConfig,
@@ -29,6 +30,7 @@ from dit.tokenizers.losses import bit_entropy, code_entropy, residual_loss, stra
 ENTROPY_ROWS = 1024  # tokens of a batch that the entropy is estimated from
 CLUSTER_PASSES = 8
 MIN_CLUSTER = 5  # members; smaller clusters start again elsewhere
+DECODER_SIZES = {"decoder_layers", "refiner_layers"}  # what of a trained tokenizer may grow
 HITS_DECAY = 0.97  # of the running average of a code's use
 
 
@@ -52,7 +54,8 @@ class TokenizerSection(AutoencoderSection):
 class TokenizerModel(AutoencoderModel):
     """The `[model]` section; see `MultiScaleVQ`, `MultiScaleBSQ` and `ViTAutoencoder`.
 
-    With `data.init_from` the sizes of the networks are those found there.
+    With `data.init_from` the sizes of the networks are those found there. A tokenizer found there may get a deeper
+    decoder: give `decoder_layers` or `refiner_layers`.
     """
 
     quantizer: Literal["vq", "bsq"] = "vq"
@@ -83,6 +86,7 @@ class MultiScaleTokenizerTask(AutoencoderTask):
             vae = {"MultiScaleVQ": MultiScaleVQ, "MultiScaleBSQ": MultiScaleBSQ}[kind].from_pretrained(
                 start, torch_dtype=torch.float32
             )
+            vae = self._deepened(vae)
         else:
             trained = None if start is None else ViTAutoencoder.from_pretrained(start, torch_dtype=torch.float32)
             vae = self._around(trained)
@@ -94,6 +98,19 @@ class MultiScaleTokenizerTask(AutoencoderTask):
         if start is not None and isinstance(vae, MultiScaleVQ) and kind != "MultiScaleVQ":
             self._cluster(vae)
         return vae
+
+    def _deepened(self, vae: Any) -> Any:
+        """The same tokenizer, with the decoder's layers that `[model]` names, if it names any."""
+        named = self.config.model.model_dump(include=self.config.model.model_fields_set & DECODER_SIZES)
+        if not named:
+            return vae
+        layers = {name: named.get(name, vae.backbone.config[name]) for name in DECODER_SIZES}
+        config, weights = deeper_decoder(vae.backbone, **layers)
+        vit = {name: value for name, value in config.items() if name not in ("in_channels", "latent_channels")}
+        deeper = type(vae).from_config(vae.config, vit=vit)
+        kept = {name: one for name, one in vae.state_dict().items() if not name.startswith("backbone.")}
+        deeper.load_state_dict(kept | {f"backbone.{name}": one for name, one in weights.items()})
+        return deeper
 
     @torch.no_grad()
     def _cluster(self, vae: MultiScaleVQ) -> None:
