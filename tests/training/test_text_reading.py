@@ -12,9 +12,9 @@ from apps.stickers.captions import caption
 from apps.stickers.scene import SceneMix, SceneSampler
 from apps.training.config import ConfigError
 from apps.training.loop import train
+from apps.training.scene_facts import SPOTS, answers
 from apps.training.scenes import load_sprites
 from apps.training.task import load_config
-from apps.training.tasks.text_reading import SPOTS, answers
 from apps.training.text_encoder import TextModel, load_text_encoder, look_nearby, new_text_encoder, tokenize
 from apps.training.tokenizer import train_tokenizer
 from tests.training.helpers import assert_equal_checkpoints, train_until

@@ -19,9 +19,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from apps.stickers.captions import caption
 from apps.stickers.scene import COLOURS, INVERSE
+from apps.training.autoencoders import load_autoencoder
 from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.export import save_component
 from apps.training.latent_pool import KINDS
+from apps.training.scene_facts import QUESTIONS, SPOTS, answers
 from apps.training.scenes import (
     VALIDATION_SEED,
     Scene,
@@ -34,8 +36,6 @@ from apps.training.scenes import (
     scene_series,
 )
 from apps.training.task import TaskContext
-from apps.training.tasks.text_reading import QUESTIONS, SPOTS, answers
-from apps.training.tasks.text_to_image import load_autoencoder
 from apps.training.text_encoder import TextModel, caption_corpus, caption_tokenizer, tokenize
 from dit.tokenizers import MultiScaleVQ
 

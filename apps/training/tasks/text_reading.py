@@ -16,9 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from apps.stickers.captions import caption
-from apps.stickers.scene import BACKGROUNDS, CENTRES, PART_SIZE, PLACES, RELATIONS, SIZES, Placement
+from apps.stickers.scene import CENTRES, PART_SIZE, PLACES, RELATIONS, SIZES, Placement
 from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.export import save_component
+from apps.training.scene_facts import QUESTIONS, SPOTS, answers
 from apps.training.scenes import (
     VALIDATION_SEED,
     Scene,
@@ -38,9 +39,6 @@ from apps.training.text_encoder import (
     new_text_encoder,
     tokenize,
 )
-
-SPOTS = ("left", "right", "top", "bottom", "alone", "several")  # where a caption can put a sticker
-QUESTIONS = {"background": len(BACKGROUNDS), "count": 5, "size": len(SIZES)}
 
 
 class TextReadingSection(TaskSection):
@@ -120,27 +118,6 @@ class SceneReader(nn.Module):
         for number, (name, head) in enumerate(self.answers.items(), len(SPOTS)):
             logits[name] = head(found[:, number])  # (B, answers)
         return logits
-
-
-def answers(scenes: list[Scene], entries: dict[int, int]) -> dict[str, Tensor]:
-    """The right answers: "names" (B, 6), the others (B,).
-
-    Args:
-        scenes: B scenes.
-        entries: entry of each sprite in the logits of the names, from 1.
-    """
-    names = torch.zeros(len(scenes), len(SPOTS), dtype=torch.long)
-    for row, scene in zip(names, scenes, strict=True):
-        spots = PLACES[scene.relation] if scene.relation else ("alone" if scene.kind == "single" else "several",)
-        for sprite, spot in zip(scene.sprites, spots, strict=True):
-            row[SPOTS.index(spot)] = entries[sprite]
-    sizes = list(SIZES)
-    return {
-        "names": names,
-        "background": torch.tensor([scene.background for scene in scenes]),
-        "count": torch.tensor([scene.count for scene in scenes]),
-        "size": torch.tensor([sizes.index(scene.size_word) for scene in scenes]),
-    }
 
 
 class TextReadingTask:

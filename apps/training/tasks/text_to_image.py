@@ -4,8 +4,6 @@ Latents of a pool of scenes are encoded ahead; each time a scene is seen it gets
 kinds of scenes are seen when, so that single centred stickers can be learned first.
 """
 
-import importlib
-import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from apps.stickers.captions import caption
-from apps.training.config import ConfigError, Section, TaskSection, TrainConfig
+from apps.training.autoencoders import load_autoencoder
+from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.export import half_precision
 from apps.training.latent_pool import KINDS, Encode, LatentPool, cached_latents, encode_scenes, pool_scenes
 from apps.training.scenes import (
@@ -329,20 +328,3 @@ class TextToImageTask:
             vae=vae,
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=self.config.task.scheduler_shift),
         )
-
-
-def load_autoencoder(folder: Path) -> nn.Module:
-    """Loads a frozen autoencoder in float32: ours, or any of diffusers.
-
-    Raises:
-        ConfigError: If the folder holds none.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"data.vae = {str(folder)!r} has no config.json; give the folder that a run exported as vae")
-    name = json.loads(path.read_text())["_class_name"]
-    for module in ("dit.tokenizers", "diffusers"):
-        found = getattr(importlib.import_module(module), name, None)
-        if found is not None:
-            return found.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
-    raise ConfigError(f"data.vae = {str(folder)!r} is a {name}, which neither dit.tokenizers nor diffusers has")
