@@ -26,6 +26,13 @@ Base = Annotated[
     str | None,
     typer.Option(help="For a file with a transformer only (GGUF): folder or hub id of the pipeline it belongs to."),
 ]
+ModelName = Annotated[str, typer.Argument(help="Built-in name, folder or hub id.")]
+Offered = Annotated[
+    list[str] | None,
+    typer.Option(help="Offer this model too: a built-in name, folder, file or hub id. May be repeated."),
+]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")]
+PictureFolder = Annotated[Path, typer.Option(file_okay=False, help="Folder that receives the pictures.")]
 AuthFile = Annotated[
     Path | None,
     typer.Option(dir_okay=False, help="Users and their tokens, made by `tessera token`; asks everybody for one."),
@@ -71,15 +78,12 @@ def _global_options(
 
 @app.command()
 def studio(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Offer this model too: a built-in name, folder, file or hub id. May be repeated."),
-    ] = None,
+    model: Offered = None,
     host: Annotated[str, typer.Option(help="Address to listen on; the default is reachable from here only.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder that receives the pictures.")] = Path("outputs"),
+    port: Port = 7860,
+    output: PictureFolder = Path("outputs"),
     device: Device = "auto",
     dtype: Precision = "auto",
     offload: Offload = "none",
@@ -108,13 +112,10 @@ def studio(
 
 @app.command()
 def serve(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Offer this model too: a built-in name, folder, file or hub id. May be repeated."),
-    ] = None,
+    model: Offered = None,
     host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs --auth-file.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder that receives the pictures.")] = Path("outputs"),
+    port: Port = 7860,
+    output: PictureFolder = Path("outputs"),
     device: Device = "auto",
     dtype: Precision = "auto",
     offload: Offload = "none",
@@ -278,7 +279,7 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Built-in name, folder or hub id.")],
+    model: ModelName,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind to paint and judge.")] = 500,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Paint only this set of prompts, e.g. single. May be repeated.")
@@ -359,7 +360,7 @@ def bench(
 
 @app.command("calibrate-cache")
 def calibrate_cache(
-    model: Annotated[str, typer.Argument(help="Built-in name, folder or hub id.")] = "stickers",
+    model: ModelName = "stickers",
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to learn from; one to four are enough.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", dir_okay=False, help="File to write; the model's folder if absent.")
