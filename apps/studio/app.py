@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from apps.studio import desk, views
 from apps.studio.choosing import SAVED, Choosing
 from apps.studio.desk import Parts
 from apps.studio.examples import EXAMPLES
-from apps.studio.painting import Changes, Painting
+from apps.studio.painting import Changes, Painting, restated
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
@@ -206,8 +207,9 @@ def _connect_painting(wiring: _Wiring, painting: Painting) -> None:
     parts = wiring.parts
 
     def paint(request: gr.Request, visit: Any, *given: Any) -> Generator[dict[Any, Any]]:
-        for changes in painting.paint(visit, wiring.values(given), request):
-            yield wiring.told(changes)
+        with closing(restated(painting.paint(visit, wiring.values(given), request))) as told:
+            for changes in told:
+                yield wiring.told(changes)
 
     def finish(request: gr.Request) -> dict[Any, Any]:
         return wiring.told(painting.finish(request))

@@ -35,6 +35,8 @@ REDRAW_SECONDS = 0.1
 STRIP = 24
 """Pictures that the strip of a visit keeps; older ones are in the gallery."""
 MAX_PROMPTS = 32
+RESTATE_SECONDS = 2.0
+"""How long a change is repeated with those that follow it, see `restated`."""
 
 Changes = dict[str, Any]
 """Part of the page -> its new value, or a `gr.update`."""
@@ -250,9 +252,7 @@ class Painting:
                 elif isinstance(event, Done | Stopped | Failed):
                     if isinstance(event, Done) and last is not None:  # not the view of one that was skipped
                         view = replace(view, picture=last, is_rough=False)
-                    # Once more, since a strip that is not shown yet can miss its first pictures.
-                    again = {} if last is None else strip(visit)
-                    yield self._busy(False) | self._ended(event, view, size) | again
+                    yield self._busy(False) | self._ended(event, view, size)
                 elif (changes := self._progress(event, view, size)) is not None:
                     yield changes
 
@@ -350,6 +350,25 @@ class Painting:
             path = save_picture(sheet, folder / f"{datetime.now():%Y%m%d-%H%M%S}-grid-{time.time_ns():x}.png", None)
             changes["save"] = gr.update(value=str(path), interactive=True)
         return changes
+
+
+def restated(told: Generator[Changes], seconds: float = RESTATE_SECONDS) -> Generator[Changes]:
+    """Repeat what was told a moment ago with every further change, the last word on each part.
+
+    Gradio's page turns a message into the next one in place: when a busy browser takes in two at once, what only the
+    first one says (a picture just before 'done') would never be seen.
+
+    Args:
+        told: changes of the page; closed with this generator.
+        seconds: how long each is repeated.
+    """
+    recent: dict[str, tuple[float, Any]] = {}
+    with closing(told):
+        for changes in told:
+            now = time.monotonic()
+            recent = {name: one for name, one in recent.items() if now - one[0] < seconds}
+            recent |= {name: (now, value) for name, value in changes.items()}
+            yield {name: value for name, (_, value) in recent.items()}
 
 
 @dataclass(slots=True)

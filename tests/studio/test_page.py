@@ -20,11 +20,12 @@ from apps.metadata import parse, read_picture, save_picture
 from apps.named_settings import load_presets, preset_values
 from apps.serve import check_host, check_port
 from apps.shelf import find_tasks, inspect_model
+from apps.studio import painting as painting_module
 from apps.studio import views
 from apps.studio.app import build_page
 from apps.studio.choosing import SAVED, Choosing
 from apps.studio.examples import FAVOURITES, example_prompts
-from apps.studio.painting import Painting, strip
+from apps.studio.painting import Painting, restated, strip
 from apps.studio.sessions import Sessions
 from apps.studio.strings import FOLDER, Strings, languages
 from apps.studio.tabs.classes import read_label
@@ -69,6 +70,29 @@ def paint(studio, visit=(), tab=TAB, **changes):
 def pictures(told):
     """Return the pictures of a visit, the newest first."""
     return [changes["visit"] for changes in told if "visit" in changes][-1]
+
+
+def test_a_change_is_repeated_for_a_moment(monkeypatch):
+    """Gradio loses what only the first of two messages says that arrive together."""
+    clock = iter([0.0, 1.5, 3.0])
+    monkeypatch.setattr(painting_module.time, "monotonic", lambda: next(clock))
+    closed = []
+
+    def told():
+        try:
+            yield {"strip": ["a"], "stage": "step"}
+            yield {"stage": "done"}
+            yield {"line": ""}
+            yield {"line": "never asked for"}
+        finally:
+            closed.append(True)
+
+    changes = restated(told(), seconds=2.0)
+    assert next(changes) == {"strip": ["a"], "stage": "step"}
+    assert next(changes) == {"strip": ["a"], "stage": "done"}  # the last word on the stage
+    assert next(changes) == {"stage": "done", "line": ""}  # the strip is old by now
+    changes.close()
+    assert closed == [True]
 
 
 def test_a_picture_reaches_strip_and_stage_as_the_file_itself(studio):
