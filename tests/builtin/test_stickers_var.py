@@ -43,7 +43,7 @@ def test_it_is_listed_and_small():
 
 @pytest.mark.parametrize(("kind", "metric"), [("single", "recall"), ("pair", "relation"), ("count", "count")])
 def test_paints_what_is_asked(pipe, kind, metric):
-    """Sixteen prompts of each kind; the shares over 500 are in the model card."""
+    """Sixteen prompts of each kind; the shares over 200 are in the model card."""
     sheet, rng = load_sprites(), np.random.default_rng(5)
     scenes, _, names = scenes_of(kind, 16)
     prompts = [caption(scene, sheet, rng, synonyms=0, vocabulary=names) for scene in scenes]

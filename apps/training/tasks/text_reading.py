@@ -2,8 +2,9 @@
 
 A generator learns from its text encoder's states only what the picture's loss rewards at once, and the order of words
 is rewarded late. So the encoder first learns to read: a light head, thrown away afterwards, asks its states for the
-scene. A minute of this replaces an hour of painting, because no picture is made. Everything a generator needs must then
-be in the states, and it can be frozen (as the text encoders of most text-to-image models are).
+scene, which is cheap because no picture is made. For the shipped model it took five minutes on one core, and relations
+were right after 1,000 steps of the generator; one trained together with its encoder had needed 6,500. Everything a
+generator needs must then be in the states, and the encoder can be frozen (as those of most text-to-image models are).
 """
 
 from pathlib import Path
