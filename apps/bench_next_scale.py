@@ -12,7 +12,7 @@ with a full cache and, for models of the sticker world, how often the judge find
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ BUDGETS = (0.25, 0.1)
 COMPRESSING = ("scalekv", "snapkv", "pyramidkv", "streaming", "window")
 OBSERVE = 8
 COSTS = (1.2, 2.0, 4.0)
+SAMPLING: dict[str, dict[str, Any]] = {
+    "as the model paints": {},
+    "unguided": {"guidance_scale": 1.0, "top_p": 1.0},
+}
+"""Ways to draw tokens: where one picture is nearly always right, a search has little to gain."""
 SHORTCUTS: dict[str, dict[str, Any]] = {
     "last scale unguided": {"unguided": (-1,)},
     "last two unguided": {"unguided": (-2, -1)},
@@ -196,23 +201,38 @@ def bench_search(asked: Asked) -> dict[str, Any]:
     if asked.model is None:
         raise ValueError("name the model to search with: tessera bench search MODEL")
     subject = Subject.load(asked, "pair")
+    ceiling = subject.ceiling()
+    return {
+        "machine": describe_machine(torch.device(subject.pipe.device), subject.pipe.transformer.dtype),
+        "prompts": len(subject.prompts),
+        "tables": {f"search, {name}": search_table(subject, ceiling, way) for name, way in SAMPLING.items()},
+    }
+
+
+def search_table(subject: Subject, ceiling: float | None, way: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Recall of each search, and how much of the gap from one picture to the judge's ceiling it closes.
+
+    Args:
+        subject: paints.
+        ceiling: the judge's recall on fresh renders.
+        way: how tokens are drawn: arguments of the pipeline's call.
+    """
     counts = token_counts(subject.pipe.transformer.grids)
-    rows = [{"method": "single", "cost": 1.0, "recall": subject.recall(subject.paint())}]
+    single = subject.recall(subject.paint(**way))
+    rows: list[dict[str, Any]] = [{"method": "single", "cost": 1.0, "recall": single, "of the gap": None}]
     for cost in COSTS:
         for method in ("best_of", "tts"):
             if method == "best_of" and cost < 2:
                 continue
-            config = TTSConfig.for_cost(cost, counts, method=method)
             spent: list[float] = []
-            pictures = subject.paint(spent, search=config)
-            rows.append(
-                {"method": method, "cost": round(statistics.mean(spent), 3), "recall": subject.recall(pictures)}
-            )
-    ceiling = subject.ceiling()
-    return {
-        "machine": describe_machine(torch.device(subject.pipe.device), subject.pipe.transformer.dtype),
-        "tables": {"search": [*rows, {"method": "judge's ceiling", "cost": None, "recall": ceiling}]},
-    }
+            config = TTSConfig.for_cost(cost, counts, method=method)
+            recall = subject.recall(subject.paint(spent, search=config, **way))
+            closed = None
+            if recall is not None and single is not None and ceiling is not None and ceiling > single:
+                closed = round((recall - single) / (ceiling - single), 3)
+            row = {"method": method, "cost": round(statistics.mean(spent), 3), "recall": recall, "of the gap": closed}
+            rows.append(row)
+    return [*rows, {"method": "judge's ceiling", "cost": None, "recall": ceiling, "of the gap": None}]
 
 
 # ------------------------------------------------------------------------- subject
