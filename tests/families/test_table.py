@@ -39,6 +39,11 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
         family("fluxx")
 
 
+def test_nobody_changes_the_shared_configuration() -> None:
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        FAMILIES[0].tiny_config["num_layers"] = 1
+
+
 @ROWS
 class TestRow:
     def test_finds_its_model(self, row: Family) -> None:

@@ -1,7 +1,5 @@
 """Rows of the families that paint pictures, one per network of diffusers. Facts were read in diffusers 0.42."""
 
-from types import MappingProxyType
-
 from dit.runtime.families.folding import Fold, Scaled
 from dit.runtime.families.layouts import (
     masked_text_first,
@@ -11,6 +9,7 @@ from dit.runtime.families.layouts import (
     shape_lists,
     two_texts,
 )
+from dit.runtime.families.parts import adaln_zero, added_qkv, modulated, qkv, self_and_cross, value
 from dit.runtime.families.schema import (
     COND_FIRST,
     EMBEDDED,
@@ -24,23 +23,6 @@ from dit.runtime.families.schema import (
     TimestepScale,
     TrigFlowScale,
 )
-
-QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-
-
-def modulated(name: str, shift: int, scale: int, count: int) -> tuple[Scaled, Scaled]:
-    """Producers of `norm(x) * (1 + scale) + shift`, both parts of the output of the linear layer `name`."""
-    return Scaled(name, (shift, count)), Scaled(name, (scale, count), plus_one=True)
-
-
-def value(attention: str, added: bool = False) -> Fold:
-    """Values and the projection behind the attention: attention mixes tokens, never channels."""
-    if added:
-        producers = (Scaled(f"{attention}.to_v"), Scaled(f"{attention}.add_v_proj"))
-        return Fold(producers, (f"{attention}.to_out.0", f"{attention}.to_add_out"))
-    return Fold((Scaled(f"{attention}.to_v"),), (f"{attention}.to_out.0",), unless=f"{attention}.add_v_proj")
-
 
 FLUX = Family(
     name="flux",
@@ -67,37 +49,33 @@ FLUX = Family(
         r"single_transformer_blocks\.\d+\.norm\.linear",
     ),
     fold=(
-        Fold(modulated("norm1.linear", 0, 1, 6), QKV),
-        Fold(modulated("norm1_context.linear", 0, 1, 6), ADDED_QKV),
-        Fold(modulated("norm1.linear", 3, 4, 6), ("ff.net.0.proj",)),
-        Fold(modulated("norm1_context.linear", 3, 4, 6), ("ff_context.net.0.proj",)),
-        Fold(modulated("norm.linear", 0, 1, 3), (*QKV, "proj_mlp"), r"single_.*"),
+        *adaln_zero("norm1.linear", qkv("attn"), "ff.net.0.proj"),
+        *adaln_zero("norm1_context.linear", added_qkv("attn"), "ff_context.net.0.proj"),
+        Fold(modulated("norm.linear", 0, 1, 3), (*qkv("attn"), "proj_mlp"), r"single_.*"),
         value("attn", added=True),
     ),
     lora_targets=(
-        *QKV,
+        *qkv("attn"),
         "attn.to_out.0",
-        *ADDED_QKV,
+        *added_qkv("attn"),
         "attn.to_add_out",
         "ff.net.0.proj",
         "ff.net.2",
         "ff_context.net.0.proj",
         "ff_context.net.2",
     ),
-    tiny_config=MappingProxyType(
-        {
-            "patch_size": 1,
-            "in_channels": 16,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 16,
-            "pooled_projection_dim": 16,
-            "guidance_embeds": True,
-            "axes_dims_rope": (4, 4, 8),
-        }
-    ),
+    tiny_config={
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "pooled_projection_dim": 16,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 4, 8),
+    },
 )
 
 FLUX2 = Family(
@@ -121,19 +99,17 @@ FLUX2 = Family(
         Fold((Scaled("ff_context.linear_in", (1, 2)),), ("ff_context.linear_out",)),
     ),
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "attn.to_out"),
-    tiny_config=MappingProxyType(
-        {
-            "patch_size": 1,
-            "in_channels": 16,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 48,
-            "timestep_guidance_channels": 16,
-            "axes_dims_rope": (4, 4, 4, 4),
-        }
-    ),
+    tiny_config={
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "timestep_guidance_channels": 16,
+        "axes_dims_rope": (4, 4, 4, 4),
+    },
 )
 
 SD3 = Family(
@@ -156,37 +132,32 @@ SD3 = Family(
     skip=("pos_embed", "context_embedder", "time_text_embed", "norm_out", "proj_out"),
     modulation=(r"transformer_blocks\.\d+\.norm1(_context)?\.linear",),
     fold=(
-        Fold(modulated("norm1.linear", 0, 1, 6), QKV),
-        Fold(modulated("norm1.linear", 3, 4, 6), ("ff.net.0.proj",)),
+        *adaln_zero("norm1.linear", qkv("attn"), "ff.net.0.proj"),
         # SD3.5 medium: nine parts, the last three for a second attention.
-        Fold(modulated("norm1.linear", 0, 1, 9), QKV),
-        Fold(modulated("norm1.linear", 3, 4, 9), ("ff.net.0.proj",)),
-        Fold(modulated("norm1.linear", 6, 7, 9), ("attn2.to_q", "attn2.to_k", "attn2.to_v")),
-        Fold(modulated("norm1_context.linear", 0, 1, 6), ADDED_QKV),
-        Fold(modulated("norm1_context.linear", 3, 4, 6), ("ff_context.net.0.proj",)),
+        *adaln_zero("norm1.linear", qkv("attn"), "ff.net.0.proj", count=9),
+        Fold(modulated("norm1.linear", 6, 7, 9), qkv("attn2")),
+        *adaln_zero("norm1_context.linear", added_qkv("attn"), "ff_context.net.0.proj"),
         # The last block only reads the text: its norm says the scale before the shift.
-        Fold(modulated("norm1_context.linear", 1, 0, 2), ADDED_QKV),
+        Fold(modulated("norm1_context.linear", 1, 0, 2), added_qkv("attn")),
         value("attn", added=True),
         value("attn2"),
     ),
-    lora_targets=(*ADDED_QKV, "attn.to_add_out", *QKV, "attn.to_out.0"),
-    tiny_config=MappingProxyType(
-        {
-            "sample_size": 4,
-            "patch_size": 2,
-            "in_channels": 4,
-            "num_layers": 3,
-            "attention_head_dim": 8,
-            "num_attention_heads": 4,
-            "joint_attention_dim": 32,
-            "caption_projection_dim": 32,
-            "pooled_projection_dim": 32,
-            "out_channels": 4,
-            "pos_embed_max_size": 8,
-            "dual_attention_layers": (0,),
-            "qk_norm": "rms_norm",
-        }
-    ),
+    lora_targets=(*added_qkv("attn"), "attn.to_add_out", *qkv("attn"), "attn.to_out.0"),
+    tiny_config={
+        "sample_size": 4,
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 32,
+        "out_channels": 4,
+        "pos_embed_max_size": 8,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    },
 )
 
 PIXART = Family(
@@ -194,27 +165,22 @@ PIXART = Family(
     transformer="PixArtTransformer2DModel",
     pipelines=(PipelineRow("PixArtAlphaPipeline", UNCOND_FIRST), PipelineRow("PixArtSigmaPipeline", UNCOND_FIRST)),
     block_lists=(BlockList("transformer_blocks"),),
-    attention=(
-        AttentionPattern(r"transformer_blocks\.\d+\.attn1", "self"),
-        AttentionPattern(r"transformer_blocks\.\d+\.attn2", "cross"),
-    ),
+    attention=self_and_cross("transformer_blocks"),
     layout=patched("separate"),
     skip=("pos_embed", "adaln_single", "caption_projection", "norm_out", "proj_out"),
     modulation=(r"adaln_single\.linear",),
     fold=(value("attn1"), value("attn2")),
-    tiny_config=MappingProxyType(
-        {
-            "sample_size": 8,
-            "num_layers": 2,
-            "patch_size": 2,
-            "attention_head_dim": 8,
-            "num_attention_heads": 3,
-            "caption_channels": 16,
-            "in_channels": 4,
-            "cross_attention_dim": 24,
-            "out_channels": 8,
-        }
-    ),
+    tiny_config={
+        "sample_size": 8,
+        "num_layers": 2,
+        "patch_size": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 3,
+        "caption_channels": 16,
+        "in_channels": 4,
+        "cross_attention_dim": 24,
+        "out_channels": 8,
+    },
 )
 
 DIT = Family(
@@ -228,21 +194,18 @@ DIT = Family(
     skip=("pos_embed", r"transformer_blocks\.\d+\.norm1\.emb", "norm_out", "proj_out_1", "proj_out_2"),
     modulation=(r"transformer_blocks\.\d+\.norm1\.linear", "proj_out_1"),
     fold=(
-        Fold(modulated("norm1.linear", 0, 1, 6), ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
-        Fold(modulated("norm1.linear", 3, 4, 6), ("ff.net.0.proj",)),
+        *adaln_zero("norm1.linear", qkv("attn1"), "ff.net.0.proj"),
         value("attn1"),
     ),
-    tiny_config=MappingProxyType(
-        {
-            "sample_size": 8,
-            "num_layers": 2,
-            "patch_size": 2,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "in_channels": 4,
-            "out_channels": 8,
-        }
-    ),
+    tiny_config={
+        "sample_size": 8,
+        "num_layers": 2,
+        "patch_size": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "in_channels": 4,
+        "out_channels": 8,
+    },
 )
 
 SANA = Family(
@@ -255,31 +218,26 @@ SANA = Family(
         PipelineRow("SanaSprintImg2ImgPipeline", EMBEDDED, None, TrigFlowScale()),
     ),
     block_lists=(BlockList("transformer_blocks"),),
-    attention=(
-        AttentionPattern(r"transformer_blocks\.\d+\.attn1", "self"),
-        AttentionPattern(r"transformer_blocks\.\d+\.attn2", "cross"),
-    ),
+    attention=self_and_cross("transformer_blocks"),
     layout=patched("separate"),
     timestep=lambda config: TimestepScale(config.timestep_scale),
     skip=("patch_embed", "time_embed", "caption_projection", "caption_norm", "norm_out", "proj_out"),
     modulation=(r"time_embed\.linear",),
     fold=(value("attn1"), value("attn2")),
     lora_targets=("to_q", "to_k", "to_v"),
-    tiny_config=MappingProxyType(
-        {
-            "patch_size": 1,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "num_cross_attention_heads": 2,
-            "cross_attention_head_dim": 8,
-            "cross_attention_dim": 16,
-            "caption_channels": 16,
-            "sample_size": 8,
-        }
-    ),
+    tiny_config={
+        "patch_size": 1,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": 16,
+        "sample_size": 8,
+    },
 )
 
 _LUMINA_FOLDS = (
@@ -307,26 +265,24 @@ LUMINA2 = Family(
     skip=("x_embedder", "time_caption_embed", "norm_out"),
     modulation=(r"(noise_refiner|layers)\.\d+\.norm1\.linear",),
     fold=(
-        Fold((Scaled("norm1"),), QKV, r"context_refiner.*"),
-        Fold((Scaled("norm1.norm"),), QKV, r"(noise_refiner|layers).*"),
+        Fold((Scaled("norm1"),), qkv("attn"), r"context_refiner.*"),
+        Fold((Scaled("norm1.norm"),), qkv("attn"), r"(noise_refiner|layers).*"),
         *_LUMINA_FOLDS,
     ),
-    tiny_config=MappingProxyType(
-        {
-            "sample_size": 4,
-            "patch_size": 2,
-            "in_channels": 4,
-            "hidden_size": 16,
-            "num_layers": 2,
-            "num_refiner_layers": 1,
-            "num_attention_heads": 2,
-            "num_kv_heads": 1,
-            "multiple_of": 16,
-            "axes_dim_rope": (4, 2, 2),
-            "axes_lens": (300, 16, 16),
-            "cap_feat_dim": 16,
-        }
-    ),
+    tiny_config={
+        "sample_size": 4,
+        "patch_size": 2,
+        "in_channels": 4,
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "num_attention_heads": 2,
+        "num_kv_heads": 1,
+        "multiple_of": 16,
+        "axes_dim_rope": (4, 2, 2),
+        "axes_lens": (300, 16, 16),
+        "cap_feat_dim": 16,
+    },
 )
 
 QWEN_IMAGE = Family(
@@ -353,27 +309,21 @@ QWEN_IMAGE = Family(
     skip=("img_in", "txt_in", "txt_norm", "time_text_embed", "norm_out", "proj_out"),
     modulation=(r"transformer_blocks\.\d+\.(img|txt)_mod\.1",),
     fold=(
-        Fold(modulated("img_mod.1", 0, 1, 6), QKV),
-        Fold(modulated("txt_mod.1", 0, 1, 6), ADDED_QKV),
-        Fold(modulated("img_mod.1", 3, 4, 6), ("img_mlp.net.0.proj",)),
-        Fold(modulated("txt_mod.1", 3, 4, 6), ("txt_mlp.net.0.proj",)),
+        *adaln_zero("img_mod.1", qkv("attn"), "img_mlp.net.0.proj"),
+        *adaln_zero("txt_mod.1", added_qkv("attn"), "txt_mlp.net.0.proj"),
         value("attn", added=True),
     ),
-    tiny_config=MappingProxyType(
-        {
-            "patch_size": 2,
-            "in_channels": 16,
-            "out_channels": 4,
-            "num_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 16,
-            "axes_dims_rope": (8, 4, 4),
-        }
-    ),
+    tiny_config={
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "axes_dims_rope": (8, 4, 4),
+    },
 )
-
-_ZIMAGE_QKV = ("attention.to_q", "attention.to_k", "attention.to_v")
 
 Z_IMAGE = Family(
     name="z_image",
@@ -404,24 +354,22 @@ Z_IMAGE = Family(
         r"all_final_layer\.[\d-]+\.adaLN_modulation\.1",
     ),
     fold=(
-        Fold((Scaled("attention_norm1"),), _ZIMAGE_QKV),
+        Fold((Scaled("attention_norm1"),), qkv("attention")),
         Fold((Scaled("ffn_norm1"),), ("feed_forward.w1", "feed_forward.w3")),
         Fold((Scaled("feed_forward.w3"),), ("feed_forward.w2",)),
         value("attention"),
     ),
-    tiny_config=MappingProxyType(
-        {
-            "in_channels": 4,
-            "dim": 32,
-            "n_layers": 2,
-            "n_refiner_layers": 1,
-            "n_heads": 2,
-            "n_kv_heads": 2,
-            "cap_feat_dim": 16,
-            "axes_dims": (8, 4, 4),
-            "axes_lens": (256, 32, 32),
-        }
-    ),
+    tiny_config={
+        "in_channels": 4,
+        "dim": 32,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 16,
+        "axes_dims": (8, 4, 4),
+        "axes_lens": (256, 32, 32),
+    },
 )
 
 HUNYUAN_DIT = Family(
@@ -432,36 +380,31 @@ HUNYUAN_DIT = Family(
         PipelineRow("HunyuanDiTControlNetPipeline", UNCOND_FIRST),
     ),
     block_lists=(BlockList("blocks"),),
-    attention=(
-        AttentionPattern(r"blocks\.\d+\.attn1", "self"),
-        AttentionPattern(r"blocks\.\d+\.attn2", "cross"),
-    ),
+    attention=self_and_cross("blocks"),
     layout=two_texts,
     # The later half takes the outputs of the earlier half through `skip_linear`, where the channels differ widely.
     skip=("pos_embed", "text_embedder", "time_extra_emb", "norm_out", "proj_out", r"blocks\.\d+\.skip_linear"),
     modulation=(r"blocks\.\d+\.norm1\.linear",),
     fold=(
-        Fold((Scaled("norm1.norm"), Scaled("norm1.linear")), ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+        Fold((Scaled("norm1.norm"), Scaled("norm1.linear")), qkv("attn1")),
         Fold((Scaled("norm2"),), ("attn2.to_q",)),
         Fold((Scaled("norm3"),), ("ff.net.0.proj",)),
         Fold((Scaled("skip_norm"),), ("skip_linear",)),
         value("attn1"),
         value("attn2"),
     ),
-    tiny_config=MappingProxyType(
-        {
-            "sample_size": 8,
-            "num_layers": 4,
-            "patch_size": 2,
-            "attention_head_dim": 8,
-            "num_attention_heads": 3,
-            "in_channels": 4,
-            "cross_attention_dim": 16,
-            "cross_attention_dim_t5": 16,
-            "pooled_projection_dim": 16,
-            "hidden_size": 24,
-        }
-    ),
+    tiny_config={
+        "sample_size": 8,
+        "num_layers": 4,
+        "patch_size": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 3,
+        "in_channels": 4,
+        "cross_attention_dim": 16,
+        "cross_attention_dim_t5": 16,
+        "pooled_projection_dim": 16,
+        "hidden_size": 24,
+    },
 )
 
 IMAGE_FAMILIES = (FLUX, FLUX2, SD3, PIXART, DIT, SANA, LUMINA2, QWEN_IMAGE, Z_IMAGE, HUNYUAN_DIT)

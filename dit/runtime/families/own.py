@@ -1,11 +1,10 @@
 """Rows of our own networks."""
 
-from types import MappingProxyType
 from typing import Any
 
 from dit.runtime.families.folding import Fold, Scaled
-from dit.runtime.families.images import QKV, modulated, value
 from dit.runtime.families.layouts import patched
+from dit.runtime.families.parts import adaln_zero, qkv, value
 from dit.runtime.families.schema import (
     UNCOND_FIRST,
     AttentionPattern,
@@ -41,17 +40,15 @@ TEXT_DIT = Family(
     ),
     modulation=(r"adaln_single\.linear",),
     fold=(value("attn"), Fold((Scaled("ff.net.0.proj", (0, 2)),), ("ff.net.2",))),
-    tiny_config=MappingProxyType(
-        {
-            "in_channels": 4,
-            "patch_size": 2,
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "text_dim": 16,
-            "sample_size": 4,
-        }
-    ),
+    tiny_config={
+        "in_channels": 4,
+        "patch_size": 2,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "text_dim": 16,
+        "sample_size": 4,
+    },
 )
 
 CLASS_DIT = Family(
@@ -67,22 +64,19 @@ CLASS_DIT = Family(
     skip=("patch_embed", "time_embed", "label_embed", "modulation_out", "norm_out", "proj_out"),
     modulation=(r"transformer_blocks\.\d+\.modulation\.linear", r"modulation_out\.linear"),
     fold=(
-        Fold(modulated("modulation.linear", 0, 1, 6), QKV),
-        Fold(modulated("modulation.linear", 3, 4, 6), ("ff.net.0.proj",)),
+        *adaln_zero("modulation.linear", qkv("attn"), "ff.net.0.proj"),
         value("attn"),
     ),
-    tiny_config=MappingProxyType(
-        {
-            "sample_size": 4,
-            "patch_size": 2,
-            "in_channels": 4,
-            "out_channels": 8,
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "num_classes": 10,
-        }
-    ),
+    tiny_config={
+        "sample_size": 4,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_classes": 10,
+    },
 )
 
 OWN_FAMILIES = (TEXT_DIT, CLASS_DIT)

@@ -171,13 +171,17 @@ class Family:
     modulation: tuple[str, ...] = ()
     fold: tuple[Fold, ...] = ()
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    tiny_config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    tiny_config: Mapping[str, Any] = field(default_factory=dict)
     package: str = "diffusers"
     latent_argument: str = "hidden_states"
     text_argument: str | None = "encoder_hidden_states"
     timestep_argument: str = "timestep"
     interleaved: bool = False
     generic: bool = False
+
+    def __post_init__(self) -> None:
+        """Let nobody change the shared configuration."""
+        object.__setattr__(self, "tiny_config", MappingProxyType(dict(self.tiny_config)))
 
     # ---------------------------------------------------------------- pipelines
 

@@ -1,10 +1,8 @@
 """Rows of the families that paint clips, one per network of diffusers. Facts were read in diffusers 0.42."""
 
-from types import MappingProxyType
-
 from dit.runtime.families.folding import Fold, Scaled
-from dit.runtime.families.images import ADDED_QKV, QKV, modulated, value
 from dit.runtime.families.layouts import masked_text_last, patched, said_sizes
+from dit.runtime.families.parts import adaln_zero, added_qkv, modulated, qkv, self_and_cross, value
 from dit.runtime.families.schema import (
     TWO_CALLS,
     TWO_CALLS_EMBEDDED,
@@ -26,10 +24,7 @@ WAN = Family(
         PipelineRow("LucyEditPipeline", TWO_CALLS),
     ),
     block_lists=(BlockList("blocks"),),
-    attention=(
-        AttentionPattern(r"blocks\.\d+\.attn1", "self"),
-        AttentionPattern(r"blocks\.\d+\.attn2", "cross"),
-    ),
+    attention=self_and_cross("blocks"),
     layout=patched("separate"),
     skip=("patch_embedding", "condition_embedder", "norm_out", "proj_out"),
     modulation=(r"condition_embedder\.time_proj",),
@@ -40,20 +35,18 @@ WAN = Family(
         # Networks that continue a picture also look at its features, in a product of its own.
         Fold((Scaled("attn2.to_v"), Scaled("attn2.add_v_proj")), ("attn2.to_out.0",)),
     ),
-    tiny_config=MappingProxyType(
-        {
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 16,
-            "freq_dim": 16,
-            "ffn_dim": 32,
-            "num_layers": 2,
-            "rope_max_seq_len": 32,
-        }
-    ),
+    tiny_config={
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "rope_max_seq_len": 32,
+    },
 )
 
 HUNYUAN_VIDEO = Family(
@@ -83,32 +76,28 @@ HUNYUAN_VIDEO = Family(
         r"single_transformer_blocks\.\d+\.norm\.linear",
     ),
     fold=(
-        Fold((Scaled("norm1"),), QKV, r"context_embedder.*"),
+        Fold((Scaled("norm1"),), qkv("attn"), r"context_embedder.*"),
         Fold((Scaled("norm2"),), ("ff.net.0.proj",), r"context_embedder.*"),
-        Fold(modulated("norm1.linear", 0, 1, 6), QKV),
-        Fold(modulated("norm1_context.linear", 0, 1, 6), ADDED_QKV),
-        Fold(modulated("norm1.linear", 3, 4, 6), ("ff.net.0.proj",)),
-        Fold(modulated("norm1_context.linear", 3, 4, 6), ("ff_context.net.0.proj",)),
-        Fold(modulated("norm.linear", 0, 1, 3), (*QKV, "proj_mlp"), r"single_.*"),
+        *adaln_zero("norm1.linear", qkv("attn"), "ff.net.0.proj"),
+        *adaln_zero("norm1_context.linear", added_qkv("attn"), "ff_context.net.0.proj"),
+        Fold(modulated("norm.linear", 0, 1, 3), (*qkv("attn"), "proj_mlp"), r"single_.*"),
         value("attn", added=True),
     ),
-    tiny_config=MappingProxyType(
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 10,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "num_refiner_layers": 1,
-            "patch_size": 1,
-            "patch_size_t": 1,
-            "guidance_embeds": True,
-            "text_embed_dim": 16,
-            "pooled_projection_dim": 16,
-            "rope_axes_dim": (2, 4, 4),
-        }
-    ),
+    tiny_config={
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 10,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "guidance_embeds": True,
+        "text_embed_dim": 16,
+        "pooled_projection_dim": 16,
+        "rope_axes_dim": (2, 4, 4),
+    },
 )
 
 
@@ -132,27 +121,25 @@ COGVIDEOX = Family(
     skip=("patch_embed", "time_embedding", "norm_final", "norm_out", "proj_out"),
     modulation=(r"transformer_blocks\.\d+\.norm[12]\.linear",),
     fold=(
-        Fold(_two_streams("norm1"), ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+        Fold(_two_streams("norm1"), qkv("attn1")),
         Fold(_two_streams("norm2"), ("ff.net.0.proj",)),
         value("attn1"),
     ),
-    tiny_config=MappingProxyType(
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "in_channels": 4,
-            "out_channels": 4,
-            "time_embed_dim": 8,
-            "text_embed_dim": 16,
-            "num_layers": 2,
-            "sample_width": 4,
-            "sample_height": 4,
-            "sample_frames": 9,
-            "patch_size": 2,
-            "temporal_compression_ratio": 4,
-            "max_text_seq_length": 16,
-        }
-    ),
+    tiny_config={
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 8,
+        "text_embed_dim": 16,
+        "num_layers": 2,
+        "sample_width": 4,
+        "sample_height": 4,
+        "sample_frames": 9,
+        "patch_size": 2,
+        "temporal_compression_ratio": 4,
+        "max_text_seq_length": 16,
+    },
 )
 
 MOCHI = Family(
@@ -166,34 +153,26 @@ MOCHI = Family(
     skip=("patch_embed", "time_embed", "norm_out", "proj_out"),
     modulation=(r"transformer_blocks\.\d+\.norm1(_context)?\.linear(_1)?",),
     fold=(
-        Fold((Scaled("norm1.linear", (0, 4), True),), ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+        Fold((Scaled("norm1.linear", (0, 4), True),), qkv("attn1")),
         Fold((Scaled("norm1.linear", (2, 4), True),), ("ff.net.0.proj",)),
         Fold((Scaled("ff.net.0.proj", (0, 2)),), ("ff.net.2",)),
-        Fold(
-            (Scaled("norm1_context.linear", (0, 4), True),),
-            ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),
-        ),
-        Fold(
-            (Scaled("norm1_context.linear_1", (0, 1), True),),
-            ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),
-        ),
+        Fold((Scaled("norm1_context.linear", (0, 4), True),), added_qkv("attn1")),
+        Fold((Scaled("norm1_context.linear_1", (0, 1), True),), added_qkv("attn1")),
         Fold((Scaled("norm1_context.linear", (2, 4), True),), ("ff_context.net.0.proj",)),
         Fold((Scaled("ff_context.net.0.proj", (0, 2)),), ("ff_context.net.2",)),
         value("attn1", added=True),
     ),
-    tiny_config=MappingProxyType(
-        {
-            "patch_size": 2,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "num_layers": 2,
-            "pooled_projection_dim": 16,
-            "in_channels": 12,
-            "text_embed_dim": 16,
-            "time_embed_dim": 4,
-            "max_sequence_length": 16,
-        }
-    ),
+    tiny_config={
+        "patch_size": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "pooled_projection_dim": 16,
+        "in_channels": 12,
+        "text_embed_dim": 16,
+        "time_embed_dim": 4,
+        "max_sequence_length": 16,
+    },
 )
 
 LTX = Family(
@@ -205,25 +184,20 @@ LTX = Family(
         PipelineRow("LTXConditionPipeline", UNCOND_FIRST),
     ),
     block_lists=(BlockList("transformer_blocks"),),
-    attention=(
-        AttentionPattern(r"transformer_blocks\.\d+\.attn1", "self"),
-        AttentionPattern(r"transformer_blocks\.\d+\.attn2", "cross"),
-    ),
+    attention=self_and_cross("transformer_blocks"),
     layout=said_sizes,
     skip=("proj_in", "time_embed", "caption_projection", "norm_out", "proj_out"),
     modulation=(r"time_embed\.linear",),
     fold=(value("attn1"), value("attn2")),
-    tiny_config=MappingProxyType(
-        {
-            "in_channels": 8,
-            "out_channels": 8,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "cross_attention_dim": 16,
-            "num_layers": 2,
-            "caption_channels": 16,
-        }
-    ),
+    tiny_config={
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "num_layers": 2,
+        "caption_channels": 16,
+    },
 )
 
 LATTE = Family(
@@ -241,26 +215,24 @@ LATTE = Family(
     skip=("pos_embed", "adaln_single", "caption_projection", "norm_out", "proj_out"),
     modulation=(r"adaln_single\.linear",),
     fold=(value("attn1"), value("attn2")),
-    tiny_config=MappingProxyType(
-        {
-            "sample_size": 8,
-            "num_layers": 2,
-            "patch_size": 2,
-            "attention_head_dim": 8,
-            "num_attention_heads": 3,
-            "caption_channels": 16,
-            "in_channels": 4,
-            "cross_attention_dim": 24,
-            "out_channels": 8,
-            "attention_bias": True,
-            "activation_fn": "gelu-approximate",
-            "num_embeds_ada_norm": 1000,
-            "norm_type": "ada_norm_single",
-            "norm_elementwise_affine": False,
-            "norm_eps": 1e-6,
-            "video_length": 4,
-        }
-    ),
+    tiny_config={
+        "sample_size": 8,
+        "num_layers": 2,
+        "patch_size": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 3,
+        "caption_channels": 16,
+        "in_channels": 4,
+        "cross_attention_dim": 24,
+        "out_channels": 8,
+        "attention_bias": True,
+        "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000,
+        "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "video_length": 4,
+    },
 )
 
 VIDEO_FAMILIES = (WAN, HUNYUAN_VIDEO, COGVIDEOX, MOCHI, LTX, LATTE)
