@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dit.models.next_scale import NextScaleTransformer
 from dit.runtime.families import Family, UnknownFamilyError, family, family_of
 from dit.runtime.families.tokens import TokenLayout
 
@@ -56,6 +57,23 @@ def test_structure_tells_blocks_and_kinds() -> None:
     assert len(kinds) == 6
     assert row.timestep_scale(model) is None
     assert row.branches() is None
+
+
+def test_structure_tells_enough_of_a_next_scale_network() -> None:
+    """It has no row; blocks, attention layers and LoRA targets are found, and nobody takes it for a denoiser."""
+    size = {"scales": (1, 2), "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
+    model = NextScaleTransformer(**size, text_dim=16, text_pool_heads=2)
+    row = family_of(model)
+    assert row.generic
+    assert [name for name, _ in row.blocks(model)] == ["transformer_blocks.0", "transformer_blocks.1"]
+    kinds = {layer.name.rpartition(".")[2]: layer.kind for layer in row.attention_layers(model)}
+    assert kinds == {"attn": "self", "cross_attn": "cross"}
+    layers = [f"transformer_blocks.{block}.{layer}" for block in (0, 1) for layer in ("attn", "cross_attn")]
+    ends = ("to_q", "to_k", "to_v", "to_out.0")
+    assert {*row.lora_target_names(model)} >= {f"{layer}.{end}" for layer in layers for end in ends}
+    assert (row.branches(), row.timestep_scale(model)) == (None, None)
+    with pytest.raises(UnknownFamilyError, match="token grid of NextScaleTransformer is not known"):
+        row.token_grid(model, {"hidden_states": torch.zeros(1, 4, 32)})
 
 
 def test_generic_grid_of_plain_latents() -> None:

@@ -3,6 +3,9 @@
 No other file names a network of diffusers. A mechanism asks `family_of(model)` and gets blocks, attention layers,
 the token grid, how guidance is batched and what the timestep means; `dit.runtime.families` is the only place to add
 a family to.
+
+`NextScaleTransformer` has no row, because a row tells what a denoising call means: it is not called with latents and a
+timestep but through `step`, scale by scale, and its own pipelines guide it; its structure tells the rest.
 """
 
 from torch import nn
