@@ -112,4 +112,5 @@ def _adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.A
 
 def _is_hidden_matrix(name: str) -> bool:
     """Whether a parameter maps hidden states to hidden states: in a block, and neither a table nor a position bias."""
-    return "block" in name and "table" not in name and "relative_attention_bias" not in name
+    is_inside = "block" in name or ".encoder.layers." in name  # the second is CLIP's
+    return is_inside and "table" not in name and "relative_attention_bias" not in name

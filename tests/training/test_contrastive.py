@@ -9,7 +9,7 @@ import torch
 from apps.stickers.scene import SceneMix, SceneSampler
 from apps.stickers.sprites import load_sprites
 from apps.stickers.vocabulary import STARTER
-from apps.training.loop import train
+from apps.training.loop import Trainer, train
 from apps.training.task import load_config
 from apps.training.tasks.contrastive import near_miss
 from sampling.rewards import ClipReward
@@ -60,7 +60,7 @@ vocab_size = 300
 def configured(tmp_path):
     path = tmp_path / "contrastive.toml"
     path.write_text(CONTRASTIVE)
-    return lambda output: load_config(path, [f'run.output="{tmp_path / output}"'])
+    return lambda output, *more: load_config(path, [f'run.output="{tmp_path / output}"', *more])
 
 
 def test_resume_is_bit_identical_and_the_export_is_a_reward(configured, tmp_path):
@@ -80,6 +80,20 @@ def test_resume_is_bit_identical_and_the_export_is_a_reward(configured, tmp_path
     assert torch.allclose(scores[1:], alone, atol=1e-5), "padding of a longer batch must not matter"
     pixels = reward.processor([np.zeros((32, 32, 3), np.uint8)], return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, -torch.ones(1, 3, 32, 32)), "the export must see pictures as training did"
+
+
+def test_captions_may_be_read_before_any_picture_is_seen(configured):
+    trainer = Trainer(configured("first", "task.reading_first=2"))
+    assert "pixel_values" not in trainer.task.batch(1)
+    assert "pixel_values" in trainer.task.batch(2)
+    before = {name: weight.clone() for name, weight in trainer.task.clip.named_parameters()}
+    loss, values = trainer.task.loss(trainer.task.batch(0))
+    loss.backward()
+    assert set(values) == {"misread_text"}
+    moved = {name for name, weight in trainer.task.clip.named_parameters() if weight.grad.abs().max() > 0}
+    assert {name.split(".")[0] for name in moved} == {"text_model", "text_projection"}
+    trainer.run()
+    assert not torch.equal(trainer.task.clip.visual_projection.weight, before["visual_projection.weight"])
 
 
 @pytest.mark.parametrize("kind", ["single", "pair", "count"])
