@@ -70,7 +70,9 @@ def run_batch(
     lines = list(read_lines(file, common))
     folder.mkdir(parents=True, exist_ok=True)
     console, failed = Console(soft_wrap=True), 0
-    with closing((machine or Machine()).engine(common.model or DEFAULT_MODEL, common.lora)) as engine:
+    with closing(
+        (machine or Machine()).fitted(common.memory).engine(common.model or DEFAULT_MODEL, common.lora)
+    ) as engine:
         for line in lines:
             row = _paint(line, folder, engine, Console(stderr=True, quiet=json_output), keep_settings, sidecar)
             failed += row["state"] == "failed"

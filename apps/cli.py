@@ -15,6 +15,7 @@ import typer
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 OffloadName = Literal["none", "model", "group", "sequential"]
+MemoryName = Literal["fast", "tiles", "balanced", "low"]
 
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[DType, typer.Option(help="Number format of the weights; auto suits the device.")]
@@ -168,7 +169,7 @@ def generate(
         typer.Option("--output", "-o", help="PNG, WebP or MP4 file to write; a folder with --batch."),
     ] = Path("tessera.png"),
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
-    model: Annotated[str | None, typer.Option(help="Built-in name, folder, single file or hub id.")] = None,
+    model: Annotated[str | None, typer.Option(help="Built-in name, folder, file, hub id or OWNER/NAME@COMMIT.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the noise: the same seed gives the same picture.")
     ] = None,
@@ -200,9 +201,13 @@ def generate(
     strength: Annotated[
         float | None, typer.Option(min=0.05, max=1.0, help="With --image: how much of it is repainted.")
     ] = None,
+    expand: Annotated[
+        str | None,
+        typer.Option(help="With --image: let it grow and paint what is added: 0.25, or left=0.5,top=0.25."),
+    ] = None,
     settings: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Take the settings of this picture (or JSON file)."),
+        typer.Option(exists=True, dir_okay=False, help="Take the settings of this picture, clip or JSON file."),
     ] = None,
     batch: Annotated[
         Path | None,
@@ -214,6 +219,13 @@ def generate(
         bool, typer.Option("--keep-settings/--no-settings", help="Write what reproduces a picture into its file.")
     ] = True,
     sidecar: Annotated[bool, typer.Option("--sidecar", help="Write it into a JSON file beside the picture.")] = False,
+    memory: Annotated[
+        MemoryName | None,
+        typer.Option(help="fast, tiles (decode piece by piece), balanced or low; tessera info says what works here."),
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Attention backend: native, flex, xformers ...; see tessera info.")
+    ] = None,
     device: Device = "auto",
     dtype: Precision = "auto",
     offload: Offload = "none",
@@ -243,6 +255,10 @@ def generate(
         image=image,
         mask=mask,
         strength=strength,
+        expand=expand,
+        memory=memory,
+        dtype=None if dtype == "auto" else dtype,
+        attention=attention,
     )
     machine = Machine(device=device, dtype=dtype, offload=offload, base=base)
     if prompt is None and settings is None and batch is None:
@@ -324,8 +340,9 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="paint (a picture and its parts), start (imports), cache and cache-transfer (step caches), or kv, "
-            "shortcuts and search (what next-scale models lose by forgetting and skipping, and gain by searching)."
+            help="paint (a picture and its parts), start (imports), costs (single operations), cache and "
+            "cache-transfer (step caches), or kv, shortcuts and search (what next-scale models lose by forgetting and "
+            "skipping, and gain by searching)."
         ),
     ],
     name: Annotated[

@@ -31,6 +31,7 @@ from apps.limits import ServerLimits
 from apps.lora import settle
 from apps.metadata import Lora, parse
 from apps.painter import StopRequestedError, Switches
+from apps.profiles import FORMATS, Setup, check_request, setup_of
 from apps.shelf import LoadedModel, ModelShelf, Pipeline
 from apps.uploads import UploadStore
 from apps.worker import Order, Studio, work
@@ -95,7 +96,7 @@ class Engine:
         base: for models that are single files with a transformer only: where everything else comes from.
         loras: name -> LoRA file (safetensors); requests choose by name.
         server_limits: length of the line, time limit, models in memory.
-        load: turns a source into a pipeline; for tests and special loaders.
+        load: turns a source into a pipeline whatever the setup; for tests and special loaders.
 
     Raises:
         ValueError: no model, an unknown device or dtype, an offload without an accelerator, or an output folder
@@ -117,23 +118,23 @@ class Engine:
     ) -> None:
         self.limits = server_limits or ServerLimits()
         names = [resolve_device(name) for name in device.split(",")]
-        formats = [resolve_dtype(dtype, name) for name in names]
+        setups = [Setup(resolve_dtype(dtype, name), offload) for name in names]
         for name in names:
             check_offload(offload, torch.device(name))
-        self.offload = offload
         self.base = base
+        self.devices = tuple(names)
         self.output_dir = output_dir
         self._loras = dict(loras or {})
         shelves = [
-            ModelShelf(models, load or _loader(self, name, one), self.limits.loaded_models)
-            for name, one in zip(names, formats, strict=True)
+            ModelShelf(models, _loader(self, name, load), self.limits.loaded_models, one)
+            for name, one in zip(names, setups, strict=True)
         ]
         state = _state_folder(output_dir)
         self._store = JobStore(None if state is None else state / "jobs.sqlite")
         self.uploads = UploadStore(None if state is None else state / "uploads")
         self._devices = [
-            _Device(Studio(name, one, self._store, self.uploads, output_dir, self._loras), shelf)
-            for name, one, shelf in zip(names, formats, shelves, strict=True)
+            _Device(Studio(name, one.dtype, self._store, self.uploads, output_dir, self._loras), shelf)
+            for name, one, shelf in zip(names, setups, shelves, strict=True)
         ]
         self._live: dict[str, _LiveJob] = {}
         self._moved = threading.Condition()  # guards _live; notified when there is work
@@ -201,12 +202,14 @@ class Engine:
         Raises:
             UnknownModelError: it names a model that is not offered.
             UploadError: it names a picture that was not handed in.
+            UnavailableError: this machine hasn't the memory profile or the attention backend that it asks for.
             LoraError: it names a LoRA file that is not offered, or was another one.
             QueueFullError: as many wait as may.
         """
         key = self.models[0] if request.model is None else request.model
         if key not in self.models:
             raise UnknownModelError(f"There is no such model here; choose among {', '.join(self.models)}.")
+        check_request(request, self.devices)
         for name in (getattr(request, "image", None), getattr(request, "mask", None)):
             if name is not None:
                 self.uploads.get(name)
@@ -275,8 +278,8 @@ class Engine:
             job = self._live.get(job_id)
         if job is None or stored.state != "running":
             return False
-        model = self.model(job.order.request.model)
-        if not model.done() or not model.result().can_finish:
+        model = self.loaded(job.order.request.model or self.models[0])
+        if model is None or not model.done() or not model.result().can_finish:
             return False
         job.finish.set()
         return True
@@ -449,7 +452,7 @@ class Engine:
 
     def _wait_for_model(self, job: _LiveJob, device: _Device) -> LoadedModel:
         key = job.order.request.model or self.models[0]
-        future = device.shelf.get(key)
+        future = device.shelf.get(key, setup_of(job.order.request, device.shelf.usual))
         if not future.done():
             job.stream.tell(ModelLoading(key))
         while True:
@@ -502,7 +505,7 @@ class Engine:
             return
         self._live[stored.id] = _LiveJob(Order(stored.id, stored.created, request), threading.Event())
 
-    def _load_pipeline(self, source: str, device: str, dtype: torch.dtype) -> Pipeline:
+    def _load_pipeline(self, source: str, device: str, setup: Setup) -> Pipeline:
         # Here and not above: diffusers and transformers take seconds to import, and a server shall answer before.
         import diffusers
         import transformers
@@ -513,7 +516,7 @@ class Engine:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         base = self.base if Path(source).expanduser().is_file() else None
-        return load_pipeline(source, device=device, dtype=dtype, offload=self.offload, base=base)
+        return load_pipeline(source, device=device, dtype=setup.dtype, offload=setup.offload, base=base)
 
 
 def resolve_device(name: str) -> str:
@@ -537,16 +540,17 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     Raises:
         ValueError: not one of auto, float32, bfloat16, float16.
     """
-    table = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name == "auto":
         return torch.bfloat16 if device.startswith("cuda") else torch.float32
-    if name not in table:
-        raise ValueError(f"dtype {name!r} is unknown; choose among auto, {', '.join(table)}.")
-    return table[name]
+    if name not in FORMATS:
+        raise ValueError(f"dtype {name!r} is unknown; choose among auto, {', '.join(FORMATS)}.")
+    return FORMATS[name]
 
 
-def _loader(engine: Engine, device: str, dtype: torch.dtype) -> Callable[[str], Pipeline]:
-    return lambda source: engine._load_pipeline(source, device, dtype)
+def _loader(engine: Engine, device: str, load: Callable[[str], Pipeline] | None) -> Callable[[str, Setup], Pipeline]:
+    if load is not None:
+        return lambda source, setup: load(source)
+    return lambda source, setup: engine._load_pipeline(source, device, setup)
 
 
 def _state_folder(output_dir: Path | None) -> Path | None:

@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,23 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from apps import limits
 from apps.accelerate import read_cache
-from apps.engine import STATE_FOLDER, Engine, Event, Failed, ModelLoading, Picture, Step
+from apps.engine import STATE_FOLDER, Engine, Event, Failed, ModelLoading, Picture, Step, resolve_device
 from apps.jobs import REQUEST, TASKS, AnyRequest, repeat
 from apps.lora import one_lora
 from apps.media import read_mp4, save_mp4
-from apps.metadata import FORMATS, Lora, PictureSettings, parse, read_picture, save_picture, save_sidecar
+from apps.metadata import (
+    FORMATS,
+    Expand,
+    Lora,
+    MemoryName,
+    PictureSettings,
+    parse,
+    read_picture,
+    save_picture,
+    save_sidecar,
+)
 from apps.named_settings import preset_values
+from apps.profiles import PROFILES, memory_profiles
 from apps.shelf import name_models
 from apps.uploads import read_upload
 
@@ -53,6 +64,10 @@ class Wishes:
         strength: how much of the picture is repainted.
         lora: file of a LoRA.
         lora_scale: 1 is as trained.
+        expand: how far the picture grows, e.g. `0.25` on all sides or `left=0.5,top=0.25`.
+        memory: memory profile.
+        dtype: number format of the weights.
+        attention: attention backend.
         cache: step cache with its main parameter, e.g. `budget=0.35` or `fbcache:threshold=0.1`.
     """
 
@@ -72,6 +87,10 @@ class Wishes:
     image: Path | None = None
     mask: Path | None = None
     strength: float | None = None
+    expand: str | None = None
+    memory: MemoryName | None = None
+    dtype: str | None = None
+    attention: str | None = None
     cache: str | None = None
     lora: Path | None = None
     lora_scale: float | None = None
@@ -95,6 +114,20 @@ class Machine:
         loras = {} if lora is None else one_lora(lora)
         logging.getLogger("apps").setLevel(logging.CRITICAL)  # an error is raised here; the log would tell it twice
         return Engine(name_models([model]), None, self.device, self.dtype, self.offload, self.base, loras=loras)
+
+    def fitted(self, memory: MemoryName | None) -> Machine:
+        """Return it as a memory profile wants it from the start, so that no model is loaded in another way first.
+
+        Raises:
+            ValueError: an offload was chosen too.
+        """
+        if memory is None:
+            return self
+        if self.offload != "none":
+            raise ValueError("--memory chooses what is offloaded; leave out --offload.")
+        if memory_profiles(resolve_device(self.device.split(",")[0])).get(memory):
+            return self  # it can't be had here, which the engine says of the request
+        return replace(self, offload=PROFILES[memory].offload)
 
 
 def run(
@@ -131,7 +164,8 @@ def run(
     check_output(output)
     parse_size(wishes.size)
     told = Console(stderr=True, quiet=json_output)
-    with closing((machine or Machine()).engine(source, wishes.lora)) as engine:
+    fitted = (machine or Machine()).fitted(wishes.memory or (taken.memory if taken is not None else None))
+    with closing(fitted.engine(source, wishes.lora)) as engine:
         request = make_request(wishes, engine, taken, settings)
         paths = iter(picture_paths(output, 1 if request.pick is not None else request.num_images))
         if is_clip(output) and engine.model().result().frames is None:
@@ -173,6 +207,10 @@ def make_request(
         "preset": wishes.preset,
         "scheduler": wishes.scheduler,
         "strength": wishes.strength,
+        "expand": None if wishes.expand is None else read_expand(wishes.expand),
+        "memory": wishes.memory,
+        "dtype": wishes.dtype,
+        "attention": wishes.attention,
         "step_cache": None if wishes.cache is None else read_cache(wishes.cache),
         "lora": _lora(wishes, engine, None if taken is None else taken.lora),
         "image": _hand_in(wishes.image, taken.image if taken else None, settings, engine),
@@ -214,9 +252,10 @@ def _lora(wishes: Wishes, engine: Engine, taken: Lora | None) -> Lora | None:
 
 def _task(values: dict[str, Any], engine: Engine) -> str:
     """Find out what is asked for: by the pictures handed in, else by what the model does first."""
-    if "mask" in values:
-        return "inpaint"
-    return "image_to_image" if "image" in values else engine.model().result().tasks[0]
+    first = engine.model().result().tasks[0]
+    if "mask" in values or "expand" in values:  # next-scale models change parts of pictures in the tasks they have
+        return first if first.startswith("next_scale") else "inpaint"
+    return "image_to_image" if "image" in values else first
 
 
 def _hand_in(file: Path | None, wanted: str | None, settings: Path | None, engine: Engine) -> str | None:
@@ -276,7 +315,7 @@ def save(picture: Picture, path: Path, keep_settings: bool = True, sidecar: bool
     if not is_clip(path):
         written.append(save_picture(picture.image, path, picture.metadata if keep_settings else None))
     if picture.clip is not None:
-        written.append(save_mp4(picture.clip, path.with_suffix(".mp4"), picture.metadata))
+        written.append(save_mp4(picture.clip, path.with_suffix(".mp4"), picture.metadata if keep_settings else None))
     if sidecar:
         written.append(save_sidecar(picture.metadata, path))
     return written
@@ -302,6 +341,27 @@ def parse_size(text: str | None) -> tuple[int, int] | tuple[None, None]:
     width, height = int(match[1]), int(match[2] or match[1])
     limits.check_size(height, width)
     return width, height
+
+
+def read_expand(text: str) -> Expand:
+    """Read how far a picture shall grow.
+
+    Args:
+        text: `0.25` for all sides, or some of `left=0.5,right=...,top=...,bottom=...`; shares of its width or height.
+
+    Raises:
+        ValueError: another form.
+    """
+    parts = [part.partition("=") for part in text.split(",")]
+    try:
+        if len(parts) == 1 and not parts[0][1]:
+            return Expand.model_validate(dict.fromkeys(Expand.model_fields, float(text)))
+        return Expand.model_validate({side.strip(): float(share) for side, _, share in parts})
+    except ValueError as error:
+        raise ValueError(
+            f"{text!r} is not understood; write a share from 0 to 2 such as 0.25 for all sides, or sides such as "
+            "left=0.5,top=0.25."
+        ) from error
 
 
 def check_output(output: Path) -> None:

@@ -24,10 +24,13 @@ AXES = {
     "kv_policy": str,
     "kv_budget": float,
     "temperature": float,
+    "attention": str,
+    "dtype": str,
+    "memory": str,
 }
 """What may be varied, and the kind of its values. Of `prompt` the first value is what the others replace."""
 OFF = "off"
-"""The value that leaves a scheduler, a step cache or a style out."""
+"""The value that leaves a scheduler, a step cache, a style or a choice of the machine's out."""
 MAX_VALUES, MAX_CELLS = 8, 64
 GAP, LINE, SIDE = 8, 18, 96
 """Pixels: between cells, of a line of text, of the column with the labels of rows."""
@@ -144,7 +147,7 @@ def _value(request: AnyRequest, axis: Axis, index: int) -> Any:
         if searched not in said:
             raise ValueError(f"prompt: the first value must occur in the prompt, and {searched[:40]!r} doesn't.")
         return said.replace(searched, text)
-    if text == OFF and axis.name in ("scheduler", "step_cache", "style"):
+    if text == OFF and axis.name in ("scheduler", "step_cache", "style", "attention", "dtype", "memory"):
         return None
     if axis.name == "step_cache":
         if text not in KNOBS:

@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -18,16 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from apps.profiles import attention_backends, memory_profiles, try_attention
+
 PACKAGES = ("dit", "pipelines", "sampling", "apps")
 HOME = Path(__file__).resolve().parents[1]
 REPORTED = ("tessera", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "gradio")
-ATTENTION_BACKENDS = {
-    "native": None,
-    "flex": None,
-    "xformers": "xformers",
-    "flash": "flash_attn",
-    "sage": "sageattention",
-}
 GIB = 2**30
 
 
@@ -60,7 +54,8 @@ def collect() -> dict[str, Any]:
             "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         },
         "devices": [describe_device(device) for device in available_devices()],
-        "attention": {name: probe_attention(name) for name in ATTENTION_BACKENDS},
+        "attention": {} if "dit" in shadows else _attention(),
+        "memory": {name: why or "works" for name, why in memory_profiles(str(available_devices()[0])).items()},
         "extras": {name: missing or "installed" for name, missing in extras.items()},
         "models": [] if "pipelines" in shadows else _builtin_models(),
         "warnings": notes,
@@ -121,21 +116,20 @@ def probe_attention(backend: str) -> str:
     Returns:
         'works on DEVICE', 'not installed', or the reason why the call failed.
     """
-    package = ATTENTION_BACKENDS[backend]
-    if package is not None and find_spec(package) is None:
-        return "not installed"
     device = available_devices()[0]
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # flash kernels refuse float32
-    tokens = torch.zeros(1, 16, 2, 32, device=device, dtype=dtype)  # (B, N, K, E)
-    try:
-        from dit.attention import attention  # here, so that a foreign `dit` is reported and does not stop us
+    return _told(try_attention(backend, device), device)
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a probe is too small to care about speed
-            attention(tokens, tokens, tokens, backend=backend)
-    except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
-        return f"fails on {device}: {str(error).strip().splitlines()[0]}"
-    return f"works on {device}"
+
+def _attention() -> dict[str, str]:
+    """Say of every attention backend whether it works on the fastest device."""
+    device = available_devices()[0]
+    return {name: _told(why, device) for name, why in attention_backends(str(device)).items()}
+
+
+def _told(reason: str, device: torch.device) -> str:
+    if not reason:
+        return f"works on {device}"
+    return "not installed" if reason.endswith("is not installed") else f"fails on {device}: {reason}"
 
 
 def installed_extras() -> dict[str, str]:
@@ -195,8 +189,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         report: What `collect` returned.
         console: Where to print.
     """
-    for section in ("versions", "machine", "attention", "extras"):
-        _print_rows(console, section, report[section] or {"unknown": ""})
+    for section in ("versions", "machine", "attention", "memory", "extras"):
+        _print_rows(console, section, report.get(section) or {"unknown": ""})
     line = "{name}, {memory_gib} GiB, bfloat16 {bfloat16_gain} times as fast as float32"
     _print_rows(console, "devices", {row["device"]: line.format(**row) for row in report["devices"]})
     _print_rows(console, "models", dict.fromkeys(report["models"], "built in") or {"none": "built in"})

@@ -12,7 +12,20 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from apps import limits
-from apps.metadata import KvPolicy, KvType, Lora, PictureId, PictureSettings, SchedulerName, SearchMethod, StepCache
+from apps.metadata import (
+    AttentionName,
+    Expand,
+    KvPolicy,
+    KvType,
+    Lora,
+    MemoryName,
+    PictureId,
+    PictureSettings,
+    Precision,
+    SchedulerName,
+    SearchMethod,
+    StepCache,
+)
 
 
 def _filled(text: str) -> str:
@@ -20,6 +33,12 @@ def _filled(text: str) -> str:
     if not text.strip():
         raise ValueError("the prompt is empty; say what to paint.")
     return text.strip()
+
+
+def _check_part(image: PictureId | None, mask: PictureId | None, expand: Expand | None) -> None:
+    """Refuse a picture without a part to paint, and a part of no picture."""
+    if (image is None) != (mask is None and expand is None):
+        raise ValueError("image goes with mask (white where to paint) or expand (how far it grows), or with both.")
 
 
 Prompt = Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARS), AfterValidator(_filled)]
@@ -38,6 +57,9 @@ class BaseRequest(BaseModel):
         pick: keep only this picture of the (one) batch, from 0: repeats a picture that was painted in a batch, whose
             company moves its last bits.
         guidance: guidance scale.
+        memory: what of the model waits elsewhere while it isn't needed, and whether it decodes piece by piece.
+        dtype: number format of the weights.
+        attention: backend of diffusers through which the network attends.
         lora: LoRA file of the server's list to put on the model.
         style: name of a prompt template in the server's list.
         preset: name of a set of settings in the server's list; what the request says itself goes first.
@@ -54,6 +76,9 @@ class BaseRequest(BaseModel):
     batch_size: int = Field(default=1, ge=1, le=limits.MAX_BATCH)
     pick: int | None = Field(default=None, ge=0, lt=limits.MAX_BATCH)
     guidance: float | None = Field(default=None, ge=0, le=limits.MAX_GUIDANCE)
+    memory: MemoryName | None = None
+    dtype: Precision | None = None
+    attention: AttentionName | None = None
     lora: Lora | None = None
     style: str | None = Field(default=None, max_length=100)
     preset: str | None = Field(default=None, max_length=100)
@@ -144,13 +169,14 @@ class ImageToImageRequest(DenoisingRequest):
 
 
 class InpaintRequest(DenoisingRequest):
-    """Ask for a part of a picture to be painted anew; every other pixel is kept as it is.
+    """Ask for a part of a picture, or what lies beyond its sides, to be painted; every other pixel is kept as it is.
 
     Attributes:
         prompt: what to paint.
         negative_prompt: what to keep away from.
         image: hash of the picture.
-        mask: hash of the mask, white where to paint.
+        mask: hash of the mask, white where to paint; None for nothing inside the picture.
+        expand: how far the picture grows.
         strength: how much of the part is repainted; 1 ignores what was there.
     """
 
@@ -158,8 +184,14 @@ class InpaintRequest(DenoisingRequest):
     prompt: Prompt
     negative_prompt: Avoided = ""
     image: PictureId
-    mask: PictureId
+    mask: PictureId | None = None
+    expand: Expand | None = None
     strength: float = Field(default=1.0, ge=0.05, le=1)
+
+    @model_validator(mode="after")
+    def _check_part(self) -> Self:
+        _check_part(self.image, self.mask, self.expand)
+        return self
 
 
 class ClassToImageRequest(DenoisingRequest):
@@ -174,9 +206,12 @@ class ClassToImageRequest(DenoisingRequest):
 
 
 class NextScaleRequest(BaseRequest):
-    """What the next-scale tasks share.
+    """What the next-scale tasks share. With an image they change a part of it and keep the rest as it is.
 
     Attributes:
+        image: hash of a picture to change a part of.
+        mask: hash of the mask, white where to paint.
+        expand: how far the picture grows.
         top_k: draw among so many tokens; 0 is all.
         top_p: draw among the likeliest tokens that hold this share; 0 is all.
         temperature: below 1 is bolder, above more varied.
@@ -188,6 +223,9 @@ class NextScaleRequest(BaseRequest):
         candidates: how many, for `best_of`.
     """
 
+    image: PictureId | None = None
+    mask: PictureId | None = None
+    expand: Expand | None = None
     top_k: int | None = Field(default=None, ge=0, le=2**20)
     top_p: float | None = Field(default=None, ge=0, le=1)
     temperature: float | None = Field(default=None, ge=0.01, le=100)
@@ -197,6 +235,11 @@ class NextScaleRequest(BaseRequest):
     kv_dtype: KvType | None = None
     search: SearchMethod | None = None
     candidates: int | None = Field(default=None, ge=2, le=limits.MAX_CANDIDATES)
+
+    @model_validator(mode="after")
+    def _check_part(self) -> Self:
+        _check_part(self.image, self.mask, self.expand)
+        return self
 
 
 class NextScaleClassRequest(NextScaleRequest):

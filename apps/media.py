@@ -61,13 +61,13 @@ def contact_strip(frames: Sequence[Image.Image], count: int = STILLS) -> Image.I
     return strip
 
 
-def save_mp4(clip: Clip, path: Path, settings: PictureSettings) -> Path:
+def save_mp4(clip: Clip, path: Path, settings: PictureSettings | None) -> Path:
     """Write a clip with its settings; the file appears complete or not at all.
 
     Args:
         clip: width and height even, as H.264 wants them.
         path: the file to write; an existing one is replaced.
-        settings: what reproduces the clip; stored as the file's comment.
+        settings: what reproduces the clip, stored as the file's comment; None leaves it out.
 
     Returns:
         `path`.
@@ -84,7 +84,8 @@ def save_mp4(clip: Clip, path: Path, settings: PictureSettings) -> Path:
     partial = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as file:
-            file.metadata["comment"] = settings.model_dump_json()
+            if settings is not None:
+                file.metadata["comment"] = settings.model_dump_json()
             stream = file.add_stream("libx264", rate=Fraction(clip.fps).limit_denominator(1000))
             stream.width, stream.height = clip.frames[0].size
             stream.pix_fmt = "yuv420p"

@@ -10,10 +10,10 @@ import json
 import re
 import uuid
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from PIL import Image, PngImagePlugin
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from apps import limits
 
@@ -31,6 +31,11 @@ SchedulerName = Literal["euler", "heun", "sde", "dpm++", "unipc", "ddim", "ddpm"
 """Choices of `apps.schedulers`."""
 KvPolicy = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,40}$")]
 KvType = Literal["auto", "int8"]
+MemoryName = Literal["fast", "tiles", "balanced", "low"]
+"""Choices of `apps.profiles`."""
+AttentionName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
+"""A backend of diffusers; which of them work here is known by `apps.profiles`."""
+Precision = Literal["float32", "bfloat16", "float16"]
 SearchMethod = Literal["best_of", "tts", "beam"]
 Task = Literal[
     "text_to_image", "image_to_image", "inpaint", "class_to_image", "next_scale_class", "next_scale_text"
@@ -67,11 +72,35 @@ class Lora(BaseModel):
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
 
+class Expand(BaseModel):
+    """How far a picture grows on each side, in shares of its own width or height; what is added is painted.
+
+    Attributes:
+        left: share of the width.
+        right: share of the width.
+        top: share of the height.
+        bottom: share of the height.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    left: float = Field(default=0, ge=0, le=2)
+    right: float = Field(default=0, ge=0, le=2)
+    top: float = Field(default=0, ge=0, le=2)
+    bottom: float = Field(default=0, ge=0, le=2)
+
+    @model_validator(mode="after")
+    def _check_growth(self) -> Self:
+        if not any((self.left, self.right, self.top, self.bottom)):
+            raise ValueError("expand grows no side; give left, right, top or bottom a share such as 0.25.")
+        return self
+
+
 class PictureSettings(BaseModel):
     """Everything needed to paint one picture again.
 
     Attributes:
-        schema_version: of this record; 1 knew text to image only.
+        schema_version: of this record; 1 knew text to image only, 2 neither expanding nor memory nor attention.
         task: what was asked for.
         prompt: the text that was painted; empty for a picture of a class.
         negative_prompt: the text that was kept away from.
@@ -87,6 +116,8 @@ class PictureSettings(BaseModel):
         scheduler: class name and config values of the scheduler.
         device: kind of device, such as `cpu`; another kind rounds differently.
         dtype: number format of the weights.
+        memory: profile of `apps.profiles` that was asked for.
+        attention: backend of diffusers that was asked for.
         versions: of the packages that computed it.
         sampler: the scheduler that was chosen in place of the model's own.
         finish_after: the run ended after so many steps.
@@ -94,6 +125,7 @@ class PictureSettings(BaseModel):
         lora: LoRA file that was on the model.
         image: hash of the picture that was started from.
         mask: hash of the mask of inpainting.
+        expand: how far the picture that was started from was grown.
         strength: how much of the picture was repainted.
         label: number or name of the class.
         top_k: tokens to draw among.
@@ -111,7 +143,7 @@ class PictureSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    schema_version: Literal[1, 2] = 2
+    schema_version: Literal[1, 2, 3] = 3
     task: Task = "text_to_image"
     prompt: str = Field(default="", max_length=limits.MAX_PROMPT_CHARS)
     negative_prompt: str = Field(default="", max_length=limits.MAX_PROMPT_CHARS)
@@ -127,6 +159,8 @@ class PictureSettings(BaseModel):
     scheduler: dict[ShortText, Scalar | list[Scalar]] = Field(default_factory=dict, max_length=100)
     device: ShortText = "cpu"
     dtype: ShortText = "float32"
+    memory: MemoryName | None = None
+    attention: AttentionName | None = None
     versions: dict[ShortText, ShortText] = Field(default_factory=dict, max_length=20)
     sampler: SchedulerName | None = None
     finish_after: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
@@ -134,6 +168,7 @@ class PictureSettings(BaseModel):
     lora: Lora | None = None
     image: PictureId | None = None
     mask: PictureId | None = None
+    expand: Expand | None = None
     strength: float | None = Field(default=None, gt=0, le=1)
     label: int | ShortText | None = None
     top_k: int | None = Field(default=None, ge=0, le=2**20)

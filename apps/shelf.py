@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from apps import limits
+from apps.profiles import Setup, can_tile
 from apps.schedulers import scheduler_names
 from pipelines.memory import release
 
@@ -59,6 +60,8 @@ class LoadedModel:
         can_preview: its latents can be shown cheaply.
         labels: number of classes and their names by number, for models that paint classes.
         schedulers: names of the schedulers that fit.
+        sizes: width and height of all that it paints, its own first; empty for one that takes any multiple.
+        can_tile: its decoder can work tile by tile.
     """
 
     key: str
@@ -79,6 +82,8 @@ class LoadedModel:
     can_preview: bool
     labels: Mapping[int, str]
     schedulers: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
+    can_tile: bool
 
     @property
     def pipe(self) -> Pipeline:
@@ -107,33 +112,38 @@ class LoadedModel:
 
 
 class ModelShelf:
-    """Load models by key, each once, in the background.
+    """Load models by key, each once for a setup, in the background.
 
     Args:
         sources: key -> built-in name, folder, file or hub id; the first key is the default.
-        load: turns a source into a pipeline on its device.
-        capacity: how many models stay loaded.
+        load: turns a source into a pipeline on its device, for a setup.
+        capacity: how many models stay loaded; one that is loaded for two setups counts twice.
+        usual: the setup of a model that is asked for without one.
 
     Raises:
         ValueError: no source at all.
     """
 
-    def __init__(self, sources: Mapping[str, str], load: Callable[[str], Pipeline], capacity: int) -> None:
+    def __init__(
+        self, sources: Mapping[str, str], load: Callable[[str, Setup], Pipeline], capacity: int, usual: Setup
+    ) -> None:
         if not sources:
             raise ValueError("The list of models is empty; name at least one built-in model, folder or hub id.")
         self.keys = tuple(sources)
         self._sources = dict(sources)
         self._load = load
         self._capacity = capacity
-        self._futures: OrderedDict[str, Future[LoadedModel]] = OrderedDict()
+        self.usual = usual
+        self._futures: OrderedDict[tuple[str, Setup], Future[LoadedModel]] = OrderedDict()
         self._table = threading.Lock()  # guards _futures
         self._loading = threading.Lock()  # two models are never read at once: memory and disk are shared
 
-    def get(self, key: str) -> Future[LoadedModel]:
+    def get(self, key: str, setup: Setup | None = None) -> Future[LoadedModel]:
         """Return the future of a model and start loading it unless that has been done.
 
         Args:
             key: one of `keys`.
+            setup: what it is loaded for; None is the usual.
 
         Raises:
             KeyError: not on the shelf.
@@ -141,27 +151,29 @@ class ModelShelf:
         if key not in self._sources:
             raise KeyError(key)
         with self._table:
-            future = self._futures.get(key)
+            place = key, setup or self.usual
+            future = self._futures.get(place)
             if future is None or (future.done() and future.exception() is not None):  # a failed one may be retried
-                future = self._futures[key] = Future()
-                threading.Thread(target=self._fill, args=(key, future), name=f"load {key}", daemon=True).start()
-            self._futures.move_to_end(key)
+                future = self._futures[place] = Future()
+                threading.Thread(target=self._fill, args=(*place, future), name=f"load {key}", daemon=True).start()
+            self._futures.move_to_end(place)
             self._put_back()
             return future
 
     def peek(self, key: str) -> Future[LoadedModel] | None:
-        """Return the future of a model that has been asked for, or None."""
+        """Return the future of a model that has been asked for in whatever setup, the usual one first, or None."""
         with self._table:
-            return self._futures.get(key)
+            found = [future for (name, _), future in self._futures.items() if name == key]
+            return self._futures.get((key, self.usual), found[-1] if found else None)
 
     def source(self, key: str) -> str:
         """Return the name, folder or hub id behind a key."""
         return self._sources[key]
 
-    def _fill(self, key: str, future: Future[LoadedModel]) -> None:
+    def _fill(self, key: str, setup: Setup, future: Future[LoadedModel]) -> None:
         try:
             with self._loading:
-                future.set_result(inspect_model(key, self._load(self._sources[key])))
+                future.set_result(inspect_model(key, self._load(self._sources[key], setup)))
         except Exception as error:
             logger.exception("could not load the model %r", key)
             release(error)  # the future keeps the error, which shall not keep half a model
@@ -169,9 +181,9 @@ class ModelShelf:
 
     def _put_back(self) -> None:
         """Forget the least recently used models beyond the capacity; a running job keeps its own reference."""
-        loaded = [key for key, future in self._futures.items() if future.done()]
-        for key in loaded[: max(len(self._futures) - self._capacity, 0)]:
-            del self._futures[key]
+        loaded = [place for place, future in self._futures.items() if future.done()]
+        for place in loaded[: max(len(self._futures) - self._capacity, 0)]:
+            del self._futures[place]
 
 
 def name_models(sources: Iterable[str]) -> dict[str, str]:
@@ -240,6 +252,8 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
         can_preview=callable(getattr(pipe, "preview", None)) or _shows_latents(pipe),
         labels=class_names(pipe),
         schedulers=tuple(scheduler_names(getattr(pipe, "scheduler", None))),
+        sizes=tuple((width, height) for height, width in getattr(pipe, "sizes", ())),
+        can_tile=can_tile(pipe),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from apps.canvas import grown, lay_out
 from apps.events import Event, Picture, Step
 from apps.job_store import JobStore, StoredPicture
 from apps.jobs import AnyRequest
@@ -23,6 +24,7 @@ from apps.media import Clip, contact_strip, require_video, save_mp4
 from apps.metadata import PictureSettings, save_picture, save_sidecar
 from apps.named_settings import preset_values
 from apps.painter import Canvas, Painted, SkipRequestedError, Switches, paint
+from apps.profiles import Setup, setup_of, switched
 from apps.shelf import LoadedModel
 from apps.styles import apply_style
 from apps.uploads import UploadStore
@@ -78,14 +80,17 @@ def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, t
         Exception: whatever goes wrong, in the words of where it did.
     """
     request = fill_in(order.request, model, studio.uploads)
+    setup = setup_of(request, Setup(studio.dtype))
+    request = request.model_copy(update={"dtype": str(setup.dtype).removeprefix("torch.")})
     if model.frames is not None:
         require_video()
         if request.batch_size > 1:
             raise ValueError("Clips are painted one at a time; set batch_size to 1.")
     if request.lora is not None:
         request = request.model_copy(update={"lora": settle(request.lora, studio.loras)})
-    with adapted(model.pipe_for(request.task), request.lora, studio.loras):
-        _paint_batches(order, request, model, studio, switches, tell)
+    pipe = model.pipe_for(request.task)
+    with adapted(pipe, request.lora, studio.loras), switched(pipe, request, setup.offload) as told:
+        _paint_batches(order, request, model, studio, switches, tell, told)
 
 
 def _paint_batches(
@@ -95,8 +100,9 @@ def _paint_batches(
     studio: Studio,
     switches: Switches,
     tell: Callable[[Event], None],
+    told: str,
 ) -> None:
-    """Paint the batches of a job, each unless its pictures count already or were skipped."""
+    """Paint the batches of a job, each unless its pictures count already or were skipped; `told` is on for all."""
     done = {picture.place for picture in studio.store.pictures(order.id)} | studio.store.skipped(order.id)
     wanted = 1 if request.pick is not None else request.num_images
     batches = request.batches()
@@ -106,7 +112,7 @@ def _paint_batches(
         if done.issuperset(range(first, min(first + len(seeds), wanted))):
             clock.skip()
             continue
-        canvas = _canvas(request, tuple(seeds), studio.uploads)
+        canvas = _canvas(request, tuple(seeds), model, studio.uploads)
         begun = time.monotonic()
         clock.begin(_step_count(request, model))
         switches.skip.clear()  # one that came too late for its picture shall not hit the next
@@ -121,7 +127,8 @@ def _paint_batches(
             if request.pick in (None, i):
                 settings = _settings(canvas, i, model, studio, painted, frames)
                 place = first + i if request.pick is None else 0
-                tell(_finish(order, place, model, studio, settings, frames, seconds, painted.report))
+                report = ", ".join(filter(None, (painted.report, told)))
+                tell(_finish(order, place, model, studio, settings, frames, seconds, report))
         if painted.ended_after is not None and switches.finish.is_set():
             return
 
@@ -155,7 +162,7 @@ def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> An
     if "steps" in fields and getattr(request, "steps", None) is None:
         values["steps"] = model.steps
     if "width" in fields and getattr(request, "width", None) is None:
-        values["width"], values["height"] = _open_size(request, model, uploads)
+        values["width"], values["height"] = open_size(request, model, uploads)
     values |= _frames(request, model)
     if request.style is not None:
         if "prompt" not in fields:
@@ -175,10 +182,12 @@ def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
     return {"frames": asked or model.frames} if "frames" in type(request).model_fields else {}
 
 
-def _open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> tuple[int, int]:
+def open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> tuple[int, int]:
     """Return width and height of a request without a size: the model's, in the shape of the picture handed in."""
     name = getattr(request, "image", None)
-    return (model.width, model.side) if name is None else fit_size(uploads.get(name).size, model)
+    if name is None:
+        return model.width, model.side
+    return fit_size(grown(uploads.get(name).size, getattr(request, "expand", None)), model)
 
 
 def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:
@@ -190,8 +199,11 @@ def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:
 
     Returns:
         The picture's own width and height if the model can paint that well, else about its shape in the model's area.
+        Of a model with a list of sizes the one nearest in shape, and among equals in area.
     """
     width, height = size
+    if model.sizes:
+        return min(model.sizes, key=lambda one: _distance(one, size))
     area, multiple = model.side * model.width, model.multiple
     if width % multiple == height % multiple == 0 and area / 2 <= width * height <= 2 * area:
         return size
@@ -203,16 +215,30 @@ def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:
     )
 
 
-def _canvas(request: AnyRequest, seeds: tuple[int, ...], uploads: UploadStore) -> Canvas:
-    """Fetch the pictures that a request names, at the size of the request."""
-    pictures: dict[str, Image.Image] = {}
-    for name, filtering in (("image", Image.Resampling.LANCZOS), ("mask", Image.Resampling.NEAREST)):
-        picture_id = getattr(request, name, None)
-        if picture_id is not None:
-            size = (getattr(request, "width"), getattr(request, "height"))  # noqa: B009
-            picture = uploads.get(picture_id)
-            pictures[name] = picture if picture.size == size else picture.resize(size, filtering)
-    return Canvas(request=request, seeds=seeds, **pictures)
+def _distance(one: tuple[int, int], other: tuple[int, int]) -> tuple[float, float]:
+    """Return how far two sizes are apart in shape and, rounded shapes being equal, in area; on logarithmic scales."""
+    (width, height), (others_width, others_height) = one, other
+    shape = math.log(width / height) - math.log(others_width / others_height)
+    return round(abs(shape), 2), abs(math.log(width * height) - math.log(others_width * others_height))
+
+
+def _canvas(request: AnyRequest, seeds: tuple[int, ...], model: LoadedModel, uploads: UploadStore) -> Canvas:
+    """Fetch the pictures that a request names, laid out at the size of the request."""
+    name = getattr(request, "image", None)
+    if name is None:
+        return Canvas(request=request, seeds=seeds)
+    width, height = getattr(request, "width", None), getattr(request, "height", None)
+    size = (width or model.width, height or model.side)
+    picture = uploads.get(name)
+    if "mask" not in type(request).model_fields:
+        same = picture.size == size
+        return Canvas(
+            request=request, seeds=seeds, image=picture if same else picture.resize(size, Image.Resampling.LANCZOS)
+        )
+    mask, expand = getattr(request, "mask"), getattr(request, "expand")  # noqa: B009
+    keep_shape = expand is not None or bool(model.sizes)
+    laid = lay_out(picture, None if mask is None else uploads.get(mask), size, expand, keep_shape)
+    return Canvas(request=request, seeds=seeds, image=laid.image, mask=laid.mask)
 
 
 def _keep(canvas: Canvas, painted: Painted) -> Painted:
@@ -258,7 +284,7 @@ def _finish(
         path = save_picture(image, studio.output_dir / f"{name}.{order.request.file_format}", written)
         if order.request.sidecar:
             save_sidecar(settings, path)
-        video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), settings)
+        video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), written)
     name = "" if path is None else path.name
     studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds))
     return Picture(path, settings.seed, settings, image, seconds, clip, video, report)
@@ -290,7 +316,6 @@ def _settings(
             "batch_size": batch,
             "pick": place if batch > 1 else None,
             "device": torch.device(studio.device).type,
-            "dtype": str(studio.dtype).removeprefix("torch."),
             "versions": _versions(),
         }
     )

@@ -146,6 +146,11 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         """Width in pixels of the pictures of the network's own schedule."""
         return self.transformer.grids[-1][1] * self.transformer.config.patchify * self.vae_scale_factor
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width in pixels of all pictures that can be painted, the model's own first."""
+        return ((self.default_height, self.default_width),)
+
     # -------------------------------------------------------------- calibration
 
     @property

@@ -278,7 +278,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             raise ValueError(f"got height={height} and width={width}: give both, or aspect_ratio")
         self.check_size(height, width, size)
         last = (height // size, width // size)
-        offered = {**(published_schedules() if self._is_flexible else {}), own[-1]: own}
+        offered = self._offered()
         if last not in offered:
             near = min(offered, key=lambda grid: (abs(grid[0] - last[0]) + abs(grid[1] - last[1]), grid))
             raise ValueError(
@@ -286,6 +286,18 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
                 f"height={near[0] * size}, width={near[1] * size}."
             )
         return offered[last]
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width in pixels of all pictures that can be painted, the model's own first."""
+        own, side = self.transformer.grids[-1], self.pixels_per_token
+        others = [grid for grid in self._offered() if grid != own]
+        return tuple((rows * side, columns * side) for rows, columns in (own, *others))
+
+    def _offered(self) -> dict[Grid, tuple[Grid, ...]]:
+        """Schedules by the grid of their last scale."""
+        own = self.transformer.grids
+        return {**(published_schedules() if self._is_flexible else {}), own[-1]: own}
 
     @property
     def _is_flexible(self) -> bool:

@@ -23,6 +23,7 @@ from apps.engine import Engine, Failed, UnknownModelError
 from apps.job_store import QueueFullError, StoredJob
 from apps.jobs import REQUEST, AnyRequest
 from apps.lora import LoraError
+from apps.profiles import FORMATS, UnavailableError, attention_backends, memory_profiles
 from apps.uploads import UploadError, read_upload
 
 LOCAL = User(name="local", role="admin", salt="0" * 32, digest="0" * 64)
@@ -140,6 +141,16 @@ def _add_looking(app: FastAPI) -> None:
     def loras(user: Watcher, engine: Painting) -> dict[str, Any]:
         return {"object": "list", "data": [{"id": name, "object": "lora"} for name in engine.loras]}
 
+    @app.get("/v1/profiles")
+    def profiles(user: Watcher, engine: Painting) -> dict[str, Any]:
+        """Tell what a request may choose, and why something can't be had here (null for what can)."""
+        devices = engine.devices
+        return {
+            "memory": {device: _reasons(memory_profiles(device)) for device in devices},
+            "attention": {device: _reasons(attention_backends(device)) for device in devices},
+            "dtype": list(FORMATS),
+        }
+
     @app.get("/v1/schema")
     def schema(user: Watcher) -> dict[str, Any]:
         return REQUEST.json_schema()
@@ -188,6 +199,10 @@ def _model_row(engine: Engine, key: str) -> dict[str, Any]:
     model = future.result()
     size = {"width": model.width, "height": model.side, "multiple": model.multiple}
     return row | {"tasks": list(model.tasks), "schedulers": list(model.schedulers), **size, "steps": model.steps}
+
+
+def _reasons(found: dict[str, str]) -> dict[str, str | None]:
+    return {name: why or None for name, why in found.items()}
 
 
 async def _tell(engine: Engine, job_id: str, after: int, request: Request) -> AsyncIterator[str]:
@@ -285,6 +300,8 @@ def _submit(engine: Engine, wanted: AnyRequest, user: User) -> str:
         raise HTTPException(404, error_body("unknown_lora", str(error))) from error
     except UploadError as error:
         raise HTTPException(422, error_body("unknown_picture", str(error))) from error
+    except UnavailableError as error:
+        raise HTTPException(422, error_body("unavailable", str(error))) from error
     except QueueFullError as error:
         raise HTTPException(429, error_body("queue_full", str(error)), {"Retry-After": "5"}) from error
 

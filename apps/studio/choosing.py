@@ -20,6 +20,7 @@ from apps.metadata import MetadataError, PictureSettings, StepCache, parse, read
 from apps.named_settings import load_presets
 from apps.shelf import LoadedModel
 from apps.studio import views
+from apps.studio.desk import attention_choices, machine_choices, memory_note
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.painting import MAX_PROMPTS, Changes, Painting, Shown
 from apps.studio.sessions import Sessions
@@ -36,7 +37,8 @@ PAGE = 24
 SAVED = (
     "mode", "prompt", "negative", "model", "shape", "width", "height", "steps", "guidance", "seed_mode", "seed",
     "count", "batch_size", "style", "scheduler", "lora", "lora_scale", "step_cache", "cache_amount", "file_format",
-    "keep_settings", "sidecar", "strength", "repaint", "label", "scale_label", "top_k", "top_p", "temperature",
+    "keep_settings", "sidecar", "memory", "dtype", "attention", "strength", "repaint", "grow_left", "grow_top",
+    "grow_right", "grow_bottom", "inpaint_label", "label", "scale_label", "top_k", "top_p", "temperature",
     "smooth", "kv_policy", "kv_budget", "kv_dtype", "search", "candidates", "grid_x", "grid_x_values", "grid_y",
     "grid_y_values", "grid_z", "grid_z_values",
 )  # fmt: skip
@@ -83,11 +85,13 @@ class Choosing:
         if not isinstance(saved, dict) or saved.get("model") not in self._engine.models:
             return {}
         offered = ("", *self._engine.loras)
+        machine = machine_choices(self._engine.devices)
         return {
             name: value
             for name, value in saved.items()
             if name in SAVED
             and (name != "lora" or value in offered)
+            and (name not in machine or value in ("", *machine[name]))
             and isinstance(value, str | int | float)
             and len(str(value)) <= limits.MAX_PROMPT_CHARS
         }
@@ -124,10 +128,23 @@ class Choosing:
             "scheduler": gr.update(choices=[own, *model.schedulers], value=""),
             "label": gr.update(choices=labels),
             "scale_label": gr.update(choices=labels, visible=bool(labels)),
+            "inpaint_label": gr.update(choices=labels, visible=bool(labels) and "next_scale_class" in model.tasks),
+            "repaint": gr.update(visible="inpaint" in model.tasks),
+            "smooth": gr.update(visible="smooth" in model.defaults),
+            **self._drawing(model),
+            "attention": gr.update(choices=attention_choices(self._words, self._engine.devices)),
+            "memory_note": views.hint(memory_note(self._words, self._engine.devices, model)),
             "words": views.vocabulary(names, key, self._words),
             **chips,
             **self.fit(key, mode),
         }
+
+    def _drawing(self, model: LoadedModel) -> Changes:
+        """Return how a next-scale model draws tokens by itself, for the controls that it has."""
+        if not any(task.startswith("next_scale") for task in model.tasks):
+            return {}
+        names = ("top_k", "top_p", "temperature")
+        return {name: model.defaults[name] for name in names if isinstance(model.defaults.get(name), int | float)}
 
     def fit(self, key: str, mode: str) -> Changes:
         """Say whether a model can do what a tab asks for, and which one can."""
@@ -202,6 +219,10 @@ class Choosing:
                 self._engine.check_lora(settings.lora)
             except LoraError as error:
                 raise gr.Error(str(error), print_exception=False) from error
+        for name, found in machine_choices(self._engine.devices).items():
+            if changes.get(name) and changes[name] not in found:
+                gr.Warning(self._words(f"{name}.missing", name=changes[name]))
+                changes[name] = ""
         if settings.model in self._engine.models:
             changes["model"] = settings.model
         mask = changes.pop("mask", None)

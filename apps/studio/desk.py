@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -10,7 +11,8 @@ from apps import limits
 from apps.accelerate import KNOBS
 from apps.engine import Engine
 from apps.named_settings import load_presets
-from apps.shelf import FALLBACK_SIDE
+from apps.profiles import FORMATS, PROFILES, attention_backends, memory_profiles
+from apps.shelf import FALLBACK_SIDE, LoadedModel
 from apps.studio import views
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.strings import Strings
@@ -132,6 +134,21 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
             parts["cache_amount"] = gr.Number(
                 0, label=words("step_cache.amount"), minimum=0, maximum=100, elem_id="cache-amount"
             )
+        with gr.Row(elem_id="machine"):
+            usual = (words("machine.usual"), "")
+            parts["memory"] = gr.Dropdown(
+                _memory_choices(words, engine.devices), value="", label=words("memory"), filterable=False,
+                elem_id="memory", min_width=120,
+            )  # fmt: skip
+            parts["dtype"] = gr.Dropdown(
+                [usual, *FORMATS], value="", label=words("dtype"), filterable=False, elem_id="dtype", min_width=120
+            )
+            parts["attention"] = gr.Dropdown(  # its choices come with the model: to find them takes seconds
+                [usual], value="", label=words("attention"), filterable=False, elem_id="attention", min_width=120
+            )
+        parts["memory_note"] = gr.HTML(
+            views.hint(memory_note(words, engine.devices)), elem_id="memory-note", js_on_load=None
+        )
         with gr.Row(elem_id="lora-row", visible=bool(engine.loras)):
             loras = [(words("lora.none"), ""), *engine.loras]
             parts["lora"] = gr.Dropdown(loras, value="", label=words("lora"), filterable=False, elem_id="lora")
@@ -144,6 +161,39 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
         words("load_settings"), file_types=[".png", ".webp", ".mp4"], size="sm", elem_id="settings-file"
     )
     return parts
+
+
+def machine_choices(devices: Sequence[str]) -> dict[str, list[str]]:
+    """Return the memory profiles and attention backends that every device of a server has."""
+    return {
+        "memory": _everywhere([memory_profiles(device) for device in devices]),
+        "attention": _everywhere([attention_backends(device) for device in devices]),
+    }
+
+
+def _everywhere(found: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the names that have no reason against them on any device."""
+    return [name for name in found[0] if not any(row.get(name, "absent") for row in found)]
+
+
+def _memory_choices(words: Strings, devices: Sequence[str]) -> list[tuple[str, str]]:
+    offered = _everywhere([memory_profiles(device) for device in devices])
+    return [(words("machine.usual"), ""), *((words(f"memory.{name}"), name) for name in offered)]
+
+
+def attention_choices(words: Strings, devices: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the attention backends that a server has, as (label, name)."""
+    return [(words("machine.usual"), ""), *((name, name) for name in machine_choices(devices)["attention"])]
+
+
+def memory_note(words: Strings, devices: Sequence[str], model: LoadedModel | None = None) -> str:
+    """Say which memory profiles can't be had on a server, or with a model, and why."""
+    offered = _everywhere([memory_profiles(device) for device in devices])
+    names = [words(f"memory.{name}").partition(":")[0] for name in PROFILES if name not in offered]
+    told = [words("memory.no_accelerator", names=", ".join(names))] if names else []
+    if model is not None and not model.can_tile:
+        told.append(words("memory.no_tiles", name=words("memory.tiles").partition(":")[0]))
+    return " ".join(told)
 
 
 def easel(words: Strings) -> Parts:

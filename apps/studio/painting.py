@@ -28,7 +28,7 @@ from apps.studio.sessions import Session, Sessions
 from apps.studio.strings import Strings
 from apps.studio.tabs.grid import axes
 from apps.studio.wishes import explain, make_request, read_mask
-from apps.worker import fit_size
+from apps.worker import open_size
 
 REDRAW_SECONDS = 0.1
 """Steps redraw the page no faster than this; if the page fell behind, so would the Stop that it shows."""
@@ -190,10 +190,7 @@ class Painting:
         width, model = getattr(request, "width", None), self._loaded(request.model or self._engine.models[0])
         if width is not None:
             return width, getattr(request, "height")  # noqa: B009
-        if model is None:
-            return 1, 1
-        image = getattr(request, "image", None)
-        return (model.width, model.side) if image is None else fit_size(self._engine.uploads.get(image).size, model)
+        return (1, 1) if model is None else open_size(request, model, self._engine.uploads)
 
     def _line(self, session: Session) -> Changes:
         """Say how many jobs of a page wait."""

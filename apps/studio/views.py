@@ -114,6 +114,11 @@ def note(text: str) -> str:
     return f'<p class="remark">{escape(text)}</p>' if text else ""
 
 
+def hint(text: str) -> str:
+    """Draw a quiet remark; nothing for no text."""
+    return f'<p class="hint">{escape(text)}</p>' if text else ""
+
+
 def source(words: Strings, picture: str | None = None, size: tuple[int, int] = (1, 1), mask: str = "") -> str:
     """Draw the picture to start from, with the canvas of the brush over it.
 

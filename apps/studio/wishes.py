@@ -59,6 +59,9 @@ def _common(values: Values) -> dict[str, Any]:
         "batch_size": min(int(values["batch_size"]), count),
         "style": values["style"] or None,
         "scheduler": values["scheduler"] or None,
+        "memory": values["memory"] or None,
+        "dtype": values["dtype"] or None,
+        "attention": values["attention"] or None,
         "lora": {"name": values["lora"], "scale": values["lora_scale"]} if values["lora"] else None,
         "step_cache": cache,
         "file_format": values["file_format"],
@@ -140,6 +143,9 @@ def show_settings(settings: PictureSettings) -> dict[str, Any]:
         "scheduler": settings.sampler or "",
         "step_cache": cache.preset if cache else "",
         "cache_amount": (cache.amount or 0) if cache else 0,
+        "memory": settings.memory or "",
+        "dtype": settings.dtype,
+        "attention": settings.attention or "",
         "lora": settings.lora.name if settings.lora else "",
         "lora_scale": settings.lora.scale if settings.lora else 1.0,
         **TABS[mode].show(settings),
@@ -150,7 +156,7 @@ def show_settings(settings: PictureSettings) -> dict[str, Any]:
 def mode_of(settings: PictureSettings) -> str:
     """Return the tab that paints what a picture is."""
     if settings.task.startswith("next_scale"):
-        return "scales"
+        return "scales" if settings.image is None else "inpaint"
     return next(name for name, tab in TABS.items() if settings.task in tab.tasks)
 
 

@@ -6,7 +6,8 @@ so here and not somewhere in a run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -20,6 +21,8 @@ TESTED = "0.42"
 TOUCHED: tuple[tuple[str, str], ...] = (
     ("diffusers.models.attention_dispatch", "AttentionBackendName"),
     ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.get_active_backend"),
+    ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.list_backends"),
+    ("diffusers.models.attention_dispatch", "_check_attention_backend_requirements"),
     ("diffusers.hooks._helpers", "TransformerBlockRegistry.register"),
     ("diffusers.hooks._helpers", "TransformerBlockRegistry.get"),
     ("diffusers.hooks._helpers", "TransformerBlockMetadata"),
@@ -57,6 +60,52 @@ _ACTIVE_BACKEND = _private("diffusers.models.attention_dispatch", "_AttentionBac
 def active_attention_backend() -> str:
     """Name of the backend that diffusers uses where none is named (environment or `attention_backend` context)."""
     return _BACKEND_NAMES(_ACTIVE_BACKEND()[0]).value
+
+
+def attention_backend_names() -> list[str]:
+    """Names of the attention backends that diffusers has, whether they work here or not."""
+    listed = _private("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.list_backends")()
+    return sorted((one.value for one in listed), key=lambda name: (name.startswith("_"), name != "native", name))
+
+
+def check_attention_backend(name: str) -> None:
+    """Check that an attention backend has what it needs.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: a package is missing or too old.
+    """
+    _private("diffusers.models.attention_dispatch", "_check_attention_backend_requirements")(_BACKEND_NAMES(name))
+
+
+@contextmanager
+def attending_through(models: Iterable[nn.Module], backend: str) -> Generator[int]:
+    """Have some networks attend through a backend, and nothing else in the process.
+
+    `set_attention_backend` of diffusers changes what every other network uses too, and for good.
+
+    Args:
+        models: the networks.
+        backend: one of `attention_backend_names`.
+
+    Yields:
+        How many attention layers heed it.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: a package is missing or too old.
+    """
+    check_attention_backend(backend)
+    found = [getattr(part, "processor", None) for model in models for part in model.modules()]
+    processors = {id(one): one for one in found if hasattr(one, "_attention_backend")}.values()
+    before = [one._attention_backend for one in processors]
+    for one in processors:
+        one._attention_backend = _BACKEND_NAMES(backend)
+    try:
+        yield len(processors)
+    finally:
+        for one, name in zip(processors, before, strict=True):
+            one._attention_backend = name
 
 
 @cache

@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import pipelines
+from apps.engine import Engine, Picture
+from apps.jobs import NextScaleTextRequest
 from apps.stickers.captions import caption
 from apps.stickers.judge import Judge, score
 from apps.stickers.renderer import render
@@ -67,3 +70,18 @@ def test_the_codes_are_used():
     codes = pipe.vae.quantize(render(scenes, load_sprites(), 128)).indices
     used = torch.cat([tokens.flatten() for tokens in codes]).unique()
     assert len(used) >= 0.93 * pipe.vae.config.vocab_size  # 95 % of 1024 takes some 50,000 tokens; these are 28,440
+
+
+def test_kept_pixels_of_inpainting_are_the_pictures_own(pipe, tmp_path):
+    engine = Engine({"stickers-var": "stickers-var"}, tmp_path, device="cpu", load=lambda source: pipe)
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (128, 128, 3), dtype=np.uint8))
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (32, 32, 96, 96))
+    ids = {"image": engine.uploads.add(picture), "mask": engine.uploads.add(mask)}
+    told = list(engine.generate(NextScaleTextRequest(prompt="a pizza on a blue background", seed=3, **ids)))
+    painted = next(event for event in told if isinstance(event, Picture))
+    with Image.open(painted.path) as image:
+        before, after, marked = np.asarray(picture), np.asarray(image.convert("RGB")), np.asarray(mask) > 0
+    assert (after[~marked] == before[~marked]).all()
+    assert (after[marked] != before[marked]).mean() > 0.9
+    engine.close()

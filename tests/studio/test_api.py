@@ -205,6 +205,7 @@ TABLE = [  # method, path, least role; None is for everybody
     ("GET", "/v1/health", None),
     ("GET", "/v1/models", "watch"),
     ("GET", "/v1/loras", "watch"),
+    ("GET", "/v1/profiles", "watch"),
     ("GET", "/v1/schema", "watch"),
     ("GET", "/v1/jobs", "watch"),
     ("GET", "/v1/jobs/{job}", "watch"),

@@ -37,7 +37,7 @@ def world(tmp_path_factory):
     """A studio, a server and a command line, each with a pipeline of its own of the same weights."""
     out = tmp_path_factory.mktemp("everywhere")
     with pytest.MonkeyPatch.context() as patch:
-        load = lambda self, source, device, dtype: tiny_text_to_image_pipeline()  # noqa: E731
+        load = lambda self, source, device, setup: tiny_text_to_image_pipeline()  # noqa: E731
         patch.setattr(engine_module.Engine, "_load_pipeline", load)
         engine = engine_module.Engine({"stickers": "stickers"}, out, device="cpu")
         engine.model().result(20)

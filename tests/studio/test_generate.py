@@ -23,7 +23,7 @@ from tests.studio.fakes import FakePipeline
 @pytest.fixture
 def fake(monkeypatch):
     pipe = FakePipeline()
-    monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, dtype: pipe)
+    monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, setup: pipe)
     return pipe
 
 
@@ -150,7 +150,7 @@ def test_ctrl_c_leaves_130_and_no_file(tmp_path):
         from apps import cli, engine
         from tests.studio.fakes import FakePipeline
         pipe = FakePipeline(step_seconds=0.5)  # 75 seconds in all: even a starved signal comes in time
-        engine.Engine._load_pipeline = lambda self, source, device, dtype: pipe
+        engine.Engine._load_pipeline = lambda self, source, device, setup: pipe
         tell = lambda: (pipe.in_step.wait(), Path(sys.argv[1], "started").touch())
         threading.Thread(target=tell, daemon=True).start()
         cli.main(["generate", "x", "-o", sys.argv[1] + "/a.png", "--steps", "150", "--device", "cpu"])

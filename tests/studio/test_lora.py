@@ -154,7 +154,7 @@ def test_folders_are_checked(tmp_path, folder):
 def test_on_the_command_line(folder, tmp_path, monkeypatch):
     logging.getLogger("apps").setLevel(logging.CRITICAL)
     monkeypatch.setattr(
-        engine_module.Engine, "_load_pipeline", lambda self, source, device, dtype: tiny_text_to_image_pipeline()
+        engine_module.Engine, "_load_pipeline", lambda self, source, device, setup: tiny_text_to_image_pipeline()
     )
     cpu, first, second = Machine(device="cpu"), tmp_path / "a.png", tmp_path / "b.png"
     run(Wishes(prompt="a red apple", steps=2, lora=folder / "ink.safetensors", lora_scale=0.5), first, cpu)

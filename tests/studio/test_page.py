@@ -42,7 +42,8 @@ PAGE = {
     "mode": "text", "prompt": "a fox", "negative": "", "model": "fake", "shape": "64x64", "width": 96, "height": 64,
     "steps": 4, "guidance": 4.0, "seed_mode": FIXED, "seed": 3, "count": 1, "batch_size": 1, "style": "",
     "scheduler": "", "lora": "", "lora_scale": 1, "step_cache": "", "cache_amount": 0, "file_format": "png",
-    "keep_settings": True, "sidecar": False, "strength": 0.6, "repaint": 1.0,
+    "memory": "", "dtype": "", "attention": "", "grow_left": 0, "grow_top": 0, "grow_right": 0, "grow_bottom": 0,
+    "inpaint_label": None, "keep_settings": True, "sidecar": False, "strength": 0.6, "repaint": 1.0,
     "label": None, "scale_label": None, "top_k": 900, "top_p": 0.95, "temperature": 1, "smooth": False,
     "kv_policy": "full", "kv_budget": 0.1, "kv_dtype": "auto", "search": "", "candidates": 4, "grid_x": "steps",
     "grid_x_values": "2, 3", "grid_y": "", "grid_y_values": "", "grid_z": "", "grid_z_values": "", "source": None,
@@ -453,7 +454,19 @@ def test_all_languages_say_the_same_things():
 
 def test_every_string_is_used_and_every_use_has_one(root):
     sources = "".join(path.read_text() for path in (root / "apps" / "studio").rglob("*.py"))
-    built = ("tab.", "axis.", "grid.", "brush.", "cant.", "size.", "facts.", "seed.")  # put together from parts
+    built = (
+        "tab.",
+        "axis.",
+        "grid.",
+        "brush.",
+        "cant.",
+        "size.",
+        "facts.",
+        "seed.",
+        "memory.",
+        "attention.",
+        "expand.",
+    )  # put together from parts
     for key in sorted(ENGLISH.keys()):
         assert f'"{key}"' in sources or f"'{key}'" in sources or key.startswith(built) or key == "language", key
     for key in re.findall(r'words\("([\w.]+)"', sources):

@@ -1,33 +1,78 @@
-"""Inpaint: a brush marks the part of a picture that is painted anew; its tools are those of `static/brush.js`."""
+"""Inpaint: a brush marks the part of a picture that is painted anew, and the picture may grow beyond its sides.
+
+The tools of the brush are those of `static/brush.js`. Next-scale models draw what they paint here as the tab Scales
+says.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import gradio as gr
 
-from apps.metadata import PictureSettings
+from apps.metadata import Expand, PictureSettings
 from apps.studio import views
 from apps.studio.strings import Strings
+from apps.studio.tabs import scales
 from apps.studio.tabs.base import PageError, Tab, Values
+from apps.studio.tabs.classes import read_label
+
+SIDES = ("left", "top", "right", "bottom")
 
 
 def _build(words: Strings) -> dict[str, gr.components.Component]:
     gr.HTML(views.brush_tools(words), elem_id="brush-tools", js_on_load=None)
-    return {
+    parts: dict[str, Any] = {
+        "inpaint_label": gr.Dropdown(
+            [], label=words("label"), allow_custom_value=True, visible=False, elem_id="inpaint-label"
+        ),
         "repaint": gr.Slider(0.05, 1, 1.0, step=0.05, label=words("strength"), elem_id="repaint"),
-        "mask": gr.Textbox("", elem_id="mask", elem_classes="offstage", max_length=4_000_000, container=False),
     }
+    with gr.Accordion(words("expand"), open=False, elem_id="expand"):
+        gr.HTML(f'<p class="hint">{words("expand.hint")}</p>', js_on_load=None)
+        with gr.Row(elem_id="sides-grown"):
+            for side in SIDES:
+                parts[f"grow_{side}"] = gr.Number(
+                    0, label=words(f"expand.{side}"), precision=0, minimum=0, maximum=200, min_width=60,
+                    elem_id=f"grow-{side}",
+                )  # fmt: skip
+    parts["mask"] = gr.Textbox("", elem_id="mask", elem_classes="offstage", max_length=4_000_000, container=False)
+    return parts
 
 
 def _fields(values: Values) -> dict[str, object]:
+    expand = _expand(values)
     if not values["source"]:
         raise PageError("source.missing")
-    if not values["mask"]:
+    if not values["mask"] and expand is None:
         raise PageError("brush.nothing")
-    return {"image": values["source"], "mask": values["mask"], "strength": float(values["repaint"])}
+    found = {
+        **scales.sampling(values),
+        "image": values["source"],
+        "mask": values["mask"] or None,
+        "expand": expand,
+        "strength": float(values["repaint"]),
+    }
+    return {**found, "label": read_label(values["inpaint_label"])} if values["inpaint_label"] else found
+
+
+def _expand(values: Values) -> Expand | None:
+    """Read how far the picture grows, given in percent."""
+    shares = {side: (values[f"grow_{side}"] or 0) / 100 for side in SIDES}
+    return Expand.model_validate(shares) if any(shares.values()) else None
 
 
 def _show(settings: PictureSettings) -> dict[str, object]:
-    return {"source": settings.image, "mask": settings.mask, "repaint": settings.strength}
+    grown = {} if settings.expand is None else settings.expand.model_dump()
+    drawn = scales.show(settings) if settings.task.startswith("next_scale") else {}
+    return {
+        **{name: value for name, value in drawn.items() if name != "scale_label"},
+        **{f"grow_{side}": round(100 * grown.get(side, 0)) for side in SIDES},
+        "source": settings.image,
+        "mask": settings.mask,
+        "repaint": settings.strength,
+        "inpaint_label": None if settings.label is None else str(settings.label),
+    }
 
 
-TAB = Tab("inpaint", ("inpaint",), _build, _fields, _show, has_source=True)
+TAB = Tab("inpaint", ("inpaint", "next_scale_text", "next_scale_class"), _build, _fields, _show, has_source=True)

@@ -38,26 +38,31 @@ def _build(words: Strings) -> dict[str, gr.components.Component]:
     return parts
 
 
-def _fields(values: Values) -> dict[str, object]:
+def sampling(values: Values) -> dict[str, object]:
+    """Return the fields of a request that say how tokens are drawn and what is remembered."""
     searches = bool(values["search"])
-    found = {
+    return {
         "top_k": int(values["top_k"]),
         "top_p": float(values["top_p"]),
         "temperature": float(values["temperature"]),
-        "smooth": bool(values["smooth"]),
+        "smooth": bool(values["smooth"]) or None,  # models that read text have none to turn off
         "kv_policy": values["kv_policy"],
         "kv_budget": float(values["kv_budget"]) if values["kv_policy"] != "full" else None,
         "kv_dtype": values["kv_dtype"],
         "search": values["search"] or None,
         "candidates": int(values["candidates"]) if searches else None,
     }
+
+
+def _fields(values: Values) -> dict[str, object]:
     try:
-        return {**found, "label": read_label(values["scale_label"])}
+        return {**sampling(values), "label": read_label(values["scale_label"])}
     except PageError:
-        return found  # a model of texts has no class
+        return sampling(values)  # a model of texts has no class
 
 
-def _show(settings: PictureSettings) -> dict[str, object]:
+def show(settings: PictureSettings) -> dict[str, object]:
+    """Return what the components of the tab hold for the settings of a picture."""
     same = {name: getattr(settings, name) for name in ("top_k", "top_p", "temperature", "smooth", "kv_policy")}
     return {
         **same,
@@ -69,4 +74,4 @@ def _show(settings: PictureSettings) -> dict[str, object]:
     }
 
 
-TAB = Tab("scales", ("next_scale_text", "next_scale_class"), _build, _fields, _show)
+TAB = Tab("scales", ("next_scale_text", "next_scale_class"), _build, _fields, show)
