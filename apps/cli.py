@@ -27,10 +27,10 @@ Base = Annotated[
     str | None,
     typer.Option(help="For a file with a transformer only (GGUF): folder or hub id of the pipeline it belongs to."),
 ]
-ModelName = Annotated[str, typer.Argument(help="Built-in name, folder or hub id.")]
+ModelName = Annotated[str, typer.Argument(help="Built-in name, folder, hub id or OWNER/NAME@COMMIT.")]
 Offered = Annotated[
     list[str] | None,
-    typer.Option(help="Offer this model too: a built-in name, folder, file or hub id. May be repeated."),
+    typer.Option(help="Offer this too: built-in name, folder, file, hub id, OWNER/NAME@COMMIT. May be repeated."),
 ]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")]
 PictureFolder = Annotated[Path, typer.Option(file_okay=False, help="Folder that receives the pictures.")]
@@ -345,10 +345,10 @@ def bench(
             "skipping, and gain by searching)."
         ),
     ],
-    name: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Built-in name, folder or hub id; as --model.")
+    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Built-in name, folder, hub id or OWNER/NAME@COMMIT.", show_default="stickers")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Built-in name, folder or hub id.", show_default="stickers")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Pictures to compare, for cache, kv and search.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 7,
     output: Annotated[
@@ -383,13 +383,17 @@ def calibrate_cache(
         Path | None, typer.Option("--output", "-o", dir_okay=False, help="File to write; the model's folder if absent.")
     ] = None,
     steps: Steps = None,
+    region: Annotated[
+        Literal["output", "blocks"],
+        typer.Option(help="Forecast the prediction, or what the blocks add to it (better far apart, more memory)."),
+    ] = "output",
     device: Device = "auto",
     dtype: Precision = "auto",
 ) -> None:
     """Learn which steps of a model can be forecast, for --cache budget=0.35."""
     from apps.calibrate_cache import run
 
-    run(model, prompts=prompt or (), steps=steps, output=output, device=device, dtype=dtype)
+    run(model, prompts=prompt or (), steps=steps, region=region, output=output, device=device, dtype=dtype)
 
 
 @app.command()

@@ -29,6 +29,7 @@ from apps.job_store import JobStore, QueueFullError, StoredJob, StoredPicture
 from apps.jobs import REQUEST, AnyRequest, TextToImageRequest
 from apps.limits import ServerLimits
 from apps.lora import settle
+from apps.media import clip_of
 from apps.metadata import Lora, parse
 from apps.painter import StopRequestedError, Switches
 from apps.profiles import FORMATS, Setup, check_request, setup_of
@@ -569,10 +570,9 @@ class _ModelFailedError(Exception):
 def _picture_again(stored: StoredPicture, folder: Path) -> Picture:
     """Tell of a picture on record; a clip by its picture alone."""
     path, settings = folder / stored.name, parse(stored.settings)
-    video = path.with_suffix(".mp4")
     with Image.open(path, formats=["PNG", "WEBP"]) as image:
         image.load()
-        return Picture(path, settings.seed, settings, image, stored.seconds, None, video if video.is_file() else None)
+        return Picture(path, settings.seed, settings, image, stored.seconds, None, clip_of(path, settings))
 
 
 def _last_event(stored: StoredJob) -> Event:

@@ -35,6 +35,7 @@ from apps.named_settings import preset_values
 from apps.profiles import PROFILES, memory_profiles
 from apps.shelf import name_models
 from apps.uploads import read_upload
+from pipelines import builtin_models
 
 DEFAULT_MODEL = "stickers"
 DEFAULT_SEED = 0
@@ -160,7 +161,7 @@ def run(
         KeyboardInterrupt: Ctrl-C; no broken file is left.
     """
     taken = None if settings is None else read_settings(settings)
-    source = wishes.model or (DEFAULT_MODEL if taken is None else taken.model)
+    source = wishes.model or (DEFAULT_MODEL if taken is None else named_model(taken))
     check_output(output)
     parse_size(wishes.size)
     told = Console(stderr=True, quiet=json_output)
@@ -175,6 +176,21 @@ def run(
     if taken is not None:
         told_differences(taken, written[0][1].metadata, told)
     report(written, json_output)
+
+
+def named_model(taken: PictureSettings) -> str:
+    """Return the model that settings name: a built-in one or a hub id, never something on this machine.
+
+    Raises:
+        ValueError: another name; the folder must be named by who runs the command, not by a file of unknown origin.
+    """
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[0-9a-f]{40})?", taken.model) is not None
+    if taken.model in builtin_models() or (is_hub_id and not Path(taken.model).exists()):
+        return taken.model
+    raise ValueError(
+        f"The settings name the model {taken.model!r}, which is neither built in nor a hub id; give its folder or file "
+        "with --model."
+    )
 
 
 def make_request(

@@ -43,6 +43,12 @@ def require_video() -> None:
         raise ImportError("Writing clips needs PyAV: pip install 'tessera[studio]'.")
 
 
+def clip_of(picture: Path, settings: PictureSettings) -> Path | None:
+    """Return the file of the clip that a picture shows some frames of; None for a picture, or if the file is gone."""
+    file = picture.with_suffix(".mp4")
+    return file if settings.frames is not None and file.is_file() else None
+
+
 def contact_strip(frames: Sequence[Image.Image], count: int = STILLS) -> Image.Image:
     """Lay evenly spaced frames side by side, the first and the last one among them.
 

@@ -23,6 +23,7 @@ import torch
 from apps import limits
 from apps.profiles import Setup, can_tile
 from apps.schedulers import scheduler_names
+from pipelines.hub_id import split_revision
 from pipelines.memory import release
 
 logger = logging.getLogger(__name__)
@@ -190,14 +191,18 @@ def name_models(sources: Iterable[str]) -> dict[str, str]:
     """Give models the keys by which people choose them.
 
     Args:
-        sources: built-in names, folders, files or hub ids.
+        sources: built-in names, folders, files or hub ids, which `owner/name@COMMIT` pins.
 
     Returns:
         Key -> source. A folder or file goes by its last name, because a path would tell strangers about the machine;
         equal names are numbered.
+
+    Raises:
+        ValueError: a hub id is pinned to something that moves.
     """
     named: dict[str, str] = {}
     for source in dict.fromkeys(sources):
+        split_revision(source)  # a wrong pin is told now, and not when somebody waits for the model
         folder = Path(source).expanduser()
         base = folder.resolve().name if folder.exists() else source
         key, count = base, 1

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pipelines.base import TesseraPipeline
+from pipelines.hub_id import split_revision
 from pipelines.memory import check_memory, explain_out_of_memory, is_out_of_memory, release
 from pipelines.offload import check_offload, place
 from pipelines.single_file import (
@@ -80,12 +81,13 @@ def load_pipeline(
 
     Args:
         name: a built-in model (see `builtin_models`), a folder with a `model_index.json`, a single file, or a Hub id
-            `user/repository`. A built-in name wins over a folder; write `./name` for the folder.
+            `user/repository`, which `user/repository@COMMIT` pins. A built-in name wins over a folder; write `./name`
+            for the folder.
         device: where it runs; None is CUDA, MPS or the CPU, in this order.
         dtype: of the weights, e.g. "bfloat16"; None is bfloat16 on CUDA and float32 elsewhere.
         offload: "none"; or, for an accelerator with too little memory, "model" (one component on the device at a
             time), "group" (layers are brought over just before their use) or "sequential" (each layer when it runs).
-        revision: branch, tag or commit of a Hub repository; pin a commit for reproducible results.
+        revision: branch, tag or commit of a Hub repository; pin a commit for reproducible results, here or in the name.
         base: for a single file that holds the transformer only (GGUF always does): the pipeline that everything else
             comes from, a built-in name, folder or Hub id.
         config: for a single file that holds a whole pipeline: folder or Hub id with its configurations and
@@ -113,13 +115,14 @@ def load_pipeline(
     target = default_device() if device is None else torch.device(device)
     check_offload(offload, target)
     _check_options(kwargs)
+    name, base, revision = _unpin(os.fspath(name), base, revision)
     request = _Request(
         place=target,
         dtype=default_dtype(target) if dtype is None else as_dtype(dtype),
         offload=offload,
         options={"revision": revision, **kwargs},
     )
-    read = _plan(os.fspath(name), base, config, request)
+    read = _plan(name, base, config, request)
     try:
         return place(read(), target, offload)
     except Exception as error:
@@ -127,6 +130,18 @@ def load_pipeline(
         if is_out_of_memory(error):
             raise explain_out_of_memory(error, f"Loading {Path(name).name}") from None
         raise
+
+
+def _unpin(
+    name: str, base: str | os.PathLike | None, revision: str | None
+) -> tuple[str, str | os.PathLike | None, str | None]:
+    """Take the commits off the names; of a file and its base only one can have any."""
+    name, commit = split_revision(name)
+    if base is not None:
+        base, commit = split_revision(os.fspath(base))
+    if commit is not None and revision not in (None, commit):
+        raise ValueError(f"The name is pinned to {commit}, and revision={revision!r} asks for another; give one.")
+    return name, base, revision or commit
 
 
 @dataclass(frozen=True, slots=True)

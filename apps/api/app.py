@@ -6,9 +6,11 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request
+from fastapi import Depends, FastAPI, HTTPException, Query, Request
+from fastapi import Path as PathPart
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
@@ -30,8 +32,8 @@ LOCAL = User(name="local", role="admin", salt="0" * 32, digest="0" * 64)
 """Who asks, on a server without tokens, which listens on this machine only."""
 POLL_SECONDS = 0.04
 KEEP_ALIVE_SECONDS = 15.0
-JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$")]
-Place = Annotated[int, Path(ge=0, lt=limits.MAX_PICTURES)]
+JobId = Annotated[str, PathPart(pattern=r"^[0-9a-f]{16}$")]
+Place = Annotated[int, PathPart(ge=0, lt=limits.MAX_PICTURES)]
 MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp"}
 
 
@@ -180,14 +182,31 @@ def _add_looking(app: FastAPI) -> None:
 
     @app.get("/v1/jobs/{job_id}/pictures/{place}")
     def picture(job_id: JobId, place: Place, user: Watcher, engine: Painting) -> FileResponse:
-        _job(engine, user, job_id)
-        found = next((one for one in engine.pictures(job_id) if one.place == place), None)
-        if found is None or engine.output_dir is None:
-            raise HTTPException(404, error_body("not_found", "There is no such picture."))
-        path = limits.inside(engine.output_dir / found.name, engine.output_dir)
-        if not path.is_file():
-            raise HTTPException(410, error_body("gone", "The picture's file has been removed."))
+        path = _file(engine, user, job_id, place)
         return FileResponse(path, media_type=MEDIA_TYPES[path.suffix])
+
+    @app.get("/v1/jobs/{job_id}/clips/{place}")
+    def clip(job_id: JobId, place: Place, user: Watcher, engine: Painting) -> FileResponse:
+        path = _file(engine, user, job_id, place).with_suffix(".mp4")
+        if not limits.inside(path, path.parent).is_file():
+            raise HTTPException(404, error_body("not_found", "There is no clip of this picture."))
+        return FileResponse(path, media_type="video/mp4")
+
+
+def _file(engine: Engine, user: User, job_id: str, place: int) -> Path:
+    """Return the file of a picture that a user may see.
+
+    Raises:
+        HTTPException: 404 or 410.
+    """
+    _job(engine, user, job_id)
+    found = next((one for one in engine.pictures(job_id) if one.place == place), None)
+    if found is None or engine.output_dir is None:
+        raise HTTPException(404, error_body("not_found", "There is no such picture."))
+    path = limits.inside(engine.output_dir / found.name, engine.output_dir)
+    if not path.is_file():
+        raise HTTPException(410, error_body("gone", "The picture's file has been removed."))
+    return path
 
 
 def _model_row(engine: Engine, key: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from apps.studio.painting import Changes, Painting, restated
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
-from apps.studio.theme import BRUSH, CSS, SCRIPT, theme
+from apps.studio.theme import BRUSH, CSS, LANGUAGE, SCRIPT, theme
 from apps.studio.wishes import FIXED
 from pipelines import builtin_models
 
@@ -97,8 +97,14 @@ def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> Non
             theme=theme(),
             css_paths=CSS,
             js=SCRIPT.read_text(encoding="utf-8"),
-            head=f"<script>{BRUSH.read_text(encoding='utf-8')}</script>",
+            head=_head(),
         )
+
+
+def _head() -> str:
+    """Return the scripts that run before the page is drawn."""
+    language = f'<script data-languages="{" ".join(languages())}">{LANGUAGE.read_text(encoding="utf-8")}</script>'
+    return f"{language}<script>{BRUSH.read_text(encoding='utf-8')}</script>"
 
 
 def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:

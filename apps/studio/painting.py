@@ -21,6 +21,7 @@ from apps.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step
 from apps.grid import Cell, Filled, compose, plan
 from apps.job_store import QueueFullError
 from apps.jobs import REQUEST, AnyRequest
+from apps.media import clip_of
 from apps.metadata import PictureSettings, save_picture
 from apps.shelf import LoadedModel
 from apps.studio import views
@@ -57,6 +58,11 @@ class Shown:
     settings: PictureSettings
     seconds: float
     report: str = ""
+
+    @property
+    def clip(self) -> Path | None:
+        """The clip of which the picture shows some frames."""
+        return clip_of(self.path, self.settings)
 
 
 class Painting:
@@ -234,7 +240,7 @@ class Painting:
 
     def _follow(self, job: str, visit: list[Shown]) -> Generator[Changes]:
         """Turn the events of a job into changes; closing it stops the job."""
-        request, last = self._request_of(job), None
+        request, last, clip = self._request_of(job), None, None
         size, view = self._frame(request), _View(is_by_scales=request.task.startswith("next_scale"))
         busy = self._busy(True, can_skip=len(request.batches()) > 1)
         yield busy | {"stage": views.stage(size=size, note=self._words("starting"), share=0.0)}
@@ -243,12 +249,12 @@ class Painting:
                 if isinstance(event, Picture):
                     shown = Shown(_path(event), event.metadata, event.seconds, event.report)
                     visit[:] = [shown, *visit][:STRIP]
-                    last = views.file_uri(shown.path)
-                    view = replace(view, picture=last, is_rough=False)
+                    last, clip = views.file_uri(shown.path), _address(shown)
+                    view = replace(view, picture=last, clip=clip, is_rough=False)
                     yield {**self.show(shown), **strip(visit)}
                 elif isinstance(event, Done | Stopped | Failed):
                     if isinstance(event, Done) and last is not None:  # not the view of one that was skipped
-                        view = replace(view, picture=last, is_rough=False)
+                        view = replace(view, picture=last, clip=clip, is_rough=False)
                     yield self._busy(False) | self._ended(event, view, size)
                 elif (changes := self._progress(event, view, size)) is not None:
                     yield changes
@@ -287,16 +293,16 @@ class Painting:
     def show(self, shown: Shown) -> Changes:
         """Put a picture onto the stage."""
         size = (shown.settings.width, shown.settings.height)
-        can = gr.update(interactive=True)
+        can, is_picture = gr.update(interactive=True), gr.update(interactive=shown.clip is None)
         return {
-            "stage": views.stage(views.file_uri(shown.path), size=size),
+            "stage": views.stage(views.file_uri(shown.path), size=size, clip=_address(shown)),
             "details": views.details(shown.settings, shown.seconds, self._words, shown.report),
             "chosen": shown,
-            "save": gr.update(value=str(shown.path), interactive=True),
+            "save": gr.update(value=str(shown.clip or shown.path), interactive=True),
             "reuse_seed": can,
             "reuse_settings": can,
-            "start_from": can,
-            "inpaint_it": can,
+            "start_from": is_picture,
+            "inpaint_it": is_picture,
         }
 
     # ---------------------------------------------------------------------------- grid
@@ -373,6 +379,7 @@ class _View:
     """What the stage shows while a job goes on: the last preview or picture stays until there is something newer."""
 
     picture: str | None = None
+    clip: str | None = None
     is_rough: bool = True
     is_by_scales: bool = False
     strip: str = ""
@@ -383,7 +390,7 @@ class _View:
         """Take in a step; whether it's time to redraw."""
         self.strip = step.strip
         if step.preview is not None:
-            self.picture, self.is_rough = views.preview_uri(step.preview), True
+            self.picture, self.clip, self.is_rough = views.preview_uri(step.preview), None, True
             if self.is_by_scales:
                 self.scales = (() if step.step == 1 else self.scales) + (self.picture,)
         if time.monotonic() < self.next_redraw:
@@ -394,8 +401,19 @@ class _View:
     def draw(self, size: tuple[int, int], note: str, share: float | None = None) -> str:
         rough = self.is_rough and self.picture is not None
         return views.stage(
-            self.picture, size=size, note=note, share=share, is_preview=rough, strip=self.strip, scales=self.scales
+            self.picture,
+            size=size,
+            note=note,
+            share=share,
+            is_preview=rough,
+            strip=self.strip,
+            scales=self.scales,
+            clip=self.clip,
         )
+
+
+def _address(shown: Shown) -> str | None:
+    return None if shown.clip is None else views.clip_address(shown.clip)
 
 
 def strip(visit: Sequence[Shown]) -> Changes:

@@ -13,6 +13,7 @@ STATIC = Path(__file__).parent / "static"
 CSS = STATIC / "studio.css"
 SCRIPT = STATIC / "studio.js"
 BRUSH = STATIC / "brush.js"
+LANGUAGE = STATIC / "language.js"
 
 PAPER, CARD, SUNK, LINE, INK, SOFT = "#f6f3ee", "#ffffff", "#f3efe8", "#e6dfd4", "#26221d", "#776e62"
 NIGHT, NIGHT_CARD, NIGHT_SUNK, NIGHT_LINE, CHALK, DIM = (

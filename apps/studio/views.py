@@ -10,6 +10,7 @@ import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -52,6 +53,7 @@ def stage(
     is_problem: bool = False,
     strip: str = "",
     scales: Sequence[str] = (),
+    clip: str | None = None,
 ) -> str:
     """Draw the big frame with the picture in it and a line on how it goes.
 
@@ -64,12 +66,18 @@ def stage(
         is_problem: the note tells of a failure.
         strip: what a step cache did, a letter a step, see `apps.events.Step`.
         scales: data URIs of the scales so far.
+        clip: address of a clip, which is played; then `picture` shows some of its frames until it is there.
     """
     width, height = size
     inner = _empty_mosaic(busy=share is not None)
     if picture is not None:
         kind = "preview" if is_preview else "crisp" if max(size) <= PIXEL_SIDE else "smooth"
         inner = f'<img class="{kind}" src="{picture}" alt="{"preview" if is_preview else "the picture"}">'
+    if picture is not None and clip is not None:
+        inner = (
+            f'<video src="{escape(clip)}" poster="{picture}" controls loop muted autoplay playsinline>'
+            f'<img class="strip" src="{picture}" alt="some frames of the clip"></video>'
+        )
     bar = "" if share is None else f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div>'
     role = 'role="alert" class="note problem"' if is_problem else 'role="status" class="note"'
     steps = "".join(f'<i class="{"computed" if letter == "C" else "forecast"}"></i>' for letter in strip)
@@ -85,6 +93,9 @@ def details(settings: PictureSettings, seconds: float, words: Strings, report: s
     facts = [
         words("facts.seed", value=settings.seed),
         f"{settings.width} \u00d7 {settings.height}",
+        words("facts.frames", value=settings.frames, fps=f"{settings.fps:g}")
+        if settings.frames and settings.fps
+        else "",
         words("facts.steps", value=settings.steps) if settings.steps else "",
         words("facts.guidance", value=f"{settings.guidance:g}") if settings.guidance is not None else "",
         settings.sampler or "",
@@ -155,6 +166,11 @@ def file_uri(path: Path) -> str:
     """Return a PNG or WebP file as a data URI, byte for byte, so that saving it from the page keeps its settings."""
     kind = "webp" if path.suffix == ".webp" else "png"
     return f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def clip_address(path: Path) -> str:
+    """Return where a clip of the output folder is served, beside the page in whatever language."""
+    return f"gradio_api/file={quote(str(path))}"
 
 
 def preview_uri(image: Image.Image) -> str:

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from pipelines import builtin, load_pipeline, memory, sources
+from pipelines.hub_id import split_revision
 from pipelines.memory import NotEnoughMemoryError, read_header
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
@@ -197,6 +198,31 @@ def test_a_repository_in_the_cache_needs_no_network(saved, tmp_path, monkeypatch
     assert type(pipe).__name__ == "TextToImagePipeline"
     with pytest.raises(ConnectionError, match=r"someone/pictures is not .* in the local cache"):
         load_pipeline("someone/pictures", revision="v2", cache_dir=tmp_path, device="cpu")
+
+
+@pytest.mark.usefixtures("reads")
+def test_a_name_may_be_pinned_to_a_commit(saved, tmp_path):
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "models--someone--pictures" / "snapshots" / commit
+    shutil.copytree(saved, snapshot)
+    options = {"cache_dir": tmp_path, "device": "cpu"}
+    assert load_pipeline(f"someone/pictures@{commit}", **options).transformer is not None
+    assert load_pipeline(f"someone/pictures@{commit.upper()}", revision=commit, **options)
+    with pytest.raises(ConnectionError, match=r"not \(completely\) in the local cache"):  # another one isn't there
+        load_pipeline(f"someone/pictures@{'f' * 40}", **options)
+    for moving in ("main", "v1.0", commit[:8], "", f"{commit}0", "../x"):
+        with pytest.raises(ValueError, match=r"is no commit.*40 hex digits"):
+            load_pipeline(f"someone/pictures@{moving}", **options)
+    with pytest.raises(ValueError, match="asks for another"):
+        load_pipeline(f"someone/pictures@{commit}", revision="main", **options)
+
+
+@pytest.mark.usefixtures("reads")
+def test_a_folder_with_an_at_sign_is_a_folder(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "mine" / "best@main")
+    monkeypatch.chdir(tmp_path)
+    assert split_revision("mine/best@main") == ("mine/best@main", None)
+    assert load_pipeline("mine/best@main", device="cpu").transformer is not None
 
 
 def test_components_that_are_brought_are_not_fetched(monkeypatch, tmp_path):

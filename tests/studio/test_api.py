@@ -211,6 +211,7 @@ TABLE = [  # method, path, least role; None is for everybody
     ("GET", "/v1/jobs/{job}", "watch"),
     ("GET", "/v1/jobs/{job}/events", "watch"),
     ("GET", "/v1/jobs/{job}/pictures/0", "watch"),
+    ("GET", "/v1/jobs/{job}/clips/0", "watch"),
     ("POST", "/v1/jobs", "paint"),
     ("POST", "/v1/pictures", "paint"),
     ("POST", "/v1/images/generations", "paint"),

@@ -143,6 +143,25 @@ def test_models_are_named_without_their_paths(tmp_path):
     }
 
 
+def test_a_pinned_model_is_offered_by_its_whole_name_and_a_moving_one_is_not():
+    pinned = f"someone/model@{'0123456789' * 4}"
+    assert name_models([pinned]) == {pinned: pinned}
+    with pytest.raises(ValueError, match="'main', which is no commit"):
+        name_models(["stickers", "someone/model@main"])
+
+
+@pytest.mark.parametrize("name", ["/etc", "../model", "~/model", "model", "a/b/c", "someone/model@main", "x/y"])
+def test_settings_of_a_stranger_name_no_place_on_this_machine(fake, tmp_path, monkeypatch, name):
+    run(Wishes(prompt="x", steps=2), tmp_path / "a.png", CPU)
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    settings = read_picture(tmp_path / "a.png").model_copy(update={"model": name})
+    (tmp_path / "hostile.json").write_text(settings.model_dump_json())
+    with pytest.raises(ValueError, match="neither built in nor a hub id"):
+        run(Wishes(), tmp_path / "b.png", CPU, settings=tmp_path / "hostile.json")
+    run(Wishes(model="stickers"), tmp_path / "b.png", CPU, settings=tmp_path / "hostile.json")
+
+
 def test_ctrl_c_leaves_130_and_no_file(tmp_path):
     script = textwrap.dedent("""
         import sys, threading

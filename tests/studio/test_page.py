@@ -225,6 +225,7 @@ def test_fast_steps_do_not_flood_the_page(tmp_path):
         ({"seed": None}, "missing"),
         ({"seed": float("nan")}, "cannot convert"),
         ({"model": "/etc"}, "choose among fake"),
+        ({"model": f"someone/model@{'0' * 40}"}, "choose among fake"),  # the owner of the machine names those
         ({"mode": "image"}, "Choose a picture"),
         ({"mode": "image", "source": "../../etc/passwd"}, "image"),
         ({"mode": "inpaint", "source": "0" * 64}, "Nothing is marked"),

@@ -340,6 +340,26 @@ def test_chinese_gallery_and_a_hostile_upload(server, page, tmp_path):
 
 
 @pytest.mark.browser
+def test_the_first_visit_is_in_the_browsers_language(server, browser):
+    address, _ = server
+    for locale, place in (("zh-CN", "/zh/"), ("en-GB", "/"), ("fr-FR", "/")):
+        context = browser.new_context(locale=locale)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.goto(address)
+        page.wait_for_url(f"{address}{place}")
+        page.locator("#paint").wait_for()
+        assert page.inner_text("#paint") == (STRINGS["paint"] if place == "/zh/" else "Paint")
+        if locale == "zh-CN":  # what is chosen goes before what the browser asks for, from then on
+            page.click(".language")
+            page.wait_for_url(f"{address}/")
+            page.goto(f"{address}/?x=1")
+            page.locator("#paint").wait_for()
+            assert page.inner_text("#paint") == "Paint"
+        context.close()
+
+
+@pytest.mark.browser
 def test_closing_the_tab_frees_the_engine(server, browser):
     address, out = server
     first = browser.new_page()

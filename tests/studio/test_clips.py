@@ -1,0 +1,164 @@
+"""Clips: played in the page, served from the output folder only, and painted again from the MP4 alone."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import av
+import httpx
+import pytest
+from PIL import Image
+
+from apps import engine as engine_module
+from apps.api.app import create_app
+from apps.engine import Engine
+from apps.generate import Machine, Wishes, run
+from apps.media import read_mp4
+from apps.metadata import MetadataError
+from apps.serve import _start, check_port
+from apps.studio import views
+from apps.studio.app import mount
+from apps.studio.choosing import Choosing
+from apps.studio.painting import Painting
+from apps.studio.sessions import Sessions
+from apps.studio.strings import Strings
+from tests.families.tiny import tiny_pipeline
+from tests.studio.test_page import PAGE, TAB, pictures
+from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, note_says, open_page
+
+WORDS = Strings("en")
+ASK = {**PAGE, "model": "stickers", "prompt": "a red apple", "shape": "64x32", "frames": 9, "steps": 2, "guidance": 1.0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model of clips behind the page and the API; a command line with a pipeline of the same weights."""
+    out = tmp_path_factory.mktemp("clips")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, setup: tiny_pipeline("wan"))
+        engine = Engine({"stickers": "stickers"}, out, device="cpu")
+        engine.model().result(60)
+        sessions, port = Sessions(None), check_port("127.0.0.1", 0)
+        painting = Painting(engine, WORDS, sessions)
+        app = create_app(engine)
+        mount(app, engine)
+        server = _start(app, "127.0.0.1", port)
+        yield SimpleNamespace(
+            engine=engine, out=out, painting=painting, address=f"http://127.0.0.1:{port}",
+            choosing=Choosing(engine, WORDS, sessions, painting),
+        )  # fmt: skip
+        server.should_exit = True
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def painted(world):
+    told = list(world.painting.paint([], ASK, TAB))
+    return SimpleNamespace(shown=pictures(told)[0], told=told)
+
+
+def frames_of(path):
+    with av.open(str(path)) as file:
+        return [frame.to_ndarray(format="rgb24").tobytes() for frame in file.decode(video=0)]
+
+
+def test_the_stage_plays_the_clip_with_its_strip_as_poster(world, painted):
+    stage = [changes["stage"] for changes in painted.told if "stage" in changes][-1]
+    assert "Done in" in stage
+    assert f'<video src="{views.clip_address(painted.shown.clip)}"' in stage
+    assert f'poster="{views.file_uri(painted.shown.path)}"' in stage
+    shown = world.painting.show(painted.shown)
+    assert shown["save"]["value"] == str(painted.shown.clip)
+    assert shown["start_from"]["interactive"] is False  # a strip of frames is no picture to start from
+    assert "9 frames, 16 a second" in shown["details"]
+    hung = world.choosing.turn(0, 0, TAB)["hung"]
+    assert "<video" in world.choosing.look(hung, SimpleNamespace(index=0))["stage"]
+
+
+def test_a_clip_whose_file_is_gone_is_shown_by_its_frames(painted, world, tmp_path):
+    moved = tmp_path / "there.mp4"
+    shutil.move(painted.shown.clip, moved)
+    try:
+        assert "<video" not in world.painting.show(painted.shown)["stage"]
+        assert painted.shown.clip is None
+    finally:
+        shutil.move(moved, painted.shown.path.with_suffix(".mp4"))
+
+
+def test_an_mp4_puts_the_page_in_place_and_is_painted_again(world, painted, tmp_path):
+    """The bar for clips: the same frames in the studio and on the command line, from the MP4 alone."""
+    clip = painted.shown.clip
+    assert read_mp4(clip) == painted.shown.settings
+    shown = {key: value for key, value in world.choosing.load_settings(str(clip)).items() if key in PAGE}
+    assert (shown["frames"], shown["steps"], shown["mode"]) == (9, 2, "text")
+    again = pictures(list(world.painting.paint([], {**PAGE, **shown}, TAB)))[0]
+    assert again.settings == painted.shown.settings
+    assert Image.open(again.path).tobytes() == Image.open(painted.shown.path).tobytes()
+    assert frames_of(again.clip) == frames_of(clip)
+    run(Wishes(), tmp_path / "cli.mp4", Machine(device="cpu"), settings=clip)
+    assert frames_of(tmp_path / "cli.mp4") == frames_of(clip)
+    assert read_mp4(tmp_path / "cli.mp4") == painted.shown.settings
+    run(Wishes(), tmp_path / "mute.mp4", Machine(device="cpu"), settings=clip, keep_settings=False)
+    with pytest.raises(MetadataError, match="no settings"):  # settings that shall not be in the file
+        read_mp4(tmp_path / "mute.mp4")
+
+
+def test_the_api_serves_the_clip(world, painted, tmp_path):
+    with httpx.Client(base_url=world.address, trust_env=False, timeout=30) as client:
+        row = client.get("/v1/jobs", params={"limit": 100}).json()["jobs"][-1]["pictures"][0]
+        answer = client.get(row["clip"])
+        assert answer.headers["content-type"] == "video/mp4"
+        assert answer.content == painted.shown.clip.read_bytes()
+        part = client.get(row["clip"], headers={"Range": "bytes=0-99"})  # what players ask for
+        assert (part.status_code, len(part.content)) == (206, 100)
+        assert client.get(row["clip"].replace("clips/0", "clips/3")).status_code == 404
+        outside = tmp_path / "outside.mp4"
+        outside.write_bytes(painted.shown.clip.read_bytes())
+        assert client.get(f"/{views.clip_address(outside)}").status_code == 403
+        inside = client.get(f"/{views.clip_address(painted.shown.clip)}")
+        assert inside.content == painted.shown.clip.read_bytes()
+
+
+@pytest.mark.browser
+def test_a_browser_plays_it(world, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no chromium here; apt-get install --no-install-recommends chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.set_default_timeout(60_000)
+        requests, errors = [], []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        open_page(page, f"{world.address}/zh/")
+        open_page(page, world.address)
+        page.fill("#prompt textarea", "a red apple")
+        for name, value in (("frames", "9"), ("steps", "2")):
+            page.fill(f"#{name} input[type=number]", value)
+            page.press(f"#{name} input[type=number]", "Tab")
+        page.locator("#shape label", has_text="Custom").click()
+        for name, value in (("width", "64"), ("height", "32")):
+            page.fill(f"#{name} input[type=number]", value)
+            page.press(f"#{name} input[type=number]", "Tab")
+        page.click("#paint")
+        note_says(page, "Done", 120)
+        page.wait_for_function("document.querySelector('#stage video')?.readyState >= 2")
+        video = "document.querySelector('#stage video')"
+        assert page.evaluate(f"[{video}.videoWidth, {video}.videoHeight]") == [64, 32]
+        assert page.evaluate(f"{video}.duration") == pytest.approx(9 / 16, abs=0.07)
+        page.wait_for_function(f"{video}.currentTime > 0")
+        address = page.evaluate(f"{video}.currentSrc")
+        assert address.startswith(f"{world.address}/gradio_api/file=")
+        newest = max(world.out.glob("*.mp4"), key=lambda file: file.stat().st_mtime)
+        assert httpx.get(address, trust_env=False).content == newest.read_bytes()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.reload()
+        page.locator(".chip:visible").first.wait_for()
+        page.fill("#steps input[type=number]", "7")
+        page.set_input_files("#settings input[type=file]", newest)
+        page.wait_for_function("document.querySelector('#steps input[type=number]').value === '2'")
+        assert errors == []
+        assert [url for url in requests if not url.startswith((world.address, "data:", "blob:"))] == []
+        browser.close()
