@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -23,6 +23,7 @@ def run(
     *,
     prompts: Sequence[str] = (),
     steps: int | None = None,
+    region: Literal["output", "blocks"] = "output",
     output: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -33,6 +34,7 @@ def run(
         model: built-in name, folder or hub id.
         prompts: what to paint; four usual ones if empty. Class labels for class-conditional models.
         steps: of the runs; None is the pipeline's default.
+        region: what is forecast, see `sampling.step_cache.calibrate_budget`.
         output: file ending in .safetensors; the model's own folder if None.
         device: where to paint.
         dtype: of the weights.
@@ -47,8 +49,9 @@ def run(
     if output is None and not folder.is_dir():
         raise ValueError(f"the model {model!r} has no folder of its own here: name a file with --output")
     wanted: list[Any] = [int(prompt) if prompt.isdecimal() else prompt for prompt in prompts or PROMPTS]
-    profile = calibrate_budget(pipe, wanted, steps)
+    profile = calibrate_budget(pipe, wanted, steps, region=region)
     path = output or folder / PROFILE_FILE
     profile.save(path)
     strip = "".join("C" if computed else "." for computed in profile.mask((), 0.35))
-    Console().print(f"{path}: {len(profile.sigmas)} steps, {profile.prompts} prompts; at budget 0.35: {strip}")
+    learned = f"{len(profile.sigmas)} steps, {profile.prompts} prompts, region {profile.region}"
+    Console().print(f"{path}: {learned}; at budget 0.35: {strip}")

@@ -1,8 +1,8 @@
-"""Learning a `Profile`: paint a few prompts and watch how the predictions along a run resemble each other."""
+"""Learning a `Profile`: paint a few prompts and watch how what would be forecast at one step resembles other steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,72 +11,75 @@ import torch
 from torch import Tensor, nn
 
 from dit.runtime.artifacts import ArtifactHeader
-from dit.runtime.attachment import AttachError, Attachment, Mechanism, find_networks
-from dit.runtime.coordinates import Coordinates, current_coordinates
-from dit.runtime.families import family_of
+from dit.runtime.attachment import AttachError, Attachment, find_networks
+from dit.runtime.families import TokenLayout, family_of
 from sampling.noise_table import NoiseTable
 from sampling.observe import observe
+from sampling.step_cache.engine import Call, StepCache
+from sampling.step_cache.forecasters import Reuse
+from sampling.step_cache.gates import Interval
 from sampling.step_cache.profile import KIND, Profile
-from sampling.step_cache.values import take_apart
+from sampling.step_cache.regions import RegionName, region_of
+from sampling.step_cache.values import Values
 
 WIDTH = 4096
 """Numbers that are kept of each sample's prediction until the run ends; larger ones are sketched."""
 
 
-class GramObserver(Mechanism):
-    """Sums up inner products of predictions at all pairs of steps, by branch, as runs go by.
+class GramObserver(StepCache):
+    """A step cache that computes every step, and sums up inner products of what it would keep at all pairs of steps.
 
     Of each prediction a sketch of `width` numbers is kept until the run ends (random signs, random bins: inner
     products are right on average), so memory is steps x width, whatever the size of the pictures.
 
     Args:
+        region: "output" or "blocks", see `calibrate_budget`.
         width: of the sketch; predictions that are no larger are kept whole.
     """
 
     name = "step_cache_gram"
     order = 90
 
-    def __init__(self, width: int = WIDTH) -> None:
+    def __init__(self, region: RegionName = "output", width: int = WIDTH) -> None:
+        super().__init__(Interval(1), Reuse(), region_of(region))
         self.width, self.runs = width, 0
         self.sums: dict[str, np.ndarray] = {}
         self._branches: dict[str, dict[int, Tensor]] = {}
         self._steps, self._numbers = 0, 1
         self._sketch: tuple[Tensor, Tensor] | None = None
+        self._layouts: dict[str, TokenLayout] = {}
 
     def install(self, attachment: Attachment) -> None:
-        """Listen to the output of every network, from where coordinates are still said."""
-        for model in attachment.models.values():
-            attachment.around(model, partial(self._watch, attachment, model))
+        """Hook into the region, and note where in their sequence the networks keep the picture."""
+        super().install(attachment)
+        for component, model in attachment.models.items():
+            attachment.before(model, partial(self._look, component))
 
     def begin(self, prompt: Any) -> None:
         """Forget an unfinished run."""
         self._branches = {}
 
-    def _watch(
-        self, attachment: Attachment, model: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        output, here = forward(*args, **kwargs), current_coordinates()
-        if here is None:
-            attachment.skip("no coordinates")
+    def _look(self, component: str, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        family = family_of(model)
+        self._layouts[component] = family.token_grid(model, family.bind(model, args, kwargs))
+
+    def keep(self, call: Call, slot: str, output: Any, values: Values) -> None:
+        """Sketch a step's prediction; see `StepCache.keep`."""
+        if slot == "output":
+            prediction = torch.stack(values) if isinstance(output, list) else values[0]  # (B, ...)
         else:
-            self._note(attachment, model, here, output)
-        return output
-
-    def _note(self, attachment: Attachment, model: nn.Module, here: Coordinates, output: Any) -> None:
-        tensors, _ = take_apart(output)
-        prediction = torch.stack(tensors) if isinstance(output, list) else tensors[0]  # (B, ...)
-        self._steps = here.num_steps
-        for branch, part in self._parts(attachment, model, here, prediction):
+            prediction = _picture(values, self._layouts[call.component])  # (B, N, D)
+        self._steps = call.here.num_steps
+        for branch, part in self._parts(call, prediction):
             self._numbers = part.numel()
-            self._branches.setdefault(branch, {})[here.step] = self._sketched(part.detach().float().flatten(1))
+            self._branches.setdefault(branch, {})[call.here.step] = self._sketched(part.detach().float().flatten(1))
 
-    def _parts(
-        self, attachment: Attachment, model: nn.Module, here: Coordinates, prediction: Tensor
-    ) -> list[tuple[str, Tensor]]:
+    def _parts(self, call: Call, prediction: Tensor) -> list[tuple[str, Tensor]]:
         """A prediction by branch; "all" is cut where the family says how."""
-        if here.branch != "all":
-            return [(here.branch, prediction)]
-        layout = family_of(model).branches(attachment.target) or family_of(model).branches()
+        if call.here.branch != "all":
+            return [(call.here.branch, prediction)]
+        family = family_of(call.attachment.models[call.component])
+        layout = family.branches(call.attachment.target) or family.branches()
         if layout is None or layout.kind != "batched" or len(prediction) % len(layout.order):
             return [("cond", prediction)]
         return list(zip(layout.order, prediction.chunk(len(layout.order)), strict=True))
@@ -119,8 +122,29 @@ class GramObserver(Mechanism):
         self._branches = {}
 
 
+def _picture(values: Values, layout: TokenLayout) -> Tensor:
+    """The picture's part of what blocks add, (B, N, D): a stream of its own, or its tokens in a joint one.
+
+    What the text's tokens add is no part of the network's output, so it must not count as an error.
+    """
+    streams = [value for value in values if value.ndim == 3]
+    for stream in streams:  # (B, N, D)
+        if stream.shape[1] == layout.num_tokens + layout.extra:
+            return stream
+    for stream in streams:  # (B, L + N, D)
+        if stream.shape[1] == layout.sequence_length:
+            return stream[:, layout.image_slice()]
+    return values[0]
+
+
 def calibrate_budget(
-    pipeline: Any, prompts: Sequence[Any], steps: int | None = None, *, seed: int = 0, **call_kwargs: Any
+    pipeline: Any,
+    prompts: Sequence[Any],
+    steps: int | None = None,
+    *,
+    region: RegionName = "output",
+    seed: int = 0,
+    **call_kwargs: Any,
 ) -> Profile:
     """Learn which steps of a model's runs can be forecast from which others.
 
@@ -130,6 +154,10 @@ def calibrate_budget(
         pipeline: of diffusers or ours.
         prompts: what to paint (class labels for class-conditional pipelines).
         steps: of the runs; None is the pipeline's default.
+        region: what is forecast on skipped steps. "output" is the network's prediction: nothing of the network runs,
+            and two latents are kept. "blocks" is what the stack of blocks adds to its input: embeddings and the last
+            projection run at each step on the latents and the noise level that it has, which forecasts better where
+            computed steps are far apart, and the tokens of two steps are kept.
         seed: of the first prompt's noise.
         **call_kwargs: handed to the calls, e.g. `guidance_scale=4`.
 
@@ -137,10 +165,10 @@ def calibrate_budget(
         The profile; it carries to other prompts, budgets and, in sigma, to other step counts.
 
     Raises:
-        AttachError: calls of the network could not be placed.
-        ValueError: no prompts.
+        AttachError: calls of the network could not be placed, or it has no blocks that are known.
+        ValueError: no prompts, or an unknown region.
     """
-    watcher = GramObserver()
+    watcher = GramObserver(region)
     settings = {**call_kwargs, **({} if steps is None else {"num_inference_steps": steps})}
     seen = observe(pipeline, prompts, [watcher], seed=seed, kind=KIND, **settings)
     table = NoiseTable.of(pipeline.scheduler)
@@ -151,4 +179,4 @@ def calibrate_budget(
     guidance = float(getattr(pipeline, "guidance_scale", 1.0) or 1.0) if "uncond,uncond" in grams else 1.0
     model = next(iter(find_networks(pipeline).values()))
     header = ArtifactHeader.of(KIND, model, pipeline.scheduler, seen.header.grid, ())
-    return Profile(header, table.last(len(grams["cond,cond"])).sigmas, grams, guidance, len(prompts))
+    return Profile(header, table.last(len(grams["cond,cond"])).sigmas, grams, guidance, len(prompts), region)

@@ -79,6 +79,10 @@ class Call:
         """
         tensors, self.track.rebuild[slot] = take_apart(output)
         values = tuple(tensor.detach().clone() for tensor in tensors) if base is None else _less(tensors, base)
+        self.cache.keep(self, slot, output, values)
+
+    def remember(self, slot: str, values: Values) -> None:
+        """Put values before those of earlier steps, as many as the forecaster combines."""
         depth = self.cache.forecaster.depth
         old = self._history(slot) or ()
         self.attachment.state.set(self.cache.name, self._layer(slot), self.here.branch, (values, *old[: depth - 1]))
@@ -239,6 +243,17 @@ class StepCache(Mechanism):
             track = self._tracks[key] = Track(shapes=shapes, last_step=here.step - 1)
             track.memory["sigmas"] = self._sigmas
         return track
+
+    def keep(self, call: Call, slot: str, output: Any, values: Values) -> None:
+        """Keep what a computed step gave, for forecasts.
+
+        Args:
+            call: which step of which branch.
+            slot: which part of the region.
+            output: of that part.
+            values: what is forecast: the tensors of the output, or what it adds to its input.
+        """
+        call.remember(slot, values)
 
     def decide(self, call: Call) -> bool:
         """Decide about a call: the rules, then the earlier branch of the step, then the gate."""

@@ -25,7 +25,7 @@ from sampling.step_cache.gates import (
     Probe,
     Speculative,
 )
-from sampling.step_cache.regions import Blocks, Modules, Output
+from sampling.step_cache.regions import Blocks, Modules, Output, region_of
 
 if TYPE_CHECKING:
     from sampling.step_cache.profile import Profile
@@ -57,6 +57,8 @@ def data(name: str) -> Any:
 def budget(budget: float, profile: Profile | str | None, fill: str, guidance: float | None, check: bool) -> StepCache:
     """The best steps for a share of the calls; the others are what the two before them predict.
 
+    What is forecast, the network's output or what its blocks add, is what the profile was calibrated for.
+
     Args:
         budget: largest share of calls that are computed.
         profile: of the model, or a file of one, see `calibrate_budget`.
@@ -76,7 +78,8 @@ def budget(budget: float, profile: Profile | str | None, fill: str, guidance: fl
     forecasters: dict[str, Forecaster] = {"newton": Newton(1), "reuse": Reuse(), "gram": Gram(found)}
     if fill not in forecasters:
         raise ValueError(f"fill {fill!r} is not known; use one of {', '.join(forecasters)}")
-    return StepCache(Budget(found, budget, fill, guidance, check), forecasters[fill], Output())  # pyright: ignore
+    gate = Budget(found, budget, fill, guidance, check)  # pyright: ignore[reportArgumentType]
+    return StepCache(gate, forecasters[fill], region_of(found.region))
 
 
 def fora(every: int, first: int) -> StepCache:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dit.runtime.artifacts import ArtifactError, ArtifactHeader, model_fingerprint, read_artifact, write_artifact
+from sampling.step_cache.regions import RegionName
 from sampling.step_cache.schedule import Errors, best_steps
 
 KIND = "step_cache_profile"
@@ -36,6 +37,7 @@ class Profile:
         grams: (N, N) for "cond,cond" and, where there was guidance, "uncond,uncond" and "cond,uncond".
         guidance: scale of the calibration runs; 1 where there was none.
         prompts: how many were painted.
+        region: of which part of the network the predictions are, "output" or "blocks"; see `calibrate_budget`.
     """
 
     header: ArtifactHeader
@@ -43,6 +45,7 @@ class Profile:
     grams: dict[str, np.ndarray]
     guidance: float = 1.0
     prompts: int = 0
+    region: RegionName = "output"
     _plans: dict[tuple, tuple[bool, ...]] = field(default_factory=dict, repr=False, compare=False)
     _weights: dict[tuple, tuple[float, ...]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -150,7 +153,7 @@ class Profile:
             path: of the file, ending in .safetensors.
         """
         tensors = {name: torch.from_numpy(np.asarray(gram, np.float32)) for name, gram in self.grams.items()}
-        data = {"sigmas": self.sigmas, "guidance": self.guidance, "prompts": self.prompts}
+        data = {"sigmas": self.sigmas, "guidance": self.guidance, "prompts": self.prompts, "region": self.region}
         write_artifact(path, self.header, tensors, data)
 
     @classmethod
@@ -168,7 +171,8 @@ class Profile:
         if header.kind != KIND:
             raise ArtifactError(f"{path} is a {header.kind!r}, expected a {KIND!r}: calibrate one")
         grams = {name: tensor.double().numpy() for name, tensor in tensors.items()}
-        return cls(header, tuple(data["sigmas"]), grams, data["guidance"], data["prompts"])
+        region = data.get("region", "output")  # older files know no other
+        return cls(header, tuple(data["sigmas"]), grams, data["guidance"], data["prompts"], region)
 
 
 def interpolation(known: Sequence[float], wanted: Sequence[float]) -> np.ndarray:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from torch import nn
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sampling.step_cache.engine import Call, StepCache
 
 Forward = Callable[..., Any]
+RegionName = Literal["output", "blocks"]
+"""Regions that a profile can be calibrated for: `Output()` and `Blocks(head=0)`."""
 
 
 class Place(Protocol):
@@ -216,4 +218,19 @@ class _ModulesPlace:
         return output
 
 
-__all__ = ["Blocks", "Modules", "Output", "Place", "Region"]
+def region_of(name: str) -> Region:
+    """Return the region that a profile was, or is to be, calibrated for.
+
+    Args:
+        name: "output" or "blocks".
+
+    Raises:
+        ValueError: another name.
+    """
+    regions: dict[str, Region] = {"output": Output(), "blocks": Blocks(head=0)}
+    if name not in regions:
+        raise ValueError(f"region {name!r} is not known; use one of {', '.join(get_args(RegionName))}")
+    return regions[name]
+
+
+__all__ = ["Blocks", "Modules", "Output", "Place", "Region", "RegionName", "region_of"]
