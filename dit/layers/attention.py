@@ -1,5 +1,11 @@
-"""The attention layer of our networks: projections in diffusers' names around `dit.attention.attention`."""
+"""The attention layer of our networks: projections in diffusers' names around `dit.attention.attention`.
 
+What other attention layers of ours do alike stands here too: splitting into heads, turning, attending, projecting back.
+"""
+
+from typing import Any
+
+import torch
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
@@ -8,11 +14,46 @@ from dit.layers.norms import RMSNorm
 from dit.layers.positions import Rotary, apply_rotary
 
 
-class SelfAttnProcessor:
-    """Project, normalise, turn, attend, project back. Replaceable through `set_attn_processor`."""
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Cut channels into heads: (B, N, D) to (B, N, K, E)."""
+    return x.unflatten(-1, (heads, -1))
 
-    _attention_backend = None
-    _parallel_config = None
+
+def turn(query: Tensor, key: Tensor, rotary: Rotary | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Turn queries and keys (B, N, K, E) by their places, if any, and bring them to the values' dtype.
+
+    Under autocast norms compute in float32, and kernels want one dtype.
+    """
+    if rotary is not None:
+        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+    return query.to(dtype), key.to(dtype)
+
+
+class AttnProcessor:
+    """What attends for a layer, with the backend and the parallelism that diffusers set on it."""
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`dit.attention.attention` through the chosen backend, (B, N, K, E)."""
+        return attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+
+    @staticmethod
+    def project_back(attn: Any, out: Tensor) -> Tensor:
+        """From heads (B, N, K, E) to the width of the network, (B, N, D)."""
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+class SelfAttnProcessor(AttnProcessor):
+    """Project, normalise, turn, attend, project back. Replaceable through `set_attn_processor`."""
 
     def __call__(
         self,
@@ -38,20 +79,9 @@ class SelfAttnProcessor:
             query = attn.to_q(hidden_states)  # (B, N, D)
             key = attn.to_k(hidden_states)  # (B, N, D)
             value = attn.to_v(hidden_states)  # (B, N, D)
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, N, K, E)
-        query, key = attn.norm_q(query), attn.norm_k(key)  # (B, N, K, E)
-        if image_rotary_emb is not None:
-            query, key = apply_rotary(query, image_rotary_emb), apply_rotary(key, image_rotary_emb)
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        out = attention(
-            query,
-            key,
-            value,
-            attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )  # (B, N, K, E)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2)))  # (B, N, D)
+        query, key, value = (split_heads(x, attn.heads) for x in (query, key, value))  # (B, N, K, E)
+        query, key = turn(attn.norm_q(query), attn.norm_k(key), image_rotary_emb, value.dtype)
+        return self.project_back(attn, self.attend(query, key, value, attention_mask))  # (B, N, D)
 
 
 class SelfAttention(nn.Module, AttentionModuleMixin):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from dit.attention import attention
 from dit.cache import Attend, ScaleKVCache
+from dit.layers.attention import AttnProcessor, split_heads, turn
 from dit.layers.feed_forward import FeedForward
 from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
-from dit.layers.positions import Rotary, apply_rotary
+from dit.layers.positions import Rotary
 
 MAX_SHARPNESS = 100.0
 """Upper limit of what a head multiplies its cosine similarities with."""
@@ -40,11 +42,8 @@ class LayerCache:
         return self.cache.attend(self.layer, self.scale, query, key, value, attend)
 
 
-class NextScaleAttnProcessor:
+class NextScaleAttnProcessor(AttnProcessor):
     """Project, normalise, turn, remember, attend, project back. Replaceable through `set_attn_processor`."""
-
-    _attention_backend = None
-    _parallel_config = None
 
     def __call__(
         self,
@@ -66,20 +65,13 @@ class NextScaleAttnProcessor:
         Returns:
             (B, N, D).
         """
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, K, E)
-        key = attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, K, E)
-        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, K, E)
-        query, key = attn.normalize(query, key)
-        if rotary is not None:
-            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        query, key = query.to(value.dtype), key.to(value.dtype)  # autocast normalises in float32
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            options = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
-            return attention(query, key, value, attention_mask, **options)
-
+        query = split_heads(attn.to_q(hidden_states), attn.heads)  # (B, N, K, E)
+        key = split_heads(attn.to_k(hidden_states), attn.heads)  # (B, N, K, E)
+        value = split_heads(attn.to_v(hidden_states), attn.heads)  # (B, N, K, E)
+        query, key = turn(*attn.normalize(query, key), rotary, value.dtype)
+        attend = partial(self.attend, attention_mask=attention_mask)
         out = attend(query, key, value) if cache is None else cache.attend(query, key, value, attend)  # (B, N, K, E)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2)))  # (B, N, D)
+        return self.project_back(attn, out)  # (B, N, D)
 
 
 class NextScaleAttention(nn.Module, AttentionModuleMixin):
@@ -124,11 +116,8 @@ class NextScaleAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, attention_mask, cache, rotary)
 
 
-class TextAttnProcessor:
+class TextAttnProcessor(AttnProcessor):
     """Project queries, attend to ready keys and values, project back. Replaceable through `set_attn_processor`."""
-
-    _attention_backend = None
-    _parallel_config = None
 
     def __call__(
         self, attn: TextAttention, hidden_states: Tensor, text: KeyValue, text_mask: Tensor | None = None
@@ -144,11 +133,8 @@ class TextAttnProcessor:
         Returns:
             (B, N, D).
         """
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, K, E)
-        out = attention(
-            query, *text, text_mask, backend=self._attention_backend, parallel_config=self._parallel_config
-        )  # (B, N, K, E)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2)))  # (B, N, D)
+        query = split_heads(attn.to_q(hidden_states), attn.heads)  # (B, N, K, E)
+        return self.project_back(attn, self.attend(query, *text, text_mask))  # (B, N, D)
 
 
 class TextAttention(nn.Module, AttentionModuleMixin):
@@ -176,7 +162,7 @@ class TextAttention(nn.Module, AttentionModuleMixin):
     def read(self, text: Tensor) -> KeyValue:
         """Keys and values of text (B, M, D), once a picture."""
         key, value = self.to_k(text), self.to_v(text)  # (B, M, D) each
-        return key.unflatten(-1, (self.heads, -1)), value.unflatten(-1, (self.heads, -1))  # (B, M, K, E) each
+        return split_heads(key, self.heads), split_heads(value, self.heads)  # (B, M, K, E) each
 
     def forward(self, hidden_states: Tensor, text: KeyValue, text_mask: Tensor | None = None) -> Tensor:
         """Look at the text; see `TextAttnProcessor` for the shapes."""
@@ -202,8 +188,7 @@ class TextPool(nn.Module):
     def forward(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Pool text (B, M, Dt), real where the mask (B, M) is True, into (B, D)."""
         heads = len(self.query)
-        key = self.to_k(text).unflatten(-1, (heads, -1))  # (B, M, K, E)
-        value = self.to_v(text).unflatten(-1, (heads, -1))  # (B, M, K, E)
+        key, value = split_heads(self.to_k(text), heads), split_heads(self.to_v(text), heads)  # (B, M, K, E) each
         query = self.query.to(key.dtype).expand(len(text), 1, -1, -1)  # (B, 1, K, E)
         return self.proj_out(attention(query, key, value, text_mask).flatten(1))  # (B, D)
 
