@@ -16,13 +16,11 @@ from torch import Tensor
 from dit.runtime.coordinates import coordinates_scope, next_run
 from pipelines.base import OUTPUT_TYPES, TesseraPipeline
 from pipelines.checks import check_choice, check_count, check_number
+from pipelines.labels import Label, label_ids, names_of
 from pipelines.lora import TransformerLoraMixin
 from sampling.guidance import classifier_free_guidance
 from sampling.noise_table import NoiseTable
 from sampling.timesteps import set_timesteps
-
-Label = int | str
-"""A class number, or one of its names."""
 
 
 class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
@@ -58,9 +56,8 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        names = {int(label): name for label, name in (id2label or {}).items()}  # JSON turns the keys into strings
-        self.register_to_config(id2label={str(label): name for label, name in names.items()} or None)
-        self.labels = {part.strip(): label for label, name in names.items() for part in name.split(",")}
+        self.register_to_config(id2label={str(label): name for label, name in (id2label or {}).items()} or None)
+        self.labels = names_of(id2label)
         self.vae_scale_factor = 8 if vae is None else self.visual_tokenizer.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -156,23 +153,9 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             TypeError: something else than ints and strings.
             ValueError: no labels, an unknown name, or a number that the model has no row for.
         """
-        if isinstance(labels, Tensor):
-            labels = labels.reshape(-1).tolist()
-        given = labels if isinstance(labels, list | tuple) else [labels]
-        if not given:
-            raise ValueError("class_labels is an empty list: pass at least one class number or name.")
-        return torch.tensor([self._label_id(label) for label in given])  # (P,)
-
-    def _label_id(self, label: Label) -> int:
-        if isinstance(label, str):
-            if label not in self.labels:
-                known = ", ".join(sorted(self.labels)[:5]) or "none; pass class numbers"
-                raise ValueError(f"Class name {label!r} is not known. Known names ({len(self.labels)}): {known} ...")
-            return self.labels[label]
         # The row after the last class is 'no class', which may be painted too.
         last = self.transformer.config.num_classes - (self.transformer.config.class_dropout_prob == 0)
-        check_count("class label", label, 0, last)
-        return label
+        return label_ids(labels, self.labels, last)
 
     # ------------------------------------------------------------------- checks
 
