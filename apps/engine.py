@@ -33,7 +33,7 @@ from apps.media import clip_of
 from apps.metadata import Lora, parse
 from apps.painter import StopRequestedError, Switches
 from apps.profiles import FORMATS, Setup, check_request, setup_of
-from apps.shelf import LoadedModel, ModelShelf, Pipeline
+from apps.shelf import LoadedModel, ModelShelf, Pipeline, tasks_on_disk
 from apps.uploads import UploadStore
 from apps.worker import Order, Studio, work
 from pipelines.memory import explain_out_of_memory, is_out_of_memory, release
@@ -169,6 +169,13 @@ class Engine:
     def loaded(self, key: str) -> Future[LoadedModel] | None:
         """Return the future of a model if it is loaded or being loaded, else None."""
         return self._devices[0].shelf.peek(key)
+
+    def tasks(self, key: str) -> tuple[str, ...]:
+        """Return what a model can be asked for, as far as that is known without loading it."""
+        future = self.loaded(key)
+        if future is not None and future.done() and future.exception() is None:
+            return future.result().tasks
+        return tasks_on_disk(self.source(key))
 
     def source(self, key: str) -> str:
         """Return the built-in name, folder or hub id behind a key (for the owner's eyes only)."""

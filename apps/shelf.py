@@ -63,6 +63,7 @@ class LoadedModel:
         schedulers: names of the schedulers that fit.
         sizes: width and height of all that it paints, its own first; empty for one that takes any multiple.
         can_tile: its decoder can work tile by tile.
+        can_search: it comes with a scorer that chooses among candidates.
     """
 
     key: str
@@ -85,6 +86,7 @@ class LoadedModel:
     schedulers: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
     can_tile: bool
+    can_search: bool
 
     @property
     def pipe(self) -> Pipeline:
@@ -259,6 +261,7 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
         schedulers=tuple(scheduler_names(getattr(pipe, "scheduler", None))),
         sizes=tuple((width, height) for height, width in getattr(pipe, "sizes", ())),
         can_tile=can_tile(pipe),
+        can_search="search" in defaults and (Path(getattr(pipe, "name_or_path", None) or "") / "scorer").is_dir(),
     )
 
 
@@ -273,7 +276,33 @@ def _own_defaults(pipe: Pipeline) -> dict[str, Any]:
 
 def call_arguments(pipe: Pipeline) -> frozenset[str]:
     """Return the argument names of a pipeline's call."""
-    return frozenset(inspect.signature(type(pipe).__call__).parameters)
+    return _arguments_of(type(pipe))
+
+
+def _arguments_of(pipeline: type) -> frozenset[str]:
+    return frozenset(inspect.signature(pipeline.__call__).parameters)
+
+
+def tasks_on_disk(source: str) -> tuple[str, ...]:
+    """Return what a model can be asked for, as far as its folder tells before anything is loaded.
+
+    Args:
+        source: built-in name, folder, file or hub id.
+
+    Returns:
+        The tasks of its pipeline; empty for what is no folder here, or none that can be read.
+    """
+    from pipelines.builtin import PRETRAINED, builtin_models
+    from pipelines.sources import pipeline_class, read_index
+
+    folder = PRETRAINED / source if source in builtin_models() else Path(source)
+    if not folder.is_dir():
+        return ()
+    try:
+        return _tasks_of(_arguments_of(pipeline_class(read_index(folder))))
+    except (OSError, ValueError) as error:
+        logger.info("%s doesn't tell what it can do: %s", source, error)
+        return ()
 
 
 def find_tasks(pipe: Pipeline) -> dict[str, Pipeline]:
@@ -285,19 +314,20 @@ def find_tasks(pipe: Pipeline) -> dict[str, Pipeline]:
     Returns:
         Task -> pipeline, the main task first; empty for one that paints neither texts nor classes.
     """
-    accepts = call_arguments(pipe)
+    found = dict.fromkeys(_tasks_of(call_arguments(pipe)), pipe)
+    return found | _sister_pipelines(pipe) if tuple(found) == ("text_to_image",) else found
+
+
+def _tasks_of(accepts: frozenset[str]) -> tuple[str, ...]:
+    """Return what a pipeline can be asked for by the arguments of its call, the main task first."""
     if "class_labels" in accepts:
-        return {"next_scale_class" if "kv_policy" in accepts else "class_to_image": pipe}
+        return ("next_scale_class" if "kv_policy" in accepts else "class_to_image",)
     if "prompt" not in accepts:
-        return {}
+        return ()
     if "kv_policy" in accepts:
-        return {"next_scale_text": pipe}
-    found = {"text_to_image": pipe}
-    if {"image", "strength"} <= accepts:
-        found["image_to_image"] = pipe
-    if {"image", "mask_image"} <= accepts:
-        found["inpaint"] = pipe
-    return found if len(found) > 1 else found | _sister_pipelines(pipe)
+        return ("next_scale_text",)
+    others = {"image_to_image": {"image", "strength"}, "inpaint": {"image", "mask_image"}}
+    return ("text_to_image", *(task for task, needs in others.items() if needs <= accepts))
 
 
 def _sister_pipelines(pipe: Pipeline) -> dict[str, Pipeline]:

@@ -210,14 +210,15 @@ def _file(engine: Engine, user: User, job_id: str, place: int) -> Path:
 
 
 def _model_row(engine: Engine, key: str) -> dict[str, Any]:
-    """Describe a model; of one that isn't loaded only the name is known."""
+    """Describe a model; of one that isn't loaded only the name, and what its folder tells, is known."""
     row: dict[str, Any] = {"id": key, "object": "model", "created": 0, "owned_by": "local"}
+    row["tasks"] = list(engine.tasks(key))
     future = engine.model(key) if key == engine.models[0] else engine.loaded(key)
     if future is None or not future.done() or future.exception() is not None:
         return row
     model = future.result()
     size = {"width": model.width, "height": model.side, "multiple": model.multiple}
-    return row | {"tasks": list(model.tasks), "schedulers": list(model.schedulers), **size, "steps": model.steps}
+    return row | {"schedulers": list(model.schedulers), **size, "steps": model.steps}
 
 
 def _reasons(found: dict[str, str]) -> dict[str, str | None]:

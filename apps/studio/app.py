@@ -196,6 +196,7 @@ def _connect(page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions
 
     wiring.on([page.load], opened, ["saved", *wiring.wishes])
     wiring.on([parts["model"].input], settled, ["model", "mode"])
+    wiring.on([parts["switch"].click], lambda mode: wiring.told(choosing.switch(mode)), ["mode"])
     parts["preset"].input(
         lambda name, key: wiring.told(choosing.choose_preset(name, key)),
         wiring.components(["preset", "model"]),

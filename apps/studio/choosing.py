@@ -131,6 +131,8 @@ class Choosing:
             "inpaint_label": gr.update(choices=labels, visible=bool(labels) and "next_scale_class" in model.tasks),
             "repaint": gr.update(visible="inpaint" in model.tasks),
             "smooth": gr.update(visible="smooth" in model.defaults),
+            "search": gr.update(value="", visible=model.can_search),
+            "candidates": gr.update(visible=model.can_search),
             **self._drawing(model),
             "attention": gr.update(choices=attention_choices(self._words, self._engine.devices)),
             "memory_note": views.hint(memory_note(self._words, self._engine.devices, model)),
@@ -147,21 +149,26 @@ class Choosing:
         return {name: model.defaults[name] for name in names if isinstance(model.defaults.get(name), int | float)}
 
     def fit(self, key: str, mode: str) -> Changes:
-        """Say whether a model can do what a tab asks for, and which one can."""
-        tab = TABS.get(mode)
+        """Say whether a model can do what a tab asks for, and offer one that can."""
         model = self._loaded(key)
-        if tab is None or model is None or set(tab.tasks) & set(model.tasks):
-            return {"need": ""}
-        others = [name for name in self._engine.models if self._can(name, tab.tasks)]
-        if others:
-            remedy = self._words("cant.other", models=", ".join(others))
-        else:
-            remedy = self._words(f"cant.{mode}") if mode in ("classes", "scales") else ""
-        return {"need": views.note(f"{self._words('cant', model=key)} {remedy}")}
+        if mode not in TABS or model is None or set(TABS[mode].tasks) & set(model.tasks):
+            return {"need": "", "switch": gr.update(visible=False)}
+        other = self._able(mode)
+        label = "" if other is None else self._words("cant.switch", model=other)
+        return {
+            "need": views.cannot(key, mode, other, self._words),
+            "switch": gr.update(value=label, visible=other is not None),
+        }
 
-    def _can(self, key: str, tasks: Sequence[str]) -> bool:
-        model = self._loaded(key)
-        return model is not None and bool(set(tasks) & set(model.tasks))
+    def switch(self, mode: str) -> Changes:
+        """Choose a model that can do what a tab asks for."""
+        other = self._able(mode)
+        return {} if other is None else {"model": other, **self.settle(other, mode)}
+
+    def _able(self, mode: str) -> str | None:
+        """Return the first model that can do what a tab asks for."""
+        tasks = set(TABS[mode].tasks) if mode in TABS else set()
+        return next((name for name in self._engine.models if tasks & set(self._engine.tasks(name))), None)
 
     def _loaded(self, key: str) -> LoadedModel | None:
         future = self._engine.loaded(key)

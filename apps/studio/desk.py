@@ -31,6 +31,7 @@ def ask(words: Strings) -> Parts:
     """Lay out the prompt, the buttons and the examples."""
     prompts = example_prompts([], EXAMPLES)
     parts: Parts = {"need": gr.HTML("", elem_id="need", js_on_load=None)}
+    parts["switch"] = gr.Button("", visible=False, variant="primary", elem_id="switch")
     parts["prompt"] = gr.Textbox(
         label=words("prompt"),
         placeholder=words("prompt.hint"),

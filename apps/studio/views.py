@@ -125,6 +125,38 @@ def note(text: str) -> str:
     return f'<p class="remark">{escape(text)}</p>' if text else ""
 
 
+RECIPES = {
+    "classes": ("tessera convert --family dit --checkpoint DiT-XL-2-256x256.pt -o models/dit", "models/dit"),
+    "scales": ("tessera convert --family var --checkpoint var_d16.pth --vae vae_ch160v4096z32.pth -o models/var",
+               "models/var"),
+}  # fmt: skip
+"""How to get a model for a tab that no model here can do: what to run first, and the folder to start with then."""
+
+
+def cannot(model: str, mode: str, other: str | None, words: Strings) -> str:
+    """Draw what stands in a tab that the chosen model can't do.
+
+    Args:
+        model: its name.
+        mode: the tab.
+        other: a model that can; None if there is none here.
+        words: of the page.
+    """
+    title, steps = escape(words(f"cant.{mode}", model=model)), ""
+    if other is not None:
+        told = words("cant.other", model=other)
+    elif mode in RECIPES:
+        told = words(f"cant.{mode}.how")
+        command, folder = RECIPES[mode]
+        lines = (command, f"tessera studio --model {folder}")
+        steps = "<ol>" + "".join(f"<li><code>{escape(line)}</code></li>" for line in lines) + "</ol>"
+    else:
+        told = words("cant.none")
+    tiles = "".join(f'<i class="t{i}"></i>' for i in range(4))
+    art = f'<div class="tiles" aria-hidden="true">{tiles}</div>'
+    return f'<section class="cannot" role="status">{art}<h2>{title}</h2><p>{escape(told)}</p>{steps}</section>'
+
+
 def hint(text: str) -> str:
     """Draw a quiet remark; nothing for no text."""
     return f'<p class="hint">{escape(text)}</p>' if text else ""

@@ -322,6 +322,33 @@ def test_the_controls_fit_the_model(studio, tmp_path):
         studio.choosing.settle("../secret", "text")
 
 
+def test_a_tab_that_a_model_cannot_do_offers_one_that_can(tmp_path):
+    """Known from its folder: nothing is loaded to find out."""
+    loaded = []
+    engine = Engine(
+        {"stickers": "stickers", "stickers-var": "stickers-var"},
+        tmp_path,
+        device="cpu",
+        load=lambda source: loaded.append(source) or FakePipeline(),
+    )
+    engine.model("stickers").result(60)
+    sessions = Sessions(None)
+    choosing = Choosing(engine, ENGLISH, sessions, Painting(engine, ENGLISH, sessions))
+    assert engine.tasks("stickers-var") == ("next_scale_text",)
+    changes = choosing.fit("stickers", "scales")
+    assert changes["switch"] == gr.update(value="Use stickers-var", visible=True)
+    assert "not scale by scale" in changes["need"]
+    assert loaded == ["stickers"]
+    nobody = choosing.fit("stickers", "classes")
+    assert nobody["switch"]["visible"] is False
+    assert "<code>tessera studio --model models/dit</code>" in nobody["need"]
+    assert choosing.switch("classes") == {}
+    assert choosing.switch("scales")["model"] == "stickers-var"
+    assert loaded == ["stickers", "stickers-var"]
+    assert "<b>" not in views.cannot("<b>", "image", "<b>", ENGLISH)
+    engine.close()
+
+
 def test_what_the_browser_remembers_is_put_in_place_and_checked(studio):
     saved = {name: PAGE[name] for name in SAVED} | {"prompt": "a ghost", "steps": 9, "mode": "grid"}
     changes = studio.choosing.open(saved, PAGE)

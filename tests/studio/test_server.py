@@ -59,15 +59,15 @@ def server(tmp_path_factory):
     assert "Traceback" not in (folder / "log").read_text()
 
 
-def wait_for_address(process, log):
-    deadline = time.monotonic() + 150
+def wait_for_address(process, log, seconds=150):
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
         if found:
             return found[0]
         assert process.poll() is None, log.read_text()
         time.sleep(0.2)
-    raise AssertionError(f"no address within 150 s: {log.read_text()}")
+    raise AssertionError(f"no address within {seconds} s: {log.read_text()}")
 
 
 @pytest.mark.parametrize(

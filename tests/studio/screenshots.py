@@ -1,0 +1,161 @@
+"""Take the pictures of the studio's tabs that the documents show: `python -m tests.studio.screenshots docs/studio`.
+
+Paints with the built-in models in a server of its own, opens the page in a headless Chromium and keeps each tab at the
+width of a desk and of a phone. Another run on the same machine gives the same pictures but for the times.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, PROJECT, note_says, open_page, wait_for_address
+
+WIDTHS = {1280: 900, 390: 844}
+"""Of the window, with its height."""
+PATIENCE = 600
+"""Seconds that a picture may take on a busy machine."""
+PICTURES = (
+    ("two stars on purple", 3),
+    ("a crown above a frog on pink", 5),
+    ("a fox on an orange background", 2),
+    ("a panda left of a rocket on yellow", 7),
+)
+
+
+class Camera:
+    """A page of the studio, and where its pictures go.
+
+    Args:
+        page: of playwright, open.
+        folder: receives the pictures.
+        tabs: only these; all if empty.
+    """
+
+    def __init__(self, page: Any, folder: Path, tabs: tuple[str, ...] = ()) -> None:
+        self.page = page
+        self._folder = folder
+        self._tabs = tabs
+
+    def take(self, name: str) -> None:
+        """Keep the whole page at every width."""
+        if self._tabs and name not in self._tabs:
+            return
+        for width, height in WIDTHS.items():
+            self.page.set_viewport_size({"width": width, "height": height})
+            self.page.mouse.move(0, 0)
+            self.page.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
+            self.page.wait_for_timeout(1500)  # until transitions and late fonts have settled
+            self.page.screenshot(path=self._folder / f"{name}-{width}.png", full_page=True)
+        self.page.set_viewport_size({"width": 1280, "height": WIDTHS[1280]})
+
+    def open(self, tab: str) -> None:
+        """Open a tab by the name of its part of the address in the page."""
+        names = {"text": "Text", "image": "Image", "inpaint": "Inpaint", "classes": "Class", "scales": "Scales"}
+        self.page.get_by_role("tab", name=names.get(tab, tab.title()), exact=True).first.click()
+        self.page.wait_for_function("tab => document.querySelector('#desk').dataset.tab === tab", arg=tab)
+
+    def paint(self, prompt: str, seed: int) -> None:
+        """Paint a picture with a fixed seed and wait for it."""
+        self.page.fill("#prompt textarea", prompt)
+        self.page.fill("#seed input", str(seed))
+        self.page.press("#seed input", "Tab")
+        self.page.wait_for_function("document.querySelector('#seed-mode input:checked')?.value === 'fixed'")
+        self.page.click("#paint")
+        note_says(self.page, "St", PATIENCE)  # Starting, or a step: the note of the last picture is gone
+        note_says(self.page, "Done", PATIENCE)
+        self.page.wait_for_timeout(800)
+
+
+def shoot(camera: Camera) -> None:
+    """Walk through the tabs as somebody would who uses them."""
+    page = camera.page
+    for prompt, seed in PICTURES:
+        camera.paint(prompt, seed)
+    camera.take("text")
+
+    page.locator("#strip .thumbnail-item").nth(1).click()
+    page.click("#start-from")
+    page.locator("#source canvas").wait_for(state="attached")
+    camera.paint("a tiger face on an orange background", 9)
+    camera.take("image")
+
+    page.locator("#strip .thumbnail-item").nth(1).click()
+    page.click("#inpaint-it")
+    canvas = page.locator("#source canvas")
+    canvas.wait_for()
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    for step in range(5):  # strokes down the right half
+        x, top, bottom = (0.62 + 0.08 * step, 0.2, 0.82)
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + top * box["height"])
+        page.mouse.down()
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + bottom * box["height"], steps=6)
+        page.mouse.up()
+    camera.paint("a panda left of a pizza on yellow", 4)
+    camera.take("inpaint")
+
+    open_page(page, page.url)  # an empty easel
+    camera.open("classes")
+    page.locator(".cannot").wait_for()
+    camera.take("class")
+    camera.open("scales")
+    page.locator("#switch").click()
+    page.locator("#go").wait_for()
+    camera.paint("three cherries on yellow", 12)
+    camera.paint("a crown above a frog on pink", 5)
+    camera.paint("a panda left of a rocket on yellow", 7)
+    camera.take("scales")
+
+    open_page(page, page.url)
+    camera.open("grid")
+    page.locator("#model input").click()
+    page.get_by_role("option", name="stickers", exact=True).click()
+    page.fill("#grid-x-values textarea, #grid-x-values input", "8, 16, 28")
+    page.locator("#grid-y input").click()
+    page.get_by_role("option", name="Step cache", exact=True).click()
+    page.fill("#grid-y-values textarea, #grid-y-values input", "off, taylorseer, budget")
+    camera.paint("an octopus on a green background", 9)
+    camera.take("grid")
+    camera.open("gallery")
+    page.locator("#gallery img").first.wait_for()
+    camera.take("gallery")
+
+
+def main(folder: Path, tabs: tuple[str, ...]) -> None:
+    """Start a server, take the pictures, end it.
+
+    Args:
+        folder: receives the pictures.
+        tabs: only these; all if empty.
+    """
+    from playwright.sync_api import sync_playwright
+
+    with tempfile.TemporaryDirectory() as place:
+        log = Path(place) / "log"
+        command = [sys.executable, "-m", "apps", "studio", "--port", "0", "--no-browser", "--device", "cpu"]
+        process = subprocess.Popen(
+            [*command, "--output", str(Path(place) / "out")],
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            cwd=PROJECT,
+        )
+        try:
+            with sync_playwright() as playwright:
+                browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+                page = browser.new_page(viewport={"width": 1280, "height": WIDTHS[1280]}, reduced_motion="reduce")
+                page.set_default_timeout(1000 * PATIENCE)
+                open_page(page, wait_for_address(process, log, PATIENCE))
+                shoot(Camera(page, folder, tabs))
+                browser.close()
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(120)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), tuple(sys.argv[2:]))
