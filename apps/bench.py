@@ -1,6 +1,6 @@
 """`tessera bench`: how fast things are here, measured in turns, with what they were measured on.
 
-`tessera bench paint` times a picture at the default settings, a single forward pass, and the decoder.
+`tessera bench paint` times a picture at the default settings and its parts; a file may hold several models.
 `tessera bench start` times importing the library beside importing diffusers alone, in fresh processes.
 `tessera bench cache` compares step caches and fewer steps at equal cost, with rivals in the same run, and draws them
 beside the JSON file; `tessera bench cache-transfer` carries a profile to other prompts, sizes, guidance and schedulers.
@@ -10,7 +10,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from apps.bench_next_scale import Asked, bench_kv, bench_search, bench_shortcuts, show_tables
+from apps.bench_paint import bench_paint, medians
 from apps.machine import describe_machine
-from dit.runtime.compare import Comparison, count_flops, measure
-from pipelines import load_pipeline
+from dit.runtime.compare import measure
 
-PROMPT = "a red apple on a yellow background"
 IMPORTS = {
     "diffusers": "from diffusers import ModelMixin, DiffusionPipeline",
     "diffusers + pipelines": "from diffusers import ModelMixin, DiffusionPipeline; import pipelines",
@@ -69,8 +67,7 @@ def run(
     asked = Asked(model, 1 if smoke else repeats, min(prompts, 2) if smoke else prompts, place, precision)
     report = {"benchmark": what, **BENCHMARKS[what](asked)}
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        _write(report, output)
         if what == "cache":
             from apps.bench_plot import plot
 
@@ -86,39 +83,6 @@ def run(
     return report
 
 
-def bench_paint(asked: Asked) -> dict[str, Any]:
-    """Times a picture at the pipeline's defaults, and its parts."""
-    begun = time.perf_counter()
-    pipe: Any = load_pipeline(asked.model or "stickers", device=asked.device, dtype=asked.dtype)
-    pipe.set_progress_bar_config(disable=True)
-    loading = time.perf_counter() - begun
-    calls: list[dict[str, Any]] = []
-    hook = pipe.transformer.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append({"args": args, "kwargs": kwargs}), with_kwargs=True
-    )
-    latents = pipe(PROMPT, generator=torch.Generator().manual_seed(0), output_type="latent").images
-    hook.remove()
-
-    def paint() -> None:
-        pipe(PROMPT, generator=torch.Generator().manual_seed(0))
-
-    @torch.inference_mode()
-    def step() -> None:
-        pipe.transformer(*calls[0]["args"], **calls[0]["kwargs"])
-
-    @torch.inference_mode()
-    def decode() -> None:
-        pipe.visual_tokenizer.decode(latents.to(pipe.vae.dtype))
-
-    comparison = measure({"picture": paint, "forward pass": step, "decoder": decode}, asked.repeats)
-    return {
-        "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
-        "steps": len(calls),
-        "gflops_per_pass": round(count_flops(step) / 1e9, 3),
-        "seconds": {"loading": round(loading, 3), **_medians(comparison)},
-    }
-
-
 def bench_start(asked: Asked) -> dict[str, Any]:
     """Times imports in fresh processes."""
     comparison = measure({name: _in_fresh_process(code) for name, code in IMPORTS.items()}, asked.repeats)
@@ -127,7 +91,7 @@ def bench_start(asked: Asked) -> dict[str, Any]:
     return {
         "machine": describe_machine(torch.device("cpu"), torch.float32),
         "ratio": round(comparison.ratio("diffusers + pipelines", "diffusers"), 3),
-        "seconds": {**_medians(comparison), "added by pipelines": round(added, 3)},
+        "seconds": {**medians(comparison), "added by pipelines": round(added, 3)},
     }
 
 
@@ -161,8 +125,15 @@ def _in_fresh_process(code: str) -> Callable[[], object]:
     return lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def _medians(comparison: Comparison) -> dict[str, float]:
-    return {name: round(timing.wall_median, 4) for name, timing in comparison.timings.items()}
+def _write(report: dict[str, Any], output: Path) -> None:
+    """Writes a report as JSON; reports of single models go beside those of others that the file holds."""
+    if "model" in report:
+        own = {name: value for name, value in report.items() if name not in ("benchmark", "model")}
+        held = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
+        others = held.get("models", {}) if held.get("benchmark") == report["benchmark"] else {}
+        report = {"benchmark": report["benchmark"], "models": {**others, report["model"]: own}}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _show(report: dict[str, Any], console: Console) -> None:

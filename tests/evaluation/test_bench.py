@@ -1,23 +1,43 @@
-"""The benchmarks run on the tiny pipeline and say what they measured."""
+"""The benchmarks run on tiny pipelines and say what they measured."""
 
 import json
 
 import pytest
 
 from apps.bench import run
+from pipelines import NextScaleClassToImagePipeline
+from tests.models.tiny_next_scale import tokenizer, transformer
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 
 def test_painting_report(tmp_path, capsys):
-    tiny_text_to_image_pipeline().save_pretrained(tmp_path / "tiny")
-    report = run("paint", model=str(tmp_path / "tiny"), output=tmp_path / "report.json", smoke=True, json_output=True)
+    folder = str(tmp_path / "tiny")
+    tiny_text_to_image_pipeline().save_pretrained(folder)
+    report = run("paint", model=folder, output=tmp_path / "report.json", smoke=True, json_output=True)
     assert json.loads(capsys.readouterr().out) == report
-    assert json.loads((tmp_path / "report.json").read_text()) == report
+    kept = json.loads((tmp_path / "report.json").read_text())["models"]
+    assert {"benchmark": "paint", "model": folder, **kept[folder]} == report
     seconds = report["seconds"]
     assert seconds["picture"] > seconds["forward pass"] > 0
     assert report["steps"] == 28
     assert report["gflops_per_pass"] >= 0
     assert report["machine"]["dtype"] == "float32"
+
+
+def test_next_scale_models_are_painted_too_and_go_beside_others_in_the_file(tmp_path):
+    folder, output = str(tmp_path / "tiny"), tmp_path / "paint.json"
+    NextScaleClassToImagePipeline(transformer(), tokenizer()).save_pretrained(folder)
+    other = {"steps": 28}
+    output.write_text(json.dumps({"benchmark": "paint", "models": {"other": other, folder: {"steps": 1}}}))
+    report = run("paint", model=folder, output=output, smoke=True)
+    assert report["scales"] == len(transformer().grids)
+    assert report["seconds"]["picture"] > report["seconds"]["decoder"] > 0
+    assert report["seconds"]["all scales"] > 0
+    held = json.loads(output.read_text())
+    assert held["benchmark"] == "paint"
+    assert list(held["models"]) == ["other", folder]
+    assert held["models"]["other"] == other
+    assert held["models"][folder]["seconds"] == report["seconds"]
 
 
 @pytest.mark.slow  # four fresh imports of diffusers
@@ -28,5 +48,5 @@ def test_import_report():
 
 
 def test_unknown_benchmark_lists_the_known():
-    with pytest.raises(ValueError, match="choose one of paint, start, cache, cache-transfer, kv, shortcuts, search"):
+    with pytest.raises(ValueError, match="one of paint, start, cache, cache-transfer, kv, shortcuts, search"):
         run("nothing")
