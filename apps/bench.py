@@ -1,6 +1,7 @@
 """`tessera bench`: how fast things are here, measured in turns, with what they were measured on.
 
 `tessera bench paint` times a picture at the default settings and its parts; a file may hold several models.
+`tessera bench costs` times single operations, for solvers that weigh one way of computing against another.
 `tessera bench start` times importing the library beside importing diffusers alone, in fresh processes.
 `tessera bench cache` compares step caches and fewer steps at equal cost, with rivals in the same run, and draws them
 beside the JSON file; `tessera bench cache-transfer` carries a profile to other prompts, sizes, guidance and schedulers.
@@ -19,6 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from apps.bench_costs import bench_costs
 from apps.bench_next_scale import Asked, bench_kv, bench_search, bench_shortcuts, show_tables
 from apps.bench_paint import bench_paint, medians
 from apps.machine import describe_machine
@@ -64,7 +66,7 @@ def run(
     if what not in BENCHMARKS:
         raise ValueError(f"no benchmark {what!r}: choose one of {', '.join(BENCHMARKS)}")
     place, precision = (None if value == "auto" else value for value in (device, dtype))
-    asked = Asked(model, 1 if smoke else repeats, min(prompts, 2) if smoke else prompts, place, precision)
+    asked = Asked(model, 1 if smoke else repeats, min(prompts, 2) if smoke else prompts, place, precision, smoke)
     report = {"benchmark": what, **BENCHMARKS[what](asked)}
     if output is not None:
         _write(report, output)
@@ -113,6 +115,7 @@ def bench_transfer(asked: Asked) -> dict[str, Any]:
 BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "paint": bench_paint,
     "start": bench_start,
+    "costs": bench_costs,
     "cache": bench_cache,
     "cache-transfer": bench_transfer,
     "kv": bench_kv,

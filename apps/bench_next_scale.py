@@ -70,6 +70,7 @@ class Asked:
         prompts: pictures to compare.
         device: None is the best there is.
         dtype: None suits the device.
+        smoke: only to see that it runs, so nothing of it is kept.
     """
 
     model: str | None
@@ -77,6 +78,7 @@ class Asked:
     prompts: int
     device: str | None
     dtype: str | None
+    smoke: bool = False
 
 
 # ------------------------------------------------------------------------------ kv

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from apps.bench import run
+from dit.runtime.costs import load_costs
 from pipelines import NextScaleClassToImagePipeline
 from tests.models.tiny_next_scale import tokenizer, transformer
 from tests.pipes.tiny import tiny_text_to_image_pipeline
@@ -40,6 +41,21 @@ def test_next_scale_models_are_painted_too_and_go_beside_others_in_the_file(tmp_
     assert held["models"][folder]["seconds"] == report["seconds"]
 
 
+def test_costs_of_this_machine_are_shown_saved_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("apps.bench_costs.DEFAULT_SHAPES", (("matmul", (16, 8, 4)), ("elementwise", (32,))))
+    options = {"device": "cpu", "dtype": "float32", "repeats": 1}
+    run("costs", **options, smoke=True)
+    assert load_costs() is None, "a rehearsal was kept"
+    assert "16x8x4" in capsys.readouterr().out
+    report = run("costs", **options, output=tmp_path / "costs.json", json_output=True)
+    assert json.loads((tmp_path / "costs.json").read_text()) == report == json.loads(capsys.readouterr().out)
+    rows, kept = report["tables"]["costs"], load_costs()
+    assert [(row["operation"], row["shape"]) for row in rows] == [("matmul", "16x8x4"), ("elementwise", "32")]
+    assert [row["milliseconds"] for row in rows] == [round(1e3 * cost.seconds, 4) for cost in kept.costs]
+    assert all(row["giga operations / s"] >= 0 for row in rows)
+
+
 @pytest.mark.slow  # four fresh imports of diffusers
 def test_import_report():
     report = run("start", smoke=True)
@@ -48,5 +64,5 @@ def test_import_report():
 
 
 def test_unknown_benchmark_lists_the_known():
-    with pytest.raises(ValueError, match="one of paint, start, cache, cache-transfer, kv, shortcuts, search"):
+    with pytest.raises(ValueError, match="one of paint, start, costs, cache, cache-transfer, kv, shortcuts, search"):
         run("nothing")
