@@ -194,7 +194,9 @@ def generate(
     lora_scale: Annotated[
         float | None, typer.Option(min=-4.0, max=4.0, help="With --lora: how much of it; 1 is as trained.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Start from this picture.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Start from this picture; a clip begins with it.")
+    ] = None,
     mask: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="With --image: paint only where it is white.")
     ] = None,

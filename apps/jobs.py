@@ -152,20 +152,22 @@ class TextToImageRequest(DenoisingRequest):
 
 
 class ImageToImageRequest(DenoisingRequest):
-    """Ask for variations of a picture.
+    """Ask for variations of a picture, or for a clip that begins with it.
 
     Attributes:
         prompt: what to paint.
         negative_prompt: what to keep away from.
         image: hash of a picture handed in before, see `apps.uploads`.
-        strength: how much is repainted; 1 ignores the picture.
+        strength: how much is repainted, 0.6 if open; 1 ignores the picture. Models of clips have none.
+        frames: of a clip, for models that make clips.
     """
 
     task: Literal["image_to_image"] = "image_to_image"
     prompt: Prompt
     negative_prompt: Avoided = ""
     image: PictureId
-    strength: float = Field(default=0.6, ge=0.05, le=1)
+    strength: float | None = Field(default=None, ge=0.05, le=1)
+    frames: int | None = Field(default=None, ge=1, le=limits.MAX_FRAMES)
 
 
 class InpaintRequest(DenoisingRequest):

@@ -33,6 +33,10 @@ Pipeline = Any
 
 FALLBACK_SIDE = 512
 """Side in pixels for a pipeline that doesn't tell its own."""
+FRAMES_ARGUMENTS = frozenset({"num_frames", "video_length"})
+"""What calls name the number of frames."""
+FIRST_FRAME = {"LTXPipeline": "LTXImageToVideoPipeline"}
+"""Pipelines of clips from text, and those over the same weights that take a first frame; `AutoPipeline` knows none."""
 FALLBACK_FRAMES = 17
 FALLBACK_FPS = 16
 """For the pipelines of clips that don't tell."""
@@ -237,7 +241,7 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
     # A pipeline with both has its distilled guidance in the first, unless that is off by default.
     guidance_argument = "guidance_scale" if defaults.get("guidance_scale") is not None else "true_cfg_scale"
     guidance, steps = defaults.get(guidance_argument), defaults.get("num_inference_steps")
-    frames_argument = "video_length" if "video_length" in defaults else "num_frames"
+    frames_argument = next((name for name in FRAMES_ARGUMENTS if name in defaults), "num_frames")
     interrupt = getattr(type(pipe), "interrupt", None)
     can_interrupt = isinstance(interrupt, property) and interrupt.fset is not None
     return LoadedModel(
@@ -326,6 +330,8 @@ def _tasks_of(accepts: frozenset[str]) -> tuple[str, ...]:
         return ()
     if "kv_policy" in accepts:
         return ("next_scale_text",)
+    if "image" in accepts and accepts & FRAMES_ARGUMENTS and "strength" not in accepts:
+        return ("image_to_image",)  # clips that begin with a picture
     others = {"image_to_image": {"image", "strength"}, "inpaint": {"image", "mask_image"}}
     return ("text_to_image", *(task for task, needs in others.items() if needs <= accepts))
 
@@ -337,6 +343,10 @@ def _sister_pipelines(pipe: Pipeline) -> dict[str, Pipeline]:
     hooked = any(hasattr(part, "_hf_hook") for part in getattr(pipe, "components", {}).values())
     if not isinstance(pipe, DiffusionPipeline) or hooked:  # what is offloaded is hooked for one pipeline only
         return {}
+    if type(pipe).__name__ in FIRST_FRAME:
+        import diffusers
+
+        return {"image_to_image": getattr(diffusers, FIRST_FRAME[type(pipe).__name__]).from_pipe(pipe)}
     found: dict[str, Pipeline] = {}
     for task, maker in (("image_to_image", AutoPipelineForImage2Image), ("inpaint", AutoPipelineForInpainting)):
         try:

@@ -29,6 +29,9 @@ from apps.shelf import LoadedModel
 from apps.styles import apply_style
 from apps.uploads import UploadStore
 
+STRENGTH = 0.6
+"""How much of a picture is repainted where nobody says."""
+
 
 @dataclass(frozen=True, slots=True)
 class Studio:
@@ -159,6 +162,8 @@ def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> An
         default = model.defaults.get(name)
         if name in fields and getattr(request, name) is None and isinstance(default, int | float | str):
             values[name] = default
+    if "strength" in fields and getattr(request, "strength") is None and "strength" in model.accepts(request.task):  # noqa: B009
+        values["strength"] = STRENGTH
     if "steps" in fields and getattr(request, "steps", None) is None:
         values["steps"] = model.steps
     if "width" in fields and getattr(request, "width", None) is None:

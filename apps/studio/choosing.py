@@ -130,6 +130,7 @@ class Choosing:
             "scale_label": gr.update(choices=labels, visible=bool(labels)),
             "inpaint_label": gr.update(choices=labels, visible=bool(labels) and "next_scale_class" in model.tasks),
             "repaint": gr.update(visible="inpaint" in model.tasks),
+            "strength": gr.update(visible=_takes_strength(model)),
             "smooth": gr.update(visible="smooth" in model.defaults),
             "search": gr.update(value="", visible=model.can_search),
             "candidates": gr.update(visible=model.can_search),
@@ -319,6 +320,10 @@ class Choosing:
         if not 0 <= index < len(hung):
             return {}
         return {**self._painting.show(hung[index]), **self._go("text")}
+
+
+def _takes_strength(model: LoadedModel) -> bool:
+    return "image_to_image" in model.tasks and "strength" in model.accepts("image_to_image")
 
 
 def _read(path: Path) -> PictureSettings:

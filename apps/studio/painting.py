@@ -176,6 +176,8 @@ class Painting:
             values["mask"] = self._engine.uploads.add(read_mask(values["mask"]))
         model = self._loaded(values["model"])
         tasks = () if model is None else model.tasks
+        if model is not None and "image_to_image" in tasks and "strength" not in model.accepts("image_to_image"):
+            values["strength"] = None  # its slider isn't shown
         prompts = values.get("many") or [values["prompt"]]
         return [make_request({**values, "prompt": prompt}, tasks) for prompt in prompts[:MAX_PROMPTS]]
 

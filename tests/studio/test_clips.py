@@ -14,6 +14,7 @@ from apps import engine as engine_module
 from apps.api.app import create_app
 from apps.engine import Engine
 from apps.generate import Machine, Wishes, run
+from apps.jobs import repeat
 from apps.media import read_mp4
 from apps.metadata import MetadataError
 from apps.serve import _start, check_port
@@ -118,6 +119,32 @@ def test_the_api_serves_the_clip(world, painted, tmp_path):
         assert client.get(f"/{views.clip_address(outside)}").status_code == 403
         inside = client.get(f"/{views.clip_address(painted.shown.clip)}")
         assert inside.content == painted.shown.clip.read_bytes()
+
+
+def test_a_clip_begins_with_a_picture(tmp_path):
+    """Image to video: the same weights as text to video where diffusers has a pipeline for both."""
+    pipe = tiny_pipeline("ltx")
+    engine = Engine({"stickers": "stickers"}, tmp_path, device="cpu", load=lambda source: pipe)
+    model = engine.model().result(60)
+    assert model.tasks == ("text_to_image", "image_to_image")
+    assert type(model.pipe_for("image_to_image")).__name__ == "LTXImageToVideoPipeline"
+    sessions = Sessions(None)
+    painting = Painting(engine, WORDS, sessions)
+    choosing = Choosing(engine, WORDS, sessions, painting)
+    assert choosing.settle("stickers", "image")["strength"]["visible"] is False
+    red = engine.uploads.add(Image.new("RGB", (64, 32), (200, 30, 30)))
+    ask = {**ASK, "mode": "image", "source": red}
+    first = pictures(list(painting.paint([], ask, TAB)))[0]
+    assert (first.settings.task, first.settings.frames, first.settings.strength) == ("image_to_image", 9, None)
+    assert first.clip is not None
+    other = engine.uploads.add(Image.new("RGB", (64, 32), (30, 30, 200)))
+    assert frames_of(pictures(list(painting.paint([], {**ask, "source": other}, TAB)))[0].clip) != frames_of(first.clip)
+    shown = {key: value for key, value in choosing.load_settings(str(first.clip)).items() if key in PAGE}
+    again = pictures(list(painting.paint([], {**PAGE, **shown}, TAB)))[0]
+    assert frames_of(again.clip) == frames_of(first.clip)
+    refused = list(engine.generate(repeat(first.settings, strength=0.5)))[-1]
+    assert (refused.code, "strength" in refused.message) == ("bad_request", True)
+    engine.close()
 
 
 @pytest.mark.browser

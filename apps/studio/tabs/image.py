@@ -16,7 +16,7 @@ def _build(words: Strings) -> dict[str, gr.components.Component]:
 def _fields(values: Values) -> dict[str, object]:
     if not values["source"]:
         raise PageError("source.missing")
-    return {"image": values["source"], "strength": float(values["strength"])}
+    return {"image": values["source"], "strength": None if values["strength"] is None else float(values["strength"])}
 
 
 def _show(settings: PictureSettings) -> dict[str, object]:
