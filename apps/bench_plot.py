@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE, MARGIN, LEGEND = (1000, 620), (70, 40), 300
-COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path, title: str, value: str = "to_uncached_db") -> None:
@@ -39,7 +39,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str, value: str = "t
         x = place(tick / 10, low)[0]
         draw.line([(x, top), (x, bottom)], "#eeeeee")
         draw.text((x - 10, bottom + 8), f"{tick / 10:g}", "black", font)
-    draw.text((left, bottom + 30), "cost (share of the blocks that ran); upwards PSNR in dB", "black", font)
+    draw.text((left, bottom + 30), "cost (share of the network's operations); upwards PSNR in dB", "black", font)
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         colour = COLOURS[number % len(COLOURS)]
         points = sorted((row["cost"], row[value]) for row in rows if row["method"] == method)

@@ -42,9 +42,10 @@ class Candidate:
 
 
 def ours(profile: Profile, budgets: Sequence[float]) -> list[Candidate]:
-    """The budget preset."""
+    """The budget preset, on the region that the profile is of."""
     caches = {budget: StepCache.preset("budget", budget=budget, profile=profile) for budget in budgets}
-    return [Candidate("tessera budget", {"budget": round(budget, 4)}, cache.attach) for budget, cache in caches.items()]
+    name = f"tessera budget, {profile.region}"
+    return [Candidate(name, {"budget": round(budget, 4)}, cache.attach) for budget, cache in caches.items()]
 
 
 def of_diffusers(magnitudes: Sequence[float], steps: int) -> list[Candidate]:
@@ -52,7 +53,7 @@ def of_diffusers(magnitudes: Sequence[float], steps: int) -> list[Candidate]:
     thresholds = (0.08, 0.15, 0.3, 0.5, 0.8)
     first = [(threshold, FirstBlockCacheConfig(threshold=threshold)) for threshold in thresholds]
     found = [Candidate("diffusers FirstBlockCache", {"threshold": t}, _enabled(config)) for t, config in first]
-    for skips, retention, threshold in ((1, 0.2, 1.0), (1, 0.05, 1.0), (2, 0.05, 2.0), (4, 0.05, 4.0)):
+    for skips, retention, threshold in ((1, 0.2, 1.0), (1, 0.05, 1.0), (2, 0.05, 2.0), (3, 0.05, 3.0), (4, 0.05, 4.0)):
         config = MagCacheConfig(threshold, skips, retention, steps, list(magnitudes))
         settings = {"threshold": threshold, "max_skip_steps": skips, "retention_ratio": retention}
         found.append(Candidate("diffusers MagCache", settings, _enabled(config)))

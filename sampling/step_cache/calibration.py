@@ -63,16 +63,22 @@ class GramObserver(StepCache):
         family = family_of(model)
         self._layouts[component] = family.token_grid(model, family.bind(model, args, kwargs))
 
-    def keep(self, call: Call, slot: str, output: Any, values: Values) -> None:
-        """Sketch a step's prediction; see `StepCache.keep`."""
-        if slot == "output":
+    def keep(self, call: Call, slot: str, output: Any, values: Values, base: Values | None) -> None:
+        """Sketch a step's prediction, and what it is added to; see `StepCache.keep`."""
+        self._steps = call.here.num_steps
+        if base is None:
             prediction = torch.stack(values) if isinstance(output, list) else values[0]  # (B, ...)
         else:
-            prediction = _picture(values, self._layouts[call.component])  # (B, N, D)
-        self._steps = call.here.num_steps
+            stream, tokens = _picture(values, self._layouts[call.component])
+            prediction = values[stream][:, tokens]  # (B, N, D)
+            if base[stream].shape == values[stream].shape:  # alike in all branches
+                self._note(call, "input", self._parts(call, base[stream][:, tokens])[0][1])
         for branch, part in self._parts(call, prediction):
-            self._numbers = part.numel()
-            self._branches.setdefault(branch, {})[call.here.step] = self._sketched(part.detach().float().flatten(1))
+            self._note(call, branch, part)
+
+    def _note(self, call: Call, branch: str, part: Tensor) -> None:
+        self._numbers = part.numel()
+        self._branches.setdefault(branch, {})[call.here.step] = self._sketched(part.detach().float().flatten(1))
 
     def _parts(self, call: Call, prediction: Tensor) -> list[tuple[str, Tensor]]:
         """A prediction by branch; "all" is cut where the family says how."""
@@ -114,6 +120,7 @@ class GramObserver(StepCache):
             stacked[branch] = torch.stack([steps[step] for step in range(self._steps)]).double()  # (N, B, K)
         pairs = [(branch, branch) for branch in stacked]
         pairs += [("cond", "uncond")] if {"cond", "uncond"} <= set(stacked) else []
+        pairs += [(branch, "input") for branch in stacked if branch != "input" and "input" in stacked]
         for one, other in pairs:
             gram = torch.einsum("jbk,ibk->ji", stacked[one], stacked[other]) / self._numbers
             key = f"{one},{other}"
@@ -122,19 +129,17 @@ class GramObserver(StepCache):
         self._branches = {}
 
 
-def _picture(values: Values, layout: TokenLayout) -> Tensor:
-    """The picture's part of what blocks add, (B, N, D): a stream of its own, or its tokens in a joint one.
+def _picture(values: Values, layout: TokenLayout) -> tuple[int, slice]:
+    """Which of a stack's streams, and which of its tokens, are the picture's: all of its own, or some of a joint one.
 
     What the text's tokens add is no part of the network's output, so it must not count as an error.
     """
-    streams = [value for value in values if value.ndim == 3]
-    for stream in streams:  # (B, N, D)
-        if stream.shape[1] == layout.num_tokens + layout.extra:
-            return stream
-    for stream in streams:  # (B, L + N, D)
-        if stream.shape[1] == layout.sequence_length:
-            return stream[:, layout.image_slice()]
-    return values[0]
+    lengths = [value.shape[1] if value.ndim == 3 else -1 for value in values]  # (B, N, D) each
+    if layout.num_tokens + layout.extra in lengths:
+        return lengths.index(layout.num_tokens + layout.extra), slice(None)
+    if layout.sequence_length in lengths:
+        return lengths.index(layout.sequence_length), layout.image_slice()
+    return 0, slice(None)
 
 
 def calibrate_budget(
@@ -173,9 +178,9 @@ def calibrate_budget(
     seen = observe(pipeline, prompts, [watcher], seed=seed, kind=KIND, **settings)
     table = NoiseTable.of(pipeline.scheduler)
     grams = {key: total / watcher.runs for key, total in watcher.sums.items()}
-    only = next(iter(grams))
     if "cond,cond" not in grams:
-        grams = {"cond,cond": grams[only]}
+        only = next(key.split(",")[0] for key in grams if key != "input,input")
+        grams = {key.replace(only, "cond"): gram for key, gram in grams.items() if only in key or key == "input,input"}
     guidance = float(getattr(pipeline, "guidance_scale", 1.0) or 1.0) if "uncond,uncond" in grams else 1.0
     model = next(iter(find_networks(pipeline).values()))
     header = ArtifactHeader.of(KIND, model, pipeline.scheduler, seen.header.grid, ())

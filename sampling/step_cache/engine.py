@@ -79,7 +79,7 @@ class Call:
         """
         tensors, self.track.rebuild[slot] = take_apart(output)
         values = tuple(tensor.detach().clone() for tensor in tensors) if base is None else _less(tensors, base)
-        self.cache.keep(self, slot, output, values)
+        self.cache.keep(self, slot, output, values, base)
 
     def remember(self, slot: str, values: Values) -> None:
         """Put values before those of earlier steps, as many as the forecaster combines."""
@@ -94,9 +94,11 @@ class Call:
             slot: whose output.
             base: tensors that the difference is added to.
         """
-        values = mix(self._history(slot), self.weights)
+        known = len(self.track.anchors)
+        values, more = mix(self._history(slot), self.weights[:known]), self.weights[known:]
         if base is not None:
-            values = tuple(value + start for value, start in zip(values, base, strict=True))
+            share = 1.0 + sum(more)
+            values = tuple(torch.add(value, start, alpha=share) for value, start in zip(values, base, strict=True))
         return self.track.rebuild[slot](values)
 
     def _history(self, slot: str) -> Any:
@@ -244,14 +246,15 @@ class StepCache(Mechanism):
             track.memory["sigmas"] = self._sigmas
         return track
 
-    def keep(self, call: Call, slot: str, output: Any, values: Values) -> None:
+    def keep(self, call: Call, slot: str, output: Any, values: Values, base: Values | None) -> None:
         """Keep what a computed step gave, for forecasts.
 
         Args:
             call: which step of which branch.
             slot: which part of the region.
             output: of that part.
-            values: what is forecast: the tensors of the output, or what it adds to its input.
+            values: what is forecast: the tensors of the output, less the base where there is one.
+            base: what the output is compared with.
         """
         call.remember(slot, values)
 

@@ -43,6 +43,8 @@ class Forecaster(ABC):
     def weights(self, anchors: Sequence[Anchor], here: Coordinates, memory: dict[str, Any]) -> Weights | None:
         """Return weights of the newest anchors, newest first; None if there are too few and the step must be computed.
 
+        One more than there are anchors is that of what enters the region now, where the region adds to its input.
+
         Args:
             anchors: steps that were computed, newest first.
             here: where the forecast is wanted.
@@ -225,6 +227,8 @@ class Blend(Forecaster):
 @dataclass(frozen=True)
 class Gram(Forecaster):
     """Least squares by a profile's Gram matrix: the weights that were best in the calibration runs.
+
+    Where the profile is of the blocks, what enters them at the forecast step is weighed beside the computed steps.
 
     Args:
         profile: of this model, see `calibrate_budget`.

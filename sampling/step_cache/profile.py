@@ -34,7 +34,8 @@ class Profile:
     Args:
         header: what it was measured on.
         sigmas: noise levels of the calibration runs, falling, (N,).
-        grams: (N, N) for "cond,cond" and, where there was guidance, "uncond,uncond" and "cond,uncond".
+        grams: (N, N) for "cond,cond" and, where there was guidance, "uncond,uncond" and "cond,uncond"; where what
+            enters the region was seen too, "cond,input", "uncond,input" and "input,input".
         guidance: scale of the calibration runs; 1 where there was none.
         prompts: how many were painted.
         region: of which part of the network the predictions are, "output" or "blocks"; see `calibrate_budget`.
@@ -71,6 +72,32 @@ class Profile:
         spread = interpolation(self.sigmas, sigmas)  # (M, N)
         return spread @ total @ spread.T
 
+    @property
+    def has_input(self) -> bool:
+        """Whether forecasts also weigh what enters the region at the step itself."""
+        return "input,input" in self.grams
+
+    def joint(self, sigmas: Sequence[float] = (), guidance: float | None = None) -> np.ndarray:
+        """Return the Gram matrix of the guided predictions and, behind them, what enters the region at each step.
+
+        Args:
+            sigmas: as in `gram`.
+            guidance: as in `gram`.
+
+        Returns:
+            (2 M, 2 M); (M, M) where inputs were not seen.
+        """
+        total = self.gram(sigmas, guidance)  # (M, M)
+        if not self.has_input:
+            return total
+        scale = self.guidance if guidance is None else guidance
+        mixed = self.grams["cond,input"].astype(np.float64)  # (N, N)
+        if "uncond,input" in self.grams:
+            mixed = scale * mixed + (1 - scale) * self.grams["uncond,input"]
+        spread = interpolation(self.sigmas, sigmas or self.sigmas)  # (M, N)
+        mixed, entered = (spread @ part @ spread.T for part in (mixed, self.grams["input,input"]))  # (M, M) each
+        return np.block([[total, mixed], [mixed.T, entered]])
+
     def mask(
         self, sigmas: Sequence[float], budget: float, fill: Fill = "gram", guidance: float | None = None
     ) -> tuple[bool, ...]:
@@ -100,7 +127,8 @@ class Profile:
     def _best(self, levels: tuple[float, ...], count: int, fill: Fill, guidance: float | None) -> tuple[bool, ...]:
         if count >= len(levels):
             return (True,) * len(levels)
-        return best_steps(Errors.of(self.gram(levels, guidance), levels, fill), count)
+        gram = self.joint(levels, guidance) if fill == "gram" else self.gram(levels, guidance)
+        return best_steps(Errors.of(gram, levels, fill), count)
 
     def weights(self, anchors: Sequence[float], sigma: float, ridge: float = 1e-5) -> tuple[float, ...]:
         """Return the least-squares weights of predictions at some noise levels for the one at another.
@@ -109,13 +137,17 @@ class Profile:
             anchors: noise levels of the computed steps, newest first.
             sigma: of the forecast.
             ridge: added to the diagonal, as a share of its mean.
+
+        Returns:
+            One for each anchor, and one more for what enters the region at `sigma` where the profile knows it.
         """
         key = (*anchors, sigma, ridge)
         if key not in self._weights:  # the same in every run
-            gram = self.gram((*anchors, sigma))  # (A + 1, A + 1)
-            known = gram[:-1, :-1]
+            gram, wanted = self.joint((*anchors, sigma)), len(anchors)
+            columns = [*range(wanted), *([2 * wanted + 1] if self.has_input else [])]
+            known = gram[np.ix_(columns, columns)]
             known = known + ridge * np.trace(known) / len(known) * np.eye(len(known))
-            self._weights[key] = tuple(np.linalg.solve(known, gram[:-1, -1]).tolist())
+            self._weights[key] = tuple(np.linalg.solve(known, gram[columns, wanted]).tolist())
         return self._weights[key]
 
     def magnitude_ratios(self) -> tuple[float, ...]:

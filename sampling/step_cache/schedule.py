@@ -23,13 +23,14 @@ the calibration promises is only half believed."""
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors of forecasts from two computed steps p < a (p = a: from one alone).
+    """Errors of forecasts from two computed steps p < a (p = a: from one alone), and from what a step itself brings.
 
     Args:
-        gram: of the predictions, (N, N).
+        gram: of the predictions, (N, N); with inputs behind them, (2 N, 2 N).
         lengths: of the steps in sigma, (N,).
         newest: weight of step a in the forecast of j, [p, a, j], (N, N, N).
         older: weight of step p, (N, N, N).
+        entered: weight of the input at step j, (N, N, N).
         size: root mean square error of the forecast times the step's length, (N, N, N).
     """
 
@@ -37,6 +38,7 @@ class Errors:
     lengths: np.ndarray
     newest: np.ndarray
     older: np.ndarray
+    entered: np.ndarray
     size: np.ndarray
 
     @classmethod
@@ -44,7 +46,7 @@ class Errors:
         """Compute them.
 
         Args:
-            gram: (N, N).
+            gram: (N, N); for "gram" also (2 N, 2 N), where the inputs of all steps stand behind the predictions.
             sigmas: noise levels, falling, (N,).
             fill: "reuse", "newton" (a line in sigma) or "gram" (least squares).
 
@@ -54,40 +56,40 @@ class Errors:
         count = len(sigmas)
         levels = np.asarray(sigmas, np.float64)
         p, a, j = np.ogrid[:count, :count, :count]
+        entered = np.zeros((count, count, count))
         if fill == "reuse":
-            older = np.zeros((count, count, count))
-            newest = np.ones((count, count, count))
+            newest, older = np.ones_like(entered), entered
         elif fill == "newton":
             way = levels[a] - levels[p]  # (N, N, 1)
             ahead = np.where(way != 0, (levels[j] - levels[a]) / np.where(way != 0, way, 1.0), 0.0)  # (N, N, N)
             newest, older = 1.0 + ahead, -ahead
         elif fill == "gram":
-            newest, older = _least_squares(gram)
+            newest, older, entered = _least_squares(gram, count)
         else:
             raise ValueError(f"fill {fill!r} is not known; use 'reuse', 'newton' or 'gram'")
-        square = (
-            gram[j, j]
-            - 2 * (newest * gram[a, j] + older * gram[p, j])
-            + newest**2 * gram[a, a]
-            + 2 * newest * older * gram[p, a]
-            + older**2 * gram[p, p]
-        )  # (N, N, N)
+        parts = [(a, newest), (p, older), (j, -1.0)] + ([(count + j, entered)] if len(gram) > count else [])
+        square = sum(one * other * gram[at, to] for at, one in parts for to, other in parts)  # (N, N, N)
         lengths = np.abs(np.diff(levels, append=0.0))  # (N,)
-        return cls(gram, lengths, newest, older, np.sqrt(np.maximum(square, 0.0)) * lengths)
+        return cls(gram, lengths, newest, older, entered, np.sqrt(np.maximum(square, 0.0)) * lengths)
 
 
-def _least_squares(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of steps a and p that fit j best, (N, N, N) each; one step alone where p = a."""
-    count = len(gram)
+def _least_squares(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights of steps a and p, and of the input at j, that fit j best, (N, N, N) each; p has none where p = a."""
     p, a, j = np.ogrid[:count, :count, :count]
-    size = np.diag(gram)
-    ridge = RIDGE * (size[p] + size[a]) / 2
-    first, second = size[a] + ridge, size[p] + ridge  # diagonal of the 2 x 2 system
-    determinant = first * second - gram[p, a] ** 2
-    newest = (second * gram[a, j] - gram[p, a] * gram[p, j]) / determinant
-    older = (first * gram[p, j] - gram[p, a] * gram[a, j]) / determinant
-    alone = np.broadcast_to(p == a, newest.shape)
-    return np.where(alone, gram[a, j] / first, newest), np.where(alone, 0.0, older)
+    columns = [a, p] + ([count + j] if len(gram) > count else [])
+    shape, size = (count, count, count), np.diag(gram)
+    ridge = RIDGE * sum(size[column] for column in columns) / len(columns)
+    known = np.empty((*shape, len(columns), len(columns)))  # (N, N, N, 2 or 3, 2 or 3)
+    wanted = np.empty((*shape, len(columns), 1))
+    for row, one in enumerate(columns):
+        wanted[..., row, 0] = gram[one, j]
+        for column, other in enumerate(columns):
+            known[..., row, column] = gram[one, other] + (ridge if row == column else 0.0)
+    alone = np.arange(count)
+    known[alone, alone, :, 1, :] = known[alone, alone, :, :, 1] = wanted[alone, alone, :, 1] = 0.0
+    known[alone, alone, :, 1, 1] = 1.0
+    weights = np.linalg.solve(known, wanted)[..., 0]  # (N, N, N, 2 or 3)
+    return weights[..., 0], weights[..., 1], weights[..., 2] if len(columns) > 2 else np.zeros(shape)
 
 
 def best_steps(errors: Errors, count: int) -> tuple[bool, ...]:
@@ -165,7 +167,7 @@ class _Total:
         steps = len(self.errors.lengths)
         ends = [*anchors[1:], steps]
         parts = [self._gap(anchors[max(i - 1, 0)], anchor, ends[i]) for i, anchor in enumerate(anchors)]
-        error = np.sum([part[0] for part in parts], axis=0)  # (N,): coefficients of the predictions
+        error = np.sum([part[0] for part in parts], axis=0)  # (N or 2 N,): coefficients
         return float(error @ self.errors.gram @ error) + OWN_SHARE * math.fsum(part[1] for part in parts)
 
     def _gap(self, p: int, a: int, b: int) -> tuple[np.ndarray, float]:
@@ -173,8 +175,10 @@ class _Total:
         if (p, a, b) not in self._gaps:
             inside = slice(a + 1, b)
             lengths = self.errors.lengths
-            row = np.zeros(len(lengths))
+            row = np.zeros(len(self.errors.gram))
             row[inside] = -lengths[inside]
+            if len(row) > len(lengths):
+                row[len(lengths) + a + 1 : len(lengths) + b] = lengths[inside] * self.errors.entered[p, a, inside]
             row[a] += lengths[inside] @ self.errors.newest[p, a, inside]
             row[p] += lengths[inside] @ self.errors.older[p, a, inside]
             self._gaps[p, a, b] = row, float(np.square(self.errors.size[p, a, inside]).sum())
