@@ -1,4 +1,4 @@
-"""With compiled networks, LoRAs, low precision, Heun's two calls a step, guidance intervals; and what it costs."""
+"""With compiled and quantized networks, LoRAs, low precision, two calls a step, guidance intervals; and its cost."""
 
 import statistics
 import time
@@ -7,10 +7,12 @@ import peft
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
+from torch import nn
 
 from dit.models.dit import DiT
+from dit.runtime.artifacts import ArtifactError
 from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
-from sampling.step_cache import StepCache
+from sampling.step_cache import StepCache, calibrate_budget
 from sampling.step_cache.forecasters import Anchor, Blend, Corrected, Newton, Taylor, lagrange
 from sampling.step_cache.gates import Interval, Mask, Speculative
 from sampling.step_cache.regions import Blocks
@@ -54,6 +56,55 @@ def test_with_a_lora_and_in_bfloat16() -> None:
     with StepCache(Mask(MASK)).attach(low.model):
         outputs = low()
     assert {output.dtype for output in outputs} == {torch.bfloat16}
+
+
+class Int8Linear(nn.Module):
+    """A linear layer that keeps its weight in eight bits, one scale a row."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True).clamp_min(1e-8) / 127  # (D', 1)
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))  # (D', D)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+def quantize(network: nn.Module) -> None:
+    for block in network.transformer_blocks:
+        for name, part in list(block.named_modules()):
+            if isinstance(part, nn.Linear):
+                parent, _, leaf = name.rpartition(".")
+                setattr(block.get_submodule(parent), leaf, Int8Linear(part))
+
+
+@pytest.mark.parametrize("region", ["output", "blocks"])
+def test_with_quantized_layers(region: str) -> None:
+    pipe = tiny_pipeline("text_dit")
+    settings = {**guided_call(pipe, "text_dit", guided=True), "num_inference_steps": 8}
+    prompt = settings.pop("prompt")
+    del settings["generator"]
+    full = calibrate_budget(pipe, [prompt], region=region, **settings)  # pyright: ignore[reportArgumentType]
+    quantize(pipe.transformer)
+    made = calibrate_budget(pipe, [prompt], region=region, **settings)  # pyright: ignore[reportArgumentType]
+
+    def paint() -> torch.Tensor:
+        return torch.as_tensor(pipe(prompt=prompt, **settings, generator=torch.Generator().manual_seed(5))[0])
+
+    plain, ran = paint(), []
+    pipe.transformer.transformer_blocks[-1].ff.register_forward_pre_hook(lambda *_: ran.append(1))
+    with StepCache.preset("budget", budget=0.5, profile=made).attach(pipe) as attached:
+        cached = paint()
+        assert torch.equal(paint(), cached)
+        assert attached.report()["inactive"] == {}
+    assert len(ran) == 2 * 4
+    assert not torch.equal(cached, plain)
+    with StepCache.preset("budget", budget=1.0, profile=made).attach(pipe):
+        assert torch.equal(paint(), plain)
+    with pytest.raises(ArtifactError, match="a quantized network"):
+        StepCache.preset("budget", budget=0.5, profile=full).attach(pipe)
 
 
 def test_two_calls_a_step_at_the_same_noise_level() -> None:
