@@ -123,7 +123,7 @@ def probe_attention(backend: str) -> str:
 def _attention() -> dict[str, str]:
     """Say of every attention backend whether it works on the fastest device."""
     device = available_devices()[0]
-    return {name: _told(why, device) for name, why in attention_backends(str(device)).items()}
+    return {name: probe_attention(name) for name in attention_backends(str(device))}
 
 
 def _told(reason: str, device: torch.device) -> str:

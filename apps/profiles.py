@@ -102,18 +102,28 @@ def memory_profiles(device: str) -> dict[str, str]:
 
 @functools.cache
 def attention_backends(device: str) -> dict[str, str]:
-    """Return diffusers' attention backends, each with the reason why it doesn't work on a device; found by a call.
+    """Return diffusers' attention backends, each with the reason why it doesn't work on a device.
 
-    Those that would fetch a kernel from elsewhere are left out: nothing of a request is downloaded.
+    A small call finds out, except for flex, which is compiled at its first call: that takes seconds, and `tessera info`
+    takes them. Those that would fetch a kernel from elsewhere are left out: nothing of a request is downloaded.
     """
     from dit.runtime.bridge import attention_backend_names
 
     names = [name for name in attention_backend_names() if "hub" not in name and "varlen" not in name]
-    return {name: try_attention(name, torch.device(device)) for name in names}
+    return {name: try_attention(name, torch.device(device), calls=name != "flex") for name in names}
 
 
-def try_attention(backend: str, device: torch.device) -> str:
-    """Run one small attention call; returns why it doesn't work, or nothing."""
+def try_attention(backend: str, device: torch.device, calls: bool = True) -> str:
+    """Find out why an attention backend doesn't work.
+
+    Args:
+        backend: its name.
+        device: where it shall compute.
+        calls: run a small call; else only look whether it has what it needs.
+
+    Returns:
+        The reason; empty if it works.
+    """
     package = PACKAGES.get(backend.strip("_").split("_")[0])
     if package is not None and find_spec(package) is None:
         return f"{package} is not installed"
@@ -124,6 +134,8 @@ def try_attention(backend: str, device: torch.device) -> str:
     tokens = torch.zeros(1, 16, 2, 32, device=device, dtype=dtype)  # (B, N, K, E)
     try:
         check_attention_backend(backend)
+        if not calls:
+            return ""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a trial is too small to care about speed
             attention(tokens, tokens, tokens, backend=backend)

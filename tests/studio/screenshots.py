@@ -66,9 +66,8 @@ class Camera:
         self.page.wait_for_function("tab => document.querySelector('#desk').dataset.tab === tab", arg=tab)
 
     def start_again(self) -> None:
-        """Load the page anew, which empties the easel."""
-        self.open("text")
-        self.page.wait_for_timeout(1000)  # until the browser remembers the tab
+        """Load the page anew, as if for the first time, which empties the easel."""
+        self.page.evaluate("localStorage.clear()")
         open_page(self.page, self.page.url)
 
     def paint(self, prompt: str, seed: int) -> None:
@@ -125,8 +124,6 @@ def shoot(camera: Camera) -> None:
 
     camera.start_again()
     camera.open("grid")
-    page.locator("#model input").click()
-    page.get_by_role("option", name="stickers", exact=True).click()
     page.fill("#grid-x-values textarea, #grid-x-values input", "8, 16, 28")
     page.locator("#grid-y input").click()
     page.get_by_role("option", name="Step cache", exact=True).click()
