@@ -338,7 +338,7 @@ class StepCache(Mechanism):
         self._sigmas: tuple[float, ...] = ()
 
     def leaves(self, component: str, share: float) -> None:
-        """Say what share of a network's work a forecast step still does."""
+        """Say what share of a network's work a forecast step still does; what stands around the blocks is left out."""
         self._shares[component] = share
 
     # --------------------------------------------------------------------- report
@@ -349,6 +349,9 @@ class StepCache(Mechanism):
 
     def report(self, attachment: Attachment) -> dict[str, Any]:
         """Return the cost (share of the calls' work that was done), and the newest run's steps.
+
+        Work is counted in blocks: embeddings and the last projection, which regions within the network run at every
+        step, are one percent or less of a network of usual depth.
 
         "strip" has one letter a step: C computed, a dot forecast, a space not called.
         """
