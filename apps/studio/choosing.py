@@ -117,15 +117,15 @@ class Choosing:
             name: gr.update(value=value, maximum=most, step=model.multiple, minimum=least_side(model))
             for name, value in (("width", model.width), ("height", model.side))
         }
-        choices = shapes(self._words, model.side, model.width, model.multiple)
+        choices = shapes(self._words, model.side, model.width, model.multiple, model.sizes)
         own = (self._words("scheduler.own"), "")
         return {
             "shape": gr.update(choices=choices, value=choices[0][1]),
             **sides,
-            **({} if model.steps is None else {"steps": gr.update(value=model.steps)}),
+            **self._walking(model),
             **({} if model.guidance is None else {"guidance": gr.update(value=model.guidance)}),
             "frames": gr.update(value=model.frames, visible=model.frames is not None),
-            "scheduler": gr.update(choices=[own, *model.schedulers], value=""),
+            "scheduler": gr.update(choices=[own, *model.schedulers], value="", visible=bool(model.schedulers)),
             "label": gr.update(choices=labels),
             "scale_label": gr.update(choices=labels, visible=bool(labels)),
             "inpaint_label": gr.update(choices=labels, visible=bool(labels) and "next_scale_class" in model.tasks),
@@ -141,6 +141,12 @@ class Choosing:
             **chips,
             **self.fit(key, mode),
         }
+
+    def _walking(self, model: LoadedModel) -> Changes:
+        """Show the controls of denoising steps for a model that has some."""
+        seen = gr.update(visible=model.steps is not None)
+        steps = seen if model.steps is None else gr.update(visible=True, value=model.steps)
+        return {"steps": steps, "step_cache": seen, "cache_amount": seen}
 
     def _drawing(self, model: LoadedModel) -> Changes:
         """Return how a next-scale model draws tokens by itself, for the controls that it has."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -103,10 +104,26 @@ def read_mask(text: str) -> Image.Image:
     return read_upload(data).convert("L").point([0] * 128 + [255] * 128)
 
 
-def shapes(words: Strings, side: int, width: int, multiple: int) -> list[tuple[str, str]]:
-    """Return the size presets of a model as (label, value), the value being `auto`, `WIDTHxHEIGHT` or `custom`."""
+def shapes(
+    words: Strings, side: int, width: int, multiple: int, offered: Sequence[tuple[int, int]] = ()
+) -> list[tuple[str, str]]:
+    """Return the size presets of a model as (label, value), the value being `auto`, `WIDTHxHEIGHT` or `custom`.
+
+    Args:
+        words: of the page.
+        side: default height, pixels.
+        width: default width, pixels.
+        multiple: of which sides are, pixels.
+        offered: width and height of all that the model paints; empty for any.
+    """
     long = max(round(side * 1.25 / multiple), 1) * multiple
     sizes = {"size.portrait": (side, long), "size.landscape": (long, side)}
+    if offered:  # those in between a square and a strip, nearest in area to the model's own
+        tall = [(w, h) for w, h in offered if 1.2 <= h / w <= 1.6]
+        wide = [(w, h) for w, h in offered if 1.2 <= w / h <= 1.6]
+        found = {"size.portrait": tall, "size.landscape": wide}
+        area = side * width
+        sizes = {key: min(some, key=lambda one: abs(one[0] * one[1] - area)) for key, some in found.items() if some}
     named = [(f"{words(key)} {w} \u00d7 {h}", f"{w}x{h}") for key, (w, h) in sizes.items()]
     return [(f"{words('size.auto')} {width} \u00d7 {side}", AUTO), *named, (words("size.custom"), CUSTOM)]
 

@@ -530,6 +530,9 @@ def test_sizes():
         "Landscape 160 \u00d7 128": "160x128",
         "Custom": CUSTOM,
     }
+    assert dict(shapes(ENGLISH, 128, 128, 16, [(128, 128)])) == {"Auto 128 \u00d7 128": AUTO, "Custom": CUSTOM}
+    some = [(128, 128), (192, 144), (96, 128), (112, 144), (64, 256), (48, 64)]
+    assert list(dict(shapes(ENGLISH, 128, 128, 16, some)).values()) == [AUTO, "112x144", "192x144", CUSTOM]
     assert read_size("160x128", 1, 1) == (160, 128)
     assert read_size(CUSTOM, 96.0, 64.0) == (96, 64)
     assert read_size(AUTO, 96.0, 64.0) == (None, None)

@@ -212,6 +212,8 @@ def test_the_page_says_what_fits_the_model(world):
     assert changes["repaint"]["visible"] is not is_next_scale  # a slider without a meaning isn't shown
     assert changes["inpaint_label"]["visible"] is bool(world.model.labels)
     assert changes["smooth"]["visible"] is bool(world.model.labels)
+    for name in ("steps", "scheduler", "step_cache", "cache_amount"):
+        assert changes[name]["visible"] is not is_next_scale, name
     if is_next_scale:
         assert changes["top_k"] == world.model.defaults["top_k"]  # the model's own, not the page's
     need = world.choosing.fit("stickers-var", "image")["need"]
