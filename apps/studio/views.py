@@ -149,7 +149,9 @@ def cannot(model: str, mode: str, other: str | None, words: Strings) -> str:
         told = words(f"cant.{mode}.how")
         command, folder = RECIPES[mode]
         lines = (command, f"tessera studio --model {folder}")
-        steps = "<ol>" + "".join(f"<li><code>{escape(line)}</code></li>" for line in lines) + "</ol>"
+        # Word by word, so that no line breaks at a hyphen.
+        words_of = (" ".join(f"<span>{escape(word)}</span>" for word in line.split()) for line in lines)
+        steps = "<ol>" + "".join(f"<li><code>{line}</code></li>" for line in words_of) + "</ol>"
     else:
         told = words("cant.none")
     tiles = "".join(f'<i class="t{i}"></i>' for i in range(4))

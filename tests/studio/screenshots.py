@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, PROJECT, note_says, open_page, wait_for_address
@@ -54,9 +55,8 @@ class Camera:
             self.page.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
             self.page.wait_for_timeout(1500)  # until transitions and late fonts have settled
             data = self.page.screenshot(full_page=True)
-            with Image.open(io.BytesIO(data)) as shot:  # few colours: a third of the bytes, and nobody sees it
-                few = shot.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-            few.save(self._folder / f"{name}-{width}.png", optimize=True)
+            with Image.open(io.BytesIO(data)) as shot:
+                few_colours(shot.convert("RGB")).save(self._folder / f"{name}-{width}.png", optimize=True)
         self.page.set_viewport_size({"width": 1280, "height": WIDTHS[1280]})
 
     def open(self, tab: str) -> None:
@@ -76,10 +76,23 @@ class Camera:
         self.page.fill("#seed input", str(seed))
         self.page.press("#seed input", "Tab")
         self.page.wait_for_function("document.querySelector('#seed-mode input:checked')?.value === 'fixed'")
+        self.page.evaluate("document.querySelector('#stage .note').textContent = ''")  # that of the last picture
         self.page.click("#paint")
-        note_says(self.page, "St", PATIENCE)  # Starting, or a step: the note of the last picture is gone
         note_says(self.page, "Done", PATIENCE)
         self.page.wait_for_timeout(800)
+
+
+def few_colours(image: Image.Image) -> Image.Image:
+    """Return a picture in 256 colours, a third of the bytes: the page's own ones stay, those painted are rounded."""
+    pixels = np.asarray(image)  # (H, W, 3)
+    colours, place, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+    exact = colours[counts.argsort()[::-1][:128]]  # (128, 3)
+    rest = np.reshape(image.quantize(128, dither=Image.Dither.NONE).getpalette(), (-1, 3))
+    palette = np.concatenate([exact, rest])[:256].astype(np.int32)  # (256, 3)
+    chosen = [((palette - colour) ** 2).sum(1).argmin() for colour in colours.astype(np.int32)]
+    few = Image.fromarray(np.array(chosen, dtype=np.uint8)[place].reshape(pixels.shape[:2]), "P")
+    few.putpalette(palette.astype(np.uint8).tobytes())
+    return few
 
 
 def shoot(camera: Camera) -> None:

@@ -25,7 +25,7 @@ from apps.studio import views
 from apps.studio.app import build_page
 from apps.studio.choosing import SAVED, Choosing
 from apps.studio.examples import FAVOURITES, example_prompts
-from apps.studio.painting import Painting, restated, strip
+from apps.studio.painting import REDRAW_SECONDS, Painting, restated, strip
 from apps.studio.sessions import Sessions
 from apps.studio.strings import FOLDER, Strings, languages
 from apps.studio.tabs.classes import read_label
@@ -208,9 +208,11 @@ def test_prompts_from_a_file_are_a_job_each(studio, tmp_path):
 
 def test_fast_steps_do_not_flood_the_page(tmp_path):
     engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: FakePipeline())
+    started = time.monotonic()
     told = list(Painting(engine, ENGLISH, Sessions(None)).paint([], {**PAGE, "steps": 150, "count": 4}, TAB))
     steps = [changes for changes in told if "Picture " in changes.get("stage", "")]
-    assert 1 <= len(steps) <= 30  # of 600
+    most = (time.monotonic() - started) / REDRAW_SECONDS + 4 + 1  # a view begins anew with every picture
+    assert 1 <= len(steps) <= most < 600
     engine.close()
 
 
@@ -317,7 +319,7 @@ def test_the_controls_fit_the_model(studio, tmp_path):
     assert "ice cream" in changes["words"]
     assert changes["chip_0"]["value"] == "a pizza on a blue background"
     assert changes["need"] == ""
-    assert "tessera convert" in studio.choosing.settle("fake", "scales")["need"]
+    assert "<span>tessera</span> <span>convert</span>" in studio.choosing.settle("fake", "scales")["need"]
     with pytest.raises(gr.Error, match="no such model"):
         studio.choosing.settle("../secret", "text")
 
@@ -341,7 +343,7 @@ def test_a_tab_that_a_model_cannot_do_offers_one_that_can(tmp_path):
     assert loaded == ["stickers"]
     nobody = choosing.fit("stickers", "classes")
     assert nobody["switch"]["visible"] is False
-    assert "<code>tessera studio --model models/dit</code>" in nobody["need"]
+    assert "<span>--model</span> <span>models/dit</span></code>" in nobody["need"]
     assert choosing.switch("classes") == {}
     assert choosing.switch("scales")["model"] == "stickers-var"
     assert loaded == ["stickers", "stickers-var"]
