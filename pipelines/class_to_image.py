@@ -132,7 +132,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             callback_on_step_end_tensor_inputs,
         )  # (B, C, h, w)
         if self._interrupted:
-            images = []
+            images: Any = []
         elif output_type == "latent":
             images = latents
         else:

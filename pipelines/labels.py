@@ -37,7 +37,7 @@ def label_ids(labels: Label | Sequence[Label] | Tensor, names: Mapping[str, int]
     """
     if isinstance(labels, Tensor):
         labels = labels.reshape(-1).tolist()
-    given = labels if isinstance(labels, list | tuple) else [labels]
+    given: Sequence[Any] = labels if isinstance(labels, list | tuple) else [labels]
     if not given:
         raise ValueError("class_labels is an empty list: pass at least one class number or name.")
     return torch.tensor([_label_id(label, names, last) for label in given])  # (P,)

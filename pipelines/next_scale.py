@@ -167,7 +167,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
     def _task(self, labels: Tensor, how: TokenSampling, images_per_prompt: int) -> ScaleTask:
         """What to paint for labels (B,)."""
         count, none = len(self.vae.grids), self.transformer.config.num_classes
-        names = {int(label): each.split(",")[0].strip() for label, each in (self.config.id2label or {}).items()}
+        names = {int(label): each.split(",")[0].strip() for label, each in (self.config["id2label"] or {}).items()}
 
         def prepare(transformer: Any, rows: Tensor) -> Any:
             wanted = labels[rows]  # (B',)

@@ -234,7 +234,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         """Fill in what the call left open, and give every scale its value."""
         given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         named = {name: value for name, value in given.items() if value is not None}
-        full: dict[str, Any] = {**DEFAULTS, **self.config.defaults, **named}
+        full: dict[str, Any] = {**DEFAULTS, **self.config["defaults"], **named}
         for name in ("guidance_scale", "temperature"):
             values = full[name] if isinstance(full[name], Sequence) else [full[name]] * num_scales
             if len(values) != num_scales:

@@ -6,6 +6,7 @@ networks as it does on diffusers' own.
 """
 
 import math
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -44,9 +45,8 @@ def attention(
         attn_mask = attn_mask[:, None, None, :]  # (B, 1, 1, M)
     if _is_short_training_on_cpu(query, key) and backend is None and active_attention_backend() == "native":
         return _attention_by_products(query, key, value, attn_mask)
-    return dispatch_attention_fn(
-        query, key, value, attn_mask=attn_mask, backend=backend, parallel_config=parallel_config
-    )  # (B, N, K, E)
+    options: dict[str, Any] = {"backend": backend, "parallel_config": parallel_config}
+    return dispatch_attention_fn(query, key, value, attn_mask=attn_mask, **options)  # (B, N, K, E)
 
 
 def _is_short_training_on_cpu(query: Tensor, key: Tensor) -> bool:

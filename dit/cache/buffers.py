@@ -217,4 +217,5 @@ class PackedBuffers:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.kept, self.joined = [None] * self.plan.num_layers, 0
+        self.kept = [None] * self.plan.num_layers
+        self.joined = 0

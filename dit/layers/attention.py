@@ -94,7 +94,8 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         qk_norm: normalise queries and keys per head by an RMS norm (arXiv 2302.05442).
     """
 
-    _default_processor_cls = SelfAttnProcessor
+    processor: Any  # diffusers lists only its own
+    _default_processor_cls: Any = SelfAttnProcessor
     _available_processors = [SelfAttnProcessor]
 
     def __init__(self, hidden_size: int, num_heads: int, *, bias: bool = True, qk_norm: bool = True) -> None:

@@ -1,6 +1,7 @@
 """Turning timesteps, labels and pixels into vectors, and vectors back into pixels."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
     return x.reshape(b, (t // pt) * (h // ph) * (w // pw), pt * ph * pw * c)  # (B, N, P)
 
 
-def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Tensor:
+def unpatchify(tokens: Tensor, grid: Sequence[int], patch_size: tuple[int, int, int]) -> Tensor:
     """Undo `patchify`.
 
     Args:

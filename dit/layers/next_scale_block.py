@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,8 @@ class NextScaleAttention(nn.Module, AttentionModuleMixin):
             reference does.
     """
 
-    _default_processor_cls = NextScaleAttnProcessor
+    processor: Any  # diffusers lists only its own
+    _default_processor_cls: Any = NextScaleAttnProcessor
     _available_processors = [NextScaleAttnProcessor]
     _supports_qkv_fusion = False  # keys have no bias, and diffusers fuses layers with biases or without
 
@@ -145,7 +147,8 @@ class TextAttention(nn.Module, AttentionModuleMixin):
         num_heads: heads K; D must be a multiple.
     """
 
-    _default_processor_cls = TextAttnProcessor
+    processor: Any  # diffusers lists only its own
+    _default_processor_cls: Any = TextAttnProcessor
     _available_processors = [TextAttnProcessor]
     _supports_qkv_fusion = False
     is_cross_attention = True
@@ -259,7 +262,7 @@ class NextScaleBlock(nn.Module):
         gate_a, gate_f, scale_a, scale_f, shift_a, shift_f = modulation.unsqueeze(2).unbind(1)  # (B, 1, D) each
         normed = modulate(self.norm1(hidden_states), shift_a, scale_a)  # (B, N, D)
         hidden_states = hidden_states + gate_a * self.attn(normed, attention_mask, cache, rotary)  # (B, N, D)
-        if self.cross_attn is not None:
+        if self.cross_attn is not None and self.norm_cross is not None:
             hidden_states = hidden_states + self.cross_attn(self.norm_cross(hidden_states), text, text_mask)
         fed = self.ff(modulate(self.norm2(hidden_states), shift_f, scale_f))  # (B, N, D)
         return hidden_states + gate_f * fed  # (B, N, D)

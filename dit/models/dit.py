@@ -23,6 +23,7 @@ from dit.layers.embeddings import TimestepEmbedding, unpatchify
 from dit.layers.feed_forward import FeedForward
 from dit.layers.modulation import modulate
 from dit.layers.positions import sincos_2d
+from dit.runtime.typed import Typed
 
 _SIZES = {  # num_layers, num_attention_heads, attention_head_dim: table 1 of the DiT paper
     "S": (12, 6, 64),
@@ -117,7 +118,7 @@ class DiTBlock(nn.Module):
         return hidden_states + gate_f * fed  # (B, N, D)
 
 
-class DiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+class DiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
     """Class-conditional diffusion transformer, numerically the released DiT and SiT.
 
     Args:
@@ -213,7 +214,7 @@ class DiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin)
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.weight.detach().flatten(1))  # as a linear layer on flat patches
-        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.zeros_(self.patch_embed.get_parameter("bias"))
         for weight in (
             self.label_embed.table.weight,
             self.time_embed.linear_1.weight,

@@ -36,6 +36,7 @@ from dit.layers.norms import RMSNorm
 from dit.layers.positions import Rotary, rotary_embedding
 from dit.layers.resolutions import LADDERS, reference_grid, scale_positions
 from dit.layers.scales import Grid, block_causal_mask, scale_grids, token_counts, token_scales, token_slices
+from dit.runtime.typed import Typed
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 """Sides of VAR's token maps for pictures of 256 pixels: 680 tokens."""
@@ -125,7 +126,7 @@ class NextScaleCondition:
         return {"modulation": self.modulation[layer], "text": text, "text_mask": self.text_mask}
 
 
-class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """Next-scale transformer, numerically the released VAR or Infinity.
 
     With `text_dim` the condition is text, which is pooled into one vector (it starts the picture and modulates every
@@ -205,7 +206,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
         self.code_embed = nn.Linear(self.code_size, hidden_size)
         self.adaln_single = AdaLNSingle(hidden_size) if shared_modulation else None
         shape = (hidden_size, num_attention_heads, ff_ratio, norm_eps, qk_l2_norm, shared_modulation)
-        self.transformer_blocks = nn.ModuleList(
+        self.transformer_blocks: Any = nn.ModuleList(
             [NextScaleBlock(*shape, reads_text=text_dim is not None) for _ in range(num_layers)]
         )
         self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
@@ -330,7 +331,7 @@ class NextScaleTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterM
         if (text is None) == wants_text or (labels is None) != wants_text:
             wanted = "encoder_hidden_states and no class_labels" if wants_text else "class_labels and no text"
             raise ValueError(f"this transformer needs {wanted}")
-        if not wants_text:
+        if text is None:
             return self.class_embed(labels), None
         text = self.text_norm(text.to(self.dtype))  # (B, M, Dt)
         return self.text_pool(text, text_mask), self.text_proj(text)

@@ -6,6 +6,8 @@ models do (arXiv 2412.12391 finds this to scale better than cross-attention). Mo
 (frame, row, column). An image is a video of one frame, so the same class makes clips.
 """
 
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -21,6 +23,7 @@ from dit.layers.embeddings import TimestepEmbedding, patchify, sinusoidal_embedd
 from dit.layers.feed_forward import FeedForward
 from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
 from dit.layers.positions import Rotary, coordinate_waves, grid_positions, rotary_embedding
+from dit.runtime.typed import Typed
 
 TEXT_PERIOD = 100.0  # tokens in the slowest wave of a text token's place
 
@@ -69,7 +72,7 @@ class TextDiTBlock(nn.Module):
         return hidden_states + gate_f * fed  # (B, L + N, D)
 
 
-class TextDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
     """Text-to-image flow transformer; predicts the velocity `noise - data`.
 
     Args:
@@ -138,7 +141,7 @@ class TextDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMi
         self.time_embed = TimestepEmbedding(hidden_size)
         self.adaln_single = AdaLNSingle(hidden_size)
         inner_size = int(ff_ratio * hidden_size / 16 + 0.5) * 16  # a multiple of 16 keeps the kernels aligned
-        self.transformer_blocks = nn.ModuleList(
+        self.transformer_blocks: Any = nn.ModuleList(
             [TextDiTBlock(hidden_size, num_attention_heads, inner_size, activation) for _ in range(num_layers)]
         )
         self.norm_out = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
@@ -154,8 +157,12 @@ class TextDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMi
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for layer in (self.time_embed.linear_1, self.time_embed.linear_2, self.pooled_embedder[0]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for weight in (
+            self.time_embed.linear_1.weight,
+            self.time_embed.linear_2.weight,
+            self.pooled_embedder.get_parameter("0.weight"),
+        ):
+            nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.adaln_single.linear.weight)
         if self.text_position_embed is not None:
             nn.init.zeros_(self.text_position_embed.weight)

@@ -96,7 +96,7 @@ def attending_through(models: Iterable[nn.Module], backend: str) -> Generator[in
         RuntimeError: a package is missing or too old.
     """
     check_attention_backend(backend)
-    found = [getattr(part, "processor", None) for model in models for part in model.modules()]
+    found: list[Any] = [getattr(part, "processor", None) for model in models for part in model.modules()]
     processors = {id(one): one for one in found if hasattr(one, "_attention_backend")}.values()
     before = [one._attention_backend for one in processors]
     for one in processors:

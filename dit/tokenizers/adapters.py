@@ -1,5 +1,7 @@
 """diffusers' autoencoders behind the `VisualTokenizer` interface."""
 
+from typing import Any
+
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
@@ -18,8 +20,8 @@ class DiffusersTokenizer(VisualTokenizer):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        config = model.config
+        self.model: Any = model
+        config = self.model.config
         self._takes_video = _first_weight_rank(model) == 5
         channels = config.get("latent_channels") or config.get("z_dim") or config.get("latent_dim")
         if channels is None:
@@ -92,7 +94,7 @@ def _first_weight_rank(model: nn.Module) -> int:
     return next((p.ndim for p in model.parameters() if p.ndim in (4, 5)), 4)
 
 
-def _spatial_ratio(model: nn.Module) -> int:
+def _spatial_ratio(model: Any) -> int:
     """Pixels a latent pixel covers along a side; diffusers writes this in three places."""
     config = model.config
     for name in ("spatial_compression_ratio", "vae_scale_factor_spatial", "scale_factor_spatial"):

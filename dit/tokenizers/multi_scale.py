@@ -7,7 +7,7 @@ through the scales is here. Where one model serves many schedules of scales, met
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from dit.layers.scales import Grid
+from dit.runtime.typed import Typed
 from dit.tokenizers.base import TokenizerOutput, VisualTokenizer
 
 PREVIEW_SIDE = 8
@@ -37,7 +38,7 @@ class MultiScaleCodes(BaseOutput):
     latent: Tensor
 
 
-class MultiScaleTokenizer(VisualTokenizer):
+class MultiScaleTokenizer(Typed, VisualTokenizer):
     """Base of tokenizers with scales; stands before `ModelMixin` among the bases, since it has a `forward`.
 
     Subclasses have `quantize`, `decode`, `start_latents`, `accumulate`, `next_input`, and the attributes `config`
@@ -46,7 +47,10 @@ class MultiScaleTokenizer(VisualTokenizer):
 
     grids: tuple[Grid, ...]
     backbone: Any
-    config: Any
+    quantize: Callable[..., Any]
+    start_latents: Callable[..., Tensor]
+    accumulate: Callable[..., Tensor]
+    next_input: Callable[..., Tensor]
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -74,7 +78,7 @@ class MultiScaleTokenizer(VisualTokenizer):
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Encode and decode `sample`."""
-        return self.decode(self.encode(sample).latent, return_dict=return_dict)
+        return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)
 
     def normalize_latents(self, z: Tensor) -> Tensor:
         """The identity: next-scale models work on the tokenizer's own scale."""

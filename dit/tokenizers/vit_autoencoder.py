@@ -20,6 +20,7 @@ from dit.layers.attention import SelfAttention
 from dit.layers.embeddings import patchify, unpatchify
 from dit.layers.feed_forward import FeedForward
 from dit.layers.positions import Rotary, grid_positions, rotary_embedding
+from dit.runtime.typed import Typed
 from dit.tokenizers.base import TokenizerOutput, VisualTokenizer, paint_linear_preview
 
 PREVIEW_CELL = 4
@@ -64,7 +65,7 @@ class ConvBlock(nn.Module):
         return x + self.conv2(F.silu(self.conv1(F.silu(x))))
 
 
-class ViTAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin, VisualTokenizer):
+class ViTAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, VisualTokenizer):
     """Image autoencoder with a continuous, unit-variance code.
 
     Args:
@@ -200,7 +201,7 @@ class ViTAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin, VisualTokenizer)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Encode and decode `sample`."""
-        return self.decode(self.encode(sample).latent, return_dict=return_dict)
+        return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)
 
     def _encode(self, x: Tensor) -> Tensor:
         grid = tuple(size // self.config.patch_size for size in x.shape[-2:])
@@ -215,7 +216,7 @@ class ViTAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin, VisualTokenizer)
         norm = self.latent_norm
         if norm.training:
             return norm(latent)
-        mean, var = norm.running_mean.float(), norm.running_var.float()  # (C,)
+        mean, var = (norm.get_buffer(name).float() for name in ("running_mean", "running_var"))  # (C,)
         return F.batch_norm(latent, mean, var, eps=norm.eps)  # (B, C, N)
 
     def _decode(self, z: Tensor) -> Tensor:

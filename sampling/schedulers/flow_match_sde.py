@@ -16,6 +16,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from dit.runtime.typed import Typed
+
 DIFFUSION_FORMS = ("constant", "sigma", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("mean", "tweedie", "euler")
 
@@ -60,7 +62,7 @@ def diffusion_rate(sigma: Tensor, form: str, norm: float = 1.0) -> Tensor:
     raise ValueError(f"diffusion_form {form!r} is not known; use one of {', '.join(DIFFUSION_FORMS)}")
 
 
-class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
+class FlowMatchSDEScheduler(Typed, SchedulerMixin, ConfigMixin):
     """Euler-Maruyama over a linear flow, closed by one long step without noise; the default sampler of SiT.
 
     The model output is the velocity `noise - data`, the convention of diffusers' flow schedulers.
