@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from rich.console import Console
@@ -107,7 +108,7 @@ def import_checkpoint(
     if checkpoint.is_dir():
         if family != "dit":
             raise ValueError(f"{checkpoint} is a folder, but diffusers has no SiT; use --family dit, or a file")
-        model = layouts.from_diffusers(component_folder(checkpoint, "transformer"))
+        model: Any = layouts.from_diffusers(component_folder(checkpoint, "transformer"))
         names = _class_names(checkpoint)
         vae = vae or (str(checkpoint / "vae") if (checkpoint / "vae").is_dir() else None)
         notes.append(SHIFT_ZERO)
@@ -133,7 +134,7 @@ def export(family: str, source: Path, output: Path, dtype: str = "auto") -> DiT:
         The model that was written.
     """
     check_new_file(output)
-    model = DiT.from_pretrained(component_folder(source, "transformer"), use_safetensors=True)
+    model: Any = DiT.from_pretrained(component_folder(source, "transformer"), use_safetensors=True)
     if model.config.objective != layouts.OBJECTIVES[family]:
         raise ValueError(
             f"{source} predicts {model.config.objective!r}, but --family {family} means {layouts.OBJECTIVES[family]!r}"

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -72,7 +73,7 @@ def component_folder(folder: Path, name: str) -> Path:
     return found
 
 
-def read_component(source: Path, kinds: Sequence[type[ModelMixin]], family: str, dtype: str) -> ModelMixin:
+def read_component(source: Path, kinds: Sequence[type[ModelMixin]], family: str, dtype: str) -> Any:
     """Read the model to export: the one in a folder, or a pipeline's transformer.
 
     Args:
@@ -89,7 +90,7 @@ def read_component(source: Path, kinds: Sequence[type[ModelMixin]], family: str,
     known = {kind.__name__: kind for kind in kinds}
     if name not in known:
         raise ValueError(f"{folder} holds a {name}; --family {family} exports a {' or a '.join(known)}")
-    model = known[name].from_pretrained(folder, use_safetensors=True)
+    model: Any = known[name].from_pretrained(folder, use_safetensors=True)
     return model if dtype == "auto" else model.to(as_dtype(dtype))
 
 

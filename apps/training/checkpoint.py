@@ -88,7 +88,8 @@ def begin(folder: Path, step: int) -> Path:
 
 def write_random_state(temporary: Path, rank: int) -> None:
     """Writes the random states of this process (every process)."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (the global state is what is kept)
+    state: Any = np.random.get_state()  # noqa: NPY002 (the global state is what is kept)
+    name, keys, position, has_gauss, cached = state
     version, internal, gauss = random.getstate()
     tensors = {
         "torch": torch.get_rng_state(),

@@ -104,7 +104,7 @@ def encode_scenes(
     parts = []
     for start in track(range(0, len(scenes), 64), "encoding scenes", console=Console(stderr=True), disable=quiet):
         images = render(scenes[start : start + 64], sheet, resolution).to(device)  # (b, 3, H, W)
-        latents = tokenizer.normalize_latents(tokenizer.encode(images).latent)  # (b, C, h, w)
+        latents = tokenizer.normalize_latents(tokenizer.encode(images, return_dict=False)[0])  # (b, C, h, w)
         parts.append(latents.to("cpu", torch.float16))
     return torch.cat(parts)
 
@@ -133,7 +133,7 @@ def encode_tokens(
 def cached_latents(
     scenes: Sequence[Scene],
     sheet: SpriteSheet,
-    vae: nn.Module,
+    vae: Any,
     resolution: int,
     device: torch.device,
     folder: Path,

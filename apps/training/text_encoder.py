@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ class TextModel(Section):
 
 def new_text_encoder(settings: TextModel, tokenizer: PreTrainedTokenizerBase) -> T5EncoderModel:
     """Makes an encoder with random weights that looks at neighbouring tokens first; see `look_nearby`."""
+    ends: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     encoder = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
@@ -39,8 +41,7 @@ def new_text_encoder(settings: TextModel, tokenizer: PreTrainedTokenizerBase) ->
             dropout_rate=0.0,
             is_encoder_decoder=False,
             use_cache=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            **ends,
         )
     )
     look_nearby(encoder)
@@ -54,7 +55,8 @@ def look_nearby(encoder: T5EncoderModel) -> None:
     ones "a left of b" and "b left of a" still looked alike after 140,000 captions, and a generator never gets a slope
     towards the difference. With linear slopes (as ALiBi's, arXiv 2108.12409) 30,000 sufficed.
     """
-    attention = encoder.encoder.block[0].layer[0].SelfAttention
+    blocks: Any = encoder.encoder.block
+    attention = blocks[0].layer[0].SelfAttention
     table = attention.relative_attention_bias.weight  # (buckets, K): keys behind the query, then keys ahead of it
     half = len(table) // 2
     distance = torch.arange(half, dtype=table.dtype)  # (buckets / 2,)
@@ -108,6 +110,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> dict[st
     """`input_ids` and `attention_mask`, both (B, L) with L a multiple of 4."""
     tokens = tokenizer(captions, padding=True, pad_to_multiple_of=4, truncation=True, return_tensors="pt")
     # A fast tokenizer remembers how it was last called, and would be saved with it.
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.no_truncation()
+    fast: Any = tokenizer.backend_tokenizer
+    fast.no_padding()
+    fast.no_truncation()
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}

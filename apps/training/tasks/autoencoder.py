@@ -152,9 +152,9 @@ class AutoencoderTask:
         images = batch["images"]  # (B, 3, H, W)
         if self.config.task.train == "decoder":
             self.vae.latent_norm.eval()
-        latent = self.vae.encode(images).latent  # (B, C, h, w)
+        latent = self.vae.encode(images, return_dict=False)[0]  # (B, C, h, w)
         scale = self.config.task.latent_noise * torch.rand(len(latent), 1, 1, 1, device=latent.device)
-        decoded = self.vae.decode(latent + scale * torch.randn_like(latent)).sample  # (B, 3, H, W)
+        decoded = self.vae.decode(latent + scale * torch.randn_like(latent), return_dict=False)[0]  # (B, 3, H, W)
         with torch.autocast(images.device.type, enabled=False):
             task = self.config.task
             return reconstruction_loss(decoded.float(), images, task.ssim_weight, task.squared_weight)
@@ -163,7 +163,7 @@ class AutoencoderTask:
         """PSNR of held-out scenes (peak 2, since pictures span [-1, 1]): whole pictures, and inside sticker boxes."""
         return self.measure(self._calibrated())
 
-    def measure(self, vae: nn.Module) -> dict[str, float]:
+    def measure(self, vae: Any) -> dict[str, float]:
         """`psnr` and `psnr_boxes` of an autoencoder on the held-out scenes."""
         resolution = self.config.data.resolution
         whole, boxes, pixels, box_pixels = 0.0, 0.0, 0, 0
@@ -179,7 +179,7 @@ class AutoencoderTask:
 
     def preview(self, path: Path) -> None:
         """Rows of held-out scenes, each above its reconstruction."""
-        vae = self._calibrated()
+        vae: Any = self._calibrated()
         images = render(self.validation_scenes[:24], self.sheet, self.config.data.resolution).to(self.context.device)
         decoded = vae.decode(vae.encode(images).latent).sample.float()  # (B, 3, H, W)
         rows = zip(images.split(8), decoded.split(8), strict=True)
@@ -187,7 +187,7 @@ class AutoencoderTask:
 
     def export(self, folder: Path) -> None:
         """Writes `vae/`, its code statistics and preview map fitted to fresh scenes."""
-        vae = self._calibrated()
+        vae: Any = self._calibrated()
         pairs = [(vae.normalize_latents(vae.encode(images).latent).float(), images) for images in self._fresh_images()]
         latents, images = (torch.cat(parts) for parts in zip(*pairs, strict=True))  # (S, C, h, w), (S, 3, H, W)
         cell = math.isqrt(vae.preview_factors.shape[0] // 3)
@@ -219,7 +219,7 @@ class AutoencoderTask:
         norm.eval()
         return vae
 
-    def _latent_norm(self, vae: nn.Module) -> nn.BatchNorm1d:
+    def _latent_norm(self, vae: Any) -> nn.BatchNorm1d:
         """Where the statistics of the code are."""
         return vae.latent_norm
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.latent_pool import KINDS, Encode, encode_tokens
@@ -194,7 +194,7 @@ class NextScaleTask(TextToImageTask):
         if start is not None:
             return NextScaleTransformer.from_pretrained(start / "transformer", torch_dtype=torch.float32)
         if "vocab_size" in vae.config:
-            head = {"vocab_size": vae.config.vocab_size}
+            head: dict[str, Any] = {"vocab_size": vae.config.vocab_size}
         else:
             head = {"bitwise": True, "patchify": vae.config.patchify}
         transformer = NextScaleTransformer(
@@ -218,7 +218,7 @@ class NextScaleTask(TextToImageTask):
         """How the trained pipeline draws tokens."""
         return self.config.task.model_dump(include={"guidance_scale", "temperature", "top_k", "top_p"})
 
-    def _pipeline(self, transformer: nn.Module, text_encoder: nn.Module, vae: nn.Module) -> Any:
+    def _pipeline(self, transformer: Any, text_encoder: Any, vae: Any) -> Any:
         from pipelines.next_scale_text import NextScaleTextToImagePipeline
 
         return NextScaleTextToImagePipeline(

@@ -224,7 +224,7 @@ class TextReadingTask:
             centres |= {spot: (c,) for spot, c in zip(PLACES[relation], CENTRES[relation], strict=True)}
         scenes = []
         for row in range(len(logits["count"])):
-            found = {name: logits[name][row].argmax(-1).tolist() for name in logits}
+            found: dict[str, Any] = {name: logits[name][row].argmax(-1).tolist() for name in logits}
             centres["several"] = CENTRES[min(max(found["count"], 1), 4)]
             size = sum(SIZES[list(SIZES)[found["size"]]]) / 2
             placements = tuple(

@@ -161,7 +161,7 @@ class TextToImageTask:
         self.sheet = load_sprites()
         self.vocabulary = read_vocabulary(data.vocabulary)
         self.mix = SceneMix(single=data.single, pair=data.pair, count=data.count, size_words=data.size_words)
-        self.vae = load_autoencoder(data.vae or data.init_from / "vae").to(context.device)
+        self.vae: Any = load_autoencoder(data.vae or data.init_from / "vae").to(context.device)
         scenes, levels = pool_scenes(
             self.sheet,
             self.vocabulary,
@@ -318,7 +318,7 @@ class TextToImageTask:
         size = self.config.model.model_dump(exclude={"text"})
         return TextDiT(in_channels=channels, sample_size=side, text_dim=self.text_encoder.config.d_model, **size)
 
-    def _pipeline(self, transformer: nn.Module, text_encoder: nn.Module, vae: nn.Module) -> Any:
+    def _pipeline(self, transformer: Any, text_encoder: Any, vae: Any) -> Any:
         from pipelines.text_to_image import TextToImagePipeline
 
         return TextToImagePipeline(
