@@ -1,7 +1,7 @@
 """The best steps to compute, given how predictions at any two steps are alike.
 
 Exact for its model of the error: the forecast of a skipped step is wrong by what the Gram matrix says, an error counts
-by the length of its step, and errors add up. Then, because errors of different gaps may also cancel, steps are moved
+by the length of its step and by what later steps leave of it, and errors add up. Then, because errors of different gaps may also cancel, steps are moved
 one at a time while that lowers the squared length of the summed error (with the computed predictions taken as given).
 """
 
@@ -21,17 +21,39 @@ OWN_SHARE = 1.0
 the calibration promises is only half believed."""
 
 
+DATA_SPREAD = 0.5
+"""Standard deviation of the data for `remaining`, as in EDM (arXiv 2206.00364, sigma_data)."""
+
+
+def remaining(sigmas: Sequence[float]) -> np.ndarray:
+    """Return what the rest of a run leaves of an error of the latents made at each noise level.
+
+    Later steps see the error and mend part of it, so late errors count more. Latents are `k data + sigma noise`; for
+    Gaussian data of deviation s the flow shrinks all distances as the deviation of the latents, hence
+    `s / sqrt((k s)^2 + sigma^2)`.
+
+    Args:
+        sigmas: noise levels, (N,); k is 1 - sigma, or 1 where one exceeds 1 (models of the noise).
+
+    Returns:
+        (N,).
+    """
+    levels = np.asarray(sigmas, np.float64)
+    share = np.ones_like(levels) if levels.max() > 1 else 1 - levels  # (N,): k
+    return DATA_SPREAD / np.hypot(share * DATA_SPREAD, levels)
+
+
 @dataclass(frozen=True)
 class Errors:
     """Errors of forecasts from two computed steps p < a (p = a: from one alone), and from what a step itself brings.
 
     Args:
         gram: of the predictions, (N, N); with inputs behind them, (2 N, 2 N).
-        lengths: of the steps in sigma, (N,).
+        lengths: of the steps in sigma, times what remains of an error, (N,).
         newest: weight of step a in the forecast of j, [p, a, j], (N, N, N).
         older: weight of step p, (N, N, N).
         entered: weight of the input at step j, (N, N, N).
-        size: root mean square error of the forecast times the step's length, (N, N, N).
+        size: root mean square error of the forecast times the step's `lengths`, (N, N, N).
     """
 
     gram: np.ndarray
@@ -69,7 +91,7 @@ class Errors:
             raise ValueError(f"fill {fill!r} is not known; use 'reuse', 'newton' or 'gram'")
         parts = [(a, newest), (p, older), (j, -1.0)] + ([(count + j, entered)] if len(gram) > count else [])
         square = sum(one * other * gram[at, to] for at, one in parts for to, other in parts)  # (N, N, N)
-        lengths = np.abs(np.diff(levels, append=0.0))  # (N,)
+        lengths = np.abs(np.diff(levels, append=0.0)) * remaining(levels)  # (N,)
         return cls(gram, lengths, newest, older, entered, np.sqrt(np.maximum(square, 0.0)) * lengths)
 
 

@@ -15,7 +15,7 @@ from pipelines.step_cache import attach_cache, make_cache, parse_cache
 from sampling.step_cache import Profile, StepCache, calibrate_budget
 from sampling.step_cache.calibration import GramObserver
 from sampling.step_cache.profile import interpolation
-from sampling.step_cache.schedule import Errors, shortest_path
+from sampling.step_cache.schedule import Errors, remaining, shortest_path
 from tests.families.tiny import tiny_pipeline
 from tests.runtime.truth import guided_call
 from tests.step_cache.loops import levels
@@ -53,7 +53,8 @@ def slow_errors(gram: np.ndarray, sigmas: list[float], anchors: tuple[int, ...])
             weights[before[0]], weights[before[1]] = 1 + ahead, -ahead
         weights[step] -= 1
         length = sigma - (sigmas[step + 1] if step + 1 < len(sigmas) else 0.0)
-        total += length * np.sqrt(max(weights @ gram @ weights, 0))
+        left = 0.5 / np.sqrt((0.5 * (1 - sigma)) ** 2 + sigma**2)  # of the error at the end, for Gaussian data
+        total += length * left * np.sqrt(max(weights @ gram @ weights, 0))
     return total
 
 
@@ -93,6 +94,18 @@ def test_mask_spends_steps_where_predictions_bend() -> None:
     made = Profile(header(), tuple(sigmas), {"cond,cond": values @ values.T / values.shape[1]})
     mask = made.mask((), 0.4)
     assert sum(mask[12:]) >= 2 * sum(mask[:12])
+
+
+def test_errors_shrink_as_the_flow_of_gaussian_data_says() -> None:
+    """Follow two latents that differ by an error down the exact velocity of data with deviation 0.5."""
+    for begin in (0.95, 0.6, 0.2):
+        steps, error = 4000, 1.0
+        for sigma in np.linspace(begin, 0, steps, endpoint=False):
+            spread = (0.5 * (1 - sigma)) ** 2 + sigma**2  # variance of the latents; the velocity is its half slope
+            error -= begin / steps * (sigma - 0.25 * (1 - sigma)) / spread * error
+        assert remaining([begin])[0] == pytest.approx(error, rel=2e-3)
+    noisy = remaining([14.0, 1.0])  # a model of the noise: latents are data + sigma noise
+    assert noisy == pytest.approx([0.5 / np.hypot(0.5, 14.0), 0.5 / np.hypot(0.5, 1.0)])
 
 
 def test_fifty_steps_are_planned_within_two_seconds() -> None:
