@@ -21,6 +21,7 @@ from sampling.step_cache.forecasters import Newton
 from sampling.step_cache.gates import Mask
 
 BUDGETS = (0.5, 0.35)
+REGION = "blocks"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ CHANGES = {
 }
 
 
-def bench_transfer(model: str, repeats: int, device: str | None, dtype: str | None, prompts: int = 9) -> dict[str, Any]:
+def bench_transfer(model: str, repeats: int, device: str | None, dtype: str | None, prompts: int = 6) -> dict[str, Any]:
     """Measures.
 
     Args:
@@ -67,7 +68,7 @@ def bench_transfer(model: str, repeats: int, device: str | None, dtype: str | No
     pipe.set_progress_bar_config(disable=True)
     usual = {"num_inference_steps": 28, "guidance_scale": 4.0}
     learned = [request.prompt for request in draw(pipe, 3, 1_000_003)]
-    base = calibrate_budget(pipe, learned, seed=CALIBRATION_SEED, **usual)
+    base = _calibrate(pipe, learned, usual)
     single = [request.prompt for request in draw(pipe, 9, 1_000_003) if request.scene.kind == "single"]
     rows = []
     for name in list(CHANGES)[:2] if repeats == 1 else CHANGES:
@@ -75,8 +76,8 @@ def bench_transfer(model: str, repeats: int, device: str | None, dtype: str | No
         if change.scheduler is not None:
             pipe.scheduler = change.scheduler(before.config)
         settings = {**usual, **change.settings}
-        carried = base if change.kind is None else calibrate_budget(pipe, single, seed=CALIBRATION_SEED, **usual)
-        own = calibrate_budget(pipe, learned, seed=CALIBRATION_SEED, **settings)
+        carried = base if change.kind is None else _calibrate(pipe, single, usual)
+        own = _calibrate(pipe, learned, settings)
         tested = [request for request in draw(pipe, 3 * prompts, 7) if change.kind in (None, request.scene.kind)]
         wanted = [request.prompt for request in tested][: 1 if repeats == 1 else prompts]
         for budget in BUDGETS:
@@ -88,9 +89,14 @@ def bench_transfer(model: str, repeats: int, device: str | None, dtype: str | No
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
         "prompts": prompts,
         "calibration_prompts": len(learned),
+        "region": REGION,
         "rows": rows,
         "seconds": {},
     }
+
+
+def _calibrate(pipe: Any, prompts: list[str], settings: dict[str, Any]) -> Profile:
+    return calibrate_budget(pipe, prompts, region=REGION, seed=CALIBRATION_SEED, **settings)
 
 
 def _compare(

@@ -1,8 +1,9 @@
 """The best steps to compute, given how predictions at any two steps are alike.
 
 Exact for its model of the error: the forecast of a skipped step is wrong by what the Gram matrix says, an error counts
-by the length of its step and by what later steps leave of it, and errors add up. Then, because errors of different gaps may also cancel, steps are moved
-one at a time while that lowers the squared length of the summed error (with the computed predictions taken as given).
+by the length of its step and by what later steps leave of it, and errors add up. Then, because errors of different
+gaps may also cancel, steps are moved one at a time while that lowers the squared length of the summed error (with the
+computed predictions taken as given).
 """
 
 from __future__ import annotations
