@@ -23,6 +23,8 @@ WIDTHS = {1280: 900, 390: 844}
 """Of the window, with its height."""
 PATIENCE = 600
 """Seconds that a picture may take on a busy machine."""
+LIKE = 36
+"""Squared distance up to which two colours pass for one."""
 PICTURES = (
     ("two stars on purple", 3),
     ("a crown above a frog on pink", 5),
@@ -70,6 +72,14 @@ class Camera:
         self.page.evaluate("localStorage.clear()")
         open_page(self.page, self.page.url)
 
+    def choose(self, place: int, seed: int) -> None:
+        """Put a picture of the strip onto the stage."""
+        self.page.locator("#strip .thumbnail-item").nth(place).click()
+        self.page.wait_for_function(
+            "seed => document.querySelector('#details').textContent.includes(`seed ${seed}`)", arg=seed
+        )
+        self.page.wait_for_timeout(500)
+
     def paint(self, prompt: str, seed: int) -> None:
         """Paint a picture with a fixed seed and wait for it."""
         self.page.fill("#prompt textarea", prompt)
@@ -86,7 +96,10 @@ def few_colours(image: Image.Image) -> Image.Image:
     """Return a picture in 256 colours, a third of the bytes: the page's own ones stay, those painted are rounded."""
     pixels = np.asarray(image)  # (H, W, 3)
     colours, place, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
-    exact = colours[counts.argsort()[::-1][:128]]  # (128, 3)
+    exact: list[np.ndarray] = []
+    for colour in colours[counts.argsort()[::-1][:8192]].astype(np.int32):  # frequent ones, none like another
+        if len(exact) < 128 and all(((colour - one) ** 2).sum() > LIKE for one in exact):
+            exact.append(colour)
     rest = np.reshape(image.quantize(128, dither=Image.Dither.NONE).getpalette(), (-1, 3))
     palette = np.concatenate([exact, rest])[:256].astype(np.int32)  # (256, 3)
     chosen = [((palette - colour) ** 2).sum(1).argmin() for colour in colours.astype(np.int32)]
@@ -102,13 +115,13 @@ def shoot(camera: Camera) -> None:
         camera.paint(prompt, seed)
     camera.take("text")
 
-    page.locator("#strip .thumbnail-item").nth(1).click()
+    camera.choose(1, seed=2)
     page.click("#start-from")
     page.locator("#source canvas").wait_for(state="attached")
     camera.paint("a tiger face on an orange background", 9)
     camera.take("image")
 
-    page.locator("#strip .thumbnail-item").nth(1).click()
+    camera.choose(1, seed=7)
     page.click("#inpaint-it")
     canvas = page.locator("#source canvas")
     canvas.wait_for()
@@ -141,7 +154,7 @@ def shoot(camera: Camera) -> None:
     page.locator("#grid-y input").click()
     page.get_by_role("option", name="Step cache", exact=True).click()
     page.fill("#grid-y-values textarea, #grid-y-values input", "off, taylorseer, budget")
-    camera.paint("an octopus on a green background", 9)
+    camera.paint(*PICTURES[-1])
     camera.take("grid")
     camera.open("gallery")
     page.locator("#gallery img").first.wait_for()
