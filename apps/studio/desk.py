@@ -135,21 +135,24 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
             parts["cache_amount"] = gr.Number(
                 0, label=words("step_cache.amount"), minimum=0, maximum=100, elem_id="cache-amount"
             )
-        with gr.Row(elem_id="machine"):
-            usual = (words("machine.usual"), "")
-            parts["memory"] = gr.Dropdown(
-                _memory_choices(words, engine.devices), value="", label=words("memory"), filterable=False,
-                elem_id="memory", min_width=120,
-            )  # fmt: skip
+        parts["memory"] = gr.Dropdown(
+            _memory_choices(words, engine.devices),
+            value="",
+            label=words("memory"),
+            filterable=False,
+            elem_id="memory",
+        )
+        parts["memory_note"] = gr.HTML(
+            views.hint(memory_note(words, engine.devices)), elem_id="memory-note", js_on_load=None
+        )
+        usual = (words("machine.usual"), "")
+        with gr.Row():
             parts["dtype"] = gr.Dropdown(
                 [usual, *FORMATS], value="", label=words("dtype"), filterable=False, elem_id="dtype", min_width=120
             )
             parts["attention"] = gr.Dropdown(  # its choices come with the model: to find them takes seconds
                 [usual], value="", label=words("attention"), filterable=False, elem_id="attention", min_width=120
             )
-        parts["memory_note"] = gr.HTML(
-            views.hint(memory_note(words, engine.devices)), elem_id="memory-note", js_on_load=None
-        )
         with gr.Row(elem_id="lora-row", visible=bool(engine.loras)):
             loras = [(words("lora.none"), ""), *engine.loras]
             parts["lora"] = gr.Dropdown(loras, value="", label=words("lora"), filterable=False, elem_id="lora")

@@ -21,6 +21,8 @@ from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 PROJECT = Path(__file__).resolve().parents[2]
 STRINGS = json.loads((PROJECT / "apps" / "studio" / "strings" / "zh.json").read_text(encoding="utf-8"))
+AFTER_DONE = 2_000
+"""Milliseconds until the page has heard the last word of a job; leaving it before that is an error in its console."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = [
     "--headless",
@@ -142,7 +144,7 @@ def page(server, browser):
     page.on("pageerror", lambda error: errors.append(str(error)))
     open_page(page, server[0])
     yield page
-    assert errors == []
+    assert errors == [], errors
     assert [url for url in requests if not url.startswith((server[0], "data:", "blob:"))] == []
     page.close()
 
@@ -260,6 +262,7 @@ def test_settings_of_a_picture_paint_it_again(server, page):
     page.fill("#steps input[type=number]", "7")
     page.press("#steps input[type=number]", "Tab")
     first = paint_one(page, out)
+    page.wait_for_timeout(AFTER_DONE)
     page.evaluate("localStorage.clear()")
     page.reload()
     page.locator(".chip:visible").first.wait_for()
@@ -322,6 +325,7 @@ def test_what_was_set_survives_a_reload(page):
 def test_chinese_gallery_and_a_hostile_upload(server, page, tmp_path):
     address, out = server
     painted = paint_one(page, out)
+    page.wait_for_timeout(AFTER_DONE)
     page.click(".language")
     page.wait_for_url(f"{address}/zh/")
     page.locator(".chip:visible").first.wait_for()
