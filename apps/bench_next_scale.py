@@ -43,7 +43,7 @@ OBSERVE = 8
 COSTS = (1.2, 2.0, 4.0)
 SAMPLING: dict[str, dict[str, Any]] = {
     "as the model paints": {},
-    "unguided": {"guidance_scale": 1.0, "top_p": 1.0},
+    "unguided, temperature 1.5": {"guidance_scale": 1.0, "top_p": 1.0, "temperature": 1.5},
 }
 """Ways to draw tokens: where one picture is nearly always right, a search has little to gain."""
 SHORTCUTS: dict[str, dict[str, Any]] = {

@@ -265,7 +265,7 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
         schedulers=tuple(scheduler_names(getattr(pipe, "scheduler", None))),
         sizes=tuple((width, height) for height, width in getattr(pipe, "sizes", ())),
         can_tile=can_tile(pipe),
-        can_search="search" in defaults and (Path(getattr(pipe, "name_or_path", None) or "") / "scorer").is_dir(),
+        can_search="search" in defaults and getattr(pipe, "scorer", None) is not None,
     )
 
 

@@ -27,7 +27,7 @@ from pipelines.next_scale_edit import KeptTokens
 from sampling.next_scale import Guide, ScaleWalk
 from sampling.rewards import as_reward
 from sampling.scale_acceleration import AppliedAcceleration, ScaleAcceleration
-from sampling.test_time_search import ScaleSearch, SearchResult, TTSConfig
+from sampling.test_time_search import Reward, ScaleSearch, SearchResult, TTSConfig
 from sampling.tokens import Generators
 
 Pictures = list[Image.Image] | np.ndarray | Tensor
@@ -134,6 +134,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
     _calibrator: KVCalibrator | None = None
     _seconds: float = 0.0  # of the network and the draws, in the last run
     kv_report: KVReport | None = None
+    _read_reward: tuple[tuple[Any, torch.device], Reward] | None = None
     acceleration_report: dict[str, Any] | None = None
 
     @property
@@ -416,7 +417,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         steps: list[tuple[int, int]],
     ) -> tuple[Tensor, list[SearchResult]]:
         """Search for each prompt in turn; returns the best latents (B, C, h, w), and all results."""
-        reward = as_reward(self._find_scorer() if config.reward is None else config.reward, self._execution_device)
+        reward = self._reward(self.scorer if config.reward is None else config.reward)
         schedule = config.at(len(task.grids))
         scales = len(task.grids) if applied is None else applied.num_scales
         if schedule.batch_sizes[scales - 1] < task.images_per_prompt:
@@ -456,15 +457,24 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
 
         return show
 
-    def _find_scorer(self) -> str:
-        """The scorer in the model's folder."""
-        folder = Path(self.name_or_path or "") / SCORER_FOLDER
-        if not self.name_or_path or not folder.is_dir():
+    def _reward(self, wanted: Any) -> Reward:
+        """The reward of a search; a model that is named is read once for calls that follow one another."""
+        if wanted is None:
             raise ValueError(
                 "this model comes without a scorer: give the search a reward, a callable (pictures, prompts) -> (B,) "
                 "or the folder or hub id of a CLIP-like model, as in search=TTSConfig(reward=...)"
             )
-        return str(folder)
+        key = (wanted, self._execution_device)
+        if self._read_reward is None or self._read_reward[0] != key:
+            self._read_reward = (key, as_reward(*key))
+        return self._read_reward[1]
+
+    @property
+    def scorer(self) -> str | None:
+        """Folder of the scorer that comes with the model: in its folder, or beside it under its name."""
+        own = Path(self.name_or_path or "")
+        found = [own / SCORER_FOLDER, own.with_name(f"{own.name}-{SCORER_FOLDER}")] if own.name else []
+        return next((str(folder) for folder in found if folder.is_dir()), None)
 
     # ---------------------------------------------------------------- in and out
 

@@ -16,6 +16,8 @@ from apps.stickers.renderer import render
 from apps.stickers.scene import SceneMix, SceneSampler
 from apps.stickers.sprites import load_sprites
 from pipelines import builtin_models, load_pipeline
+from sampling.rewards import as_reward
+from sampling.test_time_search import TTSConfig
 
 FOLDER = Path(pipelines.__file__).parent / "pretrained" / "stickers-var"
 MIB = 2**20
@@ -42,6 +44,24 @@ def scenes_of(kind, count):
 def test_it_is_listed_and_small():
     assert "stickers-var" in builtin_models()
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 10 * MIB
+
+
+def test_its_scorer_chooses_among_candidates(pipe):
+    """It knows stickers, numbers and colours; which of two stands left it does not, see the card."""
+    scenes = scenes_of("single", 12)[0]
+    sheet = load_sprites()
+    pictures = render(scenes, sheet, 128) / 2 + 0.5
+    reward = as_reward(pipe.scorer)
+    right = [f"a {sheet.names[scene.sprites[0]]}" for scene in scenes]
+    wrong = [*right[1:], right[0]]
+    assert (reward(pictures, right) > reward(pictures, wrong)).float().mean() >= 0.9
+
+    config = TTSConfig(method="best_of", batch_sizes=3)
+    found = pipe("a red apple on white", generator=seeds(1)[0], search=config, output_type="pt")
+    (result,) = found.search
+    assert result.rewards.tolist() == sorted(result.rewards.tolist(), reverse=True)
+    assert torch.allclose(found.images[0].cpu(), result.pictures[0], atol=1 / 255)
+    assert result.token_cost == pytest.approx(3)
 
 
 @pytest.mark.parametrize(("kind", "metric"), [("single", "recall"), ("pair", "relation"), ("count", "count")])
