@@ -94,6 +94,7 @@ def test_the_codes_are_used():
 
 def test_kept_pixels_of_inpainting_are_the_pictures_own(pipe, tmp_path):
     engine = Engine({"stickers-var": "stickers-var"}, tmp_path, device="cpu", load=lambda source: pipe)
+    assert engine.model().result(60).can_search  # so the studio offers it
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (128, 128, 3), dtype=np.uint8))
     mask = Image.new("L", (128, 128))
     mask.paste(255, (32, 32, 96, 96))

@@ -214,6 +214,7 @@ def test_the_page_says_what_fits_the_model(world):
     assert changes["smooth"]["visible"] is bool(world.model.labels)
     for name in ("steps", "scheduler", "step_cache", "cache_amount"):
         assert changes[name]["visible"] is not is_next_scale, name
+    assert changes["search"]["visible"] is changes["candidates"]["visible"] is False  # none of these has a scorer
     if is_next_scale:
         assert changes["top_k"] == world.model.defaults["top_k"]  # the model's own, not the page's
     need = world.choosing.fit("stickers-var", "image")["need"]
