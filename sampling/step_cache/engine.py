@@ -98,7 +98,7 @@ class Call:
         values, more = mix(self._history(slot), self.weights[:known]), self.weights[known:]
         if base is not None:
             share = 1.0 + sum(more)
-            values = tuple(torch.add(value, start, alpha=share) for value, start in zip(values, base, strict=True))
+            values = tuple(value + start * share for value, start in zip(values, base, strict=True))
         return self.track.rebuild[slot](values)
 
     def _history(self, slot: str) -> Any:

@@ -92,7 +92,7 @@ class Errors:
             raise ValueError(f"fill {fill!r} is not known; use 'reuse', 'newton' or 'gram'")
         parts = [(a, newest), (p, older), (j, -1.0)] + ([(count + j, entered)] if len(gram) > count else [])
         square = sum(one * other * gram[at, to] for at, one in parts for to, other in parts)  # (N, N, N)
-        lengths = np.abs(np.diff(levels, append=0.0)) * remaining(levels)  # (N,)
+        lengths = np.abs(np.diff(levels, append=0.0)) * remaining(sigmas)  # (N,)
         return cls(gram, lengths, newest, older, entered, np.sqrt(np.maximum(square, 0.0)) * lengths)
 
 
