@@ -11,9 +11,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
@@ -118,8 +120,18 @@ def examine(instance: Any, region: str) -> str:
     return "ok" if alike(plain, run(model, inputs)) else "something stayed behind"
 
 
+def lend_resize() -> None:
+    """Lend Cosmos the one function of torchvision, not installed here, that it calls: a resize to the nearest."""
+    cosmos = importlib.import_module("diffusers.models.transformers.transformer_cosmos")
+    if not hasattr(cosmos, "transforms"):
+        functional = SimpleNamespace(resize=lambda picture, size, interpolation: F.interpolate(picture, size))
+        mode = SimpleNamespace(NEAREST="nearest")
+        cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=mode)
+
+
 def main(checkout: str, report: str | None) -> None:
     """Examine all and write the report."""
+    lend_resize()
     sys.path[:0] = [checkout, str(Path(checkout) / "stub")]
     sys.path.append(str(ROOT))
     warnings.simplefilter("ignore")
