@@ -116,6 +116,8 @@ def bench_cache(
     profiles = [calibrate_budget(pipe, learned, work.steps, region=region, **settings) for region in REGIONS]
     uncached, whole = _painted(work, Candidate("uncached", {}, nullcontext))
     finest = _painted(work, cache_rivals.reference(24 if smoke else 84))[0]
+    for rival in cache_rivals.missing():
+        told.print(f"[yellow]not compared with {rival}[/]")
     rows = []
     for candidate in _candidates(work, profiles, learned[0], smoke):
         pictures, found = _painted(work, candidate)
@@ -141,6 +143,7 @@ def bench_cache(
         "calibration_prompts": len(learned),
         "steps": work.steps,
         "guidance": work.guidance,
+        "missing": cache_rivals.missing(),
         "uncached": {
             "to_reference_db": round(mean_psnr(uncached, finest), 2),
             "judge": judged(work.requests, uncached),

@@ -93,9 +93,14 @@ def magnitudes_by_diffusers(pipe: Any, prompt: str, steps: int, paint: Paint) ->
     return [float(number) for number in lists[-1].split(",")]
 
 
+def missing() -> list[str]:
+    """Rivals that are not installed, and how to get them."""
+    return [] if find_spec("cache_dit") else ["cache-dit: pip install cache-dit"]
+
+
 def of_cache_dit(steps: int) -> list[Candidate]:
-    """DBCache with its TaylorSeer calibrator, dynamic and with masks of steps; empty where cache-dit is missing."""
-    if find_spec("cache_dit") is None:
+    """DBCache with its TaylorSeer calibrator, dynamic and with masks of steps; empty where it is `missing`."""
+    if missing():
         return []
     found = []
     for threshold, warmup, order in ((0.25, 4, 1), (0.4, 2, 1), (0.7, 3, 1)):
