@@ -75,7 +75,7 @@ class Choosing:
         for name, value in remembered.items():
             before = merged.get(name)
             if isinstance(before, dict) and before.get("__type__") == "update":
-                before["value"] = value
+                merged[name] = {**before, "value": value}  # a copy: parts may share an update
             else:
                 merged[name] = value
         return {**merged, **self._go(mode)}

@@ -159,6 +159,7 @@ def test_a_browser_plays_it(world, tmp_path):
         requests, errors = [], []
         page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        open_page(page, world.address + "/zh/")  # leaves settings behind, which the next page takes up
         open_page(page, world.address)
         page.fill("#prompt textarea", "a red apple")
         for name, value in (("frames", "9"), ("steps", "2")):

@@ -357,6 +357,8 @@ def test_what_the_browser_remembers_is_put_in_place_and_checked(studio):
     assert changes["prompt"] == "a ghost"
     assert changes["steps"]["value"] == 9
     assert changes["tabs"]["selected"] == "grid"
+    for name in ("steps", "step_cache", "cache_amount"):  # parts that share an update keep values of their own
+        assert changes[name]["value"] == saved[name], name
     for odd in (None, [], "x", {"model": "../x", "prompt": "y"}, {"model": "fake", "prompt": ["y"], "source": "z"}):
         assert "prompt" not in studio.choosing.open(odd, PAGE)
 
