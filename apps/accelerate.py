@@ -120,7 +120,7 @@ def describe(pipe: Any, cache: RunningCache) -> str:
     kept = getattr(pipe, "kv_report", None)
     if kept is not None:
         told.append(
-            f"KV {kept.policy}: {100 * kept.share:.0f} % kept, peak {kept.peak_bytes / MIB:.1f} of "
-            f"{kept.full_bytes / MIB:.1f} MiB"
+            f"KV {kept.policy}: {100 * kept.share:.0f} % of {kept.full_bytes / MIB:.1f} MiB kept, "
+            f"peak {kept.peak_bytes / MIB:.1f} MiB"
         )
     return ", ".join(told)
