@@ -213,8 +213,9 @@ def easel(words: Strings) -> Parts:
                 words(name), size="sm", interactive=False, elem_id=name.replace("_", "-"), min_width=80
             )
         parts["save"] = gr.DownloadButton(words("save"), size="sm", interactive=False, elem_id="download", min_width=80)
+    # Always there, and hidden by its style while it is empty: Gradio loads what begins hidden only when it is to be
+    # shown, and on a busy machine the first pictures would be told before it listens.
     parts["strip"] = gr.Gallery(
-        visible=False,
         show_label=False,
         columns=6,
         height="auto",

@@ -421,7 +421,7 @@ def _address(shown: Shown) -> str | None:
 def strip(visit: Sequence[Shown]) -> Changes:
     """Show a visit's pictures as files (so that they stay as they are, settings and all) with their seeds."""
     items = [(str(shown.path), str(shown.settings.seed)) for shown in visit]
-    return {"strip": gr.update(value=items, visible=bool(items)), "visit": list(visit)}
+    return {"strip": gr.update(value=items), "visit": list(visit)}
 
 
 def progress_line(step: Step, words: Strings) -> tuple[str, float]:

@@ -197,7 +197,9 @@ def test_type_paint_stop(server, page, width, height):
     settings = read_picture(painted)
     assert settings.prompt == "a ghost"
     assert f"seed {settings.seed}" in page.inner_text("#details")
-    assert page.inner_text("#strip .caption-label") == str(settings.seed)
+    page.wait_for_function(
+        "seed => document.querySelector('#strip .caption-label')?.textContent.trim() === seed", arg=str(settings.seed)
+    )
     thumbnail = page.get_attribute("#strip img", "src")
     served = httpx.get(thumbnail, trust_env=False)
     assert served.content == painted.read_bytes()  # the file itself, its settings with it
