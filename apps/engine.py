@@ -281,16 +281,20 @@ class Engine:
         Raises:
             KeyError: no such job.
         """
-        stored = self.job(job_id)
-        with self._moved:
-            job = self._live.get(job_id)
-        if job is None or stored.state != "running":
+        job = self._running(job_id)
+        if job is None:
             return False
         model = self.loaded(job.order.request.model or self.models[0])
         if model is None or not model.done() or not model.result().can_finish:
             return False
         job.finish.set()
         return True
+
+    def _running(self, job_id: str) -> _LiveJob | None:
+        """The live job of this name if it is being painted."""
+        stored = self.job(job_id)
+        with self._moved:
+            return self._live.get(job_id) if stored.state == "running" else None
 
     def skip(self, job_id: str) -> bool:
         """End the picture that a running job is at, and those painted at once with it; the job goes on with the next.
@@ -301,10 +305,8 @@ class Engine:
         Raises:
             KeyError: no such job.
         """
-        stored = self.job(job_id)
-        with self._moved:
-            job = self._live.get(job_id)
-        if job is None or stored.state != "running":
+        job = self._running(job_id)
+        if job is None:
             return False
         job.skip.set()
         return True
