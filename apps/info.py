@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from apps.profiles import attention_backends, memory_profiles, try_attention
+from dit.layers.linear import linear, mkl_is_slow
 
 PACKAGES = ("dit", "pipelines", "sampling", "apps")
 HOME = Path(__file__).resolve().parents[1]
@@ -52,6 +53,7 @@ def collect() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+            "float32 products": "oneDNN (MKL leaves AVX-512 unused here)" if mkl_is_slow() else "as torch chooses",
         },
         "devices": [describe_device(device) for device in available_devices()],
         "attention": {} if "dit" in shadows else _attention(),
@@ -99,10 +101,11 @@ def bfloat16_gain(device: torch.device, side: int = 512) -> float:
         float32 time divided by bfloat16 time; above 1 means that bfloat16 is worth choosing.
     """
 
+    @torch.no_grad()
     def product_time(dtype: torch.dtype) -> float:
         matrix = torch.ones(side, side, device=device, dtype=dtype)
         start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # reading a value waits for the device
+        linear(matrix, matrix)[0, 0].item()  # as networks multiply here; reading a value waits for the device
         return time.perf_counter() - start
 
     # In turns, and the shortest of each: a burst of other load hits both, and the best time escapes it.

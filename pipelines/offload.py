@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from dit.layers.linear import hasten
 from pipelines.checks import check_choice
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, and whoever checks a setting needs none of it
@@ -55,6 +57,10 @@ def place(pipe: DiffusionPipeline, device: torch.device, offload: str = "none") 
     """
     check_choice("offload", offload, OFFLOADS)
     if offload == "none":
+        if device.type == "cpu":
+            for component in pipe.components.values():
+                if isinstance(component, nn.Module):
+                    hasten(component)
         return pipe.to(device)
     if offload == "model":
         if pipe.model_cpu_offload_seq is None:

@@ -10,6 +10,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from dit.attention import attention
+from dit.layers.linear import Linear
 from dit.layers.norms import RMSNorm
 from dit.layers.positions import Rotary, apply_rotary
 
@@ -105,10 +106,10 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         self.heads = num_heads
         self.use_bias = bias  # read by diffusers' fuse_projections
         self.is_cross_attention = False
-        self.to_q = nn.Linear(hidden_size, hidden_size, bias=bias)
-        self.to_k = nn.Linear(hidden_size, hidden_size, bias=bias)
-        self.to_v = nn.Linear(hidden_size, hidden_size, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size), nn.Identity()])
+        self.to_q = Linear(hidden_size, hidden_size, bias=bias)
+        self.to_k = Linear(hidden_size, hidden_size, bias=bias)
+        self.to_v = Linear(hidden_size, hidden_size, bias=bias)
+        self.to_out = nn.ModuleList([Linear(hidden_size, hidden_size), nn.Identity()])
         head_dim = hidden_size // num_heads
         self.norm_q = RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()

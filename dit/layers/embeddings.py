@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dit.layers.linear import Linear
+
 
 def sinusoidal_embedding(timestep: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Embed timesteps as `[cos, sin]` waves of geometrically falling frequency.
@@ -39,9 +41,9 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
         super().__init__()
         self.frequency_size = frequency_size
-        self.linear_1 = nn.Linear(frequency_size, hidden_size)
+        self.linear_1 = Linear(frequency_size, hidden_size)
         self.act = nn.SiLU()
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        self.linear_2 = Linear(hidden_size, hidden_size)
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed `timestep` (B,) as (B, D) in `dtype`."""

@@ -3,11 +3,13 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit.layers.linear import Linear
+
 
 class _GELU(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, bias: bool) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim_in, dim_out, bias=bias)
+        self.proj = Linear(dim_in, dim_out, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.proj(x), approximate="tanh")  # (B, N, F)
@@ -16,7 +18,7 @@ class _GELU(nn.Module):
 class _SwiGLU(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, bias: bool) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim_in, 2 * dim_out, bias=bias)
+        self.proj = Linear(dim_in, 2 * dim_out, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)  # (B, N, F) each
@@ -44,7 +46,7 @@ class FeedForward(nn.Module):
             [
                 kinds[activation](hidden_size, inner_size, bias),
                 nn.Identity(),  # diffusers has its dropout here; the slot keeps the published names
-                nn.Linear(inner_size, hidden_size, bias=bias),
+                Linear(inner_size, hidden_size, bias=bias),
             ]
         )
 

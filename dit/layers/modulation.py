@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from dit.layers.linear import Linear
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Shift and scale normalised tokens: `x * (1 + scale) + shift`.
@@ -30,7 +32,7 @@ class AdaLNSingle(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.act = nn.SiLU()
-        self.linear = nn.Linear(hidden_size, 6 * hidden_size)
+        self.linear = Linear(hidden_size, 6 * hidden_size)
 
     def forward(self, condition: Tensor) -> Tensor:
         """Map the condition (B, D) to six vectors (B, 6, D)."""

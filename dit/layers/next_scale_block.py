@@ -20,6 +20,7 @@ from dit.attention import attention
 from dit.cache import Attend, ScaleKVCache
 from dit.layers.attention import AttnProcessor, split_heads, turn
 from dit.layers.feed_forward import FeedForward
+from dit.layers.linear import Linear
 from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
 from dit.layers.positions import Rotary
 
@@ -93,10 +94,10 @@ class NextScaleAttention(nn.Module, AttentionModuleMixin):
     def __init__(self, hidden_size: int, num_heads: int, qk_l2_norm: bool) -> None:
         super().__init__()
         self.heads = num_heads
-        self.to_q = nn.Linear(hidden_size, hidden_size)
-        self.to_k = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.to_v = nn.Linear(hidden_size, hidden_size)
-        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size), nn.Identity()])
+        self.to_q = Linear(hidden_size, hidden_size)
+        self.to_k = Linear(hidden_size, hidden_size, bias=False)
+        self.to_v = Linear(hidden_size, hidden_size)
+        self.to_out = nn.ModuleList([Linear(hidden_size, hidden_size), nn.Identity()])
         self.log_sharpness = nn.Parameter(torch.full((num_heads,), math.log(4.0))) if qk_l2_norm else None
         self.set_processor(self._default_processor_cls())
 
@@ -156,10 +157,10 @@ class TextAttention(nn.Module, AttentionModuleMixin):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.heads = num_heads
-        self.to_q = nn.Linear(hidden_size, hidden_size)
-        self.to_k = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.to_v = nn.Linear(hidden_size, hidden_size)
-        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size), nn.Identity()])
+        self.to_q = Linear(hidden_size, hidden_size)
+        self.to_k = Linear(hidden_size, hidden_size, bias=False)
+        self.to_v = Linear(hidden_size, hidden_size)
+        self.to_out = nn.ModuleList([Linear(hidden_size, hidden_size), nn.Identity()])
         self.set_processor(self._default_processor_cls())
 
     def read(self, text: Tensor) -> KeyValue:
@@ -184,9 +185,9 @@ class TextPool(nn.Module):
     def __init__(self, text_dim: int, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(num_heads, hidden_size // num_heads))  # (K, E)
-        self.to_k = nn.Linear(text_dim, hidden_size, bias=False)
-        self.to_v = nn.Linear(text_dim, hidden_size)
-        self.proj_out = nn.Linear(hidden_size, hidden_size)
+        self.to_k = Linear(text_dim, hidden_size, bias=False)
+        self.to_v = Linear(text_dim, hidden_size)
+        self.proj_out = Linear(hidden_size, hidden_size)
 
     def forward(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Pool text (B, M, Dt), real where the mask (B, M) is True, into (B, D)."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dit.layers.attention import SelfAttention
 from dit.layers.embeddings import TimestepEmbedding, unpatchify
 from dit.layers.feed_forward import FeedForward
+from dit.layers.linear import Linear
 from dit.layers.modulation import modulate
 from dit.layers.positions import sincos_2d
 from dit.runtime.typed import Typed
@@ -61,7 +62,7 @@ class AdaLNZero(nn.Module):
         super().__init__()
         self.count = count
         self.act = nn.SiLU()
-        self.linear = nn.Linear(hidden_size, count * hidden_size)
+        self.linear = Linear(hidden_size, count * hidden_size)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         """Map the condition (B, D) to `count` vectors, each (B, 1, D)."""
@@ -188,7 +189,7 @@ class DiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cach
         )
         self.modulation_out = AdaLNZero(self.hidden_size, 2)
         self.norm_out = nn.LayerNorm(self.hidden_size, elementwise_affine=False, eps=1e-6)
-        self.proj_out = nn.Linear(self.hidden_size, patch_size**2 * out_channels)
+        self.proj_out = Linear(self.hidden_size, patch_size**2 * out_channels)
         self.gradient_checkpointing = False
         self._initialize()
 

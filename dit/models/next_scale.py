@@ -30,6 +30,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from dit.cache import CachePlan, KVProfile, Observer, ScaleKVCache, find_table, plan_cache
+from dit.layers.linear import Linear
 from dit.layers.modulation import AdaLNSingle, modulate
 from dit.layers.next_scale_block import KeyValue, LayerCache, NextScaleBlock, TextPool
 from dit.layers.norms import RMSNorm
@@ -203,15 +204,15 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         learned = positions == "learned"
         self.pos_embed = nn.Parameter(torch.empty(self.slices[-1].stop, hidden_size)) if learned else None  # (L, D)
         self.scale_embed = nn.Embedding(max_scales or len(self.grids), hidden_size)
-        self.code_embed = nn.Linear(self.code_size, hidden_size)
+        self.code_embed = Linear(self.code_size, hidden_size)
         self.adaln_single = AdaLNSingle(hidden_size) if shared_modulation else None
         shape = (hidden_size, num_attention_heads, ff_ratio, norm_eps, qk_l2_norm, shared_modulation)
         self.transformer_blocks: Any = nn.ModuleList(
             [NextScaleBlock(*shape, reads_text=text_dim is not None) for _ in range(num_layers)]
         )
-        self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
+        self.modulation_out = Linear(hidden_size, 2 * hidden_size)
         self.norm_out = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
-        self.proj_out = nn.Linear(hidden_size, 2 * self.code_size if bitwise else vocab_size)
+        self.proj_out = Linear(hidden_size, 2 * self.code_size if bitwise else vocab_size)
         self.gradient_checkpointing = False
         self._initialize()
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dit.layers.attention import SelfAttention
 from dit.layers.embeddings import TimestepEmbedding, patchify, sinusoidal_embedding, unpatchify
 from dit.layers.feed_forward import FeedForward
+from dit.layers.linear import Linear
 from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
 from dit.layers.positions import Rotary, coordinate_waves, grid_positions, rotary_embedding
 from dit.runtime.typed import Typed
@@ -127,17 +128,15 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         if sum(self.axes_dims) != attention_head_dim:
             raise ValueError(f"rope_axes_dims {self.axes_dims} must sum to the head width {attention_head_dim}")
 
-        self.patch_embed = nn.Linear(values * in_channels, hidden_size)
+        self.patch_embed = Linear(values * in_channels, hidden_size)
         self.coordinate_embed = (
-            nn.Linear(6 * coordinate_frequencies, hidden_size, bias=False) if coordinate_frequencies else None
+            Linear(6 * coordinate_frequencies, hidden_size, bias=False) if coordinate_frequencies else None
         )
-        self.context_embedder = nn.Linear(text_dim, hidden_size)
+        self.context_embedder = Linear(text_dim, hidden_size)
         self.text_position_embed = (
-            nn.Linear(2 * text_position_frequencies, hidden_size, bias=False) if text_position_frequencies else None
+            Linear(2 * text_position_frequencies, hidden_size, bias=False) if text_position_frequencies else None
         )
-        self.pooled_embedder = nn.Sequential(
-            nn.Linear(text_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.pooled_embedder = nn.Sequential(Linear(text_dim, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
         self.time_embed = TimestepEmbedding(hidden_size)
         self.adaln_single = AdaLNSingle(hidden_size)
         inner_size = int(ff_ratio * hidden_size / 16 + 0.5) * 16  # a multiple of 16 keeps the kernels aligned
@@ -146,7 +145,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         )
         self.norm_out = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.scale_shift_table = modulation_table(2, hidden_size)
-        self.proj_out = nn.Linear(hidden_size, values * self.out_channels)
+        self.proj_out = Linear(hidden_size, values * self.out_channels)
         self.gradient_checkpointing = False
         self.initialize_weights()
 

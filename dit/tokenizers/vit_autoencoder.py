@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dit.layers.attention import SelfAttention
 from dit.layers.embeddings import patchify, unpatchify
 from dit.layers.feed_forward import FeedForward
+from dit.layers.linear import Linear
 from dit.layers.positions import Rotary, grid_positions, rotary_embedding
 from dit.runtime.typed import Typed
 from dit.tokenizers.base import TokenizerOutput, VisualTokenizer, paint_linear_preview
@@ -113,28 +114,28 @@ class ViTAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, VisualTok
         if patch_size % refiner_patch:
             raise ValueError(f"patch_size {patch_size} must be a multiple of refiner_patch {refiner_patch}")
         self.patch = (1, patch_size, patch_size)
-        self.patch_embed = nn.Linear(in_channels * patch_size**2, encoder_dim)
+        self.patch_embed = Linear(in_channels * patch_size**2, encoder_dim)
         self.encoder_blocks = nn.ModuleList(
             [ViTBlock(encoder_dim, encoder_dim // attention_head_dim, ff_ratio) for _ in range(encoder_layers)]
         )
         self.encoder_norm = nn.LayerNorm(encoder_dim, eps=1e-6)
-        self.to_latent = nn.Linear(encoder_dim, latent_channels)
+        self.to_latent = Linear(encoder_dim, latent_channels)
         self.latent_norm = nn.BatchNorm1d(latent_channels, affine=False, momentum=0.01)
 
-        self.from_latent = nn.Linear(latent_channels, decoder_dim)
+        self.from_latent = Linear(latent_channels, decoder_dim)
         self.decoder_blocks = nn.ModuleList(
             [ViTBlock(decoder_dim, decoder_dim // attention_head_dim, ff_ratio) for _ in range(decoder_layers)]
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         if refiner_channels:
-            self.to_pixels = nn.Linear(decoder_dim, refiner_channels * (patch_size // refiner_patch) ** 2)
+            self.to_pixels = Linear(decoder_dim, refiner_channels * (patch_size // refiner_patch) ** 2)
             self.refiner = nn.Sequential(
                 *[ConvBlock(refiner_channels) for _ in range(refiner_layers)],
                 nn.Conv2d(refiner_channels, in_channels * refiner_patch**2, 3, padding=1),
                 nn.PixelShuffle(refiner_patch),
             )
         else:
-            self.to_pixels = nn.Linear(decoder_dim, in_channels * patch_size**2)
+            self.to_pixels = Linear(decoder_dim, in_channels * patch_size**2)
             self.refiner = None
         self.register_buffer("preview_factors", torch.zeros(3 * PREVIEW_CELL**2, latent_channels + 1))
         self.gradient_checkpointing = False
