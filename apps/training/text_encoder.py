@@ -106,9 +106,14 @@ def load_text_encoder(folder: Path) -> tuple[T5EncoderModel, PreTrainedTokenizer
     return encoder, AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, both (B, L) with L a multiple of 4."""
-    tokens = tokenizer(captions, padding=True, pad_to_multiple_of=4, truncation=True, return_tensors="pt")
+def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str], length: int | None = None) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, both (B, L), with L the given length, else a multiple of 4."""
+    padding: dict[str, Any] = (
+        {"padding": True, "pad_to_multiple_of": 4}
+        if length is None
+        else {"padding": "max_length", "max_length": length}
+    )
+    tokens = tokenizer(captions, truncation=True, return_attention_mask=True, return_tensors="pt", **padding)
     # A fast tokenizer remembers how it was last called, and would be saved with it.
     fast: Any = tokenizer.backend_tokenizer
     fast.no_padding()

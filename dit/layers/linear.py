@@ -42,19 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., D_out).
     """
-    if (
-        x.dtype is torch.float32
-        and weight.dtype is torch.float32
-        and x.is_cpu
-        and weight.is_cpu
-        and mkl_is_slow()
-        and x.numel() * weight.shape[0] >= WORTHWHILE
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-        and _is_plain(x, weight)
-    ):
+    if not torch.compiler.is_compiling() and _suits(x, weight):
         return _by_onednn(x, weight, bias)  # (..., D_out)
     return F.linear(x, weight, bias)  # (..., D_out)
 
@@ -92,9 +80,21 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(x, weight, bias, "none", [], "")  # (..., D_out)
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether neither is a subclass that would see the product itself, as quantized weights do."""
-    return type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN can form a product, and faster."""
+    return (
+        x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and x.is_cpu
+        and weight.is_cpu
+        and mkl_is_slow()
+        and x.numel() * weight.shape[0] >= WORTHWHILE
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not is_in_torch_dispatch_mode()
+        and type(x) is Tensor  # a quantized weight, say, would see the product itself
+        and type(weight) in (Tensor, nn.Parameter)
+    )
 
 
 def _vendor() -> str:

@@ -1,10 +1,15 @@
 """Trains a tiny CLIP (arXiv 2103.00020) on pictures and captions of the sticker world, as a reward for searches.
 
 Each picture must find its caption among those of the batch and among near misses: captions of scenes that differ from
-its own in one thing, as a relation turned round. The pictures may be coarse: a search wants to judge them half painted.
+its own in one thing, as a relation turned round. Each caption must find its picture, also among botched ones: those in
+which some tokens are another picture's. The pictures may be coarse: a search wants to judge them half painted.
+
+The towers are SigLIP's (arXiv 2303.15343). CLIP's text tower reads forwards only, and learned "a left of b" no better
+than by guessing in 2,000 steps: where it reads "a" it cannot know that a relation follows.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from apps.stickers.captions import caption
@@ -24,6 +29,7 @@ from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.export import save_component
 from apps.training.latent_pool import KINDS
 from apps.training.scene_facts import QUESTIONS, SPOTS, answers
+from apps.training.scene_reader import SceneReader
 from apps.training.scenes import (
     VALIDATION_SEED,
     Scene,
@@ -37,13 +43,14 @@ from apps.training.scenes import (
 )
 from apps.training.task import TaskContext
 from apps.training.text_encoder import TextModel, caption_corpus, caption_tokenizer, tokenize
+from dit.layers.scales import Grid
 from dit.tokenizers import MultiScaleVQ
 
 NEAR_MISSES = 3  # of each validation scene
 MIN_SCALES = 3  # of a half-painted picture
-POSITION_SIZE = 0.05  # of the waves that positions start from; tokens start at 0.02
+TEMPERATURE = 0.07  # of the contrast at the start
 READER_SCALE = 8.0  # of the unit vectors that the reader sees
-PEAK = 0.8  # how sharply the first text layer looks at one place
+PEAK = 6.0  # score of the place that a head of a text layer starts by looking at
 
 
 class ContrastiveSection(TaskSection):
@@ -71,6 +78,7 @@ class ContrastiveData(Section):
         tokenizer: Folder of the tokenizer of captions; unset trains one.
         vae: Folder of a multi-scale tokenizer; some pictures are then painted by its first few scales.
         half_painted: Share of these pictures.
+        botched: Share of the pictures that are shown spoilt too.
         resolution: Side of the pictures in pixels.
         vocabulary: `starter`, `all`, or a text file with one sticker name a line.
         single, pair, count: Relative frequencies of the kinds of scenes.
@@ -83,6 +91,7 @@ class ContrastiveData(Section):
     tokenizer: Path | None = None
     vae: Path | None = None
     half_painted: float = Field(default=0.5, ge=0, le=1)
+    botched: float = Field(default=0.25, ge=0, le=1)
     resolution: int = Field(default=128, ge=16)
     vocabulary: str = "starter"
     single: float = Field(default=0.35, ge=0)
@@ -104,10 +113,17 @@ class TowerModel(Section):
 
 
 class ContrastiveModel(Section):
-    """The `[model]` section; see `transformers.CLIPModel`."""
+    """The `[model]` section; see `transformers.SiglipModel`.
 
-    projection_dim: int = 64
+    Attributes:
+        patch_size: side of a picture's patches in pixels.
+        max_length: tokens of a caption; shorter ones are padded, longer ones cut.
+        vision, language: the towers; vectors are as wide as that of pictures.
+        text: the tokenizer, if a new one is trained.
+    """
+
     patch_size: int = 16
+    max_length: int = Field(default=40, ge=8)
     vision: TowerModel = TowerModel()
     language: TowerModel = TowerModel(num_hidden_layers=2)
     text: TextModel = TextModel()
@@ -143,18 +159,23 @@ class ContrastiveTask:
                 config.model.text,
                 lambda: caption_corpus(self.vocabulary, self.mix, data.tokenizer_captions, config.run.seed),
             )
+        self.tokenizer.model_max_length = config.model.max_length
+        self.tokenizer.model_input_names = ["input_ids"]  # as SigLIP's: padding is read like words
         self.clip = self._network()
         self.entries = {self.sheet.index(name): entry for entry, name in enumerate(self.vocabulary, 1)}
         names = len(SPOTS) * (1 + len(self.vocabulary))
-        self.reader = nn.Linear(config.model.projection_dim, names + sum(QUESTIONS.values()))
+        language = config.model.language
+        self.asker = SceneReader(language.hidden_size, len(self.vocabulary), language.num_attention_heads)
+        self.reader = nn.Linear(config.model.vision.hidden_size, names + sum(QUESTIONS.values()))
         self._validation = {kind: self._held_out(kind) for kind in KINDS}
 
-    def _network(self) -> CLIPModel:
+    def _network(self) -> SiglipModel:
         model, tokenizer = self.config.model, self.tokenizer
         text = {
             **model.language.model_dump(),
             "vocab_size": len(tokenizer),
-            "max_position_embeddings": tokenizer.model_max_length,
+            "max_position_embeddings": model.max_length,
+            "projection_size": model.vision.hidden_size,
             "bos_token_id": tokenizer.eos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
@@ -164,13 +185,14 @@ class ContrastiveTask:
             "image_size": self.config.data.resolution,
             "patch_size": model.patch_size,
         }
-        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=model.projection_dim))
-        look_back(clip)
+        clip = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+        clip.logit_scale.data.fill_(math.log(1 / TEMPERATURE))
+        look_around(clip)
         return clip
 
     def modules(self) -> dict[str, nn.Module]:
-        """The CLIP, and the head of the extra loss."""
-        return {"clip": self.clip, "reader": self.reader}
+        """The CLIP, and the heads of the extra losses."""
+        return {"clip": self.clip, "asker": self.asker, "reader": self.reader}
 
     def batch(self, index: int) -> dict[str, Any]:
         """Pictures of fresh scenes, their captions, and captions of near misses behind them."""
@@ -185,50 +207,70 @@ class ContrastiveTask:
         if index < self.config.task.reading_first:
             return {**self._tell(told, rng), **facts}
         images = render(scenes, self.sheet, self.config.data.resolution)  # (B, 3, H, W)
-        return {"pixel_values": self._half_paint(images, rng), **self._tell(told, rng), **facts}
+        return {"pixel_values": self._paint(images, rng), **self._tell(told, rng), **facts}
 
     @torch.no_grad()
-    def _half_paint(self, images: Tensor, rng: np.random.Generator) -> Tensor:
-        """Replaces the first pictures of a batch (B, 3, H, W) by what some first scales of their tokens show."""
-        count = round(self.config.data.half_painted * len(images))
-        if self.painter is None or count == 0:
+    def _paint(self, images: Tensor, rng: np.random.Generator) -> Tensor:
+        """Shows pictures as a search sees them.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            rng: picks.
+
+        Returns:
+            The pictures, the first ones painted by the first scales of their tokens, and behind them botched copies of
+            the very first, (B + botched, 3, H, W).
+        """
+        data = self.config.data
+        count, wrong = round(data.half_painted * len(images)), round(data.botched * len(images))
+        if self.painter is None or not (count or wrong):
             return images
         scales = int(rng.integers(min(MIN_SCALES, len(self.painter.grids)), len(self.painter.grids) + 1))
-        codes = self.painter.quantize(images[:count]).indices[:scales]
-        painted = self.painter.decode(self.painter.indices_to_latents(codes)).sample.clamp(-1, 1)  # (b, 3, H, W)
-        return torch.cat([painted, images[count:]])
+        codes = self.painter.quantize(images[: max(count, wrong)]).indices[:scales]  # S x (b, N)
+        spoilt = botch([one[:wrong] for one in codes], self.painter.grids, rng)
+        both = [torch.cat([one[:count], other]) for one, other in zip(codes, spoilt, strict=True)]
+        painted = self.painter.decode(self.painter.indices_to_latents(both)).sample.clamp(-1, 1)  # (b, 3, H, W)
+        return torch.cat([painted[:count], images[count:], painted[count:]])
 
     def _tell(self, scenes: list[Scene], rng: np.random.Generator) -> dict[str, Tensor]:
         synonyms = self.config.data.synonyms
         captions = [caption(one, self.sheet, rng, synonyms=synonyms, vocabulary=self.vocabulary) for one in scenes]
-        return tokenize(self.tokenizer, captions)
+        tokens = tokenize(self.tokenizer, captions, length=self.config.model.max_length)
+        return {"input_ids": tokens["input_ids"]}
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """InfoNCE both ways (arXiv 2103.00020, figure 3); near misses compete for the pictures only."""
+        """InfoNCE both ways (arXiv 2103.00020, figure 3).
+
+        Near misses compete for the pictures only, botched pictures for the captions only.
+        """
         facts = {name: one for name, one in batch.items() if name.startswith("true_")}
         if "pixel_values" not in batch:
             return self._read(batch, facts)
         out = self.clip(**{name: one for name, one in batch.items() if name not in facts})
-        scores = out.logits_per_image.float()  # (B, B) or (B, 2B)
-        size = len(scores)
+        scores = out.logits_per_image.float()  # (B + botched, B) or (B + botched, 2B)
+        size = self.config.run.batch_size
         true = torch.arange(size, device=scores.device)  # (B,)
-        loss = (F.cross_entropy(scores, true) + F.cross_entropy(scores[:, :size].T, true)) / 2
-        values = {"right": (scores.argmax(1) == true).float().mean()}
+        shown, told = scores[:size], scores[:, :size].T  # a row each picture; a row each caption
+        loss = (F.cross_entropy(shown, true) + F.cross_entropy(told, true)) / 2
+        values = {
+            "right": (shown.argmax(1) == true).float().mean(),
+            "right_captions": (told.argmax(1) == true).float().mean(),
+        }
         if self.config.task.reading_weight:
             told = self._misread(out.text_embeds, facts)
-            shown = self._misread(out.image_embeds, {name: one[:size] for name, one in facts.items()})
+            shown = self._misread(out.image_embeds[:size], {name: one[:size] for name, one in facts.items()})
             loss = loss + self.config.task.reading_weight * (told + shown)
             values |= {"misread_text": told.detach(), "misread_picture": shown.detach()}
         return loss, values
 
     def _read(self, batch: dict[str, Any], facts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch without pictures."""
-        told = self.clip.text_model(batch["input_ids"], batch["attention_mask"]).pooler_output  # (B, D)
-        loss = self._misread(F.normalize(self.clip.text_projection(told), dim=-1), facts)
-        parts = (self.clip.vision_model, self.clip.visual_projection)
-        resting = [self.clip.logit_scale, *(weight for part in parts for weight in part.parameters())]
+        told = self.clip.text_model(batch["input_ids"], output_hidden_states=True)
+        asked = self._misheard(told.hidden_states[-2], batch["input_ids"], facts)
+        loss = self._misread(F.normalize(told.pooler_output, dim=-1), facts)
+        resting = [self.clip.logit_scale, self.clip.logit_bias, *self.clip.vision_model.parameters()]
         idle = torch.stack([weight.sum() for weight in resting]).sum()  # processes want all weights to take part
-        return loss + 0 * idle, {"misread_text": loss.detach()}
+        return loss + asked + 0 * idle, {"misread_text": loss.detach(), "misheard": asked.detach()}
 
     def _misread(self, vectors: Tensor, facts: dict[str, Tensor]) -> Tensor:
         """Cross-entropies of what the head tells from unit vectors (B, F), summed over its questions."""
@@ -238,6 +280,13 @@ class ContrastiveTask:
         losses = [len(SPOTS) * F.cross_entropy(names.flatten(0, 1), facts["true_names"].flatten())]
         rest = logits[:, count:].split(list(QUESTIONS.values()), dim=1)
         losses += [F.cross_entropy(one, facts[f"true_{name}"]) for name, one in zip(QUESTIONS, rest, strict=True)]
+        return torch.stack(losses).sum()
+
+    def _misheard(self, states: Tensor, tokens: Tensor, facts: dict[str, Tensor]) -> Tensor:
+        """Cross-entropies of what the other head is told by states (B, L, D), summed over its questions."""
+        logits = self.asker(states, tokens != self.tokenizer.pad_token_id)
+        losses = [len(SPOTS) * F.cross_entropy(logits["names"].float().flatten(0, 1), facts["true_names"].flatten())]
+        losses += [F.cross_entropy(logits[name].float(), facts[f"true_{name}"]) for name in QUESTIONS]
         return torch.stack(losses).sum()
 
     def validate(self) -> dict[str, float]:
@@ -281,30 +330,59 @@ class ContrastiveTask:
 
 
 @torch.no_grad()
-def look_back(clip: CLIPModel) -> None:
-    """Starts the first text layer with a view: its heads look one place back, two, three ...
+def look_around(clip: SiglipModel) -> None:
+    """Starts all text layers but the last with a view: heads look one place back, one ahead, two back, two ahead ...
 
     From random positions a text tower learns names at once and the order of words very late, see
-    `apps.training.text_encoder.look_nearby`. CLIP has no relative biases, so positions start as waves in half of the
-    width, and queries as keys turned by some places: scores then peak that many places back.
+    `apps.training.text_encoder.look_nearby`. Here are no relative biases, so positions start as waves in a part of the
+    width that words and layers leave alone at first, and queries as keys turned by some places: scores then peak that
+    many places away.
     """
     model = clip.text_model
-    table = model.embeddings.position_embedding.weight  # (M, D)
-    attention = model.encoder.layers[0].self_attn
-    head_dim = attention.head_dim
+    table, words = model.embeddings.position_embedding.weight, model.embeddings.token_embedding.weight  # (M, D), (V, D)
+    *early, _ = model.encoder.layers
+    head_dim = early[0].self_attn.head_dim
     waves = min(table.shape[1] // 4, head_dim // 2)
     places = torch.arange(len(table), dtype=table.dtype)[:, None]  # (M, 1)
     rates = math.pi * 0.5 ** torch.linspace(0, 4, waves)  # (W,) from half a turn a place to a 32nd
-    table[:, : 2 * waves] = POSITION_SIZE * torch.cat([(places * rates).sin(), (places * rates).cos()], dim=1)
-    for head in range(attention.num_heads):
-        turn = rates * (head + 1)  # (W,)
-        first = head * head_dim
-        query, key = (one.weight[first : first + 2 * waves] for one in (attention.q_proj, attention.k_proj))
-        query.zero_(), key.zero_()
-        key[:, : 2 * waves] = PEAK * torch.eye(2 * waves)
-        cos, sin = torch.diag(turn.cos()), torch.diag(turn.sin())
-        rotation = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])  # of (sin, cos) pairs, backwards
-        query[:, : 2 * waves] = PEAK * rotation
+    table[:, : 2 * waves] = math.sqrt(2) * torch.cat([(places * rates).sin(), (places * rates).cos()], dim=1)
+    words.normal_()  # as loud as places, and both louder than what layers add
+    words[:, : 2 * waves] = 0
+    gain = math.sqrt(PEAK * math.sqrt(head_dim) / waves)
+    for layer in early:
+        attention = layer.self_attn
+        for head in range(attention.num_heads):
+            turn = rates * (head // 2 + 1) * (-1) ** head  # (W,)
+            first = head * head_dim
+            query, key = (one.weight[first : first + 2 * waves] for one in (attention.q_proj, attention.k_proj))
+            query.zero_(), key.zero_()
+            key[:, : 2 * waves] = gain * torch.eye(2 * waves)
+            cos, sin = torch.diag(turn.cos()), torch.diag(turn.sin())
+            rotation = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])  # of (sin, cos), backwards
+            query[:, : 2 * waves] = gain * rotation
+        for last in (attention.out_proj, layer.mlp.fc2):
+            last.weight[: 2 * waves] = 0
+
+
+def botch(codes: list[Tensor], grids: Sequence[Grid], rng: np.random.Generator) -> list[Tensor]:
+    """Swaps the tokens in a box, from some scale on, with those of the next picture of the batch.
+
+    Args:
+        codes: tokens of the first scales, (B, N) each; they stay as they are.
+        grids: rows and columns of the scales.
+        rng: picks box and scale.
+    """
+    start = int(rng.integers(1, max(len(codes) - 1, 2)))
+    side = rng.uniform(0.3, 0.6, size=2)
+    top, left = rng.uniform(0, 1 - side)
+    spoilt = []
+    for scale, one in enumerate(codes):
+        height, width = grids[scale]
+        down, across = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+        rows, columns = (down > top) & (down < top + side[0]), (across > left) & (across < left + side[1])
+        inside = (rows[:, None] & columns).flatten() & (scale >= start)  # (N,)
+        spoilt.append(torch.where(inside.to(one.device), one.roll(1, 0), one))  # (B, N)
+    return spoilt
 
 
 def near_miss(scene: Scene, rng: np.random.Generator, sprites: tuple[int, ...]) -> Scene:
