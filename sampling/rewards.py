@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dit.layers.linear import hasten
+
 
 class ClipReward:
     """Cosine similarity of picture and prompt.
@@ -26,7 +28,10 @@ class ClipReward:
     def __init__(self, name: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        self.model: Any = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+        exact = torch.device(device).type == "cpu"  # half precision is slow there, and close candidates would tie
+        self.model: Any = AutoModel.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, dtype=torch.float32 if exact else "auto"
+        )
         for needed in ("get_image_features", "get_text_features"):
             if not hasattr(self.model, needed):
                 raise ValueError(
@@ -34,8 +39,16 @@ class ClipReward:
                     "model, or pass any callable (pictures, prompts) -> (B,)"
                 )
         self.model.eval().to(device)
+        if exact:
+            hasten(self.model)
         self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        self._padding: dict[str, Any] = {"padding": True}
+        self._unread = {"token_type_ids"}
+        if str(self.model.config.model_type).startswith("siglip"):  # reads its padding, always to the same length
+            longest = self.model.config.text_config.max_position_embeddings
+            self._padding = {"padding": "max_length", "max_length": longest}
+            self._unread = {"token_type_ids", "attention_mask"}
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
@@ -43,8 +56,8 @@ class ClipReward:
         device = self.model.device
         shown = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
         pixels = self.processor([Image.fromarray(one) for one in shown], return_tensors="pt")["pixel_values"]
-        words = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
-        words = {name: tensor.to(device) for name, tensor in words.items() if name != "token_type_ids"}
+        words = self.tokenizer(prompts, truncation=True, return_tensors="pt", **self._padding)
+        words = {name: tensor.to(device) for name, tensor in words.items() if name not in self._unread}
         image = _vector(self.model.get_image_features(pixel_values=pixels.to(device, self.model.dtype)))  # (B, F)
         text = _vector(self.model.get_text_features(**words))  # (B, F)
         return torch.cosine_similarity(image.float(), text.float())  # (B,)

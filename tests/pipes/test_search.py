@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, SiglipConfig, SiglipModel
 
 from dit.cache import ScaleKVCache
 from dit.layers.scales import scale_grids, token_counts
@@ -236,6 +236,39 @@ def test_clip_like_models_are_rewards_by_name(tmp_path: Path) -> None:
         output = reward.model(**inputs, **words)
     expected = (output.image_embeds * output.text_embeds).sum(-1)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_siglip_is_given_its_padding(tmp_path: Path) -> None:
+    tokens = CLIPTokenizer.from_pretrained(tiny_clip(tmp_path / "clip"), model_max_length=10**6)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        **size,
+        "vocab_size": len(tokens),
+        "max_position_embeddings": 8,
+        "projection_size": 16,
+        "eos_token_id": tokens.eos_token_id,
+        "pad_token_id": tokens.pad_token_id,
+    }
+    torch.manual_seed(0)
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config={**size, "image_size": 16, "patch_size": 8}))
+    model.save_pretrained(tmp_path / "siglip")
+    tokens.model_input_names = ["input_ids"]
+    tokens.save_pretrained(tmp_path / "siglip")
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(tmp_path / "siglip")
+
+    reward = ClipReward(str(tmp_path / "siglip"))
+    pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    prompts = ["red", "cat", "a red cat and a cat that is red"]  # the last one is cut
+    found = reward(pictures, prompts)
+    alone = torch.cat([reward(picture[None], [prompt]) for picture, prompt in zip(pictures, prompts, strict=True)])
+    assert torch.allclose(found, alone, atol=1e-5)
+    padded = tokens(["red"], padding="max_length", max_length=8, return_tensors="pt")["input_ids"]
+    assert padded.shape == (1, 8)
+    with torch.no_grad():
+        told = model.get_text_features(input_ids=padded).pooler_output
+        pixels = reward.processor(Image.fromarray((pictures[0] * 255).round().byte().permute(1, 2, 0).numpy()))
+        seen = model.get_image_features(pixel_values=torch.tensor(pixels["pixel_values"][0])[None]).pooler_output
+    assert found[0].item() == pytest.approx(torch.cosine_similarity(seen, told).item(), abs=1e-5)
 
 
 def test_other_models_are_no_rewards(tmp_path: Path) -> None:

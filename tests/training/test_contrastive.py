@@ -5,15 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import SiglipConfig, SiglipModel
 
 from apps.stickers.scene import SceneMix, SceneSampler
 from apps.stickers.sprites import load_sprites
 from apps.stickers.vocabulary import STARTER
 from apps.training.loop import Trainer, train
 from apps.training.task import load_config
-from apps.training.tasks.contrastive import near_miss
+from apps.training.tasks.contrastive import botch, look_around, near_miss
+from dit.tokenizers import MultiScaleVQ
 from sampling.rewards import ClipReward
 from tests.training.helpers import assert_equal_checkpoints, train_until
+from tests.training.test_next_scale_task import VIT
 
 CONTRASTIVE = """
 [run]
@@ -39,7 +42,7 @@ tokenizer_captions = 50
 validation_scenes = 4
 
 [model]
-projection_dim = 8
+max_length = 16
 
 [model.vision]
 hidden_size = 16
@@ -49,7 +52,7 @@ num_hidden_layers = 1
 [model.language]
 hidden_size = 16
 intermediate_size = 16
-num_hidden_layers = 1
+num_hidden_layers = 2
 
 [model.text]
 vocab_size = 300
@@ -89,11 +92,59 @@ def test_captions_may_be_read_before_any_picture_is_seen(configured):
     before = {name: weight.clone() for name, weight in trainer.task.clip.named_parameters()}
     loss, values = trainer.task.loss(trainer.task.batch(0))
     loss.backward()
-    assert set(values) == {"misread_text"}
+    assert set(values) == {"misread_text", "unclear_text"}
     moved = {name for name, weight in trainer.task.clip.named_parameters() if weight.grad.abs().max() > 0}
-    assert {name.split(".")[0] for name in moved} == {"text_model", "text_projection"}
+    assert {name.split(".")[0] for name in moved} == {"text_model"}
     trainer.run()
-    assert not torch.equal(trainer.task.clip.visual_projection.weight, before["visual_projection.weight"])
+    assert not torch.equal(trainer.task.clip.vision_model.head.probe, before["vision_model.head.probe"])
+
+
+def test_at_first_each_head_looks_some_places_back_or_ahead():
+    size = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text = {**size, "vocab_size": 300, "max_position_embeddings": 40, "projection_size": 128, "pad_token_id": 0}
+    vision = {**size, "image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    clip = SiglipModel(SiglipConfig(text_config=text | {"bos_token_id": 1, "eos_token_id": 1}, vision_config=vision))
+    look_around(clip)
+    clip.set_attn_implementation("eager")
+    with torch.no_grad():
+        layers = clip.text_model(torch.randint(1, 300, (5, 40)), output_attentions=True).attentions
+    for looks in layers[:-1]:  # (B, K, L, L)
+        peaks = looks[:, :, 4:-4].argmax(-1) - torch.arange(4, 36)  # (B, K, L - 8)
+        assert torch.equal(peaks.median(-1).values, torch.tensor([-1, 1, -2, 2]).expand(5, 4))
+
+
+def test_botched_pictures_differ_from_some_scale_on_in_a_box():
+    grids = ((1, 1), (2, 2), (4, 4), (8, 8))
+    codes = [torch.arange(3)[:, None].expand(3, rows * columns) for rows, columns in grids]
+    rng, firsts = np.random.default_rng(0), set()
+    for _ in range(40):
+        spoilt = botch(codes, grids, rng)
+        changed = [
+            (one != other).any(0).unflatten(0, grid) for one, other, grid in zip(codes, spoilt, grids, strict=True)
+        ]
+        assert not changed[0].any(), "the coarsest token is the whole picture"
+        finest = changed[-1]
+        rows, columns = finest.any(1), finest.any(0)
+        assert torch.equal(finest, rows[:, None] & columns)
+        assert 0.05 < finest.float().mean() < 0.5
+        firsts.add(next(scale for scale, one in enumerate(changed) if one.any()))
+        assert all(set(one.unique().tolist()) <= {0, 1, 2} for one in spoilt)
+    assert len(firsts) > 1
+
+
+def test_pictures_are_shown_coarse_and_botched(configured, tmp_path):
+    vae = MultiScaleVQ(scales=(1, 2, 4), latent_channels=4, vocab_size=16, vit=VIT)
+    vae.save_pretrained(tmp_path / "vae")
+    trainer = Trainer(
+        configured("shown", f'data.vae="{tmp_path / "vae"}"', "data.half_painted=0.5", "data.botched=0.5")
+    )
+    batch = trainer.task.batch(0)
+    assert batch["pixel_values"].shape == (6, 3, 32, 32)
+    assert batch["input_ids"].shape == (8, 16)
+    loss, values = trainer.task.loss(batch)
+    assert loss.isfinite()
+    assert {"right", "right_captions", "misread_picture", "unclear_picture"} <= set(values)
 
 
 @pytest.mark.parametrize("kind", ["single", "pair", "count"])

@@ -160,12 +160,13 @@ class ContrastiveTask:
                 lambda: caption_corpus(self.vocabulary, self.mix, data.tokenizer_captions, config.run.seed),
             )
         self.tokenizer.model_max_length = config.model.max_length
-        self.tokenizer.model_input_names = ["input_ids"]  # as SigLIP's: padding is read like words
         self.clip = self._network()
         self.entries = {self.sheet.index(name): entry for entry, name in enumerate(self.vocabulary, 1)}
         names = len(SPOTS) * (1 + len(self.vocabulary))
         language = config.model.language
-        self.asker = SceneReader(language.hidden_size, len(self.vocabulary), language.num_attention_heads)
+        self.reader_of_words = SceneReader(language.hidden_size, len(self.vocabulary), language.num_attention_heads)
+        vision = config.model.vision
+        self.reader_of_patches = SceneReader(vision.hidden_size, len(self.vocabulary), vision.num_attention_heads)
         self.reader = nn.Linear(config.model.vision.hidden_size, names + sum(QUESTIONS.values()))
         self._validation = {kind: self._held_out(kind) for kind in KINDS}
 
@@ -192,7 +193,12 @@ class ContrastiveTask:
 
     def modules(self) -> dict[str, nn.Module]:
         """The CLIP, and the heads of the extra losses."""
-        return {"clip": self.clip, "asker": self.asker, "reader": self.reader}
+        return {
+            "clip": self.clip,
+            "reader": self.reader,
+            "reader_of_words": self.reader_of_words,
+            "reader_of_patches": self.reader_of_patches,
+        }
 
     def batch(self, index: int) -> dict[str, Any]:
         """Pictures of fresh scenes, their captions, and captions of near misses behind them."""
@@ -246,7 +252,7 @@ class ContrastiveTask:
         facts = {name: one for name, one in batch.items() if name.startswith("true_")}
         if "pixel_values" not in batch:
             return self._read(batch, facts)
-        out = self.clip(**{name: one for name, one in batch.items() if name not in facts})
+        out = self.clip(**{name: one for name, one in batch.items() if name not in facts}, output_hidden_states=True)
         scores = out.logits_per_image.float()  # (B + botched, B) or (B + botched, 2B)
         size = self.config.run.batch_size
         true = torch.arange(size, device=scores.device)  # (B,)
@@ -257,20 +263,30 @@ class ContrastiveTask:
             "right_captions": (told.argmax(1) == true).float().mean(),
         }
         if self.config.task.reading_weight:
-            told = self._misread(out.text_embeds, facts)
-            shown = self._misread(out.image_embeds[:size], {name: one[:size] for name, one in facts.items()})
-            loss = loss + self.config.task.reading_weight * (told + shown)
-            values |= {"misread_text": told.detach(), "misread_picture": shown.detach()}
+            own = {name: one[:size] for name, one in facts.items()}
+            words, patches = out.text_model_output.hidden_states[-2], out.vision_model_output.hidden_states[-2][:size]
+            read = {
+                "misread_text": self._misread(out.text_embeds, facts),
+                "misread_picture": self._misread(out.image_embeds[:size], own),
+                "unclear_text": self._unclear(self.reader_of_words, words, self._is_word(batch["input_ids"]), facts),
+                "unclear_picture": self._unclear(self.reader_of_patches, patches, None, own),
+            }
+            loss = loss + self.config.task.reading_weight * torch.stack(list(read.values())).sum()
+            values |= {name: one.detach() for name, one in read.items()}
         return loss, values
 
     def _read(self, batch: dict[str, Any], facts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch without pictures."""
         told = self.clip.text_model(batch["input_ids"], output_hidden_states=True)
-        asked = self._misheard(told.hidden_states[-2], batch["input_ids"], facts)
-        loss = self._misread(F.normalize(told.pooler_output, dim=-1), facts)
+        words = self._unclear(self.reader_of_words, told.hidden_states[-2], self._is_word(batch["input_ids"]), facts)
+        misread = self._misread(F.normalize(told.pooler_output, dim=-1), facts)
         resting = [self.clip.logit_scale, self.clip.logit_bias, *self.clip.vision_model.parameters()]
+        resting += self.reader_of_patches.parameters()
         idle = torch.stack([weight.sum() for weight in resting]).sum()  # processes want all weights to take part
-        return loss + asked + 0 * idle, {"misread_text": loss.detach(), "misheard": asked.detach()}
+        return words + misread + 0 * idle, {"misread_text": misread.detach(), "unclear_text": words.detach()}
+
+    def _is_word(self, tokens: Tensor) -> Tensor:
+        return tokens != self.tokenizer.pad_token_id  # (B, L)
 
     def _misread(self, vectors: Tensor, facts: dict[str, Tensor]) -> Tensor:
         """Cross-entropies of what the head tells from unit vectors (B, F), summed over its questions."""
@@ -282,12 +298,12 @@ class ContrastiveTask:
         losses += [F.cross_entropy(one, facts[f"true_{name}"]) for name, one in zip(QUESTIONS, rest, strict=True)]
         return torch.stack(losses).sum()
 
-    def _misheard(self, states: Tensor, tokens: Tensor, facts: dict[str, Tensor]) -> Tensor:
-        """Cross-entropies of what the other head is told by states (B, L, D), summed over its questions."""
-        logits = self.asker(states, tokens != self.tokenizer.pad_token_id)
-        losses = [len(SPOTS) * F.cross_entropy(logits["names"].float().flatten(0, 1), facts["true_names"].flatten())]
-        losses += [F.cross_entropy(logits[name].float(), facts[f"true_{name}"]) for name in QUESTIONS]
-        return torch.stack(losses).sum()
+    def _unclear(self, reader: SceneReader, states: Tensor, mask: Tensor | None, facts: dict[str, Tensor]) -> Tensor:
+        """Cross-entropies of what a head tells from states (B, L, D), summed over its questions."""
+        everywhere = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
+        logits = {name: one.float() for name, one in reader(states, everywhere).items()}
+        names = len(SPOTS) * F.cross_entropy(logits["names"].flatten(0, 1), facts["true_names"].flatten())
+        return names + sum(F.cross_entropy(logits[name], facts[f"true_{name}"]) for name in QUESTIONS)
 
     def validate(self) -> dict[str, float]:
         """Shares of held-out pictures that find their caption: among all of their kind, and among near misses."""
