@@ -3,6 +3,7 @@
 `tessera bench paint` times a picture at the default settings and its parts; a file may hold several models.
 `tessera bench costs` times single operations, for solvers that weigh one way of computing against another.
 `tessera bench start` times importing the library beside importing diffusers alone, in fresh processes.
+`tessera bench released` times our VAR beside its authors' code.
 `tessera bench cache` compares step caches and fewer steps at equal cost, with rivals in the same run, and draws them
 beside the JSON file; `tessera bench cache-transfer` carries a profile to other prompts, sizes, guidance and schedulers.
 """
@@ -23,6 +24,7 @@ from rich.table import Table
 from apps.bench_costs import bench_costs
 from apps.bench_next_scale import Asked, bench_kv, bench_search, bench_shortcuts, show_tables
 from apps.bench_paint import bench_paint, medians
+from apps.bench_released import bench_released
 from apps.machine import describe_machine
 from dit.runtime.compare import measure
 
@@ -121,6 +123,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "kv": bench_kv,
     "shortcuts": bench_shortcuts,
     "search": bench_search,
+    "released": bench_released,
 }
 
 

@@ -343,11 +343,13 @@ def bench(
         str,
         typer.Argument(
             help="paint (a picture and its parts), start (imports), costs (single operations), cache and "
-            "cache-transfer (step caches), or kv, shortcuts and search (what next-scale models lose by forgetting and "
-            "skipping, and gain by searching)."
+            "cache-transfer (step caches), kv, shortcuts and search (what next-scale models lose by forgetting and "
+            "skipping, and gain by searching), or released (our VAR beside a clone of its authors' code)."
         ),
     ],
-    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="As --model; for released the clone's folder.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Built-in name, folder, hub id or OWNER/NAME@COMMIT.", show_default="stickers")
     ] = None,
