@@ -10,9 +10,11 @@ from transformers import SiglipConfig, SiglipModel
 from apps.stickers.scene import SceneMix, SceneSampler
 from apps.stickers.sprites import load_sprites
 from apps.stickers.vocabulary import STARTER
+from apps.training.config import ConfigError
+from apps.training.look_around import look_around
 from apps.training.loop import Trainer, train
 from apps.training.task import load_config
-from apps.training.tasks.contrastive import botch, look_around, near_miss
+from apps.training.tasks.contrastive import botch, near_miss
 from dit.tokenizers import MultiScaleVQ
 from sampling.rewards import ClipReward
 from tests.training.helpers import assert_equal_checkpoints, train_until
@@ -99,19 +101,31 @@ def test_captions_may_be_read_before_any_picture_is_seen(configured):
     assert not torch.equal(trainer.task.clip.vision_model.head.probe, before["vision_model.head.probe"])
 
 
-def test_at_first_each_head_looks_some_places_back_or_ahead():
-    size = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+def test_at_first_each_head_looks_at_a_neighbour():
+    size = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     text = {**size, "vocab_size": 300, "max_position_embeddings": 40, "projection_size": 128, "pad_token_id": 0}
-    vision = {**size, "image_size": 32, "patch_size": 16}
+    vision = {**size, "image_size": 128, "patch_size": 16}
     torch.manual_seed(0)
     clip = SiglipModel(SiglipConfig(text_config=text | {"bos_token_id": 1, "eos_token_id": 1}, vision_config=vision))
     look_around(clip)
     clip.set_attn_implementation("eager")
     with torch.no_grad():
-        layers = clip.text_model(torch.randint(1, 300, (5, 40)), output_attentions=True).attentions
-    for looks in layers[:-1]:  # (B, K, L, L)
-        peaks = looks[:, :, 4:-4].argmax(-1) - torch.arange(4, 36)  # (B, K, L - 8)
-        assert torch.equal(peaks.median(-1).values, torch.tensor([-1, 1, -2, 2]).expand(5, 4))
+        words = clip.text_model(torch.randint(1, 300, (5, 40)), output_attentions=True).attentions
+        patches = clip.vision_model(2 * torch.rand(5, 3, 128, 128) - 1, output_attentions=True).attentions
+    for looks in words[:-1]:  # (B, K, L, L)
+        steps = looks[:, :, 4:-4].argmax(-1) - torch.arange(4, 36)  # (B, K, L - 8)
+        assert torch.equal(steps.median(-1).values, torch.tensor([-1, 1, -2, 2]).expand(5, 4))
+    inner = (torch.arange(1, 7)[:, None] * 8 + torch.arange(1, 7)).flatten()
+    for looks in patches[:2]:  # (B, K, N, N) of 8 rows of 8
+        steps = looks[:, :, inner].argmax(-1) - inner  # (B, K, 36)
+        assert torch.equal(steps.median(-1).values, torch.tensor([-1, 1, -8, 8]).expand(5, 4)), "left, right, up, down"
+
+
+def test_reading_first_needs_the_losses_that_read(configured):
+    with pytest.raises(ConfigError, match="reading_weight must be more than 0"):
+        configured("no", "task.reading_first=2", "task.reading_weight=0")
+    trainer = Trainer(configured("plain", "task.reading_weight=0"))
+    assert set(trainer.task.modules()) == {"clip"}
 
 
 def test_botched_pictures_differ_from_some_scale_on_in_a_box():

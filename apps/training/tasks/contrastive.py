@@ -12,12 +12,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -28,6 +28,7 @@ from apps.training.autoencoders import load_autoencoder
 from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.export import save_component
 from apps.training.latent_pool import KINDS
+from apps.training.look_around import look_around
 from apps.training.scene_facts import QUESTIONS, SPOTS, answers
 from apps.training.scene_reader import SceneReader
 from apps.training.scenes import (
@@ -50,7 +51,6 @@ NEAR_MISSES = 3  # of each validation scene
 MIN_SCALES = 3  # of a half-painted picture
 TEMPERATURE = 0.07  # of the contrast at the start
 READER_SCALE = 8.0  # of the unit vectors that the reader sees
-PEAK = 6.0  # score of the place that a head of a text layer starts by looking at
 
 
 class ContrastiveSection(TaskSection):
@@ -58,17 +58,23 @@ class ContrastiveSection(TaskSection):
 
     Attributes:
         near_misses: Whether the captions of near misses compete too.
-        reading_weight: Weight of an extra loss: one light head, thrown away afterwards, must tell from the vector of a
-            picture and from that of a caption alike what stands where, how often, on what. It says directly what the
-            contrast rewards late: the order of words.
-        reading_first: Steps in which only captions are read: they cost a tenth of those with pictures, and pictures
-            then find captions that are understood.
+        reading_weight: Weight of extra losses: light heads, thrown away afterwards, must tell what stands where, how
+            often, on what. One asks the vector of a picture and that of a caption alike, two the states of patches and
+            words below. They say directly what the contrast rewards late: which sticker is where.
+        reading_first: Steps in which only captions are read: they cost a fraction of those with pictures, and pictures
+            then find captions that are understood. Without extra losses there can be none.
     """
 
     kind: Literal["contrastive"]
     near_misses: bool = True
     reading_weight: float = Field(default=0.5, ge=0)
     reading_first: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _can_read(self) -> Self:
+        if self.reading_first and not self.reading_weight:
+            raise ValueError(f"reading_first is {self.reading_first}, so reading_weight must be more than 0")
+        return self
 
 
 class ContrastiveData(Section):
@@ -193,6 +199,8 @@ class ContrastiveTask:
 
     def modules(self) -> dict[str, nn.Module]:
         """The CLIP, and the heads of the extra losses."""
+        if not self.config.task.reading_weight:
+            return {"clip": self.clip}
         return {
             "clip": self.clip,
             "reader": self.reader,
@@ -343,41 +351,6 @@ class ContrastiveTask:
         misses = [near_miss(scene, rng, sampler.sprites) for _ in range(NEAR_MISSES) for scene in scenes]
         images = render(scenes, self.sheet, self.config.data.resolution)  # (S, 3, H, W)
         return {"pixel_values": images, **self._tell([*scenes, *misses], rng)}
-
-
-@torch.no_grad()
-def look_around(clip: SiglipModel) -> None:
-    """Starts all text layers but the last with a view: heads look one place back, one ahead, two back, two ahead ...
-
-    From random positions a text tower learns names at once and the order of words very late, see
-    `apps.training.text_encoder.look_nearby`. Here are no relative biases, so positions start as waves in a part of the
-    width that words and layers leave alone at first, and queries as keys turned by some places: scores then peak that
-    many places away.
-    """
-    model = clip.text_model
-    table, words = model.embeddings.position_embedding.weight, model.embeddings.token_embedding.weight  # (M, D), (V, D)
-    *early, _ = model.encoder.layers
-    head_dim = early[0].self_attn.head_dim
-    waves = min(table.shape[1] // 4, head_dim // 2)
-    places = torch.arange(len(table), dtype=table.dtype)[:, None]  # (M, 1)
-    rates = math.pi * 0.5 ** torch.linspace(0, 4, waves)  # (W,) from half a turn a place to a 32nd
-    table[:, : 2 * waves] = math.sqrt(2) * torch.cat([(places * rates).sin(), (places * rates).cos()], dim=1)
-    words.normal_()  # as loud as places, and both louder than what layers add
-    words[:, : 2 * waves] = 0
-    gain = math.sqrt(PEAK * math.sqrt(head_dim) / waves)
-    for layer in early:
-        attention = layer.self_attn
-        for head in range(attention.num_heads):
-            turn = rates * (head // 2 + 1) * (-1) ** head  # (W,)
-            first = head * head_dim
-            query, key = (one.weight[first : first + 2 * waves] for one in (attention.q_proj, attention.k_proj))
-            query.zero_(), key.zero_()
-            key[:, : 2 * waves] = gain * torch.eye(2 * waves)
-            cos, sin = torch.diag(turn.cos()), torch.diag(turn.sin())
-            rotation = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])  # of (sin, cos), backwards
-            query[:, : 2 * waves] = gain * rotation
-        for last in (attention.out_proj, layer.mlp.fc2):
-            last.weight[: 2 * waves] = 0
 
 
 def botch(codes: list[Tensor], grids: Sequence[Grid], rng: np.random.Generator) -> list[Tensor]:
