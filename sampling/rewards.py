@@ -20,10 +20,15 @@ class ClipReward:
             image processor. Weights come from safetensors files only, and no code of the repository is run.
         device: where to compute.
 
+    Attributes:
+        unit: difference of two similarities that counts: they lie close together, see `TTSConfig.strength`.
+
     Raises:
         ValueError: the model is not CLIP-like.
         OSError: there is no such model.
     """
+
+    unit: float = 0.1
 
     def __init__(self, name: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer

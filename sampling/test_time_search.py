@@ -53,7 +53,8 @@ class TTSConfig:
         resample_scales: scales before which candidates are drawn again (or, with "beam", the best kept and branched).
         potential: what the draw depends on: the reward now ("value"), its gain since the last look ("diff"), the best
             ("max") or the sum of all looks so far.
-        strength: lambda, the exponent's factor.
+        strength: lambda, the exponent's factor, for rewards that differ by about 1 as the published ones do; a reward
+            may have an attribute `unit`, the difference that counts, and lambda is then for multiples of it.
         beam_width: how many the beam keeps at a selection; they are repeated to fill the next scale's batch.
         features: see `Features`; None is the picture itself, very small.
 
@@ -302,7 +303,7 @@ class ScaleSearch:
     def _draw(self, rewards: Tensor, count: int) -> Tensor:
         """Draw candidates with replacement, in proportion to exp(strength x potential); indices (count,)."""
         values = potential(self.config.potential, rewards, self._history)  # (B,)
-        weights = (self.config.strength * values).softmax(0)  # (B,)
+        weights = (self.config.strength / getattr(self.reward, "unit", 1.0) * values).softmax(0)  # (B,)
         device = "cpu" if self.generator is None else self.generator.device
         drawn = torch.multinomial(weights.to(device), count, replacement=True, generator=self.generator)
         return drawn.cpu()

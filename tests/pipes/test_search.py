@@ -197,6 +197,19 @@ def test_drawing_again_follows_the_rewards() -> None:
     assert drawn.float().mean() == pytest.approx(torch.tensor([0.0, 1.0]).softmax(0)[1].item(), abs=0.03)
 
 
+def test_a_reward_may_say_which_difference_counts() -> None:
+    class Close:
+        unit = 0.1
+
+        def __call__(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+            return pictures.flatten()
+
+    config = TTSConfig(Close(), batch_sizes=(2, 2), strength=1.0, resample_scales=(1,))
+    search = ScaleSearch(config, config.reward, "", 2, lambda latents: latents, torch.Generator().manual_seed(0))
+    drawn = torch.cat([search._draw(torch.tensor([0.0, 0.1]), 2) for _ in range(1000)])
+    assert drawn.float().mean() == pytest.approx(torch.tensor([0.0, 1.0]).softmax(0)[1].item(), abs=0.03)
+
+
 # ------------------------------------------------------------------------ rewards
 
 
