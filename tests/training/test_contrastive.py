@@ -14,7 +14,7 @@ from apps.training.config import ConfigError
 from apps.training.look_around import look_around
 from apps.training.loop import Trainer, train
 from apps.training.task import load_config
-from apps.training.tasks.contrastive import botch, near_miss
+from apps.training.tasks.contrastive import blotch, botch, near_miss, without_one
 from dit.tokenizers import MultiScaleVQ
 from sampling.rewards import ClipReward
 from tests.training.helpers import assert_equal_checkpoints, train_until
@@ -147,14 +147,34 @@ def test_botched_pictures_differ_from_some_scale_on_in_a_box():
     assert len(firsts) > 1
 
 
+def test_blotched_pictures_differ_in_a_few_tokens():
+    codes = [torch.arange(3)[:, None].expand(3, size * size) + 10 * size for size in (1, 2, 4, 8)]
+    spoilt = blotch(codes, np.random.default_rng(0))
+    assert torch.equal(spoilt[0], codes[0]), "the coarsest token is the whole picture"
+    assert 0.02 < (spoilt[-1] != codes[-1]).float().mean() < 0.2
+    for one, other in zip(spoilt, codes, strict=True):
+        assert set(one.unique().tolist()) <= set(other.unique().tolist()), "tokens stay at their scale"
+
+
+def test_a_scene_may_lack_a_sticker_and_says_what_it_did():
+    sheet, rng = load_sprites(), np.random.default_rng(0)
+    sampler = SceneSampler(sheet, STARTER)
+    for index in range(20):
+        scene = sampler.scene(0, index)
+        lacking = without_one(scene, rng)
+        assert len(lacking.placements) == len(scene.placements) - 1
+        assert set(lacking.placements) < set(scene.placements)
+        assert (lacking.sprites, lacking.count, lacking.relation) == (scene.sprites, scene.count, scene.relation)
+
+
 def test_pictures_are_shown_coarse_and_botched(configured, tmp_path):
     vae = MultiScaleVQ(scales=(1, 2, 4), latent_channels=4, vocab_size=16, vit=VIT)
     vae.save_pretrained(tmp_path / "vae")
     trainer = Trainer(
-        configured("shown", f'data.vae="{tmp_path / "vae"}"', "data.half_painted=0.5", "data.botched=0.5")
+        configured("shown", f'data.vae="{tmp_path / "vae"}"', "data.half_painted=0.5", "data.botched=0.75")
     )
     batch = trainer.task.batch(0)
-    assert batch["pixel_values"].shape == (6, 3, 32, 32)
+    assert batch["pixel_values"].shape == (7, 3, 32, 32)
     assert batch["input_ids"].shape == (8, 16)
     loss, values = trainer.task.loss(batch)
     assert loss.isfinite()

@@ -1,8 +1,8 @@
 """Trains a tiny CLIP (arXiv 2103.00020) on pictures and captions of the sticker world, as a reward for searches.
 
 Each picture must find its caption among those of the batch and among near misses: captions of scenes that differ from
-its own in one thing, as a relation turned round. Each caption must find its picture, also among botched ones: those in
-which some tokens are another picture's. The pictures may be coarse: a search wants to judge them half painted.
+its own in one thing, as a relation turned round. Each caption must find its picture, also among botched ones: those
+that lack a sticker or hold tokens of other pictures. And pictures may be coarse: a search judges them half painted.
 
 The towers are SigLIP's (arXiv 2303.15343). CLIP's text tower reads forwards only, and learned "a left of b" no better
 than by guessing in 2,000 steps: where it reads "a" it cannot know that a relation follows.
@@ -220,31 +220,42 @@ class ContrastiveTask:
         facts = {f"true_{name}": one for name, one in answers(told, self.entries).items()}
         if index < self.config.task.reading_first:
             return {**self._tell(told, rng), **facts}
-        images = render(scenes, self.sheet, self.config.data.resolution)  # (B, 3, H, W)
-        return {"pixel_values": self._paint(images, rng), **self._tell(told, rng), **facts}
+        return {"pixel_values": self._paint(scenes, rng), **self._tell(told, rng), **facts}
 
     @torch.no_grad()
-    def _paint(self, images: Tensor, rng: np.random.Generator) -> Tensor:
-        """Shows pictures as a search sees them.
+    def _paint(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
+        """Shows scenes as a search sees them.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1].
+            scenes: B scenes.
             rng: picks.
 
         Returns:
-            The pictures, the first ones painted by the first scales of their tokens, and behind them botched copies of
-            the very first, (B + botched, 3, H, W).
+            Their pictures in [-1, 1], the first ones painted by the first scales of their tokens; behind them botched
+            pictures of the very first scenes: a third lacks a sticker, see `botch` and `blotch` for the others;
+            (B + botched, 3, H, W).
         """
         data = self.config.data
+        images = render(scenes, self.sheet, data.resolution)  # (B, 3, H, W)
         count, wrong = round(data.half_painted * len(images)), round(data.botched * len(images))
         if self.painter is None or not (count or wrong):
             return images
-        scales = int(rng.integers(min(MIN_SCALES, len(self.painter.grids)), len(self.painter.grids) + 1))
-        codes = self.painter.quantize(images[: max(count, wrong)]).indices[:scales]  # S x (b, N)
-        spoilt = botch([one[:wrong] for one in codes], self.painter.grids, rng)
-        both = [torch.cat([one[:count], other]) for one, other in zip(codes, spoilt, strict=True)]
-        painted = self.painter.decode(self.painter.indices_to_latents(both)).sample.clamp(-1, 1)  # (b, 3, H, W)
-        return torch.cat([painted[:count], images[count:], painted[count:]])
+        grids = self.painter.grids
+        scales = int(rng.integers(min(MIN_SCALES, len(grids)), len(grids) + 1))
+        lacking = [without_one(scene, rng) for scene in scenes[: wrong // 3]]
+        shown = [images[: max(count, wrong)], *([render(lacking, self.sheet, data.resolution)] if lacking else [])]
+        codes = self.painter.quantize(torch.cat(shown)).indices[:scales]  # S x (b, N)
+        true, lacking_codes = (
+            [one[part] for one in codes] for part in (slice(0, wrong), slice(max(count, wrong), None))
+        )
+        boxes, spots = botch(true, grids, rng), blotch(true, rng)
+        half = len(lacking) + (wrong - len(lacking)) // 2
+        painted = [
+            torch.cat([one[:count], none, box[len(lacking) : half], spot[half:]])
+            for one, none, box, spot in zip(codes, lacking_codes, boxes, spots, strict=True)
+        ]
+        pictures = self.painter.decode(self.painter.indices_to_latents(painted)).sample.clamp(-1, 1)  # (b, 3, H, W)
+        return torch.cat([pictures[:count], images[count:], pictures[count:]])
 
     def _tell(self, scenes: list[Scene], rng: np.random.Generator) -> dict[str, Tensor]:
         synonyms = self.config.data.synonyms
@@ -372,6 +383,28 @@ def botch(codes: list[Tensor], grids: Sequence[Grid], rng: np.random.Generator) 
         inside = (rows[:, None] & columns).flatten() & (scale >= start)  # (N,)
         spoilt.append(torch.where(inside.to(one.device), one.roll(1, 0), one))  # (B, N)
     return spoilt
+
+
+def blotch(codes: list[Tensor], rng: np.random.Generator) -> list[Tensor]:
+    """Swaps single tokens, here and there, with those of other pictures of the batch: what drawing hot looks like.
+
+    Args:
+        codes: tokens of the first scales, (B, N) each; they stay as they are.
+        rng: picks pictures and places.
+    """
+    spoilt = []
+    for scale, one in enumerate(codes):
+        share = rng.uniform(0.02, 0.2, size=(len(one), 1)) * (scale > 0)  # (B, 1)
+        swapped = torch.from_numpy(rng.random(one.shape) < share).to(one.device)  # (B, N)
+        others = torch.from_numpy(rng.permuted(one.cpu().numpy().reshape(-1)).reshape(one.shape)).to(one.device)
+        spoilt.append(torch.where(swapped, others, one))  # (B, N)
+    return spoilt
+
+
+def without_one(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene lacking one of its stickers; what it says stays."""
+    lost = int(rng.integers(len(scene.placements)))
+    return replace(scene, placements=(*scene.placements[:lost], *scene.placements[lost + 1 :]))
 
 
 def near_miss(scene: Scene, rng: np.random.Generator, sprites: tuple[int, ...]) -> Scene:
