@@ -215,7 +215,8 @@ def sampling(subject: Subject) -> dict[str, dict[str, Any]]:
     """
     if not isinstance(subject.pipe, NextScaleTextToImagePipeline):
         return {"as the model paints": {}}
-    usual = {**DEFAULTS, **subject.pipe.config.defaults}
+    settings: Any = subject.pipe.config
+    usual = {**DEFAULTS, **settings.defaults}
     scales = len(subject.pipe.transformer.grids)
     fine = scales // 3
     coarse = scales - fine

@@ -106,9 +106,9 @@ def random_weights(models: Any, depth: int, scales: tuple[int, ...]) -> tuple[nn
 
 def ours(var: nn.Module, vae: nn.Module, dtype: torch.dtype, scales: tuple[int, ...]) -> Any:
     """Our pipeline with the released weights."""
-    transformer = transformer_from_official(var.state_dict()).to(dtype).eval()
-    tokenizer = tokenizer_from_official(vae.state_dict(), scales).to(dtype).eval()
-    pipe = NextScaleClassToImagePipeline(transformer, tokenizer)
+    transformer: Any = transformer_from_official(var.state_dict())
+    tokenizer: Any = tokenizer_from_official(vae.state_dict(), scales)
+    pipe = NextScaleClassToImagePipeline(transformer.to(dtype).eval(), tokenizer.to(dtype).eval())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

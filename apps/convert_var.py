@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from diffusers import ModelMixin
 
@@ -39,9 +40,9 @@ def import_checkpoint(
         raise ValueError(
             f"{checkpoint.name} holds no tokenizer, and VAR can't paint without: pass --vae vae_ch160v4096z32.pth"
         )
-    transformer = layouts.transformer_from_official(layouts.read_checkpoint(checkpoint), num_attention_heads=heads)
+    transformer: Any = layouts.transformer_from_official(layouts.read_checkpoint(checkpoint), num_attention_heads=heads)
     state = layouts.read_checkpoint(vae or checkpoint, layouts.TOKENIZER)
-    tokenizer = layouts.tokenizer_from_official(state, transformer.config.scales)
+    tokenizer: Any = layouts.tokenizer_from_official(state, transformer.config.scales)
     if dtype != "auto":
         transformer, tokenizer = transformer.to(as_dtype(dtype)), tokenizer.to(as_dtype(dtype))
     with staged_folder(output) as folder:

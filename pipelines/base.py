@@ -55,6 +55,7 @@ class TesseraPipeline(DiffusionPipeline):
     """
 
     max_side: int = 4096
+    progress_bar: Any  # diffusers' context manager, whose type its decorator hides
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0

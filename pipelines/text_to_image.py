@@ -356,7 +356,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
         run, table = next_run(), NoiseTable.of(self.scheduler).last(len(timesteps))
-        with self.progress_bar(total=len(timesteps)) as bar:  # pyright: ignore[reportCallIssue]
+        with self.progress_bar(total=len(timesteps)) as bar:
             for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break

@@ -20,7 +20,8 @@ def look_around(clip: SiglipModel) -> None:
     width that words, patches and layers leave alone at first, and queries as keys turned by some places: scores then
     peak that many places away. Heads of pictures look left, right, up and down.
     """
-    text, vision = clip.text_model, clip.vision_model
+    text: Any = clip.text_model
+    vision: Any = clip.vision_model
     words, patches = text.embeddings.token_embedding.weight, vision.embeddings.patch_embedding  # (V, D); (D, 3, P, P)
     words.normal_()  # as loud as places, and both louder than what layers add
     *early, _ = text.encoder.layers
@@ -51,7 +52,8 @@ def _see(positions: nn.Embedding, layers: Any, places: Tensor, steps: Sequence[t
     Returns:
         How many of the first channels the waves use.
     """
-    table, (count, axes) = positions.weight, places.shape  # (N, D)
+    table: Any = positions.weight  # (N, D)
+    count, axes = places.shape
     head_dim = table.shape[1] // len(steps)
     waves = min(table.shape[1] // 4, head_dim // 2) // axes  # for each axis
     octaves = min(4.0, math.log2(max(count ** (1 / axes), 2)))

@@ -83,7 +83,8 @@ class Trainer:
             raise FileExistsError(f"{options.folder} holds checkpoints; pass --resume latest or another run.name")
         options.folder.mkdir(parents=True, exist_ok=True)
         set_seed(options.seed)  # the same weights on every process
-        self.task = task_class(config.task.kind)(config, self._context())
+        new_task: Any = task_class(config.task.kind)
+        self.task: Task = new_task(config, self._context())
         self.model = self.accelerator.prepare(LossModule(self.task))
         modules = self.task.modules()
         parameters = checkpoints.trained_parameters(modules)
@@ -156,8 +157,8 @@ class Trainer:
         elapsed = time.monotonic() - window.started
         self.state.seconds += elapsed
         means = torch.stack([total.float() for total in window.totals.values()]) / window.count
-        means = self.accelerator.reduce(means, "mean").tolist()  # over the processes
-        values = dict(zip(window.totals, means, strict=True))
+        shared: Any = self.accelerator.reduce(means, "mean")  # over the processes
+        values = dict(zip(window.totals, shared.tolist(), strict=True))
         values |= {"gradient_norm": float(window.norm), "learning_rate": window.rate}
         values |= {"images_per_second": images / elapsed, "data_wait": window.waited / elapsed}
         self.journal.write("train", self.state.step, {**values, "seconds": self.state.seconds})
@@ -246,7 +247,8 @@ class Trainer:
         out_of_time = limit is not None and time.monotonic() - self.started >= 60 * limit
         flags = torch.tensor([interrupted, out_of_time], dtype=torch.float32)
         if self.accelerator.num_processes > 1:
-            flags = self.accelerator.reduce(flags.to(self.accelerator.device)).cpu()
+            shared: Any = self.accelerator.reduce(flags.to(self.accelerator.device))
+            flags = shared.cpu()
         return "interrupted" if flags[0] else "time" if flags[1] else ""
 
     @contextlib.contextmanager
@@ -261,7 +263,7 @@ class Trainer:
         random.setstate(states[2])
 
     def _context(self) -> TaskContext:
-        accelerator = self.accelerator
+        accelerator: Any = self.accelerator
         return TaskContext(
             device=accelerator.device,
             rank=accelerator.process_index,

@@ -20,10 +20,17 @@ class JoinedOptimizer(torch.optim.Optimizer):
         self.optimizers = optimizers
         self.defaults = {}
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.state = _JoinedState(optimizers)
+        states: Any = _JoinedState(optimizers)
+        self.state = states
 
-    def step(self, closure: None = None) -> None:
-        """Steps every part."""
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Steps every part.
+
+        Raises:
+            ValueError: a closure, which each part would call anew.
+        """
+        if closure is not None:
+            raise ValueError("joined optimizers take no closure; call backward before the step")
         for optimizer in self.optimizers:
             optimizer.step()
 

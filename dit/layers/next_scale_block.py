@@ -234,6 +234,8 @@ class NextScaleBlock(nn.Module):
         """This block's six vectors (B, 6, D) from the condition (B, D) or the network's shared vectors (B, 6, D)."""
         if self.modulation is not None:
             return self.modulation(condition)
+        assert self.modulation_table is not None, "a block has vectors of its own or shares the network's"
+        assert shared is not None, "the network shares its vectors"
         return self.modulation_table.to(shared.device) + shared  # offloading brings it over in `forward` only
 
     def forward(

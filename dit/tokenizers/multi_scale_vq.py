@@ -56,11 +56,12 @@ class Phi(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
         self.ratio = ratio
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C, H, W), in the dtype of `x`."""
-        with torch.autocast(x.device.type, enabled=False):  # a sum of scales must not lose what the fine ones add
-            mixed = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=1)  # (B, C, H, W)
-        return x * (1 - self.ratio) + mixed * self.ratio
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H, W), in the dtype of the input."""
+        own = {name: weight.to(input.dtype) for name, weight in self.named_parameters()}  # weight, bias
+        with torch.autocast(input.device.type, enabled=False):  # a sum of scales must not lose what the fine ones add
+            mixed = F.conv2d(input, own["weight"], own["bias"], padding=1)  # (B, C, H, W)
+        return input * (1 - self.ratio) + mixed * self.ratio
 
 
 class MultiScaleQuantizer(nn.Module):

@@ -122,7 +122,7 @@ class AutoencoderTask:
             (SceneSampler(self.sheet, vocabulary, mix=mix), from_vocabulary),
             (SceneSampler(self.sheet, mix=mix), config.run.batch_size - from_vocabulary),
         ]
-        self.vae = self._network()
+        self.vae: Any = self._network()
         held_out = SceneSampler(self.sheet, vocabulary, split="heldout_combination", mix=mix)
         self.validation_scenes = scene_series([(held_out, data.validation_scenes)], VALIDATION_SEED, 0)
 

@@ -156,7 +156,7 @@ class ContrastiveTask:
         self.vocabulary = read_vocabulary(data.vocabulary)
         self.mix = SceneMix(single=data.single, pair=data.pair, count=data.count, size_words=data.size_words)
         self.sampler = SceneSampler(self.sheet, self.vocabulary, mix=self.mix)
-        self.painter = None if data.vae is None else load_autoencoder(data.vae)
+        self.painter: Any = None if data.vae is None else load_autoencoder(data.vae)
         if self.painter is not None and not isinstance(self.painter, MultiScaleVQ):
             raise ValueError(f"data.vae = {str(data.vae)!r} is no multi-scale tokenizer; unset it or give one")
         with context.main_process_first():
@@ -305,7 +305,8 @@ class ContrastiveTask:
         return words + misread + 0 * idle, {"misread_text": misread.detach(), "unclear_text": words.detach()}
 
     def _is_word(self, tokens: Tensor) -> Tensor:
-        return tokens != self.tokenizer.pad_token_id  # (B, L)
+        padding: Any = self.tokenizer.pad_token_id
+        return tokens != padding  # (B, L)
 
     def _misread(self, vectors: Tensor, facts: dict[str, Tensor]) -> Tensor:
         """Cross-entropies of what the head tells from unit vectors (B, F), summed over its questions."""
@@ -322,7 +323,8 @@ class ContrastiveTask:
         everywhere = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
         logits = {name: one.float() for name, one in reader(states, everywhere).items()}
         names = len(SPOTS) * F.cross_entropy(logits["names"].flatten(0, 1), facts["true_names"].flatten())
-        return names + sum(F.cross_entropy(logits[name], facts[f"true_{name}"]) for name in QUESTIONS)
+        rest = [F.cross_entropy(logits[name], facts[f"true_{name}"]) for name in QUESTIONS]
+        return torch.stack([names, *rest]).sum()
 
     def validate(self) -> dict[str, float]:
         """Shares of held-out pictures that find their caption: among all of their kind, and among near misses."""

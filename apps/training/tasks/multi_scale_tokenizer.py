@@ -81,7 +81,8 @@ class MultiScaleTokenizerTask(AutoencoderTask):
     def _network(self) -> Any:
         """A new tokenizer, one around the networks of a trained autoencoder, or the trained one of `init_from`."""
         start = self.config.data.init_from
-        kind = None if start is None else ViTAutoencoder.load_config(start)["_class_name"]
+        settings: Any = {} if start is None else ViTAutoencoder.load_config(start)
+        kind = settings.get("_class_name")
         if kind in ("MultiScaleVQ", "MultiScaleBSQ"):
             vae = {"MultiScaleVQ": MultiScaleVQ, "MultiScaleBSQ": MultiScaleBSQ}[kind].from_pretrained(
                 start, torch_dtype=torch.float32
@@ -113,7 +114,7 @@ class MultiScaleTokenizerTask(AutoencoderTask):
         return deeper
 
     @torch.no_grad()
-    def _cluster(self, vae: MultiScaleVQ) -> None:
+    def _cluster(self, vae: Any) -> None:
         """Puts the codes where the features of fresh scenes are: k-means over what all scales have to code.
 
         The coarse scales' residuals depend on the codes, so assignments and means alternate over whole passes.
@@ -148,7 +149,7 @@ class MultiScaleTokenizerTask(AutoencoderTask):
                 k: v for k, v in trained.config.items() if k[0] != "_" and k not in ("in_channels", "latent_channels")
             }
         if model.quantizer == "bsq":
-            vae = MultiScaleBSQ(scales=tuple(model.scales), latent_channels=channels, vit=vit)
+            vae: Any = MultiScaleBSQ(scales=tuple(model.scales), latent_channels=channels, vit=vit)
         else:
             vae = MultiScaleVQ(
                 scales=tuple(model.scales),
@@ -175,7 +176,7 @@ class MultiScaleTokenizerTask(AutoencoderTask):
         with torch.autocast(images.device.type, enabled=False):
             latent, loss, values = self._quantize(features)
         scale = task.latent_noise * torch.rand(len(latent), 1, 1, 1, device=latent.device)
-        decoded = self.vae.decode(latent + scale * torch.randn_like(latent)).sample  # (B, 3, H, W)
+        decoded: Tensor = self.vae.decode(latent + scale * torch.randn_like(latent)).sample  # (B, 3, H, W)
         with torch.autocast(images.device.type, enabled=False):
             error, parts = reconstruction_loss(decoded.float(), images, task.ssim_weight, task.squared_weight)
         return error + loss, {**parts, **values}
@@ -262,5 +263,5 @@ class MultiScaleTokenizerTask(AutoencoderTask):
         """Writes `vae/`, its code statistics fitted to fresh scenes."""
         save_component(self._calibrated(), folder / "vae")
 
-    def _latent_norm(self, vae: nn.Module) -> nn.BatchNorm1d:
+    def _latent_norm(self, vae: Any) -> nn.BatchNorm1d:
         return vae.backbone.latent_norm

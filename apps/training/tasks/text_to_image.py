@@ -161,7 +161,9 @@ class TextToImageTask:
         self.sheet = load_sprites()
         self.vocabulary = read_vocabulary(data.vocabulary)
         self.mix = SceneMix(single=data.single, pair=data.pair, count=data.count, size_words=data.size_words)
-        self.vae: Any = load_autoencoder(data.vae or data.init_from / "vae").to(context.device)
+        own = data.vae or (data.init_from and data.init_from / "vae")
+        assert own is not None, "the configuration has checked that one of both is there"
+        self.vae: Any = load_autoencoder(own).to(context.device)
         scenes, levels = pool_scenes(
             self.sheet,
             self.vocabulary,
