@@ -111,8 +111,17 @@ def search_argument(method: str | None, candidates: int | None) -> dict[str, Any
     return {"search": TTSConfig(method=method, batch_sizes=(candidates or 4) if method == "best_of" else None)}
 
 
-def describe(pipe: Any, cache: RunningCache) -> str:
-    """Say what accelerators did in the call that has just ended; empty without any."""
+def describe(pipe: Any, cache: RunningCache, output: Any = None) -> str:
+    """Say what accelerators and searches did in a call.
+
+    Args:
+        pipe: the call has just ended.
+        cache: its step cache.
+        output: what it returned.
+
+    Returns:
+        A line for people; empty if there is nothing to say.
+    """
     told = []
     strip = cache.strip()
     if strip:
@@ -123,4 +132,11 @@ def describe(pipe: Any, cache: RunningCache) -> str:
             f"KV {kept.policy}: {100 * kept.share:.0f} % of {kept.full_bytes / MIB:.1f} MiB kept, "
             f"peak {kept.peak_bytes / MIB:.1f} MiB"
         )
-    return ", ".join(told)
+    return ", ".join([*told, *(_found(one) for one in getattr(output, "search", None) or ())])
+
+
+def _found(result: Any) -> str:
+    """What a search found for one prompt: the fit of the finished candidates, and what it cost."""
+    first, rewards = len(result.selections[0].pictures), [f"{float(reward):.2f}" for reward in result.rewards[:4]]
+    last = f"best fits {rewards[0]}" + (f", next {', '.join(rewards[1:])}" if rewards[1:] else "")
+    return f"search: {len(result.rewards)} of {first} candidates finished, {last}, {result.token_cost:.2f} x the tokens"

@@ -16,6 +16,7 @@ import typer
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 OffloadName = Literal["none", "model", "group", "sequential"]
 MemoryName = Literal["fast", "tiles", "balanced", "low"]
+SearchMethod = Literal["best_of", "tts", "beam"]
 
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[DType, typer.Option(help="Number format of the weights; auto suits the device.")]
@@ -188,6 +189,23 @@ def generate(
         str | None,
         typer.Option(help="Compute some steps, forecast the rest: budget=0.35, taylorseer, fbcache:threshold=0.1 ..."),
     ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.01, help="Next-scale models: below 1 is bolder, above more varied.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Next-scale models: draw among so many tokens.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Next-scale models: among the likeliest that hold this share."),
+    ] = None,
+    kv_policy: Annotated[
+        str | None, typer.Option(help="Next-scale models, of earlier scales keep: full, scalekv, snapkv, window ...")
+    ] = None,
+    kv_budget: Annotated[float | None, typer.Option(min=0.01, max=1.0, help="With --kv-policy: which share.")] = None,
+    search: Annotated[
+        SearchMethod | None,
+        typer.Option(help="Next-scale models: paint several candidates; the scorer beside the model chooses."),
+    ] = None,
+    candidates: Annotated[int | None, typer.Option(min=2, help="With --search best_of: how many.")] = None,
     lora: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Put this LoRA file (safetensors) on the model.")
     ] = None,
@@ -252,6 +270,13 @@ def generate(
         preset=preset,
         scheduler=scheduler,
         cache=cache,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        kv_policy=kv_policy,
+        kv_budget=kv_budget,
+        search=search,
+        candidates=candidates,
         lora=lora,
         lora_scale=lora_scale,
         image=image,

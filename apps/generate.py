@@ -11,21 +11,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from apps import limits
 from apps.accelerate import read_cache
 from apps.engine import STATE_FOLDER, Engine, Event, Failed, ModelLoading, Picture, Step, resolve_device
-from apps.jobs import REQUEST, TASKS, AnyRequest, repeat
+from apps.jobs import REQUEST, TASKS, AnyRequest, explain, repeat
 from apps.lora import one_lora
 from apps.media import read_mp4, save_mp4
 from apps.metadata import (
     FORMATS,
     Expand,
+    KvPolicy,
     Lora,
     MemoryName,
     PictureSettings,
+    SearchMethod,
     parse,
     read_picture,
     save_picture,
@@ -40,6 +43,9 @@ from pipelines import builtin_models
 DEFAULT_MODEL = "stickers"
 DEFAULT_SEED = 0
 """The same words give the same picture, unless a seed is given."""
+
+OF_SCALES = ("temperature", "top_k", "top_p", "kv_policy", "kv_budget", "search", "candidates")
+"""Wishes that only next-scale models know, by their names in requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +76,13 @@ class Wishes:
         dtype: number format of the weights.
         attention: attention backend.
         cache: step cache with its main parameter, e.g. `budget=0.35` or `fbcache:threshold=0.1`.
+        temperature: of the tokens of a next-scale model.
+        top_k: draw among so many.
+        top_p: draw among the likeliest that hold this share.
+        kv_policy: what is kept of earlier scales.
+        kv_budget: which share of it.
+        search: paint several candidates and keep the best.
+        candidates: how many, for `best_of`.
     """
 
     prompt: str | None = None
@@ -93,6 +106,13 @@ class Wishes:
     dtype: str | None = None
     attention: str | None = None
     cache: str | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    kv_policy: KvPolicy | None = None
+    kv_budget: float | None = None
+    search: SearchMethod | None = None
+    candidates: int | None = None
     lora: Path | None = None
     lora_scale: float | None = None
 
@@ -227,6 +247,7 @@ def make_request(
         "memory": wishes.memory,
         "dtype": wishes.dtype,
         "attention": wishes.attention,
+        **{name: getattr(wishes, name) for name in OF_SCALES},
         "step_cache": None if wishes.cache is None else read_cache(wishes.cache),
         "lora": _lora(wishes, engine, None if taken is None else taken.lora),
         "image": _hand_in(wishes.image, taken.image if taken else None, settings, engine),
@@ -245,7 +266,10 @@ def make_request(
         values["label"] = int(wishes.prompt) if wishes.prompt.isdecimal() else wishes.prompt
     else:
         values["prompt"] = wishes.prompt
-    return REQUEST.validate_python({"seed": DEFAULT_SEED, **values, "task": task})
+    try:
+        return REQUEST.validate_python({"seed": DEFAULT_SEED, **values, "task": task})
+    except ValidationError as error:
+        raise ValueError(f"{explain(error)}.") from None
 
 
 def _lora(wishes: Wishes, engine: Engine, taken: Lora | None) -> Lora | None:
@@ -456,6 +480,7 @@ def report(written: list[tuple[list[Path], Picture]], json_output: bool) -> None
                 "path": str(paths[0]),
                 "paths": [str(path) for path in paths],
                 "seconds": round(picture.seconds, 3),
+                "report": picture.report,
                 **picture.metadata.model_dump(),
             }
             for paths, picture in written
@@ -465,3 +490,5 @@ def report(written: list[tuple[list[Path], Picture]], json_output: bool) -> None
     for paths, picture in written:
         names = ", ".join(map(str, paths))
         console.print(f"{names}  [dim]seed {picture.seed}, {picture.seconds:.1f} s[/dim]", highlight=False)
+        if picture.report:
+            console.print(f"  [dim]{picture.report}[/dim]", highlight=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from apps import limits
 from apps.metadata import (
@@ -241,6 +241,8 @@ class NextScaleRequest(BaseRequest):
     @model_validator(mode="after")
     def _check_part(self) -> Self:
         _check_part(self.image, self.mask, self.expand)
+        if self.candidates is not None and self.search is None:
+            raise ValueError("candidates are for a search; name one, such as best_of, or leave them out")
         return self
 
 
@@ -317,3 +319,16 @@ def repeat(settings: PictureSettings, **changes: Any) -> AnyRequest:
         values |= {"num_images": settings.batch_size, "batch_size": settings.batch_size, "seed": first}
     known = {name: value for name, value in {**values, **changes}.items() if name in kind.model_fields}
     return kind.model_validate(known)
+
+
+def explain(error: ValidationError) -> str:
+    """Say what is wrong with a request, without repeating what was in it."""
+    items = []
+    for item in error.errors(include_url=False, include_context=False, include_input=False)[:8]:
+        place = ".".join(str(part)[:40] for part in item["loc"] if str(part).isidentifier() or isinstance(part, int))
+        said = f"task: choose among {', '.join(TASKS)}" if item["type"].startswith("union_tag") else item["msg"][:300]
+        if item["type"] == "extra_forbidden":
+            said = f"{item['loc'][0]} has no such setting; leave it out"
+            place = str(item["loc"][-1])
+        items.append(f"{place or 'request'}: {said.removeprefix('Value error, ')}")
+    return "; ".join(items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,25 @@ def contact_strip(frames: Sequence[Image.Image], count: int = STILLS) -> Image.I
     for i, frame in enumerate(shown):
         strip.paste(frame, (i * width, 0))
     return strip
+
+
+def candidate_sheet(images: Sequence[Image.Image], most: int = 16) -> Image.Image:
+    """Lay pictures of one size out in rows, about as many rows as columns.
+
+    Args:
+        images: at least one.
+        most: how many are shown; the first ones.
+    """
+    shown = list(images[:most])
+    columns = math.ceil(math.sqrt(len(shown)))
+    width, height = shown[0].size
+    gap = max(width // 64, 1)
+    rows = math.ceil(len(shown) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for place, image in enumerate(shown):
+        row, column = divmod(place, columns)
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+    return sheet
 
 
 def save_mp4(clip: Clip, path: Path, settings: PictureSettings | None) -> Path:

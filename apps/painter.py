@@ -21,6 +21,7 @@ from torch import Tensor
 
 from apps.accelerate import RunningCache, describe, search_argument, step_cache
 from apps.jobs import AnyRequest
+from apps.media import candidate_sheet
 from apps.schedulers import make_scheduler
 from apps.shelf import LoadedModel, Pipeline
 
@@ -142,7 +143,7 @@ def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnSte
         except BaseException:
             pipe.maybe_free_model_hooks()  # the pipeline's last line, which a stop or an error has skipped
             raise
-        used, report = getattr(pipe, "scheduler", None), describe(pipe, cache)
+        used, report = getattr(pipe, "scheduler", None), describe(pipe, cache, output)
     if watch.late:
         raise TimeoutError
     if switches.stop.is_set():
@@ -363,7 +364,8 @@ class _StepWatch:
         """Make the small picture of latents; those of a flow are first led to where they are going."""
         pipe, canvas = self._pipe, self._canvas
         if callable(getattr(pipe, "preview", None)):
-            return pipe.preview(latents)[0]
+            shown = pipe.preview(latents)
+            return candidate_sheet(shown) if canvas.wish("search") else shown[0]
         from pipelines.previews import guess_finished, is_flow, preview  # with diffusers, imported by now
 
         if before is not None and is_flow(pipe):

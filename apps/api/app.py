@@ -19,11 +19,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from apps import limits
 from apps.api.guards import Guards
-from apps.api.messages import STATUS, ImagesRequest, MoveRequest, error_body, explain, job_row, picture_row, server_sent
+from apps.api.messages import STATUS, ImagesRequest, MoveRequest, error_body, job_row, picture_row, server_sent
 from apps.api.tokens import Role, TokenTable, User
 from apps.engine import Engine, Failed, UnknownModelError
 from apps.job_store import QueueFullError, StoredJob
-from apps.jobs import REQUEST, AnyRequest
+from apps.jobs import REQUEST, AnyRequest, explain
 from apps.lora import LoraError
 from apps.profiles import FORMATS, UnavailableError, attention_backends, memory_profiles
 from apps.uploads import UploadError, read_upload

@@ -8,12 +8,12 @@ import json
 from typing import Any
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from apps import limits
 from apps.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped
 from apps.job_store import StoredJob, StoredPicture
-from apps.jobs import TASKS, Prompt, TextToImageRequest
+from apps.jobs import Prompt, TextToImageRequest
 from apps.metadata import SchedulerName
 
 STATUS = {"queue_full": 429, "unknown_model": 404, "too_slow": 504, "out_of_memory": 507, "bad_request": 422}
@@ -81,16 +81,6 @@ class MoveRequest(BaseModel):
 def error_body(code: str, message: str) -> dict[str, Any]:
     """Return the body of an error: what went wrong, and nothing about the machine."""
     return {"error": {"code": code, "message": message, "type": "invalid_request_error"}}
-
-
-def explain(error: ValidationError) -> str:
-    """Say what is wrong with a body, without repeating what was in it."""
-    items = []
-    for item in error.errors(include_url=False, include_context=False, include_input=False)[:8]:
-        place = ".".join(str(part)[:40] for part in item["loc"] if str(part).isidentifier() or isinstance(part, int))
-        said = f"task: choose among {', '.join(TASKS)}" if item["type"].startswith("union_tag") else item["msg"][:300]
-        items.append(f"{place or 'request'}: {said.removeprefix('Value error, ')}")
-    return "; ".join(items)
 
 
 def job_row(job: StoredJob, pictures: list[StoredPicture], ahead: int) -> dict[str, Any]:
