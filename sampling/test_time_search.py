@@ -90,6 +90,8 @@ class TTSConfig:
         """The published schedule with more or fewer candidates, for a cost in pictures.
 
         A cost just below a multiple of the published one goes into more candidates early on, not into more at the end.
+        A schedule whose last two scales hold most of its tokens has no room for that: there, candidates are drawn again
+        where the first of the two begins and, if there is enough to spend, before the last.
 
         Args:
             cost: tokens to spend, over those of one picture; at least 1.
@@ -103,6 +105,10 @@ class TTSConfig:
             raise ValueError(f"a cost of {cost} is less than one picture; expected at least 1")
         if settings.get("method") == "best_of":
             return cls(batch_sizes=int(cost), **settings)
+        if len(token_counts) > 2 and token_counts[-2] > sum(token_counts[:-2]):
+            sizes = steep_sizes(cost, token_counts)
+            drops = tuple(scale for scale in range(1, len(sizes)) if sizes[scale] < sizes[scale - 1])
+            return cls(**{"batch_sizes": sizes, "cluster_scales": (), "resample_scales": drops, **settings})
         pattern = stretch(len(token_counts)).batch_sizes
         fitting = (1,) * len(pattern)
         for whole in (True, False):  # all scales first; what is left then goes to those where candidates are chosen
@@ -182,6 +188,23 @@ def stretch(num_scales: int) -> SearchSchedule:
             crossed = range(places[scale - 1] + 1, places[scale] + 1)
             (resample if any(place in crossed for place in RESAMPLE_SCALES) else cluster).add(scale)
     return SearchSchedule(sizes, frozenset(cluster), frozenset(resample))
+
+
+def steep_sizes(cost: float, token_counts: Sequence[int]) -> tuple[int, ...]:
+    """Candidates of each scale where the last two scales hold most tokens.
+
+    One is painted to the end. From a cost of 7/3 on more than one see the first of the two scales: what is there can be
+    told from what was meant far better than before. The rest goes into candidates of the scales before.
+
+    Args:
+        cost: tokens to spend, over those of one picture.
+        token_counts: tokens of each scale.
+    """
+    *coarse, fine, last = token_counts
+    seen = max(int(1.5 * (cost - 1)), 1)
+    left = cost * sum(token_counts) - seen * fine - last
+    first = max(int((left + 1e-6) / sum(coarse)), seen)
+    return (first,) * len(coarse) + (seen, 1)
 
 
 def token_cost(batch_sizes: Sequence[int], token_counts: Sequence[int]) -> float:

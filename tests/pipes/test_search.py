@@ -190,6 +190,21 @@ def test_latents_condition_and_cache_move_together(method: str) -> None:
     assert torch.equal(walk.latents.flatten(), found.rewards)
 
 
+@pytest.mark.parametrize("cost", [1, 1.2, 1.5, 2, 7 / 3, 2.5, 3, 4, 6.3])
+def test_where_two_scales_hold_most_tokens_candidates_are_drawn_before_them(cost: float) -> None:
+    counts = (1, 4, 9, 16, 64, 64)
+    schedule = TTSConfig.for_cost(cost, counts).at(6)
+    assert token_cost(schedule.batch_sizes, counts) <= cost + 1e-3
+    assert not schedule.cluster
+    assert schedule.resample <= {4, 5}
+    *coarse, fine, last = schedule.batch_sizes
+    assert last == 1
+    assert (fine > 1) == (cost >= 7 / 3)
+    assert set(coarse) == {max(coarse)}
+    larger = (*(size + 1 for size in coarse), fine, last)
+    assert token_cost(larger, counts) > cost - 1e-3, "what is left goes into coarse candidates"
+
+
 def test_drawing_again_follows_the_rewards() -> None:
     config = TTSConfig(lambda pictures, _: pictures.flatten(), batch_sizes=(2, 2), strength=1.0, resample_scales=(1,))
     search = ScaleSearch(config, config.reward, "", 2, lambda latents: latents, torch.Generator().manual_seed(0))

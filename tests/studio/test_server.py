@@ -162,6 +162,18 @@ def note_says(page, start, seconds=60):
     )
 
 
+def strip_shows(page, seed, seconds=60):
+    """Waits until the strip begins with the picture of a seed; what stands there instead is part of the failure."""
+    first, deadline = None, time.monotonic() + seconds
+    while first != str(seed):
+        label = page.evaluate("document.querySelector('#strip .caption-label')?.textContent ?? null")
+        first = label and label.strip()
+        if time.monotonic() > deadline:
+            found = page.evaluate("document.querySelector('#strip')?.outerHTML")
+            raise AssertionError(f"the strip shows {first}, not {seed}: {found}")
+        time.sleep(0.1)
+
+
 def newest(out, before):
     (painted,) = set(out.glob("*.png")) - before
     return painted
@@ -197,9 +209,7 @@ def test_type_paint_stop(server, page, width, height):
     settings = read_picture(painted)
     assert settings.prompt == "a ghost"
     assert f"seed {settings.seed}" in page.inner_text("#details")
-    page.wait_for_function(
-        "seed => document.querySelector('#strip .caption-label')?.textContent.trim() === seed", arg=str(settings.seed)
-    )
+    strip_shows(page, settings.seed)
     thumbnail = page.get_attribute("#strip img", "src")
     served = httpx.get(thumbnail, trust_env=False)
     assert served.content == painted.read_bytes()  # the file itself, its settings with it
