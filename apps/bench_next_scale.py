@@ -48,6 +48,8 @@ SHORTCUTS: dict[str, dict[str, Any]] = {
     "last scale skipped": {"skip_last": 1},
     "last skipped, one pruned": {"skip_last": 1, "prune": {-2: 0.4}},
     "last skipped, one unguided": {"skip_last": 1, "unguided": (-2,)},
+    "last skipped, two unguided": {"skip_last": 1, "unguided": (-3, -2)},
+    "last skipped, three unguided": {"skip_last": 1, "unguided": (-4, -3, -2)},
     "last skipped, one pruned and unguided": {"skip_last": 1, "prune": {-2: 0.4}, "unguided": (-2,)},
 }
 MOST_DECIBEL = 60.0
