@@ -193,8 +193,8 @@ def stretch(num_scales: int) -> SearchSchedule:
 def steep_sizes(cost: float, token_counts: Sequence[int]) -> tuple[int, ...]:
     """Candidates of each scale where the last two scales hold most tokens.
 
-    One is painted to the end. From a cost of 7/3 on more than one see the first of the two scales: what is there can be
-    told from what was meant far better than before. The rest goes into candidates of the scales before.
+    One is painted to the end. From a cost of 7/3 on several go through the first of the two scales too, after which a
+    reward sees nearly the whole picture. The rest goes into candidates of the coarse scales.
 
     Args:
         cost: tokens to spend, over those of one picture.

@@ -3,7 +3,10 @@
 A light head that is asked for these shows whether a vector or the states of a text hold the whole scene.
 """
 
+from collections.abc import Mapping
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from apps.stickers.scene import BACKGROUNDS, PLACES, SIZES, Scene
@@ -31,3 +34,15 @@ def answers(scenes: list[Scene], entries: dict[int, int]) -> dict[str, Tensor]:
         "count": torch.tensor([scene.count for scene in scenes]),
         "size": torch.tensor([sizes.index(scene.size_word) for scene in scenes]),
     }
+
+
+def misreading(logits: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Tensor:
+    """How far a head's reading is from the truth: cross-entropies, summed over spots and questions.
+
+    Args:
+        logits: "names" (B, 6, 1 + names), the others (B, answers).
+        truth: see `answers`.
+    """
+    names = F.cross_entropy(logits["names"].float().flatten(0, 1), truth["names"].flatten())
+    rest = [F.cross_entropy(logits[name].float(), truth[name]) for name in QUESTIONS]
+    return len(SPOTS) * names + torch.stack(rest).sum()

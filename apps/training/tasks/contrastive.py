@@ -29,7 +29,7 @@ from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.export import save_component
 from apps.training.latent_pool import KINDS
 from apps.training.look_around import look_around
-from apps.training.scene_facts import QUESTIONS, SPOTS, answers
+from apps.training.scene_facts import QUESTIONS, SPOTS, answers, misreading
 from apps.training.scene_reader import SceneReader
 from apps.training.scenes import (
     VALIDATION_SEED,
@@ -268,18 +268,19 @@ class ContrastiveTask:
 
         Near misses compete for the pictures only, botched pictures for the captions only.
         """
-        facts = {name: one for name, one in batch.items() if name.startswith("true_")}
+        shown = {name: one for name, one in batch.items() if name in ("pixel_values", "input_ids")}
+        facts = {name.removeprefix("true_"): one for name, one in batch.items() if name not in shown}
         if "pixel_values" not in batch:
             return self._read(batch, facts)
-        out = self.clip(**{name: one for name, one in batch.items() if name not in facts}, output_hidden_states=True)
+        out = self.clip(**shown, output_hidden_states=True)
         scores = out.logits_per_image.float()  # (B + botched, B) or (B + botched, 2B)
         size = self.config.run.batch_size
         true = torch.arange(size, device=scores.device)  # (B,)
-        shown, told = scores[:size], scores[:, :size].T  # a row each picture; a row each caption
-        loss = (F.cross_entropy(shown, true) + F.cross_entropy(told, true)) / 2
+        pictures, captions = scores[:size], scores[:, :size].T  # a row each
+        loss = (F.cross_entropy(pictures, true) + F.cross_entropy(captions, true)) / 2
         values = {
-            "right": (shown.argmax(1) == true).float().mean(),
-            "right_captions": (told.argmax(1) == true).float().mean(),
+            "right": (pictures.argmax(1) == true).float().mean(),
+            "right_captions": (captions.argmax(1) == true).float().mean(),
         }
         if self.config.task.reading_weight:
             own = {name: one[:size] for name, one in facts.items()}
@@ -313,18 +314,13 @@ class ContrastiveTask:
         logits = self.reader(READER_SCALE * vectors).float()  # (B, R)
         count = len(SPOTS) * (1 + len(self.vocabulary))
         names = logits[:, :count].unflatten(1, (len(SPOTS), -1))  # (B, 6, 1 + names)
-        losses = [len(SPOTS) * F.cross_entropy(names.flatten(0, 1), facts["true_names"].flatten())]
-        rest = logits[:, count:].split(list(QUESTIONS.values()), dim=1)
-        losses += [F.cross_entropy(one, facts[f"true_{name}"]) for name, one in zip(QUESTIONS, rest, strict=True)]
-        return torch.stack(losses).sum()
+        rest = dict(zip(QUESTIONS, logits[:, count:].split(list(QUESTIONS.values()), dim=1), strict=True))
+        return misreading({"names": names, **rest}, facts)
 
     def _unclear(self, reader: SceneReader, states: Tensor, mask: Tensor | None, facts: dict[str, Tensor]) -> Tensor:
         """Cross-entropies of what a head tells from states (B, L, D), summed over its questions."""
         everywhere = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
-        logits = {name: one.float() for name, one in reader(states, everywhere).items()}
-        names = len(SPOTS) * F.cross_entropy(logits["names"].flatten(0, 1), facts["true_names"].flatten())
-        rest = [F.cross_entropy(logits[name], facts[f"true_{name}"]) for name in QUESTIONS]
-        return torch.stack([names, *rest]).sum()
+        return misreading(reader(states, everywhere), facts)
 
     def validate(self) -> dict[str, float]:
         """Shares of held-out pictures that find their caption: among all of their kind, and among near misses."""

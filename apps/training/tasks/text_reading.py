@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from apps.stickers.captions import caption
 from apps.stickers.scene import CENTRES, PART_SIZE, PLACES, RELATIONS, SIZES, Placement
 from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.export import save_component
-from apps.training.scene_facts import QUESTIONS, SPOTS, answers
+from apps.training.scene_facts import QUESTIONS, SPOTS, answers, misreading
 from apps.training.scene_reader import SceneReader
 from apps.training.scenes import (
     VALIDATION_SEED,
@@ -126,10 +125,9 @@ class TextReadingTask:
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the cross-entropies of all spots and questions."""
         logits = self._read(batch)
-        losses = {name: F.cross_entropy(logits[name], batch[name]) for name in QUESTIONS}
         spots = F.cross_entropy(logits["names"].flatten(0, 1), batch["names"].flatten())
         values = {"loss_names": spots.detach(), "right": _right(logits, batch).float().mean()}
-        return len(SPOTS) * spots + torch.stack(list(losses.values())).sum(), values
+        return misreading(logits, batch), values
 
     def validate(self) -> dict[str, float]:
         """Share of the scenes with held-out combinations that are read without a mistake, by kind."""
