@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -361,7 +362,8 @@ def restated(told: Generator[Changes], seconds: float = RESTATE_SECONDS) -> Gene
     """Repeat what was told a moment ago with every further change, the last word on each part.
 
     Gradio's page turns a message into the next one in place: when a busy browser takes in two at once, what only the
-    first one says (a picture just before 'done') would never be seen.
+    first one says (a picture just before 'done') would never be seen. What is repeated is a copy, because Gradio takes
+    the value out of an update as it sends it.
 
     Args:
         told: changes of the page; closed with this generator.
@@ -373,7 +375,7 @@ def restated(told: Generator[Changes], seconds: float = RESTATE_SECONDS) -> Gene
             now = time.monotonic()
             recent = {name: one for name, one in recent.items() if now - one[0] < seconds}
             recent |= {name: (now, value) for name, value in changes.items()}
-            yield {name: value for name, (_, value) in recent.items()}
+            yield {name: copy(value) for name, (_, value) in recent.items()}
 
 
 @dataclass(slots=True)

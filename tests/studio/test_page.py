@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import gradio as gr
 import numpy as np
 import pytest
+from gradio.blocks import postprocess_update_dict
 from PIL import Image
 
 from apps.engine import Done, Engine
@@ -94,6 +95,12 @@ def test_a_change_is_repeated_for_a_moment(monkeypatch):
     assert next(changes) == {"stage": "done", "line": ""}  # the strip is old by now
     changes.close()
     assert closed == [True]
+
+
+def test_an_update_is_repeated_whole_though_gradio_empties_it():
+    told = restated(change for change in ({"strip": gr.update(value=["a"])}, {"line": ""}))
+    postprocess_update_dict(gr.Gallery(render=False), next(told)["strip"], postprocess=False)
+    assert next(told)["strip"]["value"] == ["a"]
 
 
 def test_a_picture_reaches_strip_and_stage_as_the_file_itself(studio):

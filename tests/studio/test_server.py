@@ -239,6 +239,14 @@ def test_type_paint_stop(server, page, width, height):
 
 
 @pytest.mark.browser
+def test_a_slow_browser_shows_the_picture_in_its_strip(server, page):
+    """It takes in a picture, 'done' and what follows at once, and Gradio turns each message into the next in place."""
+    _, out = server
+    page.context.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": 8})
+    strip_shows(page, read_picture(paint_one(page, out)).seed)
+
+
+@pytest.mark.browser
 def test_words_examples_and_dark_mode(page):
     page.click(".words summary")
     page.fill(".words input", "ice")
