@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,13 +102,25 @@ def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
         yield RunningCache(mechanism)
 
 
-def search_argument(method: str | None, candidates: int | None) -> dict[str, Any]:
-    """Return the argument of a next-scale call that searches among candidates; empty without a search."""
+def search_argument(method: str | None, candidates: int | None, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return the argument of a next-scale call that searches among candidates; empty without a search.
+
+    Args:
+        method: see `TTSConfig`.
+        candidates: pictures to pay for: `best_of` paints so many, the others spend their tokens as they see fit. None
+            is 4 for `best_of`, and the published schedule for the others.
+        grids: rows and columns of the model's scales.
+    """
     if method is None:
         return {}
+    from dit.layers.scales import token_counts
     from sampling.test_time_search import TTSConfig
 
-    return {"search": TTSConfig(method=method, batch_sizes=(candidates or 4) if method == "best_of" else None)}
+    if method == "best_of":
+        return {"search": TTSConfig(method=method, batch_sizes=candidates or 4)}
+    if candidates is None:
+        return {"search": TTSConfig(method=method)}
+    return {"search": TTSConfig.for_cost(candidates, token_counts(grids), method=method)}
 
 
 def describe(pipe: Any, cache: RunningCache, output: Any = None) -> str:

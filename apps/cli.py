@@ -205,7 +205,13 @@ def generate(
         SearchMethod | None,
         typer.Option(help="Next-scale models: paint several candidates; the scorer beside the model chooses."),
     ] = None,
-    candidates: Annotated[int | None, typer.Option(min=2, help="With --search best_of: how many.")] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="With --search: pictures to pay for. best_of paints so many; tts and beam spend their tokens early.",
+        ),
+    ] = None,
     lora: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Put this LoRA file (safetensors) on the model.")
     ] = None,

@@ -82,7 +82,7 @@ class Wishes:
         kv_policy: what is kept of earlier scales.
         kv_budget: which share of it.
         search: paint several candidates and keep the best.
-        candidates: how many, for `best_of`.
+        candidates: pictures to pay for: `best_of` paints so many, other searches spend their tokens early.
     """
 
     prompt: str | None = None

@@ -222,7 +222,7 @@ class NextScaleRequest(BaseRequest):
         kv_budget: which share of it.
         kv_dtype: in which number format.
         search: paint several candidates and keep the best, as the scorer of the model sees it.
-        candidates: how many, for `best_of`.
+        candidates: pictures to pay for: `best_of` paints so many, other searches spend their tokens early.
     """
 
     image: PictureId | None = None

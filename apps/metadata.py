@@ -136,7 +136,7 @@ class PictureSettings(BaseModel):
         kv_budget: which share of it.
         kv_dtype: in which number format.
         search: how candidates were searched.
-        candidates: how many of them.
+        candidates: how many pictures the search paid for.
         batch_size: pictures that were painted at once.
         pick: which of them this is.
     """

@@ -196,7 +196,9 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
     for name in arguments:
         if name not in accepts:
             raise ValueError(f"The model {model.key!r} has no setting {name!r}; leave it out.")
-    arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"))
+    if canvas.wish("search"):
+        grids = model.pipe.transformer.grids
+        arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), grids)
     arguments["generator"] = generators[0] if len(generators) == 1 else generators
     if "output_type" in accepts:
         arguments["output_type"] = "pil"

@@ -53,6 +53,8 @@ class TTSConfig:
         resample_scales: scales before which candidates are drawn again (or, with "beam", the best kept and branched).
         potential: what the draw depends on: the reward now ("value"), its gain since the last look ("diff"), the best
             ("max") or the sum of all looks so far.
+        replacement: whether a candidate may be drawn more than once, as published; it then branches. Without, those
+            that go on are different, which is worth more where coarse scales decide nearly everything.
         strength: lambda, the exponent's factor, for rewards that differ by about 1 as the published ones do; a reward
             may have an attribute `unit`, the difference that counts, and lambda is then for multiples of it.
         beam_width: how many the beam keeps at a selection; they are repeated to fill the next scale's batch.
@@ -69,6 +71,7 @@ class TTSConfig:
     cluster_scales: tuple[int, ...] | None = None
     resample_scales: tuple[int, ...] | None = None
     potential: str = "value"
+    replacement: bool = True
     strength: float = 10.0
     beam_width: int = 2
     features: Features | None = None
@@ -90,8 +93,8 @@ class TTSConfig:
         """The published schedule with more or fewer candidates, for a cost in pictures.
 
         A cost just below a multiple of the published one goes into more candidates early on, not into more at the end.
-        A schedule whose last two scales hold most of its tokens has no room for that: there, candidates are drawn again
-        where the first of the two begins and, if there is enough to spend, before the last.
+        A schedule whose last two scales hold most of its tokens has no room for that: there, candidates are drawn
+        without replacement where the first of the two begins and, if there is enough to spend, before the last.
 
         Args:
             cost: tokens to spend, over those of one picture; at least 1.
@@ -108,7 +111,8 @@ class TTSConfig:
         if len(token_counts) > 2 and token_counts[-2] > sum(token_counts[:-2]):
             sizes = steep_sizes(cost, token_counts)
             drops = tuple(scale for scale in range(1, len(sizes)) if sizes[scale] < sizes[scale - 1])
-            return cls(**{"batch_sizes": sizes, "cluster_scales": (), "resample_scales": drops, **settings})
+            steep: dict[str, Any] = {"batch_sizes": sizes, "cluster_scales": (), "resample_scales": drops}
+            return cls(**{**steep, "replacement": False, **settings})
         pattern = stretch(len(token_counts)).batch_sizes
         fitting = (1,) * len(pattern)
         for whole in (True, False):  # all scales first; what is left then goes to those where candidates are chosen
@@ -193,18 +197,21 @@ def stretch(num_scales: int) -> SearchSchedule:
 def steep_sizes(cost: float, token_counts: Sequence[int]) -> tuple[int, ...]:
     """Candidates of each scale where the last two scales hold most tokens.
 
-    One is painted to the end. From a cost of 7/3 on several go through the first of the two scales too, after which a
-    reward sees nearly the whole picture. The rest goes into candidates of the coarse scales.
+    One of every two pictures that could be paid for is painted to the end, and one more goes through the first of the
+    two scales, after which a reward sees nearly the whole picture. The rest goes into candidates of the coarse scales.
 
     Args:
         cost: tokens to spend, over those of one picture.
         token_counts: tokens of each scale.
     """
     *coarse, fine, last = token_counts
-    seen = max(int(1.5 * (cost - 1)), 1)
-    left = cost * sum(token_counts) - seen * fine - last
-    first = max(int((left + 1e-6) / sum(coarse)), seen)
-    return (first,) * len(coarse) + (seen, 1)
+    ends = max(int(cost) // 2, 1)
+    for seen in (ends + 1, ends):
+        left = cost * sum(token_counts) - seen * fine - ends * last
+        first = int((left + 1e-6) / sum(coarse))
+        if first >= seen:
+            break
+    return (max(first, seen),) * len(coarse) + (seen, ends)
 
 
 def token_cost(batch_sizes: Sequence[int], token_counts: Sequence[int]) -> float:
@@ -324,12 +331,14 @@ class ScaleSearch:
         return found
 
     def _draw(self, rewards: Tensor, count: int) -> Tensor:
-        """Draw candidates with replacement, in proportion to exp(strength x potential); indices (count,)."""
+        """Draw candidates in proportion to exp(strength x potential); indices (count,)."""
         values = potential(self.config.potential, rewards, self._history)  # (B,)
-        weights = (self.config.strength / getattr(self.reward, "unit", 1.0) * values).softmax(0)  # (B,)
-        device = "cpu" if self.generator is None else self.generator.device
-        drawn = torch.multinomial(weights.to(device), count, replacement=True, generator=self.generator)
-        return drawn.cpu()
+        scores = self.config.strength / getattr(self.reward, "unit", 1.0) * values  # (B,)
+        scores = scores.to("cpu" if self.generator is None else self.generator.device)
+        if self.config.replacement:
+            return torch.multinomial(scores.softmax(0), count, replacement=True, generator=self.generator).cpu()
+        noise = torch.empty_like(scores).exponential_(generator=self.generator)  # (B,)
+        return (scores - noise.log()).topk(count).indices.cpu()  # Gumbel-top-k (arXiv 1903.06059)
 
     def _branch(self, rewards: Tensor, count: int) -> Tensor:
         """The best candidates, each repeated until `count` are reached; indices (count,)."""

@@ -198,11 +198,20 @@ def test_where_two_scales_hold_most_tokens_candidates_are_drawn_before_them(cost
     assert not schedule.cluster
     assert schedule.resample <= {4, 5}
     *coarse, fine, last = schedule.batch_sizes
-    assert last == 1
-    assert (fine > 1) == (cost >= 7 / 3)
+    assert last == max(int(cost) // 2, 1)
+    assert fine in (last, last + 1)
     assert set(coarse) == {max(coarse)}
     larger = (*(size + 1 for size in coarse), fine, last)
     assert token_cost(larger, counts) > cost - 1e-3, "what is left goes into coarse candidates"
+
+
+@pytest.mark.parametrize(
+    ("cost", "sizes"), [(1.2, (2, 2, 2, 2, 1, 1)), (2, (4, 4, 4, 4, 2, 1)), (4, (10, 10, 10, 10, 3, 2))]
+)
+def test_what_costs_buy_of_the_built_in_schedule(cost: float, sizes: tuple[int, ...]) -> None:
+    config = TTSConfig.for_cost(cost, (1, 4, 9, 16, 64, 64))
+    assert config.batch_sizes == sizes
+    assert not config.replacement
 
 
 def test_drawing_again_follows_the_rewards() -> None:
@@ -210,6 +219,18 @@ def test_drawing_again_follows_the_rewards() -> None:
     search = ScaleSearch(config, config.reward, "", 2, lambda latents: latents, torch.Generator().manual_seed(0))
     drawn = torch.cat([search._draw(torch.tensor([0.0, 1.0]), 2) for _ in range(1000)])
     assert drawn.float().mean() == pytest.approx(torch.tensor([0.0, 1.0]).softmax(0)[1].item(), abs=0.03)
+
+
+def test_drawing_without_replacement_keeps_candidates_apart() -> None:
+    rewards = torch.tensor([0.0, 1.0, 2.0, 50.0])
+    config = TTSConfig(lambda _, __: rewards, batch_sizes=(4, 2), strength=1.0, resample_scales=(1,), replacement=False)
+    search = ScaleSearch(config, config.reward, "", 2, lambda latents: latents, torch.Generator().manual_seed(0))
+    drawn = torch.stack([search._draw(rewards, 2) for _ in range(2000)])  # (R, 2)
+    assert (drawn[:, 0] == 3).all(), "a weight of nearly one is drawn first"
+    second = torch.bincount(drawn[:, 1], minlength=4) / len(drawn)
+    assert torch.allclose(second[:3], rewards[:3].softmax(0), atol=0.03), "then in proportion among what is left"
+    assert second[3] == 0
+    assert sorted(search._draw(rewards, 4).tolist()) == [0, 1, 2, 3]
 
 
 def test_a_reward_may_say_which_difference_counts() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,13 @@ def test_the_command_line_searches_and_tells_what_it_found(tmp_path, capsys):
     run(Wishes(), tmp_path / "again.png", settings=tmp_path / "fox.png")
     first, again = (np.asarray(Image.open(tmp_path / name)) for name in ("fox.png", "again.png"))
     assert np.array_equal(first, again)
+
+
+def test_a_search_pays_for_so_many_pictures_and_spends_them_early(tmp_path, capsys):
+    run(replace(SEARCHED, search="tts", candidates=4), tmp_path / "fox.png")
+    told = capsys.readouterr().out
+    assert "search: 2 of 10 candidates finished" in told
+    assert "3.92 x the tokens" in told
 
 
 def test_the_history_of_the_built_in_model_can_be_compressed_at_once(tmp_path, capsys):
