@@ -22,11 +22,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from apps.evaluate import batches, shares
+from apps.evaluate import answers, batches, shares
 from apps.machine import describe_machine
 from apps.stickers import Scene, load_sprites, render
 from apps.stickers.judge import Judge
 from apps.stickers.prompt_sets import SETS, draw_requests
+from apps.training.rollouts import HOT_EVERYWHERE, hot_everywhere, hot_way
 from apps.training.scenes import read_vocabulary
 from dit.cache import ScaleKVCache, find_table, plan_cache
 from dit.layers.scales import scale_grids, token_counts
@@ -42,6 +43,8 @@ BUDGETS = (0.25, 0.1)
 COMPRESSING = ("scalekv", "snapkv", "pyramidkv", "streaming", "window")
 OBSERVE = 8
 COSTS = (1.2, 2.0, 4.0)
+HOT = 2.0
+"""Temperature of the coarse scales where a search has something to gain."""
 SHORTCUTS: dict[str, dict[str, Any]] = {
     "last scale unguided": {"unguided": (-1,)},
     "last two unguided": {"unguided": (-2, -1)},
@@ -218,18 +221,11 @@ def sampling(subject: Subject) -> dict[str, dict[str, Any]]:
     if not isinstance(subject.pipe, NextScaleTextToImagePipeline):
         return {"as the model paints": {}}
     settings: Any = subject.pipe.config
-    usual = {**DEFAULTS, **settings.defaults}
     scales = len(subject.pipe.transformer.grids)
-    fine = scales // 3
-    coarse = scales - fine
     return {
         "as the model paints": {},
-        "all scales unguided, temperature 1.5": {"guidance_scale": 1.0, "top_p": 1.0, "temperature": 1.5},
-        "coarse scales unguided, temperature 2": {
-            "guidance_scale": (1.0,) * coarse + (usual["guidance_scale"],) * fine,
-            "temperature": (2.0,) * coarse + (usual["temperature"],) * fine,
-            "top_p": 1.0,
-        },
+        f"all scales unguided, temperature {HOT_EVERYWHERE:g}": hot_everywhere(),
+        f"coarse scales unguided, temperature {HOT:g}": hot_way(scales, HOT, {**DEFAULTS, **settings.defaults}),
     }
 
 
@@ -242,21 +238,39 @@ def search_table(subject: Subject, ceiling: float | None, way: Mapping[str, Any]
         way: how tokens are drawn: arguments of the pipeline's call.
     """
     counts = token_counts(subject.pipe.transformer.grids)
-    single = subject.recall(subject.paint(**way))
-    rows: list[dict[str, Any]] = [{"method": "single", "cost": 1.0, "recall": single, "of the gap": None}]
+    single = subject.right(subject.paint(**way))  # (P,)
+    rows: list[dict[str, Any]] = [{"method": "single", "cost": 1.0, **_closed(single, single, ceiling)}]
     for cost in COSTS:
         for method in ("best_of", "tts"):
             if method == "best_of" and cost < 2:
                 continue
             spent: list[float] = []
             config = TTSConfig.for_cost(cost, counts, method=method)
-            recall = subject.recall(subject.paint(spent, search=config, **way))
-            closed = None
-            if recall is not None and single is not None and ceiling is not None and ceiling > single:
-                closed = round((recall - single) / (ceiling - single), 3)
-            row = {"method": method, "cost": round(statistics.mean(spent), 3), "recall": recall, "of the gap": closed}
-            rows.append(row)
-    return [*rows, {"method": "judge's ceiling", "cost": None, "recall": ceiling, "of the gap": None}]
+            right = subject.right(subject.paint(spent, search=config, **way))  # (P,)
+            rows.append({"method": method, "cost": round(statistics.mean(spent), 3), **_closed(right, single, ceiling)})
+    return [*rows, {"method": "judge's ceiling", "cost": None, "recall": ceiling, "of the gap": None, "+-": None}]
+
+
+def _closed(
+    right: torch.Tensor | None, single: torch.Tensor | None, ceiling: float | None, draws: int = 1000
+) -> dict[str, float | None]:
+    """Recall, how much of the gap from one picture to the ceiling it closes, and the standard error of that.
+
+    Args:
+        right: which pictures of a search are right, (P,); None without a judge.
+        single: the same of one picture each.
+        ceiling: the judge's recall on fresh renders.
+        draws: of prompts with replacement, for the error.
+    """
+    if right is None or single is None or ceiling is None:
+        return {"recall": None, "of the gap": None, "+-": None}
+    found: dict[str, float | None] = {"recall": round(float(right.mean()), 4), "of the gap": None, "+-": None}
+    if right is not single and ceiling > single.mean():
+        found["of the gap"] = round(float((right - single).mean() / (ceiling - single.mean())), 3)
+        prompts = torch.randint(len(right), (draws, len(right)), generator=torch.Generator().manual_seed(0))
+        gained, gap = (right - single)[prompts].mean(1), ceiling - single[prompts].mean(1)  # (draws,) each
+        found["+-"] = round(float((gained / gap)[gap > 0].std()), 3)
+    return found
 
 
 # ------------------------------------------------------------------------- subject
@@ -335,11 +349,16 @@ class Subject:
                 reports.append(self.pipe.acceleration_report)
         return torch.cat(parts)
 
-    def recall(self, pictures: torch.Tensor) -> float | None:
-        """How often the judge finds what was asked for; None without a judge."""
+    def right(self, pictures: torch.Tensor) -> torch.Tensor | None:
+        """Of which pictures (B, 3, H, W) the judge says that they show what was asked for, (B,); None without one."""
         if self.judge is None or self.scenes is None:
             return None
-        return round(shares(self.scenes, _shown(pictures), self.judge)[self.metric], 4)
+        return torch.tensor(answers(self.scenes, _shown(pictures), self.judge)[self.metric], dtype=torch.float32)
+
+    def recall(self, pictures: torch.Tensor) -> float | None:
+        """How often the judge finds what was asked for; None without a judge."""
+        right = self.right(pictures)
+        return None if right is None else round(float(right.mean()), 4)
 
     def ceiling(self) -> float | None:
         """What the judge says of fresh renders."""

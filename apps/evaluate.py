@@ -78,18 +78,25 @@ def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def shares(
+def answers(
     scenes: Sequence[Scene], pictures: Iterable[torch.Tensor], judge: Judge, tick: Tick = lambda _: None
-) -> dict[str, float]:
-    """Lets the judge read pictures, batch by batch, and returns the share of right answers for each metric."""
-    answers: dict[str, list[bool]] = defaultdict(list)
+) -> dict[str, list[bool]]:
+    """Lets the judge read pictures, batch by batch, and returns for each metric which answers were right."""
+    found: dict[str, list[bool]] = defaultdict(list)
     remaining = iter(scenes)
     for batch in pictures:
         for reading in judge.read(batch):
             for metric, right in score(next(remaining), reading).items():
-                answers[metric].append(right)
+                found[metric].append(right)
         tick(len(batch))
-    return {metric: sum(right) / len(right) for metric, right in answers.items()}
+    return dict(found)
+
+
+def shares(
+    scenes: Sequence[Scene], pictures: Iterable[torch.Tensor], judge: Judge, tick: Tick = lambda _: None
+) -> dict[str, float]:
+    """The share of right answers for each metric, see `answers`."""
+    return {metric: sum(right) / len(right) for metric, right in answers(scenes, pictures, judge, tick).items()}
 
 
 def box_psnr(scenes: Sequence[Scene], sheet: SpriteSheet, resolution: int, through: Through) -> dict[str, float]:

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -58,14 +59,25 @@ class ClipReward:
     @torch.no_grad()
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         """Judge pictures (B, 3, H, W) in [0, 1]; returns (B,) in [-1, 1]."""
-        device = self.model.device
+        return (self.look(pictures) * self.read(prompts)).sum(-1)  # (B,)
+
+    def pixels(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] as the model's image processor shows them, (B, 3, h, w)."""
         shown = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-        pixels = self.processor([Image.fromarray(one) for one in shown], return_tensors="pt")["pixel_values"]
+        return self.processor([Image.fromarray(one) for one in shown], return_tensors="pt")["pixel_values"]
+
+    @torch.no_grad()
+    def look(self, pictures: Tensor) -> Tensor:
+        """Unit vectors of pictures (B, 3, H, W) in [0, 1], (B, F), float32."""
+        pixels = self.pixels(pictures).to(self.model.device, self.model.dtype)  # (B, 3, h, w)
+        return unit_vectors(self.model.get_image_features(pixel_values=pixels))  # (B, F)
+
+    @torch.no_grad()
+    def read(self, prompts: list[str]) -> Tensor:
+        """Unit vectors of prompts, (B, F), float32."""
         words = self.tokenizer(prompts, truncation=True, return_tensors="pt", **self._padding)
-        words = {name: tensor.to(device) for name, tensor in words.items() if name not in self._unread}
-        image = _vector(self.model.get_image_features(pixel_values=pixels.to(device, self.model.dtype)))  # (B, F)
-        text = _vector(self.model.get_text_features(**words))  # (B, F)
-        return torch.cosine_similarity(image.float(), text.float())  # (B,)
+        words = {name: tensor.to(self.model.device) for name, tensor in words.items() if name not in self._unread}
+        return unit_vectors(self.model.get_text_features(**words))  # (B, F)
 
 
 def as_reward(reward: Any, device: torch.device | str = "cpu") -> Any:
@@ -81,6 +93,11 @@ def as_reward(reward: Any, device: torch.device | str = "cpu") -> Any:
     return reward
 
 
-def _vector(features: Any) -> Tensor:
-    """Features (B, F): transformers returns them bare or as an output with `pooler_output`."""
-    return features if isinstance(features, Tensor) else features.pooler_output
+def unit_vectors(features: Any) -> Tensor:
+    """Features of a CLIP-like model, made unit vectors, (B, F) in float32.
+
+    Args:
+        features: (B, F'): transformers returns them bare or as an output with `pooler_output`.
+    """
+    found = features if isinstance(features, Tensor) else features.pooler_output  # (B, F)
+    return F.normalize(found.float(), dim=-1)

@@ -114,8 +114,12 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str], length: in
         else {"padding": "max_length", "max_length": length}
     )
     tokens = tokenizer(captions, truncation=True, return_attention_mask=True, return_tensors="pt", **padding)
-    # A fast tokenizer remembers how it was last called, and would be saved with it.
+    forget_last_call(tokenizer)
+    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+def forget_last_call(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A fast tokenizer remembers padding and length of its last call, and would be saved with them."""
     fast: Any = tokenizer.backend_tokenizer
     fast.no_padding()
     fast.no_truncation()
-    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}

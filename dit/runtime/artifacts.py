@@ -127,7 +127,11 @@ def model_fingerprint(model: nn.Module) -> tuple[str, str]:
         ValueError: the weights are not in memory.
     """
     bare = unwrap(model)
-    config = {key: value for key, value in dict(getattr(bare, "config", {})).items() if not key.startswith("_")}
+    settings: Any = getattr(bare, "config", {})
+    settings = (
+        settings.to_dict() if hasattr(settings, "to_dict") else dict(settings)
+    )  # transformers' configs; diffusers'
+    config = {key: value for key, value in settings.items() if not key.startswith("_")}
     shapes, values = [], []
     for name, parameter in sorted((layer_key(name), parameter) for name, parameter in bare.named_parameters()):
         if any(part.startswith(_ADAPTERS) for part in name.split(".")):

@@ -1,0 +1,130 @@
+"""A scorer that learns where coarse pictures lead: from rollouts of the built-in generator."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from apps.training.config import ConfigError
+from apps.training.loop import Trainer, train
+from apps.training.rollouts import hot_everywhere, hot_way, paint_rollouts
+from apps.training.task import load_config
+from apps.training.tasks.foresight import fit
+from pipelines import load_pipeline
+from pipelines.builtin import PRETRAINED
+from sampling.rewards import ClipReward
+from tests.training.helpers import assert_equal_checkpoints, train_until
+
+SCORER = PRETRAINED / "stickers-var-scorer"
+FORESIGHT = f"""
+[run]
+name = "tiny"
+steps = 4
+batch_size = 3
+log_every = 2
+validate_every = 4
+preview_every = 4
+save_every = 2
+num_threads = 1
+
+[optimizer]
+learning_rate = 1e-3
+warmup_steps = 1
+
+[task]
+kind = "foresight"
+
+[data]
+scorer = "{SCORER}"
+captions = 6
+candidates = 3
+validation_captions = 2
+"""
+
+
+@pytest.fixture
+def configured(tmp_path):
+    path = tmp_path / "foresight.toml"
+    path.write_text(FORESIGHT)
+    return lambda output, *more: load_config(path, [f'run.output="{tmp_path / output}"', *more])
+
+
+def test_resume_is_bit_identical_and_the_export_is_a_reward(configured, tmp_path):
+    assert train(configured("whole")) == "finished"
+    train_until(configured("parts"), 2)
+    assert train(configured("parts"), "latest") == "finished"
+    assert_equal_checkpoints(tmp_path / "whole/tiny/checkpoint-000004", tmp_path / "parts/tiny/checkpoint-000004")
+    log = [json.loads(line) for line in (tmp_path / "whole/tiny/log.jsonl").read_text().splitlines()]
+    assert {"foresight_3", "foresight_6", "error_4"} <= set(log[-1])
+    assert (tmp_path / "whole/tiny/previews/step-000004.png").is_file()
+
+    before, after = load_file(SCORER / "model.safetensors"), load_file(tmp_path / "whole/tiny/export/model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("vision_model.") for name in moved), "captions are understood already"
+    same = (tmp_path / "whole/tiny/export/tokenizer.json", SCORER / "tokenizer.json")
+    assert same[0].read_text() == same[1].read_text(), "what it was last called with is not saved"
+    pictures = torch.rand(2, 3, 128, 128)
+    scores = ClipReward(tmp_path / "whole/tiny/export")(pictures, ["a red apple", "a bus left of a dog"])
+    assert scores.abs().max() <= 1
+
+
+def test_coarse_pictures_come_to_be_scored_like_what_becomes_of_them(configured):
+    trainer = Trainer(configured("learned", "run.steps=30", "optimizer.ema_decay=0.5", "data.hot_everywhere=0"))
+    task = trainer.task
+
+    def error():
+        with torch.no_grad():
+            batches = [task.batch(index) for index in range(1000, 1008)]
+            return sum(float(task.loss(batch)[0]) for batch in batches) / len(batches)
+
+    before = error()
+    trainer.run()
+    assert error() < 0.8 * before  # the built-in scorer has learned it already, though not from these
+
+
+def test_rollouts_are_the_pictures_on_their_way(configured):
+    task = Trainer(configured("seen")).task
+    rollouts, scales = task.rollouts, len(task.pipe.transformer.grids)
+    assert rollouts.latents.shape[:3] == (6, 3, scales)
+    captions = task._captions(6, 0)
+    finished = task._decode(rollouts.latents[0, :, -1])
+    told, kept = task.judge(finished, captions[:1] * 3), fit(rollouts.vectors[:1], task.texts[:1])[0]
+    assert torch.allclose(told, kept, atol=1e-2)  # float16 in between
+    again = paint_rollouts(task.pipe, captions[:1], task._ways(6)[:1], 3, task.judge, seed=0, quiet=True)
+    assert torch.equal(again.latents[0], rollouts.latents[0])
+    assert not torch.equal(rollouts.latents[0, 0], rollouts.latents[0, 1]), "candidates differ"
+    assert len(list(task.config.run.output.glob("rollouts-*.safetensors"))) == 2
+
+
+def test_a_share_is_hot_everywhere_and_temperatures_take_turns(configured):
+    task = Trainer(configured("ways", "data.hot_everywhere=0.5")).task
+    ways = task._ways(6)
+    assert ways[:3] == [hot_everywhere()] * 3
+    assert [way["temperature"][0] for way in ways[3:]] == [2.0, 1.5, 2.5]
+    usual = {"guidance_scale": 3.0, "temperature": 0.9}
+    assert hot_way(6, 2.0, usual) == {
+        "guidance_scale": (1.0, 1.0, 1.0, 1.0, 3.0, 3.0),
+        "temperature": (2.0, 2.0, 2.0, 2.0, 0.9, 0.9),
+        "top_p": 1.0,
+    }
+
+
+def test_only_next_scale_models_of_texts_paint_by_scales(configured):
+    with pytest.raises(ConfigError, match="needs a next-scale pipeline"):
+        Trainer(configured("wrong", 'data.painter="stickers"'))
+
+
+def test_the_built_in_scorer_sees_where_its_generators_pictures_lead():
+    pipe, judge = load_pipeline("stickers-var", device="cpu"), ClipReward(SCORER)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["a fox left of a key on blue", "a pizza above a ghost", "a cactus right of a bus on white"]
+    ways = [hot_way(6, 2.5, dict(pipe.config.defaults))] * len(prompts)
+    rollouts = paint_rollouts(pipe, prompts, ways, 6, judge, seed=5, quiet=True)
+    told = []
+    became = fit(rollouts.vectors, judge.read(prompts))
+    for caption, latents, rewards in zip(prompts, rollouts.latents, became, strict=True):
+        coarse = pipe.decode_latents(latents[:, 3].float()).clamp(-1, 1) / 2 + 0.5
+        told.append(torch.corrcoef(torch.stack([judge(coarse, [caption] * 6), rewards]))[0, 1])
+    assert torch.stack(told).mean() > 0.5
