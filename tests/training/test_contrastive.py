@@ -13,8 +13,9 @@ from apps.stickers.vocabulary import STARTER
 from apps.training.config import ConfigError
 from apps.training.look_around import look_around
 from apps.training.loop import Trainer, train
+from apps.training.near_misses import near_miss
 from apps.training.task import load_config
-from apps.training.tasks.contrastive import blotch, botch, near_miss, without_one
+from apps.training.tasks.contrastive import blotch, botch, without_one
 from dit.tokenizers import MultiScaleVQ
 from sampling.rewards import ClipReward
 from tests.training.helpers import assert_equal_checkpoints, train_until

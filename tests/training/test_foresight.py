@@ -56,7 +56,7 @@ def test_resume_is_bit_identical_and_the_export_is_a_reward(configured, tmp_path
     assert train(configured("parts"), "latest") == "finished"
     assert_equal_checkpoints(tmp_path / "whole/tiny/checkpoint-000004", tmp_path / "parts/tiny/checkpoint-000004")
     log = [json.loads(line) for line in (tmp_path / "whole/tiny/log.jsonl").read_text().splitlines()]
-    assert {"foresight_3", "foresight_6", "error_4"} <= set(log[-1])
+    assert {"foresight_3", "foresight_6", "error_4", "near_pair", "retrieved_single"} <= set(log[-1])
     assert (tmp_path / "whole/tiny/previews/step-000004.png").is_file()
 
     before, after = load_file(SCORER / "model.safetensors"), load_file(tmp_path / "whole/tiny/export/model.safetensors")

@@ -23,16 +23,14 @@ from transformers import SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from apps.stickers.captions import caption
-from apps.stickers.scene import COLOURS, INVERSE
 from apps.training.autoencoders import load_autoencoder
 from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.export import save_component
-from apps.training.latent_pool import KINDS
 from apps.training.look_around import look_around
+from apps.training.near_misses import near_miss, riddles, solved
 from apps.training.scene_facts import QUESTIONS, SPOTS, answers, misreading
 from apps.training.scene_reader import SceneReader
 from apps.training.scenes import (
-    VALIDATION_SEED,
     Scene,
     SceneMix,
     SceneSampler,
@@ -47,7 +45,6 @@ from apps.training.text_encoder import TextModel, caption_corpus, caption_tokeni
 from dit.layers.scales import Grid
 from dit.tokenizers import MultiScaleVQ
 
-NEAR_MISSES = 3  # of each validation scene
 MIN_SCALES = 3  # of a half-painted picture
 TEMPERATURE = 0.07  # of the contrast at the start
 READER_SCALE = 8.0  # of the unit vectors that the reader sees
@@ -174,7 +171,9 @@ class ContrastiveTask:
         vision = config.model.vision
         self.reader_of_patches = SceneReader(vision.hidden_size, len(self.vocabulary), vision.num_attention_heads)
         self.reader = nn.Linear(config.model.vision.hidden_size, names + sum(QUESTIONS.values()))
-        self._validation = {kind: self._held_out(kind) for kind in KINDS}
+        self.riddles = riddles(
+            self.sheet, self.vocabulary, data.size_words, data.synonyms, data.validation_scenes, data.resolution
+        )
 
     def _network(self) -> SiglipModel:
         model, tokenizer = self.config.model, self.tokenizer
@@ -323,21 +322,18 @@ class ContrastiveTask:
         return misreading(reader(states, everywhere), facts)
 
     def validate(self) -> dict[str, float]:
-        """Shares of held-out pictures that find their caption: among all of their kind, and among near misses."""
+        """Shares of held-out pictures that find their caption, see `apps.training.near_misses`."""
         values = {}
-        for kind, batch in self._validation.items():
-            count = self.config.data.validation_scenes
-            scores = self.clip(**{name: one.to(self.context.device) for name, one in batch.items()}).logits_per_image
-            true = scores[:, :count]  # (S, S)
-            misses = scores[:, count:].unflatten(1, (NEAR_MISSES, count)).diagonal(dim1=0, dim2=2)  # (M, S)
-            found = true.argmax(1) == torch.arange(count, device=scores.device)  # (S,)
-            values[f"retrieved_{kind}"] = float(found.float().mean())
-            values[f"near_{kind}"] = float((true.diagonal() > misses.amax(0)).float().mean())
+        for kind, riddle in self.riddles.items():
+            tokens = tokenize(self.tokenizer, riddle.captions, length=self.config.model.max_length)["input_ids"]
+            device = self.context.device
+            told = self.clip(input_ids=tokens.to(device), pixel_values=riddle.pictures.to(device))
+            values |= {f"{name}_{kind}": share for name, share in solved(told.logits_per_image).items()}
         return values
 
     def preview(self, path: Path) -> None:
         """Shows held-out pictures; there is nothing to paint."""
-        save_grid(torch.cat([batch["pixel_values"][:8] for batch in self._validation.values()]), path, 8)
+        save_grid(torch.cat([riddle.pictures[:8] for riddle in self.riddles.values()]), path, 8)
 
     def export(self, folder: Path) -> None:
         """Writes the model with its tokenizer and image processor, as transformers' Auto classes load it."""
@@ -350,16 +346,6 @@ class ContrastiveTask:
             image_mean=[0.5] * 3,
             image_std=[0.5] * 3,
         ).save_pretrained(folder)
-
-    def _held_out(self, kind: str) -> dict[str, Tensor]:
-        """The fixed batch of a kind: S pictures, their captions, and those of `NEAR_MISSES` near misses each."""
-        mix = SceneMix(**{name: float(name == kind) for name in KINDS}, size_words=self.mix.size_words)
-        sampler = SceneSampler(self.sheet, self.vocabulary, split="heldout_combination", mix=mix)
-        scenes = [sampler.scene(VALIDATION_SEED, index) for index in range(self.config.data.validation_scenes)]
-        rng = np.random.default_rng(VALIDATION_SEED)
-        misses = [near_miss(scene, rng, sampler.sprites) for _ in range(NEAR_MISSES) for scene in scenes]
-        images = render(scenes, self.sheet, self.config.data.resolution)  # (S, 3, H, W)
-        return {"pixel_values": images, **self._tell([*scenes, *misses], rng)}
 
 
 def botch(codes: list[Tensor], grids: Sequence[Grid], rng: np.random.Generator) -> list[Tensor]:
@@ -403,25 +389,3 @@ def without_one(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene lacking one of its stickers; what it says stays."""
     lost = int(rng.integers(len(scene.placements)))
     return replace(scene, placements=(*scene.placements[:lost], *scene.placements[lost + 1 :]))
-
-
-def near_miss(scene: Scene, rng: np.random.Generator, sprites: tuple[int, ...]) -> Scene:
-    """Changes one thing in what a scene says: a relation, a number, a sticker or the background.
-
-    Args:
-        scene: stays as it is; the placements of the copy are those of the original and mean nothing.
-        rng: picks what to change.
-        sprites: numbers of the stickers to choose others from.
-    """
-    if scene.kind == "pair" and scene.relation is not None and rng.random() < 0.6:
-        return replace(scene, relation=INVERSE[scene.relation])
-    if scene.kind == "count" and rng.random() < 0.5:
-        return replace(scene, count=int(rng.choice([count for count in (2, 3, 4) if count != scene.count])))
-    if rng.random() < 0.3:
-        step = int(rng.integers(1, len(COLOURS)))
-        return replace(scene, background=(scene.background + step) % len(COLOURS))
-    place = int(rng.integers(len(scene.sprites)))
-    others = [sprite for sprite in sprites if sprite not in scene.sprites]
-    changed = [*scene.sprites]
-    changed[place] = int(rng.choice(others))
-    return replace(scene, sprites=tuple(changed))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from apps.stickers.captions import caption
 from apps.training.config import ConfigError, Section, TaskSection, TrainConfig
 from apps.training.export import save_component
+from apps.training.near_misses import riddles, solved
 from apps.training.rollouts import Rollouts, cached_rollouts, hot_everywhere, hot_way
 from apps.training.scenes import VALIDATION_SEED, SceneMix, SceneSampler, load_sprites, read_vocabulary, save_grid
 from apps.training.task import TaskContext
@@ -107,6 +108,9 @@ class ForesightTask:
         with context.main_process_first():
             self.rollouts = self._painted(captions, seen, config.run.seed)
             self.held_out = self._painted(held_out, validated, config.run.seed + 1)
+        side = pipe.transformer.grids[-1][0] * pipe.vae_scale_factor
+        words = read_vocabulary(data.vocabulary)
+        self.riddles = riddles(load_sprites(), words, data.size_words, data.synonyms, data.validation_captions, side)
         self.texts = self._read(captions)  # (P, F)
         self.held_out_texts = self._read(held_out)
         self.clip: Any = ClipReward(data.scorer, context.device).model
@@ -145,7 +149,7 @@ class ForesightTask:
         """How well scores of coarse pictures order what became of them, for each number of scales.
 
         `foresight_K` is the mean correlation, over captions, of scores after K scales with the rewards in the end;
-        `error_K` is the loss there.
+        `error_K` is the loss there. What else a scorer must know is asked too, see `apps.training.near_misses`.
         """
         texts, became = self.held_out_texts, centred(fit(self.held_out.vectors, self.held_out_texts))  # (P, C)
         values = {}
@@ -154,6 +158,10 @@ class ForesightTask:
             told = centred(fit(torch.cat(seen), texts))  # (P, C)
             values[f"foresight_{scale + 1}"] = float(F.cosine_similarity(told, became).mean())
             values[f"error_{scale + 1}"] = float(((told - became) / self.judge.unit).square().mean())
+        for kind, riddle in self.riddles.items():
+            pixels = self.judge.pixels(riddle.pictures / 2 + 0.5)[None]  # (1, S, 3, h, w)
+            scores = self._look(pixels)[0].cpu() @ self._read(riddle.captions).T  # (S, S + M S)
+            values |= {f"{name}_{kind}": share for name, share in solved(scores).items()}
         return values
 
     @torch.no_grad()
