@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,9 +38,10 @@ class ClipReward:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         exact = torch.device(device).type == "cpu"  # half precision is slow there, and close candidates would tie
-        self.model: Any = AutoModel.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, dtype=torch.float32 if exact else "auto"
-        )
+        with _no_false_alarm():
+            self.model: Any = AutoModel.from_pretrained(
+                name, use_safetensors=True, trust_remote_code=False, dtype=torch.float32 if exact else "auto"
+            )
         for needed in ("get_image_features", "get_text_features"):
             if not hasattr(self.model, needed):
                 raise ValueError(
@@ -78,6 +82,21 @@ class ClipReward:
         words = self.tokenizer(prompts, truncation=True, return_tensors="pt", **self._padding)
         words = {name: tensor.to(self.model.device) for name, tensor in words.items() if name not in self._unread}
         return unit_vectors(self.model.get_text_features(**words))  # (B, F)
+
+
+@contextmanager
+def _no_false_alarm() -> Generator[None]:
+    """Keep transformers from warning of token numbers that only SigLIP's default configuration has, for comparison."""
+    logger = logging.getLogger("transformers.configuration_utils")
+
+    def is_right(record: logging.LogRecord) -> bool:
+        return "_token_id must be" not in record.getMessage()
+
+    logger.addFilter(is_right)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_right)
 
 
 def as_reward(reward: Any, device: torch.device | str = "cpu") -> Any:

@@ -1,5 +1,6 @@
 """Search at sampling time: what it costs, whom it chooses, and rewards by name."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from dit.cache import ScaleKVCache
 from dit.layers.scales import scale_grids, token_counts
+from pipelines.builtin import PRETRAINED
 from sampling.next_scale import ScaleWalk
 from sampling.rewards import ClipReward
 from sampling.test_time_search import (
@@ -285,6 +287,16 @@ def test_clip_like_models_are_rewards_by_name(tmp_path: Path) -> None:
         output = reward.model(**inputs, **words)
     expected = (output.image_embeds * output.text_embeds).sum(-1)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_the_built_in_scorer_is_read_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("transformers")  # which keeps its messages from the root
+    logger.addHandler(caplog.handler)
+    try:
+        ClipReward(PRETRAINED / "stickers-var-scorer")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
 
 
 def test_siglip_is_given_its_padding(tmp_path: Path) -> None:
