@@ -84,7 +84,8 @@ def paint_rollouts(
     """
     found: Rollouts | None = None
     for number, prompt in enumerate(track(captions, "painting rollouts", console=Console(stderr=True), disable=quiet)):
-        draws = [torch.Generator().manual_seed((seed << 32) + candidates * number + one) for one in range(candidates)]
+        first = (seed << 20) + candidates * number  # torch reads 32 bits of a seed
+        draws = [torch.Generator().manual_seed(first + one) for one in range(candidates)]
         latents, pictures = _paint(pipe, [prompt] * candidates, draws, ways[number])
         vectors = scorer.look(pictures).cpu()  # (C, F)
         if found is None:  # in one piece: small tensors kept between large ones that go would break up the memory

@@ -95,6 +95,8 @@ def test_rollouts_are_the_pictures_on_their_way(configured):
     again = paint_rollouts(task.pipe, captions[:1], task._ways(6)[:1], 3, task.judge, seed=0, quiet=True)
     assert torch.equal(again.latents[0], rollouts.latents[0])
     assert not torch.equal(rollouts.latents[0, 0], rollouts.latents[0, 1]), "candidates differ"
+    other = paint_rollouts(task.pipe, captions[:1], task._ways(6)[:1], 3, task.judge, seed=1, quiet=True)
+    assert not torch.equal(other.latents[0], rollouts.latents[0]), "and so do seeds"
     assert len(list(task.config.run.output.glob("rollouts-*.safetensors"))) == 2
 
 
@@ -121,10 +123,10 @@ def test_the_built_in_scorer_sees_where_its_generators_pictures_lead():
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a fox left of a key on blue", "a pizza above a ghost", "a cactus right of a bus on white"]
     ways = [hot_way(6, 2.5, dict(pipe.config.defaults))] * len(prompts)
-    rollouts = paint_rollouts(pipe, prompts, ways, 6, judge, seed=5, quiet=True)
+    rollouts = paint_rollouts(pipe, prompts, ways, 8, judge, seed=5, quiet=True)
     told = []
     became = fit(rollouts.vectors, judge.read(prompts))
     for caption, latents, rewards in zip(prompts, rollouts.latents, became, strict=True):
         coarse = pipe.decode_latents(latents[:, 3].float()).clamp(-1, 1) / 2 + 0.5
-        told.append(torch.corrcoef(torch.stack([judge(coarse, [caption] * 6), rewards]))[0, 1])
+        told.append(torch.corrcoef(torch.stack([judge(coarse, [caption] * 8), rewards]))[0, 1])
     assert torch.stack(told).mean() > 0.5
