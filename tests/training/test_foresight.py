@@ -116,6 +116,8 @@ def test_a_share_is_hot_everywhere_and_temperatures_take_turns(configured):
 def test_only_next_scale_models_of_texts_paint_by_scales(configured):
     with pytest.raises(ConfigError, match="needs a next-scale pipeline"):
         Trainer(configured("wrong", 'data.painter="stickers"'))
+    with pytest.raises(ConfigError, match=r"holds no model; train one first \(stickers_clip.toml\)"):
+        Trainer(configured("none", 'data.scorer="nowhere/folder"'))
 
 
 def test_the_built_in_scorer_sees_where_its_generators_pictures_lead():
