@@ -92,8 +92,8 @@ class ForesightTask:
         self.config, self.context = config, context
         if not (config.data.scorer / "config.json").is_file():
             raise ConfigError(
-                f"data.scorer = {str(config.data.scorer)!r} holds no model; train one first (stickers_clip.toml), or give "
-                "the folder of a CLIP-like one, such as pipelines/pretrained/stickers-var-scorer"
+                f"data.scorer = {str(config.data.scorer)!r} holds no model; train one first (stickers_clip.toml) or "
+                "give the folder of a CLIP-like one, such as pipelines/pretrained/stickers-var-scorer"
             )
         self.judge = ClipReward(config.data.scorer, context.device)
         pipe: Any = load_pipeline(config.data.painter, device=context.device)
