@@ -102,8 +102,8 @@ def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
         yield RunningCache(mechanism)
 
 
-def search_argument(method: str | None, candidates: int | None, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Return the argument of a next-scale call that searches among candidates; empty without a search.
+def search_argument(method: str, candidates: int | None, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return the argument of a next-scale call that searches among candidates.
 
     Args:
         method: see `TTSConfig`.
@@ -111,8 +111,6 @@ def search_argument(method: str | None, candidates: int | None, grids: Sequence[
             is 4 for `best_of`, and the published schedule for the others.
         grids: rows and columns of the model's scales.
     """
-    if method is None:
-        return {}
     from dit.layers.scales import token_counts
     from sampling.test_time_search import TTSConfig
 

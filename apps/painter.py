@@ -197,8 +197,7 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
         if name not in accepts:
             raise ValueError(f"The model {model.key!r} has no setting {name!r}; leave it out.")
     if canvas.wish("search"):
-        grids = model.pipe.transformer.grids
-        arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), grids)
+        arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), model.pipe.transformer.grids)
     arguments["generator"] = generators[0] if len(generators) == 1 else generators
     if "output_type" in accepts:
         arguments["output_type"] = "pil"

@@ -90,7 +90,8 @@ def _no_false_alarm() -> Generator[None]:
     logger = logging.getLogger("transformers.configuration_utils")
 
     def is_right(record: logging.LogRecord) -> bool:
-        return "_token_id must be" not in record.getMessage()
+        said = record.getMessage()
+        return not ("_token_id must be" in said and said.split("got ")[-1].startswith(("49406", "49407")))
 
     logger.addFilter(is_right)
     try:

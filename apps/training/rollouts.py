@@ -4,7 +4,6 @@ What a search judges are pictures of the first scales; how right they are shows 
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,35 @@ from sampling.rewards import ClipReward
 
 HOT_EVERYWHERE = 1.5
 """Temperature where all scales are drawn hot: at more, fine scales are torn."""
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """What is painted.
+
+    Args:
+        captions: P captions, at least one.
+        ways: how each is drawn, arguments of the pipeline's call.
+        candidates: pictures C of each.
+        seed: of the draws.
+
+    Raises:
+        ValueError: no captions, or not a way for each.
+    """
+
+    captions: tuple[str, ...]
+    ways: tuple[dict[str, Any], ...]
+    candidates: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.captions or len(self.captions) != len(self.ways):
+            raise ValueError(f"{len(self.captions)} captions and {len(self.ways)} ways; give at least one, and as many")
+
+    def draws(self, number: int) -> list[torch.Generator]:
+        """The sources of randomness of a caption's pictures."""
+        first = (self.seed << 20) + self.candidates * number  # torch reads 32 bits of a seed
+        return [torch.Generator().manual_seed(first + one) for one in range(self.candidates)]
 
 
 @dataclass(frozen=True)
@@ -62,37 +90,24 @@ def hot_everywhere() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def paint_rollouts(
-    pipe: Any,
-    captions: Sequence[str],
-    ways: Sequence[dict[str, Any]],
-    candidates: int,
-    scorer: ClipReward,
-    seed: int,
-    quiet: bool = False,
-) -> Rollouts:
+def paint_rollouts(pipe: Any, plan: RolloutPlan, scorer: ClipReward, quiet: bool = False) -> Rollouts:
     """Paints captions and looks at what became of them.
 
     Args:
         pipe: `NextScaleTextToImagePipeline`.
-        captions: P captions.
-        ways: how each is drawn, arguments of the pipeline's call.
-        candidates: pictures of each caption.
+        plan: what to paint.
         scorer: looks at the finished pictures.
-        seed: of the draws.
         quiet: without a progress bar.
     """
-    found: Rollouts | None = None
-    for number, prompt in enumerate(track(captions, "painting rollouts", console=Console(stderr=True), disable=quiet)):
-        first = (seed << 20) + candidates * number  # torch reads 32 bits of a seed
-        draws = [torch.Generator().manual_seed(first + one) for one in range(candidates)]
-        latents, pictures = _paint(pipe, [prompt] * candidates, draws, ways[number])
+    count = len(plan.captions)
+    found: Any = None
+    for number in track(range(count), "painting rollouts", console=Console(stderr=True), disable=quiet):
+        prompts = [plan.captions[number]] * plan.candidates
+        latents, pictures = _paint(pipe, prompts, plan.draws(number), plan.ways[number])
         vectors = scorer.look(pictures).cpu()  # (C, F)
         if found is None:  # in one piece: small tensors kept between large ones that go would break up the memory
-            found = Rollouts(*(one.new_empty(len(captions), *one.shape) for one in (latents, vectors)))
+            found = Rollouts(*(one.new_empty(count, *one.shape) for one in (latents, vectors)))
         found.latents[number], found.vectors[number] = latents, vectors
-    if found is None:
-        raise ValueError("there are no captions to paint; give at least one")
     return found
 
 
@@ -107,32 +122,13 @@ def _paint(pipe: Any, prompts: list[str], draws: list[torch.Generator], way: dic
     return torch.stack(seen, dim=1), out.images.float()
 
 
-def cached_rollouts(
-    pipe: Any,
-    captions: Sequence[str],
-    ways: Sequence[dict[str, Any]],
-    candidates: int,
-    scorer: ClipReward,
-    seed: int,
-    folder: Path,
-) -> Rollouts:
-    """Rollouts, kept in a file whose name depends on all that they depend on.
-
-    Args:
-        pipe: see `paint_rollouts`.
-        captions: P captions.
-        ways: see `paint_rollouts`.
-        candidates: pictures of each caption.
-        scorer: see `paint_rollouts`.
-        seed: of the draws.
-        folder: of the cache files.
-    """
+def cached_rollouts(pipe: Any, plan: RolloutPlan, scorer: ClipReward, folder: Path) -> Rollouts:
+    """Rollouts, see `paint_rollouts`, kept in a file of `folder` whose name depends on all that they depend on."""
     known = [model_fingerprint(part) for part in (pipe.transformer, pipe.vae, pipe.text_encoder, scorer.model)]
-    digest = hashlib.sha256(repr((list(captions), list(ways), candidates, seed, known)).encode())
-    path = folder / f"rollouts-{digest.hexdigest()[:16]}.safetensors"
+    path = folder / f"rollouts-{hashlib.sha256(repr((plan, known)).encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        painted = paint_rollouts(pipe, captions, ways, candidates, scorer, seed)
+        painted = paint_rollouts(pipe, plan, scorer)
         temporary = path.with_suffix(".tmp")
         save_file({"latents": painted.latents, "vectors": painted.vectors}, temporary)
         temporary.rename(path)

@@ -128,10 +128,9 @@ def model_fingerprint(model: nn.Module) -> tuple[str, str]:
     """
     bare = unwrap(model)
     settings: Any = getattr(bare, "config", {})
-    settings = (
-        settings.to_dict() if hasattr(settings, "to_dict") else dict(settings)
-    )  # transformers' configs; diffusers'
-    config = {key: value for key, value in settings.items() if not key.startswith("_")}
+    if hasattr(settings, "to_dict"):  # a model of transformers
+        settings = settings.to_dict()
+    config = {key: value for key, value in dict(settings).items() if not key.startswith("_")}
     shapes, values = [], []
     for name, parameter in sorted((layer_key(name), parameter) for name, parameter in bare.named_parameters()):
         if any(part.startswith(_ADAPTERS) for part in name.split(".")):

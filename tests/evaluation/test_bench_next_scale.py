@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from apps.bench import run
-from apps.bench_next_scale import BUDGETS, COMPRESSING, memory_table
+from apps.bench_next_scale import BUDGETS, COMPRESSING, _closed, memory_table
 from pipelines import NextScaleClassToImagePipeline
 from tests.models.tiny_next_scale import tokenizer, transformer
 from tests.pipes.test_search import tiny_clip
@@ -79,3 +80,13 @@ def test_other_models_are_refused(folder: Path) -> None:
         run("search", smoke=True)
     with pytest.raises(ValueError, match="needs a next-scale pipeline"):
         run("kv", model="stickers", smoke=True)
+
+
+def test_the_gap_that_a_search_closes_and_its_error() -> None:
+    single = torch.tensor([1.0] * 800 + [0.0] * 200)
+    found = _closed(torch.tensor([1.0] * 900 + [0.0] * 100), single, ceiling=1.0)
+    assert (found["recall"], found["of the gap"]) == (0.9, 0.5)
+    assert found["+-"] == pytest.approx((0.5 * 0.5 / 200) ** 0.5, rel=0.1), "half of 200 wrong ones, each yes or no"
+    assert _closed(single, single, 1.0) == {"recall": 0.8, "of the gap": None, "+-": None}
+    assert _closed(single, single, 0.8)["of the gap"] is None
+    assert _closed(None, None, None)["recall"] is None

@@ -29,11 +29,14 @@ def test_the_command_line_searches_and_tells_what_it_found(tmp_path, capsys):
     assert np.array_equal(first, again)
 
 
-def test_a_search_pays_for_so_many_pictures_and_spends_them_early(tmp_path, capsys):
-    run(replace(SEARCHED, search="tts", candidates=4), tmp_path / "fox.png")
+@pytest.mark.parametrize(
+    ("method", "candidates", "finished", "cost"), [("tts", 4, "2 of 10", "3.92"), ("beam", 3, "1 of 9", "2.92")]
+)
+def test_a_search_pays_for_so_many_pictures_and_spends_them_early(tmp_path, capsys, method, candidates, finished, cost):
+    run(replace(SEARCHED, search=method, candidates=candidates), tmp_path / "fox.png")
     told = capsys.readouterr().out
-    assert "search: 2 of 10 candidates finished" in told
-    assert "3.92 x the tokens" in told
+    assert f"search: {finished} candidates finished" in told
+    assert f"{cost} x the tokens" in told
 
 
 def test_the_history_of_the_built_in_model_can_be_compressed_at_once(tmp_path, capsys):

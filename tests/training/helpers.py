@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file
 
-from apps.training.loop import Trainer
+from apps.training.loop import Trainer, train
 
 FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "random-0.safetensors")
 
@@ -23,3 +23,22 @@ def assert_equal_checkpoints(one, other):
         assert first
         for key in first:
             assert torch.equal(first[key], second[key]), (name, key)
+
+
+def assert_resumes_exactly(configured, until):
+    """Trains once whole and once in two parts, and asserts that the last checkpoints hold the same bits.
+
+    Args:
+        configured: from the name of an output folder to a configuration.
+        until: step after which the second run pauses.
+
+    Returns:
+        The folder of the whole run.
+    """
+    whole, parts = configured("whole"), configured("parts")
+    assert train(whole) == "finished"
+    train_until(parts, until)
+    assert train(parts, "latest") == "finished"
+    last = f"checkpoint-{whole.run.steps:06d}"
+    assert_equal_checkpoints(whole.run.folder / last, parts.run.folder / last)
+    return whole.run.folder

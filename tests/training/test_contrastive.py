@@ -12,13 +12,13 @@ from apps.stickers.sprites import load_sprites
 from apps.stickers.vocabulary import STARTER
 from apps.training.config import ConfigError
 from apps.training.look_around import look_around
-from apps.training.loop import Trainer, train
+from apps.training.loop import Trainer
 from apps.training.near_misses import near_miss
 from apps.training.task import load_config
 from apps.training.tasks.contrastive import blotch, botch, without_one
 from dit.tokenizers import MultiScaleVQ
 from sampling.rewards import ClipReward
-from tests.training.helpers import assert_equal_checkpoints, train_until
+from tests.training.helpers import assert_resumes_exactly
 from tests.training.test_next_scale_task import VIT
 
 CONTRASTIVE = """
@@ -69,15 +69,12 @@ def configured(tmp_path):
     return lambda output, *more: load_config(path, [f'run.output="{tmp_path / output}"', *more])
 
 
-def test_resume_is_bit_identical_and_the_export_is_a_reward(configured, tmp_path):
-    assert train(configured("whole")) == "finished"
-    train_until(configured("parts"), 2)
-    assert train(configured("parts"), "latest") == "finished"
-    assert_equal_checkpoints(tmp_path / "whole/tiny/checkpoint-000004", tmp_path / "parts/tiny/checkpoint-000004")
-    log = [json.loads(line) for line in (tmp_path / "whole/tiny/log.jsonl").read_text().splitlines()]
+def test_resume_is_bit_identical_and_the_export_is_a_reward(configured):
+    folder = assert_resumes_exactly(configured, 2)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert {"near_pair", "retrieved_single"} <= set(log[-1])
 
-    reward = ClipReward(tmp_path / "whole/tiny/export")
+    reward = ClipReward(folder / "export")
     pictures = torch.rand(2, 3, 32, 32)
     scores = reward(pictures, ["a red apple", "a bus left of a dog"])
     assert scores.shape == (2,)

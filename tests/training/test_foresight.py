@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 from apps.training.config import ConfigError
-from apps.training.loop import Trainer, train
-from apps.training.rollouts import hot_everywhere, hot_way, paint_rollouts
+from apps.training.loop import Trainer
+from apps.training.rollouts import RolloutPlan, hot_everywhere, hot_way, paint_rollouts
 from apps.training.task import load_config
 from apps.training.tasks.foresight import fit
 from pipelines import load_pipeline
 from pipelines.builtin import PRETRAINED
 from sampling.rewards import ClipReward
-from tests.training.helpers import assert_equal_checkpoints, train_until
+from tests.training.helpers import assert_resumes_exactly
 
 SCORER = PRETRAINED / "stickers-var-scorer"
 FORESIGHT = f"""
@@ -50,23 +50,20 @@ def configured(tmp_path):
     return lambda output, *more: load_config(path, [f'run.output="{tmp_path / output}"', *more])
 
 
-def test_resume_is_bit_identical_and_the_export_is_a_reward(configured, tmp_path):
-    assert train(configured("whole")) == "finished"
-    train_until(configured("parts"), 2)
-    assert train(configured("parts"), "latest") == "finished"
-    assert_equal_checkpoints(tmp_path / "whole/tiny/checkpoint-000004", tmp_path / "parts/tiny/checkpoint-000004")
-    log = [json.loads(line) for line in (tmp_path / "whole/tiny/log.jsonl").read_text().splitlines()]
+def test_resume_is_bit_identical_and_the_export_is_a_reward(configured):
+    folder = assert_resumes_exactly(configured, 2)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert {"foresight_3", "foresight_6", "error_4", "near_pair", "retrieved_single"} <= set(log[-1])
-    assert (tmp_path / "whole/tiny/previews/step-000004.png").is_file()
+    assert (folder / "previews/step-000004.png").is_file()
 
-    before, after = load_file(SCORER / "model.safetensors"), load_file(tmp_path / "whole/tiny/export/model.safetensors")
+    before, after = load_file(SCORER / "model.safetensors"), load_file(folder / "export/model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
     assert all(name.startswith("vision_model.") for name in moved), "captions are understood already"
-    same = (tmp_path / "whole/tiny/export/tokenizer.json", SCORER / "tokenizer.json")
+    same = (folder / "export/tokenizer.json", SCORER / "tokenizer.json")
     assert same[0].read_text() == same[1].read_text(), "what it was last called with is not saved"
     pictures = torch.rand(2, 3, 128, 128)
-    scores = ClipReward(tmp_path / "whole/tiny/export")(pictures, ["a red apple", "a bus left of a dog"])
+    scores = ClipReward(folder / "export")(pictures, ["a red apple", "a bus left of a dog"])
     assert scores.abs().max() <= 1
 
 
@@ -90,12 +87,12 @@ def test_rollouts_are_the_pictures_on_their_way(configured):
     assert rollouts.latents.shape[:3] == (6, 3, scales)
     captions = task._captions(6, 0)
     finished = task._decode(rollouts.latents[0, :, -1])
-    told, kept = task.judge(finished, captions[:1] * 3), fit(rollouts.vectors[:1], task.texts[:1])[0]
+    told, kept = task.judge(finished, list(captions[:1]) * 3), fit(rollouts.vectors[:1], task.texts[:1])[0]
     assert torch.allclose(told, kept, atol=1e-2)  # float16 in between
-    again = paint_rollouts(task.pipe, captions[:1], task._ways(6)[:1], 3, task.judge, seed=0, quiet=True)
+    plans = [RolloutPlan(captions[:1], task._ways(6)[:1], 3, seed) for seed in (0, 1)]
+    again, other = (paint_rollouts(task.pipe, plan, task.judge, quiet=True) for plan in plans)
     assert torch.equal(again.latents[0], rollouts.latents[0])
     assert not torch.equal(rollouts.latents[0, 0], rollouts.latents[0, 1]), "candidates differ"
-    other = paint_rollouts(task.pipe, captions[:1], task._ways(6)[:1], 3, task.judge, seed=1, quiet=True)
     assert not torch.equal(other.latents[0], rollouts.latents[0]), "and so do seeds"
     assert len(list(task.config.run.output.glob("rollouts-*.safetensors"))) == 2
 
@@ -103,7 +100,7 @@ def test_rollouts_are_the_pictures_on_their_way(configured):
 def test_a_share_is_hot_everywhere_and_temperatures_take_turns(configured):
     task = Trainer(configured("ways", "data.hot_everywhere=0.5")).task
     ways = task._ways(6)
-    assert ways[:3] == [hot_everywhere()] * 3
+    assert ways[:3] == (hot_everywhere(),) * 3
     assert [way["temperature"][0] for way in ways[3:]] == [2.0, 1.5, 2.5]
     usual = {"guidance_scale": 3.0, "temperature": 0.9}
     assert hot_way(6, 2.0, usual) == {
@@ -123,12 +120,19 @@ def test_only_next_scale_models_of_texts_paint_by_scales(configured):
 def test_the_built_in_scorer_sees_where_its_generators_pictures_lead():
     pipe, judge = load_pipeline("stickers-var", device="cpu"), ClipReward(SCORER)
     pipe.set_progress_bar_config(disable=True)
-    prompts = ["a fox left of a key on blue", "a pizza above a ghost", "a cactus right of a bus on white"]
-    ways = [hot_way(6, 2.5, dict(pipe.config.defaults))] * len(prompts)
-    rollouts = paint_rollouts(pipe, prompts, ways, 8, judge, seed=5, quiet=True)
+    prompts = ("a fox left of a key on blue", "a pizza above a ghost", "a cactus right of a bus on white")
+    ways = (hot_way(6, 2.5, dict(pipe.config.defaults)),) * len(prompts)
+    rollouts = paint_rollouts(pipe, RolloutPlan(prompts, ways, candidates=8, seed=5), judge, quiet=True)
     told = []
-    became = fit(rollouts.vectors, judge.read(prompts))
+    became = fit(rollouts.vectors, judge.read(list(prompts)))
     for caption, latents, rewards in zip(prompts, rollouts.latents, became, strict=True):
         coarse = pipe.decode_latents(latents[:, 3].float()).clamp(-1, 1) / 2 + 0.5
         told.append(torch.corrcoef(torch.stack([judge(coarse, [caption] * 8), rewards]))[0, 1])
     assert torch.stack(told).mean() > 0.5
+
+
+def test_a_plan_needs_a_way_for_each_caption():
+    with pytest.raises(ValueError, match="2 captions and 1 ways"):
+        RolloutPlan(("a fox", "a key"), (hot_everywhere(),), 2, 0)
+    with pytest.raises(ValueError, match="at least one"):
+        RolloutPlan((), (), 2, 0)

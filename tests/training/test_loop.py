@@ -18,18 +18,14 @@ from apps.training.config import OptimizerConfig
 from apps.training.ema import MovingAverage
 from apps.training.loop import TrainingDiverged, train
 from apps.training.schedule import learning_rate
-from tests.training.helpers import assert_equal_checkpoints, train_until
+from tests.training.helpers import assert_equal_checkpoints, assert_resumes_exactly
 from tests.training.toy import ToyTask
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resume_is_bit_identical(toy, tmp_path, accumulation):
     accumulate = f"run.gradient_accumulation_steps={accumulation}"
-    assert train(toy(accumulate, output="whole")) == "finished"
-    parts = toy(accumulate, output="parts")
-    train_until(parts, 3)
-    assert train(parts, "latest") == "finished"
-    assert_equal_checkpoints(tmp_path / "whole/toy/checkpoint-000006", tmp_path / "parts/toy/checkpoint-000006")
+    assert_resumes_exactly(lambda output: toy(accumulate, output=output), 3)
     logs = [(tmp_path / part / "toy/log.jsonl").read_text().splitlines() for part in ("whole", "parts")]
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
     assert losses[0] == losses[1]

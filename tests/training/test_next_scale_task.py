@@ -14,7 +14,7 @@ from dit.tokenizers import MultiScaleBSQ, MultiScaleVQ, ViTAutoencoder
 from dit.tokenizers.losses import bit_entropy, code_entropy, residual_loss, straight_through
 from pipelines import load_pipeline
 from sampling.objectives import next_scale_loss
-from tests.training.helpers import assert_equal_checkpoints, train_until
+from tests.training.helpers import assert_resumes_exactly
 
 VIT = {
     "patch_size": 8, "encoder_dim": 32, "encoder_layers": 1, "decoder_dim": 32, "decoder_layers": 1,
@@ -120,13 +120,9 @@ def configured(tmp_path, folders):
 
 
 @pytest.mark.parametrize(("kind", "vae"), [("tokenizer", "vq"), ("next_scale", "vq")])
-def test_resume_is_bit_identical(configured, tmp_path, kind, vae):
+def test_resume_is_bit_identical(configured, kind, vae):
     muon = ("optimizer.name=muon", 'optimizer.muon_leaves_out=["text_encoder"]')
-    assert train(configured(kind, *muon, output="whole", vae=vae)) == "finished"
-    parts = configured(kind, *muon, output="parts", vae=vae)
-    train_until(parts, 2)
-    assert train(parts, "latest") == "finished"
-    assert_equal_checkpoints(tmp_path / "whole/tiny/checkpoint-000004", tmp_path / "parts/tiny/checkpoint-000004")
+    assert_resumes_exactly(lambda output: configured(kind, *muon, output=output, vae=vae), 2)
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "bsq"])

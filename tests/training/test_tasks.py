@@ -17,7 +17,7 @@ from apps.training.task import load_config
 from apps.training.tasks.autoencoder import psnr, reconstruction_loss, ssim
 from apps.training.tokenizer import train_tokenizer
 from dit.tokenizers import ViTAutoencoder
-from tests.training.helpers import assert_equal_checkpoints, train_until
+from tests.training.helpers import assert_resumes_exactly
 
 COMMON = """
 [run]
@@ -132,12 +132,8 @@ def configured(tmp_path, vae_folder):
 )
 def test_resume_is_bit_identical(configured, tmp_path, kind, optimizer):
     name = f"optimizer.name={optimizer}"
-    assert train(configured(kind, name, output="whole")) == "finished"
-    parts = configured(kind, name, output="parts")
-    train_until(parts, 3)
-    assert train(parts, "latest") == "finished"
-    assert_equal_checkpoints(tmp_path / "whole/tiny/checkpoint-000006", tmp_path / "parts/tiny/checkpoint-000006")
-    log = [json.loads(line) for line in (tmp_path / "whole/tiny/log.jsonl").read_text().splitlines()]
+    folder = assert_resumes_exactly(lambda output: configured(kind, name, output=output), 3)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if line["kind"] == "validation"] == [3, 6]
     assert (tmp_path / "whole/tiny/previews/step-000006.png").is_file()
 

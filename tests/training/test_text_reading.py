@@ -17,7 +17,7 @@ from apps.training.scenes import load_sprites
 from apps.training.task import load_config
 from apps.training.text_encoder import TextModel, load_text_encoder, look_nearby, new_text_encoder, tokenize
 from apps.training.tokenizer import train_tokenizer
-from tests.training.helpers import assert_equal_checkpoints, train_until
+from tests.training.helpers import assert_resumes_exactly
 
 CONFIG = """
 [run]
@@ -95,12 +95,8 @@ def test_a_new_encoder_looks_at_its_neighbours():
     assert torch.equal(encoder.encoder.block[0].layer[0].SelfAttention.compute_bias(9, 9)[0], before)
 
 
-def test_training_resumes_bit_for_bit_and_exports_an_encoder(configured, tmp_path):
-    train(configured(output="whole"))
-    train_until(configured(output="parts"), 3)
-    train(configured(output="parts"), "latest")
-    assert_equal_checkpoints(tmp_path / "whole/reading/checkpoint-000006", tmp_path / "parts/reading/checkpoint-000006")
-    folder = tmp_path / "whole/reading"
+def test_training_resumes_bit_for_bit_and_exports_an_encoder(configured):
+    folder = assert_resumes_exactly(lambda output: configured(output=output), 3)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert any("right_pair" in line for line in log)
     assert Image.open(folder / "previews/step-000006.png").size == (8 * 128, 6 * 128)

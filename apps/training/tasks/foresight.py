@@ -7,6 +7,8 @@ the sense of reinforcement learning, from rollouts. What counts is how pictures 
 Captions are understood already; the text tower rests.
 """
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +22,7 @@ from apps.stickers.captions import caption
 from apps.training.config import ConfigError, Section, TaskSection, TrainConfig
 from apps.training.export import save_component
 from apps.training.near_misses import riddles, solved
-from apps.training.rollouts import Rollouts, cached_rollouts, hot_everywhere, hot_way
+from apps.training.rollouts import RolloutPlan, cached_rollouts, hot_everywhere, hot_way
 from apps.training.scenes import VALIDATION_SEED, SceneMix, SceneSampler, load_sprites, read_vocabulary, save_grid
 from apps.training.task import TaskContext
 from apps.training.text_encoder import forget_last_call
@@ -107,18 +109,25 @@ class ForesightTask:
         self.scales = len(pipe.transformer.grids)
         self.least = min(MIN_SCALES, self.scales)
         data = config.data
-        captions, seen = self._captions(data.captions, config.run.seed), self._ways(data.captions)
-        held_out = self._captions(data.validation_captions, VALIDATION_SEED)
-        validated = [hot_way(self.scales, data.temperatures[0], self._defaults())] * len(held_out)
+        captions, held_out = (
+            self._captions(count, seed)
+            for count, seed in ((data.captions, config.run.seed), (data.validation_captions, VALIDATION_SEED))
+        )
+        validated = (hot_way(self.scales, data.temperatures[0], self._defaults()),) * len(held_out)
+        plans = (
+            RolloutPlan(captions, self._ways(len(captions)), data.candidates, config.run.seed),
+            RolloutPlan(held_out, validated, data.candidates, config.run.seed + 1),
+        )
         with context.main_process_first():
-            self.rollouts = self._painted(captions, seen, config.run.seed)
-            self.held_out = self._painted(held_out, validated, config.run.seed + 1)
+            self.rollouts, self.held_out = (
+                cached_rollouts(pipe, plan, self.judge, config.run.output) for plan in plans
+            )
         side = pipe.transformer.grids[-1][0] * pipe.vae_scale_factor
         words = read_vocabulary(data.vocabulary)
         self.riddles = riddles(load_sprites(), words, data.size_words, data.synonyms, data.validation_captions, side)
         self.texts = self._read(captions)  # (P, F)
         self.held_out_texts = self._read(held_out)
-        self.clip: Any = ClipReward(data.scorer, context.device).model
+        self.clip: Any = copy.deepcopy(self.judge.model).float()  # the judge may compute in half precision
         self.clip.requires_grad_(False)
         self.clip.vision_model.requires_grad_(True)
 
@@ -182,35 +191,32 @@ class ForesightTask:
         self.judge.tokenizer.save_pretrained(folder)
         self.judge.processor.save_pretrained(folder)
 
-    def _captions(self, count: int, seed: int) -> list[str]:
+    def _captions(self, count: int, seed: int) -> tuple[str, ...]:
         data, sheet = self.config.data, load_sprites()
         vocabulary = read_vocabulary(data.vocabulary)
         mix = SceneMix(single=data.single, pair=data.pair, count=data.count, size_words=data.size_words)
         sampler, rng = SceneSampler(sheet, vocabulary, mix=mix), np.random.default_rng((seed, VALIDATION_SEED))
-        scenes = [sampler.scene(seed, index) for index in range(count)]
-        return [caption(one, sheet, rng, synonyms=data.synonyms, vocabulary=vocabulary) for one in scenes]
+        scenes = (sampler.scene(seed, index) for index in range(count))
+        return tuple(caption(one, sheet, rng, synonyms=data.synonyms, vocabulary=vocabulary) for one in scenes)
 
-    def _ways(self, count: int) -> list[dict[str, Any]]:
+    def _ways(self, count: int) -> tuple[dict[str, Any], ...]:
         """How each caption is painted: a share hot everywhere, the others hot in the coarse scales."""
         data, everywhere = self.config.data, round(self.config.data.hot_everywhere * count)
-        temperatures = [data.temperatures[index % len(data.temperatures)] for index in range(count - everywhere)]
-        return [
-            *([hot_everywhere()] * everywhere),
+        temperatures = (data.temperatures[index % len(data.temperatures)] for index in range(count - everywhere))
+        return (
+            *((hot_everywhere(),) * everywhere),
             *(hot_way(self.scales, temperature, self._defaults()) for temperature in temperatures),
-        ]
+        )
 
     def _defaults(self) -> dict[str, Any]:
         settings: Any = self.pipe.config
         return {**DEFAULTS, **settings.defaults}
 
-    def _painted(self, captions: list[str], ways: list[dict[str, Any]], seed: int) -> Rollouts:
-        data = self.config.data
-        return cached_rollouts(self.pipe, captions, ways, data.candidates, self.judge, seed, self.config.run.output)
-
     @torch.no_grad()
-    def _read(self, captions: list[str]) -> Tensor:
+    def _read(self, captions: Sequence[str]) -> Tensor:
         """Unit vectors of captions, (P, F)."""
-        return torch.cat([self.judge.read(captions[start : start + 64]) for start in range(0, len(captions), 64)]).cpu()
+        parts = (list(captions[start : start + 64]) for start in range(0, len(captions), 64))
+        return torch.cat([self.judge.read(part) for part in parts]).cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) as pictures (B, 3, H, W) in [0, 1]."""
