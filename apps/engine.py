@@ -24,19 +24,22 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from apps.devices import resolve_device, resolve_dtype
 from apps.events import Done, Event, EventStream, Failed, ModelLoading, Picture, Queued, Step, Stopped
-from apps.job_store import JobStore, QueueFullError, StoredJob, StoredPicture
+from apps.failures import ModelFailedError, UnknownModelError, failure_of
+from apps.job_store import JobStore, QueueFullError, StoredJob, StoredPicture, StoreError
 from apps.jobs import REQUEST, AnyRequest, TextToImageRequest
 from apps.limits import ServerLimits
 from apps.lora import settle
 from apps.media import clip_of
 from apps.metadata import Lora, parse
 from apps.painter import StopRequestedError, Switches
-from apps.profiles import FORMATS, Setup, check_request, setup_of
+from apps.profiles import Setup, check_request, setup_of
 from apps.shelf import LoadedModel, ModelShelf, Pipeline, tasks_on_disk
 from apps.uploads import UploadStore
 from apps.worker import Order, Studio, work
-from pipelines.memory import explain_out_of_memory, is_out_of_memory, release
+from apps.worker_state import Health, Worker, problems
+from pipelines.memory import is_out_of_memory, release
 from pipelines.offload import check_offload
 
 __all__ = [
@@ -51,18 +54,18 @@ __all__ = [
     "Stopped",
     "TextToImageRequest",
     "UnknownModelError",
+    "resolve_device",
+    "resolve_dtype",
 ]
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 """How often it is looked whether a waiting job has been stopped."""
+RETRY_SECONDS = 1.0
+"""Until a queue that could not be read or written is tried again."""
 STATE_FOLDER = ".tessera"
 """Of the output folder: the line of jobs and the pictures handed in; never served."""
-
-
-class UnknownModelError(ValueError):
-    """A request names a model that is not offered."""
 
 
 @dataclass(eq=False, slots=True)
@@ -132,7 +135,7 @@ class Engine:
         ]
         state = _state_folder(output_dir)
         self._store = JobStore(None if state is None else state / "jobs.sqlite")
-        self.uploads = UploadStore(None if state is None else state / "uploads")
+        self.uploads = UploadStore(None if state is None else state / "uploads", self._store)
         self._devices = [
             _Device(Studio(name, one.dtype, self._store, self.uploads, output_dir, self._loras), shelf)
             for name, one, shelf in zip(names, setups, shelves, strict=True)
@@ -142,11 +145,10 @@ class Engine:
         self._closing = False
         for stored in self._store.recover(self.limits.attempts):
             self._revive(stored)
-        self._threads = [
-            threading.Thread(target=self._serve, args=(one,), name="painter", daemon=True) for one in self._devices
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._workers = [Worker(one.studio.device) for one in self._devices]
+        for worker, one in zip(self._workers, self._devices, strict=True):
+            worker.thread = threading.Thread(target=self._serve, args=(worker, one), name="worker", daemon=True)
+            worker.thread.start()
 
     # -------------------------------------------------------------------- models
 
@@ -213,6 +215,7 @@ class Engine:
             UnavailableError: this machine hasn't the memory profile or the attention backend that it asks for.
             LoraError: it names a LoRA file that is not offered, or was another one.
             QueueFullError: as many wait as may.
+            StoreError: the queue can't be written.
         """
         key = self.models[0] if request.model is None else request.model
         if key not in self.models:
@@ -220,7 +223,7 @@ class Engine:
         check_request(request, self.devices)
         for name in (getattr(request, "image", None), getattr(request, "mask", None)):
             if name is not None:
-                self.uploads.get(name)
+                self.uploads.check(name, owner)
         if request.lora is not None:  # with its hash, so that no other file slips in while it waits
             request = request.model_copy(update={"lora": self.check_lora(request.lora)})
         settled = request.settled().model_copy(update={"model": key})
@@ -235,6 +238,12 @@ class Engine:
             self._tell_places()
             self._moved.notify_all()
         return job_id
+
+    def live_stream(self, job_id: str) -> EventStream | None:
+        """Return the events of a job that waits or runs; None for any other."""
+        with self._moved:
+            job = self._live.get(job_id)
+        return None if job is None else job.stream
 
     def stream(self, job_id: str) -> EventStream:
         """Return the events of a job, live; of an ended one its pictures that have files, and its last event.
@@ -253,8 +262,15 @@ class Engine:
         for picture in self._store.pictures(job_id):
             if self.output_dir is not None and (self.output_dir / picture.name).is_file():
                 stream.tell(_picture_again(picture, self.output_dir))
-        stream.tell(_last_event(stored))
+        stream.tell(self.last_event(stored))
         return stream
+
+    @staticmethod
+    def last_event(stored: StoredJob) -> Event:
+        """Return the last event of a job that has ended."""
+        if stored.state == "failed":
+            return Failed(stored.code, stored.message)
+        return Done((stored.ended or stored.created) - stored.created) if stored.state == "done" else Stopped()
 
     def stop(self, job_id: str) -> None:
         """Stop a job within one step, or take it out of the line; nothing happens to one that has ended.
@@ -269,7 +285,12 @@ class Engine:
                     raise KeyError(job_id)
                 return
             job.stop.set()
-            if self._store.stop_waiting(job_id):
+            try:
+                was_waiting = self._store.stop_waiting(job_id)
+            except StoreError as error:  # it is stopped when its turn comes
+                logger.warning("a waiting job stays in the queue until it can be written: %s", error)
+                return
+            if was_waiting:
                 self._forget(job, Stopped())
 
     def finish(self, job_id: str) -> bool:
@@ -349,8 +370,8 @@ class Engine:
             raise KeyError(job_id)
         return stored
 
-    def jobs(self, owner: str | None = None, limit: int = 100, before: float | None = None) -> list[StoredJob]:
-        """Return the jobs of an owner (None: of all), the newest first."""
+    def jobs(self, owner: str | None = None, limit: int = 100, before: str | None = None) -> list[StoredJob]:
+        """Return the jobs of an owner (None: of all), the newest first; only those older than the job `before`."""
         return self._store.jobs(owner, limit, before)
 
     def pictures(self, job_id: str) -> list[StoredPicture]:
@@ -360,6 +381,20 @@ class Engine:
     def history(self, owner: str | None = None, limit: int = 48, skip: int = 0) -> list[StoredPicture]:
         """Return the pictures of an owner (None: of all) that have files, the newest first."""
         return self._store.history(owner, limit, skip)
+
+    def owner_of_file(self, name: str) -> str | None:
+        """Return whose picture a file of the output folder is; None if it is no picture's."""
+        return self._store.owner_of_file(name)
+
+    def health(self) -> Health:
+        """Say how the engine is: whether its workers live and go on, and whether its queue can be written.
+
+        Touches no disk and waits for nobody.
+        """
+        trouble = [self._store.trouble] if self._store.trouble else []
+        found = [*trouble, *problems(self._workers, self.limits, self._closing)]
+        running = sum(worker.job is not None for worker in self._workers)
+        return Health(tuple(found), max(len(self._live) - running, 0), running)
 
     def ahead(self, job_id: str) -> int:
         """Return how many jobs come before one that waits; 0 for others."""
@@ -384,7 +419,7 @@ class Engine:
         try:
             job_id = self.submit(request, owner, stop)
         except (QueueFullError, ValueError) as error:
-            yield _failure(error)
+            yield failure_of(error)
             return
         yield from self.follow(job_id, stop)
 
@@ -421,43 +456,69 @@ class Engine:
             for job in self._live.values():
                 job.stop.set()
             self._moved.notify_all()
-        for thread in self._threads:
-            thread.join(timeout)
+        for worker in self._workers:
+            if worker.thread is not None:
+                worker.thread.join(timeout)
         for job in self._live.values():  # those that wait: whoever follows them shall not wait too
             job.stream.tell(Stopped())
         self._store.close()
 
     # -------------------------------------------------------------------- working
 
-    def _serve(self, device: _Device) -> None:
-        """Work on one job after another, for as long as the engine lives."""
-        while True:
-            with self._moved:
-                stored = None if self._closing else self._store.take()
+    def _serve(self, worker: Worker, device: _Device) -> None:
+        """Work on one job after another, for as long as the engine lives, whatever happens to one of them."""
+        while (job := self._next()) is not None:
+            worker.begin(job.order.id)
+            try:
+                last = self._run(job, worker, device)
+            except BaseException as error:  # also what ends threads, such as SystemExit from a library
+                logger.exception("a job ended its worker's loop; the worker goes on")
+                last = failure_of(error if isinstance(error, Exception) else RuntimeError(type(error).__name__))
+            self._end(job, last)
+            worker.job = None
+
+    def _next(self) -> _LiveJob | None:
+        """Wait for a job and take it; None when the engine closes."""
+        with self._moved:
+            while not self._closing:
+                try:
+                    stored = self._store.take()
+                except StoreError as error:  # such as a full disk: somebody may make room
+                    logger.error("no job can be taken: %s", error)
+                    self._moved.wait(RETRY_SECONDS)
+                    continue
                 if stored is None:
-                    if self._closing:
-                        return
                     self._moved.wait()
                     continue
-                job = self._live[stored.id]
-                self._tell_places()
-            self._end(job, self._run(job, device))
+                if stored.id not in self._live:
+                    self._revive(stored)
+                if (job := self._live.get(stored.id)) is not None:
+                    self._tell_places()
+                    return job
+        return None
 
-    def _run(self, job: _LiveJob, device: _Device) -> Event:
+    def _run(self, job: _LiveJob, worker: Worker, device: _Device) -> Event:
         """Work on a job; whatever happens becomes its last event."""
         started = time.monotonic()
+
+        def tell(event: Event) -> None:
+            worker.sign()
+            job.stream.tell(event)
+
         try:
             model = self._wait_for_model(job, device)
+            worker.is_loading = False
+            worker.sign()
             switches = Switches(job.stop, job.finish, job.skip, time.monotonic() + self.limits.seconds)
             if job.stop.is_set():
                 return Stopped()
-            work(job.order, model, device.studio, switches, job.stream.tell)
+            work(job.order, model, device.studio, switches, tell)
         except StopRequestedError:
             return Stopped()
         except Exception as error:
             if is_out_of_memory(error):  # what was being computed must be free before the next request comes
                 release(error)
-            return _failure(error)
+            return failure_of(error)
         return Done(time.monotonic() - started)
 
     def _wait_for_model(self, job: _LiveJob, device: _Device) -> LoadedModel:
@@ -473,30 +534,52 @@ class Engine:
             except NotYetError:
                 continue
             except Exception as error:
-                raise _ModelFailedError(key) from error
+                raise ModelFailedError(key) from error
 
     def _end(self, job: _LiveJob, last: Event) -> None:
-        """Record how a job ended and tell it; on closing, put it back instead."""
-        with self._moved:
-            if self._closing and isinstance(last, Stopped):
-                self._store.put_back(job.order.id)
-            elif isinstance(last, Failed):
-                self._store.end(job.order.id, "failed", last.code, last.message)
-            else:
-                self._store.end(job.order.id, "done" if isinstance(last, Done) else "stopped")
-            self._forget(job, last)
+        """Record how a job ended and tell it; on closing, put it back instead. Tries again until it is on disk."""
+        while True:
+            try:
+                with self._moved:
+                    self._record(job.order.id, last)
+                    self._forget(job, last)
+                return
+            except StoreError as error:
+                logger.error("the end of a job can't be recorded yet: %s", error)
+                job.stream.tell(last)  # who waits for the job shall not wait for the disk
+            with self._moved:
+                if self._closing:  # the next engine on the folder finds it running and does what is left of it
+                    self._live.pop(job.order.id, None)
+                    return
+                self._moved.wait(RETRY_SECONDS)
+
+    def _record(self, job_id: str, last: Event) -> None:
+        """Record how a job ended; the lock is held."""
+        if self._closing and isinstance(last, Stopped):
+            self._store.put_back(job_id)
+        elif isinstance(last, Failed):
+            self._store.end(job_id, "failed", last.code, last.message)
+        else:
+            self._store.end(job_id, "done" if isinstance(last, Done) else "stopped")
 
     def _forget(self, job: _LiveJob, last: Event) -> None:
         """Tell the last event of a job and its new place to those behind; the lock is held."""
-        del self._live[job.order.id]
+        self._live.pop(job.order.id, None)
         job.stream.tell(last)
         if not self._closing:
             self._tell_places()
 
     def _tell_places(self) -> None:
         """Tell each waiting job its place where that has changed; the lock is held."""
-        for job_id, ahead in self._store.ahead().items():
-            job = self._live[job_id]
+        try:
+            places = self._store.ahead()
+        except StoreError as error:
+            logger.warning("the places of waiting jobs are unknown: %s", error)
+            return
+        for job_id, ahead in places.items():
+            job = self._live.get(job_id)
+            if job is None:
+                continue
             # The worker is about to take one that has nobody before it, which then needs no word about waiting.
             if ahead != job.told_ahead and ahead >= len(self._devices):
                 job.stream.tell(Queued(ahead))
@@ -507,7 +590,7 @@ class Engine:
         try:
             request = REQUEST.validate_json(stored.request)
         except ValueError:  # of another version
-            logger.exception("the job %s can't be read any more", stored.id)
+            logger.error("the job %s can't be read any more", stored.id)  # without the error: it quotes the prompt
             self._store.end(stored.id, "failed", "bad_request", "This was asked of another version of tessera.")
             return
         if request.model not in self.models:
@@ -529,34 +612,6 @@ class Engine:
         return load_pipeline(source, device=device, dtype=setup.dtype, offload=setup.offload, base=base)
 
 
-def resolve_device(name: str) -> str:
-    """Turn `auto` into the best device here, and check any other name.
-
-    Raises:
-        ValueError: torch doesn't know it or can't reach it.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"Device {name!r} can't be used here; try 'auto' or 'cpu'.") from error
-    return name
-
-
-def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """Turn `auto` into the number format that suits a device: bfloat16 on CUDA, else float32.
-
-    Raises:
-        ValueError: not one of auto, float32, bfloat16, float16.
-    """
-    if name == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else torch.float32
-    if name not in FORMATS:
-        raise ValueError(f"dtype {name!r} is unknown; choose among auto, {', '.join(FORMATS)}.")
-    return FORMATS[name]
-
-
 def _loader(engine: Engine, device: str, load: Callable[[str], Pipeline] | None) -> Callable[[str, Setup], Pipeline]:
     if load is not None:
         return lambda source, setup: load(source)
@@ -572,56 +627,9 @@ def _state_folder(output_dir: Path | None) -> Path | None:
     return folder
 
 
-class _ModelFailedError(Exception):
-    """A model could not be loaded; its cause is the reason."""
-
-
 def _picture_again(stored: StoredPicture, folder: Path) -> Picture:
     """Tell of a picture on record; a clip by its picture alone."""
     path, settings = folder / stored.name, parse(stored.settings)
     with Image.open(path, formats=["PNG", "WEBP"]) as image:
         image.load()
         return Picture(path, settings.seed, settings, image, stored.seconds, None, clip_of(path, settings))
-
-
-def _last_event(stored: StoredJob) -> Event:
-    """Return the last event of a job that has ended."""
-    if stored.state == "failed":
-        return Failed(stored.code, stored.message)
-    return Done((stored.ended or stored.created) - stored.created) if stored.state == "done" else Stopped()
-
-
-def _failure(error: Exception) -> Failed:
-    """Say what went wrong without a path or a trace; those go to the log."""
-    if isinstance(error, _ModelFailedError):
-        return _model_failure(error)
-    if is_out_of_memory(error):
-        error = explain_out_of_memory(error, "Painting")
-        return Failed("out_of_memory", str(error), error)
-    for kind, code, message in _FAILURES:
-        if isinstance(error, kind):
-            return Failed(code, message or str(error), error)
-    logger.error("a request failed", exc_info=error)
-    return Failed("failed", "Something went wrong; the log of the server says what.", error)
-
-
-_FAILURES: tuple[tuple[type[Exception], str, str], ...] = (
-    (QueueFullError, "queue_full", ""),
-    (UnknownModelError, "unknown_model", ""),
-    (TimeoutError, "too_slow", "This took longer than the server allows; ask for fewer or smaller pictures."),
-    (ImportError, "missing_extra", ""),  # of an optional package, and it says which
-    (ValueError, "bad_request", ""),  # a pipeline's check of its arguments, written for people
-)
-"""Kind of error, code, and what people are told; an empty message is that of the error."""
-
-
-def _model_failure(error: _ModelFailedError) -> Failed:
-    """Say that a model didn't load; why is for the owner, because messages of libraries name paths."""
-    key, cause = error.args[0], error.__cause__
-    if isinstance(cause, MemoryError):  # ours: sizes, no paths
-        return Failed("out_of_memory", f"The model {key!r} could not be loaded. {cause}", cause)
-    return Failed(
-        "model_failed",
-        f"The model {key!r} could not be loaded; the log of the server says why.",
-        cause if isinstance(cause, Exception) else error,
-    )

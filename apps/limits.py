@@ -31,15 +31,32 @@ MAX_METADATA_BYTES = 64 * 1_024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UploadQuota:
+    """What one user may keep of the pictures handed in; beyond it the least recently used ones go.
+
+    Attributes:
+        pictures: how many.
+        bytes: of their files.
+        seconds: how long one is kept after its last use.
+    """
+
+    pictures: int = 256
+    bytes: int = 1024 * 1024 * 1024
+    seconds: float = 30 * 24 * 3_600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
     """Limits of one running engine.
 
     Attributes:
-        queue: how many requests may wait or run at once.
+        queue: how many requests may wait or run at once; a user with less than an equal part of it gets in beyond it.
         queue_per_user: how many of them may be one user's.
         seconds: wall-clock limit of one request, loading of the model excluded.
         attempts: how often a request is begun that was running when the process died.
         loaded_models: how many models stay in memory; the least recently used one leaves first.
+        streams_per_user: how many event streams of jobs one user may read at once.
+        hang_seconds: a job that makes no step for so long, or goes on so long after its limit, is reported as hanging.
     """
 
     queue: int = 64
@@ -47,6 +64,8 @@ class ServerLimits:
     attempts: int = 3
     seconds: float = 3_600.0
     loaded_models: int = 2
+    streams_per_user: int = 16
+    hang_seconds: float = 300.0
 
 
 def check_size(height: int, width: int) -> None:

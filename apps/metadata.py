@@ -188,13 +188,14 @@ class MetadataError(ValueError):
     """A picture carries no settings of ours, or settings that don't pass the checks."""
 
 
-def save_picture(image: Image.Image, path: Path, settings: PictureSettings | None) -> Path:
+def save_picture(image: Image.Image, path: Path, settings: PictureSettings | None, *, is_fast: bool = False) -> Path:
     """Write a picture with its settings; the file appears complete or not at all.
 
     Args:
         image: the picture.
         path: the file to write, `.png` or `.webp` (without loss); an existing one is replaced.
         settings: what reproduces the picture; None leaves it out.
+        is_fast: compress little, for files that are read by us only.
 
     Returns:
         `path`.
@@ -210,7 +211,9 @@ def save_picture(image: Image.Image, path: Path, settings: PictureSettings | Non
     partial = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with partial.open("xb") as file:
-            image.save(file, format=kind, **_saving_options(kind, settings))
+            image.save(
+                file, format=kind, **_saving_options(kind, settings), **({"compress_level": 1} if is_fast else {})
+            )
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 import webbrowser
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
+
+from apps.temporary import private_folder
 
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -72,21 +71,24 @@ def run(
         raise ImportError("The studio needs Gradio: pip install 'tessera[studio]', or `make studio` in the project.")
     port = check_port(host, port)
     os.environ.update(QUIET)
-    private = tempfile.mkdtemp(prefix="tessera-studio-")  # only its owner can read it
-    os.environ["GRADIO_TEMP_DIR"] = private
+    folders = ExitStack()
+    private = folders.enter_context(private_folder())
+    os.environ["GRADIO_TEMP_DIR"] = str(private)
     console = Console()
-    logging.basicConfig(level=logging.WARNING, handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
     engine = server = None
     try:
         with console.status("Starting"):
             # Here, because they read the environment at import.
             from apps.api.app import create_app
             from apps.api.tokens import TokenTable
-            from apps.studio.app import build_engine, mount
+            from apps.logs import hide_prompts, set_up
+            from apps.studio.app import FORMS, UPLOADS, build_engine, mount
 
+            set_up()
             tokens = None if auth_file is None else TokenTable(auth_file)
             engine = build_engine(models, output_dir, device, dtype, offload, base, lora)
-            app = create_app(engine, tokens, _names(host), api)
+            engine.model().add_done_callback(lambda _: hide_prompts())  # the libraries are imported then
+            app = create_app(engine, tokens, _names(host), api, uploads=UPLOADS, forms=FORMS, scratch=private)
             if page:
                 mount(app, engine, tokens)
             server = _start(app, host, port)
@@ -107,7 +109,7 @@ def run(
         if engine is not None:
             engine.close()
         _wait_until_ended(server)
-        shutil.rmtree(private, ignore_errors=True)
+        folders.close()
 
 
 def _start(app: Any, host: str, port: int) -> Any:
@@ -118,8 +120,20 @@ def _start(app: Any, host: str, port: int) -> Any:
     """
     import uvicorn
 
+    from apps.api.connections import LimitedProtocol
+
     config = uvicorn.Config(
-        app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=PATIENCE, server_header=False
+        app,
+        host,
+        port,
+        http=LimitedProtocol,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=PATIENCE,
+        server_header=False,
+        h11_max_incomplete_event_size=32 * 1024,
+        proxy_headers=False,  # nobody shall say by a header who they are
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="server", daemon=True)

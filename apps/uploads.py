@@ -8,25 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import re
+import threading
 import warnings
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image, ImageOps
 
 from apps import limits
 from apps.metadata import save_picture
 
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"[0-9a-f]{64}")
+
 
 class UploadError(ValueError):
     """What was handed in is no picture that can be used."""
 
 
-def read_upload(data: bytes) -> Image.Image:
+def read_upload(data: bytes | Path) -> Image.Image:
     """Decode a picture of unknown origin.
 
     Args:
-        data: the file's content: PNG, JPEG or WebP.
+        data: the file's content, or the file: PNG, JPEG or WebP.
 
     Returns:
         Its pixels, RGB, upright; transparency is laid on white, nothing else of the file is kept.
@@ -34,12 +41,14 @@ def read_upload(data: bytes) -> Image.Image:
     Raises:
         UploadError: too large, or no such picture.
     """
-    if len(data) > limits.MAX_UPLOAD_BYTES:
-        raise UploadError(f"The picture has {len(data)} bytes; at most {limits.MAX_UPLOAD_BYTES} are taken.")
+    size = data.stat().st_size if isinstance(data, Path) else len(data)
+    if size > limits.MAX_UPLOAD_BYTES:
+        raise UploadError(f"The picture has {size} bytes; at most {limits.MAX_UPLOAD_BYTES} are taken.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # counted here, and lower
-            with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as image:
+            opened = data if isinstance(data, Path) else io.BytesIO(data)
+            with Image.open(opened, formats=["PNG", "JPEG", "WEBP"]) as image:
                 if image.width * image.height > limits.MAX_UPLOAD_PIXELS:
                     raise UploadError(
                         f"The picture has {image.width} x {image.height} pixels; at most "
@@ -70,28 +79,94 @@ def picture_id(image: Image.Image) -> str:
     return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
 
 
+class UploadRecords(Protocol):
+    """Where it is recorded who handed in what, see `JobStore`."""
+
+    def use_upload(self, name: str, owner: str, size: int) -> None: ...  # noqa: D102
+
+    def stale_uploads(self, owner: str, most: int, most_bytes: int, seconds: float) -> list[str]: ...  # noqa: D102
+
+    def drop_upload(self, name: str, owner: str) -> bool: ...  # noqa: D102
+
+
 class UploadStore:
     """The pictures handed in.
 
     Args:
         folder: where they are kept as PNG files; None keeps them in memory.
+        records: who handed in what; None for no quota and no expiry.
+        quota: what each user may keep.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(
+        self, folder: Path | None, records: UploadRecords | None = None, quota: limits.UploadQuota | None = None
+    ) -> None:
         self._folder = folder
+        self._records = records
+        self._quota = quota or limits.UploadQuota()
         self._memory: dict[str, Image.Image] = {}
+        self._decoding = threading.Lock()
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def add(self, image: Image.Image) -> str:
-        """Keep a picture and return its hash."""
+    def receive(self, data: bytes | Path, owner: str = "local") -> tuple[str, tuple[int, int]]:
+        """Decode a picture of unknown origin and keep it.
+
+        One at a time: a decoded picture takes many times the memory of its file.
+
+        Args:
+            data: the file's content, or the file.
+            owner: who hands it in.
+
+        Returns:
+            Its hash, and its width and height.
+
+        Raises:
+            UploadError: too large, or no picture.
+        """
+        with self._decoding:
+            image = read_upload(data)
+            return self.add(image, owner), image.size
+
+    def add(self, image: Image.Image, owner: str = "local") -> str:
+        """Keep a picture and return its hash; what its owner has beyond the quota goes."""
         rgb = flatten(image)
         name = picture_id(rgb)
         if self._folder is None:
             self._memory[name] = rgb
-        elif not (self._folder / f"{name}.png").is_file():
-            save_picture(rgb, self._folder / f"{name}.png", None)
+            return name
+        file = self._file(name)
+        if not file.is_file():
+            save_picture(rgb, file, None, is_fast=True)
+        if self._records is not None:
+            self._records.use_upload(name, owner, file.stat().st_size)
+            self._tidy(owner)
         return name
+
+    def check(self, name: str, owner: str = "local") -> None:
+        """Check that a picture is here, without decoding it, and note that it is used.
+
+        Raises:
+            UploadError: it isn't here.
+        """
+        if self._folder is None:
+            self.get(name)
+            return
+        if not NAME.fullmatch(name) or not self._file(name).is_file():
+            raise _absent(name)
+        if self._records is not None:
+            self._records.use_upload(name, owner, self._file(name).stat().st_size)
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Return width and height of a picture, without decoding it.
+
+        Raises:
+            UploadError: it isn't here.
+        """
+        if name in self._memory:
+            return self._memory[name].size
+        with self._open(name) as image:
+            return image.size
 
     def get(self, name: str) -> Image.Image:
         """Return a picture by its hash.
@@ -99,10 +174,32 @@ class UploadStore:
         Raises:
             UploadError: it isn't here.
         """
-        if re.fullmatch(r"[0-9a-f]{64}", name):
-            if name in self._memory:
-                return self._memory[name]
-            if self._folder is not None and (file := self._folder / f"{name}.png").is_file():
-                with Image.open(file, formats=["PNG"]) as image:
-                    return image.convert("RGB")
-        raise UploadError(f"The picture {name[:12]}... has not been handed in here; hand it in first.")
+        if name in self._memory:
+            return self._memory[name]
+        with self._open(name) as image:
+            return image.convert("RGB")
+
+    def _open(self, name: str) -> Image.Image:
+        if self._folder is None or not NAME.fullmatch(name):
+            raise _absent(name)
+        try:
+            return Image.open(self._file(name), formats=["PNG"])
+        except OSError as error:
+            raise _absent(name) from error
+
+    def _file(self, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{name}.png"
+
+    def _tidy(self, owner: str) -> None:
+        """Remove what an owner has beyond the quota, and what was not used for long."""
+        if self._records is None:
+            return
+        quota = self._quota
+        for name in self._records.stale_uploads(owner, quota.pictures, quota.bytes, quota.seconds):
+            if self._records.drop_upload(name, owner):
+                self._file(name).unlink(missing_ok=True)
+
+
+def _absent(name: str) -> UploadError:
+    return UploadError(f"The picture {name[:12]}... has not been handed in here, or long ago; hand it in again.")

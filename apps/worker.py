@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from apps import limits
 from apps.canvas import grown, lay_out
 from apps.events import Event, Picture, Step
 from apps.job_store import JobStore, StoredPicture
@@ -192,7 +193,7 @@ def open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> 
     name = getattr(request, "image", None)
     if name is None:
         return model.width, model.side
-    return fit_size(grown(uploads.get(name).size, getattr(request, "expand", None)), model)
+    return fit_size(grown(uploads.size(name), getattr(request, "expand", None)), model)
 
 
 def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:
@@ -210,13 +211,15 @@ def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:
     if model.sizes:
         return min(model.sizes, key=lambda one: _distance(one, size))
     area, multiple = model.side * model.width, model.multiple
-    if width % multiple == height % multiple == 0 and area / 2 <= width * height <= 2 * area:
+    is_in_range = min(size) >= limits.MIN_SIDE and max(size) <= limits.MAX_SIDE
+    if is_in_range and width % multiple == height % multiple == 0 and area / 2 <= width * height <= 2 * area:
         return size
     scale = math.sqrt(area / (width * height))
     least = -(-32 // multiple) * multiple
+    most = limits.MAX_SIDE // multiple * multiple
     return (
-        max(round(width * scale / multiple) * multiple, least),
-        max(round(height * scale / multiple) * multiple, least),
+        min(max(round(width * scale / multiple) * multiple, least), most),
+        min(max(round(height * scale / multiple) * multiple, least), most),
     )
 
 

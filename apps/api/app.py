@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
+import re
+import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,30 +20,44 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from apps import limits
-from apps.api.guards import Guards
-from apps.api.messages import STATUS, ImagesRequest, MoveRequest, error_body, job_row, picture_row, server_sent
+from apps.api import login_page
+from apps.api.guards import BodyLimits, Guard
+from apps.api.logins import LoginTable
+from apps.api.messages import STATUS, ImagesRequest, MoveRequest, error_body, job_row, picture_row
+from apps.api.schema import openapi as openapi_of
+from apps.api.schema import takes, takes_file
+from apps.api.streams import JobStreams, TooManyStreamsError
 from apps.api.tokens import Role, TokenTable, User
 from apps.engine import Engine, Failed, UnknownModelError
-from apps.job_store import QueueFullError, StoredJob
+from apps.job_store import QueueFullError, StoredJob, StoreError
 from apps.jobs import REQUEST, AnyRequest, explain
 from apps.lora import LoraError
 from apps.profiles import FORMATS, UnavailableError, attention_backends, memory_profiles
-from apps.uploads import UploadError, read_upload
+from apps.uploads import UploadError
 
-LOCAL = User(name="local", role="admin", salt="0" * 32, digest="0" * 64)
-"""Who asks, on a server without tokens, which listens on this machine only."""
 POLL_SECONDS = 0.04
-KEEP_ALIVE_SECONDS = 15.0
 JobId = Annotated[str, PathPart(pattern=r"^[0-9a-f]{16}$")]
 Place = Annotated[int, PathPart(ge=0, lt=limits.MAX_PICTURES)]
-MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp"}
+MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp", ".mp4": "video/mp4"}
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\.(png|webp|mp4)")
+UPLOADS = {"/v1/pictures": limits.MAX_UPLOAD_BYTES}
+"""Paths whose bodies are files, and how many bytes each takes."""
 
 
 def create_app(
-    engine: Engine, tokens: TokenTable | None = None, hosts: tuple[str, ...] = ("127.0.0.1",), api: bool = True
+    engine: Engine,
+    tokens: TokenTable | None = None,
+    hosts: tuple[str, ...] = ("127.0.0.1",),
+    api: bool = True,
+    *,
+    uploads: Mapping[str, int] | None = None,
+    forms: tuple[str, ...] = (),
+    sizes: BodyLimits | None = None,
+    scratch: Path | None = None,
 ) -> FastAPI:
     """Build the server.
 
@@ -47,17 +66,36 @@ def create_app(
         tokens: the users; None lets everybody in, which only a loopback server may do.
         hosts: names under which the server may be called; others are turned away (DNS rebinding). `*` for any.
         api: serve the routes under `/v1`.
+        uploads: further paths whose bodies are files, such as the page's, and how many bytes each takes.
+        forms: paths that take what the page hands over.
+        sizes: limits of bodies.
+        scratch: private folder for files that arrive; None for the system's folder of temporary files.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts from elsewhere
     app.state.engine, app.state.tokens = engine, tokens
+    app.state.scratch = scratch
+    app.state.streams = JobStreams(engine)
+    app.state.decoder = ThreadPoolExecutor(1, "decoder")  # of its own: pictures wait for each other, and nobody else
+    logins = None if tokens is None else LoginTable(tokens)
     if api:
         _add_looking(app)
         _add_painting(app)
-    app.add_middleware(Guards)
+    if logins is not None:
+        login_page.add_login(app, logins)
+    _add_files(app)
+    public = ("/v1/health", *(login_page.PATHS if logins is not None else ()))
+    guard = {"tokens": tokens, "logins": logins, "public": public, "forms": forms, "sizes": sizes}
+    app.add_middleware(Guard, uploads=UPLOADS | dict(uploads or {}), **guard)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    _add_errors(app)
+    return app
 
-    @app.exception_handler(HTTPException)
-    async def told(request: Request, error: HTTPException) -> JSONResponse:
+
+def _add_errors(app: FastAPI) -> None:
+    """Give every error the same form."""
+
+    @app.exception_handler(StarletteHTTPException)
+    async def told(request: Request, error: StarletteHTTPException) -> JSONResponse:
         body = error.detail if isinstance(error.detail, dict) else error_body("refused", str(error.detail))
         return JSONResponse(body, error.status_code, error.headers)
 
@@ -67,27 +105,18 @@ def create_app(
         text = explain(error) if isinstance(error, ValidationError) else "A part of the address is not of its form."
         return JSONResponse(error_body("bad_request", text), 422)
 
-    return app
+    @app.exception_handler(StoreError)
+    async def cannot_store(request: Request, error: StoreError) -> JSONResponse:
+        text = "The server can't read or write its queue now; its log says why."
+        return JSONResponse(error_body("storage", text), 503, {"Retry-After": "5"})
 
 
 # ------------------------------------------------------------------------------ roles
 
 
 def _user(request: Request) -> User:
-    """Return who asks.
-
-    Raises:
-        HTTPException: 401 without a token, or with one that is nobody's.
-    """
-    tokens: TokenTable | None = request.app.state.tokens
-    if tokens is None:
-        return LOCAL
-    kind, _, token = request.headers.get("authorization", "").partition(" ")
-    user = tokens.find(token.strip()) if kind.lower() == "bearer" else None
-    if user is None:
-        body = error_body("unauthorized", "Send a token: Authorization: Bearer TOKEN.")
-        raise HTTPException(401, body, {"WWW-Authenticate": "Bearer"})
-    return user
+    """Return who asks; the guard has asked for the token."""
+    return request.state.user
 
 
 def _require(role: Role) -> Any:
@@ -127,13 +156,34 @@ def _job(engine: Engine, user: User, job_id: str) -> StoredJob:
     return job
 
 
+@asynccontextmanager
+async def spooled(request: Request) -> AsyncIterator[Path]:
+    """Write a body to a file that is gone afterwards."""
+    handle, name = tempfile.mkstemp(prefix="upload-", dir=request.app.state.scratch)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            async for part in request.stream():
+                file.write(part)
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
 # ---------------------------------------------------------------------------- looking
 
 
 def _add_looking(app: FastAPI) -> None:
     @app.get("/v1/health")
-    def health(engine: Painting) -> dict[str, Any]:
-        return {"status": "ok", "model_loaded": engine.model().done()}
+    async def health(request: Request) -> JSONResponse:
+        """Say whether the server works; on the event loop, so that no busy thread pool delays it."""
+        engine: Engine = request.app.state.engine
+        found, user = engine.health(), request.state.user
+        body: dict[str, Any] = {"status": "degraded" if found.problems else "ok"}
+        model = engine.loaded(engine.models[0])
+        body |= {"model_loaded": model is not None and model.done() and model.exception() is None}
+        if user is not None:  # strangers needn't know what ails it
+            body |= {"problems": list(found.problems), "waiting": found.waiting, "running": found.running}
+        return JSONResponse(body, 503 if found.problems else 200)
 
     @app.get("/v1/models")
     def models(user: Watcher, engine: Painting) -> dict[str, Any]:
@@ -157,12 +207,16 @@ def _add_looking(app: FastAPI) -> None:
     def schema(user: Watcher) -> dict[str, Any]:
         return REQUEST.json_schema()
 
+    @app.get("/v1/openapi.json", include_in_schema=False)
+    def openapi(user: Watcher, request: Request) -> dict[str, Any]:
+        return openapi_of(request.app)
+
     @app.get("/v1/jobs")
     def jobs(
         user: Watcher,
         engine: Painting,
         limit: Annotated[int, Query(ge=1, le=200)] = 50,
-        before: Annotated[float | None, Query(allow_inf_nan=False)] = None,
+        before: Annotated[str | None, Query(pattern="^[0-9a-f]{16}$", description="Id of a job: older ones.")] = None,
     ) -> dict[str, Any]:
         owner = None if user.may("admin") else user.name
         rows = engine.jobs(owner, limit, before)
@@ -172,12 +226,17 @@ def _add_looking(app: FastAPI) -> None:
     def job(job_id: JobId, user: Watcher, engine: Painting) -> dict[str, Any]:
         return job_row(_job(engine, user, job_id), engine.pictures(job_id), engine.ahead(job_id))
 
-    @app.get("/v1/jobs/{job_id}/events")
+    @app.get("/v1/jobs/{job_id}/events", response_class=StreamingResponse)
     async def events(job_id: JobId, user: Watcher, engine: Painting, request: Request) -> StreamingResponse:
-        _job(engine, user, job_id)
+        job = await run_in_threadpool(_job, engine, user, job_id)
         last = request.headers.get("last-event-id", "0")
-        after = int(last) if last.isdecimal() and len(last) < 10 else 0
-        told = _tell(engine, job_id, after, request)
+        after = int(last) if last.isascii() and last.isdecimal() and len(last) < 10 else 0
+        streams: JobStreams = request.app.state.streams
+        try:
+            streams.check(user.name)
+        except TooManyStreamsError as error:
+            raise HTTPException(429, error_body("too_many_streams", str(error)), {"Retry-After": "5"}) from error
+        told = streams.read(job, user.name, after)
         return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.get("/v1/jobs/{job_id}/pictures/{place}")
@@ -225,37 +284,36 @@ def _reasons(found: dict[str, str]) -> dict[str, str | None]:
     return {name: why or None for name, why in found.items()}
 
 
-async def _tell(engine: Engine, job_id: str, after: int, request: Request) -> AsyncIterator[str]:
-    """Stream the events of a job until its last one, or until nobody listens any more."""
-    stream, quiet = await run_in_threadpool(engine.stream, job_id), time.monotonic()
-    while True:
-        was_closed = stream.is_closed
-        for number, event in stream.read(after):
-            after, quiet = number, time.monotonic()
-            yield server_sent(number, job_id, event)
-        if was_closed or await request.is_disconnected():
-            return
-        if time.monotonic() - quiet > KEEP_ALIVE_SECONDS:
-            quiet = time.monotonic()
-            yield ": waiting\n\n"
-        await asyncio.sleep(POLL_SECONDS)
+def _add_files(app: FastAPI) -> None:
+    @app.get("/outputs/{name}", include_in_schema=False)
+    def output(name: str, user: Watcher, engine: Painting) -> FileResponse:
+        """Serve a picture, or the clip beside it, to its owner; no links, and nothing that is no picture of a job."""
+        found = FILE_NAME.fullmatch(name) is not None and engine.output_dir is not None
+        known = [name] if not name.endswith(".mp4") else [name[:-4] + ".png", name[:-4] + ".webp"]
+        owners = {engine.owner_of_file(one) for one in known} - {None} if found else set()
+        path = None if engine.output_dir is None else engine.output_dir / name
+        if path is None or not owners or not (user.may("admin") or user.name in owners):
+            raise HTTPException(404, error_body("not_found", "There is no such file."))
+        if path.is_symlink() or not path.is_file():
+            raise HTTPException(410, error_body("gone", "The file has been removed."))
+        return FileResponse(path, media_type=MEDIA_TYPES[path.suffix])
 
 
 # --------------------------------------------------------------------------- painting
 
 
 def _add_painting(app: FastAPI) -> None:
-    @app.post("/v1/pictures", status_code=201)
+    @app.post("/v1/pictures", status_code=201, openapi_extra=takes_file("image/png", "image/jpeg", "image/webp"))
     async def hand_in(user: Painter, engine: Painting, request: Request) -> dict[str, Any]:
-        data = await request.body()
-        try:
-            image = await run_in_threadpool(read_upload, data)
-        except UploadError as error:
-            raise HTTPException(422, error_body("bad_picture", str(error))) from error
-        name = await run_in_threadpool(engine.uploads.add, image)
-        return {"id": name, "width": image.width, "height": image.height}
+        async with spooled(request) as file:
+            try:
+                loop, decoder = asyncio.get_running_loop(), request.app.state.decoder
+                name, (width, height) = await loop.run_in_executor(decoder, engine.uploads.receive, file, user.name)
+            except UploadError as error:
+                raise HTTPException(422, error_body("bad_picture", str(error))) from error
+        return {"id": name, "width": width, "height": height}
 
-    @app.post("/v1/jobs", status_code=202)
+    @app.post("/v1/jobs", status_code=202, openapi_extra=takes(REQUEST))
     async def submit(user: Painter, engine: Painting, request: Request) -> dict[str, Any]:
         wanted = REQUEST.validate_json(await request.body())
         job_id = await run_in_threadpool(_submit, engine, wanted, user)
@@ -282,7 +340,7 @@ def _add_painting(app: FastAPI) -> None:
             raise HTTPException(409, error_body("cant_skip", "It doesn't run."))
         return {"id": job_id}
 
-    @app.patch("/v1/jobs/{job_id}")
+    @app.patch("/v1/jobs/{job_id}", openapi_extra=takes(MoveRequest))
     async def move(job_id: JobId, user: Painter, engine: Painting, request: Request) -> dict[str, Any]:
         await run_in_threadpool(_job, engine, user, job_id)
         wanted = MoveRequest.model_validate_json(await request.body())
@@ -290,7 +348,7 @@ def _add_painting(app: FastAPI) -> None:
             raise HTTPException(409, error_body("cant_move", "It doesn't wait any more."))
         return {"id": job_id, "ahead": await run_in_threadpool(engine.ahead, job_id)}
 
-    @app.post("/v1/images/generations")
+    @app.post("/v1/images/generations", openapi_extra=takes(ImagesRequest))
     async def images(user: Painter, engine: Painting, request: Request) -> dict[str, Any]:
         body = ImagesRequest.model_validate_json(await request.body())
         job_id = await run_in_threadpool(_submit, engine, body.request(), user)

@@ -111,13 +111,18 @@ def _result(job_id: str, place: int, seconds: float, settings: dict[str, Any]) -
     return {**row, **clip, "settings": settings}
 
 
-def server_sent(number: int, job_id: str, event: Event) -> str:
+def server_sent(number: int, name: str, data: dict[str, Any]) -> bytes:
     """Write an event as a server-sent event."""
-    name, data = _told(job_id, event)
-    return f"id: {number}\nevent: {name}\ndata: {json.dumps(data)}\n\n"
+    return f"id: {number}\nevent: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 
-def _told(job_id: str, event: Event) -> tuple[str, dict[str, Any]]:  # noqa: PLR0911  (one for each kind)
+def stored_picture_message(picture: StoredPicture) -> tuple[str, dict[str, Any]]:
+    """Return name and data of the event of a picture on record."""
+    return "result", picture_row(picture)
+
+
+def event_message(job_id: str, event: Event) -> tuple[str, dict[str, Any]]:  # noqa: PLR0911  (one for each kind)
+    """Return name and data of an event."""
     match event:
         case Queued(ahead):
             return "queued", {"ahead": ahead}

@@ -10,6 +10,8 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.utils import get_upload_folder
+from starlette.routing import Mount
 
 from apps import limits
 from apps.api.tokens import TokenTable
@@ -21,6 +23,7 @@ from apps.studio import desk, views
 from apps.studio.choosing import SAVED, Choosing
 from apps.studio.desk import Parts
 from apps.studio.examples import EXAMPLES
+from apps.studio.gate import Gate
 from apps.studio.painting import Changes, Painting, restated
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings, languages
@@ -67,13 +70,20 @@ def build_engine(
     return engine
 
 
+_PREFIXES = ("", *(f"/{name}" for name in languages() if name != "en"))
+UPLOADS = {f"{prefix}/gradio_api/upload": limits.MAX_UPLOAD_BYTES + 64 * 1024 for prefix in _PREFIXES}
+"""Paths of the pages that take files, and how many bytes each takes: a file, and the form around it."""
+FORMS = tuple(f"{prefix}/gradio_api/queue/join" for prefix in _PREFIXES)
+"""Paths of the pages that take what stands on them."""
+
+
 def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> None:
     """Put the page onto a server, in every language: English at `/`, others at their names.
 
     Args:
-        app: the server; its own routes go first.
-        engine: paints; its output folder is the only one that is served.
-        tokens: the users, whose tokens are their passwords; None asks nobody.
+        app: the server, from `create_app`; its own routes go first.
+        engine: paints.
+        tokens: the users; the guard of the server has asked for theirs.
     """
     folder, sessions = engine.output_dir, Sessions(tokens)
     for language in reversed(languages()):  # the page at `/` last, because it answers for every address
@@ -83,7 +93,7 @@ def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> Non
             app,
             page,
             "/" if language == "en" else f"/{language}",
-            auth=None if tokens is None else lambda name, token: tokens.find(token, name) is not None,
+            auth_dependency=None if tokens is None else lambda request: request.state.user.name,
             show_error=False,
             enable_monitoring=False,
             run_history=False,
@@ -92,6 +102,7 @@ def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> Non
             pwa=False,
             footer_links=[],
             max_file_size=limits.MAX_UPLOAD_BYTES,
+            # For the copies that Gradio makes of what the page shows; the gate serves the copies only.
             allowed_paths=[] if folder is None else [str(folder)],
             blocked_paths=[] if folder is None else [str(folder / STATE_FOLDER)],
             theme=theme(),
@@ -99,6 +110,20 @@ def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> Non
             js=SCRIPT.read_text(encoding="utf-8"),
             head=_head(),
         )
+        page.has_launched = True  # else Gradio does not check that files which requests name were uploaded
+        _guard(app, page)
+
+
+def _guard(app: FastAPI, page: gr.Blocks) -> None:
+    """Put the gate before the page that was mounted last.
+
+    Raises:
+        TypeError: this Gradio puts pages elsewhere.
+    """
+    mounted, pending = app.router.routes[-1], page._queue.pending_event_ids_session
+    if not isinstance(mounted, Mount):
+        raise TypeError(f"Gradio has put a {type(mounted).__name__} onto the server, not a Mount; nothing guards it.")
+    mounted.app = Gate(mounted.app, Path(get_upload_folder()), lambda session: set(pending.get(session, ())))
 
 
 def _head() -> str:

@@ -203,8 +203,8 @@ def file_uri(path: Path) -> str:
 
 
 def clip_address(path: Path) -> str:
-    """Return where a clip of the output folder is served, beside the page in whatever language."""
-    return f"gradio_api/file={quote(str(path))}"
+    """Return where a clip of the output folder is served."""
+    return f"/outputs/{quote(path.name)}"
 
 
 def preview_uri(image: Image.Image) -> str:
