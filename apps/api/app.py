@@ -44,6 +44,8 @@ JobId = Annotated[str, PathPart(pattern=r"^[0-9a-f]{16}$")]
 Place = Annotated[int, PathPart(ge=0, lt=limits.MAX_PICTURES)]
 MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp", ".mp4": "video/mp4"}
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\.(png|webp|mp4)")
+PUBLIC = ("/v1/health",)
+"""Paths that need no token."""
 UPLOADS = {"/v1/pictures": limits.MAX_UPLOAD_BYTES}
 """Paths whose bodies are files, and how many bytes each takes."""
 
@@ -83,7 +85,7 @@ def create_app(
     if logins is not None:
         login_page.add_login(app, logins)
     _add_files(app)
-    public = ("/v1/health", *(login_page.PATHS if logins is not None else ()))
+    public = (*PUBLIC, *(login_page.PATHS if logins is not None else ()))
     guard = {"tokens": tokens, "logins": logins, "public": public, "forms": forms, "sizes": sizes}
     app.add_middleware(Guard, uploads=UPLOADS | dict(uploads or {}), **guard)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
@@ -209,7 +211,7 @@ def _add_looking(app: FastAPI) -> None:
 
     @app.get("/v1/openapi.json", include_in_schema=False)
     def openapi(user: Watcher, request: Request) -> dict[str, Any]:
-        return openapi_of(request.app)
+        return openapi_of(request.app, PUBLIC)
 
     @app.get("/v1/jobs")
     def jobs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI
@@ -30,15 +31,22 @@ def takes_file(*kinds: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": dict.fromkeys(kinds, binary)}}
 
 
-def openapi(app: FastAPI) -> dict[str, Any]:
-    """Return the schema of a server, complete in itself."""
+def openapi(app: FastAPI, public: Collection[str] = ()) -> dict[str, Any]:
+    """Return the schema of a server, complete in itself.
+
+    Args:
+        app: the server.
+        public: paths that need no token.
+    """
     schema = app.openapi()
     shared = schema.setdefault("components", {}).setdefault("schemas", {})
-    for path in schema["paths"].values():
+    for name, path in schema["paths"].items():
         for method in path.keys() & METHODS:
             for content in path[method].get("requestBody", {}).get("content", {}).values():
                 shared |= content.get("schema", {}).pop("$defs", {})
             _add_errors(path[method])
+            if name in public:
+                path[method]["security"] = []
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     schema["security"] = [{"token": []}]
     return schema
