@@ -25,6 +25,7 @@ from apps.bench_costs import bench_costs
 from apps.bench_next_scale import Asked, bench_kv, bench_search, bench_shortcuts, show_tables
 from apps.bench_paint import bench_paint, medians
 from apps.bench_released import bench_released
+from apps.bench_runs import add_run, has_ratios
 from apps.machine import describe_machine
 from dit.runtime.compare import measure
 
@@ -132,8 +133,10 @@ def _in_fresh_process(code: str) -> Callable[[], object]:
 
 
 def _write(report: dict[str, Any], output: Path) -> None:
-    """Writes a report as JSON; reports of single models go beside those of others that the file holds."""
-    if "model" in report:
+    """Write a report as JSON; runs with ratios, and reports of single models, go beside what the file holds."""
+    if has_ratios(report):
+        report = add_run(report, json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {})
+    elif "model" in report:
         own = {name: value for name, value in report.items() if name not in ("benchmark", "model")}
         held = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
         others = held.get("models", {}) if held.get("benchmark") == report["benchmark"] else {}

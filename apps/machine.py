@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "device": name,
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -28,6 +31,15 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
         "tessera": __version__,
         "commit": _commit(),
     }
+
+
+def _processor() -> str:
+    """Return the processor's name, and whether it has AVX-512, where the system tells; ratios depend on both."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = found.get("model name") or platform.processor() or platform.machine()
+    return name + (", AVX-512" if "avx512f" in found.get("flags", "").split() else "")
 
 
 def _commit() -> str | None:

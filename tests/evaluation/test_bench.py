@@ -5,6 +5,7 @@ import json
 import pytest
 
 from apps.bench import run
+from apps.bench_runs import add_run, has_ratios
 from dit.runtime.costs import load_costs
 from pipelines import NextScaleClassToImagePipeline
 from tests.models.tiny_next_scale import tokenizer, transformer
@@ -68,3 +69,18 @@ def test_unknown_benchmark_lists_the_known():
         ValueError, match="one of paint, start, costs, cache, cache-transfer, kv, shortcuts, search, released"
     ):
         run("nothing")
+
+
+def test_a_report_keeps_the_runs_of_other_days_and_their_range():
+    def report(ratio):
+        rows = [{"code": "ours", "of released": ratio}, {"code": "released", "of released": 1.0}]
+        return {"benchmark": "released", "machine": {"date": "2026-01-01"}, "tables": {"one": rows}}
+
+    assert has_ratios(report(0.5))
+    assert not has_ratios({"benchmark": "paint", "tables": {"one": [{"code": "x"}]}})
+    held = report(0.6)  # a file of the older form is its first run
+    for ratio in (0.9, 0.7):
+        held = add_run(report(ratio), held)
+    assert len(held["runs"]) == 3
+    assert held["ranges"][0] == {"of": "ours", "ratio": "of released", "from": 0.6, "to": 0.9, "runs": 3}
+    assert add_run(report(0.8), {"benchmark": "costs"})["ranges"][0]["runs"] == 1
