@@ -131,7 +131,8 @@ def _paint_batches(
                 settings = _settings(canvas, i, model, studio, painted, frames)
                 place = first + i if request.pick is None else 0
                 report = ", ".join(filter(None, (painted.report, told)))
-                tell(_finish(order, place, model, studio, settings, frames, seconds, report))
+                told_too = (report, notes_on(request, model))
+                tell(_finish(order, place, model, studio, settings, frames, seconds, *told_too))
         if painted.ended_after is not None and switches.finish.is_set():
             return
 
@@ -277,6 +278,7 @@ def _finish(
     frames: list[Image.Image],
     seconds: float,
     report: str,
+    notes: tuple[str, ...],
 ) -> Picture:
     """Write a picture, or a clip and a picture of some of its frames; then it counts."""
     clip = None if model.frames is None else Clip(tuple(frames), model.fps)
@@ -292,7 +294,27 @@ def _finish(
         video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), written)
     name = "" if path is None else path.name
     studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds))
-    return Picture(path, settings.seed, settings, image, seconds, clip, video, report)
+    return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes)
+
+
+def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
+    """Say what keeps images from being what was asked for: words that the model was not trained on.
+
+    Args:
+        request: filled in, see `fill_in`.
+        model: generates.
+
+    Returns:
+        A sentence each; none for a model with an open vocabulary.
+    """
+    find = getattr(model.pipe_for(request.task), "unknown_words", None)
+    if find is None:
+        return ()
+    from pipelines.words import describe_unknown
+
+    texts = [getattr(request, name, None) for name in ("prompt", "negative_prompt")]
+    said = describe_unknown(find([text for text in texts if text]))
+    return (said,) if said else ()
 
 
 def _settings(
