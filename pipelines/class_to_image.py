@@ -259,6 +259,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break
+                self._current_timestep = timestep
                 branch = "all" if self.do_classifier_free_guidance else "cond"
                 with coordinates_scope(table.at(run, step, branch)):
                     prediction = self._predict(latents, labels, timestep)  # (B, C, h, w), or 2 C with a variance
@@ -273,6 +274,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
                 if self._finish_now:
                     latents = tensors["denoised_latents"]
                     break
+        self._current_timestep = None
         self._interrupted = self._interrupt
         return latents
 
@@ -300,7 +302,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         with self.transformer.cache_context("guided" if guided else "cond"):
             prediction = self.transformer(
                 sample.to(self.transformer.dtype),
-                timestep=self._model_time(timestep),
+                timestep=self._model_time(timestep).expand(len(labels)),  # a row each: FasterCache halves the batch
                 class_labels=labels,
                 attention_kwargs=self._attention_kwargs,
                 return_dict=False,

@@ -356,6 +356,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         for scale in range(scales):
             if self._interrupt:
                 break
+            self._current_timestep = torch.tensor(scale)
             if search is not None:
                 search.before(walk, scale)
             if applied is not None:
@@ -365,11 +366,12 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
             indices = walk.step(scale)
             self._seconds += time.perf_counter() - begun
             tensors = {"latents": walk.latents, "denoised_latents": walk.latents, "indices": indices}
-            returned = self.run_callback(callback, scale, torch.tensor(scale), callback_inputs, tensors)
+            returned = self.run_callback(callback, scale, self._current_timestep, callback_inputs, tensors)
             walk.latents = returned["latents"]
             bar.update()
             if self._finish_now:
                 break
+        self._current_timestep = None
         self._interrupted = self._interrupt
         self._report_cache(walk.cache, peak)
 

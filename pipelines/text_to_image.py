@@ -388,14 +388,16 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         if negative is not None:
             latents, states = torch.cat([latents, latents]), torch.cat([negative, states])  # (2B, ...)
         branch, context = ("cond", "cond") if negative is None else ("all", "guided")
+        # Left out, not None: FasterCache of diffusers halves all arguments of this name.
+        masked = {} if mask is None else {"encoder_attention_mask": mask[-len(latents) :]}
         with coordinates_scope(replace(here, branch=branch)), self.transformer.cache_context(context):
             velocity = self.transformer(
                 latents.to(self.transformer.dtype),
                 encoder_hidden_states=states,
                 timestep=timestep.expand(len(latents)),
-                encoder_attention_mask=None if mask is None else mask[-len(latents) :],
                 attention_kwargs=self._attention_kwargs,
                 return_dict=False,
+                **masked,
             )[0].float()
         if negative is None:
             return velocity  # (B, C, h, w)
