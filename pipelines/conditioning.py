@@ -91,6 +91,22 @@ class TextConditionedPipeline(KnownWordsMixin, TesseraPipeline):
         # diffusers' tools read these names out of the source, so they are those of __call__
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
 
+    def check_parts(self, *names: str) -> None:
+        """Check that components are there, which may be left out to encode prompts first and generate later.
+
+        Args:
+            *names: of the components that a call needs.
+
+        Raises:
+            ValueError: one is None.
+        """
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            raise ValueError(
+                f"This pipeline was loaded without {' and '.join(missing)}: it can encode prompts (encode_prompt), not "
+                "generate images. Pass the encoded prompts to a pipeline that has all of them."
+            )
+
     def _one_side(
         self,
         name: str,
