@@ -167,8 +167,7 @@ def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> An
         values["strength"] = STRENGTH
     if "steps" in fields and getattr(request, "steps", None) is None:
         values["steps"] = model.steps
-    if "width" in fields and getattr(request, "width", None) is None:
-        values["width"], values["height"] = open_size(request, model, uploads)
+    values |= _size(request, model, uploads)
     values |= _frames(request, model)
     if request.style is not None:
         if "prompt" not in fields:
@@ -186,6 +185,27 @@ def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
     if asked is not None and model.frames is None:
         raise ValueError(f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.")
     return {"frames": asked or model.frames} if "frames" in type(request).model_fields else {}
+
+
+def _size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> dict[str, int | None]:
+    """Settle the size: what was left open is filled in, unless the pipeline takes no size.
+
+    Raises:
+        ValueError: another size than the only one of such a pipeline was asked for.
+    """
+    if "width" not in type(request).model_fields:
+        return {}
+    asked = getattr(request, "width"), getattr(request, "height")  # noqa: B009
+    takes_one = {"height", "width"} <= model.accepts(request.task) or getattr(request, "image", None) is not None
+    if takes_one:
+        width, height = open_size(request, model, uploads) if asked[0] is None else asked
+        return {"width": width, "height": height}
+    if asked[0] is not None and asked != (model.width, model.side):
+        raise ValueError(
+            f"width and height: the model {model.key!r} generates images of one size, not {asked[0]} x {asked[1]}; "
+            f"leave them out, or give {model.width} x {model.side}."
+        )
+    return {"width": None, "height": None}
 
 
 def open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> tuple[int, int]:
