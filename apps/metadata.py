@@ -101,7 +101,7 @@ class PictureSettings(BaseModel):
 
     Attributes:
         schema_version: of this record; 1 knew text to image only, 2 neither expanding nor memory nor attention, 3
-            counted the guidance of next-scale class models from 0, which is 1 now. Older ones are translated on reading.
+            counted the guidance of next-scale class models from 0, which is 1 now. Older ones are translated when read.
         task: what was asked for.
         prompt: the text that was painted; empty for a picture of a class.
         negative_prompt: the text that was kept away from.

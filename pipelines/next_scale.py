@@ -28,7 +28,6 @@ from sampling.scale_acceleration import ScaleAcceleration
 from sampling.test_time_search import TTSConfig
 from sampling.tokens import Generators, draw_tokens, guide_logits, mix_codes, ramp, truncate
 
-
 DEFAULT_GUIDANCE = 5.0
 """Guidance scale of a call that names none."""
 

@@ -323,7 +323,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         negative_prompt_attention_mask: Tensor | None = None,
         max_sequence_length: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Encode prompts as `TextConditionedPipeline.encode_prompt` does, but with no negative side unless one is given.
+        """Encode prompts as `TextConditionedPipeline.encode_prompt` does; with no negative side unless one is given.
 
         The network has an empty text of its own, from which a call without a negative prompt steers away.
 
