@@ -190,7 +190,8 @@ class PictureSettings(BaseModel):
         """Translate a record of an older version, so that it reproduces the same image today."""
         if not isinstance(data, dict) or data.get("schema_version", 4) not in (1, 2, 3):
             return data
-        guidance, changed = data.get("guidance"), {"schema_version": 4}
+        changed: dict[str, Any] = {"schema_version": 4}
+        guidance = data.get("guidance")
         if data.get("task") == "next_scale_class" and isinstance(guidance, int | float) and guidance >= 0:
             changed["guidance"] = guidance + 1
         return {**data, **changed}
