@@ -200,3 +200,13 @@ def test_unknown_words_of_the_prompt_are_told(tmp_path, capsys):
     assert told.err == ""
     run(Wishes(prompt="three crabs on blue", model="stickers", steps=1), tmp_path / "c.png", CPU)
     assert "warning" not in capsys.readouterr().err
+
+
+def test_unknown_words_are_in_the_rows_of_a_batch(fake, tmp_path, capsys):
+    fake.unknown_words = lambda prompts: ("teal",) if "teal" in prompts[0] else ()
+    file = tmp_path / "prompts.txt"
+    file.write_text("a crab on teal\na crab on blue\n")
+    run_batch(file, tmp_path / "out", Wishes(steps=2), CPU, json_output=True)
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert "'teal'" in first["notes"][0]
+    assert second["notes"] == []
