@@ -128,9 +128,10 @@ def _paint(
         if all(path.is_file() for path in paths):
             return {**row, "state": "skipped", "paths": [str(path) for path in paths]}
         with closing(follow(engine.generate(request), console)) as pictures:
-            written = [
-                save(picture, path, keep_settings, sidecar) for path, picture in zip(paths, pictures, strict=True)
-            ]
+            written, notes = [], dict[str, None]()
+            for path, picture in zip(paths, pictures, strict=True):
+                written.append(save(picture, path, keep_settings, sidecar))
+                notes |= dict.fromkeys(picture.notes)
     except (ValueError, OSError, TypeError) as error:
         return {**row, "state": "failed", "error": str(error)}
-    return {**row, "paths": [str(path) for files in written for path in files]}
+    return {**row, "paths": [str(path) for files in written for path in files], "notes": list(notes)}

@@ -25,7 +25,6 @@ from apps.stickers import Scene, load_sprites
 from apps.stickers.judge import Judge, score
 from apps.stickers.prompt_sets import SETS, Request, draw_requests
 from apps.training.scenes import read_vocabulary
-from dit.runtime import bridge
 from dit.runtime.compare import measure, psnr
 from pipelines import load_pipeline
 from sampling.step_cache import Profile, StepCache, calibrate_budget
@@ -109,7 +108,6 @@ def bench_cache(
     smoke = repeats == 1
     pipe: Any = load_pipeline(model, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    bridge.install()
     work = Workload(pipe, draw(pipe, 4 if smoke else prompts, 7), steps or (8 if smoke else 28), 4.0)
     learned = [request.prompt for request in draw(pipe, 4, 1_000_003)]
     settings: dict[str, Any] = {"seed": CALIBRATION_SEED, "guidance_scale": work.guidance}

@@ -116,9 +116,7 @@ def ours(var: nn.Module, vae: nn.Module, dtype: torch.dtype, scales: tuple[int, 
 def paint_ours(pipe: Any, guidance: float) -> Tensor:
     """A picture (1, 3, H, W) in [0, 1]."""
     generator = torch.Generator().manual_seed(SEED)
-    return pipe(
-        [LABEL], guidance_scale=guidance, top_k=TOP_K, top_p=TOP_P, generator=generator, output_type="pt"
-    ).images
+    return pipe([LABEL], cfg=guidance, top_k=TOP_K, top_p=TOP_P, generator=generator, output_type="pt").images
 
 
 @torch.inference_mode()

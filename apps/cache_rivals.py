@@ -16,7 +16,6 @@ import diffusers
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
-from dit.runtime import bridge
 from sampling.schedulers import FlowMatchAB2Scheduler
 from sampling.step_cache import Profile, StepCache
 
@@ -83,7 +82,6 @@ def _enabled(config: Any) -> Callable[[Any], AbstractContextManager[Any]]:
 
 def magnitudes_by_diffusers(pipe: Any, prompt: str, steps: int, paint: Paint) -> list[float]:
     """Magnitude ratios as diffusers calibrates them: it prints them, so they are read off its output."""
-    bridge.install()
     calibration = _enable(MagCacheConfig(num_inference_steps=steps, calibrate=True), pipe)
     with contextlib.redirect_stdout(io.StringIO()) as printed, calibration:
         paint([prompt], [0])

@@ -68,6 +68,8 @@ class Picture:
         clip: the frames, from a model that makes clips.
         video: where the clip was written.
         report: what accelerators did, for people; empty without any.
+        notes: what keeps the image from being what was asked for, a sentence each, such as words of the prompt that
+            the model was not trained on.
     """
 
     path: Path | None
@@ -78,6 +80,7 @@ class Picture:
     clip: Clip | None = None
     video: Path | None = None
     report: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

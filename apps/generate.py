@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from apps import limits
@@ -134,6 +135,7 @@ class Machine:
         """
         loras = {} if lora is None else one_lora(lora)
         logging.getLogger("apps").setLevel(logging.CRITICAL)  # an error is raised here; the log would tell it twice
+        logging.getLogger("pipelines.words").setLevel(logging.ERROR)  # `follow` prints the notes
         return Engine(name_models([model]), None, self.device, self.dtype, self.offload, self.base, loras=loras)
 
     def fitted(self, memory: MemoryName | None) -> Machine:
@@ -436,7 +438,7 @@ def picture_paths(output: Path, num: int) -> list[Path]:
 
 
 def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
-    """Draw a progress bar from the events of a job and pass its pictures on.
+    """Draw a progress bar from the events of a job, print each note once and pass the pictures on.
 
     Args:
         events: from `Engine.generate`; closed on leaving, which stops the job.
@@ -449,6 +451,7 @@ def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
         Exception: what made the job fail.
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+    noted: set[str] = set()
     with closing(events), Progress(*columns, console=console, transient=True) as progress:  # type: ignore[type-var]
         task = progress.add_task("starting", total=None, left="")
         for event in events:
@@ -465,7 +468,10 @@ def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
                         total=steps * pictures,
                         left=f"{eta:.1f} s left",
                     )
-                case Picture():
+                case Picture(notes=notes):
+                    for note in (one for one in notes if one not in noted):
+                        console.print(f"[yellow]warning[/yellow] {escape(note)}", highlight=False)
+                    noted.update(notes)
                     yield event
                 case Failed(message=message, cause=cause):
                     raise cause if cause is not None else ValueError(message)
@@ -481,6 +487,7 @@ def report(written: list[tuple[list[Path], Picture]], json_output: bool) -> None
                 "paths": [str(path) for path in paths],
                 "seconds": round(picture.seconds, 3),
                 "report": picture.report,
+                "notes": list(picture.notes),
                 **picture.metadata.model_dump(),
             }
             for paths, picture in written

@@ -14,7 +14,8 @@ MAX_SIDE = 2_048
 MAX_PIXELS = 2_048 * 1_024
 SIDE_MULTIPLE = 8
 MAX_STEPS = 200
-MAX_GUIDANCE = 30.0
+MAX_GUIDANCE = 31.0
+"""30 more than none, as old records of next-scale class models have it."""
 MAX_PICTURES = 16
 MAX_FRAMES = 257
 MAX_SEED = 2**32 - 1

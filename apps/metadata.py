@@ -100,7 +100,8 @@ class PictureSettings(BaseModel):
     """Everything needed to paint one picture again.
 
     Attributes:
-        schema_version: of this record; 1 knew text to image only, 2 neither expanding nor memory nor attention.
+        schema_version: of this record; 1 knew text to image only, 2 neither expanding nor memory nor attention, 3
+            counted the guidance of next-scale class models from 0, which is 1 now. Older ones are translated when read.
         task: what was asked for.
         prompt: the text that was painted; empty for a picture of a class.
         negative_prompt: the text that was kept away from.
@@ -143,7 +144,7 @@ class PictureSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    schema_version: Literal[1, 2, 3] = 3
+    schema_version: Literal[1, 2, 3, 4] = 4
     task: Task = "text_to_image"
     prompt: str = Field(default="", max_length=limits.MAX_PROMPT_CHARS)
     negative_prompt: str = Field(default="", max_length=limits.MAX_PROMPT_CHARS)
@@ -182,6 +183,18 @@ class PictureSettings(BaseModel):
     candidates: int | None = Field(default=None, ge=2, le=limits.MAX_CANDIDATES)
     batch_size: int = Field(default=1, ge=1, le=limits.MAX_BATCH)
     pick: int | None = Field(default=None, ge=0, lt=limits.MAX_BATCH)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translate(cls, data: Any) -> Any:
+        """Translate a record of an older version, so that it reproduces the same image today."""
+        if not isinstance(data, dict) or data.get("schema_version", 4) not in (1, 2, 3):
+            return data
+        changed: dict[str, Any] = {"schema_version": 4}
+        guidance = data.get("guidance")
+        if data.get("task") == "next_scale_class" and isinstance(guidance, int | float) and guidance >= 0:
+            changed["guidance"] = guidance + 1
+        return {**data, **changed}
 
 
 class MetadataError(ValueError):

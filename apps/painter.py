@@ -51,6 +51,10 @@ ARGUMENTS = {
 """Field of a request -> argument of a call; those whose names differ between pipelines are settled in `_arguments`."""
 
 
+FIELDS = {argument: name for name, argument in ARGUMENTS.items()}
+"""Argument of a call -> field of a request, for messages."""
+
+
 class StopRequestedError(Exception):
     """The job was given up because somebody asked for it."""
 
@@ -183,19 +187,23 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
     # On the CPU whatever the device: then the same seed starts from the same noise everywhere.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in canvas.seeds]
     wishes = {name: canvas.wish(field) for field, name in ARGUMENTS.items()}
+    several = len(generators) if len(generators) > 1 else None
     wishes |= {
         model.guidance_argument: canvas.request.guidance,
         model.frames_argument: canvas.wish("frames"),
         "image": canvas.image,
         "mask_image": canvas.mask,
-        "num_images_per_prompt": len(generators) if len(generators) > 1 else None,
+        "num_images_per_prompt": several,
     }
+    wishes |= _class_labels(model, canvas, accepts)
     arguments = {name: value for name, value in wishes.items() if value not in (None, "")}
     if canvas.image is not None:  # it has the size already, and some pipelines take the size from it
         arguments = {name: value for name, value in arguments.items() if name in accepts or name not in _SIDES}
+    if several is not None and "num_images_per_prompt" in arguments and "num_images_per_prompt" not in accepts:
+        raise ValueError(f"The model {model.key!r} generates one image at a time; set batch_size to 1.")
     for name in arguments:
         if name not in accepts:
-            raise ValueError(f"The model {model.key!r} has no setting {name!r}; leave it out.")
+            raise ValueError(f"The model {model.key!r} has no setting {FIELDS.get(name, name)!r}; leave it out.")
     if canvas.wish("search"):
         arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), model.pipe.transformer.grids)
     arguments["generator"] = generators[0] if len(generators) == 1 else generators
@@ -205,6 +213,25 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
 
 
 _SIDES = ("height", "width")
+
+
+def _class_labels(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -> dict[str, Any]:
+    """Settle the class for pipelines of diffusers, which take a list of numbers, one an image, and check nothing.
+
+    Raises:
+        ValueError: the model has no such class.
+    """
+    label = canvas.wish("label")
+    if label is None or "num_images_per_prompt" in accepts:  # ours read names and numbers, and say what is wrong
+        return {}
+    names: dict[str, int] = getattr(model.pipe_for(canvas.request.task), "labels", None) or {}
+    number = names.get(label) if isinstance(label, str) else label
+    if number not in model.labels:
+        raise ValueError(
+            f"label: the model {model.key!r} has no class {label!r}; choose a number from 0 to {len(model.labels) - 1}"
+            f"{', or a name that it knows' if names else ''}."
+        )
+    return {"class_labels": [number] * len(canvas.seeds), "num_images_per_prompt": None}
 
 
 def _guidance_extras(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -> dict[str, Any]:

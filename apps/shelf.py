@@ -263,7 +263,7 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
         can_preview=callable(getattr(pipe, "preview", None)) or _shows_latents(pipe),
         labels=class_names(pipe),
         schedulers=tuple(scheduler_names(getattr(pipe, "scheduler", None))),
-        sizes=tuple((width, height) for height, width in getattr(pipe, "sizes", ())),
+        sizes=offered_sizes(pipe),
         can_tile=can_tile(pipe),
         can_search="search" in defaults and getattr(pipe, "scorer", None) is not None,
     )
@@ -401,6 +401,13 @@ def default_side(pipe: Pipeline, name: str = "height") -> int:
     return next((side for side in sides if isinstance(side, int) and side > 0), FALLBACK_SIDE)
 
 
+def offered_sizes(pipe: Pipeline) -> tuple[tuple[int, int], ...]:
+    """Return width and height of all images that a pipeline generates, its own first; empty for any multiple."""
+    if {"height", "width"}.isdisjoint(call_arguments(pipe)) and "class_labels" in call_arguments(pipe):
+        return ((default_side(pipe, "width"), default_side(pipe, "height")),)
+    return tuple((width, height) for height, width in getattr(pipe, "sizes", ()))
+
+
 def latent_scale(pipe: Pipeline) -> int | None:
     """Return how many pixels a latent cell covers along a side; None for a pipeline that doesn't say."""
     names = (
@@ -409,7 +416,9 @@ def latent_scale(pipe: Pipeline) -> int | None:
         "vae_spatial_compression_ratio",
         "vae_spatial_scale_factor",
     )
-    return next((int(scale) for name in names if (scale := getattr(pipe, name, None))), None)
+    found = next((int(scale) for name in names if (scale := getattr(pipe, name, None))), None)
+    levels = getattr(getattr(getattr(pipe, "vae", None), "config", None), "block_out_channels", None)
+    return found if found is not None or not levels else 2 ** (len(levels) - 1)  # all of diffusers' halve so often
 
 
 def side_multiple(pipe: Pipeline) -> int:

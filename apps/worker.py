@@ -132,7 +132,8 @@ def _paint_batches(
                 settings = _settings(canvas, i, model, studio, painted, frames)
                 place = first + i if request.pick is None else 0
                 report = ", ".join(filter(None, (painted.report, told)))
-                tell(_finish(order, place, model, studio, settings, frames, seconds, report))
+                told_too = (report, notes_on(request, model))
+                tell(_finish(order, place, model, studio, settings, frames, seconds, *told_too))
         if painted.ended_after is not None and switches.finish.is_set():
             return
 
@@ -167,8 +168,7 @@ def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> An
         values["strength"] = STRENGTH
     if "steps" in fields and getattr(request, "steps", None) is None:
         values["steps"] = model.steps
-    if "width" in fields and getattr(request, "width", None) is None:
-        values["width"], values["height"] = open_size(request, model, uploads)
+    values |= _size(request, model, uploads)
     values |= _frames(request, model)
     if request.style is not None:
         if "prompt" not in fields:
@@ -186,6 +186,27 @@ def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
     if asked is not None and model.frames is None:
         raise ValueError(f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.")
     return {"frames": asked or model.frames} if "frames" in type(request).model_fields else {}
+
+
+def _size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> dict[str, int | None]:
+    """Settle the size: what was left open is filled in, unless the pipeline takes no size.
+
+    Raises:
+        ValueError: another size than the only one of such a pipeline was asked for.
+    """
+    if "width" not in type(request).model_fields:
+        return {}
+    asked = getattr(request, "width"), getattr(request, "height")  # noqa: B009
+    takes_one = {"height", "width"} <= model.accepts(request.task) or getattr(request, "image", None) is not None
+    if takes_one:
+        width, height = open_size(request, model, uploads) if asked[0] is None else asked
+        return {"width": width, "height": height}
+    if asked[0] is not None and asked != (model.width, model.side):
+        raise ValueError(
+            f"width and height: the model {model.key!r} generates images of one size, not {asked[0]} x {asked[1]}; "
+            f"leave them out, or give {model.width} x {model.side}."
+        )
+    return {"width": None, "height": None}
 
 
 def open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> tuple[int, int]:
@@ -280,6 +301,7 @@ def _finish(
     frames: list[Image.Image],
     seconds: float,
     report: str,
+    notes: tuple[str, ...],
 ) -> Picture:
     """Write a picture, or a clip and a picture of some of its frames; then it counts."""
     clip = None if model.frames is None else Clip(tuple(frames), model.fps)
@@ -295,7 +317,27 @@ def _finish(
         video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), written)
     name = "" if path is None else path.name
     studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds))
-    return Picture(path, settings.seed, settings, image, seconds, clip, video, report)
+    return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes)
+
+
+def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
+    """Say what keeps images from being what was asked for: words that the model was not trained on.
+
+    Args:
+        request: filled in, see `fill_in`.
+        model: generates.
+
+    Returns:
+        A sentence each; none for a model with an open vocabulary.
+    """
+    find = getattr(model.pipe_for(request.task), "unknown_words", None)
+    if find is None:
+        return ()
+    from pipelines.words import describe_unknown
+
+    texts = [getattr(request, name, None) for name in ("prompt", "negative_prompt")]
+    said = describe_unknown(find([text for text in texts if text]))
+    return (said,) if said else ()
 
 
 def _settings(

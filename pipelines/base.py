@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from dit.tokenizers import VisualTokenizer, as_visual_tokenizer
-from pipelines.checks import check_side
+from pipelines.checks import check_generators, check_side
 
 OWN_PACKAGES = ("dit", "sampling", "pipelines", "apps")
 
@@ -215,15 +215,8 @@ class TesseraPipeline(DiffusionPipeline):
             TypeError: `generator` holds something else than generators.
             ValueError: a list whose length is not `count`.
         """
+        check_generators(generator, count)
         generators: list[Any] = list(generator) if isinstance(generator, list | tuple) else [generator] * count
-        if len(generators) != count:
-            raise ValueError(f"Got {len(generators)} generators for {count} pictures: pass one, or one per picture.")
-        for one in generators:
-            if one is not None and not isinstance(one, torch.Generator):
-                raise TypeError(
-                    f"generator must be a torch.Generator or a list of them, got {type(one).__name__}. "
-                    "From a seed: torch.Generator().manual_seed(seed)."
-                )
         devices = ["cpu" if one is None else one.device for one in generators]
         pictures = [
             torch.randn(tuple(shape), generator=one, dtype=torch.float32, device=device).cpu()

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+import torch
+
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
     """Check a finite real number.
@@ -128,6 +130,28 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
         check_number(f"sigmas[{index}]", sigma, 1e-6, 1.0)
         if index and not sigma < sigmas[index - 1]:
             raise ValueError(f"sigmas must decrease, got {sigmas[index - 1]:g} followed by {sigma:g} at index {index}.")
+
+
+def check_generators(generator: object, count: int) -> None:
+    """Check the random generators of a call.
+
+    Args:
+        generator: None, one for all images, or one for each.
+        count: images B.
+
+    Raises:
+        TypeError: something else than generators.
+        ValueError: a list of another length.
+    """
+    given = generator if isinstance(generator, list | tuple) else [generator] * count
+    if len(given) != count:
+        raise ValueError(f"Got {len(given)} generators for {count} pictures: pass one, or one per picture.")
+    for one in given:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator or a list of them, got {type(one).__name__}. "
+                "From a seed: torch.Generator().manual_seed(seed)."
+            )
 
 
 def _shown(value: object) -> str:

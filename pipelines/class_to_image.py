@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dit.runtime.coordinates import coordinates_scope, next_run
 from pipelines.base import OUTPUT_TYPES, TesseraPipeline
-from pipelines.checks import check_choice, check_count, check_number
+from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.labels import Label, label_ids, names_of
 from pipelines.lora import TransformerLoraMixin
 from sampling.guidance import classifier_free_guidance
@@ -118,6 +118,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
 
         device = self._execution_device
         labels = self.get_label_ids(class_labels).repeat_interleave(num_images_per_prompt).to(device)  # (B,)
+        check_generators(generator, len(labels))
         shape = (self.transformer.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         step_generators = _generator_per_picture(generator, len(labels))  # before the start noise advances it
         latents = self._prepare_latents(shape, len(labels), generator, latents, device)  # (B, C, h, w)
@@ -259,6 +260,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break
+                self._current_timestep = timestep
                 branch = "all" if self.do_classifier_free_guidance else "cond"
                 with coordinates_scope(table.at(run, step, branch)):
                     prediction = self._predict(latents, labels, timestep)  # (B, C, h, w), or 2 C with a variance
@@ -273,6 +275,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
                 if self._finish_now:
                     latents = tensors["denoised_latents"]
                     break
+        self._current_timestep = None
         self._interrupted = self._interrupt
         return latents
 
@@ -300,7 +303,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         with self.transformer.cache_context("guided" if guided else "cond"):
             prediction = self.transformer(
                 sample.to(self.transformer.dtype),
-                timestep=self._model_time(timestep),
+                timestep=self._model_time(timestep).expand(len(labels)),  # a row each: FasterCache halves the batch
                 class_labels=labels,
                 attention_kwargs=self._attention_kwargs,
                 return_dict=False,
@@ -341,15 +344,24 @@ def _generator_per_picture(
 ) -> list[torch.Generator] | None:
     """One generator a picture for the noise of stochastic steps, so that picture i is the same in any batch.
 
+    A single generator and a list of it mean the same: what the steps draw follows from the state that it has before the
+    start noise is drawn.
+
     Args:
         generator: what the caller gave; left as it is.
         count: number of pictures B.
 
     Returns:
-        The caller's list, or B new generators seeded from a copy of the caller's one; None stays None.
+        B new generators, each seeded from a copy of the caller's for its picture; None stays None.
     """
-    if generator is None or isinstance(generator, list | tuple):
-        return None if generator is None else list(generator)
-    source = generator.clone_state()
-    seeds = torch.randint(2**63 - 1, (count,), generator=source, device=source.device).tolist()
-    return [torch.Generator(source.device).manual_seed(seed) for seed in seeds]
+    if generator is None:
+        return None
+    given = list(generator) if isinstance(generator, list | tuple) else [generator] * count
+    copies = {id(one): one.clone_state() for one in given}  # one for several images goes on from each to the next
+    return [_seeded_from(copies[id(one)]) for one in given]
+
+
+def _seeded_from(source: torch.Generator) -> torch.Generator:
+    """Make a generator whose seed is the next draw of another one."""
+    seed = torch.randint(2**63 - 1, (1,), generator=source, device=source.device).item()
+    return torch.Generator(source.device).manual_seed(int(seed))

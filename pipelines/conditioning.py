@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipelines.base import TesseraPipeline
 from pipelines.checks import check_prompts
+from pipelines.words import KnownWordsMixin
 
 logger = logging.get_logger(__name__)
 
@@ -19,8 +20,11 @@ LONGEST = 512
 """Tokens kept of a prompt when neither the tokenizer nor the encoder states a limit."""
 
 
-class TextConditionedPipeline(TesseraPipeline):
-    """A pipeline with the components `tokenizer`, `text_encoder` and `transformer`, which can read prompts."""
+class TextConditionedPipeline(KnownWordsMixin, TesseraPipeline):
+    """A pipeline with the components `tokenizer`, `text_encoder` and `transformer`, which can read prompts.
+
+    Words of a prompt that the model was not trained on are named in one warning a call, see `pipelines.words`.
+    """
 
     def encode_prompt(
         self,
@@ -57,6 +61,7 @@ class TextConditionedPipeline(TesseraPipeline):
             ValueError: text is missing or given twice, counts or shapes disagree; the message says which.
         """
         device = device or self._execution_device
+        self.warn_of_unknown_words(prompt, negative_prompt if do_classifier_free_guidance else None)
         prompt_embeds, prompt_attention_mask = self._one_side(
             "prompt", prompt, prompt_embeds, prompt_attention_mask, max_sequence_length, device
         )
@@ -85,6 +90,22 @@ class TextConditionedPipeline(TesseraPipeline):
         prompt_embeds, prompt_attention_mask = repeat_text(prompt_embeds, prompt_attention_mask, times)
         # diffusers' tools read these names out of the source, so they are those of __call__
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    def check_parts(self, *names: str) -> None:
+        """Check that components are there, which may be left out to encode prompts first and generate later.
+
+        Args:
+            *names: of the components that a call needs.
+
+        Raises:
+            ValueError: one is None.
+        """
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            raise ValueError(
+                f"This pipeline was loaded without {' and '.join(missing)}: it can encode prompts (encode_prompt), not "
+                "generate images. Pass the encoded prompts to a pipeline that has all of them."
+            )
 
     def _one_side(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit.tokenizers.multi_scale_bsq import MultiScaleBSQ
 from pipelines.base import OUTPUT_TYPES
-from pipelines.checks import check_choice, check_count, check_number
+from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.inpaint import MaskInput
 from pipelines.labels import Label, label_ids, names_of
 from pipelines.next_scale_run import (
@@ -23,11 +23,13 @@ from pipelines.next_scale_run import (
     Pictures,
     ScaleOptions,
     ScaleTask,
-    check_generators,
 )
 from sampling.scale_acceleration import ScaleAcceleration
 from sampling.test_time_search import TTSConfig
 from sampling.tokens import Generators, draw_tokens, guide_logits, mix_codes, ramp, truncate
+
+DEFAULT_GUIDANCE = 5.0
+"""Guidance scale of a call that names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
 
     Example:
         >>> pipe = load_pipeline("VAR-d16")  # a folder written by `tessera convert --family var`
-        >>> pipe([207, 360], guidance_scale=4.0).images[0].save("retriever.png")
+        >>> pipe([207, 360], guidance_scale=5.0).images[0].save("retriever.png")
     """
 
     model_cpu_offload_seq = "transformer"
@@ -79,16 +81,11 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         self.vae_scale_factor = vae.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the unconditional branch is evaluated too: any guidance needs it, and 0 is none."""
-        return self._guidance_scale > 0
-
     @torch.no_grad()
     def __call__(
         self,
         class_labels: Label | Sequence[Label] | Tensor,
-        guidance_scale: float = 4.0,
+        guidance_scale: float = DEFAULT_GUIDANCE,
         top_k: int = 900,
         top_p: float = 0.95,
         temperature: float = 1.0,
@@ -108,13 +105,14 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         attention_kwargs: dict[str, Any] | None = None,
+        cfg: float | None = None,
     ) -> NextScaleOutput | tuple[Pictures]:
         """Paint.
 
         Args:
             class_labels: one label or a list of P: class numbers, or names if the pipeline knows them.
-            guidance_scale: strength of the guidance at the last scale; it grows evenly from 0 at the first one. As in
-                the released sampler, 0 turns it off (and halves the work); 1.5 scores best, 4 looks best.
+            guidance_scale: classifier-free guidance (arXiv 2207.12598) at the last scale; it grows evenly from 1, none,
+                at the first one. 1 or less turns it off (and halves the work); 2.5 scores best, 5 looks best.
             top_k: draw among so many entries of the codebook only; 0 is all.
             top_p: draw among the likeliest entries that hold this share of the probability; 0 is all.
             temperature: divides the logits; below 1 is bolder, above 1 more varied.
@@ -138,19 +136,23 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
             callback_on_step_end_tensor_inputs: the tensors it gets: "latents" or "denoised_latents" (the picture so
                 far, for `pipe.preview` or `pipe.decode_latents`), "indices" (the scale's tokens, (B, N)).
             attention_kwargs: passed on to the transformer, e.g. `{"scale": 0.5}` for LoRAs.
+            cfg: the guidance in the convention of VAR's released sampler, in place of `guidance_scale`, which is 1
+                more: 0 is none, 1.5 scores best, 4 looks best.
 
         Returns:
             The pictures; none when the run was interrupted (then `pipe.interrupted` is True).
 
         Raises:
             TypeError: an argument has a wrong type.
-            ValueError: an argument is out of range.
+            ValueError: an argument is out of range, or both `cfg` and `guidance_scale` are given.
         """
         self._interrupt = self._interrupted = self._finish_now = False
-        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+        guidance_scale = _from_cfg(cfg, guidance_scale)
         how = TokenSampling(guidance_scale, top_k, top_p, temperature, smooth)
         check_count("num_images_per_prompt", num_images_per_prompt, 1, 1024)
         check_choice("output_type", output_type, OUTPUT_TYPES)
+        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+        self._is_guided = self._guides(guidance_scale)
         options = ScaleOptions(kv_policy, kv_budget, kv_dtype, kv_observe, acceleration, search, image, mask_image)
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         labels = self.get_label_ids(class_labels).repeat_interleave(num_images_per_prompt)  # (B,)
@@ -166,22 +168,24 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
 
     def _task(self, labels: Tensor, how: TokenSampling, images_per_prompt: int) -> ScaleTask:
         """What to paint for labels (B,)."""
-        count, none = len(self.vae.grids), self.transformer.config.num_classes
+        count, none, guided = len(self.vae.grids), self.transformer.config.num_classes, self._is_guided
         names = {int(label): each.split(",")[0].strip() for label, each in (self.config["id2label"] or {}).items()}
 
         def prepare(transformer: Any, rows: Tensor) -> Any:
             wanted = labels[rows]  # (B',)
             both = torch.cat([wanted, torch.full_like(wanted, none)])  # (2B',)
-            return transformer.prepare_condition(
-                both if self.do_classifier_free_guidance else wanted, attention_kwargs=self._attention_kwargs
-            )
+            return transformer.prepare_condition(both if guided else wanted, attention_kwargs=self._attention_kwargs)
+
+        def guide(cond: Tensor, uncond: Tensor, scale: int) -> Tensor:
+            return guide_logits(cond, uncond, _strength(self._guidance_scale) * ramp(scale, count))
 
         return ScaleTask(
             prepare,
             prompts=[names.get(label, str(label)) for label in labels.tolist()],
             images_per_prompt=images_per_prompt,
-            guided=self.do_classifier_free_guidance,
-            guide=lambda cond, uncond, scale: guide_logits(cond, uncond, self._guidance_scale * ramp(scale, count)),
+            guided=guided,
+            guidance=(how.guidance_scale,) * count,
+            guide=guide,
             draw=lambda logits, scale, generator: self._draw(logits, ramp(scale, count), how, generator),
             grids=tuple(self.vae.grids),
         )
@@ -205,6 +209,21 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         if not how.smooth:
             return indices, indices
         return indices, mix_codes(logits, self.vae.quantizer.codebook.weight, progress, generator)  # (B, N, C)
+
+
+def _from_cfg(cfg: float | None, guidance_scale: float) -> float:
+    """The guidance scale of a call that may give VAR's `cfg` in place of it."""
+    if cfg is None:
+        return guidance_scale
+    check_number("cfg", cfg, 0.0, 99.0)
+    if guidance_scale != DEFAULT_GUIDANCE:
+        raise ValueError(f"cfg={cfg:g} and guidance_scale={guidance_scale:g} are the same setting: give one of them.")
+    return 1 + cfg
+
+
+def _strength(guidance_scale: float) -> float:
+    """VAR's `cfg` of a guidance scale, exactly the number that 1 was added to if it had up to 12 decimals."""
+    return max(round(guidance_scale - 1, 12), 0.0)
 
 
 def check_pair(transformer: ModelMixin, vae: ModelMixin, wants_text: bool) -> None:

@@ -48,7 +48,7 @@ class KeptTokens:
             grids: schedule of scales.
             flexible: whether the tokenizer takes the schedule.
         """
-        filled = fill_in(pixels, mask).to(next(vae.parameters()).dtype)  # (B, 3, H, W)
+        filled = fill_in(pixels, mask)  # (B, 3, H, W)
         codes = vae.quantize(filled, grids) if flexible else vae.quantize(filled)
         quantizer = getattr(vae, "quantizer", None)
         codebook = None if quantizer is None else quantizer.codebook.weight

@@ -96,7 +96,8 @@ class ScaleTask:
         prompts: of each picture, for rewards.
         images_per_prompt: see above.
         guided: whether there are unconditional rows.
-        guide: joins both branches.
+        guidance: guidance scale of each scale, unless a callback changes it.
+        guide: joins both branches, by the pipeline's present `_guidance_scale`.
         draw: from a scale's logits, its index and the generator to indices and what to add up.
         grids: schedule of scales.
         flexible: whether the tokenizer takes the schedule at each call.
@@ -106,6 +107,7 @@ class ScaleTask:
     prompts: Sequence[str]
     images_per_prompt: int
     guided: bool
+    guidance: Sequence[float]
     guide: Guide
     draw: Callable[[Tensor, int, Generators], tuple[Tensor, Tensor]]
     grids: tuple[Grid, ...]
@@ -129,6 +131,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["vae"]  # small, and every scale goes through it
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "denoised_latents", "indices"]
     _attention_kwargs: dict[str, Any] | None = None
+    _is_guided: bool = False  # what the running call began with
     _kv_profile: KVProfile | None = None
     _calibration: dict[str, int] | None = None
     _calibrator: KVCalibrator | None = None
@@ -136,6 +139,16 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
     kv_report: KVReport | None = None
     _read_reward: tuple[tuple[Any, torch.device], Reward] | None = None
     acceleration_report: dict[str, Any] | None = None
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running (or last) call evaluates the unconditional branch: it does if any scale is guided."""
+        return self._is_guided
+
+    @staticmethod
+    def _guides(guidance_scale: float) -> bool:
+        """Whether a scale with this guidance needs the unconditional branch."""
+        return guidance_scale > 1
 
     @property
     def default_height(self) -> int:
@@ -353,9 +366,11 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
     ) -> None:
         """Go through the scales, with progress bar, callback and interruption."""
         scales, peak = (walk.num_scales if applied is None else applied.num_scales), 0
+        guidance = list(task.guidance)
         for scale in range(scales):
             if self._interrupt:
                 break
+            self._current_timestep, self._guidance_scale = torch.tensor(scale), guidance[scale]
             if search is not None:
                 search.before(walk, scale)
             if applied is not None:
@@ -365,13 +380,26 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
             indices = walk.step(scale)
             self._seconds += time.perf_counter() - begun
             tensors = {"latents": walk.latents, "denoised_latents": walk.latents, "indices": indices}
-            returned = self.run_callback(callback, scale, torch.tensor(scale), callback_inputs, tensors)
+            returned = self.run_callback(callback, scale, self._current_timestep, callback_inputs, tensors)
             walk.latents = returned["latents"]
+            if self._guidance_scale != guidance[scale]:
+                self._check_changed_guidance(walk)
+                guidance[scale + 1 :] = [self._guidance_scale] * (len(guidance) - scale - 1)
             bar.update()
             if self._finish_now:
                 break
+        self._current_timestep = None
         self._interrupted = self._interrupt
         self._report_cache(walk.cache, peak)
+
+    def _check_changed_guidance(self, walk: ScaleWalk) -> None:
+        """Check the guidance that a callback has set for the scales to come."""
+        check_number("guidance_scale", self._guidance_scale, 0.0, 100.0)
+        if self._guides(self._guidance_scale) and not walk.guided:
+            raise ValueError(
+                f"_guidance_scale={self._guidance_scale:g} was set while the unconditional branch does not run: begin "
+                "the call with guidance_scale above 1, and without an acceleration that ends guidance."
+            )
 
     def _accelerate(
         self,
@@ -528,16 +556,3 @@ def _same_draws(generator: Generators) -> Generator[None]:
                 torch.set_rng_state(state)
             else:
                 one.set_state(state)
-
-
-def check_generators(generator: object, count: int) -> None:
-    """Raise for anything but None, a generator, or one generator a picture."""
-    given = generator if isinstance(generator, list | tuple) else [generator] * count
-    if len(given) != count:
-        raise ValueError(f"Got {len(given)} generators for {count} pictures: pass one, or one per picture.")
-    for one in given:
-        if one is not None and not isinstance(one, torch.Generator):
-            raise TypeError(
-                f"generator must be a torch.Generator or a list of them, got {type(one).__name__}. "
-                "From a seed: torch.Generator().manual_seed(seed)."
-            )

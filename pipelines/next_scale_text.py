@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dit.layers.resolutions import LADDERS, RUNGS, nearest_ratio, published_schedules
 from dit.layers.scales import Grid
 from pipelines.base import OUTPUT_TYPES
-from pipelines.checks import check_choice, check_count, check_number
+from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.conditioning import TextConditionedPipeline, text_limit
 from pipelines.inpaint import MaskInput
 from pipelines.next_scale import check_pair
@@ -26,7 +26,6 @@ from pipelines.next_scale_run import (
     Pictures,
     ScaleOptions,
     ScaleTask,
-    check_generators,
 )
 from sampling.scale_acceleration import ScaleAcceleration
 from sampling.test_time_search import TTSConfig
@@ -60,10 +59,6 @@ class ScaleSampling:
         check_count("top_k", self.top_k, 0, 2**31 - 1)
         check_number("top_p", self.top_p, 0.0, 1.0)
 
-    def guide(self, cond: Tensor, uncond: Tensor, scale: int) -> Tensor:
-        """Push a scale's logits (B, N, ..., V) away from the unconditional ones."""
-        return guide_logits(cond, uncond, self.guidance_scale[scale] - 1)
-
     def draw(self, logits: Tensor, scale: int, generator: Generators) -> Tensor:
         """Draw a scale's tokens (B, N), or their bits (B, N, d), from logits (B, N, ..., V)."""
         return draw_tokens(truncate(logits, self.top_k, self.top_p, self.temperature[scale]), generator)
@@ -91,14 +86,13 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer"
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
-    _guidance_scale: Any = 1.0  # one value a scale while a call runs
 
     def __init__(
         self,
-        transformer: ModelMixin,
+        transformer: ModelMixin | None,
         text_encoder: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
-        vae: ModelMixin,
+        vae: ModelMixin | None,
         defaults: Mapping[str, Any] | None = None,  # whole numbers too; diffusers checks, and takes no union here
     ) -> None:
         super().__init__()
@@ -107,15 +101,15 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         if unknown:
             raise ValueError(f"defaults name {unknown}; expected some of {sorted(DEFAULTS)}")
         self.register_to_config(defaults=dict(defaults or {}))
-        check_pair(transformer, vae, wants_text=True)
-        self.vae_scale_factor = vae.spatial_compression_ratio
+        if transformer is not None and vae is not None:  # without one of them only `encode_prompt` works
+            check_pair(transformer, vae, wants_text=True)
+        self.vae_scale_factor = 16 if vae is None else vae.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the unconditional branch is evaluated too: if any scale is guided."""
-        scale = self._guidance_scale
-        return any(one != 1 for one in (scale if isinstance(scale, Sequence) else (scale,)))
+    @staticmethod
+    def _guides(guidance_scale: float) -> bool:
+        """Whether a scale with this guidance needs the unconditional branch: below 1 it is steered towards it."""
+        return guidance_scale != 1
 
     @torch.no_grad()
     def __call__(
@@ -201,9 +195,11 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             ValueError: an argument is out of range.
         """
         self._interrupt = self._interrupted = self._finish_now = False
+        self.check_parts("transformer", "vae")
         grids = self.resolve_schedule(height, width, aspect_ratio)
         how = self._sampling(len(grids), guidance_scale, temperature, top_k, top_p)
-        self._guidance_scale, self._attention_kwargs = how.guidance_scale, attention_kwargs
+        self._guidance_scale, self._attention_kwargs = how.guidance_scale[0], attention_kwargs
+        self._is_guided = any(self._guides(one) for one in how.guidance_scale)
         check_count("num_images_per_prompt", num_images_per_prompt, 1, 1024)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         options = ScaleOptions(kv_policy, kv_budget, kv_dtype, kv_observe, acceleration, search, image, mask_image)
@@ -215,7 +211,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             num_images_per_prompt,
             max_sequence_length,
         )  # (B or 2B, M, Dt), (B or 2B, M)
-        count = len(rows) // (2 if self.do_classifier_free_guidance else 1)
+        count = len(rows) // (2 if self._is_guided else 1)
         check_generators(generator, count)
         task = self._task(rows, mask, prompt, count, num_images_per_prompt, grids, how)
         painted = self._paint(task, options, generator, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -314,6 +310,46 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
 
     # --------------------------------------------------------------------- text
 
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Encode prompts as `TextConditionedPipeline.encode_prompt` does; with no negative side unless one is given.
+
+        The network has an empty text of its own, from which a call without a negative prompt steers away.
+
+        Returns:
+            States (B, L, Dt) and mask (B, L), bool, then those of the negative side or None.
+        """
+        says_no = negative_prompt is not None or negative_prompt_embeds is not None
+        return super().encode_prompt(
+            prompt,
+            negative_prompt,
+            do_classifier_free_guidance and says_no,
+            num_images_per_prompt,
+            device,
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            self._text_limit() if max_sequence_length is None else max_sequence_length,
+        )
+
+    def _text_limit(self) -> int | None:
+        """Tokens kept of a prompt: the least of what encoder and network read; None where one of them is missing."""
+        if self.text_encoder is None or self.tokenizer is None or self.transformer is None:
+            return None
+        return min(text_limit(self.tokenizer, self.text_encoder), self.transformer.config.text_max_length)
+
     def _encode_branches(
         self,
         positive: tuple[Any, Tensor | None, Tensor | None],
@@ -332,18 +368,15 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         Returns:
             States (B or 2B, M, Dt) and mask (B or 2B, M), None where all tokens are real.
         """
-        guided, longest = self.do_classifier_free_guidance, self.transformer.config.text_max_length
-        if max_length is None and self.text_encoder is not None and self.tokenizer is not None:
-            max_length = min(text_limit(self.tokenizer, self.text_encoder), longest)
-        says_no = guided and (negative[0] is not None or negative[1] is not None)
+        guided = self._is_guided
         cond, mask, uncond, uncond_mask = self.encode_prompt(
             positive[0],
-            negative[0] if says_no else None,
-            says_no,
+            negative[0],
+            guided,
             num_images_per_prompt,
             None,
             *positive[1:],
-            *(negative[1:] if says_no else (None, None)),
+            *negative[1:],
             max_length,
         )  # (B, M, Dt), (B, M), and the same again or None
         if guided and uncond is None:
@@ -390,7 +423,8 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             prompts=[one for one in prompts for _ in range(images_per_prompt)],
             images_per_prompt=images_per_prompt,
             guided=guided,
-            guide=how.guide,
+            guidance=how.guidance_scale,
+            guide=lambda cond, uncond, scale: guide_logits(cond, uncond, self._guidance_scale - 1),
             draw=draw,
             grids=grids,
             flexible=self.transformer.config.bitwise,

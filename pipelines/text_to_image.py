@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
 from pipelines.base import OUTPUT_TYPES
-from pipelines.checks import check_choice, check_count, check_number, check_sigmas
+from pipelines.checks import check_choice, check_count, check_generators, check_number, check_sigmas
 from pipelines.conditioning import TextConditionedPipeline
 from pipelines.inpaint import KeptRegion, MaskInput, fill_in, read_mask
 from pipelines.lora import TransformerLoraMixin
@@ -154,6 +154,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         self._interrupt = self._interrupted = self._finish_now = False
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         check_choice("output_type", output_type, OUTPUT_TYPES)
+        self.check_parts("transformer", *(() if output_type == "latent" and image is None else ("vae",)))
         check_count("num_inference_steps", num_inference_steps, 1, 1000)
         check_count("num_images_per_prompt", num_images_per_prompt, 1, 1024)
         check_number("guidance_scale", guidance_scale, 0.0, 100.0)
@@ -180,6 +181,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             negative_prompt_attention_mask,
             max_sequence_length,
         )  # (B, L, Dt), (B, L), (B, L, Dt), (B, L)
+        check_generators(generator, len(embeds))
         timesteps = set_timesteps(
             self.scheduler,
             num_inference_steps,
@@ -354,7 +356,8 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         """Walk the latents through the timesteps; all arithmetic outside the transformer is float32."""
         masked = not bool(mask.all())  # attention without a mask is faster; ask once, not every step
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
+        given = list(generator) if isinstance(generator, tuple) else generator  # diffusers takes lists only
+        extra = {"generator": given} if takes_generator else {}
         run, table = next_run(), NoiseTable.of(self.scheduler).last(len(timesteps))
         with self.progress_bar(total=len(timesteps)) as bar:
             for step, timestep in enumerate(timesteps):
@@ -385,17 +388,24 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         count = len(latents)
         guides = self.do_classifier_free_guidance and in_interval(here.sigma, self._guidance_interval)
         negative = tensors["negative_prompt_embeds"] if guides else None
+        if guides and negative is None:
+            raise ValueError(
+                f"_guidance_scale={self._guidance_scale:g} was set during a call that began without guidance: begin it "
+                "with guidance_scale above 1, so that the negative prompt is encoded."
+            )
         if negative is not None:
             latents, states = torch.cat([latents, latents]), torch.cat([negative, states])  # (2B, ...)
         branch, context = ("cond", "cond") if negative is None else ("all", "guided")
+        # Left out, not None: FasterCache of diffusers halves all arguments of this name.
+        masked = {} if mask is None else {"encoder_attention_mask": mask[-len(latents) :]}
         with coordinates_scope(replace(here, branch=branch)), self.transformer.cache_context(context):
             velocity = self.transformer(
                 latents.to(self.transformer.dtype),
                 encoder_hidden_states=states,
                 timestep=timestep.expand(len(latents)),
-                encoder_attention_mask=None if mask is None else mask[-len(latents) :],
                 attention_kwargs=self._attention_kwargs,
                 return_dict=False,
+                **masked,
             )[0].float()
         if negative is None:
             return velocity  # (B, C, h, w)

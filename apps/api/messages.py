@@ -135,7 +135,7 @@ def event_message(job_id: str, event: Event) -> tuple[str, dict[str, Any]]:  # n
         case Picture():
             place = int(event.path.stem.rsplit("-", 1)[1]) if event.path is not None else 0
             settings = event.metadata.model_dump(mode="json")
-            return "result", _result(job_id, place, event.seconds, settings)
+            return "result", {**_result(job_id, place, event.seconds, settings), "notes": list(event.notes)}
         case Done(seconds):
             return "done", {"seconds": round(seconds, 3)}
         case Stopped():

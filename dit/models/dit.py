@@ -24,6 +24,7 @@ from dit.layers.feed_forward import FeedForward
 from dit.layers.linear import Linear
 from dit.layers.modulation import modulate
 from dit.layers.positions import sincos_2d
+from dit.runtime.bridge import registered_block, with_halved_input
 from dit.runtime.typed import Typed
 
 _SIZES = {  # num_layers, num_attention_heads, attention_head_dim: table 1 of the DiT paper
@@ -92,6 +93,7 @@ class LabelEmbedding(nn.Module):
         return self.table(labels)  # (B, D)
 
 
+@registered_block
 class DiTBlock(nn.Module):
     """Attention and perceptron, each shifted, scaled and gated by the condition (adaLN-Zero).
 
@@ -233,6 +235,10 @@ class DiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cach
         default = (rows, columns) == (side, side)
         table = self.pos_embed if default else sincos_2d(rows, columns, self.hidden_size)  # (N, D)
         return table.to(device=like.device, dtype=like.dtype)
+
+    def enable_cache(self, config: Any) -> None:
+        """Enable a cache of diffusers, see `CacheMixin.enable_cache`."""
+        super().enable_cache(with_halved_input(config, "class_labels"))
 
     @apply_lora_scale("attention_kwargs")
     def forward(

@@ -24,11 +24,13 @@ from dit.layers.feed_forward import FeedForward
 from dit.layers.linear import Linear
 from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
 from dit.layers.positions import Rotary, coordinate_waves, grid_positions, rotary_embedding
+from dit.runtime.bridge import registered_block
 from dit.runtime.typed import Typed
 
 TEXT_PERIOD = 100.0  # tokens in the slowest wave of a text token's place
 
 
+@registered_block
 class TextDiTBlock(nn.Module):
     """Self-attention over text and latent tokens, then a perceptron, both steered by adaLN-single.
 

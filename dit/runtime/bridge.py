@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
+from diffusers import FasterCacheConfig
 from torch import Tensor, nn
 
 TESTED = "0.42"
@@ -23,9 +25,10 @@ TOUCHED: tuple[tuple[str, str], ...] = (
     ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.get_active_backend"),
     ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.list_backends"),
     ("diffusers.models.attention_dispatch", "_check_attention_backend_requirements"),
-    ("diffusers.hooks._helpers", "TransformerBlockRegistry.register"),
+    ("diffusers.hooks._helpers", "TransformerBlockRegistry._registry"),
     ("diffusers.hooks._helpers", "TransformerBlockRegistry.get"),
     ("diffusers.hooks._helpers", "TransformerBlockMetadata"),
+    ("diffusers.hooks.faster_cache", "FasterCacheConfig._unconditional_conditional_input_kwargs_identifiers"),
     ("diffusers.hooks.context_parallel", "apply_context_parallel"),
     ("diffusers.models._modeling_parallel", "ParallelConfig"),
     ("diffusers.loaders.single_file_utils", "fetch_diffusers_config"),
@@ -108,27 +111,47 @@ def attending_through(models: Iterable[nn.Module], backend: str) -> Generator[in
             one._attention_backend = name
 
 
-@cache
-def install() -> tuple[str, ...]:
-    """Register our blocks with diffusers, so that its FirstBlockCache and MagCache work on our networks.
+Block = TypeVar("Block", bound=type[nn.Module])
 
-    A second call does nothing.
+
+def registered_block(block: Block) -> Block:
+    """Register a block class with diffusers, so that its FirstBlockCache and MagCache work on networks of such blocks.
+
+    A class decorator. diffusers' own `register` would import all of its transformers first; they are registered at the
+    first look-up as always.
+
+    Args:
+        block: its forward takes `hidden_states` and returns them, and nothing else.
 
     Returns:
-        The names of the block classes.
+        The class itself.
 
     Raises:
         BridgeError: diffusers moved its registry.
     """
-    from dit.models.dit import DiTBlock
-    from dit.models.text_dit import TextDiTBlock
+    metadata = _private("diffusers.hooks._helpers", "TransformerBlockMetadata")(return_hidden_states_index=0)
+    metadata._cls = block  # as `register` does
+    _private("diffusers.hooks._helpers", "TransformerBlockRegistry._registry")[block] = metadata
+    return block
 
-    register = _private("diffusers.hooks._helpers", "TransformerBlockRegistry.register")
-    metadata = _private("diffusers.hooks._helpers", "TransformerBlockMetadata")
-    blocks = (DiTBlock, TextDiTBlock)
-    for block in blocks:
-        register(model_class=block, metadata=metadata(return_hidden_states_index=0))
-    return tuple(block.__name__ for block in blocks)
+
+def with_halved_input(config: Any, name: str) -> Any:
+    """Tell FasterCache of diffusers of another argument that holds both branches of guidance.
+
+    It halves the batch on steps that compute one branch only, and by default knows no arguments but texts.
+
+    Args:
+        config: of any cache of diffusers.
+        name: of the network's argument.
+
+    Returns:
+        The config, or a changed copy if it is one of FasterCache.
+    """
+    if not isinstance(config, FasterCacheConfig):
+        return config
+    halved = config._unconditional_conditional_input_kwargs_identifiers
+    known = list(dict.fromkeys([*halved, name]))
+    return replace(config, _unconditional_conditional_input_kwargs_identifiers=known)
 
 
 @cache

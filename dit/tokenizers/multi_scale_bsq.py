@@ -104,10 +104,11 @@ class MultiScaleBSQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMix
 
     @apply_forward_hook
     def features(self, x: Tensor) -> Tensor:
-        """Encode pictures (B, 3, H f, W f) in [-1, 1] without quantising, (B, d, H, W), float32."""
+        """Encode pictures (B, 3, H f, W f) in [-1, 1] of any float dtype without quantising, (B, d, H, W), float32."""
         if self.backbone is not None:
-            return self.backbone.encode(x).latent.float() * self.feature_scale  # (B, d, H, W)
-        return self.encoder(x).float()
+            latent = self.backbone.encode(x.to(self.backbone.patch_embed.weight.dtype)).latent  # (B, d, H, W)
+            return latent.float() * self.feature_scale
+        return self.encoder(x.to(self.encoder.conv_in.weight.dtype)).float()
 
     def quantize(self, x: Tensor, grids: Sequence[Grid] | None = None) -> MultiScaleCodes:
         """Turn pictures into bits.

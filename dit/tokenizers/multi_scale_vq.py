@@ -207,10 +207,10 @@ class MultiScaleVQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixi
         """Encode pictures without quantising.
 
         Args:
-            x: (B, 3, H f, W f) in [-1, 1], where H, W is the size of the last scale.
+            x: (B, 3, H f, W f) in [-1, 1], where H, W is the size of the last scale; of any float dtype.
 
         Returns:
-            (B, C, H, W).
+            (B, C, H, W), in the dtype of the encoder's weights.
 
         Raises:
             ValueError: pictures of another size.
@@ -218,9 +218,9 @@ class MultiScaleVQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixi
         size = tuple(side * self.spatial_compression_ratio for side in self.grids[-1])
         if x.ndim != 4 or tuple(x.shape[-2:]) != size:
             raise ValueError(f"got a picture tensor of shape {tuple(x.shape)}, expected (B, 3, {size[0]}, {size[1]})")
-        return (
-            self.quant_conv(self.encoder(x)) if self.backbone is None else self.backbone.encode(x).latent
-        )  # (B, C, H, W)
+        if self.backbone is not None:
+            return self.backbone.encode(x.to(self.backbone.patch_embed.weight.dtype)).latent  # (B, C, H, W)
+        return self.quant_conv(self.encoder(x.to(self.encoder.conv_in.weight.dtype)))  # (B, C, H, W)
 
     @apply_forward_hook
     def quantize(self, x: Tensor) -> MultiScaleCodes:

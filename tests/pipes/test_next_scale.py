@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipelines import NextScaleClassToImagePipeline, load_pipeline
+from pipelines.next_scale import _strength
 from sampling import tokens as sampling
 from tests.models import next_scale_reference as ref
 from tests.models.tiny_next_scale import tokenizer, transformer
@@ -37,7 +38,7 @@ def close(found: Tensor, expected: list[float], tolerance: float) -> bool:
 def test_equals_the_released_sampler(shared: bool, name: str) -> None:
     run, seen = ref.RUNS[name], []
     arguments = {
-        "guidance_scale": run["cfg"],
+        "cfg": run["cfg"],
         "top_k": run["top_k"],
         "top_p": run["top_p"],
         "smooth": run["more_smooth"],
@@ -64,8 +65,8 @@ def test_without_guidance_half_the_rows_run(pipe: NextScaleClassToImagePipeline,
     monkeypatch.setattr(
         pipe.transformer, "prepare_condition", lambda labels, **_: (rows.append(len(labels)), prepare(labels))[1]
     )
-    free = pipe([1], guidance_scale=0.0, generator=seeded(), output_type="latent").images
-    weak = pipe([1], guidance_scale=1e-6, generator=seeded(), output_type="latent").images
+    free = pipe([1], guidance_scale=1.0, generator=seeded(), output_type="latent").images
+    weak = pipe([1], guidance_scale=1 + 1e-6, generator=seeded(), output_type="latent").images
     assert rows == [1, 2]
     assert torch.allclose(free, weak, atol=1e-4)
 
@@ -199,3 +200,23 @@ def test_guidance_ramps_up() -> None:
     assert sampling.ramp(0, 1) == 1.0
     cond, uncond = torch.tensor([2.0]), torch.tensor([1.0])
     assert [sampling.guide_logits(cond, uncond, t).item() for t in (0.0, 1.0, 4.0)] == [2.0, 3.0, 6.0]
+
+
+def test_cfg_is_the_released_convention_of_guidance_scale(pipe: NextScaleClassToImagePipeline) -> None:
+    def paint(**guidance: float) -> Tensor:
+        return pipe([1], generator=seeded(), output_type="latent", **guidance).images
+
+    for cfg in (0.1, 1.5, 3.3):
+        assert torch.equal(paint(cfg=cfg), paint(guidance_scale=1 + cfg))
+    assert torch.equal(paint(), paint(cfg=4.0))
+    assert torch.equal(paint(guidance_scale=0.0), paint(guidance_scale=1.0))
+    assert torch.equal(paint(cfg=0.0), paint(guidance_scale=1.0))
+    with pytest.raises(ValueError, match=r"cfg=2 and guidance_scale=3"):
+        paint(cfg=2.0, guidance_scale=3.0)
+    with pytest.raises(ValueError, match="cfg=-1"):
+        paint(cfg=-1.0)
+
+
+def test_one_more_and_one_less_is_exact() -> None:
+    given = [count / 100 for count in range(3100)]
+    assert [_strength(1 + cfg) for cfg in given] == given

@@ -18,7 +18,7 @@ from sampling.test_time_search import TTSConfig
 from tests.models import next_scale_reference as ref
 from tests.models.tiny_next_scale import tokenizer, transformer
 
-GREEDY = {"top_k": 1, "guidance_scale": 2.0}
+GREEDY = {"top_k": 1, "cfg": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_guidance_off_late_halves_the_rows_and_early_keeps_them(pipe: NextScaleC
     assert torch.equal(paint((0,)), exact)  # guidance begins at 0
     assert not torch.equal(paint((1,)), exact)
     assert not torch.equal(paint((3,)), exact)
-    assert torch.allclose(paint((0, 1, 2, 3)), pipe([3], 0.0, generator=seeded(), output_type="latent").images)
+    assert torch.allclose(paint((0, 1, 2, 3)), pipe([3], 1.0, generator=seeded(), output_type="latent").images)
 
 
 def test_a_refiner_that_is_the_drafter_changes_nothing(pipe: NextScaleClassToImagePipeline) -> None:

@@ -5,8 +5,10 @@ import ast
 import diffusers
 import pytest
 import torch
-from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
+from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig
 
+from dit.models.dit import DiTBlock
+from dit.models.text_dit import TextDiTBlock
 from dit.runtime import bridge
 from tests.architecture.sources import ROOT, parse, python_files, where
 from tests.families.tiny import tiny_pipeline
@@ -74,9 +76,21 @@ def test_only_the_bridge_touches_private_parts() -> None:
     assert not found, f"move it to dit/runtime/bridge.py: {found}"
 
 
-def test_install_is_idempotent() -> None:
-    assert bridge.install() == ("DiTBlock", "TextDiTBlock")
-    assert bridge.install() is bridge.install()
+@pytest.mark.parametrize("block", [DiTBlock, TextDiTBlock])
+def test_our_blocks_are_registered_where_they_are_defined(block: type) -> None:
+    assert bridge.block_streams(block) == (("hidden_states", "encoder_hidden_states"), (0, None))
+
+
+def test_faster_cache_learns_of_another_halved_argument() -> None:
+    config = FasterCacheConfig(tensor_format="BCHW")
+    changed = bridge.with_halved_input(bridge.with_halved_input(config, "class_labels"), "class_labels")
+    names = changed._unconditional_conditional_input_kwargs_identifiers
+    assert names.count("class_labels") == 1
+    assert "timestep" in names
+    assert changed.tensor_format == "BCHW"
+    assert "class_labels" not in config._unconditional_conditional_input_kwargs_identifiers
+    other = FirstBlockCacheConfig()
+    assert bridge.with_halved_input(other, "class_labels") is other
 
 
 def calls_of_blocks(name: str, config: object | None, steps: int) -> list[int]:
@@ -99,7 +113,6 @@ def calls_of_blocks(name: str, config: object | None, steps: int) -> list[int]:
 
 @pytest.mark.parametrize("name", ["text_dit", "class_dit"])
 def test_first_block_cache_skips_on_our_networks(name: str) -> None:
-    bridge.install()
     assert set(calls_of_blocks(name, None, 6)) == {6}
     assert set(calls_of_blocks(name, FirstBlockCacheConfig(threshold=0.0), 6)) == {6}
     first, *rest = calls_of_blocks(name, FirstBlockCacheConfig(threshold=1e3), 6)
@@ -109,7 +122,6 @@ def test_first_block_cache_skips_on_our_networks(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["text_dit", "class_dit"])
 def test_mag_cache_skips_on_our_networks(name: str) -> None:
-    bridge.install()
     config = MagCacheConfig(
         threshold=1.0, max_skip_steps=2, retention_ratio=0.2, num_inference_steps=6, mag_ratios=torch.ones(6)
     )

@@ -4,7 +4,6 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 
-from dit.runtime import bridge
 from dit.runtime.attachment import AttachError
 from dit.runtime.families import family_of
 from sampling.step_cache import StepCache
@@ -185,7 +184,6 @@ def test_decisions_can_be_followed() -> None:
 
 
 def test_no_stacking_on_a_cache_of_diffusers_and_none_on_ours() -> None:
-    bridge.install()
     loop = Loop(layers=3)
     loop.model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(AttachError, match="already caches steps"):

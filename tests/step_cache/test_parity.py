@@ -12,7 +12,6 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
-from dit.runtime import bridge
 from dit.runtime.compare import relative_error
 from sampling.step_cache import StepCache
 from tests.families.tiny import tiny_pipeline
@@ -111,7 +110,6 @@ def test_taylorseer_of_diffusers_finds_nothing_where_ours_refuses_or_works() -> 
 def test_dbcache_is_that_of_cache_dit(order: int | None, tail: int) -> None:
     import cache_dit
 
-    bridge.install()
     # cache-dit's series has no slope before its fourth computed step; from the sixth on the two are the same.
     threshold, warmup = 0.3, 6
     theirs, ours = Loop(steps=16, layers=4), Loop(steps=16, layers=4)

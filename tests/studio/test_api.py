@@ -458,3 +458,14 @@ def test_half_open_connections_do_not_stop_the_server(server, client):
     for one in hanging:
         one.close()
     assert submit_and_wait(client)
+
+
+def test_results_carry_notes(tmp_path):
+    pipe = FakePipeline()
+    pipe.unknown_words = lambda prompts: tuple(word for word in ("teal",) if word in " ".join(prompts))
+    with serving(tmp_path, pipe) as running, httpx.Client(base_url=running.address, trust_env=False) as client:
+        for prompt, notes in (("three crabs on teal", 1), ("three crabs on blue", 0)):
+            told = events_of(client, submit(client, prompt=prompt))
+            (found,) = [data["notes"] for name, data in told if name == "result"]
+            assert len(found) == notes
+            assert "'teal'" in "".join(found) or not notes

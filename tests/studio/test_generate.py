@@ -185,3 +185,28 @@ def test_ctrl_c_leaves_130_and_no_file(tmp_path):
     assert process.returncode == 130, error.decode()
     assert [file.name for file in tmp_path.iterdir()] == ["started"]
     assert b"Traceback" not in error
+
+
+def test_unknown_words_of_the_prompt_are_told(tmp_path, capsys):
+    run(Wishes(prompt="three crabs on teal", model="stickers", steps=1, num=2), tmp_path / "a.png", CPU)
+    told = capsys.readouterr()
+    assert told.err.count("warning") == 1
+    assert "'teal'" in told.err
+    assert "crabs" not in told.err
+    run(Wishes(prompt="a crab on teal", model="stickers", steps=1), tmp_path / "b.png", CPU, json_output=True)
+    told = capsys.readouterr()
+    (note,) = json.loads(told.out)["pictures"][0]["notes"]
+    assert "'teal'" in note
+    assert told.err == ""
+    run(Wishes(prompt="three crabs on blue", model="stickers", steps=1), tmp_path / "c.png", CPU)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_unknown_words_are_in_the_rows_of_a_batch(fake, tmp_path, capsys):
+    fake.unknown_words = lambda prompts: ("teal",) if "teal" in prompts[0] else ()
+    file = tmp_path / "prompts.txt"
+    file.write_text("a crab on teal\na crab on blue\n")
+    run_batch(file, tmp_path / "out", Wishes(steps=2), CPU, json_output=True)
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert "'teal'" in first["notes"][0]
+    assert second["notes"] == []

@@ -61,7 +61,7 @@ def test_untrusted_text_is_refused_in_one_way_only(text):
         {"prompt": "x" * 5_000},
         {"fingerprint": "../../etc"},
         {"extra": 1},
-        {"schema_version": 4},
+        {"schema_version": 5},
         {"scheduler": {"a": {"nested": 1}}},
     ],
 )

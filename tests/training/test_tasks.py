@@ -211,6 +211,7 @@ def test_text_to_image_exports_a_pipeline_to_start_from(configured, tmp_path):
     pictures = pipe("a red apple", num_inference_steps=2, output_type="np").images
     assert pictures.shape == (1, 32, 32, 3)
     assert (export / "vocabulary.txt").read_text().splitlines() == list(read_vocabulary("starter"))
+    assert pipe.unknown_words("three crabs on teal") == ("teal",)
     assert pipe.scheduler.config.shift == 3.0
     assert pipe.tokenizer("").input_ids == [pipe.tokenizer.eos_token_id]
 

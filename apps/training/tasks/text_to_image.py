@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from apps.stickers.captions import caption
+from apps.stickers.known_words import known_words
 from apps.training.autoencoders import load_autoencoder
 from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.export import half_precision
@@ -38,6 +39,7 @@ from apps.training.text_encoder import (
     tokenize,
 )
 from dit.models.text_dit import TextDiT
+from pipelines.words import write_words
 from sampling.objectives import flow_matching_loss, interpolate, logit_normal_grid, logit_normal_sigmas
 
 
@@ -251,10 +253,11 @@ class TextToImageTask:
         return {**steps, "height": side, "width": side}
 
     def export(self, folder: Path) -> None:
-        """Writes a complete pipeline folder, and the stickers it has learned as `vocabulary.txt`."""
+        """Writes a complete pipeline folder, the stickers it has learned as `vocabulary.txt`, and all their words."""
         networks = [half_precision(network) for network in (self.transformer, self.text_encoder, self.vae)]
         self._pipeline(*networks).save_pretrained(str(folder), safe_serialization=True)
         (folder / "vocabulary.txt").write_text("".join(name + "\n" for name in self.vocabulary))
+        write_words(known_words(self.sheet, self.vocabulary), folder)
 
     def _losses(self, batch: dict[str, Any]) -> Tensor:
         """Loss of each sample, (B,)."""

@@ -1,0 +1,31 @@
+"""Step caches of diffusers work on our pipelines once they are imported, with nothing else called before."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.pipes.diffusers_caches import CONFIGS, PIPELINES
+
+
+@pytest.fixture(scope="module")
+def told():
+    """What a fresh process tells."""
+    command = [sys.executable, "-m", "tests.pipes.diffusers_caches"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("cache", CONFIGS)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_enabled_run_and_disabled(told, name, cache):
+    found = told[f"{name} {cache}"]
+    rows, cached, after = found["rows"]
+    assert 0 < cached < rows, "the cache left nothing out"
+    assert found["is_finite"]
+    assert found["is_same_after"]
+    assert after == rows
+    assert found["timestep_after"] is None
