@@ -3,6 +3,7 @@
 # make test-all also the long sweeps                      make type     static types
 #
 # Every target keeps to its own .venv and installs only when pyproject.toml or constraints.txt changed.
+# torch is the CPU build where there is no NVIDIA GPU; TORCH_INDEX=cpu, =pypi or =URL chooses (tools/torch_index.py).
 # ARGS are handed on: make studio ARGS="--port 7861", make test ARGS="tests/models -x".
 
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c "$(SUITABLE)" 2>/dev/null && echo $$python && break; done)
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+INSTALL := $(BIN)/python -m tools.install
 # One thread a test process: with several of them, threads of torch would only get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -49,13 +50,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed-studio: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing into $(VENV) (the first time takes some minutes)"
-	$(INSTALL) --editable ".[studio,train]"
+	@$(INSTALL) studio,train
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing into $(VENV) (the first time takes some minutes)"
-	$(INSTALL) --editable ".[studio,train,dev]"
+	@$(INSTALL) studio,train,dev
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		$(MAKE) --no-print-directory chromium
 	@touch $@
