@@ -48,7 +48,8 @@ REMEDIES = {
     "externally-managed": "use the environment of this folder: make studio, or make PYTHON=/path/to/python3.11",
 }
 REMEDY = (
-    f"run it again (what is downloaded is kept), after make clean to begin anew; or choose torch's index: {ACCEPTED}"
+    "run it again (what is downloaded is kept), after make clean to begin anew; or choose where torch comes from: "
+    + ACCEPTED
 )
 
 
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
         return _fail(str(error), 2)
     progress = Progress(len(pinned(CONSTRAINTS.read_text(encoding="utf-8"), set(extras))))
     say(f"installing tessera with {', '.join(extras)} into {sys.prefix}: about {progress.total} packages")
-    say(f"torch: {choice.reason} (another choice: {ACCEPTED})")
+    say(f"torch: {choice.reason}\n     (to choose otherwise: {ACCEPTED})")
     started = time.monotonic()
     log = Path(sys.prefix) / "install.log"
     log.unlink(missing_ok=True)
@@ -130,7 +131,7 @@ def follow(command: list[str], progress: Progress) -> tuple[int, str]:
     for reader in readers:
         reader.start()
     errors: list[str] = []
-    shown = time.monotonic()
+    started = shown = time.monotonic()
     while any(reader.is_alive() for reader in readers) or not lines.empty():
         try:
             name, line = lines.get(timeout=0.5)
@@ -142,7 +143,7 @@ def follow(command: list[str], progress: Progress) -> tuple[int, str]:
             sys.stderr.flush()
         told = progress.read(line) if name == "out" else ""
         if not told and time.monotonic() - shown > SILENCE_SECONDS:
-            told = "     " + progress.waiting(_installed() - before)
+            told = f"     {progress.waiting(_installed() - before)}, {time.monotonic() - started:.0f} s"
         if told:
             say(told)
             shown = time.monotonic()

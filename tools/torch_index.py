@@ -102,13 +102,16 @@ def choose(machine: Machine, override: str, settings: PipSettings, probe: Probe)
         )
     if machine.system != "Linux":
         return Choice("", f"PyPI's build, which is the right one on {machine.system} {machine.arch}")
+    return _for_linux(machine.gpu, settings, probe)
+
+
+def _for_linux(gpu: str, settings: PipSettings, probe: Probe) -> Choice:
     named = [index for index in settings.indexes if urlsplit(index).hostname == urlsplit(CPU_INDEX).hostname]
     if named:
         return Choice("", f"pip's settings name an index of PyTorch already, {without_password(named[0])}")
-    if machine.gpu:
-        return Choice("", f"an NVIDIA GPU was found ({machine.gpu}), so PyPI's build with CUDA")
-    failure = probe(CPU_INDEX)
-    if failure:
+    if gpu:
+        return Choice("", f"an NVIDIA GPU was found ({gpu}), so PyPI's build with CUDA")
+    if failure := probe(CPU_INDEX):
         return Choice(
             "",
             f"no NVIDIA GPU was found, but {CPU_INDEX} cannot be reached ({failure}), so whatever pip's own settings "
@@ -193,14 +196,14 @@ def parse_pip_settings(listing: str, environment: Mapping[str, str]) -> PipSetti
         if rank >= found.get(option, (0, ""))[0]:
             found[option] = (rank, value.strip().strip("'\""))
 
-    def option(name: str) -> str:
+    def value_of(name: str) -> str:
         return found.get(name, (0, ""))[1].replace("\\n", " ")
 
     return PipSettings(
-        indexes=(*option("index-url").split(), *option("extra-index-url").split()),
-        no_index=option("no-index").lower() in {"1", "true", "yes", "on", "y", "t"},
-        cert=option("cert") or environment.get("REQUESTS_CA_BUNDLE", ""),
-        proxy=option("proxy"),
+        indexes=(*value_of("index-url").split(), *value_of("extra-index-url").split()),
+        no_index=value_of("no-index").lower() in {"1", "true", "yes", "on", "y", "t"},
+        cert=value_of("cert") or environment.get("REQUESTS_CA_BUNDLE", ""),
+        proxy=value_of("proxy"),
     )
 
 
