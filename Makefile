@@ -8,8 +8,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
-PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$python -c "$(SUITABLE)" 2>/dev/null && echo $$python && break; done)
 INSTALL := $(BIN)/python -m tools.install
 # One thread a test process: with several of them, threads of torch would only get into each other's way.
@@ -44,7 +44,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 or newer with its venv module;" \
+	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 to 3.14 with its venv module;" \
 		"on Debian and Ubuntu: apt-get install python3 python3-venv;" \
 		"elsewhere name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
