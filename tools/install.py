@@ -2,7 +2,7 @@
 
 `.venv/bin/python -m tools.install studio,train` from the project's folder; the Makefile calls it. It chooses where
 torch comes from (tools/torch_index.py), runs pip under constraints.txt and tells its output as one line a package.
-pip's errors are shown whole, and its full log is kept beside the environment.
+pip's errors are shown whole, and all that it writes is kept in install.log of the environment.
 """
 
 from __future__ import annotations
@@ -73,9 +73,8 @@ def main(arguments: list[str]) -> int:
     say(f"torch: {choice.reason}\n     (to choose otherwise: {ACCEPTED})")
     started = time.monotonic()
     log = Path(sys.prefix) / "install.log"
-    log.unlink(missing_ok=True)
-    command = pip_command(extras, choice, log, _pip_version())
-    status, errors = follow(command, progress)
+    command = pip_command(extras, choice, _pip_version())
+    status, errors = follow(command, progress, log)
     if status != 0:
         shown = shlex.join(without_password(word) if "://" in word else word for word in command)
         return _fail(f"pip failed with status {status}. Remedy: {remedy(errors)}. Log: {log}. Command: {shown}", status)
@@ -94,28 +93,29 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def pip_command(extras: list[str], choice: Choice, log: Path, pip: tuple[int, int]) -> list[str]:
+def pip_command(extras: list[str], choice: Choice, pip: tuple[int, int]) -> list[str]:
     """The command line of pip; its own settings, files and PIP_* variables, hold beside it.
 
     Args:
         extras: of pyproject.toml.
         choice: an index to search too.
-        log: the file that pip tells everything.
         pip: its version; from 24.1 on it can tell how far a download is, in lines.
     """
-    log_options = ["--log", str(log), "--progress-bar", "raw" if pip >= (24, 1) else "off"]
-    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *log_options]
+    # Without pip's --log: with it, the output of a failed build goes there and not into the error.
+    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    command += ["--progress-bar", "raw" if pip >= (24, 1) else "off"]
     if choice.index:
         command += ["--extra-index-url", choice.index]
     return [*command, "--constraint", str(CONSTRAINTS), "--editable", f"{ROOT}[{','.join(extras)}]"]
 
 
-def follow(command: list[str], progress: Progress) -> tuple[int, str]:
+def follow(command: list[str], progress: Progress, log: Path) -> tuple[int, str]:
     """Run pip, show its progress and its errors; its exit status and what it wrote to stderr.
 
     Args:
         command: of pip.
         progress: reads its lines.
+        log: receives all that pip writes.
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PIP_QUIET": "0", "PIP_VERBOSE": "0", "PIP_NO_COLOR": "1"}
     process = subprocess.Popen(
@@ -132,21 +132,23 @@ def follow(command: list[str], progress: Progress) -> tuple[int, str]:
         reader.start()
     errors: list[str] = []
     started = shown = time.monotonic()
-    while any(reader.is_alive() for reader in readers) or not lines.empty():
-        try:
-            name, line = lines.get(timeout=0.5)
-        except queue.Empty:
-            name, line = "", ""
-        if name == "error":
-            errors.append(line)
-            sys.stderr.write(line)
-            sys.stderr.flush()
-        told = progress.read(line) if name == "out" else ""
-        if not told and time.monotonic() - shown > SILENCE_SECONDS:
-            told = f"     {progress.waiting(_installed() - before)}, {time.monotonic() - started:.0f} s"
-        if told:
-            say(told)
-            shown = time.monotonic()
+    with log.open("w", encoding="utf-8") as file:
+        while any(reader.is_alive() for reader in readers) or not lines.empty():
+            try:
+                name, line = lines.get(timeout=0.5)
+            except queue.Empty:
+                name, line = "", ""
+            file.write(line)
+            if name == "error":
+                errors.append(line)
+                sys.stderr.write(line)
+                sys.stderr.flush()
+            told = progress.read(line) if name == "out" else ""
+            if not told and time.monotonic() - shown > SILENCE_SECONDS:
+                told = f"     {progress.waiting(_installed() - before)}, {time.monotonic() - started:.0f} s"
+            if told:
+                say(told)
+                shown = time.monotonic()
     return process.wait(), "".join(errors)
 
 
