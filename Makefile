@@ -3,14 +3,15 @@
 # make test-all also the long sweeps                      make type     static types
 #
 # Every target keeps to its own .venv and installs only when pyproject.toml or constraints.txt changed.
+# torch is the CPU build where there is no NVIDIA GPU; TORCH_INDEX=cpu, =pypi or =URL chooses (tools/torch_index.py).
 # ARGS are handed on: make studio ARGS="--port 7861", make test ARGS="tests/models -x".
 
 VENV := .venv
 BIN := $(VENV)/bin
-SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
-PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$python -c "$(SUITABLE)" 2>/dev/null && echo $$python && break; done)
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+INSTALL := $(BIN)/python -m tools.install
 # One thread a test process: with several of them, threads of torch would only get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -43,19 +44,17 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 or newer with its venv module;" \
+	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 to 3.14 with its venv module;" \
 		"on Debian and Ubuntu: apt-get install python3 python3-venv;" \
 		"elsewhere name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed-studio: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing into $(VENV) (the first time takes some minutes)"
-	$(INSTALL) --editable ".[studio,train]"
+	@$(INSTALL) studio,train
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing into $(VENV) (the first time takes some minutes)"
-	$(INSTALL) --editable ".[studio,train,dev]"
+	@$(INSTALL) studio,train,dev
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		$(MAKE) --no-print-directory chromium
 	@touch $@

@@ -21,8 +21,8 @@ def tracked_files() -> tuple[Path, ...]:
 
 
 def python_files(*, tests: bool = True) -> list[Path]:
-    """The Python files of the four packages, and of the tests too if asked."""
-    folders = (*PACKAGES, "tests") if tests else PACKAGES
+    """The Python files of the four packages and of the installer, and of the tests too if asked."""
+    folders = (*PACKAGES, "tools", "tests") if tests else (*PACKAGES, "tools")
     return [path for path in tracked_files() if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in folders]
 
 

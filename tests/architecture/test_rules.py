@@ -31,7 +31,7 @@ def test_imports_go_only_one_way() -> None:
 def test_every_package_has_sources() -> None:
     """Guards the other rules: they would hold for an empty list too."""
     found = {path.relative_to(ROOT).parts[0] for path in python_files()}
-    assert found == {*PACKAGES, "tests"}
+    assert found == {*PACKAGES, "tools", "tests"}
 
 
 def test_no_file_is_longer_than_one_can_read() -> None:

@@ -1,6 +1,5 @@
 """Budgets on the block stack: what is measured is what is forecast, and a forecast step runs all but the blocks."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from sampling.step_cache.gates import Mask
 from sampling.step_cache.regions import region_of
 from sampling.step_cache.schedule import Errors
 from tests.families.tiny import tiny_pipeline
+from tests.runtime.counting import count_calls
 from tests.runtime.truth import guided_call
 from tests.step_cache.loops import Loop, levels
 
@@ -118,7 +118,7 @@ def test_the_input_counts_beside_the_computed_steps() -> None:
         torch.testing.assert_close(left[step], 1.5 * entered[step][:, -tokens:], rtol=1e-4, atol=1e-5)
 
 
-def test_fifty_steps_with_inputs_are_planned_within_two_seconds_and_kept_below_100_kb(tmp_path: Path) -> None:
+def test_fifty_steps_with_inputs_are_planned_in_a_fraction_of_a_second_and_kept_below_100_kb(tmp_path: Path) -> None:
     sigmas = levels(50)
     values = np.sin(np.outer(np.asarray(sigmas * 2) ** 2, np.linspace(0, 6, 40)) + np.arange(40))
     whole = values @ values.T / 40
@@ -126,9 +126,8 @@ def test_fifty_steps_with_inputs_are_planned_within_two_seconds_and_kept_below_1
     grams = parts | {"uncond,uncond": parts["cond,cond"], "cond,uncond": parts["cond,cond"]}
     grams["uncond,input"] = parts["cond,input"]
     made = Profile(ArtifactHeader("step_cache_profile", "a", "w", "s", (1, 2, 2), ()), tuple(sigmas), grams, 4.0)
-    begun = time.process_time()
+    assert count_calls(lambda: made.mask((), 0.35)) < 2 * 50**3
     assert sum(made.mask((), 0.35)) == 17
-    assert time.process_time() - begun < 2
     made.save(tmp_path / "profile.safetensors")
     assert (tmp_path / "profile.safetensors").stat().st_size < 100_000
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -25,6 +26,9 @@ class FakePipeline:
         self.overlaps = 0
         self.hooks_freed = 0
         self.in_step = threading.Event()
+        # Called in each step with its index from 0. A test holds a step here until it is ready, instead of guessing
+        # how long a step takes on this machine.
+        self.at_step: Callable[[int], object] = lambda step: None
         self.components = {"transformer": torch.nn.Linear(4, 4)}
         self.scheduler = SimpleNamespace(config={"shift": 3.0, "_private": 1, "sigmas": object()})
         self.finish_now = False
@@ -70,6 +74,7 @@ class FakePipeline:
                 return SimpleNamespace(images=[])
             self.in_step.set()
             time.sleep(self.step_seconds)
+            self.at_step(i)
             self.steps_run += 1
             if callback is not None:
                 callback(self, i, torch.tensor(0.0), dict.fromkeys(names, latents))

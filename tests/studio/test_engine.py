@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from apps.metadata import read_picture
 from tests.studio.fakes import FakePipeline, ForeignPipeline
 
 
-def make_engine(pipe, tmp_path=None, **limits):
+def make_engine(pipe, tmp_path=None, may_load=None, **limits):
     def load(source):
-        time.sleep(0.02)  # long enough to be seen loading
+        assert may_load is None or may_load.wait(60)
         return pipe
 
     return Engine(
@@ -31,8 +31,11 @@ def ask(**settings):
 
 
 def test_events_come_in_order_and_the_file_reproduces_the_picture(tmp_path):
-    engine = make_engine(FakePipeline(), tmp_path)
-    events = list(engine.generate(ask(seed=7, num_images=2, height=64, width=96)))
+    seen_loading, events = threading.Event(), []
+    engine = make_engine(FakePipeline(), tmp_path, may_load=seen_loading)
+    for event in engine.generate(ask(seed=7, num_images=2, height=64, width=96)):
+        events.append(event)
+        seen_loading.set()
 
     assert [type(event) for event in events] == [
         ModelLoading, Step, Step, Step, Picture, Step, Step, Step, Picture, Done,
@@ -64,38 +67,39 @@ def test_an_open_seed_is_drawn_and_recorded():
     assert len(seeds) == 3
 
 
-def test_steps_carry_previews_and_a_shrinking_estimate():
-    pipe = FakePipeline(step_seconds=0.05)
+def test_steps_carry_previews_and_a_shrinking_estimate(monkeypatch):
+    pipe, now = FakePipeline(), [0.0]
+    pipe.at_step = lambda step: now.append(now[-1] + 0.0625)  # seconds of a clock that only steps move
+    for module in ("apps.painter", "apps.worker"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: now[-1]))
     steps = [e for e in make_engine(pipe).generate(ask(steps=8)) if isinstance(e, Step)]
     assert [step.step for step in steps] == list(range(1, 9))
-    previews = [step.preview for step in steps if step.preview is not None]
-    assert 2 <= len(previews) < 8  # rate-limited
-    assert previews[0].size == (8, 8)
-    assert steps[0].eta > steps[-1].eta == 0
+    assert [step.step for step in steps if step.preview is not None] == [1, 4, 7]  # 0.15 seconds apart at least
+    assert steps[0].preview.size == (8, 8)
+    assert [step.eta for step in steps] == [0.0625 * left for left in range(7, -1, -1)]
 
 
 @pytest.mark.parametrize("kind", [FakePipeline, ForeignPipeline])
 def test_stop_ends_within_one_step_and_decodes_nothing(kind):
-    pipe = kind(step_seconds=0.1)
-    stop = threading.Event()
-    events = []
+    pipe, stop, events = kind(), threading.Event(), []
+    pipe.at_step = lambda step: step < 2 or stop.wait(60)  # the third one runs when stop is pressed
     for event in make_engine(pipe).generate(ask(steps=50), stop):
         events.append(event)
         if isinstance(event, Step) and event.step == 2:
-            run_before, asked = pipe.steps_run, time.monotonic()
             stop.set()
     assert isinstance(events[-1], Stopped)
-    assert pipe.steps_run <= run_before + 1
-    assert time.monotonic() - asked < 0.3
+    assert [event.step for event in events if isinstance(event, Step)] == [1, 2]
+    assert pipe.steps_run == 3
     assert pipe.decodes == 0
     assert pipe.running == 0
     assert pipe.hooks_freed == (kind is ForeignPipeline)
 
 
 def test_closing_the_iterator_stops_and_waits_for_the_worker():
-    pipe = FakePipeline(step_seconds=0.05)
+    pipe, stop = FakePipeline(), threading.Event()
+    pipe.at_step = lambda step: step == 0 or stop.wait(60)
     engine = make_engine(pipe)
-    events = engine.generate(ask(steps=50))
+    events = engine.generate(ask(steps=50), stop)
     while not isinstance(next(events), Step):
         pass
     events.close()
@@ -105,18 +109,20 @@ def test_closing_the_iterator_stops_and_waits_for_the_worker():
 
 
 def test_requests_run_one_at_a_time_and_know_their_place():
-    pipe = FakePipeline(step_seconds=0.02)
+    pipe, all_in_line = FakePipeline(), threading.Event()
+    pipe.at_step = lambda step: all_in_line.wait(60)
     engine = make_engine(pipe)
-    engine.model().result(5)
     logs = [[] for _ in range(3)]
 
     def consume(log):
         log.extend(engine.generate(ask(steps=5)))
 
     threads = [threading.Thread(target=consume, args=(log,)) for log in logs]
-    for thread in threads:
+    for number, thread in enumerate(threads, 1):
         thread.start()
-        time.sleep(0.02)
+        while len(engine.jobs()) < number or not pipe.in_step.wait(0.01):
+            pass  # until it stands in line, and the first one is being painted
+    all_in_line.set()
     for thread in threads:
         thread.join()
     assert pipe.overlaps == 0
@@ -125,9 +131,10 @@ def test_requests_run_one_at_a_time_and_know_their_place():
 
 
 def test_a_waiting_request_can_be_stopped():
-    pipe = FakePipeline(step_seconds=0.05)
+    pipe, end = FakePipeline(), threading.Event()
+    pipe.at_step = lambda step: step == 0 or end.wait(60)
     engine = make_engine(pipe)
-    first = engine.generate(ask(steps=50))
+    first = engine.generate(ask(steps=50), end)
     while not isinstance(next(first), Step):
         pass
     stop = threading.Event()
@@ -139,8 +146,10 @@ def test_a_waiting_request_can_be_stopped():
 
 
 def test_a_full_line_says_so():
-    engine = make_engine(FakePipeline(step_seconds=0.05), queue=1)
-    first = engine.generate(ask(steps=50))
+    pipe, end = FakePipeline(), threading.Event()
+    pipe.at_step = lambda step: step == 0 or end.wait(60)
+    engine = make_engine(pipe, queue=1)
+    first = engine.generate(ask(steps=50), end)
     while not isinstance(next(first), Step):
         pass
     (event,) = engine.generate(ask())
@@ -205,7 +214,7 @@ def test_the_shelf_keeps_only_so_many_models():
 
     engine = Engine({k: k for k in "abc"}, device="cpu", server_limits=ServerLimits(loaded_models=2), load=load)
     for key in "abcba":
-        engine.model(key).result(5)
+        engine.model(key).result(60)
     assert loads == ["a", "b", "c", "a"]
 
 

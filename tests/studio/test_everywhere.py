@@ -40,7 +40,7 @@ def world(tmp_path_factory):
         load = lambda self, source, device, setup: tiny_text_to_image_pipeline()  # noqa: E731
         patch.setattr(engine_module.Engine, "_load_pipeline", load)
         engine = engine_module.Engine({"stickers": "stickers"}, out, device="cpu")
-        engine.model().result(20)
+        engine.model().result(60)
         sessions = Sessions(None)
         painting = Painting(engine, Strings("en"), sessions)
         port = check_port("127.0.0.1", 0)
@@ -81,7 +81,7 @@ def test_the_file_is_enough(world, tmp_path, name):
 
     with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
         job = client.post("/v1/jobs", content=repeat(settings).model_dump_json()).json()["id"]
-        assert engine.stream(job).wait_closed(30)
+        assert engine.stream(job).wait_closed(60)
         row = client.get(f"/v1/jobs/{job}").json()["pictures"][0]
         with Image.open(io.BytesIO(client.get(row["url"]).content)) as image:
             assert image.convert("RGB").tobytes() == pixels(first.path)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
-import time
 from types import SimpleNamespace
 
 import gradio as gr
@@ -55,14 +55,26 @@ PAGE = {
 @pytest.fixture
 def studio(tmp_path):
     (tmp_path / "out").mkdir()
-    engine = Engine({"fake": str(tmp_path)}, tmp_path / "out", device="cpu", load=lambda source: FakePipeline(0.01))
-    engine.model().result(10)
+    pipe = FakePipeline(0.01)
+    engine = Engine({"fake": str(tmp_path)}, tmp_path / "out", device="cpu", load=lambda source: pipe)
+    engine.model().result(60)
     sessions = Sessions(None)
     painting = Painting(engine, ENGLISH, sessions)
     yield SimpleNamespace(
-        engine=engine, painting=painting, choosing=Choosing(engine, ENGLISH, sessions, painting), sessions=sessions
+        engine=engine,
+        painting=painting,
+        choosing=Choosing(engine, ENGLISH, sessions, painting),
+        sessions=sessions,
+        pipe=pipe,
     )
     engine.close()
+
+
+def hold(studio, step):
+    """Hold each picture at one of its steps until the returned event is set."""
+    released = threading.Event()
+    studio.pipe.at_step = lambda at: at != step or released.wait(60)
+    return released
 
 
 def paint(studio, visit=(), tab=TAB, **changes):
@@ -119,7 +131,8 @@ def test_a_picture_reaches_strip_and_stage_as_the_file_itself(studio):
 
 def test_stop_ends_the_job_of_this_tab_only(studio):
     other = SimpleNamespace(session_hash="another tab", username=None)
-    job = paint(studio, steps=100)
+    job = paint(studio, steps=200)
+    studio.pipe.step_seconds = 0.1  # 20 seconds in all: there is time to press stop
     while "Step" not in next(job).get("stage", ""):
         pass
     studio.painting.stop(other)
@@ -133,6 +146,7 @@ def test_stop_ends_the_job_of_this_tab_only(studio):
 
 
 def test_a_second_click_waits_in_line_and_is_shown_in_its_turn(studio):
+    released = hold(studio, 29)
     first, seen = paint(studio, steps=30), []
     while "Step" not in next(first).get("stage", ""):
         pass
@@ -140,22 +154,26 @@ def test_a_second_click_waits_in_line_and_is_shown_in_its_turn(studio):
     assert len(second) == 1
     assert "1 waiting" in second[0]["line"]
     assert second[0]["clear"]["visible"] is True
+    released.set()
     seen = list(first)
     assert [item.settings.seed for item in pictures(seen)] == [50, 3]
 
 
 def test_the_line_can_be_cleared(studio):
+    released = hold(studio, 29)
     job = paint(studio, steps=30)
     while "Step" not in next(job).get("stage", ""):
         pass
     for seed in (50, 51):
         list(paint(studio, seed=seed))
     assert studio.painting.clear(TAB)["line"] == ""
+    released.set()
     assert [item.settings.seed for item in pictures(list(job))] == [3]
     assert [one.state for one in studio.engine.jobs()] == ["stopped", "stopped", "done"]
 
 
 def test_the_line_can_be_reordered_and_one_of_it_removed(studio):
+    released = hold(studio, 59)
     first = paint(studio, steps=60)
     while "Step" not in next(first).get("stage", ""):
         pass
@@ -175,18 +193,21 @@ def test_the_line_can_be_reordered_and_one_of_it_removed(studio):
     left = studio.painting.drop(TAB, jobs[0])
     assert "2 waiting" in left["line"]
     assert studio.engine.job(jobs[0]).state == "stopped"
+    released.set()
     seen = [*first]
     assert [item.settings.seed for item in pictures(seen)] == [60, 70, 3]  # newest first
     assert seen[-1]["order"]["visible"] is False
 
 
 def test_one_picture_of_several_is_skipped(studio):
+    released = hold(studio, 29)
     told = paint(studio, count=2, steps=30)
     seen = [next(told)]
     while "Picture 1" not in seen[-1].get("stage", ""):
         seen.append(next(told))
     assert [changes["skip"]["visible"] for changes in seen if "skip" in changes] == [True]
     studio.painting.skip(TAB)
+    released.set()
     seen += told
     assert [item.settings.seed for item in pictures(seen)] == [4]
     assert seen[-2]["skip"]["visible"] is False
@@ -195,11 +216,13 @@ def test_one_picture_of_several_is_skipped(studio):
 
 
 def test_closing_the_tab_stops_all_of_its_line(studio):
+    studio.pipe.step_seconds = 0.1  # 20 seconds in all: there is time to close it
     job = paint(studio, steps=200)
     while "Step" not in next(job).get("stage", ""):
         pass
     list(paint(studio, seed=50))
     job.close()
+    studio.pipe.step_seconds = 0.0
     assert [one.state for one in studio.engine.jobs()] == ["stopped", "stopped"]
     assert pictures(list(paint(studio)))  # and the page is as good as new
 
@@ -213,13 +236,15 @@ def test_prompts_from_a_file_are_a_job_each(studio, tmp_path):
     assert studio.choosing.drop_prompts()["many"] == []
 
 
-def test_fast_steps_do_not_flood_the_page(tmp_path):
+def test_fast_steps_do_not_flood_the_page(tmp_path, monkeypatch):
+    ticks = itertools.count()  # hundredths of a second: each look at the clock takes one
+    clock = SimpleNamespace(monotonic=lambda: next(ticks) / 100)
     engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: FakePipeline())
-    started = time.monotonic()
+    monkeypatch.setattr(painting_module, "time", clock)
     told = list(Painting(engine, ENGLISH, Sessions(None)).paint([], {**PAGE, "steps": 150, "count": 4}, TAB))
     steps = [changes for changes in told if "Picture " in changes.get("stage", "")]
-    most = (time.monotonic() - started) / REDRAW_SECONDS + 4 + 1  # a view begins anew with every picture
-    assert 1 <= len(steps) <= most < 600
+    most = clock.monotonic() / REDRAW_SECONDS + 4 + 1  # a view begins anew with every picture
+    assert 4 <= len(steps) <= most < 600 / 3
     engine.close()
 
 
@@ -395,7 +420,7 @@ def test_pictures_of_classes(tmp_path, mode):
     else:
         pipe = NextScaleClassToImagePipeline(tiny_next_scale.transformer(), tiny_next_scale.tokenizer())
     engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: pipe)
-    engine.model().result(10)
+    engine.model().result(60)
     painting = Painting(engine, ENGLISH, Sessions(None))
     settings = {**PAGE, "mode": mode, "label": "1: goldfish", "scale_label": "1", "shape": AUTO, "top_k": 0,
                 "kv_policy": "window", "kv_budget": 0.5, "guidance": 2.0}  # fmt: skip
@@ -466,14 +491,15 @@ def test_a_grid_is_painted_cell_by_cell_and_saved(studio):
 
 
 def test_a_grid_can_be_stopped(studio):
+    begun = studio.pipe.steps_run
+    # From another thread than the page's, in the midst of the second cell.
+    studio.pipe.at_step = lambda step: studio.pipe.steps_run - begun != 50 + 5 or studio.painting.stop(TAB)
     job = paint(studio, mode="grid", grid_x_values="50, 60, 70")
     while "Cell 2" not in next(job).get("stage", ""):
         pass
-    threading.Timer(0.05, studio.painting.stop, (TAB,)).start()
     told = list(job)
     assert any("Stopped" in changes.get("stage", "") for changes in told)
     assert len(studio.engine.history()) == 1
-    time.sleep(0.05)
     assert pictures(list(paint(studio)))
 
 

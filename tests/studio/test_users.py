@@ -26,7 +26,7 @@ def served(tmp_path_factory):
               (("ann", "paint"), ("bob", "paint"), ("eve", "watch"), ("root", "admin"))}  # fmt: skip
     table = TokenTable(folder / "users.json")
     engine = Engine({"fake": "x"}, folder / "out", device="cpu", load=lambda source: FakePipeline())
-    engine.model().result(10)
+    engine.model().result(60)
     app = create_app(engine, table)
     mount(app, engine, table)
     port = check_port("127.0.0.1", 0)
