@@ -35,6 +35,7 @@ from apps.painter import StopRequestedError, Switches
 from apps.profiles import FORMATS, Setup, check_request, setup_of
 from apps.shelf import LoadedModel, ModelShelf, Pipeline, tasks_on_disk
 from apps.uploads import UploadStore
+from apps.usage import UsageError
 from apps.worker import Order, Studio, work
 from pipelines.memory import explain_out_of_memory, is_out_of_memory, release
 from pipelines.offload import check_offload
@@ -61,7 +62,7 @@ STATE_FOLDER = ".tessera"
 """Of the output folder: the line of jobs and the pictures handed in; never served."""
 
 
-class UnknownModelError(ValueError):
+class UnknownModelError(UsageError):
     """A request names a model that is not offered."""
 
 

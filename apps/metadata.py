@@ -16,6 +16,7 @@ from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from apps import limits
+from apps.usage import UsageError
 
 CHUNK = "tessera"
 """Keyword of the text chunk."""
@@ -184,7 +185,7 @@ class PictureSettings(BaseModel):
     pick: int | None = Field(default=None, ge=0, lt=limits.MAX_BATCH)
 
 
-class MetadataError(ValueError):
+class MetadataError(UsageError):
     """A picture carries no settings of ours, or settings that don't pass the checks."""
 
 

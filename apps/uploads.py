@@ -16,9 +16,10 @@ from PIL import Image, ImageOps
 
 from apps import limits
 from apps.metadata import save_picture
+from apps.usage import UsageError
 
 
-class UploadError(ValueError):
+class UploadError(UsageError):
     """What was handed in is no picture that can be used."""
 
 
