@@ -19,8 +19,10 @@ from rich.console import Console
 
 from apps.engine import Engine
 from apps.generate import DEFAULT_MODEL, Machine, Wishes, follow, make_request
-from apps.options import check_model, check_wishes, read_line
+from apps.options import check_wishes, read_line
 from apps.outputs import check_folder, picture_paths, save
+from apps.profiles import check_request
+from apps.shelf import check_sources
 from apps.usage import UsageError, checking
 
 MAX_LINES = 100_000
@@ -77,11 +79,13 @@ def run_batch(
     with checking():
         lines = list(read_lines(file, common))
         check_folder(folder)
-        check_model(source, machine.base)
-        check_wishes(replace(common, prompt=EXAMPLE), source)
+        check_sources([source], machine.base)
+        rehearsed = check_wishes(replace(common, prompt=EXAMPLE), source)
         opened = machine.fitted(common.memory).engine(source, common.lora)
     with closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
+            if rehearsed is not None:
+                check_request(rehearsed, engine.devices)
             engine.model().result()
         folder.mkdir(parents=True, exist_ok=True)
         console, failed = Console(soft_wrap=True), 0

@@ -19,7 +19,6 @@ from apps.metadata import Lora, MemoryName, PictureSettings
 from apps.options import (
     Wishes,
     asked,
-    check_model,
     check_wishes,
     complete,
     complete_again,
@@ -31,7 +30,7 @@ from apps.options import (
 )
 from apps.outputs import DEFAULT_OUTPUT, check_output, free_output, is_clip, picture_paths, save
 from apps.profiles import PROFILES, check_request, memory_profiles
-from apps.shelf import name_models
+from apps.shelf import check_sources, name_models
 from apps.uploads import read_upload
 from apps.usage import UsageError, checking
 
@@ -111,15 +110,15 @@ def run(
         taken = None if settings is None else read_settings(settings)
         source = wishes.model or (DEFAULT_MODEL if taken is None else named_model(taken))
         check_output(output or DEFAULT_OUTPUT)
-        check_model(source, machine.base)
-        check_wishes(wishes, source, taken)
-        opened = machine.fitted(wishes.memory or (taken.memory if taken is not None else None)).engine(
-            source, wishes.lora
-        )
+        check_sources([source], machine.base)
+        rehearsed = check_wishes(wishes, source, taken)
+        memory = wishes.memory or (None if taken is None else taken.memory)
+        opened = machine.fitted(memory).engine(source, wishes.lora)
     with closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
+            if rehearsed is not None:
+                check_request(rehearsed, engine.devices)
             request = make_request(wishes, engine, taken, settings)
-            check_request(request, engine.devices)
             if output is not None and is_clip(output) and engine.model().result().frames is None:
                 raise UsageError(f"The model {source!r} makes images, not clips; write to a '.png' file.")
         paths = iter(_output_paths(output, 1 if request.pick is not None else request.num_images, told))

@@ -103,13 +103,17 @@ class Wishes:
     lora_scale: float | None = None
 
 
-def check_wishes(wishes: Wishes, source: str, taken: PictureSettings | None = None) -> None:
+def check_wishes(wishes: Wishes, source: str, taken: PictureSettings | None = None) -> AnyRequest | None:
     """Check all that can be checked before a model is loaded.
 
     Args:
         wishes: the options.
         source: name of the model.
         taken: settings of a picture, for all that the options leave open.
+
+    Returns:
+        A request as the options ask for it, with stand-ins for images; None with the settings of a picture, whose
+        request can be made without the model.
 
     Raises:
         UsageError: an unknown name, a value out of range or of another form, or options that don't go together.
@@ -124,38 +128,15 @@ def check_wishes(wishes: Wishes, source: str, taken: PictureSettings | None = No
         if wanted is not None and wanted not in offered:
             raise UsageError(f"There is no {name} {wanted!r}; choose among {', '.join(offered)}.")
     if taken is not None:
-        return
+        return None
     values |= {name: ANY_IMAGE for name in ("image", "mask") if getattr(wishes, name) is not None}
     problems = []
     for first in tasks_on_disk(source)[:1] or FIRST_TASKS:
         try:
-            complete(values, wishes.prompt, task_of(values, first))
-            return
+            return complete(values, wishes.prompt, task_of(values, first))
         except UsageError as error:
             problems.append(error)
     raise problems[0]
-
-
-def check_model(source: str, base: str | None = None) -> None:
-    """Refuse the name of a model that can't be one; whether the Hub has a repository is found out by loading it.
-
-    Args:
-        source: built-in name, folder, file or hub id.
-        base: of a single file: the pipeline that everything else comes from.
-
-    Raises:
-        UsageError: neither built in, nor a folder or file here, nor of the form of a hub id; or a base without a file.
-    """
-    if base is not None:
-        if not Path(source).expanduser().is_file():
-            raise UsageError(f"--base goes with a single file, and the model {source!r} is none; leave out --base.")
-        check_model(base)
-    named = source in builtin_models() or Path(source).expanduser().exists()
-    if not named and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@\S*)?", source) is None:
-        raise UsageError(
-            f"There is no model {source!r}; name a folder or file that exists, a hub id such as user/repository, or a "
-            f"built-in model: {', '.join(builtin_models())}."
-        )
 
 
 def asked(wishes: Wishes) -> dict[str, Any]:

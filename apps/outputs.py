@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from apps.engine import Picture
+from apps.events import Picture
 from apps.media import save_mp4
 from apps.metadata import FORMATS, save_picture, save_sidecar
 from apps.usage import UsageError
@@ -75,7 +75,8 @@ def _check_folder(folder: Path, named: Path) -> None:
             return
     except OSError as error:
         raise UsageError(
-            f"{str(named)!r} can't be written: {error.strerror} ({str(folder)!r}). Choose a folder that you may write to."
+            f"{str(named)!r} can't be written: {error.strerror} ({str(folder)!r}). Choose a folder that you may "
+            "write to."
         ) from error
 
 

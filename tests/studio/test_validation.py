@@ -31,7 +31,7 @@ def explained(body):
         ({**TEXT, "scheduler": "magic"}, "scheduler: choose euler, heun, sde, dpm++, unipc, ddim or ddpm"),
         ({**TEXT, "keep_settings": "perhaps"}, "keep_settings: choose true or false"),
         ({**TEXT, "negative_prompt": 7}, "negative_prompt: give a text of at most 2000 characters"),
-        ({**TEXT, "step_cache": {"preset": "fora", "amount": 0}}, "step_cache.amount: choose a number above 0, at most 100"),
+        ({**TEXT, "step_cache": {"preset": "fora", "amount": 0}}, "amount: choose a number above 0, at most 100"),
         ({**TEXT, "step_cache": 3}, "step_cache: give an object with preset, amount"),
         ({**TEXT, "step_cache": {"preset": "fora", "every": 3}}, "step_cache.every: step_cache has no such setting"),
         ({**TEXT, "label": 3}, "label: text_to_image has no such setting; leave it out"),
