@@ -44,15 +44,15 @@ def check_writable(file: Path) -> None:
     Raises:
         UsageError: it is a folder, its folder can't be made or written to, or its name is too long.
     """
+    try:
+        os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # a new file, or one whose folder is looked at below
+    except OSError as error:  # such as a name that is too long
+        raise UsageError(f"{str(file)!r} can't be written: {error.strerror}. Choose another name.") from error
     if file.is_dir():
         raise UsageError(f"{str(file)!r} is a folder; name a file to write.")
     _check_folder(file.parent, file)
-    try:
-        os.lstat(file)
-    except FileNotFoundError:
-        return
-    except OSError as error:  # a name that is too long, a NUL in it
-        raise UsageError(f"{str(file)!r} can't be written: {error.strerror}. Choose another name.") from error
 
 
 def check_folder(folder: Path) -> None:
