@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from apps.events import Picture
@@ -45,9 +46,8 @@ def check_writable(file: Path) -> None:
         UsageError: it is a folder, its folder can't be made or written to, or its name is too long.
     """
     try:
-        os.lstat(file)
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # a new file, or one whose folder is looked at below
+        with suppress(FileNotFoundError, NotADirectoryError):  # a new file, or one whose folder is looked at below
+            os.lstat(file)
     except OSError as error:  # such as a name that is too long
         raise UsageError(f"{str(file)!r} can't be written: {error.strerror}. Choose another name.") from error
     if file.is_dir():

@@ -118,10 +118,13 @@ def _start(app: Any, host: str, port: int) -> Any:
     """
     import uvicorn
 
+    from apps.ending import EndingApp, EndingServer
+
+    app = EndingApp(app)
     config = uvicorn.Config(
         app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=PATIENCE, server_header=False
     )
-    server = uvicorn.Server(config)
+    server = EndingServer(config, app)
     thread = threading.Thread(target=server.run, name="server", daemon=True)
     thread.start()
     while not server.started:
