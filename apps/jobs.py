@@ -324,4 +324,5 @@ def repeat(settings: PictureSettings, **changes: Any) -> AnyRequest:
 
 def explain(error: ValidationError) -> str:
     """Say what is wrong with a request, without repeating what was in it: fields, accepted ranges, remedies."""
-    return explain_fields(error, TASKS)
+    kinds = {kind.__name__: kind for kind in TASKS.values()}
+    return explain_fields(error, kinds.get(error.title, TASKS))

@@ -35,6 +35,37 @@ def read_upload(data: bytes) -> Image.Image:
     Raises:
         UploadError: too large, or no such picture.
     """
+    return flatten(_decode(data))
+
+
+def read_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
+    """Decode a mask that is transparent where an image is to be changed.
+
+    Args:
+        data: the file's content: PNG or WebP with transparency.
+        size: width and height of the image that it is for.
+
+    Returns:
+        L, white where to change.
+
+    Raises:
+        UploadError: too large, no such picture, opaque everywhere, or of another size.
+    """
+    image = _decode(data)
+    if image.size != size:
+        raise UploadError(
+            f"The mask has {image.width} x {image.height} pixels and the image {size[0]} x {size[1]}; send one of the "
+            "image's size."
+        )
+    opaque = image.convert("RGBA").getchannel("A")
+    mask = opaque.point([255 if value < 128 else 0 for value in range(256)])
+    if mask.getbbox() is None:
+        raise UploadError("The mask is opaque everywhere; make it transparent where the image is to be changed.")
+    return mask
+
+
+def _decode(data: bytes) -> Image.Image:
+    """Decode a picture of unknown origin, upright; its size is looked at before its pixels."""
     if len(data) > limits.MAX_UPLOAD_BYTES:
         raise UploadError(f"The picture has {len(data)} bytes; at most {limits.MAX_UPLOAD_BYTES} are taken.")
     try:
@@ -47,7 +78,7 @@ def read_upload(data: bytes) -> Image.Image:
                         f"{limits.MAX_UPLOAD_PIXELS} pixels are taken."
                     )
                 image.load()
-                return flatten(ImageOps.exif_transpose(image))
+                return ImageOps.exif_transpose(image)
     except UploadError:
         raise
     except Image.DecompressionBombError as error:

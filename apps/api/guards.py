@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apps import limits
+from apps.api.messages import error_body
+from apps.api.openai import MAX_FORM_BYTES, UPLOAD_PATHS
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class Guards:
             await _refuse(send, 403, "foreign_origin", "Requests from pages of other sites are not taken.")
             return
         most = limits.MAX_UPLOAD_BYTES if scope["path"] == f"{self.prefix}/pictures" else MAX_JSON_BYTES
+        most = MAX_FORM_BYTES if scope["path"] in UPLOAD_PATHS else most
         started = False
 
         async def watched_send(message: Message) -> None:
@@ -80,7 +83,7 @@ def _is_foreign(headers: dict[str, str]) -> bool:
 
 
 async def _refuse(send: Send, status: int, code: str, message: str) -> None:
-    body = json.dumps({"error": {"code": code, "message": message, "type": "invalid_request_error"}}).encode()
+    body = json.dumps(error_body(code, message)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

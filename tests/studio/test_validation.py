@@ -65,3 +65,10 @@ def test_hostile_requests_are_told_in_our_words_and_not_repeated():
             found = explain(error)
             assert not [words for words in (*FOREIGN, "passwd", "<", "script") if words in found], found
     assert refused > 200
+
+
+def test_errors_of_one_kind_of_request_are_told_like_those_of_any():
+    with pytest.raises(ValidationError) as error:
+        TASKS["inpaint"].model_validate({"prompt": "x", "steps": 0, "expand": {"left": 9}})
+    told = explain(error.value).split("; ")
+    assert {"image: is missing", "expand.left: choose 0 to 2", "steps: choose 1 to 200"} <= set(told)

@@ -1,0 +1,90 @@
+"""Who asks, what they may, and what every route needs: the engine, a job in its line, how a model is described."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, HTTPException, Request
+
+from apps.api.messages import error_body
+from apps.api.tokens import Role, TokenTable, User
+from apps.engine import Engine, UnknownModelError
+from apps.job_store import QueueFullError
+from apps.jobs import AnyRequest
+from apps.lora import LoraError
+from apps.profiles import UnavailableError
+from apps.uploads import UploadError
+
+LOCAL = User(name="local", role="admin", salt="0" * 32, digest="0" * 64)
+"""Who asks, on a server without tokens, which listens on this machine only."""
+
+
+def _user(request: Request) -> User:
+    """Return who asks.
+
+    Raises:
+        HTTPException: 401 without a token, or with one that is nobody's.
+    """
+    tokens: TokenTable | None = request.app.state.tokens
+    if tokens is None:
+        return LOCAL
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    user = tokens.find(token.strip()) if kind.lower() == "bearer" else None
+    if user is None:
+        body = error_body("unauthorized", "Send a token: Authorization: Bearer TOKEN.")
+        raise HTTPException(401, body, {"WWW-Authenticate": "Bearer"})
+    return user
+
+
+def require(role: Role) -> Any:
+    """Return a dependency that lets in only users with a role."""
+
+    def check(user: Annotated[User, Depends(_user)]) -> User:
+        if not user.may(role):
+            raise HTTPException(403, error_body("forbidden", f"This needs the role {role!r}; yours is {user.role!r}."))
+        return user
+
+    return Depends(check)
+
+
+Watcher = Annotated[User, require("watch")]
+Painter = Annotated[User, require("paint")]
+
+
+def _engine(request: Request) -> Engine:
+    return request.app.state.engine
+
+
+Painting = Annotated[Engine, Depends(_engine)]
+
+
+def enqueue(engine: Engine, wanted: AnyRequest, user: User) -> str:
+    """Submit a request for a user.
+
+    Raises:
+        HTTPException: 404, 422 or 429.
+    """
+    try:
+        return engine.submit(wanted, user.name)
+    except UnknownModelError as error:
+        raise HTTPException(404, error_body("unknown_model", str(error))) from error
+    except LoraError as error:
+        raise HTTPException(404, error_body("unknown_lora", str(error))) from error
+    except UploadError as error:
+        raise HTTPException(422, error_body("unknown_picture", str(error))) from error
+    except UnavailableError as error:
+        raise HTTPException(422, error_body("unavailable", str(error))) from error
+    except QueueFullError as error:
+        raise HTTPException(429, error_body("queue_full", str(error)), {"Retry-After": "5"}) from error
+
+
+def model_row(engine: Engine, key: str) -> dict[str, Any]:
+    """Describe a model; of one that isn't loaded only the name, and what its folder tells, is known."""
+    row: dict[str, Any] = {"id": key, "object": "model", "created": 0, "owned_by": "local"}
+    row["tasks"] = list(engine.tasks(key))
+    future = engine.model(key) if key == engine.models[0] else engine.loaded(key)
+    if future is None or not future.done() or future.exception() is not None:
+        return row
+    model = future.result()
+    size = {"width": model.width, "height": model.side, "multiple": model.multiple}
+    return row | {"schedulers": list(model.schedulers), **size, "steps": model.steps}
