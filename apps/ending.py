@@ -38,6 +38,8 @@ class EndingApp:
         except asyncio.CancelledError:  # by uvicorn, which waits no longer
             if not self.ending.is_set():
                 raise
+        finally:
+            request.close()
         if self.ending.is_set():
             await request.complete()
 
@@ -48,6 +50,7 @@ class _Request:
     def __init__(self, receive: Receive, send: Send, ending: asyncio.Event) -> None:
         self._receive, self._send, self._ending = receive, send, ending
         self._is_read = self._is_started = self._is_complete = False
+        self._news: asyncio.Future[Message] | None = None
 
     async def receive(self) -> Message:
         """Return the next message; to a stream, that its client has left, as soon as the server ends."""
@@ -55,21 +58,29 @@ class _Request:
             message = await self._receive()
             self._is_read = not message.get("more_body", False)
             return message
-        news, over = asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._ending.wait())
-        try:
-            await asyncio.wait((news, over), return_when=asyncio.FIRST_COMPLETED)
-            if self._is_started and not news.done():
-                return DISCONNECTED
-            return await news
-        finally:
-            news.cancel()
-            over.cancel()
+        # Kept between calls: who only looks whether there is news, as Starlette does, cancels the call at once.
+        news = self._news = self._news or asyncio.ensure_future(self._receive())
+        if not news.done():
+            over = asyncio.ensure_future(self._ending.wait())
+            try:
+                await asyncio.wait((news, over), return_when=asyncio.FIRST_COMPLETED)
+                if self._is_started and not news.done():
+                    return DISCONNECTED
+                await asyncio.shield(news)
+            finally:
+                over.cancel()
+        return news.result()  # that the client has left, which stays so
 
     async def send(self, message: Message) -> None:
         """Pass a message on."""
         self._is_started = self._is_started or message["type"] == "http.response.start"
         await self._send(message)
         self._is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+    def close(self) -> None:
+        """Stop listening to the client."""
+        if self._news is not None:
+            self._news.cancel()
 
     async def complete(self) -> None:
         """Finish the answer, if the application didn't."""

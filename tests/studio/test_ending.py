@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from apps.ending import EndingApp
 from tests.pipes.tiny import tiny_text_to_image_pipeline
@@ -164,3 +165,18 @@ def test_a_cancellation_by_others_is_passed_on():
 
     with pytest.raises(asyncio.CancelledError):
         run(app, [], 99)
+
+
+def test_who_only_looks_is_told_that_the_client_left():
+    """Starlette cancels its question at once: the answer has to be there by then."""
+    seen = []
+
+    async def app(scope, receive, send):
+        request = Request({**scope, "method": "POST"}, receive)
+        await request.body()
+        for _ in range(3):
+            seen.append(await request.is_disconnected())
+            await asyncio.sleep(0.01)
+
+    run(app, [READ, {"type": "http.disconnect"}], 99)
+    assert seen[-1]

@@ -8,6 +8,7 @@ import io
 import json
 from contextlib import contextmanager
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,7 @@ from apps.api.openai import MAX_FORM_BYTES, UPLOAD_PATHS
 from apps.api.tokens import TokenTable, add_user
 from apps.engine import Engine
 from apps.metadata import read_picture
+from apps.serve import _start, check_port
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 from tests.studio.fakes import FakePipeline
 from tests.studio.test_parts import of_classes, of_entries
@@ -379,4 +381,21 @@ def test_the_built_in_model(tmp_path):
             assert (np.asarray(after)[:, half:] == np.asarray(image)[:, half:]).all()
             assert edit(client, "variations", image=file_of(image), n="1").status_code == 200
     finally:
+        engine.close()
+
+
+def test_a_caller_who_leaves_a_stream_stops_the_work(tmp_path):
+    engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: FakePipeline(0.05))
+    port = check_port("127.0.0.1", 0)
+    server = _start(create_app(engine), "127.0.0.1", port)
+    try:
+        body = {"prompt": "x", "steps": 200, "n": 16, "stream": True, "partial_images": 3}
+        with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/images/generations", json=body, trust_env=False,
+                          timeout=60) as answer:  # fmt: skip
+            next(answer.iter_lines())
+        job = engine.jobs(limit=1)[0].id
+        assert engine.stream(job).wait_closed(60)
+        assert engine.job(job).state == "stopped"
+    finally:
+        server.should_exit = True
         engine.close()
