@@ -18,9 +18,16 @@ from typing import Any
 from rich.console import Console
 
 from apps.engine import Engine
-from apps.generate import DEFAULT_MODEL, Machine, Wishes, follow, make_request, picture_paths, save
+from apps.generate import DEFAULT_MODEL, Machine, Wishes, follow, make_request
+from apps.options import check_wishes, read_line
+from apps.outputs import check_folder, picture_paths, save
+from apps.profiles import check_request
+from apps.shelf import check_sources
+from apps.usage import UsageError, checking
 
 MAX_LINES = 100_000
+EXAMPLE = "1"
+"""Stands for the prompts of the lines when their common settings are checked: a text, and the number of a class."""
 FROM_LINE = {field.name for field in fields(Wishes)} - {"model", "lora"}
 
 
@@ -65,14 +72,23 @@ def run_batch(
 
     Raises:
         BatchError: lines failed; what could be painted is there.
-        ValueError: a line isn't understood; then nothing has been painted.
+        UsageError: a line or a common setting isn't understood, or the folder can't be written; then nothing has been
+            painted.
     """
-    lines = list(read_lines(file, common))
-    folder.mkdir(parents=True, exist_ok=True)
-    console, failed = Console(soft_wrap=True), 0
-    with closing(
-        (machine or Machine()).fitted(common.memory).engine(common.model or DEFAULT_MODEL, common.lora)
-    ) as engine:
+    machine, source = machine or Machine(), common.model or DEFAULT_MODEL
+    with checking():
+        lines = list(read_lines(file, common))
+        check_folder(folder)
+        check_sources([source], machine.base)
+        rehearsed = check_wishes(replace(common, prompt=EXAMPLE), source)
+        opened = machine.fitted(common.memory).engine(source, common.lora)
+    with closing(opened) as engine:
+        with checking(ValueError, FileNotFoundError):
+            if rehearsed is not None:
+                check_request(rehearsed, engine.devices)
+            engine.model().result()
+        folder.mkdir(parents=True, exist_ok=True)
+        console, failed = Console(soft_wrap=True), 0
         for line in lines:
             row = _paint(line, folder, engine, Console(stderr=True, quiet=json_output), keep_settings, sidecar)
             failed += row["state"] == "failed"
@@ -90,8 +106,12 @@ def read_lines(file: Path, common: Wishes) -> Iterator[Line]:
 
     Raises:
         ValueError: a line is neither text nor an object of known words.
+        UsageError: the file isn't UTF-8 text.
     """
-    rows = file.read_text(encoding="utf-8").splitlines()
+    try:
+        rows = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file.name} is no UTF-8 text; give a JSONL or text file with a prompt a line.") from error
     if len(rows) > MAX_LINES:
         raise ValueError(f"{file.name} has {len(rows)} lines; at most {MAX_LINES} are taken.")
     for number, text in enumerate(rows, 1):
@@ -114,7 +134,11 @@ def _read(text: str, number: int, folder: Path) -> dict[str, Any]:
     unknown = set(value) - FROM_LINE
     if unknown:
         raise ValueError(f"Line {number} holds {', '.join(sorted(unknown))}; known are {', '.join(sorted(FROM_LINE))}.")
-    return {key: folder / one if key in ("image", "mask") else one for key, one in value.items()}
+    try:
+        read = read_line(value)
+    except UsageError as error:
+        raise UsageError(f"Line {number} holds {error}.") from error
+    return {key: folder / one if key in ("image", "mask") and one is not None else one for key, one in read.items()}
 
 
 def _paint(

@@ -26,7 +26,10 @@ from apps.bench_next_scale import Asked, bench_kv, bench_search, bench_shortcuts
 from apps.bench_paint import bench_paint, medians
 from apps.bench_released import bench_released
 from apps.bench_runs import add_run, has_ratios
+from apps.engine import resolve_device
 from apps.machine import describe_machine
+from apps.outputs import check_writable
+from apps.usage import UsageError, checking
 from dit.runtime.compare import measure
 
 IMPORTS = {
@@ -67,7 +70,12 @@ def run(
         ValueError: an unknown benchmark.
     """
     if what not in BENCHMARKS:
-        raise ValueError(f"no benchmark {what!r}: choose one of {', '.join(BENCHMARKS)}")
+        raise UsageError(f"no benchmark {what!r}: choose one of {', '.join(BENCHMARKS)}")
+    if output is not None:
+        check_writable(output)
+    if device != "auto":
+        with checking():
+            resolve_device(device)
     place, precision = (None if value == "auto" else value for value in (device, dtype))
     asked = Asked(model, 1 if smoke else repeats, min(prompts, 2) if smoke else prompts, place, precision, smoke)
     report = {"benchmark": what, **BENCHMARKS[what](asked)}

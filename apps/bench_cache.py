@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from apps import cache_rivals
 from apps.cache_rivals import Candidate
+from apps.loading import load_for_command
 from apps.machine import describe_machine
 from apps.stickers import Scene, load_sprites
 from apps.stickers.judge import Judge, score
 from apps.stickers.prompt_sets import SETS, Request, draw_requests
 from apps.training.scenes import read_vocabulary
 from dit.runtime.compare import measure, psnr
-from pipelines import load_pipeline
 from sampling.step_cache import Profile, StepCache, calibrate_budget
 
 REGIONS = ("blocks", "output")
@@ -106,8 +106,7 @@ def bench_cache(
     """
     told = Console(stderr=True, soft_wrap=True)
     smoke = repeats == 1
-    pipe: Any = load_pipeline(model, device=device, dtype=dtype)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_for_command(model, device, dtype)
     work = Workload(pipe, draw(pipe, 4 if smoke else prompts, 7), steps or (8 if smoke else 28), 4.0)
     learned = [request.prompt for request in draw(pipe, 4, 1_000_003)]
     settings: dict[str, Any] = {"seed": CALIBRATION_SEED, "guidance_scale": work.guidance}

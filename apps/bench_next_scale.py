@@ -23,17 +23,19 @@ from rich.console import Console
 from rich.table import Table
 
 from apps.evaluate import answers, batches, shares
+from apps.loading import load_for_command
 from apps.machine import describe_machine
 from apps.stickers import Scene, load_sprites, render
 from apps.stickers.judge import Judge
 from apps.stickers.prompt_sets import SETS, draw_requests
 from apps.training.rollouts import HOT_EVERYWHERE, hot_everywhere, hot_way
 from apps.training.scenes import read_vocabulary
+from apps.usage import UsageError
 from dit.cache import ScaleKVCache, find_table, plan_cache
 from dit.layers.scales import scale_grids, token_counts
 from dit.models.next_scale import PRESETS
 from dit.runtime.compare import psnr
-from pipelines import NextScaleClassToImagePipeline, load_pipeline
+from pipelines import NextScaleClassToImagePipeline
 from pipelines.next_scale_run import NextScalePipeline
 from pipelines.next_scale_text import DEFAULTS, NextScaleTextToImagePipeline
 from sampling.scale_acceleration import ScaleAcceleration
@@ -168,7 +170,7 @@ def bench_shortcuts(asked: Asked) -> dict[str, Any]:
         ValueError: no model was named.
     """
     if asked.model is None:
-        raise ValueError("name the model to paint with: tessera bench shortcuts MODEL")
+        raise UsageError("name the model to paint with: tessera bench shortcuts MODEL")
     subject = Subject.load(asked, "single")
     exact = subject.paint()
     rows: list[dict[str, Any]] = [
@@ -202,7 +204,7 @@ def bench_search(asked: Asked) -> dict[str, Any]:
         ValueError: no model was named, or it comes without a scorer.
     """
     if asked.model is None:
-        raise ValueError("name the model to search with: tessera bench search MODEL")
+        raise UsageError("name the model to search with: tessera bench search MODEL")
     subject = Subject.load(asked, "pair")
     ceiling = subject.ceiling()
     return {
@@ -303,10 +305,9 @@ class Subject:
         Raises:
             ValueError: it is no next-scale model, or reads text and has no vocabulary of stickers.
         """
-        pipe: Any = load_pipeline(asked.model or "", device=asked.device, dtype=asked.dtype)
+        pipe = load_for_command(asked.model or "", asked.device, asked.dtype)
         if not isinstance(pipe, NextScalePipeline):
-            raise ValueError(f"{asked.model} is a {type(pipe).__name__}; this benchmark needs a next-scale pipeline")
-        pipe.set_progress_bar_config(disable=True)
+            raise UsageError(f"{asked.model} is a {type(pipe).__name__}; this benchmark needs a next-scale pipeline")
         if isinstance(pipe, NextScaleClassToImagePipeline):
             labels = [
                 label % pipe.transformer.config.num_classes for label in range(asked.prompts + CALIBRATION_PICTURES)
@@ -314,7 +315,7 @@ class Subject:
             return cls(pipe, labels[: asked.prompts], labels[asked.prompts :], None, "", None)
         vocabulary = Path(pipe.name_or_path) / "vocabulary.txt"
         if not vocabulary.is_file():
-            raise ValueError(f"{asked.model} has no vocabulary.txt, so it is unclear what to ask it for")
+            raise UsageError(f"{asked.model} has no vocabulary.txt, so it is unclear what to ask it for")
         sheet, names = load_sprites(), read_vocabulary(str(vocabulary))
         requests = draw_requests(SETS[kind], asked.prompts, sheet, names, seed=0)
         others = draw_requests(SETS[kind], CALIBRATION_PICTURES, sheet, names, seed=1)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from apps.bench_next_scale import Asked
+from apps.loading import load_for_command
 from apps.machine import describe_machine
 from dit.runtime.compare import Comparison, count_flops, measure
-from pipelines import load_pipeline
 from pipelines.next_scale_run import NextScalePipeline
 
 PROMPT = "a red apple on a yellow background"
@@ -26,8 +26,7 @@ def bench_paint(asked: Asked) -> dict[str, Any]:
     """Times a picture at the pipeline's defaults, and its parts."""
     name = asked.model or "stickers"
     begun = time.perf_counter()
-    pipe: Any = load_pipeline(name, device=asked.device, dtype=asked.dtype)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_for_command(name, asked.device, asked.dtype)
     loading = time.perf_counter() - begun
     parts = _scales if isinstance(pipe, NextScalePipeline) else _passes
     facts, works = parts(pipe)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from apps.bench_next_scale import Asked
 from apps.machine import describe_machine
+from apps.usage import UsageError
 from dit.convert.var import tokenizer_from_official, transformer_from_official
 from dit.runtime.compare import measure, relative_error
 from pipelines import NextScaleClassToImagePipeline
@@ -37,7 +38,7 @@ def bench_released(asked: Asked) -> dict[str, Any]:
     """
     folder = Path(asked.model or "")
     if not (folder / "models" / "var.py").is_file():
-        raise ValueError(
+        raise UsageError(
             "name the folder of the released code: git clone https://github.com/FoundationVision/VAR, then "
             f"tessera bench released VAR (in {str(folder)!r} there is no models/var.py)"
         )

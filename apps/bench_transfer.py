@@ -13,8 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 
 from apps.bench_cache import CALIBRATION_SEED, TEST_SEED, draw, mean_psnr
+from apps.loading import load_for_command
 from apps.machine import describe_machine
-from pipelines import load_pipeline
 from sampling.schedulers import FlowMatchAB2Scheduler
 from sampling.step_cache import Profile, StepCache, calibrate_budget
 from sampling.step_cache.forecasters import Newton
@@ -64,8 +64,7 @@ def bench_transfer(model: str, repeats: int, device: str | None, dtype: str | No
         prompts: how many are painted for each figure.
     """
     told = Console(stderr=True, soft_wrap=True)
-    pipe: Any = load_pipeline(model, device=device, dtype=dtype)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_for_command(model, device, dtype)
     usual = {"num_inference_steps": 28, "guidance_scale": 4.0}
     learned = [request.prompt for request in draw(pipe, 3, 1_000_003)]
     base = _calibrate(pipe, learned, usual)

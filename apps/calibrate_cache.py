@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from pipelines import load_pipeline
+from apps.loading import load_for_command
+from apps.outputs import check_writable
+from apps.usage import UsageError
 from pipelines.step_cache import PROFILE_FILE
 from sampling.step_cache import calibrate_budget
 
@@ -42,12 +44,12 @@ def run(
     Raises:
         ValueError: no output is given and the model has no folder here.
     """
-    place, precision = (None if value == "auto" else value for value in (device, dtype))
-    pipe: Any = load_pipeline(model, device=place, dtype=precision)
-    pipe.set_progress_bar_config(disable=True)
+    if output is not None:
+        check_writable(output)
+    pipe = load_for_command(model, device, dtype)
     folder = Path(pipe.name_or_path)
     if output is None and not folder.is_dir():
-        raise ValueError(f"the model {model!r} has no folder of its own here: name a file with --output")
+        raise UsageError(f"the model {model!r} has no folder of its own here: name a file with --output")
     wanted: list[Any] = [int(prompt) if prompt.isdecimal() else prompt for prompt in prompts or PROMPTS]
     profile = calibrate_budget(pipe, wanted, steps, region=region)
     path = output or folder / PROFILE_FILE

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from apps import convert_infinity, convert_var
 from apps.folders import check_new_file, check_new_folder, component_folder, staged_folder, write_state
+from apps.usage import UsageError
 from dit.convert import dit as layouts
 from dit.models.dit import DiT
 from pipelines.builtin import as_dtype
@@ -60,9 +61,9 @@ def run(
     """
     families = (*sorted(layouts.OBJECTIVES), "var", "infinity")
     if family not in families:
-        raise ValueError(f"--family {family} is not known; use one of {', '.join(families)}")
+        raise UsageError(f"--family {family} is not known; use one of {', '.join(families)}")
     if text_encoder is not None and (family != "infinity" or to_official):
-        raise ValueError(
+        raise UsageError(
             f"--text-encoder goes with importing --family infinity; {family} checkpoints read no text here"
         )
     console = Console(stderr=True)
@@ -107,7 +108,7 @@ def import_checkpoint(
     notes, names = [], None
     if checkpoint.is_dir():
         if family != "dit":
-            raise ValueError(f"{checkpoint} is a folder, but diffusers has no SiT; use --family dit, or a file")
+            raise UsageError(f"{checkpoint} is a folder, but diffusers has no SiT; use --family dit, or a file")
         model: Any = layouts.from_diffusers(component_folder(checkpoint, "transformer"))
         names = _class_names(checkpoint)
         vae = vae or (str(checkpoint / "vae") if (checkpoint / "vae").is_dir() else None)
@@ -136,7 +137,7 @@ def export(family: str, source: Path, output: Path, dtype: str = "auto") -> DiT:
     check_new_file(output)
     model: Any = DiT.from_pretrained(component_folder(source, "transformer"), use_safetensors=True)
     if model.config.objective != layouts.OBJECTIVES[family]:
-        raise ValueError(
+        raise UsageError(
             f"{source} predicts {model.config.objective!r}, but --family {family} means {layouts.OBJECTIVES[family]!r}"
         )
     if dtype != "auto":

@@ -11,6 +11,7 @@ from diffusers import ModelMixin
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from apps.folders import check_new_file, check_new_folder, read_component, staged_folder, write_state
+from apps.usage import UsageError
 from dit.convert import infinity as layouts
 from dit.convert.var import read_checkpoint, trainer_parts
 from dit.models.next_scale import NextScaleTransformer
@@ -56,7 +57,7 @@ def import_checkpoint(
     """
     check_new_folder(output)
     if vae is None and (checkpoint.is_dir() or layouts.TRAINER_TOKENIZER not in trainer_parts(checkpoint)):
-        raise ValueError(
+        raise UsageError(
             f"{checkpoint.name} holds no tokenizer of pictures: pass --vae infinity_vae_d32_reg.pth (or the one that "
             "belongs to your transformer)"
         )
@@ -87,10 +88,10 @@ def read_text_encoder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenize
         ValueError: no such folder, or another kind of model.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json; pass a local folder of flan-t5-xl as --text-encoder")
+        raise UsageError(f"{folder} holds no config.json; pass a local folder of flan-t5-xl as --text-encoder")
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind != "t5":
-        raise ValueError(f"{folder} holds a {kind!r} model; the released transformers read text of a 't5'")
+        raise UsageError(f"{folder} holds a {kind!r} model; the released transformers read text of a 't5'")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.model_max_length = min(tokenizer.model_max_length, TEXT_MAX_LENGTH)
     encoder = T5EncoderModel.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
@@ -117,6 +118,6 @@ def export(source: Path, output: Path, dtype: str = "auto") -> tuple[ModelMixin,
         write_state(layouts.tokenizer_to_official(model), output, nest=layouts.TOKENIZER)
         return model, []
     if not model.config.bitwise:
-        raise ValueError(f"{source} predicts entries of a codebook, which no Infinity does; use --family var")
+        raise UsageError(f"{source} predicts entries of a codebook, which no Infinity does; use --family var")
     write_state(layouts.transformer_to_official(model), output)
     return model, [f"the tokenizer of pictures is exported from {source / 'vae'} in the same way"]

@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import ModelMixin
 
 from apps.folders import check_new_file, check_new_folder, read_component, staged_folder, write_state
+from apps.usage import UsageError
 from dit.convert import var as layouts
 from dit.models.next_scale import NextScaleTransformer
 from dit.tokenizers.multi_scale_vq import MultiScaleVQ
@@ -35,9 +36,9 @@ def import_checkpoint(
     """
     check_new_folder(output)
     if checkpoint.is_dir():
-        raise ValueError(f"{checkpoint} is a folder; --family var reads a published file such as var_d16.pth")
+        raise UsageError(f"{checkpoint} is a folder; --family var reads a published file such as var_d16.pth")
     if vae is None and not layouts.holds_both(checkpoint):
-        raise ValueError(
+        raise UsageError(
             f"{checkpoint.name} holds no tokenizer, and VAR can't paint without: pass --vae vae_ch160v4096z32.pth"
         )
     transformer: Any = layouts.transformer_from_official(layouts.read_checkpoint(checkpoint), num_attention_heads=heads)

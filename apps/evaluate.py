@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from apps.loading import load_for_command
 from apps.machine import describe_machine
+from apps.outputs import check_folder
 from apps.stickers import Scene, SpriteSheet, load_sprites, render
 from apps.stickers.contact_sheet import contact_sheet
 from apps.stickers.inpaint_set import draw_tasks, is_painted
@@ -28,8 +30,8 @@ from apps.stickers.judge import Judge, score
 from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, sheet_requests
 from apps.training.scenes import box_mask, read_vocabulary
 from apps.training.tasks.autoencoder import psnr
+from apps.usage import UsageError, checking
 from dit.tokenizers import as_visual_tokenizer
-from pipelines import load_pipeline
 
 Generate = Callable[[Sequence[str], Sequence[int]], torch.Tensor]
 """Prompts and a seed for each, to pictures `(B, 3, H, W)` in [-1, 1]."""
@@ -159,7 +161,7 @@ def call_settings(pipe: Any, steps: int | None, guidance: float | None) -> tuple
     if "num_inference_steps" in defaults:
         return int(defaults["num_inference_steps"] if steps is None else steps), float(scale)
     if steps is not None:
-        raise ValueError(f"{type(pipe).__name__} paints scale by scale and takes no --steps; leave it out")
+        raise UsageError(f"{type(pipe).__name__} paints scale by scale and takes no --steps; leave it out")
     return None, float(scale)
 
 
@@ -298,13 +300,16 @@ def run(
     unknown = set(sets) - {*SETS, INPAINT}
     if unknown:
         known = ", ".join((*SETS, INPAINT))
-        raise ValueError(f"no such set of prompts: {', '.join(sorted(unknown))}; choose from {known}")
+        raise UsageError(f"no such set of prompts: {', '.join(sorted(unknown))}; choose from {known}")
     told = Console(stderr=True, quiet=json_output)
-    place, precision = (None if value == "auto" else value for value in (device, dtype))
-    pipe = load_pipeline(model, device=place, dtype=precision)
-    pipe.set_progress_bar_config(disable=True)
-    names = read_vocabulary(vocabulary or str(_vocabulary_file(pipe, model)))
     folder = output or Path("outputs") / f"evaluate-{Path(model).name}"
+    check_folder(folder)
+    if vocabulary is not None:
+        with checking():
+            read_vocabulary(vocabulary)
+    pipe = load_for_command(model, device, dtype)
+    with checking():
+        names = read_vocabulary(vocabulary or str(_vocabulary_file(pipe, model)))
     folder.mkdir(parents=True, exist_ok=True)
     num_steps, scale = call_settings(pipe, steps, guidance)
     settings = {"prompts": prompts, "steps": num_steps, "guidance": scale, "seed": seed, "batch_size": batch_size}
@@ -389,7 +394,7 @@ def _vocabulary_file(pipe: Any, model: str) -> Path:
     """Returns the vocabulary that a model's folder holds."""
     path = Path(pipe.name_or_path) / "vocabulary.txt"
     if not path.is_file():
-        raise ValueError(f"{model} has no vocabulary.txt: pass --vocabulary starter, all, or a file of sticker names")
+        raise UsageError(f"{model} has no vocabulary.txt: pass --vocabulary starter, all, or a file of sticker names")
     return path
 
 

@@ -16,6 +16,8 @@ from diffusers import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apps.outputs import check_folder, check_writable
+from apps.usage import UsageError
 from pipelines.builtin import as_dtype
 
 PICKLE_SUFFIXES = (".pt", ".pth")
@@ -29,7 +31,8 @@ def check_new_folder(output: Path) -> None:
         ValueError: it does, or it is a file.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not an empty folder; remove it or choose another --output")
+        raise UsageError(f"{output} exists and is not an empty folder; remove it or choose another --output")
+    check_folder(output.parent)
 
 
 def check_new_file(output: Path) -> None:
@@ -39,9 +42,10 @@ def check_new_file(output: Path) -> None:
         ValueError: the file exists or has another suffix.
     """
     if output.suffix not in (*PICKLE_SUFFIXES, ".safetensors"):
-        raise ValueError(f"{output.name} must end in .pt or .pth (what the official code reads) or .safetensors")
+        raise UsageError(f"{output.name} must end in .pt or .pth (what the official code reads) or .safetensors")
     if output.exists():
-        raise ValueError(f"{output} exists; remove it or choose another --output")
+        raise UsageError(f"{output} exists; remove it or choose another --output")
+    check_writable(output)
 
 
 def write_state(state: Mapping[str, Tensor], output: Path, nest: str | None = None) -> None:
@@ -69,7 +73,7 @@ def component_folder(folder: Path, name: str) -> Path:
     """The folder of a component, given its own folder or the pipeline's."""
     found = folder / name if (folder / name).is_dir() else folder
     if not (found / "config.json").is_file():
-        raise ValueError(f"{folder} holds neither config.json nor {name}/config.json; pass a model's folder")
+        raise UsageError(f"{folder} holds neither config.json nor {name}/config.json; pass a model's folder")
     return found
 
 
@@ -89,7 +93,7 @@ def read_component(source: Path, kinds: Sequence[type[ModelMixin]], family: str,
     name = json.loads((folder / "config.json").read_text()).get("_class_name")
     known = {kind.__name__: kind for kind in kinds}
     if name not in known:
-        raise ValueError(f"{folder} holds a {name}; --family {family} exports a {' or a '.join(known)}")
+        raise UsageError(f"{folder} holds a {name}; --family {family} exports a {' or a '.join(known)}")
     model: Any = known[name].from_pretrained(folder, use_safetensors=True)
     return model if dtype == "auto" else model.to(as_dtype(dtype))
 

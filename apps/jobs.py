@@ -26,6 +26,7 @@ from apps.metadata import (
     SearchMethod,
     StepCache,
 )
+from apps.validation import explain_fields
 
 
 def _filled(text: str) -> str:
@@ -322,13 +323,6 @@ def repeat(settings: PictureSettings, **changes: Any) -> AnyRequest:
 
 
 def explain(error: ValidationError) -> str:
-    """Say what is wrong with a request, without repeating what was in it."""
-    items = []
-    for item in error.errors(include_url=False, include_context=False, include_input=False)[:8]:
-        place = ".".join(str(part)[:40] for part in item["loc"] if str(part).isidentifier() or isinstance(part, int))
-        said = f"task: choose among {', '.join(TASKS)}" if item["type"].startswith("union_tag") else item["msg"][:300]
-        if item["type"] == "extra_forbidden":
-            said = f"{item['loc'][0]} has no such setting; leave it out"
-            place = str(item["loc"][-1])
-        items.append(f"{place or 'request'}: {said.removeprefix('Value error, ')}")
-    return "; ".join(items)
+    """Say what is wrong with a request, without repeating what was in it: fields, accepted ranges, remedies."""
+    kinds = {kind.__name__: kind for kind in TASKS.values()}
+    return explain_fields(error, kinds.get(error.title, TASKS))

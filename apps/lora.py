@@ -15,6 +15,7 @@ from typing import Any
 
 from apps import limits
 from apps.metadata import Lora
+from apps.usage import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
 """Endings of the first factor of a layer's LoRA, in the dialects that are read."""
 
 
-class LoraError(ValueError):
+class LoraError(UsageError):
     """A LoRA file isn't offered, is another one than asked for, or doesn't fit the model."""
 
 

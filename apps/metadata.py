@@ -16,6 +16,7 @@ from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from apps import limits
+from apps.usage import UsageError
 
 CHUNK = "tessera"
 """Keyword of the text chunk."""
@@ -197,7 +198,7 @@ class PictureSettings(BaseModel):
         return {**data, **changed}
 
 
-class MetadataError(ValueError):
+class MetadataError(UsageError):
     """A picture carries no settings of ours, or settings that don't pass the checks."""
 
 

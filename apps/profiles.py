@@ -18,6 +18,7 @@ import torch
 
 from apps.jobs import AnyRequest
 from apps.metadata import MemoryName
+from apps.usage import UsageError
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGES = {"flash": "flash_attn", "sage": "sageattention", "xformers": "xformers"}
@@ -28,7 +29,7 @@ NO_ACCELERATOR = "it moves weights between the CPU and an accelerator, and there
 NO_TILES = "the decoder of this model knows no tiles"
 
 
-class UnavailableError(ValueError):
+class UnavailableError(UsageError):
     """A profile or a backend that doesn't work here; the message says why and what does."""
 
 

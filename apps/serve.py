@@ -121,7 +121,9 @@ def _start(app: Any, host: str, port: int) -> Any:
     import uvicorn
 
     from apps.api.connections import LimitedProtocol
+    from apps.ending import EndingApp, EndingServer
 
+    app = EndingApp(app)
     config = uvicorn.Config(
         app,
         host,
@@ -135,7 +137,7 @@ def _start(app: Any, host: str, port: int) -> Any:
         h11_max_incomplete_event_size=32 * 1024,
         proxy_headers=False,  # nobody shall say by a header who they are
     )
-    server = uvicorn.Server(config)
+    server = EndingServer(config, app)
     thread = threading.Thread(target=server.run, name="server", daemon=True)
     thread.start()
     while not server.started:

@@ -10,9 +10,10 @@ import inspect
 import json
 import logging
 import math
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from apps import limits
 from apps.profiles import Setup, can_tile
 from apps.schedulers import scheduler_names
+from apps.usage import UsageError, checking
 from pipelines.hub_id import split_revision
 from pipelines.memory import release
 
@@ -217,6 +219,32 @@ def name_models(sources: Iterable[str]) -> dict[str, str]:
             key = f"{base} ({count})"
         named[key] = str(folder) if folder.exists() else source
     return named
+
+
+def check_sources(sources: Collection[str], base: str | None = None) -> None:
+    """Refuse names that no model can have; whether the Hub has a repository is found out by loading it.
+
+    Args:
+        sources: built-in names, folders, files or hub ids.
+        base: of those that are single files: the pipeline that everything else comes from.
+
+    Raises:
+        UsageError: neither built in, nor a folder or file here, nor of the form of a hub id; or a base without a file.
+    """
+    from pipelines.builtin import builtin_models
+
+    if base is not None and not any(Path(source).expanduser().is_file() for source in sources):
+        named = ", ".join(map(repr, sources)) or "none is named"
+        raise UsageError(f"--base goes with a model that is a single file ({named}); leave out --base.")
+    for source in (*sources, *([] if base is None else [base])):
+        with checking():
+            split_revision(source)
+        named = source in builtin_models() or Path(source).expanduser().exists()
+        if not named and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[0-9a-fA-F]{40})?", source) is None:
+            raise UsageError(
+                f"There is no model {source!r}; name a folder or file that exists, a hub id such as user/repository, "
+                f"or a built-in model: {', '.join(builtin_models())}."
+            )
 
 
 def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:

@@ -34,22 +34,27 @@ def run(
         smoke: Rehearse: two steps on little data, in a folder of their own beside the run's.
 
     Raises:
-        SystemExit: With 130 after Ctrl-C (a checkpoint is saved), with 1 for a configuration, checkpoint or
-            divergence error, whose message is printed.
+        UsageError: The configuration or an override is wrong, or a new run would overwrite an old one.
+        SystemExit: With 130 after Ctrl-C (a checkpoint is saved), with 1 for a checkpoint or divergence error, whose
+            message is printed.
     """
     from apps.training.checkpoint import CheckpointError
     from apps.training.config import ConfigError
     from apps.training.loop import TrainingDiverged, train
     from apps.training.task import load_config, task_class
+    from apps.usage import UsageError, checking
 
-    try:
-        overrides = list(overrides or [])
+    overrides = list(overrides or [])
+    with checking(ConfigError):
         config = load_config(Path(config_path), overrides)
         if smoke:
             rehearsal = (*SMOKE, *task_class(config.task.kind).smoke, f"run.name={config.run.name}-smoke")
             config = load_config(Path(config_path), [*rehearsal, *overrides])
+    try:
         reason = train(config, resume)
-    except (ConfigError, CheckpointError, TrainingDiverged, FileExistsError) as error:
+    except (ConfigError, FileExistsError) as error:  # what only the data, or the folder of the run, tells
+        raise UsageError(str(error)) from error
+    except (CheckpointError, TrainingDiverged) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
     if reason == "interrupted":

@@ -13,27 +13,32 @@ import re
 import threading
 import warnings
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from PIL import Image, ImageOps
 
 from apps import limits
 from apps.metadata import save_picture
+from apps.usage import UsageError
 
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[0-9a-f]{64}")
 
 
-class UploadError(ValueError):
+class UploadError(UsageError):
     """What was handed in is no picture that can be used."""
 
 
-def read_upload(data: bytes | Path) -> Image.Image:
+Source = bytes | Path | BinaryIO
+"""A file, open or by its path, or the content of one."""
+
+
+def read_upload(data: Source) -> Image.Image:
     """Decode a picture of unknown origin.
 
     Args:
-        data: the file's content, or the file: PNG, JPEG or WebP.
+        data: the file, or its content: PNG, JPEG or WebP.
 
     Returns:
         Its pixels, RGB, upright; transparency is laid on white, nothing else of the file is kept.
@@ -41,13 +46,44 @@ def read_upload(data: bytes | Path) -> Image.Image:
     Raises:
         UploadError: too large, or no such picture.
     """
-    size = data.stat().st_size if isinstance(data, Path) else len(data)
+    return flatten(_decode(data))
+
+
+def read_mask(data: Source, size: tuple[int, int]) -> Image.Image:
+    """Decode a mask that is transparent where an image is to be changed.
+
+    Args:
+        data: the file, or its content: PNG or WebP with transparency.
+        size: width and height of the image that it is for.
+
+    Returns:
+        L, white where to change.
+
+    Raises:
+        UploadError: too large, no such picture, opaque everywhere, or of another size.
+    """
+    image = _decode(data)
+    if image.size != size:
+        raise UploadError(
+            f"The mask has {image.width} x {image.height} pixels and the image {size[0]} x {size[1]}; send one of the "
+            "image's size."
+        )
+    opaque = image.convert("RGBA").getchannel("A")
+    mask = opaque.point([255 if value < 128 else 0 for value in range(256)])
+    if mask.getbbox() is None:
+        raise UploadError("The mask is opaque everywhere; make it transparent where the image is to be changed.")
+    return mask
+
+
+def _decode(data: Source) -> Image.Image:
+    """Decode a picture of unknown origin, upright; its size is looked at before its pixels."""
+    opened = io.BytesIO(data) if isinstance(data, bytes) else data
+    size = opened.stat().st_size if isinstance(opened, Path) else opened.seek(0, io.SEEK_END)
     if size > limits.MAX_UPLOAD_BYTES:
         raise UploadError(f"The picture has {size} bytes; at most {limits.MAX_UPLOAD_BYTES} are taken.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # counted here, and lower
-            opened = data if isinstance(data, Path) else io.BytesIO(data)
             with Image.open(opened, formats=["PNG", "JPEG", "WEBP"]) as image:
                 if image.width * image.height > limits.MAX_UPLOAD_PIXELS:
                     raise UploadError(
@@ -55,7 +91,7 @@ def read_upload(data: bytes | Path) -> Image.Image:
                         f"{limits.MAX_UPLOAD_PIXELS} pixels are taken."
                     )
                 image.load()
-                return flatten(ImageOps.exif_transpose(image))
+                return ImageOps.exif_transpose(image)
     except UploadError:
         raise
     except Image.DecompressionBombError as error:
@@ -109,13 +145,13 @@ class UploadStore:
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def receive(self, data: bytes | Path, owner: str = "local") -> tuple[str, tuple[int, int]]:
+    def receive(self, data: Source, owner: str = "local") -> tuple[str, tuple[int, int]]:
         """Decode a picture of unknown origin and keep it.
 
         One at a time: a decoded picture takes many times the memory of its file.
 
         Args:
-            data: the file's content, or the file.
+            data: the file, or its content.
             owner: who hands it in.
 
         Returns:
@@ -127,6 +163,23 @@ class UploadStore:
         with self._decoding:
             image = read_upload(data)
             return self.add(image, owner), image.size
+
+    def receive_mask(self, data: Source, image: str, owner: str = "local") -> str:
+        """Decode a mask that is transparent where an image is to be changed, and keep it.
+
+        Args:
+            data: the file, or its content.
+            image: hash of the image that it is for.
+            owner: who hands it in.
+
+        Returns:
+            Its hash.
+
+        Raises:
+            UploadError: see `read_mask`.
+        """
+        with self._decoding:
+            return self.add(read_mask(data, self.size(image)), owner)
 
     def add(self, image: Image.Image, owner: str = "local") -> str:
         """Keep a picture and return its hash; what its owner has beyond the quota goes."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import os
 import re
 import tempfile
-import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Query, Request
+from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi import Path as PathPart
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -22,31 +20,33 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import Match
 
 from apps import limits
-from apps.api import login_page
+from apps.api import login_page, openai
+from apps.api.access import Painter, Painting, Watcher, enqueue, model_row
 from apps.api.guards import BodyLimits, Guard
 from apps.api.logins import LoginTable
-from apps.api.messages import STATUS, ImagesRequest, MoveRequest, error_body, job_row, picture_row
+from apps.api.messages import CODES, MoveRequest, error_body, job_row
 from apps.api.schema import openapi as openapi_of
 from apps.api.schema import takes, takes_file
 from apps.api.streams import JobStreams, TooManyStreamsError
-from apps.api.tokens import Role, TokenTable, User
-from apps.engine import Engine, Failed, UnknownModelError
-from apps.job_store import QueueFullError, StoredJob, StoreError
-from apps.jobs import REQUEST, AnyRequest, explain
-from apps.lora import LoraError
-from apps.profiles import FORMATS, UnavailableError, attention_backends, memory_profiles
+from apps.api.tokens import TokenTable, User
+from apps.engine import Engine
+from apps.job_store import StoredJob, StoreError
+from apps.jobs import REQUEST, explain
+from apps.profiles import FORMATS, attention_backends, memory_profiles
 from apps.uploads import UploadError
+from apps.validation import explain_fields
 
-POLL_SECONDS = 0.04
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 JobId = Annotated[str, PathPart(pattern=r"^[0-9a-f]{16}$")]
 Place = Annotated[int, PathPart(ge=0, lt=limits.MAX_PICTURES)]
 MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp", ".mp4": "video/mp4"}
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\.(png|webp|mp4)")
 PUBLIC = ("/v1/health",)
 """Paths that need no token."""
-UPLOADS = {"/v1/pictures": limits.MAX_UPLOAD_BYTES}
+UPLOADS = {"/v1/pictures": limits.MAX_UPLOAD_BYTES, **dict.fromkeys(openai.UPLOAD_PATHS, openai.MAX_FORM_BYTES)}
 """Paths whose bodies are files, and how many bytes each takes."""
 
 
@@ -82,6 +82,8 @@ def create_app(
     if api:
         _add_looking(app)
         _add_painting(app)
+        app.include_router(openai.router)
+        _add_rest(app)
     if logins is not None:
         login_page.add_login(app, logins)
     _add_files(app)
@@ -98,13 +100,15 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def told(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        body = error.detail if isinstance(error.detail, dict) else error_body("refused", str(error.detail))
+        detail: Any = error.detail
+        code = CODES.get(error.status_code, "refused")
+        body = detail if isinstance(detail, dict) else error_body(code, str(detail))
         return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     @app.exception_handler(ValidationError)
     async def wrong(request: Request, error: Exception) -> JSONResponse:
-        text = explain(error) if isinstance(error, ValidationError) else "A part of the address is not of its form."
+        text = _explained(error) if isinstance(error, ValidationError) else "A part of the address is not of its form."
         return JSONResponse(error_body("bad_request", text), 422)
 
     @app.exception_handler(StoreError)
@@ -113,34 +117,26 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(error_body("storage", text), 503, {"Retry-After": "5"})
 
 
-# ------------------------------------------------------------------------------ roles
+def _explained(error: ValidationError) -> str:
+    """Say what is wrong with a body."""
+    return explain_fields(error, MoveRequest) if error.title == MoveRequest.__name__ else explain(error)
 
 
-def _user(request: Request) -> User:
-    """Return who asks; the guard has asked for the token."""
-    return request.state.user
+def _add_rest(app: FastAPI) -> None:
+    """Answer for all other addresses under /v1, which the web page would answer otherwise."""
+    routes = list(app.router.routes)
 
-
-def _require(role: Role) -> Any:
-    """Return a dependency that lets in only users with a role."""
-
-    def check(user: Annotated[User, Depends(_user)]) -> User:
-        if not user.may(role):
-            raise HTTPException(403, error_body("forbidden", f"This needs the role {role!r}; yours is {user.role!r}."))
-        return user
-
-    return Depends(check)
-
-
-Watcher = Annotated[User, _require("watch")]
-Painter = Annotated[User, _require("paint")]
-
-
-def _engine(request: Request) -> Engine:
-    return request.app.state.engine
-
-
-Painting = Annotated[Engine, Depends(_engine)]
+    @app.api_route("/v1", methods=list(METHODS), include_in_schema=False)
+    @app.api_route("/v1/{rest:path}", methods=list(METHODS), include_in_schema=False)
+    def nothing(request: Request) -> None:
+        others = [method for method in METHODS if method != request.method]
+        scopes = [{**request.scope, "method": method} for method in others]
+        fits = (any(route.matches(scope)[0] is Match.FULL for route in routes) for scope in scopes)
+        allowed = [method for method, does in zip(others, fits, strict=True) if does]
+        if allowed:
+            text = f"{request.method} is not for this address; it takes {', '.join(allowed)}."
+            raise HTTPException(405, error_body("method_not_allowed", text), {"Allow": ", ".join(allowed)})
+        raise HTTPException(404, error_body("not_found", "There is no such address; README.md lists those of the API."))
 
 
 def _job(engine: Engine, user: User, job_id: str) -> StoredJob:
@@ -189,7 +185,7 @@ def _add_looking(app: FastAPI) -> None:
 
     @app.get("/v1/models")
     def models(user: Watcher, engine: Painting) -> dict[str, Any]:
-        return {"object": "list", "data": [_model_row(engine, key) for key in engine.models]}
+        return {"object": "list", "data": [model_row(engine, key) for key in engine.models]}
 
     @app.get("/v1/loras")
     def loras(user: Watcher, engine: Painting) -> dict[str, Any]:
@@ -270,18 +266,6 @@ def _file(engine: Engine, user: User, job_id: str, place: int) -> Path:
     return path
 
 
-def _model_row(engine: Engine, key: str) -> dict[str, Any]:
-    """Describe a model; of one that isn't loaded only the name, and what its folder tells, is known."""
-    row: dict[str, Any] = {"id": key, "object": "model", "created": 0, "owned_by": "local"}
-    row["tasks"] = list(engine.tasks(key))
-    future = engine.model(key) if key == engine.models[0] else engine.loaded(key)
-    if future is None or not future.done() or future.exception() is not None:
-        return row
-    model = future.result()
-    size = {"width": model.width, "height": model.side, "multiple": model.multiple}
-    return row | {"schedulers": list(model.schedulers), **size, "steps": model.steps}
-
-
 def _reasons(found: dict[str, str]) -> dict[str, str | None]:
     return {name: why or None for name, why in found.items()}
 
@@ -318,7 +302,7 @@ def _add_painting(app: FastAPI) -> None:
     @app.post("/v1/jobs", status_code=202, openapi_extra=takes(REQUEST))
     async def submit(user: Painter, engine: Painting, request: Request) -> dict[str, Any]:
         wanted = REQUEST.validate_json(await request.body())
-        job_id = await run_in_threadpool(_submit, engine, wanted, user)
+        job_id = await run_in_threadpool(enqueue, engine, wanted, user)
         return await run_in_threadpool(lambda: job_row(engine.job(job_id), [], engine.ahead(job_id)))
 
     @app.delete("/v1/jobs/{job_id}")
@@ -349,52 +333,3 @@ def _add_painting(app: FastAPI) -> None:
         if not await run_in_threadpool(engine.move, job_id, wanted.position):
             raise HTTPException(409, error_body("cant_move", "It doesn't wait any more."))
         return {"id": job_id, "ahead": await run_in_threadpool(engine.ahead, job_id)}
-
-    @app.post("/v1/images/generations", openapi_extra=takes(ImagesRequest))
-    async def images(user: Painter, engine: Painting, request: Request) -> dict[str, Any]:
-        body = ImagesRequest.model_validate_json(await request.body())
-        job_id = await run_in_threadpool(_submit, engine, body.request(), user)
-        stream = engine.stream(job_id)
-        while not stream.is_closed:
-            if await request.is_disconnected():
-                await run_in_threadpool(engine.stop, job_id)
-            await asyncio.sleep(POLL_SECONDS)
-        last = stream.read()[-1][1]
-        if isinstance(last, Failed):
-            raise HTTPException(STATUS.get(last.code, 500), error_body(last.code, last.message))
-        data = await run_in_threadpool(_images, engine, job_id, body.response_format, str(request.base_url))
-        return {"created": int(time.time()), "data": data}
-
-
-def _submit(engine: Engine, wanted: AnyRequest, user: User) -> str:
-    """Submit a request for a user.
-
-    Raises:
-        HTTPException: 404, 422 or 429.
-    """
-    try:
-        return engine.submit(wanted, user.name)
-    except UnknownModelError as error:
-        raise HTTPException(404, error_body("unknown_model", str(error))) from error
-    except LoraError as error:
-        raise HTTPException(404, error_body("unknown_lora", str(error))) from error
-    except UploadError as error:
-        raise HTTPException(422, error_body("unknown_picture", str(error))) from error
-    except UnavailableError as error:
-        raise HTTPException(422, error_body("unavailable", str(error))) from error
-    except QueueFullError as error:
-        raise HTTPException(429, error_body("queue_full", str(error)), {"Retry-After": "5"}) from error
-
-
-def _images(engine: Engine, job_id: str, form: str, base_url: str) -> list[dict[str, Any]]:
-    """Return the pictures of a job as OpenAI's clients expect them, each with its seed."""
-    rows = []
-    for picture in engine.pictures(job_id):
-        row = picture_row(picture)
-        said = {"revised_prompt": row["settings"]["prompt"], "seed": row["settings"]["seed"]}
-        if form == "url":
-            rows.append({"url": base_url.rstrip("/") + row["url"], **said})
-        elif engine.output_dir is not None:
-            content = (engine.output_dir / picture.name).read_bytes()
-            rows.append({"b64_json": base64.b64encode(content).decode(), **said})
-    return rows

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apps.api.logins import LoginTable
+from apps.api.messages import error_body
 from apps.api.tokens import TokenTable, User
 
 logger = logging.getLogger(__name__)
@@ -330,8 +331,7 @@ class _Answer:
         """Answer with an error, unless an answer has begun; then the connection just ends."""
         if self._has_begun:
             return
-        error = {"message": str(refusal), "type": "invalid_request_error", "param": None, "code": refusal.code}
-        body = json.dumps({"error": error}).encode()
+        body = json.dumps(error_body(refusal.code, str(refusal))).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         # What is left of the body is not read, so the connection can't be used again.
         headers += [(b"connection", b"close"), *refusal.headers]

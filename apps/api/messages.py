@@ -10,60 +10,30 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from apps import limits
 from apps.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped
 from apps.job_store import StoredJob, StoredPicture
-from apps.jobs import Prompt, TextToImageRequest
-from apps.metadata import SchedulerName
 
 STATUS = {"queue_full": 429, "unknown_model": 404, "too_slow": 504, "out_of_memory": 507, "bad_request": 422}
 """HTTP status of a failure; 500 for the others."""
-
-
-class ImagesRequest(BaseModel):
-    """The body of `POST /v1/images/generations`, as clients of OpenAI's API send it, and some fields of ours.
-
-    Attributes:
-        prompt: what to paint.
-        model: key of a model.
-        n: how many pictures.
-        size: `WIDTHxHEIGHT`, or `auto`.
-        response_format: the pictures in the answer, or addresses of them.
-        quality: only one is offered.
-        user: whom the caller asks for; not used.
-        seed: of the first picture.
-        negative_prompt: what to keep away from.
-        steps: denoising steps.
-        guidance: guidance scale.
-        scheduler: name of a scheduler.
-    """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    prompt: Prompt
-    model: str | None = Field(default=None, max_length=200)
-    n: int = Field(default=1, ge=1, le=limits.MAX_PICTURES)
-    size: str = Field(default="auto", pattern=r"^(auto|\d{1,5}x\d{1,5})$")
-    response_format: str = Field(default="b64_json", pattern="^(b64_json|url)$")
-    quality: str = Field(default="auto", pattern="^(auto|standard)$")
-    user: str | None = Field(default=None, max_length=200)
-    seed: int | None = None
-    negative_prompt: str = ""
-    steps: int | None = None
-    guidance: float | None = None
-    scheduler: SchedulerName | None = None
-
-    def request(self) -> TextToImageRequest:
-        """Return the engine's request.
-
-        Raises:
-            ValidationError: a value is out of range.
-        """
-        same = {
-            name: getattr(self, name) for name in ("prompt", "model", "seed", "negative_prompt", "steps", "guidance")
-        }
-        width, height = (None, None) if self.size == "auto" else map(int, self.size.split("x"))
-        return TextToImageRequest(**same, num_images=self.n, width=width, height=height, scheduler=self.scheduler)
+SERVER_CODES = (
+    "failed",
+    "model_failed",
+    "crashed",
+    "missing_extra",
+    "out_of_memory",
+    "too_slow",
+    "queue_full",
+    "stopped",
+)
+"""Errors that are not the caller's."""
+CODES = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+}
+"""Codes of errors that the framework raises, by their HTTP status."""
 
 
 class MoveRequest(BaseModel):
@@ -78,9 +48,16 @@ class MoveRequest(BaseModel):
     position: int = Field(ge=0, le=10**6)
 
 
-def error_body(code: str, message: str) -> dict[str, Any]:
-    """Return the body of an error: what went wrong, and nothing about the machine."""
-    return {"error": {"code": code, "message": message, "type": "invalid_request_error"}}
+def error_body(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """Return the body of an error, as OpenAI's clients read it: what went wrong, and nothing about the machine.
+
+    Args:
+        code: for programs.
+        message: for people.
+        param: the field that is wrong.
+    """
+    kind = "server_error" if code in SERVER_CODES else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def job_row(job: StoredJob, pictures: list[StoredPicture], ahead: int) -> dict[str, Any]:
@@ -97,6 +74,16 @@ def job_row(job: StoredJob, pictures: list[StoredPicture], ahead: int) -> dict[s
         "error": error,
         "pictures": [picture_row(picture) for picture in pictures],
     }
+
+
+def picture_url(job_id: str, picture: Picture) -> str:
+    """Return the address of an image's file on this server."""
+    return f"/v1/jobs/{job_id}/pictures/{_place(picture)}"
+
+
+def _place(picture: Picture) -> int:
+    """Return which image of its job a picture is; its file's name tells."""
+    return int(picture.path.stem.rsplit("-", 1)[1]) if picture.path is not None else 0
 
 
 def picture_row(picture: StoredPicture) -> dict[str, Any]:
@@ -133,9 +120,8 @@ def event_message(job_id: str, event: Event) -> tuple[str, dict[str, Any]]:  # n
             preview = None if event.preview is None else f"data:image/png;base64,{encode_png(event.preview)}"
             return "step", {**told, "eta": round(event.eta, 3), "preview": preview}
         case Picture():
-            place = int(event.path.stem.rsplit("-", 1)[1]) if event.path is not None else 0
             settings = event.metadata.model_dump(mode="json")
-            return "result", {**_result(job_id, place, event.seconds, settings), "notes": list(event.notes)}
+            return "result", {**_result(job_id, _place(event), event.seconds, settings), "notes": list(event.notes)}
         case Done(seconds):
             return "done", {"seconds": round(seconds, 3)}
         case Stopped():

@@ -31,6 +31,19 @@ def takes_file(*kinds: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": dict.fromkeys(kinds, binary)}}
 
 
+def takes_form(model: type[BaseModel], *files: str) -> dict[str, Any]:
+    """Return what a route says of its body that is a form.
+
+    Args:
+        model: of the fields.
+        *files: fields that are files; the first one must be there.
+    """
+    schema = model.model_json_schema(ref_template=REFERENCE)
+    schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in files}
+    schema["required"] = [*schema.get("required", ()), files[0]]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
 def openapi(app: FastAPI, public: Collection[str] = ()) -> dict[str, Any]:
     """Return the schema of a server, complete in itself.
 

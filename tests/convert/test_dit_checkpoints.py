@@ -186,7 +186,7 @@ def test_convert_command_there_and_back(tmp_path: Path, capsys: pytest.CaptureFi
     assert pipe.scheduler.config.variance_type == "learned_range"
 
     capsys.readouterr()
-    assert tessera(*convert_it, "-o", tmp_path / "out") == 1  # never overwrites
+    assert tessera(*convert_it, "-o", tmp_path / "out") == 2  # never overwrites
     assert "not an empty folder" in capsys.readouterr().err
 
     for name in ("back.pt", "back.safetensors"):
@@ -195,7 +195,7 @@ def test_convert_command_there_and_back(tmp_path: Path, capsys: pytest.CaptureFi
     assert equal(torch.load(tmp_path / "back.pt", weights_only=True), state)
     assert equal(load_file(tmp_path / "back.safetensors"), state)
     wrong = ("convert", "--family", "sit", "--checkpoint", tmp_path / "out", "-o", tmp_path / "x.pt", "--to-official")
-    assert tessera(*wrong) == 1
+    assert tessera(*wrong) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "back.pt",
         "back.safetensors",

@@ -262,7 +262,7 @@ def test_the_command_line_converts_there_and_back(tmp_path: Path) -> None:
     torch.save(tokenizer_state(), tmp_path / "vae.pth")
     arguments = ("convert", "--family", "var", "--checkpoint", tmp_path / "var.pth")
     out = tmp_path / "out"
-    assert tessera(*arguments, "-o", out) == 1  # no tokenizer
+    assert tessera(*arguments, "-o", out) == 2  # no tokenizer
     assert not out.exists()
     assert tessera(*arguments, "--vae", tmp_path / "vae.pth", "-o", out) == 0
     pipe = load_pipeline(out, device="cpu")

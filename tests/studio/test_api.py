@@ -211,6 +211,7 @@ def test_a_picture_is_skipped_and_the_line_reordered(tmp_path):
 TABLE = [  # method, path, least role; None is for everybody
     ("GET", "/v1/health", None),
     ("GET", "/v1/models", "watch"),
+    ("GET", "/v1/models/fake", "watch"),
     ("GET", "/v1/loras", "watch"),
     ("GET", "/v1/profiles", "watch"),
     ("GET", "/v1/schema", "watch"),
@@ -222,6 +223,8 @@ TABLE = [  # method, path, least role; None is for everybody
     ("POST", "/v1/jobs", "paint"),
     ("POST", "/v1/pictures", "paint"),
     ("POST", "/v1/images/generations", "paint"),
+    ("POST", "/v1/images/edits", "paint"),
+    ("POST", "/v1/images/variations", "paint"),
     ("POST", "/v1/jobs/{job}/stop", "paint"),
     ("POST", "/v1/jobs/{job}/finish", "paint"),
     ("POST", "/v1/jobs/{job}/skip", "paint"),

@@ -1,0 +1,75 @@
+"""Who asks, what they may, and what every route needs: the engine, a job in its line, how a model is described."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, HTTPException, Request
+
+from apps.api.messages import error_body
+from apps.api.tokens import Role, User
+from apps.engine import Engine, UnknownModelError
+from apps.job_store import QueueFullError
+from apps.jobs import AnyRequest
+from apps.lora import LoraError
+from apps.profiles import UnavailableError
+from apps.uploads import UploadError
+
+
+def _user(request: Request) -> User:
+    """Return who asks; the guard has asked for the token."""
+    return request.state.user
+
+
+def require(role: Role) -> Any:
+    """Return a dependency that lets in only users with a role."""
+
+    def check(user: Annotated[User, Depends(_user)]) -> User:
+        if not user.may(role):
+            raise HTTPException(403, error_body("forbidden", f"This needs the role {role!r}; yours is {user.role!r}."))
+        return user
+
+    return Depends(check)
+
+
+Watcher = Annotated[User, require("watch")]
+Painter = Annotated[User, require("paint")]
+
+
+def _engine(request: Request) -> Engine:
+    return request.app.state.engine
+
+
+Painting = Annotated[Engine, Depends(_engine)]
+
+
+def enqueue(engine: Engine, wanted: AnyRequest, user: User) -> str:
+    """Submit a request for a user.
+
+    Raises:
+        HTTPException: 404, 422 or 429.
+    """
+    try:
+        return engine.submit(wanted, user.name)
+    except UnknownModelError as error:
+        raise HTTPException(404, error_body("unknown_model", str(error))) from error
+    except LoraError as error:
+        raise HTTPException(404, error_body("unknown_lora", str(error))) from error
+    except UploadError as error:
+        raise HTTPException(422, error_body("unknown_picture", str(error))) from error
+    except UnavailableError as error:
+        raise HTTPException(422, error_body("unavailable", str(error))) from error
+    except QueueFullError as error:
+        raise HTTPException(429, error_body("queue_full", str(error)), {"Retry-After": "5"}) from error
+
+
+def model_row(engine: Engine, key: str) -> dict[str, Any]:
+    """Describe a model; of one that isn't loaded only the name, and what its folder tells, is known."""
+    row: dict[str, Any] = {"id": key, "object": "model", "created": 0, "owned_by": "local"}
+    row["tasks"] = list(engine.tasks(key))
+    future = engine.model(key) if key == engine.models[0] else engine.loaded(key)
+    if future is None or not future.done() or future.exception() is not None:
+        return row
+    model = future.result()
+    size = {"width": model.width, "height": model.side, "multiple": model.multiple}
+    return row | {"schedulers": list(model.schedulers), **size, "steps": model.steps}

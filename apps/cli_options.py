@@ -1,0 +1,110 @@
+"""Options that several commands share, and the panels of `--help` that options stand in."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+OffloadName = Literal["none", "model", "group", "sequential"]
+MemoryName = Literal["fast", "tiles", "balanced", "low"]
+SearchMethod = Literal["best_of", "tts", "beam"]
+
+PROMPT, FILES, COUNT, SAMPLING = "Prompt and model", "From files", "Size and count", "Sampling"
+SCALES, EDITING, SPEED, OUTPUT = "Next-scale models", "Image editing", "Speed and memory", "Output"
+SERVER, MODELS, MEASURED, CHECKPOINT = "Server", "Models", "What is measured", "Checkpoint"
+"""Panels of `--help`."""
+
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where to compute: auto, cpu, cuda, cuda:1, mps.",
+        rich_help_panel=SPEED,
+    ),
+]
+Precision = Annotated[
+    DType,
+    typer.Option(
+        help="Number format of the weights; auto suits the device.",
+        rich_help_panel=SPEED,
+    ),
+]
+Offload = Annotated[
+    OffloadName,
+    typer.Option(
+        help="What waits on the CPU, for a GPU with little memory; none is fastest.",
+        rich_help_panel=SPEED,
+    ),
+]
+BASE_HELP = "For a file with a transformer only (GGUF): folder or hub id of the pipeline it belongs to."
+Base = Annotated[str | None, typer.Option(help=BASE_HELP, rich_help_panel=MODELS)]
+ModelName = Annotated[str, typer.Argument(help="Built-in name, folder, hub id or OWNER/NAME@COMMIT.")]
+Offered = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Offer this too: built-in name, folder, file, hub id, OWNER/NAME@COMMIT. May be repeated.",
+        rich_help_panel=MODELS,
+    ),
+]
+Port = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=65535,
+        help="Port to listen on.",
+        rich_help_panel=SERVER,
+    ),
+]
+PictureFolder = Annotated[
+    Path,
+    typer.Option(
+        file_okay=False,
+        help="Folder that receives the pictures.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+AuthFile = Annotated[
+    Path | None,
+    typer.Option(
+        dir_okay=False,
+        help="Users and their tokens, made by `tessera token`; asks everybody for one.",
+        rich_help_panel=SERVER,
+    ),
+]
+LoraFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--lora", file_okay=False, help="Offer the LoRA files (safetensors) of this folder.", rich_help_panel=MODELS
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON object instead of text.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Denoising steps; the model's own default if absent.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="Guidance scale; 1 turns guidance off.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        help="Seed of the noise: the same seed gives the same picture.",
+        rich_help_panel=SAMPLING,
+    ),
+]
