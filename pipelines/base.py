@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from dit.tokenizers import VisualTokenizer, as_visual_tokenizer
 from pipelines.checks import check_side
+from pipelines.loaded import check_loaded, check_text
+from pipelines.plain_errors import clear_loading_errors
 
 OWN_PACKAGES = ("dit", "sampling", "pipelines", "apps")
 
@@ -78,15 +81,42 @@ class TesseraPipeline(DiffusionPipeline):
             The pipeline, on the CPU.
 
         Raises:
-            ValueError: `use_safetensors` is not True, or a component names a module outside the allow-list.
-            OSError: a file is missing, or the weights exist only as pickles.
+            ValueError: `use_safetensors` is not True, a component names a module outside the allow-list, or settings or
+                weights are damaged or don't fit each other.
+            OSError: a file is missing or damaged, or the weights exist only as pickles.
         """
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError(
                 f"use_safetensors={kwargs['use_safetensors']!r}: weights are loaded from .safetensors files "
                 "only (a pickle can run code). Convert the checkpoint first: `tessera convert --help`."
             )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = Path(pretrained_model_name_or_path).expanduser()
+        if folder.is_dir():
+            from pipelines.sources import check_folder, read_index  # which imports this module
+
+            check_folder(folder, read_index(folder), kwargs.keys(), variant=kwargs.get("variant"))
+        return cls.read_checked(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def read_checked(cls, source: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Read the weights of a pipeline whose files have been checked, and check their values.
+
+        Args:
+            source: folder or Hub id.
+            **kwargs: see `from_pretrained`.
+
+        Returns:
+            The pipeline, on the CPU.
+
+        Raises:
+            ValueError: weights are missing, NaN or infinite, or the tokenizer is of another model.
+        """
+        name = os.fspath(source)
+        with clear_loading_errors(name):
+            pipe = super().from_pretrained(name, **kwargs)
+            check_loaded(pipe, name)
+            check_text(pipe, name)
+        return pipe
 
     @classmethod
     def load_config(
