@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -111,8 +112,10 @@ class TesseraPipeline(DiffusionPipeline):
         Raises:
             ValueError: weights are missing, NaN or infinite, or the tokenizer is of another model.
         """
-        name = os.fspath(source)
-        with clear_loading_errors(name):
+        from pipelines.sources import find_culprit  # which imports this module
+
+        name, is_folder = os.fspath(source), Path(source).is_dir()
+        with clear_loading_errors(name, partial(find_culprit, Path(source)) if is_folder else None):
             pipe = super().from_pretrained(name, **kwargs)
             check_loaded(pipe, name)
             check_text(pipe, name)

@@ -34,6 +34,7 @@ from pipelines.sources import (
     check_folder,
     clear_hub_errors,
     fetch,
+    find_culprit,
     find_file,
     hub_token,
     pipeline_class,
@@ -228,7 +229,7 @@ def _read_folder(folder: Path, loader: type[DiffusionPipeline], request: _Reques
     arguments = {"dtype": request.dtype, **request.arguments, **brought}
     if issubclass(loader, TesseraPipeline):
         return loader.read_checked(folder, **arguments)
-    with clear_loading_errors(folder):
+    with clear_loading_errors(folder, partial(find_culprit, folder)):
         pipe = DiffusionPipeline.from_pretrained(str(folder), **arguments)
     check_loaded(pipe, folder)
     return pipe

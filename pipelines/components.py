@@ -57,12 +57,12 @@ def check_component(
 
 
 def check_scheduler(folder: Path, found: type[Any], exact: bool) -> None:
-    """Check a scheduler's settings, and that steps can be laid out with them.
+    """Check a scheduler's settings, and that steps can be taken with them.
 
     Args:
         folder: of the component.
         found: its class.
-        exact: lay out steps too; schedulers of foreign pipelines may need arguments that only those know.
+        exact: take steps too; schedulers of foreign pipelines may need arguments that only those know.
 
     Raises:
         OSError: its file is missing.
@@ -76,22 +76,30 @@ def check_scheduler(folder: Path, found: type[Any], exact: bool) -> None:
     check_settings(found, config, path, exact and is_ours(found))
     try:
         scheduler = found.from_config(dict(config))
-        finite = not exact or _lays_out_finite_steps(scheduler, config)
+        finite = not exact or _takes_finite_steps(scheduler, config)
     except Exception as error:
         raise ValueError(
             f"{path}: no {found.__name__} can be built from it ({one_line(error)}). The file is damaged."
         ) from error
     if not finite:
         raise ValueError(
-            f"{path}: the {found.__name__} lays out steps that are not finite numbers; one of its settings is damaged."
+            f"{path}: the {found.__name__} takes steps to numbers that are not finite; one of its settings is damaged."
         )
 
 
-def _lays_out_finite_steps(scheduler: Any, config: Mapping[str, Any]) -> bool:
-    """Try a schedule of a few steps."""
+@torch.no_grad()
+def _takes_finite_steps(scheduler: Any, config: Mapping[str, Any]) -> bool:
+    """Try a few steps on a latent of a few values."""
     needs_shift = config.get("use_dynamic_shifting") and "mu" in inspect.signature(scheduler.set_timesteps).parameters
     scheduler.set_timesteps(TRIAL_STEPS, **({"mu": 1.0} if needs_shift else {}))
-    tables = [torch.as_tensor(scheduler.timesteps), torch.as_tensor(getattr(scheduler, "sigmas", 0.0))]
+    learns_variance = str(config.get("variance_type")).startswith("learned")
+    sample = torch.linspace(-1, 1, 64).reshape(1, 4, 4, 4)  # (B, C, h, w)
+    prediction = torch.cat([sample, sample], dim=1) if learns_variance else sample
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": torch.Generator().manual_seed(0)} if takes_generator else {}  # torch's own is left alone
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
+    tables = [sample, torch.as_tensor(scheduler.timesteps), torch.as_tensor(getattr(scheduler, "sigmas", 0.0))]
     return len(scheduler.timesteps) > 0 and all(bool(torch.isfinite(table).all()) for table in tables)
 
 

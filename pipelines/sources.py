@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ PIPELINE_MODULES = {
 
 FILE_SUFFIXES = (".safetensors", ".gguf")
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+
+logger = logging.getLogger(__name__)
 
 DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision")
 
@@ -223,6 +226,24 @@ def check_folder(
         if size is not None:
             sizes[name] = size
     return sizes
+
+
+def find_culprit(folder: Path) -> Path | None:
+    """Return the component of a folder whose files its own reader refuses; only for those that have no weights.
+
+    Args:
+        folder: a saved pipeline whose loading failed.
+    """
+    for name, (library, class_name) in component_entries(read_index(folder)).items():
+        found: Any = component_class(name, library, class_name)
+        if issubclass(found, torch.nn.Module):
+            continue
+        try:
+            found.from_pretrained(str(folder / name), local_files_only=True)
+        except Exception as error:
+            logger.debug("%s does not load: %s", folder / name, error)
+            return folder / name
+    return None
 
 
 # ------------------------------------------------------------------------ hub

@@ -55,13 +55,27 @@ OURS = ("text_dit", "class_dit", "class_sit", "next_scale", "next_scale_text")
 
 def outcome(folder: Path, hostile: Hostile) -> str:
     """Load a folder and run it: "ok", "refused: the error", or "bad: the error" for one that nobody understands."""
+    return _told(lambda: _run(folder, hostile))
+
+
+def loading(folder: Path) -> str:
+    """Load a folder; see `outcome`."""
+    return _told(lambda: bool(load_pipeline(folder, device="cpu", dtype="float32")))
+
+
+def _run(folder: Path, hostile: Hostile) -> bool:
+    """Load and run; whether the images are finite."""
+    pipe = load_pipeline(folder, device="cpu", dtype="float32")
+    pipe.set_progress_bar_config(disable=True)
+    return bool(torch.isfinite(torch.as_tensor(pipe(**hostile.call())[0][0])).all())
+
+
+def _told(action: Callable[[], bool]) -> str:
     try:
-        pipe = load_pipeline(folder, device="cpu", dtype="float32")
-        pipe.set_progress_bar_config(disable=True)
-        images = torch.as_tensor(pipe(**hostile.call())[0][0])
+        is_fine = action()
     except (ValueError, OSError) as error:
-        told = str(error)
-        return f"refused: {told}" if told.strip() and "\n" not in told else f"bad: {type(error).__name__} {told!r}"
+        told = str(error).strip()
+        return f"refused: {told}" if told and "\n" not in told else f"bad: {type(error).__name__} {told!r}"
     except Exception as error:
         return f"bad: {type(error).__name__} {error}"
-    return "ok" if bool(torch.isfinite(images).all()) else "bad: images that are not finite"
+    return "ok" if is_fine else "bad: images that are not finite"

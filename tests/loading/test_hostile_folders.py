@@ -13,9 +13,10 @@ import torch
 from apps import cli
 from pipelines import TextToImagePipeline, load_pipeline
 from pipelines.settings import check_settings, declared
+from pipelines.sources import check_folder, read_index
 from pipelines.structure import check_network
 from pipelines.weight_files import read_header, stored_tensors
-from tests.loading.hostile import FOLDERS, OURS, outcome
+from tests.loading.hostile import FOLDERS, OURS, loading, outcome
 from tests.loading.mutations import Mutation, mutation, mutations
 
 FEW = 40
@@ -107,8 +108,8 @@ NAMED = {
     "model_index.json: vae is an unknown library": ("names the module 'os'",),
     "scheduler/scheduler_config.json: num_train_timesteps=0": ("num_train_timesteps is 0",),
     'scheduler/scheduler_config.json: shift="many"': ("shift is 'many'",),
-    "tokenizer/tokenizer.json: empty": ("can't be used",),
-    "tokenizer/tokenizer_config.json: model_max_length=-1": ("model_max_length is -1", "expected 1 to"),
+    "tokenizer/tokenizer.json: empty": ("copy/tokenizer can't be used",),
+    "tokenizer/tokenizer_config.json: model_max_length=-1": ("model_max_length is -1", "from 1 to"),
     "tokenizer/tokenizer_config.json: without pad_token": ("pad_token is not set",),
     "text_encoder/config.json: vocab_size=7": ("don't fit the T5EncoderModel", "other shapes"),
     "text_encoder/config.json: d_model=[4]": ("no T5EncoderModel can be built",),
@@ -159,7 +160,8 @@ def test_the_command_line_says_it_in_one_line(name, saved, tmp_path, capsys):
     told = capsys.readouterr().err
     assert left.value.code == 1
     assert "Traceback" not in told
-    assert "Error" in told
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
     assert not (tmp_path / "a.png").exists()
 
 
@@ -169,16 +171,13 @@ def test_the_command_line_says_it_in_one_line(name, saved, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["sd3", "wan"])
 def test_foreign_folders_go_through_the_same_checks(name, saved, tmp_path):
     """What happens when they run is diffusers' business; loading one is clear."""
-    folder, place = saved(name), tmp_path / "copy"
-    every = [
-        one for one in mutations(folder) if one.name.startswith(("transformer", "vae", "scheduler", "model_index"))
-    ]
-    for damage in every[:: len(every) // FEW]:
-        try:
-            load_pipeline(spoilt(folder, damage, place), device="cpu", dtype="float32")
-        except (ValueError, OSError) as error:
-            assert str(error).strip(), damage.name
-            assert "\n" not in str(error), damage.name
+    parts = ("transformer", "vae", "scheduler", "model_index")
+    every = [one for one in mutations(saved(name)) if one.name.startswith(parts)]
+    results = {
+        damage.name: loading(spoilt(saved(name), damage, tmp_path / "copy")) for damage in every[:: len(every) // FEW]
+    }
+    assert {damage: result for damage, result in results.items() if result.startswith("bad")} == {}
+    assert sum(result.startswith("refused") for result in results.values()) > FEW / 2
 
 
 # ---------------------------------------------------------------------- single checks
@@ -216,3 +215,11 @@ def test_headers_of_good_files_are_read_as_they_are(saved):
             name: tensor.shape for name, tensor in header.items()
         }
         assert all(header[name].nbytes == tensor.nbytes for name, tensor in loaded.items())
+
+
+def test_checking_draws_no_random_numbers(saved):
+    """What a seed gives must not depend on how often a folder was checked."""
+    for name in ("text_dit", "class_dit", "next_scale_text"):
+        before = torch.get_rng_state()
+        check_folder(saved(name), read_index(saved(name)))
+        assert torch.equal(torch.get_rng_state(), before)
