@@ -288,9 +288,23 @@ class TesseraPipeline(DiffusionPipeline):
 
         Returns:
             Pictures, (B, 3, H * f, W * f), about [-1, 1], float32.
+
+        Raises:
+            ValueError: there is no decoder, or the images are not finite.
         """
+        if self.vae is None:
+            raise ValueError(
+                "This pipeline has no vae to decode images with: pass output_type='latent', or load a vae."
+            )
         tokenizer = self.visual_tokenizer
-        return tokenizer.decode(tokenizer.denormalize_latents(latents).to(self.vae.dtype), return_dict=False)[0].float()
+        normal = tokenizer.denormalize_latents(latents).to(self.vae.dtype)
+        images = tokenizer.decode(normal, return_dict=False)[0].float()  # (B, 3, H, W)
+        if not bool(torch.isfinite(images).all()):
+            raise ValueError(
+                f"The images hold NaN or infinite values in {str(self.vae.dtype).removeprefix('torch.')}: the weights are "
+                "damaged, or their values overflow this number format. Try dtype float32 or bfloat16."
+            )
+        return images
 
     # ---------------------------------------------------------------- callbacks
 

@@ -79,3 +79,8 @@ def _told(action: Callable[[], bool]) -> str:
     except Exception as error:
         return f"bad: {type(error).__name__} {error}"
     return "ok" if is_fine else "bad: images that are not finite"
+
+
+def single_file(file: Path, **options: Any) -> str:
+    """Load a single file; see `outcome`."""
+    return _told(lambda: bool(load_pipeline(file, device="cpu", dtype="float32", **options)))

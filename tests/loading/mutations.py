@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def mutations(folder: Path) -> list[Mutation]:
         if file.suffix == ".json":
             found += list(_of_json_file(folder, file))
         if file.name in WEIGHTS:
-            found += list(_of_weights(folder, file))
+            found += list(of_weights(folder, file))
     return [*found, *_of_index(folder), *_of_folders(folder)]
 
 
@@ -119,8 +120,13 @@ def _set(file: Path, key: str, value: Any) -> Edit:
 # ------------------------------------------------------------------------ weights
 
 
-def _of_weights(folder: Path, file: Path) -> Iterator[Mutation]:
-    """The bytes of the file, its header, and its values."""
+def of_weights(folder: Path, file: Path) -> Iterator[Mutation]:
+    """Damage to one safetensors file: its bytes, its header, and its values.
+
+    Args:
+        folder: that holds it.
+        file: relative to the folder.
+    """
     for what, cut in BYTES.items():
         yield Mutation(f"{file}: {what}", _rewrite(file, cut))
     header = read_raw_header((folder / file).read_bytes())
@@ -222,6 +228,23 @@ def _edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) 
         save_file(tensors, copy / file, metadata={"format": "pt"})
 
     return edit
+
+
+def flips(content: bytes, count: int, seed: int, end: int | None = None) -> Iterator[bytes]:
+    """Copies of a file with a few bytes changed at random.
+
+    Args:
+        content: of the file.
+        count: copies.
+        seed: of the places and values.
+        end: bytes from the front that may change; None for all.
+    """
+    dice = random.Random(seed)
+    for _ in range(count):
+        changed = bytearray(content)
+        for _ in range(dice.randint(1, 4)):
+            changed[dice.randrange(end or len(content))] = dice.randrange(256)
+        yield bytes(changed)
 
 
 def _poison(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
