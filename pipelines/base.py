@@ -293,16 +293,14 @@ class TesseraPipeline(DiffusionPipeline):
             ValueError: there is no decoder, or the images are not finite.
         """
         if self.vae is None:
-            raise ValueError(
-                "This pipeline has no vae to decode images with: pass output_type='latent', or load a vae."
-            )
+            raise ValueError("This pipeline has no vae to decode images with; load one, or pass output_type='latent'.")
         tokenizer = self.visual_tokenizer
         normal = tokenizer.denormalize_latents(latents).to(self.vae.dtype)
         images = tokenizer.decode(normal, return_dict=False)[0].float()  # (B, 3, H, W)
         if not bool(torch.isfinite(images).all()):
             raise ValueError(
-                f"The images hold NaN or infinite values in {str(self.vae.dtype).removeprefix('torch.')}: the weights are "
-                "damaged, or their values overflow this number format. Try dtype float32 or bfloat16."
+                f"The images hold NaN or infinite values in {str(self.vae.dtype).removeprefix('torch.')}: the "
+                "weights are damaged, or their values overflow this format. Try dtype float32 or bfloat16."
             )
         return images
 

@@ -24,8 +24,8 @@ from pipelines.checks import check_choice, check_count, check_number
 from pipelines.inpaint import MaskInput, read_mask
 from pipelines.lora import TransformerLoraMixin
 from pipelines.next_scale_edit import KeptTokens
+from pipelines.scorers import read_reward
 from sampling.next_scale import Guide, ScaleWalk
-from sampling.rewards import as_reward
 from sampling.scale_acceleration import AppliedAcceleration, ScaleAcceleration
 from sampling.test_time_search import Reward, ScaleSearch, SearchResult, TTSConfig
 from sampling.tokens import Generators
@@ -466,7 +466,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
             )
         key = (wanted, self._execution_device)
         if self._read_reward is None or self._read_reward[0] != key:
-            self._read_reward = (key, as_reward(*key))
+            self._read_reward = (key, read_reward(*key))
         return self._read_reward[1]
 
     @property

@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 from pipelines.base import TesseraPipeline, component_entries, resolve_components
 from pipelines.components import check_component
 from pipelines.json_files import read_object
+from pipelines.settings import check_settings
 
 PIPELINE_MODULES = {
     "ClassToImagePipeline": "pipelines.class_to_image",
@@ -213,6 +214,8 @@ def check_folder(
             f"{folder / TesseraPipeline.config_name} has no {' and no '.join(lacking)}, without which a "
             f"{loader.__name__} can't run; the copy is damaged."
         )
+    settings = {name: value for name, value in index.items() if name not in entries and value != [None, None]}
+    check_settings(loader, settings, folder / TesseraPipeline.config_name, exact)
     for name, (library, class_name) in entries.items():
         if name in replaced:
             continue

@@ -207,7 +207,7 @@ def test_scales_stand_where_the_format_has_them():
     generator = torch.Generator().manual_seed(0)
     for number, places in SCALES.items():
         kind = gguf.GGMLQuantizationType(number)
-        values, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        _, nbytes = gguf.GGML_QUANT_SIZES[kind]
         block = torch.randint(0, 255, (nbytes,), generator=generator, dtype=torch.uint8)
         for start, stop in places:
             block[start:stop] = torch.ones((stop - start) // 2, dtype=torch.float16).view(torch.uint8)
