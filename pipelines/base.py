@@ -48,6 +48,9 @@ RENAMED_MODULES: dict[str, str] = {}
 HUB_ALLOW = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 HUB_IGNORE = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.onnx")
 
+HUB_OPTIONS = ("cache_dir", "force_download", "token", "local_files_only", "revision")
+"""Keyword arguments of `from_pretrained` that say how files come from the Hub."""
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -91,12 +94,13 @@ class TesseraPipeline(DiffusionPipeline):
                 f"use_safetensors={kwargs['use_safetensors']!r}: weights are loaded from .safetensors files "
                 "only (a pickle can run code). Convert the checkpoint first: `tessera convert --help`."
             )
-        folder = Path(pretrained_model_name_or_path).expanduser()
-        if folder.is_dir():
-            from pipelines.sources import check_folder, read_index  # which imports this module
+        from pipelines.sources import check_folder, read_index  # which imports this module
 
-            check_folder(folder, read_index(folder), kwargs.keys(), variant=kwargs.get("variant"))
-        return cls.read_checked(pretrained_model_name_or_path, **kwargs)
+        name = os.fspath(pretrained_model_name_or_path)
+        hub = {option: kwargs[option] for option in HUB_OPTIONS if kwargs.get(option) is not None}
+        folder = Path(name) if Path(name).is_dir() else Path(cls.download(name, **hub))
+        check_folder(folder, read_index(folder), kwargs.keys(), variant=kwargs.get("variant"))
+        return cls.read_checked(name, **kwargs)
 
     @classmethod
     def read_checked(cls, source: str | os.PathLike[str], **kwargs: Any) -> Self:
@@ -143,7 +147,10 @@ class TesseraPipeline(DiffusionPipeline):
         Raises:
             ValueError: a component names a module of ours outside `COMPONENT_MODULES`.
         """
-        loaded = super().load_config(pretrained_model_name_or_path, return_unused_kwargs, return_commit_hash, **kwargs)
+        with clear_loading_errors(f"{pretrained_model_name_or_path}/{cls.config_name}"):
+            loaded = super().load_config(
+                pretrained_model_name_or_path, return_unused_kwargs, return_commit_hash, **kwargs
+            )
         resolve_components(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
@@ -160,8 +167,7 @@ class TesseraPipeline(DiffusionPipeline):
         Returns:
             The local folder.
         """
-        names = ("cache_dir", "force_download", "token", "local_files_only", "revision")
-        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         index, commit = cls.load_config(pretrained_model_name, return_commit_hash=True, **hub)
         if not any(_is_own(library) for library, _ in component_entries(index).values()):
             return super().download(pretrained_model_name, **kwargs)

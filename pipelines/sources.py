@@ -202,21 +202,8 @@ def check_folder(
         ValueError: an unknown class, or a configuration that is damaged or doesn't fit the weights.
     """
     sizes = {}
-    loader = pipeline_class(index)
-    exact = issubclass(loader, TesseraPipeline)
-    entries = component_entries(dict(index))
-    needed = {name for name, is_needed in component_slots(loader).items() if is_needed and name not in index}
-    if exact:  # which run without a text encoder or decoder, but not without these
-        needed |= {"transformer", "scheduler"} & component_slots(loader).keys()
-    lacking = sorted(needed - entries.keys() - set(replaced))
-    if lacking:
-        raise ValueError(
-            f"{folder / TesseraPipeline.config_name} has no {' and no '.join(lacking)}, without which a "
-            f"{loader.__name__} can't run; the copy is damaged."
-        )
-    settings = {name: value for name, value in index.items() if name not in entries and value != [None, None]}
-    check_settings(loader, settings, folder / TesseraPipeline.config_name, exact)
-    for name, (library, class_name) in entries.items():
+    exact = _check_parts(folder, index, replaced)
+    for name, (library, class_name) in component_entries(dict(index)).items():
         if name in replaced:
             continue
         found = component_class(name, library, class_name)
@@ -229,6 +216,25 @@ def check_folder(
         if size is not None:
             sizes[name] = size
     return sizes
+
+
+def _check_parts(folder: Path, index: Mapping[str, Any], replaced: Collection[str]) -> bool:
+    """Check that an index names all that its pipeline needs, and the pipeline's own settings; whether it is ours."""
+    loader, path = pipeline_class(index), folder / TesseraPipeline.config_name
+    is_own = issubclass(loader, TesseraPipeline)
+    slots, entries = component_slots(loader), component_entries(dict(index))
+    needed = {name for name, is_needed in slots.items() if is_needed and name not in index}
+    if is_own:  # which run without a text encoder or decoder, but not without these
+        needed |= {"transformer", "scheduler"} & slots.keys()
+    lacking = sorted(needed - entries.keys() - set(replaced))
+    if lacking:
+        raise ValueError(
+            f"{path} has no {' and no '.join(lacking)}, without which a {loader.__name__} can't run: the copy "
+            "is damaged, fetch it again."
+        )
+    settings = {name: value for name, value in index.items() if name not in entries and value != [None, None]}
+    check_settings(loader, settings, path, is_own)
+    return is_own
 
 
 def find_culprit(folder: Path) -> Path | None:

@@ -70,15 +70,15 @@ def set_timesteps(
     Raises:
         ValueError: `sigmas` are given and the scheduler does not take any, or it is no flow-matching scheduler.
     """
-    if not hasattr(scheduler, "set_begin_index"):
-        raise ValueError(
-            f"{type(scheduler).__name__} can't begin within a schedule: use a flow-matching scheduler, "
-            "such as FlowMatchEulerDiscreteScheduler."
-        )
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     if sigmas is not None and "sigmas" not in accepted:
         raise ValueError(
             f"{type(scheduler).__name__} takes no custom sigmas: leave them out, or use a scheduler that does, "
+            "such as FlowMatchEulerDiscreteScheduler."
+        )
+    if not hasattr(scheduler, "set_begin_index"):
+        raise ValueError(
+            f"{type(scheduler).__name__} can't begin within a schedule: use a flow-matching scheduler, "
             "such as FlowMatchEulerDiscreteScheduler."
         )
     extra: dict[str, object] = {}

@@ -16,6 +16,7 @@ from pipelines.settings import check_settings, declared
 from pipelines.sources import check_folder, read_index
 from pipelines.structure import check_network
 from pipelines.weight_files import read_header, stored_tensors
+from tests.families.tiny import TINY_NAMES, VARIANTS
 from tests.loading.hostile import FOLDERS, OURS, loading, outcome
 from tests.loading.mutations import Mutation, mutation, mutations
 
@@ -192,6 +193,25 @@ def test_a_configuration_with_huge_tables_is_refused(saved):
     stored = stored_tensors(folder)
     with pytest.raises(ValueError, match=r"tables of [\d.]+ GiB|don't fit"):
         check_network(folder, DiT, config, stored, exact=True)
+
+
+def test_a_configuration_that_keeps_making_tensors_is_stopped(saved):
+    """Whatever the setting is called: building ends when it has made far more than the file holds."""
+    from diffusers import AutoencoderKL
+
+    folder, many = saved("sd3") / "vae", 30_000
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"block_out_channels": [4] * many, "down_block_types": ["DownEncoderBlock2D"] * many}
+    config |= {"up_block_types": ["UpDecoderBlock2D"] * many}
+    with pytest.raises(ValueError, match=r"config\.json: no AutoencoderKL can be built.*far more tensors"):
+        check_network(folder, AutoencoderKL, config, stored_tensors(folder), exact=False)
+
+
+@pytest.mark.parametrize("name", [*TINY_NAMES, *VARIANTS])
+def test_good_folders_of_every_family_pass(name, folder_of):
+    folder = folder_of(name)
+    sizes = check_folder(folder, read_index(folder))
+    assert sizes["transformer"] > 0
 
 
 def test_settings_of_every_class_of_ours_are_declared(saved):
