@@ -22,6 +22,7 @@ from dit.runtime.compare import psnr, relative_error
 from pipelines.base import TesseraPipeline
 from pipelines.checks import check_choice, check_count, check_number
 from pipelines.inpaint import MaskInput, read_mask
+from pipelines.loaded import is_finite
 from pipelines.lora import TransformerLoraMixin
 from pipelines.next_scale_edit import KeptTokens
 from pipelines.scorers import read_reward
@@ -315,6 +316,11 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         """Set out with some pictures (B',) of a task."""
 
         def draw(logits: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+            if not is_finite(logits):  # to draw from NaN would leave a CUDA device unusable
+                raise ValueError(
+                    f"The network's logits at scale {scale} hold NaN or infinite values: its weights are damaged, or "
+                    "overflow the number format. Try dtype float32 or bfloat16."
+                )
             return task.draw(logits, scale, generator)
 
         def overrule(tokens: Tensor, scale: int) -> Tensor:

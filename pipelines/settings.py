@@ -105,21 +105,22 @@ def check_schedule(config: Mapping[str, Any], source: object) -> None:
             raise ValueError(f"{source}: {name} is {_shown(shift)}, expected a number above 0 up to {LARGEST_SHIFT:g}.")
 
 
-def check_numbers(config: Mapping[str, Any], source: object) -> None:
+def check_numbers(config: Mapping[str, Any], source: object, exact: bool) -> None:
     """Refuse numbers that no network computes with: NaN anywhere, and an epsilon that is none.
 
     Args:
         config: of a network, perhaps with those of its parts.
         source: the file, for the message.
+        exact: refuse infinities too; in some networks of others they stand for "no limit".
 
     Raises:
         ValueError: it names the setting.
     """
     for name, value in config.items():
         if isinstance(value, Mapping):
-            check_numbers(value, f"{source}: {name}")
+            check_numbers(value, f"{source}: {name}", exact)
         for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, float) and not _is_finite(one):
+            if isinstance(one, float) and (math.isnan(one) or (exact and not _is_finite(one))):
                 raise ValueError(f"{source}: {name} is {_shown(value)}, expected finite numbers.")
             is_epsilon = name.split("_")[-1] in ("eps", "epsilon")
             if is_epsilon and isinstance(one, int | float) and not 0 <= one <= MAX_EPSILON:
