@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,10 @@ from torch import Tensor
 from apps.outputs import check_folder, check_writable
 from apps.usage import UsageError
 from pipelines.builtin import as_dtype
+from pipelines.components import check_component
+from pipelines.json_files import read_object
+from pipelines.loaded import check_weights
+from pipelines.plain_errors import clear_loading_errors
 
 PICKLE_SUFFIXES = (".pt", ".pth")
 """What official code reads; the files hold tensors only."""
@@ -87,14 +90,18 @@ def read_component(source: Path, kinds: Sequence[type[ModelMixin]], family: str,
         dtype: "auto" keeps the folder's number format.
 
     Raises:
-        ValueError: no model there, or one of another kind.
+        OSError: its weight files are damaged.
+        ValueError: no model there, one of another kind, or a configuration that doesn't fit its weights.
     """
     folder = component_folder(source, "transformer")
-    name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    name = read_object(folder / "config.json").get("_class_name")
     known = {kind.__name__: kind for kind in kinds}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UsageError(f"{folder} holds a {name}; --family {family} exports a {' or a '.join(known)}")
-    model: Any = known[name].from_pretrained(folder, use_safetensors=True)
+    check_component(folder, known[name], dtype=None, variant=None, exact=True)
+    with clear_loading_errors(folder):
+        model: Any = known[name].from_pretrained(folder, use_safetensors=True)
+    check_weights(model, str(folder))
     return model if dtype == "auto" else model.to(as_dtype(dtype))
 
 

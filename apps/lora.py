@@ -48,7 +48,7 @@ def one_lora(file: Path) -> dict[str, Path]:
     """
     if file.suffix != ".safetensors" or not file.is_file():
         raise ValueError(f"{file} is no LoRA file; name one that ends in .safetensors.")
-    return {file.stem: file.resolve()}
+    return {file.stem: file.absolute()}  # not resolved: PEFT's configuration stands beside a link in the Hub's cache
 
 
 def settle(wish: Lora, loras: Mapping[str, Path]) -> Lora:
@@ -64,11 +64,26 @@ def settle(wish: Lora, loras: Mapping[str, Path]) -> Lora:
     if wish.name not in loras:
         offered = f"choose among {', '.join(loras)}" if loras else "this server offers none"
         raise LoraError(f"There is no LoRA file {wish.name!r} here; {offered}.")
-    with loras[wish.name].open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _digest(loras[wish.name])
     if wish.sha256 not in (None, found):
         raise LoraError(f"The LoRA file {wish.name!r} is another one here than was asked for: its content differs.")
     return wish.model_copy(update={"sha256": found})
+
+
+def _digest(file: Path) -> str:
+    """Hash what decides how a LoRA file changes pictures: the file, and PEFT's configuration if it has one."""
+    from pipelines.lora_files import adapter_config_file
+
+    try:
+        beside = adapter_config_file(file)
+    except OSError as error:  # it names the path
+        logger.warning("the LoRA file %s can't be read: %s", file, error)
+        raise LoraError(f"The LoRA file {file.stem!r} can't be read: it is damaged, or no safetensors file.") from error
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256")
+    if beside is not None:
+        digest.update(beside.read_bytes())
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -96,22 +111,33 @@ def adapted(pipe: Any, wish: Lora | None, loras: Mapping[str, Path]) -> Generato
 
 
 def _load(pipe: Any, file: Path, wish: Lora) -> None:
-    """Load a file onto a pipeline and count that all of it arrived: diffusers leaves out what doesn't fit."""
-    from safetensors import SafetensorError, safe_open
+    """Load a file onto a pipeline: ours check all of it, for diffusers' it is counted whether all of it arrived."""
+    from pipelines.lora import TransformerLoraMixin
+    from pipelines.lora_files import LoraFileError, check_lora_file, read_lora_file
 
     try:
-        with safe_open(file, "pt") as opened:
-            names = opened.keys()
-        held = sum(name.endswith(DOWN) for name in names)
-        pipe.load_lora_weights(
-            str(file.parent), weight_name=file.name, adapter_name=ADAPTER, use_safetensors=True, local_files_only=True
-        )
-    except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:  # messages that name paths
+        if isinstance(pipe, TransformerLoraMixin):
+            pipe.load_lora_weights(file, adapter_name=ADAPTER)
+        else:
+            lora = read_lora_file(file)
+            check_lora_file(lora)
+            pipe.load_lora_weights(
+                str(file.parent),
+                weight_name=file.name,
+                adapter_name=ADAPTER,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+            held, placed = sum(key.endswith(DOWN) for key in lora.tensors), _count_layers(pipe)
+            if placed == 0 or placed < held:
+                raise LoraError(
+                    f"The LoRA file {wish.name!r} doesn't fit this model: {placed} of {held} layers found a place."
+                )
+    except (LoraError, LoraFileError) as error:
+        raise LoraError(str(error)) from error
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:  # they name paths
         logger.warning("the LoRA file %s did not load: %s", file, error)
         raise LoraError(f"The LoRA file {wish.name!r} doesn't fit this model.") from error
-    placed = _count_layers(pipe)
-    if placed == 0 or placed < held:
-        raise LoraError(f"The LoRA file {wish.name!r} doesn't fit this model: {placed} of {held} layers found a place.")
     pipe.set_adapters(ADAPTER, wish.scale)
 
 

@@ -11,6 +11,8 @@ import importlib
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from dit.tokenizers import VisualTokenizer, as_visual_tokenizer
 from pipelines.checks import check_generators, check_side
+from pipelines.loaded import check_loaded, check_text
+from pipelines.plain_errors import clear_loading_errors
 
 OWN_PACKAGES = ("dit", "sampling", "pipelines", "apps")
 
@@ -43,6 +47,9 @@ RENAMED_MODULES: dict[str, str] = {}
 
 HUB_ALLOW = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 HUB_IGNORE = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.onnx")
+
+HUB_OPTIONS = ("cache_dir", "force_download", "token", "local_files_only", "revision")
+"""Keyword arguments of `from_pretrained` that say how files come from the Hub."""
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -78,15 +85,45 @@ class TesseraPipeline(DiffusionPipeline):
             The pipeline, on the CPU.
 
         Raises:
-            ValueError: `use_safetensors` is not True, or a component names a module outside the allow-list.
-            OSError: a file is missing, or the weights exist only as pickles.
+            ValueError: `use_safetensors` is not True, a component names a module outside the allow-list, or settings or
+                weights are damaged or don't fit each other.
+            OSError: a file is missing or damaged, or the weights exist only as pickles.
         """
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError(
                 f"use_safetensors={kwargs['use_safetensors']!r}: weights are loaded from .safetensors files "
                 "only (a pickle can run code). Convert the checkpoint first: `tessera convert --help`."
             )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        from pipelines.sources import check_folder, read_index  # which imports this module
+
+        name = os.fspath(pretrained_model_name_or_path)
+        hub = {option: kwargs[option] for option in HUB_OPTIONS if kwargs.get(option) is not None}
+        folder = Path(name) if Path(name).is_dir() else Path(cls.download(name, **hub))
+        check_folder(folder, read_index(folder), kwargs.keys(), variant=kwargs.get("variant"))
+        return cls.read_checked(name, **kwargs)
+
+    @classmethod
+    def read_checked(cls, source: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Read the weights of a pipeline whose files have been checked, and check their values.
+
+        Args:
+            source: folder or Hub id.
+            **kwargs: see `from_pretrained`.
+
+        Returns:
+            The pipeline, on the CPU.
+
+        Raises:
+            ValueError: weights are missing, NaN or infinite, or the tokenizer is of another model.
+        """
+        from pipelines.sources import find_culprit  # which imports this module
+
+        name, is_folder = os.fspath(source), Path(source).is_dir()
+        with clear_loading_errors(name, partial(find_culprit, Path(source)) if is_folder else None):
+            pipe = super().from_pretrained(name, **kwargs)
+            check_loaded(pipe, name)
+            check_text(pipe, name)
+        return pipe
 
     @classmethod
     def load_config(
@@ -110,7 +147,10 @@ class TesseraPipeline(DiffusionPipeline):
         Raises:
             ValueError: a component names a module of ours outside `COMPONENT_MODULES`.
         """
-        loaded = super().load_config(pretrained_model_name_or_path, return_unused_kwargs, return_commit_hash, **kwargs)
+        with clear_loading_errors(f"{pretrained_model_name_or_path}/{cls.config_name}"):
+            loaded = super().load_config(
+                pretrained_model_name_or_path, return_unused_kwargs, return_commit_hash, **kwargs
+            )
         resolve_components(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
@@ -127,8 +167,7 @@ class TesseraPipeline(DiffusionPipeline):
         Returns:
             The local folder.
         """
-        names = ("cache_dir", "force_download", "token", "local_files_only", "revision")
-        hub = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         index, commit = cls.load_config(pretrained_model_name, return_commit_hash=True, **hub)
         if not any(_is_own(library) for library, _ in component_entries(index).values()):
             return super().download(pretrained_model_name, **kwargs)
@@ -248,9 +287,21 @@ class TesseraPipeline(DiffusionPipeline):
 
         Returns:
             Pictures, (B, 3, H * f, W * f), about [-1, 1], float32.
+
+        Raises:
+            ValueError: there is no decoder, or the images are not finite.
         """
+        if self.vae is None:
+            raise ValueError("This pipeline has no vae to decode images with; load one, or pass output_type='latent'.")
         tokenizer = self.visual_tokenizer
-        return tokenizer.decode(tokenizer.denormalize_latents(latents).to(self.vae.dtype), return_dict=False)[0].float()
+        normal = tokenizer.denormalize_latents(latents).to(self.vae.dtype)
+        images = tokenizer.decode(normal, return_dict=False)[0].float()  # (B, 3, H, W)
+        if not bool(torch.isfinite(images).all()):
+            raise ValueError(
+                f"The images hold NaN or infinite values in {str(self.vae.dtype).removeprefix('torch.')}: the "
+                "weights are damaged, or their values overflow this format. Try dtype float32 or bfloat16."
+            )
+        return images
 
     # ---------------------------------------------------------------- callbacks
 

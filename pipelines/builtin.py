@@ -15,10 +15,13 @@ from diffusers import DiffusionPipeline
 
 from pipelines.base import TesseraPipeline
 from pipelines.hub_id import split_revision
+from pipelines.loaded import check_loaded
 from pipelines.memory import check_memory, explain_out_of_memory, is_out_of_memory, release
 from pipelines.offload import check_offload, place
+from pipelines.plain_errors import clear_loading_errors
 from pipelines.single_file import (
     DENOISERS,
+    check_counts_of,
     denoiser_slot,
     file_bytes,
     find_repository,
@@ -31,6 +34,7 @@ from pipelines.sources import (
     check_folder,
     clear_hub_errors,
     fetch,
+    find_culprit,
     find_file,
     hub_token,
     pipeline_class,
@@ -200,7 +204,7 @@ def _plan_folder(source: Path | str, request: _Request) -> Reading:
     index = read_index(folder)
     loader = pipeline_class(index)
     request.check_memory(check_folder(folder, index, request.replaced, request.dtype, request.options.get("variant")))
-    return partial(_generic(loader).from_pretrained, str(folder), dtype=request.dtype, **request.arguments)
+    return partial(_read_folder, folder, loader, request)
 
 
 def _plan_onto_base(file: Path, source: Path | str, request: _Request) -> Reading:
@@ -211,13 +215,24 @@ def _plan_onto_base(file: Path, source: Path | str, request: _Request) -> Readin
     slot = denoiser_slot(index)
     sizes = check_folder(folder, index, {*request.replaced, slot}, request.dtype, request.options.get("variant"))
     request.check_memory({slot: file_bytes(file, request.dtype), **sizes})
-    loader = _generic(pipeline_class(index))
+    check_counts_of(file, folder / slot)
 
     def read() -> DiffusionPipeline:
         network = load_denoiser(file, source, index, request.dtype, request.options)
-        return loader.from_pretrained(str(folder), dtype=request.dtype, **request.arguments, **{slot: network})
+        return _read_folder(folder, pipeline_class(index), request, **{slot: network})
 
     return read
+
+
+def _read_folder(folder: Path, loader: type[DiffusionPipeline], request: _Request, **brought: Any) -> DiffusionPipeline:
+    """Read the weights of a folder that has been checked, and check their values."""
+    arguments = {"dtype": request.dtype, **request.arguments, **brought}
+    if issubclass(loader, TesseraPipeline):
+        return loader.read_checked(folder, **arguments)
+    with clear_loading_errors(folder, partial(find_culprit, folder)):
+        pipe = DiffusionPipeline.from_pretrained(str(folder), **arguments)
+    check_loaded(pipe, folder)
+    return pipe
 
 
 def _plan_single_file(file: Path, config: Path | str, request: _Request) -> Reading:
@@ -233,11 +248,6 @@ def _plan_single_file(file: Path, config: Path | str, request: _Request) -> Read
     request.check_memory({file.name: file_bytes(file, request.dtype)})
     options = {name: value for name, value in request.arguments.items() if name not in ("variant", "use_safetensors")}
     return partial(load_whole, file, config, pipeline_class(index), request.dtype, options)
-
-
-def _generic(loader: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """Our class for our pipelines and diffusers' generic loader for all others."""
-    return loader if issubclass(loader, TesseraPipeline) else DiffusionPipeline
 
 
 def _check_options(options: dict[str, Any]) -> None:

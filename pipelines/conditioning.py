@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipelines.base import TesseraPipeline
 from pipelines.checks import check_prompts
+from pipelines.plain_errors import clear_loading_errors
 from pipelines.words import KnownWordsMixin
 
 logger = logging.get_logger(__name__)
@@ -197,7 +198,8 @@ def encode_text(
         truncation=True,
         return_tensors="pt",
     ).to(device or text_encoder.device)
-    output = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
+    with clear_loading_errors("The text encoder"):  # its configuration may be damaged where no shape shows it
+        output = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
     return output.last_hidden_state, tokens.attention_mask.bool()  # (P, L, Dt), (P, L)
 
 

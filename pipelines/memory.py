@@ -1,19 +1,16 @@
 """How much memory weights need, how much is free, and what to say when it isn't enough.
 
-Sizes are read from the headers of safetensors files, before a single weight is: a model that can't fit is refused
-while nothing has been allocated yet.
+Sizes are read from the headers of weight files (`pipelines.weight_files`), before a single weight is: a model that
+can't fit is refused while nothing has been allocated yet.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib.util
-import json
-import math
 import re
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -21,117 +18,9 @@ import torch
 
 GIB = 1024**3
 
-# safetensors' names of number formats -> bytes, and whether loading in another dtype converts them.
-FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-
 
 class NotEnoughMemoryError(MemoryError):
     """A model or a step needs more memory than there is; the message says how much and what to try."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a safetensors file.
-
-    Attributes:
-        dtype: safetensors' name of the number format, such as "BF16".
-        shape: of the tensor.
-        nbytes: in the file.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-    def loaded_bytes(self, dtype: torch.dtype | None) -> int:
-        """Bytes in memory when floating-point weights are converted to `dtype` (None keeps them)."""
-        if dtype is None or self.dtype not in FLOAT_BYTES:
-            return self.nbytes
-        return math.prod(self.shape) * dtype.itemsize
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Read what a safetensors file holds without reading its weights.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Name -> tensor.
-
-    Raises:
-        OSError: no safetensors file, or one that was cut short.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise OSError(f"{path} is no safetensors file, or was cut short: fetch it again.")
-        try:
-            entries = json.loads(file.read(length))
-            entries.pop("__metadata__", None)
-            tensors = {
-                name: StoredTensor(str(entry["dtype"]), tuple(entry["shape"]), stop - start)
-                for name, entry in entries.items()
-                for start, stop in [entry["data_offsets"]]
-            }
-            end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OSError(f"{path} is no safetensors file: its header is not readable.") from error
-    if end > size:
-        raise OSError(f"{path} was cut short, {size} of {end} bytes are there: fetch it again.")
-    return tensors
-
-
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """Find the safetensors files that diffusers and transformers load from a component's folder.
-
-    Args:
-        folder: of one component, e.g. `model/transformer`.
-        variant: as in `from_pretrained`, e.g. "fp16"; components without it fall back to the plain files.
-
-    Returns:
-        One file, or all shards.
-
-    Raises:
-        FileNotFoundError: no safetensors weights, or a shard is missing.
-    """
-    for tag in (f".{variant}", "") if variant else ("",):
-        for stem in ("diffusion_pytorch_model", "model"):
-            single, index = folder / f"{stem}{tag}.safetensors", folder / f"{stem}.safetensors.index{tag}.json"
-            if single.is_file():
-                return [single]
-            if index.is_file():
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-                for name in names:
-                    if not (folder / name).is_file():
-                        raise FileNotFoundError(
-                            f"{folder} lacks {name}, which its {index.name} lists: the copy is incomplete, fetch it "
-                            "again."
-                        )
-                return [folder / name for name in names]
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern))
-    found = f" It has {', '.join(pickles)}, but pickles can run code and are not loaded." if pickles else ""
-    raise FileNotFoundError(
-        f"{folder} has no safetensors weights (looked for diffusion_pytorch_model.safetensors and "
-        f"model.safetensors).{found}"
-    )
-
-
-def component_bytes(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> int:
-    """Return the bytes that a component's weights take in memory when loaded in `dtype`.
-
-    Args:
-        folder: of one component.
-        dtype: number format asked for; weights stored quantized keep theirs.
-        variant: as in `from_pretrained`.
-    """
-    config = folder / "config.json"
-    if config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
-        dtype = None
-    files = weight_files(folder, variant)
-    return sum(tensor.loaded_bytes(dtype) for file in files for tensor in read_header(file).values())
 
 
 def free_memory(device: torch.device) -> int:

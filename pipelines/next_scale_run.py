@@ -22,10 +22,11 @@ from dit.runtime.compare import psnr, relative_error
 from pipelines.base import TesseraPipeline
 from pipelines.checks import check_choice, check_count, check_number
 from pipelines.inpaint import MaskInput, read_mask
+from pipelines.loaded import is_finite
 from pipelines.lora import TransformerLoraMixin
 from pipelines.next_scale_edit import KeptTokens
+from pipelines.scorers import read_reward
 from sampling.next_scale import Guide, ScaleWalk
-from sampling.rewards import as_reward
 from sampling.scale_acceleration import AppliedAcceleration, ScaleAcceleration
 from sampling.test_time_search import Reward, ScaleSearch, SearchResult, TTSConfig
 from sampling.tokens import Generators
@@ -328,6 +329,11 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         """Set out with some pictures (B',) of a task."""
 
         def draw(logits: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+            if not is_finite(logits):  # to draw from NaN would leave a CUDA device unusable
+                raise ValueError(
+                    f"The network's logits at scale {scale} hold NaN or infinite values: its weights are damaged, or "
+                    "overflow the number format. Try dtype float32 or bfloat16."
+                )
             return task.draw(logits, scale, generator)
 
         def overrule(tokens: Tensor, scale: int) -> Tensor:
@@ -494,7 +500,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
             )
         key = (wanted, self._execution_device)
         if self._read_reward is None or self._read_reward[0] != key:
-            self._read_reward = (key, as_reward(*key))
+            self._read_reward = (key, read_reward(*key))
         return self._read_reward[1]
 
     @property

@@ -19,8 +19,14 @@ from diffusers.loaders import FromOriginalModelMixin
 
 from dit.runtime.bridge import is_missing_component, published_repository
 from pipelines.base import component_entries
-from pipelines.memory import is_out_of_memory, read_header
+from pipelines.gguf_files import read_gguf_header
+from pipelines.json_files import read_object
+from pipelines.loaded import check_weights
+from pipelines.memory import is_out_of_memory
+from pipelines.plain_errors import clear_loading_errors, one_line
+from pipelines.settings import check_counts
 from pipelines.sources import DOWNLOAD_OPTIONS, clear_hub_errors, component_class, hub_token
+from pipelines.weight_files import read_header
 
 DENOISERS = ("transformer", "unet")
 """The slot of a pipeline that a file without the other components fills."""
@@ -32,10 +38,30 @@ def is_gguf(file: Path) -> bool:
 
 
 def file_bytes(file: Path, dtype: torch.dtype) -> int:
-    """Return the bytes that a file's weights take in memory; GGUF weights stay quantized."""
+    """Return the bytes that a file's weights take in memory; GGUF weights stay quantized.
+
+    Raises:
+        OSError: the file is damaged.
+    """
     if is_gguf(file):
-        return file.stat().st_size
+        return sum(tensor.nbytes for tensor in read_gguf_header(file).values())
     return sum(tensor.loaded_bytes(dtype) for tensor in read_header(file).values())
+
+
+def check_counts_of(file: Path, component: Path) -> None:
+    """Refuse a configuration that asks for more layers than a single file can fill.
+
+    Args:
+        file: with the weights.
+        component: folder of the network's configuration; one that isn't there is looked for by the loader.
+
+    Raises:
+        OSError: the file is damaged.
+        ValueError: too many layers, or the configuration is damaged.
+    """
+    path = component / "config.json"
+    if path.is_file():
+        check_counts(read_object(path), len(read_gguf_header(file) if is_gguf(file) else read_header(file)), path)
 
 
 def find_repository(file: Path) -> str:
@@ -48,8 +74,9 @@ def find_repository(file: Path) -> str:
         raise ValueError(
             f"{file.name} holds a transformer only: name the pipeline it belongs to as base=, a folder or Hub id."
         )
-    shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in read_header(file).items()}
-    repository = published_repository(shapes)
+    with clear_loading_errors(file):
+        shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in read_header(file).items()}
+        repository = published_repository(shapes)
     if repository is None:
         raise ValueError(
             f"diffusers doesn't recognise the layout of {file.name} (first weight: {min(shapes, default='none')!r}). "
@@ -121,8 +148,9 @@ def load_denoiser(
         except Exception as error:
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
-            raise _misfit(file, class_name, str(error)) from error
+            raise _misfit(file, class_name, one_line(error)) from error
     check_filled(loaded, file, class_name)
+    check_weights(loaded, file.name)
     return loaded
 
 
@@ -158,16 +186,17 @@ def load_whole(
         except Exception as error:
             if is_missing_component(error):
                 raise ValueError(
-                    f"{file.name} doesn't hold all of a {loader.__name__} ({str(error).splitlines()[0]}). Pass "
+                    f"{file.name} doesn't hold all of a {loader.__name__} ({one_line(error)}). Pass "
                     f"base={str(config)!r}, or a folder, to take everything but the network that paints from there; "
                     "or pass the components."
                 ) from error
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
-            raise _misfit(file, loader.__name__, str(error)) from error
+            raise _misfit(file, loader.__name__, one_line(error)) from error
     for name, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):
             check_filled(component, file, name)
+            check_weights(component, f"{file.name}: {name}")
     return pipe
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
+import logging
 import os
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
@@ -28,7 +28,9 @@ from huggingface_hub.errors import (
 )
 
 from pipelines.base import TesseraPipeline, component_entries, resolve_components
-from pipelines.memory import component_bytes
+from pipelines.components import check_component
+from pipelines.json_files import read_object
+from pipelines.settings import check_settings
 
 PIPELINE_MODULES = {
     "ClassToImagePipeline": "pipelines.class_to_image",
@@ -40,6 +42,8 @@ PIPELINE_MODULES = {
 
 FILE_SUFFIXES = (".safetensors", ".gguf")
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+
+logger = logging.getLogger(__name__)
 
 DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision")
 
@@ -79,14 +83,43 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{folder} has no {path.name}, so it is not a saved pipeline (it holds {holds}). "
             "Save one with `pipe.save_pretrained(folder)`, or pass the folder above."
         )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON; the copy is damaged, fetch it again.") from error
-    if not isinstance(index, dict):
-        raise ValueError(f"{path} holds a {type(index).__name__} instead of an object; it describes no pipeline.")
+    index = read_object(path)
+    check_entries(path, index)
     resolve_components(index)
     return index
+
+
+def check_entries(path: Path, index: Mapping[str, Any]) -> None:
+    """Check that what an index says of components is a library and a class, and that names are names of folders.
+
+    Args:
+        path: of the index, for the message.
+        index: its content.
+
+    Raises:
+        ValueError: something else; the message names the entry.
+    """
+    taken = component_slots(pipeline_class(index))
+    for name, value in index.items():
+        is_entry = isinstance(value, list) and len(value) == 2 and all(isinstance(one, str) for one in value)
+        is_empty = value == [None, None]  # how diffusers writes a component that isn't there
+        if name in taken and not is_entry and not is_empty:
+            raise ValueError(f"{path}: {name} is {value!r:.60}, expected [library, class], or [null, null] for none.")
+        if is_entry and Path(name).name != name:
+            raise ValueError(f"{path}: {name!r:.60} is no component, expected one of {', '.join(taken)}.")
+
+
+def component_slots(loader: type[DiffusionPipeline]) -> dict[str, bool]:
+    """Return the components that a pipeline class takes, and whether each has to be there."""
+    parameters = inspect.signature(loader.__init__).parameters.values()
+    optional = set(loader._optional_components)
+    return {
+        one.name: one.name not in optional
+        for one in parameters
+        if one.default is inspect.Parameter.empty
+        and one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        and one.name != "self"
+    }
 
 
 def pipeline_class(index: Mapping[str, Any]) -> type[DiffusionPipeline]:
@@ -104,7 +137,7 @@ def pipeline_class(index: Mapping[str, Any]) -> type[DiffusionPipeline]:
     if name in PIPELINE_MODULES:
         return getattr(importlib.import_module(PIPELINE_MODULES[name]), name)
     found = getattr(diffusers, name, None)
-    if not (inspect.isclass(found) and issubclass(found, DiffusionPipeline)):
+    if not (inspect.isclass(found) and issubclass(found, DiffusionPipeline)) or found is DiffusionPipeline:
         raise ValueError(
             f"The pipeline class {name!r} is neither ours nor one of diffusers {diffusers.__version__}: the checkpoint "
             "may need a newer diffusers, or be no pipeline at all."
@@ -135,7 +168,7 @@ def component_class(name: str, library: str, class_name: str) -> type:
             f"is not imported. Pass {name}=... yourself if you trust it."
         )
     found = getattr(module, class_name, None)
-    if found is None:
+    if not inspect.isclass(found) or not hasattr(found, "from_pretrained"):
         version = f" {module.__version__}" if hasattr(module, "__version__") else ""
         raise ValueError(
             f"Component {name!r} is a {class_name}, which {library}{version} doesn't have: update {library}, or pass "
@@ -151,7 +184,7 @@ def check_folder(
     dtype: torch.dtype | None = None,
     variant: str | None = None,
 ) -> dict[str, int]:
-    """Check that everything an index names is there and known.
+    """Check that everything an index names is there, known and fits together, without reading a weight.
 
     Args:
         folder: a saved pipeline.
@@ -166,9 +199,10 @@ def check_folder(
     Raises:
         FileNotFoundError: a component, its weights or a shard is missing.
         OSError: a weight file is damaged.
-        ValueError: an unknown class.
+        ValueError: an unknown class, or a configuration that is damaged or doesn't fit the weights.
     """
     sizes = {}
+    exact = _check_parts(folder, index, replaced)
     for name, (library, class_name) in component_entries(dict(index)).items():
         if name in replaced:
             continue
@@ -178,9 +212,47 @@ def check_folder(
                 f"{folder} lacks the component {name!r}, which its model_index.json names: the copy is incomplete. "
                 f"Fetch it again, or pass {name}=... yourself."
             )
-        if inspect.isclass(found) and issubclass(found, torch.nn.Module):
-            sizes[name] = component_bytes(folder / name, dtype, variant)
+        size = check_component(folder / name, found, dtype, variant, exact)
+        if size is not None:
+            sizes[name] = size
     return sizes
+
+
+def _check_parts(folder: Path, index: Mapping[str, Any], replaced: Collection[str]) -> bool:
+    """Check that an index names all that its pipeline needs, and the pipeline's own settings; whether it is ours."""
+    loader, path = pipeline_class(index), folder / TesseraPipeline.config_name
+    is_own = issubclass(loader, TesseraPipeline)
+    slots, entries = component_slots(loader), component_entries(dict(index))
+    needed = {name for name, is_needed in slots.items() if is_needed and name not in index}
+    if is_own:  # which run without a text encoder or decoder, but not without these
+        needed |= {"transformer", "scheduler"} & slots.keys()
+    lacking = sorted(needed - entries.keys() - set(replaced))
+    if lacking:
+        raise ValueError(
+            f"{path} has no {' and no '.join(lacking)}, without which a {loader.__name__} can't run: the copy "
+            "is damaged, fetch it again."
+        )
+    settings = {name: value for name, value in index.items() if name not in entries and value != [None, None]}
+    check_settings(loader, settings, path, is_own)
+    return is_own
+
+
+def find_culprit(folder: Path) -> Path | None:
+    """Return the component of a folder whose files its own reader refuses; only for those that have no weights.
+
+    Args:
+        folder: a saved pipeline whose loading failed.
+    """
+    for name, (library, class_name) in component_entries(read_index(folder)).items():
+        found: Any = component_class(name, library, class_name)
+        if issubclass(found, torch.nn.Module):
+            continue
+        try:
+            found.from_pretrained(str(folder / name), local_files_only=True)
+        except Exception as error:
+            logger.debug("%s does not load: %s", folder / name, error)
+            return folder / name
+    return None
 
 
 # ------------------------------------------------------------------------ hub

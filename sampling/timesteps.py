@@ -68,12 +68,17 @@ def set_timesteps(
         Timesteps, (S,), at least one.
 
     Raises:
-        ValueError: `sigmas` are given and the scheduler does not take any.
+        ValueError: `sigmas` are given and the scheduler does not take any, or it is no flow-matching scheduler.
     """
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     if sigmas is not None and "sigmas" not in accepted:
         raise ValueError(
             f"{type(scheduler).__name__} takes no custom sigmas: leave them out, or use a scheduler that does, "
+            "such as FlowMatchEulerDiscreteScheduler."
+        )
+    if not hasattr(scheduler, "set_begin_index"):
+        raise ValueError(
+            f"{type(scheduler).__name__} can't begin within a schedule: use a flow-matching scheduler, "
             "such as FlowMatchEulerDiscreteScheduler."
         )
     extra: dict[str, object] = {}

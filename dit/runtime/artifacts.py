@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -193,9 +194,31 @@ def read_artifact(path: str | PathLike[str]) -> tuple[ArtifactHeader, dict[str, 
         raise ArtifactError(f"{path} is no safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
         raise ArtifactError(f"{path} has the format {metadata.get('format')!r}, expected {FORMAT!r}: calibrate anew")
-    fields = json.loads(metadata["header"])
-    fields["grid"], fields["sigma_bins"] = tuple(fields["grid"]), tuple(fields["sigma_bins"])
-    return ArtifactHeader(**fields), tensors, json.loads(metadata["data"])
+    try:
+        header, data = _header_of(json.loads(metadata["header"])), json.loads(metadata["data"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} has a header that can't be read ({type(error).__name__}): calibrate anew"
+        ) from error
+    odd = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if odd:
+        raise ArtifactError(f"{path} holds values in {odd[0]} that are NaN or infinite: calibrate anew")
+    return header, tensors, data
+
+
+def _header_of(fields: dict[str, Any]) -> ArtifactHeader:
+    """Make a header of what a file says.
+
+    Raises:
+        TypeError: a field is missing, unknown or of another type.
+        ValueError: the grid has not three sides.
+    """
+    rows, height, width = (operator.index(side) for side in fields["grid"])
+    bins = tuple(float(level) for level in fields["sigma_bins"])
+    header = ArtifactHeader(**{**fields, "grid": (rows, height, width), "sigma_bins": bins})
+    if not all(isinstance(text, str) for text in (header.kind, header.architecture, header.weights, header.scheduler)):
+        raise TypeError("a fingerprint is no text")
+    return header
 
 
 def _digest(value: Any) -> str:

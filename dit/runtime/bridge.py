@@ -33,6 +33,8 @@ TOUCHED: tuple[tuple[str, str], ...] = (
     ("diffusers.models._modeling_parallel", "ParallelConfig"),
     ("diffusers.loaders.single_file_utils", "fetch_diffusers_config"),
     ("diffusers.loaders.single_file_utils", "SingleFileComponentError"),
+    ("diffusers.models.modeling_utils", "LegacyModelMixin"),
+    ("diffusers.models.modeling_utils", "ModelMixin._fix_state_dict_keys_on_load"),
 )
 """Module and name of everything private that this file uses."""
 
@@ -268,6 +270,23 @@ def skip_other_steps(pipe: Any) -> None:
 def is_missing_component(error: BaseException) -> bool:
     """Whether loading a single file failed because the file holds no weights for a component."""
     return isinstance(error, _private("diffusers.loaders.single_file_utils", "SingleFileComponentError"))
+
+
+def is_remapped(network: type) -> bool:
+    """Whether a class of diffusers stands for others, among which its configuration chooses on loading."""
+    return issubclass(network, _private("diffusers.models.modeling_utils", "LegacyModelMixin"))
+
+
+def rename_deprecated(network: Any, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Give weights stored under names of old versions of diffusers the names of today, as its loader does.
+
+    Args:
+        network: of diffusers, which says where it has such weights.
+        weights: by name; the values don't matter.
+    """
+    return _private("diffusers.models.modeling_utils", "ModelMixin._fix_state_dict_keys_on_load")(
+        network, dict(weights)
+    )
 
 
 def missing() -> list[str]:

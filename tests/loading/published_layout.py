@@ -1,5 +1,7 @@
 """The layout in which Stable Diffusion 3's weights are published, from diffusers' names: the inverse of its reader."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -59,3 +61,21 @@ def to_published(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]
                 # diffusers keeps (scale, shift) where the publisher keeps (shift, scale)
                 published[theirs + kind] = torch.cat(tensor.chunk(2)[::-1]) if ours in swapped else tensor.clone()
     return published
+
+
+def write_quantized(path: Path, published: dict[str, Tensor], kind: str = "Q8_0") -> None:
+    """Write published weights as GGUF: matrices quantized, all else as it is."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(path, "sd3")
+    for name, tensor in published.items():
+        values = tensor.numpy()
+        if values.ndim == 2 and "embedder" not in name:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -23,7 +23,8 @@ from huggingface_hub.errors import (
 
 from pipelines import builtin, load_pipeline, memory, sources
 from pipelines.hub_id import split_revision
-from pipelines.memory import NotEnoughMemoryError, read_header
+from pipelines.memory import NotEnoughMemoryError
+from pipelines.weight_files import read_header
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 SECRET = "hf_thisIsASecretThatNobodyMaySee"

@@ -11,7 +11,7 @@ from dit.runtime.bridge import published_repository
 from pipelines import load_pipeline
 from pipelines.single_file import find_repository
 from tests.families.tiny import tiny_call
-from tests.loading.published_layout import to_published
+from tests.loading.published_layout import to_published, write_quantized
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -40,20 +40,9 @@ def file(published, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quantized(published, tmp_path_factory):
-    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("gguf")
     path = tmp_path_factory.mktemp("files") / "sd3_tiny-Q8_0.gguf"
-    writer = gguf.GGUFWriter(path, "sd3")
-    for name, tensor in published.items():
-        values = tensor.numpy()
-        if values.ndim == 2 and "embedder" not in name:
-            packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_quantized(path, published)
     return path
 
 

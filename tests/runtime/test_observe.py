@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import pipelines
@@ -148,6 +149,44 @@ def test_what_is_no_artifact_is_refused(tmp_path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "old.safetensors", {"format": "tessera-artifact-0"})
     with pytest.raises(ArtifactError, match="has the format 'tessera-artifact-0', expected 'tessera-artifact-1'"):
         read_artifact(tmp_path / "old.safetensors")
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"header": "[" * 100_000},
+        {"header": "[1]"},
+        {"header": "{}"},
+        {"header": None},
+        {"data": "{"},
+        {"data": None},
+        {"header": {"grid": 5}},
+        {"header": {"grid": ["a", 1, 2]}},
+        {"header": {"sigma_bins": ["high"]}},
+        {"header": {"kind": 5}},
+        {"header": {"surprise": 1}},
+    ],
+)
+def test_damaged_headers_are_refused(spoilt, tmp_path, header: ArtifactHeader) -> None:
+    path = tmp_path / "plan.safetensors"
+    write_artifact(path, header, {"a": torch.ones(2)})
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    for name, value in spoilt.items():
+        metadata.pop(name) if value is None else None
+        if isinstance(value, dict):
+            metadata[name] = json.dumps({**json.loads(metadata[name]), **value})
+        elif value is not None:
+            metadata[name] = value
+    save_file({"a": torch.ones(2)}, path, metadata)
+    with pytest.raises(ArtifactError, match="header that can't be read"):
+        read_artifact(path)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path, header: ArtifactHeader) -> None:
+    write_artifact(tmp_path / "plan.safetensors", header, {"a": torch.tensor([1.0, torch.nan])})
+    with pytest.raises(ArtifactError, match="values in a that are NaN"):
+        read_artifact(tmp_path / "plan.safetensors")
 
 
 def test_foreign_artifacts_are_refused_with_every_reason(header: ArtifactHeader) -> None:
