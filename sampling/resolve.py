@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments
 from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates, next_run
-from dit.runtime.families import Family, TimestepScale, family_of
+from dit.runtime.families import Family, TimestepScale, call_family_of
 from dit.runtime.state import unwrap
-from sampling.noise_table import NoiseTable
+from sampling.noise_table import NoiseTable, scheduler_of
 
 ROUNDING = 2.0**-7
 """How far a timestep may lie from its entry, as a share of the largest: two roundings to bfloat16."""
@@ -66,7 +66,7 @@ class CoordinateResolver(Mechanism):
     def install(self, attachment: Attachment) -> None:
         """Listen to the calls of the pipeline's networks, and to their `cache_context`."""
         pipeline = attachment.target
-        if isinstance(pipeline, nn.Module) or getattr(pipeline, "scheduler", None) is None:
+        if scheduler_of(pipeline) is None:
             raise AttachError(
                 f"coordinates are found in a pipeline with a scheduler, got {type(pipeline).__name__}; for a bare "
                 "network say them with dit.runtime.coordinates_scope"
@@ -77,7 +77,7 @@ class CoordinateResolver(Mechanism):
         enter, leave = torch.compiler.disable(self._enter), torch.compiler.disable(self._leave)
         for model in attachment.models.values():
             bare = unwrap(model)
-            family = family_of(bare)
+            family = call_family_of(bare)
             attachment.before(model, partial(enter, attachment, family))
             attachment.after(model, leave, always=True)
             if hasattr(bare, "cache_context"):
@@ -122,8 +122,8 @@ class CoordinateResolver(Mechanism):
     # -------------------------------------------------------------------- resolving
 
     def _resolve(self, family: Family, model: nn.Module, args: tuple, kwargs: dict) -> tuple[Coordinates, str]:
-        run, scheduler = self._run, self._pipeline.scheduler
-        run.read(scheduler)
+        run = self._run
+        run.read(scheduler_of(self._pipeline))
         inputs = family.bind(model, args, kwargs)
         name, fields = self._context
         index, is_exact = fields.get("step_index"), True
@@ -139,8 +139,8 @@ class CoordinateResolver(Mechanism):
 
     def _find(self, family: Family, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, bool]:
         """The entry of the scheduler's table that a call stands at, and whether that is beyond doubt."""
-        table, hint = self._run.table, _hint(self._pipeline.scheduler)
-        received = inputs.get(family.timestep_argument)
+        table, hint = self._run.table, _hint(scheduler_of(self._pipeline))
+        received = family.received_timestep(inputs)
         if received is None:
             raise _Unknown(f"the call has no {family.timestep_argument}")
         timestep = family.scheduler_timestep(model, inputs, self._pipeline)
@@ -152,7 +152,7 @@ class CoordinateResolver(Mechanism):
 
     def _expected(self, hint: int | None) -> int | None:
         """Where the scheduler must be: a run begins at its first entry, and stays until the first `step`."""
-        counts = hasattr(self._pipeline.scheduler, "step_index")
+        counts = hasattr(scheduler_of(self._pipeline), "step_index")
         return 0 if hint is None and (counts or self._run.is_fresh) else hint
 
     def _branch(self, name: str | None, family: Family, inputs: Mapping[str, Any]) -> tuple[str | None, tuple]:
@@ -195,8 +195,7 @@ class PlacedAttachment(Attachment):
     """An attachment that brings a resolver to its pipeline where there is none; the last of them takes it away."""
 
     def __init__(self, mechanism: Mechanism, target: Any) -> None:
-        is_pipeline = not isinstance(target, nn.Module) and getattr(target, "scheduler", None) is not None
-        brought = resolve_coordinates(target) if is_pipeline else None
+        brought = resolve_coordinates(target) if scheduler_of(target) is not None else None
         if brought is not None:
             brought.mechanism.is_brought = True  # pyright: ignore[reportAttributeAccessIssue]
         try:

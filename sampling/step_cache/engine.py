@@ -17,9 +17,9 @@ from torch import nn
 from dit.runtime import bridge
 from dit.runtime.attachment import AttachError, Attachment, Mechanism
 from dit.runtime.coordinates import Coordinates, current_coordinates
-from dit.runtime.families import family_of
+from dit.runtime.families import call_family_of
 from dit.runtime.state import unwrap
-from sampling.noise_table import NoiseTable
+from sampling.noise_table import NoiseTable, scheduler_of
 from sampling.resolve import PlacedAttachment
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
 from sampling.step_cache.gates import Gate, Interval, Signal
@@ -221,7 +221,7 @@ class StepCache(Mechanism):
             return forward(*args, **kwargs)
         call = Call(self, attachment, component, here, self._track(attachment, component, here, args, kwargs))
         if self.gate.signal == "input" or self.region.needs_latents:
-            family = family_of(model)
+            family = call_family_of(model)
             call.signal = family.latents(family.bind(model, args, kwargs))
         if self.gate.signal in ("none", "input"):
             call.decide(call.signal)
@@ -318,7 +318,7 @@ class StepCache(Mechanism):
         share = 1.0 if computed else self._shares.get(call.component, 0.0)
         self._executed += share
         self._called += 1
-        scheduler = getattr(call.attachment.target, "scheduler", None)
+        scheduler = scheduler_of(call.attachment.target)
         if hasattr(type(scheduler), "forecast_output"):  # a solver with history; see FlowMatchAB2Scheduler
             scheduler.forecast_output = not computed  # pyright: ignore[reportOptionalMemberAccess]
         if self.on_decision is not None:
@@ -387,8 +387,8 @@ def _outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _noise_levels(target: Any, here: Coordinates) -> tuple[float, ...]:
     """The noise levels of the run where a scheduler tells them and they fit the call; else none."""
-    scheduler = getattr(target, "scheduler", None)
-    if isinstance(target, nn.Module) or scheduler is None or getattr(scheduler, "timesteps", None) is None:
+    scheduler = scheduler_of(target)
+    if getattr(scheduler, "timesteps", None) is None:
         return ()
     table = NoiseTable.of(scheduler)
     if len(table) < here.num_steps:
