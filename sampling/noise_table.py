@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from torch import nn
 
 from dit.runtime.coordinates import Coordinates

@@ -331,7 +331,7 @@ def _images(engine: Engine, job_id: str, form: str, base_url: str) -> list[dict[
     rows = []
     for picture in engine.pictures(job_id):
         row = picture_row(picture)
-        said = {"revised_prompt": row["settings"]["prompt"], "seed": row["settings"]["seed"]}
+        said = {"revised_prompt": row["settings"]["prompt"], "seed": row["settings"]["seed"], "report": row["report"]}
         if form == "url":
             rows.append({"url": base_url.rstrip("/") + row["url"], **said})
         elif engine.output_dir is not None:

@@ -101,14 +101,14 @@ def job_row(job: StoredJob, pictures: list[StoredPicture], ahead: int) -> dict[s
 
 def picture_row(picture: StoredPicture) -> dict[str, Any]:
     """Describe a picture."""
-    return _result(picture.job, picture.place, picture.seconds, json.loads(picture.settings))
+    return _result(picture.job, picture.place, picture.seconds, json.loads(picture.settings), picture.report)
 
 
-def _result(job_id: str, place: int, seconds: float, settings: dict[str, Any]) -> dict[str, Any]:
+def _result(job_id: str, place: int, seconds: float, settings: dict[str, Any], report: str) -> dict[str, Any]:
     """Describe a picture; of a clip, whose picture shows some frames, with the address of the clip."""
     row = {"place": place, "url": f"/v1/jobs/{job_id}/pictures/{place}", "seconds": round(seconds, 3)}
     clip = {} if settings.get("frames") is None else {"clip": f"/v1/jobs/{job_id}/clips/{place}"}
-    return {**row, **clip, "settings": settings}
+    return {**row, **clip, "report": report, "settings": settings}
 
 
 def server_sent(number: int, job_id: str, event: Event) -> str:
@@ -130,7 +130,7 @@ def _told(job_id: str, event: Event) -> tuple[str, dict[str, Any]]:  # noqa: PLR
         case Picture():
             place = int(event.path.stem.rsplit("-", 1)[1]) if event.path is not None else 0
             settings = event.metadata.model_dump(mode="json")
-            return "result", _result(job_id, place, event.seconds, settings)
+            return "result", _result(job_id, place, event.seconds, settings, event.report)
         case Done(seconds):
             return "done", {"seconds": round(seconds, 3)}
         case Stopped():

@@ -67,8 +67,8 @@ class GramObserver(StepCache):
             self._layouts[component] = family.token_grid(model, family.bind(model, args, kwargs))
         except UnknownFamilyError as error:
             raise AttachError(
-                f"region='blocks' needs to know which of the blocks' tokens are the picture's, and {error} Or calibrate "
-                "with region='output', which needs to know nothing of the network"
+                f"region='blocks' needs to know which of the blocks' tokens are the picture's, and {error} Or "
+                "calibrate with region='output', which needs to know nothing of the network"
             ) from error
 
     def keep(self, call: Call, slot: str, output: Any, values: Values, base: Values | None) -> None:

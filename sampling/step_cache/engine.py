@@ -6,6 +6,7 @@ until the run ends. Whatever it cannot place or forecast is computed, and the re
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,18 +16,22 @@ import torch
 from torch import nn
 
 from dit.runtime import bridge
-from dit.runtime.attachment import AttachError, Attachment, Mechanism
+from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments
 from dit.runtime.coordinates import Coordinates, current_coordinates
 from dit.runtime.families import call_family_of
 from dit.runtime.state import unwrap
 from sampling.noise_table import NoiseTable, scheduler_of
-from sampling.resolve import PlacedAttachment
+from sampling.resolve import CoordinateResolver, PlacedAttachment
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
 from sampling.step_cache.gates import Gate, Interval, Signal
 from sampling.step_cache.values import Rebuild, Values, mix, signature, take_apart
 
 if TYPE_CHECKING:
     from sampling.step_cache.regions import Place, Region
+
+
+PLACING = CoordinateResolver.name
+"""The mechanism that finds the step of a call, or counts why it can't."""
 
 
 @dataclass
@@ -261,29 +266,32 @@ class StepCache(Mechanism):
     def decide(self, call: Call) -> bool:
         """Decide about a call: the rules, then the earlier branch of the step, then the gate."""
         here, track = call.here, call.track
-        wanted = self._wanted(call)
-        if not wanted:
+        reason = self._rule(call)
+        if reason is None:
             weights = self.forecaster.weights(track.anchors, here, track.memory)
             reason = self._obstacle(here, track, weights)
             if reason is not None:
                 call.attachment.skip(reason)
-                wanted = True
             elif weights is not None:
                 call.weights = weights
+        if reason is not None:
+            self._computed[reason] += 1
         if self.gate.shared:
-            self._decisions.setdefault(here.step, wanted)
-        return wanted
+            self._decisions.setdefault(here.step, reason)
+        return reason is not None
 
-    def _wanted(self, call: Call) -> bool:
+    def _rule(self, call: Call) -> str | None:
+        """Which rule has a call computed; None if it shall be forecast."""
         here, track = call.here, call.track
         first = self.warmup if self.warmup >= 1 else round(self.warmup * here.num_steps)
         if here.step < first or here.step >= here.num_steps - self.tail:
-            return True
+            return f"the first {first:g} and last {self.tail} steps are always computed"
         if self.max_skips is not None and track.skips >= self.max_skips:
-            return True
+            return f"no more than {self.max_skips} steps in a row are skipped"
         if self.gate.shared and here.step in self._decisions:
             return self._decisions[here.step]
-        return self._vote(call, self.gate.computes(here, track.memory, call.signal))
+        wanted = self._vote(call, self.gate.computes(here, track.memory, call.signal))
+        return f"the gate {type(self.gate).__name__} asked for the step" if wanted else None
 
     def _vote(self, call: Call, wanted: bool) -> bool:
         """All ranks compute if one wants to; only gates that look at tensors can disagree."""
@@ -318,6 +326,7 @@ class StepCache(Mechanism):
         share = 1.0 if computed else self._shares.get(call.component, 0.0)
         self._executed += share
         self._called += 1
+        self._skipped += not computed
         scheduler = scheduler_of(call.attachment.target)
         if hasattr(type(scheduler), "forecast_output"):  # a solver with history; see FlowMatchAB2Scheduler
             scheduler.forecast_output = not computed  # pyright: ignore[reportOptionalMemberAccess]
@@ -327,13 +336,14 @@ class StepCache(Mechanism):
     def _reset(self, run: int | None) -> None:
         """Forget what belongs to another run; totals stay."""
         if run is None:
-            self._executed, self._called, self._runs = 0.0, 0, 0
+            self._executed, self._called, self._runs, self._skipped = 0.0, 0, 0, 0
+            self._computed: Counter[str] = Counter()
             self._shares: dict[str, float] = {}
         else:
             self._runs += 1
         self._run = run
         self._tracks: dict[tuple[str, str], Track] = {}
-        self._decisions: dict[int, bool] = {}
+        self._decisions: dict[int, str | None] = {}
         self._strip: dict[str, dict[int, bool]] = {}
         self._sigmas: tuple[float, ...] = ()
 
@@ -347,8 +357,26 @@ class StepCache(Mechanism):
         """Return, for the newest run, by branch and step, whether the step was computed."""
         return {branch: dict(steps) for branch, steps in self._strip.items()}
 
+    def why_inactive(self) -> str:
+        """Say why no step was skipped since the cache was attached; empty if some were."""
+        attachment = self._attachment
+        if self._skipped:
+            return ""
+        if self._called:
+            return _counted(self._computed, self._called)
+        if attachment is None or not attachment.inactive:
+            return "the network was not called"
+        calls = sum(attachment.inactive.values())
+        unplaced = next((one.inactive for one in attachments(attachment.target) if one.mechanism.name == PLACING), None)
+        if "no coordinates" in attachment.inactive and unplaced:
+            return f"the steps of the run were not found: {_counted(unplaced, calls)}"
+        return _counted(attachment.inactive, calls)
+
     def report(self, attachment: Attachment) -> dict[str, Any]:
         """Return the cost (share of the calls' work that was done), and the newest run's steps.
+
+        "skipped" counts the calls that were forecast since the cache was attached; if none was, "why_inactive" says
+        why.
 
         Work is counted in blocks: embeddings and the last projection, which regions within the network run at every
         step, are one percent or less of a network of usual depth.
@@ -363,6 +391,8 @@ class StepCache(Mechanism):
             "cost": self._executed / self._called if self._called else 1.0,
             "executed": self._executed,
             "asked": self._called,
+            "skipped": self._skipped,
+            "why_inactive": self.why_inactive(),
             "decisions": self.decisions(),
             "strip": {branch: _strip(steps) for branch, steps in self._strip.items()},
         }
@@ -370,6 +400,11 @@ class StepCache(Mechanism):
 
 def _strip(steps: dict[int, bool]) -> str:
     return "".join({True: "C", False: ".", None: " "}[steps.get(step)] for step in range(max(steps) + 1))
+
+
+def _counted(reasons: Counter[str], calls: int) -> str:
+    """Reasons, the most frequent first, with how many of the calls they hold for."""
+    return "; ".join(f"{reason} ({count} of {calls} calls)" for reason, count in reasons.most_common())
 
 
 def _refuse(*_: Any, **__: Any) -> None:

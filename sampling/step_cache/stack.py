@@ -149,7 +149,7 @@ class Stack:
                 if torch.equal(stream[:, place], picture):
                     return place
         raise AttachError(
-            f"the picture's stream of shape {tuple(own.shape)} was not found in one of shape {tuple(stream.shape)} that "
+            f"the picture's stream of shape {tuple(own.shape)} was not found in the one of {tuple(stream.shape)} that "
             f"enters {self._names[self._previous]}, so the gate cannot see what the head does to it: use a smaller head"
         )
 

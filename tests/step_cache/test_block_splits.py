@@ -252,6 +252,7 @@ class Layer(nn.Module):
 def test_another_order_of_blocks_is_refused_at_the_first_step() -> None:
     model = Backwards()
     here = Coordinates(next_run(), 0, 4, 1.0, 1000.0, "cond")
-    with StepCache(Mask((True, False) * 2), Reuse(), Blocks(0)).attach(model), coordinates_scope(here):
-        with torch.no_grad(), pytest.raises(AttachError, match=r"order.*Layer.*Output\(\)"):
-            model(randn(1, 3, 4), torch.ones(1))
+    attached = StepCache(Mask((True, False) * 2), Reuse(), Blocks(0)).attach(model)
+    refused = pytest.raises(AttachError, match=r"order.*Layer.*Output\(\)")
+    with attached, coordinates_scope(here), torch.no_grad(), refused:
+        model(randn(1, 3, 4), torch.ones(1))
