@@ -68,6 +68,10 @@ class NoiseTable:
         first = len(self) - count
         return NoiseTable(self.timesteps[first:], self.sigmas[first:])
 
+    def by_level(self) -> NoiseTable:
+        """Return the table with its noise levels for timesteps; none where the scheduler does not tell them."""
+        return NoiseTable(self.sigmas, self.sigmas)
+
     def at(self, run: int, step: int, branch: str = "all", is_exact: bool = True) -> Coordinates:
         """Return the coordinates of an entry.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,11 @@ USUAL_SCALES = (
     TimestepScale(factor=-1.0, offset=1000.0),
 )
 """What networks may receive for a timestep; tried where a network has no row in the table of families."""
+
+LEVEL = "noise level"
+"""They may also receive the noise level itself, whatever timesteps the scheduler numbers its levels with."""
+
+Scale = TimestepScale | Literal["noise level"]
 
 BATCHED = "cond_uncond"
 """The name that pipelines of diffusers give to a call on both branches (also when guidance is off)."""
@@ -146,14 +151,21 @@ class CoordinateResolver(Mechanism):
         timestep = family.scheduler_timestep(model, inputs, self._pipeline)
         if timestep is not None:
             return find_entry(table, timestep, hint, must_check=self._run.is_fresh)
-        values = {scale: scale.scheduler_timestep(torch.as_tensor(received)).max() for scale in self._run.scales}
+        tensor = torch.as_tensor(received)
+        values = {
+            scale: tensor.float().max() if scale == LEVEL else scale.scheduler_timestep(tensor).max()
+            for scale in self._run.scales
+        }
         index, self._run.scales = find_unlisted(table, values, self._expected(hint))
         return index, False
 
     def _expected(self, hint: int | None) -> int | None:
-        """Where the scheduler must be: a run begins at its first entry, and stays until the first `step`."""
-        counts = hasattr(scheduler_of(self._pipeline), "step_index")
-        return 0 if hint is None and (counts or self._run.is_fresh) else hint
+        """Where the scheduler must be: a run begins at its first entry.
+
+        Behind that a scheduler that says nothing may be one of which the pipeline steps copies, as for clips whose
+        frames have timesteps of their own.
+        """
+        return 0 if hint is None and self._run.is_fresh else hint
 
     def _branch(self, name: str | None, family: Family, inputs: Mapping[str, Any]) -> tuple[str | None, tuple]:
         """The branch of a call; None with the branches in order where only its place among the step's calls tells."""
@@ -240,7 +252,7 @@ class _Run:
         self.offset, self._step, self.is_fresh = 0, -1, True
         self._branches: list[str] = []
         self.doubled: dict[int, bool] = {}
-        self.scales: tuple[TimestepScale, ...] = USUAL_SCALES
+        self.scales: tuple[Scale, ...] = (*USUAL_SCALES, LEVEL)
 
     def read(self, scheduler: Any) -> None:
         """Take over the scheduler's table if it was set anew since the last call."""
@@ -307,22 +319,22 @@ def find_entry(
 
 
 def find_unlisted(
-    table: NoiseTable, values: Mapping[TimestepScale, Tensor], expected: int | None
-) -> tuple[int, tuple[TimestepScale, ...]]:
+    table: NoiseTable, values: Mapping[Scale, Tensor], expected: int | None
+) -> tuple[int, tuple[Scale, ...]]:
     """Find the entry of a call whose scale of timesteps is not known.
 
     Args:
         table: of the scheduler.
-        values: the call's timestep in the scheduler's unit by each scale that it may have.
+        values: the call's timestep in the scheduler's unit by each scale that it may have; by `LEVEL` its noise level.
         expected: the entry that the scheduler is at, if it says.
 
     Returns:
         The index, and the scales that fit it.
     """
-    found: dict[TimestepScale, int] = {}
+    found: dict[Scale, int] = {}
     for scale, value in values.items():
         try:
-            found[scale] = find_entry(table, value, expected)[0]
+            found[scale] = find_entry(table.by_level() if scale == LEVEL else table, value, expected)[0]
         except _Unknown:
             continue
     if expected is not None:

@@ -181,6 +181,7 @@ def main(checkout: str, report: str | None) -> None:
             "pipelines": dict(states.most_common()),
             "results": {name: {**found, **_of_network(name, whole)} for name, found in networks.items()},
             "whole pipelines": whole,
+            "pipelines without a case": pipelines.without_case(whole),
             "not imported": results.get("not imported", {}),
         },
         indent=2,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
-from inspect import Signature, signature
+from inspect import Parameter, Signature, signature
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -221,11 +221,13 @@ class Family:
         Raises:
             TypeError: the transformer doesn't take them.
         """
-        bound = _signature(type(unwrap(model))).bind(None, *args, **kwargs)  # None stands for self
+        known = _signature(type(unwrap(model)))
+        bound = known.bind(None, *args, **kwargs)  # None stands for self
         bound.apply_defaults()
         named = dict(bound.arguments)
         named.pop(next(iter(named)))
-        return {**named, **named.pop("kwargs", {})}
+        rest = next((name for name, one in known.parameters.items() if one.kind is Parameter.VAR_KEYWORD), "")
+        return {**named, **named.pop(rest, {})}
 
     def token_grid(self, model: nn.Module, inputs: Inputs) -> TokenLayout:
         """The tokens of a call.
