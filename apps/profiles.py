@@ -203,11 +203,13 @@ def _tiles_told(vae: Any, request: AnyRequest) -> str:
     """Say whether tiles matter to a picture: one that fits a tile is decoded whole."""
     square = getattr(vae, "tile_sample_min_size", None)
     square = square[0] if isinstance(square, list | tuple) else square
-    height, width = (getattr(vae, f"tile_sample_min_{side}", None) or square for side in ("height", "width"))
-    asked = getattr(request, "height", None), getattr(request, "width", None)
-    if None in (height, width, *asked) or asked[0] > height or asked[1] > width:
+    sides = ("width", "height")
+    tile = [getattr(vae, f"tile_sample_min_{side}", None) or square for side in sides]
+    asked = [getattr(request, side, None) for side in sides]
+    known = [(length, longest) for length, longest in zip(asked, tile, strict=True) if length and longest]
+    if len(known) < len(sides) or any(length > longest for length, longest in known):
         return "decoded in tiles"
-    idle = f"not decoded in tiles: the picture of {asked[1]} x {asked[0]} fits one tile of {width} x {height} pixels"
+    idle = f"not decoded in tiles: the picture of {asked[0]} x {asked[1]} pixels fits one tile of {tile[0]} x {tile[1]}"
     logger.warning("memory profile %r: %s", request.memory, idle)
     return idle
 

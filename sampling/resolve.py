@@ -152,7 +152,7 @@ class CoordinateResolver(Mechanism):
         if timestep is not None:
             return find_entry(table, timestep, hint, must_check=self._run.is_fresh)
         tensor = torch.as_tensor(received)
-        values = {
+        values: dict[Scale, Tensor] = {
             scale: tensor.float().max() if scale == LEVEL else scale.scheduler_timestep(tensor).max()
             for scale in self._run.scales
         }

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from sampling.step_cache.regions import Place, Region
 
 
-PLACING = CoordinateResolver.name
-"""The mechanism that finds the step of a call, or counts why it can't."""
+UNPLACED, GRADIENTS = "no coordinates", "gradients are on"
+"""Why a call is left to the network at once."""
 
 
 @dataclass
@@ -220,7 +220,7 @@ class StepCache(Mechanism):
         **kwargs: Any,
     ) -> Any:
         here = current_coordinates()
-        reason = "no coordinates" if here is None else "gradients are on" if torch.is_grad_enabled() else None
+        reason = UNPLACED if here is None else GRADIENTS if torch.is_grad_enabled() else None
         if here is None or reason is not None:
             attachment.skip(str(reason))
             return forward(*args, **kwargs)
@@ -359,18 +359,19 @@ class StepCache(Mechanism):
 
     def why_inactive(self) -> str:
         """Say why no step was skipped since the cache was attached; empty if some were."""
-        attachment = self._attachment
-        if self._skipped:
-            return ""
-        if self._called:
-            return _counted(self._computed, self._called)
-        if attachment is None or not attachment.inactive:
-            return "the network was not called"
-        calls = sum(attachment.inactive.values())
-        unplaced = next((one.inactive for one in attachments(attachment.target) if one.mechanism.name == PLACING), None)
-        if "no coordinates" in attachment.inactive and unplaced:
-            return f"the steps of the run were not found: {_counted(unplaced, calls)}"
-        return _counted(attachment.inactive, calls)
+        if self._skipped or self._attachment is None:
+            return "" if self._skipped else "it is not attached"
+        reasons = Counter(self._computed)
+        for reason in (UNPLACED, GRADIENTS):
+            reasons[reason] = self._attachment.inactive[reason]
+        others = attachments(self._attachment.target)
+        unplaced = next((one.inactive for one in others if one.mechanism.name == CoordinateResolver.name), Counter())
+        if reasons[UNPLACED] and unplaced:
+            del reasons[UNPLACED]
+            reasons.update({f"its step was not found ({reason})": count for reason, count in unplaced.items()})
+        calls = reasons.total()
+        told = [f"{reason}: {count} of {calls} calls" for reason, count in reasons.most_common() if count]
+        return "; ".join(told) or "the network was not called"
 
     def report(self, attachment: Attachment) -> dict[str, Any]:
         """Return the cost (share of the calls' work that was done), and the newest run's steps.
@@ -400,11 +401,6 @@ class StepCache(Mechanism):
 
 def _strip(steps: dict[int, bool]) -> str:
     return "".join({True: "C", False: ".", None: " "}[steps.get(step)] for step in range(max(steps) + 1))
-
-
-def _counted(reasons: Counter[str], calls: int) -> str:
-    """Reasons, the most frequent first, with how many of the calls they hold for."""
-    return "; ".join(f"{reason} ({count} of {calls} calls)" for reason, count in reasons.most_common())
 
 
 def _refuse(*_: Any, **__: Any) -> None:

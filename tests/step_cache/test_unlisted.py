@@ -174,7 +174,7 @@ def test_a_cache_says_why_it_skipped_nothing() -> None:
         report = attached.report()
     assert (report["skipped"], report["cost"]) == (0, 1.0)
     assert "gate Interval" in report["why_inactive"]
-    assert "6 of 6" in report["why_inactive"]
+    assert "6 of 6 calls" in report["why_inactive"]
     with StepCache(warmup=STEPS).attach(one) as attached:
         one()
     assert "always computed" in attached.report()["why_inactive"], "after detaching too"
