@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from apps.metadata import StepCache
+
+logger = logging.getLogger(__name__)
 
 KNOBS = {
     "budget": "budget",
@@ -31,9 +34,11 @@ class RunningCache:
 
     Attributes:
         mechanism: a `sampling.step_cache.StepCache`.
+        preset: its name.
     """
 
     mechanism: Any = None
+    preset: str = ""
 
     def strip(self) -> str:
         """Return a letter for each step so far: C computed, a dot forecast; empty without a cache."""
@@ -99,7 +104,7 @@ def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
     except AttachError as error:
         raise ValueError(f"The step cache {wish.preset!r} doesn't fit this model: {error}.") from error
     with attachment:
-        yield RunningCache(mechanism)
+        yield RunningCache(mechanism, wish.preset)
 
 
 def search_argument(method: str, candidates: int | None, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -121,20 +126,21 @@ def search_argument(method: str, candidates: int | None, grids: Sequence[tuple[i
     return {"search": TTSConfig.for_cost(candidates, token_counts(grids), method=method)}
 
 
-def describe(pipe: Any, cache: RunningCache, output: Any = None) -> str:
-    """Say what accelerators and searches did in a call.
+def describe(pipe: Any, cache: RunningCache, output: Any = None, request: Any = None) -> str:
+    """Say what accelerators and searches did in a call; what was asked for and did nothing is also logged as a warning.
 
     Args:
         pipe: the call has just ended.
-        cache: its step cache.
+        cache: its step cache, still attached.
         output: what it returned.
+        request: what was asked for, any of `apps.jobs`.
 
     Returns:
         A line for people; empty if there is nothing to say.
     """
     told = []
     strip = cache.strip()
-    if strip:
+    if "." in strip:
         told.append(f"{strip.count('.')} of {len(strip)} steps forecast")
     kept = getattr(pipe, "kv_report", None)
     if kept is not None:
@@ -142,7 +148,30 @@ def describe(pipe: Any, cache: RunningCache, output: Any = None) -> str:
             f"KV {kept.policy}: {100 * kept.share:.0f} % of {kept.full_bytes / MIB:.1f} MiB kept, "
             f"peak {kept.peak_bytes / MIB:.1f} MiB"
         )
-    return ", ".join([*told, *(_found(one) for one in getattr(output, "search", None) or ())])
+    told += [_found(one) for one in getattr(output, "search", None) or ()]
+    idle = list(_idle(pipe, cache, output, request))
+    for line in idle:
+        logger.warning("%s", line)
+    return ", ".join([*told, *idle])
+
+
+def _idle(pipe: Any, cache: RunningCache, output: Any, request: Any) -> Generator[str]:
+    """Each accelerator and search that was asked for and did nothing, with the reason."""
+    if cache.mechanism is not None and "." not in cache.strip():
+        yield f"the step cache {cache.preset!r} skipped no step: {cache.mechanism.why_inactive()}"
+    policy, kept = getattr(request, "kv_policy", None), getattr(pipe, "kv_report", None)
+    if policy not in (None, "full"):
+        if kept is None:
+            yield f"the KV policy {policy!r} dropped nothing: the call kept no keys and values"
+        elif kept.share >= 1:
+            budget = getattr(request, "kv_budget", None)
+            yield (
+                f"the KV policy {policy!r} dropped nothing: "
+                + (f"all tokens fit the kv_budget {budget:g}" if budget is not None else "all tokens fit its budget")
+            )
+    method = getattr(request, "search", None)
+    if method and not getattr(output, "search", None):
+        yield f"the search {method!r} did nothing: the pipeline reports no candidates"
 
 
 def _found(result: Any) -> str:

@@ -30,7 +30,7 @@ CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs(state, number);
 CREATE INDEX IF NOT EXISTS jobs_by_owner ON jobs(owner, number);
 CREATE TABLE IF NOT EXISTS pictures(
     job TEXT NOT NULL REFERENCES jobs(id), place INTEGER NOT NULL, name TEXT NOT NULL, settings TEXT NOT NULL,
-    seconds REAL NOT NULL, PRIMARY KEY(job, place)) WITHOUT ROWID;
+    seconds REAL NOT NULL, report TEXT NOT NULL DEFAULT '', PRIMARY KEY(job, place)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS skipped(
     job TEXT NOT NULL REFERENCES jobs(id), place INTEGER NOT NULL, PRIMARY KEY(job, place)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS turns(job TEXT PRIMARY KEY REFERENCES jobs(id), turn INTEGER NOT NULL) WITHOUT ROWID;
@@ -95,6 +95,7 @@ class StoredPicture:
         name: of its file in the output folder; empty without one.
         settings: JSON of `PictureSettings`.
         seconds: time it took.
+        report: what accelerators did, see `apps.events.Picture`.
     """
 
     job: str
@@ -102,6 +103,7 @@ class StoredPicture:
     name: str
     settings: str
     seconds: float
+    report: str = ""
 
 
 class JobStore:
@@ -130,6 +132,7 @@ class JobStore:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.execute("COMMIT")
             self._db.executescript(SCHEMA)
+            self._add_column("pictures", "report", "TEXT NOT NULL DEFAULT ''")
         except sqlite3.Error as error:
             self._db.close()
             if "locked" in str(error):
@@ -336,8 +339,8 @@ class JobStore:
 
     def add_picture(self, picture: StoredPicture) -> None:
         """Record a picture, whose file is complete; from here on it counts."""
-        values = (picture.job, picture.place, picture.name, picture.settings, picture.seconds)
-        self._change("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?)", *values)
+        values = (picture.job, picture.place, picture.name, picture.settings, picture.seconds, picture.report)
+        self._change("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?)", *values)
 
     def add_skipped(self, job_id: str, places: Iterable[int]) -> None:
         """Record pictures that nobody wants any more, so that a second attempt leaves them out too."""
@@ -417,6 +420,11 @@ class JobStore:
         with self._using() as db:
             db.execute("DELETE FROM uploads WHERE name = ? AND owner = ?", (name, owner))
             return db.execute("SELECT 1 FROM uploads WHERE name = ?", (name,)).fetchone() is None
+
+    def _add_column(self, table: str, name: str, kind: str) -> None:
+        """Give a table of an older version a column that it lacks."""
+        if name not in {row[1] for row in self._db.execute(f"PRAGMA table_info({table})")}:
+            self._db.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
 
     def _one(self, condition: str, *values: object) -> StoredJob:
         return StoredJob(*self._db.execute(f"SELECT {COLUMNS} FROM jobs WHERE {condition}", values).fetchone())

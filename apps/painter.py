@@ -147,7 +147,7 @@ def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnSte
         except BaseException:
             pipe.maybe_free_model_hooks()  # the pipeline's last line, which a stop or an error has skipped
             raise
-        used, report = getattr(pipe, "scheduler", None), describe(pipe, cache, output)
+        used, report = getattr(pipe, "scheduler", None), describe(pipe, cache, output, canvas.request)
     if watch.late:
         raise TimeoutError
     if switches.stop.is_set():

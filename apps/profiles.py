@@ -7,6 +7,7 @@ attention backend are switched on a loaded one for the time of a job (`switched`
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,8 @@ import torch
 from apps.jobs import AnyRequest
 from apps.metadata import MemoryName
 from apps.usage import UsageError
+
+logger = logging.getLogger(__name__)
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGES = {"flash": "flash_attn", "sage": "sageattention", "xformers": "xformers"}
@@ -172,7 +175,10 @@ def switched(pipe: Any, request: AnyRequest, offload: str = "none") -> Generator
             profile = PROFILES[request.memory]
             if profile.tiles and (can_tile(pipe) or profile.offload == "none"):
                 stack.enter_context(_tiled(pipe))
-                told.append("decoded in tiles")
+                told.append(_tiles_told(pipe.vae, request))
+            elif profile.tiles:
+                told.append(f"not decoded in tiles: {NO_TILES}")
+                logger.warning("memory profile %r: %s", request.memory, told[-1])
             if profile.offload != "none":
                 told.append(f"{offload} offload")
         yield ", ".join(told)
@@ -192,6 +198,21 @@ def attending(pipe: Any, backend: str) -> Generator[None]:
         if not layers:
             raise UnavailableError("The attention of this model can't be chosen; leave attention out.")
         yield
+
+
+def _tiles_told(vae: Any, request: AnyRequest) -> str:
+    """Say whether tiles matter to a picture: one that fits a tile is decoded whole."""
+    square = getattr(vae, "tile_sample_min_size", None)
+    square = square[0] if isinstance(square, list | tuple) else square
+    sides = ("width", "height")
+    tile = [getattr(vae, f"tile_sample_min_{side}", None) or square for side in sides]
+    asked = [getattr(request, side, None) for side in sides]
+    known = [(length, longest) for length, longest in zip(asked, tile, strict=True) if length and longest]
+    if len(known) < len(sides) or any(length > longest for length, longest in known):
+        return "decoded in tiles"
+    idle = f"not decoded in tiles: the picture of {asked[0]} x {asked[1]} pixels fits one tile of {tile[0]} x {tile[1]}"
+    logger.warning("memory profile %r: %s", request.memory, idle)
+    return idle
 
 
 def can_tile(pipe: Any) -> bool:

@@ -316,7 +316,7 @@ def _finish(
             save_sidecar(settings, path)
         video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), written)
     name = "" if path is None else path.name
-    studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds))
+    studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds, report))
     return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes)
 
 

@@ -7,11 +7,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from dit.runtime.coordinates import Coordinates
 
 SMALLEST_SIGNAL = 2.0**-24
 """Least `alphas_cumprod` taken for a finite noise level, where a schedule starts at pure noise."""
+
+
+def scheduler_of(target: Any) -> Any:
+    """Return the scheduler whose timesteps a pipeline's steps are.
+
+    Args:
+        target: a pipeline, or a network, which has none.
+
+    Returns:
+        Its component `scheduler`; where there is none of that name, as in pipelines with a scheduler for each kind of
+        latents, the first component that has timesteps. None if there is none at all.
+    """
+    if isinstance(target, nn.Module):
+        return None
+    own = getattr(target, "scheduler", None)
+    if own is not None:
+        return own
+    components = getattr(target, "components", {})
+    return next((part for part in components.values() if hasattr(part, "set_timesteps")), None)
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,10 @@ class NoiseTable:
         """Return the table of a run that visits only the last `count` entries, as image-to-image does."""
         first = len(self) - count
         return NoiseTable(self.timesteps[first:], self.sigmas[first:])
+
+    def by_level(self) -> NoiseTable:
+        """Return the table with its noise levels for timesteps; none where the scheduler does not tell them."""
+        return NoiseTable(self.sigmas, self.sigmas)
 
     def at(self, run: int, step: int, branch: str = "all", is_exact: bool = True) -> Coordinates:
         """Return the coordinates of an entry.

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,8 +21,8 @@ from torch import nn
 
 from dit.runtime.artifacts import ArtifactHeader
 from dit.runtime.attachment import Attachment, Mechanism, attachments, find_networks
-from dit.runtime.families import family_of
-from sampling.noise_table import NoiseTable
+from dit.runtime.families import call_family_of
+from sampling.noise_table import NoiseTable, scheduler_of
 from sampling.resolve import CoordinateResolver, resolve_coordinates
 
 
@@ -39,7 +40,8 @@ class Observation:
     """What a pass found.
 
     Args:
-        header: what it was measured on; its bins lie between the noise levels of the pass.
+        header: what it was measured on; its bins lie between the noise levels of the pass, and its grid is zeros for a
+            network whose tokens are not known.
         reports: of the observers, by name of their mechanism.
         coordinates: report of the coordinates: `inactive` must be empty for statistics by step to be complete.
         prompts: how many were painted.
@@ -96,13 +98,13 @@ def observe(
         reports = {one.mechanism.name: one.report() for one in watching[1:]}
         found = coordinates.report()
     model = next(iter(find_networks(pipeline).values()))
-    bins = _between(NoiseTable.of(pipeline.scheduler).sigmas)
-    header = ArtifactHeader.of(kind, model, pipeline.scheduler, grid.grid, bins)
+    scheduler = scheduler_of(pipeline)
+    header = ArtifactHeader.of(kind, model, scheduler, grid.grid, _between(NoiseTable.of(scheduler).sigmas))
     return Observation(header, reports, found, len(prompts))
 
 
 class _Grid(Mechanism):
-    """Notes the token grid (T, H, W) of the calls."""
+    """Notes the token grid (T, H, W) of the calls; zeros, and the reason in the report, where it is not known."""
 
     name = "grid"
     order = 89
@@ -112,11 +114,14 @@ class _Grid(Mechanism):
 
     def install(self, attachment: Attachment) -> None:
         for model in attachment.models.values():
-            attachment.before(model, self._note)
+            attachment.before(model, partial(self._note, attachment))
 
-    def _note(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        family = family_of(model)
-        self.grid = family.token_grid(model, family.bind(model, args, kwargs)).grid
+    def _note(self, attachment: Attachment, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        family = call_family_of(model)
+        try:
+            self.grid = family.token_grid(model, family.bind(model, args, kwargs)).grid
+        except ValueError as error:  # an observer that needs the grid asks itself, and refuses
+            attachment.skip(str(error))
 
 
 def _paint(pipeline: Any, prompt: Any, seed: int, given: Mapping[str, Any]) -> None:

@@ -13,16 +13,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments
 from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates, next_run
-from dit.runtime.families import Family, TimestepScale, family_of
+from dit.runtime.families import Family, TimestepScale, call_family_of
 from dit.runtime.state import unwrap
-from sampling.noise_table import NoiseTable
+from sampling.noise_table import NoiseTable, scheduler_of
 
 ROUNDING = 2.0**-7
 """How far a timestep may lie from its entry, as a share of the largest: two roundings to bfloat16."""
@@ -34,6 +34,11 @@ USUAL_SCALES = (
     TimestepScale(factor=-1.0, offset=1000.0),
 )
 """What networks may receive for a timestep; tried where a network has no row in the table of families."""
+
+LEVEL = "noise level"
+"""They may also receive the noise level itself, whatever timesteps the scheduler numbers its levels with."""
+
+Scale = TimestepScale | Literal["noise level"]
 
 BATCHED = "cond_uncond"
 """The name that pipelines of diffusers give to a call on both branches (also when guidance is off)."""
@@ -66,7 +71,7 @@ class CoordinateResolver(Mechanism):
     def install(self, attachment: Attachment) -> None:
         """Listen to the calls of the pipeline's networks, and to their `cache_context`."""
         pipeline = attachment.target
-        if isinstance(pipeline, nn.Module) or getattr(pipeline, "scheduler", None) is None:
+        if scheduler_of(pipeline) is None:
             raise AttachError(
                 f"coordinates are found in a pipeline with a scheduler, got {type(pipeline).__name__}; for a bare "
                 "network say them with dit.runtime.coordinates_scope"
@@ -77,7 +82,7 @@ class CoordinateResolver(Mechanism):
         enter, leave = torch.compiler.disable(self._enter), torch.compiler.disable(self._leave)
         for model in attachment.models.values():
             bare = unwrap(model)
-            family = family_of(bare)
+            family = call_family_of(bare)
             attachment.before(model, partial(enter, attachment, family))
             attachment.after(model, leave, always=True)
             if hasattr(bare, "cache_context"):
@@ -122,8 +127,8 @@ class CoordinateResolver(Mechanism):
     # -------------------------------------------------------------------- resolving
 
     def _resolve(self, family: Family, model: nn.Module, args: tuple, kwargs: dict) -> tuple[Coordinates, str]:
-        run, scheduler = self._run, self._pipeline.scheduler
-        run.read(scheduler)
+        run = self._run
+        run.read(scheduler_of(self._pipeline))
         inputs = family.bind(model, args, kwargs)
         name, fields = self._context
         index, is_exact = fields.get("step_index"), True
@@ -139,21 +144,28 @@ class CoordinateResolver(Mechanism):
 
     def _find(self, family: Family, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, bool]:
         """The entry of the scheduler's table that a call stands at, and whether that is beyond doubt."""
-        table, hint = self._run.table, _hint(self._pipeline.scheduler)
-        received = inputs.get(family.timestep_argument)
+        table, hint = self._run.table, _hint(scheduler_of(self._pipeline))
+        received = family.received_timestep(inputs)
         if received is None:
             raise _Unknown(f"the call has no {family.timestep_argument}")
         timestep = family.scheduler_timestep(model, inputs, self._pipeline)
         if timestep is not None:
             return find_entry(table, timestep, hint, must_check=self._run.is_fresh)
-        values = {scale: scale.scheduler_timestep(torch.as_tensor(received)).max() for scale in self._run.scales}
+        tensor = torch.as_tensor(received)
+        values: dict[Scale, Tensor] = {
+            scale: tensor.float().max() if scale == LEVEL else scale.scheduler_timestep(tensor).max()
+            for scale in self._run.scales
+        }
         index, self._run.scales = find_unlisted(table, values, self._expected(hint))
         return index, False
 
     def _expected(self, hint: int | None) -> int | None:
-        """Where the scheduler must be: a run begins at its first entry, and stays until the first `step`."""
-        counts = hasattr(self._pipeline.scheduler, "step_index")
-        return 0 if hint is None and (counts or self._run.is_fresh) else hint
+        """Where the scheduler must be: a run begins at its first entry.
+
+        Behind that a scheduler that says nothing may be one of which the pipeline steps copies, as for clips whose
+        frames have timesteps of their own.
+        """
+        return 0 if hint is None and self._run.is_fresh else hint
 
     def _branch(self, name: str | None, family: Family, inputs: Mapping[str, Any]) -> tuple[str | None, tuple]:
         """The branch of a call; None with the branches in order where only its place among the step's calls tells."""
@@ -195,8 +207,7 @@ class PlacedAttachment(Attachment):
     """An attachment that brings a resolver to its pipeline where there is none; the last of them takes it away."""
 
     def __init__(self, mechanism: Mechanism, target: Any) -> None:
-        is_pipeline = not isinstance(target, nn.Module) and getattr(target, "scheduler", None) is not None
-        brought = resolve_coordinates(target) if is_pipeline else None
+        brought = resolve_coordinates(target) if scheduler_of(target) is not None else None
         if brought is not None:
             brought.mechanism.is_brought = True  # pyright: ignore[reportAttributeAccessIssue]
         try:
@@ -241,7 +252,7 @@ class _Run:
         self.offset, self._step, self.is_fresh = 0, -1, True
         self._branches: list[str] = []
         self.doubled: dict[int, bool] = {}
-        self.scales: tuple[TimestepScale, ...] = USUAL_SCALES
+        self.scales: tuple[Scale, ...] = (*USUAL_SCALES, LEVEL)
 
     def read(self, scheduler: Any) -> None:
         """Take over the scheduler's table if it was set anew since the last call."""
@@ -308,22 +319,22 @@ def find_entry(
 
 
 def find_unlisted(
-    table: NoiseTable, values: Mapping[TimestepScale, Tensor], expected: int | None
-) -> tuple[int, tuple[TimestepScale, ...]]:
+    table: NoiseTable, values: Mapping[Scale, Tensor], expected: int | None
+) -> tuple[int, tuple[Scale, ...]]:
     """Find the entry of a call whose scale of timesteps is not known.
 
     Args:
         table: of the scheduler.
-        values: the call's timestep in the scheduler's unit by each scale that it may have.
+        values: the call's timestep in the scheduler's unit by each scale that it may have; by `LEVEL` its noise level.
         expected: the entry that the scheduler is at, if it says.
 
     Returns:
         The index, and the scales that fit it.
     """
-    found: dict[TimestepScale, int] = {}
+    found: dict[Scale, int] = {}
     for scale, value in values.items():
         try:
-            found[scale] = find_entry(table, value, expected)[0]
+            found[scale] = find_entry(table.by_level() if scale == LEVEL else table, value, expected)[0]
         except _Unknown:
             continue
     if expected is not None:

@@ -88,14 +88,14 @@ def _place(picture: Picture) -> int:
 
 def picture_row(picture: StoredPicture) -> dict[str, Any]:
     """Describe a picture."""
-    return _result(picture.job, picture.place, picture.seconds, json.loads(picture.settings))
+    return _result(picture.job, picture.place, picture.seconds, json.loads(picture.settings), picture.report)
 
 
-def _result(job_id: str, place: int, seconds: float, settings: dict[str, Any]) -> dict[str, Any]:
+def _result(job_id: str, place: int, seconds: float, settings: dict[str, Any], report: str) -> dict[str, Any]:
     """Describe a picture; of a clip, whose picture shows some frames, with the address of the clip."""
     row = {"place": place, "url": f"/v1/jobs/{job_id}/pictures/{place}", "seconds": round(seconds, 3)}
     clip = {} if settings.get("frames") is None else {"clip": f"/v1/jobs/{job_id}/clips/{place}"}
-    return {**row, **clip, "settings": settings}
+    return {**row, **clip, "report": report, "settings": settings}
 
 
 def server_sent(number: int, name: str, data: dict[str, Any]) -> bytes:
@@ -121,7 +121,8 @@ def event_message(job_id: str, event: Event) -> tuple[str, dict[str, Any]]:  # n
             return "step", {**told, "eta": round(event.eta, 3), "preview": preview}
         case Picture():
             settings = event.metadata.model_dump(mode="json")
-            return "result", {**_result(job_id, _place(event), event.seconds, settings), "notes": list(event.notes)}
+            row = _result(job_id, _place(event), event.seconds, settings, event.report)
+            return "result", {**row, "notes": list(event.notes)}
         case Done(seconds):
             return "done", {"seconds": round(seconds, 3)}
         case Stopped():

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from dit.runtime.artifacts import ArtifactHeader
 from dit.runtime.attachment import AttachError, Attachment, find_networks
-from dit.runtime.families import TokenLayout, family_of
-from sampling.noise_table import NoiseTable
+from dit.runtime.families import TokenLayout, UnknownFamilyError, call_family_of
+from sampling.noise_table import NoiseTable, scheduler_of
 from sampling.observe import observe
 from sampling.step_cache.engine import Call, StepCache
 from sampling.step_cache.forecasters import Reuse
 from sampling.step_cache.gates import Interval
 from sampling.step_cache.profile import KIND, Profile
-from sampling.step_cache.regions import RegionName, region_of
+from sampling.step_cache.regions import Output, RegionName, region_of
 from sampling.step_cache.values import Values
 
 WIDTH = 4096
@@ -50,8 +50,10 @@ class GramObserver(StepCache):
         self._layouts: dict[str, TokenLayout] = {}
 
     def install(self, attachment: Attachment) -> None:
-        """Hook into the region, and note where in their sequence the networks keep the picture."""
+        """Hook into the region, and note where in their sequence the blocks keep the picture."""
         super().install(attachment)
+        if isinstance(self.region, Output):
+            return
         for component, model in attachment.models.items():
             attachment.before(model, partial(self._look, component))
 
@@ -60,8 +62,14 @@ class GramObserver(StepCache):
         self._branches = {}
 
     def _look(self, component: str, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        family = family_of(model)
-        self._layouts[component] = family.token_grid(model, family.bind(model, args, kwargs))
+        family = call_family_of(model)
+        try:
+            self._layouts[component] = family.token_grid(model, family.bind(model, args, kwargs))
+        except UnknownFamilyError as error:
+            raise AttachError(
+                f"region='blocks' needs to know which of the blocks' tokens are the picture's, and {error} Or "
+                "calibrate with region='output', which needs to know nothing of the network"
+            ) from error
 
     def keep(self, call: Call, slot: str, output: Any, values: Values, base: Values | None) -> None:
         """Sketch a step's prediction, and what it is added to; see `StepCache.keep`."""
@@ -84,7 +92,7 @@ class GramObserver(StepCache):
         """A prediction by branch; "all" is cut where the family says how."""
         if call.here.branch != "all":
             return [(call.here.branch, prediction)]
-        family = family_of(call.attachment.models[call.component])
+        family = call_family_of(call.attachment.models[call.component])
         layout = family.branches(call.attachment.target) or family.branches()
         if layout is None or layout.kind != "batched" or len(prediction) % len(layout.order):
             return [("cond", prediction)]
@@ -170,18 +178,20 @@ def calibrate_budget(
         The profile; it carries to other prompts, budgets and, in sigma, to other step counts.
 
     Raises:
-        AttachError: calls of the network could not be placed, or it has no blocks that are known.
+        AttachError: calls of the network could not be placed; or the region is "blocks", and the network's blocks or
+            the picture's place among their tokens are not known.
         ValueError: no prompts, or an unknown region.
     """
     watcher = GramObserver(region)
     settings = {**call_kwargs, **({} if steps is None else {"num_inference_steps": steps})}
     seen = observe(pipeline, prompts, [watcher], seed=seed, kind=KIND, **settings)
-    table = NoiseTable.of(pipeline.scheduler)
+    scheduler = scheduler_of(pipeline)
+    table = NoiseTable.of(scheduler)
     grams = {key: total / watcher.runs for key, total in watcher.sums.items()}
     if "cond,cond" not in grams:
         only = next(key.split(",")[0] for key in grams if key != "input,input")
         grams = {key.replace(only, "cond"): gram for key, gram in grams.items() if only in key or key == "input,input"}
     guidance = float(getattr(pipeline, "guidance_scale", 1.0) or 1.0) if "uncond,uncond" in grams else 1.0
     model = next(iter(find_networks(pipeline).values()))
-    header = ArtifactHeader.of(KIND, model, pipeline.scheduler, seen.header.grid, ())
+    header = ArtifactHeader.of(KIND, model, scheduler, seen.header.grid, ())
     return Profile(header, table.last(len(grams["cond,cond"])).sigmas, grams, guidance, len(prompts), region)

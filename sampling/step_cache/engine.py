@@ -6,6 +6,7 @@ until the run ends. Whatever it cannot place or forecast is computed, and the re
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,18 +16,22 @@ import torch
 from torch import nn
 
 from dit.runtime import bridge
-from dit.runtime.attachment import AttachError, Attachment, Mechanism
+from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments
 from dit.runtime.coordinates import Coordinates, current_coordinates
-from dit.runtime.families import family_of
+from dit.runtime.families import call_family_of
 from dit.runtime.state import unwrap
-from sampling.noise_table import NoiseTable
-from sampling.resolve import PlacedAttachment
+from sampling.noise_table import NoiseTable, scheduler_of
+from sampling.resolve import CoordinateResolver, PlacedAttachment
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
 from sampling.step_cache.gates import Gate, Interval, Signal
 from sampling.step_cache.values import Rebuild, Values, mix, signature, take_apart
 
 if TYPE_CHECKING:
     from sampling.step_cache.regions import Place, Region
+
+
+UNPLACED, GRADIENTS = "no coordinates", "gradients are on"
+"""Why a call is left to the network at once."""
 
 
 @dataclass
@@ -215,13 +220,13 @@ class StepCache(Mechanism):
         **kwargs: Any,
     ) -> Any:
         here = current_coordinates()
-        reason = "no coordinates" if here is None else "gradients are on" if torch.is_grad_enabled() else None
+        reason = UNPLACED if here is None else GRADIENTS if torch.is_grad_enabled() else None
         if here is None or reason is not None:
             attachment.skip(str(reason))
             return forward(*args, **kwargs)
         call = Call(self, attachment, component, here, self._track(attachment, component, here, args, kwargs))
         if self.gate.signal == "input" or self.region.needs_latents:
-            family = family_of(model)
+            family = call_family_of(model)
             call.signal = family.latents(family.bind(model, args, kwargs))
         if self.gate.signal in ("none", "input"):
             call.decide(call.signal)
@@ -261,29 +266,32 @@ class StepCache(Mechanism):
     def decide(self, call: Call) -> bool:
         """Decide about a call: the rules, then the earlier branch of the step, then the gate."""
         here, track = call.here, call.track
-        wanted = self._wanted(call)
-        if not wanted:
+        reason = self._rule(call)
+        if reason is None:
             weights = self.forecaster.weights(track.anchors, here, track.memory)
             reason = self._obstacle(here, track, weights)
             if reason is not None:
                 call.attachment.skip(reason)
-                wanted = True
             elif weights is not None:
                 call.weights = weights
+        if reason is not None:
+            self._computed[reason] += 1
         if self.gate.shared:
-            self._decisions.setdefault(here.step, wanted)
-        return wanted
+            self._decisions.setdefault(here.step, reason)
+        return reason is not None
 
-    def _wanted(self, call: Call) -> bool:
+    def _rule(self, call: Call) -> str | None:
+        """Which rule has a call computed; None if it shall be forecast."""
         here, track = call.here, call.track
         first = self.warmup if self.warmup >= 1 else round(self.warmup * here.num_steps)
         if here.step < first or here.step >= here.num_steps - self.tail:
-            return True
+            return f"the first {first:g} and last {self.tail} steps are always computed"
         if self.max_skips is not None and track.skips >= self.max_skips:
-            return True
+            return f"no more than {self.max_skips} steps in a row are skipped"
         if self.gate.shared and here.step in self._decisions:
             return self._decisions[here.step]
-        return self._vote(call, self.gate.computes(here, track.memory, call.signal))
+        wanted = self._vote(call, self.gate.computes(here, track.memory, call.signal))
+        return f"the gate {type(self.gate).__name__} asked for the step" if wanted else None
 
     def _vote(self, call: Call, wanted: bool) -> bool:
         """All ranks compute if one wants to; only gates that look at tensors can disagree."""
@@ -318,7 +326,8 @@ class StepCache(Mechanism):
         share = 1.0 if computed else self._shares.get(call.component, 0.0)
         self._executed += share
         self._called += 1
-        scheduler = getattr(call.attachment.target, "scheduler", None)
+        self._skipped += not computed
+        scheduler = scheduler_of(call.attachment.target)
         if hasattr(type(scheduler), "forecast_output"):  # a solver with history; see FlowMatchAB2Scheduler
             scheduler.forecast_output = not computed  # pyright: ignore[reportOptionalMemberAccess]
         if self.on_decision is not None:
@@ -327,13 +336,14 @@ class StepCache(Mechanism):
     def _reset(self, run: int | None) -> None:
         """Forget what belongs to another run; totals stay."""
         if run is None:
-            self._executed, self._called, self._runs = 0.0, 0, 0
+            self._executed, self._called, self._runs, self._skipped = 0.0, 0, 0, 0
+            self._computed: Counter[str] = Counter()
             self._shares: dict[str, float] = {}
         else:
             self._runs += 1
         self._run = run
         self._tracks: dict[tuple[str, str], Track] = {}
-        self._decisions: dict[int, bool] = {}
+        self._decisions: dict[int, str | None] = {}
         self._strip: dict[str, dict[int, bool]] = {}
         self._sigmas: tuple[float, ...] = ()
 
@@ -347,8 +357,27 @@ class StepCache(Mechanism):
         """Return, for the newest run, by branch and step, whether the step was computed."""
         return {branch: dict(steps) for branch, steps in self._strip.items()}
 
+    def why_inactive(self) -> str:
+        """Say why no step was skipped since the cache was attached; empty if some were."""
+        if self._skipped or self._attachment is None:
+            return "" if self._skipped else "it is not attached"
+        reasons = Counter(self._computed)
+        for reason in (UNPLACED, GRADIENTS):
+            reasons[reason] = self._attachment.inactive[reason]
+        others = attachments(self._attachment.target)
+        unplaced = next((one.inactive for one in others if one.mechanism.name == CoordinateResolver.name), Counter())
+        if reasons[UNPLACED] and unplaced:
+            del reasons[UNPLACED]
+            reasons.update({f"its step was not found ({reason})": count for reason, count in unplaced.items()})
+        calls = reasons.total()
+        told = [f"{reason}: {count} of {calls} calls" for reason, count in reasons.most_common() if count]
+        return "; ".join(told) or "the network was not called"
+
     def report(self, attachment: Attachment) -> dict[str, Any]:
         """Return the cost (share of the calls' work that was done), and the newest run's steps.
+
+        "skipped" counts the calls that were forecast since the cache was attached; if none was, "why_inactive" says
+        why.
 
         Work is counted in blocks: embeddings and the last projection, which regions within the network run at every
         step, are one percent or less of a network of usual depth.
@@ -363,6 +392,8 @@ class StepCache(Mechanism):
             "cost": self._executed / self._called if self._called else 1.0,
             "executed": self._executed,
             "asked": self._called,
+            "skipped": self._skipped,
+            "why_inactive": self.why_inactive(),
             "decisions": self.decisions(),
             "strip": {branch: _strip(steps) for branch, steps in self._strip.items()},
         }
@@ -387,8 +418,8 @@ def _outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _noise_levels(target: Any, here: Coordinates) -> tuple[float, ...]:
     """The noise levels of the run where a scheduler tells them and they fit the call; else none."""
-    scheduler = getattr(target, "scheduler", None)
-    if isinstance(target, nn.Module) or scheduler is None or getattr(scheduler, "timesteps", None) is None:
+    scheduler = scheduler_of(target)
+    if getattr(scheduler, "timesteps", None) is None:
         return ()
     table = NoiseTable.of(scheduler)
     if len(table) < here.num_steps:

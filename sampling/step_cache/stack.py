@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.runtime import bridge
-from dit.runtime.attachment import Attachment
+from dit.runtime.attachment import AttachError, Attachment
 from dit.runtime.state import unwrap
 from sampling.step_cache.values import Rebuild, Values, take_apart
 
@@ -51,10 +51,15 @@ class Stack:
     ) -> None:
         self.head, self.last, self.end, self.verify = head, len(blocks) - tail - 1, len(blocks) - 1, verify
         self.call: Call | None = None
+        self._names = [_title(block) for block in blocks]
         self._text_first = _returns_text_first(blocks[self.last])
         self._shapes: dict[tuple[str, int], tuple[list[tuple], Rebuild]] = {}
         self._entered: list[Tensor] = []
+        self._picture: Tensor | None = None
+        self._given: Values = ()
+        self._places: dict[tuple[torch.Size, torch.Size], slice] = {}
         self._bases: Values | None = None
+        self._previous = -1
         for index, block in enumerate(blocks):
             _wrap(attachment, block, partial(self._around, index, block))
         if attention is not None:
@@ -66,7 +71,8 @@ class Stack:
         try:
             return forward(*args, **kwargs)
         finally:
-            self.call, self._entered, self._bases = None, [], None
+            self.call, self._entered, self._picture, self._bases = None, [], None, None
+            self._given, self._previous = (), -1
 
     def _look(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Show the gate what enters the first attention layer."""
@@ -80,9 +86,13 @@ class Stack:
         call = self.call
         if call is None:
             return forward(*args, **kwargs)
-        streams = _streams(block, args, kwargs) if index in (0, self.head, self.end) else []
+        self._advance(index)
+        follows = index <= self.head and call.cache.gate.signal == "head"
+        streams = _streams(block, args, kwargs) if follows or index in (0, self.head, self.end) else []
         if index == 0:
             self._entered = streams
+        if follows:
+            self._picture = self._picture_in(streams[0])
         if index == self.head:
             self._arrive(call, streams)
         if self.head <= index <= self.last and call.computed is False:
@@ -91,17 +101,57 @@ class Stack:
             output = forward(*args, **kwargs)
         except _Leave:
             return self._skipped(call, index)
+        if follows and index < self.head:
+            self._given = take_apart(output)[0]
         if self.head <= index <= self.last:
             self._note(call, index, output)
         if self.verify and index == self.end:
             self._compare(call, output)
         return output
 
+    def _advance(self, index: int) -> None:
+        """Refuse a network that calls its blocks in another order: the gap would lie elsewhere, and forecasts be wrong.
+
+        A run's first call computes everything, so this is said before anything was forecast.
+        """
+        if index <= self._previous:
+            raise AttachError(
+                f"the blocks run in another order than is known of the network: {self._names[index]} ran behind "
+                f"{self._names[self._previous]}. Add a row with its block lists to dit/runtime/families, or use the "
+                "region Output()"
+            )
+        self._previous = index
+
     def _arrive(self, call: Call, streams: list[Tensor]) -> None:
         """At the gap: keep what enters it, and let gates decide that look at the head."""
         self._bases = tuple(streams)
         if call.computed is None and call.cache.gate.signal == "head":
-            call.decide((self._entered[0], streams[0]))
+            call.decide((self._entered[0], self._picture))
+
+    def _picture_in(self, stream: Tensor) -> Tensor:
+        """The picture's part of a stream that enters a block of the head: all of it, or its place beside the text."""
+        own = self._entered[0]
+        if stream.shape == own.shape:
+            return stream
+        key = (stream.shape, own.shape)
+        if key not in self._places:
+            self._places[key] = self._place_of_picture(stream)
+        return stream[:, self._places[key]]
+
+    def _place_of_picture(self, stream: Tensor) -> slice:
+        """Where the network put the picture when it joined the streams that the block before gave apart."""
+        own = self._entered[0]
+        count = own.shape[1]
+        apart = [tensor for tensor in self._given if tensor.shape == own.shape]
+        # The picture changes little in a block, so that it is told from a text as long as it.
+        for picture in sorted(apart, key=lambda tensor: (tensor - own).norm().item()):
+            for place in (slice(0, count), slice(stream.shape[1] - count, stream.shape[1])):
+                if torch.equal(stream[:, place], picture):
+                    return place
+        raise AttachError(
+            f"the picture's stream of shape {tuple(own.shape)} was not found in the one of {tuple(stream.shape)} that "
+            f"enters {self._names[self._previous]}, so the gate cannot see what the head does to it: use a smaller head"
+        )
 
     def _note(self, call: Call, index: int, output: Any) -> None:
         tensors, rebuild = take_apart(output)
@@ -143,6 +193,10 @@ class Stack:
         real = take_apart(output)[0][0]
         call.track.memory["error"] = ((real - guess).norm() / real.norm()).item()
         return None
+
+
+def _title(block: nn.Module) -> str:
+    return type(unwrap(block)).__name__
 
 
 def _is_joined(tensor: Tensor, streams: list[Tensor]) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +19,8 @@ def take_apart(output: Any) -> tuple[Values, Rebuild]:
     """Find the tensors of an output.
 
     Args:
-        output: a tensor, or tuples, lists, dicts and diffusers' output classes of them; anything else is kept as it is.
+        output: a tensor, or tuples, lists, dicts, dataclasses and diffusers' output classes of them; anything else is
+            kept as it is.
 
     Returns:
         The tensors in order, and a function that makes the same structure of others.
@@ -32,14 +36,30 @@ def _walk(part: Any, tensors: list[Tensor]) -> Rebuild:
         tensors.append(part)
         return lambda values: values[place]
     if isinstance(part, dict):  # diffusers' outputs are dicts too
-        kind, parts = type(part), {key: _walk(value, tensors) for key, value in part.items()}
-        return lambda values: kind(**{key: build(values) for key, build in parts.items()})
+        parts = {key: _walk(value, tensors) for key, value in part.items()}
+        make = dict if type(part) is dict else partial(_by_name, type(part))
+        return lambda values: make({key: build(values) for key, build in parts.items()})
     if isinstance(part, tuple | list):
         kind, items = type(part), [_walk(value, tensors) for value in part]
         if hasattr(part, "_fields"):
             return lambda values: kind(*(build(values) for build in items))
         return lambda values: kind(build(values) for build in items)
+    if is_dataclass(part) and not isinstance(part, type):
+        fields = {name: _walk(value, tensors) for name, value in vars(part).items()}
+        return lambda values: _with_fields(part, {name: build(values) for name, build in fields.items()})
     return lambda values: part
+
+
+def _by_name(kind: type, values: dict[str, Any]) -> Any:
+    """One of diffusers' outputs of its fields."""
+    return kind(**values)
+
+
+def _with_fields(part: Any, fields: dict[str, Any]) -> Any:
+    """A copy of a dataclass with other values, whatever its constructor takes."""
+    other = copy(part)
+    vars(other).update(fields)
+    return other
 
 
 def mix(history: Sequence[Values], weights: Sequence[float | Tensor]) -> Values:

@@ -1,7 +1,9 @@
-"""Attaches the step cache to every transformer that diffusers' own tests build, and says where it works.
+"""Says where the step cache works: on every transformer, and in every whole pipeline, that diffusers' tests build.
 
-`python tests/step_cache/coverage.py CHECKOUT [REPORT.json]`, with a checkout of diffusers' tests of the installed
-version; it takes their tiny configurations and inputs. Not a test: it needs that checkout.
+`python tests/step_cache/coverage.py CHECKOUT [REPORT.json]`, with a checkout of diffusers, of whose tests it takes tiny
+configurations and inputs; pipelines of ours are run too. Not a test: it needs that checkout, and what their tests
+import (`pip install parameterized`). A network may work where its pipeline does not: a pipeline has to let the cache
+find its steps.
 """
 
 import importlib
@@ -9,6 +11,7 @@ import inspect
 import json
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,13 +132,27 @@ def lend_resize() -> None:
         cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=mode)
 
 
+def _pipelines() -> Any:
+    """Load our part, then make room for their package of the same name."""
+    sys.path.insert(0, str(ROOT))
+    module = importlib.import_module("tests.step_cache.pipelines")
+    for name in [name for name in sys.modules if name == "tests" or name.startswith("tests.")]:
+        del sys.modules[name]
+    return module
+
+
+def _of_network(name: str, whole: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """What became of a network's pipelines."""
+    return {"pipelines": {key: found["pipeline"] for key, found in whole.items() if found.get("network") == name}}
+
+
 def main(checkout: str, report: str | None) -> None:
     """Examine all and write the report."""
     lend_resize()
-    sys.path[:0] = [checkout, str(Path(checkout) / "stub")]
-    sys.path.append(str(ROOT))
     warnings.simplefilter("ignore")
     results: dict[str, dict[str, str]] = {}
+    pipelines = _pipelines()
+    sys.path[:0] = [checkout]
     for network, instance in cases(Path(checkout) / "tests"):
         if isinstance(instance, str):
             results.setdefault("not imported", {})[instance[:200]] = ""
@@ -154,7 +171,21 @@ def main(checkout: str, report: str | None) -> None:
             sys.stderr.write(f"{name} {region}: {verdict}\n")
     networks = {name: found for name, found in results.items() if name != "not imported"}
     summary = {region: sum(found[region] == "ok" for found in networks.values()) for region in ("output", "blocks")}
-    text = json.dumps({"networks": len(networks), "work": summary, "results": results}, indent=2)
+    whole = pipelines.examine_all(Path(checkout) / "tests", lambda line: sys.stderr.write(line + "\n"))
+    states = Counter(found["pipeline"] for found in whole.values())
+    text = json.dumps(
+        {
+            "diffusers": importlib.import_module("diffusers").__version__,
+            "networks": len(networks),
+            "work": summary,
+            "pipelines": dict(states.most_common()),
+            "results": {name: {**found, **_of_network(name, whole)} for name, found in networks.items()},
+            "whole pipelines": whole,
+            "pipelines without a case": pipelines.without_case(whole),
+            "not imported": results.get("not imported", {}),
+        },
+        indent=2,
+    )
     if report is None:
         sys.stdout.write(text + "\n")
     else:

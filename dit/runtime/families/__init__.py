@@ -10,7 +10,7 @@ timestep but through `step`, scale by scale, and its own pipelines guide it; its
 
 from torch import nn
 
-from dit.runtime.families.detect import UnknownFamilyError, detect
+from dit.runtime.families.detect import UnknownFamilyError, detect, detect_inputs
 from dit.runtime.families.folding import Fold, FoldedGroup, Scaled
 from dit.runtime.families.images import IMAGE_FAMILIES
 from dit.runtime.families.modules import is_attention
@@ -60,12 +60,30 @@ def family_of(model: nn.Module) -> Family:
         UnknownFamilyError: the class is not listed and its structure tells too little.
     """
     bare = unwrap(model)
+    return _listed(bare) or detect(bare)
+
+
+def call_family_of(model: nn.Module) -> Family:
+    """The row of a transformer as far as its calls go, for what needs to know nothing of its parts.
+
+    Args:
+        model: as for `family_of`.
+
+    Returns:
+        Its row; for a class that is not listed, one whose blocks and attention layers are left out, so that a network
+        of any structure has one.
+    """
+    bare = unwrap(model)
+    return _listed(bare) or detect_inputs(bare)
+
+
+def _listed(bare: nn.Module) -> Family | None:
     rows = {(row.package, row.transformer): row for row in FAMILIES}
     for ancestor in type(bare).__mro__:
         place = "diffusers" if ancestor.__module__.startswith("diffusers.") else ancestor.__module__
         if (place, ancestor.__name__) in rows:
             return rows[place, ancestor.__name__]
-    return detect(bare)
+    return None
 
 
 __all__ = [
@@ -82,6 +100,7 @@ __all__ = [
     "TimestepScale",
     "TokenLayout",
     "UnknownFamilyError",
+    "call_family_of",
     "family",
     "family_of",
     "is_attention",

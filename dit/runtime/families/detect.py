@@ -1,25 +1,26 @@
 """A row for a transformer that the table doesn't list, as far as its structure tells."""
 
 import re
+from dataclasses import replace
 from inspect import signature
 
 from torch import nn
 
 from dit.runtime.families.layouts import Inputs, patched
 from dit.runtime.families.modules import is_attention
-from dit.runtime.families.schema import AttentionPattern, BlockList, Family
+from dit.runtime.families.schema import TIMESTEP_NAME, AttentionPattern, BlockList, Family
 from dit.runtime.families.tokens import Kind, TokenLayout
 from dit.runtime.state import named_layers
 
-BLOCK_LIST_NAMES = (
-    "transformer_blocks",
-    "blocks",
-    "layers",
-    "single_transformer_blocks",
-    "double_blocks",
-    "single_blocks",
-)
-"""Names that block lists usually have, in the usual order of execution."""
+BLOCK_LIST_NAMES = ("transformer_blocks", "blocks", "layers")
+"""Names that block lists usually have."""
+
+TRUNK = re.compile(r"((joint|double|dual|single)_)?((transformer|stream)_)?(blocks|layers)")
+"""Names of lists whose blocks hand the streams on from one to the next. Lists of other names beside them (control
+branches, adapters, refiners) only feed the trunk."""
+
+LATENTS = ("hidden_states", "x", "sample", "latents", "vision_tokens", "bb_ca")
+"""Names of arguments with the noisy latents, the usual one first."""
 
 
 class UnknownFamilyError(ValueError):
@@ -47,28 +48,52 @@ def detect(model: nn.Module) -> Family:
         raise UnknownFamilyError(
             f"{type(model).__name__} is not in the table of families and its structure doesn't tell enough: looked for "
             "a list of blocks (a direct child that is a ModuleList, usually called "
-            f"{', '.join(BLOCK_LIST_NAMES[:3])}) with attention layers in it (to_q, to_k and to_v), and found "
+            f"{', '.join(BLOCK_LIST_NAMES)}) with attention layers in it (to_q, to_k and to_v), and found "
             f"{'no ModuleList' if not paths else 'none in ' + ', '.join(paths)}. Add a row to dit/runtime/families."
         )
-    holding.sort(key=_rank)
     takes = signature(type(model).forward).parameters
     kinds = _kinds({n: m for n, m in attention.items() if n.startswith(tuple(p + "." for p in holding))}, takes)
+    patterns = tuple(AttentionPattern(pattern, kind) for pattern, kind in kinds.items())
+    return replace(detect_inputs(model), block_lists=_block_lists(holding), attention=patterns)
+
+
+def detect_inputs(model: nn.Module) -> Family:
+    """Guess what the arguments of a network's calls mean, whatever it is made of.
+
+    Args:
+        model: the bare network.
+
+    Returns:
+        A row with `generic` set, without blocks and attention layers.
+    """
+    takes = signature(type(model).forward).parameters
+    times = [name for name in takes if TIMESTEP_NAME.fullmatch(name)]
     return Family(
         name=f"generic:{type(model).__name__}",
         transformer=type(model).__name__,
         package=type(model).__module__,
         pipelines=(),
-        block_lists=tuple(BlockList(path) for path in holding),
-        attention=tuple(AttentionPattern(pattern, kind) for pattern, kind in kinds.items()),
+        block_lists=(),
+        attention=(),
         layout=_layout,
         timestep=None,
+        latent_argument=next((name for name in LATENTS if name in takes), LATENTS[0]),
         text_argument="encoder_hidden_states" if "encoder_hidden_states" in takes else None,
+        timestep_argument="timestep" if "timestep" in takes or not times else times[0],
         generic=True,
     )
 
 
-def _rank(path: str) -> int:
-    return BLOCK_LIST_NAMES.index(path) if path in BLOCK_LIST_NAMES else len(BLOCK_LIST_NAMES)
+def _block_lists(paths: list[str]) -> tuple[BlockList, ...]:
+    """The lists in the order of execution: as they were made, blocks of one stream behind those of two.
+
+    Args:
+        paths: names in the order in which the network made its parts.
+    """
+    trunk = [path for path in paths if TRUNK.fullmatch(path)] or paths
+    trunk.sort(key=lambda path: path.startswith("single_"))
+    beside = [path for path in paths if path not in trunk]
+    return (*(BlockList(path, refiner=True) for path in beside), *(BlockList(path) for path in trunk))
 
 
 def _kinds(attention: dict[str, nn.Module], takes: object) -> dict[str, Kind]:

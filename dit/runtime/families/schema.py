@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
-from inspect import Signature, signature
+from inspect import Parameter, Signature, signature
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -19,6 +19,9 @@ from dit.runtime.families.tokens import Axes, Kind, TokenLayout
 from dit.runtime.state import named_layers, unwrap
 
 Inputs = Mapping[str, Any]
+
+TIMESTEP_NAME = re.compile(r"t|time|(\w+_)?timesteps?|\w+_time|sigmas?")
+"""Names of arguments that tell the noise level, in networks that no row describes."""
 
 
 @dataclass(frozen=True)
@@ -218,11 +221,13 @@ class Family:
         Raises:
             TypeError: the transformer doesn't take them.
         """
-        bound = _signature(type(unwrap(model))).bind(None, *args, **kwargs)  # None stands for self
+        known = _signature(type(unwrap(model)))
+        bound = known.bind(None, *args, **kwargs)  # None stands for self
         bound.apply_defaults()
         named = dict(bound.arguments)
         named.pop(next(iter(named)))
-        return {**named, **named.pop("kwargs", {})}
+        rest = next((name for name, one in known.parameters.items() if one.kind is Parameter.VAR_KEYWORD), "")
+        return {**named, **named.pop(rest, {})}
 
     def token_grid(self, model: nn.Module, inputs: Inputs) -> TokenLayout:
         """The tokens of a call.
@@ -237,8 +242,17 @@ class Family:
         return self.layout(unwrap(model), inputs)
 
     def latents(self, inputs: Inputs) -> Tensor:
-        """The noisy latents of a call, batch first; lists of samples are stacked."""
-        latents = inputs[self.latent_argument]
+        """The noisy latents of a call, batch first; lists of samples are stacked.
+
+        Raises:
+            ValueError: the call has none by the name that the row knows.
+        """
+        latents = inputs.get(self.latent_argument)
+        if latents is None:
+            raise ValueError(
+                f"the call of {self.transformer} has no latents: looked for {self.latent_argument!r} among "
+                f"{', '.join(inputs)}. Add a row to dit/runtime/families"
+            )
         return torch.stack(list(latents)) if isinstance(latents, list | tuple) else latents
 
     def timestep_scale(self, model: nn.Module, pipeline: object | str | None = None) -> TimestepScale | None:
@@ -258,6 +272,20 @@ class Family:
             return self.timestep
         return self.timestep(unwrap(model).config)
 
+    def received_timestep(self, inputs: Inputs) -> Any:
+        """The timestep that a call hands the network; None if it hands none.
+
+        A row that was guessed looks for other names too where the usual one is not given.
+
+        Args:
+            inputs: its named inputs, see `bind`.
+        """
+        received = inputs.get(self.timestep_argument)
+        if received is not None or not self.generic:
+            return received
+        given = (value for name, value in inputs.items() if TIMESTEP_NAME.fullmatch(name))
+        return next((value for value in given if value is not None), None)
+
     def scheduler_timestep(
         self, model: nn.Module, inputs: Inputs, pipeline: object | str | None = None
     ) -> Tensor | None:
@@ -265,7 +293,7 @@ class Family:
 
         Where tokens have timesteps of their own (clips that continue a clean first frame), it is the largest.
         """
-        scale, received = self.timestep_scale(model, pipeline), inputs[self.timestep_argument]
+        scale, received = self.timestep_scale(model, pipeline), self.received_timestep(inputs)
         if scale is None or received is None:
             return None
         return scale.scheduler_timestep(torch.as_tensor(received)).max()
