@@ -33,6 +33,7 @@ from apps.media import clip_of
 from apps.metadata import Lora, parse
 from apps.painter import StopRequestedError, Switches
 from apps.profiles import FORMATS, Setup, check_request, setup_of
+from apps.request_error import RequestError
 from apps.shelf import LoadedModel, ModelShelf, Pipeline, tasks_on_disk
 from apps.uploads import UploadStore
 from apps.worker import Order, Studio, work
@@ -61,7 +62,7 @@ STATE_FOLDER = ".tessera"
 """Of the output folder: the line of jobs and the pictures handed in; never served."""
 
 
-class UnknownModelError(ValueError):
+class UnknownModelError(RequestError):
     """A request names a model that is not offered."""
 
 
@@ -216,7 +217,13 @@ class Engine:
         """
         key = self.models[0] if request.model is None else request.model
         if key not in self.models:
-            raise UnknownModelError(f"There is no such model here; choose among {', '.join(self.models)}.")
+            raise UnknownModelError(
+                "choice",
+                f"There is no such model here; choose among {', '.join(self.models)}.",
+                field="model",
+                value=key,
+                choices=", ".join(self.models),
+            )
         check_request(request, self.devices)
         for name in (getattr(request, "image", None), getattr(request, "mask", None)):
             if name is not None:
@@ -227,7 +234,7 @@ class Engine:
         job_id = secrets.token_hex(8)
         with self._moved:
             if self._closing:
-                raise QueueFullError("The server is shutting down; try again later.")
+                raise QueueFullError("queue.closing", "The server is shutting down; try again later.")
             stored = self._store.add(
                 job_id, owner, settled.model_dump_json(), self.limits.queue, self.limits.queue_per_user
             )

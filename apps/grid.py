@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from apps.accelerate import KNOBS
 from apps.jobs import REQUEST, AnyRequest
+from apps.request_error import RequestError
 
 AXES = {
     "steps": int,
@@ -90,15 +91,23 @@ def read_axis(name: str, text: str) -> Axis:
     if not name:
         return Axis()
     if name not in AXES:
-        raise ValueError(f"A grid can vary {', '.join(AXES)}.")
+        raise RequestError("grid.axis", f"A grid can vary {', '.join(AXES)}.", choices=", ".join(AXES))
     values = tuple(part.strip() for part in text.split(",") if part.strip())
     if not 1 <= len(values) <= MAX_VALUES:
-        raise ValueError(f"{name}: give 1 to {MAX_VALUES} values with commas between them.")
+        raise RequestError(
+            "grid.values",
+            f"{name}: give 1 to {MAX_VALUES} values with commas between them.",
+            field=name,
+            value=len(values),
+            most=MAX_VALUES,
+        )
     for value in values:
         try:
             AXES[name](value)
         except ValueError as error:
-            raise ValueError(f"{name}: {value[:40]!r} is no number.") from error
+            raise RequestError(
+                "grid.number", f"{name}: {value[:40]!r} is no number.", field=name, value=value[:40]
+            ) from error
     return Axis(name, values)
 
 
@@ -117,11 +126,16 @@ def plan(request: AnyRequest, axes: Sequence[Axis]) -> list[Cell]:
     """
     used = [axis.name for axis in axes if axis.name]
     if len(set(used)) < len(used):
-        raise ValueError("Each axis of a grid varies something else.")
+        raise RequestError("grid.twice", "Each axis of a grid varies something else.")
     sizes = [range(len(axis.values)) for axis in axes]
     places = list(itertools.product(*reversed(sizes)))
     if len(places) > MAX_CELLS:
-        raise ValueError(f"The grid has {len(places)} cells; at most {MAX_CELLS} are painted.")
+        raise RequestError(
+            "grid.cells",
+            f"The grid has {len(places)} cells; at most {MAX_CELLS} are painted.",
+            value=len(places),
+            most=MAX_CELLS,
+        )
     cells = []
     for z, y, x in places:
         changed = request
@@ -136,7 +150,7 @@ def _vary(request: AnyRequest, axis: Axis, index: int) -> AnyRequest:
     if not axis.name:
         return request
     if axis.name not in type(request).model_fields:
-        raise ValueError(f"{request.task.replace('_', ' ')} has no {axis.name} to vary.")
+        raise RequestError("setting", f"{request.task.replace('_', ' ')} has no {axis.name} to vary.", field=axis.name)
     return REQUEST.validate_python({**request.model_dump(), axis.name: _value(request, axis, index)})
 
 
@@ -145,13 +159,23 @@ def _value(request: AnyRequest, axis: Axis, index: int) -> Any:
     if axis.name == "prompt":
         said, searched = request.model_dump()["prompt"], axis.values[0]
         if searched not in said:
-            raise ValueError(f"prompt: the first value must occur in the prompt, and {searched[:40]!r} doesn't.")
+            raise RequestError(
+                "grid.prompt",
+                f"prompt: the first value must occur in the prompt, and {searched[:40]!r} doesn't.",
+                value=searched[:40],
+            )
         return said.replace(searched, text)
     if text == OFF and axis.name in ("scheduler", "step_cache", "style", "attention", "dtype", "memory"):
         return None
     if axis.name == "step_cache":
         if text not in KNOBS:
-            raise ValueError(f"step_cache: choose among {', '.join((OFF, *KNOBS))}.")
+            raise RequestError(
+                "choice",
+                f"step_cache: choose among {', '.join((OFF, *KNOBS))}.",
+                field="step_cache",
+                value=text[:40],
+                choices=", ".join((OFF, *KNOBS)),
+            )
         return {"preset": text}
     return AXES[axis.name](text)
 

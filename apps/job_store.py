@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from apps.request_error import TranslatableError
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs(
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL, request TEXT NOT NULL,
@@ -39,7 +41,7 @@ class StoreInUseError(ValueError):
     """Another process works on the same line of jobs."""
 
 
-class QueueFullError(Exception):
+class QueueFullError(TranslatableError):
     """As many requests wait as the server, or one user, may have."""
 
 
@@ -136,9 +138,15 @@ class JobStore:
         with self._lock:
             waiting = "SELECT count(*) FROM jobs WHERE state IN ('queued', 'running')"
             if self._db.execute(waiting).fetchone()[0] >= capacity:
-                raise QueueFullError(f"The line is full ({capacity} requests wait); try again in a moment.")
+                raise QueueFullError(
+                    "queue.full", f"The line is full ({capacity} requests wait); try again in a moment.", most=capacity
+                )
             if self._db.execute(f"{waiting} AND owner = ?", (owner,)).fetchone()[0] >= per_owner:
-                raise QueueFullError(f"{per_owner} of your requests wait already; try again when one is done.")
+                raise QueueFullError(
+                    "queue.yours",
+                    f"{per_owner} of your requests wait already; try again when one is done.",
+                    most=per_owner,
+                )
             self._db.execute(
                 "INSERT INTO jobs(id, owner, request, state, created) VALUES (?, ?, ?, 'queued', ?)",
                 (job_id, owner, request, time.time()),

@@ -26,19 +26,22 @@ from apps.metadata import (
     SearchMethod,
     StepCache,
 )
+from apps.request_error import RequestError
 
 
 def _filled(text: str) -> str:
     """Refuse a text of blanks."""
     if not text.strip():
-        raise ValueError("the prompt is empty; say what to paint.")
+        raise RequestError("prompt", "the prompt is empty; say what to paint.")
     return text.strip()
 
 
 def _check_part(image: PictureId | None, mask: PictureId | None, expand: Expand | None) -> None:
     """Refuse a picture without a part to paint, and a part of no picture."""
     if (image is None) != (mask is None and expand is None):
-        raise ValueError("image goes with mask (white where to paint) or expand (how far it grows), or with both.")
+        raise RequestError(
+            "part", "image goes with mask (white where to paint) or expand (how far it grows), or with both."
+        )
 
 
 Prompt = Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARS), AfterValidator(_filled)]
@@ -89,7 +92,7 @@ class BaseRequest(BaseModel):
     @model_validator(mode="after")
     def _check_pick(self) -> Self:
         if self.pick is not None and (self.pick >= self.batch_size or self.num_images != self.batch_size):
-            raise ValueError("pick chooses from one batch: give num_images = batch_size, and pick below it.")
+            raise RequestError("pick", "pick chooses from one batch: give num_images = batch_size, and pick below it.")
         return self
 
     def batches(self) -> list[list[int]]:
@@ -130,7 +133,7 @@ class DenoisingRequest(BaseRequest):
     @model_validator(mode="after")
     def _check_size(self) -> Self:
         if (self.height is None) != (self.width is None):
-            raise ValueError("height and width go together; give both or neither.")
+            raise RequestError("sides", "height and width go together; give both or neither.")
         if self.height is not None and self.width is not None:
             limits.check_size(self.height, self.width)
         return self
@@ -242,7 +245,9 @@ class NextScaleRequest(BaseRequest):
     def _check_part(self) -> Self:
         _check_part(self.image, self.mask, self.expand)
         if self.candidates is not None and self.search is None:
-            raise ValueError("candidates are for a search; name one, such as best_of, or leave them out")
+            raise RequestError(
+                "candidates", "candidates are for a search; name one, such as best_of, or leave them out"
+            )
         return self
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from apps.request_error import RequestError
+
 MAX_PROMPT_CHARS = 2_000
 MIN_SIDE = 32
 MAX_SIDE = 2_048
@@ -57,16 +59,37 @@ def check_size(height: int, width: int) -> None:
         width: pixels.
 
     Raises:
-        ValueError: a side is out of range or no multiple of `SIDE_MULTIPLE`, or the area is too large.
+        RequestError: a side is out of range or no multiple of `SIDE_MULTIPLE`, or the area is too large.
     """
     for name, side in (("height", height), ("width", width)):
         if not MIN_SIDE <= side <= MAX_SIDE:
-            raise ValueError(f"{name} is {side} pixels; choose {MIN_SIDE} to {MAX_SIDE}.")
+            raise RequestError(
+                "range",
+                f"{name} is {side} pixels; choose {MIN_SIDE} to {MAX_SIDE}.",
+                field=name,
+                value=side,
+                lowest=MIN_SIDE,
+                highest=MAX_SIDE,
+            )
         if side % SIDE_MULTIPLE:
             nearest = round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE
-            raise ValueError(f"{name} is {side} pixels; choose a multiple of {SIDE_MULTIPLE}, such as {nearest}.")
+            raise RequestError(
+                "multiple",
+                f"{name} is {side} pixels; choose a multiple of {SIDE_MULTIPLE}, such as {nearest}.",
+                field=name,
+                value=side,
+                multiple=SIDE_MULTIPLE,
+                nearest=nearest,
+            )
     if height * width > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} is {height * width} pixels; choose at most {MAX_PIXELS}.")
+        raise RequestError(
+            "area",
+            f"{width} x {height} is {height * width} pixels; choose at most {MAX_PIXELS}.",
+            width=width,
+            height=height,
+            pixels=height * width,
+            most=MAX_PIXELS,
+        )
 
 
 def inside(path: Path, root: Path) -> Path:

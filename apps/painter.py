@@ -22,6 +22,7 @@ from torch import Tensor
 from apps.accelerate import RunningCache, describe, search_argument, step_cache
 from apps.jobs import AnyRequest
 from apps.media import candidate_sheet
+from apps.request_error import RequestError
 from apps.schedulers import make_scheduler
 from apps.shelf import LoadedModel, Pipeline
 
@@ -166,7 +167,9 @@ def _own_scheduler(pipe: Pipeline, name: str | None) -> Generator[None]:
         return
     own = getattr(pipe, "scheduler", None)
     if own is None:
-        raise ValueError("This model paints scale by scale and has no scheduler; leave it out.")
+        raise RequestError(
+            "setting", "This model paints scale by scale and has no scheduler; leave it out.", field="scheduler"
+        )
     pipe.scheduler = make_scheduler(own, name)
     try:
         yield
@@ -195,7 +198,9 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
         arguments = {name: value for name, value in arguments.items() if name in accepts or name not in _SIDES}
     for name in arguments:
         if name not in accepts:
-            raise ValueError(f"The model {model.key!r} has no setting {name!r}; leave it out.")
+            raise RequestError(
+                "setting", f"The model {model.key!r} has no setting {name!r}; leave it out.", field=_field_of(name)
+            )
     if canvas.wish("search"):
         arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), model.pipe.transformer.grids)
     arguments["generator"] = generators[0] if len(generators) == 1 else generators
@@ -205,6 +210,11 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
 
 
 _SIDES = ("height", "width")
+
+
+def _field_of(argument: str) -> str:
+    """Return the field of a request behind an argument of a call."""
+    return {name: field for field, name in ARGUMENTS.items()}.get(argument, argument)
 
 
 def _guidance_extras(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -> dict[str, Any]:
@@ -220,8 +230,10 @@ def _guidance_extras(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]
         needs_negative = guidance is not None and guidance > 1 and not negative
         return {"negative_prompt": " "} if needs_negative else {}
     if negative:
-        raise ValueError(
-            f"The model {model.key!r} has its guidance built in and takes no negative prompt; leave it out."
+        raise RequestError(
+            "setting",
+            f"The model {model.key!r} has its guidance built in and takes no negative prompt; leave it out.",
+            field="negative_prompt",
         )
     return {}
 
@@ -271,7 +283,11 @@ class _StepWatch:
         self._can_preview = model.can_preview
         self._finish_after = canvas.wish("finish_after")
         if self._finish_after is not None and not model.can_finish:
-            raise ValueError(f"The model {model.key!r} can't end before its last step; leave finish_after out.")
+            raise RequestError(
+                "setting",
+                f"The model {model.key!r} can't end before its last step; leave finish_after out.",
+                field="finish_after",
+            )
 
     @contextmanager
     def attached(self, arguments: dict[str, Any]) -> Generator[None]:

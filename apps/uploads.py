@@ -16,9 +16,10 @@ from PIL import Image, ImageOps
 
 from apps import limits
 from apps.metadata import save_picture
+from apps.request_error import RequestError
 
 
-class UploadError(ValueError):
+class UploadError(RequestError):
     """What was handed in is no picture that can be used."""
 
 
@@ -35,15 +36,23 @@ def read_upload(data: bytes) -> Image.Image:
         UploadError: too large, or no such picture.
     """
     if len(data) > limits.MAX_UPLOAD_BYTES:
-        raise UploadError(f"The picture has {len(data)} bytes; at most {limits.MAX_UPLOAD_BYTES} are taken.")
+        raise UploadError(
+            "upload.bytes",
+            f"The picture has {len(data)} bytes; at most {limits.MAX_UPLOAD_BYTES} are taken.",
+            value=len(data),
+            most=limits.MAX_UPLOAD_BYTES,
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # counted here, and lower
             with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as image:
                 if image.width * image.height > limits.MAX_UPLOAD_PIXELS:
                     raise UploadError(
+                        "upload.pixels",
                         f"The picture has {image.width} x {image.height} pixels; at most "
-                        f"{limits.MAX_UPLOAD_PIXELS} pixels are taken."
+                        f"{limits.MAX_UPLOAD_PIXELS} pixels are taken.",
+                        value=f"{image.width} x {image.height}",
+                        most=limits.MAX_UPLOAD_PIXELS,
                     )
                 image.load()
                 return flatten(ImageOps.exif_transpose(image))
@@ -51,9 +60,11 @@ def read_upload(data: bytes) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         most = limits.MAX_UPLOAD_PIXELS
-        raise UploadError(f"The picture claims too many pixels; at most {most} are taken.") from error
+        raise UploadError(
+            "upload.claims", f"The picture claims too many pixels; at most {most} are taken.", most=most
+        ) from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise UploadError("This is no picture that can be read; hand in PNG, JPEG or WebP.") from error
+        raise UploadError("upload.form", "This is no picture that can be read; hand in PNG, JPEG or WebP.") from error
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -105,4 +116,8 @@ class UploadStore:
             if self._folder is not None and (file := self._folder / f"{name}.png").is_file():
                 with Image.open(file, formats=["PNG"]) as image:
                     return image.convert("RGB")
-        raise UploadError(f"The picture {name[:12]}... has not been handed in here; hand it in first.")
+        raise UploadError(
+            "upload.missing",
+            f"The picture {name[:12]}... has not been handed in here; hand it in first.",
+            value=f"{name[:12]}...",
+        )

@@ -25,6 +25,7 @@ from apps.metadata import PictureSettings, save_picture, save_sidecar
 from apps.named_settings import preset_values
 from apps.painter import Canvas, Painted, SkipRequestedError, Switches, paint
 from apps.profiles import Setup, setup_of, switched
+from apps.request_error import RequestError
 from apps.shelf import LoadedModel
 from apps.styles import apply_style
 from apps.uploads import UploadStore
@@ -88,7 +89,14 @@ def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, t
     if model.frames is not None:
         require_video()
         if request.batch_size > 1:
-            raise ValueError("Clips are painted one at a time; set batch_size to 1.")
+            raise RequestError(
+                "range",
+                "Clips are painted one at a time; set batch_size to 1.",
+                field="batch_size",
+                value=request.batch_size,
+                lowest=1,
+                highest=1,
+            )
     if request.lora is not None:
         request = request.model_copy(update={"lora": settle(request.lora, studio.loras)})
     pipe = model.pipe_for(request.task)
@@ -171,7 +179,9 @@ def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> An
     values |= _frames(request, model)
     if request.style is not None:
         if "prompt" not in fields:
-            raise ValueError("Styles are for prompts; leave the style out for a picture of a class.")
+            raise RequestError(
+                "setting", "Styles are for prompts; leave the style out for a picture of a class.", field="style"
+            )
         texts = apply_style(request.style, getattr(request, "prompt"), getattr(request, "negative_prompt"))  # noqa: B009
         values["prompt"], values["negative_prompt"] = texts
     elif "negative_prompt" in fields:
@@ -183,7 +193,11 @@ def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
     """Return the number of frames of a clip, if the model makes clips."""
     asked = getattr(request, "frames", None)
     if asked is not None and model.frames is None:
-        raise ValueError(f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.")
+        raise RequestError(
+            "setting",
+            f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.",
+            field="frames",
+        )
     return {"frames": asked or model.frames} if "frames" in type(request).model_fields else {}
 
 

@@ -22,6 +22,7 @@ from apps.studio.choosing import SAVED, Choosing
 from apps.studio.desk import Parts
 from apps.studio.examples import EXAMPLES
 from apps.studio.painting import Changes, Painting, restated
+from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
@@ -200,7 +201,7 @@ def _connect(page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions
     parts["preset"].input(
         lambda name, key: wiring.told(choosing.choose_preset(name, key)),
         wiring.components(["preset", "model"]),
-        wiring.components(["steps", "guidance", "scheduler", "step_cache", "cache_amount", "line"]),
+        wiring.components(["steps", "guidance", "scheduler", "step_cache", "cache_amount", "line", PLACE]),
         **QUIET,
     )
     # A typed seed is meant to be used.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,18 +15,28 @@ from apps.job_store import StoredPicture
 from apps.jobs import repeat
 from apps.lora import LoraError
 from apps.media import read_mp4
-from apps.metadata import MetadataError, PictureSettings, StepCache, parse, read_picture
-from apps.named_settings import load_presets
+from apps.metadata import PictureSettings, StepCache, parse, read_picture
+from apps.named_settings import load_presets, unknown_preset
+from apps.prompt_file import (
+    COMMAND_LINE_NAMES,
+    PromptFileError,
+    PromptLine,
+    parse_lines,
+    read_text,
+    request_field_names,
+    request_fields,
+)
 from apps.shelf import LoadedModel
 from apps.studio import views
 from apps.studio.desk import attention_choices, machine_choices, memory_note
 from apps.studio.examples import EXAMPLES, example_prompts
-from apps.studio.painting import MAX_PROMPTS, Changes, Painting, Shown
+from apps.studio.painting import Changes, Painting, Shown
+from apps.studio.problems import explain, problem
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
 from apps.studio.tabs import TABS
 from apps.studio.vocabulary import read_vocabulary
-from apps.studio.wishes import FIXED, explain, least_side, shapes, show_settings
+from apps.studio.wishes import FIXED, least_side, shapes, show_settings
 from apps.uploads import UploadError, read_upload
 
 logger = logging.getLogger(__name__)
@@ -100,11 +109,11 @@ class Choosing:
         """Wait until a model is loaded and fit the controls to it."""
         try:
             model = self._engine.model(key).result(timeout=self._engine.limits.seconds)
-        except KeyError as error:
-            raise gr.Error(self._words("no_model"), print_exception=False) from error
+        except KeyError:
+            return problem(self._words("no_model"))
         except Exception as error:
             logger.warning("the model %r did not load: %s", key, error)
-            raise gr.Error(self._words("model_failed", model=key), print_exception=False) from error
+            return problem(self._words("model_failed", model=key))
         names = read_vocabulary(self._engine.source(key))
         prompts = example_prompts(names, EXAMPLES)
         chips = {
@@ -185,7 +194,10 @@ class Choosing:
         """Set the controls that a preset is about; none sets them as the model has them."""
         model = self._loaded(key)
         own = {"steps": model and model.steps, "guidance": model and model.guidance}
-        chosen = load_presets()[name].values() if name else {}
+        presets = load_presets()
+        if name and name not in presets:
+            return problem(explain(unknown_preset(name), self._words))
+        chosen = presets[name].values() if name else {}
         cache: StepCache | None = chosen.get("step_cache")
         values = {
             **{control: chosen.get(control, default) for control, default in own.items()},
@@ -218,9 +230,8 @@ class Choosing:
         try:
             settings = _read(path)
             repeat(settings)
-        except (MetadataError, ValueError, OSError) as error:
-            note = explain(error, self._words) if isinstance(error, ValueError) else self._words("wrong_form")
-            raise gr.Error(note, print_exception=False) from error
+        except (ValueError, OSError) as error:
+            return problem(explain(error, self._words))
         gr.Info(self._words("load_settings.done", name=path.name[:60]))
         return self._put_in_place(settings)
 
@@ -232,7 +243,7 @@ class Choosing:
             try:
                 self._engine.check_lora(settings.lora)
             except LoraError as error:
-                raise gr.Error(str(error), print_exception=False) from error
+                return problem(explain(error, self._words))
         for name, found in machine_choices(self._engine.devices).items():
             if changes.get(name) and changes[name] not in found:
                 gr.Warning(self._words(f"{name}.missing", name=changes[name]))
@@ -244,7 +255,7 @@ class Choosing:
             try:
                 changes |= self._source(settings.image, mask)
             except UploadError as error:
-                raise gr.Error(str(error), print_exception=False) from error
+                return problem(explain(error, self._words))
         return {**changes, **self._go(mode)}
 
     def _go(self, mode: str) -> Changes:
@@ -259,7 +270,7 @@ class Choosing:
         try:
             image = read_upload(Path(file).read_bytes())
         except UploadError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            return problem(explain(error, self._words))
         return self._source(self._engine.uploads.add(image))
 
     def send(self, chosen: Shown | None, mode: str) -> Changes:
@@ -281,15 +292,30 @@ class Choosing:
     # ------------------------------------------------------------------------- prompts
 
     def take_prompts(self, file: str | None) -> Changes:
-        """Read prompts from a file: a line each, or JSON strings."""
+        """Read prompts from a file, as many as a user's part of the queue holds; see `apps.prompt_file`."""
         if not file:
             return {}
         path = Path(file)
-        text = path.read_bytes()[: 256 * 1024].decode("utf-8", errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-        prompts = [one for one in map(_prompt, lines[:MAX_PROMPTS]) if one]
-        note = self._words("from_file.count", count=len(prompts), name=path.name[:40])
-        return {"many": prompts, "many_note": views.note(note), "many_drop": gr.update(visible=True)}
+        try:
+            lines = self._read_prompts(path)
+        except PromptFileError as error:
+            return {**self.drop_prompts(), **problem(explain(error, self._words))}
+        note = self._words("from_file.count", count=len(lines), name=path.name[:40])
+        return {"many": lines, "many_note": views.note(note), "many_drop": gr.update(visible=True)}
+
+    def _read_prompts(self, path: Path) -> list[PromptLine]:
+        """Read a file of prompts and check each line by itself.
+
+        Raises:
+            PromptFileError: a line is not understood or out of range, or there are too many.
+        """
+        with path.open("rb") as file:
+            data = file.read(limits.MAX_UPLOAD_BYTES)
+        known = request_field_names() | COMMAND_LINE_NAMES
+        lines = parse_lines(read_text(data, path.name), path.name, known, self._engine.limits.queue_per_user)
+        for line in lines:
+            request_fields(line)
+        return lines
 
     def drop_prompts(self) -> Changes:
         """Forget the prompts of a file."""
@@ -334,14 +360,3 @@ def _takes_strength(model: LoadedModel) -> bool:
 
 def _read(path: Path) -> PictureSettings:
     return read_mp4(path) if path.suffix.lower() == ".mp4" else read_picture(path)
-
-
-def _prompt(line: str) -> str:
-    """Read one line of a file of prompts."""
-    if not line.startswith(("{", '"')):
-        return line
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return line
-    return str(value.get("prompt", "")) if isinstance(value, dict) else str(value)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from pydantic import ValidationError
 
 from apps.engine import Engine
 from apps.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped
@@ -24,19 +25,20 @@ from apps.job_store import QueueFullError
 from apps.jobs import REQUEST, AnyRequest
 from apps.media import clip_of
 from apps.metadata import PictureSettings, save_picture
+from apps.prompt_file import PromptFileError, PromptLine, line_error, request_fields
 from apps.shelf import LoadedModel
 from apps.studio import views
+from apps.studio.problems import explain, explain_failure, problem
 from apps.studio.sessions import Session, Sessions
 from apps.studio.strings import Strings
 from apps.studio.tabs.grid import axes
-from apps.studio.wishes import explain, make_request, read_mask
+from apps.studio.wishes import make_request, read_mask
 from apps.worker import open_size
 
 REDRAW_SECONDS = 0.1
 """Steps redraw the page no faster than this; if the page fell behind, so would the Stop that it shows."""
 STRIP = 24
 """Pictures that the strip of a visit keeps; older ones are in the gallery."""
-MAX_PROMPTS = 32
 RESTATE_SECONDS = 2.0
 """How long a change is repeated with those that follow it, see `restated`."""
 
@@ -91,8 +93,7 @@ class Painting:
                 return
             follows = self._queue(session, wanted, owner)
         except (ValueError, TypeError, QueueFullError) as error:
-            note = str(error) if isinstance(error, QueueFullError) else explain(error, self._words)
-            yield {"stage": views.stage(size=(1, 1), note=note, is_problem=True)}
+            yield problem(explain(error, self._words))
             return
         yield self._line(session) | self._order(session)
         if not follows:
@@ -179,14 +180,41 @@ class Painting:
         tasks = () if model is None else model.tasks
         if model is not None and "image_to_image" in tasks and "strength" not in model.accepts("image_to_image"):
             values["strength"] = None  # its slider isn't shown
-        prompts = values.get("many") or [values["prompt"]]
-        return [make_request({**values, "prompt": prompt}, tasks) for prompt in prompts[:MAX_PROMPTS]]
+        lines: Sequence[PromptLine] = values.get("many") or ()
+        return [self._of_line(line, values) for line in lines] or [make_request(values, tasks)]
+
+    def _of_line(self, line: PromptLine, values: Mapping[str, Any]) -> AnyRequest:
+        """Make the request of a line of a file, whose settings replace those of the page.
+
+        Raises:
+            PromptFileError: the task has no such setting, or doesn't take it.
+        """
+        model = line.values.get("model", values["model"])
+        tasks = self._engine.tasks(model) if model in self._engine.models else ()
+        try:
+            return make_request(values, tasks, request_fields(line))
+        except PromptFileError:
+            raise
+        except ValidationError as error:
+            raise line_error(line.number, str(error.errors()[0]["loc"][0]), error) from error
+        except ValueError as error:
+            raise line_error(line.number, "", error) from error
 
     def _queue(self, session: Session, wanted: Sequence[AnyRequest], owner: str) -> bool:
         """Put requests into the line; whether this listener shall follow it."""
+        submitted: list[str] = []
+        most = self._engine.limits.queue_per_user
+        active = sum(job.state in ("queued", "running") for job in self._engine.jobs(owner))
+        if active + len(wanted) > most:  # before the first one begins
+            raise QueueFullError("queue.yours", f"At most {most} of your requests may wait at once.", most=most)
         with session.lock:
-            for one in wanted:
-                session.line.append(self._engine.submit(one, owner))
+            try:
+                submitted.extend(self._engine.submit(one, owner) for one in wanted)
+            except (QueueFullError, ValueError):
+                for job in submitted:  # all or nothing: no part of a file of prompts is left out in silence
+                    self._engine.stop(job)
+                raise
+            session.line.extend(submitted)
             follows, session.is_followed = not session.is_followed, True
         return follows
 
@@ -284,8 +312,8 @@ class Painting:
         match event:
             case Done(seconds):
                 return {"stage": view.draw(size, self._words("done", seconds=f"{seconds:.1f}"))}
-            case Failed(message=message):
-                return {"stage": views.stage(size=size, note=message, is_problem=True)}
+            case Failed():
+                return problem(explain_failure(event, self._words), size)
             case _:
                 return {"stage": view.draw(size, self._words("stopped"))}
 
@@ -316,7 +344,7 @@ class Painting:
         """Paint the cells of a grid one after another, and the sheet as it fills."""
         with session.lock:
             if session.is_followed:
-                raise QueueFullError(self._words("added", count=len(session.line)))
+                raise QueueFullError("queue.busy", "The page's queue is not empty; wait, or clear it.")
             session.is_followed = True
         session.stop.clear()
         layout, filled = axes(values), {}
@@ -335,7 +363,7 @@ class Painting:
                     elif isinstance(event, Picture):
                         filled[cell.place] = Filled(event.image, event.seconds, event.report)
                     elif isinstance(event, Failed):
-                        yield {"stage": views.stage(size=(1, 1), note=event.message, is_problem=True)}
+                        yield problem(explain_failure(event, self._words))
                         return
                     elif isinstance(event, Stopped):
                         note = self._words("stopped")

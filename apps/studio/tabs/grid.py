@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from apps.grid import AXES, Axis, read_axis
+from apps.studio import fields
 from apps.studio.strings import Strings
 from apps.studio.tabs.base import Tab, Values
 
@@ -21,7 +22,7 @@ def _build(words: Strings) -> dict[str, gr.components.Component]:
     parts: dict[str, Any] = {}
     for axis, (name, values) in zip("xyz", STARTS, strict=True):
         with gr.Row(elem_classes="axis"):
-            parts[f"grid_{axis}"] = gr.Dropdown(
+            parts[f"grid_{axis}"] = fields.Dropdown(
                 choices,
                 value=name,
                 label=words(f"grid.{axis}"),

@@ -10,11 +10,11 @@ from typing import Any
 
 import gradio as gr
 
-from apps.metadata import Expand, PictureSettings
-from apps.studio import views
+from apps.metadata import PictureSettings
+from apps.studio import fields, views
 from apps.studio.strings import Strings
 from apps.studio.tabs import scales
-from apps.studio.tabs.base import PageError, Tab, Values
+from apps.studio.tabs.base import PageError, Tab, Values, filled
 from apps.studio.tabs.classes import read_label
 
 SIDES = ("left", "top", "right", "bottom")
@@ -23,16 +23,16 @@ SIDES = ("left", "top", "right", "bottom")
 def _build(words: Strings) -> dict[str, gr.components.Component]:
     gr.HTML(views.brush_tools(words), elem_id="brush-tools", js_on_load=None)
     parts: dict[str, Any] = {
-        "inpaint_label": gr.Dropdown(
+        "inpaint_label": fields.Dropdown(
             [], label=words("label"), allow_custom_value=True, visible=False, elem_id="inpaint-label"
         ),
-        "repaint": gr.Slider(0.05, 1, 1.0, step=0.05, label=words("strength"), elem_id="repaint"),
+        "repaint": fields.Slider(0.05, 1, 1.0, step=0.05, label=words("strength"), elem_id="repaint"),
     }
     with gr.Accordion(words("expand"), open=False, elem_id="expand"):
         gr.HTML(f'<p class="hint">{words("expand.hint")}</p>', js_on_load=None)
         with gr.Row(elem_id="sides-grown"):
             for side in SIDES:
-                parts[f"grow_{side}"] = gr.Number(
+                parts[f"grow_{side}"] = fields.Number(
                     0, label=words(f"expand.{side}"), precision=0, minimum=0, maximum=200, min_width=60,
                     elem_id=f"grow-{side}",
                 )  # fmt: skip
@@ -51,15 +51,15 @@ def _fields(values: Values) -> dict[str, object]:
         "image": values["source"],
         "mask": values["mask"] or None,
         "expand": expand,
-        "strength": float(values["repaint"]),
+        "strength": filled(values["repaint"]),
     }
     return {**found, "label": read_label(values["inpaint_label"])} if values["inpaint_label"] else found
 
 
-def _expand(values: Values) -> Expand | None:
+def _expand(values: Values) -> dict[str, float] | None:
     """Read how far the picture grows, given in percent."""
     shares = {side: (values[f"grow_{side}"] or 0) / 100 for side in SIDES}
-    return Expand.model_validate(shares) if any(shares.values()) else None
+    return shares if any(shares.values()) else None
 
 
 def _show(settings: PictureSettings) -> dict[str, object]:

@@ -1,0 +1,25 @@
+"""The errors of a request: an English sentence for logs, the command line and the API; a key and values to translate.
+
+The page's strings hold a sentence for each key, see `apps.studio.problems`.
+"""
+
+from __future__ import annotations
+
+
+class TranslatableError(Exception):
+    """An error that can be said in another language.
+
+    Args:
+        key: which sentence says it; the page's strings hold it as `error.KEY`.
+        message: the sentence in English, with the field, the value, what is accepted and the remedy.
+        **values: what the sentence mentions; `field` names a field of a request.
+    """
+
+    def __init__(self, key: str, message: str, /, **values: object) -> None:
+        super().__init__(message)
+        self.key = key
+        self.values = values
+
+
+class RequestError(TranslatableError, ValueError):
+    """A request that can't be served as it is; see `TranslatableError`."""
