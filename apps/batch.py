@@ -26,6 +26,8 @@ FROM_LINE = {one.name for one in fields(Wishes)} - {"model", "lora"}
 """Names of the command line that a line may have."""
 RENAMED = {"width", "height", "num_images", "label", "step_cache"}
 """Fields of a request that have other names on the command line."""
+ADDED = ("mask_grow", "mask_blur")
+"""Options that came later; names of files made without them stay as they were."""
 OF_ALL = {"model", "lora", "pick", "file_format", "keep_settings", "sidecar"}
 """Fields of a request that hold for all lines, or that the command line decides."""
 
@@ -106,7 +108,8 @@ def read_lines(file: Path, common: Wishes) -> Iterator[Line]:
         said |= {key: file.parent / said[key] for key in ("image", "mask") if key in said}
         extra = {key: value for key, value in values.items() if key not in FROM_LINE}
         wishes = replace(common, **said)
-        content = json.dumps(asdict(wishes) | extra, sort_keys=True, default=str)
+        told = {key: value for key, value in asdict(wishes).items() if key not in ADDED or value is not None}
+        content = json.dumps(told | extra, sort_keys=True, default=str)
         yield Line(line.number, wishes, f"{line.number:05d}-{_digest(content)}", extra)
 
 

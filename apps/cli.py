@@ -231,6 +231,13 @@ def generate(
         str | None,
         typer.Option(help="With --image: let it grow and paint what is added: 0.25, or left=0.5,top=0.25."),
     ] = None,
+    mask_grow: Annotated[
+        int | None, typer.Option(min=0, help="With --mask: grow it by so many pixels on every side.")
+    ] = None,
+    mask_blur: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --mask: width of its soft edge in pixels; 0 keeps all outside bit-identical."),
+    ] = None,
     settings: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Take the settings of this picture, clip or JSON file."),
@@ -289,6 +296,8 @@ def generate(
         mask=mask,
         strength=strength,
         expand=expand,
+        mask_grow=mask_grow,
+        mask_blur=mask_blur,
         memory=memory,
         dtype=None if dtype == "auto" else dtype,
         attention=attention,

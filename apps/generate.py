@@ -72,6 +72,8 @@ class Wishes:
         lora: file of a LoRA.
         lora_scale: 1 is as trained.
         expand: how far the picture grows, e.g. `0.25` on all sides or `left=0.5,top=0.25`.
+        mask_grow: pixels by which the mask grows.
+        mask_blur: width of the mask's soft edge, pixels.
         memory: memory profile.
         dtype: number format of the weights.
         attention: attention backend.
@@ -102,6 +104,8 @@ class Wishes:
     mask: Path | None = None
     strength: float | None = None
     expand: str | None = None
+    mask_grow: int | None = None
+    mask_blur: int | None = None
     memory: MemoryName | None = None
     dtype: str | None = None
     attention: str | None = None
@@ -244,6 +248,8 @@ def make_request(
         "scheduler": wishes.scheduler,
         "strength": wishes.strength,
         "expand": None if wishes.expand is None else read_expand(wishes.expand),
+        "mask_grow": wishes.mask_grow,
+        "mask_blur": wishes.mask_blur,
         "memory": wishes.memory,
         "dtype": wishes.dtype,
         "attention": wishes.attention,

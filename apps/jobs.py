@@ -44,6 +44,16 @@ def _check_part(image: PictureId | None, mask: PictureId | None, expand: Expand 
         )
 
 
+def _check_mask_edge(image: PictureId | None, grow: int | None, blur: int | None) -> None:
+    """Refuse an edge of a mask where there is none."""
+    if image is None and (grow or blur):
+        raise RequestError(
+            "mask.alone", "mask_grow and mask_blur are for a mask; give image with mask or expand, or leave them out."
+        )
+
+
+MaskGrow = Annotated[int, Field(ge=0, le=limits.MAX_MASK_GROW)]
+MaskBlur = Annotated[int, Field(ge=0, le=limits.MAX_MASK_BLUR)]
 Prompt = Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARS), AfterValidator(_filled)]
 Avoided = Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARS)]
 Label = Annotated[int, Field(ge=0, le=10**6)] | Annotated[str, Field(min_length=1, max_length=200)]
@@ -182,6 +192,9 @@ class InpaintRequest(DenoisingRequest):
         image: hash of the picture.
         mask: hash of the mask, white where to paint; None for nothing inside the picture.
         expand: how far the picture grows.
+        mask_grow: pixels of the result by which the mask grows on every side, round its corners; 0 if open.
+        mask_blur: width in pixels of a soft edge around the grown mask, where the result blends into the image; 0 if
+            open, which keeps every pixel outside the mask bit-identical. With it, all beyond the edge are.
         strength: how much of the part is repainted; 1 ignores what was there.
     """
 
@@ -191,6 +204,8 @@ class InpaintRequest(DenoisingRequest):
     image: PictureId
     mask: PictureId | None = None
     expand: Expand | None = None
+    mask_grow: MaskGrow | None = None
+    mask_blur: MaskBlur | None = None
     strength: float = Field(default=1.0, ge=0.05, le=1)
 
     @model_validator(mode="after")
@@ -217,6 +232,8 @@ class NextScaleRequest(BaseRequest):
         image: hash of a picture to change a part of.
         mask: hash of the mask, white where to paint.
         expand: how far the picture grows.
+        mask_grow: pixels by which the mask grows, see `InpaintRequest`.
+        mask_blur: width of the mask's soft edge, see `InpaintRequest`.
         top_k: draw among so many tokens; 0 is all.
         top_p: draw among the likeliest tokens that hold this share; 0 is all.
         temperature: below 1 is bolder, above more varied.
@@ -231,6 +248,8 @@ class NextScaleRequest(BaseRequest):
     image: PictureId | None = None
     mask: PictureId | None = None
     expand: Expand | None = None
+    mask_grow: MaskGrow | None = None
+    mask_blur: MaskBlur | None = None
     top_k: int | None = Field(default=None, ge=0, le=2**20)
     top_p: float | None = Field(default=None, ge=0, le=1)
     temperature: float | None = Field(default=None, ge=0.01, le=100)
@@ -244,6 +263,7 @@ class NextScaleRequest(BaseRequest):
     @model_validator(mode="after")
     def _check_part(self) -> Self:
         _check_part(self.image, self.mask, self.expand)
+        _check_mask_edge(self.image, self.mask_grow, self.mask_blur)
         if self.candidates is not None and self.search is None:
             raise RequestError(
                 "candidates", "candidates are for a search; name one, such as best_of, or leave them out"

@@ -25,6 +25,10 @@ MAX_BATCH = 8
 """Pictures painted at once."""
 MAX_CANDIDATES = 16
 """That a search may paint for one picture."""
+MAX_MASK_GROW = 128
+"""Pixels that the mask of inpainting may grow on every side."""
+MAX_MASK_BLUR = 64
+"""Pixels that the soft edge of a mask may be wide."""
 MAX_UPLOAD_BYTES = 20 * 1_024 * 1_024
 MAX_UPLOAD_PIXELS = 4_096 * 4_096
 """Of a picture handed in; counted before it is decoded."""

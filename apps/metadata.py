@@ -127,6 +127,8 @@ class PictureSettings(BaseModel):
         image: hash of the picture that was started from.
         mask: hash of the mask of inpainting.
         expand: how far the picture that was started from was grown.
+        mask_grow: pixels by which the mask was grown.
+        mask_blur: width of the mask's soft edge, pixels.
         strength: how much of the picture was repainted.
         label: number or name of the class.
         top_k: tokens to draw among.
@@ -170,6 +172,8 @@ class PictureSettings(BaseModel):
     image: PictureId | None = None
     mask: PictureId | None = None
     expand: Expand | None = None
+    mask_grow: int | None = Field(default=None, ge=0, le=limits.MAX_MASK_GROW)
+    mask_blur: int | None = Field(default=None, ge=0, le=limits.MAX_MASK_BLUR)
     strength: float | None = Field(default=None, gt=0, le=1)
     label: int | ShortText | None = None
     top_k: int | None = Field(default=None, ge=0, le=2**20)

@@ -69,12 +69,14 @@ class Canvas:
         seeds: of the noise, one a picture.
         image: to start from, of the size of the request.
         mask: where to paint, of the size of the request.
+        alpha: how much of the result shows, of the size of the request; None for all of it on the mask.
     """
 
     request: AnyRequest
     seeds: tuple[int, ...]
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    alpha: Image.Image | None = None
 
     def wish(self, name: str) -> Any:
         """Return a field of the request; None where its task has no such field."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from apps.canvas import grown, lay_out
+from apps.canvas import blend, grown, lay_out, soft_mask, touched
 from apps.events import Event, Picture, Step
 from apps.job_store import JobStore, StoredPicture
 from apps.jobs import AnyRequest
@@ -257,17 +257,24 @@ def _canvas(request: AnyRequest, seeds: tuple[int, ...], model: LoadedModel, upl
     mask, expand = getattr(request, "mask"), getattr(request, "expand")  # noqa: B009
     keep_shape = expand is not None or bool(model.sizes)
     laid = lay_out(picture, None if mask is None else uploads.get(mask), size, expand, keep_shape)
-    return Canvas(request=request, seeds=seeds, image=laid.image, mask=laid.mask)
+    grow, blur = getattr(request, "mask_grow", None) or 0, getattr(request, "mask_blur", None) or 0
+    if not grow and not blur:
+        return Canvas(request=request, seeds=seeds, image=laid.image, mask=laid.mask)
+    alpha = soft_mask(laid.mask, grow, blur)
+    return Canvas(request=request, seeds=seeds, image=laid.image, mask=touched(alpha), alpha=alpha)
 
 
 def _keep(canvas: Canvas, painted: Painted) -> Painted:
-    """After inpainting, lay what is kept over the result; diffusers' pipelines change it a little."""
+    """After inpainting, lay what is kept over the result, which pipelines of diffusers change a little."""
     if canvas.image is None or canvas.mask is None:
         return painted
     from pipelines.inpaint import keep_pixels
 
     for frames in painted.pictures:
-        frames[0] = keep_pixels(canvas.image, frames[0], canvas.mask)
+        if canvas.alpha is None:
+            frames[0] = keep_pixels(canvas.image, frames[0], canvas.mask)
+        else:
+            frames[0] = blend(canvas.image, frames[0], canvas.alpha)
     return painted
 
 

@@ -47,7 +47,8 @@ SAVED = (
     "mode", "prompt", "negative", "model", "shape", "width", "height", "steps", "guidance", "seed_mode", "seed",
     "count", "batch_size", "style", "scheduler", "lora", "lora_scale", "step_cache", "cache_amount", "file_format",
     "keep_settings", "sidecar", "memory", "dtype", "attention", "strength", "repaint", "grow_left", "grow_top",
-    "grow_right", "grow_bottom", "inpaint_label", "label", "scale_label", "top_k", "top_p", "temperature",
+    "grow_right", "grow_bottom", "mask_grow", "mask_blur", "inpaint_label", "label", "scale_label", "top_k", "top_p",
+    "temperature",
     "smooth", "kv_policy", "kv_budget", "kv_dtype", "search", "candidates", "grid_x", "grid_x_values", "grid_y",
     "grid_y_values", "grid_z", "grid_z_values",
 )  # fmt: skip

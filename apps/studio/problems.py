@@ -46,6 +46,8 @@ LABELS = {
     "lora.scale": "lora.scale",
     "lora.sha256": "lora",
     "mask": "field.mask",
+    "mask_blur": "mask_blur",
+    "mask_grow": "mask_grow",
     "memory": "memory",
     "model": "model",
     "negative_prompt": "negative",

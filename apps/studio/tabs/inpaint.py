@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from apps import limits
 from apps.metadata import PictureSettings
 from apps.studio import fields, views
 from apps.studio.strings import Strings
@@ -28,6 +29,11 @@ def _build(words: Strings) -> dict[str, gr.components.Component]:
         ),
         "repaint": fields.Slider(0.05, 1, 1.0, step=0.05, label=words("strength"), elem_id="repaint"),
     }
+    with gr.Row(elem_id="mask-edge"):
+        for name, most in (("mask_grow", limits.MAX_MASK_GROW), ("mask_blur", limits.MAX_MASK_BLUR)):
+            parts[name] = fields.Slider(
+                0, most, 0, step=1, label=words(name), elem_id=name.replace("_", "-"), min_width=120
+            )
     with gr.Accordion(words("expand"), open=False, elem_id="expand"):
         gr.HTML(f'<p class="hint">{words("expand.hint")}</p>', js_on_load=None)
         with gr.Row(elem_id="sides-grown"):
@@ -51,6 +57,8 @@ def _fields(values: Values) -> dict[str, object]:
         "image": values["source"],
         "mask": values["mask"] or None,
         "expand": expand,
+        "mask_grow": values["mask_grow"] or None,
+        "mask_blur": values["mask_blur"] or None,
         "strength": filled(values["repaint"]),
     }
     return {**found, "label": read_label(values["inpaint_label"])} if values["inpaint_label"] else found
@@ -70,6 +78,8 @@ def _show(settings: PictureSettings) -> dict[str, object]:
         **{f"grow_{side}": round(100 * grown.get(side, 0)) for side in SIDES},
         "source": settings.image,
         "mask": settings.mask,
+        "mask_grow": settings.mask_grow or 0,
+        "mask_blur": settings.mask_blur or 0,
         "repaint": settings.strength,
         "inpaint_label": None if settings.label is None else str(settings.label),
     }
