@@ -26,7 +26,7 @@ from dit.tokenizers.base import TokenizerOutput, VisualTokenizer, paint_linear_p
 
 PREVIEW_CELL = 4
 PREVIEW_SPREAD = 1.3
-"""Largest standard deviation of the latents of an image that a preview shows as it is; encoded images reach it rarely."""
+"""Largest standard deviation of an image's latents that a preview shows as it is; few encoded images exceed it."""
 
 
 class ViTBlock(nn.Module):
