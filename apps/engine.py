@@ -338,6 +338,10 @@ class Engine:
         """Return the ids of an owner's jobs that wait, in their order."""
         return self._store.waiting(owner)
 
+    def unfinished(self, owner: str) -> list[StoredJob]:
+        """Return an owner's jobs that run, then those that wait, in their order."""
+        return self._store.unfinished(owner)
+
     def job(self, job_id: str) -> StoredJob:
         """Return what is recorded of a job.
 
@@ -409,6 +413,11 @@ class Engine:
             if not stream.is_closed:
                 self.stop(job_id)
                 stream.wait_closed()
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the engine stops working, or has; what isn't done is told as stopped, and goes on with the next."""
+        return self._closing
 
     def close(self, timeout: float = 30.0) -> None:
         """Stop working; what runs goes back into the line, so that the next engine on the folder goes on with it.
