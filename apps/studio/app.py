@@ -37,7 +37,7 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 GO = "(...all) => { window.tessera.go('%s'); return '%s'; }"
 STATES = {
     "visit": [], "chosen": None, "many": [], "hung": [], "source": None, "page": 0,
-    "job": None, "seen": None, "pulse": 0,
+    "job": None, "seen": None,
 }  # fmt: skip
 """What the page remembers while it is open."""
 EASEL = (
@@ -144,6 +144,8 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
                 parts["tab_gallery"] = one
             parts["tabs"] = tabs
             parts["mode"] = gr.Textbox("text", elem_id="mode", elem_classes="offstage", container=False)
+            # No gr.State: of one that is changed by a listener beside Gradio's queue the page isn't told.
+            parts["pulse"] = gr.Textbox("", elem_id="pulse", elem_classes="offstage", container=False)
             with gr.Column(elem_id="source", elem_classes="card"):
                 parts |= desk.source(words)
             with gr.Column(elem_id="ask", elem_classes="card"):
@@ -301,12 +303,12 @@ def _connect_following(page: gr.Blocks, wiring: _Wiring, painting: Painting) -> 
             yield wiring.told(changes)
 
     def look(request: gr.Request, seen: Any) -> dict[Any, Any]:
-        return wiring.told(following.look(request, seen))
+        return {parts["pulse"]: following.look(request, seen) or gr.skip()}
 
     # "once": while the page follows, nothing that happens makes it follow a second time.
     wiring.on([page.load, parts["pulse"].change], follow, ["seen", "chosen"], FOLLOWED, concurrency_limit=None)
     timer = gr.Timer(LOOK_SECONDS)
-    wiring.on([timer.tick], look, ["seen"], ["pulse", "line"], queue=False)
+    wiring.on([timer.tick], look, ["seen"], ["pulse"], queue=False)
 
 
 async def paced(told: Generator[Changes | None]) -> AsyncGenerator[Changes]:

@@ -96,8 +96,8 @@ class Following:
         self._easel = easel
         self._waiting = waiting
 
-    def look(self, request: gr.Request, seen: Any) -> Changes:
-        """Return a new pulse, which makes the page follow, if there is anything that it hasn't seen.
+    def look(self, request: gr.Request, seen: Any) -> str:
+        """Return a new pulse, which makes the page follow, if there is anything that it hasn't seen; else nothing.
 
         Args:
             request: of the page.
@@ -106,8 +106,8 @@ class Following:
         owner = self._sessions.user(request)
         with self._while_open():
             if self._engine.unfinished(owner) or seen is None or list(self._album.names(owner)) != list(seen):
-                return {"pulse": time.time_ns()}
-        return {}
+                return str(time.time_ns())
+        return ""
 
     @contextmanager
     def _while_open(self) -> Generator[None]:

@@ -70,9 +70,9 @@ class Painting:
             note = str(error) if isinstance(error, QueueFullError) else explain(error, self._words)
             return {"problem": views.problem(note)}
         self.displays.ask(request, jobs)
-        changes = {"problem": "", "pulse": time.time_ns()} | self._waiting.queue(owner)
+        changes: Changes = {"problem": "", "pulse": str(time.time_ns())}
         if not is_idle:
-            return changes
+            return changes | self._waiting.queue(owner)
         starting = views.stage(size=self.following.frame(wanted[0]), note=self._words("starting"), share=0.0)
         return changes | {"stage": starting} | self._easel.acting_on(None) | busy(True)
 

@@ -213,3 +213,11 @@ def test_the_labels_of_a_sheet_are_legible_at_the_width_of_a_phone():
     first = int((rows < 128).argmax())
     height = int((rows[first:] >= 128).argmax())
     assert height * 362 / sheet.width >= 8
+
+
+def test_a_label_that_is_too_long_is_cut_and_stays_in_its_place():
+    axes = [Axis("prompt", ("fox", "a very long text " * 20)), Axis("style", ("off", "w" * 200)), Axis()]
+    white = Image.new("RGB", (64, 64), "white")
+    sheet = compose(axes, {(i, j, 0): Filled(white, 1.0, "x" * 300) for i in range(2) for j in range(2)})
+    assert sheet.width < 2 * 192 + 230
+    assert np.asarray(sheet)[:, -4:].min() == 255
