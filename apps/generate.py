@@ -461,20 +461,27 @@ def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
             match event:
                 case ModelLoading(model):
                     progress.update(task, description=f"loading {model}")
-                case Step(step, steps, picture, pictures, _, eta):
-                    of = f" (picture {picture} of {pictures})" if pictures > 1 else ""
-                    done = (picture - 1) * steps + step
+                case Step():
                     progress.update(
                         task,
-                        description=f"step {step} of {steps}{of}",
-                        completed=done,
-                        total=steps * pictures,
-                        left=f"{eta:.1f} s left",
+                        description=f"step {event.step} of {event.steps}{_which(event)}",
+                        completed=event.share,
+                        total=1,
+                        left=f"{event.eta:.1f} s left",
                     )
                 case Picture():
                     yield event
                 case Failed(message=message, cause=cause):
                     raise cause if cause is not None else ValueError(message)
+
+
+def _which(event: Step) -> str:
+    """Say which images a step belongs to; nothing if only one was asked for."""
+    if event.pictures == 1:
+        return ""
+    if event.batch == 1:
+        return f" (picture {event.picture} of {event.pictures})"
+    return f" (pictures {event.picture} to {event.last} of {event.pictures})"
 
 
 def report(written: list[tuple[list[Path], Picture]], json_output: bool) -> None:

@@ -209,6 +209,12 @@ class JobStore:
             query = f"SELECT id {LINE} WHERE state = 'queued' AND owner = ? ORDER BY {TURN}"
             return [job for (job,) in self._db.execute(query, (owner,))]
 
+    def unfinished(self, owner: str) -> list[StoredJob]:
+        """Return an owner's jobs that run, then those that wait, in their order."""
+        with self._lock:
+            query = f"SELECT {COLUMNS} {LINE} WHERE state IN ('queued', 'running') AND owner = ?"
+            return [StoredJob(*row) for row in self._db.execute(f"{query} ORDER BY state DESC, {TURN}", (owner,))]
+
     def move(self, job_id: str, position: int) -> bool:
         """Move a waiting job among those of its owner, who keep their places in the line between them.
 

@@ -48,8 +48,8 @@ class ServerLimits:
         loaded_models: how many models stay in memory; the least recently used one leaves first.
     """
 
-    queue: int = 64
-    queue_per_user: int = 32
+    queue: int = 128
+    queue_per_user: int = 96  # a whole grid and a file of prompts
     attempts: int = 3
     seconds: float = 3_600.0
     loaded_models: int = 2

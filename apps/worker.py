@@ -117,7 +117,7 @@ def _paint_batches(
     done = {picture.place for picture in studio.store.pictures(order.id)} | studio.store.skipped(order.id)
     wanted = 1 if request.pick is not None else request.num_images
     batches = request.batches()
-    clock = _StepClock(tell, len(batches))
+    clock = _StepClock(tell, len(batches), wanted)
     for number, seeds in enumerate(batches):
         first = number * request.batch_size
         if done.issuperset(range(first, min(first + len(seeds), wanted))):
@@ -125,7 +125,7 @@ def _paint_batches(
             continue
         canvas = _canvas(request, tuple(seeds), model, studio.uploads)
         begun = time.monotonic()
-        clock.begin(_step_count(request, model))
+        clock.begin(_step_count(request, model), first, 1 if request.pick is not None else len(seeds))
         switches.skip.clear()  # one that came too late for its picture shall not hit the next
         try:
             painted = _keep(canvas, paint(model, canvas, switches, clock.step))
@@ -370,9 +370,12 @@ def _versions() -> dict[str, str]:
 class _StepClock:
     """Turns the steps of several batches into Step events with an estimate of the time left."""
 
-    def __init__(self, tell: Callable[[Event], None], batches: int) -> None:
+    def __init__(self, tell: Callable[[Event], None], batches: int, images: int) -> None:
         self._tell = tell
         self._batches = batches
+        self._images = images
+        self._first = 1
+        self._size = 1
         self._batch = 0
         self._skipped = 0
         self._steps = 1
@@ -387,13 +390,16 @@ class _StepClock:
         self._skipped += 1
         self._started += seconds
 
-    def begin(self, steps: int) -> None:
+    def begin(self, steps: int, place: int, size: int) -> None:
+        """Begin a batch of `size` images, the first of which has this place in the job, from 0."""
         self._batch += 1
         self._steps = steps
+        self._first = place + 1
+        self._size = size
 
     def step(self, step: int, preview: Image.Image | None, strip: str = "") -> None:
         done = (self._batch - 1 - self._skipped) * self._steps + step
         left = max((self._batches - self._skipped) * self._steps - done, 0)
         eta = (time.monotonic() - self._started) / done * left
         steps = max(self._steps, step)  # a second-order scheduler calls back more often than it was asked to step
-        self._tell(Step(step, steps, self._batch, self._batches, preview, eta, strip))
+        self._tell(Step(step, steps, self._first, self._images, preview, eta, strip, self._size))

@@ -11,11 +11,10 @@ import gradio as gr
 
 from apps import limits
 from apps.engine import Engine
-from apps.job_store import StoredPicture
 from apps.jobs import repeat
 from apps.lora import LoraError
 from apps.media import read_mp4
-from apps.metadata import PictureSettings, StepCache, parse, read_picture
+from apps.metadata import Lora, PictureSettings, StepCache, read_picture
 from apps.named_settings import load_presets, unknown_preset
 from apps.prompt_file import (
     COMMAND_LINE_NAMES,
@@ -26,17 +25,20 @@ from apps.prompt_file import (
     request_field_names,
     request_fields,
 )
+from apps.sheet import GridSettings, read_sheet
 from apps.shelf import LoadedModel
 from apps.studio import views
+from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.desk import attention_choices, machine_choices, memory_note
+from apps.studio.easel import Changes
 from apps.studio.examples import EXAMPLES, example_prompts
-from apps.studio.painting import Changes, Painting, Shown
+from apps.studio.painting import Painting
 from apps.studio.problems import explain, problem
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
-from apps.studio.tabs import TABS
+from apps.studio.tabs import TABS, grid
 from apps.studio.vocabulary import read_vocabulary
-from apps.studio.wishes import FIXED, least_side, shapes, show_settings
+from apps.studio.wishes import FIXED, least_side, shapes, show_request, show_settings
 from apps.uploads import UploadError, read_upload
 
 logger = logging.getLogger(__name__)
@@ -73,12 +75,18 @@ class Choosing:
 
     # --------------------------------------------------------------------------- model
 
-    def open(self, saved: object, values: Mapping[str, Any]) -> Changes:
-        """Fit the page to its model when it opens, then put in place what the browser remembers."""
+    def open(self, saved: object, values: Mapping[str, Any], may_load: bool = True) -> Changes:
+        """Fit the page to its model when it opens, then put in place what the browser remembers.
+
+        Args:
+            saved: what the browser remembers.
+            values: of the page.
+            may_load: whether its user may have a model loaded.
+        """
         remembered = self._remembered(saved)
         key = remembered.get("model", values["model"])
         mode = remembered.get("mode", values["mode"])
-        changes = self.settle(key, mode)
+        changes = self.settle(key, mode, may_load)
         if not remembered:
             return changes
         merged = {**changes, "model": key}
@@ -106,8 +114,16 @@ class Choosing:
             and len(str(value)) <= limits.MAX_PROMPT_CHARS
         }
 
-    def settle(self, key: str, mode: str) -> Changes:
-        """Wait until a model is loaded and fit the controls to it."""
+    def settle(self, key: str, mode: str, may_load: bool = True) -> Changes:
+        """Wait until a model is loaded and fit the controls to it.
+
+        Args:
+            key: of the model.
+            mode: the open tab.
+            may_load: whether the user of the page may have it loaded, for which another may have to leave the memory.
+        """
+        if not may_load and key in self._engine.models and self._engine.loaded(key) is None:
+            raise gr.Error(self._words("no_rights"), print_exception=False)
         try:
             model = self._engine.model(key).result(timeout=self._engine.limits.seconds)
         except KeyError:
@@ -177,10 +193,10 @@ class Choosing:
             "switch": gr.update(value=label, visible=other is not None),
         }
 
-    def switch(self, mode: str) -> Changes:
-        """Choose a model that can do what a tab asks for."""
+    def switch(self, mode: str, may_load: bool = True) -> Changes:
+        """Choose a model that can do what a tab asks for; see `settle`."""
         other = self._able(mode)
-        return {} if other is None else {"model": other, **self.settle(other, mode)}
+        return {} if other is None else {"model": other, **self.settle(other, mode, may_load)}
 
     def _able(self, mode: str) -> str | None:
         """Return the first model that can do what a tab asks for."""
@@ -210,47 +226,46 @@ class Choosing:
 
     # ------------------------------------------------------------------------ pictures
 
-    def choose(self, visit: Sequence[Shown], event: gr.SelectData) -> Changes:
+    def choose(self, visit: Sequence[Finished], event: gr.SelectData) -> Changes:
         """Show the picture of the strip that was clicked."""
         index = event.index if isinstance(event.index, int) else -1
         return self._painting.show(visit[index]) if 0 <= index < len(visit) else {}
 
-    def reuse_seed(self, chosen: Shown | None) -> Changes:
-        """Fix the seed to that of the picture on the stage."""
+    def reuse_seed(self, chosen: Finished | None) -> Changes:
+        """Fix the seed to that of the picture or grid on the stage."""
+        if isinstance(chosen, ShownSheet):
+            return {"seed_mode": FIXED, "seed": chosen.record.settings.request.seed}
         return {} if chosen is None else {"seed_mode": FIXED, "seed": chosen.settings.seed}
 
-    def reuse_settings(self, chosen: Shown | None) -> Changes:
-        """Set every control as for the picture on the stage."""
+    def reuse_settings(self, chosen: Finished | None) -> Changes:
+        """Set every control as for the picture or grid on the stage."""
+        if isinstance(chosen, ShownSheet):
+            return self._put_grid_in_place(chosen.record.settings)
         return {} if chosen is None else self._put_in_place(chosen.settings)
 
     def load_settings(self, file: str | None) -> Changes:
-        """Set every control as for a picture that was handed in."""
+        """Set every control as for a picture, or the sheet of a grid, that was handed in."""
         if not file:
             return {}
         path = Path(file)
         try:
-            settings = _read(path)
-            repeat(settings)
+            settings = read_sheet(path) or _read(path)
+            if isinstance(settings, PictureSettings):
+                repeat(settings)
         except (ValueError, OSError) as error:
             return problem(explain(error, self._words))
         gr.Info(self._words("load_settings.done", name=path.name[:60]))
+        if isinstance(settings, GridSettings):
+            return self._put_grid_in_place(settings)
         return self._put_in_place(settings)
 
     def _put_in_place(self, settings: PictureSettings) -> Changes:
         """Set every control for the settings of a picture, its source and mask too."""
-        changes = show_settings(settings)
+        refused = self._lora_refused(settings.lora)
+        if refused is not None:
+            return refused
+        changes = self._as_here(show_settings(settings), settings.model)
         mode = changes.pop("mode")
-        if settings.lora is not None:
-            try:
-                self._engine.check_lora(settings.lora)
-            except LoraError as error:
-                return problem(explain(error, self._words))
-        for name, found in machine_choices(self._engine.devices).items():
-            if changes.get(name) and changes[name] not in found:
-                gr.Warning(self._words(f"{name}.missing", name=changes[name]))
-                changes[name] = ""
-        if settings.model in self._engine.models:
-            changes["model"] = settings.model
         mask = changes.pop("mask", None)
         if settings.image is not None:
             try:
@@ -258,6 +273,32 @@ class Choosing:
             except UploadError as error:
                 return problem(explain(error, self._words))
         return {**changes, **self._go(mode)}
+
+    def _put_grid_in_place(self, settings: GridSettings) -> Changes:
+        """Set every control for the settings of a grid."""
+        request = settings.request
+        refused = self._lora_refused(request.lora)
+        if refused is not None:
+            return refused
+        shown = show_request(request) | grid.show_axes(settings.axes)
+        return self._as_here(shown, request.model) | self._go("grid")
+
+    def _lora_refused(self, lora: Lora | None) -> Changes | None:
+        """Say that a LoRA file can't be had here, without which nothing is right; None if it can."""
+        if lora is not None:
+            try:
+                self._engine.check_lora(lora)
+            except LoraError as error:
+                return problem(explain(error, self._words))
+        return None
+
+    def _as_here(self, changes: Changes, model: str | None) -> Changes:
+        """Leave out of the values of controls what can't be had here."""
+        for name, found in machine_choices(self._engine.devices).items():
+            if changes.get(name) and changes[name] not in found:
+                gr.Warning(self._words(f"{name}.missing", name=changes[name]))
+                changes[name] = ""
+        return {**changes, "model": model} if model in self._engine.models else changes
 
     def _go(self, mode: str) -> Changes:
         return {"mode": mode, "tabs": gr.update(selected=mode)}
@@ -274,9 +315,9 @@ class Choosing:
             return problem(explain(error, self._words))
         return self._source(self._engine.uploads.add(image))
 
-    def send(self, chosen: Shown | None, mode: str) -> Changes:
+    def send(self, chosen: Finished | None, mode: str) -> Changes:
         """Start from the picture on the stage, in one of the tabs that start from a picture."""
-        if chosen is None:
+        if not isinstance(chosen, Shown):
             return {}
         image = read_upload(chosen.path.read_bytes())
         return {**self._source(self._engine.uploads.add(image)), **self._go(mode)}
@@ -328,9 +369,10 @@ class Choosing:
         """Turn the pages of the gallery."""
         first = max(int(page) + by, 0) * PAGE
         found = self._engine.history(self._sessions.watcher(request), PAGE + 1, first)
-        shown = [one for one in map(self._on_disk, found[:PAGE]) if one is not None]
-        items = [(str(one.path), one.settings.prompt or str(one.settings.label)) for one in shown]
-        note = self._words("gallery.page", first=first + 1, last=first + len(shown)) if shown else ""
+        shown = self._painting.album.hung(found[:PAGE])
+        items = [(str(one.path), self._caption(one)) for one in shown]
+        count = sum(isinstance(one, Shown) for one in shown)  # sheets show pictures of the page once more
+        note = self._words("gallery.page", first=first + 1, last=first + count) if shown else ""
         return {
             "page": first // PAGE,
             "hung": shown,
@@ -340,14 +382,13 @@ class Choosing:
             "older": gr.update(interactive=len(found) > PAGE),
         }
 
-    def _on_disk(self, picture: StoredPicture) -> Shown | None:
-        """Return a picture of the record; None if its file has been removed."""
-        folder = self._engine.output_dir
-        if folder is None or not (folder / picture.name).is_file():
-            return None
-        return Shown(folder / picture.name, parse(picture.settings), picture.seconds)
+    def _caption(self, shown: Finished) -> str:
+        if isinstance(shown, ShownSheet):
+            prompt = getattr(shown.record.settings.request, "prompt", "")
+            return f"{self._words('tab.grid')}: {prompt}"
+        return shown.settings.prompt or str(shown.settings.label)
 
-    def look(self, hung: Sequence[Shown], event: gr.SelectData) -> Changes:
+    def look(self, hung: Sequence[Finished], event: gr.SelectData) -> Changes:
         """Show the picture of the gallery that was clicked."""
         index = event.index if isinstance(event.index, int) else -1
         if not 0 <= index < len(hung):

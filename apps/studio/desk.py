@@ -207,6 +207,7 @@ def easel(words: Strings) -> Parts:
     size = (BUILTIN_SIDE, BUILTIN_SIDE)
     parts: Parts = {
         "stage": gr.HTML(views.stage(size=size, note=words("empty")), elem_id="stage", js_on_load=None),
+        "problem": gr.HTML("", elem_id="problem", js_on_load=None),
         "details": gr.HTML("", elem_id="details", js_on_load=None),
     }
     with gr.Row(elem_id="use"):

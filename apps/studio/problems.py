@@ -74,7 +74,7 @@ LABELS = {
     "width": "width",
 }
 """Field of a request -> string with its label on the page."""
-PLACE = "stage"
+PLACE = "problem"
 """Part of the page that shows errors."""
 PERCENT = frozenset({"expand.left", "expand.top", "expand.right", "expand.bottom"})
 """Fields that the page shows in percent; the request has shares."""
@@ -115,14 +115,13 @@ def explain_failure(failed: Failed, words: Strings) -> str:
     return words(key if key in known else "failed.failed", message=failed.message)
 
 
-def problem(text: str, size: tuple[int, int] = (1, 1)) -> dict[str, Any]:
+def problem(text: str) -> dict[str, Any]:
     """Return the changes of the page that show an error, in its only place.
 
     Args:
         text: what is wrong, in the language of the page.
-        size: of the frame, pixels of the image that was asked for.
     """
-    return {PLACE: views.stage(size=size, note=text, is_problem=True)}
+    return {PLACE: views.problem(text)}
 
 
 def label(field: str, words: Strings) -> str:

@@ -178,6 +178,42 @@ def show_settings(settings: PictureSettings) -> dict[str, Any]:
     return {name: value for name, value in shown.items() if value is not None}
 
 
+def show_request(request: AnyRequest) -> dict[str, Any]:
+    """Return what the page holds for the shared settings of a request, the reverse of `make_request`.
+
+    Args:
+        request: untrusted, but checked.
+
+    Returns:
+        Values by component. The model is left out: the page may not have it.
+    """
+    values = request.model_dump()
+    width, height, cache, lora = (values.get(name) for name in ("width", "height", "step_cache", "lora"))
+    size = {"shape": AUTO} if width is None else {"shape": CUSTOM, "width": width, "height": height}
+    same = {name: values.get(name) for name in ("prompt", "steps", "guidance", "file_format", "keep_settings")}
+    shown = {
+        **same,
+        **size,
+        "negative": values.get("negative_prompt"),
+        "seed_mode": FIXED if request.seed is not None else RANDOM,
+        "seed": request.seed,
+        "count": request.num_images,
+        "batch_size": request.batch_size,
+        "sidecar": request.sidecar,
+        "frames": values.get("frames"),
+        "style": request.style or "",
+        "scheduler": values.get("scheduler") or "",
+        "step_cache": cache["preset"] if cache else "",
+        "cache_amount": (cache["amount"] or 0) if cache else 0,
+        "memory": request.memory or "",
+        "dtype": request.dtype or "",
+        "attention": request.attention or "",
+        "lora": lora["name"] if lora else "",
+        "lora_scale": lora["scale"] if lora else 1.0,
+    }
+    return {name: value for name, value in shown.items() if value is not None}
+
+
 def mode_of(settings: PictureSettings) -> str:
     """Return the tab that paints what a picture is."""
     if settings.task.startswith("next_scale"):

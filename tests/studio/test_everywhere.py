@@ -21,7 +21,7 @@ from apps.studio.painting import Painting
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
 from tests.pipes.tiny import tiny_text_to_image_pipeline
-from tests.studio.test_page import PAGE, TAB, pictures
+from tests.studio.test_page import PAGE, generate_with, pictures
 
 MODES = {
     "text": {"scheduler": "unipc", "guidance": 3.0, "shape": "64x32"},
@@ -70,11 +70,11 @@ def test_the_file_is_enough(world, tmp_path, name):
         from apps.studio import views
 
         page |= {"mask": views.preview_uri(mask)}
-    first = pictures(list(painting.paint([], page, TAB)))[0]
+    first = pictures(list(generate_with(painting, page)))[0]
     settings = read_picture(first.path)
 
     shown = {key: value for key, value in choosing.load_settings(str(first.path)).items() if key in PAGE}
-    again = pictures(list(painting.paint([], {**PAGE, **shown}, TAB)))
+    again = pictures(list(generate_with(painting, {**PAGE, **shown})))[: shown["count"]]  # the newest
     assert [pixels(one.path) for one in again if one.settings.seed == settings.seed] == [pixels(first.path)]
 
     run(Wishes(), tmp_path / "cli.png", Machine(device="cpu"), settings=first.path)

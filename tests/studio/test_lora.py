@@ -18,8 +18,9 @@ from apps.generate import Machine, Wishes, run
 from apps.jobs import repeat
 from apps.lora import LoraError, find_loras
 from apps.metadata import Lora, read_picture
+from apps.studio.album import Shown
 from apps.studio.choosing import Choosing
-from apps.studio.painting import Painting, Shown
+from apps.studio.painting import Painting
 from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from types import SimpleNamespace
 
@@ -17,16 +16,18 @@ from PIL import Image
 from apps.engine import Done, Engine
 from apps.grid import Axis, Filled, compose, plan, read_axis
 from apps.jobs import TextToImageRequest
-from apps.metadata import parse, read_picture, save_picture
+from apps.metadata import parse, save_picture
 from apps.named_settings import load_presets, preset_values
 from apps.serve import check_host, check_port
 from apps.shelf import find_tasks, inspect_model
-from apps.studio import painting as painting_module
+from apps.studio import following as following_module
 from apps.studio import views
+from apps.studio.album import Shown
 from apps.studio.app import build_page
 from apps.studio.choosing import SAVED, Choosing
 from apps.studio.examples import FAVOURITES, example_prompts
-from apps.studio.painting import REDRAW_SECONDS, Painting, restated, strip
+from apps.studio.following import restated
+from apps.studio.painting import Painting
 from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
 from apps.studio.strings import FOLDER, Strings, languages
@@ -67,19 +68,44 @@ def studio(tmp_path):
     engine.close()
 
 
-def paint(studio, visit=(), tab=TAB, **changes):
-    return studio.painting.paint(list(visit), {**PAGE, **changes}, tab)
+def follow(studio, tab=TAB, seen=(), chosen=None):
+    """Tell the changes of a page that follows, as the page asks for them; it has seen nothing if `seen` is None."""
+    for changes in studio.painting.following.follow(tab, seen, chosen):
+        if changes:
+            yield changes
+        else:
+            time.sleep(0.005)
+
+
+def paint(studio, tab=TAB, **changes):
+    """Ask for pictures and follow them, as a page does that has seen all that is finished."""
+    seen = studio.painting.album.names(studio.sessions.user(tab))
+    asked = studio.painting.paint({**PAGE, **changes}, tab)
+    yield asked
+    if "pulse" in asked:
+        yield from follow(studio, tab, seen)
+
+
+def generate_with(painting, values):
+    """Ask for pictures with these values of the page, and follow them."""
+    return paint(SimpleNamespace(painting=painting, sessions=Sessions(None)), **values)
 
 
 def pictures(told):
-    """Return the pictures of a visit, the newest first."""
-    return [changes["visit"] for changes in told if "visit" in changes][-1]
+    """Return what the strip shows at last, the newest first; without sheets of grids."""
+    strips = [changes["visit"] for changes in told if "visit" in changes]
+    return [one for one in strips[-1] if isinstance(one, Shown)]
+
+
+def followed(told):
+    """Return the id of the job that a page shows."""
+    return [changes["job"] for changes in told if "job" in changes][-1]
 
 
 def test_a_change_is_repeated_for_a_moment(monkeypatch):
     """Gradio loses what only the first of two messages says that arrive together."""
     clock = iter([0.0, 1.5, 3.0])
-    monkeypatch.setattr(painting_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(following_module.time, "monotonic", lambda: next(clock))
     closed = []
 
     def told():
@@ -105,107 +131,6 @@ def test_an_update_is_repeated_whole_though_gradio_empties_it():
     assert next(told)["strip"]["value"] == ["a"]
 
 
-def test_a_picture_reaches_strip_and_stage_as_the_file_itself(studio):
-    told = list(paint(studio, count=2))
-    visit = pictures(told)
-    assert [item.settings.seed for item in visit] == [4, 3]  # newest first
-    assert read_picture(visit[0].path) == visit[0].settings
-    shown = next(changes for changes in reversed(told) if "details" in changes)
-    assert views.file_uri(visit[0].path) in shown["stage"]
-    assert [caption for _, caption in strip(visit)["strip"]["value"]] == ["4", "3"]
-    stages = [changes["stage"] for changes in told if "stage" in changes]
-    assert "Done in" in stages[-1]
-    buttons = [changes["stop"]["interactive"] for changes in told if "stop" in changes]
-    assert (buttons[0], buttons[-1]) == (True, False)
-
-
-def test_stop_ends_the_job_of_this_tab_only(studio):
-    other = SimpleNamespace(session_hash="another tab", username=None)
-    job = paint(studio, steps=100)
-    while "Step" not in next(job).get("stage", ""):
-        pass
-    studio.painting.stop(other)
-    assert "Step" in next(changes for changes in job if "stage" in changes)["stage"]
-    studio.painting.stop(TAB)
-    told = list(job)
-    assert len(told) <= 6
-    assert any("Stopped" in changes.get("stage", "") for changes in told)
-    assert not any("visit" in changes for changes in told)
-    studio.painting.stop(TAB)  # nothing runs: nothing happens
-
-
-def test_a_second_click_waits_in_line_and_is_shown_in_its_turn(studio):
-    first, seen = paint(studio, steps=30), []
-    while "Step" not in next(first).get("stage", ""):
-        pass
-    second = list(paint(studio, seed=50))
-    assert len(second) == 1
-    assert "1 waiting" in second[0]["line"]
-    assert second[0]["clear"]["visible"] is True
-    seen = list(first)
-    assert [item.settings.seed for item in pictures(seen)] == [50, 3]
-
-
-def test_the_line_can_be_cleared(studio):
-    job = paint(studio, steps=30)
-    while "Step" not in next(job).get("stage", ""):
-        pass
-    for seed in (50, 51):
-        list(paint(studio, seed=seed))
-    assert studio.painting.clear(TAB)["line"] == ""
-    assert [item.settings.seed for item in pictures(list(job))] == [3]
-    assert [one.state for one in studio.engine.jobs()] == ["stopped", "stopped", "done"]
-
-
-def test_the_line_can_be_reordered_and_one_of_it_removed(studio):
-    first = paint(studio, steps=60)
-    while "Step" not in next(first).get("stage", ""):
-        pass
-    told = [next(paint(studio, seed=seed, prompt=f"a fox <b>{seed}</b>")) for seed in (50, 60, 70)]
-    assert told[-1]["order"]["visible"] is True
-    jobs = [job for _, job in told[-1]["waiting"]["choices"]]
-    assert [title for title, _ in told[-1]["waiting"]["choices"]][1] == "2. a fox <b>60</b>"
-
-    moved = studio.painting.move(TAB, jobs[2], -1)["waiting"]
-    assert (moved["value"], [job for _, job in moved["choices"]]) == (jobs[2], [jobs[0], jobs[2], jobs[1]])
-    for job, by in ((jobs[0], -1), (jobs[1], 1), ("0" * 16, 1), (None, 1)):  # at the ends, and what isn't in line
-        assert [one for _, one in studio.painting.move(TAB, job, by)["waiting"]["choices"]] == [
-            jobs[0], jobs[2], jobs[1],
-        ]  # fmt: skip
-    stranger = SimpleNamespace(session_hash="another tab", username=None)
-    assert studio.painting.move(stranger, jobs[1], -1)["order"]["visible"] is False
-    left = studio.painting.drop(TAB, jobs[0])
-    assert "2 waiting" in left["line"]
-    assert studio.engine.job(jobs[0]).state == "stopped"
-    seen = [*first]
-    assert [item.settings.seed for item in pictures(seen)] == [60, 70, 3]  # newest first
-    assert seen[-1]["order"]["visible"] is False
-
-
-def test_one_picture_of_several_is_skipped(studio):
-    told = paint(studio, count=2, steps=30)
-    seen = [next(told)]
-    while "Picture 1" not in seen[-1].get("stage", ""):
-        seen.append(next(told))
-    assert [changes["skip"]["visible"] for changes in seen if "skip" in changes] == [True]
-    studio.painting.skip(TAB)
-    seen += told
-    assert [item.settings.seed for item in pictures(seen)] == [4]
-    assert seen[-2]["skip"]["visible"] is False
-    alone = [changes["skip"]["visible"] for changes in paint(studio) if "skip" in changes]
-    assert alone == [False, False]  # nothing to go on with
-
-
-def test_closing_the_tab_stops_all_of_its_line(studio):
-    job = paint(studio, steps=200)
-    while "Step" not in next(job).get("stage", ""):
-        pass
-    list(paint(studio, seed=50))
-    job.close()
-    assert [one.state for one in studio.engine.jobs()] == ["stopped", "stopped"]
-    assert pictures(list(paint(studio)))  # and the page is as good as new
-
-
 def test_prompts_from_a_file_are_a_job_each(studio, tmp_path):
     (tmp_path / "prompts.txt").write_text('# mine\na fox\n"a cat"\n{"prompt": "a dog"}\n\n')
     changes = studio.choosing.take_prompts(str(tmp_path / "prompts.txt"))
@@ -217,16 +142,6 @@ def test_prompts_from_a_file_are_a_job_each(studio, tmp_path):
     visit = pictures(list(paint(studio, many=changes["many"])))
     assert [item.settings.prompt for item in visit] == ["a dog", "a cat", "a fox"]
     assert studio.choosing.drop_prompts()["many"] == []
-
-
-def test_fast_steps_do_not_flood_the_page(tmp_path):
-    engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: FakePipeline())
-    started = time.monotonic()
-    told = list(Painting(engine, ENGLISH, Sessions(None)).paint([], {**PAGE, "steps": 150, "count": 4}, TAB))
-    steps = [changes for changes in told if "Picture " in changes.get("stage", "")]
-    most = (time.monotonic() - started) / REDRAW_SECONDS + 4 + 1  # a view begins anew with every picture
-    assert 1 <= len(steps) <= most < 600
-    engine.close()
 
 
 @pytest.mark.parametrize(
@@ -256,10 +171,10 @@ def test_fast_steps_do_not_flood_the_page(tmp_path):
     ],
 )
 def test_wishes_that_by_pass_the_widgets_are_refused(studio, wish, reason):
-    told = [changes["stage"] for changes in paint(studio, **wish) if "stage" in changes]
-    assert reason in told[-1]
-    assert 'role="alert"' in told[-1]
-    assert "<script>" not in told[-1]
+    problem = [changes["problem"] for changes in paint(studio, **wish) if "problem" in changes][-1]
+    assert reason in problem
+    assert 'role="alert"' in problem
+    assert "<script>" not in problem
 
 
 def test_a_random_seed_ignores_the_field(studio):
@@ -403,11 +318,11 @@ def test_pictures_of_classes(tmp_path, mode):
         pipe = NextScaleClassToImagePipeline(tiny_next_scale.transformer(), tiny_next_scale.tokenizer())
     engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: pipe)
     engine.model().result(10)
-    painting = Painting(engine, ENGLISH, Sessions(None))
-    settings = {**PAGE, "mode": mode, "label": "1: goldfish", "scale_label": "1", "shape": AUTO, "top_k": 0,
+    sessions = Sessions(None)
+    studio = SimpleNamespace(painting=Painting(engine, ENGLISH, sessions), sessions=sessions)
+    settings = {"mode": mode, "label": "1: goldfish", "scale_label": "1", "shape": AUTO, "top_k": 0,
                 "kv_policy": "window", "kv_budget": 0.5, "guidance": 2.0}  # fmt: skip
-    told = list(painting.paint([], settings, TAB))
-    assert "visit" in told[-3] or any("visit" in changes for changes in told), told[-1]
+    told = list(paint(studio, **settings))
     first = pictures(told)[0]
     assert first.settings.label == 1
     if mode == "scales":
@@ -415,7 +330,7 @@ def test_pictures_of_classes(tmp_path, mode):
         assert "KV window" in first.report
     shown = show_settings(parse(first.settings.model_dump_json()))
     assert shown.pop("mode") == mode
-    again = pictures(list(painting.paint([], {**settings, **shown}, TAB)))[0]
+    again = pictures(paint(studio, **{**settings, **shown}))[0]
     with Image.open(first.path) as one, Image.open(again.path) as two:
         assert one.tobytes() == two.tobytes()
     engine.close()
@@ -460,28 +375,6 @@ def test_grids_are_checked():
     ):
         with pytest.raises(ValueError, match=reason):
             plan(request, axes)
-
-
-def test_a_grid_is_painted_cell_by_cell_and_saved(studio):
-    told = list(paint(studio, mode="grid", seed_mode=RANDOM))
-    assert any("Cell 2 of 2" in changes.get("stage", "") for changes in told)
-    saved = next(changes["save"]["value"] for changes in told if "save" in changes)
-    with Image.open(saved) as sheet:
-        assert sheet.width > 2 * 192
-    assert len({parse(one.settings).seed for one in studio.engine.history()}) == 1
-    assert {parse(one.settings).steps for one in studio.engine.history()} == {2, 3}
-
-
-def test_a_grid_can_be_stopped(studio):
-    job = paint(studio, mode="grid", grid_x_values="50, 60, 70")
-    while "Cell 2" not in next(job).get("stage", ""):
-        pass
-    threading.Timer(0.05, studio.painting.stop, (TAB,)).start()
-    told = list(job)
-    assert any("Stopped" in changes.get("stage", "") for changes in told)
-    assert len(studio.engine.history()) == 1
-    time.sleep(0.05)
-    assert pictures(list(paint(studio)))
 
 
 # ---------------------------------------------------------------------------------- words
@@ -533,6 +426,7 @@ def test_words_from_files_are_escaped_and_capped(tmp_path):
     assert views.vocabulary([], "model", ENGLISH) == ""
     assert "<script>" not in views.stage(size=(1, 1), note="<script>")
     assert "<script>" not in views.note("<script>")
+    assert "<script>" not in views.problem("<script>")
 
 
 def test_examples_use_known_words_only():

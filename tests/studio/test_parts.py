@@ -31,7 +31,7 @@ from pipelines.next_scale import NextScaleClassToImagePipeline
 from tests.models import tiny_next_scale
 from tests.pipes.test_next_scale_text import of_bits, of_entries
 from tests.pipes.tiny import tiny_text_to_image_pipeline
-from tests.studio.test_page import PAGE, TAB, pictures
+from tests.studio.test_page import PAGE, generate_with, pictures
 
 SIDE = 64
 
@@ -222,7 +222,7 @@ def test_what_is_kept_is_kept_and_the_file_paints_it_again(world, tmp_path, kind
         page |= {"mask_grow": 3, "mask_blur": 5}
     if kind in ("expand", "both"):
         page |= {"grow_left": 75, "grow_right": 25, "grow_bottom": 100}
-    first = pictures(list(world.painting.paint([], page, TAB)))[0]
+    first = pictures(list(generate_with(world.painting, page)))[0]
     found = pixels(first.path)
     assert found.shape == (height, width, 3)
     kept = np.asarray(picture)
@@ -240,7 +240,7 @@ def test_what_is_kept_is_kept_and_the_file_paints_it_again(world, tmp_path, kind
     settings = read_picture(first.path)
     shown = {key: value for key, value in world.choosing.load_settings(str(first.path)).items() if key in PAGE}
     assert shown["mode"] == "inpaint"
-    again = pictures(list(world.painting.paint([], {**PAGE, **shown}, TAB)))[0]
+    again = pictures(list(generate_with(world.painting, {**PAGE, **shown})))[0]
     assert (pixels(again.path) == found).all()
     assert read_picture(again.path) == settings
 

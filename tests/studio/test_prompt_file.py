@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
 from tests.studio.fakes import FakePipeline
-from tests.studio.test_page import ENGLISH, PAGE, TAB
+from tests.studio.test_page import ENGLISH, PAGE, paint
 
 LINE = {"prompt": "a fox", "seed": 7, "steps": 3, "size": "96x64", "num": 2, "cache": "fora:every=3", "guidance": 2.5}
 
@@ -48,10 +49,9 @@ def page(tmp_path):
         return choosing.take_prompts(str(file))
 
     def generate(lines, **changes):
-        return list(painting.paint([], {**PAGE, "many": lines, **changes}, TAB))
+        return list(paint(SimpleNamespace(painting=painting, sessions=sessions), many=lines, **changes))
 
-    page = type("Page", (), {"take": staticmethod(take), "generate": staticmethod(generate), "engine": engine})
-    yield page
+    yield SimpleNamespace(take=take, generate=generate, engine=engine)
     engine.close()
 
 
@@ -143,7 +143,7 @@ def test_a_file_that_does_not_fit_into_the_queue_is_queued_not_at_all(page):
     lines = page.take("a fox\n" * 3)["many"]
     page.engine.limits = ServerLimits(queue_per_user=2)
     said = page.generate(lines)
-    assert "nothing was queued" in said[-1][PLACE]
+    assert "at most 2 fit" in said[-1][PLACE]
     assert page.engine.jobs() == []
 
 

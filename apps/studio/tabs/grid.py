@@ -45,4 +45,14 @@ def axes(values: Values) -> Sequence[Axis]:
     return [read_axis(values[f"grid_{axis}"] or "", values[f"grid_{axis}_values"] or "") for axis in "xyz"]
 
 
+def show_axes(shown: Sequence[Axis]) -> dict[str, str]:
+    """Return what the components of the tab hold for three axes; the reverse of `axes`."""
+    named = zip("xyz", shown, strict=True)
+    return {
+        name: value
+        for letter, axis in named
+        for name, value in ((f"grid_{letter}", axis.name), (f"grid_{letter}_values", ", ".join(axis.values)))
+    }
+
+
 TAB = Tab("grid", ("text_to_image", "next_scale_text"), _build, lambda values: {}, lambda settings: {})
