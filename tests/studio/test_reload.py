@@ -66,7 +66,7 @@ def server(tmp_path_factory):
 def pages(server, browser):
     """Open pages of one browser; at the end nothing runs and nothing waits."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(25_000)
 
     def page():
         one = context.new_page()
