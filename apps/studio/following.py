@@ -31,8 +31,8 @@ from apps.studio.waiting import Waiting
 from apps.uploads import UploadError
 from apps.worker import open_size
 
-RESTATE_SECONDS = 2.0
-"""How long a change is repeated with those that follow it, see `restated`."""
+RESTATED = (0.2, 0.8, 2.0)
+"""Seconds after which a change is repeated with those that follow it, see `restated`."""
 
 
 @dataclass(slots=True)
@@ -302,24 +302,31 @@ def busy(is_busy: bool, can_skip: bool = False) -> Changes:
     return {"stop": can, "finish": can, "skip": gr.update(visible=can_skip)}
 
 
-def restated(told: Generator[Changes | None], seconds: float = RESTATE_SECONDS) -> Generator[Changes | None]:
-    """Repeat what was told a moment ago with every further change, the last word on each part.
+def restated(told: Generator[Changes | None], seconds: Sequence[float] = RESTATED) -> Generator[Changes | None]:
+    """Repeat what was told a moment ago with further changes, and all of it once more at the end.
 
     Gradio's page turns a message into the next one in place: when a busy browser takes in two at once, what only the
-    first one says (a picture just before 'done') would never be seen. What is repeated is a copy, because Gradio takes
-    the value out of an update as it sends it.
+    first one says (a picture just before 'done') would never be seen. Each part is repeated a few times and not with
+    every message, because the strip takes server and browser longer than a step. What is repeated is a copy, because
+    Gradio takes the value out of an update as it sends it.
 
     Args:
         told: changes of the page; closed with this generator.
-        seconds: how long each is repeated.
+        seconds: when each is repeated, counted from when it was told.
     """
-    recent: dict[str, tuple[float, Any]] = {}
+    recent: dict[str, tuple[float, int, Any]] = {}  # told when, repeated how often, what
     with closing(told):
         for changes in told:
             if not changes:
                 yield None
                 continue
             now = time.monotonic()
-            recent = {name: one for name, one in recent.items() if now - one[0] < seconds}
-            recent |= {name: (now, value) for name, value in changes.items()}
-            yield {name: copy(value) for name, (_, value) in recent.items()}
+            again: Changes = {}
+            for name, (since, times, value) in recent.items():
+                if times < len(seconds) and now - since >= seconds[times]:
+                    again[name] = copy(value)
+                    recent[name] = (since, times + 1, value)
+            recent |= {name: (now, 0, value) for name, value in changes.items()}
+            yield again | {name: copy(value) for name, value in changes.items()}
+        now = time.monotonic()
+        yield {name: copy(value) for name, (since, _, value) in recent.items() if now - since < seconds[-1]}
