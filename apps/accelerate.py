@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apps.metadata import StepCache
+from apps.request_error import RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,13 @@ def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
         yield RunningCache()
         return
     if wish.preset not in KNOBS:
-        raise ValueError(f"There is no such step cache; choose among {', '.join(KNOBS)}.")
+        raise RequestError(
+            "choice",
+            f"There is no such step cache; choose among {', '.join(KNOBS)}.",
+            field="step_cache",
+            value=wish.preset,
+            choices=", ".join(KNOBS),
+        )
     from dit.runtime.attachment import AttachError
     from sampling.step_cache import StepCache as Mechanism
 
@@ -95,14 +102,17 @@ def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
         try:
             params["profile"] = find_profile(pipe)
         except ValueError as error:  # which names the model's folder
-            raise ValueError(
-                "The step cache 'budget' needs a profile, and this model has none; choose another step cache."
+            raise RequestError(
+                "cache.profile",
+                "The step cache 'budget' needs a profile, and this model has none; choose another step cache.",
             ) from error
     mechanism = Mechanism.preset(wish.preset, **params)
     try:
         attachment = mechanism.attach(pipe)
     except AttachError as error:
-        raise ValueError(f"The step cache {wish.preset!r} doesn't fit this model: {error}.") from error
+        raise RequestError(
+            "cache.fit", f"The step cache {wish.preset!r} doesn't fit this model: {error}.", value=wish.preset
+        ) from error
     with attachment:
         yield RunningCache(mechanism, wish.preset)
 

@@ -1,8 +1,8 @@
 """`tessera generate --batch`: work through a file of prompts, skip what is done, go on after a failure.
 
-A line is a JSON object with the words of the command line (`prompt`, `seed`, `steps`, `size`, ...), a JSON string, or
-plain text. The name of a picture follows from its line and from what was said on the command line, so a second run
-finds what the first one has done, and a changed line is painted anew.
+How a file is read is told in `apps.prompt_file`, which the page uses too. The name of a picture follows from its line
+and from what was said on the command line, so a second run finds what the first one has done, and a changed line is
+painted anew.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,24 @@ from rich.console import Console
 
 from apps.engine import Engine
 from apps.generate import DEFAULT_MODEL, Machine, Wishes, follow, make_request
-from apps.options import check_wishes, read_line
+from apps.jobs import AnyRequest
+from apps.options import check_wishes
 from apps.outputs import check_folder, picture_paths, save
 from apps.profiles import check_request
+from apps.prompt_file import command_line_values, parse_lines, read_text, request_field_names
 from apps.shelf import check_sources
-from apps.usage import UsageError, checking
+from apps.usage import checking
 
-MAX_LINES = 100_000
 EXAMPLE = "1"
 """Stands for the prompts of the lines when their common settings are checked: a text, and the number of a class."""
 FROM_LINE = {field.name for field in fields(Wishes)} - {"model", "lora"}
+"""Names of the command line that a line may have."""
+RENAMED = {"width", "height", "num_images", "label", "step_cache"}
+"""Fields of a request that have other names on the command line."""
+ADDED = ("mask_grow", "mask_blur")
+"""Options that came later; names of files made without them stay as they were."""
+OF_ALL = {"model", "lora", "pick", "file_format", "keep_settings", "sidecar"}
+"""Fields of a request that hold for all lines, or that the command line decides."""
 
 
 class BatchError(ValueError):
@@ -43,11 +51,13 @@ class Line:
         number: from 1, as editors count.
         wishes: what it asks for, with those of the command line behind.
         name: of its picture, without the ending.
+        fields: fields of the request that the command line has no option for.
     """
 
     number: int
     wishes: Wishes
     name: str
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def run_batch(
@@ -105,40 +115,28 @@ def read_lines(file: Path, common: Wishes) -> Iterator[Line]:
     """Read the lines of a file; blank ones and those that begin with # are skipped.
 
     Raises:
-        ValueError: a line is neither text nor an object of known words.
-        UsageError: the file isn't UTF-8 text.
+        PromptFileError: a line is neither text nor an object of known names.
     """
-    try:
-        rows = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file.name} is no UTF-8 text; give a JSONL or text file with a prompt a line.") from error
-    if len(rows) > MAX_LINES:
-        raise ValueError(f"{file.name} has {len(rows)} lines; at most {MAX_LINES} are taken.")
-    for number, text in enumerate(rows, 1):
-        if text.strip() and not text.startswith("#"):
-            wishes = replace(common, **_read(text.strip(), number, file.parent))
-            content = json.dumps(asdict(wishes), sort_keys=True, default=str)
-            yield Line(number, wishes, f"{number:05d}-{hashlib.sha256(content.encode()).hexdigest()[:8]}")
+    known = FROM_LINE | RENAMED | (request_field_names() - OF_ALL)
+    for line in parse_lines(read_text(file.read_bytes(), file.name), file.name, known):
+        values = command_line_values(line.values)
+        said = {key: value for key, value in values.items() if key in FROM_LINE}
+        said |= {key: file.parent / said[key] for key in ("image", "mask") if key in said}
+        extra = {key: value for key, value in values.items() if key not in FROM_LINE}
+        wishes = replace(common, **said)
+        told = {key: value for key, value in asdict(wishes).items() if key not in ADDED or value is not None}
+        content = json.dumps(told | extra, sort_keys=True, default=str)
+        yield Line(line.number, wishes, f"{line.number:05d}-{_digest(content)}", extra)
 
 
-def _read(text: str, number: int, folder: Path) -> dict[str, Any]:
-    """Read one line."""
-    if not text.startswith(("{", '"')):
-        return {"prompt": text}
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"Line {number} is no JSON: {error}.") from error
-    if isinstance(value, str):
-        return {"prompt": value}
-    unknown = set(value) - FROM_LINE
-    if unknown:
-        raise ValueError(f"Line {number} holds {', '.join(sorted(unknown))}; known are {', '.join(sorted(FROM_LINE))}.")
-    try:
-        read = read_line(value)
-    except UsageError as error:
-        raise UsageError(f"Line {number} holds {error}.") from error
-    return {key: folder / one if key in ("image", "mask") and one is not None else one for key, one in read.items()}
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+def _request(line: Line, engine: Engine) -> AnyRequest:
+    """Make the request of a line."""
+    request = make_request(line.wishes, engine)
+    return type(request).model_validate({**request.model_dump(), **line.fields}) if line.fields else request
 
 
 def _paint(
@@ -147,7 +145,7 @@ def _paint(
     """Paint one line unless it is done; returns what is told of it."""
     row: dict[str, Any] = {"line": line.number, "prompt": line.wishes.prompt, "state": "done"}
     try:
-        request = make_request(line.wishes, engine)
+        request = _request(line, engine)
         paths = picture_paths(folder / f"{line.name}.png", request.num_images)
         if all(path.is_file() for path in paths):
             return {**row, "state": "skipped", "paths": [str(path) for path in paths]}

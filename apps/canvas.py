@@ -61,6 +61,64 @@ def lay_out(image: Image.Image, mask: Image.Image | None, size: Size, expand: Ex
     return Laid(Image.fromarray(np.pad(np.asarray(scaled), free, mode="edge")), laid)
 
 
+def soft_mask(mask: Image.Image, grow: int = 0, blur: int = 0) -> Image.Image:
+    """Grow a mask and give it a soft edge.
+
+    Args:
+        mask: L; white where to generate.
+        grow: pixels by which it grows, measured straight to the nearest pixel of the mask.
+        blur: width of the edge around the grown mask, pixels.
+
+    Returns:
+        L; 255 on the grown mask, falling smoothly to 0 beyond `grow + blur` pixels from the mask.
+    """
+    inside = np.asarray(mask.convert("L")) >= 128  # (H, W)
+    if not grow and not blur:
+        return Image.fromarray(inside.astype(np.uint8) * 255)
+    beyond = np.clip(_distances(inside, grow + blur + 1) - grow, 0, None)  # (H, W), from the grown mask
+    share = np.clip(1 - beyond / (blur + 1), 0, 1)
+    smooth = share * share * (3 - 2 * share)
+    return Image.fromarray(np.where(beyond > blur, 0, np.rint(255 * smooth)).astype(np.uint8))
+
+
+def blend(original: Image.Image, result: Image.Image, alpha: Image.Image) -> Image.Image:
+    """Blend a result into the image that it was made from.
+
+    Args:
+        original: RGB.
+        result: RGB, of the same size.
+        alpha: L; where it is 0 the original's pixels stay bit-identical, where it is 255 the result's.
+    """
+    return Image.composite(result.convert("RGB"), original.convert("RGB"), alpha)
+
+
+def touched(alpha: Image.Image) -> Image.Image:
+    """Return the mask of all pixels that a blend changes, white on black."""
+    return alpha.point([0] + [255] * 255)
+
+
+def _distances(inside: np.ndarray, most: int) -> np.ndarray:
+    """Return the distance of each pixel to the nearest one inside, up to `most`.
+
+    The exact Euclidean distance in two passes: along the rows, then over the rows above and below.
+
+    Args:
+        inside: (H, W), bool.
+        most: pixels; larger distances are returned as this or more.
+    """
+    height, width = inside.shape
+    columns = np.arange(width)
+    far = 4 * (most + width)
+    left = np.maximum.accumulate(np.where(inside, columns, -far), axis=1)
+    right = np.minimum.accumulate(np.where(inside, columns, far)[:, ::-1], axis=1)[:, ::-1]
+    along = np.minimum(np.minimum(columns - left, right - columns), most).astype(np.int64) ** 2  # (H, W)
+    nearest = along.copy()
+    for rows in range(1, min(most, height)):
+        nearest[rows:] = np.minimum(nearest[rows:], along[:-rows] + rows * rows)
+        nearest[:-rows] = np.minimum(nearest[:-rows], along[rows:] + rows * rows)
+    return np.sqrt(nearest)
+
+
 def _margins(size: Size, expand: Expand | None) -> tuple[int, int, int, int]:
     """Return what is added left, above, right and below, in pixels of the picture."""
     if expand is None:

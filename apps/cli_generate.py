@@ -214,6 +214,18 @@ def generate(
             exists=True, dir_okay=False, help="With --image: paint only where it is white.", rich_help_panel=EDITING
         ),
     ] = None,
+    mask_grow: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --mask: grow it by so many pixels on every side.", rich_help_panel=EDITING),
+    ] = None,
+    mask_blur: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="With --mask: width of its soft edge in pixels; 0 keeps all outside bit-identical.",
+            rich_help_panel=EDITING,
+        ),
+    ] = None,
     strength: Annotated[
         float | None,
         typer.Option(
@@ -304,6 +316,8 @@ def generate(
         lora_scale=lora_scale,
         image=image,
         mask=mask,
+        mask_grow=mask_grow,
+        mask_blur=mask_blur,
         strength=strength,
         expand=expand,
         memory=memory,

@@ -64,6 +64,8 @@ POLL_SECONDS = 0.1
 """How often it is looked whether a waiting job has been stopped."""
 RETRY_SECONDS = 1.0
 """Until a queue that could not be read or written is tried again."""
+FAILURES_KEPT = 64
+"""Failed jobs whose cause can be told in another language after they have ended."""
 STATE_FOLDER = ".tessera"
 """Of the output folder: the line of jobs and the pictures handed in; never served."""
 
@@ -141,6 +143,7 @@ class Engine:
             for name, one, shelf in zip(names, setups, shelves, strict=True)
         ]
         self._live: dict[str, _LiveJob] = {}
+        self._failed: dict[str, Failed] = {}  # the newest, with their causes, which the record doesn't keep
         self._moved = threading.Condition()  # guards _live; notified when there is work
         self._closing = False
         for stored in self._store.recover(self.limits.attempts):
@@ -219,7 +222,13 @@ class Engine:
         """
         key = self.models[0] if request.model is None else request.model
         if key not in self.models:
-            raise UnknownModelError(f"There is no such model here; choose among {', '.join(self.models)}.")
+            raise UnknownModelError(
+                "choice",
+                f"There is no such model here; choose among {', '.join(self.models)}.",
+                field="model",
+                value=key,
+                choices=", ".join(self.models),
+            )
         check_request(request, self.devices)
         for name in (getattr(request, "image", None), getattr(request, "mask", None)):
             if name is not None:
@@ -230,7 +239,7 @@ class Engine:
         job_id = secrets.token_hex(8)
         with self._moved:
             if self._closing:
-                raise QueueFullError("The server is shutting down; try again later.")
+                raise QueueFullError("queue.closing", "The server is shutting down; try again later.")
             stored = self._store.add(
                 job_id, owner, settled.model_dump_json(), self.limits.queue, self.limits.queue_per_user
             )
@@ -262,7 +271,7 @@ class Engine:
         for picture in self._store.pictures(job_id):
             if self.output_dir is not None and (self.output_dir / picture.name).is_file():
                 stream.tell(_picture_again(picture, self.output_dir))
-        stream.tell(self.last_event(stored))
+        stream.tell(self._failed.get(job_id) or self.last_event(stored))
         return stream
 
     @staticmethod
@@ -359,6 +368,10 @@ class Engine:
         """Return the ids of an owner's jobs that wait, in their order."""
         return self._store.waiting(owner)
 
+    def unfinished(self, owner: str) -> list[StoredJob]:
+        """Return an owner's jobs that run, then those that wait, in their order."""
+        return self._store.unfinished(owner)
+
     def job(self, job_id: str) -> StoredJob:
         """Return what is recorded of a job.
 
@@ -444,6 +457,11 @@ class Engine:
             if not stream.is_closed:
                 self.stop(job_id)
                 stream.wait_closed()
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the engine stops working, or has; what isn't done is told as stopped, and goes on with the next."""
+        return self._closing
 
     def close(self, timeout: float = 30.0) -> None:
         """Stop working; what runs goes back into the line, so that the next engine on the folder goes on with it.
@@ -565,6 +583,8 @@ class Engine:
     def _forget(self, job: _LiveJob, last: Event) -> None:
         """Tell the last event of a job and its new place to those behind; the lock is held."""
         self._live.pop(job.order.id, None)
+        if isinstance(last, Failed):
+            self._failed = dict([*self._failed.items(), (job.order.id, last)][-FAILURES_KEPT:])
         job.stream.tell(last)
         if not self._closing:
             self._tell_places()

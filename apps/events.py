@@ -36,14 +36,15 @@ class Step:
     """A denoising step, or a scale, is done.
 
     Attributes:
-        step: steps of this picture that are done, from 1.
-        steps: steps of one picture.
-        picture: which picture is being painted, from 1.
-        pictures: how many were asked for.
+        step: steps of this batch that are done, from 1.
+        steps: steps of one batch.
+        picture: the first image of the batch that is being generated, from 1.
+        pictures: how many images were asked for.
         preview: a small view of the picture to come; None when it's too early for a new one, or when the
             model has no cheap view.
         eta: seconds until the whole request is done.
         strip: what a step cache did in the steps so far, a letter each: C computed, a dot forecast; empty without one.
+        batch: images that are generated at once.
     """
 
     step: int
@@ -53,6 +54,17 @@ class Step:
     preview: Image.Image | None
     eta: float
     strip: str = ""
+    batch: int = 1
+
+    @property
+    def last(self) -> int:
+        """The last image of the batch, counted as `picture`."""
+        return self.picture + self.batch - 1
+
+    @property
+    def share(self) -> float:
+        """How much of the request is done, 0 to 1."""
+        return (self.picture - 1 + self.batch * self.step / self.steps) / self.pictures
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ import logging
 
 from apps.events import Failed
 from apps.job_store import QueueFullError, StoreError
-from apps.usage import UsageError
+from apps.request_error import RequestError
 from pipelines.memory import explain_out_of_memory, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 
-class UnknownModelError(UsageError):
+class UnknownModelError(RequestError):
     """A request names a model that is not offered."""
 
 

@@ -229,15 +229,13 @@ def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
             match event:
                 case ModelLoading(model):
                     progress.update(task, description=f"loading {model}")
-                case Step(step, steps, picture, pictures, _, eta):
-                    of = f" (picture {picture} of {pictures})" if pictures > 1 else ""
-                    done = (picture - 1) * steps + step
+                case Step():
                     progress.update(
                         task,
-                        description=f"step {step} of {steps}{of}",
-                        completed=done,
-                        total=steps * pictures,
-                        left=f"{eta:.1f} s left",
+                        description=f"step {event.step} of {event.steps}{_which(event)}",
+                        completed=event.share,
+                        total=1,
+                        left=f"{event.eta:.1f} s left",
                     )
                 case Picture(notes=notes):
                     for note in (one for one in notes if one not in noted):
@@ -256,6 +254,15 @@ def _error_of(failed: Failed) -> Exception:
     if failed.code == "model_failed" and isinstance(cause, ValueError | FileNotFoundError):
         return UsageError(str(cause))
     return cause if cause is not None else RuntimeError(failed.message)
+
+
+def _which(event: Step) -> str:
+    """Say which images a step belongs to; nothing if only one was asked for."""
+    if event.pictures == 1:
+        return ""
+    if event.batch == 1:
+        return f" (picture {event.picture} of {event.pictures})"
+    return f" (pictures {event.picture} to {event.last} of {event.pictures})"
 
 
 def report(written: list[tuple[list[Path], Picture]], json_output: bool) -> None:

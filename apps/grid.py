@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from apps.accelerate import KNOBS
 from apps.jobs import REQUEST, AnyRequest
+from apps.request_error import RequestError
 
 AXES = {
     "steps": int,
@@ -32,8 +34,11 @@ AXES = {
 OFF = "off"
 """The value that leaves a scheduler, a step cache, a style or a choice of the machine's out."""
 MAX_VALUES, MAX_CELLS = 8, 64
-GAP, LINE, SIDE = 8, 18, 96
-"""Pixels: between cells, of a line of text, of the column with the labels of rows."""
+GAP, LINE, SIDE, LETTERS = 8, 28, 176, 20
+"""Pixels: between cells, of a line of text, of the widest column with labels of rows, of letters.
+
+A sheet of some cells is shown at half its size on a phone, where letters of 20 pixels are still read.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +95,23 @@ def read_axis(name: str, text: str) -> Axis:
     if not name:
         return Axis()
     if name not in AXES:
-        raise ValueError(f"A grid can vary {', '.join(AXES)}.")
+        raise RequestError("grid.axis", f"A grid can vary {', '.join(AXES)}.", choices=", ".join(AXES))
     values = tuple(part.strip() for part in text.split(",") if part.strip())
     if not 1 <= len(values) <= MAX_VALUES:
-        raise ValueError(f"{name}: give 1 to {MAX_VALUES} values with commas between them.")
+        raise RequestError(
+            "grid.values",
+            f"{name}: give 1 to {MAX_VALUES} values with commas between them.",
+            field=name,
+            value=len(values),
+            most=MAX_VALUES,
+        )
     for value in values:
         try:
             AXES[name](value)
         except ValueError as error:
-            raise ValueError(f"{name}: {value[:40]!r} is no number.") from error
+            raise RequestError(
+                "grid.number", f"{name}: {value[:40]!r} is no number.", field=name, value=value[:40]
+            ) from error
     return Axis(name, values)
 
 
@@ -117,11 +130,16 @@ def plan(request: AnyRequest, axes: Sequence[Axis]) -> list[Cell]:
     """
     used = [axis.name for axis in axes if axis.name]
     if len(set(used)) < len(used):
-        raise ValueError("Each axis of a grid varies something else.")
+        raise RequestError("grid.twice", "Each axis of a grid varies something else.")
     sizes = [range(len(axis.values)) for axis in axes]
     places = list(itertools.product(*reversed(sizes)))
     if len(places) > MAX_CELLS:
-        raise ValueError(f"The grid has {len(places)} cells; at most {MAX_CELLS} are painted.")
+        raise RequestError(
+            "grid.cells",
+            f"The grid has {len(places)} cells; at most {MAX_CELLS} are painted.",
+            value=len(places),
+            most=MAX_CELLS,
+        )
     cells = []
     for z, y, x in places:
         changed = request
@@ -136,7 +154,7 @@ def _vary(request: AnyRequest, axis: Axis, index: int) -> AnyRequest:
     if not axis.name:
         return request
     if axis.name not in type(request).model_fields:
-        raise ValueError(f"{request.task.replace('_', ' ')} has no {axis.name} to vary.")
+        raise RequestError("setting", f"{request.task.replace('_', ' ')} has no {axis.name} to vary.", field=axis.name)
     return REQUEST.validate_python({**request.model_dump(), axis.name: _value(request, axis, index)})
 
 
@@ -145,13 +163,23 @@ def _value(request: AnyRequest, axis: Axis, index: int) -> Any:
     if axis.name == "prompt":
         said, searched = request.model_dump()["prompt"], axis.values[0]
         if searched not in said:
-            raise ValueError(f"prompt: the first value must occur in the prompt, and {searched[:40]!r} doesn't.")
+            raise RequestError(
+                "grid.prompt",
+                f"prompt: the first value must occur in the prompt, and {searched[:40]!r} doesn't.",
+                value=searched[:40],
+            )
         return said.replace(searched, text)
     if text == OFF and axis.name in ("scheduler", "step_cache", "style", "attention", "dtype", "memory"):
         return None
     if axis.name == "step_cache":
         if text not in KNOBS:
-            raise ValueError(f"step_cache: choose among {', '.join((OFF, *KNOBS))}.")
+            raise RequestError(
+                "choice",
+                f"step_cache: choose among {', '.join((OFF, *KNOBS))}.",
+                field="step_cache",
+                value=text[:40],
+                choices=", ".join((OFF, *KNOBS)),
+            )
         return {"preset": text}
     return AXES[axis.name](text)
 
@@ -171,25 +199,39 @@ def compose(axes: Sequence[Axis], cells: dict[tuple[int, int, int], Filled], sid
     first = next(iter(cells.values())).image if cells else Image.new("RGB", (side, side))
     scale = side / max(first.size)
     width, height = (round(length * scale) for length in first.size)
+    font = ImageFont.load_default(size=LETTERS)
     column, row = width + GAP, height + LINE + GAP
-    left = SIDE if y.name else GAP
+    left = GAP if not y.name else min(_widest(font, [y.name, *y.values]), SIDE) + 2 * GAP
     sheet_height = row * len(y.values) + LINE + (LINE if z.name else 0) + GAP
     sheet = Image.new("RGB", (left + column * len(x.values), sheet_height * len(z.values)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    draw = ImageDraw.Draw(sheet)
     for k, depth in enumerate(z.values):
         top = k * sheet_height + GAP
         if z.name:
-            draw.text((left, top), f"{z.name} {depth}", "black", font)
+            draw.text((left, top), _fitted(f"{z.name} {depth}", font, sheet.width - left), "black", font)
             top += LINE
         for i, value in enumerate(x.values):
-            draw.text((left + i * column, top), f"{x.name} {value}"[: width // 6], "black", font)
+            draw.text((left + i * column, top), _fitted(f"{x.name} {value}", font, width), "black", font)
         top += LINE
         for j, value in enumerate(y.values):
-            draw.text((GAP, top + j * row), f"{y.name}\n{value}"[:40], "black", font)
+            lines = [_fitted(text, font, left - 2 * GAP) for text in (y.name, value)]
+            draw.multiline_text((GAP, top + j * row), "\n".join(lines), "black", font)
             for i in range(len(x.values)):
                 corner = (left + i * column, top + j * row)
                 _draw_cell(sheet, draw, font, corner, (width, height), cells.get((i, j, k)))
     return sheet
+
+
+def _widest(font: Any, texts: Sequence[str]) -> int:
+    return max(math.ceil(font.getlength(text)) for text in texts)
+
+
+def _fitted(text: str, font: Any, width: int) -> str:
+    """Return a text, its end left out if it is wider than there is room for."""
+    if font.getlength(text) <= width:
+        return text
+    shorter = (text[:length].rstrip() + "..." for length in range(len(text) - 1, 0, -1))
+    return next((one for one in shorter if font.getlength(one) <= width), text[:1])
 
 
 def _draw_cell(
@@ -206,4 +248,4 @@ def _draw_cell(
         return
     sheet.paste(cell.image.resize(size, Image.Resampling.LANCZOS), corner)
     told = f"{cell.seconds:.2f} s" + (f", {cell.report}" if cell.report else "")
-    draw.text((corner[0], corner[1] + size[1] + 1), told[: max(size[0] // 6, 8)], "#776e62", font)
+    draw.text((corner[0], corner[1] + size[1] + 2), _fitted(told, font, size[0]), "#5f574c", font)

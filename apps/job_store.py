@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from apps.request_error import TranslatableError
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs(
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL, request TEXT NOT NULL,
@@ -54,7 +56,7 @@ class StoreError(OSError):
     """The queue can't be read or written now, such as when the disk is full."""
 
 
-class QueueFullError(Exception):
+class QueueFullError(TranslatableError):
     """As many requests wait as the server, or one user, may have."""
 
 
@@ -190,9 +192,11 @@ class JobStore:
             counts = dict(db.execute(rows).fetchall())
             mine = counts.setdefault(owner, 0)
             if mine >= per_owner:
-                raise QueueFullError(f"{per_owner} of your requests wait already; try again when one is done.")
+                message = f"{per_owner} of your requests wait already; try again when one is done."
+                raise QueueFullError("queue.yours", message, most=per_owner)
             if sum(counts.values()) >= capacity and mine >= max(capacity // len(counts), 1):
-                raise QueueFullError(f"The line is full ({capacity} requests wait); try again in a moment.")
+                message = f"The line is full ({capacity} requests wait); try again in a moment."
+                raise QueueFullError("queue.full", message, most=capacity)
             db.execute(
                 "INSERT INTO jobs(id, owner, request, state, created) VALUES (?, ?, ?, 'queued', ?)",
                 (job_id, owner, request, time.time()),
@@ -290,6 +294,12 @@ class JobStore:
         with self._using() as db:
             query = f"SELECT id {LINE} WHERE state = 'queued' AND owner = ? ORDER BY {TURN}"
             return [job for (job,) in db.execute(query, (owner,))]
+
+    def unfinished(self, owner: str) -> list[StoredJob]:
+        """Return an owner's jobs that run, then those that wait, in their order."""
+        with self._using() as db:
+            query = f"SELECT {COLUMNS} {LINE} WHERE state IN ('queued', 'running') AND owner = ?"
+            return [StoredJob(*row) for row in db.execute(f"{query} ORDER BY state DESC, {TURN}", (owner,))]
 
     def move(self, job_id: str, position: int) -> bool:
         """Move a waiting job among those of its owner, who keep their places in the line between them.

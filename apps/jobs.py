@@ -26,22 +26,35 @@ from apps.metadata import (
     SearchMethod,
     StepCache,
 )
+from apps.request_error import RequestError
 from apps.validation import explain_fields
 
 
 def _filled(text: str) -> str:
     """Refuse a text of blanks."""
     if not text.strip():
-        raise ValueError("the prompt is empty; say what to paint.")
+        raise RequestError("prompt", "the prompt is empty; say what to paint.")
     return text.strip()
 
 
 def _check_part(image: PictureId | None, mask: PictureId | None, expand: Expand | None) -> None:
     """Refuse a picture without a part to paint, and a part of no picture."""
     if (image is None) != (mask is None and expand is None):
-        raise ValueError("image goes with mask (white where to paint) or expand (how far it grows), or with both.")
+        raise RequestError(
+            "part", "image goes with mask (white where to paint) or expand (how far it grows), or with both."
+        )
 
 
+def _check_mask_edge(image: PictureId | None, grow: int | None, blur: int | None) -> None:
+    """Refuse an edge of a mask where there is none."""
+    if image is None and (grow or blur):
+        raise RequestError(
+            "mask.alone", "mask_grow and mask_blur are for a mask; give image with mask or expand, or leave them out."
+        )
+
+
+MaskGrow = Annotated[int, Field(ge=0, le=limits.MAX_MASK_GROW)]
+MaskBlur = Annotated[int, Field(ge=0, le=limits.MAX_MASK_BLUR)]
 Prompt = Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARS), AfterValidator(_filled)]
 Avoided = Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARS)]
 Label = Annotated[int, Field(ge=0, le=10**6)] | Annotated[str, Field(min_length=1, max_length=200)]
@@ -90,7 +103,7 @@ class BaseRequest(BaseModel):
     @model_validator(mode="after")
     def _check_pick(self) -> Self:
         if self.pick is not None and (self.pick >= self.batch_size or self.num_images != self.batch_size):
-            raise ValueError("pick chooses from one batch: give num_images = batch_size, and pick below it.")
+            raise RequestError("pick", "pick chooses from one batch: give num_images = batch_size, and pick below it.")
         return self
 
     def batches(self) -> list[list[int]]:
@@ -131,7 +144,7 @@ class DenoisingRequest(BaseRequest):
     @model_validator(mode="after")
     def _check_size(self) -> Self:
         if (self.height is None) != (self.width is None):
-            raise ValueError("height and width go together; give both or neither.")
+            raise RequestError("sides", "height and width go together; give both or neither.")
         if self.height is not None and self.width is not None:
             limits.check_size(self.height, self.width)
         return self
@@ -180,6 +193,9 @@ class InpaintRequest(DenoisingRequest):
         image: hash of the picture.
         mask: hash of the mask, white where to paint; None for nothing inside the picture.
         expand: how far the picture grows.
+        mask_grow: pixels of the result by which the mask grows on every side, round its corners; 0 if open.
+        mask_blur: width in pixels of a soft edge around the grown mask, where the result blends into the image; 0 if
+            open, which keeps every pixel outside the mask bit-identical. With it, all beyond the edge are.
         strength: how much of the part is repainted; 1 ignores what was there.
     """
 
@@ -189,6 +205,8 @@ class InpaintRequest(DenoisingRequest):
     image: PictureId
     mask: PictureId | None = None
     expand: Expand | None = None
+    mask_grow: MaskGrow | None = None
+    mask_blur: MaskBlur | None = None
     strength: float = Field(default=1.0, ge=0.05, le=1)
 
     @model_validator(mode="after")
@@ -215,6 +233,8 @@ class NextScaleRequest(BaseRequest):
         image: hash of a picture to change a part of.
         mask: hash of the mask, white where to paint.
         expand: how far the picture grows.
+        mask_grow: pixels by which the mask grows, see `InpaintRequest`.
+        mask_blur: width of the mask's soft edge, see `InpaintRequest`.
         top_k: draw among so many tokens; 0 is all.
         top_p: draw among the likeliest tokens that hold this share; 0 is all.
         temperature: below 1 is bolder, above more varied.
@@ -229,6 +249,8 @@ class NextScaleRequest(BaseRequest):
     image: PictureId | None = None
     mask: PictureId | None = None
     expand: Expand | None = None
+    mask_grow: MaskGrow | None = None
+    mask_blur: MaskBlur | None = None
     top_k: int | None = Field(default=None, ge=0, le=2**20)
     top_p: float | None = Field(default=None, ge=0, le=1)
     temperature: float | None = Field(default=None, ge=0.01, le=100)
@@ -242,8 +264,11 @@ class NextScaleRequest(BaseRequest):
     @model_validator(mode="after")
     def _check_part(self) -> Self:
         _check_part(self.image, self.mask, self.expand)
+        _check_mask_edge(self.image, self.mask_grow, self.mask_blur)
         if self.candidates is not None and self.search is None:
-            raise ValueError("candidates are for a search; name one, such as best_of, or leave them out")
+            raise RequestError(
+                "candidates", "candidates are for a search; name one, such as best_of, or leave them out"
+            )
         return self
 
 

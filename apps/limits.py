@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from apps.request_error import RequestError
+
 MAX_PROMPT_CHARS = 2_000
 MIN_SIDE = 32
 MAX_SIDE = 2_048
@@ -24,6 +26,10 @@ MAX_BATCH = 8
 """Pictures painted at once."""
 MAX_CANDIDATES = 16
 """That a search may paint for one picture."""
+MAX_MASK_GROW = 128
+"""Pixels that the mask of inpainting may grow on every side."""
+MAX_MASK_BLUR = 64
+"""Pixels that the soft edge of a mask may be wide."""
 MAX_UPLOAD_BYTES = 20 * 1_024 * 1_024
 MAX_UPLOAD_PIXELS = 4_096 * 4_096
 """Of a picture handed in; counted before it is decoded."""
@@ -60,8 +66,8 @@ class ServerLimits:
         hang_seconds: a job that makes no step for so long, or goes on so long after its limit, is reported as hanging.
     """
 
-    queue: int = 64
-    queue_per_user: int = 32
+    queue: int = 128
+    queue_per_user: int = 96  # a whole grid and a file of prompts
     attempts: int = 3
     seconds: float = 3_600.0
     loaded_models: int = 2
@@ -77,16 +83,37 @@ def check_size(height: int, width: int) -> None:
         width: pixels.
 
     Raises:
-        ValueError: a side is out of range or no multiple of `SIDE_MULTIPLE`, or the area is too large.
+        RequestError: a side is out of range or no multiple of `SIDE_MULTIPLE`, or the area is too large.
     """
     for name, side in (("height", height), ("width", width)):
         if not MIN_SIDE <= side <= MAX_SIDE:
-            raise ValueError(f"{name} is {side} pixels; choose {MIN_SIDE} to {MAX_SIDE}.")
+            raise RequestError(
+                "range",
+                f"{name} is {side} pixels; choose {MIN_SIDE} to {MAX_SIDE}.",
+                field=name,
+                value=side,
+                lowest=MIN_SIDE,
+                highest=MAX_SIDE,
+            )
         if side % SIDE_MULTIPLE:
             nearest = round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE
-            raise ValueError(f"{name} is {side} pixels; choose a multiple of {SIDE_MULTIPLE}, such as {nearest}.")
+            raise RequestError(
+                "multiple",
+                f"{name} is {side} pixels; choose a multiple of {SIDE_MULTIPLE}, such as {nearest}.",
+                field=name,
+                value=side,
+                multiple=SIDE_MULTIPLE,
+                nearest=nearest,
+            )
     if height * width > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} is {height * width} pixels; choose at most {MAX_PIXELS}.")
+        raise RequestError(
+            "area",
+            f"{width} x {height} is {height * width} pixels; choose at most {MAX_PIXELS}.",
+            width=width,
+            height=height,
+            pixels=height * width,
+            most=MAX_PIXELS,
+        )
 
 
 def inside(path: Path, root: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 from apps import limits
 from apps.metadata import Lora
-from apps.usage import UsageError
+from apps.request_error import RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
 """Endings of the first factor of a layer's LoRA, in the dialects that are read."""
 
 
-class LoraError(UsageError):
+class LoraError(RequestError):
     """A LoRA file isn't offered, is another one than asked for, or doesn't fit the model."""
 
 
@@ -63,10 +63,20 @@ def settle(wish: Lora, loras: Mapping[str, Path]) -> Lora:
     """
     if wish.name not in loras:
         offered = f"choose among {', '.join(loras)}" if loras else "this server offers none"
-        raise LoraError(f"There is no LoRA file {wish.name!r} here; {offered}.")
+        raise LoraError(
+            "choice" if loras else "lora.none",
+            f"There is no LoRA file {wish.name!r} here; {offered}.",
+            field="lora",
+            value=wish.name,
+            choices=", ".join(loras),
+        )
     found = _digest(loras[wish.name])
     if wish.sha256 not in (None, found):
-        raise LoraError(f"The LoRA file {wish.name!r} is another one here than was asked for: its content differs.")
+        raise LoraError(
+            "lora.other",
+            f"The LoRA file {wish.name!r} is another one here than was asked for: its content differs.",
+            value=wish.name,
+        )
     return wish.model_copy(update={"sha256": found})
 
 
@@ -102,7 +112,7 @@ def adapted(pipe: Any, wish: Lora | None, loras: Mapping[str, Path]) -> Generato
         yield
         return
     if not callable(getattr(pipe, "load_lora_weights", None)):
-        raise LoraError("This model takes no LoRA files; leave it out.")
+        raise LoraError("lora.takes", "This model takes no LoRA files; leave it out.")
     try:
         _load(pipe, loras[wish.name], wish)
         yield
@@ -137,7 +147,7 @@ def _load(pipe: Any, file: Path, wish: Lora) -> None:
         raise LoraError(str(error)) from error
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:  # they name paths
         logger.warning("the LoRA file %s did not load: %s", file, error)
-        raise LoraError(f"The LoRA file {wish.name!r} doesn't fit this model.") from error
+        raise LoraError("lora.fit", f"The LoRA file {wish.name!r} doesn't fit this model.", value=wish.name) from error
     pipe.set_adapters(ADAPTER, wish.scale)
 
 

@@ -139,7 +139,9 @@ def read_mp4(path: Path) -> PictureSettings:
         with av.open(str(path), format="mp4") as file:
             text = file.metadata.get("comment")
     except (OSError, ValueError, av.FFmpegError) as error:
-        raise MetadataError(f"{path.name!r} is not a readable MP4 file.") from error
+        raise MetadataError("settings.form", f"{path.name!r} is not a readable MP4 file.", file=path.name) from error
     if text is None:
-        raise MetadataError(f"{path.name!r} carries no settings; only clips made by tessera do.")
+        raise MetadataError(
+            "settings.none", f"{path.name!r} carries no settings; only clips made by tessera do.", file=path.name
+        )
     return parse(text)

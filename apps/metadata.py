@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from apps import limits
-from apps.usage import UsageError
+from apps.request_error import RequestError
 
 CHUNK = "tessera"
 """Keyword of the text chunk."""
@@ -93,7 +93,7 @@ class Expand(BaseModel):
     @model_validator(mode="after")
     def _check_growth(self) -> Self:
         if not any((self.left, self.right, self.top, self.bottom)):
-            raise ValueError("expand grows no side; give left, right, top or bottom a share such as 0.25.")
+            raise RequestError("expand", "expand grows no side; give left, right, top or bottom a share such as 0.25.")
         return self
 
 
@@ -128,6 +128,8 @@ class PictureSettings(BaseModel):
         image: hash of the picture that was started from.
         mask: hash of the mask of inpainting.
         expand: how far the picture that was started from was grown.
+        mask_grow: pixels by which the mask was grown.
+        mask_blur: width of the mask's soft edge, pixels.
         strength: how much of the picture was repainted.
         label: number or name of the class.
         top_k: tokens to draw among.
@@ -171,6 +173,8 @@ class PictureSettings(BaseModel):
     image: PictureId | None = None
     mask: PictureId | None = None
     expand: Expand | None = None
+    mask_grow: int | None = Field(default=None, ge=0, le=limits.MAX_MASK_GROW)
+    mask_blur: int | None = Field(default=None, ge=0, le=limits.MAX_MASK_BLUR)
     strength: float | None = Field(default=None, gt=0, le=1)
     label: int | ShortText | None = None
     top_k: int | None = Field(default=None, ge=0, le=2**20)
@@ -198,7 +202,7 @@ class PictureSettings(BaseModel):
         return {**data, **changed}
 
 
-class MetadataError(UsageError):
+class MetadataError(RequestError):
     """A picture carries no settings of ours, or settings that don't pass the checks."""
 
 
@@ -283,11 +287,19 @@ def read_picture(path: Path) -> PictureSettings:
         with Image.open(path, formats=list(FORMATS.values())) as image:
             text = image.info.get(CHUNK) if image.format == "PNG" else image.getexif().get(DESCRIPTION)
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's three ways to say "no PNG"
-        raise MetadataError(f"{path.name!r} is not a readable PNG or WebP picture.") from error
+        raise MetadataError(
+            "settings.form", f"{path.name!r} is not a readable PNG or WebP picture.", file=path.name
+        ) from error
     except Image.DecompressionBombError as error:
-        raise MetadataError(f"{path.name!r} claims to have more pixels than are read.") from error
+        raise MetadataError(
+            "upload.claims",
+            f"{path.name!r} claims to have more pixels than are read.",
+            most=limits.MAX_UPLOAD_PIXELS,
+        ) from error
     if not isinstance(text, str):
-        raise MetadataError(f"{path.name!r} carries no settings; only pictures painted by tessera do.")
+        raise MetadataError(
+            "settings.none", f"{path.name!r} carries no settings; only pictures painted by tessera do.", file=path.name
+        )
     return parse(text)
 
 
@@ -305,11 +317,17 @@ def parse(text: str) -> PictureSettings:
     """
     size = len(text.encode("utf-8", errors="replace"))
     if size > limits.MAX_METADATA_BYTES:
-        raise MetadataError(f"The settings take {size} bytes; at most {limits.MAX_METADATA_BYTES} are read.")
+        raise MetadataError(
+            "settings.bytes",
+            f"The settings take {size} bytes; at most {limits.MAX_METADATA_BYTES} are read.",
+            value=size,
+            most=limits.MAX_METADATA_BYTES,
+        )
     try:
         return PictureSettings.model_validate_json(text)
     except (ValidationError, RecursionError) as error:
-        raise MetadataError(f"The settings don't pass the checks ({_wrong_fields(error)}).") from error
+        wrong = _wrong_fields(error)
+        raise MetadataError("settings.checks", f"The settings don't pass the checks ({wrong}).", names=wrong) from error
 
 
 def _wrong_fields(error: Exception) -> str:

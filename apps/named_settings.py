@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from apps import limits
 from apps.metadata import SchedulerName, StepCache
+from apps.request_error import RequestError
 
 PRESETS = Path(__file__).parent / "presets" / "presets.json"
 
@@ -52,6 +53,14 @@ def load_presets(file: Path = PRESETS) -> dict[str, Preset]:
     return dict(found)
 
 
+def unknown_preset(name: str) -> RequestError:
+    """Return the error of a name that no preset has."""
+    names = ", ".join(load_presets())
+    return RequestError(
+        "choice", f"There is no such preset; choose among {names}.", field="preset", value=name, choices=names
+    )
+
+
 def preset_values(name: str, fields: Collection[str]) -> dict[str, Any]:
     """Return what a preset sets in a request.
 
@@ -64,9 +73,14 @@ def preset_values(name: str, fields: Collection[str]) -> dict[str, Any]:
     """
     presets = load_presets()
     if name not in presets:
-        raise ValueError(f"There is no such preset; choose among {', '.join(presets)}.")
+        raise unknown_preset(name)
     values = presets[name].values()
     missing = sorted(set(values) - set(fields))
     if missing:
-        raise ValueError(f"The preset {name!r} sets {', '.join(missing)}, which this task doesn't have; leave it out.")
+        raise RequestError(
+            "preset",
+            f"The preset {name!r} sets {', '.join(missing)}, which this task doesn't have; leave it out.",
+            value=name,
+            names=", ".join(missing),
+        )
     return values

@@ -54,6 +54,8 @@ class Wishes:
         scheduler: name of a scheduler.
         image: file of a picture to start from.
         mask: file of a mask, white where to paint.
+        mask_grow: pixels by which the mask grows.
+        mask_blur: width of the mask's soft edge, pixels.
         strength: how much of the picture is repainted.
         lora: file of a LoRA.
         lora_scale: 1 is as trained.
@@ -86,6 +88,8 @@ class Wishes:
     scheduler: str | None = None
     image: Path | None = None
     mask: Path | None = None
+    mask_grow: int | None = None
+    mask_blur: int | None = None
     strength: float | None = None
     expand: str | None = None
     memory: MemoryName | None = None
@@ -160,6 +164,8 @@ def asked(wishes: Wishes) -> dict[str, Any]:
         "preset": wishes.preset,
         "scheduler": wishes.scheduler,
         "strength": wishes.strength,
+        "mask_grow": wishes.mask_grow,
+        "mask_blur": wishes.mask_blur,
         "expand": None if wishes.expand is None else read_expand(wishes.expand),
         "memory": wishes.memory,
         "dtype": wishes.dtype,

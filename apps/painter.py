@@ -22,6 +22,7 @@ from torch import Tensor
 from apps.accelerate import RunningCache, describe, search_argument, step_cache
 from apps.jobs import AnyRequest
 from apps.media import candidate_sheet
+from apps.request_error import RequestError
 from apps.schedulers import make_scheduler
 from apps.shelf import LoadedModel, Pipeline
 
@@ -72,12 +73,14 @@ class Canvas:
         seeds: of the noise, one a picture.
         image: to start from, of the size of the request.
         mask: where to paint, of the size of the request.
+        alpha: how much of the result shows, of the size of the request; None for all of it on the mask.
     """
 
     request: AnyRequest
     seeds: tuple[int, ...]
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    alpha: Image.Image | None = None
 
     def wish(self, name: str) -> Any:
         """Return a field of the request; None where its task has no such field."""
@@ -170,7 +173,9 @@ def _own_scheduler(pipe: Pipeline, name: str | None) -> Generator[None]:
         return
     own = getattr(pipe, "scheduler", None)
     if own is None:
-        raise ValueError("This model paints scale by scale and has no scheduler; leave it out.")
+        raise RequestError(
+            "setting", "This model paints scale by scale and has no scheduler; leave it out.", field="scheduler"
+        )
     pipe.scheduler = make_scheduler(own, name)
     try:
         yield
@@ -203,7 +208,11 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
         raise ValueError(f"The model {model.key!r} generates one image at a time; set batch_size to 1.")
     for name in arguments:
         if name not in accepts:
-            raise ValueError(f"The model {model.key!r} has no setting {FIELDS.get(name, name)!r}; leave it out.")
+            raise RequestError(
+                "setting",
+                f"The model {model.key!r} has no setting {FIELDS.get(name, name)!r}; leave it out.",
+                field=_field_of(name),
+            )
     if canvas.wish("search"):
         arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), model.pipe.transformer.grids)
     arguments["generator"] = generators[0] if len(generators) == 1 else generators
@@ -234,6 +243,11 @@ def _class_labels(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -
     return {"class_labels": [number] * len(canvas.seeds), "num_images_per_prompt": None}
 
 
+def _field_of(argument: str) -> str:
+    """Return the field of a request behind an argument of a call."""
+    return {name: field for field, name in ARGUMENTS.items()}.get(argument, argument)
+
+
 def _guidance_extras(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -> dict[str, Any]:
     """Settle what pipelines with a `true_cfg_scale` would silently ignore: it and a negative prompt need each other.
 
@@ -247,8 +261,10 @@ def _guidance_extras(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]
         needs_negative = guidance is not None and guidance > 1 and not negative
         return {"negative_prompt": " "} if needs_negative else {}
     if negative:
-        raise ValueError(
-            f"The model {model.key!r} has its guidance built in and takes no negative prompt; leave it out."
+        raise RequestError(
+            "setting",
+            f"The model {model.key!r} has its guidance built in and takes no negative prompt; leave it out.",
+            field="negative_prompt",
         )
     return {}
 
@@ -298,7 +314,11 @@ class _StepWatch:
         self._can_preview = model.can_preview
         self._finish_after = canvas.wish("finish_after")
         if self._finish_after is not None and not model.can_finish:
-            raise ValueError(f"The model {model.key!r} can't end before its last step; leave finish_after out.")
+            raise RequestError(
+                "setting",
+                f"The model {model.key!r} can't end before its last step; leave finish_after out.",
+                field="finish_after",
+            )
 
     @contextmanager
     def attached(self, arguments: dict[str, Any]) -> Generator[None]:

@@ -19,7 +19,7 @@ import torch
 
 from apps.jobs import AnyRequest
 from apps.metadata import MemoryName
-from apps.usage import UsageError
+from apps.request_error import RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ NO_ACCELERATOR = "it moves weights between the CPU and an accelerator, and there
 NO_TILES = "the decoder of this model knows no tiles"
 
 
-class UnavailableError(UsageError):
+class UnavailableError(RequestError):
     """A profile or a backend that doesn't work here; the message says why and what does."""
 
 
@@ -86,16 +86,22 @@ def check_request(request: AnyRequest, devices: Sequence[str]) -> None:
     """
     for device in devices:
         if request.memory is not None:
-            _refuse("memory profile", request.memory, memory_profiles(device))
+            _refuse("memory profile", "memory", request.memory, memory_profiles(device))
         if request.attention is not None:
-            _refuse("attention backend", request.attention, attention_backends(device))
+            _refuse("attention backend", "attention", request.attention, attention_backends(device))
 
 
-def _refuse(what: str, name: str, found: dict[str, str]) -> None:
+def _refuse(what: str, field: str, name: str, found: dict[str, str]) -> None:
     reason = found.get(name, "there is none of this name")
     if reason:
         works = ", ".join(one for one, why in found.items() if not why)
-        raise UnavailableError(f"The {what} {name!r} can't be had here: {reason}. Choose among {works}.")
+        raise UnavailableError(
+            "choice",
+            f"The {what} {name!r} can't be had here: {reason}. Choose among {works}.",
+            field=field,
+            value=name,
+            choices=works,
+        )
 
 
 def memory_profiles(device: str) -> dict[str, str]:
@@ -196,7 +202,9 @@ def attending(pipe: Any, backend: str) -> Generator[None]:
     networks = [network for name in NETWORKS if (network := getattr(pipe, name, None)) is not None]
     with attending_through(networks, backend) as layers:
         if not layers:
-            raise UnavailableError("The attention of this model can't be chosen; leave attention out.")
+            raise UnavailableError(
+                "setting", "The attention of this model can't be chosen; leave attention out.", field="attention"
+            )
         yield
 
 
@@ -224,7 +232,13 @@ def can_tile(pipe: Any) -> bool:
 def _tiled(pipe: Any) -> Generator[None]:
     """Have the decoder work picture by picture and tile by tile."""
     if not can_tile(pipe):
-        raise UnavailableError(f"The memory profile 'tiles' can't be had: {NO_TILES}. Choose fast.")
+        raise UnavailableError(
+            "choice",
+            f"The memory profile 'tiles' can't be had: {NO_TILES}. Choose fast.",
+            field="memory",
+            value="tiles",
+            choices="fast",
+        )
     before = {name: getattr(pipe.vae, name) for name in ("use_tiling", "use_slicing") if hasattr(pipe.vae, name)}
     pipe.vae.enable_tiling()
     if "use_slicing" in before:

@@ -7,6 +7,8 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+from apps.request_error import RequestError
+
 Scheduler = Any
 """A diffusers `SchedulerMixin`; its import takes seconds."""
 
@@ -70,7 +72,13 @@ def make_scheduler(own: Scheduler, name: str | None) -> Scheduler:
         return type(own).from_config(own.config)
     choice = CHOICES.get((name, is_flow(own)))
     if choice is None:
-        raise ValueError(f"The scheduler {name!r} doesn't fit this model; choose among {scheduler_names(own)}.")
+        raise RequestError(
+            "choice",
+            f"The scheduler {name!r} doesn't fit this model; choose among {scheduler_names(own)}.",
+            field="scheduler",
+            value=name,
+            choices=", ".join(scheduler_names(own)),
+        )
     found = getattr(importlib.import_module(choice.module), choice.name)
     if isinstance(own, found):
         return found.from_config(own.config)

@@ -23,6 +23,7 @@ import torch
 
 from apps import limits
 from apps.profiles import Setup, can_tile
+from apps.request_error import RequestError
 from apps.schedulers import scheduler_names
 from apps.usage import UsageError, checking
 from pipelines.hub_id import split_revision
@@ -112,7 +113,12 @@ class LoadedModel:
         """
         if task not in self.pipes:
             able = ", ".join(name.replace("_", " ") for name in self.pipes)
-            raise ValueError(f"The model {self.key!r} can't do {task.replace('_', ' ')}; it can do {able}.")
+            raise RequestError(
+                "task",
+                f"The model {self.key!r} can't do {task.replace('_', ' ')}; it can do {able}.",
+                model=self.key,
+                task=task,
+            )
         return self.pipes[task]
 
     def accepts(self, task: str) -> frozenset[str]:

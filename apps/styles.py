@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
 from apps import limits
+from apps.request_error import RequestError
 
 STYLES = Path(__file__).parent / "presets" / "styles.json"
 
@@ -64,10 +65,21 @@ def apply_style(name: str, prompt: str, negative_prompt: str) -> tuple[str, str]
     """
     styles = load_styles()
     if name not in styles:
-        raise ValueError(f"There is no such style; choose among {', '.join(styles)}.")
+        raise RequestError(
+            "choice",
+            f"There is no such style; choose among {', '.join(styles)}.",
+            field="style",
+            value=name,
+            choices=", ".join(styles),
+        )
     style = styles[name]
     text = style.prompt.replace("{prompt}", prompt)
     avoided = ", ".join(part for part in (negative_prompt.strip(), style.negative_prompt) if part)
     if max(len(text), len(avoided)) > limits.MAX_PROMPT_CHARS:
-        raise ValueError(f"With the style {name!r} the prompt is longer than {limits.MAX_PROMPT_CHARS} characters.")
+        raise RequestError(
+            "style.long",
+            f"With the style {name!r} the prompt is longer than {limits.MAX_PROMPT_CHARS} characters.",
+            value=name,
+            most=limits.MAX_PROMPT_CHARS,
+        )
     return text, avoided

@@ -19,14 +19,14 @@ from PIL import Image, ImageOps
 
 from apps import limits
 from apps.metadata import save_picture
-from apps.usage import UsageError
+from apps.request_error import RequestError
 
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[0-9a-f]{64}")
 
 
-class UploadError(UsageError):
+class UploadError(RequestError):
     """What was handed in is no picture that can be used."""
 
 
@@ -80,15 +80,23 @@ def _decode(data: Source) -> Image.Image:
     opened = io.BytesIO(data) if isinstance(data, bytes) else data
     size = opened.stat().st_size if isinstance(opened, Path) else opened.seek(0, io.SEEK_END)
     if size > limits.MAX_UPLOAD_BYTES:
-        raise UploadError(f"The picture has {size} bytes; at most {limits.MAX_UPLOAD_BYTES} are taken.")
+        raise UploadError(
+            "upload.bytes",
+            f"The picture has {size} bytes; at most {limits.MAX_UPLOAD_BYTES} are taken.",
+            value=size,
+            most=limits.MAX_UPLOAD_BYTES,
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # counted here, and lower
             with Image.open(opened, formats=["PNG", "JPEG", "WEBP"]) as image:
                 if image.width * image.height > limits.MAX_UPLOAD_PIXELS:
                     raise UploadError(
+                        "upload.pixels",
                         f"The picture has {image.width} x {image.height} pixels; at most "
-                        f"{limits.MAX_UPLOAD_PIXELS} pixels are taken."
+                        f"{limits.MAX_UPLOAD_PIXELS} pixels are taken.",
+                        value=f"{image.width} x {image.height}",
+                        most=limits.MAX_UPLOAD_PIXELS,
                     )
                 image.load()
                 return ImageOps.exif_transpose(image)
@@ -96,9 +104,11 @@ def _decode(data: Source) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         most = limits.MAX_UPLOAD_PIXELS
-        raise UploadError(f"The picture claims too many pixels; at most {most} are taken.") from error
+        raise UploadError(
+            "upload.claims", f"The picture claims too many pixels; at most {most} are taken.", most=most
+        ) from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise UploadError("This is no picture that can be read; hand in PNG, JPEG or WebP.") from error
+        raise UploadError("upload.form", "This is no picture that can be read; hand in PNG, JPEG or WebP.") from error
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -228,7 +238,7 @@ class UploadStore:
             UploadError: it isn't here.
         """
         if name in self._memory:
-            return self._memory[name]
+            return self._memory[name].copy()
         with self._open(name) as image:
             return image.convert("RGB")
 
@@ -255,4 +265,5 @@ class UploadStore:
 
 
 def _absent(name: str) -> UploadError:
-    return UploadError(f"The picture {name[:12]}... has not been handed in here, or long ago; hand it in again.")
+    message = f"The picture {name[:12]}... has not been handed in here, or long ago; hand it in again."
+    return UploadError("upload.missing", message, value=f"{name[:12]}...")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from apps import limits
-from apps.canvas import grown, lay_out
+from apps.canvas import blend, grown, lay_out, soft_mask, touched
 from apps.events import Event, Picture, Step
 from apps.job_store import JobStore, StoredPicture
 from apps.jobs import AnyRequest
@@ -26,6 +26,7 @@ from apps.metadata import PictureSettings, save_picture, save_sidecar
 from apps.named_settings import preset_values
 from apps.painter import Canvas, Painted, SkipRequestedError, Switches, paint
 from apps.profiles import Setup, setup_of, switched
+from apps.request_error import RequestError
 from apps.shelf import LoadedModel
 from apps.styles import apply_style
 from apps.uploads import UploadStore
@@ -89,7 +90,14 @@ def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, t
     if model.frames is not None:
         require_video()
         if request.batch_size > 1:
-            raise ValueError("Clips are painted one at a time; set batch_size to 1.")
+            raise RequestError(
+                "range",
+                "Clips are painted one at a time; set batch_size to 1.",
+                field="batch_size",
+                value=request.batch_size,
+                lowest=1,
+                highest=1,
+            )
     if request.lora is not None:
         request = request.model_copy(update={"lora": settle(request.lora, studio.loras)})
     pipe = model.pipe_for(request.task)
@@ -110,7 +118,7 @@ def _paint_batches(
     done = {picture.place for picture in studio.store.pictures(order.id)} | studio.store.skipped(order.id)
     wanted = 1 if request.pick is not None else request.num_images
     batches = request.batches()
-    clock = _StepClock(tell, len(batches))
+    clock = _StepClock(tell, len(batches), wanted)
     for number, seeds in enumerate(batches):
         first = number * request.batch_size
         if done.issuperset(range(first, min(first + len(seeds), wanted))):
@@ -118,7 +126,7 @@ def _paint_batches(
             continue
         canvas = _canvas(request, tuple(seeds), model, studio.uploads)
         begun = time.monotonic()
-        clock.begin(_step_count(request, model))
+        clock.begin(_step_count(request, model), first, 1 if request.pick is not None else len(seeds))
         switches.skip.clear()  # one that came too late for its picture shall not hit the next
         try:
             painted = _keep(canvas, paint(model, canvas, switches, clock.step))
@@ -172,7 +180,9 @@ def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> An
     values |= _frames(request, model)
     if request.style is not None:
         if "prompt" not in fields:
-            raise ValueError("Styles are for prompts; leave the style out for a picture of a class.")
+            raise RequestError(
+                "setting", "Styles are for prompts; leave the style out for a picture of a class.", field="style"
+            )
         texts = apply_style(request.style, getattr(request, "prompt"), getattr(request, "negative_prompt"))  # noqa: B009
         values["prompt"], values["negative_prompt"] = texts
     elif "negative_prompt" in fields:
@@ -184,7 +194,11 @@ def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
     """Return the number of frames of a clip, if the model makes clips."""
     asked = getattr(request, "frames", None)
     if asked is not None and model.frames is None:
-        raise ValueError(f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.")
+        raise RequestError(
+            "setting",
+            f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.",
+            field="frames",
+        )
     return {"frames": asked or model.frames} if "frames" in type(request).model_fields else {}
 
 
@@ -267,17 +281,24 @@ def _canvas(request: AnyRequest, seeds: tuple[int, ...], model: LoadedModel, upl
     mask, expand = getattr(request, "mask"), getattr(request, "expand")  # noqa: B009
     keep_shape = expand is not None or bool(model.sizes)
     laid = lay_out(picture, None if mask is None else uploads.get(mask), size, expand, keep_shape)
-    return Canvas(request=request, seeds=seeds, image=laid.image, mask=laid.mask)
+    grow, blur = getattr(request, "mask_grow", None) or 0, getattr(request, "mask_blur", None) or 0
+    if not grow and not blur:
+        return Canvas(request=request, seeds=seeds, image=laid.image, mask=laid.mask)
+    alpha = soft_mask(laid.mask, grow, blur)
+    return Canvas(request=request, seeds=seeds, image=laid.image, mask=touched(alpha), alpha=alpha)
 
 
 def _keep(canvas: Canvas, painted: Painted) -> Painted:
-    """After inpainting, lay what is kept over the result; diffusers' pipelines change it a little."""
+    """After inpainting, lay what is kept over the result, which pipelines of diffusers change a little."""
     if canvas.image is None or canvas.mask is None:
         return painted
     from pipelines.inpaint import keep_pixels
 
     for frames in painted.pictures:
-        frames[0] = keep_pixels(canvas.image, frames[0], canvas.mask)
+        if canvas.alpha is None:
+            frames[0] = keep_pixels(canvas.image, frames[0], canvas.mask)
+        else:
+            frames[0] = blend(canvas.image, frames[0], canvas.alpha)
     return painted
 
 
@@ -394,9 +415,12 @@ def _versions() -> dict[str, str]:
 class _StepClock:
     """Turns the steps of several batches into Step events with an estimate of the time left."""
 
-    def __init__(self, tell: Callable[[Event], None], batches: int) -> None:
+    def __init__(self, tell: Callable[[Event], None], batches: int, images: int) -> None:
         self._tell = tell
         self._batches = batches
+        self._images = images
+        self._first = 1
+        self._size = 1
         self._batch = 0
         self._skipped = 0
         self._steps = 1
@@ -411,13 +435,16 @@ class _StepClock:
         self._skipped += 1
         self._started += seconds
 
-    def begin(self, steps: int) -> None:
+    def begin(self, steps: int, place: int, size: int) -> None:
+        """Begin a batch of `size` images, the first of which has this place in the job, from 0."""
         self._batch += 1
         self._steps = steps
+        self._first = place + 1
+        self._size = size
 
     def step(self, step: int, preview: Image.Image | None, strip: str = "") -> None:
         done = (self._batch - 1 - self._skipped) * self._steps + step
         left = max((self._batches - self._skipped) * self._steps - done, 0)
         eta = (time.monotonic() - self._started) / done * left
         steps = max(self._steps, step)  # a second-order scheduler calls back more often than it was asked to step
-        self._tell(Step(step, steps, self._batch, self._batches, preview, eta, strip))
+        self._tell(Step(step, steps, self._first, self._images, preview, eta, strip, self._size))

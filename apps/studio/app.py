@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
 from gradio.utils import get_upload_folder
 from starlette.routing import Mount
 
@@ -22,12 +22,16 @@ from apps.shelf import name_models
 from apps.studio import desk, views
 from apps.studio.choosing import SAVED, Choosing
 from apps.studio.desk import Parts
+from apps.studio.easel import Changes
 from apps.studio.examples import EXAMPLES
+from apps.studio.following import restated
 from apps.studio.gate import Gate
-from apps.studio.painting import Changes, Painting, restated
+from apps.studio.painting import Painting
+from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
+from apps.studio.tabs.base import PageError
 from apps.studio.theme import BRUSH, CSS, LANGUAGE, SCRIPT, theme
 from apps.studio.wishes import FIXED
 from pipelines import builtin_models
@@ -35,14 +39,24 @@ from pipelines import builtin_models
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every listener: the page is no API, and it draws its own progress."""
 GO = "(...all) => { window.tessera.go('%s'); return '%s'; }"
-STATES = {"visit": [], "chosen": None, "many": [], "hung": [], "source": None, "page": 0}
+STATES = {
+    "visit": [], "chosen": None, "many": [], "hung": [], "source": None, "page": 0,
+    "job": None, "seen": None,
+}  # fmt: skip
 """What the page remembers while it is open."""
-PAINTED = (
-    "stage", "details", "strip", "visit", "chosen", "save", "reuse_seed", "reuse_settings", "start_from", "inpaint_it",
-    "stop", "skip", "finish", "line", "clear", "order", "waiting",
+EASEL = (
+    "stage", "details", "chosen", "save", "reuse_seed", "reuse_settings", "start_from", "inpaint_it", "problem",
 )  # fmt: skip
-"""What painting changes: few parts, because it changes them often."""
-REMEMBER = "(...all) => Object.fromEntries(%s.map((name, i) => [name, all[i]]))"
+"""What the stage shows, and what acts on it."""
+QUEUE = ("line", "clear", "order", "waiting", "problem")
+FOLLOWED = (*EASEL, "strip", "visit", "stop", "skip", "finish", "line", "clear", "order", "waiting", "job", "seen")
+"""What following changes: few parts, because it changes them often."""
+LOOK_SECONDS = 1.0
+"""How often an idle page asks whether there is anything to follow."""
+POLL_SECONDS = 0.1
+"""How often a page that follows asks for news; if it fell behind, so would the Stop that it shows."""
+REMEMBER = "(...all) => [Object.fromEntries(%s.map((name, i) => [name, all[i]])), '']"
+"""A field that is changed also takes away what was said about the last request."""
 
 
 def build_engine(
@@ -156,6 +170,8 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
                 parts["tab_gallery"] = one
             parts["tabs"] = tabs
             parts["mode"] = gr.Textbox("text", elem_id="mode", elem_classes="offstage", container=False)
+            # No gr.State: of one that is changed by a listener beside Gradio's queue the page isn't told.
+            parts["pulse"] = gr.Textbox("", elem_id="pulse", elem_classes="offstage", container=False)
             with gr.Column(elem_id="source", elem_classes="card"):
                 parts |= desk.source(words)
             with gr.Column(elem_id="ask", elem_classes="card"):
@@ -175,8 +191,10 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
 class _Wiring:
     """Turns listeners that speak of parts by name into listeners of Gradio, which speaks of components."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, words: Strings, sessions: Sessions) -> None:
         self.parts = parts
+        self._words = words
+        self._sessions = sessions
         # Everything that a listener may read or change; those that a request is made of come first.
         self.wishes = [*SAVED, "source", "mask", "many", "frames"]
         self.changing = [name for name, part in parts.items() if not isinstance(part, gr.Tab)]
@@ -191,6 +209,25 @@ class _Wiring:
         # Gradio wants a word even where nothing changes.
         return {self.parts[name]: value for name, value in changes.items()} or {self.parts["line"]: gr.skip()}
 
+    def answered(self, listener: Callable[..., Changes], *given: Any) -> dict[Any, Any]:
+        """Return what a listener changes; what it refuses is said in the one place for that, which it else clears."""
+        try:
+            return self.told({"problem": ""} | listener(*given))
+        except PageError as error:
+            return self.told({"problem": views.problem(self._words(error.key))})
+        except gr.Error as error:
+            return self.told({"problem": views.problem(str(error.message))})
+
+    def allowed(self, listener: Callable[..., Changes]) -> Callable[..., Changes]:
+        """Return a listener, with the request before what it is given, for users who may change something here."""
+
+        def checked(request: gr.Request, *given: Any) -> Changes:
+            self._sessions.painter(request)
+            return listener(*given)
+
+        checked.__name__ = listener.__name__
+        return checked
+
     def on(
         self,
         triggers: Sequence[Any],
@@ -203,98 +240,157 @@ class _Wiring:
         changing = self.changing if outputs is None else outputs
         return gr.on(triggers, listener, self.components(inputs), self.components(changing), **QUIET, **more)
 
+    def answer(
+        self,
+        trigger: Any,
+        listener: Callable[..., Changes],
+        inputs: Sequence[str] = (),
+        outputs: Sequence[str] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Connect a listener that gets the request before its inputs and returns changes by name, see `answered`."""
+
+        def answering(request: gr.Request, *given: Any) -> dict[Any, Any]:
+            return self.answered(listener, request, *given)
+
+        answering.__name__ = listener.__name__  # by which Gradio knows it
+        return self.on([trigger], answering, inputs, outputs, **more)
+
 
 def _connect(page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions, parts: Parts) -> None:
     """Connect controls and listeners."""
-    wiring = _Wiring(parts)
+    wiring = _Wiring(parts, words, sessions)
     painting = Painting(engine, words, sessions)
     choosing = Choosing(engine, words, sessions, painting)
     _connect_painting(wiring, painting)
-    _connect_pictures(wiring, choosing)
+    _connect_following(page, wiring, painting)
+    _connect_pictures(wiring, choosing, painting)
     _connect_tabs(wiring, choosing)
 
-    def opened(saved: object, *given: Any) -> dict[Any, Any]:
-        return wiring.told(choosing.open(saved, wiring.values(given)))
+    def opened(request: gr.Request, saved: object, *given: Any) -> Changes:
+        return choosing.open(saved, wiring.values(given), sessions.may_paint(request))
 
-    def settled(key: str, mode: str) -> dict[Any, Any]:
-        return wiring.told(choosing.settle(key, mode))
+    def settled(request: gr.Request, key: str, mode: str) -> Changes:
+        return choosing.settle(key, mode, sessions.may_paint(request))
 
-    wiring.on([page.load], opened, ["saved", *wiring.wishes])
-    wiring.on([parts["model"].input], settled, ["model", "mode"])
-    wiring.on([parts["switch"].click], lambda mode: wiring.told(choosing.switch(mode)), ["mode"])
+    def switched(request: gr.Request, mode: str) -> Changes:
+        return choosing.switch(mode, sessions.may_paint(request))
+
+    wiring.answer(page.load, opened, ["saved", *wiring.wishes])
+    wiring.answer(parts["model"].input, settled, ["model", "mode"])
+    wiring.answer(parts["switch"].click, switched, ["mode"])
     parts["preset"].input(
         lambda name, key: wiring.told(choosing.choose_preset(name, key)),
         wiring.components(["preset", "model"]),
-        wiring.components(["steps", "guidance", "scheduler", "step_cache", "cache_amount", "line"]),
+        wiring.components(["steps", "guidance", "scheduler", "step_cache", "cache_amount", "line", PLACE]),
         **QUIET,
     )
     # A typed seed is meant to be used.
     parts["seed"].input(lambda: FIXED, None, parts["seed_mode"], **QUIET)
     changed = [parts[name].change for name in SAVED if name != "mode"]
     names = str(list(SAVED))
-    gr.on(changed, None, wiring.components(SAVED), parts["saved"], js=REMEMBER % names, **QUIET)
+    gr.on(changed, None, wiring.components(SAVED), [parts["saved"], parts["problem"]], js=REMEMBER % names, **QUIET)
 
 
 def _connect_painting(wiring: _Wiring, painting: Painting) -> None:
     parts = wiring.parts
 
-    def paint(request: gr.Request, visit: Any, *given: Any) -> Generator[dict[Any, Any]]:
-        with closing(restated(painting.paint(visit, wiring.values(given), request))) as told:
-            for changes in told:
-                yield wiring.told(changes)
-
-    def finish(request: gr.Request) -> dict[Any, Any]:
-        return wiring.told(painting.finish(request))
-
-    def clear(request: gr.Request) -> dict[Any, Any]:
-        return wiring.told(painting.clear(request))
+    def paint(request: gr.Request, *given: Any) -> dict[Any, Any]:
+        return wiring.told(painting.paint(wiring.values(given), request))
 
     start = [parts["paint"].click, parts["prompt"].submit]
-    # "multiple": a click while one is being painted puts another into the line.
-    wiring.on(start, paint, ["visit", *wiring.wishes], PAINTED, trigger_mode="multiple")
-    parts["stop"].click(painting.stop, queue=False, **QUIET)
-    wiring.on([parts["finish"].click], finish, outputs=["line"], queue=False)
-    parts["skip"].click(painting.skip, queue=False, **QUIET)
-    line = ["line", "clear", "order", "waiting"]
-    wiring.on([parts["clear"].click], clear, outputs=line, queue=False)
+    # "multiple": a click while one is being generated queues another.
+    asked = [*EASEL, *QUEUE[:-1], "stop", "skip", "finish", "pulse"]
+    wiring.on(start, paint, wiring.wishes, asked, trigger_mode="multiple", queue=False)
+    for name, change in (("stop", painting.stop), ("finish", painting.finish), ("skip", painting.skip)):
+        wiring.answer(parts[name].click, change, ["job"], ["line", "problem"], queue=False)
+    wiring.answer(parts["clear"].click, painting.clear, (), QUEUE, queue=False)
+    wiring.answer(parts["drop"].click, painting.drop, ["waiting"], QUEUE, queue=False)
 
-    def ordering(change: Callable[[gr.Request, str | None], Changes]) -> Callable[..., Any]:
-        def listener(request: gr.Request, job: str | None) -> dict[Any, Any]:
-            return wiring.told(change(request, job))
+    def sooner(request: gr.Request, job: str | None) -> Changes:
+        return painting.move(request, job, -1)
 
-        return listener
+    def later(request: gr.Request, job: str | None) -> Changes:
+        return painting.move(request, job, 1)
 
-    for name, by in (("sooner", -1), ("later", 1)):
-        change = functools.partial(painting.move, by=by)
-        wiring.on([parts[name].click], ordering(change), ["waiting"], line, queue=False)
-    wiring.on([parts["drop"].click], ordering(painting.drop), ["waiting"], line, queue=False)
+    wiring.answer(parts["sooner"].click, sooner, ["waiting"], QUEUE, queue=False)
+    wiring.answer(parts["later"].click, later, ["waiting"], QUEUE, queue=False)
     for i in range(EXAMPLES):
         filled = parts[f"chip_{i}"].click(None, parts[f"chip_{i}"], parts["prompt"], js="(text) => text", **QUIET)
         filled.then(None, js="() => document.querySelector('#paint').click()", **QUIET)
 
 
-def _connect_pictures(wiring: _Wiring, choosing: Choosing) -> None:
-    parts = wiring.parts
+def _connect_following(page: gr.Blocks, wiring: _Wiring, painting: Painting) -> None:
+    """Have the page follow what goes on: when it opens, after it asked for something, and when it is found idle."""
+    parts, following = wiring.parts, painting.following
 
-    def connect(trigger: Any, method: Callable[..., Changes], inputs: Sequence[str]) -> None:
-        wiring.on([trigger], lambda *given: wiring.told(method(*given)), inputs)
+    async def follow(request: gr.Request, seen: Any, chosen: Any) -> AsyncGenerator[dict[Any, Any]]:
+        async for changes in paced(restated(following.follow(request, seen, chosen))):
+            yield wiring.told(changes)
 
-    def choose(visit: Any, event: gr.SelectData) -> dict[Any, Any]:
-        return wiring.told(choosing.choose(visit, event))
+    def look(request: gr.Request, seen: Any) -> dict[Any, Any]:
+        return {parts["pulse"]: following.look(request, seen) or gr.skip()}
 
-    def look(hung: Any, event: gr.SelectData) -> dict[Any, Any]:
-        return wiring.told(choosing.look(hung, event))
+    # "once": while the page follows, nothing that happens makes it follow a second time.
+    wiring.on([page.load, parts["pulse"].change], follow, ["seen", "chosen"], FOLLOWED, concurrency_limit=None)
+    timer = gr.Timer(LOOK_SECONDS)
+    wiring.on([timer.tick], look, ["seen"], ["pulse"], queue=False)
 
-    wiring.on([parts["strip"].select], choose, ["visit"], PAINTED)
+
+async def paced(told: Generator[Changes | None]) -> AsyncGenerator[Changes]:
+    """Pass changes on without a thread that waits for them; None makes a short pause.
+
+    Args:
+        told: changes, as soon as there are any.
+    """
+    end: Changes = {}
+    while (changes := await run_in_threadpool(next, told, end)) is not end:
+        if changes:
+            yield changes
+        else:
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def _connect_pictures(wiring: _Wiring, choosing: Choosing, painting: Painting) -> None:
+    parts, answer, allowed = wiring.parts, wiring.answer, wiring.allowed
+
+    def held(request: gr.Request, changes: Changes) -> Changes:
+        if "chosen" in changes:
+            painting.displays.hold(request, changes["chosen"])
+        return changes
+
+    def choose(request: gr.Request, visit: Any, event: gr.SelectData) -> dict[Any, Any]:
+        return wiring.told(held(request, choosing.choose(visit, event)))
+
+    def look(request: gr.Request, hung: Any, event: gr.SelectData) -> dict[Any, Any]:
+        return wiring.told(held(request, choosing.look(hung, event)))
+
+    wiring.on([parts["strip"].select], choose, ["visit"], [*EASEL, "line"])
     wiring.on([parts["gallery"].select], look, ["hung"])
-    connect(parts["reuse_seed"].click, choosing.reuse_seed, ["chosen"])
-    connect(parts["reuse_settings"].click, choosing.reuse_settings, ["chosen"])
-    connect(parts["start_from"].click, lambda chosen: choosing.send(chosen, "image"), ["chosen"])
-    connect(parts["inpaint_it"].click, lambda chosen: choosing.send(chosen, "inpaint"), ["chosen"])
-    connect(parts["settings_file"].upload, choosing.load_settings, ["settings_file"])
-    connect(parts["source_file"].upload, choosing.take_source, ["source_file"])
-    connect(parts["many_file"].upload, choosing.take_prompts, ["many_file"])
-    connect(parts["many_drop"].click, choosing.drop_prompts, [])
+
+    def start_from(chosen: Any) -> Changes:
+        return choosing.send(chosen, "image")
+
+    def inpaint_it(chosen: Any) -> Changes:
+        return choosing.send(chosen, "inpaint")
+
+    def reuse_seed(request: gr.Request, chosen: Any) -> Changes:
+        return choosing.reuse_seed(chosen)
+
+    def reuse_settings(request: gr.Request, chosen: Any) -> Changes:
+        return choosing.reuse_settings(chosen)
+
+    def drop_prompts(request: gr.Request) -> Changes:
+        return choosing.drop_prompts()
+
+    answer(parts["reuse_seed"].click, reuse_seed, ["chosen"])
+    answer(parts["reuse_settings"].click, reuse_settings, ["chosen"])
+    answer(parts["start_from"].click, allowed(start_from), ["chosen"])
+    answer(parts["inpaint_it"].click, allowed(inpaint_it), ["chosen"])
+    answer(parts["settings_file"].upload, allowed(choosing.load_settings), ["settings_file"])
+    answer(parts["source_file"].upload, allowed(choosing.take_source), ["source_file"])
+    answer(parts["many_file"].upload, allowed(choosing.take_prompts), ["many_file"])
+    answer(parts["many_drop"].click, drop_prompts)
 
 
 def _connect_tabs(wiring: _Wiring, choosing: Choosing) -> None:

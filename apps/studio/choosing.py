@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,33 +11,48 @@ import gradio as gr
 
 from apps import limits
 from apps.engine import Engine
-from apps.job_store import StoredPicture
 from apps.jobs import repeat
 from apps.lora import LoraError
 from apps.media import read_mp4
-from apps.metadata import MetadataError, PictureSettings, StepCache, parse, read_picture
-from apps.named_settings import load_presets
+from apps.metadata import Lora, PictureSettings, StepCache, read_picture
+from apps.named_settings import load_presets, unknown_preset
+from apps.prompt_file import (
+    COMMAND_LINE_NAMES,
+    PromptFileError,
+    PromptLine,
+    parse_lines,
+    read_text,
+    request_field_names,
+    request_fields,
+)
+from apps.sheet import GridSettings, read_sheet
 from apps.shelf import LoadedModel
 from apps.studio import views
+from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.desk import attention_choices, machine_choices, memory_note
+from apps.studio.easel import Changes
 from apps.studio.examples import EXAMPLES, example_prompts
-from apps.studio.painting import MAX_PROMPTS, Changes, Painting, Shown
+from apps.studio.painting import Painting
+from apps.studio.problems import explain, problem
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
-from apps.studio.tabs import TABS
+from apps.studio.tabs import TABS, grid
 from apps.studio.vocabulary import read_vocabulary
-from apps.studio.wishes import FIXED, explain, least_side, shapes, show_settings
-from apps.uploads import UploadError, read_upload
+from apps.studio.wishes import FIXED, least_side, shapes, show_request, show_settings
+from apps.uploads import UploadError
 
 logger = logging.getLogger(__name__)
 
 PAGE = 24
 """Pictures on a page of the gallery."""
+SHOWN_SIDE = 1_024
+"""Of a picture to start from, as the page shows it, pixels; jobs use all of it."""
 SAVED = (
     "mode", "prompt", "negative", "model", "shape", "width", "height", "steps", "guidance", "seed_mode", "seed",
     "count", "batch_size", "style", "scheduler", "lora", "lora_scale", "step_cache", "cache_amount", "file_format",
     "keep_settings", "sidecar", "memory", "dtype", "attention", "strength", "repaint", "grow_left", "grow_top",
-    "grow_right", "grow_bottom", "inpaint_label", "label", "scale_label", "top_k", "top_p", "temperature",
+    "grow_right", "grow_bottom", "mask_grow", "mask_blur", "inpaint_label", "label", "scale_label", "top_k", "top_p",
+    "temperature",
     "smooth", "kv_policy", "kv_budget", "kv_dtype", "search", "candidates", "grid_x", "grid_x_values", "grid_y",
     "grid_y_values", "grid_z", "grid_z_values",
 )  # fmt: skip
@@ -63,12 +77,18 @@ class Choosing:
 
     # --------------------------------------------------------------------------- model
 
-    def open(self, saved: object, values: Mapping[str, Any]) -> Changes:
-        """Fit the page to its model when it opens, then put in place what the browser remembers."""
+    def open(self, saved: object, values: Mapping[str, Any], may_load: bool = True) -> Changes:
+        """Fit the page to its model when it opens, then put in place what the browser remembers.
+
+        Args:
+            saved: what the browser remembers.
+            values: of the page.
+            may_load: whether its user may have a model loaded.
+        """
         remembered = self._remembered(saved)
         key = remembered.get("model", values["model"])
         mode = remembered.get("mode", values["mode"])
-        changes = self.settle(key, mode)
+        changes = self.settle(key, mode, may_load)
         if not remembered:
             return changes
         merged = {**changes, "model": key}
@@ -96,15 +116,23 @@ class Choosing:
             and len(str(value)) <= limits.MAX_PROMPT_CHARS
         }
 
-    def settle(self, key: str, mode: str) -> Changes:
-        """Wait until a model is loaded and fit the controls to it."""
+    def settle(self, key: str, mode: str, may_load: bool = True) -> Changes:
+        """Wait until a model is loaded and fit the controls to it.
+
+        Args:
+            key: of the model.
+            mode: the open tab.
+            may_load: whether the user of the page may have it loaded, for which another may have to leave the memory.
+        """
+        if not may_load and key in self._engine.models and self._engine.loaded(key) is None:
+            raise gr.Error(self._words("no_rights"), print_exception=False)
         try:
             model = self._engine.model(key).result(timeout=self._engine.limits.seconds)
-        except KeyError as error:
-            raise gr.Error(self._words("no_model"), print_exception=False) from error
+        except KeyError:
+            return problem(self._words("no_model"))
         except Exception as error:
             logger.warning("the model %r did not load: %s", key, error)
-            raise gr.Error(self._words("model_failed", model=key), print_exception=False) from error
+            return problem(self._words("model_failed", model=key))
         names = read_vocabulary(self._engine.source(key))
         prompts = example_prompts(names, EXAMPLES)
         chips = {
@@ -167,10 +195,10 @@ class Choosing:
             "switch": gr.update(value=label, visible=other is not None),
         }
 
-    def switch(self, mode: str) -> Changes:
-        """Choose a model that can do what a tab asks for."""
+    def switch(self, mode: str, may_load: bool = True) -> Changes:
+        """Choose a model that can do what a tab asks for; see `settle`."""
         other = self._able(mode)
-        return {} if other is None else {"model": other, **self.settle(other, mode)}
+        return {} if other is None else {"model": other, **self.settle(other, mode, may_load)}
 
     def _able(self, mode: str) -> str | None:
         """Return the first model that can do what a tab asks for."""
@@ -185,7 +213,10 @@ class Choosing:
         """Set the controls that a preset is about; none sets them as the model has them."""
         model = self._loaded(key)
         own = {"steps": model and model.steps, "guidance": model and model.guidance}
-        chosen = load_presets()[name].values() if name else {}
+        presets = load_presets()
+        if name and name not in presets:
+            return problem(explain(unknown_preset(name), self._words))
+        chosen = presets[name].values() if name else {}
         cache: StepCache | None = chosen.get("step_cache")
         values = {
             **{control: chosen.get(control, default) for control, default in own.items()},
@@ -197,55 +228,79 @@ class Choosing:
 
     # ------------------------------------------------------------------------ pictures
 
-    def choose(self, visit: Sequence[Shown], event: gr.SelectData) -> Changes:
+    def choose(self, visit: Sequence[Finished], event: gr.SelectData) -> Changes:
         """Show the picture of the strip that was clicked."""
         index = event.index if isinstance(event.index, int) else -1
         return self._painting.show(visit[index]) if 0 <= index < len(visit) else {}
 
-    def reuse_seed(self, chosen: Shown | None) -> Changes:
-        """Fix the seed to that of the picture on the stage."""
+    def reuse_seed(self, chosen: Finished | None) -> Changes:
+        """Fix the seed to that of the picture or grid on the stage."""
+        if isinstance(chosen, ShownSheet):
+            return {"seed_mode": FIXED, "seed": chosen.record.settings.request.seed}
         return {} if chosen is None else {"seed_mode": FIXED, "seed": chosen.settings.seed}
 
-    def reuse_settings(self, chosen: Shown | None) -> Changes:
-        """Set every control as for the picture on the stage."""
+    def reuse_settings(self, chosen: Finished | None) -> Changes:
+        """Set every control as for the picture or grid on the stage."""
+        if isinstance(chosen, ShownSheet):
+            return self._put_grid_in_place(chosen.record.settings)
         return {} if chosen is None else self._put_in_place(chosen.settings)
 
     def load_settings(self, file: str | None) -> Changes:
-        """Set every control as for a picture that was handed in."""
+        """Set every control as for a picture, or the sheet of a grid, that was handed in."""
         if not file:
             return {}
         path = Path(file)
         try:
-            settings = _read(path)
-            repeat(settings)
-        except (MetadataError, ValueError, OSError) as error:
-            note = explain(error, self._words) if isinstance(error, ValueError) else self._words("wrong_form")
-            raise gr.Error(note, print_exception=False) from error
+            settings = read_sheet(path) or _read(path)
+            if isinstance(settings, PictureSettings):
+                repeat(settings)
+        except (ValueError, OSError) as error:
+            return problem(explain(error, self._words))
         gr.Info(self._words("load_settings.done", name=path.name[:60]))
+        if isinstance(settings, GridSettings):
+            return self._put_grid_in_place(settings)
         return self._put_in_place(settings)
 
     def _put_in_place(self, settings: PictureSettings) -> Changes:
         """Set every control for the settings of a picture, its source and mask too."""
-        changes = show_settings(settings)
+        refused = self._lora_refused(settings.lora)
+        if refused is not None:
+            return refused
+        changes = self._as_here(show_settings(settings), settings.model)
         mode = changes.pop("mode")
-        if settings.lora is not None:
-            try:
-                self._engine.check_lora(settings.lora)
-            except LoraError as error:
-                raise gr.Error(str(error), print_exception=False) from error
-        for name, found in machine_choices(self._engine.devices).items():
-            if changes.get(name) and changes[name] not in found:
-                gr.Warning(self._words(f"{name}.missing", name=changes[name]))
-                changes[name] = ""
-        if settings.model in self._engine.models:
-            changes["model"] = settings.model
         mask = changes.pop("mask", None)
         if settings.image is not None:
             try:
                 changes |= self._source(settings.image, mask)
             except UploadError as error:
-                raise gr.Error(str(error), print_exception=False) from error
+                return problem(explain(error, self._words))
         return {**changes, **self._go(mode)}
+
+    def _put_grid_in_place(self, settings: GridSettings) -> Changes:
+        """Set every control for the settings of a grid."""
+        request = settings.request
+        refused = self._lora_refused(request.lora)
+        if refused is not None:
+            return refused
+        shown = show_request(request) | grid.show_axes(settings.axes)
+        return self._as_here(shown, request.model) | self._go("grid")
+
+    def _lora_refused(self, lora: Lora | None) -> Changes | None:
+        """Say that a LoRA file can't be had here, without which nothing is right; None if it can."""
+        if lora is not None:
+            try:
+                self._engine.check_lora(lora)
+            except LoraError as error:
+                return problem(explain(error, self._words))
+        return None
+
+    def _as_here(self, changes: Changes, model: str | None) -> Changes:
+        """Leave out of the values of controls what can't be had here."""
+        for name, found in machine_choices(self._engine.devices).items():
+            if changes.get(name) and changes[name] not in found:
+                gr.Warning(self._words(f"{name}.missing", name=changes[name]))
+                changes[name] = ""
+        return {**changes, "model": model} if model in self._engine.models else changes
 
     def _go(self, mode: str) -> Changes:
         return {"mode": mode, "tabs": gr.update(selected=mode)}
@@ -257,39 +312,56 @@ class Choosing:
         if not file:
             return {}
         try:
-            image = read_upload(Path(file).read_bytes())
+            name, _ = self._engine.uploads.receive(Path(file))
         except UploadError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        return self._source(self._engine.uploads.add(image))
+            return problem(explain(error, self._words))
+        return self._source(name)
 
-    def send(self, chosen: Shown | None, mode: str) -> Changes:
+    def send(self, chosen: Finished | None, mode: str) -> Changes:
         """Start from the picture on the stage, in one of the tabs that start from a picture."""
-        if chosen is None:
+        if not isinstance(chosen, Shown):
             return {}
-        image = read_upload(chosen.path.read_bytes())
-        return {**self._source(self._engine.uploads.add(image)), **self._go(mode)}
+        name, _ = self._engine.uploads.receive(chosen.path)
+        return {**self._source(name), **self._go(mode)}
 
     def _source(self, name: str, mask: str | None = None) -> Changes:
         image = self._engine.uploads.get(name)
+        size = image.size
+        image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
         drawn = "" if mask is None else views.preview_uri(self._engine.uploads.get(mask))
         return {
             "source": name,
-            "source_view": views.source(self._words, views.preview_uri(image), image.size, drawn),
+            "source_view": views.source(self._words, views.preview_uri(image), size, drawn),
             "mask": drawn,
         }
 
     # ------------------------------------------------------------------------- prompts
 
     def take_prompts(self, file: str | None) -> Changes:
-        """Read prompts from a file: a line each, or JSON strings."""
+        """Read prompts from a file, as many as a user's part of the queue holds; see `apps.prompt_file`."""
         if not file:
             return {}
         path = Path(file)
-        text = path.read_bytes()[: 256 * 1024].decode("utf-8", errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-        prompts = [one for one in map(_prompt, lines[:MAX_PROMPTS]) if one]
-        note = self._words("from_file.count", count=len(prompts), name=path.name[:40])
-        return {"many": prompts, "many_note": views.note(note), "many_drop": gr.update(visible=True)}
+        try:
+            lines = self._read_prompts(path)
+        except PromptFileError as error:
+            return {**self.drop_prompts(), **problem(explain(error, self._words))}
+        note = self._words("from_file.count", count=len(lines), name=path.name[:40])
+        return {"many": lines, "many_note": views.note(note), "many_drop": gr.update(visible=True)}
+
+    def _read_prompts(self, path: Path) -> list[PromptLine]:
+        """Read a file of prompts and check each line by itself.
+
+        Raises:
+            PromptFileError: a line is not understood or out of range, or there are too many.
+        """
+        with path.open("rb") as file:
+            data = file.read(limits.MAX_UPLOAD_BYTES)
+        known = request_field_names() | COMMAND_LINE_NAMES
+        lines = parse_lines(read_text(data, path.name), path.name, known, self._engine.limits.queue_per_user)
+        for line in lines:
+            request_fields(line)
+        return lines
 
     def drop_prompts(self) -> Changes:
         """Forget the prompts of a file."""
@@ -301,9 +373,10 @@ class Choosing:
         """Turn the pages of the gallery."""
         first = max(int(page) + by, 0) * PAGE
         found = self._engine.history(self._sessions.watcher(request), PAGE + 1, first)
-        shown = [one for one in map(self._on_disk, found[:PAGE]) if one is not None]
-        items = [(str(one.path), one.settings.prompt or str(one.settings.label)) for one in shown]
-        note = self._words("gallery.page", first=first + 1, last=first + len(shown)) if shown else ""
+        shown = self._painting.album.hung(found[:PAGE])
+        items = [(str(one.path), self._caption(one)) for one in shown]
+        count = sum(isinstance(one, Shown) for one in shown)  # sheets show pictures of the page once more
+        note = self._words("gallery.page", first=first + 1, last=first + count) if shown else ""
         return {
             "page": first // PAGE,
             "hung": shown,
@@ -313,14 +386,13 @@ class Choosing:
             "older": gr.update(interactive=len(found) > PAGE),
         }
 
-    def _on_disk(self, picture: StoredPicture) -> Shown | None:
-        """Return a picture of the record; None if its file has been removed."""
-        folder = self._engine.output_dir
-        if folder is None or not (folder / picture.name).is_file():
-            return None
-        return Shown(folder / picture.name, parse(picture.settings), picture.seconds)
+    def _caption(self, shown: Finished) -> str:
+        if isinstance(shown, ShownSheet):
+            prompt = getattr(shown.record.settings.request, "prompt", "")
+            return f"{self._words('tab.grid')}: {prompt}"
+        return shown.settings.prompt or str(shown.settings.label)
 
-    def look(self, hung: Sequence[Shown], event: gr.SelectData) -> Changes:
+    def look(self, hung: Sequence[Finished], event: gr.SelectData) -> Changes:
         """Show the picture of the gallery that was clicked."""
         index = event.index if isinstance(event.index, int) else -1
         if not 0 <= index < len(hung):
@@ -334,14 +406,3 @@ def _takes_strength(model: LoadedModel) -> bool:
 
 def _read(path: Path) -> PictureSettings:
     return read_mp4(path) if path.suffix.lower() == ".mp4" else read_picture(path)
-
-
-def _prompt(line: str) -> str:
-    """Read one line of a file of prompts."""
-    if not line.startswith(("{", '"')):
-        return line
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return line
-    return str(value.get("prompt", "")) if isinstance(value, dict) else str(value)

@@ -13,7 +13,7 @@ from apps.engine import Engine
 from apps.named_settings import load_presets
 from apps.profiles import FORMATS, PROFILES, attention_backends, memory_profiles
 from apps.shelf import FALLBACK_SIDE, LoadedModel
-from apps.studio import views
+from apps.studio import fields, views
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.strings import Strings
 from apps.studio.wishes import FIXED, RANDOM, shapes
@@ -50,7 +50,7 @@ def ask(words: Strings) -> Parts:
         parts["line"] = gr.HTML("", elem_id="line", js_on_load=None)
         parts["clear"] = gr.Button(words("line.clear"), size="sm", visible=False, elem_id="clear", min_width=80)
     with gr.Row(elem_id="order", visible=False) as parts["order"]:
-        parts["waiting"] = gr.Dropdown(
+        parts["waiting"] = fields.Dropdown(
             [], show_label=False, container=False, filterable=False, elem_id="waiting", scale=4, min_width=160
         )
         for name in ("sooner", "later", "drop"):
@@ -82,27 +82,27 @@ def settings(engine: Engine, words: Strings) -> Parts:
     side = BUILTIN_SIDE if engine.models[0] in builtin_models() else FALLBACK_SIDE
     choices = shapes(words, side, side, 16)
     parts: Parts = {
-        "model": gr.Dropdown(
+        "model": fields.Dropdown(
             list(engine.models), value=engine.models[0], label=words("model"), filterable=False, elem_id="model"
         ),
-        "shape": gr.Radio(choices, value=choices[0][1], label=words("size"), elem_id="shape"),
+        "shape": fields.Radio(choices, value=choices[0][1], label=words("size"), elem_id="shape"),
     }
     with gr.Row(elem_id="sides"):  # shown by the style sheet when the size is custom
         for name in ("width", "height"):
-            parts[name] = gr.Slider(limits.MIN_SIDE, side * 4, side, step=16, label=words(name), elem_id=name)
+            parts[name] = fields.Slider(limits.MIN_SIDE, side * 4, side, step=16, label=words(name), elem_id=name)
     with gr.Row(elem_id="walk"):
-        parts["steps"] = gr.Slider(1, 100, 28, step=1, label=words("steps"), elem_id="steps")
-        parts["guidance"] = gr.Slider(0, 12, 4, step=0.1, label=words("guidance"), elem_id="guidance")
+        parts["steps"] = fields.Slider(1, 100, 28, step=1, label=words("steps"), elem_id="steps")
+        parts["guidance"] = fields.Slider(0, 12, 4, step=0.1, label=words("guidance"), elem_id="guidance")
     modes = [(words("seed.random"), RANDOM), (words("seed.fixed"), FIXED)]
     with gr.Row(elem_id="seeds"):
-        parts["seed_mode"] = gr.Radio(modes, value=RANDOM, label=words("seed"), elem_id="seed-mode")
-        parts["seed"] = gr.Number(
+        parts["seed_mode"] = fields.Radio(modes, value=RANDOM, label=words("seed"), elem_id="seed-mode")
+        parts["seed"] = fields.Number(
             0, precision=0, minimum=0, maximum=limits.MAX_SEED, label=words("seed.value"), elem_id="seed", min_width=100
         )
     with gr.Row(elem_id="counts"):
-        parts["count"] = gr.Slider(1, limits.MAX_PICTURES, 1, step=1, label=words("count"), elem_id="count")
-        parts["batch_size"] = gr.Slider(1, limits.MAX_BATCH, 1, step=1, label=words("batch_size"), elem_id="batch")
-    parts["frames"] = gr.Number(  # shown for models of clips
+        parts["count"] = fields.Slider(1, limits.MAX_PICTURES, 1, step=1, label=words("count"), elem_id="count")
+        parts["batch_size"] = fields.Slider(1, limits.MAX_BATCH, 1, step=1, label=words("batch_size"), elem_id="batch")
+    parts["frames"] = fields.Number(  # shown for models of clips
         None, precision=0, minimum=1, maximum=limits.MAX_FRAMES, label=words("frames"), visible=False, elem_id="frames"
     )
     return parts | _advanced(engine, words)
@@ -112,7 +112,7 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
     with gr.Accordion(words("advanced"), open=False, elem_id="advanced"):
         presets = [(words("preset.none"), ""), *load_presets()]
         parts: Parts = {
-            "preset": gr.Dropdown(presets, value="", label=words("preset"), filterable=False, elem_id="preset"),
+            "preset": fields.Dropdown(presets, value="", label=words("preset"), filterable=False, elem_id="preset"),
             "negative": gr.Textbox(
                 label=words("negative"),
                 placeholder=words("negative.hint"),
@@ -122,20 +122,20 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
         }
         with gr.Row():
             styles = [(words("style.none"), ""), *load_styles()]
-            parts["style"] = gr.Dropdown(styles, value="", label=words("style"), filterable=False, elem_id="style")
+            parts["style"] = fields.Dropdown(styles, value="", label=words("style"), filterable=False, elem_id="style")
             own = [(words("scheduler.own"), "")]
-            parts["scheduler"] = gr.Dropdown(
+            parts["scheduler"] = fields.Dropdown(
                 own, value="", label=words("scheduler"), filterable=False, elem_id="scheduler"
             )
         with gr.Row(elem_id="cache"):
             caches = [(words("step_cache.none"), ""), *KNOBS]
-            parts["step_cache"] = gr.Dropdown(
+            parts["step_cache"] = fields.Dropdown(
                 caches, value="", label=words("step_cache"), filterable=False, elem_id="step-cache"
             )
-            parts["cache_amount"] = gr.Number(
+            parts["cache_amount"] = fields.Number(
                 0, label=words("step_cache.amount"), minimum=0, maximum=100, elem_id="cache-amount"
             )
-        parts["memory"] = gr.Dropdown(
+        parts["memory"] = fields.Dropdown(
             _memory_choices(words, engine.devices),
             value="",
             label=words("memory"),
@@ -147,18 +147,20 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
         )
         usual = (words("machine.usual"), "")
         with gr.Row():
-            parts["dtype"] = gr.Dropdown(
+            parts["dtype"] = fields.Dropdown(
                 [usual, *FORMATS], value="", label=words("dtype"), filterable=False, elem_id="dtype", min_width=120
             )
-            parts["attention"] = gr.Dropdown(  # its choices come with the model: to find them takes seconds
+            parts["attention"] = fields.Dropdown(  # its choices come with the model: to find them takes seconds
                 [usual], value="", label=words("attention"), filterable=False, elem_id="attention", min_width=120
             )
         with gr.Row(elem_id="lora-row", visible=bool(engine.loras)):
             loras = [(words("lora.none"), ""), *engine.loras]
-            parts["lora"] = gr.Dropdown(loras, value="", label=words("lora"), filterable=False, elem_id="lora")
-            parts["lora_scale"] = gr.Slider(-2, 2, 1, step=0.05, label=words("lora.scale"), elem_id="lora-scale")
+            parts["lora"] = fields.Dropdown(loras, value="", label=words("lora"), filterable=False, elem_id="lora")
+            parts["lora_scale"] = fields.Slider(-2, 2, 1, step=0.05, label=words("lora.scale"), elem_id="lora-scale")
         with gr.Row():
-            parts["file_format"] = gr.Radio(["png", "webp"], value="png", label=words("file_format"), elem_id="format")
+            parts["file_format"] = fields.Radio(
+                ["png", "webp"], value="png", label=words("file_format"), elem_id="format"
+            )
             parts["keep_settings"] = gr.Checkbox(True, label=words("keep_settings"), elem_id="keep")
             parts["sidecar"] = gr.Checkbox(False, label=words("sidecar"), elem_id="sidecar")
     parts["settings_file"] = gr.UploadButton(
@@ -205,6 +207,7 @@ def easel(words: Strings) -> Parts:
     size = (BUILTIN_SIDE, BUILTIN_SIDE)
     parts: Parts = {
         "stage": gr.HTML(views.stage(size=size, note=words("empty")), elem_id="stage", js_on_load=None),
+        "problem": gr.HTML("", elem_id="problem", js_on_load=None),
         "details": gr.HTML("", elem_id="details", js_on_load=None),
     }
     with gr.Row(elem_id="use"):

@@ -1,76 +1,45 @@
-"""What happens on Paint, Stop and Finish: requests into the engine's line, its events onto the page.
+"""What happens on Paint, Stop, Skip and Finish, and on the queue: requests of the user of the page, changed by its id.
 
-Listeners yield the changed parts of the page by name; `apps.studio.app` turns the names into components.
+Jobs belong to the user, not to the page: it may be closed, and another one goes on with them. Listeners return the
+changed parts of the page by name; `apps.studio.app` turns the names into components.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing
-from copy import copy
-from dataclasses import dataclass, replace
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from pydantic import ValidationError
 
 from apps.engine import Engine
-from apps.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped
-from apps.grid import Cell, Filled, compose, plan
 from apps.job_store import QueueFullError
-from apps.jobs import REQUEST, AnyRequest
-from apps.media import clip_of
-from apps.metadata import PictureSettings, save_picture
+from apps.jobs import AnyRequest
+from apps.prompt_file import PromptFileError, PromptLine, line_error, request_fields
+from apps.sheet import GridSettings
 from apps.shelf import LoadedModel
 from apps.studio import views
-from apps.studio.sessions import Session, Sessions
+from apps.studio.album import Album, Finished
+from apps.studio.displays import Displays
+from apps.studio.easel import Changes, Easel
+from apps.studio.following import Following, busy
+from apps.studio.grids import Grids
+from apps.studio.problems import explain, problem
+from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
+from apps.studio.tabs.base import PageError
 from apps.studio.tabs.grid import axes
-from apps.studio.wishes import explain, make_request, read_mask
-from apps.worker import open_size
-
-REDRAW_SECONDS = 0.1
-"""Steps redraw the page no faster than this; if the page fell behind, so would the Stop that it shows."""
-STRIP = 24
-"""Pictures that the strip of a visit keeps; older ones are in the gallery."""
-MAX_PROMPTS = 32
-RESTATE_SECONDS = 2.0
-"""How long a change is repeated with those that follow it, see `restated`."""
-
-Changes = dict[str, Any]
-"""Part of the page -> its new value, or a `gr.update`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A picture on the page.
-
-    Attributes:
-        path: its file.
-        settings: what reproduces it.
-        seconds: time it took.
-        report: what accelerators did.
-    """
-
-    path: Path
-    settings: PictureSettings
-    seconds: float
-    report: str = ""
-
-    @property
-    def clip(self) -> Path | None:
-        """The clip of which the picture shows some frames."""
-        return clip_of(self.path, self.settings)
+from apps.studio.waiting import Waiting
+from apps.studio.wishes import make_request, read_mask
 
 
 class Painting:
-    """The listeners that paint, over one engine.
+    """The listeners that ask for pictures and change the queue, over one engine.
 
     Args:
-        engine: paints; must have an output folder.
+        engine: generates; must have an output folder.
         words: of the page.
         sessions: who is on the page.
     """
@@ -79,94 +48,116 @@ class Painting:
         self._engine = engine
         self._words = words
         self._sessions = sessions
+        self._grids = Grids(engine)
+        self.album = Album(engine, self._grids)
+        self.displays = Displays()
+        self._easel = Easel(words, self._grids)
+        self._waiting = Waiting(engine, words, self._grids)
+        self.following = Following(
+            engine, words, sessions, self._grids, self.album, self.displays, self._easel, self._waiting
+        )
 
-    def paint(self, visit: Sequence[Shown], values: Mapping[str, Any], request: gr.Request) -> Generator[Changes]:
-        """Queue what the page asks for; if nothing of this page runs yet, show all of its line as it goes."""
-        session = self._sessions.of(request)
+    def paint(self, values: Mapping[str, Any], request: gr.Request) -> Changes:
+        """Queue what the page asks for; `Following` shows how it goes."""
         try:
             owner = self._sessions.painter(request)
             wanted = self._requests(values)
+            is_idle = not self._engine.unfinished(owner)
             if values["mode"] == "grid":
-                yield from self._paint_grid(session, plan(wanted[0].settled(), axes(values)), values, owner)
-                return
-            follows = self._queue(session, wanted, owner)
+                jobs = self._submit_grid(wanted[0], values, owner)
+            else:
+                jobs = self._submit(wanted, owner)
         except (ValueError, TypeError, QueueFullError) as error:
-            note = str(error) if isinstance(error, QueueFullError) else explain(error, self._words)
-            yield {"stage": views.stage(size=(1, 1), note=note, is_problem=True)}
-            return
-        yield self._line(session) | self._order(session)
-        if not follows:
-            return
-        is_left = True
-        try:
-            yield from self._follow_line(session, list(visit))
-            is_left = False  # from here on the line may be another click's
-        finally:  # also when the browser tab is closed
-            if is_left:
-                with session.lock:
-                    left, session.line, session.is_followed = session.line, [], False
-                for job in left:
-                    self._engine.stop(job)
+            return problem(explain(error, self._words))
+        self.displays.ask(request, jobs)
+        changes: Changes = {"problem": "", "pulse": str(time.time_ns())}
+        if not is_idle:
+            return changes | self._waiting.queue(owner)
+        starting = views.stage(size=self.following.frame(wanted[0]), note=self._words("starting"), share=0.0)
+        return changes | {"stage": starting} | self._easel.acting_on(None) | busy(True)
 
-    def stop(self, request: gr.Request) -> None:
-        """Stop what is being painted for this page, within one step."""
-        session = self._sessions.of(request)
-        session.stop.set()
-        with session.lock:
-            running = session.line[:1]
-        for job in running:
-            self._engine.stop(job)
+    def stop(self, request: gr.Request, job: str | None) -> Changes:
+        """Stop the job that the page shows within one step; of a grid all that is left of it.
 
-    def finish(self, request: gr.Request) -> Changes:
-        """End what is being painted for this page with the picture as it is now."""
-        with self._sessions.of(request).lock:
-            running = self._sessions.of(request).line[:1]
-        if running and self._engine.job(running[0]).state == "running" and not self._engine.finish(running[0]):
-            gr.Info(self._words("cant_finish"))
+        Raises:
+            PageError: the user may only look.
+        """
+        mine = self._mine(request, job)
+        if mine is not None:
+            record = self._grids.of_job(mine)
+            for one in (mine,) if record is None else reversed(record.jobs):  # else the next cell would begin
+                self._engine.stop(one)
         return {}
 
-    def skip(self, request: gr.Request) -> None:
-        """Leave out the picture that is being painted for this page, and go on with the next of its job."""
-        session = self._sessions.of(request)
-        with session.lock:
-            running = session.line[:1]
-        for job in running:
-            self._engine.skip(job)
+    def finish(self, request: gr.Request, job: str | None) -> Changes:
+        """End the job that the page shows with the picture as it is now.
+
+        Raises:
+            PageError: the user may only look, or the model can't end early.
+        """
+        mine = self._mine(request, job)
+        if mine is None or self._engine.job(mine).state != "running" or self._engine.finish(mine):
+            return {}
+        if self._engine.job(mine).state == "running":  # else it has ended by itself meanwhile
+            raise PageError("cant_finish")
+        return {}
+
+    def skip(self, request: gr.Request, job: str | None) -> Changes:
+        """Leave out the picture that is being generated, and go on with the next of its job, or of its grid.
+
+        Raises:
+            PageError: the user may only look.
+        """
+        mine = self._mine(request, job)
+        if mine is not None:
+            self._engine.skip(mine)
+        return {}
 
     def clear(self, request: gr.Request) -> Changes:
-        """Take what waits for this page out of the line; what is being painted goes on."""
-        session = self._sessions.of(request)
-        self._drop_waiting(session)
-        return self._line(session) | self._order(session)
+        """Take what waits out of the queue; what runs goes on.
+
+        Raises:
+            PageError: the user may only look.
+        """
+        owner = self._sessions.painter(request)
+        for job in reversed(self._engine.waiting(owner)):  # the last one first: the first one may begin meanwhile
+            self._engine.stop(job)
+        return self._waiting.queue(owner)
 
     def move(self, request: gr.Request, job: str | None, by: int) -> Changes:
-        """Let a job of this page change places with the one before it (by -1) or behind it (by 1)."""
-        session = self._sessions.of(request)
-        with session.lock:
-            place = session.line.index(job) if job in session.line[1:] else 0
-            if job is not None and place and 1 <= place + by < len(session.line):
-                other = session.line[place + by]
-                order = self._engine.waiting(self._engine.job(job).owner)
-                if other in order and self._engine.move(job, order.index(other)):
-                    session.line[place], session.line[place + by] = other, job
-        return self._order(session, job)
+        """Let a waiting job change places with the one before it (by -1) or behind it (by 1).
+
+        Raises:
+            PageError: the user may only look.
+        """
+        owner = self._sessions.painter(request)
+        waiting = self._engine.waiting(owner)
+        if job is not None and job in waiting and 0 <= waiting.index(job) + by < len(waiting):
+            self._engine.move(job, waiting.index(job) + by)
+        return self._waiting.queue(owner, job)
 
     def drop(self, request: gr.Request, job: str | None) -> Changes:
-        """Take one job of this page out of the line."""
-        session = self._sessions.of(request)
-        with session.lock:
-            waits = job in session.line[1:]
-            if job is not None and waits:
-                session.line.remove(job)
-        if job is not None and waits:
-            self._engine.stop(job)
-        return self._line(session) | self._order(session)
+        """Take one job out of the queue.
 
-    def _drop_waiting(self, session: Session) -> None:
-        with session.lock:
-            waiting, session.line = session.line[1:], session.line[:1]
-        for job in waiting:
+        Raises:
+            PageError: the user may only look.
+        """
+        owner = self._sessions.painter(request)
+        if job is not None and job in self._engine.waiting(owner):
             self._engine.stop(job)
+        return self._waiting.queue(owner)
+
+    def show(self, shown: Finished) -> Changes:
+        """Put something finished onto the stage."""
+        return self._easel.show(shown)
+
+    def _mine(self, request: gr.Request, job: str | None) -> str | None:
+        """Return a job if it is one of the user of a page, who may change it."""
+        owner = self._sessions.painter(request)
+        try:
+            return job if job is not None and self._engine.job(job).owner == owner else None
+        except KeyError:
+            return None
 
     # ------------------------------------------------------------------------ asking
 
@@ -179,263 +170,61 @@ class Painting:
         tasks = () if model is None else model.tasks
         if model is not None and "image_to_image" in tasks and "strength" not in model.accepts("image_to_image"):
             values["strength"] = None  # its slider isn't shown
-        prompts = values.get("many") or [values["prompt"]]
-        return [make_request({**values, "prompt": prompt}, tasks) for prompt in prompts[:MAX_PROMPTS]]
+        if values["mode"] == "grid":  # one picture a cell: neither their number nor the file of prompts is shown
+            values |= {"count": 1, "batch_size": 1, "many": []}
+        lines: Sequence[PromptLine] = values.get("many") or ()
+        return [self._of_line(line, values) for line in lines] or [make_request(values, tasks)]
 
-    def _queue(self, session: Session, wanted: Sequence[AnyRequest], owner: str) -> bool:
-        """Put requests into the line; whether this listener shall follow it."""
-        with session.lock:
+    def _of_line(self, line: PromptLine, values: Mapping[str, Any]) -> AnyRequest:
+        """Make the request of a line of a file, whose settings replace those of the page.
+
+        Raises:
+            PromptFileError: the task has no such setting, or doesn't take it.
+        """
+        model = line.values.get("model", values["model"])
+        tasks = self._engine.tasks(model) if model in self._engine.models else ()
+        try:
+            return make_request(values, tasks, request_fields(line))
+        except PromptFileError:
+            raise
+        except ValidationError as error:
+            raise line_error(line.number, str(error.errors()[0]["loc"][0]), error) from error
+        except ValueError as error:
+            raise line_error(line.number, "", error) from error
+
+    def _submit(self, wanted: Sequence[AnyRequest], owner: str) -> list[str]:
+        """Queue all requests, or none of them.
+
+        Raises:
+            QueueFullError: they don't all fit.
+        """
+        waiting, most = len(self._engine.unfinished(owner)), self._engine.limits.queue_per_user
+        if len(wanted) > 1 and waiting + len(wanted) > most:
+            raise QueueFullError(
+                "queue.room",
+                f"{len(wanted)} requests don't fit: {waiting} of at most {most} wait already; clear the queue.",
+                count=len(wanted),
+                waiting=waiting,
+                most=most,
+            )
+        jobs: list[str] = []
+        try:
             for one in wanted:
-                session.line.append(self._engine.submit(one, owner))
-            follows, session.is_followed = not session.is_followed, True
-        return follows
+                jobs.append(self._engine.submit(one, owner))
+        except (ValueError, QueueFullError):
+            for job in reversed(jobs):
+                self._engine.stop(job)
+            raise
+        return jobs
+
+    def _submit_grid(self, wanted: AnyRequest, values: Mapping[str, Any], owner: str) -> list[str]:
+        """Queue the cells of a grid, and record that they belong together."""
+        x, y, z = axes(values)
+        settings = GridSettings.model_construct(axes=(x, y, z), request=wanted.settled())
+        jobs = self._submit([cell.request for cell in settings.cells()], owner)
+        self._grids.add(settings, jobs)
+        return jobs
 
     def _loaded(self, key: str) -> LoadedModel | None:
         future: Future[LoadedModel] | None = self._engine.loaded(key)
         return None if future is None or not future.done() or future.exception() else future.result()
-
-    def _frame(self, request: AnyRequest) -> tuple[int, int]:
-        """Return the size that a picture will have, as far as it is known."""
-        width, model = getattr(request, "width", None), self._loaded(request.model or self._engine.models[0])
-        if width is not None:
-            return width, getattr(request, "height")  # noqa: B009
-        return (1, 1) if model is None else open_size(request, model, self._engine.uploads)
-
-    def _line(self, session: Session) -> Changes:
-        """Say how many jobs of a page wait."""
-        waiting = max(len(session.line) - 1, 0)
-        note = self._words("added", count=waiting) if waiting else ""
-        return {"line": views.note(note), "clear": gr.update(visible=waiting > 0)}
-
-    def _order(self, session: Session, chosen: str | None = None) -> Changes:
-        """List what waits for a page; told only when it changes, because the list may be open."""
-        with session.lock:
-            waiting = session.line[1:]
-        choices = [(f"{number}. {self._title(job)}", job) for number, job in enumerate(waiting, 1)]
-        value = chosen if chosen in waiting else waiting[0] if waiting else None
-        return {"order": gr.update(visible=bool(waiting)), "waiting": gr.update(choices=choices, value=value)}
-
-    def _title(self, job: str) -> str:
-        request = self._request_of(job)
-        return (getattr(request, "prompt", "") or f"{self._words('label')} {getattr(request, 'label', '')}")[:60]
-
-    # ----------------------------------------------------------------------- following
-
-    def _follow_line(self, session: Session, visit: list[Shown]) -> Generator[Changes]:
-        """Follow the jobs of a page until its line is empty."""
-        while True:
-            with session.lock:
-                if not session.line:
-                    session.is_followed = False
-                    return
-                job = session.line[0]
-            with closing(self._follow(job, visit)) as told:
-                try:
-                    for changes in told:
-                        yield {**changes, **(self._line(session) if "stage" in changes else {})}
-                except GeneratorExit:  # what waits goes first, or it would begin when the running one is stopped
-                    self._drop_waiting(session)
-                    raise
-            with session.lock:
-                if session.line[:1] == [job]:
-                    session.line.pop(0)
-            yield self._line(session) | self._order(session)
-
-    def _follow(self, job: str, visit: list[Shown]) -> Generator[Changes]:
-        """Turn the events of a job into changes; closing it stops the job."""
-        request, last, clip = self._request_of(job), None, None
-        size, view = self._frame(request), _View(is_by_scales=request.task.startswith("next_scale"))
-        busy = self._busy(True, can_skip=len(request.batches()) > 1)
-        yield busy | {"stage": views.stage(size=size, note=self._words("starting"), share=0.0)}
-        with closing(self._engine.follow(job)) as events:
-            for event in events:
-                if isinstance(event, Picture):
-                    shown = Shown(_path(event), event.metadata, event.seconds, event.report)
-                    visit[:] = [shown, *visit][:STRIP]
-                    last, clip = views.file_uri(shown.path), _address(shown)
-                    view = replace(view, picture=last, clip=clip, is_rough=False)
-                    yield {**self.show(shown), **strip(visit)}
-                elif isinstance(event, Done | Stopped | Failed):
-                    if isinstance(event, Done) and last is not None:  # not the view of one that was skipped
-                        view = replace(view, picture=last, clip=clip, is_rough=False)
-                    yield self._busy(False) | self._ended(event, view, size)
-                elif (changes := self._progress(event, view, size)) is not None:
-                    yield changes
-
-    def _request_of(self, job: str) -> AnyRequest:
-        return REQUEST.validate_json(self._engine.job(job).request)
-
-    def _progress(self, event: Event, view: _View, size: tuple[int, int]) -> Changes | None:
-        """Show that a job waits, loads or steps; None while it is too early to redraw."""
-        match event:
-            case Queued(ahead):
-                note, share = self._words("waiting", ahead=ahead), 0.0
-            case ModelLoading(model):
-                note, share = self._words("loading", model=model), 0.0
-            case Step():
-                if not view.take(event):
-                    return None
-                note, share = progress_line(event, self._words)
-            case _:
-                return None
-        return {"stage": view.draw(size, note, share)}
-
-    def _ended(self, event: Event, view: _View, size: tuple[int, int]) -> Changes:
-        match event:
-            case Done(seconds):
-                return {"stage": view.draw(size, self._words("done", seconds=f"{seconds:.1f}"))}
-            case Failed(message=message):
-                return {"stage": views.stage(size=size, note=message, is_problem=True)}
-            case _:
-                return {"stage": view.draw(size, self._words("stopped"))}
-
-    def _busy(self, is_busy: bool, can_skip: bool = False) -> Changes:
-        can = gr.update(interactive=is_busy)
-        return {"stop": can, "finish": can, "skip": gr.update(visible=can_skip)}
-
-    def show(self, shown: Shown) -> Changes:
-        """Put a picture onto the stage."""
-        size = (shown.settings.width, shown.settings.height)
-        can, is_picture = gr.update(interactive=True), gr.update(interactive=shown.clip is None)
-        return {
-            "stage": views.stage(views.file_uri(shown.path), size=size, clip=_address(shown)),
-            "details": views.details(shown.settings, shown.seconds, self._words, shown.report),
-            "chosen": shown,
-            "save": gr.update(value=str(shown.clip or shown.path), interactive=True),
-            "reuse_seed": can,
-            "reuse_settings": can,
-            "start_from": is_picture,
-            "inpaint_it": is_picture,
-        }
-
-    # ---------------------------------------------------------------------------- grid
-
-    def _paint_grid(
-        self, session: Session, cells: Sequence[Cell], values: Mapping[str, Any], owner: str
-    ) -> Generator[Changes]:
-        """Paint the cells of a grid one after another, and the sheet as it fills."""
-        with session.lock:
-            if session.is_followed:
-                raise QueueFullError(self._words("added", count=len(session.line)))
-            session.is_followed = True
-        session.stop.clear()
-        layout, filled = axes(values), {}
-        yield self._busy(True)
-        try:
-            for number, cell in enumerate(cells, 1):
-                for event in self._engine.generate(cell.request, session.stop, owner):
-                    sheet = compose(layout, filled)
-                    if isinstance(event, Step):
-                        told = {"number": number, "count": len(cells), "step": event.step, "steps": event.steps}
-                        share = (number - 1 + event.step / event.steps) / len(cells)
-                        if event.step == 1:
-                            uri = views.preview_uri(sheet)
-                            note = self._words("cell", **told)
-                            yield {"stage": views.stage(uri, size=sheet.size, note=note, share=share)}
-                    elif isinstance(event, Picture):
-                        filled[cell.place] = Filled(event.image, event.seconds, event.report)
-                    elif isinstance(event, Failed):
-                        yield {"stage": views.stage(size=(1, 1), note=event.message, is_problem=True)}
-                        return
-                    elif isinstance(event, Stopped):
-                        note = self._words("stopped")
-                        yield {"stage": views.stage(views.preview_uri(sheet), size=sheet.size, note=note)}
-                        return
-            yield self._finished_grid(compose(layout, filled), sum(one.seconds for one in filled.values()))
-        finally:
-            session.stop.set()
-            with session.lock:
-                session.is_followed = False
-            yield self._busy(False)
-
-    def _finished_grid(self, sheet: Any, seconds: float) -> Changes:
-        folder = self._engine.output_dir
-        note = self._words("done", seconds=f"{seconds:.1f}")
-        changes: Changes = {"stage": views.stage(views.preview_uri(sheet), size=sheet.size, note=note), "details": ""}
-        if folder is not None:
-            path = save_picture(sheet, folder / f"{datetime.now():%Y%m%d-%H%M%S}-grid-{time.time_ns():x}.png", None)
-            changes["save"] = gr.update(value=str(path), interactive=True)
-        return changes
-
-
-def restated(told: Generator[Changes], seconds: float = RESTATE_SECONDS) -> Generator[Changes]:
-    """Repeat what was told a moment ago with every further change, the last word on each part.
-
-    Gradio's page turns a message into the next one in place: when a busy browser takes in two at once, what only the
-    first one says (a picture just before 'done') would never be seen. What is repeated is a copy, because Gradio takes
-    the value out of an update as it sends it.
-
-    Args:
-        told: changes of the page; closed with this generator.
-        seconds: how long each is repeated.
-    """
-    recent: dict[str, tuple[float, Any]] = {}
-    with closing(told):
-        for changes in told:
-            now = time.monotonic()
-            recent = {name: one for name, one in recent.items() if now - one[0] < seconds}
-            recent |= {name: (now, value) for name, value in changes.items()}
-            yield {name: copy(value) for name, (_, value) in recent.items()}
-
-
-@dataclass(slots=True)
-class _View:
-    """What the stage shows while a job goes on: the last preview or picture stays until there is something newer."""
-
-    picture: str | None = None
-    clip: str | None = None
-    is_rough: bool = True
-    is_by_scales: bool = False
-    strip: str = ""
-    scales: tuple[str, ...] = ()
-    next_redraw: float = 0.0
-
-    def take(self, step: Step) -> bool:
-        """Take in a step; whether it's time to redraw."""
-        self.strip = step.strip
-        if step.preview is not None:
-            self.picture, self.clip, self.is_rough = views.preview_uri(step.preview), None, True
-            if self.is_by_scales:
-                self.scales = (() if step.step == 1 else self.scales) + (self.picture,)
-        if time.monotonic() < self.next_redraw:
-            return False
-        self.next_redraw = time.monotonic() + REDRAW_SECONDS
-        return True
-
-    def draw(self, size: tuple[int, int], note: str, share: float | None = None) -> str:
-        rough = self.is_rough and self.picture is not None
-        return views.stage(
-            self.picture,
-            size=size,
-            note=note,
-            share=share,
-            is_preview=rough,
-            strip=self.strip,
-            scales=self.scales,
-            clip=self.clip,
-        )
-
-
-def _address(shown: Shown) -> str | None:
-    return None if shown.clip is None else views.clip_address(shown.clip)
-
-
-def strip(visit: Sequence[Shown]) -> Changes:
-    """Show a visit's pictures as files (so that they stay as they are, settings and all) with their seeds."""
-    items = [(str(shown.path), str(shown.settings.seed)) for shown in visit]
-    return {"strip": gr.update(value=items), "visit": list(visit)}
-
-
-def progress_line(step: Step, words: Strings) -> tuple[str, float]:
-    """Return the line under the stage and the share of the work that is done."""
-    done = ((step.picture - 1) * step.steps + step.step) / (step.pictures * step.steps)
-    told = {"step": step.step, "steps": step.steps, "eta": f"{step.eta:.1f}"}
-    if step.pictures > 1:
-        return words("step.many", picture=step.picture, pictures=step.pictures, **told), done
-    return words("step", **told), done
-
-
-def _path(picture: Picture) -> Path:
-    if picture.path is None:
-        raise ValueError("The studio's engine has no output folder; give it one.")
-    return picture.path

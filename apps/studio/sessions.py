@@ -1,39 +1,18 @@
-"""Who is on the page, and what each of them has in line."""
+"""Who is on the page: whose jobs it shows, and what the user may do."""
 
 from __future__ import annotations
-
-import threading
-from dataclasses import dataclass, field
 
 import gradio as gr
 
 from apps.api.tokens import TokenTable
 from apps.studio.tabs.base import PageError
 
-MOST = 1_000
-"""Pages that are remembered; beyond them idle ones are forgotten."""
 LOCAL = "local"
 """Who owns jobs on a server without tokens."""
 
 
-@dataclass(eq=False, slots=True)
-class Session:
-    """One open page.
-
-    Attributes:
-        line: ids of its jobs that aren't done, the running one first.
-        is_followed: a listener shows them as they go.
-        stop: ends what has no job, such as a grid.
-    """
-
-    line: list[str] = field(default_factory=list)
-    is_followed: bool = False
-    stop: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
 class Sessions:
-    """The open pages, and the users behind them.
+    """The users behind the open pages.
 
     Args:
         tokens: the users; None for a server that asks nobody.
@@ -41,33 +20,32 @@ class Sessions:
 
     def __init__(self, tokens: TokenTable | None) -> None:
         self._tokens = tokens
-        self._sessions: dict[str, Session] = {}
-        self._lock = threading.Lock()
 
-    def of(self, request: gr.Request) -> Session:
-        """Return the session of a page."""
-        with self._lock:
-            if len(self._sessions) > MOST:  # those that wait for nothing have nothing to lose
-                busy = {key: one for key, one in self._sessions.items() if one.line or one.is_followed}
-                self._sessions = busy
-            return self._sessions.setdefault(str(request.session_hash), Session())
+    def user(self, request: gr.Request) -> str:
+        """Return whose queue and newest pictures a page shows; empty for somebody who isn't a user any more."""
+        if self._tokens is None:
+            return LOCAL
+        user = self._tokens.named(request.username)
+        return "" if user is None else user.name
 
     def watcher(self, request: gr.Request) -> str | None:
-        """Return whose pictures a page may see: a name, or None for everybody's."""
+        """Return whose pictures the gallery of a page may show: a name, or None for everybody's."""
         if self._tokens is None:
             return None
         user = self._tokens.named(request.username)
         return "" if user is None else None if user.may("admin") else user.name
 
+    def may_paint(self, request: gr.Request) -> bool:
+        """Whether the user of a page may change anything on the server."""
+        user = None if self._tokens is None else self._tokens.named(request.username)
+        return self._tokens is None or (user is not None and user.may("paint"))
+
     def painter(self, request: gr.Request) -> str:
-        """Return in whose name a page paints.
+        """Return in whose name a page asks for pictures and changes the queue.
 
         Raises:
             PageError: the user may only look.
         """
-        if self._tokens is None:
-            return LOCAL
-        user = self._tokens.named(request.username)
-        if user is None or not user.may("paint"):
+        if not self.may_paint(request):
             raise PageError("no_rights")
-        return user.name
+        return self.user(request)

@@ -50,7 +50,6 @@ def stage(
     note: str = "",
     share: float | None = None,
     is_preview: bool = False,
-    is_problem: bool = False,
     strip: str = "",
     scales: Sequence[str] = (),
     clip: str | None = None,
@@ -63,7 +62,6 @@ def stage(
         note: line under the frame.
         share: work done, 0 to 1, drawn as a bar; None for no bar.
         is_preview: the picture is a rough view of one to come.
-        is_problem: the note tells of a failure.
         strip: what a step cache did, a letter a step, see `apps.events.Step`.
         scales: data URIs of the scales so far.
         clip: address of a clip, which is played; then `picture` shows some of its frames until it is there.
@@ -79,13 +77,17 @@ def stage(
             f'<img class="strip" src="{picture}" alt="some frames of the clip"></video>'
         )
     bar = "" if share is None else f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div>'
-    role = 'role="alert" class="note problem"' if is_problem else 'role="status" class="note"'
     steps = "".join(f'<i class="{"computed" if letter == "C" else "forecast"}"></i>' for letter in strip)
     steps = f'<div class="steps" aria-label="{strip}">{steps}</div>' if steps else ""
     seen = "".join(f'<img src="{uri}" alt="scale {i + 1}">' for i, uri in enumerate(scales))
     seen = f'<div class="scales">{seen}</div>' if seen else ""
     frame = f'<div class="frame" style="--w:{width};--h:{height}">{inner}{bar}</div>'
-    return f"{frame}{steps}{seen}<p {role}>{escape(note)}</p>"
+    return f'{frame}{steps}{seen}<p role="status" class="note">{escape(note)}</p>'
+
+
+def problem(text: str) -> str:
+    """Draw what went wrong; nothing for no text."""
+    return f'<p role="alert" class="problem">{escape(text)}</p>' if text else ""
 
 
 def details(settings: PictureSettings, seconds: float, words: Strings, report: str = "") -> str:
@@ -96,7 +98,7 @@ def details(settings: PictureSettings, seconds: float, words: Strings, report: s
         words("facts.frames", value=settings.frames, fps=f"{settings.fps:g}")
         if settings.frames and settings.fps
         else "",
-        words("facts.steps", value=settings.steps) if settings.steps else "",
+        _steps(settings, words),
         words("facts.guidance", value=f"{settings.guidance:g}") if settings.guidance is not None else "",
         settings.sampler or "",
         f"{settings.lora.name} {settings.lora.scale:g}" if settings.lora else "",
@@ -104,6 +106,15 @@ def details(settings: PictureSettings, seconds: float, words: Strings, report: s
         report,
     ]
     return '<div class="facts">' + "".join(f"<span>{escape(fact)}</span>" for fact in facts if fact) + "</div>"
+
+
+def _steps(settings: PictureSettings, words: Strings) -> str:
+    """Say how many steps were taken, and of how many if the run was ended early."""
+    if settings.steps is None:
+        return ""
+    if settings.finish_after is not None and settings.finish_after < settings.steps:
+        return words("facts.steps_of", value=settings.finish_after, of=settings.steps)
+    return words("facts.steps", value=settings.steps)
 
 
 def vocabulary(names: Sequence[str], model: str, words: Strings) -> str:
@@ -202,8 +213,8 @@ def file_uri(path: Path) -> str:
     return f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def clip_address(path: Path) -> str:
-    """Return where a clip of the output folder is served."""
+def file_address(path: Path) -> str:
+    """Return where a file of the output folder is served."""
     return f"/outputs/{quote(path.name)}"
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
-from pydantic import ValidationError
 
 from apps import limits
 from apps.jobs import TASKS, AnyRequest
 from apps.metadata import PictureSettings
+from apps.request_error import RequestError
 from apps.shelf import LoadedModel
 from apps.studio.strings import Strings
 from apps.studio.tabs import TABS, Values
-from apps.studio.tabs.base import PageError
+from apps.studio.tabs.base import PageError, filled
 from apps.uploads import UploadError, read_upload
 
 AUTO, CUSTOM = "auto", "custom"
@@ -24,67 +24,75 @@ RANDOM, FIXED = "random", "fixed"
 MASK_HEAD = "data:image/png;base64,"
 
 
-def make_request(values: Values, tasks: tuple[str, ...]) -> AnyRequest:
+def make_request(values: Values, tasks: tuple[str, ...], overrides: Mapping[str, Any] | None = None) -> AnyRequest:
     """Make the request that the page asks for.
 
     Args:
         values: what stands on the page; the mask and the source by their hashes.
         tasks: what the chosen model can do; empty if that isn't known yet.
+        overrides: fields of the request that replace those of the page, such as those of a line of a file.
 
     Raises:
         PageError: something is missing.
-        ValueError: something is out of range.
+        ValueError: something is out of range, or overridden though the task has no such field.
     """
     tab = TABS.get(values["mode"], TABS["text"])
     task = next((task for task in tab.tasks if task in tasks), tab.tasks[0])
     kind = TASKS[task]
     fields = {**_common(values), **tab.fields(values)}
-    return kind.model_validate({name: value for name, value in fields.items() if name in kind.model_fields})
+    known = {name: value for name, value in fields.items() if name in kind.model_fields}
+    return kind.model_validate({**known, **(overrides or {})})
 
 
 def _common(values: Values) -> dict[str, Any]:
     """Read the shared settings."""
     width, height = read_size(values["shape"], values["width"], values["height"])
     cache = {"preset": values["step_cache"], "amount": values["cache_amount"] or None} if values["step_cache"] else None
-    count = int(values["count"])
     return {
         "prompt": values["prompt"],
         "negative_prompt": values["negative"] or "",
         "model": values["model"],
         "width": width,
         "height": height,
-        "steps": int(values["steps"]),
-        "guidance": float(values["guidance"]),
-        "seed": int(values["seed"]) if values["seed_mode"] == FIXED else None,
-        "num_images": count,
-        "batch_size": min(int(values["batch_size"]), count),
+        "steps": filled(values["steps"]),
+        "guidance": filled(values["guidance"]),
+        "seed": filled(values["seed"]) if values["seed_mode"] == FIXED else None,
+        "num_images": filled(values["count"]),
+        "batch_size": _no_more(filled(values["batch_size"]), values["count"]),
         "style": values["style"] or None,
         "scheduler": values["scheduler"] or None,
         "memory": values["memory"] or None,
         "dtype": values["dtype"] or None,
         "attention": values["attention"] or None,
-        "lora": {"name": values["lora"], "scale": values["lora_scale"]} if values["lora"] else None,
+        "lora": {"name": values["lora"], "scale": filled(values["lora_scale"])} if values["lora"] else None,
         "step_cache": cache,
         "file_format": values["file_format"],
         "keep_settings": bool(values["keep_settings"]),
         "sidecar": bool(values["sidecar"]),
-        "frames": int(values["frames"]) if values.get("frames") else None,
+        "frames": values.get("frames") or None,
     }
 
 
-def read_size(shape: str, width: float, height: float) -> tuple[int, int] | tuple[None, None]:
-    """Return width and height in pixels from the size controls; None for the model's, or the picture's, own.
+def _no_more(value: object, most: object) -> object:
+    """Return the lesser of two numbers; the first one if either is none, which the checks of the request refuse."""
+    if isinstance(value, int | float) and isinstance(most, int | float) and most >= 1:
+        return min(value, most)
+    return value
+
+
+def read_size(shape: str, width: object, height: object) -> tuple[object, object]:
+    """Return width and height from the size controls; None for the model's, or the image's, own.
 
     Raises:
-        ValueError: the shape is neither `auto`, `custom` nor `WIDTHxHEIGHT`.
+        RequestError: the shape is neither `auto`, `custom` nor `WIDTHxHEIGHT`.
     """
     if shape == AUTO:
         return None, None
     if shape == CUSTOM:
-        return int(width), int(height)
+        return filled(width), filled(height)
     first, _, second = str(shape).partition("x")
     if not (first.isdecimal() and second.isdecimal() and len(shape) < 12):
-        raise ValueError("The size is not understood; choose one of the list.")
+        raise RequestError("form", "The size is not understood; choose one of the list.", field="size", value=shape)
     return int(first), int(second)
 
 
@@ -100,7 +108,7 @@ def read_mask(text: str) -> Image.Image:
     try:
         data = base64.b64decode(str(text).removeprefix(MASK_HEAD), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UploadError("The mask is no picture.") from error
+        raise UploadError("mask.form", "The mask is no picture.") from error
     return read_upload(data).convert("L").point([0] * 128 + [255] * 128)
 
 
@@ -170,6 +178,42 @@ def show_settings(settings: PictureSettings) -> dict[str, Any]:
     return {name: value for name, value in shown.items() if value is not None}
 
 
+def show_request(request: AnyRequest) -> dict[str, Any]:
+    """Return what the page holds for the shared settings of a request, the reverse of `make_request`.
+
+    Args:
+        request: untrusted, but checked.
+
+    Returns:
+        Values by component. The model is left out: the page may not have it.
+    """
+    values = request.model_dump()
+    width, height, cache, lora = (values.get(name) for name in ("width", "height", "step_cache", "lora"))
+    size = {"shape": AUTO} if width is None else {"shape": CUSTOM, "width": width, "height": height}
+    same = {name: values.get(name) for name in ("prompt", "steps", "guidance", "file_format", "keep_settings")}
+    shown = {
+        **same,
+        **size,
+        "negative": values.get("negative_prompt"),
+        "seed_mode": FIXED if request.seed is not None else RANDOM,
+        "seed": request.seed,
+        "count": request.num_images,
+        "batch_size": request.batch_size,
+        "sidecar": request.sidecar,
+        "frames": values.get("frames"),
+        "style": request.style or "",
+        "scheduler": values.get("scheduler") or "",
+        "step_cache": cache["preset"] if cache else "",
+        "cache_amount": (cache["amount"] or 0) if cache else 0,
+        "memory": request.memory or "",
+        "dtype": request.dtype or "",
+        "attention": request.attention or "",
+        "lora": lora["name"] if lora else "",
+        "lora_scale": lora["scale"] if lora else 1.0,
+    }
+    return {name: value for name, value in shown.items() if value is not None}
+
+
 def mode_of(settings: PictureSettings) -> str:
     """Return the tab that paints what a picture is."""
     if settings.task.startswith("next_scale"):
@@ -180,15 +224,3 @@ def mode_of(settings: PictureSettings) -> str:
 def least_side(model: LoadedModel) -> int:
     """Return the smallest side that is allowed and that the model's grid fits."""
     return -(-32 // model.multiple) * model.multiple
-
-
-def explain(error: Exception, words: Strings) -> str:
-    """Say what is wrong with a request in the words of its first failed check."""
-    if isinstance(error, PageError):
-        return words(error.key)
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "request"
-        text = str(first["msg"]).removeprefix("Value error, ")
-        return text[:1].upper() + text[1:] if first["type"] == "value_error" else f"{name}: {text}"
-    return str(error) if isinstance(error, ValueError) and str(error)[:7] != "invalid" else words("wrong_form")

@@ -25,6 +25,8 @@ from dit.runtime.typed import Typed
 from dit.tokenizers.base import TokenizerOutput, VisualTokenizer, paint_linear_preview
 
 PREVIEW_CELL = 4
+PREVIEW_SPREAD = 1.3
+"""Largest standard deviation of an image's latents that a preview shows as it is; few encoded images exceed it."""
 
 
 class ViTBlock(nn.Module):
@@ -251,8 +253,18 @@ class ViTAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, VisualTok
         return z
 
     def preview(self, z: Tensor) -> Tensor:
-        """Paint latents by the linear map stored with the weights; (B, C, H, W) to (B, 3, 4H, 4W)."""
-        return paint_linear_preview(z[:, :, 0] if z.ndim == 5 else z, self.preview_factors)
+        """Paint latents by the linear map stored with the weights; (B, C, H, W) to (B, 3, 4H, 4W).
+
+        The map was fitted to latents of encoded images. Guided estimates of a finished image spread up to four times as
+        far in the first steps, which would saturate every colour; they are scaled back to the spread of encoded ones.
+        """
+        return paint_linear_preview(limit_spread(z[:, :, 0] if z.ndim == 5 else z), self.preview_factors)
+
+
+def limit_spread(z: Tensor, most: float = PREVIEW_SPREAD) -> Tensor:
+    """Scale the latents of each image down to a standard deviation of at most `most`; (B, C, H, W), float32."""
+    z = z.float()
+    return z * (most / z.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)).clamp(max=1)
 
 
 def _fold_frames(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -66,6 +66,23 @@ def test_same_seed_same_picture_whatever_the_batch(pipe):
     assert psnr(batch, alone) >= 50
 
 
+@pytest.mark.parametrize("prompt", ["two stars on purple", "a penguin left of a rocket"])
+def test_the_first_preview_has_colours_in_range(pipe, prompt):
+    previews = []
+
+    def callback(pipe, step, timestep, tensors):
+        previews.extend(pipe.preview(tensors["denoised_latents"]))
+        pipe.interrupt = True
+        return {}
+
+    pipe(prompt, generator=seeds(3), callback_on_step_end=callback,
+         callback_on_step_end_tensor_inputs=["denoised_latents"])  # fmt: skip
+    values = np.asarray(previews[0])
+    assert len(previews) == 1
+    assert ((values == 0) | (values == 255)).mean() < 0.35
+    assert len(np.unique(values)) > 150
+
+
 def test_the_pictures_come_from_the_network_alone(tmp_path):
     """A process that cannot import the sticker world paints the same picture."""
     code = (

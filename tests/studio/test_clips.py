@@ -25,7 +25,7 @@ from apps.studio.painting import Painting
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
 from tests.families.tiny import tiny_pipeline
-from tests.studio.test_page import PAGE, TAB, pictures
+from tests.studio.test_page import PAGE, TAB, generate_with, pictures
 from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, note_says, open_page
 
 WORDS = Strings("en")
@@ -55,7 +55,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def painted(world):
-    told = list(world.painting.paint([], ASK, TAB))
+    told = list(generate_with(world.painting, ASK))
     return SimpleNamespace(shown=pictures(told)[0], told=told)
 
 
@@ -67,7 +67,7 @@ def frames_of(path):
 def test_the_stage_plays_the_clip_with_its_strip_as_poster(world, painted):
     stage = [changes["stage"] for changes in painted.told if "stage" in changes][-1]
     assert "Done in" in stage
-    assert f'<video src="{views.clip_address(painted.shown.clip)}"' in stage
+    assert f'<video src="{views.file_address(painted.shown.clip)}"' in stage
     assert f'poster="{views.file_uri(painted.shown.path)}"' in stage
     shown = world.painting.show(painted.shown)
     assert shown["save"]["value"] == str(painted.shown.clip)
@@ -93,7 +93,7 @@ def test_an_mp4_puts_the_page_in_place_and_is_painted_again(world, painted, tmp_
     assert read_mp4(clip) == painted.shown.settings
     shown = {key: value for key, value in world.choosing.load_settings(str(clip)).items() if key in PAGE}
     assert (shown["frames"], shown["steps"], shown["mode"]) == (9, 2, "text")
-    again = pictures(list(world.painting.paint([], {**PAGE, **shown}, TAB)))[0]
+    again = pictures(list(generate_with(world.painting, {**PAGE, **shown})))[0]
     assert again.settings == painted.shown.settings
     assert Image.open(again.path).tobytes() == Image.open(painted.shown.path).tobytes()
     assert frames_of(again.clip) == frames_of(clip)
@@ -116,8 +116,8 @@ def test_the_api_serves_the_clip(world, painted, tmp_path):
         assert client.get(row["clip"].replace("clips/0", "clips/3")).status_code == 404
         outside = tmp_path / "outside.mp4"
         outside.write_bytes(painted.shown.clip.read_bytes())
-        assert client.get(f"/{views.clip_address(outside)}").status_code == 403
-        inside = client.get(f"/{views.clip_address(painted.shown.clip)}")
+        assert client.get(f"/{views.file_address(outside)}").status_code == 403
+        inside = client.get(f"/{views.file_address(painted.shown.clip)}")
         assert inside.content == painted.shown.clip.read_bytes()
 
 
@@ -134,13 +134,13 @@ def test_a_clip_begins_with_a_picture(tmp_path):
     assert choosing.settle("stickers", "image")["strength"]["visible"] is False
     red = engine.uploads.add(Image.new("RGB", (64, 32), (200, 30, 30)))
     ask = {**ASK, "mode": "image", "source": red}
-    first = pictures(list(painting.paint([], ask, TAB)))[0]
+    first = pictures(list(generate_with(painting, ask)))[0]
     assert (first.settings.task, first.settings.frames, first.settings.strength) == ("image_to_image", 9, None)
     assert first.clip is not None
     other = engine.uploads.add(Image.new("RGB", (64, 32), (30, 30, 200)))
-    assert frames_of(pictures(list(painting.paint([], {**ask, "source": other}, TAB)))[0].clip) != frames_of(first.clip)
+    assert frames_of(pictures(list(generate_with(painting, {**ask, "source": other})))[0].clip) != frames_of(first.clip)
     shown = {key: value for key, value in choosing.load_settings(str(first.clip)).items() if key in PAGE}
-    again = pictures(list(painting.paint([], {**PAGE, **shown}, TAB)))[0]
+    again = pictures(list(generate_with(painting, {**PAGE, **shown})))[0]
     assert frames_of(again.clip) == frames_of(first.clip)
     refused = list(engine.generate(repeat(first.settings, strength=0.5)))[-1]
     assert (refused.code, "strength" in refused.message) == ("bad_request", True)

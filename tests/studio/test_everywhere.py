@@ -11,6 +11,7 @@ from PIL import Image
 
 from apps import engine as engine_module
 from apps.api.app import create_app
+from apps.canvas import soft_mask
 from apps.generate import Machine, Wishes, run
 from apps.jobs import repeat
 from apps.metadata import read_picture
@@ -20,7 +21,7 @@ from apps.studio.painting import Painting
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
 from tests.pipes.tiny import tiny_text_to_image_pipeline
-from tests.studio.test_page import PAGE, TAB, pictures
+from tests.studio.test_page import PAGE, generate_with, pictures
 
 MODES = {
     "text": {"scheduler": "unipc", "guidance": 3.0, "shape": "64x32"},
@@ -29,6 +30,7 @@ MODES = {
     "webp": {"mode": "text", "file_format": "webp", "style": "watercolour"},
     "image": {"strength": 0.7},
     "inpaint": {"repaint": 0.9, "scheduler": "heun"},
+    "soft": {"mode": "inpaint", "mask_grow": 2, "mask_blur": 3},
 }
 
 
@@ -68,11 +70,11 @@ def test_the_file_is_enough(world, tmp_path, name):
         from apps.studio import views
 
         page |= {"mask": views.preview_uri(mask)}
-    first = pictures(list(painting.paint([], page, TAB)))[0]
+    first = pictures(list(generate_with(painting, page)))[0]
     settings = read_picture(first.path)
 
     shown = {key: value for key, value in choosing.load_settings(str(first.path)).items() if key in PAGE}
-    again = pictures(list(painting.paint([], {**PAGE, **shown}, TAB)))
+    again = pictures(list(generate_with(painting, {**PAGE, **shown})))[: shown["count"]]  # the newest
     assert [pixels(one.path) for one in again if one.settings.seed == settings.seed] == [pixels(first.path)]
 
     run(Wishes(), tmp_path / "cli.png", Machine(device="cpu"), settings=first.path)
@@ -86,6 +88,7 @@ def test_the_file_is_enough(world, tmp_path, name):
         with Image.open(io.BytesIO(client.get(row["url"]).content)) as image:
             assert image.convert("RGB").tobytes() == pixels(first.path)
     if page["mode"] == "inpaint":
-        kept = np.asarray(mask) == 0
+        kept = np.asarray(soft_mask(mask, settings.mask_grow or 0, settings.mask_blur or 0)) == 0
+        assert bool((~kept).sum() > 256) is (name == "soft")
         with Image.open(first.path) as image:
             assert (np.asarray(image.convert("RGB"))[kept] == np.asarray(picture)[kept]).all()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-import threading
+import time
 from types import SimpleNamespace
 
 import gradio as gr
@@ -17,16 +16,19 @@ from PIL import Image
 from apps.engine import Done, Engine
 from apps.grid import Axis, Filled, compose, plan, read_axis
 from apps.jobs import TextToImageRequest
-from apps.metadata import parse, read_picture, save_picture
+from apps.metadata import parse, save_picture
 from apps.named_settings import load_presets, preset_values
 from apps.serve import check_host, check_port
 from apps.shelf import find_tasks, inspect_model
-from apps.studio import painting as painting_module
+from apps.studio import following as following_module
 from apps.studio import views
+from apps.studio.album import Shown
 from apps.studio.app import build_page
 from apps.studio.choosing import SAVED, Choosing
 from apps.studio.examples import FAVOURITES, example_prompts
-from apps.studio.painting import REDRAW_SECONDS, Painting, restated, strip
+from apps.studio.following import restated
+from apps.studio.painting import Painting
+from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
 from apps.studio.strings import FOLDER, Strings, languages
 from apps.studio.tabs.classes import read_label
@@ -44,6 +46,7 @@ PAGE = {
     "steps": 4, "guidance": 4.0, "seed_mode": FIXED, "seed": 3, "count": 1, "batch_size": 1, "style": "",
     "scheduler": "", "lora": "", "lora_scale": 1, "step_cache": "", "cache_amount": 0, "file_format": "png",
     "memory": "", "dtype": "", "attention": "", "grow_left": 0, "grow_top": 0, "grow_right": 0, "grow_bottom": 0,
+    "mask_grow": 0, "mask_blur": 0,
     "inpaint_label": None, "keep_settings": True, "sidecar": False, "strength": 0.6, "repaint": 1.0,
     "label": None, "scale_label": None, "top_k": 900, "top_p": 0.95, "temperature": 1, "smooth": False,
     "kv_policy": "full", "kv_budget": 0.1, "kv_dtype": "auto", "search": "", "candidates": 4, "grid_x": "steps",
@@ -70,41 +73,74 @@ def studio(tmp_path):
     engine.close()
 
 
-def hold(studio, step):
-    """Hold each picture at one of its steps until the returned event is set."""
-    released = threading.Event()
-    studio.pipe.at_step = lambda at: at != step or released.wait(60)
-    return released
+def follow(studio, tab=TAB, seen=(), chosen=None):
+    """Tell the changes of a page that follows, as the page asks for them; it has seen nothing if `seen` is None."""
+    for changes in studio.painting.following.follow(tab, seen, chosen):
+        if changes:
+            yield changes
+        else:
+            time.sleep(0.005)
 
 
-def paint(studio, visit=(), tab=TAB, **changes):
-    return studio.painting.paint(list(visit), {**PAGE, **changes}, tab)
+def paint(studio, tab=TAB, **changes):
+    """Ask for pictures and follow them, as a page does that has seen all that is finished."""
+    seen = studio.painting.album.names(studio.sessions.user(tab))
+    asked = studio.painting.paint({**PAGE, **changes}, tab)
+    yield asked
+    if "pulse" in asked:
+        yield from follow(studio, tab, seen)
+
+
+def generate_with(painting, values):
+    """Ask for pictures with these values of the page, and follow them."""
+    return paint(SimpleNamespace(painting=painting, sessions=Sessions(None)), **values)
 
 
 def pictures(told):
-    """Return the pictures of a visit, the newest first."""
-    return [changes["visit"] for changes in told if "visit" in changes][-1]
+    """Return what the strip shows at last, the newest first; without sheets of grids."""
+    strips = [changes["visit"] for changes in told if "visit" in changes]
+    return [one for one in strips[-1] if isinstance(one, Shown)]
+
+
+def followed(told):
+    """Return the id of the job that a page shows."""
+    return [changes["job"] for changes in told if "job" in changes][-1]
 
 
 def test_a_change_is_repeated_for_a_moment(monkeypatch):
     """Gradio loses what only the first of two messages says that arrive together."""
-    clock = iter([0.0, 1.5, 3.0])
-    monkeypatch.setattr(painting_module.time, "monotonic", lambda: next(clock))
+    clock = iter([0.0, 0.1, 1.0, 1.5, 2.5, 2.6])
+    monkeypatch.setattr(following_module.time, "monotonic", lambda: next(clock))
+    told = [
+        {"strip": ["a"], "stage": "step"},
+        {"stage": "step 2"},
+        {"stage": "done"},
+        None,
+        {"line": "1"},
+        {"line": "2"},
+    ]
+    assert list(restated((change for change in told), seconds=(0.2, 2.0))) == [
+        {"strip": ["a"], "stage": "step"},
+        {"stage": "step 2"},  # too early
+        {"strip": ["a"], "stage": "done"},  # the last word on the stage
+        None,
+        {"stage": "done", "line": "1"},
+        {"strip": ["a"], "line": "2"},
+        {"stage": "done", "line": "2"},  # the end; the strip is old by now
+    ]
+
+
+def test_what_is_told_is_closed_with_what_is_restated():
     closed = []
 
     def told():
         try:
-            yield {"strip": ["a"], "stage": "step"}
-            yield {"stage": "done"}
             yield {"line": ""}
-            yield {"line": "never asked for"}
         finally:
             closed.append(True)
 
-    changes = restated(told(), seconds=2.0)
-    assert next(changes) == {"strip": ["a"], "stage": "step"}
-    assert next(changes) == {"strip": ["a"], "stage": "done"}  # the last word on the stage
-    assert next(changes) == {"stage": "done", "line": ""}  # the strip is old by now
+    changes = restated(told())
+    next(changes)
     changes.close()
     assert closed == [True]
 
@@ -112,170 +148,53 @@ def test_a_change_is_repeated_for_a_moment(monkeypatch):
 def test_an_update_is_repeated_whole_though_gradio_empties_it():
     told = restated(change for change in ({"strip": gr.update(value=["a"])}, {"line": ""}))
     postprocess_update_dict(gr.Gallery(render=False), next(told)["strip"], postprocess=False)
-    assert next(told)["strip"]["value"] == ["a"]
-
-
-def test_a_picture_reaches_strip_and_stage_as_the_file_itself(studio):
-    told = list(paint(studio, count=2))
-    visit = pictures(told)
-    assert [item.settings.seed for item in visit] == [4, 3]  # newest first
-    assert read_picture(visit[0].path) == visit[0].settings
-    shown = next(changes for changes in reversed(told) if "details" in changes)
-    assert views.file_uri(visit[0].path) in shown["stage"]
-    assert [caption for _, caption in strip(visit)["strip"]["value"]] == ["4", "3"]
-    stages = [changes["stage"] for changes in told if "stage" in changes]
-    assert "Done in" in stages[-1]
-    buttons = [changes["stop"]["interactive"] for changes in told if "stop" in changes]
-    assert (buttons[0], buttons[-1]) == (True, False)
-
-
-def test_stop_ends_the_job_of_this_tab_only(studio):
-    other = SimpleNamespace(session_hash="another tab", username=None)
-    job = paint(studio, steps=200)
-    studio.pipe.step_seconds = 0.1  # 20 seconds in all: there is time to press stop
-    while "Step" not in next(job).get("stage", ""):
-        pass
-    studio.painting.stop(other)
-    assert "Step" in next(changes for changes in job if "stage" in changes)["stage"]
-    studio.painting.stop(TAB)
-    told = list(job)
-    assert len(told) <= 6
-    assert any("Stopped" in changes.get("stage", "") for changes in told)
-    assert not any("visit" in changes for changes in told)
-    studio.painting.stop(TAB)  # nothing runs: nothing happens
-
-
-def test_a_second_click_waits_in_line_and_is_shown_in_its_turn(studio):
-    released = hold(studio, 29)
-    first, seen = paint(studio, steps=30), []
-    while "Step" not in next(first).get("stage", ""):
-        pass
-    second = list(paint(studio, seed=50))
-    assert len(second) == 1
-    assert "1 waiting" in second[0]["line"]
-    assert second[0]["clear"]["visible"] is True
-    released.set()
-    seen = list(first)
-    assert [item.settings.seed for item in pictures(seen)] == [50, 3]
-
-
-def test_the_line_can_be_cleared(studio):
-    released = hold(studio, 29)
-    job = paint(studio, steps=30)
-    while "Step" not in next(job).get("stage", ""):
-        pass
-    for seed in (50, 51):
-        list(paint(studio, seed=seed))
-    assert studio.painting.clear(TAB)["line"] == ""
-    released.set()
-    assert [item.settings.seed for item in pictures(list(job))] == [3]
-    assert [one.state for one in studio.engine.jobs()] == ["stopped", "stopped", "done"]
-
-
-def test_the_line_can_be_reordered_and_one_of_it_removed(studio):
-    released = hold(studio, 59)
-    first = paint(studio, steps=60)
-    while "Step" not in next(first).get("stage", ""):
-        pass
-    told = [next(paint(studio, seed=seed, prompt=f"a fox <b>{seed}</b>")) for seed in (50, 60, 70)]
-    assert told[-1]["order"]["visible"] is True
-    jobs = [job for _, job in told[-1]["waiting"]["choices"]]
-    assert [title for title, _ in told[-1]["waiting"]["choices"]][1] == "2. a fox <b>60</b>"
-
-    moved = studio.painting.move(TAB, jobs[2], -1)["waiting"]
-    assert (moved["value"], [job for _, job in moved["choices"]]) == (jobs[2], [jobs[0], jobs[2], jobs[1]])
-    for job, by in ((jobs[0], -1), (jobs[1], 1), ("0" * 16, 1), (None, 1)):  # at the ends, and what isn't in line
-        assert [one for _, one in studio.painting.move(TAB, job, by)["waiting"]["choices"]] == [
-            jobs[0], jobs[2], jobs[1],
-        ]  # fmt: skip
-    stranger = SimpleNamespace(session_hash="another tab", username=None)
-    assert studio.painting.move(stranger, jobs[1], -1)["order"]["visible"] is False
-    left = studio.painting.drop(TAB, jobs[0])
-    assert "2 waiting" in left["line"]
-    assert studio.engine.job(jobs[0]).state == "stopped"
-    released.set()
-    seen = [*first]
-    assert [item.settings.seed for item in pictures(seen)] == [60, 70, 3]  # newest first
-    assert seen[-1]["order"]["visible"] is False
-
-
-def test_one_picture_of_several_is_skipped(studio):
-    released = hold(studio, 29)
-    told = paint(studio, count=2, steps=30)
-    seen = [next(told)]
-    while "Picture 1" not in seen[-1].get("stage", ""):
-        seen.append(next(told))
-    assert [changes["skip"]["visible"] for changes in seen if "skip" in changes] == [True]
-    studio.painting.skip(TAB)
-    released.set()
-    seen += told
-    assert [item.settings.seed for item in pictures(seen)] == [4]
-    assert seen[-2]["skip"]["visible"] is False
-    alone = [changes["skip"]["visible"] for changes in paint(studio) if "skip" in changes]
-    assert alone == [False, False]  # nothing to go on with
-
-
-def test_closing_the_tab_stops_all_of_its_line(studio):
-    studio.pipe.step_seconds = 0.1  # 20 seconds in all: there is time to close it
-    job = paint(studio, steps=200)
-    while "Step" not in next(job).get("stage", ""):
-        pass
-    list(paint(studio, seed=50))
-    job.close()
-    studio.pipe.step_seconds = 0.0
-    assert [one.state for one in studio.engine.jobs()] == ["stopped", "stopped"]
-    assert pictures(list(paint(studio)))  # and the page is as good as new
+    assert list(told)[-1]["strip"]["value"] == ["a"]
 
 
 def test_prompts_from_a_file_are_a_job_each(studio, tmp_path):
-    (tmp_path / "prompts.txt").write_text('# mine\na fox\n"a cat"\n{"prompt": "a dog"}\n{"steps": 3}\n\n')
+    (tmp_path / "prompts.txt").write_text('# mine\na fox\n"a cat"\n{"prompt": "a dog"}\n\n')
     changes = studio.choosing.take_prompts(str(tmp_path / "prompts.txt"))
-    assert changes["many"] == ["a fox", "a cat", "a dog"]
+    assert [(line.number, line.values["prompt"]) for line in changes["many"]] == [
+        (2, "a fox"),
+        (3, "a cat"),
+        (4, "a dog"),
+    ]
     visit = pictures(list(paint(studio, many=changes["many"])))
     assert [item.settings.prompt for item in visit] == ["a dog", "a cat", "a fox"]
     assert studio.choosing.drop_prompts()["many"] == []
-
-
-def test_fast_steps_do_not_flood_the_page(tmp_path, monkeypatch):
-    ticks = itertools.count()  # hundredths of a second: each look at the clock takes one
-    clock = SimpleNamespace(monotonic=lambda: next(ticks) / 100)
-    engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: FakePipeline())
-    monkeypatch.setattr(painting_module, "time", clock)
-    told = list(Painting(engine, ENGLISH, Sessions(None)).paint([], {**PAGE, "steps": 150, "count": 4}, TAB))
-    steps = [changes for changes in told if "Picture " in changes.get("stage", "")]
-    most = clock.monotonic() / REDRAW_SECONDS + 4 + 1  # a view begins anew with every picture
-    assert 4 <= len(steps) <= most < 600 / 3
-    engine.close()
 
 
 @pytest.mark.parametrize(
     ("wish", "reason"),
     [
         ({"prompt": "  "}, "prompt is empty"),
-        ({"steps": 10**6}, "steps"),
-        ({"count": 99}, "num_images"),
+        ({"steps": 10**6}, "\u201cSteps\u201d is 1000000: choose 1 to 200"),
+        ({"count": 99}, "\u201cPictures\u201d is 99: choose 1 to 16"),
         ({"shape": "9999x9999"}, "choose"),
-        ({"shape": "/etc/passwd"}, "not understood"),
-        ({"seed": None}, "missing"),
-        ({"seed": float("nan")}, "cannot convert"),
-        ({"model": "/etc"}, "choose among fake"),
-        ({"model": f"someone/model@{'0' * 40}"}, "choose among fake"),  # the owner of the machine names those
+        ({"shape": "/etc/passwd"}, "\u201cSize\u201d"),
+        ({"seed": None}, "\u201cFixed seed\u201d is empty: choose 0 to 4294967295"),
+        ({"seed": float("nan")}, "\u201cFixed seed\u201d is nan"),
+        ({"model": "/etc"}, "choose one of fake"),
+        ({"model": f"someone/model@{'0' * 40}"}, "choose one of fake"),  # the owner of the machine names those
         ({"mode": "image"}, "Choose a picture"),
-        ({"mode": "image", "source": "../../etc/passwd"}, "image"),
+        ({"mode": "image", "source": "../../etc/passwd"}, "\u201cImage\u201d"),
         ({"mode": "inpaint", "source": "0" * 64}, "Nothing is marked"),
-        ({"mode": "inpaint", "source": "0" * 64, "mask": "data:image/png;base64,AAAA"}, "no picture"),
+        ({"mode": "inpaint", "source": "0" * 64, "mask": "data:image/png;base64,AAAA"}, "can&#x27;t be read"),
         ({"mode": "classes"}, "Choose a class"),
-        ({"mode": "grid", "grid_x": "module"}, "can vary"),
-        ({"scheduler": "os.system"}, "scheduler"),
-        ({"style": "<script>"}, "no such style"),
-        ({"step_cache": "../x"}, "step_cache"),
+        ({"mode": "grid", "grid_x": "module"}, "choose one of steps"),
+        ({"scheduler": "os.system"}, "\u201cScheduler\u201d is os.system: choose one of euler"),
+        ({"style": "<script>"}, "\u201cStyle\u201d is &lt;script&gt;"),
+        ({"step_cache": "../x"}, "\u201cStep cache\u201d"),
+        ({"step_cache": "fora", "cache_amount": -5}, "is -5: choose a number above 0, up to 100"),
+        ({"guidance": "four"}, "\u201cGuidance\u201d is four"),
+        ({"count": 2.5}, "2.5, which is not a whole number"),
     ],
 )
 def test_wishes_that_by_pass_the_widgets_are_refused(studio, wish, reason):
-    told = [changes["stage"] for changes in paint(studio, **wish) if "stage" in changes]
-    assert reason in told[-1]
-    assert 'role="alert"' in told[-1]
-    assert "<script>" not in told[-1]
+    problem = [changes["problem"] for changes in paint(studio, **wish) if "problem" in changes][-1]
+    assert reason in problem
+    assert 'role="alert"' in problem
+    assert "<script>" not in problem
 
 
 def test_a_random_seed_ignores_the_field(studio):
@@ -302,12 +221,11 @@ def test_hostile_settings_are_refused(studio, tmp_path):
         file = tmp_path / f"{number}.png"
         hostile = settings.model_copy(update={"prompt": "<b>", **change})
         save_picture(Image.new("RGB", (8, 8)), file, hostile)
-        with pytest.raises(gr.Error) as caught:
-            studio.choosing.load_settings(str(file))
-        assert "<b>" not in str(caught.value)
+        shown = studio.choosing.load_settings(str(file))
+        assert set(shown) == {PLACE}
+        assert "<b>" not in shown[PLACE]
     (tmp_path / "x.png").write_bytes(b"\x89PNG but no")
-    with pytest.raises(gr.Error, match="not a readable"):
-        studio.choosing.load_settings(str(tmp_path / "x.png"))
+    assert "x.png can&#x27;t be read" in studio.choosing.load_settings(str(tmp_path / "x.png"))[PLACE]
 
 
 def test_pictures_of_strip_and_gallery_can_be_chosen(studio):
@@ -352,8 +270,7 @@ def test_the_controls_fit_the_model(studio, tmp_path):
     assert changes["chip_0"]["value"] == "a pizza on a blue background"
     assert changes["need"] == ""
     assert "<span>tessera</span> <span>convert</span>" in studio.choosing.settle("fake", "scales")["need"]
-    with pytest.raises(gr.Error, match="no such model"):
-        studio.choosing.settle("../secret", "text")
+    assert "no such model" in studio.choosing.settle("../secret", "text")[PLACE]
 
 
 def test_a_tab_that_a_model_cannot_do_offers_one_that_can(tmp_path):
@@ -420,12 +337,12 @@ def test_pictures_of_classes(tmp_path, mode):
     else:
         pipe = NextScaleClassToImagePipeline(tiny_next_scale.transformer(), tiny_next_scale.tokenizer())
     engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: pipe)
-    engine.model().result(60)
-    painting = Painting(engine, ENGLISH, Sessions(None))
-    settings = {**PAGE, "mode": mode, "label": "1: goldfish", "scale_label": "1", "shape": AUTO, "top_k": 0,
+    engine.model().result(10)
+    sessions = Sessions(None)
+    studio = SimpleNamespace(painting=Painting(engine, ENGLISH, sessions), sessions=sessions)
+    settings = {"mode": mode, "label": "1: goldfish", "scale_label": "1", "shape": AUTO, "top_k": 0,
                 "kv_policy": "window", "kv_budget": 0.5, "guidance": 2.0}  # fmt: skip
-    told = list(painting.paint([], settings, TAB))
-    assert "visit" in told[-3] or any("visit" in changes for changes in told), told[-1]
+    told = list(paint(studio, **settings))
     first = pictures(told)[0]
     assert first.settings.label == 1
     if mode == "scales":
@@ -433,7 +350,7 @@ def test_pictures_of_classes(tmp_path, mode):
         assert "KV window" in first.report
     shown = show_settings(parse(first.settings.model_dump_json()))
     assert shown.pop("mode") == mode
-    again = pictures(list(painting.paint([], {**settings, **shown}, TAB)))[0]
+    again = pictures(paint(studio, **{**settings, **shown}))[0]
     with Image.open(first.path) as one, Image.open(again.path) as two:
         assert one.tobytes() == two.tobytes()
     engine.close()
@@ -480,29 +397,6 @@ def test_grids_are_checked():
             plan(request, axes)
 
 
-def test_a_grid_is_painted_cell_by_cell_and_saved(studio):
-    told = list(paint(studio, mode="grid", seed_mode=RANDOM))
-    assert any("Cell 2 of 2" in changes.get("stage", "") for changes in told)
-    saved = next(changes["save"]["value"] for changes in told if "save" in changes)
-    with Image.open(saved) as sheet:
-        assert sheet.width > 2 * 192
-    assert len({parse(one.settings).seed for one in studio.engine.history()}) == 1
-    assert {parse(one.settings).steps for one in studio.engine.history()} == {2, 3}
-
-
-def test_a_grid_can_be_stopped(studio):
-    begun = studio.pipe.steps_run
-    # From another thread than the page's, in the midst of the second cell.
-    studio.pipe.at_step = lambda step: studio.pipe.steps_run - begun != 50 + 5 or studio.painting.stop(TAB)
-    job = paint(studio, mode="grid", grid_x_values="50, 60, 70")
-    while "Cell 2" not in next(job).get("stage", ""):
-        pass
-    told = list(job)
-    assert any("Stopped" in changes.get("stage", "") for changes in told)
-    assert len(studio.engine.history()) == 1
-    assert pictures(list(paint(studio)))
-
-
 # ---------------------------------------------------------------------------------- words
 
 
@@ -531,6 +425,10 @@ def test_every_string_is_used_and_every_use_has_one(root):
         "memory.",
         "attention.",
         "expand.",
+        "error.",
+        "failed.",
+        "task.",
+        "field.",
     )  # put together from parts
     for key in sorted(ENGLISH.keys()):
         assert f'"{key}"' in sources or f"'{key}'" in sources or key.startswith(built) or key == "language", key
@@ -548,6 +446,7 @@ def test_words_from_files_are_escaped_and_capped(tmp_path):
     assert views.vocabulary([], "model", ENGLISH) == ""
     assert "<script>" not in views.stage(size=(1, 1), note="<script>")
     assert "<script>" not in views.note("<script>")
+    assert "<script>" not in views.problem("<script>")
 
 
 def test_examples_use_known_words_only():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from apps import engine as engine_module
 from apps.api.app import create_app
-from apps.canvas import grown, lay_out
+from apps.canvas import blend, grown, lay_out, soft_mask, touched
 from apps.engine import Engine
 from apps.generate import Machine, Wishes, read_expand, run
 from apps.jobs import REQUEST, repeat
@@ -31,7 +31,7 @@ from pipelines.next_scale import NextScaleClassToImagePipeline
 from tests.models import tiny_next_scale
 from tests.pipes.test_next_scale_text import of_bits, of_entries
 from tests.pipes.tiny import tiny_text_to_image_pipeline
-from tests.studio.test_page import PAGE, TAB, pictures
+from tests.studio.test_page import PAGE, generate_with, pictures
 
 SIDE = 64
 
@@ -75,6 +75,51 @@ def test_a_canvas_of_the_grown_size_keeps_every_pixel(size, shares):
     rows, columns = np.nonzero(kept)
     assert rows.min() == round(expand.top * size[1])
     assert columns.min() == round(expand.left * size[0])
+
+
+def _nearest(mask: np.ndarray) -> np.ndarray:
+    """Measure from every pixel to every pixel of a mask: the slow reference."""
+    points = np.argwhere(mask)
+    places = np.stack(np.meshgrid(*map(np.arange, mask.shape), indexing="ij"), axis=-1)  # (H, W, 2)
+    return np.sqrt(((places[:, :, None] - points) ** 2).sum(-1)).min(-1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(st.integers(5, 40), st.integers(5, 40)), st.integers(0, 9), st.integers(0, 9), st.integers(0, 10**6))
+def test_a_mask_grows_round_and_its_edge_falls_to_nothing_where_it_should(size, grow, blur, seed):
+    marked = np.random.default_rng(seed).random(size[::-1]) < 0.02
+    marked[size[1] // 2, size[0] // 3] = True
+    distance = _nearest(marked)
+    alpha = np.asarray(soft_mask(Image.fromarray(marked.astype(np.uint8) * 255), grow, blur)).astype(int)
+    assert (alpha[distance <= grow] == 255).all()
+    assert (alpha[distance > grow + blur] == 0).all()
+    assert (alpha[distance <= grow + blur] > 0).all()
+    assert (alpha[distance > grow + 1] < 255).all()
+    order = np.argsort(distance, axis=None)
+    assert (np.diff(alpha.ravel()[order]) <= 0).all()  # farther is never more
+
+
+def test_a_soft_edge_blends_and_all_beyond_it_stays_to_the_last_bit():
+    original, result = noise(40, 30), noise(40, 30, seed=2)
+    alpha = soft_mask(middle(40, 30), 2, 4)
+    blended, share = np.asarray(blend(original, result, alpha)).astype(int), np.asarray(alpha)[..., None] / 255
+    assert (blended[share[..., 0] == 0] == np.asarray(original)[share[..., 0] == 0]).all()
+    assert (blended[share[..., 0] == 1] == np.asarray(result)[share[..., 0] == 1]).all()
+    expected = np.asarray(original) * (1 - share) + np.asarray(result) * share
+    assert np.abs(blended - expected).max() <= 1
+    assert len(set(np.unique(alpha)) - {0, 255}) >= 4
+    assert (np.asarray(touched(alpha)) > 0).tolist() == (np.asarray(alpha) > 0).tolist()
+    hard = soft_mask(middle(40, 30))
+    assert set(np.unique(hard)) == {0, 255}
+    assert hard.tobytes() == middle(40, 30).tobytes()
+
+
+def test_the_edge_of_a_mask_is_checked():
+    for wish in ({"mask_grow": -1}, {"mask_grow": 129}, {"mask_blur": 65}, {"mask_blur": 1.5}):
+        with pytest.raises(ValueError, match="mask_"):
+            REQUEST.validate_python({"task": "inpaint", "prompt": "x", "image": "0" * 64, "mask": "0" * 64, **wish})
+    with pytest.raises(ValueError, match="mask_grow and mask_blur are for a mask"):
+        REQUEST.validate_python({"task": "next_scale_text", "prompt": "x", "mask_blur": 3})
 
 
 def test_a_canvas_of_another_shape_squeezes_nothing():
@@ -164,23 +209,26 @@ def world(request, tmp_path_factory):
         engine.close()
 
 
-@pytest.mark.parametrize("kind", ["mask", "expand", "both"])
+@pytest.mark.parametrize("kind", ["mask", "soft", "expand", "both"])
 def test_what_is_kept_is_kept_and_the_file_paints_it_again(world, tmp_path, kind):
     """The bar: kept pixels bit-identical; the same picture from its file in the studio, the CLI and the API."""
     width, height = world.model.width, world.model.side
     # Of a model with one size the picture must be smaller, else it would be scaled down.
-    picture = noise(width, height) if kind == "mask" else noise(width // 2, height // 2)
+    picture = noise(width, height) if kind in ("mask", "soft") else noise(width // 2, height // 2)
     page = {**world.page, "source": world.engine.uploads.add(picture)}
     if kind != "expand":
         page["mask"] = views.preview_uri(middle(*picture.size))
-    if kind != "mask":
+    if kind == "soft":
+        page |= {"mask_grow": 3, "mask_blur": 5}
+    if kind in ("expand", "both"):
         page |= {"grow_left": 75, "grow_right": 25, "grow_bottom": 100}
-    first = pictures(list(world.painting.paint([], page, TAB)))[0]
+    first = pictures(list(generate_with(world.painting, page)))[0]
     found = pixels(first.path)
     assert found.shape == (height, width, 3)
     kept = np.asarray(picture)
-    if kind == "mask":
-        at, marked = found, np.asarray(middle(width, height)) > 0
+    if kind in ("mask", "soft"):
+        edge = (3, 5) if kind == "soft" else (0, 0)
+        at, marked = found, np.asarray(soft_mask(middle(width, height), *edge)) > 0
     else:
         left = round(0.75 * picture.width)
         at = found[: picture.height, left : left + picture.width]
@@ -192,7 +240,7 @@ def test_what_is_kept_is_kept_and_the_file_paints_it_again(world, tmp_path, kind
     settings = read_picture(first.path)
     shown = {key: value for key, value in world.choosing.load_settings(str(first.path)).items() if key in PAGE}
     assert shown["mode"] == "inpaint"
-    again = pictures(list(world.painting.paint([], {**PAGE, **shown}, TAB)))[0]
+    again = pictures(list(generate_with(world.painting, {**PAGE, **shown})))[0]
     assert (pixels(again.path) == found).all()
     assert read_picture(again.path) == settings
 
@@ -235,6 +283,9 @@ def test_the_command_line_grows_and_edits(tmp_path, monkeypatch, capsys):
     run(Wishes(prompt="a fox", image=tmp_path / "in.png", mask=tmp_path / "mask.png"), tmp_path / "b.png",
         Machine(device="cpu"))  # fmt: skip
     assert read_picture(tmp_path / "b.png").task == "next_scale_text"
+    soft = Wishes(prompt="a fox", image=tmp_path / "in.png", mask=tmp_path / "mask.png", mask_grow=2, mask_blur=4)
+    run(soft, tmp_path / "soft.png", Machine(device="cpu"))
+    assert (read_picture(tmp_path / "soft.png").mask_grow, read_picture(tmp_path / "soft.png").mask_blur) == (2, 4)
     with pytest.raises(ValueError, match="can't do image to image"):
         run(Wishes(prompt="a fox", image=tmp_path / "in.png"), tmp_path / "c.png", Machine(device="cpu"))
     with pytest.raises(ValueError, match="strength"):

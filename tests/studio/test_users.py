@@ -5,17 +5,18 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from apps.api.app import create_app
 from apps.api.tokens import TokenTable, add_user
 from apps.engine import Engine
 from apps.serve import _start, check_port
-from apps.studio.app import mount
+from apps.studio.app import build_page, mount
 from apps.studio.painting import Painting
 from apps.studio.sessions import Sessions
-from apps.studio.strings import Strings
+from apps.studio.tabs.base import PageError
 from tests.studio.fakes import FakePipeline
-from tests.studio.test_page import ENGLISH, PAGE, pictures
+from tests.studio.test_page import ENGLISH, PAGE, paint, pictures
 
 
 @pytest.fixture(scope="module")
@@ -25,30 +26,97 @@ def served(tmp_path_factory):
     tokens = {name: add_user(folder / "users.json", name, role) for name, role in
               (("ann", "paint"), ("bob", "paint"), ("eve", "watch"), ("root", "admin"))}  # fmt: skip
     table = TokenTable(folder / "users.json")
-    engine = Engine({"fake": "x"}, folder / "out", device="cpu", load=lambda source: FakePipeline())
-    engine.model().result(60)
+    pipe = FakePipeline()
+    engine = Engine({"fake": "x", "other": "y"}, folder / "out", device="cpu", load=lambda source: pipe)
+    engine.model().result(10)
     app = create_app(engine, table)
     mount(app, engine, table)
     port = check_port("127.0.0.1", 0)
     server = _start(app, "127.0.0.1", port)
-    yield SimpleNamespace(address=f"http://127.0.0.1:{port}", tokens=tokens, table=table, engine=engine, folder=folder)
+    yield SimpleNamespace(
+        address=f"http://127.0.0.1:{port}", tokens=tokens, table=table, engine=engine, folder=folder, pipe=pipe
+    )
     server.should_exit = True
     engine.close()
+
+
+def tab(name):
+    return SimpleNamespace(session_hash=name, username=name)
+
+
+def told_by(changes, elem_id):
+    """Return what a listener said of a part of the page."""
+    return next(value for part, value in changes.items() if part.elem_id == elem_id)
 
 
 def test_users_paint_and_see_their_own(served):
     sessions = Sessions(served.table)
     painting = Painting(served.engine, ENGLISH, sessions)
-
-    def tab(name):
-        return SimpleNamespace(session_hash=name, username=name)
-
-    mine = pictures(list(painting.paint([], PAGE, tab("ann"))))[0]
+    studio = SimpleNamespace(painting=painting, sessions=sessions)
+    mine = pictures(paint(studio, tab("ann")))[0]
     assert [job.owner for job in served.engine.jobs("ann")] == ["ann"]
     assert served.engine.history(sessions.watcher(tab("bob"))) == []
     for name in ("ann", "root"):
         assert served.engine.history(sessions.watcher(tab(name)))[0].name == mine.path.name
     assert served.engine.history(sessions.watcher(tab("a stranger"))) == []
     for name in ("eve", "a stranger"):
-        (refused,) = painting.paint([], PAGE, tab(name))
-        assert Strings("en")("no_rights") in refused["stage"]
+        refused = painting.paint(PAGE, tab(name))
+        assert set(refused) == {"problem"}
+        assert ENGLISH("no_rights") in refused["problem"]
+
+
+def test_a_queue_is_changed_by_its_owner_only(served):
+    """Whatever session a browser says it is: the user of the request counts, and a watcher changes nothing."""
+    painting = Painting(served.engine, ENGLISH, Sessions(served.table))
+    served.pipe.step_seconds = 0.02
+    painting.paint({**PAGE, "steps": 150}, tab("bob"))
+    for seed in (50, 60):
+        painting.paint({**PAGE, "seed": seed}, tab("bob"))
+    running, *waiting = [job.id for job in served.engine.unfinished("bob")]
+    assert served.pipe.in_step.wait(10)
+    ways = [
+        lambda who: painting.stop(who, running),
+        lambda who: painting.skip(who, running),
+        lambda who: painting.finish(who, running),
+        lambda who: painting.move(who, waiting[1], -1),
+        lambda who: painting.drop(who, waiting[0]),
+        painting.clear,
+    ]
+    pretender = SimpleNamespace(session_hash="bob", username="ann")
+    for way in ways:
+        for name in ("eve", "a stranger"):
+            with pytest.raises(PageError, match="no_rights"):
+                way(tab(name))
+        way(pretender)
+    assert [job.id for job in served.engine.unfinished("bob")] == [running, *waiting]
+    assert painting.move(tab("bob"), waiting[1], -1)["waiting"]["value"] == waiting[1]
+    assert served.engine.waiting("bob") == [waiting[1], waiting[0]]
+    painting.drop(tab("bob"), waiting[0])
+    painting.clear(tab("bob"))
+    painting.stop(SimpleNamespace(session_hash="another device", username="bob"), running)
+    assert served.engine.stream(running).wait_closed(10)
+    assert [served.engine.job(job).state for job in (running, *waiting)] == ["stopped"] * 3
+    served.pipe.step_seconds = 0.0
+
+
+def test_who_may_only_look_changes_nothing_through_the_page(served, tmp_path):
+    """Every listener of the page is called as somebody who may look, with values that the others may send."""
+    page = build_page(served.engine, ENGLISH, Sessions(served.table))
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "picture.png")
+    (tmp_path / "prompts.txt").write_text("a fox")
+    given = {"take_source": "picture.png", "load_settings": "picture.png", "take_prompts": "prompts.txt"}
+    problem = next(block for block in page.blocks.values() if block.elem_id == "problem")
+    asked = [
+        fn for fn in page.fns.values() if fn.name in (*given, "start_from", "inpaint_it", "settled", "stop", "clear")
+    ]
+    assert len(asked) == 8
+    for fn in asked:
+        values = [str(tmp_path / given[fn.name])] if fn.name in given else [None] * len(fn.inputs)
+        if fn.name == "settled":
+            values = ["other", "text"]
+        told = fn.fn(tab("eve"), *values)
+        assert ENGLISH("no_rights") in told[problem], fn.name
+    assert list((served.folder / "out" / ".tessera" / "uploads").iterdir()) == []
+    assert served.engine.loaded("other") is None
+    source = next(fn for fn in asked if fn.name == "take_source")
+    assert told_by(source.fn(tab("ann"), str(tmp_path / "picture.png")), "source-view")

@@ -24,7 +24,7 @@ class Strings:
         self.language = language
         self._strings: dict[str, str] = json.loads((FOLDER / f"{language}.json").read_text(encoding="utf-8"))
 
-    def __call__(self, key: str, **values: Any) -> str:
+    def __call__(self, key: str, /, **values: Any) -> str:
         """Return a string with its values put in.
 
         Raises:

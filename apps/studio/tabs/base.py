@@ -27,6 +27,14 @@ class PageError(ValueError):
         self.key = key
 
 
+def filled(value: object) -> object:
+    """Return what a control holds; an empty one holds a text, which the checks of the request refuse.
+
+    None stands for the default in a request, so it must not come from a number that somebody has deleted.
+    """
+    return "" if value is None else value
+
+
 @dataclass(frozen=True, slots=True)
 class Tab:
     """One tab.

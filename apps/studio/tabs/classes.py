@@ -5,12 +5,13 @@ from __future__ import annotations
 import gradio as gr
 
 from apps.metadata import PictureSettings
+from apps.studio import fields
 from apps.studio.strings import Strings
 from apps.studio.tabs.base import PageError, Tab, Values
 
 
 def _build(words: Strings) -> dict[str, gr.components.Component]:
-    return {"label": gr.Dropdown([], label=words("label"), allow_custom_value=True, elem_id="label")}
+    return {"label": fields.Dropdown([], label=words("label"), allow_custom_value=True, elem_id="label")}
 
 
 def _fields(values: Values) -> dict[str, object]:

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from apps.grid import AXES, Axis, read_axis
+from apps.studio import fields
 from apps.studio.strings import Strings
 from apps.studio.tabs.base import Tab, Values
 
@@ -21,7 +22,7 @@ def _build(words: Strings) -> dict[str, gr.components.Component]:
     parts: dict[str, Any] = {}
     for axis, (name, values) in zip("xyz", STARTS, strict=True):
         with gr.Row(elem_classes="axis"):
-            parts[f"grid_{axis}"] = gr.Dropdown(
+            parts[f"grid_{axis}"] = fields.Dropdown(
                 choices,
                 value=name,
                 label=words(f"grid.{axis}"),
@@ -42,6 +43,16 @@ def axes(values: Values) -> Sequence[Axis]:
         ValueError: one isn't understood.
     """
     return [read_axis(values[f"grid_{axis}"] or "", values[f"grid_{axis}_values"] or "") for axis in "xyz"]
+
+
+def show_axes(shown: Sequence[Axis]) -> dict[str, str]:
+    """Return what the components of the tab hold for three axes; the reverse of `axes`."""
+    named = zip("xyz", shown, strict=True)
+    return {
+        name: value
+        for letter, axis in named
+        for name, value in ((f"grid_{letter}", axis.name), (f"grid_{letter}_values", ", ".join(axis.values)))
+    }
 
 
 TAB = Tab("grid", ("text_to_image", "next_scale_text"), _build, lambda values: {}, lambda settings: {})

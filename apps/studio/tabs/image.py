@@ -5,18 +5,19 @@ from __future__ import annotations
 import gradio as gr
 
 from apps.metadata import PictureSettings
+from apps.studio import fields
 from apps.studio.strings import Strings
 from apps.studio.tabs.base import PageError, Tab, Values
 
 
 def _build(words: Strings) -> dict[str, gr.components.Component]:
-    return {"strength": gr.Slider(0.05, 1, 0.6, step=0.05, label=words("strength"), elem_id="strength")}
+    return {"strength": fields.Slider(0.05, 1, 0.6, step=0.05, label=words("strength"), elem_id="strength")}
 
 
 def _fields(values: Values) -> dict[str, object]:
     if not values["source"]:
         raise PageError("source.missing")
-    return {"image": values["source"], "strength": None if values["strength"] is None else float(values["strength"])}
+    return {"image": values["source"], "strength": values["strength"]}
 
 
 def _show(settings: PictureSettings) -> dict[str, object]:

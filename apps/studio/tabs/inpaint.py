@@ -10,11 +10,12 @@ from typing import Any
 
 import gradio as gr
 
-from apps.metadata import Expand, PictureSettings
-from apps.studio import views
+from apps import limits
+from apps.metadata import PictureSettings
+from apps.studio import fields, views
 from apps.studio.strings import Strings
 from apps.studio.tabs import scales
-from apps.studio.tabs.base import PageError, Tab, Values
+from apps.studio.tabs.base import PageError, Tab, Values, filled
 from apps.studio.tabs.classes import read_label
 
 SIDES = ("left", "top", "right", "bottom")
@@ -23,16 +24,21 @@ SIDES = ("left", "top", "right", "bottom")
 def _build(words: Strings) -> dict[str, gr.components.Component]:
     gr.HTML(views.brush_tools(words), elem_id="brush-tools", js_on_load=None)
     parts: dict[str, Any] = {
-        "inpaint_label": gr.Dropdown(
+        "inpaint_label": fields.Dropdown(
             [], label=words("label"), allow_custom_value=True, visible=False, elem_id="inpaint-label"
         ),
-        "repaint": gr.Slider(0.05, 1, 1.0, step=0.05, label=words("strength"), elem_id="repaint"),
+        "repaint": fields.Slider(0.05, 1, 1.0, step=0.05, label=words("strength"), elem_id="repaint"),
     }
+    with gr.Row(elem_id="mask-edge"):
+        for name, most in (("mask_grow", limits.MAX_MASK_GROW), ("mask_blur", limits.MAX_MASK_BLUR)):
+            parts[name] = fields.Slider(
+                0, most, 0, step=1, label=words(name), elem_id=name.replace("_", "-"), min_width=120
+            )
     with gr.Accordion(words("expand"), open=False, elem_id="expand"):
         gr.HTML(f'<p class="hint">{words("expand.hint")}</p>', js_on_load=None)
         with gr.Row(elem_id="sides-grown"):
             for side in SIDES:
-                parts[f"grow_{side}"] = gr.Number(
+                parts[f"grow_{side}"] = fields.Number(
                     0, label=words(f"expand.{side}"), precision=0, minimum=0, maximum=200, min_width=60,
                     elem_id=f"grow-{side}",
                 )  # fmt: skip
@@ -51,15 +57,17 @@ def _fields(values: Values) -> dict[str, object]:
         "image": values["source"],
         "mask": values["mask"] or None,
         "expand": expand,
-        "strength": float(values["repaint"]),
+        "mask_grow": values["mask_grow"] or None,
+        "mask_blur": values["mask_blur"] or None,
+        "strength": filled(values["repaint"]),
     }
     return {**found, "label": read_label(values["inpaint_label"])} if values["inpaint_label"] else found
 
 
-def _expand(values: Values) -> Expand | None:
+def _expand(values: Values) -> dict[str, float] | None:
     """Read how far the picture grows, given in percent."""
     shares = {side: (values[f"grow_{side}"] or 0) / 100 for side in SIDES}
-    return Expand.model_validate(shares) if any(shares.values()) else None
+    return shares if any(shares.values()) else None
 
 
 def _show(settings: PictureSettings) -> dict[str, object]:
@@ -70,6 +78,8 @@ def _show(settings: PictureSettings) -> dict[str, object]:
         **{f"grow_{side}": round(100 * grown.get(side, 0)) for side in SIDES},
         "source": settings.image,
         "mask": settings.mask,
+        "mask_grow": settings.mask_grow or 0,
+        "mask_blur": settings.mask_blur or 0,
         "repaint": settings.strength,
         "inpaint_label": None if settings.label is None else str(settings.label),
     }

@@ -8,8 +8,9 @@ import gradio as gr
 
 from apps import limits
 from apps.metadata import PictureSettings
+from apps.studio import fields
 from apps.studio.strings import Strings
-from apps.studio.tabs.base import PageError, Tab, Values
+from apps.studio.tabs.base import PageError, Tab, Values, filled
 from apps.studio.tabs.classes import read_label
 
 KV_POLICIES = ("full", "window", "streaming", "snapkv", "pyramidkv", "scalekv")
@@ -19,22 +20,22 @@ SEARCHES = ("best_of", "tts", "beam")
 def _build(words: Strings) -> dict[str, gr.components.Component]:
     gr.HTML(f'<p class="hint">{words("scales.hint")}</p>', js_on_load=None)
     parts: dict[str, Any] = {
-        "scale_label": gr.Dropdown([], label=words("label"), allow_custom_value=True, elem_id="scale-label"),
+        "scale_label": fields.Dropdown([], label=words("label"), allow_custom_value=True, elem_id="scale-label"),
     }
     with gr.Row():
-        parts["top_k"] = gr.Number(900, label=words("top_k"), precision=0, minimum=0, maximum=2**20)
-        parts["top_p"] = gr.Slider(0, 1, 0.95, step=0.01, label=words("top_p"))
+        parts["top_k"] = fields.Number(900, label=words("top_k"), precision=0, minimum=0, maximum=2**20)
+        parts["top_p"] = fields.Slider(0, 1, 0.95, step=0.01, label=words("top_p"))
     with gr.Row():
-        parts["temperature"] = gr.Slider(0.1, 3, 1, step=0.05, label=words("temperature"))
+        parts["temperature"] = fields.Slider(0.1, 3, 1, step=0.05, label=words("temperature"))
         parts["smooth"] = gr.Checkbox(False, label=words("smooth"), elem_id="smooth")
     with gr.Row():
-        parts["kv_policy"] = gr.Dropdown(KV_POLICIES, value="full", label=words("kv_policy"), filterable=False)
-        parts["kv_dtype"] = gr.Dropdown(["auto", "int8"], value="auto", label=words("kv_dtype"), filterable=False)
-    parts["kv_budget"] = gr.Slider(0.02, 1, 0.1, step=0.02, label=words("kv_budget"))
+        parts["kv_policy"] = fields.Dropdown(KV_POLICIES, value="full", label=words("kv_policy"), filterable=False)
+        parts["kv_dtype"] = fields.Dropdown(["auto", "int8"], value="auto", label=words("kv_dtype"), filterable=False)
+    parts["kv_budget"] = fields.Slider(0.02, 1, 0.1, step=0.02, label=words("kv_budget"))
     with gr.Row():
         none = (words("search.none"), "")
-        parts["search"] = gr.Dropdown([none, *SEARCHES], value="", label=words("search"), filterable=False)
-        parts["candidates"] = gr.Slider(2, limits.MAX_CANDIDATES, 4, step=1, label=words("candidates"))
+        parts["search"] = fields.Dropdown([none, *SEARCHES], value="", label=words("search"), filterable=False)
+        parts["candidates"] = fields.Slider(2, limits.MAX_CANDIDATES, 4, step=1, label=words("candidates"))
     return parts
 
 
@@ -42,15 +43,15 @@ def sampling(values: Values) -> dict[str, object]:
     """Return the fields of a request that say how tokens are drawn and what is remembered."""
     searches = bool(values["search"])
     return {
-        "top_k": int(values["top_k"]),
-        "top_p": float(values["top_p"]),
-        "temperature": float(values["temperature"]),
+        "top_k": filled(values["top_k"]),
+        "top_p": filled(values["top_p"]),
+        "temperature": filled(values["temperature"]),
         "smooth": bool(values["smooth"]) or None,  # models that read text have none to turn off
         "kv_policy": values["kv_policy"],
-        "kv_budget": float(values["kv_budget"]) if values["kv_policy"] != "full" else None,
+        "kv_budget": filled(values["kv_budget"]) if values["kv_policy"] != "full" else None,
         "kv_dtype": values["kv_dtype"],
         "search": values["search"] or None,
-        "candidates": int(values["candidates"]) if searches else None,
+        "candidates": filled(values["candidates"]) if searches else None,
     }
 
 

@@ -1,0 +1,130 @@
+"""What the page shows that is finished: pictures on record and sheets of grids, the newest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apps.engine import Engine
+from apps.events import Picture
+from apps.job_store import StoredPicture
+from apps.media import clip_of
+from apps.metadata import PictureSettings, parse
+from apps.studio.grids import GridRecord, Grids
+
+RECENT = 24
+"""Pictures in the strip below the stage; older ones are in the gallery."""
+REMEMBERED = 1_000
+"""Reports of accelerators that are remembered; the record of the pictures has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A finished picture.
+
+    Attributes:
+        path: its file.
+        settings: what reproduces it.
+        seconds: time it took.
+        report: what accelerators did.
+    """
+
+    path: Path
+    settings: PictureSettings
+    seconds: float
+    report: str = ""
+
+    @property
+    def clip(self) -> Path | None:
+        """The clip of which the picture shows some frames."""
+        return clip_of(self.path, self.settings)
+
+
+@dataclass(frozen=True, slots=True)
+class ShownSheet:
+    """A finished grid.
+
+    Attributes:
+        path: the file of its sheet.
+        record: the grid.
+    """
+
+    path: Path
+    record: GridRecord
+
+
+Finished = Shown | ShownSheet
+
+
+class Album:
+    """The finished pictures and sheets of an engine.
+
+    Args:
+        engine: has an output folder.
+        grids: of this engine.
+    """
+
+    def __init__(self, engine: Engine, grids: Grids) -> None:
+        self._engine = engine
+        self._grids = grids
+        self._reports: dict[str, str] = {}
+
+    def names(self, owner: str) -> tuple[str, ...]:
+        """Return the file names of an owner's newest pictures: cheap, and another answer means other pictures."""
+        return tuple(one.name for one in self._engine.history(owner, RECENT))
+
+    def recent(self, owner: str) -> list[Finished]:
+        """Return an owner's newest pictures and sheets, what was finished last before the others.
+
+        The gallery has them in the order in which they were asked for, which a queue may change.
+        """
+        hung = self.hung(self._engine.history(owner, RECENT))
+        return sorted(hung, key=lambda one: one.path.stat().st_mtime_ns, reverse=True)[:RECENT]
+
+    def hung(self, pictures: Iterable[StoredPicture]) -> list[Finished]:
+        """Return pictures as they are shown: without those whose file is gone, each complete grid before its cells."""
+        found: list[Finished] = []
+        seen: set[str] = set()
+        for picture in pictures:
+            record = self._grids.of_job(picture.job)
+            if record is not None and record.id not in seen:
+                seen.add(record.id)
+                is_newest = picture.job == self._newest(record.jobs)  # else its sheet is among newer pictures
+                if is_newest and (sheet := self.sheet(record)) is not None:
+                    found.append(sheet)
+            if (shown := self._on_disk(picture)) is not None:
+                found.append(shown)
+        return found
+
+    def take(self, picture: Picture) -> Shown:
+        """Return a picture as it was told, and remember what accelerators did for it.
+
+        Raises:
+            ValueError: it has no file.
+        """
+        if picture.path is None:
+            raise ValueError("The studio's engine has no output folder; give it one.")
+        if picture.report:
+            self._reports[picture.path.name] = picture.report
+            if len(self._reports) > REMEMBERED:
+                self._reports.pop(next(iter(self._reports)), None)
+        return Shown(picture.path, picture.metadata, picture.seconds, picture.report)
+
+    def report(self, name: str) -> str:
+        """Return what accelerators did for a picture, by the name of its file; empty if that isn't known any more."""
+        return self._reports.get(name, "")
+
+    def sheet(self, record: GridRecord) -> ShownSheet | None:
+        """Return the sheet of a grid that is complete."""
+        path = self._grids.sheet(record, self.report)
+        return None if path is None else ShownSheet(path, record)
+
+    def _newest(self, jobs: Sequence[str]) -> str | None:
+        return next((job for job in reversed(jobs) if self._engine.pictures(job)), None)
+
+    def _on_disk(self, picture: StoredPicture) -> Shown | None:
+        folder = self._engine.output_dir
+        if folder is None or not (folder / picture.name).is_file():
+            return None
+        return Shown(folder / picture.name, parse(picture.settings), picture.seconds, self.report(picture.name))

@@ -1,0 +1,100 @@
+"""What the stage shows and what the buttons beside it act on: one value decides both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from apps.studio import grid_view, views
+from apps.studio.album import Finished, Shown, ShownSheet
+from apps.studio.grids import Grids
+from apps.studio.strings import Strings
+
+Changes = dict[str, Any]
+"""Part of the page -> its new value, or a `gr.update`."""
+
+
+class Easel:
+    """Puts finished pictures, or a view of one to come, onto the stage.
+
+    Args:
+        words: of the page.
+        grids: gives the cells of grids.
+    """
+
+    def __init__(self, words: Strings, grids: Grids) -> None:
+        self._words = words
+        self._grids = grids
+
+    def show(self, shown: Finished | None, note: str = "") -> Changes:
+        """Put a finished picture or grid onto the stage, or nothing.
+
+        Args:
+            shown: what to show; None empties the stage.
+            note: line under it.
+        """
+        return {"stage": self.draw(shown, note)} | self.acting_on(shown)
+
+    def draw(
+        self,
+        shown: Finished | None,
+        note: str = "",
+        share: float | None = None,
+        steps: str = "",
+        scales: Sequence[str] = (),
+    ) -> str:
+        """Draw the stage with something finished, or nothing, on it.
+
+        Args:
+            shown: what to draw; None empties the stage.
+            note: line under it.
+            share: work done of what comes next; None for no bar.
+            steps: what a step cache did, see `views.stage`.
+            scales: data URIs of the scales so far.
+        """
+        if shown is None:
+            return views.stage(size=(1, 1), note=note, share=share)
+        if isinstance(shown, ShownSheet):
+            cells = self._grids.files(shown.record)
+            return grid_view.stage(shown.record, cells, self._words, note=note, share=share)
+        size = (shown.settings.width, shown.settings.height)
+        clip = None if shown.clip is None else views.file_address(shown.clip)
+        uri = views.file_uri(shown.path)
+        return views.stage(uri, size=size, note=note, share=share, strip=steps, scales=scales, clip=clip)
+
+    def acting_on(self, shown: Finished | None) -> Changes:
+        """Return the facts and the buttons for what the stage shows; None turns the buttons off."""
+        can, is_picture = gr.update(interactive=shown is not None), isinstance(shown, Shown) and shown.clip is None
+        return {
+            "chosen": shown,
+            "details": self._facts(shown),
+            "save": gr.update(value=_file(shown), interactive=True) if shown else gr.update(interactive=False),
+            "reuse_seed": can,
+            "reuse_settings": can,
+            "start_from": gr.update(interactive=is_picture),
+            "inpaint_it": gr.update(interactive=is_picture),
+        }
+
+    def strip(self, recent: Sequence[Finished]) -> Changes:
+        """Show the newest pictures as files (so that they stay as they are, settings and all) with their seeds."""
+        return {
+            "strip": gr.update(value=[(str(one.path), self._caption(one)) for one in recent]),
+            "visit": list(recent),
+        }
+
+    def _caption(self, shown: Finished) -> str:
+        return self._words("tab.grid") if isinstance(shown, ShownSheet) else str(shown.settings.seed)
+
+    def _facts(self, shown: Finished | None) -> str:
+        if shown is None:
+            return ""
+        if isinstance(shown, ShownSheet):
+            return grid_view.details(shown.record, self._grids.files(shown.record), self._words)
+        return views.details(shown.settings, shown.seconds, self._words, shown.report)
+
+
+def _file(shown: Finished) -> str:
+    """Return the file that Save hands over."""
+    return str(shown.clip or shown.path) if isinstance(shown, Shown) else str(shown.path)

@@ -1,0 +1,160 @@
+"""The grids of a server: which jobs are the cells of which grid, and the sheet of one that is complete.
+
+A cell is a job like any other; a record on disk beside the queue, one JSON file a grid, says what they belong to. So a
+page that opens finds a grid whoever began it, and after a restart of the server too.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from apps.engine import STATE_FOLDER, Engine
+from apps.grid import Filled, compose
+from apps.sheet import GridSettings, save_sheet
+
+logger = logging.getLogger(__name__)
+
+Place = tuple[int, int, int]
+"""Index of a cell along x, y and z."""
+Cells = Mapping[Place, tuple[Path, float]]
+"""File and seconds of the pictures of a grid."""
+
+
+class GridRecord(BaseModel):
+    """One grid.
+
+    Attributes:
+        id: 16 hex digits.
+        created: seconds since 1970.
+        settings: what generates it again.
+        jobs: of its cells, row by row.
+        sheet: file name of the sheet; empty until it has been written.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(pattern=r"^[0-9a-f]{16}$")
+    created: float
+    settings: GridSettings
+    jobs: tuple[str, ...]
+    sheet: str = ""
+
+    def places(self) -> dict[str, Place]:
+        """Return where the cell of each job stands."""
+        x, y, z = (range(len(axis.values)) for axis in self.settings.axes)
+        places = [(i, j, k) for k in z for j in y for i in x]
+        return dict(zip(self.jobs, places, strict=True))
+
+    def label(self, job_id: str) -> str:
+        """Say what sets the cell of a job apart: the axes and their values."""
+        named = zip(self.settings.axes, self.places()[job_id], strict=True)
+        return ", ".join(f"{axis.name} {axis.values[index]}" for axis, index in named if axis.name)
+
+
+class Grids:
+    """The grids on an engine's output folder.
+
+    Args:
+        engine: generates the cells.
+
+    Raises:
+        ValueError: the engine has no output folder.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        if engine.output_dir is None:
+            raise ValueError("The studio's engine has no output folder; give it one.")
+        self._engine = engine
+        self._output = engine.output_dir
+        self._folder = engine.output_dir / STATE_FOLDER / "grids"
+        self._known: dict[str, GridRecord | None] = {}
+        self._grid_of: dict[str, str] = {}
+
+    def add(self, settings: GridSettings, jobs: list[str]) -> GridRecord:
+        """Record that jobs are the cells of a grid, row by row."""
+        record = GridRecord(id=secrets.token_hex(8), created=time.time(), settings=settings, jobs=tuple(jobs))
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._write(record)
+        return record
+
+    def of_job(self, job_id: str) -> GridRecord | None:
+        """Return the grid that a job is a cell of, if it is one."""
+        if job_id not in self._grid_of and self._folder.is_dir():
+            for file in self._folder.glob("*.json"):
+                if file.stem not in self._known:
+                    self._read(file)
+        grid = self._grid_of.get(job_id)
+        return None if grid is None else self._known[grid]
+
+    def is_complete(self, record: GridRecord) -> bool:
+        """Whether nothing of a grid waits or runs any more."""
+        return all(self._engine.job(job).ended is not None for job in record.jobs)
+
+    def sheet(self, record: GridRecord, reports: Callable[[str], str]) -> Path | None:
+        """Return the sheet of a grid, which is written once, when all of its cells have ended.
+
+        Args:
+            record: the grid.
+            reports: tells what accelerators did for the file of a picture.
+
+        Returns:
+            The file; None if the grid isn't complete, has no pictures, or the sheet has been removed.
+        """
+        if record.sheet:
+            path = self._output / record.sheet
+            return path if path.is_file() else None
+        saved = self._read(self._folder / f"{record.id}.json")  # the page in another language may have been first
+        if saved is not None and saved.sheet:
+            return self.sheet(saved, reports)
+        if not self.is_complete(record):
+            return None
+        filled = {place: self._filled(*cell, reports) for place, cell in self.files(record).items()}
+        if not filled:
+            return None
+        name = f"{datetime.fromtimestamp(record.created):%Y%m%d-%H%M%S}-grid-{record.id}.png"
+        settings = record.settings
+        kept = settings if settings.request.keep_settings else None
+        path = save_sheet(compose(settings.axes, filled), self._output / name, kept)
+        self._write(record.model_copy(update={"sheet": name}))
+        return path
+
+    def files(self, record: GridRecord) -> Cells:
+        """Return the picture of each cell that has one, and the seconds that it took."""
+        found: dict[Place, tuple[Path, float]] = {}
+        for job, place in record.places().items():
+            for picture in self._engine.pictures(job):
+                if (self._output / picture.name).is_file():
+                    found[place] = (self._output / picture.name, picture.seconds)
+        return found
+
+    def _filled(self, path: Path, seconds: float, reports: Callable[[str], str]) -> Filled:
+        with Image.open(path, formats=["PNG", "WEBP"]) as image:
+            return Filled(image.convert("RGB"), seconds, reports(path.name))
+
+    def _read(self, file: Path) -> GridRecord | None:
+        try:
+            record = GridRecord.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:  # of another version
+            logger.warning("the grid %s can't be read any more: %s", file.stem, error)
+            record = None
+        self._keep(file.stem, record)
+        return record
+
+    def _write(self, record: GridRecord) -> None:
+        partial = self._folder / f".{record.id}.{secrets.token_hex(4)}.part"
+        partial.write_text(record.model_dump_json(), encoding="utf-8")
+        partial.replace(self._folder / f"{record.id}.json")
+        self._keep(record.id, record)
+
+    def _keep(self, name: str, record: GridRecord | None) -> None:
+        self._known[name] = record
+        if record is not None:
+            self._grid_of |= dict.fromkeys(record.jobs, name)

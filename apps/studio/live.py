@@ -1,0 +1,146 @@
+"""What the stage shows while a job runs: previews of a picture to come, or the cells of a grid as they fill."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from apps.events import Step
+from apps.studio import grid_view, views
+from apps.studio.album import Finished, Shown
+from apps.studio.easel import Easel
+from apps.studio.grids import Cells, GridRecord, Grids, Place
+from apps.studio.strings import Strings
+
+REDRAW_SECONDS = 1.0
+"""A grid is redrawn no faster than this, but for a cell that is finished."""
+
+
+@dataclass(slots=True)
+class PictureView:
+    """Previews, each in the place of the one before, and of a finished picture until there is something newer.
+
+    Attributes:
+        size: width and height that the picture will have.
+        words: of the page.
+        easel: draws what is finished.
+        shown: the finished picture or grid that stands there; None for a preview, or for nothing yet.
+        is_by_scales: previews are kept, because each is a scale.
+        preview: the newest one.
+        strip: what a step cache did.
+        scales: the scales so far, as data URIs.
+    """
+
+    size: tuple[int, int]
+    words: Strings
+    easel: Easel
+    shown: Finished | None
+    is_by_scales: bool = False
+    preview: str | None = None
+    strip: str = ""
+    scales: tuple[str, ...] = ()
+
+    def take(self, step: Step) -> None:
+        """Take in a step."""
+        self.strip = step.strip
+        if step.preview is not None:
+            self.preview, self.shown = views.preview_uri(step.preview), None
+            if self.is_by_scales:
+                self.scales = (() if step.step == 1 else self.scales) + (self.preview,)
+
+    def finish(self, shown: Shown) -> None:
+        """Take in a finished picture."""
+        self.shown = shown
+
+    def is_due(self) -> bool:
+        """Whether to redraw: always, because pages ask a few times a second."""
+        return True
+
+    def progress(self, step: Step) -> tuple[str, float]:
+        """Return the line under the stage and the share of the work that is done."""
+        return progress_line(step, self.words)
+
+    def draw(self, note: str, share: float | None) -> str:
+        """Draw the stage."""
+        if self.shown is not None:
+            return self.easel.draw(self.shown, note, share, self.strip, self.scales)
+        return views.stage(
+            self.preview,
+            size=self.size,
+            note=note,
+            share=share,
+            is_preview=self.preview is not None,
+            strip=self.strip,
+            scales=self.scales,
+        )
+
+
+@dataclass(slots=True)
+class GridView:
+    """The cells that are finished; nothing that the buttons could act on until all are.
+
+    Attributes:
+        record: the grid.
+        place: of the cell that is being generated.
+        grids: give the cells.
+        words: of the page.
+    """
+
+    record: GridRecord
+    place: Place
+    grids: Grids
+    words: Strings
+    shown: Finished | None = field(default=None, init=False)
+    cells: Cells = field(init=False)
+    next_redraw: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.cells = self.grids.files(self.record)
+
+    def take(self, step: Step) -> None:
+        """Take in a step; a grid shows whole cells only."""
+
+    def finish(self, shown: Shown) -> None:
+        """Take in a finished cell, which is on record already."""
+        self.cells, self.next_redraw = self.grids.files(self.record), 0.0
+
+    def is_due(self) -> bool:
+        """Whether to redraw: seldom, because a table of pictures takes a browser longer than one."""
+        if time.monotonic() < self.next_redraw:
+            return False
+        self.next_redraw = time.monotonic() + REDRAW_SECONDS
+        return True
+
+    def progress(self, step: Step) -> tuple[str, float]:
+        """Return the line under the stage and the share of the work that is done."""
+        number, count = self.number, len(self.record.jobs)
+        note = self.words("cell", number=number, count=count, step=step.step, steps=step.steps)
+        return note, (number - 1 + step.share) / count
+
+    @property
+    def number(self) -> int:
+        """Which cell is being generated, from 1."""
+        return list(self.record.places().values()).index(self.place) + 1
+
+    @property
+    def seconds(self) -> float:
+        """Time that the finished cells took."""
+        return sum(seconds for _, seconds in self.cells.values())
+
+    def draw(self, note: str, share: float | None) -> str:
+        """Draw the stage."""
+        busy = None if share is None else self.place
+        return grid_view.stage(self.record, self.cells, self.words, note=note, share=share, busy=busy)
+
+
+View = PictureView | GridView
+
+
+def progress_line(step: Step, words: Strings) -> tuple[str, float]:
+    """Return the line under the stage and the share of the work that is done."""
+    told = {"step": step.step, "steps": step.steps, "eta": f"{step.eta:.1f}"}
+    if step.pictures == 1:
+        return words("step", **told), step.share
+    if step.batch == 1:
+        return words("step.many", picture=step.picture, pictures=step.pictures, **told), step.share
+    return words("step.batch", picture=step.picture, last=step.last, pictures=step.pictures, **told), step.share
