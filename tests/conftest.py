@@ -21,7 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need a GPU where there is none."""
+    """Skip tests that need a GPU where there is none, and expect the failures that a list names."""
+    listed = (ROOT / "tests" / "known_failures.txt").read_text(encoding="utf-8").splitlines()
+    known = {line for line in listed if line and not line.startswith("#")}
+    for item in items:
+        if item.nodeid in known or item.nodeid.split("::")[0] in known:
+            item.add_marker(pytest.mark.xfail(reason="listed in tests/known_failures.txt", strict=False))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -31,8 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
-    """Start every test from the same global random state, whatever ran before it."""
+    """Start every test from the same global random state and with gradients, whatever ran before it."""
     torch.manual_seed(0)
+    torch.set_grad_enabled(True)
 
 
 @pytest.fixture(autouse=True)

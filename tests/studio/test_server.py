@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 from apps.metadata import read_picture
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
+pytestmark = pytest.mark.slow
 PROJECT = Path(__file__).resolve().parents[2]
 STRINGS = json.loads((PROJECT / "apps" / "studio" / "strings" / "zh.json").read_text(encoding="utf-8"))
 AFTER_DONE = 2_000

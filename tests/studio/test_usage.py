@@ -56,7 +56,7 @@ def fake(monkeypatch):
 
 GENERATE = [
     ("--steps 999", "steps: choose 1 to 200"),
-    ("--guidance 99", "guidance: choose 0 to 30"),
+    ("--guidance 99", "guidance: choose 0 to 31"),
     ("--num 99", "num_images: choose 1 to 16"),
     ("--batch-size 9", "batch_size: choose 1 to 8"),
     ("--frames 999", "frames: choose 1 to 257"),
