@@ -20,12 +20,12 @@ from rich.console import Console
 from apps.engine import Engine
 from apps.generate import DEFAULT_MODEL, Machine, Wishes, follow, make_request
 from apps.jobs import AnyRequest
-from apps.options import check_wishes
+from apps.options import check_wishes, read_line
 from apps.outputs import check_folder, picture_paths, save
 from apps.profiles import check_request
 from apps.prompt_file import command_line_values, parse_lines, read_text, request_field_names
 from apps.shelf import check_sources
-from apps.usage import checking
+from apps.usage import UsageError, checking
 
 EXAMPLE = "1"
 """Stands for the prompts of the lines when their common settings are checked: a text, and the number of a class."""
@@ -120,13 +120,25 @@ def read_lines(file: Path, common: Wishes) -> Iterator[Line]:
     known = FROM_LINE | RENAMED | (request_field_names() - OF_ALL)
     for line in parse_lines(read_text(file.read_bytes(), file.name), file.name, known):
         values = command_line_values(line.values)
-        said = {key: value for key, value in values.items() if key in FROM_LINE}
-        said |= {key: file.parent / said[key] for key in ("image", "mask") if key in said}
+        said = _typed(line.number, {key: value for key, value in values.items() if key in FROM_LINE})
+        said |= {key: file.parent / said[key] for key in ("image", "mask") if said.get(key) is not None}
         extra = {key: value for key, value in values.items() if key not in FROM_LINE}
         wishes = replace(common, **said)
         told = {key: value for key, value in asdict(wishes).items() if key not in ADDED or value is not None}
         content = json.dumps(told | extra, sort_keys=True, default=str)
         yield Line(line.number, wishes, f"{line.number:05d}-{_digest(content)}", extra)
+
+
+def _typed(number: int, said: dict[str, Any]) -> dict[str, Any]:
+    """Check the types of a line's options.
+
+    Raises:
+        UsageError: one is of another type.
+    """
+    try:
+        return read_line(said)
+    except UsageError as error:
+        raise UsageError(f"Line {number} holds {error}.") from error
 
 
 def _digest(content: str) -> str:
