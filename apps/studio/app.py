@@ -102,7 +102,7 @@ def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> Non
     folder, sessions = engine.output_dir, Sessions(tokens)
     for language in reversed(languages()):  # the page at `/` last, because it answers for every address
         page = build_page(engine, Strings(language), sessions)
-        page.queue(max_size=4 * engine.limits.queue, default_concurrency_limit=4 * engine.limits.queue)
+        page.queue(max_size=4 * engine.limits.queue, default_concurrency_limit=4 * engine.limits.queue, api_open=False)
         gr.mount_gradio_app(
             app,
             page,

@@ -30,6 +30,8 @@ READABLE = re.compile(
 """Paths that may be read, apart from files."""
 FILE = f"{API}/file="
 JOIN, CANCEL, UPLOAD, RESET = f"{API}/queue/join", f"{API}/cancel", f"{API}/upload", f"{API}/reset"
+RUN = f"{API}/run/predict"
+"""Where the browser calls the listeners that don't wait in Gradio's queue, such as Paint and Stop."""
 SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MOST = 10_000
 """Sessions, and uploads, whose users are remembered; beyond them the least recently used are forgotten."""
@@ -86,7 +88,7 @@ class Gate:
         if scope["method"] in ("GET", "HEAD"):
             self._check_reading(path, scope, user)
             await self.app(scope, receive, send)
-        elif scope["method"] != "POST" or path not in (JOIN, CANCEL, UPLOAD, RESET):
+        elif scope["method"] != "POST" or path not in (JOIN, RUN, CANCEL, UPLOAD, RESET):
             raise Refusal(404, "not_found", "There is nothing here.")
         elif path == UPLOAD:
             if not user.may("paint"):

@@ -145,6 +145,7 @@ def test_sessions_belong_to_the_user_who_opened_them(users):
         ann.post("/gradio_api/queue/join", json=body)
         for answer in (
             bob.post("/gradio_api/queue/join", json=body),
+            bob.post("/gradio_api/run/predict", json=body),
             bob.get("/gradio_api/queue/data", params={"session_hash": "annspage"}),
             bob.get("/gradio_api/heartbeat/annspage"),
             bob.post("/gradio_api/cancel", json={"session_hash": "annspage", "fn_index": 0, "event_id": "x"}),
