@@ -69,11 +69,12 @@ def ask(words: Strings) -> Parts:
 
 
 def source(words: Strings) -> Parts:
-    """Lay out the picture to start from."""
+    """Lay out the image to start from, and the brush that marks a part of it."""
     view = gr.HTML(views.source(words), elem_id="source-view", js_on_load=None)
     file = gr.UploadButton(
         words("source.choose"), file_types=[".png", ".jpg", ".jpeg", ".webp"], size="sm", elem_id="source-file"
     )
+    gr.HTML(views.brush_tools(words), elem_id="brush-tools", js_on_load=None)
     return {"source_view": view, "source_file": file}
 
 
@@ -157,12 +158,9 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
             loras = [(words("lora.none"), ""), *engine.loras]
             parts["lora"] = fields.Dropdown(loras, value="", label=words("lora"), filterable=False, elem_id="lora")
             parts["lora_scale"] = fields.Slider(-2, 2, 1, step=0.05, label=words("lora.scale"), elem_id="lora-scale")
-        with gr.Row():
-            parts["file_format"] = fields.Radio(
-                ["png", "webp"], value="png", label=words("file_format"), elem_id="format"
-            )
-            parts["keep_settings"] = gr.Checkbox(True, label=words("keep_settings"), elem_id="keep")
-            parts["sidecar"] = gr.Checkbox(False, label=words("sidecar"), elem_id="sidecar")
+        parts["file_format"] = fields.Radio(["png", "webp"], value="png", label=words("file_format"), elem_id="format")
+        parts["keep_settings"] = gr.Checkbox(True, label=words("keep_settings"), elem_id="keep")
+        parts["sidecar"] = gr.Checkbox(False, label=words("sidecar"), elem_id="sidecar")
     parts["settings_file"] = gr.UploadButton(
         words("load_settings"), file_types=[".png", ".webp", ".mp4"], size="sm", elem_id="settings-file"
     )

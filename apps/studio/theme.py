@@ -15,7 +15,7 @@ SCRIPT = STATIC / "studio.js"
 BRUSH = STATIC / "brush.js"
 LANGUAGE = STATIC / "language.js"
 
-PAPER, CARD, SUNK, LINE, INK, SOFT = "#f6f3ee", "#ffffff", "#f3efe8", "#e6dfd4", "#26221d", "#776e62"
+PAPER, CARD, SUNK, LINE, INK, SOFT = "#f6f3ee", "#ffffff", "#f3efe8", "#e6dfd4", "#26221d", "#6d6459"
 NIGHT, NIGHT_CARD, NIGHT_SUNK, NIGHT_LINE, CHALK, DIM = (
     "#141318",
     "#1d1c22",
@@ -85,12 +85,12 @@ def theme() -> gr.themes.Base:
         input_border_color_focus_dark="*primary_500",
         input_shadow="none",
         input_shadow_focus="0 0 0 3px color-mix(in srgb, *primary_400 22%, transparent)",
-        input_placeholder_color="#a69c8f",
-        input_placeholder_color_dark="#77717a",
+        input_placeholder_color="#716a5f",
+        input_placeholder_color_dark="#96909a",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
-        button_primary_background_fill_dark="*primary_500",
-        button_primary_background_fill_hover_dark="*primary_400",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_700",
         button_primary_text_color="#ffffff",
         button_secondary_background_fill=SUNK,
         button_secondary_background_fill_hover=LINE,

@@ -1,7 +1,7 @@
 """Inpaint: a brush marks the part of a picture that is painted anew, and the picture may grow beyond its sides.
 
-The tools of the brush are those of `static/brush.js`. Next-scale models draw what they paint here as the tab Scales
-says.
+The brush stands beside the image to start from, see `apps.studio.desk`; its tools are those of `static/brush.js`.
+Next-scale models draw what they paint here as the tab Scales says.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gradio as gr
 
 from apps import limits
 from apps.metadata import PictureSettings
-from apps.studio import fields, views
+from apps.studio import fields
 from apps.studio.strings import Strings
 from apps.studio.tabs import scales
 from apps.studio.tabs.base import PageError, Tab, Values, filled
@@ -22,7 +22,6 @@ SIDES = ("left", "top", "right", "bottom")
 
 
 def _build(words: Strings) -> dict[str, gr.components.Component]:
-    gr.HTML(views.brush_tools(words), elem_id="brush-tools", js_on_load=None)
     parts: dict[str, Any] = {
         "inpaint_label": fields.Dropdown(
             [], label=words("label"), allow_custom_value=True, visible=False, elem_id="inpaint-label"
@@ -32,7 +31,7 @@ def _build(words: Strings) -> dict[str, gr.components.Component]:
     with gr.Row(elem_id="mask-edge"):
         for name, most in (("mask_grow", limits.MAX_MASK_GROW), ("mask_blur", limits.MAX_MASK_BLUR)):
             parts[name] = fields.Slider(
-                0, most, 0, step=1, label=words(name), elem_id=name.replace("_", "-"), min_width=120
+                0, most, 0, step=1, label=words(name), elem_id=name.replace("_", "-"), min_width=190
             )
     with gr.Accordion(words("expand"), open=False, elem_id="expand"):
         gr.HTML(f'<p class="hint">{words("expand.hint")}</p>', js_on_load=None)

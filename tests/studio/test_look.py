@@ -1,0 +1,186 @@
+"""The page's look: contrast of all its texts, and what has to be seen together."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from apps.studio.theme import CLAY, theme
+from tests.studio.test_server import browser, open_page, page, server
+
+__all__ = ["browser", "page", "server"]
+LEAST = 4.5
+"""Contrast of text that WCAG 2.1 AA asks for."""
+TABS = ("text", "image", "inpaint", "classes", "scales", "grid", "gallery")
+PAIRS = (
+    ("body_text_color", "body_background_fill"),
+    ("body_text_color", "background_fill_primary"),
+    ("body_text_color", "background_fill_secondary"),
+    ("body_text_color", "input_background_fill"),
+    ("body_text_color_subdued", "body_background_fill"),
+    ("body_text_color_subdued", "background_fill_primary"),
+    ("body_text_color_subdued", "background_fill_secondary"),
+    ("block_title_text_color", "background_fill_primary"),
+    ("input_placeholder_color", "input_background_fill"),
+    ("input_placeholder_color", "input_background_fill_focus"),
+    ("button_primary_text_color", "button_primary_background_fill"),
+    ("button_primary_text_color", "button_primary_background_fill_hover"),
+    ("button_secondary_text_color", "button_secondary_background_fill"),
+    ("button_secondary_text_color", "button_secondary_background_fill_hover"),
+    ("checkbox_label_text_color_selected", "checkbox_label_background_fill_selected"),
+)
+"""Variables of the theme: a text and what it stands on."""
+
+MEASURE = """() => {
+  const parse = (text) => {
+    const found = text.match(/[\\d.]+/g).map(Number), scale = text.startsWith("color(") ? 255 : 1;
+    return [found[0] * scale, found[1] * scale, found[2] * scale, found[3] ?? 1];
+  };
+  const over = (top, under) => [0, 1, 2].map((i) => top[i] * top[3] + under[i] * (1 - top[3])).concat(1);
+  const backdrop = (element) => {
+    const layers = [];
+    for (let one = element; one; one = one.parentElement) {
+      const colour = parse(getComputedStyle(one).backgroundColor);
+      if (colour[3] > 0) layers.push(colour);
+      if (colour[3] === 1) break;
+    }
+    return layers.reduceRight((under, top) => over(top, under), [255, 255, 255, 1]);
+  };
+  const found = [];
+  const measure = (element, style, text) => {
+    const box = element.getBoundingClientRect();
+    if (element.closest("[disabled], [aria-hidden=true]") || !box.width || !box.height) return;
+    if (getComputedStyle(element).visibility === "hidden") return;
+    const under = backdrop(element);
+    found.push([text.slice(0, 40), over(parse(style.color), under).slice(0, 3), under.slice(0, 3)]);
+  };
+  for (const element of document.querySelectorAll("body *")) {
+    if (["SCRIPT", "STYLE", "NOSCRIPT"].includes(element.tagName)) continue;
+    const own = [...element.childNodes].find((node) => node.nodeType === 3 && node.textContent.trim());
+    if (own) measure(element, getComputedStyle(element), own.textContent.trim());
+    if (element.matches("input:is([type=text], [type=number], [type=search], :not([type])), textarea")) {
+      measure(element, getComputedStyle(element), element.value || "value");
+      if (element.placeholder) measure(element, getComputedStyle(element, "::placeholder"), element.placeholder);
+    }
+  }
+  return found;
+}"""
+"""Every text that can be read on the page: its beginning, its colour and that of what it stands on, RGB to 255."""
+
+
+def luminance(colour) -> float:
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (one / 255 for one in colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other) -> float:
+    """Return the contrast of two colours as WCAG 2.1 defines it, 1 to 21."""
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def colour_of(found, name: str) -> tuple[int, ...]:
+    """Return a colour of the theme as RGB; one that the theme doesn't set for the dark is that of the light."""
+    value = getattr(found, name, None) or getattr(found, name.removesuffix("_dark"))
+    if value.startswith("*primary_"):
+        value = getattr(CLAY, f"c{value.removeprefix('*primary_')}")
+    return tuple(int(value[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def test_contrast_is_that_of_the_standard():
+    assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
+    assert contrast((119, 119, 119), (255, 255, 255)) == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize("ending", ["", "_dark"])
+@pytest.mark.parametrize("pair", PAIRS, ids="-on-".join)
+def test_the_texts_of_the_theme_can_be_read(pair, ending):
+    found = theme()
+    assert contrast(*(colour_of(found, name + ending) for name in pair)) >= LEAST
+
+
+def choose(page, tab: str) -> None:
+    page.locator("#tabs .tab-container button[role=tab]").nth(TABS.index(tab)).click()
+    page.wait_for_function("tab => document.querySelector('#desk').dataset.tab === tab", arg=tab)
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+def test_every_text_of_the_page_can_be_read(server, page, is_dark):
+    if is_dark:
+        page.click(".night")
+    page.click("#advanced > button")
+    page.click(".words summary")
+    page.fill("#steps input[type=number]", "1000")
+    page.fill("#prompt textarea", "a fox")
+    page.click("#paint")
+    page.locator("#problem [role=alert]").wait_for()
+    texts = 0
+    for tab in TABS:
+        choose(page, tab)
+        page.wait_for_timeout(400)  # until colours have changed over
+        for text, colour, under in page.evaluate(MEASURE):
+            assert contrast(colour, under) >= LEAST, (tab, text, colour, under)
+            texts += 1
+    assert texts > 200
+
+
+def source(tmp_path, width: int, height: int):
+    Image.new("RGB", (width, height), "orange").save(tmp_path / "source.png")
+    return tmp_path / "source.png"
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(128, 128), (96, 192), (192, 96)])
+def test_the_brush_and_the_button_that_generates_are_on_one_screen(server, page, tmp_path, size):
+    choose(page, "inpaint")
+    page.set_input_files("#source input[type=file]", source(tmp_path, *size))
+    page.locator("#source canvas").wait_for()
+    page.wait_for_timeout(500)
+    top = page.locator("#source canvas").bounding_box()
+    bottom = page.locator("#paint").bounding_box()
+    assert top["y"] >= 0
+    assert bottom["y"] + bottom["height"] <= 900
+    tools = page.locator("[data-tool=draw]").bounding_box()
+    assert top["y"] + top["height"] <= tools["y"] < bottom["y"]
+    choose(page, "text")
+    assert page.locator("#brush-tools").is_hidden()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_the_stage_stays_in_sight_while_settings_are_tuned(server, page):
+    page.click("#advanced > button")
+    page.locator("#settings-file").scroll_into_view_if_needed()
+    assert page.evaluate("scrollY") > 400
+    frame = page.locator("#stage .frame").bounding_box()
+    assert 0 <= frame["y"] < frame["y"] + frame["height"] <= 900
+    page.set_viewport_size({"width": 390, "height": 844})  # a phone has no room for it
+    page.locator("#settings-file").scroll_into_view_if_needed()
+    assert page.locator("#stage .frame").bounding_box()["y"] < 0
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["", "zh/"])
+def test_nothing_breaks_on_a_narrow_screen(server, browser, language):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.set_default_timeout(60_000)
+    open_page(page, f"{server[0]}/{language}")
+    page.click("#advanced > button")
+    for tab in TABS:
+        choose(page, tab)
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+        labels = page.evaluate(
+            """[...document.querySelectorAll('#settings :is(label, button):not([aria-haspopup])')].map((one) => {
+              const box = one.getBoundingClientRect();
+              return [one.textContent.trim(), box.left, box.right, box.height];
+            }).filter((one) => one[3] > 0)"""
+        )
+        for text, left, right, height in labels:
+            assert 0 <= left < right <= 390, (tab, text)
+            assert height <= 80, (tab, text)  # no label is broken into a column of words
+    page.close()
