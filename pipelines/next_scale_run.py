@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,8 @@ from sampling.next_scale import Guide, ScaleWalk
 from sampling.scale_acceleration import AppliedAcceleration, ScaleAcceleration
 from sampling.test_time_search import Reward, ScaleSearch, SearchResult, TTSConfig
 from sampling.tokens import Generators
+
+logger = logging.getLogger(__name__)
 
 Pictures = list[Image.Image] | np.ndarray | Tensor
 Callback = Callable[..., dict[str, Tensor] | None]
@@ -125,8 +128,8 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
 
     Attributes:
         kv_report: what the cache of the last call kept and took, a `dit.cache.KVReport`.
-        acceleration_report: what the acceleration of the last call left out, and how far it drifted if that was
-            measured; None without one.
+        acceleration_report: what the acceleration of the last call left out, under "inactive" which of its parts left
+            out nothing and why, and how far it drifted if that was measured; None without one.
     """
 
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["vae"]  # small, and every scale goes through it
@@ -314,7 +317,10 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
                 "token_share": tokens / (sum(counts) * branches * max(len(latents), 1)),
                 "seconds": self._seconds,
                 "pruning": None if applied.pruning is None else applied.pruning.counts(),
+                "inactive": applied.inactive(task.guided),
             }
+            for part, reason in self.acceleration_report["inactive"].items():
+                logger.warning("acceleration: %s does nothing: %s", part, reason)
         return latents, found
 
     def _begin(

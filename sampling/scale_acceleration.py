@@ -82,7 +82,8 @@ class ScaleAcceleration:
             raise ValueError(f"the pruned scales {sorted(self.prune)} are all skipped; prune earlier ones")
         if handover is not None and not 0 < handover < count:
             raise ValueError(f"the refiner begins at scale {handover}; expected 1 to {count - 1}")
-        return AppliedAcceleration(count, frozenset(unguided), off, handover, pruning)
+        skipped = tuple(sorted({_index(scale, total, "prune") for scale in self.prune} - set(prune)))
+        return AppliedAcceleration(count, frozenset(unguided), off, handover, pruning, skipped)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class AppliedAcceleration:
         guided_until: from this scale on the unconditional rows don't run.
         handover: the scale at which the refiner takes over, or None.
         pruning: to attach to the network that paints, or None.
+        unpruned: scales that were to be pruned and are not painted at all.
     """
 
     num_scales: int
@@ -102,6 +104,20 @@ class AppliedAcceleration:
     guided_until: int
     handover: int | None
     pruning: TokenPruning | None
+    unpruned: tuple[int, ...] = ()
+
+    def inactive(self, guided: bool) -> dict[str, str]:
+        """Return the parts of the setting that leave nothing out, each with the reason.
+
+        Args:
+            guided: whether the call has a second branch.
+        """
+        found = {}
+        if self.unguided and not guided:
+            found["unguided"] = "the call has no guidance that could be left out"
+        if self.unpruned:
+            found["prune"] = f"the scales {list(self.unpruned)} are skipped, so nothing of them is pruned"
+        return found
 
 
 FASTVAR = ScaleAcceleration(skip_last=2, prune={-4: 0.4, -3: 0.5})

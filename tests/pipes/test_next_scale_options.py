@@ -171,6 +171,21 @@ def test_a_smaller_refiner_paints_the_fine_scales(pipe: NextScaleClassToImagePip
     assert [torch.equal(a, b) for a, b in zip(exact, seen, strict=True)] == [True, True, False, False]
 
 
+def test_accelerations_that_leave_nothing_out_say_why(
+    pipe: NextScaleClassToImagePipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    how = ScaleAcceleration(skip_last=1, prune={2: 0.4, 3: 0.5}, unguided=(1,))
+    with caplog.at_level("WARNING", "pipelines"):
+        pipe([3], guidance_scale=0.0, output_type="latent", acceleration=how)
+    idle = pipe.acceleration_report["inactive"]
+    assert set(idle) == {"unguided", "prune"}
+    assert "no guidance" in idle["unguided"]
+    assert "[3]" in idle["prune"]
+    assert [record.message.split()[1] for record in caplog.records] == ["unguided", "prune"]
+    pipe([3], guidance_scale=2.0, output_type="latent", acceleration=ScaleAcceleration(unguided=(1,)))
+    assert pipe.acceleration_report["inactive"] == {}
+
+
 def test_pruned_tokens_come_from_an_earlier_scale(pipe: NextScaleClassToImagePipeline) -> None:
     exact = pipe([3], generator=seeded(), output_type="latent", **GREEDY).images
     how = ScaleAcceleration(prune={2: 0.4, 3: 0.5}, prune_layers=(0.0, 1.0))
