@@ -87,7 +87,7 @@ def build_engine(
 _PREFIXES = ("", *(f"/{name}" for name in languages() if name != "en"))
 UPLOADS = {f"{prefix}/gradio_api/upload": limits.MAX_UPLOAD_BYTES + 64 * 1024 for prefix in _PREFIXES}
 """Paths of the pages that take files, and how many bytes each takes: a file, and the form around it."""
-FORMS = tuple(f"{prefix}/gradio_api/queue/join" for prefix in _PREFIXES)
+FORMS = tuple(f"{prefix}/gradio_api/{path}" for prefix in _PREFIXES for path in ("queue/join", "run/predict"))
 """Paths of the pages that take what stands on them."""
 
 
