@@ -18,7 +18,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from apps.request_error import TranslatableError
@@ -32,7 +32,8 @@ CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs(state, number);
 CREATE INDEX IF NOT EXISTS jobs_by_owner ON jobs(owner, number);
 CREATE TABLE IF NOT EXISTS pictures(
     job TEXT NOT NULL REFERENCES jobs(id), place INTEGER NOT NULL, name TEXT NOT NULL, settings TEXT NOT NULL,
-    seconds REAL NOT NULL, report TEXT NOT NULL DEFAULT '', PRIMARY KEY(job, place)) WITHOUT ROWID;
+    seconds REAL NOT NULL, report TEXT NOT NULL DEFAULT '', notes TEXT NOT NULL DEFAULT '[]',
+    PRIMARY KEY(job, place)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS skipped(
     job TEXT NOT NULL REFERENCES jobs(id), place INTEGER NOT NULL, PRIMARY KEY(job, place)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS turns(job TEXT PRIMARY KEY REFERENCES jobs(id), turn INTEGER NOT NULL) WITHOUT ROWID;
@@ -98,6 +99,7 @@ class StoredPicture:
         settings: JSON of `PictureSettings`.
         seconds: time it took.
         report: what accelerators did, see `apps.events.Picture`.
+        notes: what keeps it from being what was asked for, a JSON list of sentences.
     """
 
     job: str
@@ -106,6 +108,7 @@ class StoredPicture:
     settings: str
     seconds: float
     report: str = ""
+    notes: str = "[]"
 
 
 class JobStore:
@@ -135,6 +138,7 @@ class JobStore:
             self._db.execute("COMMIT")
             self._db.executescript(SCHEMA)
             self._add_column("pictures", "report", "TEXT NOT NULL DEFAULT ''")
+            self._add_column("pictures", "notes", "TEXT NOT NULL DEFAULT '[]'")
         except sqlite3.Error as error:
             self._db.close()
             if "locked" in str(error):
@@ -349,8 +353,7 @@ class JobStore:
 
     def add_picture(self, picture: StoredPicture) -> None:
         """Record a picture, whose file is complete; from here on it counts."""
-        values = (picture.job, picture.place, picture.name, picture.settings, picture.seconds, picture.report)
-        self._change("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?)", *values)
+        self._change("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?)", *astuple(picture))
 
     def add_skipped(self, job_id: str, places: Iterable[int]) -> None:
         """Record pictures that nobody wants any more, so that a second attempt leaves them out too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -337,7 +338,8 @@ def _finish(
             save_sidecar(settings, path)
         video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), written)
     name = "" if path is None else path.name
-    studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds, report))
+    told = json.dumps(notes)
+    studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds, report, told))
     return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes)
 
 

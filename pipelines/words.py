@@ -113,10 +113,10 @@ class KnownWordsMixin:
             logger.warning(said)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """Load the pipeline, see `TesseraPipeline.from_pretrained`, and its `words.txt` where it has one."""
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        pipe.known_words = _stored_words(pretrained_model_name_or_path, kwargs)
+    def read_checked(cls, source: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load the pipeline, see `TesseraPipeline.read_checked`, and its `words.txt` where it has one."""
+        pipe = super().read_checked(source, **kwargs)  # type: ignore[misc]
+        pipe.known_words = _stored_words(source, kwargs)
         return pipe
 
     @classmethod

@@ -88,7 +88,8 @@ def _place(picture: Picture) -> int:
 
 def picture_row(picture: StoredPicture) -> dict[str, Any]:
     """Describe a picture."""
-    return _result(picture.job, picture.place, picture.seconds, json.loads(picture.settings), picture.report)
+    row = _result(picture.job, picture.place, picture.seconds, json.loads(picture.settings), picture.report)
+    return {**row, "notes": json.loads(picture.notes)}
 
 
 def _result(job_id: str, place: int, seconds: float, settings: dict[str, Any], report: str) -> dict[str, Any]:

@@ -189,7 +189,9 @@ class Following:
             yield None
 
     def _is_overtaken(self, page: _Page, job: str) -> bool:
-        """Whether a job waits while another one of its user comes first."""
+        """Whether a job waits while another one of its user comes first, or the engine ends."""
+        if self._engine.is_closing:  # its queue can't be read any more
+            return True
         return self._engine.job(job).state == "queued" and self._engine.unfinished(page.owner)[0].id != job
 
     def _view(self, page: _Page, job: str) -> View:

@@ -318,7 +318,7 @@ def test_the_command_line_says_why_a_file_does_not_fit(tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([*words, "--lora", str(file), "-o", str(tmp_path / "a.png")])
     told = capsys.readouterr().err
-    assert left.value.code == 1
+    assert left.value.code == 2
     assert "Traceback" not in told
     assert all(word in " ".join(told.split()) for word in ("ink.safetensors", "NaN or infinite"))
 

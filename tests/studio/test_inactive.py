@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from apps.accelerate import RunningCache, describe
-from apps.api.messages import picture_row, server_sent
+from apps.api.messages import event_message, picture_row, server_sent
 from apps.engine import Engine, Picture, TextToImageRequest
 from apps.generate import report as tell
 from apps.job_store import JobStore, StoredPicture
@@ -49,7 +49,7 @@ def test_a_step_cache_that_skips_nothing_is_said_everywhere(engine, caplog, caps
     assert "skipped no step" in capsys.readouterr().out.replace("\n", " ")
     tell([([picture.path], picture)], json_output=True)
     assert json.loads(capsys.readouterr().out)["pictures"][0]["report"] == picture.report
-    told = json.loads(server_sent(1, job, picture).split("data: ")[1])
+    told = json.loads(server_sent(1, *event_message(job, picture)).split(b"data: ")[1])
     assert told["report"] == picture.report
     stored = engine.pictures(job)
     assert picture_row(stored[0])["report"] == picture.report

@@ -84,6 +84,7 @@ def colour_of(found, name: str) -> tuple[int, ...]:
     value = getattr(found, name, None) or getattr(found, name.removesuffix("_dark"))
     if value.startswith("*primary_"):
         value = getattr(CLAY, f"c{value.removeprefix('*primary_')}")
+    value = {"white": "#ffffff", "black": "#000000"}.get(value, value)
     return tuple(int(value[i : i + 2], 16) for i in (1, 3, 5))
 
 

@@ -15,7 +15,7 @@ import pytest
 from apps.metadata import read_picture
 from tests.studio.test_server import PROJECT, browser, note_says, open_page, problem_says, tab, wait_for_address
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = pytest.mark.browser
 __all__ = ["browser"]
 
 
