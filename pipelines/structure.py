@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -42,6 +42,16 @@ class _Budget(TorchFunctionMode):
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.left = limit
+
+    def __enter__(self) -> Self:
+        """Begin to count."""
+        self._with_grad = torch.is_grad_enabled()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        """Leave gradients as they were: it may have stopped the call by which `torch.no_grad` turns them on again."""
+        super().__exit__(*raised)
+        torch.set_grad_enabled(self._with_grad)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1

@@ -30,10 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
-    """Start every test from the same global random state and with gradients, whatever ran before it."""
+def _fixed_seed() -> Iterator[None]:
+    """Start every test from the same global random state; none may leave gradients off for those that follow."""
     torch.manual_seed(0)
+    yield
+    left_off = not torch.is_grad_enabled()
     torch.set_grad_enabled(True)
+    assert not left_off, "this test, or code that it ran, left gradients off"
 
 
 @pytest.fixture(autouse=True)
