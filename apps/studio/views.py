@@ -57,7 +57,7 @@ def stage(
     """Draw the big frame with the picture in it and a line on how it goes.
 
     Args:
-        picture: data URI; None draws an empty mosaic.
+        picture: address, or data URI of a preview; None draws an empty mosaic.
         size: width and height of the frame in pixels of the picture; gives its shape.
         note: line under the frame.
         share: work done, 0 to 1, drawn as a bar; None for no bar.
@@ -207,14 +207,8 @@ def brush_tools(words: Strings) -> str:
     return f'<div class="tools">{tools}{width}</div><p class="hint">{escape(words("brush.hint"))}</p>'
 
 
-def file_uri(path: Path) -> str:
-    """Return a PNG or WebP file as a data URI, byte for byte, so that saving it from the page keeps its settings."""
-    kind = "webp" if path.suffix == ".webp" else "png"
-    return f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode()
-
-
 def file_address(path: Path) -> str:
-    """Return where a file of the output folder is served."""
+    """Return where a file of the output folder is served, byte for byte: saved from there it keeps its settings."""
     return f"/outputs/{quote(path.name)}"
 
 

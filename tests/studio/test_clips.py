@@ -68,7 +68,7 @@ def test_the_stage_plays_the_clip_with_its_strip_as_poster(world, painted):
     stage = [changes["stage"] for changes in painted.told if "stage" in changes][-1]
     assert "Done in" in stage
     assert f'<video src="{views.file_address(painted.shown.clip)}"' in stage
-    assert f'poster="{views.file_uri(painted.shown.path)}"' in stage
+    assert f'poster="{views.file_address(painted.shown.path)}"' in stage
     shown = world.painting.show(painted.shown)
     assert shown["save"]["value"] == str(painted.shown.clip)
     assert shown["start_from"]["interactive"] is False  # a strip of frames is no picture to start from

@@ -69,7 +69,7 @@ def test_a_picture_reaches_strip_and_stage_as_the_file_itself(studio):  # noqa: 
     visit = pictures(told)
     assert [item.settings.seed for item in visit] == [4, 3]  # newest first
     assert read_picture(visit[0].path) == visit[0].settings
-    assert views.file_uri(visit[0].path) in last(told, "stage")
+    assert views.file_address(visit[0].path) in last(told, "stage")
     assert acts_on(told) == visit[0]
     assert [caption for _, caption in last(told, "strip")["value"]] == ["4", "3"]
     assert "Done in" in last(told, "stage")
@@ -192,7 +192,7 @@ def test_after_stop_the_buttons_act_on_what_the_stage_shows(studio):  # noqa: F8
     studio.painting.stop(TAB, followed(seen))
     seen += told
     assert "Stopped" in last(seen, "stage")
-    assert views.file_uri(first.path) in last(seen, "stage")
+    assert views.file_address(first.path) in last(seen, "stage")
     assert acts_on(seen) == first
     assert "seed 9" in last(seen, "details")
 
@@ -212,7 +212,7 @@ def test_an_error_has_its_own_place_and_goes_with_the_next_request(studio):  # n
     assert set(refused) == {"problem"}
     failed = list(paint(studio, style="unheard of"))  # is found out when the job begins
     assert 'role="alert"' in last(failed, "problem")
-    assert views.file_uri(first.path) in last(failed, "stage")
+    assert views.file_address(first.path) in last(failed, "stage")
     assert acts_on(failed) == first
     assert next(paint(studio))["problem"] == ""
 
