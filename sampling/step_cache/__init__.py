@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sampling.step_cache import forecasters, gates, regions
     from sampling.step_cache.calibration import calibrate_budget
-    from sampling.step_cache.engine import StepCache
-    from sampling.step_cache.presets import PRESETS
+    from sampling.step_cache.presets import PRESETS, StepCache
     from sampling.step_cache.profile import Profile
 
 __all__ = ["PRESETS", "Profile", "StepCache", "calibrate_budget", "forecasters", "gates", "regions"]
 
-_HOMES = {"StepCache": "engine", "Profile": "profile", "PRESETS": "presets", "calibrate_budget": "calibration"}
+# The module of presets brings the engine, whose `StepCache.preset` must know them.
+_HOMES = {"StepCache": "presets", "Profile": "profile", "PRESETS": "presets", "calibrate_budget": "calibration"}
 
 
 def __getattr__(name: str) -> Any:

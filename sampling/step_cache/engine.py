@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,99 +21,25 @@ from dit.runtime.families import call_family_of
 from dit.runtime.state import unwrap
 from sampling.noise_table import NoiseTable, scheduler_of
 from sampling.resolve import CoordinateResolver, PlacedAttachment
+from sampling.step_cache.call import Call, Track
+from sampling.step_cache.constants import data
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
-from sampling.step_cache.gates import Gate, Interval, Signal
-from sampling.step_cache.values import Rebuild, Values, mix, signature, take_apart
+from sampling.step_cache.gates import Gate, Interval
+from sampling.step_cache.regions import Output, Place, Region
+from sampling.step_cache.values import Values, signature, take_apart
 
-if TYPE_CHECKING:
-    from sampling.step_cache.regions import Place, Region
+PRESETS: dict[str, Callable[..., StepCache]] = {}
+"""Name -> the function that makes it, which takes all its parameters; filled by `sampling.step_cache.presets`."""
+
+
+def preset(make: Callable[..., StepCache]) -> Callable[..., StepCache]:
+    """Register a function that makes a preset, under its own name; a decorator."""
+    PRESETS[make.__name__] = make
+    return make
 
 
 UNPLACED, GRADIENTS = "no coordinates", "gradients are on"
 """Why a call is left to the network at once."""
-
-
-@dataclass
-class Track:
-    """What one branch of one network remembers of the run; tensors are in the state store, but the gate's."""
-
-    memory: dict[str, Any] = field(default_factory=dict)
-    anchors: list[Anchor] = field(default_factory=list)
-    shapes: tuple = ()
-    last_step: int = -1
-    skips: int = 0
-    rebuild: dict[str, Rebuild] = field(default_factory=dict)
-
-
-@dataclass
-class Call:
-    """One call of a network under the cache.
-
-    Attributes:
-        here: where it is.
-        track: what its branch remembers.
-        computed: the decision; None until it is made.
-        weights: of the forecast.
-        signal: what the gate looked at.
-    """
-
-    cache: StepCache
-    attachment: Attachment
-    component: str
-    here: Coordinates
-    track: Track
-    computed: bool | None = None
-    weights: Weights = ()
-    signal: Signal = None
-
-    def decide(self, signal: Signal = None) -> bool:
-        """Decide once; return whether the step is computed."""
-        if self.computed is None:
-            self.signal = signal
-            self.computed = self.cache.decide(self)
-        return self.computed
-
-    def keep(self, slot: str, output: Any, base: Values | None = None) -> None:
-        """Keep a computed output for forecasts.
-
-        Args:
-            slot: whose output it is.
-            output: any structure of tensors.
-            base: tensors that are taken off the output's, where the difference is what is forecast.
-        """
-        tensors, self.track.rebuild[slot] = take_apart(output)
-        values = tuple(tensor.detach().clone() for tensor in tensors) if base is None else _less(tensors, base)
-        self.cache.keep(self, slot, output, values, base)
-
-    def remember(self, slot: str, values: Values) -> None:
-        """Put values before those of earlier steps, as many as the forecaster combines."""
-        depth = self.cache.forecaster.depth
-        old = self._history(slot) or ()
-        self.attachment.state.set(self.cache.name, self._layer(slot), self.here.branch, (values, *old[: depth - 1]))
-
-    def forecast(self, slot: str, base: Values | None = None) -> Any:
-        """Return the forecast of an output that was kept before.
-
-        Args:
-            slot: whose output.
-            base: tensors that the difference is added to.
-        """
-        known = len(self.track.anchors)
-        values, more = mix(self._history(slot), self.weights[:known]), self.weights[known:]
-        if base is not None:
-            share = 1.0 + sum(more)
-            values = tuple(value + start * share for value, start in zip(values, base, strict=True))
-        return self.track.rebuild[slot](values)
-
-    def _history(self, slot: str) -> Any:
-        return self.attachment.state.get(self.cache.name, self._layer(slot), self.here.branch)
-
-    def _layer(self, slot: str) -> str:
-        return f"{self.component}.{slot}"
-
-
-def _less(tensors: Values, base: Values) -> Values:
-    return tuple((tensor - start).detach() for tensor, start in zip(tensors, base, strict=True))
 
 
 class StepCache(Mechanism):
@@ -153,8 +78,6 @@ class StepCache(Mechanism):
         max_skips: int | None = None,
         group: Any = None,
     ) -> None:
-        from sampling.step_cache.regions import Output
-
         if warmup < 0 or tail < 0 or (max_skips is not None and max_skips < 0):
             raise ValueError(f"warmup, tail and max_skips must not be negative, got {warmup}, {tail}, {max_skips}")
         self.gate = Interval() if gate is None else gate
@@ -176,9 +99,15 @@ class StepCache(Mechanism):
         Raises:
             ValueError: an unknown name or parameter.
         """
-        from sampling.step_cache.presets import make
-
-        return make(name, **params)
+        if name not in PRESETS:
+            raise ValueError(f"there is no step cache {name!r}; use one of {', '.join(PRESETS)}")
+        known = data("defaults")[name]
+        unknown = set(params) - set(known)
+        if unknown:
+            raise ValueError(
+                f"step cache {name!r} has no parameter {', '.join(sorted(unknown))}; it takes {', '.join(known)}"
+            )
+        return PRESETS[name](**{**known, **params})
 
     def attach(self, target: Any) -> Attachment:
         """Attach to a network or pipeline; where the pipeline has a scheduler, its steps are found too.

@@ -10,14 +10,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from dit.runtime.coordinates import Coordinates
-
-if TYPE_CHECKING:
-    from sampling.step_cache.profile import Profile
+from sampling.step_cache.profile import Profile
 
 Variable = Literal["sigma", "step"]
 Weights = Sequence[float | Tensor]

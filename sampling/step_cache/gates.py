@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor, nn
 
 from dit.runtime.coordinates import Coordinates
+from sampling.step_cache.profile import Profile
 from sampling.step_cache.values import mean_change
-
-if TYPE_CHECKING:
-    from sampling.step_cache.profile import Profile
 
 SignalKind = Literal["none", "input", "modulated", "head"]
 Memory = dict[str, Any]

@@ -7,13 +7,8 @@ and that branches never share tensors.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from functools import cache
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any
-
-from sampling.step_cache.engine import StepCache
+from sampling.step_cache.constants import data
+from sampling.step_cache.engine import PRESETS, StepCache, preset
 from sampling.step_cache.forecasters import Blend, Corrected, Forecaster, Gram, Newton, Reuse, Taylor
 from sampling.step_cache.gates import (
     Budget,
@@ -25,35 +20,13 @@ from sampling.step_cache.gates import (
     Probe,
     Speculative,
 )
+from sampling.step_cache.profile import Profile
 from sampling.step_cache.regions import Blocks, Modules, Output, region_of
 
-if TYPE_CHECKING:
-    from sampling.step_cache.profile import Profile
+__all__ = ["PRESETS", "StepCache"]  # with all presets in place
 
 
-def make(name: str, **params: Any) -> StepCache:
-    """Make a preset; see `StepCache.preset`."""
-    if name not in PRESETS:
-        raise ValueError(f"there is no step cache {name!r}; use one of {', '.join(PRESETS)}")
-    known = data("defaults")[name]
-    unknown = set(params) - set(known)
-    if unknown:
-        raise ValueError(
-            f"step cache {name!r} has no parameter {', '.join(sorted(unknown))}; it takes {', '.join(known)}"
-        )
-    return PRESETS[name](**{**known, **params})
-
-
-@cache
-def data(name: str) -> Any:
-    """Read one of the data files.
-
-    Args:
-        name: of the file, without its ending.
-    """
-    return json.loads((files("sampling.step_cache") / "data" / f"{name}.json").read_text(encoding="utf-8"))
-
-
+@preset
 def budget(budget: float, profile: Profile | str | None, fill: str, guidance: float | None, check: bool) -> StepCache:
     """The best steps for a share of the calls; the others are what the two before them predict.
 
@@ -66,8 +39,6 @@ def budget(budget: float, profile: Profile | str | None, fill: str, guidance: fl
         guidance: scale of the runs; None is that of the calibration.
         check: whether to refuse networks that the profile was not measured on.
     """
-    from sampling.step_cache.profile import Profile
-
     if not 0 < budget <= 1:
         raise ValueError(f"budget {budget} is outside (0, 1]: it is the share of calls that are computed")
     if profile is None:
@@ -82,16 +53,19 @@ def budget(budget: float, profile: Profile | str | None, fill: str, guidance: fl
     return StepCache(gate, forecasters[fill], region_of(found.region))
 
 
+@preset
 def fora(every: int, first: int) -> StepCache:
     """FORA (arXiv 2407.01425): attention and feed-forward outputs of every `every`-th step, used again."""
     return StepCache(Interval(every, first), Reuse(), Modules())
 
 
+@preset
 def fbcache(threshold: float) -> StepCache:
     """First-block cache, as in diffusers' `FirstBlockCacheConfig`."""
     return StepCache(FirstBlock(threshold), Reuse(), Blocks(head=1))
 
 
+@preset
 def dbcache(
     threshold: float,
     head: int,
@@ -117,6 +91,7 @@ def dbcache(
     return StepCache(gate, forecaster, Blocks(head, tail), warmup=warmup, max_skips=max_skips)
 
 
+@preset
 def teacache(threshold: float, model: str | None, coefficients: tuple[float, ...] | None) -> StepCache:
     """TeaCache (arXiv 2411.19108).
 
@@ -129,6 +104,7 @@ def teacache(threshold: float, model: str | None, coefficients: tuple[float, ...
     return StepCache(ModulatedInput(threshold, found), Reuse(), Blocks(head=0), warmup=1, tail=1)
 
 
+@preset
 def magcache(
     threshold: float, max_skips: int, retention: float, model: str | None, ratios: tuple[float, ...] | None
 ) -> StepCache:
@@ -145,16 +121,19 @@ def magcache(
     return StepCache(Magnitude(found, threshold, max_skips, retention), Reuse(), Blocks(head=0))
 
 
+@preset
 def easycache(threshold: float, warmup: int) -> StepCache:
     """EasyCache (arXiv 2507.02860): the difference of output and input is used again."""
     return StepCache(InputRate(threshold), Reuse(), Output(minus_input=True), warmup=warmup, tail=1)
 
 
+@preset
 def dicache(threshold: float, depth: int, retention: float) -> StepCache:
     """DiCache (arXiv 2508.17356): probe the first `depth` blocks, blend the two newest residuals."""
     return StepCache(Probe(threshold), Blend(), Blocks(head=depth), warmup=retention, tail=1)
 
 
+@preset
 def taylorseer(every: int, first: int, order: int, patterns: tuple[str, ...] | None) -> StepCache:
     """TaylorSeer, as in diffusers' `TaylorSeerCacheConfig` with explicit modules.
 
@@ -168,38 +147,24 @@ def taylorseer(every: int, first: int, order: int, patterns: tuple[str, ...] | N
     return StepCache(Interval(every, first, offset=first + 1), Taylor(order), region)
 
 
+@preset
 def hicache(every: int, first: int, order: int, damping: float, patterns: tuple[str, ...] | None) -> StepCache:
     """HiCache (arXiv 2508.16984): as TaylorSeer, with scaled Hermite polynomials."""
     region = Modules(None if patterns is None else tuple(patterns))
     return StepCache(Interval(every, first, offset=first + 1), Taylor(order, damping), region)
 
 
+@preset
 def foca(every: int, first: int) -> StepCache:
     """FoCa (arXiv 2508.16211): at an interval, anchored two-step forecasts."""
     return StepCache(Interval(every, first, offset=first + 1), Corrected(), Blocks(head=0))
 
 
+@preset
 def speca(base: float, decay: float, shortest: int, longest: int, first: int, order: int) -> StepCache:
     """SpeCa (arXiv 2509.11628): Taylor forecasts until the last block, which always runs, disagrees."""
     gate = Speculative(base, decay, shortest, longest)
     return StepCache(gate, Taylor(order), Blocks(head=0, tail=1, verify=True), warmup=first)
-
-
-PRESETS: dict[str, Callable[..., StepCache]] = {
-    "budget": budget,
-    "fora": fora,
-    "fbcache": fbcache,
-    "teacache": teacache,
-    "magcache": magcache,
-    "easycache": easycache,
-    "dicache": dicache,
-    "taylorseer": taylorseer,
-    "hicache": hicache,
-    "foca": foca,
-    "speca": speca,
-    "dbcache": dbcache,
-}
-"""What `StepCache.preset` takes."""
 
 
 def _published(file: str, kind: str, model: str | None, given: tuple[float, ...] | None) -> tuple[float, ...]:

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from dit.runtime.artifacts import ArtifactError, ArtifactHeader, model_fingerprint, read_artifact, write_artifact
-from sampling.step_cache.regions import RegionName
 from sampling.step_cache.schedule import Errors, best_steps
 
 KIND = "step_cache_profile"
+RegionName = Literal["output", "blocks"]
+"""Regions that a profile can be calibrated for: `Output()` and `Blocks(head=0)` of `sampling.step_cache.regions`."""
 Fill = Literal["reuse", "newton", "gram"]
 """What stands in for skipped steps: `Reuse`, `Newton` of order 1, or `Gram` with two points."""
 

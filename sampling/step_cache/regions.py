@@ -8,21 +8,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 from torch import nn
 
 from dit.runtime.attachment import AttachError, Attachment
 from dit.runtime.families import family_of
 from dit.runtime.state import named_layers, unwrap
+from sampling.step_cache.call import Cache, Call
+from sampling.step_cache.profile import RegionName
 from sampling.step_cache.stack import Stack
 
-if TYPE_CHECKING:
-    from sampling.step_cache.engine import Call, StepCache
-
 Forward = Callable[..., Any]
-RegionName = Literal["output", "blocks"]
-"""Regions that a profile can be calibrated for: `Output()` and `Blocks(head=0)`."""
 
 
 class Place(Protocol):
@@ -43,7 +40,7 @@ class Region(ABC):
     needs_latents: bool = False
 
     @abstractmethod
-    def place(self, cache: StepCache, attachment: Attachment, component: str, model: nn.Module) -> Place:
+    def place(self, cache: Cache, attachment: Attachment, component: str, model: nn.Module) -> Place:
         """Find the region in a network and hook into it.
 
         Raises:
@@ -68,7 +65,7 @@ class Output(Region):
         """Where the difference to them is forecast."""
         return self.minus_input
 
-    def place(self, cache: StepCache, attachment: Attachment, component: str, model: nn.Module) -> Place:
+    def place(self, cache: Cache, attachment: Attachment, component: str, model: nn.Module) -> Place:
         """See `Region.place`."""
         if cache.gate.signal in ("head", "modulated"):
             raise AttachError(
@@ -112,7 +109,7 @@ class Blocks(Region):
                 f"need head >= 0 and tail >= 0 (>= 1 to verify), got {self.head}, {self.tail}, verify={self.verify}"
             )
 
-    def place(self, cache: StepCache, attachment: Attachment, component: str, model: nn.Module) -> Place:
+    def place(self, cache: Cache, attachment: Attachment, component: str, model: nn.Module) -> Place:
         """See `Region.place`."""
         family = family_of(model)
         blocks = family.blocks(model, refiners=False)
@@ -154,7 +151,7 @@ class Modules(Region):
 
     patterns: tuple[str, ...] | None = None
 
-    def place(self, cache: StepCache, attachment: Attachment, component: str, model: nn.Module) -> Place:
+    def place(self, cache: Cache, attachment: Attachment, component: str, model: nn.Module) -> Place:
         """See `Region.place`."""
         if cache.gate.signal in ("head", "modulated"):
             raise AttachError(f"the gate {type(cache.gate).__name__} needs the region Blocks(), not Modules()")

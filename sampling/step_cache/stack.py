@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from dit.runtime import bridge
 from dit.runtime.attachment import AttachError, Attachment
 from dit.runtime.state import unwrap
+from sampling.step_cache.call import Call
 from sampling.step_cache.values import Rebuild, Values, take_apart
-
-if TYPE_CHECKING:
-    from sampling.step_cache.engine import Call
 
 
 class _Leave(BaseException):

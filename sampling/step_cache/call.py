@@ -1,0 +1,115 @@
+"""One call of a network under a step cache, and what its branch remembers between the steps of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dit.runtime.attachment import Attachment
+from dit.runtime.coordinates import Coordinates
+from sampling.step_cache.forecasters import Anchor, Forecaster, Weights
+from sampling.step_cache.gates import Gate, Signal
+from sampling.step_cache.values import Rebuild, Values, mix, take_apart
+
+
+class Cache(Protocol):
+    """What calls and regions ask of the cache that they belong to; see `engine.StepCache`."""
+
+    name: str
+    gate: Gate
+    forecaster: Forecaster
+
+    def decide(self, call: Call) -> bool:
+        """Return whether the call is computed."""
+        ...
+
+    def keep(self, call: Call, slot: str, output: Any, values: Values, base: Values | None) -> None:
+        """Keep what a computed step gave, for forecasts."""
+        ...
+
+    def leaves(self, component: str, share: float) -> None:
+        """Take note of the share of a network's work that a forecast step still does."""
+        ...
+
+
+@dataclass
+class Track:
+    """What one branch of one network remembers of the run; tensors are in the state store, but the gate's."""
+
+    memory: dict[str, Any] = field(default_factory=dict)
+    anchors: list[Anchor] = field(default_factory=list)
+    shapes: tuple = ()
+    last_step: int = -1
+    skips: int = 0
+    rebuild: dict[str, Rebuild] = field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """One call of a network under the cache.
+
+    Attributes:
+        here: where it is.
+        track: what its branch remembers.
+        computed: the decision; None until it is made.
+        weights: of the forecast.
+        signal: what the gate looked at.
+    """
+
+    cache: Cache
+    attachment: Attachment
+    component: str
+    here: Coordinates
+    track: Track
+    computed: bool | None = None
+    weights: Weights = ()
+    signal: Signal = None
+
+    def decide(self, signal: Signal = None) -> bool:
+        """Decide once; return whether the step is computed."""
+        if self.computed is None:
+            self.signal = signal
+            self.computed = self.cache.decide(self)
+        return self.computed
+
+    def keep(self, slot: str, output: Any, base: Values | None = None) -> None:
+        """Keep a computed output for forecasts.
+
+        Args:
+            slot: whose output it is.
+            output: any structure of tensors.
+            base: tensors that are taken off the output's, where the difference is what is forecast.
+        """
+        tensors, self.track.rebuild[slot] = take_apart(output)
+        values = tuple(tensor.detach().clone() for tensor in tensors) if base is None else _less(tensors, base)
+        self.cache.keep(self, slot, output, values, base)
+
+    def remember(self, slot: str, values: Values) -> None:
+        """Put values before those of earlier steps, as many as the forecaster combines."""
+        depth = self.cache.forecaster.depth
+        old = self._history(slot) or ()
+        self.attachment.state.set(self.cache.name, self._layer(slot), self.here.branch, (values, *old[: depth - 1]))
+
+    def forecast(self, slot: str, base: Values | None = None) -> Any:
+        """Return the forecast of an output that was kept before.
+
+        Args:
+            slot: whose output.
+            base: tensors that the difference is added to.
+        """
+        known = len(self.track.anchors)
+        values, more = mix(self._history(slot), self.weights[:known]), self.weights[known:]
+        if base is not None:
+            share = 1.0 + sum(more)
+            values = tuple(value + start * share for value, start in zip(values, base, strict=True))
+        return self.track.rebuild[slot](values)
+
+    def _history(self, slot: str) -> Any:
+        return self.attachment.state.get(self.cache.name, self._layer(slot), self.here.branch)
+
+    def _layer(self, slot: str) -> str:
+        return f"{self.component}.{slot}"
+
+
+def _less(tensors: Values, base: Values) -> Values:
+    return tuple((tensor - start).detach() for tensor, start in zip(tensors, base, strict=True))
