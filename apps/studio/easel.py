@@ -62,7 +62,9 @@ class Easel:
         size = (shown.settings.width, shown.settings.height)
         clip = None if shown.clip is None else views.file_address(shown.clip)
         # By address and not as a data URI: Gradio keeps every message of a page that doesn't read.
-        return views.stage(views.file_address(shown.path), size=size, note=note, share=share, strip=steps, scales=scales, clip=clip)
+        return views.stage(
+            views.file_address(shown.path), size=size, note=note, share=share, strip=steps, scales=scales, clip=clip
+        )
 
     def acting_on(self, shown: Finished | None) -> Changes:
         """Return the facts and the buttons for what the stage shows; None turns the buttons off."""

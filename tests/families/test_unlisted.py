@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dit.models.next_scale import NextScaleTransformer
 from dit.runtime.families import Family, UnknownFamilyError, family, family_of
 from dit.runtime.families.tokens import TokenLayout
+from tests.families.networks import tiny_transformer
 
 
 class Attention(nn.Module):
@@ -159,7 +160,7 @@ def image_ids(picture: int, rows: int, columns: int) -> Tensor:
 
 def flux_layout(ids: Tensor) -> TokenLayout:
     row = family("flux")
-    return row.token_grid(row.tiny_transformer(), {"img_ids": ids, "encoder_hidden_states": torch.zeros(1, 7, 16)})
+    return row.token_grid(tiny_transformer(row), {"img_ids": ids, "encoder_hidden_states": torch.zeros(1, 7, 16)})
 
 
 def test_a_reference_picture_stands_behind_the_grid() -> None:
@@ -182,12 +183,12 @@ def test_ids_that_are_no_grid_are_refused() -> None:
 def test_edited_pictures_of_shape_lists() -> None:
     row = family("qwen_image")
     inputs = {"img_shapes": [[(1, 4, 6), (1, 2, 3)]], "encoder_hidden_states": torch.zeros(1, 5, 16)}
-    assert row.token_grid(row.tiny_transformer(), inputs) == TokenLayout((1, 4, 6), 5, "before", extra=6)
+    assert row.token_grid(tiny_transformer(row), inputs) == TokenLayout((1, 4, 6), 5, "before", extra=6)
 
 
 def test_clips_told_by_coordinates() -> None:
     row = family("ltx")
-    model = row.tiny_transformer()
+    model = tiny_transformer(row)
     coords = torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)).T[None].float()
     inputs = {"hidden_states": torch.zeros(1, 24, 8), "encoder_hidden_states": torch.zeros(1, 5, 16)}
     assert row.token_grid(model, {**inputs, "video_coords": coords}).grid == (2, 3, 4)
@@ -199,7 +200,7 @@ def test_clips_told_by_coordinates() -> None:
 
 def test_frames_of_a_patch() -> None:
     row = family("cogvideox")
-    model = row.tiny_transformer(patch_size_t=2, sample_frames=8, use_rotary_positional_embeddings=True)
+    model = tiny_transformer(row, patch_size_t=2, sample_frames=8, use_rotary_positional_embeddings=True)
     inputs = {"hidden_states": torch.zeros(1, 4, 4, 8, 12), "encoder_hidden_states": torch.zeros(1, 5, 16)}
     assert row.token_grid(model, inputs) == TokenLayout((2, 4, 6), 5, "before")
 
@@ -207,7 +208,7 @@ def test_frames_of_a_patch() -> None:
 def test_several_pictures_in_a_sample_are_refused() -> None:
     row = family("z_image")
     with pytest.raises(ValueError, match="omni"):
-        row.token_grid(row.tiny_transformer(), {"x": [[torch.zeros(4, 1, 4, 4)]], "cap_feats": [torch.zeros(3, 16)]})
+        row.token_grid(tiny_transformer(row), {"x": [[torch.zeros(4, 1, 4, 4)]], "cap_feats": [torch.zeros(3, 16)]})
 
 
 # --------------------------------------------------------------------- timesteps
@@ -217,14 +218,14 @@ def test_clean_tokens_do_not_hide_the_timestep() -> None:
     """Clips that continue a picture give its tokens the timestep 0."""
     row = family("wan")
     inputs = {"timestep": torch.tensor([[0.0, 0.0, 812.0, 812.0]])}
-    assert row.scheduler_timestep(row.tiny_transformer(), inputs) == 812.0
+    assert row.scheduler_timestep(tiny_transformer(row), inputs) == 812.0
 
 
 def test_scales_of_configurations() -> None:
     sana, own = family("sana"), family("class_dit")
-    assert sana.timestep_scale(sana.tiny_transformer(timestep_scale=0.001)).received(500.0) == 0.5
-    assert own.timestep_scale(own.tiny_transformer(objective="velocity")).received(250.0) == 0.75
-    assert own.timestep_scale(own.tiny_transformer()).received(250.0) == 250.0
+    assert sana.timestep_scale(tiny_transformer(sana, timestep_scale=0.001)).received(500.0) == 0.5
+    assert own.timestep_scale(tiny_transformer(own, objective="velocity")).received(250.0) == 0.75
+    assert own.timestep_scale(tiny_transformer(own)).received(250.0) == 250.0
 
 
 def test_pipelines_are_found_by_ancestry_and_name() -> None:
@@ -240,7 +241,7 @@ def test_pipelines_are_found_by_ancestry_and_name() -> None:
 
 def test_calls_are_bound_by_name_or_refused() -> None:
     row = family("z_image")
-    model = row.tiny_transformer()
+    model = tiny_transformer(row)
     bound = row.bind(model, ([torch.zeros(4, 1, 4, 4)], torch.ones(1)), {"cap_feats": [torch.zeros(3, 16)]})
     assert bound["patch_size"] == 2
     assert row.latents(bound).shape == (1, 4, 1, 4, 4)

@@ -16,8 +16,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from dit.runtime.families import FAMILIES, family
+from dit.runtime.families import FAMILIES
 from pipelines.class_to_image import ClassToImagePipeline
+from tests.families.networks import tiny_transformer
 from tests.pipes.tiny import SENTENCES, tiny_components, tiny_tokenizer
 
 TINY_NAMES = tuple(row.name for row in FAMILIES)
@@ -316,7 +317,7 @@ def _clip(prefix: str = "", projection: bool = False) -> dict[str, Any]:
 def _make(pipeline: str, transformer: str, **parts: Any) -> diffusers.DiffusionPipeline:
     """Build a pipeline around the tiny transformer of a row; `transformer_config` overrides its configuration."""
     config = parts.pop("transformer_config", {})
-    network = family(transformer).tiny_transformer(**config)
+    network = tiny_transformer(transformer, **config)
     return getattr(diffusers, pipeline)(transformer=network, **parts)
 
 
@@ -332,7 +333,7 @@ def _class_to_image(objective: str) -> ClassToImagePipeline:
     parts = tiny_components()
     flow = objective == "velocity"
     return ClassToImagePipeline(
-        transformer=family("class_dit").tiny_transformer(objective=objective),
+        transformer=tiny_transformer("class_dit", objective=objective),
         vae=parts["vae"],
         scheduler=_flow() if flow else diffusers.DDIMScheduler(),
     )
@@ -342,7 +343,7 @@ def _text_to_image() -> diffusers.DiffusionPipeline:
     from pipelines.text_to_image import TextToImagePipeline
 
     parts = tiny_components()
-    return TextToImagePipeline(**{**parts, "transformer": family("text_dit").tiny_transformer()})
+    return TextToImagePipeline(**{**parts, "transformer": tiny_transformer("text_dit")})
 
 
 BUILDERS: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {

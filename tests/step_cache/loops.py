@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
-from dit.runtime.families import family
+from tests.families.networks import tiny_transformer
 
 
 def levels(steps: int, shift: float = 3.0) -> list[float]:
@@ -20,7 +20,7 @@ class Loop:
     """Euler steps with a tiny TextDiT; the branches are called one after the other."""
 
     def __init__(self, steps: int = 8, branches: Sequence[str] = ("cond",), layers: int = 2, batch: int = 1) -> None:
-        self.model: nn.Module = family("text_dit").tiny_transformer(num_layers=layers)
+        self.model: nn.Module = tiny_transformer("text_dit", num_layers=layers)
         self.sigmas, self.branches, self.batch = levels(steps), tuple(branches), batch
         generator = torch.Generator().manual_seed(3)
         self.noise = torch.randn(batch, 4, 4, 4, generator=generator)

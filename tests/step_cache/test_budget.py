@@ -9,12 +9,12 @@ import torch
 
 from dit.runtime.artifacts import ArtifactError, ArtifactHeader
 from dit.runtime.attachment import AttachError
-from dit.runtime.families import family
 from pipelines.step_cache import attach_cache, make_cache, parse_cache
 from sampling.step_cache import Profile, StepCache, calibrate_budget
 from sampling.step_cache.calibration import GramObserver
 from sampling.step_cache.profile import interpolation
 from sampling.step_cache.schedule import Errors, remaining, shortest_path
+from tests.families.networks import tiny_transformer
 from tests.families.tiny import tiny_pipeline
 from tests.runtime.counting import count_calls
 from tests.runtime.truth import guided_call
@@ -206,7 +206,7 @@ def test_budget_runs_as_planned(name: str) -> None:
 
 
 def test_a_foreign_profile_is_refused() -> None:
-    pipe, other = tiny_pipeline("text_dit"), family("text_dit").tiny_transformer(seed=1)
+    pipe, other = tiny_pipeline("text_dit"), tiny_transformer("text_dit", seed=1)
     arguments = guided_call(pipe, "text_dit", guided=True)
     arguments = {name: value for name, value in arguments.items() if name not in ("prompt", "generator")}
     made = calibrate_budget(pipe, ["a red apple"], **arguments)

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 from dit.runtime.compare import relative_error
-from dit.runtime.families import family
 from sampling.parallel import GuidanceParallel, context_parallel
 from sampling.step_cache import StepCache
 from sampling.step_cache.forecasters import Newton
 from sampling.step_cache.gates import FirstBlock
 from sampling.step_cache.regions import Blocks
+from tests.families.networks import tiny_transformer
 from tests.families.tiny import tiny_pipeline
 from tests.runtime.truth import guided_call
 
@@ -69,7 +69,7 @@ def ulysses() -> float:
         "txt_ids": torch.zeros(4, 3),
         "return_dict": False,
     }
-    model = family("flux").tiny_transformer()
+    model = tiny_transformer("flux")
     plain = model(**inputs)[0]
     context_parallel(model)
     return relative_error(model(**inputs)[0], plain)

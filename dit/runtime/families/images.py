@@ -64,18 +64,6 @@ FLUX = Family(
         "ff_context.net.0.proj",
         "ff_context.net.2",
     ),
-    tiny_config={
-        "patch_size": 1,
-        "in_channels": 16,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 16,
-        "pooled_projection_dim": 16,
-        "guidance_embeds": True,
-        "axes_dims_rope": (4, 4, 8),
-    },
 )
 
 FLUX2 = Family(
@@ -99,17 +87,6 @@ FLUX2 = Family(
         Fold((Scaled("ff_context.linear_in", (1, 2)),), ("ff_context.linear_out",)),
     ),
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "attn.to_out"),
-    tiny_config={
-        "patch_size": 1,
-        "in_channels": 16,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 48,
-        "timestep_guidance_channels": 16,
-        "axes_dims_rope": (4, 4, 4, 4),
-    },
 )
 
 SD3 = Family(
@@ -143,21 +120,6 @@ SD3 = Family(
         value("attn2"),
     ),
     lora_targets=(*added_qkv("attn"), "attn.to_add_out", *qkv("attn"), "attn.to_out.0"),
-    tiny_config={
-        "sample_size": 4,
-        "patch_size": 2,
-        "in_channels": 4,
-        "num_layers": 3,
-        "attention_head_dim": 8,
-        "num_attention_heads": 4,
-        "joint_attention_dim": 32,
-        "caption_projection_dim": 32,
-        "pooled_projection_dim": 32,
-        "out_channels": 4,
-        "pos_embed_max_size": 8,
-        "dual_attention_layers": (0,),
-        "qk_norm": "rms_norm",
-    },
 )
 
 PIXART = Family(
@@ -170,17 +132,6 @@ PIXART = Family(
     skip=("pos_embed", "adaln_single", "caption_projection", "norm_out", "proj_out"),
     modulation=(r"adaln_single\.linear",),
     fold=(value("attn1"), value("attn2")),
-    tiny_config={
-        "sample_size": 8,
-        "num_layers": 2,
-        "patch_size": 2,
-        "attention_head_dim": 8,
-        "num_attention_heads": 3,
-        "caption_channels": 16,
-        "in_channels": 4,
-        "cross_attention_dim": 24,
-        "out_channels": 8,
-    },
 )
 
 DIT = Family(
@@ -197,15 +148,6 @@ DIT = Family(
         *adaln_zero("norm1.linear", qkv("attn1"), "ff.net.0.proj"),
         value("attn1"),
     ),
-    tiny_config={
-        "sample_size": 8,
-        "num_layers": 2,
-        "patch_size": 2,
-        "attention_head_dim": 8,
-        "num_attention_heads": 2,
-        "in_channels": 4,
-        "out_channels": 8,
-    },
 )
 
 SANA = Family(
@@ -225,19 +167,6 @@ SANA = Family(
     modulation=(r"time_embed\.linear",),
     fold=(value("attn1"), value("attn2")),
     lora_targets=("to_q", "to_k", "to_v"),
-    tiny_config={
-        "patch_size": 1,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_cross_attention_heads": 2,
-        "cross_attention_head_dim": 8,
-        "cross_attention_dim": 16,
-        "caption_channels": 16,
-        "sample_size": 8,
-    },
 )
 
 _LUMINA_FOLDS = (
@@ -269,20 +198,6 @@ LUMINA2 = Family(
         Fold((Scaled("norm1.norm"),), qkv("attn"), r"(noise_refiner|layers).*"),
         *_LUMINA_FOLDS,
     ),
-    tiny_config={
-        "sample_size": 4,
-        "patch_size": 2,
-        "in_channels": 4,
-        "hidden_size": 16,
-        "num_layers": 2,
-        "num_refiner_layers": 1,
-        "num_attention_heads": 2,
-        "num_kv_heads": 1,
-        "multiple_of": 16,
-        "axes_dim_rope": (4, 2, 2),
-        "axes_lens": (300, 16, 16),
-        "cap_feat_dim": 16,
-    },
 )
 
 QWEN_IMAGE = Family(
@@ -313,16 +228,6 @@ QWEN_IMAGE = Family(
         *adaln_zero("txt_mod.1", added_qkv("attn"), "txt_mlp.net.0.proj"),
         value("attn", added=True),
     ),
-    tiny_config={
-        "patch_size": 2,
-        "in_channels": 16,
-        "out_channels": 4,
-        "num_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 16,
-        "axes_dims_rope": (8, 4, 4),
-    },
 )
 
 Z_IMAGE = Family(
@@ -359,17 +264,6 @@ Z_IMAGE = Family(
         Fold((Scaled("feed_forward.w3"),), ("feed_forward.w2",)),
         value("attention"),
     ),
-    tiny_config={
-        "in_channels": 4,
-        "dim": 32,
-        "n_layers": 2,
-        "n_refiner_layers": 1,
-        "n_heads": 2,
-        "n_kv_heads": 2,
-        "cap_feat_dim": 16,
-        "axes_dims": (8, 4, 4),
-        "axes_lens": (256, 32, 32),
-    },
 )
 
 HUNYUAN_DIT = Family(
@@ -393,18 +287,6 @@ HUNYUAN_DIT = Family(
         value("attn1"),
         value("attn2"),
     ),
-    tiny_config={
-        "sample_size": 8,
-        "num_layers": 4,
-        "patch_size": 2,
-        "attention_head_dim": 8,
-        "num_attention_heads": 3,
-        "in_channels": 4,
-        "cross_attention_dim": 16,
-        "cross_attention_dim_t5": 16,
-        "pooled_projection_dim": 16,
-        "hidden_size": 24,
-    },
 )
 
 IMAGE_FAMILIES = (FLUX, FLUX2, SD3, PIXART, DIT, SANA, LUMINA2, QWEN_IMAGE, Z_IMAGE, HUNYUAN_DIT)

@@ -40,15 +40,6 @@ TEXT_DIT = Family(
     ),
     modulation=(r"adaln_single\.linear",),
     fold=(value("attn"), Fold((Scaled("ff.net.0.proj", (0, 2)),), ("ff.net.2",))),
-    tiny_config={
-        "in_channels": 4,
-        "patch_size": 2,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "text_dim": 16,
-        "sample_size": 4,
-    },
 )
 
 CLASS_DIT = Family(
@@ -67,16 +58,6 @@ CLASS_DIT = Family(
         *adaln_zero("modulation.linear", qkv("attn"), "ff.net.0.proj"),
         value("attn"),
     ),
-    tiny_config={
-        "sample_size": 4,
-        "patch_size": 2,
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_classes": 10,
-    },
 )
 
 OWN_FAMILIES = (TEXT_DIT, CLASS_DIT)

@@ -3,11 +3,10 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from inspect import Parameter, Signature, signature
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -155,7 +154,6 @@ class Family:
             see one token a sample, so only their weights cost.
         fold: rescalings between neighbouring layers that leave the result as it is.
         lora_targets: ends of the names of layers that LoRAs usually adapt (PEFT's `target_modules`).
-        tiny_config: arguments of the class for a network of some thousand weights.
         latent_argument: name of the argument with the noisy latents.
         text_argument: name of the argument with the text states; None if it takes none.
         timestep_argument: name of the argument with the timestep.
@@ -174,17 +172,12 @@ class Family:
     modulation: tuple[str, ...] = ()
     fold: tuple[Fold, ...] = ()
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    tiny_config: Mapping[str, Any] = field(default_factory=dict)
     package: str = "diffusers"
     latent_argument: str = "hidden_states"
     text_argument: str | None = "encoder_hidden_states"
     timestep_argument: str = "timestep"
     interleaved: bool = False
     generic: bool = False
-
-    def __post_init__(self) -> None:
-        """Let nobody change the shared configuration."""
-        object.__setattr__(self, "tiny_config", MappingProxyType(dict(self.tiny_config)))
 
     # ---------------------------------------------------------------- pipelines
 
@@ -355,22 +348,6 @@ class Family:
     def transformer_class(self) -> type[nn.Module]:
         """The class of the network."""
         return getattr(import_module(self.package), self.transformer)
-
-    def tiny_transformer(self, seed: int = 0, **overrides: Any) -> nn.Module:
-        """A random network of some thousand weights, on the CPU, in evaluation mode.
-
-        Args:
-            seed: of the weights.
-            **overrides: arguments of the class that differ from `tiny_config`.
-        """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = self.transformer_class()(**{**self.tiny_config, **overrides})
-            for parameter in model.parameters():
-                # Gates and outputs that start at zero would hide mistakes.
-                if not parameter.any():
-                    nn.init.normal_(parameter, std=0.1)
-        return model.eval()
 
 
 def _entries(path: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:

@@ -35,18 +35,6 @@ WAN = Family(
         # Networks that continue a picture also look at its features, in a product of its own.
         Fold((Scaled("attn2.to_v"), Scaled("attn2.add_v_proj")), ("attn2.to_out.0",)),
     ),
-    tiny_config={
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": 4,
-        "out_channels": 4,
-        "text_dim": 16,
-        "freq_dim": 16,
-        "ffn_dim": 32,
-        "num_layers": 2,
-        "rope_max_seq_len": 32,
-    },
 )
 
 HUNYUAN_VIDEO = Family(
@@ -83,21 +71,6 @@ HUNYUAN_VIDEO = Family(
         Fold(modulated("norm.linear", 0, 1, 3), (*qkv("attn"), "proj_mlp"), r"single_.*"),
         value("attn", added=True),
     ),
-    tiny_config={
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        "attention_head_dim": 10,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "num_refiner_layers": 1,
-        "patch_size": 1,
-        "patch_size_t": 1,
-        "guidance_embeds": True,
-        "text_embed_dim": 16,
-        "pooled_projection_dim": 16,
-        "rope_axes_dim": (2, 4, 4),
-    },
 )
 
 
@@ -125,21 +98,6 @@ COGVIDEOX = Family(
         Fold(_two_streams("norm2"), ("ff.net.0.proj",)),
         value("attn1"),
     ),
-    tiny_config={
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "time_embed_dim": 8,
-        "text_embed_dim": 16,
-        "num_layers": 2,
-        "sample_width": 4,
-        "sample_height": 4,
-        "sample_frames": 9,
-        "patch_size": 2,
-        "temporal_compression_ratio": 4,
-        "max_text_seq_length": 16,
-    },
 )
 
 MOCHI = Family(
@@ -162,17 +120,6 @@ MOCHI = Family(
         Fold((Scaled("ff_context.net.0.proj", (0, 2)),), ("ff_context.net.2",)),
         value("attn1", added=True),
     ),
-    tiny_config={
-        "patch_size": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "num_layers": 2,
-        "pooled_projection_dim": 16,
-        "in_channels": 12,
-        "text_embed_dim": 16,
-        "time_embed_dim": 4,
-        "max_sequence_length": 16,
-    },
 )
 
 LTX = Family(
@@ -189,15 +136,6 @@ LTX = Family(
     skip=("proj_in", "time_embed", "caption_projection", "norm_out", "proj_out"),
     modulation=(r"time_embed\.linear",),
     fold=(value("attn1"), value("attn2")),
-    tiny_config={
-        "in_channels": 8,
-        "out_channels": 8,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 16,
-        "num_layers": 2,
-        "caption_channels": 16,
-    },
 )
 
 LATTE = Family(
@@ -215,24 +153,6 @@ LATTE = Family(
     skip=("pos_embed", "adaln_single", "caption_projection", "norm_out", "proj_out"),
     modulation=(r"adaln_single\.linear",),
     fold=(value("attn1"), value("attn2")),
-    tiny_config={
-        "sample_size": 8,
-        "num_layers": 2,
-        "patch_size": 2,
-        "attention_head_dim": 8,
-        "num_attention_heads": 3,
-        "caption_channels": 16,
-        "in_channels": 4,
-        "cross_attention_dim": 24,
-        "out_channels": 8,
-        "attention_bias": True,
-        "activation_fn": "gelu-approximate",
-        "num_embeds_ada_norm": 1000,
-        "norm_type": "ada_norm_single",
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-6,
-        "video_length": 4,
-    },
 )
 
 VIDEO_FAMILIES = (WAN, HUNYUAN_VIDEO, COGVIDEOX, MOCHI, LTX, LATTE)
