@@ -24,7 +24,7 @@ from sampling.noise_table import NoiseTable, scheduler_of
 from sampling.resolve import CoordinateResolver, PlacedAttachment
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
 from sampling.step_cache.gates import Gate, Interval, Signal
-from sampling.step_cache.values import Rebuild, Values, mix, signature, take_apart
+from sampling.step_cache.values import Rebuild, Values, as_one, mix, signature, take_apart
 
 if TYPE_CHECKING:
     from sampling.step_cache.regions import Place, Region
@@ -89,7 +89,7 @@ class Call:
     def remember(self, slot: str, values: Values) -> None:
         """Put values before those of earlier steps, as many as the forecaster combines."""
         depth = self.cache.forecaster.depth
-        old = self._history(slot) or ()
+        old = self.history(slot) or ()
         self.attachment.state.set(self.cache.name, self._layer(slot), self.here.branch, (values, *old[: depth - 1]))
 
     def forecast(self, slot: str, base: Values | None = None) -> Any:
@@ -100,13 +100,14 @@ class Call:
             base: tensors that the difference is added to.
         """
         known = len(self.track.anchors)
-        values, more = mix(self._history(slot), self.weights[:known]), self.weights[known:]
+        values, more = mix(self.history(slot), self.weights[:known]), self.weights[known:]
         if base is not None:
             share = 1.0 + sum(more)
             values = tuple(value + start * share for value, start in zip(values, base, strict=True))
         return self.track.rebuild[slot](values)
 
-    def _history(self, slot: str) -> Any:
+    def history(self, slot: str) -> Any:
+        """Return what was kept of a slot, newest first."""
         return self.attachment.state.get(self.cache.name, self._layer(slot), self.here.branch)
 
     def _layer(self, slot: str) -> str:
@@ -316,8 +317,8 @@ class StepCache(Mechanism):
 
     def _close(self, call: Call, output: Any) -> None:
         here, track, computed = call.here, call.track, bool(call.computed)
-        tensors = take_apart(output)[0] if computed and self.gate.signal == "input" else ()
-        self.gate.note(here, track.memory, call.signal, computed, tensors[0] if tensors else None)
+        seen = as_one(take_apart(output)[0]) if computed and self.gate.signal == "input" else None
+        self.gate.note(here, track.memory, call.signal, computed, seen)
         if computed:
             track.anchors = [Anchor(here.step, here.sigma), *track.anchors][: self.forecaster.depth]
         track.skips = 0 if computed else track.skips + 1
