@@ -201,7 +201,8 @@ class TesseraPipeline(DiffusionPipeline):
             for name, component in pipeline.components.items()
             if isinstance(component, ModelMixin) and isinstance(component, types.get(name, ()))
         }
-        return super().from_pipe(pipeline, **{**networks, **kwargs})
+        made: Any = super().from_pipe(pipeline, **{**networks, **kwargs})  # diffusers' annotation says less
+        return made
 
     # ------------------------------------------------------------- running call
 
