@@ -97,7 +97,7 @@ Guidance = Annotated[
     float | None,
     typer.Option(
         min=0.0,
-        help="Guidance scale; 1 turns guidance off.",
+        help="Guidance scale; 1 or less turns guidance off.",
         rich_help_panel=SAMPLING,
     ),
 ]

@@ -121,34 +121,87 @@ def adapted(pipe: Any, wish: Lora | None, loras: Mapping[str, Path]) -> Generato
 
 
 def _load(pipe: Any, file: Path, wish: Lora) -> None:
-    """Load a file onto a pipeline: ours check all of it, for diffusers' it is counted whether all of it arrived."""
-    from pipelines.lora import TransformerLoraMixin
-    from pipelines.lora_files import LoraFileError, check_lora_file, read_lora_file
+    """Load a file onto a pipeline: as its transformer names its layers, else by the loader of the pipeline's family."""
+    from pipelines.lora import TransformerLoraMixin, put_on
+    from pipelines.lora_files import LoraFileError, LoraMisfitError, check_lora_file, read_lora_file
 
     try:
-        if isinstance(pipe, TransformerLoraMixin):
-            pipe.load_lora_weights(file, adapter_name=ADAPTER)
-        else:
-            lora = read_lora_file(file)
-            check_lora_file(lora)
-            pipe.load_lora_weights(
-                str(file.parent),
-                weight_name=file.name,
-                adapter_name=ADAPTER,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-            held, placed = sum(key.endswith(DOWN) for key in lora.tensors), _count_layers(pipe)
-            if placed == 0 or placed < held:
-                raise LoraError(
-                    f"The LoRA file {wish.name!r} doesn't fit this model: {placed} of {held} layers found a place."
-                )
+        lora = read_lora_file(file)
+        check_lora_file(lora)
+        try:
+            if getattr(pipe, "transformer", None) is None:
+                raise LoraMisfitError("there is no transformer")
+            put_on(pipe, lora, ADAPTER)
+        except LoraMisfitError:  # the names of other code, or other parts than the transformer
+            if isinstance(pipe, TransformerLoraMixin):
+                raise
+            with _same_layers(pipe, wish):
+                _load_by_family(pipe, file, lora.tensors, wish)
     except (LoraError, LoraFileError) as error:
         raise LoraError(str(error)) from error
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:  # they name paths
-        logger.warning("the LoRA file %s did not load: %s", file, error)
+    except Exception as error:  # whatever the loaders of diffusers raise (AssertionError among others); they name paths
+        logger.warning("the LoRA file %s did not load: %s: %s", file, type(error).__name__, error)
         raise LoraError("lora.fit", f"The LoRA file {wish.name!r} doesn't fit this model.", value=wish.name) from error
     pipe.set_adapters(ADAPTER, wish.scale)
+
+
+def _load_by_family(pipe: Any, file: Path, tensors: Mapping[str, Any], wish: Lora) -> None:
+    """Load a file by a pipeline's own loader, which knows the names of its family's other code.
+
+    FLUX's knows those of ComfyUI with `lora_down` and `lora_up` only, so `lora_A` and `lora_B` are renamed at a second
+    attempt.
+    """
+    held = sum(key.endswith(DOWN) for key in tensors)
+    renamed = {key.replace(".lora_A.", ".lora_down.").replace(".lora_B.", ".lora_up."): tensors[key] for key in tensors}
+    options = {"use_safetensors": True, "local_files_only": True}
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, **options)
+        _check_all_placed(pipe, held, wish)
+    except Exception as first:  # see `_load`
+        if renamed.keys() == tensors.keys():
+            raise
+        pipe.unload_lora_weights()
+        try:
+            pipe.load_lora_weights(renamed, adapter_name=ADAPTER)
+            _check_all_placed(pipe, held, wish)
+        except Exception:  # the first attempt's says more
+            raise first from None
+
+
+def _check_all_placed(pipe: Any, held: int, wish: Lora) -> None:
+    """Raise where not all layers of a file have arrived."""
+    placed = _count_layers(pipe)
+    if placed == 0 or placed < held:
+        raise LoraError(f"The LoRA file {wish.name!r} doesn't fit this model: {placed} of {held} layers found a place.")
+
+
+@contextmanager
+def _same_layers(pipe: Any, wish: Lora) -> Generator[None]:
+    """Put back what a loader does to the layers themselves: FLUX's replaces those that a file's shapes don't fit.
+
+    Raises:
+        LoraError: it has done so.
+    """
+    from pipelines.lora_files import adaptable_layers
+
+    network = getattr(pipe, "transformer", None)
+    if network is None:
+        yield
+        return
+    before, config = adaptable_layers(network), dict(network.config)
+    try:
+        yield
+    finally:
+        replaced = [name for name, layer in adaptable_layers(network).items() if layer is not before.get(name)]
+        if replaced:
+            pipe.unload_lora_weights()
+            for name in replaced:
+                network.set_submodule(name, before[name])
+            network.register_to_config(**config)
+            raise LoraError(
+                f"The LoRA file {wish.name!r} doesn't fit this model: its factors for {', '.join(replaced[:4])} are of "
+                "another size than the layers."
+            )
 
 
 def _count_layers(pipe: Any) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
@@ -177,7 +177,53 @@ class TesseraPipeline(DiffusionPipeline):
             pretrained_model_name, allow_patterns=list(HUB_ALLOW), ignore_patterns=list(HUB_IGNORE), **hub
         )
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """Make a pipeline of the components of another one, which it shares.
+
+        diffusers hands a network over only if its class is the one that the signature names; ours name base classes,
+        so networks that are of such a class are handed over here.
+
+        Args:
+            pipeline: of diffusers or ours.
+            **kwargs: components and settings that differ, and `dtype`, as in diffusers (which converts the shared
+                networks, and without it to float32).
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            ValueError: `pipeline` lacks a component that this class needs.
+        """
+        types = cls._get_signature_types()
+        networks = {
+            name: component
+            for name, component in pipeline.components.items()
+            if isinstance(component, ModelMixin) and isinstance(component, types.get(name, ()))
+        }
+        made: Any = super().from_pipe(pipeline, **{**networks, **kwargs})  # diffusers' annotation says less
+        return made
+
     # ------------------------------------------------------------- running call
+
+    @contextmanager
+    def _stepping(self, total: int) -> Generator[Any]:
+        """Show the progress of a call's steps; at their end, and after an error, no timestep is the current one.
+
+        Args:
+            total: number of steps.
+
+        Yields:
+            The progress bar.
+        """
+        try:
+            with self.progress_bar(total=total) as bar:
+                yield bar
+        except BaseException:
+            self.maybe_free_model_hooks()  # as at a call's end: caches forget the call that did not finish
+            raise
+        finally:
+            self._current_timestep = None
 
     @property
     def guidance_scale(self) -> float:

@@ -256,7 +256,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             extra["generator"] = generators
         run, table = next_run(), NoiseTable.of(self.scheduler).last(len(timesteps))
-        with self.progress_bar(total=len(timesteps)) as bar:
+        with self._stepping(len(timesteps)) as bar:
             for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break
@@ -275,7 +275,6 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
                 if self._finish_now:
                     latents = tensors["denoised_latents"]
                     break
-        self._current_timestep = None
         self._interrupted = self._interrupt
         return latents
 

@@ -82,16 +82,35 @@ class TransformerLoraMixin(SanaLoraLoaderMixin):
             TypeError: an unknown keyword argument.
         """
         _check_options(kwargs)
-        fitted = fit_lora(_read(pretrained_model_name_or_path_or_dict, kwargs), unwrap(self.transformer))
-        self.load_lora_into_transformer(
-            {f"{self.transformer_name}.{key}": tensor for key, tensor in fitted.tensors.items()},
-            transformer=self.transformer,
-            adapter_name=adapter_name,
-            metadata={f"{self.transformer_name}.{key}": value for key, value in fitted.config.items()},
-            _pipeline=self,
-            hotswap=hotswap,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-        )
+        lora = _read(pretrained_model_name_or_path_or_dict, kwargs)
+        put_on(self, lora, adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def put_on(
+    pipe: Any, lora: LoraFile, adapter_name: str | None = None, hotswap: bool = False, low_cpu_mem_usage: bool = True
+) -> None:
+    """Put a LoRA on the transformer of a pipeline, of diffusers too; all of it fits, or nothing is changed.
+
+    Args:
+        pipe: with a `transformer`.
+        lora: its layers named as in that network, in any layout of `pipelines.lora_files`.
+        adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
+        hotswap: as in diffusers.
+        low_cpu_mem_usage: as in diffusers.
+
+    Raises:
+        LoraFileError: damaged, incomplete, or of another network; the message names the keys.
+    """
+    fitted = fit_lora(lora, unwrap(pipe.transformer))
+    pipe.transformer.load_lora_adapter(
+        fitted.tensors,
+        prefix=None,
+        adapter_name=adapter_name,
+        metadata=fitted.config,
+        _pipeline=pipe,
+        hotswap=hotswap,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
 
 
 def _check_options(options: dict[str, Any]) -> None:

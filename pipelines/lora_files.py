@@ -57,6 +57,10 @@ class LoraFileError(ValueError):
     """A LoRA file is damaged, incomplete or of another model; the message names the file but not its folder."""
 
 
+class LoraMisfitError(LoraFileError):
+    """A LoRA file has keys that name no layer of the network."""
+
+
 @dataclass(frozen=True)
 class LoraFile:
     """What a LoRA file holds, as it stands there.
@@ -214,6 +218,7 @@ def fit_lora(lora: LoraFile, network: nn.Module) -> FittedLora:
         The LoRA in diffusers' layout.
 
     Raises:
+        LoraMisfitError: keys that name no layer of the network.
         LoraFileError: with the keys and the reason.
     """
     _check_values(lora)
@@ -229,7 +234,7 @@ def fit_lora(lora: LoraFile, network: nn.Module) -> FittedLora:
         else:
             placed[name] = layer
     if unknown:
-        raise LoraFileError(_misfit(lora, sorted(unknown), layers))
+        raise LoraMisfitError(_misfit(lora, sorted(unknown), layers))
     for name, layer in placed.items():
         _check_shapes(lora.name, name, layer, layers[name])
     return FittedLora(_diffusers_tensors(placed), _peft_config(lora, placed))

@@ -229,6 +229,8 @@ def _strength(guidance_scale: float) -> float:
 def check_pair(transformer: ModelMixin, vae: ModelMixin, wants_text: bool) -> None:
     """Raise when a transformer speaks of other tokens than its tokenizer, or is painted by the other pipeline."""
     theirs, ours = transformer.config, vae.config
+    if "bitwise" not in theirs:
+        raise ValueError(f"{type(transformer).__name__} predicts no scales: expected a NextScaleTransformer")
     if (theirs.text_dim is not None) != wants_text:
         kind, name = ("text", "Text") if theirs.text_dim is not None else ("class labels", "Class")
         raise ValueError(f"this transformer reads {kind}: use NextScale{name}ToImagePipeline")

@@ -301,7 +301,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         with pruning:
             if options.search is None:
                 rows = torch.arange(task.count)  # (B,)
-                with self.progress_bar(total=scales) as bar:
+                with self._stepping(scales) as bar:
                     walk = self._begin(task, options, kept, rows, generator, scales)
                     self._walk(walk, task, options, applied, rows, None, callback, callback_inputs, bar)
                 latents, found, steps = walk.latents, None, walk.steps
@@ -400,7 +400,6 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
             bar.update()
             if self._finish_now:
                 break
-        self._current_timestep = None
         self._interrupted = self._interrupt
         self._report_cache(walk.cache, peak)
 
@@ -468,7 +467,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         latents, found = [], []
         firsts = range(0, task.count, task.images_per_prompt)
         per_picture = sum(token_counts(task.grids)) * (2 if task.guided else 1)
-        with self.progress_bar(total=scales * len(firsts)) as bar:
+        with self._stepping(scales * len(firsts)) as bar:
             for first in firsts:
                 own = generator[first] if isinstance(generator, Sequence) else generator
                 rows = torch.full((max(schedule.batch_sizes),), first)  # (N,)

@@ -106,11 +106,6 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         self.vae_scale_factor = 16 if vae is None else vae.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    @staticmethod
-    def _guides(guidance_scale: float) -> bool:
-        """Whether a scale with this guidance needs the unconditional branch: below 1 it is steered towards it."""
-        return guidance_scale != 1
-
     @torch.no_grad()
     def __call__(
         self,
@@ -154,8 +149,8 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             width: pixels.
             aspect_ratio: width over height, in place of a size; the nearest published one at the model's number of
                 pixels is painted.
-            guidance_scale: classifier-free guidance, for all scales or one a scale: 1 is none (and none at all halves
-                the work). This and the next three are the model's own setting if None.
+            guidance_scale: classifier-free guidance, for all scales or one a scale: 1 or less turns it off (off at all
+                scales halves the work). This and the next three are the model's own setting if None.
             temperature: divides the logits, for all scales or one a scale; the released code calls it tau. Below 1 is
                 bolder, above 1 more varied.
             top_k: draw among so many entries of the codebook only; 0 is all. Means nothing for bits.
@@ -424,7 +419,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             images_per_prompt=images_per_prompt,
             guided=guided,
             guidance=how.guidance_scale,
-            guide=lambda cond, uncond, scale: guide_logits(cond, uncond, self._guidance_scale - 1),
+            guide=lambda cond, uncond, scale: guide_logits(cond, uncond, max(self._guidance_scale - 1, 0.0)),
             draw=draw,
             grids=grids,
             flexible=self.transformer.config.bitwise,

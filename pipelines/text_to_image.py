@@ -359,7 +359,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         given = list(generator) if isinstance(generator, tuple) else generator  # diffusers takes lists only
         extra = {"generator": given} if takes_generator else {}
         run, table = next_run(), NoiseTable.of(self.scheduler).last(len(timesteps))
-        with self.progress_bar(total=len(timesteps)) as bar:
+        with self._stepping(len(timesteps)) as bar:
             for step, timestep in enumerate(timesteps):
                 if self._interrupt:
                     break
@@ -378,7 +378,6 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
                 if self._finish_now:
                     tensors["latents"] = tensors["denoised_latents"]
                     break
-        self._current_timestep = None
         self._interrupted = self._interrupt
         return tensors["latents"]
 

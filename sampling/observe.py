@@ -128,7 +128,9 @@ def _paint(pipeline: Any, prompt: Any, seed: int, given: Mapping[str, Any]) -> N
     """One run; the latents are enough where the pipeline gives them out."""
     known = list(inspect.signature(type(pipeline).__call__).parameters)
     # The prompt is the first argument after self, but where a picture to start from comes first.
-    arguments = {"prompt" if "prompt" in known else known[1]: prompt}
+    name = "prompt" if "prompt" in known else known[1]
+    is_class = isinstance(prompt, int) and not isinstance(prompt, bool)
+    arguments: dict[str, Any] = {name: [prompt] if is_class else prompt}  # diffusers' DiTPipeline takes lists only
     if "generator" in known:
         arguments["generator"] = torch.Generator().manual_seed(seed)
     if "latents" in known and "output_type" in known:

@@ -87,7 +87,7 @@ class Call:
     def remember(self, slot: str, values: Values) -> None:
         """Put values before those of earlier steps, as many as the forecaster combines."""
         depth = self.cache.forecaster.depth
-        old = self._history(slot) or ()
+        old = self.history(slot) or ()
         self.attachment.state.set(self.cache.name, self._layer(slot), self.here.branch, (values, *old[: depth - 1]))
 
     def forecast(self, slot: str, base: Values | None = None) -> Any:
@@ -98,13 +98,14 @@ class Call:
             base: tensors that the difference is added to.
         """
         known = len(self.track.anchors)
-        values, more = mix(self._history(slot), self.weights[:known]), self.weights[known:]
+        values, more = mix(self.history(slot), self.weights[:known]), self.weights[known:]
         if base is not None:
             share = 1.0 + sum(more)
             values = tuple(value + start * share for value, start in zip(values, base, strict=True))
         return self.track.rebuild[slot](values)
 
-    def _history(self, slot: str) -> Any:
+    def history(self, slot: str) -> Any:
+        """Return what was kept of a slot, newest first."""
         return self.attachment.state.get(self.cache.name, self._layer(slot), self.here.branch)
 
     def _layer(self, slot: str) -> str:

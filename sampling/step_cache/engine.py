@@ -26,7 +26,7 @@ from sampling.step_cache.constants import data
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
 from sampling.step_cache.gates import Gate, Interval
 from sampling.step_cache.regions import Output, Place, Region
-from sampling.step_cache.values import Values, signature, take_apart
+from sampling.step_cache.values import Values, as_one, signature, take_apart
 
 PRESETS: dict[str, Callable[..., StepCache]] = {}
 """Name -> the function that makes it, which takes all its parameters; filled by `sampling.step_cache.presets`."""
@@ -245,8 +245,8 @@ class StepCache(Mechanism):
 
     def _close(self, call: Call, output: Any) -> None:
         here, track, computed = call.here, call.track, bool(call.computed)
-        tensors = take_apart(output)[0] if computed and self.gate.signal == "input" else ()
-        self.gate.note(here, track.memory, call.signal, computed, tensors[0] if tensors else None)
+        seen = as_one(take_apart(output)[0]) if computed and self.gate.signal == "input" else None
+        self.gate.note(here, track.memory, call.signal, computed, seen)
         if computed:
             track.anchors = [Anchor(here.step, here.sigma), *track.anchors][: self.forecaster.depth]
         track.skips = 0 if computed else track.skips + 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from dit.runtime.attachment import AttachError, Attachment
 from dit.runtime.families import family_of
@@ -18,6 +18,7 @@ from dit.runtime.state import named_layers, unwrap
 from sampling.step_cache.call import Cache, Call
 from sampling.step_cache.profile import RegionName
 from sampling.step_cache.stack import Stack
+from sampling.step_cache.values import Values, lay_under, take_apart
 
 Forward = Callable[..., Any]
 
@@ -81,12 +82,14 @@ class _OutputPlace:
     minus_input: bool
 
     def run(self, call: Call, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
-        base = (call.signal,) if self.minus_input else None
         if not call.decide(call.signal):
-            return call.forecast("output", base)
+            return call.forecast("output", self._base(call, call.history("output")[0]))
         output = forward(*args, **kwargs)
-        call.keep("output", output, base)
+        call.keep("output", output, self._base(call, take_apart(output)[0]))
         return output
+
+    def _base(self, call: Call, tensors: Values) -> Values | None:
+        return lay_under(call.signal, tensors) if self.minus_input and isinstance(call.signal, Tensor) else None
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,47 @@ def _with_fields(part: Any, fields: dict[str, Any]) -> Any:
     return other
 
 
+def as_one(tensors: Values) -> Tensor | None:
+    """Return the prediction among the tensors of an output: lists of samples are stacked; None if there is none."""
+    is_list = len(tensors) > 1 and all(tensor.shape == tensors[0].shape for tensor in tensors)
+    return torch.stack(tensors) if is_list else next(iter(tensors), None)
+
+
+def lay_under(latents: Tensor, tensors: Values) -> Values:
+    """Make of the latents of a call what its output's tensors can be compared with, each in its shape.
+
+    Channels that only the output has (a learned variance) stand on zeros, as tensors beside the prediction do; channels
+    that only the latents have (a condition behind them) are left out.
+
+    Args:
+        latents: batch first.
+        tensors: of the output: the prediction first, or one for each sample.
+
+    Raises:
+        ValueError: the prediction differs from the latents in more than its channels.
+    """
+    if tensors[0].ndim == latents.ndim - 1 and len(tensors) == len(latents):
+        return tuple(_in_shape(sample, tensor) for sample, tensor in zip(latents, tensors, strict=True))
+    return (_in_shape(latents, tensors[0]), *(torch.zeros_like(tensor) for tensor in tensors[1:]))
+
+
+def _in_shape(latents: Tensor, tensor: Tensor) -> Tensor:
+    """Cut the latents, or fill them up with zeros, along the one dimension in which a tensor differs."""
+    sizes = list(zip(latents.shape, tensor.shape, strict=False))
+    others = [dim for dim, (have, wanted) in enumerate(sizes) if have != wanted]
+    if latents.ndim != tensor.ndim or len(others) > 1:
+        raise ValueError(
+            f"the output of shape {tuple(tensor.shape)} can't be compared with latents of shape "
+            f"{tuple(latents.shape)}: use a cache that forecasts the output itself"
+        )
+    for dim in others:
+        have, wanted = sizes[dim]
+        latents = latents.narrow(dim, 0, min(have, wanted))
+        missing = [*latents.shape[:dim], max(wanted - have, 0), *latents.shape[dim + 1 :]]
+        latents = torch.cat([latents, latents.new_zeros(missing)], dim)
+    return latents
+
+
 def mix(history: Sequence[Values], weights: Sequence[float | Tensor]) -> Values:
     """Return the weighted sums of what was kept, newest first; new tensors in the dtype of the history.
 

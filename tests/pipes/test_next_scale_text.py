@@ -162,6 +162,18 @@ def test_guidance_of_one_runs_half_the_rows(pipe: NextScaleTextToImagePipeline, 
     assert torch.allclose(free, listed, atol=1e-3)
 
 
+@pytest.mark.parametrize("low", [0.0, 0.5])
+def test_guidance_below_one_is_off(pipe: NextScaleTextToImagePipeline, low: float) -> None:
+    def paint(guidance: float | list[float]) -> Tensor:
+        negative = "a blue bicycle"
+        arguments = {"negative_prompt": negative, "guidance_scale": guidance, "output_type": "latent"}
+        return pipe("a cat", generator=seeded(), **arguments).images
+
+    assert torch.equal(paint(low), paint(1.0))
+    assert not pipe.do_classifier_free_guidance
+    assert torch.equal(paint([low, *[3.0] * 6]), paint([1.0, *[3.0] * 6]))
+
+
 def test_a_negative_prompt_steers(pipe: NextScaleTextToImagePipeline) -> None:
     plain, other = (
         pipe("a cat", negative_prompt=negative, generator=seeded(), guidance_scale=4.0, output_type="latent").images

@@ -246,3 +246,15 @@ def test_bins_are_found_by_noise_level(header: ArtifactHeader) -> None:
             "plan", tiny_components()["transformer"], tiny_components()["scheduler"], (1, 1, 1), (0.1, 0.5)
         )
     assert json.loads(json.dumps(header.sigma_bins)) == [0.9, 0.5, 0.1]
+
+
+@pytest.mark.parametrize("name", ["dit", "class_dit"])
+def test_class_labels_may_be_numbers(name: str) -> None:
+    """DiTPipeline of diffusers takes lists only."""
+    pipe, seen = tiny_pipeline(name), []
+    for labels in ([1, 2], [[1], [2]]):
+        energy = Energy()
+        assert observe(pipe, labels, [energy], num_inference_steps=2).prompts == 2
+        seen.append(energy.total)
+    assert seen[0] == seen[1]
+    assert seen[0]
