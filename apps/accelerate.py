@@ -108,13 +108,12 @@ def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
             ) from error
     mechanism = Mechanism.preset(wish.preset, **params)
     try:
-        attachment = mechanism.attach(pipe)
-    except AttachError as error:
+        with mechanism.attach(pipe):
+            yield RunningCache(mechanism, wish.preset)
+    except AttachError as error:  # of the first call too, where the streams of the network are seen
         raise RequestError(
             "cache.fit", f"The step cache {wish.preset!r} doesn't fit this model: {error}.", value=wish.preset
         ) from error
-    with attachment:
-        yield RunningCache(mechanism, wish.preset)
 
 
 def search_argument(method: str, candidates: int | None, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:

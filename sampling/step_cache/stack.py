@@ -148,7 +148,8 @@ class Stack:
                     return place
         raise AttachError(
             f"the picture's stream of shape {tuple(own.shape)} was not found in the one of {tuple(stream.shape)} that "
-            f"enters {self._names[self._previous]}, so the gate cannot see what the head does to it: use a smaller head"
+            f"enters {self._names[self._previous]}, so the gate cannot see what the head does to it: use a smaller "
+            "head, or a cache that doesn't look at it, such as taylorseer"
         )
 
     def _note(self, call: Call, index: int, output: Any) -> None:

@@ -9,16 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from apps.accelerate import RunningCache, describe
+from apps.accelerate import RunningCache, describe, step_cache
 from apps.api.messages import event_message, picture_row, server_sent
 from apps.engine import Engine, Picture, TextToImageRequest
 from apps.generate import report as tell
 from apps.job_store import JobStore, StoredPicture
 from apps.jobs import NextScaleTextRequest
 from apps.metadata import StepCache
+from apps.request_error import RequestError
 from apps.studio.strings import Strings
 from apps.studio.views import details
-from tests.families.tiny import tiny_pipeline
+from tests.families.tiny import tiny_call, tiny_pipeline
 
 ASK = {"prompt": "a red apple", "steps": 4, "seed": 5, "width": 64, "height": 64}
 
@@ -119,3 +120,12 @@ def test_lines_of_older_versions_get_the_new_column(tmp_path):
     again = JobStore(file)
     assert [picture.report for picture in again.pictures("a")] == ["", "cached"]
     again.close()
+
+
+def test_a_cache_that_does_not_fit_is_told_from_the_first_call_too():
+    """Latte's blocks see frames and places in turn, which only a call shows."""
+    pipe, wish = tiny_pipeline("latte"), StepCache(preset="fbcache", amount=0.1)
+    with pytest.raises(RequestError, match=r"'fbcache' doesn't fit this model.*taylorseer"), step_cache(pipe, wish):
+        pipe(**tiny_call("latte"))
+    with step_cache(pipe, StepCache(preset="taylorseer", amount=2)):  # nothing of the other is left
+        pipe(**tiny_call("latte"))
