@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
-from dit.runtime.families import family
 from sampling.step_cache import StepCache
 from sampling.step_cache.values import as_one, lay_under
+from tests.families.networks import tiny_transformer
 from tests.families.tiny import tiny_call, tiny_pipeline
 
 STEPS = 8
@@ -24,7 +24,7 @@ def test_it_skips_on_networks_with_a_variance_and_with_lists(name):
 
 def test_the_variance_is_used_again_and_the_noise_follows_the_latents():
     torch.manual_seed(0)
-    network = family("class_dit").tiny_transformer(objective="epsilon").eval()
+    network = tiny_transformer("class_dit", objective="epsilon").eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     latents = torch.randn(STEPS, 2, network.config.in_channels, 4, 4)  # (S, B, C, h, w)
