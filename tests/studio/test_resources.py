@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from apps.failures import failure_of
 from apps.job_store import JobStore, QueueFullError, StoreError, StoreInUseError
 from apps.jobs import TextToImageRequest
 from apps.limits import ServerLimits, UploadQuota
+from apps.logs import PromptFilter
 from apps.studio.choosing import Choosing
 from apps.studio.painting import Painting
 from apps.studio.problems import explain, explain_failure
@@ -29,6 +31,7 @@ from apps.studio.strings import Strings
 from apps.temporary import private_folder, remove_stale
 from apps.uploads import UploadError, UploadStore, read_upload
 from apps.worker import fit_size
+from pipelines import words
 from tests.studio.fakes import FakePipeline
 from tests.studio.serving import client_of, png, serving_page
 
@@ -112,17 +115,18 @@ def test_files_that_find_the_disk_full_are_refused_in_words(tmp_path, monkeypatc
         monkeypatch.setattr("apps.uploads.save_picture", full)
         answer = client.post("/v1/pictures", content=content)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage")
+        assert answer.json()["error"]["type"] == "server_error"
         assert "disk" in answer.json()["error"]["message"]
         assert "some" not in answer.text
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_the_page_says_that_the_disk_is_full(language):
-    words = Strings(language)
+    said = Strings(language)
     for error in (StoreError("no room at /some/where"), OSError(errno.ENOSPC, "full", "/some/where")):
-        assert explain(error, words) == words("failed.storage")
-        assert explain_failure(failure_of(error), words) == words("failed.storage")
-    assert explain(OSError(errno.ENOENT, "no such file"), words) == words("wrong_form")
+        assert explain(error, said) == said("failed.storage")
+        assert explain_failure(failure_of(error), said) == said("failed.storage")
+    assert explain(OSError(errno.ENOENT, "no such file"), said) == said("wrong_form")
 
 
 def test_a_failure_of_the_store_at_any_moment_ends_no_worker(tmp_path, monkeypatch):
@@ -295,15 +299,15 @@ def test_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
 
 def test_masks_of_the_page_wait_for_their_turn_and_are_their_users(tmp_path, monkeypatch):
     with serving_page(tmp_path) as served:
-        words, sessions = Strings("en"), Sessions(TokenTable(served.users))
+        said, sessions = Strings("en"), Sessions(TokenTable(served.users))
         held, recorded = [], []
         monkeypatch.setattr(
             "apps.studio.painting.read_mask",
             lambda text: held.append(served.engine.uploads.decoding.locked()) or Image.new("L", (32, 32), 255),
         )
         monkeypatch.setattr(served.engine._store, "use_upload", lambda name, owner, size: recorded.append(owner))
-        painting = Painting(served.engine, words, sessions)
-        choosing = Choosing(served.engine, words, sessions, painting)
+        painting = Painting(served.engine, said, sessions)
+        choosing = Choosing(served.engine, said, sessions, painting)
         with pytest.raises(KeyError):  # of the model, which isn't among these values
             painting._requests({"mode": "inpaint", "mask": "x"}, "bob")
         choosing.take_source(str(png(tmp_path)), "ann")
@@ -396,6 +400,16 @@ def test_sizes_for_uploads_stay_in_range(size):
     assert 32 <= width <= 2048
     assert 32 <= height <= 2048
     assert width % 16 == height % 16 == 0
+
+
+def test_words_of_prompts_stay_out_of_the_servers_log():
+    passes = [
+        PromptFilter().filter(
+            logging.LogRecord(name, logging.WARNING, __file__, 1, "the words %s", ("'secret'",), None)
+        )
+        for name in (words.logger.name, "apps.engine")
+    ]
+    assert passes == [False, True]
 
 
 def test_folders_of_dead_processes_go(tmp_path):
