@@ -497,16 +497,22 @@ class Engine:
 
     def _next(self) -> _LiveJob | None:
         """Wait for a job and take it; None when the engine closes."""
+        said = ""
         with self._moved:
             while not self._closing:
                 try:
+                    if self._store.trouble:
+                        self._store.check()
                     stored = self._store.take()
                 except StoreError as error:  # such as a full disk: somebody may make room
-                    logger.error("no job can be taken: %s", error)
+                    if said != str(error):  # once: a log that grows fills the disk
+                        said = str(error)
+                        logger.error("no job can be taken until this is mended: %s", said)
                     self._moved.wait(RETRY_SECONDS)
                     continue
+                said = ""
                 if stored is None:
-                    self._moved.wait()
+                    self._moved.wait(RETRY_SECONDS)  # not for ever: a submission may have found the disk full
                     continue
                 if stored.id not in self._live:
                     self._revive(stored)
@@ -556,6 +562,7 @@ class Engine:
 
     def _end(self, job: _LiveJob, last: Event) -> None:
         """Record how a job ended and tell it; on closing, put it back instead. Tries again until it is on disk."""
+        said = ""
         while True:
             try:
                 with self._moved:
@@ -563,7 +570,9 @@ class Engine:
                     self._forget(job, last)
                 return
             except StoreError as error:
-                logger.error("the end of a job can't be recorded yet: %s", error)
+                if said != str(error):
+                    said = str(error)
+                    logger.error("the end of a job can't be recorded until this is mended: %s", said)
                 job.stream.tell(last)  # who waits for the job shall not wait for the disk
             with self._moved:
                 if self._closing:  # the next engine on the folder finds it running and does what is left of it

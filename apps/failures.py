@@ -28,7 +28,7 @@ def failure_of(error: Exception) -> Failed:
     if is_out_of_memory(error):
         error = explain_out_of_memory(error, "Painting")
         return Failed("out_of_memory", str(error), error)
-    if isinstance(error, StoreError) or (isinstance(error, OSError) and error.errno in _NO_ROOM):
+    if is_storage_failure(error):
         logger.error("a job could not be written: %s", error)
         return Failed("storage", "The server can't write the image: its disk is full or can't be written.", error)
     for kind, code, message in _FAILURES:
@@ -36,6 +36,11 @@ def failure_of(error: Exception) -> Failed:
             return Failed(code, message or str(error), error)
     logger.error("a request failed", exc_info=error)
     return Failed("failed", "Something went wrong; the log of the server says what.", error)
+
+
+def is_storage_failure(error: Exception) -> bool:
+    """Whether the queue, or a file, could not be written because its disk is full or takes nothing."""
+    return isinstance(error, StoreError) or (isinstance(error, OSError) and error.errno in _NO_ROOM)
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

@@ -152,8 +152,16 @@ class JobStore:
 
     @property
     def trouble(self) -> str:
-        """What was wrong when the queue was last read or written; empty when it went well."""
+        """What was wrong when the queue could not be read or written; empty since it was written again."""
         return self._trouble
+
+    def check(self) -> None:
+        """Write something that means nothing, to see whether the queue can be written again.
+
+        Raises:
+            StoreError: it can't.
+        """
+        self._change("INSERT OR REPLACE INTO served VALUES ('', 0)")  # nobody has this name
 
     @contextmanager
     def _using(self) -> Iterator[sqlite3.Connection]:
@@ -163,12 +171,14 @@ class JobStore:
             StoreError: it can't be read or written.
         """
         with self._lock:
+            changes = self._db.total_changes
             try:
                 yield self._db
             except sqlite3.Error as error:
                 self._trouble = f"the queue on disk can't be read or written: {error}"
                 raise StoreError(self._trouble) from error
-            self._trouble = ""
+            if self._db.total_changes != changes:  # a full disk can be read as ever, so reading proves nothing
+                self._trouble = ""
 
     def close(self) -> None:
         """Let go of the file."""

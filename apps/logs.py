@@ -10,15 +10,19 @@ from rich.logging import RichHandler
 LIBRARIES = ("diffusers", "transformers")
 """Packages whose loggers write by themselves."""
 
+UNKNOWN_WORDS = "pipelines.words"
+"""Logger of what a model does not know of a prompt."""
+
 
 class PromptFilter(logging.Filter):
     """Takes prompts out of what libraries log about texts that are too long for a model."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let a record through, changed if it quotes a prompt."""
+        """Let a record through, changed if it quotes a prompt; not one that is about the words of a prompt."""
         if "input was truncated" in record.getMessage():
             record.msg, record.args = "A prompt was longer than the model reads; its end was left out.", ()
-        return True
+        # The one who asked is told which words: the image carries a note.
+        return record.name != UNKNOWN_WORDS
 
 
 class IncompleteFilter(logging.Filter):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,10 +43,16 @@ def remove_stale(root: Path) -> None:
         root: holds them.
     """
     for folder in root.glob(f"{PREFIX}*"):
-        if folder.is_symlink() or not (folder / LOCK).is_file():  # not ours, or about to be locked
-            continue
         try:
+            if not _is_ours(folder) or (folder / LOCK).is_symlink() or not (folder / LOCK).is_file():
+                continue  # another user's, or about to be locked
             with FileLock(folder / LOCK).acquire(timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
         except (Timeout, OSError):  # in use, or another user's
             continue
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder belongs to who runs this process; anybody may make one in the system's temporary folder."""
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and (os.name != "posix" or status.st_uid == os.getuid())

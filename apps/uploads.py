@@ -113,6 +113,8 @@ def _decode(data: Source) -> Image.Image:
 
 def flatten(image: Image.Image) -> Image.Image:
     """Return a picture as RGB, its transparent parts on white."""
+    if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would cut off at 255
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -151,7 +153,7 @@ class UploadStore:
         self._records = records
         self._quota = quota or limits.UploadQuota()
         self._memory: dict[str, Image.Image] = {}
-        self._decoding = threading.Lock()
+        self.decoding = threading.Lock()  # held while an image of unknown origin is decoded
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -170,7 +172,7 @@ class UploadStore:
         Raises:
             UploadError: too large, or no picture.
         """
-        with self._decoding:
+        with self.decoding:
             image = read_upload(data)
             return self.add(image, owner), image.size
 
@@ -188,7 +190,7 @@ class UploadStore:
         Raises:
             UploadError: see `read_mask`.
         """
-        with self._decoding:
+        with self.decoding:
             return self.add(read_mask(data, self.size(image)), owner)
 
     def add(self, image: Image.Image, owner: str = "local") -> str:

@@ -8,12 +8,14 @@ process may have.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_CONNECTIONS = 512
-"""Open at one time; beyond them the one that has waited longest for a request is closed."""
+"""Open at one time; beyond them one is closed, see `_closed_first`."""
 HEADER_SECONDS = 10.0
 """From the opening of a connection, or the first byte of a request, until its headers are complete."""
 
@@ -26,14 +28,13 @@ class LimitedProtocol(H11Protocol):
         self._header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, at the cost of the longest waiting one if there are too many."""
+        """Take a connection, at the cost of another one if there are too many."""
         super().connection_made(transport)
         self._await_headers()
         # An aborted connection leaves the set a moment later, so it is not counted.
         live = [one for one in self.connections if isinstance(one, LimitedProtocol) and not one.transport.is_closing()]
         if len(live) > MAX_CONNECTIONS:
-            oldest = min((one for one in live if one.is_silent), key=lambda one: one._since, default=self)
-            oldest.transport.abort()
+            _closed_first(live).transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; the clock runs while a request is incomplete."""
@@ -48,10 +49,24 @@ class LimitedProtocol(H11Protocol):
         self._stop_timer()
         super().connection_lost(exc)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: anybody can ask for a websocket, and gets an answer over HTTP."""
+
     @property
     def is_silent(self) -> bool:
         """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def user(self) -> str | None:
+        """Whose request is being answered; None while nobody has been recognised."""
+        user = None if self.is_silent else self.scope.get("state", {}).get("user")
+        return None if user is None else user.name
+
+    @property
+    def since(self) -> float:
+        """When the connection was opened, or the first byte of its latest request came; seconds of the event loop."""
+        return self._since
 
     def _await_headers(self) -> None:
         self._since = self.loop.time()
@@ -66,3 +81,14 @@ class LimitedProtocol(H11Protocol):
         self._header_timer = None
         if self.is_silent:
             self.transport.abort()
+
+
+def _closed_first(live: Sequence[LimitedProtocol]) -> LimitedProtocol:
+    """Choose the connection to close when there are too many.
+
+    The oldest one of the user who has most, so that nobody can take all of them. Those that answer no user count as
+    one user's together: silent ones, and requests of strangers.
+    """
+    counts = Counter(one.user for one in live)
+    busiest = max(counts, key=lambda user: (counts[user], user is None))
+    return min((one for one in live if one.user == busiest), key=lambda one: one.since)

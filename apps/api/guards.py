@@ -22,12 +22,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from apps.api.logins import LoginTable
 from apps.api.messages import error_body
 from apps.api.tokens import TokenTable, User
+from apps.failures import is_storage_failure
 
 logger = logging.getLogger(__name__)
 
 LOCAL = User(name="local", role="admin", salt="0" * 32, digest="0" * 64)
 """Who asks, on a server without tokens, which listens on this machine only."""
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+OWN_SITES = ("same-origin", "none")
+"""Values of `Sec-Fetch-Site` that are no other page's; `none` is an address typed in."""
 API = "/v1"
 SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -44,19 +47,23 @@ class BodyLimits:
     Attributes:
         json_bytes: of a body that is no upload.
         form_bytes: of what the page hands over when somebody presses a button; a mask is part of it.
+        public_bytes: of a body on a path that needs no user.
         buffered_bytes: of all bodies that are no uploads, at one time.
         uploads_per_user: that one user may have under way at one time.
         part_seconds: until the next part of a body, or of an answer, has passed.
         body_seconds: until a whole body has arrived.
+        public_seconds: until a whole body of somebody who isn't signed in has arrived.
         recheck_seconds: between two looks whether the user of an open stream may still read it.
     """
 
     json_bytes: int = 256 * 1024
     form_bytes: int = 4 * 1024 * 1024
+    public_bytes: int = 8 * 1024
     buffered_bytes: int = 64 * 1024 * 1024
     uploads_per_user: int = 32
     part_seconds: float = 20.0
     body_seconds: float = 180.0
+    public_seconds: float = 10.0
     recheck_seconds: float = 1.0
 
 
@@ -130,7 +137,12 @@ class Guard:
             logger.debug("a client left before its body was whole")
         except ReaderTooSlowError:
             logger.info("a reader took too long; its connection is closed")
-        except Exception:
+        except Exception as error:
+            if is_storage_failure(error):
+                logger.error("a file of a request can't be written: %s", error)
+                message = "The server can't write files now: its disk is full or can't be written."
+                await answer.refuse(Refusal(503, "storage", message, [(b"retry-after", b"5")]))
+                return
             logger.exception("a request failed")
             await answer.refuse(Refusal(500, "failed", "Something went wrong; the log of the server says what."))
 
@@ -167,7 +179,7 @@ class Guard:
         """Pass a request on with a body that is counted."""
         sizes, path = self._sizes, scope["path"]
         is_upload = path in self._uploads
-        most = self._uploads.get(path, sizes.form_bytes if path in self._forms else sizes.json_bytes)
+        most = self._most_bytes(path)
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > most:
             raise _too_large(most)
@@ -175,7 +187,8 @@ class Guard:
         if is_upload and self._uploading[name] >= sizes.uploads_per_user:
             message = f"{sizes.uploads_per_user} of your uploads are under way; wait for one."
             raise Refusal(429, "too_many_uploads", message, [(b"retry-after", b"5")])
-        body = _Body(receive, most, sizes, None if is_upload else self._buffer)
+        seconds = sizes.public_seconds if user is None else sizes.body_seconds
+        body = _Body(receive, most, seconds, sizes.part_seconds, None if is_upload else self._buffer)
         self._uploading[name] += is_upload
 
         async def send(message: Message) -> None:
@@ -194,6 +207,12 @@ class Guard:
             self._uploading[name] -= is_upload
             if not self._uploading[name]:
                 del self._uploading[name]
+
+    def _most_bytes(self, path: str) -> int:
+        """Return how large the body of a request may be."""
+        if path in self._public:
+            return self._sizes.public_bytes
+        return self._uploads.get(path, self._sizes.form_bytes if path in self._forms else self._sizes.json_bytes)
 
     def _buffer(self, count: int) -> None:
         """Take bytes from what all bodies may hold together.
@@ -224,16 +243,18 @@ async def _watched(work: Awaitable[None], is_welcome: Callable[[], bool], second
 class _Body:
     """The body of a request, counted while it arrives."""
 
-    def __init__(self, receive: Receive, most: int, sizes: BodyLimits, buffer: Callable[[int], None] | None) -> None:
+    def __init__(
+        self, receive: Receive, most: int, seconds: float, part_seconds: float, buffer: Callable[[int], None] | None
+    ) -> None:
         self.buffered = 0
         self.refusal: Refusal | None = None
         self._receive = receive
         self._most = most
-        self._sizes = sizes
+        self._part_seconds = part_seconds
         self._buffer = buffer
         self._total = 0
         self._is_whole = False
-        self._deadline = asyncio.get_running_loop().time() + sizes.body_seconds
+        self._deadline = asyncio.get_running_loop().time() + seconds
 
     async def receive(self) -> Message:
         """Return the next message.
@@ -252,7 +273,7 @@ class _Body:
     async def _next(self) -> Message:
         left = self._deadline - asyncio.get_running_loop().time()
         try:
-            message = await asyncio.wait_for(self._receive(), max(min(self._sizes.part_seconds, left), 0.0))
+            message = await asyncio.wait_for(self._receive(), max(min(self._part_seconds, left), 0.0))
         except TimeoutError:
             raise Refusal(408, "too_slow", "The body of the request did not arrive in time.") from None
         count = len(message.get("body", b""))
@@ -282,12 +303,21 @@ def check_origin(method: str, headers: Headers) -> None:
     Raises:
         Refusal: 403.
     """
-    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-    is_foreign = origin is not None and (urlsplit(origin).netloc or None) != headers.get("host")
+    origins, site = headers.getlist("origin"), headers.get("sec-fetch-site", "none")
+    is_foreign = any(not _host_of(origin) or _host_of(origin) != headers.get("host") for origin in origins)
     is_link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
     is_link = is_link and headers.get("sec-fetch-dest", "document") == "document"
-    if is_foreign or (site not in ("same-origin", "none") and not (is_link and origin is None)):
+    if is_foreign or (site not in OWN_SITES and not (is_link and not origins)):
         raise Refusal(403, "foreign_origin", "Requests from pages of other sites are not taken.")
+
+
+def _host_of(origin: str) -> str:
+    """Return host and port of an origin; empty for one that no page of ours can have."""
+    try:
+        parts = urlsplit(origin)
+    except ValueError:  # no address at all
+        return ""
+    return parts.netloc if parts.scheme in ("http", "https") else ""
 
 
 # --------------------------------------------------------------------------------- answer

@@ -13,13 +13,16 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
 
 from apps.api.tokens import TokenTable, User
 
 COOKIE = "tessera-session"
 MAX_LOGINS = 1_000
 """Browser sessions that are remembered; beyond them the least recently used one ends."""
+MAX_LOGINS_PER_USER = 20
+"""Of them one user's; beyond them the user's least recently used one ends, and nobody else's."""
+MOST_VALUES = 8
+"""Cookies of our name that are looked at in one request."""
 LIFETIME = 30 * 24 * 3_600.0
 """Seconds until a session that is not used ends."""
 
@@ -58,6 +61,9 @@ class LoginTable:
         value = secrets.token_urlsafe(32)
         with self._lock:
             self._logins[_key(value)] = _Login(user, time.monotonic())
+            own = [key for key, login in self._logins.items() if login.user.name == user.name]
+            for key in own[:-MAX_LOGINS_PER_USER]:
+                del self._logins[key]
             while len(self._logins) > MAX_LOGINS:
                 self._logins.popitem(last=False)
         return value
@@ -68,25 +74,28 @@ class LoginTable:
         Args:
             cookies: the request's `Cookie` header.
         """
-        value = cookie_value(cookies)
-        if value is None:
-            return None
+        for value in cookie_values(cookies):
+            user = self._user_of(_key(value))
+            if user is not None:
+                return user
+        return None
+
+    def _user_of(self, key: str) -> User | None:
         with self._lock:
-            login = self._logins.get(_key(value))
+            login = self._logins.get(key)
             if login is None:
                 return None
             if time.monotonic() - login.used > LIFETIME or self._tokens.named(login.user.name) != login.user:
-                del self._logins[_key(value)]
+                del self._logins[key]
                 return None
             login.used = time.monotonic()
-            self._logins.move_to_end(_key(value))
+            self._logins.move_to_end(key)
             return login.user
 
     def close(self, cookies: str) -> None:
         """End the session of a request; nothing happens without one."""
-        value = cookie_value(cookies)
-        if value is not None:
-            with self._lock:
+        with self._lock:
+            for value in cookie_values(cookies):
                 self._logins.pop(_key(value), None)
 
 
@@ -105,13 +114,25 @@ def clear_cookie() -> str:
     return f"{COOKIE}=; Path=/; HttpOnly; SameSite=Lax; Max-Age=0"
 
 
+def cookie_values(cookies: str) -> list[str]:
+    """Read our cookie from a `Cookie` header, whatever the others look like.
+
+    Browsers send cookies of all servers of a host, whatever the port, so the header may hold what `SimpleCookie` gives
+    up on, and our name more than once.
+
+    Args:
+        cookies: the header.
+
+    Returns:
+        Its values in their order; empty if it isn't there.
+    """
+    pairs = (part.partition("=") for part in cookies.split(";"))
+    return [value.strip() for name, _, value in pairs if name.strip() == COOKIE and value.strip()][:MOST_VALUES]
+
+
 def cookie_value(cookies: str) -> str | None:
-    """Read our cookie from a `Cookie` header; None if it isn't there."""
-    try:
-        found = SimpleCookie(cookies).get(COOKIE)
-    except CookieError:
-        return None
-    return None if found is None or not found.value else found.value
+    """Read our cookie from a `Cookie` header; None if it isn't there, and the first one of several."""
+    return next(iter(cookie_values(cookies)), None)
 
 
 def _key(value: str) -> str:

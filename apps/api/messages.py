@@ -24,6 +24,8 @@ SERVER_CODES = (
     "too_slow",
     "queue_full",
     "stopped",
+    "storage",
+    "busy",
 )
 """Errors that are not the caller's."""
 CODES = {

@@ -21,6 +21,8 @@ Role = Literal["watch", "paint", "admin"]
 RANKS: dict[Role, int] = {"watch": 0, "paint": 1, "admin": 2}
 """What a role may do includes all below: see one's own jobs; submit and stop them; see and stop everybody's."""
 MAX_BYTES = 1024 * 1024
+MAX_TOKEN_CHARS = 256
+"""Longer ones are nobody's; they are not hashed, because that is done once for each user."""
 
 
 class User(BaseModel):
@@ -78,6 +80,8 @@ class TokenTable:
             name: the user it must belong to, when one was named.
         """
         self._refresh()
+        if len(token) > MAX_TOKEN_CHARS:
+            return None
         found = None
         for user in self._users:  # all of them, so that the time tells nothing
             right = hmac.compare_digest(_digest(user.salt, token), user.digest)

@@ -16,6 +16,7 @@ from starlette.routing import Mount
 from apps import limits
 from apps.api.tokens import TokenTable
 from apps.engine import STATE_FOLDER, Engine
+from apps.failures import is_storage_failure
 from apps.limits import ServerLimits
 from apps.lora import find_loras
 from apps.shelf import name_models
@@ -26,8 +27,9 @@ from apps.studio.easel import Changes
 from apps.studio.examples import EXAMPLES
 from apps.studio.following import restated
 from apps.studio.gate import Gate
+from apps.studio.handed_in import HandedIn
 from apps.studio.painting import Painting
-from apps.studio.problems import PLACE
+from apps.studio.problems import PLACE, explain, problem
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
@@ -99,7 +101,7 @@ def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> Non
         engine: paints.
         tokens: the users; the guard of the server has asked for theirs.
     """
-    folder, sessions = engine.output_dir, Sessions(tokens)
+    folder, sessions, handed_in = engine.output_dir, Sessions(tokens), HandedIn()
     for language in reversed(languages()):  # the page at `/` last, because it answers for every address
         page = build_page(engine, Strings(language), sessions)
         page.queue(max_size=4 * engine.limits.queue, default_concurrency_limit=4 * engine.limits.queue, api_open=False)
@@ -125,19 +127,25 @@ def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> Non
             head=_head(),
         )
         page.has_launched = True  # else Gradio does not check that files which requests name were uploaded
-        _guard(app, page)
+        _guard(app, page, handed_in)
 
 
-def _guard(app: FastAPI, page: gr.Blocks) -> None:
+def _guard(app: FastAPI, page: gr.Blocks, handed_in: HandedIn) -> None:
     """Put the gate before the page that was mounted last.
 
     Raises:
         TypeError: this Gradio puts pages elsewhere.
     """
-    mounted, pending = app.router.routes[-1], page._queue.pending_event_ids_session
+    mounted, queue = app.router.routes[-1], page._queue
     if not isinstance(mounted, Mount):
         raise TypeError(f"Gradio has put a {type(mounted).__name__} onto the server, not a Mount; nothing guards it.")
-    mounted.app = Gate(mounted.app, Path(get_upload_folder()), lambda session: set(pending.get(session, ())))
+    mounted.app = Gate(
+        mounted.app,
+        Path(get_upload_folder()),
+        lambda session: set(queue.pending_event_ids_session.get(session, ())),
+        lambda session: session in queue.pending_messages_per_session,
+        handed_in,
+    )
 
 
 def _head() -> str:
@@ -194,7 +202,7 @@ class _Wiring:
     def __init__(self, parts: Parts, words: Strings, sessions: Sessions) -> None:
         self.parts = parts
         self._words = words
-        self._sessions = sessions
+        self.sessions = sessions
         # Everything that a listener may read or change; those that a request is made of come first.
         self.wishes = [*SAVED, "source", "mask", "many", "frames"]
         self.changing = [name for name, part in parts.items() if not isinstance(part, gr.Tab)]
@@ -217,12 +225,16 @@ class _Wiring:
             return self.told({"problem": views.problem(self._words(error.key))})
         except gr.Error as error:
             return self.told({"problem": views.problem(str(error.message))})
+        except OSError as error:
+            if not is_storage_failure(error):
+                raise
+            return self.told(problem(explain(error, self._words)))
 
     def allowed(self, listener: Callable[..., Changes]) -> Callable[..., Changes]:
         """Return a listener, with the request before what it is given, for users who may change something here."""
 
         def checked(request: gr.Request, *given: Any) -> Changes:
-            self._sessions.painter(request)
+            self.sessions.painter(request)
             return listener(*given)
 
         checked.__name__ = listener.__name__
@@ -368,11 +380,14 @@ def _connect_pictures(wiring: _Wiring, choosing: Choosing, painting: Painting) -
     wiring.on([parts["strip"].select], choose, ["visit"], [*EASEL, "line"])
     wiring.on([parts["gallery"].select], look, ["hung"])
 
-    def start_from(chosen: Any) -> Changes:
-        return choosing.send(chosen, "image")
+    def start_from(request: gr.Request, chosen: Any) -> Changes:
+        return choosing.send(chosen, "image", wiring.sessions.painter(request))
 
-    def inpaint_it(chosen: Any) -> Changes:
-        return choosing.send(chosen, "inpaint")
+    def inpaint_it(request: gr.Request, chosen: Any) -> Changes:
+        return choosing.send(chosen, "inpaint", wiring.sessions.painter(request))
+
+    def take_source(request: gr.Request, file: str | None) -> Changes:
+        return choosing.take_source(file, wiring.sessions.painter(request))
 
     def reuse_seed(request: gr.Request, chosen: Any) -> Changes:
         return choosing.reuse_seed(chosen)
@@ -385,10 +400,10 @@ def _connect_pictures(wiring: _Wiring, choosing: Choosing, painting: Painting) -
 
     answer(parts["reuse_seed"].click, reuse_seed, ["chosen"])
     answer(parts["reuse_settings"].click, reuse_settings, ["chosen"])
-    answer(parts["start_from"].click, allowed(start_from), ["chosen"])
-    answer(parts["inpaint_it"].click, allowed(inpaint_it), ["chosen"])
+    answer(parts["start_from"].click, start_from, ["chosen"])
+    answer(parts["inpaint_it"].click, inpaint_it, ["chosen"])
     answer(parts["settings_file"].upload, allowed(choosing.load_settings), ["settings_file"])
-    answer(parts["source_file"].upload, allowed(choosing.take_source), ["source_file"])
+    answer(parts["source_file"].upload, take_source, ["source_file"])
     answer(parts["many_file"].upload, allowed(choosing.take_prompts), ["many_file"])
     answer(parts["many_drop"].click, drop_prompts)
 

@@ -34,7 +34,7 @@ from apps.studio.easel import Changes
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.painting import Painting
 from apps.studio.problems import explain, problem
-from apps.studio.sessions import Sessions
+from apps.studio.sessions import LOCAL, Sessions
 from apps.studio.strings import Strings
 from apps.studio.tabs import TABS, grid
 from apps.studio.vocabulary import read_vocabulary
@@ -307,21 +307,21 @@ class Choosing:
 
     # -------------------------------------------------------------------------- source
 
-    def take_source(self, file: str | None) -> Changes:
+    def take_source(self, file: str | None, owner: str = LOCAL) -> Changes:
         """Start from a picture that was handed in."""
         if not file:
             return {}
         try:
-            name, _ = self._engine.uploads.receive(Path(file))
+            name, _ = self._engine.uploads.receive(Path(file), owner)
         except UploadError as error:
             return problem(explain(error, self._words))
         return self._source(name)
 
-    def send(self, chosen: Finished | None, mode: str) -> Changes:
+    def send(self, chosen: Finished | None, mode: str, owner: str = LOCAL) -> Changes:
         """Start from the picture on the stage, in one of the tabs that start from a picture."""
         if not isinstance(chosen, Shown):
             return {}
-        name, _ = self._engine.uploads.receive(chosen.path)
+        name, _ = self._engine.uploads.receive(chosen.path, owner)
         return {**self._source(name), **self._go(mode)}
 
     def _source(self, name: str, mask: str | None = None) -> Changes:

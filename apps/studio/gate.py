@@ -15,12 +15,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
+from starlette.datastructures import QueryParams
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apps.api.guards import Refusal
 from apps.api.tokens import User
+from apps.studio.handed_in import HandedIn
 
 API = "/gradio_api"
 READABLE = re.compile(
@@ -34,7 +36,11 @@ RUN = f"{API}/run/predict"
 """Where the browser calls the listeners that don't wait in Gradio's queue, such as Paint and Stop."""
 SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MOST = 10_000
-"""Sessions, and uploads, whose users are remembered; beyond them the least recently used are forgotten."""
+"""Sessions whose users are remembered; beyond them the least recently used are forgotten."""
+NO_SUCH_STREAM = json.dumps(
+    {"msg": "unexpected_error", "message": "404: Not Found", "session_not_found": True, "success": False}
+)
+"""What Gradio's page understands as the end of a session."""
 
 
 class _Owners:
@@ -53,11 +59,6 @@ class _Owners:
                 self._owners.popitem(last=False)
             return owner == user
 
-    def owns(self, key: str, user: str) -> bool:
-        """Whether something is a user's."""
-        with self._lock:
-            return self._owners.get(key) == user
-
 
 class Gate:
     """Let through what the page needs; see the module.
@@ -66,14 +67,24 @@ class Gate:
         app: Gradio's application of one page.
         folder: that Gradio keeps uploads and copies in; private, and of this server only.
         events_of: session hash -> ids of its events that are under way.
+        has_news: whether there is anything to be told to a session hash, now or later.
+        handed_in: files that users have uploaded; shared by the pages of a server.
     """
 
-    def __init__(self, app: ASGIApp, folder: Path, events_of: Callable[[str], set[str]]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        folder: Path,
+        events_of: Callable[[str], set[str]],
+        has_news: Callable[[str], bool] = lambda session: True,
+        handed_in: HandedIn | None = None,
+    ) -> None:
         self.app = app
         self._folder = folder.resolve()
         self._events_of = events_of
         self._sessions = _Owners()
-        self._uploads = _Owners()
+        self._has_news = has_news
+        self._uploads = handed_in or HandedIn()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on.
@@ -86,8 +97,11 @@ class Gate:
             raise Refusal(404, "not_found", "There is nothing here.")
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         if scope["method"] in ("GET", "HEAD"):
-            self._check_reading(path, scope, user)
-            await self.app(scope, receive, send)
+            if self._check_reading(path, scope, user):
+                await self.app(scope, receive, send)
+            else:  # Gradio would begin an answer and fail in the middle of it
+                answer = Response(f"data: {NO_SUCH_STREAM}\n\n", media_type="text/event-stream")
+                await answer(scope, receive, send)
         elif scope["method"] != "POST" or path not in (JOIN, RUN, CANCEL, UPLOAD, RESET):
             raise Refusal(404, "not_found", "There is nothing here.")
         elif path == UPLOAD:
@@ -96,22 +110,34 @@ class Gate:
             await self.app(scope, receive, _Listening(send, lambda paths: self._own(paths, user)))
         else:
             body = await _read_json(receive)
-            self._check_session(str(body.get("session_hash", "")), user)
-            if path == CANCEL and body.get("event_id") not in self._events_of(str(body["session_hash"])):
+            session = body.get("session_hash")
+            self._check_session(session if isinstance(session, str) else "", user)
+            if path == CANCEL and body.get("event_id") not in list(self._events_of(str(session))):
                 raise Refusal(404, "not_found", "There is no such event.")
-            self._check_files(body.get("data"), user)
+            self._check_files(
+                body.get("data"), lambda name: self._is_file(name) and self._uploads.owns(name, user.name)
+            )
+            self._check_files(body.get("event_data"), self._is_inside)  # it quotes what the page shows
             await self.app(scope, _replay(json.dumps(body).encode(), scope), send)
 
-    def _check_reading(self, path: str, scope: Scope, user: User) -> None:
+    def _check_reading(self, path: str, scope: Scope, user: User) -> bool:
+        """Check what is read; False for the news of a session that has none.
+
+        Raises:
+            Refusal: 403 or 404.
+        """
         if path.startswith(FILE):
             self._check_file(path.removeprefix(FILE))
         elif not READABLE.fullmatch(path):
             raise Refusal(404, "not_found", "There is nothing here.")
         elif path == f"{API}/queue/data":
-            query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-            self._check_session(query.get("session_hash", [""])[0], user)
+            sessions = QueryParams(scope.get("query_string", b"")).getlist("session_hash")
+            session = sessions[0] if len(sessions) == 1 else ""  # of several Gradio would take another one
+            self._check_session(session, user)
+            return self._has_news(session)
         elif path.startswith(f"{API}/heartbeat/"):
             self._check_session(path.rsplit("/", 1)[1], user)
+        return True
 
     def _check_file(self, name: str) -> None:
         """Let a file of the private folder be read, links excluded.
@@ -119,15 +145,19 @@ class Gate:
         Raises:
             Refusal: 403.
         """
-        if not self._is_inside(name):
+        if not self._is_file(name):
             raise Refusal(403, "forbidden", "This file is not served.")
 
     def _is_inside(self, name: str) -> bool:
+        """Whether a name is that of a place in the private folder, and leads through no link."""
         try:
             path = Path(name)
-            return path.is_relative_to(self._folder) and path.resolve() == path and path.is_file()
+            return path.is_relative_to(self._folder) and path.resolve() == path
         except (OSError, ValueError):  # names too long, with null bytes and the like
             return False
+
+    def _is_file(self, name: str) -> bool:
+        return self._is_inside(name) and Path(name).is_file()
 
     def _check_session(self, session: str, user: User) -> None:
         if not SESSION.fullmatch(session) or not self._sessions.claim(session, user.name):
@@ -135,10 +165,14 @@ class Gate:
 
     def _own(self, paths: Any, user: User) -> None:
         for path in paths if isinstance(paths, list) else ():
-            self._uploads.claim(str(path), user.name)
+            self._uploads.add(str(path), user.name)
 
-    def _check_files(self, data: Any, user: User) -> None:
-        """Look through what a request hands over for files, which must be uploads of its user.
+    def _check_files(self, data: Any, is_allowed: Callable[[str], bool]) -> None:
+        """Look through what a request hands over for files.
+
+        Args:
+            data: of JSON.
+            is_allowed: whether a file may be named.
 
         Raises:
             Refusal: 403.
@@ -152,11 +186,7 @@ class Gate:
                 left.extend(value.values())
                 if "path" in value or "meta" in value:
                     name = value.get("path")
-                    if (
-                        not isinstance(name, str)
-                        or not self._is_inside(name)
-                        or not self._uploads.owns(name, user.name)
-                    ):
+                    if not isinstance(name, str) or not is_allowed(name):
                         raise Refusal(403, "forbidden", "A request may name only files that its user has uploaded.")
 
 

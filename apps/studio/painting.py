@@ -15,6 +15,7 @@ import gradio as gr
 from pydantic import ValidationError
 
 from apps.engine import Engine
+from apps.failures import is_storage_failure
 from apps.job_store import QueueFullError
 from apps.jobs import AnyRequest
 from apps.prompt_file import PromptFileError, PromptLine, line_error, request_fields
@@ -61,13 +62,15 @@ class Painting:
         """Queue what the page asks for; `Following` shows how it goes."""
         try:
             owner = self._sessions.painter(request)
-            wanted = self._requests(values)
+            wanted = self._requests(values, owner)
             is_idle = not self._engine.unfinished(owner)
             if values["mode"] == "grid":
                 jobs = self._submit_grid(wanted[0], values, owner)
             else:
                 jobs = self._submit(wanted, owner)
-        except (ValueError, TypeError, QueueFullError) as error:
+        except (ValueError, TypeError, QueueFullError, OSError) as error:
+            if isinstance(error, OSError) and not is_storage_failure(error):
+                raise
             return problem(explain(error, self._words))
         self.displays.ask(request, jobs)
         changes: Changes = {"problem": "", "pulse": str(time.time_ns())}
@@ -161,11 +164,12 @@ class Painting:
 
     # ------------------------------------------------------------------------ asking
 
-    def _requests(self, values: Mapping[str, Any]) -> list[AnyRequest]:
+    def _requests(self, values: Mapping[str, Any], owner: str) -> list[AnyRequest]:
         """Make the requests of a click: one, or one for each prompt of a file."""
         values = dict(values)
         if values["mode"] == "inpaint" and values["mask"]:
-            values["mask"] = self._engine.uploads.add(read_mask(values["mask"]))
+            with self._engine.uploads.decoding:
+                values["mask"] = self._engine.uploads.add(read_mask(values["mask"]), owner)
         model = self._loaded(values["model"])
         tasks = () if model is None else model.tasks
         if model is not None and "image_to_image" in tasks and "strength" not in model.accepts("image_to_image"):

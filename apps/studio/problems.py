@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from apps.events import Failed
+from apps.failures import is_storage_failure
 from apps.jobs import TASKS
 from apps.request_error import TranslatableError
 from apps.studio import views
@@ -104,7 +105,7 @@ def explain(error: Exception, words: Strings) -> str:
         return words(error.key)
     if isinstance(error, TranslatableError):
         return _say(error, words)
-    return words("wrong_form")
+    return words("failed.storage" if is_storage_failure(error) else "wrong_form")
 
 
 def explain_failure(failed: Failed, words: Strings) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 
 import pytest
 
+from apps.limits import UploadQuota
+from apps.studio.handed_in import HandedIn
 from tests.studio.serving import client_of, pages_of, png, serving_page
 
 
@@ -94,6 +97,52 @@ def test_uploads_work_for_who_made_them_and_for_nobody_else(users):
         assert "process_completed" in text
 
 
+def test_users_who_hand_in_the_same_file_both_may_use_it(users):
+    content = {"files": ("same.txt", b"a fox\n", "text/plain")}
+    page = pages_of(users.app)[""]
+    many = next(one for one in file_events(page) if "many" in str(page.fns[one[0]].inputs[0].elem_id))
+    with client_of(users, "ann") as ann, client_of(users, "bob") as bob:
+        for name, client in (("ann", ann), ("bob", bob)):
+            (path,) = client.post("/gradio_api/upload", files=content).json()
+            body = {**ask_with_file(*many, path), "session_hash": f"{name}same"}
+            assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+
+
+def test_what_an_event_tells_of_the_page_names_no_file_elsewhere(local):
+    body = ask_with_file(0, 0, 0, "x") | {"session_hash": "told"}
+    with client_of(local) as client:
+        for path, status in ((str(local.secret), 403), ("/etc/passwd", 403), (7, 403)):
+            told = {"index": 0, "value": {"image": {"path": path}}}
+            answer = client.post("/gradio_api/queue/join", json={**body, "event_data": told})
+            assert answer.status_code == status, path
+
+
+def test_uploads_to_the_page_have_a_quota(tmp_path):
+    kept = HandedIn(UploadQuota(pictures=3, bytes=1_000))
+    files = [tmp_path / f"{i}.txt" for i in range(5)]
+    for file in files:
+        file.write_bytes(b"x" * 100)
+    kept.add(str(files[0]), "bob")
+    for file in files:
+        kept.add(str(file), "ann")
+    assert [kept.owns(str(file), "ann") for file in files] == [False, False, True, True, True]
+    assert [file.is_file() for file in files] == [True, False, True, True, True]  # bob has the first one too
+    files[1].write_bytes(b"x" * 950)
+    kept.add(str(files[1]), "ann")
+    assert [kept.owns(str(file), "ann") for file in files] == [False, True, False, False, False]
+
+
+def test_the_quota_holds_over_http(tmp_path, monkeypatch):
+    monkeypatch.setattr("apps.studio.handed_in.UploadQuota", lambda: UploadQuota(pictures=2))
+    with serving_page(tmp_path, with_users=False) as served, client_of(served) as client:
+        paths = []
+        for i in range(4):
+            prefix = "/zh" if i % 2 else ""
+            content = {"files": (f"{i}.txt", os.urandom(64), "text/plain")}
+            paths += client.post(f"{prefix}/gradio_api/upload", files=content).json()
+        assert [os.path.exists(path) for path in paths] == [False, False, True, True]
+
+
 # ------------------------------------------------------------------------------- files
 
 
@@ -152,6 +201,27 @@ def test_sessions_belong_to_the_user_who_opened_them(users):
             bob.post("/gradio_api/cancel", json={"session_hash": "bobs", "fn_index": 0, "event_id": "anns"}),
         ):
             assert answer.status_code == 404, answer.request.url
+
+
+def test_a_session_can_not_be_hidden_behind_another_one(users):
+    with client_of(users, "ann") as ann, client_of(users, "bob") as bob:
+        ann.post("/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "annshidden"})
+        for query in ("session_hash=bobs2&session_hash=annshidden", "session_hash=annshidden&session_hash=bobs2", ""):
+            answer = bob.get(f"/gradio_api/queue/data?{query}")
+            assert answer.status_code == 404, query
+        for session in (None, 7, True, ["annshidden"], {"a": 1}):
+            body = {"data": [], "fn_index": 0, "session_hash": session}
+            for path in ("queue/join", "run/predict", "cancel", "reset"):
+                assert bob.post(f"/gradio_api/{path}", json=body).status_code == 404, (session, path)
+
+
+def test_news_of_a_session_without_any_end_at_once_and_leave_no_trace(users, caplog):
+    with client_of(users, "eve") as eve:
+        answer = eve.get("/gradio_api/queue/data", params={"session_hash": "never-joined"})
+    assert answer.status_code == 200
+    told = json.loads(answer.text.removeprefix("data: "))
+    assert (told["msg"], told["session_not_found"]) == ("unexpected_error", True)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_routes_that_the_page_does_not_use_are_closed(local):

@@ -12,9 +12,9 @@ import time
 import httpx
 import pytest
 
-from apps.api import connections
+from apps.api import connections, logins, tokens
 from apps.api.guards import BodyLimits
-from apps.api.tokens import add_user
+from apps.api.tokens import TokenTable, add_user
 from tests.studio.fakes import FakePipeline
 from tests.studio.serving import bearer, client_of, png, raw, serving_page
 
@@ -119,6 +119,34 @@ def test_a_body_is_not_read_before_the_user_is_known(users):
         assert b"connection: close" in answer.lower()
 
 
+@pytest.mark.parametrize("origins", [["http://["], ["ftp://{own}"], ["", ""], ["http://{own}", "http://evil.example"]])
+def test_origins_that_no_page_of_ours_has_are_refused(local, origins):
+    own = f"127.0.0.1:{local.port}"
+    lines = "".join(f"Origin: {one.format(own=own)}\r\n" for one in origins)
+    answer = raw(local, f"GET /config HTTP/1.1\r\nHost: {own}\r\nConnection: close\r\n{lines}\r\n")
+    assert answer.startswith(b"HTTP/1.1 403")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [("&".join(f"a{i}=1" for i in range(20)), 422), ("username=ann&password=" + "x" * 9_000, 413), ("", 401)],
+)
+def test_the_login_form_is_refused_in_words(users, body, status):
+    with client_of(users) as client:
+        answer = client.post("/login", content=body, headers={"Content-Type": "application/x-www-form-urlencoded"})
+        assert answer.status_code == status
+
+
+def test_tokens_of_any_length_are_not_hashed(users, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(tokens, "_digest", lambda salt, token: hashed.append(len(token)) or "")
+    with client_of(users) as client:
+        assert client.get("/v1/models", headers={"Authorization": "Bearer " + "x" * 20_000}).status_code == 401
+        assert not hashed
+        assert client.get("/v1/models", headers={"Authorization": "Bearer xyz"}).status_code == 401
+        assert set(hashed) == {3}
+
+
 @pytest.mark.parametrize("path", ["/login", "/gradio_api/queue/join", "/v1/jobs", "/gradio_api/cancel", "/v1/pictures",
                                   "/gradio_api/upload", "/zh/gradio_api/upload"])  # fmt: skip
 def test_bodies_are_limited_with_a_length_and_without(users, path):
@@ -178,6 +206,48 @@ def test_signing_out_ends_the_session(users):
         assert other.get("/config", headers=cookie).status_code == 401
 
 
+def test_a_link_on_another_page_signs_nobody_out(users):
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    with client_of(users, "bob") as client:
+        asked = client.get("/logout", headers={**link, "Accept-Language": "zh-CN"})
+        assert asked.status_code == 200
+        assert 'action="/logout"' in asked.text
+        assert client.post("/logout", headers={**link, "Origin": "https://evil.example"}).status_code == 403
+        assert client.get("/config").status_code == 200
+        assert client.post("/logout", headers={"Origin": users.address}).status_code == 303
+        assert client.get("/config").status_code == 401
+
+
+def test_signing_in_again_ends_what_was_before(users):
+    with client_of(users, "ann") as client:
+        before = {"Cookie": f"tessera-session={client.cookies['tessera-session']}"}
+        client.post("/login", data={"username": "bob", "password": users.tokens["bob"]})
+        assert client.get("/config").status_code == 200
+        with client_of(users) as other:
+            assert other.get("/config", headers=before).status_code == 401
+
+
+def test_nobody_signs_others_out_by_signing_in_often(tmp_path, monkeypatch):
+    monkeypatch.setattr(logins, "MAX_LOGINS_PER_USER", 3)
+    monkeypatch.setattr(logins, "MAX_LOGINS", 6)
+    names = {name: add_user(tmp_path / "users.json", name) for name in ("ann", "bob")}
+    table = logins.LoginTable(TokenTable(tmp_path / "users.json"))
+    bobs = table.open("bob", names["bob"])
+    anns = [table.open("ann", names["ann"]) for _ in range(20)]
+    signed_in = [table.user(f"tessera-session={value}") is not None for value in anns]
+    assert signed_in == [False] * 17 + [True] * 3
+    assert table.user(f"tessera-session={bobs}").name == "bob"
+
+
+@pytest.mark.parametrize("others", ['a={"x":"y"}', 'foo"=', "b@c=1", "no value", "tessera-session=x", "\xfc=1"])
+def test_cookies_of_other_servers_of_the_host_are_in_nobodys_way(users, others):
+    with client_of(users, "ann") as client:
+        own = f"tessera-session={client.cookies['tessera-session']}"
+    with client_of(users) as client:
+        for header in (f"{others}; {own}", f"{own}; {others}"):
+            assert client.get("/config", headers={"Cookie": header.encode("latin-1")}).status_code == 200
+
+
 # --------------------------------------------------------------------------- connections
 
 
@@ -200,6 +270,42 @@ def test_half_open_connections_do_not_shut_others_out(tmp_path, monkeypatch, sen
             assert len(served.server.server_state.connections) <= 24
         for one in sockets:
             one.close()
+
+
+def test_strangers_who_sign_in_slowly_do_not_shut_others_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 24)
+    with serving_page(tmp_path) as served:
+        head = f"POST /login HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\nContent-Length: 999\r\n\r\nx"
+        sockets = half_open(served, 60, head.encode())
+        with client_of(served, "ann") as client:
+            assert client.get("/v1/models").status_code == 200
+        for one in sockets:
+            one.close()
+
+
+def test_streams_of_one_user_do_not_shut_others_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 24)
+    with serving_page(tmp_path) as served:
+        head = f"GET /gradio_api/heartbeat/eves HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n"
+        head += f"Authorization: Bearer {served.tokens['eve']}\r\n\r\n"
+        with client_of(served, "ann") as client, client.stream("GET", "/gradio_api/heartbeat/anns") as anns:
+            beats = anns.iter_text()
+            assert "ALIVE" in next(beats)
+            sockets = half_open(served, 60, head.encode())
+            with client_of(served) as other:
+                assert other.get("/v1/models", headers=bearer(served, "bob")).status_code == 200
+            users_now = [one.user for one in served.server.server_state.connections if not one.transport.is_closing()]
+            assert len(users_now) <= 24
+            assert "ann" in users_now
+        for one in sockets:
+            one.close()
+
+
+def test_strangers_have_less_time_for_a_body(tmp_path):
+    sizes = BodyLimits(public_seconds=0.3)
+    with serving_page(tmp_path, sizes=sizes) as served:
+        head = f"POST /login HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\nContent-Length: 99\r\n\r\n"
+        assert raw(served, head, b"x", seconds=20).startswith(b"HTTP/1.1 408")
 
 
 def test_silent_connections_and_slow_headers_are_closed(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import sys
 import threading
 import time
@@ -13,14 +15,23 @@ from PIL import Image
 from apps import uploads
 from apps.api import messages
 from apps.api.streams import KEPT_STEPS, _Broadcast, _latest, _Message
+from apps.api.tokens import TokenTable
 from apps.engine import Engine
 from apps.events import Done, Failed
+from apps.failures import failure_of
 from apps.job_store import JobStore, QueueFullError, StoreError, StoreInUseError
 from apps.jobs import TextToImageRequest
 from apps.limits import ServerLimits, UploadQuota
+from apps.logs import PromptFilter
+from apps.studio.choosing import Choosing
+from apps.studio.painting import Painting
+from apps.studio.problems import explain, explain_failure
+from apps.studio.sessions import Sessions
+from apps.studio.strings import Strings
 from apps.temporary import private_folder, remove_stale
-from apps.uploads import UploadError, UploadStore
+from apps.uploads import UploadError, UploadStore, read_upload
 from apps.worker import fit_size
+from pipelines import words
 from tests.studio.fakes import FakePipeline
 from tests.studio.serving import client_of, png, serving_page
 
@@ -65,6 +76,57 @@ def test_the_worker_survives_a_full_disk_and_health_tells(tmp_path):
         assert served.engine.stream(again).wait_closed(30)
         assert served.engine.job(again).state == "done"
         assert client.get("/v1/health").json()["status"] == "ok"
+
+
+def test_reading_a_full_disk_does_not_make_it_well(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("apps.engine.RETRY_SECONDS", 0.02)
+    engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: FakePipeline())
+    try:
+        list(engine.generate(ask()))
+        fill(engine._store, True)
+        with pytest.raises(StoreError):
+            fill_up(engine._store)
+        with caplog.at_level("ERROR", "apps.engine"):
+            monkeypatch.setattr(engine._store, "check", lambda: (_ for _ in ()).throw(StoreError("still full")))
+            assert engine.jobs("local")
+            assert engine.unfinished("local") == []
+            assert engine.health().problems
+            deadline = time.monotonic() + 20
+            while "still full" not in caplog.text:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            time.sleep(0.2)  # some ten further attempts
+            assert caplog.text.count("still full") == 1
+        monkeypatch.undo()
+        fill(engine._store, False)
+        while engine.health().problems:  # nobody asks for anything: the worker finds out by itself
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        engine.close()
+
+
+def test_files_that_find_the_disk_full_are_refused_in_words(tmp_path, monkeypatch):
+    def full(*args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device", "/some/where")
+
+    with serving_page(tmp_path, with_users=False) as served, client_of(served) as client:
+        content = png(tmp_path).read_bytes()
+        monkeypatch.setattr("apps.uploads.save_picture", full)
+        answer = client.post("/v1/pictures", content=content)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage")
+        assert answer.json()["error"]["type"] == "server_error"
+        assert "disk" in answer.json()["error"]["message"]
+        assert "some" not in answer.text
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_page_says_that_the_disk_is_full(language):
+    said = Strings(language)
+    for error in (StoreError("no room at /some/where"), OSError(errno.ENOSPC, "full", "/some/where")):
+        assert explain(error, said) == said("failed.storage")
+        assert explain_failure(failure_of(error), said) == said("failed.storage")
+    assert explain(OSError(errno.ENOENT, "no such file"), said) == said("wrong_form")
 
 
 def test_a_failure_of_the_store_at_any_moment_ends_no_worker(tmp_path, monkeypatch):
@@ -235,6 +297,31 @@ def test_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     assert most == 1
 
 
+def test_masks_of_the_page_wait_for_their_turn_and_are_their_users(tmp_path, monkeypatch):
+    with serving_page(tmp_path) as served:
+        said, sessions = Strings("en"), Sessions(TokenTable(served.users))
+        held, recorded = [], []
+        monkeypatch.setattr(
+            "apps.studio.painting.read_mask",
+            lambda text: held.append(served.engine.uploads.decoding.locked()) or Image.new("L", (32, 32), 255),
+        )
+        monkeypatch.setattr(served.engine._store, "use_upload", lambda name, owner, size: recorded.append(owner))
+        painting = Painting(served.engine, said, sessions)
+        choosing = Choosing(served.engine, said, sessions, painting)
+        with pytest.raises(KeyError):  # of the model, which isn't among these values
+            painting._requests({"mode": "inpaint", "mask": "x"}, "bob")
+        choosing.take_source(str(png(tmp_path)), "ann")
+    assert held == [True]
+    assert recorded == ["bob", "ann"]
+
+
+def test_sixteen_bits_are_not_cut_off(tmp_path):
+    Image.new("I;16", (8, 8), 40_000).save(tmp_path / "deep.png")
+    assert read_upload(tmp_path / "deep.png").getpixel((0, 0)) == (156, 156, 156)
+    Image.new("I;16", (8, 8), 65_535).save(tmp_path / "white.png")
+    assert read_upload(tmp_path / "white.png").getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_users_have_a_quota_and_what_is_not_used_expires(tmp_path):
     store = JobStore(tmp_path / "jobs.sqlite")
     kept = UploadStore(tmp_path / "uploads", store, UploadQuota(pictures=3, bytes=10**9, seconds=3600))
@@ -315,6 +402,16 @@ def test_sizes_for_uploads_stay_in_range(size):
     assert width % 16 == height % 16 == 0
 
 
+def test_words_of_prompts_stay_out_of_the_servers_log():
+    passes = [
+        PromptFilter().filter(
+            logging.LogRecord(name, logging.WARNING, __file__, 1, "the words %s", ("'secret'",), None)
+        )
+        for name in (words.logger.name, "apps.engine")
+    ]
+    assert passes == [False, True]
+
+
 def test_folders_of_dead_processes_go(tmp_path):
     with private_folder(tmp_path) as alive:
         assert alive.stat().st_mode & 0o077 == 0
@@ -323,7 +420,11 @@ def test_folders_of_dead_processes_go(tmp_path):
         (dead / "lock").touch()
         (dead / "upload.png").touch()
         (tmp_path / "tessera-studio-link").symlink_to(tmp_path)
+        trap = tmp_path / "tessera-studio-trap"
+        trap.mkdir()
+        (trap / "lock").symlink_to(dead / "upload.png")
         remove_stale(tmp_path)
+        assert trap.is_dir()
         assert alive.is_dir()
         assert not dead.exists()
     assert not alive.exists()
