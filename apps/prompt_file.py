@@ -100,6 +100,12 @@ def parse_lines(text: str, name: str, known: Collection[str], most: int = MAX_LI
 
 def _parse(row: str, number: int, known: Collection[str]) -> dict[str, Any]:
     """Read one line."""
+    if row.startswith("[") and _is_json(row):
+        raise PromptFileError(
+            "file.list",
+            f"Line {number} is a JSON list; give text, or an object with the key 'prompt'.",
+            line=number,
+        )
     if not row.startswith(("{", '"')):
         return {"prompt": row}
     try:
@@ -124,6 +130,15 @@ def _parse(row: str, number: int, known: Collection[str]) -> dict[str, Any]:
             "file.prompt", f"Line {number} has no prompt; add the key 'prompt'.", line=number, key="prompt"
         )
     return value
+
+
+def _is_json(row: str) -> bool:
+    """Whether a line is JSON; text may begin with a bracket too."""
+    try:
+        json.loads(row)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 # ------------------------------------------------------------------- to fields of a request

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dit.runtime.coordinates import coordinates_scope
-from sampling.noise_table import NoiseTable, next_run
+from dit.runtime.coordinates import coordinates_scope, next_run
+from sampling.noise_table import NoiseTable
 
 State = dict[str, Any]
 """Tensors of a run by name, which a step callback may replace: "latents" (B, C, h, w) or (B, C, T, h, w), float32, and

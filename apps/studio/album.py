@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,6 @@ from apps.studio.grids import GridRecord, Grids
 
 RECENT = 24
 """Pictures in the strip below the stage; older ones are in the gallery."""
-REMEMBERED = 1_000
-"""Reports of accelerators that are remembered; the record of the pictures has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +27,14 @@ class Shown:
         settings: what reproduces it.
         seconds: time it took.
         report: what accelerators did.
+        notes: what keeps it from being what was asked for, a sentence each, see `apps.events.Picture`.
     """
 
     path: Path
     settings: PictureSettings
     seconds: float
     report: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def clip(self) -> Path | None:
@@ -68,7 +69,6 @@ class Album:
     def __init__(self, engine: Engine, grids: Grids) -> None:
         self._engine = engine
         self._grids = grids
-        self._reports: dict[str, str] = {}
 
     def names(self, owner: str) -> tuple[str, ...]:
         """Return the file names of an owner's newest pictures: cheap, and another answer means other pictures."""
@@ -98,26 +98,18 @@ class Album:
         return found
 
     def take(self, picture: Picture) -> Shown:
-        """Return a picture as it was told, and remember what accelerators did for it.
+        """Return a picture as it was told.
 
         Raises:
             ValueError: it has no file.
         """
         if picture.path is None:
             raise ValueError("The studio's engine has no output folder; give it one.")
-        if picture.report:
-            self._reports[picture.path.name] = picture.report
-            if len(self._reports) > REMEMBERED:
-                self._reports.pop(next(iter(self._reports)), None)
-        return Shown(picture.path, picture.metadata, picture.seconds, picture.report)
-
-    def report(self, name: str) -> str:
-        """Return what accelerators did for a picture, by the name of its file; empty if that isn't known any more."""
-        return self._reports.get(name, "")
+        return Shown(picture.path, picture.metadata, picture.seconds, picture.report, tuple(picture.notes))
 
     def sheet(self, record: GridRecord) -> ShownSheet | None:
         """Return the sheet of a grid that is complete."""
-        path = self._grids.sheet(record, self.report)
+        path = self._grids.sheet(record)
         return None if path is None else ShownSheet(path, record)
 
     def _newest(self, jobs: Sequence[str]) -> str | None:
@@ -127,4 +119,5 @@ class Album:
         folder = self._engine.output_dir
         if folder is None or not (folder / picture.name).is_file():
             return None
-        return Shown(folder / picture.name, parse(picture.settings), picture.seconds, self.report(picture.name))
+        notes = tuple(json.loads(picture.notes))
+        return Shown(folder / picture.name, parse(picture.settings), picture.seconds, picture.report, notes)

@@ -40,7 +40,8 @@ from pipelines import builtin_models
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every listener: the page is no API, and it draws its own progress."""
-GO = "(...all) => { window.tessera.go('%s'); return '%s'; }"
+GO = "(...all) => { window.tessera.go('%s'); return ['%s', '']; }"
+"""Open a tab; what was said about a request of another one goes away."""
 STATES = {
     "visit": [], "chosen": None, "many": [], "hung": [], "source": None, "page": 0,
     "job": None, "seen": None,
@@ -302,6 +303,7 @@ def _connect(page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions
     changed = [parts[name].change for name in SAVED if name != "mode"]
     names = str(list(SAVED))
     gr.on(changed, None, wiring.components(SAVED), [parts["saved"], parts["problem"]], js=REMEMBER % names, **QUIET)
+    parts["mask"].change(None, None, parts["problem"], js="() => ''", **QUIET)  # the browser doesn't keep it
 
 
 def _connect_painting(wiring: _Wiring, painting: Painting) -> None:
@@ -418,7 +420,9 @@ def _connect_tabs(wiring: _Wiring, choosing: Choosing) -> None:
         return listener
 
     for name in TABS:
-        chosen = parts[f"tab_{name}"].select(None, None, parts["mode"], js=GO % (name, name), **QUIET)
+        chosen = parts[f"tab_{name}"].select(
+            None, None, [parts["mode"], parts["problem"]], js=GO % (name, name), **QUIET
+        )
         chosen.then(
             lambda key, mode: wiring.told(choosing.fit(key, mode)),
             wiring.components(["model", "mode"]),

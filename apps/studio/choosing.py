@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 PAGE = 24
 """Pictures on a page of the gallery."""
+PROMPT_FILES = (".txt", ".jsonl")
+"""Endings of files of prompts; a table would be read as prompts, line by line."""
 SHOWN_SIDE = 1_024
 """Of a picture to start from, as the page shows it, pixels; jobs use all of it."""
 SAVED = (
@@ -353,8 +355,14 @@ class Choosing:
         """Read a file of prompts and check each line by itself.
 
         Raises:
-            PromptFileError: a line is not understood or out of range, or there are too many.
+            PromptFileError: the file is of another kind, a line is not understood or out of range, or there are too
+                many.
         """
+        if path.suffix.lower() not in PROMPT_FILES:
+            kinds = ", ".join(PROMPT_FILES)
+            raise PromptFileError(
+                "file.kind", f"{path.name} is not one of {kinds}; choose such a file.", file=path.name, choices=kinds
+            )
         with path.open("rb") as file:
             data = file.read(limits.MAX_UPLOAD_BYTES)
         known = request_field_names() | COMMAND_LINE_NAMES

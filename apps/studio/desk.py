@@ -60,9 +60,7 @@ def ask(words: Strings) -> Parts:
             text = prompts[i] if i < len(prompts) else ""
             parts[f"chip_{i}"] = gr.Button(text, size="sm", visible=False, elem_classes="chip")
     with gr.Row(elem_id="prompt-file"):
-        parts["many_file"] = gr.UploadButton(
-            words("from_file"), file_types=[".txt", ".jsonl"], size="sm", elem_id="many-file", min_width=80
-        )
+        parts["many_file"] = gr.UploadButton(words("from_file"), size="sm", elem_id="many-file", min_width=80)
         parts["many_note"] = gr.HTML("", elem_id="many-note", js_on_load=None)
         parts["many_drop"] = gr.Button(words("from_file.drop"), size="sm", visible=False, min_width=80)
     return parts
@@ -71,9 +69,7 @@ def ask(words: Strings) -> Parts:
 def source(words: Strings) -> Parts:
     """Lay out the image to start from, and the brush that marks a part of it."""
     view = gr.HTML(views.source(words), elem_id="source-view", js_on_load=None)
-    file = gr.UploadButton(
-        words("source.choose"), file_types=[".png", ".jpg", ".jpeg", ".webp"], size="sm", elem_id="source-file"
-    )
+    file = gr.UploadButton(words("source.choose"), size="sm", elem_id="source-file")
     gr.HTML(views.brush_tools(words), elem_id="brush-tools", js_on_load=None)
     return {"source_view": view, "source_file": file}
 
@@ -161,9 +157,7 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
         parts["file_format"] = fields.Radio(["png", "webp"], value="png", label=words("file_format"), elem_id="format")
         parts["keep_settings"] = gr.Checkbox(True, label=words("keep_settings"), elem_id="keep")
         parts["sidecar"] = gr.Checkbox(False, label=words("sidecar"), elem_id="sidecar")
-    parts["settings_file"] = gr.UploadButton(
-        words("load_settings"), file_types=[".png", ".webp", ".mp4"], size="sm", elem_id="settings-file"
-    )
+    parts["settings_file"] = gr.UploadButton(words("load_settings"), size="sm", elem_id="settings-file")
     return parts
 
 

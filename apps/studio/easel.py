@@ -7,10 +7,15 @@ from typing import Any
 
 import gradio as gr
 
+from apps.engine import Engine
 from apps.studio import grid_view, views
 from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.grids import Grids
 from apps.studio.strings import Strings
+from apps.studio.vocabulary import unknown_words
+
+MAX_NAMED = 12
+"""Unknown words that the page names."""
 
 Changes = dict[str, Any]
 """Part of the page -> its new value, or a `gr.update`."""
@@ -20,11 +25,13 @@ class Easel:
     """Puts finished pictures, or a view of one to come, onto the stage.
 
     Args:
+        engine: knows where models lie.
         words: of the page.
         grids: gives the cells of grids.
     """
 
-    def __init__(self, words: Strings, grids: Grids) -> None:
+    def __init__(self, engine: Engine, words: Strings, grids: Grids) -> None:
+        self._engine = engine
         self._words = words
         self._grids = grids
 
@@ -62,9 +69,8 @@ class Easel:
         size = (shown.settings.width, shown.settings.height)
         clip = None if shown.clip is None else views.file_address(shown.clip)
         # By address and not as a data URI: Gradio keeps every message of a page that doesn't read.
-        return views.stage(
-            views.file_address(shown.path), size=size, note=note, share=share, strip=steps, scales=scales, clip=clip
-        )
+        address, named = views.file_address(shown.path), shown.settings.prompt or str(shown.settings.label)
+        return views.stage(address, size=size, alt=named, note=note, share=share, strip=steps, scales=scales, clip=clip)
 
     def acting_on(self, shown: Finished | None) -> Changes:
         """Return the facts and the buttons for what the stage shows; None turns the buttons off."""
@@ -94,7 +100,17 @@ class Easel:
             return ""
         if isinstance(shown, ShownSheet):
             return grid_view.details(shown.record, self._grids.files(shown.record), self._words)
-        return views.details(shown.settings, shown.seconds, self._words, shown.report)
+        facts = views.details(shown.settings, shown.seconds, self._words, shown.report)
+        return facts + "".join(views.hint(note) for note in self._notes(shown))
+
+    def _notes(self, shown: Shown) -> Sequence[str]:
+        """Return the notes on a picture, in the language of the page where the model's list of words is at hand."""
+        try:
+            text = f"{shown.settings.prompt} {shown.settings.negative_prompt}"
+            unknown = unknown_words(self._engine.source(shown.settings.model), text) if shown.notes else ()
+        except (KeyError, ValueError):  # the model isn't here any more, or its list can't be read
+            unknown = ()
+        return (self._words("facts.unknown", words=", ".join(unknown[:MAX_NAMED])),) if unknown else shown.notes
 
 
 def _file(shown: Finished) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apps.engine import STATE_FOLDER, Engine
 from apps.grid import Filled, compose
+from apps.job_store import StoredPicture
 from apps.sheet import GridSettings, save_sheet
 
 logger = logging.getLogger(__name__)
@@ -98,12 +99,11 @@ class Grids:
         """Whether nothing of a grid waits or runs any more."""
         return all(self._engine.job(job).ended is not None for job in record.jobs)
 
-    def sheet(self, record: GridRecord, reports: Callable[[str], str]) -> Path | None:
+    def sheet(self, record: GridRecord) -> Path | None:
         """Return the sheet of a grid, which is written once, when all of its cells have ended.
 
         Args:
             record: the grid.
-            reports: tells what accelerators did for the file of a picture.
 
         Returns:
             The file; None if the grid isn't complete, has no pictures, or the sheet has been removed.
@@ -113,10 +113,10 @@ class Grids:
             return path if path.is_file() else None
         saved = self._read(self._folder / f"{record.id}.json")  # the page in another language may have been first
         if saved is not None and saved.sheet:
-            return self.sheet(saved, reports)
+            return self.sheet(saved)
         if not self.is_complete(record):
             return None
-        filled = {place: self._filled(*cell, reports) for place, cell in self.files(record).items()}
+        filled = {place: self._filled(picture) for place, picture in self._pictures(record).items()}
         if not filled:
             return None
         name = f"{datetime.fromtimestamp(record.created):%Y%m%d-%H%M%S}-grid-{record.id}.png"
@@ -128,16 +128,21 @@ class Grids:
 
     def files(self, record: GridRecord) -> Cells:
         """Return the picture of each cell that has one, and the seconds that it took."""
-        found: dict[Place, tuple[Path, float]] = {}
+        pictures = self._pictures(record).items()
+        return {place: (self._output / picture.name, picture.seconds) for place, picture in pictures}
+
+    def _pictures(self, record: GridRecord) -> dict[Place, StoredPicture]:
+        """Return what is on record of each cell whose file is there."""
+        found: dict[Place, StoredPicture] = {}
         for job, place in record.places().items():
             for picture in self._engine.pictures(job):
                 if (self._output / picture.name).is_file():
-                    found[place] = (self._output / picture.name, picture.seconds)
+                    found[place] = picture
         return found
 
-    def _filled(self, path: Path, seconds: float, reports: Callable[[str], str]) -> Filled:
-        with Image.open(path, formats=["PNG", "WEBP"]) as image:
-            return Filled(image.convert("RGB"), seconds, reports(path.name))
+    def _filled(self, picture: StoredPicture) -> Filled:
+        with Image.open(self._output / picture.name, formats=["PNG", "WEBP"]) as image:
+            return Filled(image.convert("RGB"), picture.seconds, picture.report)
 
     def _read(self, file: Path) -> GridRecord | None:
         try:

@@ -52,7 +52,7 @@ class Painting:
         self._grids = Grids(engine)
         self.album = Album(engine, self._grids)
         self.displays = Displays()
-        self._easel = Easel(words, self._grids)
+        self._easel = Easel(engine, words, self._grids)
         self._waiting = Waiting(engine, words, self._grids)
         self.following = Following(
             engine, words, sessions, self._grids, self.album, self.displays, self._easel, self._waiting

@@ -1,6 +1,6 @@
 """The parts of the page that are drawn as HTML: pure functions from values to markup.
 
-Text that people typed never gets here; names from files are escaped.
+Text that people typed and names from files are escaped.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def stage(
     strip: str = "",
     scales: Sequence[str] = (),
     clip: str | None = None,
+    alt: str = "",
 ) -> str:
     """Draw the big frame with the picture in it and a line on how it goes.
 
@@ -65,21 +66,22 @@ def stage(
         strip: what a step cache did, a letter a step, see `apps.events.Step`.
         scales: data URIs of the scales so far.
         clip: address of a clip, which is played; then `picture` shows some of its frames until it is there.
+        alt: says what the picture shows; a preview needs none, because the line tells how it goes.
     """
     width, height = size
     inner = _empty_mosaic(busy=share is not None)
     if picture is not None:
         kind = "preview" if is_preview else "crisp" if max(size) <= PIXEL_SIDE else "smooth"
-        inner = f'<img class="{kind}" src="{picture}" alt="{"preview" if is_preview else "the picture"}">'
+        inner = f'<img class="{kind}" src="{picture}" alt="{escape(alt)}">'
     if picture is not None and clip is not None:
         inner = (
             f'<video src="{escape(clip)}" poster="{picture}" controls loop muted autoplay playsinline>'
-            f'<img class="strip" src="{picture}" alt="some frames of the clip"></video>'
+            f'<img class="strip" src="{picture}" alt="{escape(alt)}"></video>'
         )
     bar = "" if share is None else f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div>'
     steps = "".join(f'<i class="{"computed" if letter == "C" else "forecast"}"></i>' for letter in strip)
     steps = f'<div class="steps" aria-label="{strip}">{steps}</div>' if steps else ""
-    seen = "".join(f'<img src="{uri}" alt="scale {i + 1}">' for i, uri in enumerate(scales))
+    seen = "".join(f'<img src="{uri}" alt="{i + 1}">' for i, uri in enumerate(scales))
     seen = f'<div class="scales">{seen}</div>' if seen else ""
     frame = f'<div class="frame" style="--w:{width};--h:{height}">{inner}{bar}</div>'
     return f'{frame}{steps}{seen}<p role="status" class="note">{escape(note)}</p>'

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from apps.studio.theme import CLAY, theme
-from tests.studio.test_server import browser, open_page, page, server
+from tests.studio.test_server import browser, note_says, open_page, page, problem_says, server
 
 __all__ = ["browser", "page", "server"]
 LEAST = 4.5
@@ -66,6 +66,12 @@ MEASURE = """() => {
   return found;
 }"""
 """Every text that can be read on the page: its beginning, its colour and that of what it stands on, RGB to 255."""
+
+
+IN_SIGHT = """(place) => {
+  const box = document.querySelector(place).getBoundingClientRect();
+  return box.height > 0 && box.top >= 0 && box.bottom <= innerHeight;
+}"""
 
 
 def luminance(colour) -> float:
@@ -161,6 +167,86 @@ def test_the_stage_stays_in_sight_while_settings_are_tuned(server, page):
     page.set_viewport_size({"width": 390, "height": 844})  # a phone has no room for it
     page.locator("#settings-file").scroll_into_view_if_needed()
     assert page.locator("#stage .frame").bounding_box()["y"] < 0
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_an_error_is_in_sight_and_goes_when_its_cause_goes(server, page, tmp_path):
+    said = page.locator("#problem [role=alert]")
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.fill("#prompt textarea", "")
+    page.click("#paint")
+    said.wait_for()
+    page.wait_for_function(IN_SIGHT, arg="#problem")
+    choose(page, "inpaint")  # another tab, another request
+    said.wait_for(state="detached")
+
+    page.set_input_files("#source input[type=file]", source(tmp_path, 64, 64))
+    page.locator("#source canvas").wait_for()
+    page.click("#paint")
+    problem_says(page, "Nothing is marked")
+    page.click("[data-tool=invert]")  # marks all of it
+    said.wait_for(state="detached")
+
+    (tmp_path / "prompts.csv").write_text("prompt\na fox\n")
+    choose(page, "text")
+    page.set_input_files("#prompt-file input[type=file]", tmp_path / "prompts.csv")
+    problem_says(page, "prompts.csv is not one of .txt, .jsonl")
+    assert not page.locator(".toast-body").count()  # errors have one place
+    assert page.get_attribute("#prompt-file input[type=file]", "accept") == ".txt,.jsonl"
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_picture_sent_to_another_tab_is_in_sight_there(server, page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.fill("#prompt textarea", "a fox")
+    page.fill("#steps input[type=number]", "2")
+    page.click("#paint")
+    note_says(page, "Done")
+    page.click("#inpaint-it")
+    page.locator("#source canvas").wait_for()
+    page.wait_for_function(IN_SIGHT, arg="#source canvas")
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_grid_has_no_frames_and_whole_labels(server, page):
+    choose(page, "grid")
+    page.fill("#prompt textarea", "a fox")
+    page.locator("#tab-grid textarea").nth(0).fill("1, 2")
+    page.get_by_label("Down").click()
+    page.get_by_role("option", name="Guidance").click()  # the longest of the common labels
+    page.locator("#tab-grid textarea").nth(1).fill("1, 2")
+    page.click("#paint")
+    note_says(page, "Done")
+    cells = page.evaluate(
+        """[...document.querySelectorAll('.grid-view :is(table, tr, th, td)')].map(
+          (one) => getComputedStyle(one).borderTopWidth)"""
+    )
+    assert len(cells) > 4
+    assert set(cells) == {"0px"}
+    lines = page.evaluate(
+        """[...document.querySelectorAll('.grid-view th span')].map(
+          (one) => one.offsetHeight / parseFloat(getComputedStyle(one).lineHeight))"""
+    )
+    assert lines
+    assert all(count < 1.5 for count in lines), lines  # no word is broken
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_the_keyboard_sees_where_it_is(server, page):
+    for selector in ("#steps input[type=range]", "#paint", ".language"):
+        page.focus(selector)
+        page.keyboard.press("Shift+Tab")
+        page.keyboard.press("Tab")
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid", selector
+    page.focus("#model input")
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Tab")
+    shadow = "getComputedStyle(document.querySelector('#model .wrap-inner')).boxShadow"
+    assert page.evaluate(shadow) != "none"
 
 
 @pytest.mark.browser

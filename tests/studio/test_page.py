@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
+from html import unescape
 from types import SimpleNamespace
 
 import gradio as gr
@@ -162,6 +164,39 @@ def test_prompts_from_a_file_are_a_job_each(studio, tmp_path):
     visit = pictures(list(paint(studio, many=changes["many"])))
     assert [item.settings.prompt for item in visit] == ["a dog", "a cat", "a fox"]
     assert studio.choosing.drop_prompts()["many"] == []
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("name", ["prompts.csv", "prompts", "prompts.txt.png"])
+def test_a_file_of_another_kind_holds_no_prompts(studio, tmp_path, language, name):
+    (tmp_path / name).write_text("prompt,seed\na fox,5\n")
+    words = Strings(language)
+    choosing = Choosing(studio.engine, words, studio.sessions, studio.painting)
+    changes = choosing.take_prompts(str(tmp_path / name))
+    assert words("error.file.kind", file=name, choices=".txt, .jsonl") in unescape(changes[PLACE])
+    assert changes["many"] == []
+    settings = choosing.load_settings(str(tmp_path / name))
+    assert words("error.settings.form", file=name) in unescape(settings[PLACE])
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_unknown_words_are_said_beside_the_picture_also_after_a_restart(studio, tmp_path, language):
+    words = Strings(language)
+    (tmp_path / "words.txt").write_text("a\nfox\non\n")
+    sentence = "The model was not trained on the words 'teal'."
+    studio.pipe.unknown_words = lambda texts: ("teal",)
+    shown = pictures(list(paint(studio, prompt="a fox on <teal>")))[0]
+    assert any("teal" in note for note in shown.notes)
+    again = Painting(studio.engine, words, studio.sessions)  # knows what is on record only
+    (recorded,) = again.album.recent(studio.sessions.user(TAB))
+    assert recorded == shown
+    told = again.show(recorded)["details"]
+    assert words("facts.unknown", words="teal") in unescape(told)
+    assert 'alt="a fox on &lt;teal&gt;"' in again.show(recorded)["stage"]
+    assert "fox" not in told
+    (tmp_path / "words.txt").unlink()  # then what the record says
+    assert "teal" in again.show(replace(recorded, notes=(sentence,)))["details"]
+    assert 'class="hint"' not in again.show(replace(recorded, notes=()))["details"]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_a_value_out_of_range_refuses_the_file_with_line_and_key(row, key, said)
     [
         ("a fox\n{no json", "file.json", {"line": 2}),
         ('"unfinished', "file.json", {"line": 1}),
+        ('a fox\n[{"prompt": "a cat"}]', "file.list", {"line": 2}),
         ('a fox\n\n{"prompt": "x", "step": 3}', "file.key", {"line": 3, "key": "step"}),
         ('{"steps": 3}', "file.prompt", {"line": 1, "key": "prompt"}),
         ("# nothing\n\n", "file.empty", {"file": "prompts.jsonl"}),
@@ -95,6 +96,7 @@ def test_a_value_out_of_range_refuses_the_file_with_line_and_key(row, key, said)
     ],
 )
 def test_a_line_that_is_not_understood_refuses_the_file(text, key, values):
+    assert parse("[sketch] a fox")[0].values == {"prompt": "[sketch] a fox"}  # a bracket alone is no JSON
     with pytest.raises(PromptFileError) as caught:
         parse(text)
     assert caught.value.key == key

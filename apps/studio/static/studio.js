@@ -11,6 +11,35 @@
     },
   };
   window.tessera.go("text");
+
+  // The kinds of files that dialogs offer. Not set in Gradio, which would refuse others in English, and in another place
+  // than everything else; the listeners refuse them.
+  const KINDS = {
+    "#prompt-file": ".txt,.jsonl", "#source": ".png,.jpg,.jpeg,.webp", "#settings": ".png,.webp,.mp4",
+  };
+  const offer = () => {
+    for (const [place, kinds] of Object.entries(KINDS))
+      for (const input of document.querySelectorAll(`${place} input[type=file]`))
+        if (input.accept !== kinds) input.accept = kinds;
+  };
+  offer();
+
+  // What went wrong, and a picture that was just sent to another tab, are brought into sight where they are out of it.
+  let said = "", source = null;
+  const bring = (element, block) => {
+    const box = element.getBoundingClientRect();
+    if (box.top < 0 || box.bottom > innerHeight) element.scrollIntoView({ block });
+  };
+  new MutationObserver(() => {
+    const problem = document.querySelector("#problem .problem"), text = problem?.textContent ?? "";
+    if (text && text !== said) bring(problem, "center");
+    said = text;
+    offer();
+    const shown = document.querySelector("#source-view img")?.src ?? null;
+    const isOpen = ["image", "inpaint"].includes(document.querySelector("#desk")?.dataset.tab);
+    if (shown && shown !== source && isOpen) bring(document.querySelector("#source-view"), "start");
+    if (isOpen || !shown) source = shown;
+  }).observe(document.querySelector("#desk") ?? root, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-tab"] });
   document.documentElement.lang = location.pathname.startsWith("/zh") ? "zh" : "en";
 
   const dark = localStorage.getItem("tessera-dark");
