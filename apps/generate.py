@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from apps.engine import STATE_FOLDER, Engine, Event, Failed, ModelLoading, Picture, Step, resolve_device
 from apps.jobs import AnyRequest
+from apps.logs import PROMPT_WORDS
 from apps.lora import one_lora
 from apps.metadata import Lora, MemoryName, PictureSettings
 from apps.options import (
@@ -59,7 +60,7 @@ class Machine:
         """
         loras = {} if lora is None else one_lora(lora)
         logging.getLogger("apps").setLevel(logging.CRITICAL)  # an error is raised here; the log would tell it twice
-        logging.getLogger("pipelines.words").setLevel(logging.ERROR)  # `follow` prints the notes
+        logging.getLogger(PROMPT_WORDS).setLevel(logging.ERROR)  # `follow` prints the notes
         return Engine(name_models([model]), None, self.device, self.dtype, self.offload, self.base, loras=loras)
 
     def fitted(self, memory: MemoryName | None) -> Machine:
@@ -223,7 +224,9 @@ def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
     noted: set[str] = set()
-    with closing(events), Progress(*columns, console=console, transient=True) as progress:  # type: ignore[type-var]
+    # Elsewhere than on a terminal a bar would leave blank lines, and notes are lines for programs.
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with closing(events), bar as progress:  # type: ignore[type-var]
         task = progress.add_task("starting", total=None, left="")
         for event in events:
             match event:
@@ -239,7 +242,7 @@ def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
                     )
                 case Picture(notes=notes):
                     for note in (one for one in notes if one not in noted):
-                        console.print(f"[yellow]warning[/yellow] {escape(note)}", highlight=False)
+                        console.print(f"[yellow]warning[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
                     noted.update(notes)
                     yield event
                 case Failed():

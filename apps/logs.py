@@ -9,6 +9,8 @@ from rich.logging import RichHandler
 
 LIBRARIES = ("diffusers", "transformers")
 """Packages whose loggers write by themselves."""
+PROMPT_WORDS = "pipelines.words"
+"""Logger of warnings that name words of prompts."""
 
 UNKNOWN_WORDS = "pipelines.words"
 """Logger of what a model does not know of a prompt."""
@@ -37,7 +39,8 @@ def set_up() -> None:
     """Send warnings to the terminal; called by commands that serve, once."""
     handler = RichHandler(console=Console(stderr=True), show_path=False)
     handler.addFilter(PromptFilter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(name)s: %(message)s")
+    logging.getLogger(PROMPT_WORDS).setLevel(logging.ERROR)  # its warnings quote prompts; images carry them as notes
     logging.getLogger("uvicorn.error").addFilter(IncompleteFilter())
 
 

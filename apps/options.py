@@ -200,7 +200,7 @@ def complete(values: dict[str, Any], prompt: str | None, task: str) -> AnyReques
     try:
         return REQUEST.validate_python({"seed": DEFAULT_SEED, **values, **subject, "task": task})
     except ValidationError as error:
-        raise UsageError(f"{explain(error)}.") from None
+        raise UsageError(_sentence(explain(error))) from None
 
 
 def complete_again(values: dict[str, Any], prompt: str | None, taken: PictureSettings, model: str) -> AnyRequest:
@@ -230,7 +230,12 @@ def complete_again(values: dict[str, Any], prompt: str | None, taken: PictureSet
         return repeat(taken, **values, model=model)
     except ValidationError as error:
         items = error.errors(include_url=False, include_input=False)
-        raise UsageError(f"{'; '.join(explain_item(item, kind) for item in items)}.") from None
+        raise UsageError(_sentence("; ".join(explain_item(item, kind) for item in items))) from None
+
+
+def _sentence(text: str) -> str:
+    """End a text with one full stop; the messages of our own checks have theirs."""
+    return f"{text.removesuffix('.')}."
 
 
 def as_label(prompt: str) -> int | str:

@@ -341,8 +341,8 @@ async def _answer(asked: _Asked, user: User, engine: Engine, request: Request) -
         text = "response_format: url goes with neither stream=true nor output_format=jpeg; choose b64_json."
         raise HTTPException(422, error_body("bad_request", text, "response_format"))
     job_id = await run_in_threadpool(enqueue, engine, asked.request(), user)
-    stream, warnings = await run_in_threadpool(engine.stream, job_id), body.warnings()
-    headers = {"Warning": f'299 tessera "{"; ".join(warnings)}"'} if warnings else {}
+    stream, ignored = await run_in_threadpool(engine.stream, job_id), body.warnings()
+    headers = {"Warning": f'299 tessera "{"; ".join(ignored)}"'} if ignored else {}  # latin-1, so without the notes
     if body.stream:
         told = _told(asked, engine, job_id, stream)
         return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store", **headers})
@@ -358,8 +358,15 @@ async def _answer(asked: _Asked, user: User, engine: Engine, request: Request) -
     base_url = str(request.base_url).rstrip("/")
     addresses = [f"{base_url}{picture_url(job_id, picture)}" for picture in pictures]
     data = await run_in_threadpool(lambda: [_row(*one, body) for one in zip(pictures, addresses, strict=True)])
-    answer = {"created": int(time.time()), "data": data, **({"warnings": warnings} if warnings else {})}
+    answer = {"created": int(time.time()), "data": data, **_warned(body, *pictures)}
     return JSONResponse(answer, headers=headers)
+
+
+def _warned(body: ImagesRequest, *pictures: Picture) -> dict[str, list[str]]:
+    """Return the warnings of an answer: fields without effect, and what keeps the images from what was asked for."""
+    notes = dict.fromkeys(note for picture in pictures for note in picture.notes)
+    warnings = [*body.warnings(), *notes]
+    return {"warnings": warnings} if warnings else {}
 
 
 def _error(last: Event, pictures: list[Picture]) -> HTTPException | None:
@@ -434,10 +441,8 @@ def _partial_image(step: Step, index: int, asked: _Asked) -> str:
 
 def _completed(picture: Picture, asked: _Asked) -> str:
     """Tell an image that is done."""
-    warnings = asked.body.warnings()
     data = {**_shown(picture.image, asked.body), "b64_json": _content(picture, asked.body), "usage": None}
-    more = {"warnings": warnings} if warnings else {}
-    return _sent(f"{asked.name}.completed", {**data, "seed": picture.seed, **more})
+    return _sent(f"{asked.name}.completed", {**data, "seed": picture.seed, **_warned(asked.body, picture)})
 
 
 def _shown(image: Image.Image, body: ImagesRequest) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from apps.batch import BatchError, run_batch
 from apps.generate import Machine, Wishes, parse_size, picture_paths, run
 from apps.metadata import MetadataError, read_picture
 from apps.shelf import name_models
+from apps.usage import UsageError
 from tests.studio.fakes import FakePipeline
 
 
@@ -210,3 +211,20 @@ def test_unknown_words_are_in_the_rows_of_a_batch(fake, tmp_path, capsys):
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert "'teal'" in first["notes"][0]
     assert second["notes"] == []
+
+
+def test_off_a_terminal_nothing_but_whole_notes_is_told_beside_the_result(fake, tmp_path, capsys):
+    run(Wishes(prompt="a fox", steps=2), tmp_path / "a.png", CPU)
+    assert capsys.readouterr().err == ""
+    fake.unknown_words = lambda prompts: tuple(f"teal{i}" for i in range(9))
+    run(Wishes(prompt="a fox", steps=2), tmp_path / "b.png", CPU)
+    (note,) = capsys.readouterr().err.splitlines()
+    assert all(f"'teal{i}'" in note for i in range(9))
+
+
+def test_an_error_ends_with_one_full_stop(fake, tmp_path):
+    for wishes in (Wishes(prompt=" "), Wishes(prompt="a fox", steps=1000)):
+        with pytest.raises(UsageError) as caught:
+            run(wishes, tmp_path / "a.png", CPU)
+        assert str(caught.value).endswith(".")
+        assert not str(caught.value).endswith("..")

@@ -399,3 +399,15 @@ def test_a_caller_who_leaves_a_stream_stops_the_work(tmp_path):
     finally:
         server.should_exit = True
         engine.close()
+
+
+def test_warnings_name_words_that_the_model_does_not_know(fake, monkeypatch):
+    client, engine = fake
+    pipe = engine.model().result().pipe_for("text_to_image")
+    monkeypatch.setattr(pipe, "unknown_words", lambda prompts: ("\u72d0",), raising=False)
+    answer = client.post("/v1/images/generations", json={**SHORT, "n": 2, "user": "u1"}).json()
+    ignored, note = answer["warnings"]
+    assert ignored.startswith("user:")
+    assert "'\u72d0'" in note
+    told = events_of(client.post("/v1/images/generations", json={**SHORT, "stream": True}))
+    assert told[-1][1]["warnings"] == [note]
