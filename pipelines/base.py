@@ -313,13 +313,13 @@ class TesseraPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> list[Image.Image]:
-        """Show latents cheaply, without the decoder: a linear map from latent channels to colours.
+        """Show latents cheaply, see `dit.tokenizers.VisualTokenizer.preview`.
 
         Args:
             latents: normalised latents as the denoising loop holds them, (B, C, H, W), any float dtype.
 
         Returns:
-            B small pictures, one pixel per latent cell.
+            B images, no larger than the decoded ones.
         """
         with brought_over(self.vae) as device:  # offloading may have taken its weights away
             rgb = self.visual_tokenizer.preview(latents.to(device, torch.float32))  # (B, 3, h, w) in [-1, 1]

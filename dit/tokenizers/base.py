@@ -57,13 +57,13 @@ class VisualTokenizer:
         raise NotImplementedError
 
     def preview(self, z: Tensor) -> Tensor:
-        """Paint normalised latents cheaply, by one linear map.
+        """Show normalised latents cheaply, in a small part of the time of a denoising step.
 
         Args:
             z: (B, C, H, W).
 
         Returns:
-            (B, 3, h, w) in [-1, 1], smaller than the decoded picture.
+            (B, 3, h, w) in [-1, 1], no larger than the decoded image.
         """
         raise NotImplementedError
 

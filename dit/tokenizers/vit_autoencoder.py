@@ -25,6 +25,8 @@ from dit.runtime.typed import Typed
 from dit.tokenizers.base import TokenizerOutput, VisualTokenizer, paint_linear_preview
 
 PREVIEW_CELL = 4
+PREVIEW_TOKENS = 256
+"""Latent pixels up to which a preview runs the decoder, which then takes a small part of a step's time."""
 PREVIEW_SPREAD = 1.3
 """Largest standard deviation of an image's latents that a preview shows as it is; few encoded images exceed it."""
 
@@ -252,13 +254,19 @@ class ViTAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, VisualTok
         """The identity, see `normalize_latents`."""
         return z
 
+    @torch.no_grad()
     def preview(self, z: Tensor) -> Tensor:
-        """Paint latents by the linear map stored with the weights; (B, C, H, W) to (B, 3, 4H, 4W).
+        """Show latents by the decoder, (B, C, H, W) to (B, 3, H p, W p), or by a linear map, to (B, 3, 4H, 4W).
 
-        The map was fitted to latents of encoded images. Guided estimates of a finished image spread up to four times as
-        far in the first steps, which would saturate every colour; they are scaled back to the spread of encoded ones.
+        The linear map serves large latents, and where offloading has put the decoder's weights aside.
+        Guided estimates of a finished image spread up to four times as far in the first steps as latents of encoded
+        images, which would saturate every colour; they are scaled back to the spread of encoded ones.
         """
-        return paint_linear_preview(limit_spread(z[:, :, 0] if z.ndim == 5 else z), self.preview_factors)
+        z = limit_spread(z[:, :, 0] if z.ndim == 5 else z)  # (B, C, H, W)
+        weight = self.from_latent.weight
+        if z.shape[-2] * z.shape[-1] > PREVIEW_TOKENS or weight.is_meta:
+            return paint_linear_preview(z, self.preview_factors)
+        return self._decode(z.to(weight.dtype)).float().clamp(-1, 1)  # (B, 3, H p, W p)
 
 
 def limit_spread(z: Tensor, most: float = PREVIEW_SPREAD) -> Tensor:
