@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from apps.engine import Engine
 from apps.generate import DEFAULT_MODEL, Machine, Wishes, follow, make_request
-from apps.jobs import AnyRequest
+from apps.jobs import AnyRequest, explain
 from apps.options import check_wishes, read_line
 from apps.outputs import check_folder, picture_paths, save
 from apps.profiles import check_request
@@ -91,6 +92,8 @@ def run_batch(
         check_folder(folder)
         check_sources([source], machine.base)
         rehearsed = check_wishes(replace(common, prompt=EXAMPLE), source)
+        for line in lines:
+            _rehearse(line, source)
         opened = machine.fitted(common.memory).engine(source, common.lora)
     with closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
@@ -129,6 +132,26 @@ def read_lines(file: Path, common: Wishes) -> Iterator[Line]:
         yield Line(line.number, wishes, f"{line.number:05d}-{_digest(content)}", extra)
 
 
+def _rehearse(line: Line, source: str) -> None:
+    """Check all of a line that can be checked before a model is loaded.
+
+    Raises:
+        UsageError: an unknown name, or a value out of range; the message names the line.
+    """
+    try:
+        request = check_wishes(line.wishes, source)
+        if request is not None and line.fields:
+            _with_fields(request, line)
+    except (UsageError, ValidationError) as error:
+        problem = explain(error) if isinstance(error, ValidationError) else str(error)
+        raise UsageError(f"Line {line.number}: {problem}") from error
+
+
+def _with_fields(request: AnyRequest, line: Line) -> AnyRequest:
+    """Add the fields that the command line has no option for."""
+    return type(request).model_validate({**request.model_dump(), **line.fields}) if line.fields else request
+
+
 def _typed(number: int, said: dict[str, Any]) -> dict[str, Any]:
     """Check the types of a line's options.
 
@@ -147,8 +170,7 @@ def _digest(content: str) -> str:
 
 def _request(line: Line, engine: Engine) -> AnyRequest:
     """Make the request of a line."""
-    request = make_request(line.wishes, engine)
-    return type(request).model_validate({**request.model_dump(), **line.fields}) if line.fields else request
+    return _with_fields(make_request(line.wishes, engine), line)
 
 
 def _paint(
@@ -158,7 +180,7 @@ def _paint(
     row: dict[str, Any] = {"line": line.number, "prompt": line.wishes.prompt, "state": "done"}
     try:
         request = _request(line, engine)
-        paths = picture_paths(folder / f"{line.name}.png", request.num_images)
+        paths = picture_paths(folder / f"{line.name}.png", request.num_images, sidecar)
         if all(path.is_file() for path in paths):
             return {**row, "state": "skipped", "paths": [str(path) for path in paths]}
         with closing(follow(engine.generate(request), console)) as pictures:

@@ -112,7 +112,7 @@ def run(
     with checking(ValueError, FileNotFoundError):
         taken = None if settings is None else read_settings(settings)
         source = wishes.model or (DEFAULT_MODEL if taken is None else named_model(taken))
-        check_output(output or DEFAULT_OUTPUT)
+        check_output(output or DEFAULT_OUTPUT, sidecar)
         check_sources([source], machine.base)
         rehearsed = check_wishes(wishes, source, taken)
         memory = wishes.memory or (None if taken is None else taken.memory)
@@ -124,7 +124,7 @@ def run(
             request = make_request(wishes, engine, taken, settings)
             if output is not None and is_clip(output) and engine.model().result().frames is None:
                 raise UsageError(f"The model {source!r} makes images, not clips; write to a '.png' file.")
-        paths = iter(_output_paths(output, 1 if request.pick is not None else request.num_images, told))
+        paths = iter(_output_paths(output, 1 if request.pick is not None else request.num_images, told, sidecar))
         with closing(follow(engine.generate(request), told)) as pictures:
             written = [(save(picture, next(paths), keep_settings, sidecar), picture) for picture in pictures]
     if taken is not None:
@@ -132,10 +132,10 @@ def run(
     report(written, json_output)
 
 
-def _output_paths(output: Path | None, num: int, told: Console) -> list[Path]:
+def _output_paths(output: Path | None, num: int, told: Console, sidecar: bool) -> list[Path]:
     """Name the files; without a name asked for, one that no file has."""
     if output is not None:
-        return picture_paths(output, num)
+        return picture_paths(output, num, sidecar)
     free = free_output(num)
     if free != DEFAULT_OUTPUT:
         told.print(f"[yellow]note[/yellow] {DEFAULT_OUTPUT} is kept; writing {free}", highlight=False)

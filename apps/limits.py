@@ -32,6 +32,7 @@ MAX_MASK_BLUR = 64
 """Pixels that the soft edge of a mask may be wide."""
 MAX_UPLOAD_BYTES = 20 * 1_024 * 1_024
 MAX_UPLOAD_PIXELS = 4_096 * 4_096
+MAX_UPLOAD_SIDE = 16_384
 """Of a picture handed in; counted before it is decoded."""
 MAX_METADATA_BYTES = 64 * 1_024
 """Of the settings stored in one picture; read files are refused above it before they are parsed."""

@@ -238,6 +238,11 @@ def save_picture(image: Image.Image, path: Path, settings: PictureSettings | Non
     return path
 
 
+def sidecar_path(picture: Path) -> Path:
+    """Return the file that settings beside a picture stand in."""
+    return picture.with_name(f"{picture.name}.json")
+
+
 def save_sidecar(settings: PictureSettings, picture: Path) -> Path:
     """Write the settings of a picture beside it; the file appears complete or not at all.
 
@@ -248,7 +253,7 @@ def save_sidecar(settings: PictureSettings, picture: Path) -> Path:
     Returns:
         The JSON file, which `--settings` takes as it takes the picture.
     """
-    path = picture.with_name(f"{picture.name}.json")
+    path = sidecar_path(picture)
     partial = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         partial.write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from apps.events import Picture
 from apps.media import save_mp4
-from apps.metadata import FORMATS, save_picture, save_sidecar
+from apps.metadata import FORMATS, save_picture, save_sidecar, sidecar_path
 from apps.usage import UsageError
 
 DEFAULT_OUTPUT = Path("tessera.png")
@@ -22,8 +22,12 @@ def is_clip(path: Path) -> bool:
     return path.suffix.lower() == ".mp4"
 
 
-def check_output(output: Path) -> None:
+def check_output(output: Path, sidecar: bool = False) -> None:
     """Refuse names of files that can't keep settings, and files that can't be written.
+
+    Args:
+        output: the name asked for.
+        sidecar: whether a JSON file goes beside it.
 
     Raises:
         UsageError: neither a PNG, a WebP nor an MP4 name, or not writable.
@@ -34,6 +38,8 @@ def check_output(output: Path) -> None:
             "('.mp4' for clips)."
         )
     check_writable(output)
+    if sidecar:
+        check_writable(sidecar_path(output))
 
 
 def check_writable(file: Path) -> None:
@@ -80,12 +86,13 @@ def _check_folder(folder: Path, named: Path) -> None:
         ) from error
 
 
-def picture_paths(output: Path, num: int) -> list[Path]:
+def picture_paths(output: Path, num: int, sidecar: bool = False) -> list[Path]:
     """Name the files and make sure that they can be written, before any time is spent on generating.
 
     Args:
         output: the name asked for.
         num: how many images.
+        sidecar: whether a JSON file goes beside each.
 
     Returns:
         `output` alone, or with -0, -1, ... before the ending.
@@ -95,7 +102,7 @@ def picture_paths(output: Path, num: int) -> list[Path]:
     """
     paths = _numbered(output, num)
     for path in paths:
-        check_output(path)
+        check_output(path, sidecar)
     output.parent.mkdir(parents=True, exist_ok=True)
     return paths
 
@@ -115,7 +122,7 @@ def free_output(num: int, output: Path = DEFAULT_OUTPUT) -> Path:
         paths = _numbered(candidate, num)
         beside = (
             *(path.with_suffix(".mp4") for path in paths),
-            *(path.with_name(f"{path.name}.json") for path in paths),
+            *(sidecar_path(path) for path in paths),
         )
         if not any(os.path.lexists(path) for path in (*paths, *beside)):
             return candidate

@@ -90,6 +90,14 @@ def _decode(data: Source) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # counted here, and lower
             with Image.open(opened, formats=["PNG", "JPEG", "WEBP"]) as image:
+                if max(image.size) > limits.MAX_UPLOAD_SIDE:  # a strip takes far longer to decode than its pixels say
+                    raise UploadError(
+                        "upload.side",
+                        f"The picture has {image.width} x {image.height} pixels; at most "
+                        f"{limits.MAX_UPLOAD_SIDE} along a side are taken.",
+                        value=f"{image.width} x {image.height}",
+                        most=limits.MAX_UPLOAD_SIDE,
+                    )
                 if image.width * image.height > limits.MAX_UPLOAD_PIXELS:
                     raise UploadError(
                         "upload.pixels",

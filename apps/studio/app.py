@@ -146,6 +146,7 @@ def _guard(app: FastAPI, page: gr.Blocks, handed_in: HandedIn) -> None:
         lambda session: set(queue.pending_event_ids_session.get(session, ())),
         lambda session: session in queue.pending_messages_per_session,
         handed_in,
+        lambda number: len(page.fns[number].inputs) if number in page.fns else None,
     )
 
 

@@ -208,7 +208,7 @@ class Choosing:
         return next((name for name in self._engine.models if tasks & set(self._engine.tasks(name))), None)
 
     def _loaded(self, key: str) -> LoadedModel | None:
-        future = self._engine.loaded(key)
+        future = self._engine.loaded(key) if isinstance(key, str) else None  # a page may hand over anything
         return None if future is None or not future.done() or future.exception() else future.result()
 
     def choose_preset(self, name: str, key: str) -> Changes:

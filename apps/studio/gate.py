@@ -69,6 +69,7 @@ class Gate:
         events_of: session hash -> ids of its events that are under way.
         has_news: whether there is anything to be told to a session hash, now or later.
         handed_in: files that users have uploaded; shared by the pages of a server.
+        inputs_of: number of a listener -> how many values it takes; None for a listener that there isn't.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Gate:
         events_of: Callable[[str], set[str]],
         has_news: Callable[[str], bool] = lambda session: True,
         handed_in: HandedIn | None = None,
+        inputs_of: Callable[[int], int | None] | None = None,
     ) -> None:
         self.app = app
         self._folder = folder.resolve()
@@ -85,6 +87,7 @@ class Gate:
         self._sessions = _Owners()
         self._has_news = has_news
         self._uploads = handed_in or HandedIn()
+        self._inputs_of = inputs_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on.
@@ -118,6 +121,8 @@ class Gate:
                 body.get("data"), lambda name: self._is_file(name) and self._uploads.owns(name, user.name)
             )
             self._check_files(body.get("event_data"), self._is_inside)  # it quotes what the page shows
+            if path in (JOIN, RUN):
+                self._check_call(body)
             await self.app(scope, _replay(json.dumps(body).encode(), scope), send)
 
     def _check_reading(self, path: str, scope: Scope, user: User) -> bool:
@@ -166,6 +171,21 @@ class Gate:
     def _own(self, paths: Any, user: User) -> None:
         for path in paths if isinstance(paths, list) else ():
             self._uploads.add(str(path), user.name)
+
+    def _check_call(self, body: dict[str, Any]) -> None:
+        """Refuse calls that Gradio would fail on with a trace that holds their values, prompts among them.
+
+        Raises:
+            Refusal: 422.
+        """
+        number, data = body.get("fn_index"), body.get("data")
+        if self._inputs_of is None:
+            return
+        count = self._inputs_of(number) if isinstance(number, int) and not isinstance(number, bool) else None
+        if count is None:
+            raise Refusal(422, "bad_request", "fn_index names no listener of this page; reload it.")
+        if not isinstance(data, list) or len(data) != count:
+            raise Refusal(422, "bad_request", f"data holds not the {count} values that this listener takes.")
 
     def _check_files(self, data: Any, is_allowed: Callable[[str], bool]) -> None:
         """Look through what a request hands over for files.

@@ -230,5 +230,5 @@ class Painting:
         return jobs
 
     def _loaded(self, key: str) -> LoadedModel | None:
-        future: Future[LoadedModel] | None = self._engine.loaded(key)
+        future: Future[LoadedModel] | None = self._engine.loaded(key) if isinstance(key, str) else None
         return None if future is None or not future.done() or future.exception() else future.result()

@@ -224,6 +224,17 @@ def test_news_of_a_session_without_any_end_at_once_and_leave_no_trace(users, cap
     assert not [record for record in caplog.records if record.exc_info]
 
 
+def test_calls_that_gradio_would_fail_on_are_refused_before_their_values_reach_a_log(local, caplog):
+    calls = [{"data": ["hush"], "fn_index": 0}, {"data": "hush", "fn_index": 0}, {"data": ["hush"], "fn_index": 10**6}]
+    calls += [{"data": ["hush"], "fn_index": True}, {"data": ["hush"], "fn_index": "0"}, {"data": ["hush"]}]
+    with client_of(local) as client:
+        for call in calls:
+            for path in ("queue/join", "run/predict"):
+                answer = client.post(f"/gradio_api/{path}", json={**call, "session_hash": "short"})
+                assert answer.status_code == 422, call
+    assert "hush" not in caplog.text
+
+
 def test_routes_that_the_page_does_not_use_are_closed(local):
     closed = ["/gradio_api/token", "/monitoring", "/gradio_api/runs", "/gradio_api/deep_link", "/gradio_api/vibe-code",
               "/gradio_api/openapi.json", "/gradio_api/dev/reload", "/gradio_api/proxy=http://127.0.0.1/", "/logout",

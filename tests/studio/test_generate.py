@@ -107,22 +107,32 @@ def test_settings_can_be_left_out_of_the_file(fake, tmp_path):
 def test_a_batch_goes_on_where_it_was(fake, tmp_path, capsys):
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     file.write_text(
-        '# comment\na red apple\n{"prompt": "a fox", "seed": 4, "steps": 3}\n{"prompt": "bad", "size": "7"}\n'
+        '# comment\na red apple\n{"prompt": "a fox", "seed": 4, "steps": 3}\n{"prompt": "bad", "frames": 9}\n'
     )
     with pytest.raises(BatchError, match="1 of 3 lines failed"):
         run_batch(file, out, Wishes(steps=2), CPU)
     assert len(list(out.glob("*.png"))) == 2
     assert {read_picture(path).steps for path in out.glob("*.png")} == {2, 3}
     before = fake.steps_run
-    file.write_text(file.read_text().replace('"7"', '"64"') + '"one more"\n')
+    file.write_text(file.read_text().replace('"frames": 9', '"size": "64"') + '"one more"\n')
     capsys.readouterr()
     run_batch(file, out, Wishes(steps=2), CPU, json_output=True)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["state"] for row in rows] == ["skipped", "skipped", "done", "done"]
     assert fake.steps_run == before + 4
+    file.write_text('"a fox"\n{"prompt": "a fox", "steps": 999}\n')
+    with pytest.raises(UsageError, match=r"Line 2.*steps.*200"):  # before anything is generated
+        run_batch(file, out, Wishes(), CPU)
+    assert fake.steps_run == before + 4
     file.write_text('{"prompt": "x", "model": "/etc"}\n')
     with pytest.raises(ValueError, match="Line 1 holds model"):
         run_batch(file, out, Wishes(), CPU)
+
+
+def test_names_of_sidecars_are_checked_before_generating(fake, tmp_path):
+    with pytest.raises(UsageError, match="too long"):
+        run(Wishes(prompt="a fox"), tmp_path / f"{'a' * 251}.png", CPU, sidecar=True)
+    assert fake.steps_run == 0
 
 
 def test_sizes_and_names():

@@ -268,6 +268,13 @@ def test_slow_readers_miss_old_steps_and_nothing_else():
 # ------------------------------------------------------------------------------ uploads
 
 
+def test_strips_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    content = png(tmp_path, size=(1, 20_000)).read_bytes()
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(UploadError, match=r"1 x 20000.*16384"):
+        read_upload(content)
+
+
 def test_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     at_once, most, lock = 0, 0, threading.Lock()
     plain = uploads.read_upload
