@@ -21,6 +21,7 @@ from rich.console import Console
 from apps.engine import Engine
 from apps.generate import DEFAULT_MODEL, Machine, Wishes, follow, make_request
 from apps.jobs import AnyRequest, explain
+from apps.logs import no_repetition
 from apps.options import check_wishes, read_line
 from apps.outputs import check_folder, picture_paths, save
 from apps.profiles import check_request
@@ -95,7 +96,7 @@ def run_batch(
         for line in lines:
             _rehearse(line, source)
         opened = machine.fitted(common.memory).engine(source, common.lora)
-    with closing(opened) as engine:
+    with no_repetition(), closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
             if rehearsed is not None:
                 check_request(rehearsed, engine.devices)

@@ -30,6 +30,7 @@ from apps.failures import ModelFailedError, UnknownModelError, failure_of
 from apps.job_store import JobStore, QueueFullError, StoredJob, StoredPicture, StoreError
 from apps.jobs import REQUEST, AnyRequest, TextToImageRequest
 from apps.limits import ServerLimits
+from apps.logs import no_loading_bars
 from apps.lora import settle
 from apps.media import clip_of
 from apps.metadata import Lora, parse
@@ -629,16 +630,11 @@ class Engine:
 
     def _load_pipeline(self, source: str, device: str, setup: Setup) -> Pipeline:
         # Here and not above: diffusers and transformers take seconds to import, and a server shall answer before.
-        import diffusers
-        import transformers
-
         from pipelines import load_pipeline
 
-        # Loading is told by an event; the libraries' own bars would be drawn over whatever shows it.
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
         base = self.base if Path(source).expanduser().is_file() else None
-        return load_pipeline(source, device=device, dtype=setup.dtype, offload=setup.offload, base=base)
+        with no_loading_bars():  # an event says that it loads
+            return load_pipeline(source, device=device, dtype=setup.dtype, offload=setup.offload, base=base)
 
 
 def _loader(engine: Engine, device: str, load: Callable[[str], Pipeline] | None) -> Callable[[str, Setup], Pipeline]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from apps.engine import STATE_FOLDER, Engine, Event, Failed, ModelLoading, Picture, Step, resolve_device
 from apps.jobs import AnyRequest
-from apps.logs import PROMPT_WORDS
+from apps.logs import no_repetition
 from apps.lora import one_lora
 from apps.metadata import Lora, MemoryName, PictureSettings
 from apps.options import (
@@ -59,8 +58,6 @@ class Machine:
             ValueError: that is none.
         """
         loras = {} if lora is None else one_lora(lora)
-        logging.getLogger("apps").setLevel(logging.CRITICAL)  # an error is raised here; the log would tell it twice
-        logging.getLogger(PROMPT_WORDS).setLevel(logging.ERROR)  # `follow` prints the notes
         return Engine(name_models([model]), None, self.device, self.dtype, self.offload, self.base, loras=loras)
 
     def fitted(self, memory: MemoryName | None) -> Machine:
@@ -117,7 +114,7 @@ def run(
         rehearsed = check_wishes(wishes, source, taken)
         memory = wishes.memory or (None if taken is None else taken.memory)
         opened = machine.fitted(memory).engine(source, wishes.lora)
-    with closing(opened) as engine:
+    with no_repetition(), closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
             if rehearsed is not None:
                 check_request(rehearsed, engine.devices)

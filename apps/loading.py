@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any
 
 from apps.engine import resolve_device, resolve_dtype
+from apps.logs import no_loading_bars
 from apps.shelf import check_sources
 from apps.usage import checking
 from pipelines import load_pipeline
@@ -34,21 +33,3 @@ def load_for_command(model: str, device: str | None = None, dtype: str | None = 
         pipe: Any = load_pipeline(model, device=place, dtype=None if dtype == "auto" else dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@contextmanager
-def no_loading_bars() -> Generator[None]:
-    """Keep diffusers and transformers from drawing bars while they load; what was set before is set again."""
-    # Here and not above: they take seconds to import.
-    import diffusers
-    import transformers
-
-    libraries = [diffusers.utils.logging, transformers.utils.logging]
-    drawing = [library for library in libraries if library.is_progress_bar_enabled()]
-    for library in drawing:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in drawing:
-            library.enable_progress_bar()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -11,9 +13,6 @@ LIBRARIES = ("diffusers", "transformers")
 """Packages whose loggers write by themselves."""
 PROMPT_WORDS = "pipelines.words"
 """Logger of warnings that name words of prompts."""
-
-UNKNOWN_WORDS = "pipelines.words"
-"""Logger of what a model does not know of a prompt."""
 
 
 class PromptFilter(logging.Filter):
@@ -24,7 +23,7 @@ class PromptFilter(logging.Filter):
         if "input was truncated" in record.getMessage():
             record.msg, record.args = "A prompt was longer than the model reads; its end was left out.", ()
         # The one who asked is told which words: the image carries a note.
-        return record.name != UNKNOWN_WORDS
+        return record.name != PROMPT_WORDS
 
 
 class IncompleteFilter(logging.Filter):
@@ -50,3 +49,35 @@ def hide_prompts() -> None:
         for handler in logging.getLogger(name).handlers:
             if not any(isinstance(one, PromptFilter) for one in handler.filters):
                 handler.addFilter(PromptFilter())
+
+
+@contextmanager
+def no_loading_bars() -> Generator[None]:
+    """Keep diffusers and transformers from drawing bars while they load; what was set before is set again."""
+    # Here and not above: they take seconds to import.
+    import diffusers
+    import transformers
+
+    libraries = [diffusers.utils.logging, transformers.utils.logging]
+    drawing = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in drawing:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in drawing:
+            library.enable_progress_bar()
+
+
+@contextmanager
+def no_repetition() -> Generator[None]:
+    """Keep out of the log what a command shows by itself: its errors and its notes."""
+    levels = {"apps": logging.CRITICAL, PROMPT_WORDS: logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

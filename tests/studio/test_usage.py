@@ -10,7 +10,8 @@ from PIL import Image
 
 from apps import cli
 from apps import engine as engine_module
-from apps.loading import load_for_command, no_loading_bars
+from apps.loading import load_for_command
+from apps.logs import no_loading_bars
 from apps.metadata import read_picture
 from apps.outputs import check_writable, free_output
 from apps.usage import UsageError, checking

@@ -31,12 +31,25 @@ def _build(words: Strings) -> dict[str, gr.components.Component]:
     with gr.Row():
         parts["kv_policy"] = fields.Dropdown(KV_POLICIES, value="full", label=words("kv_policy"), filterable=False)
         parts["kv_dtype"] = fields.Dropdown(["auto", "int8"], value="auto", label=words("kv_dtype"), filterable=False)
-    parts["kv_budget"] = fields.Slider(0.02, 1, 0.1, step=0.02, label=words("kv_budget"))
+    parts["kv_budget"] = fields.Slider(0.02, 1, 0.1, step=0.02, label=words("kv_budget"), interactive=False)
     with gr.Row():
         none = (words("search.none"), "")
         parts["search"] = fields.Dropdown([none, *SEARCHES], value="", label=words("search"), filterable=False)
-        parts["candidates"] = fields.Slider(2, limits.MAX_CANDIDATES, 4, step=1, label=words("candidates"))
+        parts["candidates"] = fields.Slider(
+            2, limits.MAX_CANDIDATES, 4, step=1, label=words("candidates"), interactive=False
+        )
+    _offer(parts["kv_policy"], parts["kv_budget"], without="full")
+    _offer(parts["search"], parts["candidates"], without="")
     return parts
+
+
+def _offer(choice: gr.Dropdown, amount: gr.Slider, without: str) -> None:
+    """Offer an amount only while the choice that it belongs to is made."""
+
+    def offer(chosen: object) -> Any:
+        return gr.update(interactive=chosen != without)
+
+    choice.change(offer, choice, amount, queue=False, show_progress="hidden", api_visibility="private")
 
 
 def sampling(values: Values) -> dict[str, object]:
