@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -225,6 +226,28 @@ class TesseraPipeline(DiffusionPipeline):
         finally:
             self._current_timestep = None
 
+    @contextmanager
+    def _steps(
+        self,
+        timesteps: Tensor,
+        callback: Callable[..., dict[str, Tensor] | None] | None,
+        callback_inputs: Sequence[str],
+    ) -> Generator[_Steps]:
+        """Watch over the denoising steps of a call.
+
+        Args:
+            timesteps: those of the call, (S,).
+            callback: see `run_callback`.
+            callback_inputs: the tensors it wants.
+
+        Yields:
+            What the sampling loop reports to; it draws the progress bar.
+        """
+        self._num_timesteps = len(timesteps)
+        with self._stepping(len(timesteps)) as bar:
+            yield _Steps(self, bar, callback, callback_inputs)
+        self._interrupted = self._interrupt
+
     @property
     def guidance_scale(self) -> float:
         """Guidance scale of the running (or last) call; a step callback may set `_guidance_scale`."""
@@ -390,6 +413,41 @@ class TesseraPipeline(DiffusionPipeline):
         returned = callback(self, step, timestep, wanted) or {}
         self.check_callback_inputs(list(returned))
         return {**tensors, **returned}
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """Hears of the steps of a pipeline's call, see `sampling.denoise.RunControl`.
+
+    Attributes:
+        pipe: whose call.
+        bar: of progress.
+        callback: of the caller, or None.
+        names: the tensors that it wants.
+    """
+
+    pipe: TesseraPipeline
+    bar: Any
+    callback: Callable[..., dict[str, Tensor] | None] | None
+    names: Sequence[str]
+
+    def begin_step(self, timestep: Tensor) -> bool:
+        """See `RunControl.begin_step`."""
+        if self.pipe.interrupt:
+            return False
+        self.pipe._current_timestep = timestep
+        return True
+
+    def end_step(self, step: int, timestep: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """See `RunControl.end_step`."""
+        state = self.pipe.run_callback(self.callback, step, timestep, self.names, state)
+        self.bar.update()
+        return state
+
+    @property
+    def finish_now(self) -> bool:
+        """See `RunControl.finish_now`."""
+        return self.pipe.finish_now
 
 
 @contextmanager

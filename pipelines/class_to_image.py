@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,13 +14,12 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from dit.runtime.coordinates import coordinates_scope, next_run
 from pipelines.base import OUTPUT_TYPES, TesseraPipeline
 from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.labels import Label, label_ids, names_of
 from pipelines.lora import TransformerLoraMixin
+from sampling.denoise import Denoiser, State, denoise
 from sampling.guidance import classifier_free_guidance
-from sampling.noise_table import NoiseTable
 from sampling.timesteps import set_timesteps
 
 
@@ -132,7 +132,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )  # (B, C, h, w)
-        if self._interrupted:
+        if self._interrupted or latents is None:
             images: Any = []
         elif output_type == "latent":
             images = latents
@@ -239,7 +239,6 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         else:
             self.scheduler.set_timesteps(steps, device=device)
             timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
         return timesteps
 
     def _denoise(
@@ -250,71 +249,64 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         generators: list[torch.Generator] | None,
         callback: Callable[..., dict[str, Tensor] | None] | None,
         callback_inputs: Sequence[str],
-    ) -> Tensor:
-        """Walk the latents (B, C, h, w) through the timesteps (S,); arithmetic outside the transformer is float32."""
-        extra = {}
-        if "generator" in inspect.signature(self.scheduler.step).parameters:
-            extra["generator"] = generators
-        run, table = next_run(), NoiseTable.of(self.scheduler).last(len(timesteps))
-        with self._stepping(len(timesteps)) as bar:
-            for step, timestep in enumerate(timesteps):
-                if self._interrupt:
-                    break
-                self._current_timestep = timestep
-                branch = "all" if self.do_classifier_free_guidance else "cond"
-                with coordinates_scope(table.at(run, step, branch)):
-                    prediction = self._predict(latents, labels, timestep)  # (B, C, h, w), or 2 C with a variance
-                output = self.scheduler.step(prediction, timestep, latents, **extra)
-                tensors = {
-                    "latents": output.prev_sample.float(),  # (B, C, h, w)
-                    "denoised_latents": self._denoised(output, prediction, latents, timestep),
-                }
-                tensors = self.run_callback(callback, step, timestep, callback_inputs, tensors)
-                latents = tensors["latents"]
-                bar.update()
-                if self._finish_now:
-                    latents = tensors["denoised_latents"]
-                    break
-        self._interrupted = self._interrupt
-        return latents
-
-    def _predict(self, latents: Tensor, labels: Tensor, timestep: Tensor) -> Tensor:
-        """What the scheduler wants of the transformer, guided, float32.
-
-        SiT's time runs from noise (0) to data (1) and its velocity points to the data; diffusers' flow schedulers
-        count the other way, hence `1 - sigma` and the minus sign.
-
-        Args:
-            latents: (B, C, h, w).
-            labels: (B,).
-            timestep: the scheduler's, ().
+    ) -> Tensor | None:
+        """Take the latents (B, C, h, w) through the timesteps (S,); arithmetic outside the transformer is float32.
 
         Returns:
-            (B, C, h, w), or (B, 2 C, h, w) for schedulers that take a learned variance.
+            (B, C, h, w); None if the run was interrupted.
         """
-        sample = latents
+        step_arguments = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_arguments["generator"] = generators
+        model = Denoiser(
+            network=self.transformer,
+            guides=lambda sigma: self.do_classifier_free_guidance,
+            predict=partial(self._predict, labels),
+            guide=self._guide,
+            to_scheduler=self._to_scheduler,
+            estimate=self._estimate,
+        )
+        with self._steps(timesteps, callback, callback_inputs) as control:
+            return denoise({"latents": latents}, timesteps, self.scheduler, model, control, step_arguments)
+
+    def _predict(self, labels: Tensor, state: State, timestep: Tensor, guides: bool) -> Tensor:
+        """Return the transformer's prediction, float32.
+
+        Args:
+            labels: (B,).
+            state: "latents", (B, C, h, w).
+            timestep: the scheduler's, ().
+            guides: whether to predict for 'no class' too.
+
+        Returns:
+            (B, C', h, w), or (2B, C', h, w) with 'no class' first; C' is 2 C where the network learned a variance.
+        """
+        sample = state["latents"]  # (B, C, h, w)
         if hasattr(self.scheduler, "scale_model_input"):
-            sample = self.scheduler.scale_model_input(latents, timestep)  # (B, C, h, w)
-        guided = self.do_classifier_free_guidance
-        if guided:
+            sample = self.scheduler.scale_model_input(sample, timestep)  # (B, C, h, w)
+        if guides:
             no_class = torch.full_like(labels, self.transformer.config.num_classes)
             sample, labels = torch.cat([sample, sample]), torch.cat([no_class, labels])  # (2B, ...)
-        with self.transformer.cache_context("guided" if guided else "cond"):
-            prediction = self.transformer(
-                sample.to(self.transformer.dtype),
-                timestep=self._model_time(timestep).expand(len(labels)),  # a row each: FasterCache halves the batch
-                class_labels=labels,
-                attention_kwargs=self._attention_kwargs,
-                return_dict=False,
-            )[0].float()
-        if guided:
-            prediction = self._guide(*prediction.chunk(2))
+        return self.transformer(
+            sample.to(self.transformer.dtype),
+            timestep=self._model_time(timestep).expand(len(labels)),  # a row each: FasterCache halves the batch
+            class_labels=labels,
+            attention_kwargs=self._attention_kwargs,
+            return_dict=False,
+        )[0].float()
+
+    def _to_scheduler(self, prediction: Tensor) -> Tensor:
+        """Return what the scheduler's step takes of a prediction (B, C', h, w).
+
+        SiT's time runs from noise (0) to data (1) and its velocity points to the data; diffusers' flow schedulers
+        count the other way, hence `1 - sigma` in `_model_time` and the minus sign here.
+        """
         if self._is_flow:
             return -prediction
         # Only DDPM has the attribute and takes the channels of the variance; others may inherit the config entry,
         # which diffusers' getattr would find too.
         takes_variance = vars(self.scheduler).get("variance_type") in ("learned", "learned_range")
-        return prediction if takes_variance else prediction[:, : latents.shape[1]]
+        return prediction if takes_variance else prediction[:, : self.transformer.config.in_channels]
 
     def _guide(self, uncond: Tensor, cond: Tensor) -> Tensor:
         """Guide the first channels; the others, the variance among them, are those of `cond`; (B, C', h, w)."""
@@ -328,7 +320,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             return timestep
         return 1.0 - timestep.float() / self.scheduler.config.num_train_timesteps
 
-    def _denoised(self, output: Any, prediction: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
+    def _estimate(self, output: Any, prediction: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
         """The current guess of the finished latents, (B, C, h, w)."""
         guess = getattr(output, "pred_original_sample", None)
         if guess is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,14 +15,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
 from pipelines.base import OUTPUT_TYPES
 from pipelines.checks import check_choice, check_count, check_generators, check_number, check_sigmas
 from pipelines.conditioning import TextConditionedPipeline
 from pipelines.inpaint import KeptRegion, MaskInput, fill_in, read_mask
 from pipelines.lora import TransformerLoraMixin
+from sampling.denoise import Denoiser, State, denoise
 from sampling.guidance import classifier_free_guidance, in_interval
-from sampling.noise_table import NoiseTable
 from sampling.timesteps import set_timesteps
 
 ImageInput = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
@@ -190,7 +189,6 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             sigmas=sigmas,
             strength=1.0 if image is None else strength,
         )
-        self._num_timesteps = len(timesteps)
         noise = self._start_noise(len(embeds), height, width, generator, latents).to(device)  # (B, C, h, w)
         latents = self.prepare_latents(len(embeds), height, width, timesteps, None, noise, image)
         kept = None if mask_image is None else self._keep(image, mask_image, height, width, noise)
@@ -204,7 +202,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             callback_on_step_end_tensor_inputs,
             kept,
         )  # (B, C, h, w)
-        if self._interrupted:
+        if self._interrupted or latents is None:
             images: Any = []
         elif output_type == "latent":
             images = latents
@@ -352,64 +350,56 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         callback: Callable[..., dict[str, Tensor] | None] | None,
         callback_inputs: Sequence[str],
         kept: KeptRegion | None = None,
-    ) -> Tensor:
-        """Walk the latents through the timesteps; all arithmetic outside the transformer is float32."""
-        masked = not bool(mask.all())  # attention without a mask is faster; ask once, not every step
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        given = list(generator) if isinstance(generator, tuple) else generator  # diffusers takes lists only
-        extra = {"generator": given} if takes_generator else {}
-        run, table = next_run(), NoiseTable.of(self.scheduler).last(len(timesteps))
-        with self._stepping(len(timesteps)) as bar:
-            for step, timestep in enumerate(timesteps):
-                if self._interrupt:
-                    break
-                self._current_timestep = timestep
-                latents = tensors["latents"]
-                velocity = self._velocity(tensors, mask if masked else None, timestep, table.at(run, step))
-                sigma = timestep / self.scheduler.config.num_train_timesteps
-                tensors["denoised_latents"] = latents - sigma * velocity  # (B, C, h, w)
-                tensors["latents"] = self.scheduler.step(velocity, timestep, latents, return_dict=False, **extra)[0]
-                if kept is not None:
-                    following = table.sigmas[step + 1] if step + 1 < len(table) else 0.0
-                    tensors["latents"] = kept.put_back(tensors["latents"], following)
-                    tensors["denoised_latents"] = kept.put_back(tensors["denoised_latents"], 0.0)
-                tensors = self.run_callback(callback, step, timestep, callback_inputs, tensors)
-                bar.update()
-                if self._finish_now:
-                    tensors["latents"] = tensors["denoised_latents"]
-                    break
-        self._interrupted = self._interrupt
-        return tensors["latents"]
+    ) -> Tensor | None:
+        """Take the latents through the timesteps; all arithmetic outside the transformer is float32.
 
-    def _velocity(self, tensors: dict[str, Any], mask: Tensor | None, timestep: Tensor, here: Coordinates) -> Tensor:
-        """Predict the (guided) velocity (B, C, h, w); the negative and the positive branch share one batch."""
-        latents, states = tensors["latents"], tensors["prompt_embeds"]
-        count = len(latents)
-        guides = self.do_classifier_free_guidance and in_interval(here.sigma, self._guidance_interval)
-        negative = tensors["negative_prompt_embeds"] if guides else None
-        if guides and negative is None:
-            raise ValueError(
-                f"_guidance_scale={self._guidance_scale:g} was set during a call that began without guidance: begin it "
-                "with guidance_scale above 1, so that the negative prompt is encoded."
-            )
-        if negative is not None:
-            latents, states = torch.cat([latents, latents]), torch.cat([negative, states])  # (2B, ...)
-        branch, context = ("cond", "cond") if negative is None else ("all", "guided")
+        Returns:
+            (B, C, h, w); None if the run was interrupted.
+        """
+        step_arguments = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_arguments["generator"] = list(generator) if isinstance(generator, tuple) else generator
+        # Attention without a mask is faster; asked once, not every step.
+        shown = None if bool(mask.all()) else mask
+        model = Denoiser(
+            network=self.transformer,
+            guides=lambda sigma: self.do_classifier_free_guidance and in_interval(sigma, self._guidance_interval),
+            predict=partial(self._velocity, shown),
+            guide=lambda uncond, cond: classifier_free_guidance(
+                cond, uncond, self._guidance_scale, self._guidance_rescale
+            ),
+            estimate=self._estimate,
+            restore=None if kept is None else kept.put_back,
+        )
+        with self._steps(timesteps, callback, callback_inputs) as control:
+            return denoise(tensors, timesteps, self.scheduler, model, control, step_arguments)
+
+    def _velocity(self, mask: Tensor | None, state: State, timestep: Tensor, guides: bool) -> Tensor:
+        """Predict the velocity (B, C, h, w); with guidance (2B, C, h, w), the negative prompts first."""
+        latents, text = state["latents"], state["prompt_embeds"]  # (B, C, h, w), (B, L, Dt)
+        if guides:
+            negative = state["negative_prompt_embeds"]  # (B, L, Dt)
+            if negative is None:
+                raise ValueError(
+                    f"_guidance_scale={self._guidance_scale:g} was set during a call that began without guidance: "
+                    "begin it with guidance_scale above 1, so that the negative prompt is encoded."
+                )
+            latents, text = torch.cat([latents, latents]), torch.cat([negative, text])  # (2B, ...)
         # Left out, not None: FasterCache of diffusers halves all arguments of this name.
         masked = {} if mask is None else {"encoder_attention_mask": mask[-len(latents) :]}
-        with coordinates_scope(replace(here, branch=branch)), self.transformer.cache_context(context):
-            velocity = self.transformer(
-                latents.to(self.transformer.dtype),
-                encoder_hidden_states=states,
-                timestep=timestep.expand(len(latents)),
-                attention_kwargs=self._attention_kwargs,
-                return_dict=False,
-                **masked,
-            )[0].float()
-        if negative is None:
-            return velocity  # (B, C, h, w)
-        uncond, cond = velocity.split(count)
-        return classifier_free_guidance(cond, uncond, self._guidance_scale, self._guidance_rescale)
+        return self.transformer(
+            latents.to(self.transformer.dtype),
+            encoder_hidden_states=text,
+            timestep=timestep.expand(len(latents)),
+            attention_kwargs=self._attention_kwargs,
+            return_dict=False,
+            **masked,
+        )[0].float()
+
+    def _estimate(self, output: Any, velocity: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Follow the velocity to the data in one step: the present estimate of the result, (B, C, h, w)."""
+        sigma = timestep / self.scheduler.config.num_train_timesteps
+        return latents - sigma * velocity
 
 
 def _is_float_array(value: object) -> bool:

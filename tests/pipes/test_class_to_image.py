@@ -103,11 +103,16 @@ def test_guided_prediction_is_the_released_one(family: str, time: float) -> None
     pipe = tiny_pipeline(family)
     pipe._guidance_scale, pipe._cfg_channels = ref.GUIDANCE, 3
     timestep = torch.tensor(time if family == "dit" else 1000 * (1 - time))
-    found = pipe._predict(ref.inputs(SIZE), torch.tensor(ref.LABELS), timestep)
+
+    def guided() -> torch.Tensor:
+        both = pipe._predict(torch.tensor(ref.LABELS), {"latents": ref.inputs(SIZE)}, timestep, True)
+        return pipe._to_scheduler(pipe._guide(*both.chunk(2)))
+
+    found = guided()
     found = -found if family == "sit" else found  # diffusers' velocity points to the noise
     assert relative_error(torch.tensor(ref.sampled(found)), torch.tensor(ref.GOLDEN[f"{family}/cfg"])) < 1e-5
     pipe._cfg_channels = None
-    everywhere = pipe._predict(ref.inputs(SIZE), torch.tensor(ref.LABELS), timestep)
+    everywhere = guided()
     everywhere = -everywhere if family == "sit" else everywhere
     assert torch.equal(everywhere[:, :3], found[:, :3])
     assert not torch.allclose(everywhere[:, 3], found[:, 3])
