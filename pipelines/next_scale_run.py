@@ -27,7 +27,7 @@ from pipelines.loaded import is_finite
 from pipelines.lora import TransformerLoraMixin
 from pipelines.next_scale_edit import KeptTokens
 from pipelines.scorers import read_reward
-from sampling.next_scale import Guide, ScaleWalk
+from sampling.next_scale import Guide, ScaleWalk, generate
 from sampling.scale_acceleration import AppliedAcceleration, ScaleAcceleration
 from sampling.test_time_search import Reward, ScaleSearch, SearchResult, TTSConfig
 from sampling.tokens import Generators
@@ -376,32 +376,11 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         callback_inputs: Sequence[str],
         bar: Any,
     ) -> None:
-        """Go through the scales, with progress bar, callback and interruption."""
-        scales, peak = (walk.num_scales if applied is None else applied.num_scales), 0
-        guidance = list(task.guidance)
-        for scale in range(scales):
-            if self._interrupt:
-                break
-            self._current_timestep, self._guidance_scale = torch.tensor(scale), guidance[scale]
-            if search is not None:
-                search.before(walk, scale)
-            if applied is not None:
-                self._accelerate(walk, task, options, applied, rows, scale)
-            peak = max(peak, walk.cache.peak_nbytes)
-            begun = time.perf_counter()
-            indices = walk.step(scale)
-            self._seconds += time.perf_counter() - begun
-            tensors = {"latents": walk.latents, "denoised_latents": walk.latents, "indices": indices}
-            returned = self.run_callback(callback, scale, self._current_timestep, callback_inputs, tensors)
-            walk.latents = returned["latents"]
-            if self._guidance_scale != guidance[scale]:
-                self._check_changed_guidance(walk)
-                guidance[scale + 1 :] = [self._guidance_scale] * (len(guidance) - scale - 1)
-            bar.update()
-            if self._finish_now:
-                break
+        """Generate scale by scale, with progress bar, callback and interruption."""
+        control = _Scales(self, task, options, applied, rows, search, callback, callback_inputs, bar)
+        generate(walk, walk.num_scales if applied is None else applied.num_scales, control)
         self._interrupted = self._interrupt
-        self._report_cache(walk.cache, peak)
+        self._report_cache(walk.cache, control.peak)
 
     def _check_changed_guidance(self, walk: ScaleWalk) -> None:
         """Check the guidance that a callback has set for the scales to come."""
@@ -552,6 +531,74 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
             images = self.image_processor.postprocess(pictures, output_type)
         self.maybe_free_model_hooks()
         return NextScaleOutput(images=images, search=found) if return_dict else (images,)
+
+
+class _Scales:
+    """Hears of the scales of a pipeline's call, see `sampling.next_scale.ScaleControl`.
+
+    Args:
+        pipe: whose call.
+        task: what is generated.
+        options: how.
+        applied: an acceleration, or None.
+        rows: indices of the task's images, (B',).
+        search: chooses among candidates, or None.
+        callback: of the caller, or None.
+        callback_inputs: the tensors that it wants.
+        bar: of progress.
+
+    Attributes:
+        peak: largest size of the cache, bytes.
+    """
+
+    def __init__(
+        self,
+        pipe: NextScalePipeline,
+        task: ScaleTask,
+        options: ScaleOptions,
+        applied: AppliedAcceleration | None,
+        rows: Tensor,
+        search: ScaleSearch | None,
+        callback: Callback | None,
+        callback_inputs: Sequence[str],
+        bar: Any,
+    ) -> None:
+        self.pipe, self.task, self.options, self.applied, self.rows = pipe, task, options, applied, rows
+        self.search, self.callback, self.callback_inputs, self.bar = search, callback, callback_inputs, bar
+        self.guidance = list(task.guidance)
+        self.peak = 0
+        self.begun = 0.0
+
+    def begin_scale(self, walk: ScaleWalk, scale: int) -> bool:
+        """See `ScaleControl.begin_scale`."""
+        pipe = self.pipe
+        if pipe.interrupt:
+            return False
+        pipe._current_timestep, pipe._guidance_scale = torch.tensor(scale), self.guidance[scale]
+        if self.search is not None:
+            self.search.before(walk, scale)
+        if self.applied is not None:
+            pipe._accelerate(walk, self.task, self.options, self.applied, self.rows, scale)
+        self.peak = max(self.peak, walk.cache.peak_nbytes)
+        self.begun = time.perf_counter()
+        return True
+
+    def end_scale(self, walk: ScaleWalk, scale: int, indices: Tensor) -> None:
+        """See `ScaleControl.end_scale`."""
+        pipe = self.pipe
+        pipe._seconds += time.perf_counter() - self.begun
+        tensors = {"latents": walk.latents, "denoised_latents": walk.latents, "indices": indices}
+        returned = pipe.run_callback(self.callback, scale, torch.tensor(scale), self.callback_inputs, tensors)
+        walk.latents = returned["latents"]
+        if pipe._guidance_scale != self.guidance[scale]:
+            pipe._check_changed_guidance(walk)
+            self.guidance[scale + 1 :] = [pipe._guidance_scale] * (len(self.guidance) - scale - 1)
+        self.bar.update()
+
+    @property
+    def finish_now(self) -> bool:
+        """See `ScaleControl.finish_now`."""
+        return self.pipe.finish_now
 
 
 @contextmanager

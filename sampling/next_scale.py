@@ -1,7 +1,7 @@
-"""The walk through the scales of a next-scale model: predict, draw, add, and go on with the larger picture.
+"""The next-scale loop: predict all tokens of a scale, sample them, add them up, and go on with the larger scale.
 
-What class and text pipelines share. Search, accelerations and editing reach into a walk between two scales: they choose
-rows, drop guidance, hand over to another network, or overrule tokens.
+`generate` is what class and text pipelines share. Search, accelerations and editing reach in between two scales: they
+choose rows, drop guidance, hand over to another network, or overrule tokens.
 """
 
 from __future__ import annotations
@@ -36,9 +36,61 @@ Overrule = Callable[[Tensor, int], Tensor]
 """Changes a scale's tokens after they were drawn."""
 
 
+class ScaleControl(Protocol):
+    """Who watches a run and may end it; our pipelines do."""
+
+    def begin_scale(self, walk: ScaleWalk, scale: int) -> bool:
+        """Prepare a scale: choose rows, drop guidance; return False to stop before it."""
+        ...
+
+    def end_scale(self, walk: ScaleWalk, scale: int, indices: Tensor) -> None:
+        """Call back after a scale with its tokens (B, N, ...)."""
+        ...
+
+    @property
+    def finish_now(self) -> bool:
+        """Whether the run ends with the image as it is now."""
+        ...
+
+
+def generate(walk: ScaleWalk, num_scales: int, control: ScaleControl) -> None:
+    """Generate images scale by scale, as VAR does (arXiv 2404.02905, section 3.2).
+
+    Args:
+        walk: the state of the run; its latents end as the images' latents (B, C, h, w).
+        num_scales: scales to run, from the first.
+        control: hears of every scale and may end the run.
+    """
+    for scale in range(num_scales):
+        if not control.begin_scale(walk, scale):
+            return
+
+        # what the network sees: the image so far at the size of this scale; nothing at the first
+        codes = None if scale == 0 else walk.vae.next_input(walk.latents, scale, **walk.schedule)  # (B, N, C)
+
+        # predict all tokens of the scale at once, with the keys and values of earlier scales in the cache
+        logits = walk.forward(codes, scale)  # (B, N, V), or (2B, N, V) with the unconditional rows behind
+
+        # guide
+        if walk.guided:
+            logits = walk.guide(*logits.chunk(2), scale)  # (B, N, V)
+
+        # sample
+        indices, tokens = walk.draw(logits, scale)  # (B, N, ...) each
+        if walk.overrule is not None:  # editing keeps tokens of the image
+            tokens = walk.overrule(tokens, scale)
+
+        # add what the tokens stand for to the image
+        walk.latents = walk.vae.accumulate(walk.latents, tokens, scale, **walk.schedule)  # (B, C, h, w)
+
+        control.end_scale(walk, scale, indices)
+        if control.finish_now:
+            return
+
+
 @dataclass
 class ScaleWalk:
-    """A batch of pictures on its way through the scales.
+    """The state of a batch of images on its way through the scales.
 
     Args:
         transformer: predicts a scale: `step(codes, scale, condition, cache, **step_arguments)`.
@@ -85,34 +137,6 @@ class ScaleWalk:
         """Pictures B."""
         return self.latents.shape[0]
 
-    def step(self, scale: int) -> Tensor:
-        """Paint a scale.
-
-        Args:
-            scale: index of the scale; a run goes through them in order.
-
-        Returns:
-            The scale's tokens, (B, N, ...), int64.
-        """
-        logits = self.predict(scale)  # (B, N, V)
-        indices, tokens = self.draw(logits, scale)
-        if self.overrule is not None:
-            tokens = self.overrule(tokens, scale)
-        self.latents = self.vae.accumulate(self.latents, tokens, scale, **self._schedule())  # (B, C, h, w)
-        return indices
-
-    def predict(self, scale: int) -> Tensor:
-        """Run the network on a scale; returns logits (B, N, V), guided if the walk is."""
-        codes = None if scale == 0 else self.vae.next_input(self.latents, scale, **self._schedule())  # (B, N, C)
-        if self.keep_inputs:
-            self.inputs.append(codes)
-        logits = self._forward(codes, scale)  # (B or 2B, N, V)
-        self.steps.append((logits.shape[0], logits.shape[1]))
-        if not self.guided:
-            return logits
-        cond, uncond = logits.chunk(2)  # (B, N, V) each
-        return self.guide(cond, uncond, scale)  # (B, N, V)
-
     def select(self, rows: Tensor) -> None:
         """Keep, drop, repeat or reorder pictures: latents, condition and cache alike, in both branches.
 
@@ -145,16 +169,31 @@ class ScaleWalk:
             raise ValueError("the walk has kept no inputs to hand over; set keep_inputs=True before its first scale")
         self.transformer, self.condition, self.cache = transformer, condition, cache
         for scale, codes in enumerate(self.inputs):
-            logits = self._forward(codes, scale)
-            self.steps.append((logits.shape[0], logits.shape[1]))
+            self._forward(codes, scale)
+
+    def forward(self, codes: Tensor | None, scale: int) -> Tensor:
+        """Run the network on a scale.
+
+        Args:
+            codes: what it sees, (B, N, C); None at the first scale.
+            scale: index of the scale; a run goes through them in order.
+
+        Returns:
+            Logits of all rows that run, (B, N, V), or (2B, N, V) with guidance.
+        """
+        if self.keep_inputs:
+            self.inputs.append(codes)
+        return self._forward(codes, scale)
 
     def _forward(self, codes: Tensor | None, scale: int) -> Tensor:
-        """Call the network at its place; returns logits of all rows that run."""
+        """Call the network within its coordinates and count the tokens."""
         if codes is not None and self.guided:
             codes = torch.cat([codes, codes])  # (2B, N, C)
         here = Coordinates(self.run, scale, self.num_scales, math.nan, float(scale), scale=scale)
         with coordinates_scope(here):
-            return self.transformer.step(codes, scale, self.condition, self.cache, **self.step_arguments)
+            logits = self.transformer.step(codes, scale, self.condition, self.cache, **self.step_arguments)
+        self.steps.append((logits.shape[0], logits.shape[1]))
+        return logits
 
     def _select_branches(self, rows: Tensor) -> None:
         """Choose rows of what the network is given."""
@@ -162,5 +201,7 @@ class ScaleWalk:
         self.condition = self.condition.select(rows.to(device))
         self.cache.select(rows.to(device))
 
-    def _schedule(self) -> dict[str, Any]:
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """Argument of tokenizers that take the schedule at each call."""
         return {} if self.grids is None else {"grids": self.grids}

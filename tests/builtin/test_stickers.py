@@ -67,20 +67,19 @@ def test_same_seed_same_picture_whatever_the_batch(pipe):
 
 
 @pytest.mark.parametrize("prompt", ["two stars on purple", "a penguin left of a rocket"])
-def test_the_first_preview_has_colours_in_range(pipe, prompt):
+def test_previews_have_the_colours_of_the_image(pipe, prompt):
+    """By a linear map of the latents the last one was still off by 0.11 to 0.25."""
     previews = []
 
     def callback(pipe, step, timestep, tensors):
         previews.extend(pipe.preview(tensors["denoised_latents"]))
-        pipe.interrupt = True
         return {}
 
-    pipe(prompt, generator=seeds(3), callback_on_step_end=callback,
-         callback_on_step_end_tensor_inputs=["denoised_latents"])  # fmt: skip
-    values = np.asarray(previews[0])
-    assert len(previews) == 1
-    assert ((values == 0) | (values == 255)).mean() < 0.35
-    assert len(np.unique(values)) > 150
+    image = pipe(prompt, generator=seeds(3), callback_on_step_end=callback, output_type="np",
+                 callback_on_step_end_tensor_inputs=["denoised_latents"]).images[0]  # fmt: skip
+    off = [np.abs(np.asarray(one) / 255 - image).mean() for one in previews]
+    assert max(off) < 0.15
+    assert off[-1] < 0.01
 
 
 def test_the_pictures_come_from_the_network_alone(tmp_path):

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from dit.cache import ScaleKVCache
 from dit.layers.scales import scale_grids, token_counts
 from pipelines.builtin import PRETRAINED
-from sampling.next_scale import ScaleWalk
+from sampling.next_scale import ScaleWalk, generate
 from sampling.rewards import ClipReward
 from sampling.test_time_search import (
     BATCH_SIZES,
@@ -180,10 +180,18 @@ def test_latents_condition_and_cache_move_together(method: str) -> None:
     )
     walk = walk_of([1.0, 2.0, 3.0, 4.0], counts)
     search = ScaleSearch(config, config.reward, "", 4, lambda latents: latents, torch.Generator().manual_seed(0))
-    for scale in range(4):
-        search.before(walk, scale)
-        walk.step(scale)
-        assert torch.equal(walk.latents.flatten(), 2 * (scale + 1) * walk.condition.names[: walk.batch_size])
+
+    class Choosing:
+        finish_now = False
+
+        def begin_scale(self, walk: ScaleWalk, scale: int) -> bool:
+            search.before(walk, scale)
+            return True
+
+        def end_scale(self, walk: ScaleWalk, scale: int, indices: torch.Tensor) -> None:
+            assert torch.equal(walk.latents.flatten(), 2 * (scale + 1) * walk.condition.names[: walk.batch_size])
+
+    generate(walk, 4, Choosing())
     assert walk.steps == [(8, 1), (8, 4), (6, 9), (4, 16)]
     found = search.finish(walk)
     assert found.rewards.tolist() == sorted(found.rewards.tolist(), reverse=True)
