@@ -156,7 +156,7 @@ class CoordinateResolver(Mechanism):
             scale: tensor.float().max() if scale == LEVEL else scale.scheduler_timestep(tensor).max()
             for scale in self._run.scales
         }
-        index, self._run.scales = find_unlisted(table, values, self._expected(hint))
+        index, self._run.scales = find_unlisted(table, values, self._expected(hint), self._run.left(tensor))
         return index, False
 
     def _expected(self, hint: int | None) -> int | None:
@@ -252,6 +252,7 @@ class _Run:
         self.offset, self._step, self.is_fresh = 0, -1, True
         self._branches: list[str] = []
         self.doubled: dict[int, bool] = {}
+        self._received: Tensor | None = None
         self.scales: tuple[Scale, ...] = (*USUAL_SCALES, LEVEL)
 
     def read(self, scheduler: Any) -> None:
@@ -268,6 +269,16 @@ class _Run:
         if self.is_fresh or entry < self.offset:
             self.offset = entry
         return self.offset
+
+    def left(self, received: Tensor) -> int | None:
+        """Return the entry that the run leaves with a call: the one it was at, if the call's timestep is another.
+
+        Args:
+            received: timestep of the call as the network receives it.
+        """
+        before, self._received = self._received, received.detach().clone()
+        is_other = before is not None and (before.shape != received.shape or not torch.equal(before, received))
+        return self.offset + self._step if is_other and not self.is_fresh else None
 
     def enter(self, step: int, branch: str | None, order: tuple[str, ...]) -> str:
         """Note a call and name its branch.
@@ -319,7 +330,7 @@ def find_entry(
 
 
 def find_unlisted(
-    table: NoiseTable, values: Mapping[Scale, Tensor], expected: int | None
+    table: NoiseTable, values: Mapping[Scale, Tensor], expected: int | None, left: int | None = None
 ) -> tuple[int, tuple[Scale, ...]]:
     """Find the entry of a call whose scale of timesteps is not known.
 
@@ -327,6 +338,8 @@ def find_unlisted(
         table: of the scheduler.
         values: the call's timestep in the scheduler's unit by each scale that it may have; by `LEVEL` its noise level.
         expected: the entry that the scheduler is at, if it says.
+        left: the entry that the run leaves with this call. Where some tokens are clean, their timesteps read the wrong
+            way round are the first of the table at every step; only the right scale goes on to the next entry.
 
     Returns:
         The index, and the scales that fit it.
@@ -339,6 +352,8 @@ def find_unlisted(
             continue
     if expected is not None:
         found = {scale: index for scale, index in found.items() if index == expected}
+    if left is not None and len(set(found.values())) > 1:
+        found = {scale: index for scale, index in found.items() if index == left + 1}
     if len(set(found.values())) != 1:
         raise _Unknown("the network's scale of timesteps is not known")
     return next(iter(found.values())), tuple(found)

@@ -1,5 +1,6 @@
 """Pipelines whose networks have no row: their steps are found, and output forecasts need to know nothing of them."""
 
+from copy import deepcopy
 from typing import Any
 
 import diffusers
@@ -130,6 +131,24 @@ def test_levels_of_a_schedule_that_is_no_flow() -> None:
     with StepCache(**EVERY_SECOND).attach(one) as attached:
         one()
         assert attached.report()["strip"] == {"call_0": "CC.C.C"}
+
+
+@pytest.mark.parametrize("clips", [1, 2])
+def test_clean_tokens_of_a_pipeline_that_steps_copies_of_its_scheduler(
+    monkeypatch: pytest.MonkeyPatch, clips: int
+) -> None:
+    """As SkyReels V2 goes on with a video: 0 read the wrong way round is the first timestep, at every step."""
+    one = pipe(Denoiser, "scheduler", "per token")
+    copy = deepcopy(one.schedule)
+    copy.set_timesteps(STEPS)
+    monkeypatch.setattr(one.schedule, "step", copy.step)
+    with StepCache(**EVERY_SECOND).attach(one) as attached:
+        for _ in range(clips):
+            one()
+            copy.set_timesteps(STEPS)
+        report = attached.report()
+    assert (report["strip"], report["skipped"]) == ({"call_0": "CC.C.C"}, 2 * clips)
+    assert report["inactive"] == {}
 
 
 def test_hidream_skips() -> None:
