@@ -35,10 +35,11 @@ USUAL_SCALES = (
 )
 """What networks may receive for a timestep; tried where a network has no row in the table of families."""
 
-LEVEL = "noise level"
-"""They may also receive the noise level itself, whatever timesteps the scheduler numbers its levels with."""
+LEVEL: Literal["noise level"] = "noise level"
+SHARE: Literal["share of noise"] = "share of noise"
+"""They may also receive the noise level itself or the noise's share of the sum, whatever the scheduler's timesteps."""
 
-Scale = TimestepScale | Literal["noise level"]
+Scale = TimestepScale | Literal["noise level", "share of noise"]
 
 BATCHED = "cond_uncond"
 """The name that pipelines of diffusers give to a call on both branches (also when guidance is off)."""
@@ -153,7 +154,7 @@ class CoordinateResolver(Mechanism):
             return find_entry(table, timestep, hint, must_check=self._run.is_fresh)
         tensor = torch.as_tensor(received)
         values: dict[Scale, Tensor] = {
-            scale: tensor.float().max() if scale == LEVEL else scale.scheduler_timestep(tensor).max()
+            scale: tensor.float().max() if isinstance(scale, str) else scale.scheduler_timestep(tensor).max()
             for scale in self._run.scales
         }
         index, self._run.scales = find_unlisted(table, values, self._expected(hint), self._run.left(tensor))
@@ -253,7 +254,7 @@ class _Run:
         self._branches: list[str] = []
         self.doubled: dict[int, bool] = {}
         self._received: Tensor | None = None
-        self.scales: tuple[Scale, ...] = (*USUAL_SCALES, LEVEL)
+        self.scales: tuple[Scale, ...] = (*USUAL_SCALES, LEVEL, SHARE)
 
     def read(self, scheduler: Any) -> None:
         """Take over the scheduler's table if it was set anew since the last call."""
@@ -336,7 +337,8 @@ def find_unlisted(
 
     Args:
         table: of the scheduler.
-        values: the call's timestep in the scheduler's unit by each scale that it may have; by `LEVEL` its noise level.
+        values: the call's timestep in the scheduler's unit by each scale that it may have; by `LEVEL` its noise level,
+            by `SHARE` the noise's share.
         expected: the entry that the scheduler is at, if it says.
         left: the entry that the run leaves with this call. Where some tokens are clean, their timesteps read the wrong
             way round are the first of the table at every step; only the right scale goes on to the next entry.
@@ -347,7 +349,7 @@ def find_unlisted(
     found: dict[Scale, int] = {}
     for scale, value in values.items():
         try:
-            found[scale] = find_entry(table.by_level() if scale == LEVEL else table, value, expected)[0]
+            found[scale] = find_entry(_table_of(scale, table), value, expected)[0]
         except _Unknown:
             continue
     if expected is not None:
@@ -357,6 +359,11 @@ def find_unlisted(
     if len(set(found.values())) != 1:
         raise _Unknown("the network's scale of timesteps is not known")
     return next(iter(found.values())), tuple(found)
+
+
+def _table_of(scale: Scale, table: NoiseTable) -> NoiseTable:
+    """The table in the unit of a scale."""
+    return {LEVEL: table.by_level, SHARE: table.by_share}[scale]() if isinstance(scale, str) else table
 
 
 def _hint(scheduler: Any) -> int | None:

@@ -66,8 +66,8 @@ class Pipe:
     Args:
         model: the network.
         scheduler_name: of its component.
-        unit: what the network receives for a timestep and a noise level: "timestep", "level", "one minus" or
-            "per token".
+        unit: what the network receives for a timestep and a noise level: "timestep", "level", "share", "one minus"
+            or "per token".
     """
 
     def __init__(self, model: Denoiser, scheduler_name: str = "scheduler", unit: str = "timestep") -> None:
@@ -81,6 +81,9 @@ class Pipe:
         match self.unit:
             case "level":
                 return self.schedule.sigmas[step].expand(1)
+            case "share":
+                level = self.schedule.sigmas[step]
+                return (level / (1 + level)).expand(1)
             case "one minus":
                 return 1 - timestep.expand(1) / 1000
             case "per token":  # the first one is clean
@@ -131,6 +134,23 @@ def test_levels_of_a_schedule_that_is_no_flow() -> None:
     with StepCache(**EVERY_SECOND).attach(one) as attached:
         one()
         assert attached.report()["strip"] == {"call_0": "CC.C.C"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_share_of_noise_in_a_schedule_that_begins_far_above_one(dtype: torch.dtype) -> None:
+    """As Cosmos 2 takes it; the last steps alone are also found as levels, which are nearly the same there."""
+    one = pipe(Denoiser, "scheduler", "share")
+    schedule = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    schedule.register_to_config(sigma_max=80.0, sigma_min=0.002, sigma_data=1.0)
+    one.schedule = one.scheduler = one.components["scheduler"] = schedule  # pyright: ignore
+    received = one.received
+    one.received = lambda step, timestep: received(step, timestep).to(dtype)
+    with StepCache(**EVERY_SECOND).attach(one) as attached:
+        one()
+        report = attached.report()
+    assert schedule.sigmas[0] > 10
+    assert report["strip"] == {"call_0": "CC.C.C"}
+    assert report["inactive"] == {}
 
 
 @pytest.mark.parametrize("clips", [1, 2])
