@@ -14,6 +14,7 @@ from sampling.step_cache import StepCache, calibrate_budget
 from sampling.step_cache.gates import InputRate, Interval
 from sampling.step_cache.values import take_apart
 from tests.families.tiny import image_vae, t5_encoder, t5_tokenizer
+from tests.step_cache.molecules import rfd4
 
 STEPS = 6
 EVERY_SECOND = {"gate": Interval(2, first=2, offset=1)}
@@ -200,6 +201,20 @@ def test_hidream_skips() -> None:
         report = attached.report()
     assert set(report["strip"].values()) == {"CC.C.C"}
     assert report["inactive"] == {}
+
+
+def test_rfd4_skips() -> None:
+    """Its pipeline has no `scheduler`, its network no `timestep`, and its times rise."""
+    one, call = rfd4(STEPS)
+    one.set_progress_bar_config(disable=True)
+    call["generator"] = torch.Generator().manual_seed(0)
+    plain = one(**call)
+    with StepCache(**EVERY_SECOND).attach(one) as attached:
+        call["generator"].manual_seed(0)
+        forecast = one(**call)
+        report = attached.report()
+    assert (report["strip"], report["inactive"]) == ({"call_0": "CC.C.C"}, {})
+    assert not torch.equal(plain.coords_nm, forecast.coords_nm)
 
 
 # -------------------------------------------------------------------------- why nothing was skipped
