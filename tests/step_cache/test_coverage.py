@@ -1,5 +1,6 @@
 """The command behind `docs/results/cache/coverage.json` tells pipelines in which a cache works from others."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,18 @@ def test_the_command_refuses_what_cannot_work(
     assert "pip install no_such_package" in capsys.readouterr().err
     monkeypatch.setattr(coverage, "REQUIRED", ("torch",))
     assert coverage.read_arguments().checkout == tmp_path
+
+
+def test_readme_says_what_the_report_says() -> None:
+    report = json.loads((coverage.ROOT / "docs/results/cache/coverage.json").read_text(encoding="utf-8"))
+    states, whole = report["pipelines"], report["whole pipelines"]
+    skip = states["skips"] + states.get("skips in part", 0)
+    assert sum(states.values()) == len(whole)
+    assert set(states) <= {"skips", "skips in part", "not built"}
+    assert report["work"]["output"] == report["networks"] == len(report["results"])
+    text = " ".join((coverage.ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"work in all {report['networks']} networks" in text
+    assert f"what the blocks add in {report['work']['blocks']}. Of {len(whole)} whole pipelines" in text
+    assert f"{skip} skip steps and {states['not built']} could not be built" in text
+    assert f"{len(report['pipelines without a case'])} more pipelines have no case" in text
+    assert all(found.get("reason") for found in whole.values() if found["pipeline"] != "skips")
