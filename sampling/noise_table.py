@@ -72,6 +72,10 @@ class NoiseTable:
         """Return the table with its noise levels for timesteps; none where the scheduler does not tell them."""
         return NoiseTable(self.sigmas, self.sigmas)
 
+    def by_share(self) -> NoiseTable:
+        """Return the table with the noise's share of the sum, sigma / (1 + sigma), for timesteps."""
+        return NoiseTable(tuple(sigma / (1 + sigma) for sigma in self.sigmas), self.sigmas)
+
     def at(self, run: int, step: int, branch: str = "all", is_exact: bool = True) -> Coordinates:
         """Return the coordinates of an entry.
 

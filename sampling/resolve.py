@@ -35,10 +35,11 @@ USUAL_SCALES = (
 )
 """What networks may receive for a timestep; tried where a network has no row in the table of families."""
 
-LEVEL = "noise level"
-"""They may also receive the noise level itself, whatever timesteps the scheduler numbers its levels with."""
+LEVEL: Literal["noise level"] = "noise level"
+SHARE: Literal["share of noise"] = "share of noise"
+"""They may also receive the noise level itself or the noise's share of the sum, whatever the scheduler's timesteps."""
 
-Scale = TimestepScale | Literal["noise level"]
+Scale = TimestepScale | Literal["noise level", "share of noise"]
 
 BATCHED = "cond_uncond"
 """The name that pipelines of diffusers give to a call on both branches (also when guidance is off)."""
@@ -153,10 +154,10 @@ class CoordinateResolver(Mechanism):
             return find_entry(table, timestep, hint, must_check=self._run.is_fresh)
         tensor = torch.as_tensor(received)
         values: dict[Scale, Tensor] = {
-            scale: tensor.float().max() if scale == LEVEL else scale.scheduler_timestep(tensor).max()
+            scale: tensor.float().max() if isinstance(scale, str) else scale.scheduler_timestep(tensor).max()
             for scale in self._run.scales
         }
-        index, self._run.scales = find_unlisted(table, values, self._expected(hint))
+        index, self._run.scales = find_unlisted(table, values, self._expected(hint), self._run.left(tensor))
         return index, False
 
     def _expected(self, hint: int | None) -> int | None:
@@ -252,7 +253,8 @@ class _Run:
         self.offset, self._step, self.is_fresh = 0, -1, True
         self._branches: list[str] = []
         self.doubled: dict[int, bool] = {}
-        self.scales: tuple[Scale, ...] = (*USUAL_SCALES, LEVEL)
+        self._received: Tensor | None = None
+        self.scales: tuple[Scale, ...] = (*USUAL_SCALES, LEVEL, SHARE)
 
     def read(self, scheduler: Any) -> None:
         """Take over the scheduler's table if it was set anew since the last call."""
@@ -268,6 +270,16 @@ class _Run:
         if self.is_fresh or entry < self.offset:
             self.offset = entry
         return self.offset
+
+    def left(self, received: Tensor) -> int | None:
+        """Return the entry that the run leaves with a call: the one it was at, if the call's timestep is another.
+
+        Args:
+            received: timestep of the call as the network receives it.
+        """
+        before, self._received = self._received, received.detach().clone()
+        is_other = before is not None and (before.shape != received.shape or not torch.equal(before, received))
+        return self.offset + self._step if is_other and not self.is_fresh else None
 
     def enter(self, step: int, branch: str | None, order: tuple[str, ...]) -> str:
         """Note a call and name its branch.
@@ -319,14 +331,17 @@ def find_entry(
 
 
 def find_unlisted(
-    table: NoiseTable, values: Mapping[Scale, Tensor], expected: int | None
+    table: NoiseTable, values: Mapping[Scale, Tensor], expected: int | None, left: int | None = None
 ) -> tuple[int, tuple[Scale, ...]]:
     """Find the entry of a call whose scale of timesteps is not known.
 
     Args:
         table: of the scheduler.
-        values: the call's timestep in the scheduler's unit by each scale that it may have; by `LEVEL` its noise level.
+        values: the call's timestep in the scheduler's unit by each scale that it may have; by `LEVEL` its noise level,
+            by `SHARE` the noise's share.
         expected: the entry that the scheduler is at, if it says.
+        left: the entry that the run leaves with this call. Where some tokens are clean, their timesteps read the wrong
+            way round are the first of the table at every step; only the right scale goes on to the next entry.
 
     Returns:
         The index, and the scales that fit it.
@@ -334,14 +349,21 @@ def find_unlisted(
     found: dict[Scale, int] = {}
     for scale, value in values.items():
         try:
-            found[scale] = find_entry(table.by_level() if scale == LEVEL else table, value, expected)[0]
+            found[scale] = find_entry(_table_of(scale, table), value, expected)[0]
         except _Unknown:
             continue
     if expected is not None:
         found = {scale: index for scale, index in found.items() if index == expected}
+    if left is not None and len(set(found.values())) > 1:
+        found = {scale: index for scale, index in found.items() if index == left + 1}
     if len(set(found.values())) != 1:
         raise _Unknown("the network's scale of timesteps is not known")
     return next(iter(found.values())), tuple(found)
+
+
+def _table_of(scale: Scale, table: NoiseTable) -> NoiseTable:
+    """The table in the unit of a scale."""
+    return {LEVEL: table.by_level, SHARE: table.by_share}[scale]() if isinstance(scale, str) else table
 
 
 def _hint(scheduler: Any) -> int | None:

@@ -1,14 +1,18 @@
 """Says where the step cache works: on every transformer, and in every whole pipeline, that diffusers' tests build.
 
-`python tests/step_cache/coverage.py CHECKOUT [REPORT.json]`, with a checkout of diffusers, of whose tests it takes tiny
-configurations and inputs; pipelines of ours are run too. Not a test: it needs that checkout, and what their tests
-import (`pip install parameterized`). A network may work where its pipeline does not: a pipeline has to let the cache
-find its steps.
+`python -m tests.step_cache.coverage CHECKOUT [REPORT.json]`, with a checkout of diffusers, of whose tests it takes tiny
+configurations and inputs; pipelines of ours are run too. Not a test: it needs that checkout (their sdist is without
+tests), and what their tests and pipelines import. A network may work where its pipeline does not: a pipeline has to let
+the cache find its steps.
 """
 
+import argparse
 import importlib
+import importlib.util
 import inspect
 import json
+import os
+import re
 import sys
 import warnings
 from collections import Counter
@@ -22,6 +26,8 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
+REQUIRED = ("ftfy", "parameterized", "requests_mock", "scipy", "sentencepiece", "torchsde")
+"""What their tests import, and their pipelines where they are run, that tessera does not need."""
 MASK = (True, True, False, True, False, False, True, True)
 
 
@@ -125,11 +131,12 @@ def examine(instance: Any, region: str) -> str:
 
 def lend_resize() -> None:
     """Lend Cosmos the one function of torchvision, not installed here, that it calls: a resize to the nearest."""
-    cosmos = importlib.import_module("diffusers.models.transformers.transformer_cosmos")
-    if not hasattr(cosmos, "transforms"):
-        functional = SimpleNamespace(resize=lambda picture, size, interpolation: F.interpolate(picture, size))
-        mode = SimpleNamespace(NEAREST="nearest")
-        cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=mode)
+    functional = SimpleNamespace(resize=lambda picture, size, interpolation: F.interpolate(picture, size))
+    lent = SimpleNamespace(functional=functional, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+    for name in ("transformers.transformer_cosmos", "controlnets.controlnet_cosmos"):
+        module = importlib.import_module(f"diffusers.models.{name}")
+        if not hasattr(module, "transforms"):
+            module.transforms = lent  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _pipelines() -> Any:
@@ -146,14 +153,36 @@ def _of_network(name: str, whole: dict[str, dict[str, Any]]) -> dict[str, dict[s
     return {"pipelines": {key: found["pipeline"] for key, found in whole.items() if found.get("network") == name}}
 
 
-def main(checkout: str, report: str | None) -> None:
+def read_arguments() -> argparse.Namespace:
+    """Read the command line and refuse what cannot work, before anything is run."""
+    parser = argparse.ArgumentParser(prog="python -m tests.step_cache.coverage", description=str(__doc__))
+    parser.add_argument("checkout", type=Path, help="folder of a checkout of diffusers, with its tests")
+    parser.add_argument("report", type=Path, nargs="?", help="file to write; stdout if left out")
+    arguments = parser.parse_args()
+    if not (arguments.checkout / "tests" / "pipelines").is_dir():
+        parser.error(f"{arguments.checkout} has no folder tests/pipelines; name a checkout of diffusers' repository")
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} not installed; pip install {' '.join(missing)}")
+    return arguments
+
+
+def version_of(checkout: Path) -> str:
+    """Return the version that a checkout of diffusers says it has."""
+    text = (checkout / "src" / "diffusers" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'__version__ = "(.*)"', text)
+    return found[1] if found else "unknown"
+
+
+def main(checkout: Path, report: Path | None) -> None:
     """Examine all and write the report."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # what their tests load has a stand-in, or is said to have none
     lend_resize()
     warnings.simplefilter("ignore")
     results: dict[str, dict[str, str]] = {}
     pipelines = _pipelines()
-    sys.path[:0] = [checkout]
-    for network, instance in cases(Path(checkout) / "tests"):
+    sys.path[:0] = [str(checkout)]
+    for network, instance in cases(checkout / "tests"):
         if isinstance(instance, str):
             results.setdefault("not imported", {})[instance[:200]] = ""
             continue
@@ -171,11 +200,12 @@ def main(checkout: str, report: str | None) -> None:
             sys.stderr.write(f"{name} {region}: {verdict}\n")
     networks = {name: found for name, found in results.items() if name != "not imported"}
     summary = {region: sum(found[region] == "ok" for found in networks.values()) for region in ("output", "blocks")}
-    whole = pipelines.examine_all(Path(checkout) / "tests", lambda line: sys.stderr.write(line + "\n"))
+    whole = pipelines.examine_all(checkout / "tests", lambda line: sys.stderr.write(line + "\n"))
     states = Counter(found["pipeline"] for found in whole.values())
     text = json.dumps(
         {
             "diffusers": importlib.import_module("diffusers").__version__,
+            "tests of": version_of(checkout),
             "networks": len(networks),
             "work": summary,
             "pipelines": dict(states.most_common()),
@@ -189,8 +219,9 @@ def main(checkout: str, report: str | None) -> None:
     if report is None:
         sys.stdout.write(text + "\n")
     else:
-        Path(report).write_text(text + "\n", encoding="utf-8")
+        report.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+    given = read_arguments()
+    main(given.checkout, given.report)

@@ -1,5 +1,6 @@
 """Pipelines whose networks have no row: their steps are found, and output forecasts need to know nothing of them."""
 
+from copy import deepcopy
 from typing import Any
 
 import diffusers
@@ -13,6 +14,7 @@ from sampling.step_cache import StepCache, calibrate_budget
 from sampling.step_cache.gates import InputRate, Interval
 from sampling.step_cache.values import take_apart
 from tests.families.tiny import image_vae, t5_encoder, t5_tokenizer
+from tests.step_cache.molecules import rfd4
 
 STEPS = 6
 EVERY_SECOND = {"gate": Interval(2, first=2, offset=1)}
@@ -65,8 +67,8 @@ class Pipe:
     Args:
         model: the network.
         scheduler_name: of its component.
-        unit: what the network receives for a timestep and a noise level: "timestep", "level", "one minus" or
-            "per token".
+        unit: what the network receives for a timestep and a noise level: "timestep", "level", "share", "one minus"
+            or "per token".
     """
 
     def __init__(self, model: Denoiser, scheduler_name: str = "scheduler", unit: str = "timestep") -> None:
@@ -80,6 +82,9 @@ class Pipe:
         match self.unit:
             case "level":
                 return self.schedule.sigmas[step].expand(1)
+            case "share":
+                level = self.schedule.sigmas[step]
+                return (level / (1 + level)).expand(1)
             case "one minus":
                 return 1 - timestep.expand(1) / 1000
             case "per token":  # the first one is clean
@@ -132,6 +137,41 @@ def test_levels_of_a_schedule_that_is_no_flow() -> None:
         assert attached.report()["strip"] == {"call_0": "CC.C.C"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_share_of_noise_in_a_schedule_that_begins_far_above_one(dtype: torch.dtype) -> None:
+    """As Cosmos 2 takes it; the last steps alone are also found as levels, which are nearly the same there."""
+    one = pipe(Denoiser, "scheduler", "share")
+    schedule = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    schedule.register_to_config(sigma_max=80.0, sigma_min=0.002, sigma_data=1.0)
+    one.schedule = one.scheduler = one.components["scheduler"] = schedule  # pyright: ignore
+    received = one.received
+    one.received = lambda step, timestep: received(step, timestep).to(dtype)
+    with StepCache(**EVERY_SECOND).attach(one) as attached:
+        one()
+        report = attached.report()
+    assert schedule.sigmas[0] > 10
+    assert report["strip"] == {"call_0": "CC.C.C"}
+    assert report["inactive"] == {}
+
+
+@pytest.mark.parametrize("clips", [1, 2])
+def test_clean_tokens_of_a_pipeline_that_steps_copies_of_its_scheduler(
+    monkeypatch: pytest.MonkeyPatch, clips: int
+) -> None:
+    """As SkyReels V2 goes on with a video: 0 read the wrong way round is the first timestep, at every step."""
+    one = pipe(Denoiser, "scheduler", "per token")
+    copy = deepcopy(one.schedule)
+    copy.set_timesteps(STEPS)
+    monkeypatch.setattr(one.schedule, "step", copy.step)
+    with StepCache(**EVERY_SECOND).attach(one) as attached:
+        for _ in range(clips):
+            one()
+            copy.set_timesteps(STEPS)
+        report = attached.report()
+    assert (report["strip"], report["skipped"]) == ({"call_0": "CC.C.C"}, 2 * clips)
+    assert report["inactive"] == {}
+
+
 def test_hidream_skips() -> None:
     """Its network calls the argument `timesteps`."""
     model = diffusers.HiDreamImageTransformer2DModel(
@@ -161,6 +201,20 @@ def test_hidream_skips() -> None:
         report = attached.report()
     assert set(report["strip"].values()) == {"CC.C.C"}
     assert report["inactive"] == {}
+
+
+def test_rfd4_skips() -> None:
+    """Its pipeline has no `scheduler`, its network no `timestep`, and its times rise."""
+    one, call = rfd4(STEPS)
+    one.set_progress_bar_config(disable=True)
+    call["generator"] = torch.Generator().manual_seed(0)
+    plain = one(**call)
+    with StepCache(**EVERY_SECOND).attach(one) as attached:
+        call["generator"].manual_seed(0)
+        forecast = one(**call)
+        report = attached.report()
+    assert (report["strip"], report["inactive"]) == ({"call_0": "CC.C.C"}, {})
+    assert not torch.equal(plain.coords_nm, forecast.coords_nm)
 
 
 # -------------------------------------------------------------------------- why nothing was skipped
