@@ -7,7 +7,6 @@ by itself, but only those of a static list, so that a checkpoint can never name 
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -25,26 +24,9 @@ from torch import Tensor
 from dit.tokenizers import VisualTokenizer, as_visual_tokenizer
 from pipelines.checks import check_generators, check_side
 from pipelines.loaded import check_loaded, check_text
+from pipelines.model_index import component_entries, is_own, resolve_components
 from pipelines.plain_errors import clear_loading_errors
-
-OWN_PACKAGES = ("dit", "sampling", "pipelines", "apps")
-
-COMPONENT_MODULES = frozenset(
-    {
-        "dit.models.dit",
-        "dit.models.next_scale",
-        "dit.models.text_dit",
-        "dit.tokenizers.multi_scale_bsq",
-        "dit.tokenizers.multi_scale_vq",
-        "dit.tokenizers.vit_autoencoder",
-        "sampling.schedulers.flow_match_ab2",
-        "sampling.schedulers.flow_match_sde",
-    }
-)
-"""Modules of ours that a `model_index.json` may name; no other is ever imported for a checkpoint."""
-
-RENAMED_MODULES: dict[str, str] = {}
-"""Old module path -> today's. A component class that moves gets an entry, so that old checkpoints still load."""
+from pipelines.sources import check_folder, find_culprit, read_index
 
 HUB_ALLOW = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 HUB_IGNORE = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.onnx")
@@ -95,8 +77,6 @@ class TesseraPipeline(DiffusionPipeline):
                 f"use_safetensors={kwargs['use_safetensors']!r}: weights are loaded from .safetensors files "
                 "only (a pickle can run code). Convert the checkpoint first: `tessera convert --help`."
             )
-        from pipelines.sources import check_folder, read_index  # which imports this module
-
         name = os.fspath(pretrained_model_name_or_path)
         hub = {option: kwargs[option] for option in HUB_OPTIONS if kwargs.get(option) is not None}
         folder = Path(name) if Path(name).is_dir() else Path(cls.download(name, **hub))
@@ -117,8 +97,6 @@ class TesseraPipeline(DiffusionPipeline):
         Raises:
             ValueError: weights are missing, NaN or infinite, or the tokenizer is of another model.
         """
-        from pipelines.sources import find_culprit  # which imports this module
-
         name, is_folder = os.fspath(source), Path(source).is_dir()
         with clear_loading_errors(name, partial(find_culprit, Path(source)) if is_folder else None):
             pipe = super().from_pretrained(name, **kwargs)
@@ -170,7 +148,7 @@ class TesseraPipeline(DiffusionPipeline):
         """
         hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         index, commit = cls.load_config(pretrained_model_name, return_commit_hash=True, **hub)
-        if not any(_is_own(library) for library, _ in component_entries(index).values()):
+        if not any(is_own(library) for library, _ in component_entries(index).values()):
             return super().download(pretrained_model_name, **kwargs)
 
         hub["revision"] = commit or hub.get("revision")  # one commit for the index and the weights
@@ -476,40 +454,3 @@ def _device_of(module: torch.nn.Module) -> torch.device:
     """Where a module's own tensors are, buffers first (previews need no more); the CPU for one that has none."""
     tensors = (*module.buffers(recurse=False), *module.parameters())
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
-
-
-def component_entries(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return the filled component slots of a `model_index.json`: name -> (library, class name)."""
-    entries: dict[str, tuple[str, str]] = {}
-    for name, value in index.items():
-        if not name.startswith("_") and isinstance(value, (list, tuple)) and len(value) == 2:
-            library, class_name = value
-            if isinstance(library, str) and isinstance(class_name, str):
-                entries[name] = (library, class_name)
-    return entries
-
-
-def resolve_components(index: dict[str, Any]) -> None:
-    """Translate moved module paths of a model index in place and import our component modules it names.
-
-    Args:
-        index: content of a `model_index.json`.
-
-    Raises:
-        ValueError: an entry names a module of ours that is not in `COMPONENT_MODULES`.
-    """
-    for name, (recorded, class_name) in component_entries(index).items():
-        library = RENAMED_MODULES.get(recorded, recorded)
-        index[name] = [library, class_name]
-        if not _is_own(library):
-            continue
-        if library not in COMPONENT_MODULES:
-            raise ValueError(
-                f"Component {name!r} of the checkpoint names the module {library!r}, which holds no component "
-                f"(allowed: {', '.join(sorted(COMPONENT_MODULES))}). It may need a newer version of tessera."
-            )
-        importlib.import_module(library)
-
-
-def _is_own(library: str) -> bool:
-    return library.split(".", maxsplit=1)[0] in OWN_PACKAGES

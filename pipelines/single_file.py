@@ -18,11 +18,11 @@ from diffusers import DiffusionPipeline, GGUFQuantizationConfig
 from diffusers.loaders import FromOriginalModelMixin
 
 from dit.runtime.bridge import is_missing_component, published_repository
-from pipelines.base import component_entries
 from pipelines.gguf_files import read_gguf_header
 from pipelines.json_files import read_object
 from pipelines.loaded import check_weights
 from pipelines.memory import is_out_of_memory
+from pipelines.model_index import component_entries
 from pipelines.plain_errors import clear_loading_errors, one_line
 from pipelines.settings import check_counts
 from pipelines.sources import DOWNLOAD_OPTIONS, clear_hub_errors, component_class, hub_token

@@ -27,9 +27,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pipelines.base import TesseraPipeline, component_entries, resolve_components
 from pipelines.components import check_component
 from pipelines.json_files import read_object
+from pipelines.model_index import component_entries, is_own, resolve_components
+from pipelines.plain_errors import clear_loading_errors
 from pipelines.settings import check_settings
 
 PIPELINE_MODULES = {
@@ -76,7 +77,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is no JSON object, or names modules of ours that hold no component.
     """
-    path = folder / TesseraPipeline.config_name
+    path = folder / DiffusionPipeline.config_name
     if not path.is_file():
         holds = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(
@@ -220,11 +221,11 @@ def check_folder(
 
 def _check_parts(folder: Path, index: Mapping[str, Any], replaced: Collection[str]) -> bool:
     """Check that an index names all that its pipeline needs, and the pipeline's own settings; whether it is ours."""
-    loader, path = pipeline_class(index), folder / TesseraPipeline.config_name
-    is_own = issubclass(loader, TesseraPipeline)
+    loader, path = pipeline_class(index), folder / DiffusionPipeline.config_name
+    ours = is_own(loader.__module__)
     slots, entries = component_slots(loader), component_entries(dict(index))
     needed = {name for name, is_needed in slots.items() if is_needed and name not in index}
-    if is_own:  # which run without a text encoder or decoder, but not without these
+    if ours:  # which run without a text encoder or decoder, but not without these
         needed |= {"transformer", "scheduler"} & slots.keys()
     lacking = sorted(needed - entries.keys() - set(replaced))
     if lacking:
@@ -233,8 +234,8 @@ def _check_parts(folder: Path, index: Mapping[str, Any], replaced: Collection[st
             "is damaged, fetch it again."
         )
     settings = {name: value for name, value in index.items() if name not in entries and value != [None, None]}
-    check_settings(loader, settings, path, is_own)
-    return is_own
+    check_settings(loader, settings, path, ours)
+    return ours
 
 
 def find_culprit(folder: Path) -> Path | None:
@@ -283,8 +284,11 @@ def fetch(repository: str, options: Mapping[str, Any], replaced: Collection[str]
     hub: dict[str, Any] = {name: options[name] for name in DOWNLOAD_OPTIONS if options.get(name) is not None}
     hub["token"] = hub_token()
     with clear_hub_errors(repository, hub.get("revision")):
-        loader = pipeline_class(TesseraPipeline.load_config(repository, **hub))
-        if not issubclass(loader, TesseraPipeline):
+        with clear_loading_errors(f"{repository}/{DiffusionPipeline.config_name}"):
+            index: Any = DiffusionPipeline.load_config(repository, **hub)
+        resolve_components(index)
+        loader = pipeline_class(index)
+        if not is_own(loader.__module__):
             loader = DiffusionPipeline  # its download reads the class from the index by itself
         # diffusers leaves out the files of components that are passed, whatever they are
         passed = dict.fromkeys(replaced)

@@ -13,9 +13,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 import pipelines
-from pipelines import base, builtin
-from pipelines.base import COMPONENT_MODULES, TesseraPipeline
+from pipelines import base, builtin, model_index
+from pipelines.base import TesseraPipeline
 from pipelines.builtin import load_pipeline
+from pipelines.model_index import COMPONENT_MODULES
 from pipelines.text_to_image import TextToImagePipeline
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
@@ -88,7 +89,7 @@ def test_class_loads_by_itself(saved, picture):
 
 
 def test_moved_module_is_found(copy, picture, monkeypatch):
-    monkeypatch.setitem(base.RENAMED_MODULES, "dit.models.old_home", "dit.models.text_dit")
+    monkeypatch.setitem(model_index.RENAMED_MODULES, "dit.models.old_home", "dit.models.text_dit")
     edit_index(copy, transformer=["dit.models.old_home", "TextDiT"])
     pipe = load_pipeline(copy, device="cpu")
     assert torch.equal(paint(pipe), picture)
@@ -121,7 +122,7 @@ def test_every_component_module_can_be_stored():
         parts = module.split(".")
         assert not hasattr(diffusers.pipelines, parts[-2] if len(parts) > 2 else parts[0])
         assert {"ModelMixin", "SchedulerMixin"} & set(vars(imported)), module
-        assert module not in base.RENAMED_MODULES
+        assert module not in model_index.RENAMED_MODULES
 
 
 class Planted:
