@@ -34,7 +34,7 @@ from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
 from apps.studio.tabs.base import PageError
-from apps.studio.theme import BRUSH, CSS, LANGUAGE, SCRIPT, theme
+from apps.studio.theme import BRUSH, CSS, FILES, LANGUAGE, SCRIPT, theme
 from apps.studio.wishes import FIXED
 from pipelines import builtin_models
 
@@ -152,7 +152,8 @@ def _guard(app: FastAPI, page: gr.Blocks, handed_in: HandedIn) -> None:
 def _head() -> str:
     """Return the scripts that run before the page is drawn."""
     language = f'<script data-languages="{" ".join(languages())}">{LANGUAGE.read_text(encoding="utf-8")}</script>'
-    return f"{language}<script>{BRUSH.read_text(encoding='utf-8')}</script>"
+    files = f'<script data-most="{limits.MAX_UPLOAD_BYTES}">{FILES.read_text(encoding="utf-8")}</script>'
+    return f"{language}{files}<script>{BRUSH.read_text(encoding='utf-8')}</script>"
 
 
 def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
@@ -181,6 +182,7 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
             parts["mode"] = gr.Textbox("text", elem_id="mode", elem_classes="offstage", container=False)
             # No gr.State: of one that is changed by a listener beside Gradio's queue the page isn't told.
             parts["pulse"] = gr.Textbox("", elem_id="pulse", elem_classes="offstage", container=False)
+            parts["refused"] = gr.Textbox("", elem_id="refused", elem_classes="offstage", container=False)
             with gr.Column(elem_id="source", elem_classes="card"):
                 parts |= desk.source(words)
             with gr.Column(elem_id="ask", elem_classes="card"):
@@ -397,6 +399,9 @@ def _connect_pictures(wiring: _Wiring, choosing: Choosing, painting: Painting) -
     def reuse_settings(request: gr.Request, chosen: Any) -> Changes:
         return choosing.reuse_settings(chosen)
 
+    def refuse(request: gr.Request, told: str) -> Changes:
+        return choosing.refuse_file(told)
+
     def drop_prompts(request: gr.Request) -> Changes:
         return choosing.drop_prompts()
 
@@ -408,6 +413,7 @@ def _connect_pictures(wiring: _Wiring, choosing: Choosing, painting: Painting) -
     answer(parts["source_file"].upload, take_source, ["source_file"])
     answer(parts["many_file"].upload, allowed(choosing.take_prompts), ["many_file"])
     answer(parts["many_drop"].click, drop_prompts)
+    answer(parts["refused"].change, refuse, ["refused"], [PLACE], queue=False)
 
 
 def _connect_tabs(wiring: _Wiring, choosing: Choosing) -> None:

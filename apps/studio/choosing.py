@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from apps.engine import Engine
 from apps.jobs import repeat
 from apps.lora import LoraError
 from apps.media import read_mp4
-from apps.metadata import Lora, PictureSettings, StepCache, read_picture
+from apps.metadata import Lora, PictureSettings, StepCache, read_picture, read_sidecar
 from apps.named_settings import load_presets, unknown_preset
 from apps.prompt_file import (
     COMMAND_LINE_NAMES,
@@ -337,6 +338,26 @@ class Choosing:
             "mask": drawn,
         }
 
+    def refuse_file(self, told: str) -> Changes:
+        """Say that a file is too large; the browser found that and kept the file, see `static/files.js`.
+
+        Args:
+            told: JSON with the name of the file and its bytes, from the browser.
+        """
+        try:
+            found = json.loads(told)
+            file, size = str(found["file"]), int(found["value"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return {}
+        error = UploadError(
+            "file.size",
+            f"{file} has {size} bytes, and at most {limits.MAX_UPLOAD_BYTES} are accepted: choose a smaller file.",
+            file=file,
+            value=size,
+            most=limits.MAX_UPLOAD_BYTES,
+        )
+        return problem(explain(error, self._words))
+
     # ------------------------------------------------------------------------- prompts
 
     def take_prompts(self, file: str | None) -> Changes:
@@ -382,7 +403,7 @@ class Choosing:
         first = max(int(page) + by, 0) * PAGE
         found = self._engine.history(self._sessions.watcher(request), PAGE + 1, first)
         shown = self._painting.album.hung(found[:PAGE])
-        items = [(str(one.path), self._caption(one)) for one in shown]
+        items = [self._painting.thumbnail(one, self._caption(one)) for one in shown]
         count = sum(isinstance(one, Shown) for one in shown)  # sheets show pictures of the page once more
         note = self._words("gallery.page", first=first + 1, last=first + count) if shown else ""
         return {
@@ -413,4 +434,8 @@ def _takes_strength(model: LoadedModel) -> bool:
 
 
 def _read(path: Path) -> PictureSettings:
-    return read_mp4(path) if path.suffix.lower() == ".mp4" else read_picture(path)
+    """Read the settings of a picture, a clip or the JSON file beside one."""
+    kind = path.suffix.lower()
+    if kind == ".json":
+        return read_sidecar(path)
+    return read_mp4(path) if kind == ".mp4" else read_picture(path)

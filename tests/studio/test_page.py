@@ -15,6 +15,7 @@ import pytest
 from gradio.blocks import postprocess_update_dict
 from PIL import Image
 
+from apps import limits
 from apps.engine import Done, Engine
 from apps.grid import Axis, Filled, compose, plan, read_axis
 from apps.jobs import TextToImageRequest
@@ -248,6 +249,26 @@ def test_settings_in_the_picture_put_the_page_in_place(studio):
     assert studio.choosing.reuse_settings(first)["seed"] == 9
     assert studio.choosing.reuse_seed(first) == {"seed_mode": FIXED, "seed": 9}
     assert studio.choosing.reuse_seed(None) == studio.choosing.reuse_settings(None) == {}
+
+
+def test_the_json_file_beside_a_picture_sets_what_the_picture_sets(studio, tmp_path):
+    first = pictures(list(paint(studio, seed=9, sidecar=True)))[0]
+    beside = first.path.with_name(f"{first.path.name}.json")
+    assert studio.choosing.load_settings(str(beside)) == studio.choosing.load_settings(str(first.path))
+    for name, text in (("a.json", "[" * 70_000), ("b.json", '{"prompt": "<b>"}'), ("c.json", "")):
+        (tmp_path / name).write_text(text)
+        shown = studio.choosing.load_settings(str(tmp_path / name))
+        assert set(shown) == {PLACE}
+        assert shown[PLACE]
+        assert "<b>" not in shown[PLACE]
+
+
+def test_a_file_that_the_browser_keeps_is_named_with_its_size_and_the_limit(studio):
+    told = studio.choosing.refuse_file(json.dumps({"file": "<b>.png", "value": 30_000_000}))
+    for text in ("&lt;b&gt;.png", "30000000", str(limits.MAX_UPLOAD_BYTES)):
+        assert text in told[PLACE]
+    for hostile in ("", "[]", "{}", "null", '{"file": "x", "value": "many"}', "[" * 100_000):
+        assert studio.choosing.refuse_file(hostile) == {}
 
 
 def test_hostile_settings_are_refused(studio, tmp_path):
