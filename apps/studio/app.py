@@ -396,8 +396,11 @@ def _connect_pictures(wiring: _Wiring, choosing: Choosing, painting: Painting) -
     def reuse_seed(request: gr.Request, chosen: Any) -> Changes:
         return choosing.reuse_seed(chosen)
 
-    def reuse_settings(request: gr.Request, chosen: Any) -> Changes:
-        return choosing.reuse_settings(chosen)
+    def reuse_settings(request: gr.Request, chosen: Any, key: str) -> Changes:
+        return choosing.adapted(choosing.reuse_settings(chosen), key, wiring.sessions.may_paint(request))
+
+    def load_settings(file: str | None, key: str) -> Changes:
+        return choosing.adapted(choosing.load_settings(file), key)
 
     def refuse(request: gr.Request, told: str) -> Changes:
         return choosing.refuse_file(told)
@@ -406,10 +409,10 @@ def _connect_pictures(wiring: _Wiring, choosing: Choosing, painting: Painting) -
         return choosing.drop_prompts()
 
     answer(parts["reuse_seed"].click, reuse_seed, ["chosen"])
-    answer(parts["reuse_settings"].click, reuse_settings, ["chosen"])
+    answer(parts["reuse_settings"].click, reuse_settings, ["chosen", "model"])
     answer(parts["start_from"].click, start_from, ["chosen"])
     answer(parts["inpaint_it"].click, inpaint_it, ["chosen"])
-    answer(parts["settings_file"].upload, allowed(choosing.load_settings), ["settings_file"])
+    answer(parts["settings_file"].upload, allowed(load_settings), ["settings_file", "model"])
     answer(parts["source_file"].upload, take_source, ["source_file"])
     answer(parts["many_file"].upload, allowed(choosing.take_prompts), ["many_file"])
     answer(parts["many_drop"].click, drop_prompts)

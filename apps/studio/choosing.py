@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,7 @@ class Choosing:
         changes = self.settle(key, mode, may_load)
         if not remembered:
             return changes
-        merged = {**changes, "model": key}
-        for name, value in remembered.items():
-            before = merged.get(name)
-            if isinstance(before, dict) and before.get("__type__") == "update":
-                merged[name] = {**before, "value": value}  # a copy: parts may share an update
-            else:
-                merged[name] = value
-        return {**merged, **self._go(mode)}
+        return {**_over(changes, {"model": key, **remembered}), **self._go(mode)}
 
     def _remembered(self, saved: object) -> dict[str, Any]:
         """Read what the browser remembers; what doesn't fit is left out."""
@@ -172,6 +166,17 @@ class Choosing:
             **chips,
             **self.fit(key, mode),
         }
+
+    def adapted(self, changes: Changes, key: str, may_load: bool = True) -> Changes:
+        """Fit the page to the model of settings that are put in place, if it is another one.
+
+        Args:
+            changes: what is put in place.
+            key: of the model that the page is fitted to.
+            may_load: see `settle`.
+        """
+        model = changes.get("model", key)
+        return changes if model == key else _over(self.settle(model, changes["mode"], may_load), changes)
 
     def _walking(self, model: LoadedModel) -> Changes:
         """Show the controls of denoising steps for a model that has some."""
@@ -303,6 +308,8 @@ class Choosing:
             if changes.get(name) and changes[name] not in found:
                 gr.Warning(self._words(f"{name}.missing", name=changes[name]))
                 changes[name] = ""
+        if model is not None and model not in self._engine.models:
+            gr.Warning(self._words("model.missing", name=escape(model[:60])))  # it comes from a file
         return {**changes, "model": model} if model in self._engine.models else changes
 
     def _go(self, mode: str) -> Changes:
@@ -427,6 +434,16 @@ class Choosing:
         if not 0 <= index < len(hung):
             return {}
         return {**self._painting.show(hung[index]), **self._go("text")}
+
+
+def _over(changes: Changes, values: Mapping[str, Any]) -> Changes:
+    """Put values of controls over changes that may be updates of the same controls."""
+    merged = dict(changes)
+    for name, value in values.items():
+        before = merged.get(name)
+        is_both = isinstance(before, dict) and before.get("__type__") == "update" and not isinstance(value, dict)
+        merged[name] = {**before, "value": value} if is_both else value  # a copy: parts may share an update
+    return merged
 
 
 def _takes_strength(model: LoadedModel) -> bool:

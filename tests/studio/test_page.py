@@ -271,6 +271,32 @@ def test_a_file_that_the_browser_keeps_is_named_with_its_size_and_the_limit(stud
         assert studio.choosing.refuse_file(hostile) == {}
 
 
+def test_the_page_is_fitted_to_the_model_of_settings_that_are_put_in_place(studio, tmp_path):
+    (tmp_path / "vocabulary.txt").write_text("fox\npizza\n")
+    first = pictures(list(paint(studio, seed=9, steps=5, shape="96x64")))[0]
+    put = studio.choosing.load_settings(str(first.path))
+    assert studio.choosing.adapted(put, "fake") is put  # it is fitted already
+    fitted = studio.choosing.adapted(put, "another")
+    assert fitted["model"] == "fake"
+    assert "pizza" in fitted["words"]
+    assert fitted["steps"] == {**gr.update(value=5, visible=True)}  # shown, with the value of the file
+    for name in ("width", "height", "shape", "guidance", "scheduler"):
+        assert fitted[name]["value"] == put[name]
+    assert {AUTO, CUSTOM} <= {value for _, value in fitted["shape"]["choices"]}
+
+
+def test_settings_of_a_model_that_is_not_here_say_so(studio, tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(gr, "Warning", warned.append)
+    settings = pictures(list(paint(studio)))[0].settings.model_copy(update={"model": "<i>gone"})
+    save_picture(Image.new("RGB", (8, 8)), tmp_path / "gone.png", settings)
+    shown = studio.choosing.load_settings(str(tmp_path / "gone.png"))
+    assert "model" not in shown
+    assert shown["seed"] == settings.seed
+    assert len(warned) == 1
+    assert "&lt;i&gt;gone" in warned[0]
+
+
 def test_hostile_settings_are_refused(studio, tmp_path):
     settings = pictures(list(paint(studio)))[0].settings
     for number, change in enumerate(({"task": "inpaint"}, {"image": "0" * 64, "task": "image_to_image"})):
