@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apps.engine import STATE_FOLDER, Engine
@@ -151,7 +151,10 @@ class Grids:
                     pictures[place] = image.convert("RGB")
             if not pictures:
                 return None
-            self._thumbnails[record.id] = mosaic(record.settings.axes, pictures)
+            laid = mosaic(record.settings.axes, pictures)
+            side = max(laid.size)
+            # The page cuts thumbnails to squares: of two cells it would show half of each.
+            self._thumbnails[record.id] = ImageOps.pad(laid, (side, side), color=(0, 0, 0, 0))
             while len(self._thumbnails) > MOST_THUMBNAILS:
                 self._thumbnails.pop(next(iter(self._thumbnails)), None)
         return self._thumbnails.get(record.id)

@@ -104,6 +104,11 @@ def test_the_thumbnail_of_a_grid_fits_a_dark_page_too(here):
     corners = [small.getpixel((x, y)) for x in (0, small.width - 1) for y in (0, small.height - 1)]
     assert {corner[3] for corner in corners} == {255}
     assert here.choosing.turn(0, 0, TAB)["gallery"]["value"][0][0] is small  # made once
+    told = list(paint(here, **GRID | {"grid_y": "", "grid_y_values": ""}))
+    wide = last(told, "strip")["value"][0][0]
+    assert wide.width == wide.height  # the page would cut the sides off
+    top, middle = (wide.getpixel((wide.width // 4, y)) for y in (0, wide.height // 2))
+    assert (top[3], middle[3]) == (0, 255)
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 1), (3, 2, 1), (2, 1, 4), (8, 8, 1)])
