@@ -166,7 +166,8 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
     """
     other = next(name for name in languages() if name != words.language)
     with gr.Blocks(title="tessera studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.HTML(views.header(words, "/" if other == "en" else f"/{other}/"), elem_id="head", js_on_load=None)
+        head = views.header(words, "/" if other == "en" else f"/{other}/", has_users=sessions.has_users)
+        gr.HTML(head, elem_id="head", js_on_load=None)
         parts: Parts = {name: gr.State(value) for name, value in STATES.items()}
         parts["saved"] = gr.BrowserState(None, storage_key="tessera-settings", secret="not a secret")
         with gr.Row(elem_id="desk"):

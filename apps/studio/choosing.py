@@ -441,8 +441,11 @@ def _over(changes: Changes, values: Mapping[str, Any]) -> Changes:
     merged = dict(changes)
     for name, value in values.items():
         before = merged.get(name)
-        is_both = isinstance(before, dict) and before.get("__type__") == "update" and not isinstance(value, dict)
-        merged[name] = {**before, "value": value} if is_both else value  # a copy: parts may share an update
+        if isinstance(before, dict) and before.get("__type__") == "update":
+            told = value if isinstance(value, dict) else {"value": value}
+            merged[name] = {**before, **told}  # a copy: parts may share an update
+        else:
+            merged[name] = value
     return merged
 
 

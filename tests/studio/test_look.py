@@ -316,7 +316,7 @@ def test_a_file_over_the_limit_is_refused_in_the_language_and_the_place_of_other
     open_page(page, f"{server[0]}/zh/")
     for place in ("#settings", "#prompt-file", "#source"):
         page.set_input_files(f"{place} input[type=file]", tmp_path / "large.png")
-        problem_says(page, "large.png 有 20971521 字节")
+        problem_says(page, "large.png \u6709 20971521 \u5b57\u8282")
         assert not page.locator(".toast-body").count()
         choose(page, "image")  # another tab; the error goes
         page.locator("#problem [role=alert]").wait_for(state="detached")
