@@ -11,6 +11,7 @@ stop, finish or move a job.
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import threading
@@ -657,4 +658,5 @@ def _picture_again(stored: StoredPicture, folder: Path) -> Picture:
     path, settings = folder / stored.name, parse(stored.settings)
     with Image.open(path, formats=["PNG", "WEBP"]) as image:
         image.load()
-        return Picture(path, settings.seed, settings, image, stored.seconds, None, clip_of(path, settings))
+        clip, notes = clip_of(path, settings), tuple(json.loads(stored.notes))
+        return Picture(path, settings.seed, settings, image, stored.seconds, None, clip, stored.report, notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,6 +220,29 @@ def compose(axes: Sequence[Axis], cells: dict[tuple[int, int, int], Filled], sid
                 corner = (left + i * column, top + j * row)
                 _draw_cell(sheet, draw, font, corner, (width, height), cells.get((i, j, k)))
     return sheet
+
+
+def mosaic(axes: Sequence[Axis], cells: Mapping[tuple[int, int, int], Image.Image], side: int = 320) -> Image.Image:
+    """Lay the cells of a grid out without texts and without a ground, for a thumbnail that fits any page.
+
+    Args:
+        axes: x, y and z; what belongs to further values of z stands below.
+        cells: what is painted, by place.
+        side: longest side of the mosaic, pixels.
+
+    Returns:
+        RGBA; gaps and cells to come are transparent.
+    """
+    x, y, z = (len(axis.values) for axis in axes)
+    first = next(iter(cells.values())).size if cells else (1, 1)
+    gap = max(side // (20 * max(x, y * z)), 1)
+    scale = min((side - gap * (x - 1)) / (first[0] * x), (side - gap * (y * z - 1)) / (first[1] * y * z))
+    width, height = (max(math.floor(length * scale), 1) for length in first)
+    laid = Image.new("RGBA", (x * (width + gap) - gap, y * z * (height + gap) - gap))
+    for (i, j, k), image in cells.items():
+        small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        laid.paste(small, (i * (width + gap), (k * y + j) * (height + gap)))
+    return laid
 
 
 def _widest(font: Any, texts: Sequence[str]) -> int:

@@ -263,6 +263,17 @@ def save_sidecar(settings: PictureSettings, picture: Path) -> Path:
     return path
 
 
+def read_sidecar(path: Path) -> PictureSettings:
+    """Read the settings that `save_sidecar` wrote, or a file of any origin in its place.
+
+    Raises:
+        MetadataError: too long, no JSON, or outside the schema.
+    """
+    with path.open("rb") as file:
+        text = file.read(limits.MAX_METADATA_BYTES + 1).decode("utf-8", errors="replace")
+    return parse(text)
+
+
 def _saving_options(kind: str, settings: PictureSettings | None) -> dict[str, Any]:
     """Return what `Image.save` needs for settings in a format, and for no loss."""
     if kind == "PNG":

@@ -13,7 +13,7 @@ from apps import limits
 from apps.accelerate import read_cache
 from apps.jobs import REQUEST, TASKS, AnyRequest, explain, repeat
 from apps.media import read_mp4
-from apps.metadata import Expand, KvPolicy, MemoryName, PictureSettings, SearchMethod, parse, read_picture
+from apps.metadata import Expand, KvPolicy, MemoryName, PictureSettings, SearchMethod, read_picture, read_sidecar
 from apps.named_settings import load_presets, preset_values
 from apps.outputs import is_clip
 from apps.shelf import tasks_on_disk
@@ -340,5 +340,5 @@ def read_settings(file: Path) -> PictureSettings:
     if not file.is_file():
         raise FileNotFoundError(f"No file {str(file)!r} to take the settings from.")
     if file.suffix.lower() == ".json":
-        return parse(file.read_bytes()[: limits.MAX_METADATA_BYTES + 1].decode("utf-8", errors="replace"))
+        return read_sidecar(file)
     return read_mp4(file) if is_clip(file) else read_picture(file)

@@ -34,7 +34,7 @@ from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
 from apps.studio.tabs.base import PageError
-from apps.studio.theme import BRUSH, CSS, LANGUAGE, SCRIPT, theme
+from apps.studio.theme import BRUSH, CSS, FILES, LANGUAGE, SCRIPT, theme
 from apps.studio.wishes import FIXED
 from pipelines import builtin_models
 
@@ -153,7 +153,8 @@ def _guard(app: FastAPI, page: gr.Blocks, handed_in: HandedIn) -> None:
 def _head() -> str:
     """Return the scripts that run before the page is drawn."""
     language = f'<script data-languages="{" ".join(languages())}">{LANGUAGE.read_text(encoding="utf-8")}</script>'
-    return f"{language}<script>{BRUSH.read_text(encoding='utf-8')}</script>"
+    files = f'<script data-most="{limits.MAX_UPLOAD_BYTES}">{FILES.read_text(encoding="utf-8")}</script>'
+    return f"{language}{files}<script>{BRUSH.read_text(encoding='utf-8')}</script>"
 
 
 def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
@@ -166,7 +167,8 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
     """
     other = next(name for name in languages() if name != words.language)
     with gr.Blocks(title="tessera studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.HTML(views.header(words, "/" if other == "en" else f"/{other}/"), elem_id="head", js_on_load=None)
+        head = views.header(words, "/" if other == "en" else f"/{other}/", has_users=sessions.has_users)
+        gr.HTML(head, elem_id="head", js_on_load=None)
         parts: Parts = {name: gr.State(value) for name, value in STATES.items()}
         parts["saved"] = gr.BrowserState(None, storage_key="tessera-settings", secret="not a secret")
         with gr.Row(elem_id="desk"):
@@ -182,6 +184,7 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
             parts["mode"] = gr.Textbox("text", elem_id="mode", elem_classes="offstage", container=False)
             # No gr.State: of one that is changed by a listener beside Gradio's queue the page isn't told.
             parts["pulse"] = gr.Textbox("", elem_id="pulse", elem_classes="offstage", container=False)
+            parts["refused"] = gr.Textbox("", elem_id="refused", elem_classes="offstage", container=False)
             with gr.Column(elem_id="source", elem_classes="card"):
                 parts |= desk.source(words)
             with gr.Column(elem_id="ask", elem_classes="card"):
@@ -395,20 +398,27 @@ def _connect_pictures(wiring: _Wiring, choosing: Choosing, painting: Painting) -
     def reuse_seed(request: gr.Request, chosen: Any) -> Changes:
         return choosing.reuse_seed(chosen)
 
-    def reuse_settings(request: gr.Request, chosen: Any) -> Changes:
-        return choosing.reuse_settings(chosen)
+    def reuse_settings(request: gr.Request, chosen: Any, key: str) -> Changes:
+        return choosing.adapted(choosing.reuse_settings(chosen), key, wiring.sessions.may_paint(request))
+
+    def load_settings(file: str | None, key: str) -> Changes:
+        return choosing.adapted(choosing.load_settings(file), key)
+
+    def refuse(request: gr.Request, told: str) -> Changes:
+        return choosing.refuse_file(told)
 
     def drop_prompts(request: gr.Request) -> Changes:
         return choosing.drop_prompts()
 
     answer(parts["reuse_seed"].click, reuse_seed, ["chosen"])
-    answer(parts["reuse_settings"].click, reuse_settings, ["chosen"])
+    answer(parts["reuse_settings"].click, reuse_settings, ["chosen", "model"])
     answer(parts["start_from"].click, start_from, ["chosen"])
     answer(parts["inpaint_it"].click, inpaint_it, ["chosen"])
-    answer(parts["settings_file"].upload, allowed(choosing.load_settings), ["settings_file"])
+    answer(parts["settings_file"].upload, allowed(load_settings), ["settings_file", "model"])
     answer(parts["source_file"].upload, take_source, ["source_file"])
     answer(parts["many_file"].upload, allowed(choosing.take_prompts), ["many_file"])
     answer(parts["many_drop"].click, drop_prompts)
+    answer(parts["refused"].change, refuse, ["refused"], [PLACE], queue=False)
 
 
 def _connect_tabs(wiring: _Wiring, choosing: Choosing) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from apps.engine import Engine
 from apps.jobs import repeat
 from apps.lora import LoraError
 from apps.media import read_mp4
-from apps.metadata import Lora, PictureSettings, StepCache, read_picture
+from apps.metadata import Lora, PictureSettings, StepCache, read_picture, read_sidecar
 from apps.named_settings import load_presets, unknown_preset
 from apps.prompt_file import (
     COMMAND_LINE_NAMES,
@@ -93,14 +95,7 @@ class Choosing:
         changes = self.settle(key, mode, may_load)
         if not remembered:
             return changes
-        merged = {**changes, "model": key}
-        for name, value in remembered.items():
-            before = merged.get(name)
-            if isinstance(before, dict) and before.get("__type__") == "update":
-                merged[name] = {**before, "value": value}  # a copy: parts may share an update
-            else:
-                merged[name] = value
-        return {**merged, **self._go(mode)}
+        return {**_over(changes, {"model": key, **remembered}), **self._go(mode)}
 
     def _remembered(self, saved: object) -> dict[str, Any]:
         """Read what the browser remembers; what doesn't fit is left out."""
@@ -171,6 +166,17 @@ class Choosing:
             **chips,
             **self.fit(key, mode),
         }
+
+    def adapted(self, changes: Changes, key: str, may_load: bool = True) -> Changes:
+        """Fit the page to the model of settings that are put in place, if it is another one.
+
+        Args:
+            changes: what is put in place.
+            key: of the model that the page is fitted to.
+            may_load: see `settle`.
+        """
+        model = changes.get("model", key)
+        return changes if model == key else _over(self.settle(model, changes["mode"], may_load), changes)
 
     def _walking(self, model: LoadedModel) -> Changes:
         """Show the controls of denoising steps for a model that has some."""
@@ -302,6 +308,8 @@ class Choosing:
             if changes.get(name) and changes[name] not in found:
                 gr.Warning(self._words(f"{name}.missing", name=changes[name]))
                 changes[name] = ""
+        if model is not None and model not in self._engine.models:
+            gr.Warning(self._words("model.missing", name=escape(model[:60])))  # it comes from a file
         return {**changes, "model": model} if model in self._engine.models else changes
 
     def _go(self, mode: str) -> Changes:
@@ -336,6 +344,26 @@ class Choosing:
             "source_view": views.source(self._words, views.preview_uri(image), size, drawn),
             "mask": drawn,
         }
+
+    def refuse_file(self, told: str) -> Changes:
+        """Say that a file is too large; the browser found that and kept the file, see `static/files.js`.
+
+        Args:
+            told: JSON with the name of the file and its bytes, from the browser.
+        """
+        try:
+            found = json.loads(told)
+            file, size = str(found["file"]), int(found["value"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return {}
+        error = UploadError(
+            "file.size",
+            f"{file} has {size} bytes, and at most {limits.MAX_UPLOAD_BYTES} are accepted: choose a smaller file.",
+            file=file,
+            value=size,
+            most=limits.MAX_UPLOAD_BYTES,
+        )
+        return problem(explain(error, self._words))
 
     # ------------------------------------------------------------------------- prompts
 
@@ -382,7 +410,7 @@ class Choosing:
         first = max(int(page) + by, 0) * PAGE
         found = self._engine.history(self._sessions.watcher(request), PAGE + 1, first)
         shown = self._painting.album.hung(found[:PAGE])
-        items = [(str(one.path), self._caption(one)) for one in shown]
+        items = [self._painting.thumbnail(one, self._caption(one)) for one in shown]
         count = sum(isinstance(one, Shown) for one in shown)  # sheets show pictures of the page once more
         note = self._words("gallery.page", first=first + 1, last=first + count) if shown else ""
         return {
@@ -408,9 +436,26 @@ class Choosing:
         return {**self._painting.show(hung[index]), **self._go("text")}
 
 
+def _over(changes: Changes, values: Mapping[str, Any]) -> Changes:
+    """Put values of controls over changes that may be updates of the same controls."""
+    merged = dict(changes)
+    for name, value in values.items():
+        before = merged.get(name)
+        if isinstance(before, dict) and before.get("__type__") == "update":
+            told = value if isinstance(value, dict) else {"value": value}
+            merged[name] = {**before, **told}  # a copy: parts may share an update
+        else:
+            merged[name] = value
+    return merged
+
+
 def _takes_strength(model: LoadedModel) -> bool:
     return "image_to_image" in model.tasks and "strength" in model.accepts("image_to_image")
 
 
 def _read(path: Path) -> PictureSettings:
-    return read_mp4(path) if path.suffix.lower() == ".mp4" else read_picture(path)
+    """Read the settings of a picture, a clip or the JSON file beside one."""
+    kind = path.suffix.lower()
+    if kind == ".json":
+        return read_sidecar(path)
+    return read_mp4(path) if kind == ".mp4" else read_picture(path)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from apps.engine import Engine
 from apps.studio import grid_view, views
@@ -88,12 +89,29 @@ class Easel:
     def strip(self, recent: Sequence[Finished]) -> Changes:
         """Show the newest pictures as files (so that they stay as they are, settings and all) with their seeds."""
         return {
-            "strip": gr.update(value=[(str(one.path), self._caption(one)) for one in recent]),
+            "strip": gr.update(value=[self.thumbnail(one, self._short_name(one)) for one in recent]),
             "visit": list(recent),
         }
 
-    def _caption(self, shown: Finished) -> str:
+    def thumbnail(self, shown: Finished, caption: str) -> tuple[str | Image.Image, str]:
+        """Return an item of the strip or the gallery.
+
+        Args:
+            shown: what it stands for.
+            caption: is shown. A second line says all, for screen readers (see `static/studio.js`); it isn't shown.
+        """
+        picture = self._grids.thumbnail(shown.record) if isinstance(shown, ShownSheet) else None
+        return picture or str(shown.path), f"{' '.join(caption.split())}\n{self._long_name(shown)}"
+
+    def _short_name(self, shown: Finished) -> str:
         return self._words("tab.grid") if isinstance(shown, ShownSheet) else str(shown.settings.seed)
+
+    def _long_name(self, shown: Finished) -> str:
+        if isinstance(shown, ShownSheet):
+            prompt = getattr(shown.record.settings.request, "prompt", "")
+            return f"{self._words('tab.grid')}: {' '.join(prompt.split())}"
+        named = shown.settings.prompt or str(shown.settings.label)
+        return f"{' '.join(named.split())}, {self._words('facts.seed', value=shown.settings.seed)}"
 
     def _facts(self, shown: Finished | None) -> str:
         if shown is None:

@@ -13,15 +13,20 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apps.engine import STATE_FOLDER, Engine
-from apps.grid import Filled, compose
+from apps.grid import Filled, compose, mosaic
 from apps.job_store import StoredPicture
 from apps.sheet import GridSettings, save_sheet
 
 logger = logging.getLogger(__name__)
+
+CELL_SIDE = 256
+"""Longest side of a cell, pixels, from which a thumbnail is made."""
+MOST_THUMBNAILS = 64
+"""Thumbnails in memory; beyond them the oldest ones are made again."""
 
 Place = tuple[int, int, int]
 """Index of a cell along x, y and z."""
@@ -76,6 +81,7 @@ class Grids:
         self._engine = engine
         self._output = engine.output_dir
         self._folder = engine.output_dir / STATE_FOLDER / "grids"
+        self._thumbnails: dict[str, Image.Image] = {}
         self._known: dict[str, GridRecord | None] = {}
         self._grid_of: dict[str, str] = {}
 
@@ -130,6 +136,28 @@ class Grids:
         """Return the picture of each cell that has one, and the seconds that it took."""
         pictures = self._pictures(record).items()
         return {place: (self._output / picture.name, picture.seconds) for place, picture in pictures}
+
+    def thumbnail(self, record: GridRecord) -> Image.Image | None:
+        """Return the pictures of a complete grid side by side; None if their files are gone.
+
+        The sheet is a file: it is white wherever it is opened, printed or sent to, whoever looked at it first. A small
+        view of it would be a white plate with unreadable letters on a dark page, so the page shows the pictures alone.
+        """
+        if record.id not in self._thumbnails:
+            pictures: dict[Place, Image.Image] = {}
+            for place, (path, _) in self.files(record).items():
+                with Image.open(path, formats=["PNG", "WEBP"]) as image:
+                    image.thumbnail((CELL_SIDE, CELL_SIDE))
+                    pictures[place] = image.convert("RGB")
+            if not pictures:
+                return None
+            laid = mosaic(record.settings.axes, pictures)
+            side = max(laid.size)
+            # The page cuts thumbnails to squares: of two cells it would show half of each.
+            self._thumbnails[record.id] = ImageOps.pad(laid, (side, side), color=(0, 0, 0, 0))
+            while len(self._thumbnails) > MOST_THUMBNAILS:
+                self._thumbnails.pop(next(iter(self._thumbnails)), None)
+        return self._thumbnails.get(record.id)
 
     def _pictures(self, record: GridRecord) -> dict[Place, StoredPicture]:
         """Return what is on record of each cell whose file is there."""

@@ -154,6 +154,10 @@ class Painting:
         """Put something finished onto the stage."""
         return self._easel.show(shown)
 
+    def thumbnail(self, shown: Finished, caption: str) -> tuple[Any, str]:
+        """Return an item of the gallery, see `Easel.thumbnail`."""
+        return self._easel.thumbnail(shown, caption)
+
     def _mine(self, request: gr.Request, job: str | None) -> str | None:
         """Return a job if it is one of the user of a page, who may change it."""
         owner = self._sessions.painter(request)

@@ -35,6 +35,11 @@ class Sessions:
         user = self._tokens.named(request.username)
         return "" if user is None else None if user.may("admin") else user.name
 
+    @property
+    def has_users(self) -> bool:
+        """Whether people sign in."""
+        return self._tokens is not None
+
     def may_paint(self, request: gr.Request) -> bool:
         """Whether the user of a page may change anything on the server."""
         user = None if self._tokens is None else self._tokens.named(request.username)

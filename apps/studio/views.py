@@ -24,15 +24,17 @@ LOGO = """<svg viewBox="0 0 34 34" width="34" height="34" aria-hidden="true">
 <rect x="18" y="18" width="15" height="15" rx="4.5" fill="#41507f"/></svg>"""
 
 
-def header(words: Strings, other: str) -> str:
+def header(words: Strings, other: str, *, has_users: bool = False) -> str:
     """Draw the head of the page.
 
     Args:
         words: of the page.
         other: address of the page in the other language.
+        has_users: whether people have signed in, and may sign out.
     """
+    leave = f'<a class="leave" href="/logout">{escape(words("sign_out"))}</a>' if has_users else ""
     return f"""<header class="masthead">{LOGO}<h1>tessera</h1><p>{escape(words("slogan"))}</p>
-<a class="language" href="{other}">{escape(words("other_language"))}</a>
+<a class="language" href="{other}">{escape(words("other_language"))}</a>{leave}
 <button type="button" class="night" title="{escape(words("night"))}" aria-label="{escape(words("night"))}">
 <svg viewBox="0 0 24 24" width="20" height="20" aria-hidden="true">
 <circle cx="12" cy="12" r="8" fill="none" stroke="currentColor" stroke-width="2"/>

@@ -71,7 +71,8 @@ def test_a_picture_reaches_strip_and_stage_as_the_file_itself(studio):  # noqa: 
     assert read_picture(visit[0].path) == visit[0].settings
     assert views.file_address(visit[0].path) in last(told, "stage")
     assert acts_on(told) == visit[0]
-    assert [caption for _, caption in last(told, "strip")["value"]] == ["4", "3"]
+    captions = [caption.splitlines() for _, caption in last(told, "strip")["value"]]
+    assert captions == [["4", "a fox, seed 4"], ["3", "a fox, seed 3"]]  # the second line is for screen readers
     assert "Done in" in last(told, "stage")
     buttons = [changes["stop"]["interactive"] for changes in told if "stop" in changes]
     assert (buttons[0], buttons[-1]) == (True, False)

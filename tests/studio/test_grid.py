@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from apps.grid import Axis, Filled, compose
+from apps.grid import Axis, Filled, compose, mosaic
 from apps.jobs import TextToImageRequest
 from apps.metadata import MetadataError, parse
 from apps.prompt_file import PromptLine
@@ -78,14 +79,53 @@ def test_a_grid_is_in_the_strip_and_in_the_gallery_before_its_cells(here):
     hung = here.choosing.turn(0, 0, TAB)
     kinds = [isinstance(one, ShownSheet) for one in hung["hung"]]
     assert kinds == [False, True, False, False, False, False]
-    assert hung["gallery"]["value"][1][1] == "Grid: a fox"
+    assert hung["gallery"]["value"][1][1].splitlines() == ["Grid: a fox", "Grid: a fox"]
+    assert hung["gallery"]["value"][0][1].splitlines() == ["a fox", "a fox, seed 50"]
     looked = here.choosing.look(hung["hung"], SimpleNamespace(index=1))
     assert looked["chosen"] == hung["hung"][1]
     assert "<table>" in looked["stage"]
     opened = list(follow(here, PHONE, seen=None))
-    assert [caption for _, caption in last(opened, "strip")["value"]][:2] == ["50", "Grid"]
+    assert [caption.splitlines()[0] for _, caption in last(opened, "strip")["value"]][:2] == ["50", "Grid"]
     hung["hung"][1].path.unlink()  # by its user, and the cells stay
     assert not any(isinstance(one, ShownSheet) for one in here.choosing.turn(0, 0, TAB)["hung"])
+
+
+def test_the_thumbnail_of_a_grid_fits_a_dark_page_too(here):
+    """The sheet, a file, is white wherever it is opened; its small view on the page has no ground of its own."""
+    told = list(paint(here, **GRID))
+    sheet = acts_on(told)
+    with Image.open(sheet.path) as file:
+        assert file.mode == "RGB"
+        assert file.getpixel((file.width - 1, 0)) == (255, 255, 255)
+    small = last(told, "strip")["value"][0][0]
+    assert small.mode == "RGBA"
+    gaps = [small.getpixel((small.width // 2, 0)), small.getpixel((0, small.height // 2))]
+    assert {gap[3] for gap in gaps} == {0}
+    corners = [small.getpixel((x, y)) for x in (0, small.width - 1) for y in (0, small.height - 1)]
+    assert {corner[3] for corner in corners} == {255}
+    assert here.choosing.turn(0, 0, TAB)["gallery"]["value"][0][0] is small  # made once
+    told = list(paint(here, **GRID | {"grid_y": "", "grid_y_values": ""}))
+    wide = last(told, "strip")["value"][0][0]
+    assert wide.width == wide.height  # the page would cut the sides off
+    top, middle = (wide.getpixel((wide.width // 4, y)) for y in (0, wide.height // 2))
+    assert (top[3], middle[3]) == (0, 255)
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (3, 2, 1), (2, 1, 4), (8, 8, 1)])
+@pytest.mark.parametrize("size", [(64, 64), (96, 32), (16, 256)])
+def test_a_mosaic_holds_every_cell_in_its_place(counts, size):
+    axes = [Axis("seed", tuple(map(str, range(count)))) for count in counts]
+    places = list(itertools.product(*map(range, counts)))
+    cells = {place: Image.new("RGB", size, (25 * place[0], 25 * place[1], 25 * place[2])) for place in places}
+    laid = mosaic(axes, cells, 320)
+    assert max(laid.size) <= 320
+    columns, rows = counts[0], counts[1] * counts[2]
+    cells_of = [(x, z * counts[1] + y, (25 * x, 25 * y, 25 * z, 255)) for x, y, z in places]
+    for column, row, tone in cells_of:
+        box = (column * laid.width // columns, row * laid.height // rows,
+               -(-(column + 1) * laid.width // columns), -(-(row + 1) * laid.height // rows))  # fmt: skip
+        counted = {colour: count for count, colour in laid.crop(box).getcolors(1 << 20) or [] if colour[3]}
+        assert max(counted, key=lambda colour: counted[colour]) == tone
 
 
 def test_a_reload_finds_a_grid_and_goes_on_with_it(here, tmp_path):

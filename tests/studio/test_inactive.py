@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,16 @@ def test_a_step_cache_that_skips_nothing_is_said_everywhere(engine, caplog, caps
     stored = engine.pictures(job)
     assert picture_row(stored[0])["report"] == picture.report
     assert "skipped no step" in details(picture.metadata, picture.seconds, Strings("en"), picture.report)
+
+
+def test_who_asks_after_the_end_hears_the_same(engine):
+    """A page may begin to follow a job that has ended by then: a fast one."""
+    job, picture = painted(engine, step_cache=StepCache(preset="taylorseer", amount=2))
+    while engine.job(job).ended is None:
+        time.sleep(0.005)
+    told = next(event for event in engine.follow(job) if isinstance(event, Picture))
+    assert told.report
+    assert (told.report, told.notes, told.seconds) == (picture.report, picture.notes, picture.seconds)
 
 
 def test_a_step_cache_that_skips_says_how_many(engine, caplog):

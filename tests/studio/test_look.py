@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from PIL import Image
 
+from apps import limits
 from apps.studio.theme import CLAY, theme
+from apps.studio.wishes import read_mask
 from tests.studio.test_server import browser, note_says, open_page, page, problem_says, server
 
 __all__ = ["browser", "page", "server"]
@@ -270,4 +274,51 @@ def test_nothing_breaks_on_a_narrow_screen(server, browser, language):
         for text, left, right, height in labels:
             assert 0 <= left < right <= 390, (tab, text)
             assert height <= 80, (tab, text)  # no label is broken into a column of words
+    page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_thumbnails_are_named_by_what_they_show(server, page):
+    page.fill("#prompt textarea", "a red apple")
+    page.fill("#seed input", "41")
+    page.click("#paint")
+    for place in ("strip", "gallery"):
+        if place == "gallery":
+            choose(page, "gallery")
+        page.locator(f"#{place} button[aria-label='a red apple, seed 41']").first.wait_for()
+    caption = page.locator("#gallery .caption-label").first
+    assert caption.evaluate("one => one.clientHeight < 2 * parseFloat(getComputedStyle(one).lineHeight)")  # one line
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.parametrize("tone", [(217, 96, 58), (255, 255, 255), (0, 0, 0), (120, 120, 120), (233, 180, 76)])
+def test_the_brush_can_be_seen_on_an_image_of_any_colour(server, page, tmp_path, tone):
+    Image.new("RGB", (96, 96), tone).save(tmp_path / "plain.png")
+    choose(page, "inpaint")
+    page.set_input_files("#source input[type=file]", tmp_path / "plain.png")
+    page.locator("#source canvas").wait_for()
+    page.click("[data-tool=invert]")  # marks all of it
+    with Image.open(io.BytesIO(page.locator("#source .brush").screenshot())) as shot:
+        marked = shot.convert("RGB").resize(shot.size).crop((40, 40, shot.width - 40, shot.height - 40))
+    found = [colour for count, colour in marked.getcolors(1 << 24) or [] if count > 50]
+    assert max(contrast(one, other) for one in found for other in found) >= 3  # of WCAG for what isn't text
+    mask = read_mask(page.input_value("#mask textarea"))
+    assert mask.getextrema() == (255, 255)  # the stripes are for eyes only
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_file_over_the_limit_is_refused_in_the_language_and_the_place_of_other_errors(server, browser, tmp_path):
+    (tmp_path / "large.png").write_bytes(bytes(limits.MAX_UPLOAD_BYTES + 1))
+    page = browser.new_page()
+    open_page(page, f"{server[0]}/zh/")
+    for place in ("#settings", "#prompt-file", "#source"):
+        page.set_input_files(f"{place} input[type=file]", tmp_path / "large.png")
+        problem_says(page, "large.png \u6709 20971521 \u5b57\u8282")
+        assert not page.locator(".toast-body").count()
+        choose(page, "image")  # another tab; the error goes
+        page.locator("#problem [role=alert]").wait_for(state="detached")
+        choose(page, "text")
     page.close()

@@ -15,6 +15,7 @@ import pytest
 from gradio.blocks import postprocess_update_dict
 from PIL import Image
 
+from apps import limits
 from apps.engine import Done, Engine
 from apps.grid import Axis, Filled, compose, plan, read_axis
 from apps.jobs import TextToImageRequest
@@ -248,6 +249,52 @@ def test_settings_in_the_picture_put_the_page_in_place(studio):
     assert studio.choosing.reuse_settings(first)["seed"] == 9
     assert studio.choosing.reuse_seed(first) == {"seed_mode": FIXED, "seed": 9}
     assert studio.choosing.reuse_seed(None) == studio.choosing.reuse_settings(None) == {}
+
+
+def test_the_json_file_beside_a_picture_sets_what_the_picture_sets(studio, tmp_path):
+    first = pictures(list(paint(studio, seed=9, sidecar=True)))[0]
+    beside = first.path.with_name(f"{first.path.name}.json")
+    assert studio.choosing.load_settings(str(beside)) == studio.choosing.load_settings(str(first.path))
+    for name, text in (("a.json", "[" * 70_000), ("b.json", '{"prompt": "<b>"}'), ("c.json", "")):
+        (tmp_path / name).write_text(text)
+        shown = studio.choosing.load_settings(str(tmp_path / name))
+        assert set(shown) == {PLACE}
+        assert shown[PLACE]
+        assert "<b>" not in shown[PLACE]
+
+
+def test_a_file_that_the_browser_keeps_is_named_with_its_size_and_the_limit(studio):
+    told = studio.choosing.refuse_file(json.dumps({"file": "<b>.png", "value": 30_000_000}))
+    for text in ("&lt;b&gt;.png", "30000000", str(limits.MAX_UPLOAD_BYTES)):
+        assert text in told[PLACE]
+    for hostile in ("", "[]", "{}", "null", '{"file": "x", "value": "many"}', "[" * 100_000):
+        assert studio.choosing.refuse_file(hostile) == {}
+
+
+def test_the_page_is_fitted_to_the_model_of_settings_that_are_put_in_place(studio, tmp_path):
+    (tmp_path / "vocabulary.txt").write_text("fox\npizza\n")
+    first = pictures(list(paint(studio, seed=9, steps=5, shape="96x64")))[0]
+    put = studio.choosing.load_settings(str(first.path))
+    assert studio.choosing.adapted(put, "fake") is put  # it is fitted already
+    fitted = studio.choosing.adapted(put, "another")
+    assert fitted["model"] == "fake"
+    assert "pizza" in fitted["words"]
+    assert fitted["steps"] == {**gr.update(value=5, visible=True)}  # shown, with the value of the file
+    for name in ("width", "height", "shape", "guidance", "scheduler"):
+        assert fitted[name]["value"] == put[name]
+    assert {AUTO, CUSTOM} <= {value for _, value in fitted["shape"]["choices"]}
+
+
+def test_settings_of_a_model_that_is_not_here_say_so(studio, tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(gr, "Warning", warned.append)
+    settings = pictures(list(paint(studio)))[0].settings.model_copy(update={"model": "<i>gone"})
+    save_picture(Image.new("RGB", (8, 8)), tmp_path / "gone.png", settings)
+    shown = studio.choosing.load_settings(str(tmp_path / "gone.png"))
+    assert "model" not in shown
+    assert shown["seed"] == settings.seed
+    assert len(warned) == 1
+    assert "&lt;i&gt;gone" in warned[0]
 
 
 def test_hostile_settings_are_refused(studio, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from apps.studio.painting import Painting
 from apps.studio.sessions import Sessions
 from apps.studio.tabs.base import PageError
 from tests.studio.fakes import FakePipeline
+from tests.studio.serving import client_of, serving_page
 from tests.studio.test_page import ENGLISH, PAGE, paint, pictures
 
 
@@ -120,3 +122,14 @@ def test_who_may_only_look_changes_nothing_through_the_page(served, tmp_path):
     assert served.engine.loaded("other") is None
     source = next(fn for fn in asked if fn.name == "take_source")
     assert told_by(source.fn(tab("ann"), str(tmp_path / "picture.png")), "source-view")
+
+
+@pytest.mark.parametrize("name", ["ann", None])
+def test_the_page_offers_to_sign_out_where_people_sign_in(tmp_path, name):
+    with serving_page(tmp_path, with_users=name is not None) as served, client_of(served, name) as client:
+        for address, label in (("/config", "Sign out"), ("/zh/config", "\u9000\u51fa\u767b\u5f55")):
+            head = json.dumps(client.get(address).json(), ensure_ascii=False)
+            assert (label in head) is (name is not None)
+        if name is not None:
+            client.get("/logout", headers={"Sec-Fetch-Site": "same-origin"})  # as a click on the link does
+            assert client.get("/config").status_code == 401

@@ -1,7 +1,9 @@
 // The mask brush: paints on a canvas over the source picture and hands the mask over as a PNG in a hidden text field.
 // Everything listens on the document, because the page redraws its parts.
 (() => {
-  const COLOUR = "#d9603a";
+  // Stripes of three tones, of which some stand out from an image of any colour, and from each other.
+  const STRIPES = [["#d9603a", 6], ["#1d1b22", 2], ["#ffffff", 2]];  // CSS pixels, along the x axis
+  const FINE = 2;  // pixels of the pattern to a CSS pixel
   let drawing = false, erasing = false, last = null;
   const history = [];
 
@@ -13,10 +15,28 @@
     return [(event.clientX - box.left) * target.width / box.width, (event.clientY - box.top) * target.height / box.height];
   };
 
+  // Slanted stripes, as wide on the screen whatever the size of the image.
+  const colour = (target) => {
+    const tile = document.createElement("canvas"), side = STRIPES.reduce((sum, [, width]) => sum + width, 0);
+    const scale = target.width / (target.getBoundingClientRect().width || target.width);
+    tile.width = tile.height = side * FINE;
+    const pixels = tile.getContext("2d");
+    for (let y = 0; y < tile.height; y++) {
+      let x = y;
+      for (const [tone, width] of STRIPES) {
+        pixels.fillStyle = tone;
+        for (let i = 0; i < width * FINE; i++, x++) pixels.fillRect(x % tile.width, y, 1, 1);
+      }
+    }
+    const pattern = target.getContext("2d").createPattern(tile, "repeat");
+    pattern.setTransform(new DOMMatrix().scale(scale / FINE));
+    return pattern;
+  };
+
   const stroke = (target, from, to) => {
     const paint = target.getContext("2d");
     paint.globalCompositeOperation = erasing ? "destination-out" : "source-over";
-    paint.strokeStyle = paint.fillStyle = COLOUR;
+    paint.strokeStyle = colour(target);
     paint.lineWidth = size(target);
     paint.lineCap = paint.lineJoin = "round";
     paint.beginPath();
@@ -48,13 +68,15 @@
     field.dispatchEvent(new Event("input", { bubbles: true }));
   };
 
+  // Mark the pixels for which `keep` holds; it is given their four bytes.
   const fill = (target, keep) => {
-    const data = target.getContext("2d").getImageData(0, 0, target.width, target.height);
-    for (let i = 0; i < data.data.length; i += 4) {
-      const on = keep(data.data[i + 3] >= 128);
-      data.data.set(on ? [217, 96, 58, 255] : [0, 0, 0, 0], i);
-    }
-    target.getContext("2d").putImageData(data, 0, 0);
+    const paint = target.getContext("2d"), data = paint.getImageData(0, 0, target.width, target.height);
+    for (let i = 0; i < data.data.length; i += 4)
+      data.data.fill(keep(data.data.subarray(i, i + 4)) ? 255 : 0, i, i + 4);
+    paint.putImageData(data, 0, 0);
+    paint.globalCompositeOperation = "source-in";
+    paint.fillStyle = colour(target);
+    paint.fillRect(0, 0, target.width, target.height);
   };
 
   const TOOLS = {
@@ -62,7 +84,7 @@
     erase: () => { erasing = true; },
     undo: (target) => { if (history.length) target.getContext("2d").putImageData(history.pop(), 0, 0); },
     clear: (target) => { remember(target); fill(target, () => false); },
-    invert: (target) => { remember(target); fill(target, (on) => !on); },
+    invert: (target) => { remember(target); fill(target, (pixel) => pixel[3] < 128); },
   };
 
   document.addEventListener("pointerdown", (event) => {
@@ -105,11 +127,8 @@
     if (!target.dataset.mask) return;
     const mask = new Image();
     mask.onload = () => {
-      const paint = target.getContext("2d");
-      paint.drawImage(mask, 0, 0);
-      const data = paint.getImageData(0, 0, target.width, target.height);
-      for (let i = 0; i < data.data.length; i += 4) data.data.set(data.data[i] >= 128 ? [217, 96, 58, 255] : [0, 0, 0, 0], i);
-      paint.putImageData(data, 0, 0);
+      target.getContext("2d").drawImage(mask, 0, 0);
+      fill(target, (pixel) => pixel[0] >= 128);
     };
     mask.src = target.dataset.mask;
   }).observe(document, { childList: true, subtree: true });

@@ -15,7 +15,7 @@
   // The kinds of files that dialogs offer. Not set in Gradio, which would refuse others in English, and in another place
   // than everything else; the listeners refuse them.
   const KINDS = {
-    "#prompt-file": ".txt,.jsonl", "#source": ".png,.jpg,.jpeg,.webp", "#settings": ".png,.webp,.mp4",
+    "#prompt-file": ".txt,.jsonl", "#source": ".png,.jpg,.jpeg,.webp", "#settings": ".png,.webp,.mp4,.json",
   };
   const offer = () => {
     for (const [place, kinds] of Object.entries(KINDS))
@@ -30,7 +30,16 @@
     const box = element.getBoundingClientRect();
     if (box.top < 0 || box.bottom > innerHeight) element.scrollIntoView({ block });
   };
+  // Gradio calls a thumbnail "Thumbnail 1 of 24"; the second line of its caption, which isn't shown, says what it is.
+  const name = () => {
+    for (const caption of document.querySelectorAll("#strip .caption-label, #gallery .caption-label")) {
+      const text = caption.textContent.split("\n")[1], thumbnail = caption.closest("button");
+      if (text && thumbnail && thumbnail.getAttribute("aria-label") !== text) thumbnail.setAttribute("aria-label", text);
+    }
+  };
+
   new MutationObserver(() => {
+    name();
     const problem = document.querySelector("#problem .problem"), text = problem?.textContent ?? "";
     if (text && text !== said) bring(problem, "center");
     said = text;
@@ -39,7 +48,10 @@
     const isOpen = ["image", "inpaint"].includes(document.querySelector("#desk")?.dataset.tab);
     if (shown && shown !== source && isOpen) bring(document.querySelector("#source-view"), "start");
     if (isOpen || !shown) source = shown;
-  }).observe(document.querySelector("#desk") ?? root, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-tab"] });
+  }).observe(document.querySelector("#desk") ?? root, {
+    childList: true, subtree: true, characterData: true, attributes: true, attributeFilter: ["data-tab", "aria-label"],
+  });
+  name();
   document.documentElement.lang = location.pathname.startsWith("/zh") ? "zh" : "en";
 
   const dark = localStorage.getItem("tessera-dark");
