@@ -242,6 +242,7 @@ def test_headers_of_good_files_are_read_as_they_are(saved):
 def test_checking_draws_no_random_numbers(saved):
     """What a seed gives must not depend on how often a folder was checked."""
     for name in ("text_dit", "class_dit", "next_scale_text"):
+        folder = saved(name)
         before = torch.get_rng_state()
-        check_folder(saved(name), read_index(saved(name)))
+        check_folder(folder, read_index(folder))
         assert torch.equal(torch.get_rng_state(), before)
