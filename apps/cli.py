@@ -3,7 +3,7 @@
 This file only parses: every command imports its implementation when it runs, so that `tessera --help` and a
 mistyped option answer at once instead of after the import of torch.
 
-Exit codes: 0 done, 1 the work failed, 2 wrong usage (`apps.usage.UsageError`), 130 interrupted.
+Exit codes: 0 done, 1 the work failed, 2 wrong usage (`apps.service.usage.UsageError`), 130 interrupted.
 """
 
 import sys
@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from apps.cli_generate import generate
-from apps.cli_options import (
+from apps.commands.generate_options import generate
+from apps.commands.shared_options import (
     CHECKPOINT,
     MEASURED,
     OUTPUT,
@@ -156,10 +156,10 @@ def serve(
 
 def _serve(*, models: list[str], output_dir: Path, base: str | None, **settings: Any) -> None:
     """Start a server, once the names of its models and its folder are checked."""
-    from apps.outputs import check_folder
-    from apps.serve import run
-    from apps.shelf import check_sources
-    from apps.usage import checking
+    from apps.commands.serve import run
+    from apps.service.model_pool import check_sources
+    from apps.service.usage import checking
+    from apps.service.writable import check_folder
 
     check_folder(output_dir)
     check_sources(models, base)
@@ -177,7 +177,7 @@ def token(
 ) -> None:
     """Add a user of the server, or give one a new token; it is shown once."""
     from apps.api.tokens import add_user
-    from apps.usage import checking
+    from apps.service.usage import checking
 
     with checking():  # every ValueError there is about the name or the file
         typer.echo(add_user(auth_file, name, role))
@@ -200,7 +200,7 @@ def train(
     smoke: Annotated[bool, typer.Option("--smoke", help="Rehearse: two steps on little data.")] = False,
 ) -> None:
     """Train a model; Ctrl-C saves a checkpoint before it stops."""
-    from apps.train import run
+    from apps.commands.train import run
 
     run(config_path=config, overrides=overrides or [], resume=resume, smoke=smoke)
 
@@ -255,7 +255,7 @@ def evaluate(
     json_output: Json = False,
 ) -> None:
     """Paint many prompts and let the exact judge read the pictures."""
-    from apps.evaluate import run
+    from apps.commands.evaluate import run
 
     run(
         model=model,
@@ -333,7 +333,7 @@ def bench(
     json_output: Json = False,
 ) -> None:
     """Time things on this machine, in turns."""
-    from apps.bench import run
+    from apps.benchmarks.run import run
 
     run(
         what=what,
@@ -364,7 +364,7 @@ def calibrate_cache(
     dtype: Precision = "auto",
 ) -> None:
     """Learn which steps of a model can be forecast, for --cache budget=0.35."""
-    from apps.calibrate_cache import run
+    from apps.commands.calibrate_cache import run
 
     run(model, prompts=prompt or (), steps=steps, region=region, output=output, device=device, dtype=dtype)
 
@@ -446,7 +446,7 @@ def convert(
     ] = False,
 ) -> None:
     """Turn a published checkpoint into a folder that loads here, or back."""
-    from apps.convert import run
+    from apps.conversion.convert import run
 
     run(
         family=family,
@@ -465,7 +465,7 @@ def convert(
 @app.command()
 def info(json_output: Json = False) -> None:
     """Show versions, devices, what is installed and what stands in the way."""
-    from apps.info import run
+    from apps.commands.info import run
 
     run(json_output=json_output)
 
@@ -481,7 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (ValueError, OSError, a missing extra, too little memory) with 1; any other error is a defect and keeps its
             trace.
     """
-    from apps.usage import UsageError
+    from apps.service.usage import UsageError
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words

@@ -8,12 +8,12 @@ from fastapi import Depends, HTTPException, Request
 
 from apps.api.messages import error_body
 from apps.api.tokens import Role, User
-from apps.engine import Engine, UnknownModelError
-from apps.job_store import QueueFullError
-from apps.jobs import AnyRequest
-from apps.lora import LoraError
-from apps.profiles import UnavailableError
-from apps.uploads import UploadError
+from apps.service.compute_profiles import UnavailableError
+from apps.service.engine import Engine, UnknownModelError
+from apps.service.job_store import QueueFullError
+from apps.service.lora import LoraError
+from apps.service.requests import AnyRequest
+from apps.service.uploads import UploadError
 
 
 def _user(request: Request) -> User:

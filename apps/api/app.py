@@ -22,7 +22,6 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Match
 
-from apps import limits
 from apps.api import login_page, openai
 from apps.api.access import Painter, Painting, Watcher, enqueue, model_row
 from apps.api.guards import BodyLimits, Guard
@@ -32,12 +31,13 @@ from apps.api.schema import openapi as openapi_of
 from apps.api.schema import takes, takes_file
 from apps.api.streams import JobStreams, TooManyStreamsError
 from apps.api.tokens import TokenTable, User
-from apps.engine import Engine
-from apps.job_store import StoredJob, StoreError
-from apps.jobs import REQUEST, explain
-from apps.profiles import FORMATS, attention_backends, memory_profiles
-from apps.uploads import UploadError
-from apps.validation import explain_fields
+from apps.service import limits
+from apps.service.compute_profiles import FORMATS, attention_backends, memory_profiles
+from apps.service.engine import Engine
+from apps.service.job_store import StoredJob, StoreError
+from apps.service.requests import REQUEST, explain
+from apps.service.uploads import UploadError
+from apps.service.validation import explain_fields
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 JobId = Annotated[str, PathPart(pattern=r"^[0-9a-f]{16}$")]

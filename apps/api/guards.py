@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from apps.api.logins import LoginTable
 from apps.api.messages import error_body
 from apps.api.tokens import TokenTable, User
-from apps.failures import is_storage_failure
+from apps.service.failures import is_storage_failure
 
 logger = logging.getLogger(__name__)
 

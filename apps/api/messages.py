@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from apps.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped
-from apps.job_store import StoredJob, StoredPicture
+from apps.service.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped
+from apps.service.job_store import StoredJob, StoredPicture
 
 STATUS = {"queue_full": 429, "unknown_model": 404, "too_slow": 504, "out_of_memory": 507, "bad_request": 422}
 """HTTP status of a failure; 500 for the others."""

@@ -21,24 +21,24 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from apps import limits
 from apps.api.access import Painter, Painting, Watcher, enqueue, model_row
 from apps.api.messages import STATUS, error_body, picture_url
 from apps.api.schema import takes, takes_form
 from apps.api.tokens import User
-from apps.engine import Engine
-from apps.events import Event, EventStream, Failed, Picture, Step
-from apps.jobs import TASKS, AnyRequest, Avoided, Prompt
-from apps.metadata import SchedulerName
-from apps.options import as_label
-from apps.uploads import UploadError
-from apps.validation import explain_fields
+from apps.service import limits
+from apps.service.engine import Engine
+from apps.service.events import Event, EventStream, Failed, Picture, Step
+from apps.service.metadata import SchedulerName
+from apps.service.option_text import as_label
+from apps.service.requests import TASKS, AnyRequest, Avoided, Prompt
+from apps.service.uploads import UploadError
+from apps.service.validation import explain_fields
 
 UPLOAD_PATHS = ("/v1/images/edits", "/v1/images/variations")
 """Paths that take images in multipart bodies of at most `MAX_FORM_BYTES`."""
 MAX_FIELD_BYTES = 16 * 1024
 MAX_FORM_BYTES = 2 * limits.MAX_UPLOAD_BYTES + 256 * 1024
-"""Two images and the fields beside them; each image has the limit of `apps.uploads` besides."""
+"""Two images and the fields beside them; each image has the limit of `apps.service.uploads` besides."""
 POLL_SECONDS = 0.04
 VARIATION_PROMPT = "an image"
 """What a variation shows, if nobody says; a model of texts can't do without one."""

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from apps.api.messages import event_message, server_sent, stored_picture_message
-from apps.engine import Engine
-from apps.events import EventStream, Step
-from apps.job_store import StoredJob, StoredPicture
+from apps.service.engine import Engine
+from apps.service.events import EventStream, Step
+from apps.service.job_store import StoredJob, StoredPicture
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apps.engine import Engine
-from apps.events import Picture
-from apps.job_store import StoredPicture
-from apps.media import clip_of
-from apps.metadata import PictureSettings, parse
+from apps.service.engine import Engine
+from apps.service.events import Picture
+from apps.service.job_store import StoredPicture
+from apps.service.media import clip_of
+from apps.service.metadata import PictureSettings, parse
 from apps.studio.grids import GridRecord, Grids
 
 RECENT = 24
@@ -27,7 +27,7 @@ class Shown:
         settings: what reproduces it.
         seconds: time it took.
         report: what accelerators did.
-        notes: what keeps it from being what was asked for, a sentence each, see `apps.events.Picture`.
+        notes: what keeps it from being what was asked for, a sentence each, see `apps.service.events.Picture`.
     """
 
     path: Path

@@ -13,13 +13,13 @@ from fastapi.concurrency import run_in_threadpool
 from gradio.utils import get_upload_folder
 from starlette.routing import Mount
 
-from apps import limits
 from apps.api.tokens import TokenTable
-from apps.engine import STATE_FOLDER, Engine
-from apps.failures import is_storage_failure
-from apps.limits import ServerLimits
-from apps.lora import find_loras
-from apps.shelf import name_models
+from apps.service import limits
+from apps.service.engine import STATE_FOLDER, Engine
+from apps.service.failures import is_storage_failure
+from apps.service.limits import ServerLimits
+from apps.service.lora import find_loras
+from apps.service.model_pool import name_models
 from apps.studio import desk, views
 from apps.studio.choosing import SAVED, Choosing
 from apps.studio.desk import Parts

@@ -11,14 +11,14 @@ from typing import Any
 
 import gradio as gr
 
-from apps import limits
-from apps.engine import Engine
-from apps.jobs import repeat
-from apps.lora import LoraError
-from apps.media import read_mp4
-from apps.metadata import Lora, PictureSettings, StepCache, read_picture, read_sidecar
-from apps.named_settings import load_presets, unknown_preset
-from apps.prompt_file import (
+from apps.service import limits
+from apps.service.engine import Engine
+from apps.service.lora import LoraError
+from apps.service.media import read_mp4
+from apps.service.metadata import Lora, PictureSettings, StepCache, read_picture, read_sidecar
+from apps.service.model_pool import LoadedModel
+from apps.service.named_settings import load_presets, unknown_preset
+from apps.service.prompt_file import (
     COMMAND_LINE_NAMES,
     PromptFileError,
     PromptLine,
@@ -27,8 +27,9 @@ from apps.prompt_file import (
     request_field_names,
     request_fields,
 )
-from apps.sheet import GridSettings, read_sheet
-from apps.shelf import LoadedModel
+from apps.service.requests import repeat
+from apps.service.sheet import GridSettings, read_sheet
+from apps.service.uploads import UploadError
 from apps.studio import views
 from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.desk import attention_choices, machine_choices, memory_note
@@ -41,7 +42,6 @@ from apps.studio.strings import Strings
 from apps.studio.tabs import TABS, grid
 from apps.studio.vocabulary import read_vocabulary
 from apps.studio.wishes import FIXED, least_side, shapes, show_request, show_settings
-from apps.uploads import UploadError
 
 logger = logging.getLogger(__name__)
 
@@ -368,7 +368,7 @@ class Choosing:
     # ------------------------------------------------------------------------- prompts
 
     def take_prompts(self, file: str | None) -> Changes:
-        """Read prompts from a file, as many as a user's part of the queue holds; see `apps.prompt_file`."""
+        """Read prompts from a file, as many as a user's part of the queue holds; see `apps.service.prompt_file`."""
         if not file:
             return {}
         path = Path(file)

@@ -7,17 +7,17 @@ from typing import Any
 
 import gradio as gr
 
-from apps import limits
-from apps.accelerate import KNOBS
-from apps.engine import Engine
-from apps.named_settings import load_presets
-from apps.profiles import FORMATS, PROFILES, attention_backends, memory_profiles
-from apps.shelf import FALLBACK_SIDE, LoadedModel
+from apps.service import limits
+from apps.service.acceleration import KNOBS
+from apps.service.compute_profiles import FORMATS, PROFILES, attention_backends, memory_profiles
+from apps.service.engine import Engine
+from apps.service.model_pool import FALLBACK_SIDE, LoadedModel
+from apps.service.named_settings import load_presets
+from apps.service.styles import load_styles
 from apps.studio import fields, views
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.strings import Strings
 from apps.studio.wishes import FIXED, RANDOM, shapes
-from apps.styles import load_styles
 from pipelines import builtin_models
 
 BUILTIN_SIDE = 128

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from apps.engine import Engine
+from apps.service.engine import Engine
 from apps.studio import grid_view, views
 from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.grids import Grids

@@ -1,8 +1,8 @@
 """Gradio's fields without its checks of the values that come in.
 
 Gradio refuses a number out of range or a value that is no choice with a sentence of its own, in English and without the
-name of the field, and writes a trace into the server's log. Requests are checked when they are made, see `apps.jobs`,
-and what those checks find is said in the language of the page, see `apps.studio.problems`.
+name of the field, and writes a trace into the server's log. Requests are checked when they are made, see
+`apps.service.requests`, and what those checks find is said in the language of the page, see `apps.studio.problems`.
 """
 
 from __future__ import annotations

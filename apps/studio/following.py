@@ -16,9 +16,11 @@ from typing import Any
 
 import gradio as gr
 
-from apps.engine import Engine
-from apps.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped
-from apps.jobs import AnyRequest
+from apps.service.engine import Engine
+from apps.service.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped
+from apps.service.job_runner import open_size
+from apps.service.requests import AnyRequest
+from apps.service.uploads import UploadError
 from apps.studio.album import Album, Finished
 from apps.studio.displays import Display, Displays
 from apps.studio.easel import Changes, Easel
@@ -28,8 +30,6 @@ from apps.studio.problems import explain_failure, problem
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
 from apps.studio.waiting import Waiting
-from apps.uploads import UploadError
-from apps.worker import open_size
 
 RESTATED = (0.2, 0.8, 2.0)
 """Seconds after which a change is repeated with those that follow it, see `restated`."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from apps.grid import Axis
+from apps.service.grid import Axis
 from apps.studio.grids import Cells, GridRecord, Place
 from apps.studio.strings import Strings
 from apps.studio.views import file_address

@@ -16,10 +16,10 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from apps.engine import STATE_FOLDER, Engine
-from apps.grid import Filled, compose, mosaic
-from apps.job_store import StoredPicture
-from apps.sheet import GridSettings, save_sheet
+from apps.service.engine import STATE_FOLDER, Engine
+from apps.service.grid import Filled, compose, mosaic
+from apps.service.job_store import StoredPicture
+from apps.service.sheet import GridSettings, save_sheet
 
 logger = logging.getLogger(__name__)
 

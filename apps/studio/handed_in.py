@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
-from apps.limits import UploadQuota
+from apps.service.limits import UploadQuota
 
 
 class HandedIn:

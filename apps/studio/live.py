@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from apps.events import Step
+from apps.service.events import Step
 from apps.studio import grid_view, views
 from apps.studio.album import Finished, Shown
 from apps.studio.easel import Easel

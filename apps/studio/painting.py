@@ -14,13 +14,13 @@ from typing import Any
 import gradio as gr
 from pydantic import ValidationError
 
-from apps.engine import Engine
-from apps.failures import is_storage_failure
-from apps.job_store import QueueFullError
-from apps.jobs import AnyRequest
-from apps.prompt_file import PromptFileError, PromptLine, line_error, request_fields
-from apps.sheet import GridSettings
-from apps.shelf import LoadedModel
+from apps.service.engine import Engine
+from apps.service.failures import is_storage_failure
+from apps.service.job_store import QueueFullError
+from apps.service.model_pool import LoadedModel
+from apps.service.prompt_file import PromptFileError, PromptLine, line_error, request_fields
+from apps.service.requests import AnyRequest
+from apps.service.sheet import GridSettings
 from apps.studio import views
 from apps.studio.album import Album, Finished
 from apps.studio.displays import Displays

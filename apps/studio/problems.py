@@ -1,7 +1,8 @@
 """What is wrong with a request, in the language of the page: the field by its label, the value, what is accepted.
 
 Errors come from three places: pydantic's checks of a request (by their type), our own errors (by their key, see
-`apps.request_error`), and the last event of a job that failed (by its code). The sentences are the page's strings.
+`apps.service.request_error`), and the last event of a job that failed (by its code). The sentences are the page's
+strings.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from apps.events import Failed
-from apps.failures import is_storage_failure
-from apps.jobs import TASKS
-from apps.request_error import TranslatableError
+from apps.service.events import Failed
+from apps.service.failures import is_storage_failure
+from apps.service.request_error import TranslatableError
+from apps.service.requests import TASKS
 from apps.studio import views
 from apps.studio.strings import Strings
 from apps.studio.tabs.base import PageError

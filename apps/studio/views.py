@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from apps.metadata import PictureSettings
+from apps.service.metadata import PictureSettings
 from apps.studio.strings import Strings
 
 LOGO = """<svg viewBox="0 0 34 34" width="34" height="34" aria-hidden="true">
@@ -65,7 +65,7 @@ def stage(
         note: line under the frame.
         share: work done, 0 to 1, drawn as a bar; None for no bar.
         is_preview: the picture is a rough view of one to come.
-        strip: what a step cache did, a letter a step, see `apps.events.Step`.
+        strip: what a step cache did, a letter a step, see `apps.service.events.Step`.
         scales: data URIs of the scales so far.
         clip: address of a clip, which is played; then `picture` shows some of its frames until it is there.
         alt: says what the picture shows; a preview needs none, because the line tells how it goes.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gradio as gr
 
-from apps.engine import Engine
-from apps.jobs import REQUEST, AnyRequest
+from apps.service.engine import Engine
+from apps.service.requests import REQUEST, AnyRequest
 from apps.studio import views
 from apps.studio.easel import Changes
 from apps.studio.grids import Grids

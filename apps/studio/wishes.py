@@ -9,15 +9,15 @@ from typing import Any
 
 from PIL import Image
 
-from apps import limits
-from apps.jobs import TASKS, AnyRequest
-from apps.metadata import PictureSettings
-from apps.request_error import RequestError
-from apps.shelf import LoadedModel
+from apps.service import limits
+from apps.service.metadata import PictureSettings
+from apps.service.model_pool import LoadedModel
+from apps.service.request_error import RequestError
+from apps.service.requests import TASKS, AnyRequest
+from apps.service.uploads import UploadError, read_upload
 from apps.studio.strings import Strings
 from apps.studio.tabs import TABS, Values
 from apps.studio.tabs.base import PageError, filled
-from apps.uploads import UploadError, read_upload
 
 AUTO, CUSTOM = "auto", "custom"
 RANDOM, FIXED = "random", "fixed"

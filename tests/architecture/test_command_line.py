@@ -74,7 +74,7 @@ def test_an_error_of_the_user_is_one_line(
     def fail(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr("apps.info.run", fail)
+    monkeypatch.setattr("apps.commands.info.run", fail)
     assert exit_code("info") == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -87,7 +87,7 @@ def test_an_interrupt_leaves_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("apps.info.run", interrupt)
+    monkeypatch.setattr("apps.commands.info.run", interrupt)
     assert exit_code("info") == 130
 
 
@@ -95,6 +95,6 @@ def test_a_defect_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**_: object) -> None:
         raise KeyError("a defect")
 
-    monkeypatch.setattr("apps.info.run", fail)
+    monkeypatch.setattr("apps.commands.info.run", fail)
     with pytest.raises(KeyError):
         cli.main(["info"])

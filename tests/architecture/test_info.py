@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from apps import info
+from apps.commands import info
 from pipelines import builtin_models
 
 
@@ -58,7 +58,7 @@ def test_a_package_from_another_place_is_found(tmp_path: Path) -> None:
 
 def test_extras_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     requirements = ["torch>=2.6", 'pytest>=8; extra == "dev"', 'no-such-package; extra == "bench"']
-    monkeypatch.setattr("apps.info.metadata.requires", lambda _: requirements)
+    monkeypatch.setattr("apps.commands.info.metadata.requires", lambda _: requirements)
     assert info.installed_extras() == {"dev": "", "bench": "missing no-such-package"}
 
 

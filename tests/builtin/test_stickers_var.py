@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import pipelines
-from apps.engine import Engine, Picture
-from apps.jobs import NextScaleTextRequest
+from apps.service.engine import Engine, Picture
+from apps.service.requests import NextScaleTextRequest
 from apps.stickers.captions import caption
 from apps.stickers.judge import Judge, score
 from apps.stickers.renderer import render

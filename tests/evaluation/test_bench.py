@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from apps.bench import run
-from apps.bench_runs import add_run, has_ratios
+from apps.benchmarks.run import run
+from apps.benchmarks.runs import add_run, has_ratios
 from dit.runtime.costs import load_costs
 from pipelines import NextScaleClassToImagePipeline
 from tests.models.tiny_next_scale import tokenizer, transformer
@@ -43,7 +43,7 @@ def test_next_scale_models_are_painted_too_and_go_beside_others_in_the_file(tmp_
 
 def test_costs_of_this_machine_are_shown_saved_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("apps.bench_costs.DEFAULT_SHAPES", (("matmul", (16, 8, 4)), ("elementwise", (32,))))
+    monkeypatch.setattr("apps.benchmarks.costs.DEFAULT_SHAPES", (("matmul", (16, 8, 4)), ("elementwise", (32,))))
     options = {"device": "cpu", "dtype": "float32", "repeats": 1}
     run("costs", **options, smoke=True)
     assert load_costs() is None, "a rehearsal was kept"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from apps.bench import run
-from apps.bench_next_scale import BUDGETS, COMPRESSING, _closed, memory_table
+from apps.benchmarks.next_scale import BUDGETS, COMPRESSING, _closed, memory_table
+from apps.benchmarks.run import run
 from pipelines import NextScaleClassToImagePipeline
 from tests.models.tiny_next_scale import tokenizer, transformer
 from tests.pipes.test_search import tiny_clip

@@ -5,13 +5,13 @@ import sys
 import pytest
 from torch import nn
 
-from apps.bench import run
+from apps.benchmarks.run import run
 
 CLONE = """
 import torch
 from torch import nn
 
-from apps.bench_released import ours, paint_ours
+from apps.benchmarks.reference_var import ours, paint_ours
 from tests.models.tiny_next_scale import tokenizer_state, transformer_state
 from tests.tokenizers.multi_scale_reference import SCALES
 
@@ -44,8 +44,8 @@ def test_both_codes_are_timed_and_compared(tmp_path, monkeypatch, offset):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").write_text(CLONE.replace("OFFSET", str(offset)))
     (tmp_path / "models" / "var.py").touch()
-    monkeypatch.setattr("apps.bench_released.SCALES", tuple(SCALES))
-    monkeypatch.setattr("apps.bench_released.LABEL", 207 % 10)
+    monkeypatch.setattr("apps.benchmarks.reference_var.SCALES", tuple(SCALES))
+    monkeypatch.setattr("apps.benchmarks.reference_var.LABEL", 207 % 10)
     before, path = nn.Linear.reset_parameters, [*sys.path]
     report = run("released", model=str(tmp_path), repeats=2, smoke=True, output=tmp_path / "report.json")
     ((title, rows),) = report["tables"].items()

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from apps import cli
-from apps.engine import Done, Engine, Failed, Picture
-from apps.generate import Machine, Wishes, run
-from apps.jobs import ClassToImageRequest
-from apps.metadata import read_picture
+from apps.commands.generate import Machine, Wishes, run
+from apps.service.engine import Done, Engine, Failed, Picture
+from apps.service.metadata import read_picture
+from apps.service.requests import ClassToImageRequest
 from pipelines import load_pipeline
 from tests.families.tiny import tiny_pipeline
 

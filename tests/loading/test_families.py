@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from apps import cli
-from apps.engine import Done, Engine, Failed, Picture, Step, Stopped, TextToImageRequest
-from apps.media import read_mp4
-from apps.metadata import read_picture
+from apps.service.engine import Done, Engine, Failed, Picture, Step, Stopped, TextToImageRequest
+from apps.service.media import read_mp4
+from apps.service.metadata import read_picture
 from pipelines import load_pipeline
 from pipelines.previews import preview
 from tests.families.tiny import tiny_call
@@ -149,7 +149,7 @@ def test_command_line_stops(family, pipe, folder_of, tmp_path, monkeypatch):
         if description.startswith("step 2"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("apps.generate.Progress.update", interrupt)
+    monkeypatch.setattr("apps.commands.generate.Progress.update", interrupt)
     size = ["--size", f"{WIDTH}x{HEIGHT}", *(["--frames", "9"] if family in CLIPS else [])]
     with pytest.raises(SystemExit) as left:
         cli.main(["generate", "x", "--model", str(folder_of(family)), "-o", str(tmp_path / "a.png"), *size,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from apps.folders import read_component
+from apps.conversion.atomic_io import read_component
 from dit.models.text_dit import TextDiT
 from pipelines.scorers import read_reward
 from tests.loading.mutations import mutation

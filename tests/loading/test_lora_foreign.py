@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from apps.lora import LoraError, adapted
-from apps.metadata import Lora
+from apps.service.lora import LoraError, adapted
+from apps.service.metadata import Lora
 from tests.families.tiny import tiny_call, tiny_pipeline
 
 RANK, ALPHA = 2, 1.0

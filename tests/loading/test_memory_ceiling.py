@@ -15,7 +15,7 @@ import faulthandler
 faulthandler.dump_traceback_later(150, exit=True)
 import json, logging, resource, sys
 import psutil, torch
-from apps.engine import Done, Engine, Failed, TextToImageRequest
+from apps.service.engine import Done, Engine, Failed, TextToImageRequest
 from pipelines import load_pipeline
 from pipelines.memory import NotEnoughMemoryError
 from pipelines.weight_files import read_header

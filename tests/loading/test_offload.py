@@ -9,8 +9,8 @@ import threading
 import pytest
 import torch
 
-from apps.engine import Done, Engine, Step, Stopped, TextToImageRequest
-from apps.shelf import fingerprint
+from apps.service.engine import Done, Engine, Step, Stopped, TextToImageRequest
+from apps.service.model_pool import fingerprint
 from dit.tokenizers import vit_autoencoder
 from pipelines import load_pipeline
 from pipelines.offload import check_offload, place

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from apps.bench_cache import Workload
+from apps.benchmarks.step_cache import Workload
 from dit.runtime.artifacts import ArtifactHeader
 from dit.runtime.families import TokenLayout
 from sampling.step_cache import Profile, StepCache, calibrate_budget

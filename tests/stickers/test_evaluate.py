@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from apps import evaluate
+from apps.commands import evaluate
 from apps.stickers import STARTER, load_sprites, render, unique_keywords
 from apps.stickers.contact_sheet import contact_sheet
 from apps.stickers.judge import Judge

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from apps.evaluate import shares
+from apps.commands.evaluate import shares
 from apps.stickers import COLOURS, STARTER, Placement, Scene, SceneSampler, load_sprites, render
 from apps.stickers.judge import Found, Judge, Reading, emptiest_line, score
 

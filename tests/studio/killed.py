@@ -11,8 +11,8 @@ import threading
 import time
 from pathlib import Path
 
-from apps.engine import Engine, TextToImageRequest
-from apps.limits import ServerLimits
+from apps.service.engine import Engine, TextToImageRequest
+from apps.service.limits import ServerLimits
 from tests.studio.fakes import FakePipeline
 
 JOBS, PICTURES, STEPS = 4, 3, 3

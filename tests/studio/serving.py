@@ -11,9 +11,9 @@ from PIL import Image
 
 from apps.api.app import create_app
 from apps.api.tokens import TokenTable, add_user
-from apps.engine import Engine
-from apps.limits import ServerLimits
-from apps.serve import _start, check_port
+from apps.commands.serve import _start, check_port
+from apps.service.engine import Engine
+from apps.service.limits import ServerLimits
 from apps.studio.app import FORMS, UPLOADS, mount
 from tests.studio.fakes import FakePipeline
 

@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 
 from apps.api.app import create_app
-from apps.engine import Engine
-from apps.serve import _start, check_port
+from apps.commands.serve import _start, check_port
+from apps.service.engine import Engine
 from apps.studio.app import mount
 from tests.studio.fakes import FakePipeline
 

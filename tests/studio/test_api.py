@@ -20,12 +20,12 @@ from PIL import Image, PngImagePlugin
 
 from apps.api.app import create_app
 from apps.api.tokens import TokenTable, add_user, read_users
-from apps.engine import Engine
-from apps.jobs import REQUEST, TASKS
-from apps.limits import ServerLimits
-from apps.metadata import CHUNK, read_picture
-from apps.serve import _start, check_port
-from apps.uploads import picture_id
+from apps.commands.serve import _start, check_port
+from apps.service.engine import Engine
+from apps.service.limits import ServerLimits
+from apps.service.metadata import CHUNK, read_picture
+from apps.service.requests import REQUEST, TASKS
+from apps.service.uploads import picture_id
 from tests.studio.fakes import FakePipeline
 
 ASK = {"task": "text_to_image", "prompt": "a fox", "steps": 3, "seed": 5}

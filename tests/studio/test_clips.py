@@ -10,14 +10,14 @@ import httpx
 import pytest
 from PIL import Image
 
-from apps import engine as engine_module
 from apps.api.app import create_app
-from apps.engine import Engine
-from apps.generate import Machine, Wishes, run
-from apps.jobs import repeat
-from apps.media import read_mp4
-from apps.metadata import MetadataError
-from apps.serve import _start, check_port
+from apps.commands.generate import Machine, Wishes, run
+from apps.commands.serve import _start, check_port
+from apps.service import engine as engine_module
+from apps.service.engine import Engine
+from apps.service.media import read_mp4
+from apps.service.metadata import MetadataError
+from apps.service.requests import repeat
 from apps.studio import views
 from apps.studio.app import mount
 from apps.studio.choosing import Choosing

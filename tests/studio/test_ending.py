@@ -17,7 +17,7 @@ import httpx
 import pytest
 from starlette.requests import Request
 
-from apps.ending import EndingApp
+from apps.api.ending import EndingApp
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 PROJECT = Path(__file__).resolve().parents[2]

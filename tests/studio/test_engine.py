@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apps.engine import Done, Engine, Failed, ModelLoading, Picture, Queued, Step, Stopped, TextToImageRequest
-from apps.limits import ServerLimits
-from apps.metadata import read_picture
+from apps.service.engine import Done, Engine, Failed, ModelLoading, Picture, Queued, Step, Stopped, TextToImageRequest
+from apps.service.limits import ServerLimits
+from apps.service.metadata import read_picture
 from tests.studio.fakes import FakePipeline, ForeignPipeline
 
 
@@ -70,7 +70,7 @@ def test_an_open_seed_is_drawn_and_recorded():
 def test_steps_carry_previews_and_a_shrinking_estimate(monkeypatch):
     pipe, now = FakePipeline(), [0.0]
     pipe.at_step = lambda step: now.append(now[-1] + 0.0625)  # seconds of a clock that only steps move
-    for module in ("apps.painter", "apps.worker"):
+    for module in ("apps.service.inference", "apps.service.job_runner"):
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: now[-1]))
     steps = [e for e in make_engine(pipe).generate(ask(steps=8)) if isinstance(e, Step)]
     assert [step.step for step in steps] == list(range(1, 9))

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apps import engine as engine_module
 from apps.api.app import create_app
-from apps.canvas import soft_mask
-from apps.generate import Machine, Wishes, run
-from apps.jobs import repeat
-from apps.metadata import read_picture
-from apps.serve import _start, check_port
+from apps.commands.generate import Machine, Wishes, run
+from apps.commands.serve import _start, check_port
+from apps.service import engine as engine_module
+from apps.service.metadata import read_picture
+from apps.service.outpaint import soft_mask
+from apps.service.requests import repeat
 from apps.studio.choosing import Choosing
 from apps.studio.painting import Painting
 from apps.studio.sessions import Sessions

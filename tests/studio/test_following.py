@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from apps.engine import Engine
-from apps.jobs import TextToImageRequest
-from apps.limits import ServerLimits
-from apps.metadata import read_picture
-from apps.prompt_file import PromptLine
+from apps.service.engine import Engine
+from apps.service.limits import ServerLimits
+from apps.service.metadata import read_picture
+from apps.service.prompt_file import PromptLine
+from apps.service.requests import TextToImageRequest
 from apps.studio import views
 from apps.studio.album import Shown
 from apps.studio.app import POLL_SECONDS, paced

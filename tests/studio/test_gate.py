@@ -8,7 +8,7 @@ import sqlite3
 
 import pytest
 
-from apps.limits import UploadQuota
+from apps.service.limits import UploadQuota
 from apps.studio.handed_in import HandedIn
 from tests.studio.serving import client_of, pages_of, png, serving_page
 

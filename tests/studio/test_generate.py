@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from apps import engine as engine_module
-from apps.batch import BatchError, run_batch
-from apps.generate import Machine, Wishes, parse_size, picture_paths, run
-from apps.metadata import MetadataError, read_picture
-from apps.shelf import name_models
-from apps.usage import UsageError
+from apps.commands.batch import BatchError, run_batch
+from apps.commands.generate import Machine, Wishes, run
+from apps.commands.outputs import picture_paths
+from apps.service import engine as engine_module
+from apps.service.metadata import MetadataError, read_picture
+from apps.service.model_pool import name_models
+from apps.service.option_text import parse_size
+from apps.service.usage import UsageError
 from tests.studio.fakes import FakePipeline
 
 
@@ -177,7 +179,8 @@ def test_ctrl_c_leaves_130_and_no_file(tmp_path):
     script = textwrap.dedent("""
         import sys, threading
         from pathlib import Path
-        from apps import cli, engine
+        from apps import cli
+        from apps.service import engine
         from tests.studio.fakes import FakePipeline
         pipe = FakePipeline(step_seconds=0.5)  # 75 seconds in all: even a starved signal comes in time
         engine.Engine._load_pipeline = lambda self, source, device, setup: pipe

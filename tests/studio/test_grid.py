@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from apps.grid import Axis, Filled, compose, mosaic
-from apps.jobs import TextToImageRequest
-from apps.metadata import MetadataError, parse
-from apps.prompt_file import PromptLine
-from apps.sheet import CHUNK, GridSettings, read_sheet, save_sheet
+from apps.service.grid import Axis, Filled, compose, mosaic
+from apps.service.metadata import MetadataError, parse
+from apps.service.prompt_file import PromptLine
+from apps.service.requests import TextToImageRequest
+from apps.service.sheet import CHUNK, GridSettings, read_sheet, save_sheet
 from apps.studio import grid_view
 from apps.studio.album import ShownSheet
 from apps.studio.grids import GridRecord

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from apps.accelerate import RunningCache, describe, step_cache
 from apps.api.messages import event_message, picture_row, server_sent
-from apps.engine import Engine, Picture, TextToImageRequest
-from apps.generate import report as tell
-from apps.job_store import JobStore, StoredPicture
-from apps.jobs import NextScaleTextRequest
-from apps.metadata import StepCache
-from apps.request_error import RequestError
+from apps.commands.generate import report as tell
+from apps.service.acceleration import RunningCache, describe, step_cache
+from apps.service.engine import Engine, Picture, TextToImageRequest
+from apps.service.job_store import JobStore, StoredPicture
+from apps.service.metadata import StepCache
+from apps.service.request_error import RequestError
+from apps.service.requests import NextScaleTextRequest
 from apps.studio.strings import Strings
 from apps.studio.views import details
 from tests.families.tiny import tiny_call, tiny_pipeline

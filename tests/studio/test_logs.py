@@ -7,10 +7,10 @@ import sys
 
 CHILD = """
 import logging
-from apps.logs import set_up
+from apps.service.logs import set_up
 set_up()
 logging.getLogger("pipelines.words").warning("The model was not trained on the words 'hunter2'.")
-logging.getLogger("apps.engine").warning("a job failed")
+logging.getLogger("apps.service.engine").warning("a job failed")
 """
 
 

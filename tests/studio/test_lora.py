@@ -12,12 +12,12 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from apps import engine as engine_module
-from apps.engine import Engine, Failed, Picture, TextToImageRequest
-from apps.generate import Machine, Wishes, run
-from apps.jobs import repeat
-from apps.lora import LoraError, find_loras
-from apps.metadata import Lora, read_picture
+from apps.commands.generate import Machine, Wishes, run
+from apps.service import engine as engine_module
+from apps.service.engine import Engine, Failed, Picture, TextToImageRequest
+from apps.service.lora import LoraError, find_loras
+from apps.service.metadata import Lora, read_picture
+from apps.service.requests import repeat
 from apps.studio.album import Shown
 from apps.studio.choosing import Choosing
 from apps.studio.painting import Painting

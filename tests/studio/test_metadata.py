@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from apps import limits
-from apps.metadata import CHUNK, MetadataError, PictureSettings, parse, read_picture, save_picture
+from apps.service import limits
+from apps.service.metadata import CHUNK, MetadataError, PictureSettings, parse, read_picture, save_picture
 
 SETTINGS = PictureSettings(
     prompt='ein "roter" Apfel \u2603 \U0001f34e',

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from apps import engine as engine_module
-from apps.engine import Done, Engine
-from apps.events import Picture
-from apps.generate import Machine, Wishes, run
-from apps.jobs import NextScaleClassRequest, NextScaleTextRequest
-from apps.metadata import parse, read_picture
+from apps.commands.generate import Machine, Wishes, run
+from apps.service import engine as engine_module
+from apps.service.engine import Done, Engine
+from apps.service.events import Picture
+from apps.service.metadata import parse, read_picture
+from apps.service.requests import NextScaleClassRequest, NextScaleTextRequest
 from pipelines import load_pipeline
 from pipelines.next_scale import NextScaleClassToImagePipeline
 from tests.models import tiny_next_scale

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from apps import limits
 from apps.api.app import create_app
 from apps.api.openai import MAX_FORM_BYTES, UPLOAD_PATHS
 from apps.api.tokens import TokenTable, add_user
-from apps.engine import Engine
-from apps.metadata import read_picture
-from apps.serve import _start, check_port
+from apps.commands.serve import _start, check_port
+from apps.service import limits
+from apps.service.engine import Engine
+from apps.service.metadata import read_picture
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 from tests.studio.fakes import FakePipeline
 from tests.studio.test_parts import of_classes, of_entries
@@ -138,8 +138,8 @@ def test_what_has_no_meaning_is_named(fake):
 @pytest.fixture
 def previews(monkeypatch):
     """A preview at every step."""
-    monkeypatch.setattr("apps.painter.PREVIEW_SECONDS", 0.0)
-    monkeypatch.setattr("apps.painter.PREVIEW_SHARE", 1e9)
+    monkeypatch.setattr("apps.service.inference.PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr("apps.service.inference.PREVIEW_SHARE", 1e9)
 
 
 def test_a_stream_sends_previews_and_then_the_image(fake, previews):

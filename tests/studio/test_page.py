@@ -15,14 +15,15 @@ import pytest
 from gradio.blocks import postprocess_update_dict
 from PIL import Image
 
-from apps import limits
-from apps.engine import Done, Engine
-from apps.grid import Axis, Filled, compose, plan, read_axis
-from apps.jobs import TextToImageRequest
-from apps.metadata import parse, save_picture
-from apps.named_settings import load_presets, preset_values
-from apps.serve import check_host, check_port
-from apps.shelf import find_tasks, inspect_model
+from apps.commands.serve import check_host, check_port
+from apps.service import limits
+from apps.service.engine import Done, Engine
+from apps.service.grid import Axis, Filled, compose, plan, read_axis
+from apps.service.metadata import parse, save_picture
+from apps.service.model_pool import find_tasks, inspect_model
+from apps.service.named_settings import load_presets, preset_values
+from apps.service.requests import TextToImageRequest
+from apps.service.styles import load_styles
 from apps.studio import following as following_module
 from apps.studio import views
 from apps.studio.album import Shown
@@ -37,7 +38,6 @@ from apps.studio.strings import FOLDER, Strings, languages
 from apps.studio.tabs.classes import read_label
 from apps.studio.vocabulary import read_vocabulary
 from apps.studio.wishes import AUTO, CUSTOM, FIXED, RANDOM, read_mask, read_size, shapes, show_settings
-from apps.styles import load_styles
 from tests.models import tiny_next_scale
 from tests.pipes.test_class_to_image import tiny_pipeline
 from tests.studio.fakes import FakePipeline

@@ -13,20 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from apps import engine as engine_module
 from apps.api.app import create_app
-from apps.canvas import blend, grown, lay_out, soft_mask, touched
-from apps.engine import Engine
-from apps.generate import Machine, Wishes, read_expand, run
-from apps.jobs import REQUEST, repeat
-from apps.metadata import Expand, read_picture
-from apps.serve import _start, check_port
+from apps.commands.generate import Machine, Wishes, run
+from apps.commands.serve import _start, check_port
+from apps.service import engine as engine_module
+from apps.service.engine import Engine
+from apps.service.job_runner import fit_size
+from apps.service.metadata import Expand, read_picture
+from apps.service.option_text import read_expand
+from apps.service.outpaint import blend, grown, lay_out, soft_mask, touched
+from apps.service.requests import REQUEST, repeat
 from apps.studio import views
 from apps.studio.choosing import Choosing
 from apps.studio.painting import Painting
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
-from apps.worker import fit_size
 from pipelines.next_scale import NextScaleClassToImagePipeline
 from tests.models import tiny_next_scale
 from tests.pipes.test_next_scale_text import of_bits, of_entries

@@ -9,10 +9,10 @@ import gradio as gr
 import pytest
 from pydantic import ValidationError
 
-from apps import limits
-from apps.events import Failed
-from apps.jobs import REQUEST, TASKS, TextToImageRequest
-from apps.request_error import RequestError
+from apps.service import limits
+from apps.service.events import Failed
+from apps.service.request_error import RequestError
+from apps.service.requests import REQUEST, TASKS, TextToImageRequest
 from apps.studio import fields
 from apps.studio.problems import LABELS, explain, explain_failure
 from apps.studio.strings import Strings, languages

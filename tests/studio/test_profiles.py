@@ -11,14 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-from apps import profiles
 from apps.api.app import create_app
-from apps.engine import Done, Engine, Failed, Picture, TextToImageRequest
-from apps.generate import Machine, Wishes, run
-from apps.grid import plan, read_axis
-from apps.jobs import repeat
-from apps.metadata import read_picture, save_picture
-from apps.profiles import NO_ACCELERATOR, PROFILES, Setup, UnavailableError, attending, memory_profiles, setup_of
+from apps.commands.generate import Machine, Wishes, run
+from apps.service import compute_profiles as profiles
+from apps.service.compute_profiles import (
+    NO_ACCELERATOR,
+    PROFILES,
+    Setup,
+    UnavailableError,
+    attending,
+    memory_profiles,
+    setup_of,
+)
+from apps.service.engine import Done, Engine, Failed, Picture, TextToImageRequest
+from apps.service.grid import plan, read_axis
+from apps.service.metadata import read_picture, save_picture
+from apps.service.requests import repeat
 from apps.studio.choosing import Choosing
 from apps.studio.desk import memory_note
 from apps.studio.painting import Painting

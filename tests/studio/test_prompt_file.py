@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from apps.batch import read_lines
-from apps.engine import Engine
-from apps.generate import Wishes
-from apps.limits import ServerLimits
-from apps.prompt_file import PromptFileError, parse_lines, read_text, request_fields
+from apps.commands.batch import read_lines
+from apps.commands.generate import Wishes
+from apps.service.engine import Engine
+from apps.service.limits import ServerLimits
+from apps.service.prompt_file import PromptFileError, parse_lines, read_text, request_fields
 from apps.studio.choosing import Choosing
 from apps.studio.painting import Painting
 from apps.studio.problems import PLACE

@@ -12,25 +12,25 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from apps import uploads
 from apps.api import messages
 from apps.api.streams import KEPT_STEPS, _Broadcast, _latest, _Message
 from apps.api.tokens import TokenTable
-from apps.engine import Engine
-from apps.events import Done, Failed
-from apps.failures import failure_of
-from apps.job_store import JobStore, QueueFullError, StoreError, StoreInUseError
-from apps.jobs import TextToImageRequest
-from apps.limits import ServerLimits, UploadQuota
-from apps.logs import PromptFilter
+from apps.service import uploads
+from apps.service.engine import Engine
+from apps.service.events import Done, Failed
+from apps.service.failures import failure_of
+from apps.service.job_runner import fit_size
+from apps.service.job_store import JobStore, QueueFullError, StoreError, StoreInUseError
+from apps.service.limits import ServerLimits, UploadQuota
+from apps.service.logs import PromptFilter
+from apps.service.requests import TextToImageRequest
+from apps.service.temporary import private_folder, remove_stale
+from apps.service.uploads import UploadError, UploadStore, read_upload
 from apps.studio.choosing import Choosing
 from apps.studio.painting import Painting
 from apps.studio.problems import explain, explain_failure
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
-from apps.temporary import private_folder, remove_stale
-from apps.uploads import UploadError, UploadStore, read_upload
-from apps.worker import fit_size
 from pipelines import words
 from tests.studio.fakes import FakePipeline
 from tests.studio.serving import client_of, png, serving_page
@@ -79,14 +79,14 @@ def test_the_worker_survives_a_full_disk_and_health_tells(tmp_path):
 
 
 def test_reading_a_full_disk_does_not_make_it_well(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("apps.engine.RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("apps.service.engine.RETRY_SECONDS", 0.02)
     engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: FakePipeline())
     try:
         list(engine.generate(ask()))
         fill(engine._store, True)
         with pytest.raises(StoreError):
             fill_up(engine._store)
-        with caplog.at_level("ERROR", "apps.engine"):
+        with caplog.at_level("ERROR", "apps.service.engine"):
             monkeypatch.setattr(engine._store, "check", lambda: (_ for _ in ()).throw(StoreError("still full")))
             assert engine.jobs("local")
             assert engine.unfinished("local") == []
@@ -112,7 +112,7 @@ def test_files_that_find_the_disk_full_are_refused_in_words(tmp_path, monkeypatc
 
     with serving_page(tmp_path, with_users=False) as served, client_of(served) as client:
         content = png(tmp_path).read_bytes()
-        monkeypatch.setattr("apps.uploads.save_picture", full)
+        monkeypatch.setattr("apps.service.uploads.save_picture", full)
         answer = client.post("/v1/pictures", content=content)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage")
         assert answer.json()["error"]["type"] == "server_error"
@@ -131,7 +131,7 @@ def test_the_page_says_that_the_disk_is_full(language):
 
 def test_a_failure_of_the_store_at_any_moment_ends_no_worker(tmp_path, monkeypatch):
     engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: FakePipeline())
-    monkeypatch.setattr("apps.engine.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("apps.service.engine.RETRY_SECONDS", 0.05)
     try:
         for name in ("take", "ahead", "add_picture", "end"):
             whole, failures = getattr(engine._store, name), iter(range(3))
@@ -389,7 +389,7 @@ def test_one_user_cannot_fill_the_queue():
 def test_pages_of_jobs_do_not_depend_on_the_clock(monkeypatch):
     store = JobStore(None)
     times = iter([50.0, 10.0, 90.0, 20.0])
-    monkeypatch.setattr("apps.job_store.time.time", lambda: next(times))
+    monkeypatch.setattr("apps.service.job_store.time.time", lambda: next(times))
     for i in range(4):
         store.add(f"job{i}", "ann", "{}", 9, 9)
     assert [job.id for job in store.jobs("ann", 2)] == ["job3", "job2"]
@@ -414,7 +414,7 @@ def test_words_of_prompts_stay_out_of_the_servers_log():
         PromptFilter().filter(
             logging.LogRecord(name, logging.WARNING, __file__, 1, "the words %s", ("'secret'",), None)
         )
-        for name in (words.logger.name, "apps.engine")
+        for name in (words.logger.name, "apps.service.engine")
     ]
     assert passes == [False, True]
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apps.engine import Engine, Picture, Step
-from apps.generate import Wishes, run
-from apps.jobs import REQUEST
-from apps.media import candidate_sheet
-from apps.metadata import read_picture
+from apps.commands.generate import Wishes, run
+from apps.service.engine import Engine, Picture, Step
+from apps.service.media import candidate_sheet
+from apps.service.metadata import read_picture
+from apps.service.requests import REQUEST
 
 SEARCHED = Wishes(prompt="a fox left of a key on blue", model="stickers-var", search="best_of", candidates=3)
 

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from apps.engine import Done, Engine, Picture, Queued, Step, TextToImageRequest
-from apps.job_store import JobStore
+from apps.service.engine import Done, Engine, Picture, Queued, Step, TextToImageRequest
+from apps.service.job_store import JobStore
 from tests.studio.fakes import FakePipeline, ForeignPipeline
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from apps.engine import Done, Engine, Failed, Picture, Step, Stopped, TextToImageRequest
-from apps.job_store import JobStore, StoredPicture, StoreInUseError
-from apps.jobs import repeat
-from apps.limits import ServerLimits
-from apps.metadata import read_picture
+from apps.service.engine import Done, Engine, Failed, Picture, Step, Stopped, TextToImageRequest
+from apps.service.job_store import JobStore, StoredPicture, StoreInUseError
+from apps.service.limits import ServerLimits
+from apps.service.metadata import read_picture
+from apps.service.requests import repeat
 from tests.studio.fakes import FakePipeline
 from tests.studio.killed import JOBS, PICTURES, STEPS
 

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from apps import cli
-from apps import engine as engine_module
-from apps.loading import load_for_command
-from apps.logs import no_loading_bars
-from apps.metadata import read_picture
-from apps.outputs import check_writable, free_output
-from apps.usage import UsageError, checking
+from apps.commands.loading import load_for_command
+from apps.commands.outputs import free_output
+from apps.service import engine as engine_module
+from apps.service.logs import no_loading_bars
+from apps.service.metadata import read_picture
+from apps.service.usage import UsageError, checking
+from apps.service.writable import check_writable
 from tests.studio.fakes import FakePipeline
 
 
@@ -45,7 +46,7 @@ def no_model(monkeypatch):
         raise AssertionError("a model is loaded")
 
     monkeypatch.setattr(engine_module.Engine, "_load_pipeline", load)
-    monkeypatch.setattr("apps.loading.load_pipeline", load)
+    monkeypatch.setattr("apps.commands.loading.load_pipeline", load)
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def test_a_full_disk_is_work_that_failed_and_names_the_file_asked_for(place, fak
     def fail(image, path, settings):
         raise OSError(errno.ENOSPC, "No space left on device", str(path.with_name(".0123.part")))
 
-    monkeypatch.setattr("apps.outputs.save_picture", fail)
+    monkeypatch.setattr("apps.commands.outputs.save_picture", fail)
     assert leave("generate", "x", "--steps", "1", "--device", "cpu", "-o", "a.png") == 1
     said = capsys.readouterr().err
     assert "'a.png'" in said

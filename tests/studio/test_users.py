@@ -10,8 +10,8 @@ from PIL import Image
 
 from apps.api.app import create_app
 from apps.api.tokens import TokenTable, add_user
-from apps.engine import Engine
-from apps.serve import _start, check_port
+from apps.commands.serve import _start, check_port
+from apps.service.engine import Engine
 from apps.studio.app import build_page, mount
 from apps.studio.painting import Painting
 from apps.studio.sessions import Sessions

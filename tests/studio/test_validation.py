@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from apps.jobs import REQUEST, TASKS, explain
+from apps.service.requests import REQUEST, TASKS, explain
 from tests.studio.test_api import hostile_requests
 
 TEXT = {"task": "text_to_image", "prompt": "x"}

@@ -122,7 +122,7 @@ def test_bf16_and_exit_code_in_a_fresh_process(toy, tmp_path):
     toy()
     script = (
         "import apps.training.tasks as t; t.TASKS['toy'] = 'tests.training.toy:ToyTask'\n"
-        "from apps.train import run\n"
+        "from apps.commands.train import run\n"
         f"run({str(tmp_path / 'toy.toml')!r}, ['run.mixed_precision=bf16', 'run.output={tmp_path / 'runs'}'])\n"
         f"run({str(tmp_path / 'toy.toml')!r}, ['run.stesp=3'])\n"
     )
@@ -168,7 +168,8 @@ def test_two_processes_agree_and_resume_exactly(toy, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, apps.training.tasks as t; t.TASKS['toy'] = 'tests.training.toy:ToyTask'\n"
-        "from apps.train import run; run(sys.argv[1], sys.argv[3:], sys.argv[2] if sys.argv[2] != 'new' else None)\n"
+        "from apps.commands.train import run\n"
+        "run(sys.argv[1], sys.argv[3:], sys.argv[2] if sys.argv[2] != 'new' else None)\n"
     )
 
     def launch(name, resume):

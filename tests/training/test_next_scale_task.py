@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from apps import evaluate
-from apps.shelf import default_side
+from apps.commands import evaluate
+from apps.service.model_pool import default_side
 from apps.training.code_usage import CodeUsage
 from apps.training.loop import Trainer, train
 from apps.training.task import load_config

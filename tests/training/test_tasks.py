@@ -357,7 +357,7 @@ def test_tokenizer_reads_anything(tmp_path):
 
 
 def test_smoke_rehearses_beside_the_run(tmp_path, vae_folder):
-    from apps.train import run
+    from apps.commands.train import run
 
     path = tmp_path / "real.toml"
     path.write_text((COMMON + TEXT_TO_IMAGE).replace("VAE", str(vae_folder)))

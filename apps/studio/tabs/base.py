@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from apps.metadata import PictureSettings
+from apps.service.metadata import PictureSettings
 from apps.studio.strings import Strings
 
 Values = Mapping[str, Any]

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from apps.grid import AXES, Axis, read_axis
+from apps.service.grid import AXES, Axis, read_axis
 from apps.studio import fields
 from apps.studio.strings import Strings
 from apps.studio.tabs.base import Tab, Values

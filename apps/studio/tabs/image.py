@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from apps.metadata import PictureSettings
+from apps.service.metadata import PictureSettings
 from apps.studio import fields
 from apps.studio.strings import Strings
 from apps.studio.tabs.base import PageError, Tab, Values

@@ -6,8 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from apps import limits
-from apps.metadata import PictureSettings
+from apps.service import limits
+from apps.service.metadata import PictureSettings
 from apps.studio import fields
 from apps.studio.strings import Strings
 from apps.studio.tabs.base import PageError, Tab, Values, filled

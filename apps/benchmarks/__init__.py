@@ -1,0 +1,1 @@
+"""What `tessera bench` measures, a file each."""

@@ -1,0 +1,86 @@
+"""`tessera bench paint`: how long a picture takes at the default settings, and its parts.
+
+A denoiser's parts are one forward pass and the decoder; those of a next-scale model all its scales, which differ in
+size, and the decoder.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from apps.benchmarks.next_scale import Asked
+from apps.commands.loading import load_for_command
+from apps.environment import describe_machine
+from dit.runtime.compare import Comparison, count_flops, measure
+from pipelines.next_scale_run import NextScalePipeline
+
+PROMPT = "a red apple on a yellow background"
+CLASS = 0
+
+Work = Callable[[], object]
+
+
+def bench_paint(asked: Asked) -> dict[str, Any]:
+    """Times a picture at the pipeline's defaults, and its parts."""
+    name = asked.model or "stickers"
+    begun = time.perf_counter()
+    pipe = load_for_command(name, asked.device, asked.dtype)
+    loading = time.perf_counter() - begun
+    parts = _scales if isinstance(pipe, NextScalePipeline) else _passes
+    facts, works = parts(pipe)
+    comparison = measure(works, asked.repeats)
+    return {
+        "model": name,
+        "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
+        **facts,
+        "seconds": {"loading": round(loading, 3), **medians(comparison)},
+    }
+
+
+def medians(comparison: Comparison) -> dict[str, float]:
+    """Seconds of each candidate."""
+    return {name: round(timing.wall_median, 4) for name, timing in comparison.timings.items()}
+
+
+def _paint(pipe: Any, output_type: str = "pil") -> Any:
+    """One picture of a fixed seed, or its latents (1, C, h, w)."""
+    asked = CLASS if hasattr(pipe, "get_label_ids") else PROMPT
+    return pipe(asked, generator=torch.Generator().manual_seed(0), output_type=output_type).images
+
+
+def _passes(pipe: Any) -> tuple[dict[str, Any], dict[str, Work]]:
+    """What a denoiser does, and what to time of it."""
+    calls: list[dict[str, Any]] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append({"args": args, "kwargs": kwargs}), with_kwargs=True
+    )
+    latents = _paint(pipe, "latent")
+    hook.remove()
+
+    @torch.inference_mode()
+    def step() -> None:
+        pipe.transformer(*calls[0]["args"], **calls[0]["kwargs"])
+
+    facts = {"steps": len(calls), "gflops_per_pass": round(count_flops(step) / 1e9, 3)}
+    return facts, {"picture": lambda: _paint(pipe), "forward pass": step, "decoder": _decoding(pipe, latents)}
+
+
+def _scales(pipe: NextScalePipeline) -> tuple[dict[str, Any], dict[str, Work]]:
+    """What a next-scale model does, and what to time of it: condition, passes and draws of all scales are one part."""
+    latents = _paint(pipe, "latent")
+
+    def scales() -> None:
+        _paint(pipe, "latent")
+
+    facts = {"scales": pipe.num_timesteps, "gflops_of_all_scales": round(count_flops(scales) / 1e9, 3)}
+    return facts, {"picture": lambda: _paint(pipe), "all scales": scales, "decoder": _decoding(pipe, latents)}
+
+
+def _decoding(pipe: Any, latents: torch.Tensor) -> Work:
+    @torch.inference_mode()
+    def decode() -> None:
+        pipe.decode_latents(latents)
+
+    return decode

@@ -1,0 +1,165 @@
+"""`tessera bench`: how fast things are here, measured in turns, with what they were measured on.
+
+`tessera bench paint` times a picture at the default settings and its parts; a file may hold several models.
+`tessera bench costs` times single operations, for solvers that weigh one way of computing against another.
+`tessera bench start` times importing the library beside importing diffusers alone, in fresh processes.
+`tessera bench released` times our VAR beside its authors' code.
+`tessera bench cache` compares step caches and fewer steps at equal cost, with rivals in the same run, and draws them
+beside the JSON file; `tessera bench cache-transfer` carries a profile to other prompts, sizes, guidance and schedulers.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from apps.benchmarks.costs import bench_costs
+from apps.benchmarks.end_to_end import bench_paint, medians
+from apps.benchmarks.next_scale import Asked, bench_kv, bench_search, bench_shortcuts, show_tables
+from apps.benchmarks.reference_var import bench_released
+from apps.benchmarks.runs import add_run, has_ratios
+from apps.environment import describe_machine
+from apps.service.engine import resolve_device
+from apps.service.usage import UsageError, checking
+from apps.service.writable import check_writable
+from dit.runtime.compare import measure
+
+IMPORTS = {
+    "diffusers": "from diffusers import ModelMixin, DiffusionPipeline",
+    "diffusers + pipelines": "from diffusers import ModelMixin, DiffusionPipeline; import pipelines",
+}
+
+
+def run(
+    what: str,
+    *,
+    model: str | None = None,
+    repeats: int = 7,
+    prompts: int = 64,
+    output: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    smoke: bool = False,
+    json_output: bool = False,
+) -> dict[str, Any]:
+    """Runs a benchmark, prints it, and writes it as JSON if asked.
+
+    Args:
+        what: a key of `BENCHMARKS`.
+        model: built-in name, folder or hub id; None is what the benchmark is meant for.
+        repeats: counted rounds.
+        prompts: pictures to compare, for benchmarks of quality.
+        output: JSON file.
+        device: where to run; "auto" is the best there is.
+        dtype: of the weights; "auto" suits the device.
+        smoke: one round only, to see that it runs.
+        json_output: print JSON instead of a table.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: an unknown benchmark.
+    """
+    if what not in BENCHMARKS:
+        raise UsageError(f"no benchmark {what!r}: choose one of {', '.join(BENCHMARKS)}")
+    if output is not None:
+        check_writable(output)
+    if device != "auto":
+        with checking():
+            resolve_device(device)
+    place, precision = (None if value == "auto" else value for value in (device, dtype))
+    asked = Asked(model, 1 if smoke else repeats, min(prompts, 2) if smoke else prompts, place, precision, smoke)
+    report = {"benchmark": what, **BENCHMARKS[what](asked)}
+    if output is not None:
+        _write(report, output)
+        if what == "cache":
+            from apps.benchmarks.plot import plot
+
+            title = f"{report['steps']} steps, {report['prompts']} prompts: PSNR to the uncached run"
+            plot(report["rows"], output.with_suffix(".png"), title)
+    console = Console(soft_wrap=True)
+    if json_output:
+        console.print_json(data=report)
+    elif "tables" in report:
+        show_tables(report, console)
+    else:
+        _show(report, console)
+    return report
+
+
+def bench_start(asked: Asked) -> dict[str, Any]:
+    """Times imports in fresh processes."""
+    comparison = measure({name: _in_fresh_process(code) for name, code in IMPORTS.items()}, asked.repeats)
+    ours, theirs = comparison.timings["diffusers + pipelines"], comparison.timings["diffusers"]
+    added = statistics.median(a - b for a, b in zip(ours.wall, theirs.wall, strict=True))
+    return {
+        "machine": describe_machine(torch.device("cpu"), torch.float32),
+        "ratio": round(comparison.ratio("diffusers + pipelines", "diffusers"), 3),
+        "seconds": {**medians(comparison), "added by pipelines": round(added, 3)},
+    }
+
+
+def bench_cache(asked: Asked) -> dict[str, Any]:
+    """Compares step caches with rivals; see `apps.benchmarks.step_cache`."""
+    from apps.benchmarks import step_cache as implementation
+
+    model = asked.model or "stickers"
+    return implementation.bench_cache(model, asked.repeats, asked.device, asked.dtype, asked.prompts)
+
+
+def bench_transfer(asked: Asked) -> dict[str, Any]:
+    """Carries the profile of a step cache to other settings; see `apps.benchmarks.profile_transfer`."""
+    from apps.benchmarks import profile_transfer as implementation
+
+    return implementation.bench_transfer(asked.model or "stickers", asked.repeats, asked.device, asked.dtype)
+
+
+BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
+    "paint": bench_paint,
+    "start": bench_start,
+    "costs": bench_costs,
+    "cache": bench_cache,
+    "cache-transfer": bench_transfer,
+    "kv": bench_kv,
+    "shortcuts": bench_shortcuts,
+    "search": bench_search,
+    "released": bench_released,
+}
+
+
+def _in_fresh_process(code: str) -> Callable[[], object]:
+    return lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def _write(report: dict[str, Any], output: Path) -> None:
+    """Write a report as JSON; runs with ratios, and reports of single models, go beside what the file holds."""
+    if has_ratios(report):
+        report = add_run(report, json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {})
+    elif "model" in report:
+        own = {name: value for name, value in report.items() if name not in ("benchmark", "model")}
+        held = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
+        others = held.get("models", {}) if held.get("benchmark") == report["benchmark"] else {}
+        report = {"benchmark": report["benchmark"], "models": {**others, report["model"]: own}}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _show(report: dict[str, Any], console: Console) -> None:
+    machine = report["machine"]
+    table = Table(title=f"{report['benchmark']} on {machine['device']}, {machine['dtype']}", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("seconds (median)", justify="right")
+    for name, seconds in report["seconds"].items():
+        table.add_row(name, f"{seconds:.3f}")
+    console.print(table)
+    for name in sorted(set(report) - {"benchmark", "machine", "seconds", "rows"}):
+        console.print(f"{name}: {report[name]}")

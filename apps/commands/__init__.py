@@ -1,0 +1,1 @@
+"""What the commands of `tessera` do; `apps.cli` parses and then imports one of them."""

@@ -1,0 +1,195 @@
+"""`tessera generate --batch`: work through a file of prompts, skip what is done, go on after a failure.
+
+How a file is read is told in `apps.service.prompt_file`, which the page uses too. The name of an image follows from its
+line and from the command line's options, so a second run finds what the first one has done, and a changed line is
+generated anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from apps.commands.generate import DEFAULT_MODEL, Machine, Wishes, follow, make_request
+from apps.commands.options import check_wishes, read_line
+from apps.commands.outputs import picture_paths, save
+from apps.service.compute_profiles import check_request
+from apps.service.engine import Engine
+from apps.service.logs import no_repetition
+from apps.service.model_pool import check_sources
+from apps.service.prompt_file import command_line_values, parse_lines, read_text, request_field_names
+from apps.service.requests import AnyRequest, explain
+from apps.service.usage import UsageError, checking
+from apps.service.writable import check_folder
+
+EXAMPLE = "1"
+"""Stands for the prompts of the lines when their common settings are checked: a text, and the number of a class."""
+FROM_LINE = {field.name for field in fields(Wishes)} - {"model", "lora"}
+"""Names of the command line that a line may have."""
+RENAMED = {"width", "height", "num_images", "label", "step_cache"}
+"""Fields of a request that have other names on the command line."""
+ADDED = ("mask_grow", "mask_blur")
+"""Options that came later; names of files made without them stay as they were."""
+OF_ALL = {"model", "lora", "pick", "file_format", "keep_settings", "sidecar"}
+"""Fields of a request that hold for all lines, or that the command line decides."""
+
+
+class BatchError(ValueError):
+    """Some lines of a batch failed; the others are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the file.
+
+    Attributes:
+        number: from 1, as editors count.
+        wishes: what it asks for, with those of the command line behind.
+        name: of its picture, without the ending.
+        fields: fields of the request that the command line has no option for.
+    """
+
+    number: int
+    wishes: Wishes
+    name: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def run_batch(
+    file: Path,
+    folder: Path,
+    common: Wishes,
+    machine: Machine | None = None,
+    json_output: bool = False,
+    keep_settings: bool = True,
+    sidecar: bool = False,
+) -> None:
+    """Paint every line of a file.
+
+    Args:
+        file: JSONL or text.
+        folder: receives the pictures; created if absent.
+        common: for all lines that don't say otherwise.
+        machine: where to compute.
+        json_output: print one JSON object a line instead of text.
+        keep_settings: whether the files carry their settings.
+        sidecar: whether a JSON file beside each one does.
+
+    Raises:
+        BatchError: lines failed; what could be painted is there.
+        UsageError: a line or a common setting isn't understood, or the folder can't be written; then nothing has been
+            painted.
+    """
+    machine, source = machine or Machine(), common.model or DEFAULT_MODEL
+    with checking():
+        lines = list(read_lines(file, common))
+        check_folder(folder)
+        check_sources([source], machine.base)
+        rehearsed = check_wishes(replace(common, prompt=EXAMPLE), source)
+        for line in lines:
+            _rehearse(line, source)
+        opened = machine.fitted(common.memory).engine(source, common.lora)
+    with no_repetition(), closing(opened) as engine:
+        with checking(ValueError, FileNotFoundError):
+            if rehearsed is not None:
+                check_request(rehearsed, engine.devices)
+            engine.model().result()
+        folder.mkdir(parents=True, exist_ok=True)
+        console, failed = Console(soft_wrap=True), 0
+        for line in lines:
+            row = _paint(line, folder, engine, Console(stderr=True, quiet=json_output), keep_settings, sidecar)
+            failed += row["state"] == "failed"
+            if json_output:
+                console.print(json.dumps(row), markup=False, highlight=False)
+            else:
+                told = row.get("error") or ", ".join(row["paths"])
+                console.print(f"line {line.number}: {row['state']}  {told}", markup=False, highlight=False)
+    if failed:
+        raise BatchError(f"{failed} of {len(lines)} lines failed; run the same command again to try only those.")
+
+
+def read_lines(file: Path, common: Wishes) -> Iterator[Line]:
+    """Read the lines of a file; blank ones and those that begin with # are skipped.
+
+    Raises:
+        PromptFileError: a line is neither text nor an object of known names.
+    """
+    known = FROM_LINE | RENAMED | (request_field_names() - OF_ALL)
+    for line in parse_lines(read_text(file.read_bytes(), file.name), file.name, known):
+        values = command_line_values(line.values)
+        said = _typed(line.number, {key: value for key, value in values.items() if key in FROM_LINE})
+        said |= {key: file.parent / said[key] for key in ("image", "mask") if said.get(key) is not None}
+        extra = {key: value for key, value in values.items() if key not in FROM_LINE}
+        wishes = replace(common, **said)
+        told = {key: value for key, value in asdict(wishes).items() if key not in ADDED or value is not None}
+        content = json.dumps(told | extra, sort_keys=True, default=str)
+        yield Line(line.number, wishes, f"{line.number:05d}-{_digest(content)}", extra)
+
+
+def _rehearse(line: Line, source: str) -> None:
+    """Check all of a line that can be checked before a model is loaded.
+
+    Raises:
+        UsageError: an unknown name, or a value out of range; the message names the line.
+    """
+    try:
+        request = check_wishes(line.wishes, source)
+        if request is not None and line.fields:
+            _with_fields(request, line)
+    except (UsageError, ValidationError) as error:
+        problem = explain(error) if isinstance(error, ValidationError) else str(error)
+        raise UsageError(f"Line {line.number}: {problem}") from error
+
+
+def _with_fields(request: AnyRequest, line: Line) -> AnyRequest:
+    """Add the fields that the command line has no option for."""
+    return type(request).model_validate({**request.model_dump(), **line.fields}) if line.fields else request
+
+
+def _typed(number: int, said: dict[str, Any]) -> dict[str, Any]:
+    """Check the types of a line's options.
+
+    Raises:
+        UsageError: one is of another type.
+    """
+    try:
+        return read_line(said)
+    except UsageError as error:
+        raise UsageError(f"Line {number} holds {error}.") from error
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+def _request(line: Line, engine: Engine) -> AnyRequest:
+    """Make the request of a line."""
+    return _with_fields(make_request(line.wishes, engine), line)
+
+
+def _paint(
+    line: Line, folder: Path, engine: Engine, console: Console, keep_settings: bool, sidecar: bool
+) -> dict[str, Any]:
+    """Paint one line unless it is done; returns what is told of it."""
+    row: dict[str, Any] = {"line": line.number, "prompt": line.wishes.prompt, "state": "done"}
+    try:
+        request = _request(line, engine)
+        paths = picture_paths(folder / f"{line.name}.png", request.num_images, sidecar)
+        if all(path.is_file() for path in paths):
+            return {**row, "state": "skipped", "paths": [str(path) for path in paths]}
+        with closing(follow(engine.generate(request), console)) as pictures:
+            written, notes = [], dict[str, None]()
+            for path, picture in zip(paths, pictures, strict=True):
+                written.append(save(picture, path, keep_settings, sidecar))
+                notes |= dict.fromkeys(picture.notes)
+    except (ValueError, OSError, TypeError) as error:
+        return {**row, "state": "failed", "error": str(error)}
+    return {**row, "paths": [str(path) for files in written for path in files], "notes": list(notes)}

@@ -1,0 +1,409 @@
+"""`tessera evaluate`: paint many prompts and let the exact judge read the pictures.
+
+Every figure stands beside its ceiling: first the judge reads freshly drawn scenes, then the same scenes after a round
+trip through the model's autoencoder, and only then what the model painted.
+"""
+
+import inspect
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from apps.commands.loading import load_for_command
+from apps.environment import describe_machine
+from apps.service.usage import UsageError, checking
+from apps.service.writable import check_folder
+from apps.stickers import Scene, SpriteSheet, load_sprites, render
+from apps.stickers.contact_sheet import contact_sheet
+from apps.stickers.inpaint_set import draw_tasks, is_painted
+from apps.stickers.inpaint_set import evaluate as evaluate_inpainting
+from apps.stickers.judge import Judge, score
+from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, sheet_requests
+from apps.training.scenes import box_mask, read_vocabulary
+from apps.training.tasks.autoencoder import psnr
+from dit.tokenizers import as_visual_tokenizer
+
+Generate = Callable[[Sequence[str], Sequence[int]], torch.Tensor]
+"""Prompts and a seed for each, to pictures `(B, 3, H, W)` in [-1, 1]."""
+Through = Callable[[torch.Tensor], torch.Tensor]
+"""Changes pictures `(B, 3, H, W)` in [-1, 1]."""
+Tick = Callable[[int], None]
+"""Told after each batch how many pictures it had."""
+
+CEILING_SETS = ("single", "pair", "count")
+INPAINT = "inpaint"
+"""The set of pictures to be changed; it is painted only when it is asked for."""
+SEEDS_PER_SET = 100_000  # every set's pictures have noise of their own
+
+
+@dataclass
+class Report:
+    """Everything that was measured, as it is written to `report.json`.
+
+    Attributes:
+        model: what was evaluated.
+        settings: prompts of each set, steps, guidance, seed, batch size.
+        machine: where, and with which versions.
+        vocabulary: number of stickers asked for; all stickers of the sheet compete in the judge.
+        ceiling: shares of right readings of fresh renders, by set, then metric.
+        autoencoder: the same after a round trip, and in dB `psnr_in_boxes` (mean over pictures,
+            as papers report it) and `psnr_in_boxes_pooled` (of the squared error of all pictures together).
+        painted: shares of right pictures by set, then metric.
+        inpainted: of the set "inpaint": shares of masked stickers that are the ones asked for (`masked`, and by kind
+            of scene), of pictures with every pixel outside the mask as before (`kept`), and the `ceiling` of the judge.
+        seconds_per_picture: painting time, without loading and judging.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    vocabulary: int
+    ceiling: dict[str, dict[str, float]] = field(default_factory=dict)
+    autoencoder: dict[str, Any] = field(default_factory=dict)
+    painted: dict[str, dict[str, float]] = field(default_factory=dict)
+    inpainted: dict[str, float] = field(default_factory=dict)
+    seconds_per_picture: float | None = None
+
+
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Cuts a sequence into pieces of at most `size`."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def answers(
+    scenes: Sequence[Scene], pictures: Iterable[torch.Tensor], judge: Judge, tick: Tick = lambda _: None
+) -> dict[str, list[bool]]:
+    """Lets the judge read pictures, batch by batch, and returns for each metric which answers were right."""
+    found: dict[str, list[bool]] = defaultdict(list)
+    remaining = iter(scenes)
+    for batch in pictures:
+        for reading in judge.read(batch):
+            for metric, right in score(next(remaining), reading).items():
+                found[metric].append(right)
+        tick(len(batch))
+    return dict(found)
+
+
+def shares(
+    scenes: Sequence[Scene], pictures: Iterable[torch.Tensor], judge: Judge, tick: Tick = lambda _: None
+) -> dict[str, float]:
+    """The share of right answers for each metric, see `answers`."""
+    return {metric: sum(right) / len(right) for metric, right in answers(scenes, pictures, judge, tick).items()}
+
+
+def box_psnr(scenes: Sequence[Scene], sheet: SpriteSheet, resolution: int, through: Through) -> dict[str, float]:
+    """Measures what `through` does to the pixels in sticker boxes.
+
+    Returns:
+        In dB: `psnr_in_boxes`, the mean over pictures, and `psnr_in_boxes_pooled`, of all their pixels together.
+    """
+    errors, sizes = [], []
+    for part in batches(scenes, 32):
+        picture = render(part, sheet, resolution)  # (b, 3, R, R)
+        inside = box_mask(part, resolution)  # (b, 1, R, R)
+        error = (through(picture) - picture).square().mean(1, keepdim=True)  # (b, 1, R, R)
+        errors += (error * inside).sum((1, 2, 3)).tolist()
+        sizes += inside.sum((1, 2, 3)).tolist()
+    each = [psnr(error / size) for error, size in zip(errors, sizes, strict=True)]
+    return {"psnr_in_boxes": sum(each) / len(each), "psnr_in_boxes_pooled": psnr(sum(errors) / sum(sizes))}
+
+
+def round_trip(vae: Any) -> Through:
+    """Returns a function that encodes and decodes pictures; they stay on the CPU at either end."""
+    tokenizer = as_visual_tokenizer(vae)
+    weight = next(vae.parameters())
+
+    @torch.inference_mode()
+    def through(pictures: torch.Tensor) -> torch.Tensor:
+        latents = tokenizer.encode(pictures.to(weight.device, weight.dtype), return_dict=False)[0]
+        return tokenizer.decode(latents, return_dict=False)[0].float().clamp(-1, 1).cpu()
+
+    return through
+
+
+def painter(pipe: Any, steps: int | None, guidance: float) -> Generate:
+    """Returns a function that paints with a text-to-image pipeline; `steps` is None where steps can't be chosen."""
+    settings = {"guidance_scale": guidance, "output_type": "pt"}
+    if steps is not None:
+        settings["num_inference_steps"] = steps
+
+    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        pictures = pipe(prompt=list(prompts), generator=noise, **settings).images  # (B, 3, H, W) in [0, 1]
+        return pictures.float().cpu() * 2 - 1
+
+    return generate
+
+
+def call_settings(pipe: Any, steps: int | None, guidance: float | None) -> tuple[int | None, float]:
+    """The steps and the guidance of a call: those given, else the pipeline's own.
+
+    Next-scale pipelines have no steps to choose, and keep the guidance that suits the model in their configuration.
+
+    Raises:
+        ValueError: steps are given for a pipeline that has none to choose.
+    """
+    defaults = {name: one.default for name, one in inspect.signature(type(pipe).__call__).parameters.items()}
+    own = dict(getattr(pipe.config, "defaults", None) or {})
+    scale = next(
+        one for one in (guidance, defaults["guidance_scale"], own.get("guidance_scale"), 1.0) if one is not None
+    )
+    if "num_inference_steps" in defaults:
+        return int(defaults["num_inference_steps"] if steps is None else steps), float(scale)
+    if steps is not None:
+        raise UsageError(f"{type(pipe).__name__} paints scale by scale and takes no --steps; leave it out")
+    return None, float(scale)
+
+
+def picture_side(pipe: Any) -> int:
+    """Side of the pictures that a pipeline was trained on, in pixels."""
+    own = getattr(pipe, "default_height", None)
+    return own or pipe.transformer.config.sample_size * pipe.vae_scale_factor
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Measures one model.
+
+    Attributes:
+        sheet: the stickers.
+        vocabulary: names that the model knows.
+        judge: reads the pictures.
+        prompts: prompts per set.
+        seed: of scenes and noise.
+        batch_size: pictures painted at once.
+        progress: shows what goes on.
+    """
+
+    sheet: SpriteSheet
+    vocabulary: Sequence[str]
+    judge: Judge
+    prompts: int
+    seed: int
+    batch_size: int
+    progress: Progress
+
+    def requests(self, prompts: PromptSet) -> list[Request]:
+        """Draws the requests of a set."""
+        return draw_requests(prompts, self.prompts, self.sheet, self.vocabulary, self.seed)
+
+    def ceiling(self, resolution: int, through: Through, title: str) -> dict[str, dict[str, float]]:
+        """Scores fresh renders after `through` has changed them, by set."""
+        result = {}
+        for name in CEILING_SETS:
+            scenes = [request.scene for request in self.requests(SETS[name])]
+            pictures = (through(render(part, self.sheet, resolution)) for part in batches(scenes, 32))
+            result[name] = shares(scenes, pictures, self.judge, self._tick(f"{title}, {SETS[name].title}"))
+        return result
+
+    def box_psnr(self, resolution: int, through: Through) -> dict[str, float]:
+        """Returns the PSNR inside sticker boxes of scenes with held-out combinations."""
+        names = ("heldout_single", "heldout_pair")
+        scenes = [request.scene for name in names for request in self.requests(SETS[name])]
+        return box_psnr(scenes, self.sheet, resolution, through)
+
+    def painted(self, name: str, generate: Generate) -> dict[str, float]:
+        """Scores what the model paints for one set."""
+        requests = self.requests(SETS[name])
+        first = self.seed + SEEDS_PER_SET * (1 + list(SETS).index(name))
+        pictures = (
+            generate([requests[i].prompt for i in part], [first + i for i in part])
+            for part in batches(range(len(requests)), self.batch_size)
+        )
+        return shares([request.scene for request in requests], pictures, self.judge, self._tick(SETS[name].title))
+
+    def inpainted(self, pipe: Any, steps: int | None, guidance: float, resolution: int) -> dict[str, float]:
+        """Scores what the model paints into masked boxes; see `apps.stickers.inpaint_set`."""
+        tasks = draw_tasks(self.prompts, self.sheet, self.vocabulary, self.seed)
+        tick = self._tick("inpaint")
+
+        def paint(
+            prompts: Sequence[str], pictures: torch.Tensor, masks: torch.Tensor, seeds: Sequence[int]
+        ) -> torch.Tensor:
+            noise = [torch.Generator().manual_seed(self.seed + seed) for seed in seeds]
+            settings: dict[str, Any] = {"guidance_scale": guidance}
+            if steps is not None:  # next-scale models have neither steps nor a strength
+                settings |= {"num_inference_steps": steps, "strength": 1.0}
+            given = {"image": ((pictures + 1) / 2).clamp(0, 1), "mask_image": masks.float()}
+            painted = pipe(list(prompts), generator=noise, output_type="pt", **given, **settings).images
+            tick(len(painted))
+            return painted.float().cpu() * 2 - 1
+
+        found = list(evaluate_inpainting(tasks, self.sheet, self.judge, paint, resolution, self.batch_size))
+        readings = self.judge.read(render([task.after for task in tasks], self.sheet, resolution))
+        ceiling = [is_painted(task, reading) for task, reading in zip(tasks, readings, strict=True)]
+        result = {"masked": _share(right for right, _ in found), "kept": _share(kept for _, kept in found)}
+        for kind in ("single", "pair"):
+            rows = [right for (right, _), task in zip(found, tasks, strict=True) if task.after.kind == kind]
+            result |= {f"masked_{kind}": _share(rows)} if rows else {}
+        return {**result, "ceiling": _share(ceiling)}
+
+    def sheet_pictures(self, generate: Generate) -> tuple[torch.Tensor, list[str]]:
+        """Paints the fixed prompts of the contact sheet: `(64, 3, H, W)`, and the prompts."""
+        prompts = [request.prompt for request in sheet_requests(self.sheet, self.vocabulary)]
+        tick = self._tick("contact sheet", len(prompts))
+        parts = []
+        for part in batches(range(len(prompts)), self.batch_size):
+            parts.append(generate([prompts[i] for i in part], [self.seed + i for i in part]))
+            tick(len(part))
+        return torch.cat(parts), prompts
+
+    def _tick(self, title: str, total: int | None = None) -> Tick:
+        task = self.progress.add_task(title, total=total or self.prompts)
+        return lambda count: self.progress.advance(task, count)
+
+
+def run(
+    model: str = "stickers",
+    *,
+    prompts: int = 500,
+    sets: Sequence[str] = (),
+    output: Path | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    vocabulary: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    json_output: bool = False,
+) -> Report:
+    """Evaluates a text-to-image model of the sticker world.
+
+    Args:
+        model: built-in name, folder or hub id.
+        prompts: prompts of each set.
+        sets: keys of `SETS` to paint, or "inpaint"; all but that one if empty.
+        output: folder for `report.json` and `contact_sheet.png`; `outputs/evaluate-MODEL` if None.
+        steps: denoising steps; None is the pipeline's default.
+        guidance: guidance scale; None is the pipeline's default.
+        seed: of scenes, captions and noise.
+        batch_size: pictures painted at once.
+        vocabulary: "starter", "all" or a text file; None is the `vocabulary.txt` beside the model.
+        device: where to paint; "auto" is the best there is. The judge reads on the same device.
+        dtype: of the weights; "auto" suits the device.
+        json_output: print the report as JSON instead of tables.
+
+    Raises:
+        ValueError: an unknown set, or a model without a vocabulary when none is given.
+    """
+    unknown = set(sets) - {*SETS, INPAINT}
+    if unknown:
+        known = ", ".join((*SETS, INPAINT))
+        raise UsageError(f"no such set of prompts: {', '.join(sorted(unknown))}; choose from {known}")
+    told = Console(stderr=True, quiet=json_output)
+    folder = output or Path("outputs") / f"evaluate-{Path(model).name}"
+    check_folder(folder)
+    if vocabulary is not None:
+        with checking():
+            read_vocabulary(vocabulary)
+    pipe = load_for_command(model, device, dtype)
+    with checking():
+        names = read_vocabulary(vocabulary or str(_vocabulary_file(pipe, model)))
+    folder.mkdir(parents=True, exist_ok=True)
+    num_steps, scale = call_settings(pipe, steps, guidance)
+    settings = {"prompts": prompts, "steps": num_steps, "guidance": scale, "seed": seed, "batch_size": batch_size}
+    report = Report(model, settings, describe_machine(torch.device(pipe.device), pipe.transformer.dtype), len(names))
+    sheet = load_sprites()
+    with _progress(told) as progress:
+        judge = Judge(sheet, pipe.device)
+        examiner = Examiner(sheet, names, judge, prompts, seed, batch_size, progress)
+        if sets != [INPAINT]:
+            chosen = tuple(name for name in sets or SETS if name != INPAINT)
+            examine(pipe, examiner, chosen, painter(pipe, num_steps, scale), report, folder)
+        if INPAINT in sets:
+            report.inpainted = examiner.inpainted(pipe, num_steps, scale, _resolution(pipe))
+    (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    console = Console()
+    if json_output:
+        console.print_json(data=asdict(report))
+    else:
+        show(report, console)
+        console.print(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    return report
+
+
+def examine(
+    pipe: Any, examiner: Examiner, sets: Sequence[str], generate: Generate, report: Report, folder: Path
+) -> None:
+    """Fills a report, and writes the contact sheet into `folder`."""
+    resolution = picture_side(pipe)
+    through = round_trip(pipe.vae)
+    report.ceiling = examiner.ceiling(resolution, lambda pictures: pictures, "fresh renders")
+    report.autoencoder = dict(examiner.ceiling(resolution, through, "after a round trip"))
+    report.autoencoder |= examiner.box_psnr(resolution, through)
+    start = time.perf_counter()
+    pictures, prompts = examiner.sheet_pictures(generate)
+    report.seconds_per_picture = (time.perf_counter() - start) / len(prompts)
+    sheet = contact_sheet(pictures, prompts, f"tessera: {Path(report.model).name}", _subtitle(report))
+    sheet.save(folder / "contact_sheet.png", optimize=True)
+    for name in sets:
+        report.painted[name] = examiner.painted(name, generate)
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints a report as a table."""
+    if report.inpainted:
+        rows = ", ".join(f"{name} {_percent(share)}" for name, share in report.inpainted.items())
+        console.print(f"inpaint, {report.settings['prompts']} prompts: {rows}")
+    if not report.painted:
+        return
+    title = f"{Path(report.model).name}: {report.vocabulary} stickers, {report.settings['prompts']} prompts each"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("prompts", overflow="fold")
+    for column in ("metric", "painted", "colour", "ceiling", "round trip"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "metric" else "right")
+    for name, found in report.painted.items():
+        for metric in (metric for metric in found if metric != "colour"):
+            limits = [_percent(part[SETS[name].kind][metric]) for part in (report.ceiling, report.autoencoder)]
+            main = metric == SETS[name].metric
+            title, colour = (SETS[name].title, _percent(found["colour"])) if main else ("", "")
+            table.add_row(title, metric, _percent(found[metric]), colour, *limits)
+    console.print(table)
+    mean, pooled = (report.autoencoder[name] for name in ("psnr_in_boxes", "psnr_in_boxes_pooled"))
+    console.print(f"autoencoder: {mean:.2f} dB inside sticker boxes (mean over pictures; {pooled:.2f} dB pooled)")
+    if report.seconds_per_picture is not None:
+        console.print(f"painting: {report.seconds_per_picture:.3f} s a picture on {report.machine['device']}")
+
+
+def _resolution(pipe: Any) -> int:
+    """Side in pixels of the pictures that a model was trained on."""
+    return pipe.transformer.config.sample_size * pipe.vae_scale_factor
+
+
+def _share(answers: Iterable[bool]) -> float:
+    found = list(answers)
+    return sum(found) / len(found)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _vocabulary_file(pipe: Any, model: str) -> Path:
+    """Returns the vocabulary that a model's folder holds."""
+    path = Path(pipe.name_or_path) / "vocabulary.txt"
+    if not path.is_file():
+        raise UsageError(f"{model} has no vocabulary.txt: pass --vocabulary starter, all, or a file of sticker names")
+    return path
+
+
+def _subtitle(report: Report) -> str:
+    settings, machine = report.settings, report.machine
+    steps = "" if settings["steps"] is None else f"{settings['steps']} steps, "
+    return f"{steps}guidance {settings['guidance']:g}, {machine['dtype']} on {machine['device']}"
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)

@@ -1,0 +1,287 @@
+"""`tessera generate`: paint a prompt into a file from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+from apps.commands.options import (
+    Wishes,
+    asked,
+    check_wishes,
+    complete,
+    complete_again,
+    named_model,
+    read_settings,
+    task_of,
+)
+from apps.commands.outputs import DEFAULT_OUTPUT, check_output, free_output, is_clip, picture_paths, save
+from apps.service.compute_profiles import PROFILES, check_request, memory_profiles
+from apps.service.engine import STATE_FOLDER, Engine, Event, Failed, ModelLoading, Picture, Step, resolve_device
+from apps.service.logs import no_repetition
+from apps.service.lora import one_lora
+from apps.service.metadata import Lora, MemoryName, PictureSettings
+from apps.service.model_pool import check_sources, name_models
+from apps.service.requests import AnyRequest
+from apps.service.uploads import read_upload
+from apps.service.usage import UsageError, checking
+
+__all__ = ["Machine", "Wishes", "follow", "make_request", "run"]
+
+DEFAULT_MODEL = "stickers"
+USAGE_CODES = ("bad_request", "unknown_model")
+"""Failures of a job that mean wrong usage: a check of the model's pipeline, written for people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where and how to compute; see `apps.service.engine.Engine`."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    offload: str = "none"
+    base: str | None = None
+
+    def engine(self, model: str, lora: Path | None = None) -> Engine:
+        """Make an engine for one model, and one LoRA file if there is one.
+
+        Raises:
+            ValueError: that is none.
+        """
+        loras = {} if lora is None else one_lora(lora)
+        return Engine(name_models([model]), None, self.device, self.dtype, self.offload, self.base, loras=loras)
+
+    def fitted(self, memory: MemoryName | None) -> Machine:
+        """Return it as a memory profile wants it from the start, so that no model is loaded in another way first.
+
+        Raises:
+            ValueError: an offload was chosen too.
+        """
+        if memory is None:
+            return self
+        if self.offload != "none":
+            raise UsageError("--memory chooses what is offloaded; leave out --offload.")
+        if memory_profiles(resolve_device(self.device.split(",")[0])).get(memory):
+            return self  # it can't be had here, which the engine says of the request
+        return replace(self, offload=PROFILES[memory].offload)
+
+
+def run(
+    wishes: Wishes,
+    output: Path | None = None,
+    machine: Machine | None = None,
+    settings: Path | None = None,
+    json_output: bool = False,
+    keep_settings: bool = True,
+    sidecar: bool = False,
+) -> None:
+    """Paint and write the pictures, each with the settings that reproduce it.
+
+    Args:
+        wishes: what to paint; they go before `settings`.
+        output: PNG or WebP file to write; several pictures get -0, -1, ... before the ending. Of a model that makes
+            clips it receives some frames side by side, and the clip goes beside it as MP4; a name with `.mp4` receives
+            the clip alone. An existing file is replaced. None is tessera.png, or the next name like it that is free.
+        machine: where to compute.
+        settings: picture, clip or JSON file whose settings are taken.
+        json_output: print one JSON object instead of text and a progress bar.
+        keep_settings: whether the files carry their settings.
+        sidecar: whether a JSON file beside each one does.
+
+    Raises:
+        UsageError: an unknown name, a setting out of range, settings that don't go together, a file that can't be
+            written; as far as possible before the model is loaded.
+        OSError: the model can't be read, or a file can't be read or written.
+        MemoryError: the model or the picture needs more memory than there is.
+        ImportError: an optional package is missing.
+        KeyboardInterrupt: Ctrl-C; no broken file is left.
+    """
+    told, machine = Console(stderr=True, quiet=json_output), machine or Machine()
+    with checking(ValueError, FileNotFoundError):
+        taken = None if settings is None else read_settings(settings)
+        source = wishes.model or (DEFAULT_MODEL if taken is None else named_model(taken))
+        check_output(output or DEFAULT_OUTPUT, sidecar)
+        check_sources([source], machine.base)
+        rehearsed = check_wishes(wishes, source, taken)
+        memory = wishes.memory or (None if taken is None else taken.memory)
+        opened = machine.fitted(memory).engine(source, wishes.lora)
+    with no_repetition(), closing(opened) as engine:
+        with checking(ValueError, FileNotFoundError):
+            if rehearsed is not None:
+                check_request(rehearsed, engine.devices)
+            request = make_request(wishes, engine, taken, settings)
+            if output is not None and is_clip(output) and engine.model().result().frames is None:
+                raise UsageError(f"The model {source!r} makes images, not clips; write to a '.png' file.")
+        paths = iter(_output_paths(output, 1 if request.pick is not None else request.num_images, told, sidecar))
+        with closing(follow(engine.generate(request), told)) as pictures:
+            written = [(save(picture, next(paths), keep_settings, sidecar), picture) for picture in pictures]
+    if taken is not None:
+        told_differences(taken, written[0][1].metadata, told)
+    report(written, json_output)
+
+
+def _output_paths(output: Path | None, num: int, told: Console, sidecar: bool) -> list[Path]:
+    """Name the files; without a name asked for, one that no file has."""
+    if output is not None:
+        return picture_paths(output, num, sidecar)
+    free = free_output(num)
+    if free != DEFAULT_OUTPUT:
+        told.print(f"[yellow]note[/yellow] {DEFAULT_OUTPUT} is kept; writing {free}", highlight=False)
+    return picture_paths(free, num)
+
+
+def make_request(
+    wishes: Wishes, engine: Engine, taken: PictureSettings | None = None, settings: Path | None = None
+) -> AnyRequest:
+    """Turn wishes into a request.
+
+    Args:
+        wishes: what was said.
+        engine: has one model, and receives the pictures to start from.
+        taken: settings of a picture, for all that was not said.
+        settings: the file they came from; pictures it was made from are looked for beside it.
+
+    Raises:
+        ValueError: a setting is missing or out of range.
+        OSError: a picture can't be read.
+    """
+    values = asked(wishes)
+    files = {
+        "lora": _lora(wishes, engine, None if taken is None else taken.lora),
+        "image": _hand_in(wishes.image, taken.image if taken else None, settings, engine),
+        "mask": _hand_in(wishes.mask, taken.mask if taken else None, settings, engine),
+    }
+    values |= {name: value for name, value in files.items() if value is not None}
+    if taken is not None:
+        return complete_again(values, wishes.prompt, taken, engine.models[0])
+    return complete(values, wishes.prompt, task_of(values, engine.model().result().tasks[0]))
+
+
+def _lora(wishes: Wishes, engine: Engine, taken: Lora | None) -> Lora | None:
+    """Find out which LoRA file is asked for, and how much of it: the one named, or the one of a picture's settings.
+
+    Raises:
+        ValueError: a scale without a file, or settings whose file isn't named or is another one.
+    """
+    scale = {} if wishes.lora_scale is None else {"scale": wishes.lora_scale}
+    if taken is not None and engine.loras in ((), (taken.name,)):
+        if not engine.loras:
+            raise ValueError(f"The settings ask for the LoRA file {taken.name!r}; name it with --lora.")
+        return Lora.model_validate({**taken.model_dump(), **scale})
+    if not engine.loras:
+        if scale:
+            raise UsageError("--lora-scale is for a LoRA file; name one with --lora.")
+        return None
+    return Lora.model_validate({"name": engine.loras[0], **scale})
+
+
+def _hand_in(file: Path | None, wanted: str | None, settings: Path | None, engine: Engine) -> str | None:
+    """Hand in a picture to start from: the file named, or the one that settings ask for, kept beside their picture."""
+    if file is not None:
+        return engine.uploads.add(read_upload(file.read_bytes()))
+    if wanted is None or settings is None:
+        return None
+    kept = settings.parent / STATE_FOLDER / "uploads" / f"{wanted}.png"
+    if not kept.is_file():
+        raise UsageError(
+            f"{settings.name} was painted from a picture that isn't beside it; name it with --image (and --mask)."
+        )
+    return engine.uploads.add(read_upload(kept.read_bytes()))
+
+
+def told_differences(taken: PictureSettings, painted: PictureSettings, console: Console) -> None:
+    """Warn about what keeps a picture from coming out the same."""
+    for name, what in (("fingerprint", "other weights"), ("device", "another device"), ("dtype", "another precision")):
+        before, now = getattr(taken, name), getattr(painted, name)
+        if before != now:
+            console.print(f"[yellow]note[/yellow] painted with {what} ({now}, then {before}): it may look different")
+
+
+def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
+    """Draw a progress bar from the events of a job, print each note once and pass the pictures on.
+
+    Args:
+        events: from `Engine.generate`; closed on leaving, which stops the job.
+        console: where to draw.
+
+    Yields:
+        The pictures, as soon as each is done.
+
+    Raises:
+        Exception: what made the job fail.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+    noted: set[str] = set()
+    # Elsewhere than on a terminal a bar would leave blank lines, and notes are lines for programs.
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with closing(events), bar as progress:  # type: ignore[type-var]
+        task = progress.add_task("starting", total=None, left="")
+        for event in events:
+            match event:
+                case ModelLoading(model):
+                    progress.update(task, description=f"loading {model}")
+                case Step():
+                    progress.update(
+                        task,
+                        description=f"step {event.step} of {event.steps}{_which(event)}",
+                        completed=event.share,
+                        total=1,
+                        left=f"{event.eta:.1f} s left",
+                    )
+                case Picture(notes=notes):
+                    for note in (one for one in notes if one not in noted):
+                        console.print(f"[yellow]warning[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
+                    noted.update(notes)
+                    yield event
+                case Failed():
+                    raise _error_of(event)
+
+
+def _error_of(failed: Failed) -> Exception:
+    """Return the error of a failure: wrong usage, if what was asked for can't be, else its cause."""
+    cause = failed.cause
+    if failed.code in USAGE_CODES and not isinstance(cause, UsageError):
+        return UsageError(failed.message)
+    if failed.code == "model_failed" and isinstance(cause, ValueError | FileNotFoundError):
+        return UsageError(str(cause))
+    return cause if cause is not None else RuntimeError(failed.message)
+
+
+def _which(event: Step) -> str:
+    """Say which images a step belongs to; nothing if only one was asked for."""
+    if event.pictures == 1:
+        return ""
+    if event.batch == 1:
+        return f" (picture {event.picture} of {event.pictures})"
+    return f" (pictures {event.picture} to {event.last} of {event.pictures})"
+
+
+def report(written: list[tuple[list[Path], Picture]], json_output: bool) -> None:
+    """Tell what was written, for people or for programs."""
+    console = Console(soft_wrap=True)
+    if json_output:
+        rows = [
+            {
+                "path": str(paths[0]),
+                "paths": [str(path) for path in paths],
+                "seconds": round(picture.seconds, 3),
+                "report": picture.report,
+                "notes": list(picture.notes),
+                **picture.metadata.model_dump(),
+            }
+            for paths, picture in written
+        ]
+        console.print_json(json.dumps({"pictures": rows}))
+        return
+    for paths, picture in written:
+        names = ", ".join(map(str, paths))
+        console.print(f"{names}  [dim]seed {picture.seed}, {picture.seconds:.1f} s[/dim]", highlight=False)
+        if picture.report:
+            console.print(f"  [dim]{picture.report}[/dim]", highlight=False)

@@ -1,0 +1,303 @@
+"""What the options of `tessera generate` ask for: read, and checked as far as that is possible without a model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from apps.commands.outputs import is_clip
+from apps.service.acceleration import read_cache
+from apps.service.media import read_mp4
+from apps.service.metadata import (
+    KvPolicy,
+    MemoryName,
+    PictureSettings,
+    SearchMethod,
+    read_picture,
+    read_sidecar,
+)
+from apps.service.model_pool import tasks_on_disk
+from apps.service.named_settings import load_presets, preset_values
+from apps.service.option_text import as_label, parse_size, read_expand
+from apps.service.requests import REQUEST, TASKS, AnyRequest, explain, repeat
+from apps.service.styles import load_styles
+from apps.service.usage import UsageError, checking
+from apps.service.validation import explain_item
+from pipelines import builtin_models
+
+DEFAULT_SEED = 0
+"""The same words give the same picture, unless a seed is given."""
+NEEDED = {"mask": "image", "strength": "image", "expand": "image", "kv_budget": "kv_policy"}
+"""Options that mean nothing without another one."""
+ANY_IMAGE = "0" * 64
+"""Stands for an image that is read later."""
+FIRST_TASKS = ("text_to_image", "class_to_image", "next_scale_text", "next_scale_class")
+"""What a model may do first, if its folder doesn't tell."""
+OF_SCALES = ("temperature", "top_k", "top_p", "kv_policy", "kv_budget", "search", "candidates")
+"""Wishes that only next-scale models know, by their names in requests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What was said on the command line; None was not said.
+
+    Attributes:
+        prompt: what to paint; a class for a model of classes.
+        negative_prompt: what to keep away from.
+        model: built-in name, folder, single file or hub id.
+        seed: of the first picture.
+        steps: denoising steps.
+        guidance: guidance scale.
+        size: `128`, or `WIDTHxHEIGHT` such as `160x128`.
+        num: how many pictures.
+        batch_size: how many at once.
+        frames: of a clip.
+        style: name of a style.
+        preset: name of a set of settings.
+        scheduler: name of a scheduler.
+        image: file of a picture to start from.
+        mask: file of a mask, white where to paint.
+        mask_grow: pixels by which the mask grows.
+        mask_blur: width of the mask's soft edge, pixels.
+        strength: how much of the picture is repainted.
+        lora: file of a LoRA.
+        lora_scale: 1 is as trained.
+        expand: how far the picture grows, e.g. `0.25` on all sides or `left=0.5,top=0.25`.
+        memory: memory profile.
+        dtype: number format of the weights.
+        attention: attention backend.
+        cache: step cache with its main parameter, e.g. `budget=0.35` or `fbcache:threshold=0.1`.
+        temperature: of the tokens of a next-scale model.
+        top_k: draw among so many.
+        top_p: draw among the likeliest that hold this share.
+        kv_policy: what is kept of earlier scales.
+        kv_budget: which share of it.
+        search: paint several candidates and keep the best.
+        candidates: pictures to pay for: `best_of` paints so many, other searches spend their tokens early.
+    """
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    model: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    size: str | None = None
+    num: int | None = None
+    batch_size: int | None = None
+    frames: int | None = None
+    style: str | None = None
+    preset: str | None = None
+    scheduler: str | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    mask_grow: int | None = None
+    mask_blur: int | None = None
+    strength: float | None = None
+    expand: str | None = None
+    memory: MemoryName | None = None
+    dtype: str | None = None
+    attention: str | None = None
+    cache: str | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    kv_policy: KvPolicy | None = None
+    kv_budget: float | None = None
+    search: SearchMethod | None = None
+    candidates: int | None = None
+    lora: Path | None = None
+    lora_scale: float | None = None
+
+
+def check_wishes(wishes: Wishes, source: str, taken: PictureSettings | None = None) -> AnyRequest | None:
+    """Check all that can be checked before a model is loaded.
+
+    Args:
+        wishes: the options.
+        source: name of the model.
+        taken: settings of a picture, for all that the options leave open.
+
+    Returns:
+        A request as the options ask for it, with stand-ins for images; None with the settings of a picture, whose
+        request can be made without the model.
+
+    Raises:
+        UsageError: an unknown name, a value out of range or of another form, or options that don't go together.
+    """
+    for name, other in NEEDED.items():
+        if getattr(wishes, name) is not None and getattr(wishes, other) is None and getattr(taken, other, None) is None:
+            raise UsageError(f"{_flag(name)} goes with {_flag(other)}; give both or neither.")
+    with checking():
+        values = asked(wishes)
+    for name, offered in (("style", load_styles()), ("preset", load_presets())):
+        wanted = getattr(wishes, name)
+        if wanted is not None and wanted not in offered:
+            raise UsageError(f"There is no {name} {wanted!r}; choose among {', '.join(offered)}.")
+    if taken is not None:
+        return None
+    values |= {name: ANY_IMAGE for name in ("image", "mask") if getattr(wishes, name) is not None}
+    problems = []
+    for first in tasks_on_disk(source)[:1] or FIRST_TASKS:
+        try:
+            return complete(values, wishes.prompt, task_of(values, first))
+        except UsageError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def asked(wishes: Wishes) -> dict[str, Any]:
+    """Return the fields of a request that the options set; without the prompt, and what is read from files.
+
+    Raises:
+        ValueError: a size, an expansion or a step cache is of another form or out of range.
+    """
+    width, height = parse_size(wishes.size)
+    said = {
+        "negative_prompt": wishes.negative_prompt,
+        "seed": wishes.seed,
+        "steps": wishes.steps,
+        "guidance": wishes.guidance,
+        "width": width,
+        "height": height,
+        "num_images": wishes.num,
+        "batch_size": wishes.batch_size,
+        "frames": wishes.frames,
+        "style": wishes.style,
+        "preset": wishes.preset,
+        "scheduler": wishes.scheduler,
+        "strength": wishes.strength,
+        "mask_grow": wishes.mask_grow,
+        "mask_blur": wishes.mask_blur,
+        "expand": None if wishes.expand is None else read_expand(wishes.expand),
+        "memory": wishes.memory,
+        "dtype": wishes.dtype,
+        "attention": wishes.attention,
+        **{name: getattr(wishes, name) for name in OF_SCALES},
+        "step_cache": None if wishes.cache is None else read_cache(wishes.cache),
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def task_of(values: dict[str, Any], first: str) -> str:
+    """Return the task of a request: by the images that it starts from, else what its model does first."""
+    if "mask" in values or "expand" in values:  # next-scale models change parts of pictures in the tasks they have
+        return first if first.startswith("next_scale") else "inpaint"
+    return "image_to_image" if "image" in values else first
+
+
+def complete(values: dict[str, Any], prompt: str | None, task: str) -> AnyRequest:
+    """Make a request of its fields.
+
+    Args:
+        values: all but the prompt.
+        prompt: text, or the number or name of a class.
+        task: what is asked for.
+
+    Raises:
+        UsageError: a field is missing, out of range, or one that the task doesn't have.
+    """
+    if prompt is None:
+        raise UsageError("There is nothing to paint: give a prompt, or --settings with a picture.")
+    subject = {"label": as_label(prompt)} if task in ("class_to_image", "next_scale_class") else {"prompt": prompt}
+    try:
+        return REQUEST.validate_python({"seed": DEFAULT_SEED, **values, **subject, "task": task})
+    except ValidationError as error:
+        raise UsageError(_sentence(explain(error))) from None
+
+
+def complete_again(values: dict[str, Any], prompt: str | None, taken: PictureSettings, model: str) -> AnyRequest:
+    """Make a request of the settings of a picture.
+
+    Args:
+        values: fields that differ.
+        prompt: text, or the number or name of a class; None is that of the settings.
+        taken: the settings.
+        model: key of the model.
+
+    Raises:
+        UsageError: a field is out of range, or one that the task doesn't have.
+    """
+    kind = TASKS[taken.task]
+    if "preset" in values:  # it was said now, so it goes before what the picture had
+        with checking():
+            values = preset_values(values["preset"], kind.model_fields) | values
+        del values["preset"]
+    if prompt is not None:
+        values = {**values, **({"prompt": prompt} if taken.label is None else {"label": as_label(prompt)})}
+    unknown = sorted(set(values) - set(kind.model_fields))
+    if unknown:
+        names = ", ".join(map(_flag, unknown))
+        raise UsageError(f"{names}: the settings are of {taken.task}, which has no such setting; leave it out.")
+    try:
+        return repeat(taken, **values, model=model)
+    except ValidationError as error:
+        items = error.errors(include_url=False, include_input=False)
+        raise UsageError(_sentence("; ".join(explain_item(item, kind) for item in items))) from None
+
+
+def _sentence(text: str) -> str:
+    """End a text with one full stop; the messages of our own checks have theirs."""
+    return f"{text.removesuffix('.')}."
+
+
+def read_line(values: dict[str, Any]) -> dict[str, Any]:
+    """Check the types of options that come from JSON; numbers may stand for a size and for the prompt of a class.
+
+    Raises:
+        UsageError: an option is of another type.
+    """
+    plain = {"size", "prompt"}
+    texts = {
+        name: str(one) if name in plain and isinstance(one, int) and not isinstance(one, bool) else one
+        for name, one in values.items()
+    }
+    try:
+        read = TypeAdapter(Wishes).validate_python(texts)
+    except ValidationError as error:
+        names = sorted({str(item["loc"][0]) for item in error.errors()})
+        hints = ", ".join(f"{name} ({_TYPES[name]})" for name in names if name in _TYPES)
+        raise UsageError(f"values of another type: {hints}") from error
+    return {name: getattr(read, name) for name in values}
+
+
+_TYPES = {field.name: str(field.type).removesuffix(" | None") for field in fields(Wishes)}
+
+
+def _flag(name: str) -> str:
+    """Return the option that sets a field."""
+    named = {"num_images": "num", "step_cache": "cache", "width": "size", "height": "size"}
+    return f"--{named.get(name, name).replace('_', '-')}"
+
+
+def named_model(taken: PictureSettings) -> str:
+    """Return the model that settings name: a built-in one or a hub id, never something on this machine.
+
+    Raises:
+        ValueError: another name; the folder must be named by who runs the command, not by a file of unknown origin.
+    """
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[0-9a-f]{40})?", taken.model) is not None
+    if taken.model in builtin_models() or (is_hub_id and not Path(taken.model).exists()):
+        return taken.model
+    raise ValueError(
+        f"The settings name the model {taken.model!r}, which is neither built in nor a hub id; give its folder or file "
+        "with --model."
+    )
+
+
+def read_settings(file: Path) -> PictureSettings:
+    """Read the settings of a picture, a clip or a JSON file.
+
+    Raises:
+        MetadataError: it carries none that pass the checks.
+        OSError: it can't be read.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"No file {str(file)!r} to take the settings from.")
+    if file.suffix.lower() == ".json":
+        return read_sidecar(file)
+    return read_mp4(file) if is_clip(file) else read_picture(file)

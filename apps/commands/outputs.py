@@ -1,0 +1,117 @@
+"""Files that commands write: checked before any work is spent on them, and named as they were asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from apps.service.events import Picture
+from apps.service.media import save_mp4
+from apps.service.metadata import FORMATS, save_picture, save_sidecar, sidecar_path
+from apps.service.usage import UsageError
+from apps.service.writable import check_writable
+
+DEFAULT_OUTPUT = Path("tessera.png")
+"""What `tessera generate` writes unless it is told a name; a file that has the name is kept, see `free_output`."""
+MOST_NAMES = 100_000
+
+
+def is_clip(path: Path) -> bool:
+    """Whether a name is that of a clip."""
+    return path.suffix.lower() == ".mp4"
+
+
+def check_output(output: Path, sidecar: bool = False) -> None:
+    """Refuse names of files that can't keep settings, and files that can't be written.
+
+    Args:
+        output: the name asked for.
+        sidecar: whether a JSON file goes beside it.
+
+    Raises:
+        UsageError: neither a PNG, a WebP nor an MP4 name, or not writable.
+    """
+    if output.suffix.lower() not in (*FORMATS, ".mp4"):
+        raise UsageError(
+            f"{str(output)!r}: images are written as PNG or WebP, which keep their settings; use '.png' "
+            "('.mp4' for clips)."
+        )
+    check_writable(output)
+    if sidecar:
+        check_writable(sidecar_path(output))
+
+
+def picture_paths(output: Path, num: int, sidecar: bool = False) -> list[Path]:
+    """Name the files and make sure that they can be written, before any time is spent on generating.
+
+    Args:
+        output: the name asked for.
+        num: how many images.
+        sidecar: whether a JSON file goes beside each.
+
+    Returns:
+        `output` alone, or with -0, -1, ... before the ending.
+
+    Raises:
+        UsageError: no name of an image or a clip, or a file that can't be written.
+    """
+    paths = _numbered(output, num)
+    for path in paths:
+        check_output(path, sidecar)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return paths
+
+
+def free_output(num: int, output: Path = DEFAULT_OUTPUT) -> Path:
+    """Return the default name, or the next one that no file has: tessera.png, tessera-1.png, tessera-2.png ...
+
+    Args:
+        num: how many images; all of their files, with clips and settings beside them, have to be free.
+        output: the first choice.
+
+    Raises:
+        FileExistsError: all names are taken.
+    """
+    for i in range(MOST_NAMES):
+        candidate = output if i == 0 else output.with_stem(f"{output.stem}-{i}")
+        paths = _numbered(candidate, num)
+        beside = (
+            *(path.with_suffix(".mp4") for path in paths),
+            *(sidecar_path(path) for path in paths),
+        )
+        if not any(os.path.lexists(path) for path in (*paths, *beside)):
+            return candidate
+    raise FileExistsError(f"{output} and {MOST_NAMES - 1} names like it are taken; name a file with -o.")
+
+
+def _numbered(output: Path, num: int) -> list[Path]:
+    return [output] if num == 1 else [output.with_stem(f"{output.stem}-{i}") for i in range(num)]
+
+
+def save(picture: Picture, path: Path, keep_settings: bool = True, sidecar: bool = False) -> list[Path]:
+    """Write a picture, or a clip with a picture of it, or a clip alone.
+
+    Args:
+        picture: generated.
+        path: PNG or WebP file, or MP4 file for a clip.
+        keep_settings: whether the picture carries its settings.
+        sidecar: whether a JSON file beside it does.
+
+    Returns:
+        The files written.
+
+    Raises:
+        OSError: the file can't be written; the message names `path`, and not the partial file that became of it.
+    """
+    written = []
+    settings = picture.metadata if keep_settings else None
+    try:
+        if not is_clip(path):
+            written.append(save_picture(picture.image, path, settings))
+        if picture.clip is not None:
+            written.append(save_mp4(picture.clip, path.with_suffix(".mp4"), settings))
+        if sidecar:
+            written.append(save_sidecar(picture.metadata, path))
+    except OSError as error:
+        raise OSError(f"{str(path)!r} could not be written: {error.strerror or error}.") from error
+    return written

@@ -1,0 +1,201 @@
+"""`tessera studio` and `tessera serve`: one process with the web page, and for `serve` the HTTP API beside it."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import socket
+import threading
+import time
+import webbrowser
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from apps.service.temporary import private_folder
+
+QUIET = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
+}
+"""Set before Gradio and diffusers are imported: no call home, no code from checkpoints."""
+PATIENCE = 2
+"""Seconds that open connections get when the server ends."""
+
+
+def run(
+    models: list[str],
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    device: str = "auto",
+    dtype: str = "auto",
+    open_browser: bool = True,
+    output_dir: Path = Path("outputs"),
+    offload: str = "none",
+    base: str | None = None,
+    *,
+    api: bool = False,
+    page: bool = True,
+    auth_file: Path | None = None,
+    lora: Path | None = None,
+) -> None:
+    """Serve until Ctrl-C; what is unfinished then goes on at the next start.
+
+    Args:
+        models: offered besides the built-in models, the first one is preset: names, folders or hub ids.
+        host: a loopback address; any other one needs `auth_file`.
+        port: to listen on; 0 takes any free one.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; several with commas between them.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        open_browser: open the page.
+        output_dir: folder that receives the pictures; visitors of the page can read all of it.
+        offload: `none`, `model`, `group`, `sequential`; see `pipelines.load_pipeline`.
+        base: for models that are single files with a transformer only: folder or hub id of their pipeline.
+        api: serve the HTTP API under `/v1`.
+        page: serve the web page.
+        auth_file: users and their tokens; None lets everybody in who can reach the address.
+        lora: folder of LoRA files to offer.
+
+    Raises:
+        ValueError: other machines could reach it without a token, there is no model, or the output folder is in use.
+        OSError: the port is taken.
+        ImportError: the extra `studio` is not installed.
+    """
+    check_host(host, auth_file)
+    if find_spec("gradio") is None:
+        raise ImportError("The studio needs Gradio: pip install 'tessera[studio]', or `make studio` in the project.")
+    port = check_port(host, port)
+    os.environ.update(QUIET)
+    folders = ExitStack()
+    private = folders.enter_context(private_folder())
+    os.environ["GRADIO_TEMP_DIR"] = str(private)
+    console = Console()
+    engine = server = None
+    try:
+        with console.status("Starting"):
+            # Here, because they read the environment at import.
+            from apps.api.app import create_app
+            from apps.api.tokens import TokenTable
+            from apps.service.logs import hide_prompts, set_up
+            from apps.studio.app import FORMS, UPLOADS, build_engine, mount
+
+            set_up()
+            tokens = None if auth_file is None else TokenTable(auth_file)
+            engine = build_engine(models, output_dir, device, dtype, offload, base, lora)
+            engine.model().add_done_callback(lambda _: hide_prompts())  # the libraries are imported then
+            app = create_app(engine, tokens, _names(host), api, uploads=UPLOADS, forms=FORMS, scratch=private)
+            if page:
+                mount(app, engine, tokens)
+            server = _start(app, host, port)
+        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{port}"
+        what = "tessera studio" if page else "tessera API"
+        console.print(f"[bold]{what}[/bold]  [link]{address}[/link]{'  API under /v1' if page and api else ''}")
+        console.print(f"[dim]pictures go to {output_dir}, Ctrl-C ends[/dim]", highlight=False)
+        if open_browser and page:
+            webbrowser.open(address)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's Ctrl-C: tidy up as well
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        console.print("[dim]ending; what is unfinished goes on at the next start[/dim]")
+    finally:
+        if server is not None:
+            server.should_exit = True
+        if engine is not None:
+            engine.close()
+        _wait_until_ended(server)
+        folders.close()
+
+
+def _start(app: Any, host: str, port: int) -> Any:
+    """Serve in the background; returns when the port answers.
+
+    Raises:
+        OSError: it never does.
+    """
+    import uvicorn
+
+    from apps.api.connections import LimitedProtocol
+    from apps.api.ending import EndingApp, EndingServer
+
+    app = EndingApp(app)
+    config = uvicorn.Config(
+        app,
+        host,
+        port,
+        http=LimitedProtocol,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=PATIENCE,
+        server_header=False,
+        h11_max_incomplete_event_size=32 * 1024,
+        proxy_headers=False,  # nobody shall say by a header who they are
+    )
+    server = EndingServer(config, app)
+    thread = threading.Thread(target=server.run, name="server", daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise OSError(f"The server could not listen on {host}:{port}; the log says why.")
+        time.sleep(0.02)
+    return server
+
+
+def _wait_until_ended(server: Any) -> None:
+    """Wait until the server has let its connections go, a little longer than it lets them live."""
+    deadline = time.monotonic() + 2 * PATIENCE
+    while server is not None and any(thread.name == "server" for thread in threading.enumerate()):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.05)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_host(host: str, auth_file: Path | None = None) -> None:
+    """Refuse addresses that other machines can reach, unless everybody there needs a token.
+
+    Raises:
+        ValueError: not a loopback address, and no file of users.
+    """
+    if not is_loopback(host) and auth_file is None:
+        raise ValueError(
+            f"Host {host!r} can be reached by other machines, and nobody would be asked for a token. Use 127.0.0.1, or "
+            "make users (tessera token NAME --auth-file users.json) and add --auth-file users.json. From elsewhere a "
+            "tunnel is safest, because the server speaks plain HTTP: ssh -L 7860:127.0.0.1:7860 THIS-MACHINE"
+        )
+
+
+def _names(host: str) -> tuple[str, ...]:
+    """Names under which the server may be called; with a token asked of everybody, any name is safe."""
+    return (host, "localhost", "127.0.0.1", "[::1]") if is_loopback(host) else ("*",)
+
+
+def check_port(host: str, port: int) -> int:
+    """Return a port that is free now; 0 asks the system for one.
+
+    Raises:
+        OSError: it is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in its closing pause is free
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"Port {port} can't be had ({error.strerror}); choose another --port, or 0 for any."
+            ) from error
+        return probe.getsockname()[1]

@@ -1,0 +1,1 @@
+"""Published checkpoints turned into folders of ours."""

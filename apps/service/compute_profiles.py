@@ -1,0 +1,250 @@
+"""How a job computes: memory profiles, number formats and attention backends, and which of them this machine has.
+
+A number format and what is offloaded belong to a copy of a model that is loaded for them (`Setup`); tiles and the
+attention backend are switched on a loaded one for the time of a job (`switched`), and back to the last bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from apps.service.metadata import MemoryName
+from apps.service.request_error import RequestError
+from apps.service.requests import AnyRequest
+
+logger = logging.getLogger(__name__)
+
+FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PACKAGES = {"flash": "flash_attn", "sage": "sageattention", "xformers": "xformers"}
+"""What attention backends need beside torch; others that torch has are found out by a call."""
+NETWORKS = ("transformer", "transformer_2", "unet")
+"""Components whose attention a backend is chosen for; text encoders and decoders keep their own."""
+NO_ACCELERATOR = "it moves weights between the CPU and an accelerator, and there is none here"
+NO_TILES = "the decoder of this model knows no tiles"
+
+
+class UnavailableError(RequestError):
+    """A profile or a backend that doesn't work here; the message says why and what does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a memory profile does.
+
+    Attributes:
+        offload: a word of `pipelines.offload`.
+        tiles: decode picture by picture and tile by tile, which moves last bits where tiles meet.
+    """
+
+    offload: str = "none"
+    tiles: bool = False
+
+
+PROFILES: dict[MemoryName, Profile] = {
+    "fast": Profile(),
+    "tiles": Profile(tiles=True),
+    "balanced": Profile(offload="model"),
+    "low": Profile(offload="sequential", tiles=True),
+}
+"""From fast to frugal: everything resident; the same with a decoder that works in tiles; one component on the device at
+a time; each layer when it runs, and tiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a model is loaded for.
+
+    Attributes:
+        dtype: number format of the weights.
+        offload: what waits on the CPU, a word of `pipelines.offload`.
+    """
+
+    dtype: torch.dtype = torch.float32
+    offload: str = "none"
+
+
+def setup_of(request: AnyRequest, default: Setup) -> Setup:
+    """Return what a request wants a model loaded for, by default what its server was started with."""
+    dtype = default.dtype if request.dtype is None else FORMATS[request.dtype]
+    return Setup(dtype, default.offload if request.memory is None else PROFILES[request.memory].offload)
+
+
+def check_request(request: AnyRequest, devices: Sequence[str]) -> None:
+    """Refuse what can't be had on the devices of a server.
+
+    Raises:
+        UnavailableError: it says why, and what can be had.
+    """
+    for device in devices:
+        if request.memory is not None:
+            _refuse("memory profile", "memory", request.memory, memory_profiles(device))
+        if request.attention is not None:
+            _refuse("attention backend", "attention", request.attention, attention_backends(device))
+
+
+def _refuse(what: str, field: str, name: str, found: dict[str, str]) -> None:
+    reason = found.get(name, "there is none of this name")
+    if reason:
+        works = ", ".join(one for one, why in found.items() if not why)
+        raise UnavailableError(
+            "choice",
+            f"The {what} {name!r} can't be had here: {reason}. Choose among {works}.",
+            field=field,
+            value=name,
+            choices=works,
+        )
+
+
+def memory_profiles(device: str) -> dict[str, str]:
+    """Return the memory profiles, each with the reason why a device can't have it; empty for those that it can."""
+    is_cpu = torch.device(device).type == "cpu"
+    return {name: NO_ACCELERATOR if is_cpu and one.offload != "none" else "" for name, one in PROFILES.items()}
+
+
+@functools.cache
+def attention_backends(device: str) -> dict[str, str]:
+    """Return diffusers' attention backends, each with the reason why it doesn't work on a device.
+
+    A small call finds out, except for flex, which is compiled at its first call: that takes seconds, and `tessera info`
+    takes them. Those that would fetch a kernel from elsewhere are left out: nothing of a request is downloaded.
+    """
+    from dit.runtime.bridge import attention_backend_names
+
+    names = [name for name in attention_backend_names() if "hub" not in name and "varlen" not in name]
+    return {name: try_attention(name, torch.device(device), calls=name != "flex") for name in names}
+
+
+def try_attention(backend: str, device: torch.device, calls: bool = True) -> str:
+    """Find out why an attention backend doesn't work.
+
+    Args:
+        backend: its name.
+        device: where it shall compute.
+        calls: run a small call; else only look whether it has what it needs.
+
+    Returns:
+        The reason; empty if it works.
+    """
+    package = PACKAGES.get(backend.strip("_").split("_")[0])
+    if package is not None and find_spec(package) is None:
+        return f"{package} is not installed"
+    from dit.attention import attention
+    from dit.runtime.bridge import check_attention_backend
+
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # flash kernels refuse float32
+    tokens = torch.zeros(1, 16, 2, 32, device=device, dtype=dtype)  # (B, N, K, E)
+    try:
+        check_attention_backend(backend)
+        if not calls:
+            return ""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a trial is too small to care about speed
+            attention(tokens, tokens, tokens, backend=backend)
+    except (RuntimeError, ValueError, ImportError, NotImplementedError, TypeError, AttributeError) as error:
+        return str(error).strip().splitlines()[0].rstrip(".")
+    return ""
+
+
+# ---------------------------------------------------------------------------- for one job
+
+
+@contextmanager
+def switched(pipe: Any, request: AnyRequest, offload: str = "none") -> Generator[str]:
+    """Have a pipeline attend and decode as a request wants it, for one job.
+
+    Args:
+        pipe: loaded for the request's `Setup`.
+        request: what was asked for.
+        offload: what of it was offloaded, for the report.
+
+    Yields:
+        What is on, for people; empty for nothing.
+
+    Raises:
+        UnavailableError: the model's attention or decoder has no such switch.
+    """
+    told = []
+    with ExitStack() as stack:
+        if request.attention is not None:
+            stack.enter_context(attending(pipe, request.attention))
+            told.append(f"attention {request.attention}")
+        if request.memory is not None:
+            profile = PROFILES[request.memory]
+            if profile.tiles and (can_tile(pipe) or profile.offload == "none"):
+                stack.enter_context(_tiled(pipe))
+                told.append(_tiles_told(pipe.vae, request))
+            elif profile.tiles:
+                told.append(f"not decoded in tiles: {NO_TILES}")
+                logger.warning("memory profile %r: %s", request.memory, told[-1])
+            if profile.offload != "none":
+                told.append(f"{offload} offload")
+        yield ", ".join(told)
+
+
+@contextmanager
+def attending(pipe: Any, backend: str) -> Generator[None]:
+    """Have the network of a pipeline attend through a backend.
+
+    Raises:
+        UnavailableError: its attention layers don't ask which.
+    """
+    from dit.runtime.bridge import attending_through
+
+    networks = [network for name in NETWORKS if (network := getattr(pipe, name, None)) is not None]
+    with attending_through(networks, backend) as layers:
+        if not layers:
+            raise UnavailableError(
+                "setting", "The attention of this model can't be chosen; leave attention out.", field="attention"
+            )
+        yield
+
+
+def _tiles_told(vae: Any, request: AnyRequest) -> str:
+    """Say whether tiles matter to a picture: one that fits a tile is decoded whole."""
+    square = getattr(vae, "tile_sample_min_size", None)
+    square = square[0] if isinstance(square, list | tuple) else square
+    sides = ("width", "height")
+    tile = [getattr(vae, f"tile_sample_min_{side}", None) or square for side in sides]
+    asked = [getattr(request, side, None) for side in sides]
+    known = [(length, longest) for length, longest in zip(asked, tile, strict=True) if length and longest]
+    if len(known) < len(sides) or any(length > longest for length, longest in known):
+        return "decoded in tiles"
+    idle = f"not decoded in tiles: the picture of {asked[0]} x {asked[1]} pixels fits one tile of {tile[0]} x {tile[1]}"
+    logger.warning("memory profile %r: %s", request.memory, idle)
+    return idle
+
+
+def can_tile(pipe: Any) -> bool:
+    """Whether the decoder of a pipeline can work tile by tile."""
+    return isinstance(getattr(getattr(pipe, "vae", None), "use_tiling", None), bool)
+
+
+@contextmanager
+def _tiled(pipe: Any) -> Generator[None]:
+    """Have the decoder work picture by picture and tile by tile."""
+    if not can_tile(pipe):
+        raise UnavailableError(
+            "choice",
+            f"The memory profile 'tiles' can't be had: {NO_TILES}. Choose fast.",
+            field="memory",
+            value="tiles",
+            choices="fast",
+        )
+    before = {name: getattr(pipe.vae, name) for name in ("use_tiling", "use_slicing") if hasattr(pipe.vae, name)}
+    pipe.vae.enable_tiling()
+    if "use_slicing" in before:
+        pipe.vae.enable_slicing()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(pipe.vae, name, value)

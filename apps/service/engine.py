@@ -1,0 +1,662 @@
+"""The engine: a request in, events out. No web page, no terminal, no HTTP in here.
+
+    engine = Engine({"stickers": "stickers"}, output_dir=Path("outputs"))
+    for event in engine.generate(TextToImageRequest(prompt="a red apple")):
+        ...
+
+Requests wait in one queue, first come, first served; one worker a device takes the next one. The queue is on disk
+(`apps.service.job_store`), so it goes on where it stood after a restart, a crash or a kill. Any thread may submit,
+follow, stop, finish or move a job.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYetError
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from apps.service.compute_profiles import Setup, check_request, setup_of
+from apps.service.devices import resolve_device, resolve_dtype
+from apps.service.events import Done, Event, EventStream, Failed, ModelLoading, Picture, Queued, Step, Stopped
+from apps.service.failures import ModelFailedError, UnknownModelError, failure_of
+from apps.service.inference import StopRequestedError, Switches
+from apps.service.job_runner import Order, Studio, work
+from apps.service.job_store import JobStore, QueueFullError, StoredJob, StoredPicture, StoreError
+from apps.service.limits import ServerLimits
+from apps.service.logs import no_loading_bars
+from apps.service.lora import settle
+from apps.service.media import clip_of
+from apps.service.metadata import Lora, parse
+from apps.service.model_pool import LoadedModel, ModelShelf, Pipeline, tasks_on_disk
+from apps.service.requests import REQUEST, AnyRequest, TextToImageRequest
+from apps.service.uploads import UploadStore
+from apps.service.worker_state import Health, Worker, problems
+from pipelines.memory import is_out_of_memory, release
+from pipelines.offload import check_offload
+
+__all__ = [
+    "Done",
+    "Engine",
+    "Event",
+    "Failed",
+    "ModelLoading",
+    "Picture",
+    "Queued",
+    "Step",
+    "Stopped",
+    "TextToImageRequest",
+    "UnknownModelError",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+"""How often it is looked whether a waiting job has been stopped."""
+RETRY_SECONDS = 1.0
+"""Until a queue that could not be read or written is tried again."""
+FAILURES_KEPT = 64
+"""Failed jobs whose cause can be told in another language after they have ended."""
+STATE_FOLDER = ".tessera"
+"""Of the output folder: the line of jobs and the pictures handed in; never served."""
+
+
+@dataclass(eq=False, slots=True)
+class _LiveJob:
+    """A job that waits or runs."""
+
+    order: Order
+    stop: threading.Event
+    finish: threading.Event = field(default_factory=threading.Event)
+    skip: threading.Event = field(default_factory=threading.Event)
+    stream: EventStream = field(default_factory=EventStream)
+    told_ahead: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    """A device and the models on it."""
+
+    studio: Studio
+    shelf: ModelShelf
+
+
+class Engine:
+    """Paint requests and tell how it goes.
+
+    Args:
+        models: key -> built-in name, folder, file or hub id; requests choose by key, the first one is the default.
+        output_dir: existing folder that receives the pictures and keeps the line of jobs; None keeps both in memory.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; several with commas between them work side by side.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        offload: `none`, `model`, `group`, `sequential`: what of a model waits on the CPU, see `load_pipeline`.
+        base: for models that are single files with a transformer only: where everything else comes from.
+        loras: name -> LoRA file (safetensors); requests choose by name.
+        server_limits: length of the line, time limit, models in memory.
+        load: turns a source into a pipeline whatever the setup; for tests and special loaders.
+
+    Raises:
+        ValueError: no model, an unknown device or dtype, an offload without an accelerator, or an output folder
+            that another process works on.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, str],
+        output_dir: Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        offload: str = "none",
+        base: str | None = None,
+        *,
+        loras: Mapping[str, Path] | None = None,
+        server_limits: ServerLimits | None = None,
+        load: Callable[[str], Pipeline] | None = None,
+    ) -> None:
+        self.limits = server_limits or ServerLimits()
+        names = [resolve_device(name) for name in device.split(",")]
+        setups = [Setup(resolve_dtype(dtype, name), offload) for name in names]
+        for name in names:
+            check_offload(offload, torch.device(name))
+        self.base = base
+        self.devices = tuple(names)
+        self.output_dir = output_dir
+        self._loras = dict(loras or {})
+        shelves = [
+            ModelShelf(models, _loader(self, name, load), self.limits.loaded_models, one)
+            for name, one in zip(names, setups, strict=True)
+        ]
+        state = _state_folder(output_dir)
+        self._store = JobStore(None if state is None else state / "jobs.sqlite")
+        self.uploads = UploadStore(None if state is None else state / "uploads", self._store)
+        self._devices = [
+            _Device(Studio(name, one.dtype, self._store, self.uploads, output_dir, self._loras), shelf)
+            for name, one, shelf in zip(names, setups, shelves, strict=True)
+        ]
+        self._live: dict[str, _LiveJob] = {}
+        self._failed: dict[str, Failed] = {}  # the newest, with their causes, which the record doesn't keep
+        self._moved = threading.Condition()  # guards _live; notified when there is work
+        self._closing = False
+        for stored in self._store.recover(self.limits.attempts):
+            self._revive(stored)
+        self._workers = [Worker(one.studio.device) for one in self._devices]
+        for worker, one in zip(self._workers, self._devices, strict=True):
+            worker.thread = threading.Thread(target=self._serve, args=(worker, one), name="worker", daemon=True)
+            worker.thread.start()
+
+    # -------------------------------------------------------------------- models
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Keys of the models that requests may name, the default first."""
+        return self._devices[0].shelf.keys
+
+    def model(self, key: str | None = None) -> Future[LoadedModel]:
+        """Return a model as a future, and start to load it if it isn't loaded: call it early to warm up.
+
+        Args:
+            key: one of `models`; None for the default.
+
+        Raises:
+            KeyError: not in the list.
+        """
+        return self._devices[0].shelf.get(self.models[0] if key is None else key)
+
+    def loaded(self, key: str) -> Future[LoadedModel] | None:
+        """Return the future of a model if it is loaded or being loaded, else None."""
+        return self._devices[0].shelf.peek(key)
+
+    def tasks(self, key: str) -> tuple[str, ...]:
+        """Return what a model can be asked for, as far as that is known without loading it."""
+        future = self.loaded(key)
+        if future is not None and future.done() and future.exception() is None:
+            return future.result().tasks
+        return tasks_on_disk(self.source(key))
+
+    def source(self, key: str) -> str:
+        """Return the built-in name, folder or hub id behind a key (for the owner's eyes only)."""
+        return self._devices[0].shelf.source(key)
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Names of the LoRA files that requests may choose."""
+        return tuple(self._loras)
+
+    def check_lora(self, wish: Lora) -> Lora:
+        """Return a choice of a LoRA file with the hash of its content.
+
+        Raises:
+            LoraError: there is no such file, or it is another one than was asked for.
+        """
+        return settle(wish, self._loras)
+
+    # ---------------------------------------------------------------------- jobs
+
+    def submit(self, request: AnyRequest, owner: str = "local", stop: threading.Event | None = None) -> str:
+        """Put a request at the end of the line.
+
+        Args:
+            request: what to paint.
+            owner: who asks; others don't see the job.
+            stop: set it from any thread to stop the job within one step.
+
+        Returns:
+            The job's id, 16 hex digits.
+
+        Raises:
+            UnknownModelError: it names a model that is not offered.
+            UploadError: it names a picture that was not handed in.
+            UnavailableError: this machine hasn't the memory profile or the attention backend that it asks for.
+            LoraError: it names a LoRA file that is not offered, or was another one.
+            QueueFullError: as many wait as may.
+            StoreError: the queue can't be written.
+        """
+        key = self.models[0] if request.model is None else request.model
+        if key not in self.models:
+            raise UnknownModelError(
+                "choice",
+                f"There is no such model here; choose among {', '.join(self.models)}.",
+                field="model",
+                value=key,
+                choices=", ".join(self.models),
+            )
+        check_request(request, self.devices)
+        for name in (getattr(request, "image", None), getattr(request, "mask", None)):
+            if name is not None:
+                self.uploads.check(name, owner)
+        if request.lora is not None:  # with its hash, so that no other file slips in while it waits
+            request = request.model_copy(update={"lora": self.check_lora(request.lora)})
+        settled = request.settled().model_copy(update={"model": key})
+        job_id = secrets.token_hex(8)
+        with self._moved:
+            if self._closing:
+                raise QueueFullError("queue.closing", "The server is shutting down; try again later.")
+            stored = self._store.add(
+                job_id, owner, settled.model_dump_json(), self.limits.queue, self.limits.queue_per_user
+            )
+            self._live[job_id] = _LiveJob(Order(job_id, stored.created, settled), stop or threading.Event())
+            self._tell_places()
+            self._moved.notify_all()
+        return job_id
+
+    def live_stream(self, job_id: str) -> EventStream | None:
+        """Return the events of a job that waits or runs; None for any other."""
+        with self._moved:
+            job = self._live.get(job_id)
+        return None if job is None else job.stream
+
+    def stream(self, job_id: str) -> EventStream:
+        """Return the events of a job, live; of an ended one its pictures that have files, and its last event.
+
+        Raises:
+            KeyError: no such job.
+        """
+        with self._moved:
+            job = self._live.get(job_id)
+            if job is not None:
+                return job.stream
+            stored = self._store.get(job_id)
+        if stored is None:
+            raise KeyError(job_id)
+        stream = EventStream()
+        for picture in self._store.pictures(job_id):
+            if self.output_dir is not None and (self.output_dir / picture.name).is_file():
+                stream.tell(_picture_again(picture, self.output_dir))
+        stream.tell(self._failed.get(job_id) or self.last_event(stored))
+        return stream
+
+    @staticmethod
+    def last_event(stored: StoredJob) -> Event:
+        """Return the last event of a job that has ended."""
+        if stored.state == "failed":
+            return Failed(stored.code, stored.message)
+        return Done((stored.ended or stored.created) - stored.created) if stored.state == "done" else Stopped()
+
+    def stop(self, job_id: str) -> None:
+        """Stop a job within one step, or take it out of the line; nothing happens to one that has ended.
+
+        Raises:
+            KeyError: no such job.
+        """
+        with self._moved:
+            job = self._live.get(job_id)
+            if job is None:
+                if self._store.get(job_id) is None:
+                    raise KeyError(job_id)
+                return
+            job.stop.set()
+            try:
+                was_waiting = self._store.stop_waiting(job_id)
+            except StoreError as error:  # it is stopped when its turn comes
+                logger.warning("a waiting job stays in the queue until it can be written: %s", error)
+                return
+            if was_waiting:
+                self._forget(job, Stopped())
+
+    def finish(self, job_id: str) -> bool:
+        """End a running job with the picture as it is now.
+
+        Returns:
+            False if it doesn't run, or if its model can't end early; then nothing changes.
+
+        Raises:
+            KeyError: no such job.
+        """
+        job = self._running(job_id)
+        if job is None:
+            return False
+        model = self.loaded(job.order.request.model or self.models[0])
+        if model is None or not model.done() or not model.result().can_finish:
+            return False
+        job.finish.set()
+        return True
+
+    def _running(self, job_id: str) -> _LiveJob | None:
+        """The live job of this name if it is being painted."""
+        stored = self.job(job_id)
+        with self._moved:
+            return self._live.get(job_id) if stored.state == "running" else None
+
+    def skip(self, job_id: str) -> bool:
+        """End the picture that a running job is at, and those painted at once with it; the job goes on with the next.
+
+        Returns:
+            False if it doesn't run; then nothing changes.
+
+        Raises:
+            KeyError: no such job.
+        """
+        job = self._running(job_id)
+        if job is None:
+            return False
+        job.skip.set()
+        return True
+
+    def move(self, job_id: str, position: int) -> bool:
+        """Move a waiting job among those of its owner; the jobs of others keep their places.
+
+        Args:
+            job_id: the job.
+            position: among the owner's waiting jobs, from 0; beyond the last one is last.
+
+        Returns:
+            False if it doesn't wait; then nothing changes.
+
+        Raises:
+            KeyError: no such job.
+            ValueError: the position is below 0.
+        """
+        self.job(job_id)
+        if position < 0:
+            raise ValueError(f"position is {position}; choose 0 for the first place or a number above.")
+        with self._moved:
+            moved = self._store.move(job_id, position)
+            if moved:
+                self._tell_places()
+        return moved
+
+    def waiting(self, owner: str) -> list[str]:
+        """Return the ids of an owner's jobs that wait, in their order."""
+        return self._store.waiting(owner)
+
+    def unfinished(self, owner: str) -> list[StoredJob]:
+        """Return an owner's jobs that run, then those that wait, in their order."""
+        return self._store.unfinished(owner)
+
+    def job(self, job_id: str) -> StoredJob:
+        """Return what is recorded of a job.
+
+        Raises:
+            KeyError: no such job.
+        """
+        stored = self._store.get(job_id)
+        if stored is None:
+            raise KeyError(job_id)
+        return stored
+
+    def jobs(self, owner: str | None = None, limit: int = 100, before: str | None = None) -> list[StoredJob]:
+        """Return the jobs of an owner (None: of all), the newest first; only those older than the job `before`."""
+        return self._store.jobs(owner, limit, before)
+
+    def pictures(self, job_id: str) -> list[StoredPicture]:
+        """Return the pictures of a job that are done."""
+        return self._store.pictures(job_id)
+
+    def history(self, owner: str | None = None, limit: int = 48, skip: int = 0) -> list[StoredPicture]:
+        """Return the pictures of an owner (None: of all) that have files, the newest first."""
+        return self._store.history(owner, limit, skip)
+
+    def owner_of_file(self, name: str) -> str | None:
+        """Return whose picture a file of the output folder is; None if it is no picture's."""
+        return self._store.owner_of_file(name)
+
+    def health(self) -> Health:
+        """Say how the engine is: whether its workers live and go on, and whether its queue can be written.
+
+        Touches no disk and waits for nobody.
+        """
+        trouble = [self._store.trouble] if self._store.trouble else []
+        found = [*trouble, *problems(self._workers, self.limits, self._closing)]
+        running = sum(worker.job is not None for worker in self._workers)
+        return Health(tuple(found), max(len(self._live) - running, 0), running)
+
+    def ahead(self, job_id: str) -> int:
+        """Return how many jobs come before one that waits; 0 for others."""
+        return self._store.ahead().get(job_id, 0)
+
+    # ------------------------------------------------------------------ following
+
+    def generate(
+        self, request: AnyRequest, stop: threading.Event | None = None, owner: str = "local"
+    ) -> Generator[Event]:
+        """Submit a request and follow it; closing the iterator stops the job.
+
+        Args:
+            request: what to paint.
+            stop: set it from any thread to stop within one step, also while waiting in line.
+            owner: who asks.
+
+        Yields:
+            Queued, ModelLoading, Step and Picture events, then one of Done, Stopped, Failed. Closing the iterator
+            stops the work too, and returns when the worker has left it.
+        """
+        try:
+            job_id = self.submit(request, owner, stop)
+        except (QueueFullError, ValueError) as error:
+            yield failure_of(error)
+            return
+        yield from self.follow(job_id, stop)
+
+    def follow(self, job_id: str, stop: threading.Event | None = None) -> Generator[Event]:
+        """Follow a job; closing the iterator stops it. See `generate`.
+
+        Raises:
+            KeyError: no such job.
+        """
+        stream, seen = self.stream(job_id), 0
+        try:
+            while True:
+                was_closed = stream.is_closed
+                for number, event in stream.read(seen, POLL_SECONDS):
+                    seen = number
+                    yield event
+                if was_closed:
+                    return
+                if stop is not None and stop.is_set():
+                    self.stop(job_id)
+        finally:
+            if not stream.is_closed:
+                self.stop(job_id)
+                stream.wait_closed()
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the engine stops working, or has; what isn't done is told as stopped, and goes on with the next."""
+        return self._closing
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Stop working; what runs goes back into the line, so that the next engine on the folder goes on with it.
+
+        Args:
+            timeout: seconds to wait for the running step.
+        """
+        with self._moved:
+            self._closing = True
+            for job in self._live.values():
+                job.stop.set()
+            self._moved.notify_all()
+        for worker in self._workers:
+            if worker.thread is not None:
+                worker.thread.join(timeout)
+        for job in self._live.values():  # those that wait: whoever follows them shall not wait too
+            job.stream.tell(Stopped())
+        self._store.close()
+
+    # -------------------------------------------------------------------- working
+
+    def _serve(self, worker: Worker, device: _Device) -> None:
+        """Work on one job after another, for as long as the engine lives, whatever happens to one of them."""
+        while (job := self._next()) is not None:
+            worker.begin(job.order.id)
+            try:
+                last = self._run(job, worker, device)
+            except BaseException as error:  # also what ends threads, such as SystemExit from a library
+                logger.exception("a job ended its worker's loop; the worker goes on")
+                last = failure_of(error if isinstance(error, Exception) else RuntimeError(type(error).__name__))
+            self._end(job, last)
+            worker.job = None
+
+    def _next(self) -> _LiveJob | None:
+        """Wait for a job and take it; None when the engine closes."""
+        said = ""
+        with self._moved:
+            while not self._closing:
+                try:
+                    if self._store.trouble:
+                        self._store.check()
+                    stored = self._store.take()
+                except StoreError as error:  # such as a full disk: somebody may make room
+                    if said != str(error):  # once: a log that grows fills the disk
+                        said = str(error)
+                        logger.error("no job can be taken until this is mended: %s", said)
+                    self._moved.wait(RETRY_SECONDS)
+                    continue
+                said = ""
+                if stored is None:
+                    self._moved.wait(RETRY_SECONDS)  # not for ever: a submission may have found the disk full
+                    continue
+                if stored.id not in self._live:
+                    self._revive(stored)
+                if (job := self._live.get(stored.id)) is not None:
+                    self._tell_places()
+                    return job
+        return None
+
+    def _run(self, job: _LiveJob, worker: Worker, device: _Device) -> Event:
+        """Work on a job; whatever happens becomes its last event."""
+        started = time.monotonic()
+
+        def tell(event: Event) -> None:
+            worker.sign()
+            job.stream.tell(event)
+
+        try:
+            model = self._wait_for_model(job, device)
+            worker.is_loading = False
+            worker.sign()
+            switches = Switches(job.stop, job.finish, job.skip, time.monotonic() + self.limits.seconds)
+            if job.stop.is_set():
+                return Stopped()
+            work(job.order, model, device.studio, switches, tell)
+        except StopRequestedError:
+            return Stopped()
+        except Exception as error:
+            if is_out_of_memory(error):  # what was being computed must be free before the next request comes
+                release(error)
+            return failure_of(error)
+        return Done(time.monotonic() - started)
+
+    def _wait_for_model(self, job: _LiveJob, device: _Device) -> LoadedModel:
+        key = job.order.request.model or self.models[0]
+        future = device.shelf.get(key, setup_of(job.order.request, device.shelf.usual))
+        if not future.done():
+            job.stream.tell(ModelLoading(key))
+        while True:
+            if job.stop.is_set():  # loading goes on in the background; the next request will want it
+                raise StopRequestedError
+            try:
+                return future.result(timeout=POLL_SECONDS)
+            except NotYetError:
+                continue
+            except Exception as error:
+                raise ModelFailedError(key) from error
+
+    def _end(self, job: _LiveJob, last: Event) -> None:
+        """Record how a job ended and tell it; on closing, put it back instead. Tries again until it is on disk."""
+        said = ""
+        while True:
+            try:
+                with self._moved:
+                    self._record(job.order.id, last)
+                    self._forget(job, last)
+                return
+            except StoreError as error:
+                if said != str(error):
+                    said = str(error)
+                    logger.error("the end of a job can't be recorded until this is mended: %s", said)
+                job.stream.tell(last)  # who waits for the job shall not wait for the disk
+            with self._moved:
+                if self._closing:  # the next engine on the folder finds it running and does what is left of it
+                    self._live.pop(job.order.id, None)
+                    return
+                self._moved.wait(RETRY_SECONDS)
+
+    def _record(self, job_id: str, last: Event) -> None:
+        """Record how a job ended; the lock is held."""
+        if self._closing and isinstance(last, Stopped):
+            self._store.put_back(job_id)
+        elif isinstance(last, Failed):
+            self._store.end(job_id, "failed", last.code, last.message)
+        else:
+            self._store.end(job_id, "done" if isinstance(last, Done) else "stopped")
+
+    def _forget(self, job: _LiveJob, last: Event) -> None:
+        """Tell the last event of a job and its new place to those behind; the lock is held."""
+        self._live.pop(job.order.id, None)
+        if isinstance(last, Failed):
+            self._failed = dict([*self._failed.items(), (job.order.id, last)][-FAILURES_KEPT:])
+        job.stream.tell(last)
+        if not self._closing:
+            self._tell_places()
+
+    def _tell_places(self) -> None:
+        """Tell each waiting job its place where that has changed; the lock is held."""
+        try:
+            places = self._store.ahead()
+        except StoreError as error:
+            logger.warning("the places of waiting jobs are unknown: %s", error)
+            return
+        for job_id, ahead in places.items():
+            job = self._live.get(job_id)
+            if job is None:
+                continue
+            # The worker is about to take one that has nobody before it, which then needs no word about waiting.
+            if ahead != job.told_ahead and ahead >= len(self._devices):
+                job.stream.tell(Queued(ahead))
+            job.told_ahead = ahead
+
+    def _revive(self, stored: StoredJob) -> None:
+        """Put a job of an earlier process back into the line."""
+        try:
+            request = REQUEST.validate_json(stored.request)
+        except ValueError:  # of another version
+            logger.error("the job %s can't be read any more", stored.id)  # without the error: it quotes the prompt
+            self._store.end(stored.id, "failed", "bad_request", "This was asked of another version of tessera.")
+            return
+        if request.model not in self.models:
+            self._store.end(stored.id, "failed", "unknown_model", f"The model {request.model!r} isn't here any more.")
+            return
+        self._live[stored.id] = _LiveJob(Order(stored.id, stored.created, request), threading.Event())
+
+    def _load_pipeline(self, source: str, device: str, setup: Setup) -> Pipeline:
+        # Here and not above: diffusers and transformers take seconds to import, and a server shall answer before.
+        from pipelines import load_pipeline
+
+        base = self.base if Path(source).expanduser().is_file() else None
+        with no_loading_bars():  # an event says that it loads
+            return load_pipeline(source, device=device, dtype=setup.dtype, offload=setup.offload, base=base)
+
+
+def _loader(engine: Engine, device: str, load: Callable[[str], Pipeline] | None) -> Callable[[str, Setup], Pipeline]:
+    if load is not None:
+        return lambda source, setup: load(source)
+    return lambda source, setup: engine._load_pipeline(source, device, setup)
+
+
+def _state_folder(output_dir: Path | None) -> Path | None:
+    """Return the folder of what an engine remembers, readable by its owner only."""
+    if output_dir is None:
+        return None
+    folder = output_dir / STATE_FOLDER
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _picture_again(stored: StoredPicture, folder: Path) -> Picture:
+    """Tell of a picture on record; a clip by its picture alone."""
+    path, settings = folder / stored.name, parse(stored.settings)
+    with Image.open(path, formats=["PNG", "WEBP"]) as image:
+        image.load()
+        clip, notes = clip_of(path, settings), tuple(json.loads(stored.notes))
+        return Picture(path, settings.seed, settings, image, stored.seconds, None, clip, stored.report, notes)

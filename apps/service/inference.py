@@ -1,0 +1,421 @@
+"""Paint one batch with one pipeline: watch its steps, preview them, stop between two of them, or end early.
+
+Works with our pipelines and with diffusers' for texts, pictures and classes: what a call may carry is read from its
+signature, and a wish that a pipeline cannot fulfil is an error, never a no-op.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from apps.service.acceleration import RunningCache, describe, search_argument, step_cache
+from apps.service.media import candidate_sheet
+from apps.service.model_pool import LoadedModel, Pipeline
+from apps.service.request_error import RequestError
+from apps.service.requests import AnyRequest
+from apps.service.schedulers import make_scheduler
+
+logger = logging.getLogger(__name__)
+
+PREVIEW_SECONDS = 0.15
+"""Previews come no faster than this; an eye doesn't need more."""
+PREVIEW_SHARE = 0.05
+"""Nor may they cost more than this share of the time."""
+
+ARGUMENTS = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "label": "class_labels",
+    "height": "height",
+    "width": "width",
+    "steps": "num_inference_steps",
+    "strength": "strength",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "temperature": "temperature",
+    "smooth": "smooth",
+    "kv_policy": "kv_policy",
+    "kv_budget": "kv_budget",
+    "kv_dtype": "kv_dtype",
+}
+"""Field of a request -> argument of a call; those whose names differ between pipelines are settled in `_arguments`."""
+
+
+FIELDS = {argument: name for name, argument in ARGUMENTS.items()}
+"""Argument of a call -> field of a request, for messages."""
+
+
+class StopRequestedError(Exception):
+    """The job was given up because somebody asked for it."""
+
+
+class SkipRequestedError(Exception):
+    """The batch was given up because somebody asked for the next one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canvas:
+    """What one batch needs, with nothing left open.
+
+    Attributes:
+        request: with the model's defaults filled in.
+        seeds: of the noise, one a picture.
+        image: to start from, of the size of the request.
+        mask: where to paint, of the size of the request.
+        alpha: how much of the result shows, of the size of the request; None for all of it on the mask.
+    """
+
+    request: AnyRequest
+    seeds: tuple[int, ...]
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    alpha: Image.Image | None = None
+
+    def wish(self, name: str) -> Any:
+        """Return a field of the request; None where its task has no such field."""
+        return getattr(self.request, name, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Switches:
+    """How a running batch is ended from another thread.
+
+    Attributes:
+        stop: once set, no further step starts and nothing is decoded.
+        finish: once set, no further step starts and what there is is decoded.
+        skip: as `stop`, but the job goes on with its next batch.
+        deadline: `time.monotonic()` value after which the batch is given up.
+    """
+
+    stop: threading.Event
+    finish: threading.Event
+    skip: threading.Event
+    deadline: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Painted:
+    """What came out.
+
+    Attributes:
+        pictures: of the batch; each a list of frames, one for a picture.
+        ended_after: steps done, if it was ended early; else None.
+        scheduler: the one that was used.
+        report: what accelerators did, for people; empty without any.
+    """
+
+    pictures: list[list[Image.Image]]
+    ended_after: int | None
+    scheduler: Any
+    report: str = ""
+
+
+OnStep = Callable[[int, Image.Image | None, str], None]
+"""Told after each step: steps done (from 1), a preview if it is time for one, the strip of a step cache."""
+
+
+def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnStep) -> Painted:
+    """Paint one batch of pictures, or one clip.
+
+    Args:
+        model: the pipelines and what they accept.
+        canvas: what to paint.
+        switches: end it.
+        on_step: told after each step, in this thread.
+
+    Raises:
+        StopRequestedError: `stop` was set.
+        SkipRequestedError: `skip` was set.
+        TimeoutError: the deadline passed.
+        ValueError: the pipeline doesn't accept what is asked.
+    """
+    pipe = model.pipe_for(canvas.request.task)
+    arguments = _arguments(model, canvas)
+    with _own_scheduler(pipe, canvas.wish("scheduler")), step_cache(pipe, canvas.wish("step_cache")) as cache:
+        watch = _StepWatch(model, pipe, canvas, switches, on_step, cache)
+        try:
+            with watch.attached(arguments):
+                output = pipe(**arguments)
+        except BaseException:
+            pipe.maybe_free_model_hooks()  # the pipeline's last line, which a stop or an error has skipped
+            raise
+        used, report = getattr(pipe, "scheduler", None), describe(pipe, cache, output, canvas.request)
+    if watch.late:
+        raise TimeoutError
+    if switches.stop.is_set():
+        raise StopRequestedError
+    if switches.skip.is_set():
+        raise SkipRequestedError
+    pictures = [[image] for image in output.images] if model.frames is None else [list(output.frames[0])]
+    return Painted(pictures, watch.ended_after, used, report)
+
+
+@contextmanager
+def _own_scheduler(pipe: Pipeline, name: str | None) -> Generator[None]:
+    """Give a pipeline another scheduler for one call, and its own back.
+
+    Raises:
+        ValueError: it has none, or the name doesn't fit it.
+    """
+    if name is None:
+        yield
+        return
+    own = getattr(pipe, "scheduler", None)
+    if own is None:
+        raise RequestError(
+            "setting", "This model paints scale by scale and has no scheduler; leave it out.", field="scheduler"
+        )
+    pipe.scheduler = make_scheduler(own, name)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
+    """Translate a canvas into the keyword arguments of the pipeline's call."""
+    accepts = model.accepts(canvas.request.task)
+    # On the CPU whatever the device: then the same seed starts from the same noise everywhere.
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in canvas.seeds]
+    wishes = {name: canvas.wish(field) for field, name in ARGUMENTS.items()}
+    several = len(generators) if len(generators) > 1 else None
+    wishes |= {
+        model.guidance_argument: canvas.request.guidance,
+        model.frames_argument: canvas.wish("frames"),
+        "image": canvas.image,
+        "mask_image": canvas.mask,
+        "num_images_per_prompt": several,
+    }
+    wishes |= _class_labels(model, canvas, accepts)
+    arguments = {name: value for name, value in wishes.items() if value not in (None, "")}
+    if canvas.image is not None:  # it has the size already, and some pipelines take the size from it
+        arguments = {name: value for name, value in arguments.items() if name in accepts or name not in _SIDES}
+    if several is not None and "num_images_per_prompt" in arguments and "num_images_per_prompt" not in accepts:
+        raise ValueError(f"The model {model.key!r} generates one image at a time; set batch_size to 1.")
+    for name in arguments:
+        if name not in accepts:
+            raise RequestError(
+                "setting",
+                f"The model {model.key!r} has no setting {FIELDS.get(name, name)!r}; leave it out.",
+                field=_field_of(name),
+            )
+    if canvas.wish("search"):
+        arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), model.pipe.transformer.grids)
+    arguments["generator"] = generators[0] if len(generators) == 1 else generators
+    if "output_type" in accepts:
+        arguments["output_type"] = "pil"
+    return arguments | _guidance_extras(model, canvas, accepts) | _other_extras(model, accepts)
+
+
+_SIDES = ("height", "width")
+
+
+def _class_labels(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -> dict[str, Any]:
+    """Settle the class for pipelines of diffusers, which take a list of numbers, one an image, and check nothing.
+
+    Raises:
+        ValueError: the model has no such class.
+    """
+    label = canvas.wish("label")
+    if label is None or "num_images_per_prompt" in accepts:  # ours read names and numbers, and say what is wrong
+        return {}
+    names: dict[str, int] = getattr(model.pipe_for(canvas.request.task), "labels", None) or {}
+    number = names.get(label) if isinstance(label, str) else label
+    if number not in model.labels:
+        raise ValueError(
+            f"label: the model {model.key!r} has no class {label!r}; choose a number from 0 to {len(model.labels) - 1}"
+            f"{', or a name that it knows' if names else ''}."
+        )
+    return {"class_labels": [number] * len(canvas.seeds), "num_images_per_prompt": None}
+
+
+def _field_of(argument: str) -> str:
+    """Return the field of a request behind an argument of a call."""
+    return {name: field for field, name in ARGUMENTS.items()}.get(argument, argument)
+
+
+def _guidance_extras(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -> dict[str, Any]:
+    """Settle what pipelines with a `true_cfg_scale` would silently ignore: it and a negative prompt need each other.
+
+    Raises:
+        ValueError: a negative prompt for a model whose guidance is distilled into it.
+    """
+    if "true_cfg_scale" not in accepts:
+        return {}
+    guidance, negative = canvas.request.guidance, canvas.wish("negative_prompt")
+    if model.guidance_argument == "true_cfg_scale":
+        needs_negative = guidance is not None and guidance > 1 and not negative
+        return {"negative_prompt": " "} if needs_negative else {}
+    if negative:
+        raise RequestError(
+            "setting",
+            f"The model {model.key!r} has its guidance built in and takes no negative prompt; leave it out.",
+            field="negative_prompt",
+        )
+    return {}
+
+
+def _other_extras(model: LoadedModel, accepts: frozenset[str]) -> dict[str, Any]:
+    """Settle what some pipelines would change behind one's back."""
+    extras: dict[str, Any] = {}
+    if "use_resolution_binning" in accepts:  # would paint another size than asked for and scale the picture
+        extras["use_resolution_binning"] = False
+    length = getattr(getattr(getattr(model.pipe, "transformer", None), "config", None), "max_text_seq_length", None)
+    if length is not None and "max_sequence_length" in accepts:  # the network takes this length and no other
+        extras["max_sequence_length"] = length
+    if "clean_caption" in accepts and not all(map(importlib.util.find_spec, ("bs4", "ftfy"))):
+        extras["clean_caption"] = False  # else diffusers warns at every picture that it can't be done
+    return extras
+
+
+# -------------------------------------------------------------------------- steps
+
+
+class _StepWatch:
+    """The callback that diffusers calls after each step."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        pipe: Pipeline,
+        canvas: Canvas,
+        switches: Switches,
+        on_step: OnStep,
+        cache: RunningCache,
+    ) -> None:
+        offered = getattr(pipe, "_callback_tensor_inputs", ["latents"])
+        # The estimate of the finished picture shows far earlier what it will be than the noisy latents.
+        self.tensor = "denoised_latents" if "denoised_latents" in offered else "latents"
+        self.late = False
+        self.ended_after: int | None = None
+        self._model = model
+        self._pipe = pipe
+        self._canvas = canvas
+        self._switches = switches
+        self._on_step = on_step
+        self._cache = cache
+        self._shows_all = model.steps is None  # of a few scales each is worth a look
+        self._next_preview = 0.0
+        self._before: Tensor | None = None
+        self._can_preview = model.can_preview
+        self._finish_after = canvas.wish("finish_after")
+        if self._finish_after is not None and not model.can_finish:
+            raise RequestError(
+                "setting",
+                f"The model {model.key!r} can't end before its last step; leave finish_after out.",
+                field="finish_after",
+            )
+
+    @contextmanager
+    def attached(self, arguments: dict[str, Any]) -> Generator[None]:
+        """Put the watch where a pipeline calls it: a callback, or the scheduler's step if it has none."""
+        accepts = self._model.accepts(self._canvas.request.task)
+        if "callback_on_step_end" in accepts:
+            arguments["callback_on_step_end"] = self
+            if "callback_on_step_end_tensor_inputs" in accepts:
+                arguments["callback_on_step_end_tensor_inputs"] = [self.tensor]
+            yield
+        elif "callback" in accepts:  # older pipelines
+            arguments["callback"] = self.old_style
+            yield
+        elif not hasattr(getattr(self._pipe, "scheduler", None), "step"):
+            yield
+        else:
+            with self._inside_scheduler():
+                yield
+
+    @contextmanager
+    def _inside_scheduler(self) -> Generator[None]:
+        """Watch the steps of a pipeline that tells nobody about them."""
+        scheduler, count = self._pipe.scheduler, 0
+        plain = scheduler.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            result = plain(*args, **kwargs)
+            self(self._pipe, count, torch.tensor(count), {})
+            count += 1
+            return result
+
+        scheduler.step = step
+        try:
+            yield
+        finally:
+            del scheduler.step  # the class's own shows again
+
+    def __call__(self, pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.late = time.monotonic() > self._switches.deadline
+        stops = self._switches.stop.is_set()
+        if stops or self.late or self._switches.skip.is_set():
+            if not self._model.can_interrupt:
+                raise TimeoutError if self.late else StopRequestedError if stops else SkipRequestedError
+            pipe.interrupt = True
+            return {}
+        latents = tensors.get(self.tensor)
+        wants_end = self._switches.finish.is_set() or step + 1 == self._finish_after
+        replaced = self._end_early(pipe, step, latents) if wants_end and self._model.can_finish else {}
+        self._on_step(step + 1, self._preview(latents), self._cache.strip())
+        return replaced
+
+    def old_style(self, step: int, timestep: Tensor, latents: Tensor) -> None:
+        """Stand in for the callback of older pipelines, which get the latents and give nothing back."""
+        self(self._pipe, step, timestep, {self.tensor: latents})
+
+    def _end_early(self, pipe: Pipeline, step: int, latents: Tensor | None) -> dict[str, Tensor]:
+        """Have a pipeline decode the estimate of the finished picture instead of going on."""
+        if isinstance(getattr(type(pipe), "finish_now", None), property):
+            pipe.finish_now = True
+            self.ended_after = step + 1
+            return {}
+        if self._before is None or latents is None:  # an estimate takes two steps
+            return {}
+        from dit.runtime.bridge import skip_other_steps
+        from pipelines.previews import guess_finished
+
+        skip_other_steps(pipe)
+        self.ended_after = step + 1
+        return {"latents": guess_finished(pipe, self._before, latents)}
+
+    def _preview(self, latents: Tensor | None) -> Image.Image | None:
+        """Show the latents if the model can and if it's time again."""
+        before, self._before = self._before, latents
+        started = time.monotonic()
+        is_early = started < self._next_preview and not self._shows_all
+        if latents is None or not self._can_preview or is_early:
+            return None
+        try:
+            preview = self._show(before, latents)
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+            # The picture matters more than the view on it; latents of an unheard-of kind shall not end the work.
+            self._can_preview = False
+            logger.warning("the model %r paints without previews: %s", self._model.key, error)
+            return None
+        ended = time.monotonic()
+        self._next_preview = ended + max(PREVIEW_SECONDS, (ended - started) / PREVIEW_SHARE)
+        return preview
+
+    def _show(self, before: Tensor | None, latents: Tensor) -> Image.Image:
+        """Make the small picture of latents; those of a flow are first led to where they are going."""
+        pipe, canvas = self._pipe, self._canvas
+        if callable(getattr(pipe, "preview", None)):
+            shown = pipe.preview(latents)
+            return candidate_sheet(shown) if canvas.wish("search") else shown[0]
+        from pipelines.previews import guess_finished, is_flow, preview  # with diffusers, imported by now
+
+        if before is not None and is_flow(pipe):
+            latents = guess_finished(pipe, before, latents)
+        return preview(pipe, latents, canvas.wish("height"), canvas.wish("width"), canvas.wish("frames"))[0]

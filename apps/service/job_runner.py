@@ -1,0 +1,452 @@
+"""The work on one job: fill in what was left open, paint batch by batch, write each picture with its settings."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from apps.service import limits
+from apps.service.compute_profiles import Setup, setup_of, switched
+from apps.service.events import Event, Picture, Step
+from apps.service.inference import Canvas, Painted, SkipRequestedError, Switches, paint
+from apps.service.job_store import JobStore, StoredPicture
+from apps.service.lora import adapted, settle
+from apps.service.media import Clip, contact_strip, require_video, save_mp4
+from apps.service.metadata import PictureSettings, save_picture, save_sidecar
+from apps.service.model_pool import LoadedModel
+from apps.service.named_settings import preset_values
+from apps.service.outpaint import blend, grown, lay_out, soft_mask, touched
+from apps.service.request_error import RequestError
+from apps.service.requests import AnyRequest
+from apps.service.styles import apply_style
+from apps.service.uploads import UploadStore
+
+STRENGTH = 0.6
+"""How much of a picture is repainted where nobody says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Studio:
+    """What a job is worked on with.
+
+    Attributes:
+        device: kind of device, such as `cpu`.
+        dtype: number format of the weights.
+        store: records pictures.
+        uploads: pictures handed in.
+        output_dir: receives the files; None hands pictures over in memory only.
+        loras: LoRA files by name.
+    """
+
+    device: str
+    dtype: torch.dtype
+    store: JobStore
+    uploads: UploadStore
+    output_dir: Path | None
+    loras: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A job to be painted.
+
+    Attributes:
+        id: of the job.
+        created: seconds since 1970; gives the files their names.
+        request: settled, so that a second attempt paints the same.
+    """
+
+    id: str
+    created: float
+    request: AnyRequest
+
+
+def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, tell: Callable[[Event], None]) -> None:
+    """Paint all pictures of a job that don't count yet.
+
+    Args:
+        order: the job.
+        model: paints.
+        studio: where and with what.
+        switches: end it.
+        tell: receives Step and Picture events.
+
+    Raises:
+        Exception: whatever goes wrong, in the words of where it did.
+    """
+    request = fill_in(order.request, model, studio.uploads)
+    setup = setup_of(request, Setup(studio.dtype))
+    request = request.model_copy(update={"dtype": str(setup.dtype).removeprefix("torch.")})
+    if model.frames is not None:
+        require_video()
+        if request.batch_size > 1:
+            raise RequestError(
+                "range",
+                "Clips are painted one at a time; set batch_size to 1.",
+                field="batch_size",
+                value=request.batch_size,
+                lowest=1,
+                highest=1,
+            )
+    if request.lora is not None:
+        request = request.model_copy(update={"lora": settle(request.lora, studio.loras)})
+    pipe = model.pipe_for(request.task)
+    with adapted(pipe, request.lora, studio.loras), switched(pipe, request, setup.offload) as told:
+        _paint_batches(order, request, model, studio, switches, tell, told)
+
+
+def _paint_batches(
+    order: Order,
+    request: AnyRequest,
+    model: LoadedModel,
+    studio: Studio,
+    switches: Switches,
+    tell: Callable[[Event], None],
+    told: str,
+) -> None:
+    """Paint the batches of a job, each unless its pictures count already or were skipped; `told` is on for all."""
+    done = {picture.place for picture in studio.store.pictures(order.id)} | studio.store.skipped(order.id)
+    wanted = 1 if request.pick is not None else request.num_images
+    batches = request.batches()
+    clock = _StepClock(tell, len(batches), wanted)
+    for number, seeds in enumerate(batches):
+        first = number * request.batch_size
+        if done.issuperset(range(first, min(first + len(seeds), wanted))):
+            clock.skip()
+            continue
+        canvas = _canvas(request, tuple(seeds), model, studio.uploads)
+        begun = time.monotonic()
+        clock.begin(_step_count(request, model), first, 1 if request.pick is not None else len(seeds))
+        switches.skip.clear()  # one that came too late for its picture shall not hit the next
+        try:
+            painted = _keep(canvas, paint(model, canvas, switches, clock.step))
+        except SkipRequestedError:
+            studio.store.add_skipped(order.id, range(first, first + len(seeds)))
+            clock.drop(time.monotonic() - begun)
+            continue
+        seconds = (time.monotonic() - begun) / len(painted.pictures)
+        for i, frames in enumerate(painted.pictures):
+            if request.pick in (None, i):
+                settings = _settings(canvas, i, model, studio, painted, frames)
+                place = first + i if request.pick is None else 0
+                report = ", ".join(filter(None, (painted.report, told)))
+                told_too = (report, notes_on(request, model))
+                tell(_finish(order, place, model, studio, settings, frames, seconds, *told_too))
+        if painted.ended_after is not None and switches.finish.is_set():
+            return
+
+
+# ------------------------------------------------------------------------ filling in
+
+
+def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> AnyRequest:
+    """Replace what a request leaves open by its preset and the model's defaults, and put its prompt into its style.
+
+    Args:
+        request: what was asked.
+        model: gives the defaults.
+        uploads: the picture to start from gives the size.
+
+    Raises:
+        ValueError: the model can't do the task, or not with these settings.
+    """
+    model.pipe_for(request.task)
+    values: dict[str, Any] = {"model": model.key, "style": None, "preset": None}
+    fields = type(request).model_fields
+    if request.preset is not None:
+        preset = preset_values(request.preset, fields)
+        request = request.model_copy(update={n: value for n, value in preset.items() if getattr(request, n) is None})
+    if request.guidance is None:
+        values["guidance"] = model.guidance
+    for name in ("top_k", "top_p", "temperature", "smooth", "kv_policy", "kv_budget", "kv_dtype"):
+        default = model.defaults.get(name)
+        if name in fields and getattr(request, name) is None and isinstance(default, int | float | str):
+            values[name] = default
+    if "strength" in fields and getattr(request, "strength") is None and "strength" in model.accepts(request.task):  # noqa: B009
+        values["strength"] = STRENGTH
+    if "steps" in fields and getattr(request, "steps", None) is None:
+        values["steps"] = model.steps
+    values |= _size(request, model, uploads)
+    values |= _frames(request, model)
+    if request.style is not None:
+        if "prompt" not in fields:
+            raise RequestError(
+                "setting", "Styles are for prompts; leave the style out for a picture of a class.", field="style"
+            )
+        texts = apply_style(request.style, getattr(request, "prompt"), getattr(request, "negative_prompt"))  # noqa: B009
+        values["prompt"], values["negative_prompt"] = texts
+    elif "negative_prompt" in fields:
+        values["negative_prompt"] = getattr(request, "negative_prompt").strip()  # noqa: B009
+    return request.model_copy(update=values)
+
+
+def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
+    """Return the number of frames of a clip, if the model makes clips."""
+    asked = getattr(request, "frames", None)
+    if asked is not None and model.frames is None:
+        raise RequestError(
+            "setting",
+            f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.",
+            field="frames",
+        )
+    return {"frames": asked or model.frames} if "frames" in type(request).model_fields else {}
+
+
+def _size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> dict[str, int | None]:
+    """Settle the size: what was left open is filled in, unless the pipeline takes no size.
+
+    Raises:
+        ValueError: another size than the only one of such a pipeline was asked for.
+    """
+    if "width" not in type(request).model_fields:
+        return {}
+    asked = getattr(request, "width"), getattr(request, "height")  # noqa: B009
+    takes_one = {"height", "width"} <= model.accepts(request.task) or getattr(request, "image", None) is not None
+    if takes_one:
+        width, height = open_size(request, model, uploads) if asked[0] is None else asked
+        return {"width": width, "height": height}
+    if asked[0] is not None and asked != (model.width, model.side):
+        raise ValueError(
+            f"width and height: the model {model.key!r} generates images of one size, not {asked[0]} x {asked[1]}; "
+            f"leave them out, or give {model.width} x {model.side}."
+        )
+    return {"width": None, "height": None}
+
+
+def open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> tuple[int, int]:
+    """Return width and height of a request without a size: the model's, in the shape of the picture handed in."""
+    name = getattr(request, "image", None)
+    if name is None:
+        return model.width, model.side
+    return fit_size(grown(uploads.size(name), getattr(request, "expand", None)), model)
+
+
+def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:
+    """Find a size for a picture handed in.
+
+    Args:
+        size: its width and height.
+        model: was trained for an area and takes multiples of something.
+
+    Returns:
+        The picture's own width and height if the model can paint that well, else about its shape in the model's area.
+        Of a model with a list of sizes the one nearest in shape, and among equals in area.
+    """
+    width, height = size
+    if model.sizes:
+        return min(model.sizes, key=lambda one: _distance(one, size))
+    area, multiple = model.side * model.width, model.multiple
+    is_in_range = min(size) >= limits.MIN_SIDE and max(size) <= limits.MAX_SIDE
+    if is_in_range and width % multiple == height % multiple == 0 and area / 2 <= width * height <= 2 * area:
+        return size
+    scale = math.sqrt(area / (width * height))
+    least = -(-32 // multiple) * multiple
+    most = limits.MAX_SIDE // multiple * multiple
+    return (
+        min(max(round(width * scale / multiple) * multiple, least), most),
+        min(max(round(height * scale / multiple) * multiple, least), most),
+    )
+
+
+def _distance(one: tuple[int, int], other: tuple[int, int]) -> tuple[float, float]:
+    """Return how far two sizes are apart in shape and, rounded shapes being equal, in area; on logarithmic scales."""
+    (width, height), (others_width, others_height) = one, other
+    shape = math.log(width / height) - math.log(others_width / others_height)
+    return round(abs(shape), 2), abs(math.log(width * height) - math.log(others_width * others_height))
+
+
+def _canvas(request: AnyRequest, seeds: tuple[int, ...], model: LoadedModel, uploads: UploadStore) -> Canvas:
+    """Fetch the pictures that a request names, laid out at the size of the request."""
+    name = getattr(request, "image", None)
+    if name is None:
+        return Canvas(request=request, seeds=seeds)
+    width, height = getattr(request, "width", None), getattr(request, "height", None)
+    size = (width or model.width, height or model.side)
+    picture = uploads.get(name)
+    if "mask" not in type(request).model_fields:
+        same = picture.size == size
+        return Canvas(
+            request=request, seeds=seeds, image=picture if same else picture.resize(size, Image.Resampling.LANCZOS)
+        )
+    mask, expand = getattr(request, "mask"), getattr(request, "expand")  # noqa: B009
+    keep_shape = expand is not None or bool(model.sizes)
+    laid = lay_out(picture, None if mask is None else uploads.get(mask), size, expand, keep_shape)
+    grow, blur = getattr(request, "mask_grow", None) or 0, getattr(request, "mask_blur", None) or 0
+    if not grow and not blur:
+        return Canvas(request=request, seeds=seeds, image=laid.image, mask=laid.mask)
+    alpha = soft_mask(laid.mask, grow, blur)
+    return Canvas(request=request, seeds=seeds, image=laid.image, mask=touched(alpha), alpha=alpha)
+
+
+def _keep(canvas: Canvas, painted: Painted) -> Painted:
+    """After inpainting, lay what is kept over the result, which pipelines of diffusers change a little."""
+    if canvas.image is None or canvas.mask is None:
+        return painted
+    from pipelines.inpaint import keep_pixels
+
+    for frames in painted.pictures:
+        if canvas.alpha is None:
+            frames[0] = keep_pixels(canvas.image, frames[0], canvas.mask)
+        else:
+            frames[0] = blend(canvas.image, frames[0], canvas.alpha)
+    return painted
+
+
+def _step_count(request: AnyRequest, model: LoadedModel) -> int:
+    """Return how many steps a batch takes, as far as that is known beforehand."""
+    scales = getattr(getattr(model.pipe, "vae", None), "grids", None)
+    steps = getattr(request, "steps", None) or (len(scales) if scales is not None else 1)
+    strength = getattr(request, "strength", None) or 1.0
+    return min(max(round(steps * strength), 1), getattr(request, "finish_after", None) or steps)
+
+
+# ------------------------------------------------------------------------ finishing
+
+
+def _finish(
+    order: Order,
+    place: int,
+    model: LoadedModel,
+    studio: Studio,
+    settings: PictureSettings,
+    frames: list[Image.Image],
+    seconds: float,
+    report: str,
+    notes: tuple[str, ...],
+) -> Picture:
+    """Write a picture, or a clip and a picture of some of its frames; then it counts."""
+    clip = None if model.frames is None else Clip(tuple(frames), model.fps)
+    image = frames[0] if clip is None else contact_strip(frames)
+    path = video = None
+    if studio.output_dir is not None:
+        # The name follows from the job, so that a second attempt replaces what the first one left.
+        name = f"{datetime.fromtimestamp(order.created):%Y%m%d-%H%M%S}-{settings.seed}-{order.id}-{place}"
+        written = settings if order.request.keep_settings else None
+        path = save_picture(image, studio.output_dir / f"{name}.{order.request.file_format}", written)
+        if order.request.sidecar:
+            save_sidecar(settings, path)
+        video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), written)
+    name = "" if path is None else path.name
+    told = json.dumps(notes)
+    studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds, report, told))
+    return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes)
+
+
+def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
+    """Say what keeps images from being what was asked for: words that the model was not trained on.
+
+    Args:
+        request: filled in, see `fill_in`.
+        model: generates.
+
+    Returns:
+        A sentence each; none for a model with an open vocabulary.
+    """
+    find = getattr(model.pipe_for(request.task), "unknown_words", None)
+    if find is None:
+        return ()
+    from pipelines.words import describe_unknown
+
+    texts = [getattr(request, name, None) for name in ("prompt", "negative_prompt")]
+    said = describe_unknown(find([text for text in texts if text]))
+    return (said,) if said else ()
+
+
+def _settings(
+    canvas: Canvas, place: int, model: LoadedModel, studio: Studio, painted: Painted, frames: list[Image.Image]
+) -> PictureSettings:
+    """Gather what reproduces one picture of a batch."""
+    request, batch = canvas.request, len(canvas.seeds)
+    same = {
+        name: getattr(request, name)
+        for name in PictureSettings.model_fields
+        if name in type(request).model_fields and name not in ("scheduler", "seed", "batch_size", "pick")
+    }
+    ended = painted.ended_after
+    return PictureSettings(
+        **{
+            **same,
+            "seed": canvas.seeds[place],
+            "width": frames[0].width,
+            "height": frames[0].height,
+            "frames": None if model.frames is None else len(frames),
+            "fps": None if model.frames is None else model.fps,
+            "fingerprint": model.fingerprint,
+            "sampler": canvas.wish("scheduler"),
+            "scheduler": {} if painted.scheduler is None else _scheduler_settings(painted.scheduler),
+            "finish_after": ended if ended is not None else canvas.wish("finish_after"),
+            "batch_size": batch,
+            "pick": place if batch > 1 else None,
+            "device": torch.device(studio.device).type,
+            "versions": _versions(),
+        }
+    )
+
+
+def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    """Return a scheduler's class and its plain config values; JSON has no infinities."""
+    plain = {
+        key: value
+        for key, value in scheduler.config.items()
+        if not key.startswith("_") and isinstance(value, (bool, int, float, str, type(None)))
+        if not (isinstance(value, float) and not math.isfinite(value))
+    }
+    return {"class": type(scheduler).__name__, **plain}
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that a picture depends on."""
+    from dit import __version__  # not asked of importlib: tessera may run from a folder
+
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    return {"tessera": __version__, **packages}
+
+
+class _StepClock:
+    """Turns the steps of several batches into Step events with an estimate of the time left."""
+
+    def __init__(self, tell: Callable[[Event], None], batches: int, images: int) -> None:
+        self._tell = tell
+        self._batches = batches
+        self._images = images
+        self._first = 1
+        self._size = 1
+        self._batch = 0
+        self._skipped = 0
+        self._steps = 1
+        self._started = time.monotonic()
+
+    def skip(self) -> None:
+        self._batch += 1
+        self._skipped += 1
+
+    def drop(self, seconds: float) -> None:
+        """Leave a begun batch, and the time it took, out of the estimate."""
+        self._skipped += 1
+        self._started += seconds
+
+    def begin(self, steps: int, place: int, size: int) -> None:
+        """Begin a batch of `size` images, the first of which has this place in the job, from 0."""
+        self._batch += 1
+        self._steps = steps
+        self._first = place + 1
+        self._size = size
+
+    def step(self, step: int, preview: Image.Image | None, strip: str = "") -> None:
+        done = (self._batch - 1 - self._skipped) * self._steps + step
+        left = max((self._batches - self._skipped) * self._steps - done, 0)
+        eta = (time.monotonic() - self._started) / done * left
+        steps = max(self._steps, step)  # a second-order scheduler calls back more often than it was asked to step
+        self._tell(Step(step, steps, self._first, self._images, preview, eta, strip, self._size))

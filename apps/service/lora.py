@@ -1,0 +1,210 @@
+"""LoRA files: the list that a server's owner offers, and one of them on a pipeline for the time of a job.
+
+Requests choose by name; where a file lies stays with the engine. The settings of a picture hold the hash of the file
+too, so that another file of the same name is refused and not taken for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from apps.service import limits
+from apps.service.metadata import Lora
+from apps.service.request_error import RequestError
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "tessera"
+DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
+"""Endings of the first factor of a layer's LoRA, in the dialects that are read."""
+
+
+class LoraError(RequestError):
+    """A LoRA file isn't offered, is another one than asked for, or doesn't fit the model."""
+
+
+def find_loras(folder: Path) -> dict[str, Path]:
+    """List the LoRA files of a folder: name -> file, safetensors only.
+
+    Raises:
+        ValueError: no such folder, none in it, or a link in it leads elsewhere.
+    """
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        raise ValueError(f"{folder} is no folder with LoRA files; put files that end in .safetensors into it.")
+    return {file.stem: limits.inside(file, folder) for file in files}
+
+
+def one_lora(file: Path) -> dict[str, Path]:
+    """List one LoRA file by its name.
+
+    Raises:
+        ValueError: no such file, or not safetensors.
+    """
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise ValueError(f"{file} is no LoRA file; name one that ends in .safetensors.")
+    return {file.stem: file.absolute()}  # not resolved: PEFT's configuration stands beside a link in the Hub's cache
+
+
+def settle(wish: Lora, loras: Mapping[str, Path]) -> Lora:
+    """Return a wish with the hash of its file.
+
+    Args:
+        wish: what was asked for.
+        loras: name -> file.
+
+    Raises:
+        LoraError: there is no such file, or it is another one than was asked for.
+    """
+    if wish.name not in loras:
+        offered = f"choose among {', '.join(loras)}" if loras else "this server offers none"
+        raise LoraError(
+            "choice" if loras else "lora.none",
+            f"There is no LoRA file {wish.name!r} here; {offered}.",
+            field="lora",
+            value=wish.name,
+            choices=", ".join(loras),
+        )
+    found = _digest(loras[wish.name])
+    if wish.sha256 not in (None, found):
+        raise LoraError(
+            "lora.other",
+            f"The LoRA file {wish.name!r} is another one here than was asked for: its content differs.",
+            value=wish.name,
+        )
+    return wish.model_copy(update={"sha256": found})
+
+
+def _digest(file: Path) -> str:
+    """Hash what decides how a LoRA file changes pictures: the file, and PEFT's configuration if it has one."""
+    from pipelines.lora_files import adapter_config_file
+
+    try:
+        beside = adapter_config_file(file)
+    except OSError as error:  # it names the path
+        logger.warning("the LoRA file %s can't be read: %s", file, error)
+        raise LoraError(f"The LoRA file {file.stem!r} can't be read: it is damaged, or no safetensors file.") from error
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256")
+    if beside is not None:
+        digest.update(beside.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def adapted(pipe: Any, wish: Lora | None, loras: Mapping[str, Path]) -> Generator[None]:
+    """Put a LoRA file on a pipeline, and take it off again to the last bit.
+
+    Args:
+        pipe: of diffusers or ours.
+        wish: settled; None puts nothing on.
+        loras: name -> file.
+
+    Raises:
+        LoraError: the pipeline takes none, or not every layer of the file has its place in it.
+    """
+    if wish is None:
+        yield
+        return
+    if not callable(getattr(pipe, "load_lora_weights", None)):
+        raise LoraError("lora.takes", "This model takes no LoRA files; leave it out.")
+    try:
+        _load(pipe, loras[wish.name], wish)
+        yield
+    finally:
+        pipe.unload_lora_weights()
+
+
+def _load(pipe: Any, file: Path, wish: Lora) -> None:
+    """Load a file onto a pipeline: as its transformer names its layers, else by the loader of the pipeline's family."""
+    from pipelines.lora import TransformerLoraMixin, put_on
+    from pipelines.lora_files import LoraFileError, LoraMisfitError, check_lora_file, read_lora_file
+
+    try:
+        lora = read_lora_file(file)
+        check_lora_file(lora)
+        try:
+            if getattr(pipe, "transformer", None) is None:
+                raise LoraMisfitError("there is no transformer")
+            put_on(pipe, lora, ADAPTER)
+        except LoraMisfitError:  # the names of other code, or other parts than the transformer
+            if isinstance(pipe, TransformerLoraMixin):
+                raise
+            with _same_layers(pipe, wish):
+                _load_by_family(pipe, file, lora.tensors, wish)
+    except (LoraError, LoraFileError) as error:
+        raise LoraError(str(error)) from error
+    except Exception as error:  # whatever the loaders of diffusers raise (AssertionError among others); they name paths
+        logger.warning("the LoRA file %s did not load: %s: %s", file, type(error).__name__, error)
+        raise LoraError("lora.fit", f"The LoRA file {wish.name!r} doesn't fit this model.", value=wish.name) from error
+    pipe.set_adapters(ADAPTER, wish.scale)
+
+
+def _load_by_family(pipe: Any, file: Path, tensors: Mapping[str, Any], wish: Lora) -> None:
+    """Load a file by a pipeline's own loader, which knows the names of its family's other code.
+
+    FLUX's knows those of ComfyUI with `lora_down` and `lora_up` only, so `lora_A` and `lora_B` are renamed at a second
+    attempt.
+    """
+    held = sum(key.endswith(DOWN) for key in tensors)
+    renamed = {key.replace(".lora_A.", ".lora_down.").replace(".lora_B.", ".lora_up."): tensors[key] for key in tensors}
+    options = {"use_safetensors": True, "local_files_only": True}
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, **options)
+        _check_all_placed(pipe, held, wish)
+    except Exception as first:  # see `_load`
+        if renamed.keys() == tensors.keys():
+            raise
+        pipe.unload_lora_weights()
+        try:
+            pipe.load_lora_weights(renamed, adapter_name=ADAPTER)
+            _check_all_placed(pipe, held, wish)
+        except Exception:  # the first attempt's says more
+            raise first from None
+
+
+def _check_all_placed(pipe: Any, held: int, wish: Lora) -> None:
+    """Raise where not all layers of a file have arrived."""
+    placed = _count_layers(pipe)
+    if placed == 0 or placed < held:
+        raise LoraError(f"The LoRA file {wish.name!r} doesn't fit this model: {placed} of {held} layers found a place.")
+
+
+@contextmanager
+def _same_layers(pipe: Any, wish: Lora) -> Generator[None]:
+    """Put back what a loader does to the layers themselves: FLUX's replaces those that a file's shapes don't fit.
+
+    Raises:
+        LoraError: it has done so.
+    """
+    from pipelines.lora_files import adaptable_layers
+
+    network = getattr(pipe, "transformer", None)
+    if network is None:
+        yield
+        return
+    before, config = adaptable_layers(network), dict(network.config)
+    try:
+        yield
+    finally:
+        replaced = [name for name, layer in adaptable_layers(network).items() if layer is not before.get(name)]
+        if replaced:
+            pipe.unload_lora_weights()
+            for name in replaced:
+                network.set_submodule(name, before[name])
+            network.register_to_config(**config)
+            raise LoraError(
+                f"The LoRA file {wish.name!r} doesn't fit this model: its factors for {', '.join(replaced[:4])} are of "
+                "another size than the layers."
+            )
+
+
+def _count_layers(pipe: Any) -> int:
+    """Return how many layers of a pipeline have our adapter."""
+    networks = [part for part in pipe.components.values() if hasattr(part, "modules")]
+    return sum(ADAPTER in getattr(layer, "lora_A", ()) for network in networks for layer in network.modules())

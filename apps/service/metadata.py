@@ -1,0 +1,353 @@
+"""The settings that reproduce a picture, written into its PNG or WebP file and read back as untrusted text.
+
+A PNG carries one `tessera` text chunk, a WebP the EXIF description: JSON of `PictureSettings`. Reading trusts nothing:
+the text is capped, parsed as JSON and checked against the schema; it can name neither a path nor a class to load.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from PIL import Image, PngImagePlugin
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from apps.service import limits
+from apps.service.request_error import RequestError
+
+CHUNK = "tessera"
+"""Keyword of the text chunk."""
+DESCRIPTION = 0x010E
+"""EXIF tag ImageDescription, which keeps the settings of a WebP file."""
+FORMATS = {".png": "PNG", ".webp": "WEBP"}
+
+Scalar = bool | int | float | str | None
+ShortText = Annotated[str, Field(max_length=200)]
+PictureId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""Hash of a picture's pixels, see `apps.service.uploads`."""
+SchedulerName = Literal["euler", "heun", "sde", "dpm++", "unipc", "ddim", "ddpm"]
+"""Choices of `apps.service.schedulers`."""
+KvPolicy = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,40}$")]
+KvType = Literal["auto", "int8"]
+MemoryName = Literal["fast", "tiles", "balanced", "low"]
+"""Choices of `apps.service.compute_profiles`."""
+AttentionName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
+"""A backend of diffusers; which of them work here is known by `apps.service.compute_profiles`."""
+Precision = Literal["float32", "bfloat16", "float16"]
+SearchMethod = Literal["best_of", "tts", "beam"]
+Task = Literal[
+    "text_to_image", "image_to_image", "inpaint", "class_to_image", "next_scale_class", "next_scale_text"
+]  # fmt: skip
+
+
+class StepCache(BaseModel):
+    """Which steps are computed and how the others are forecast.
+
+    Attributes:
+        preset: name of a preset of `sampling.step_cache`.
+        amount: of the preset's main parameter, see `apps.service.acceleration.KNOBS`; None is its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    preset: str = Field(pattern=r"^[a-z0-9_.-]{1,40}$")
+    amount: float | None = Field(default=None, gt=0, le=100)
+
+
+class Lora(BaseModel):
+    """A LoRA file on the model.
+
+    Attributes:
+        name: of the file in the owner's list.
+        scale: 1 is as trained, 0 nothing.
+        sha256: of the file's content; None takes what has the name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(min_length=1, max_length=200)
+    scale: float = Field(default=1.0, ge=-4, le=4)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+
+class Expand(BaseModel):
+    """How far a picture grows on each side, in shares of its own width or height; what is added is painted.
+
+    Attributes:
+        left: share of the width.
+        right: share of the width.
+        top: share of the height.
+        bottom: share of the height.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    left: float = Field(default=0, ge=0, le=2)
+    right: float = Field(default=0, ge=0, le=2)
+    top: float = Field(default=0, ge=0, le=2)
+    bottom: float = Field(default=0, ge=0, le=2)
+
+    @model_validator(mode="after")
+    def _check_growth(self) -> Self:
+        if not any((self.left, self.right, self.top, self.bottom)):
+            raise RequestError("expand", "expand grows no side; give left, right, top or bottom a share such as 0.25.")
+        return self
+
+
+class PictureSettings(BaseModel):
+    """Everything needed to paint one picture again.
+
+    Attributes:
+        schema_version: of this record; 1 knew text to image only, 2 neither expanding nor memory nor attention, 3
+            counted the guidance of next-scale class models from 0, which is 1 now. Older ones are translated when read.
+        task: what was asked for.
+        prompt: the text that was painted; empty for a picture of a class.
+        negative_prompt: the text that was kept away from.
+        seed: of this picture's noise, drawn on the CPU in float32.
+        steps: denoising steps; None for a model that has none to choose.
+        guidance: guidance scale; None for the own one of a model without a choice.
+        height: pixels.
+        width: pixels.
+        frames: of a clip; None for a picture.
+        fps: frames a second of a clip.
+        model: name of the model in the list it was chosen from; never a path.
+        fingerprint: hash of the model's structure and weights, 16 hex digits.
+        scheduler: class name and config values of the scheduler.
+        device: kind of device, such as `cpu`; another kind rounds differently.
+        dtype: number format of the weights.
+        memory: profile of `apps.service.compute_profiles` that was asked for.
+        attention: backend of diffusers that was asked for.
+        versions: of the packages that computed it.
+        sampler: the scheduler that was chosen in place of the model's own.
+        finish_after: the run ended after so many steps.
+        step_cache: which steps were forecast.
+        lora: LoRA file that was on the model.
+        image: hash of the picture that was started from.
+        mask: hash of the mask of inpainting.
+        expand: how far the picture that was started from was grown.
+        mask_grow: pixels by which the mask was grown.
+        mask_blur: width of the mask's soft edge, pixels.
+        strength: how much of the picture was repainted.
+        label: number or name of the class.
+        top_k: tokens to draw among.
+        top_p: share of the probability to draw among.
+        temperature: of the draw.
+        smooth: codes were mixed.
+        kv_policy: what was kept of earlier scales.
+        kv_budget: which share of it.
+        kv_dtype: in which number format.
+        search: how candidates were searched.
+        candidates: how many pictures the search paid for.
+        batch_size: pictures that were painted at once.
+        pick: which of them this is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    schema_version: Literal[1, 2, 3, 4] = 4
+    task: Task = "text_to_image"
+    prompt: str = Field(default="", max_length=limits.MAX_PROMPT_CHARS)
+    negative_prompt: str = Field(default="", max_length=limits.MAX_PROMPT_CHARS)
+    seed: int = Field(ge=0, le=limits.MAX_SEED)
+    steps: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
+    guidance: float | None = Field(default=None, ge=0, le=limits.MAX_GUIDANCE)
+    height: int = Field(ge=1, le=limits.MAX_SIDE)
+    width: int = Field(ge=1, le=limits.MAX_SIDE)
+    frames: int | None = Field(default=None, ge=1, le=limits.MAX_FRAMES)
+    fps: float | None = Field(default=None, gt=0, le=240)
+    model: ShortText
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{16}$")
+    scheduler: dict[ShortText, Scalar | list[Scalar]] = Field(default_factory=dict, max_length=100)
+    device: ShortText = "cpu"
+    dtype: ShortText = "float32"
+    memory: MemoryName | None = None
+    attention: AttentionName | None = None
+    versions: dict[ShortText, ShortText] = Field(default_factory=dict, max_length=20)
+    sampler: SchedulerName | None = None
+    finish_after: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
+    step_cache: StepCache | None = None
+    lora: Lora | None = None
+    image: PictureId | None = None
+    mask: PictureId | None = None
+    expand: Expand | None = None
+    mask_grow: int | None = Field(default=None, ge=0, le=limits.MAX_MASK_GROW)
+    mask_blur: int | None = Field(default=None, ge=0, le=limits.MAX_MASK_BLUR)
+    strength: float | None = Field(default=None, gt=0, le=1)
+    label: int | ShortText | None = None
+    top_k: int | None = Field(default=None, ge=0, le=2**20)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    temperature: float | None = Field(default=None, gt=0, le=100)
+    smooth: bool | None = None
+    kv_policy: KvPolicy | None = None
+    kv_budget: float | None = Field(default=None, gt=0, le=1)
+    kv_dtype: KvType | None = None
+    search: SearchMethod | None = None
+    candidates: int | None = Field(default=None, ge=2, le=limits.MAX_CANDIDATES)
+    batch_size: int = Field(default=1, ge=1, le=limits.MAX_BATCH)
+    pick: int | None = Field(default=None, ge=0, lt=limits.MAX_BATCH)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translate(cls, data: Any) -> Any:
+        """Translate a record of an older version, so that it reproduces the same image today."""
+        if not isinstance(data, dict) or data.get("schema_version", 4) not in (1, 2, 3):
+            return data
+        changed: dict[str, Any] = {"schema_version": 4}
+        guidance = data.get("guidance")
+        if data.get("task") == "next_scale_class" and isinstance(guidance, int | float) and guidance >= 0:
+            changed["guidance"] = guidance + 1
+        return {**data, **changed}
+
+
+class MetadataError(RequestError):
+    """A picture carries no settings of ours, or settings that don't pass the checks."""
+
+
+def save_picture(image: Image.Image, path: Path, settings: PictureSettings | None, *, is_fast: bool = False) -> Path:
+    """Write a picture with its settings; the file appears complete or not at all.
+
+    Args:
+        image: the picture.
+        path: the file to write, `.png` or `.webp` (without loss); an existing one is replaced.
+        settings: what reproduces the picture; None leaves it out.
+        is_fast: compress little, for files that are read by us only.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: another ending; no other format keeps picture and settings as they are.
+    """
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(
+            f"{path.name!r} is no PNG or WebP name; other formats lose the settings. Use '.png' or '.webp'."
+        )
+    partial = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        with partial.open("xb") as file:
+            image.save(
+                file, format=kind, **_saving_options(kind, settings), **({"compress_level": 1} if is_fast else {})
+            )
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def sidecar_path(picture: Path) -> Path:
+    """Return the file that settings beside a picture stand in."""
+    return picture.with_name(f"{picture.name}.json")
+
+
+def save_sidecar(settings: PictureSettings, picture: Path) -> Path:
+    """Write the settings of a picture beside it; the file appears complete or not at all.
+
+    Args:
+        settings: of the picture.
+        picture: its file; the JSON file has its whole name and `.json` behind, so that no two share one.
+
+    Returns:
+        The JSON file, which `--settings` takes as it takes the picture.
+    """
+    path = sidecar_path(picture)
+    partial = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        partial.write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_sidecar(path: Path) -> PictureSettings:
+    """Read the settings that `save_sidecar` wrote, or a file of any origin in its place.
+
+    Raises:
+        MetadataError: too long, no JSON, or outside the schema.
+    """
+    with path.open("rb") as file:
+        text = file.read(limits.MAX_METADATA_BYTES + 1).decode("utf-8", errors="replace")
+    return parse(text)
+
+
+def _saving_options(kind: str, settings: PictureSettings | None) -> dict[str, Any]:
+    """Return what `Image.save` needs for settings in a format, and for no loss."""
+    if kind == "PNG":
+        text = PngImagePlugin.PngInfo()
+        if settings is not None:
+            text.add_itxt(CHUNK, settings.model_dump_json())
+        return {"pnginfo": text}
+    exif = Image.Exif()
+    if settings is not None:
+        exif[DESCRIPTION] = json.dumps(settings.model_dump(mode="json"))  # ASCII, as EXIF wants it
+    return {"lossless": True, "exact": True, "exif": exif}
+
+
+def read_picture(path: Path) -> PictureSettings:
+    """Read the settings of a picture of any origin.
+
+    Args:
+        path: a PNG or WebP file.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        MetadataError: no such picture, no settings in it, too long, or outside the schema.
+    """
+    try:
+        with Image.open(path, formats=list(FORMATS.values())) as image:
+            text = image.info.get(CHUNK) if image.format == "PNG" else image.getexif().get(DESCRIPTION)
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's three ways to say "no PNG"
+        raise MetadataError(
+            "settings.form", f"{path.name!r} is not a readable PNG or WebP picture.", file=path.name
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise MetadataError(
+            "upload.claims",
+            f"{path.name!r} claims to have more pixels than are read.",
+            most=limits.MAX_UPLOAD_PIXELS,
+        ) from error
+    if not isinstance(text, str):
+        raise MetadataError(
+            "settings.none", f"{path.name!r} carries no settings; only pictures painted by tessera do.", file=path.name
+        )
+    return parse(text)
+
+
+def parse(text: str) -> PictureSettings:
+    """Check settings given as JSON text.
+
+    Args:
+        text: JSON of unknown origin, at most `limits.MAX_METADATA_BYTES` in UTF-8.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        MetadataError: too long, no JSON, or outside the schema.
+    """
+    size = len(text.encode("utf-8", errors="replace"))
+    if size > limits.MAX_METADATA_BYTES:
+        raise MetadataError(
+            "settings.bytes",
+            f"The settings take {size} bytes; at most {limits.MAX_METADATA_BYTES} are read.",
+            value=size,
+            most=limits.MAX_METADATA_BYTES,
+        )
+    try:
+        return PictureSettings.model_validate_json(text)
+    except (ValidationError, RecursionError) as error:
+        wrong = _wrong_fields(error)
+        raise MetadataError("settings.checks", f"The settings don't pass the checks ({wrong}).", names=wrong) from error
+
+
+def _wrong_fields(error: Exception) -> str:
+    """Name the fields that failed, cut and cleaned: the names come from the untrusted text too."""
+    items = error.errors() if isinstance(error, ValidationError) else []
+    names = {".".join(map(str, item["loc"])) for item in items} - {""}
+    return ", ".join(sorted(re.sub(r"[^\w.]", "?", name)[:40] for name in names)[:8]) or "the text as a whole"

@@ -1,0 +1,86 @@
+"""Presets: named sets of settings, from a JSON file that anyone can edit; what a request says itself goes first."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from apps.service import limits
+from apps.service.metadata import SchedulerName, StepCache
+from apps.service.request_error import RequestError
+
+PRESETS = Path(__file__).parent / "presets" / "presets.json"
+
+
+class Preset(BaseModel):
+    """One set of settings; what is None stays as it is.
+
+    Attributes:
+        steps: denoising steps.
+        guidance: guidance scale.
+        scheduler: how the noise is taken away.
+        step_cache: compute only some of the steps and forecast the others.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    steps: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
+    guidance: float | None = Field(default=None, ge=0, le=limits.MAX_GUIDANCE)
+    scheduler: SchedulerName | None = None
+    step_cache: StepCache | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Return the fields of a request that it sets."""
+        return {name: value for name in Preset.model_fields if (value := getattr(self, name)) is not None}
+
+
+@functools.cache
+def load_presets(file: Path = PRESETS) -> dict[str, Preset]:
+    """Read the presets.
+
+    Args:
+        file: JSON object, name -> preset.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    found = TypeAdapter(dict[str, Preset]).validate_python(json.loads(file.read_text(encoding="utf-8")))
+    return dict(found)
+
+
+def unknown_preset(name: str) -> RequestError:
+    """Return the error of a name that no preset has."""
+    names = ", ".join(load_presets())
+    return RequestError(
+        "choice", f"There is no such preset; choose among {names}.", field="preset", value=name, choices=names
+    )
+
+
+def preset_values(name: str, fields: Collection[str]) -> dict[str, Any]:
+    """Return what a preset sets in a request.
+
+    Args:
+        name: of the preset.
+        fields: that the request has.
+
+    Raises:
+        ValueError: no such preset, or it sets what the request has no field for.
+    """
+    presets = load_presets()
+    if name not in presets:
+        raise unknown_preset(name)
+    values = presets[name].values()
+    missing = sorted(set(values) - set(fields))
+    if missing:
+        raise RequestError(
+            "preset",
+            f"The preset {name!r} sets {', '.join(missing)}, which this task doesn't have; leave it out.",
+            value=name,
+            names=", ".join(missing),
+        )
+    return values
