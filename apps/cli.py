@@ -39,7 +39,7 @@ from apps.commands.shared_options import (
 
 app = typer.Typer(
     name="tessera",
-    help="Text to picture and video with small, readable transformers.",
+    help="Generate images and videos from text with small, readable transformers.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -94,7 +94,7 @@ def studio(
     auth_file: AuthFile = None,
     lora: LoraFolder = None,
 ) -> None:
-    """Start the studio: a web page that paints what you type."""
+    """Start the studio: a web page that generates what you describe."""
     _serve(
         models=model or [],
         host=host,
@@ -172,7 +172,7 @@ def token(
     name: Annotated[str, typer.Argument(help="Of the user: letters, digits and _.-")],
     auth_file: Annotated[Path, typer.Option(dir_okay=False, help="File of users; created if absent.")],
     role: Annotated[
-        Literal["watch", "paint", "admin"], typer.Option(help="watch: see one's jobs; paint: submit; admin: all jobs.")
+        Literal["watch", "paint", "admin"], typer.Option(help="watch: view own jobs; paint: submit jobs; admin: all jobs.")
     ] = "paint",
 ) -> None:
     """Add a user of the server, or give one a new token; it is shown once."""
@@ -212,14 +212,14 @@ def evaluate(
         int,
         typer.Option(
             min=1,
-            help="Prompts of each kind to paint and judge.",
+            help="Prompts of each kind to generate and judge.",
             rich_help_panel=MEASURED,
         ),
     ] = 500,
     sets: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Paint only this set of prompts, e.g. single. May be repeated.", rich_help_panel=MEASURED
+            "--set", help="Generate only this set of prompts, e.g. single. May be repeated.", rich_help_panel=MEASURED
         ),
     ] = None,
     output: Annotated[
@@ -243,7 +243,7 @@ def evaluate(
         int,
         typer.Option(
             min=1,
-            help="Pictures painted at once.",
+            help="Batch size: images generated at once.",
             rich_help_panel=SPEED,
         ),
     ] = 32,
@@ -254,7 +254,7 @@ def evaluate(
     dtype: Precision = "auto",
     json_output: Json = False,
 ) -> None:
-    """Paint many prompts and let the exact judge read the pictures."""
+    """Generate many prompts and let the exact judge read the images."""
     from apps.commands.evaluate import run
 
     run(
@@ -278,7 +278,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="paint (a picture and its parts), start (imports), costs (single operations), cache and "
+            help="paint (an image and its parts), start (imports), costs (single operations), cache and "
             "cache-transfer (step caches), kv, shortcuts and search (what next-scale models lose by forgetting and "
             "skipping, and gain by searching), or released (our VAR beside a clone of its authors' code)."
         ),
@@ -298,7 +298,7 @@ def bench(
         int,
         typer.Option(
             min=1,
-            help="Pictures to compare, for cache, kv and search.",
+            help="Images to compare, for cache, kv and search.",
             rich_help_panel=MEASURED,
         ),
     ] = 64,
@@ -412,7 +412,7 @@ def convert(
     resolution: Annotated[
         Literal["0.06M", "0.25M", "0.60M", "1M"],
         typer.Option(
-            help="For infinity: pixels of its pictures, e.g. 0.25M for the model of 512 x 512.",
+            help="For infinity: pixels of its images, e.g. 0.25M for the model of 512 x 512.",
             rich_help_panel=CHECKPOINT,
         ),
     ] = "1M",

@@ -28,12 +28,12 @@ from apps.commands.shared_options import (
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="What to paint; a class name or number for models of classes.")
+        str | None, typer.Argument(help="Prompt; a class name or number for models of classes.")
     ] = None,
     negative_prompt: Annotated[
         str | None,
         typer.Option(
-            help="What to keep away from.",
+            help="Negative prompt: what the image should not show.",
             rich_help_panel=PROMPT,
         ),
     ] = None,
@@ -50,7 +50,7 @@ def generate(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="Take the settings of this picture, clip or JSON file.",
+            help="Take the settings of this image, clip or JSON file.",
             rich_help_panel=FILES,
         ),
     ] = None,
@@ -59,7 +59,7 @@ def generate(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="JSONL (or text) file with a picture a line; goes on where it was.",
+            help="JSONL (or text) file with an image a line; goes on where it was.",
             rich_help_panel=FILES,
         ),
     ] = None,
@@ -67,7 +67,7 @@ def generate(
         int | None,
         typer.Option(
             min=0,
-            help="Seed of the noise: the same seed gives the same picture.",
+            help="Seed of the noise: the same seed gives the same image.",
             rich_help_panel=SAMPLING,
         ),
     ] = None,
@@ -84,7 +84,7 @@ def generate(
         int | None,
         typer.Option(
             min=1,
-            help="How many pictures.",
+            help="Number of images.",
             rich_help_panel=COUNT,
         ),
     ] = None,
@@ -92,7 +92,7 @@ def generate(
         int | None,
         typer.Option(
             min=1,
-            help="How many of them are painted at once.",
+            help="Batch size: how many of them at once.",
             rich_help_panel=COUNT,
         ),
     ] = None,
@@ -175,7 +175,7 @@ def generate(
     search: Annotated[
         SearchMethod | None,
         typer.Option(
-            help="Next-scale models: paint several candidates; the scorer beside the model chooses.",
+            help="Next-scale models: generate several candidates; the scorer beside the model chooses.",
             rich_help_panel=SCALES,
         ),
     ] = None,
@@ -183,7 +183,7 @@ def generate(
         int | None,
         typer.Option(
             min=2,
-            help="With --search: pictures to pay for. best_of paints so many; tts and beam spend their tokens early.",
+            help="With --search: images to pay for. best_of generates so many; tts and beam spend their tokens early.",
             rich_help_panel=SCALES,
         ),
     ] = None,
@@ -205,13 +205,13 @@ def generate(
     image: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="Start from this picture; a clip begins with it.", rich_help_panel=EDITING
+            exists=True, dir_okay=False, help="Start from this image; a clip begins with it.", rich_help_panel=EDITING
         ),
     ] = None,
     mask: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="With --image: paint only where it is white.", rich_help_panel=EDITING
+            exists=True, dir_okay=False, help="With --image: change only where it is white.", rich_help_panel=EDITING
         ),
     ] = None,
     mask_grow: Annotated[
@@ -231,14 +231,14 @@ def generate(
         typer.Option(
             min=0.05,
             max=1.0,
-            help="With --image: how much of it is repainted.",
+            help="With --image: strength, how much of it changes.",
             rich_help_panel=EDITING,
         ),
     ] = None,
     expand: Annotated[
         str | None,
         typer.Option(
-            help="With --image: let it grow and paint what is added: 0.25, or left=0.5,top=0.25.",
+            help="With --image: extend it (outpainting): 0.25, or left=0.5,top=0.25.",
             rich_help_panel=EDITING,
         ),
     ] = None,
@@ -273,7 +273,7 @@ def generate(
         bool,
         typer.Option(
             "--keep-settings/--no-settings",
-            help="Write what reproduces a picture into its file.",
+            help="Write what reproduces an image into its file.",
             rich_help_panel=OUTPUT,
         ),
     ] = True,
@@ -281,13 +281,13 @@ def generate(
         bool,
         typer.Option(
             "--sidecar",
-            help="Write it into a JSON file beside the picture.",
+            help="Write it into a JSON file beside the image.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
     json_output: Json = False,
 ) -> None:
-    """Paint a prompt into a file, repeat a picture from its settings, or work through a file of prompts."""
+    """Generate an image from a prompt, repeat one from its settings, or work through a file of prompts."""
     from apps.commands.generate import Machine, Wishes, run
 
     wishes = Wishes(
@@ -326,7 +326,7 @@ def generate(
     )
     machine = Machine(device=device, dtype=dtype, offload=offload, base=base)
     if prompt is None and settings is None and batch is None:
-        raise typer.BadParameter("There is nothing to paint: give a prompt, --settings or --batch.")
+        raise typer.BadParameter("There is nothing to generate: give a prompt, --settings or --batch.")
     if batch is None:
         run(wishes, output, machine, settings, json_output, keep_settings, sidecar)
         return

@@ -59,7 +59,7 @@ PictureFolder = Annotated[
     Path,
     typer.Option(
         file_okay=False,
-        help="Folder that receives the pictures.",
+        help="Folder that receives the images.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -104,7 +104,7 @@ Guidance = Annotated[
 Seed = Annotated[
     int,
     typer.Option(
-        help="Seed of the noise: the same seed gives the same picture.",
+        help="Seed of the noise: the same seed gives the same image.",
         rich_help_panel=SAMPLING,
     ),
 ]

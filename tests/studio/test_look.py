@@ -219,7 +219,7 @@ def test_a_grid_has_no_frames_and_whole_labels(server, page):
     choose(page, "grid")
     page.fill("#prompt textarea", "a fox")
     page.locator("#tab-grid textarea").nth(0).fill("1, 2")
-    page.get_by_label("Down").click()
+    page.get_by_label("Y axis").click()
     page.get_by_role("option", name="Guidance").click()  # the longest of the common labels
     page.locator("#tab-grid textarea").nth(1).fill("1, 2")
     page.click("#paint")

@@ -232,7 +232,7 @@ def test_type_paint_stop(server, page, width, height):
     page.fill("#count input[type=number]", "16")
     page.fill("#steps input[type=number]", "100")
     page.press("#steps input[type=number]", "Tab")
-    page.get_by_role("button", name="Paint", exact=True).click()
+    page.get_by_role("button", name="Generate", exact=True).click()
     note_says(page, "Picture 2 of 16")
     page.get_by_role("button", name="Stop", exact=True).click()
     note_says(page, "Stopped")
@@ -241,7 +241,7 @@ def test_type_paint_stop(server, page, width, height):
     assert read_picture(pictures[0]).width == 128
     time.sleep(1)
     assert set(out.glob("*.png")) == before | {painted, *pictures}  # nothing paints on behind the page
-    assert page.get_by_role("button", name="Paint", exact=True).is_enabled()
+    assert page.get_by_role("button", name="Generate", exact=True).is_enabled()
     for name in ("Image", "Inpaint", "Class", "Scales", "Grid", "Gallery", "Text"):
         page.get_by_role("tab", name=name, exact=True).first.click()
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
@@ -383,11 +383,11 @@ def test_the_first_visit_is_in_the_browsers_language(server, browser):
         page.goto(address)
         page.wait_for_url(f"{address}{place}")
         page.locator("#paint").wait_for()
-        assert page.inner_text("#paint") == (STRINGS["paint"] if place == "/zh/" else "Paint")
+        assert page.inner_text("#paint") == (STRINGS["paint"] if place == "/zh/" else "Generate")
         if locale == "zh-CN":  # what is chosen goes before what the browser asks for, from then on
             page.click(".language")
             page.wait_for_url(f"{address}/")
             page.goto(f"{address}/?x=1")
             page.locator("#paint").wait_for()
-            assert page.inner_text("#paint") == "Paint"
+            assert page.inner_text("#paint") == "Generate"
         context.close()
