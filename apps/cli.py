@@ -172,7 +172,8 @@ def token(
     name: Annotated[str, typer.Argument(help="Of the user: letters, digits and _.-")],
     auth_file: Annotated[Path, typer.Option(dir_okay=False, help="File of users; created if absent.")],
     role: Annotated[
-        Literal["watch", "paint", "admin"], typer.Option(help="watch: view own jobs; paint: submit jobs; admin: all jobs.")
+        Literal["watch", "paint", "admin"],
+        typer.Option(help="watch: view own jobs; paint: submit jobs; admin: all jobs."),
     ] = "paint",
 ) -> None:
     """Add a user of the server, or give one a new token; it is shown once."""

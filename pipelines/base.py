@@ -1,4 +1,4 @@
-"""What all pipelines share: safe loading, size checks, per-picture noise, previews, interruption, callbacks.
+"""What all pipelines share: safe loading, size checks, per-image noise, previews, interruption, callbacks.
 
 diffusers writes the module path of every component into `model_index.json` and, on loading, looks that path
 up among the modules that happen to be imported. `TesseraPipeline` closes the gap: it imports our component modules
@@ -257,7 +257,7 @@ class TesseraPipeline(DiffusionPipeline):
 
     @property
     def finish_now(self) -> bool:
-        """True when the running call shall end with what it has: after the present step its estimate is decoded."""
+        """True when the running call should end with what it has: after the present step its estimate is decoded."""
         return self._finish_now
 
     @finish_now.setter
@@ -266,7 +266,7 @@ class TesseraPipeline(DiffusionPipeline):
 
     @property
     def interrupted(self) -> bool:
-        """True when the last call was stopped before its end; its pictures were not decoded."""
+        """True when the last call was stopped before its end; its images were not decoded."""
         return self._interrupted
 
     # -------------------------------------------------------------------- sizes
@@ -277,7 +277,7 @@ class TesseraPipeline(DiffusionPipeline):
         return as_visual_tokenizer(self.vae)
 
     def check_size(self, height: int, width: int, multiple: int) -> None:
-        """Check a picture size in pixels: multiples of `multiple` up to `max_side`; see `check_side`."""
+        """Check an image size in pixels: multiples of `multiple` up to `max_side`; see `check_side`."""
         check_side("height", height, multiple, self.max_side)
         check_side("width", width, multiple, self.max_side)
 
@@ -287,12 +287,12 @@ class TesseraPipeline(DiffusionPipeline):
     def prepare_noise(
         shape: Sequence[int], count: int, generator: torch.Generator | Sequence[torch.Generator] | None = None
     ) -> Tensor:
-        """Draw Gaussian noise picture by picture in float32: picture i does not depend on the batch size.
+        """Draw Gaussian noise image by image in float32: image i does not depend on the batch size.
 
         Args:
-            shape: of one picture's latent, `(C, H, W)` or `(C, T, H, W)`.
-            count: number of pictures B.
-            generator: one that serves all pictures in order, one per picture, or None (torch's global state).
+            shape: of one image's latent, `(C, H, W)` or `(C, T, H, W)`.
+            count: number of images B.
+            generator: one that serves all images in order, one per image, or None (torch's global state).
 
         Returns:
             Noise, (B, *shape), float32, on the CPU.
@@ -310,7 +310,7 @@ class TesseraPipeline(DiffusionPipeline):
         ]
         return torch.stack(pictures)  # (B, C, H, W)
 
-    # ----------------------------------------------------------------- pictures
+    # ----------------------------------------------------------------- images
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> list[Image.Image]:
@@ -333,7 +333,7 @@ class TesseraPipeline(DiffusionPipeline):
             latents: normalised latents, (B, C, H, W).
 
         Returns:
-            Pictures, (B, 3, H * f, W * f), about [-1, 1], float32.
+            Images, (B, 3, H * f, W * f), about [-1, 1], float32.
 
         Raises:
             ValueError: there is no decoder, or the images are not finite.

@@ -208,7 +208,7 @@ def _plan_folder(source: Path | str, request: _Request) -> Reading:
 
 
 def _plan_onto_base(file: Path, source: Path | str, request: _Request) -> Reading:
-    """Plan to load the network that paints from a file and everything else from a folder or Hub repository."""
+    """Plan to load the network that generates from a file and everything else from a folder or Hub repository."""
     rest = {*request.replaced, *DENOISERS}  # the repository's own network isn't even fetched
     folder = source if isinstance(source, Path) else fetch(source, request.options, rest)
     index = read_index(folder)

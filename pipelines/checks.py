@@ -49,7 +49,7 @@ def check_count(name: str, value: object, low: int, high: int) -> None:
 
 
 def check_side(name: str, side: object, multiple: int, largest: int) -> None:
-    """Check a picture's height or width in pixels.
+    """Check an image's height or width in pixels.
 
     Args:
         name: "height" or "width".

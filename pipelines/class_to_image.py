@@ -1,4 +1,4 @@
-"""Class label to picture with DiT (diffusion) or SiT (flow): the call of diffusers' DiTPipeline, and more of it."""
+"""Class label to image with DiT (diffusion) or SiT (flow): the call of diffusers' DiTPipeline, and more of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sampling.timesteps import set_timesteps
 
 
 class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
-    """Paint pictures of a class.
+    """Generate images of a class.
 
     A transformer with the objective "epsilon" (DiT) takes diffusion schedulers: DDPM with the learned variance
     ("learned_range"), DDIM, DPM-Solver. One with "velocity" (SiT) takes flow schedulers: diffusers' `FlowMatch...`
@@ -79,7 +79,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         cfg_channels: int | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | Tensor]:
-        """Paint.
+        """Generate.
 
         Args:
             class_labels: one label or a list of P: class numbers, or names if the pipeline knows them.
@@ -87,8 +87,8 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             num_inference_steps: steps.
             height: pixels; None is the size the model was trained for.
             width: pixels; None is the size the model was trained for.
-            num_images_per_prompt: pictures per label; B = P times this.
-            generator: seeded generator, or one per picture; picture i does not depend on the batch size.
+            num_images_per_prompt: images per label; B = P times this.
+            generator: seeded generator, or one per image; image i does not depend on the batch size.
             latents: the starting noise itself, (B, C, H / f, W / f).
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent"
                 (normalised latents).
@@ -102,7 +102,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             attention_kwargs: passed on to the transformer, e.g. `{"scale": 0.5}` for LoRAs.
 
         Returns:
-            The pictures; none when the run was interrupted (then `pipe.interrupted` is True).
+            The images; none when the run was interrupted (then `pipe.interrupted` is True).
 
         Raises:
             TypeError: an argument has a wrong type.
@@ -154,7 +154,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             TypeError: something else than ints and strings.
             ValueError: no labels, an unknown name, or a number that the model has no row for.
         """
-        # The row after the last class is 'no class', which may be painted too.
+        # The row after the last class is 'no class', which may be generated too.
         last = self.transformer.config.num_classes - (self.transformer.config.class_dropout_prob == 0)
         return label_ids(labels, self.labels, last)
 
@@ -333,17 +333,17 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
 def _generator_per_picture(
     generator: torch.Generator | list[torch.Generator] | None, count: int
 ) -> list[torch.Generator] | None:
-    """One generator a picture for the noise of stochastic steps, so that picture i is the same in any batch.
+    """One generator an image for the noise of stochastic steps, so that image i is the same in any batch.
 
     A single generator and a list of it mean the same: what the steps draw follows from the state that it has before the
     start noise is drawn.
 
     Args:
         generator: what the caller gave; left as it is.
-        count: number of pictures B.
+        count: number of images B.
 
     Returns:
-        B new generators, each seeded from a copy of the caller's for its picture; None stays None.
+        B new generators, each seeded from a copy of the caller's for its image; None stays None.
     """
     if generator is None:
         return None

@@ -40,7 +40,7 @@ class TextConditionedPipeline(KnownWordsMixin, TesseraPipeline):
         negative_prompt_attention_mask: Tensor | None = None,
         max_sequence_length: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Encode prompts, one row per picture.
+        """Encode prompts, one row per image.
 
         Args:
             prompt: P prompts, or None when `prompt_embeds` are given.

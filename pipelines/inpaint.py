@@ -3,7 +3,7 @@
 After each step of a flow the latents outside the mask are replaced by `(1 - sigma) * data + sigma * noise` of the
 original, with one noise for the whole run, so that the network always sees the kept part as it would be at that noise
 level (the replacement of arXiv 2201.09865, algorithm 1, here for rectified flows and without its resampling). At the
-end the kept pixels are laid over the decoded picture: they are the original's, bit for bit.
+end the kept pixels are laid over the decoded image: they are the original's, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 MaskInput = Image.Image | np.ndarray | Tensor
-"""White, or 1, is painted; black, or 0, is kept."""
+"""White, or 1, is generated; black, or 0, is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class KeptRegion:
 
     Attributes:
         pixels: the original, (B, 3, H, W) in [-1, 1].
-        mask: where to paint, (B, 1, H, W), bool.
+        mask: where to generate, (B, 1, H, W), bool.
         latents: the original's, with the masked part filled in smoothly, (B, C, h, w).
         noise: of the run, (B, C, h, w).
     """
@@ -38,7 +38,7 @@ class KeptRegion:
 
     @property
     def cells(self) -> Tensor:
-        """Latent cells that are painted because the mask touches them, (B, 1, h, w), bool."""
+        """Latent cells that are generated because the mask touches them, (B, 1, h, w), bool."""
         return touched_cells(self.mask, self.latents.shape[-2], self.latents.shape[-1])
 
     def put_back(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class KeptRegion:
         return torch.where(self.cells, latents, kept)
 
     def lay_over(self, pictures: Tensor) -> Tensor:
-        """Replace the kept pixels of decoded pictures (B, 3, H, W) in about [-1, 1] by the original's."""
+        """Replace the kept pixels of decoded images (B, 3, H, W) in about [-1, 1] by the original's."""
         return torch.where(self.mask.to(pictures.device), pictures, self.pixels.to(pictures))
 
 
@@ -55,16 +55,16 @@ def read_mask(mask: MaskInput, height: int, width: int) -> Tensor:
     """Turn a mask into one truth value a pixel.
 
     Args:
-        mask: PIL picture, float array (H, W) or (H, W, 1), or tensor (H, W), (1, H, W), (B, 1, H, W) in [0, 1].
+        mask: PIL image, float array (H, W) or (H, W, 1), or tensor (H, W), (1, H, W), (B, 1, H, W) in [0, 1].
         height: pixels to which it is resized, without smoothing.
         width: pixels.
 
     Returns:
-        (B, 1, H, W), bool, True where to paint.
+        (B, 1, H, W), bool, True where to generate.
 
     Raises:
         TypeError: not a mask.
-        ValueError: values outside [0, 1], or nothing to paint.
+        ValueError: values outside [0, 1], or nothing to generate.
     """
     if isinstance(mask, Image.Image):
         values = torch.from_numpy(np.array(mask.convert("L"), dtype=np.float32) / 255)[None, None]  # (1, 1, H, W)
@@ -116,7 +116,7 @@ def _fill(total: Tensor, weight: Tensor) -> Tensor:
 
 
 def keep_pixels(original: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
-    """Lay the kept pixels of a picture over a painted one of the same size.
+    """Lay the kept pixels of an image over a generated one of the same size.
 
     Args:
         original: RGB.

@@ -253,7 +253,7 @@ def adaptable_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_values(lora: LoraFile) -> None:
-    """Refuse a file without tensors, and values that no picture survives."""
+    """Refuse a file without tensors, and values that no image survives."""
     if not lora.tensors:
         raise LoraFileError(f"{lora.name} holds no tensors, so it is no LoRA file.")
     for key, tensor in lora.tensors.items():

@@ -63,7 +63,7 @@ def check_memory(parts: Mapping[str, int], device: torch.device, dtype: torch.dt
 
     Args:
         parts: component -> bytes in memory.
-        device: where it shall run.
+        device: where it should run.
         dtype: number format of the weights.
         offload: "none", "model", "sequential" or "group".
 

@@ -1,4 +1,4 @@
-"""Class label to picture, scale by scale, with VAR (arXiv 2404.02905)."""
+"""Class label to image, scale by scale, with VAR (arXiv 2404.02905)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TokenSampling:
 
 
 class NextScaleClassToImagePipeline(NextScalePipeline):
-    """Paint pictures of a class, coarse to fine: each scale is one pass of the network and one step of the call.
+    """Generate images of a class, coarse to fine: each scale is one pass of the network and one step of the call.
 
     Args:
         transformer: a `dit.models.next_scale.NextScaleTransformer`.
@@ -107,7 +107,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         attention_kwargs: dict[str, Any] | None = None,
         cfg: float | None = None,
     ) -> NextScaleOutput | tuple[Pictures]:
-        """Paint.
+        """Generate.
 
         Args:
             class_labels: one label or a list of P: class numbers, or names if the pipeline knows them.
@@ -116,31 +116,31 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
             top_k: draw among so many entries of the codebook only; 0 is all.
             top_p: draw among the likeliest entries that hold this share of the probability; 0 is all.
             temperature: divides the logits; below 1 is bolder, above 1 more varied.
-            smooth: mix codebook entries in place of choosing one; good to look at.
-            num_images_per_prompt: pictures per label; B = P times this.
-            generator: a single one draws for all pictures at once, as the released sampler does; of a list of B, each
-                draws for its own picture, which then does not depend on the batch.
+            smooth: mix codebook entries instead of choosing one; good to look at.
+            num_images_per_prompt: images per label; B = P times this.
+            generator: a single one draws for all images at once, as the released sampler does; of a list of B, each
+                draws for its own image, which then does not depend on the batch.
             kv_policy: what to keep of earlier scales, one of `dit.cache.POLICIES`; `pipe.kv_report` tells what it took.
             kv_budget: share of the history to keep on average over the layers, 0.1 = 10 %; "full" keeps all.
             kv_dtype: how to store it, one of `dit.cache.KV_DTYPES`.
             kv_observe: tokens of the current scale whose queries choose what is kept, for the policies that ask.
             acceleration: what to leave out to be faster, see `ScaleAcceleration`; `pipe.acceleration_report` tells.
-            search: paint several candidates and go on with the promising, see `TTSConfig`; the output's `search` holds
-                them. Its draws come from the generator of a prompt's first picture.
-            image: change a part of this picture (or of B pictures): PIL, or arrays/tensors in [0, 1].
-            mask_image: with `image`: paint where it is white, keep every other pixel as it is.
+            search: generate several candidates and go on with the best, see `TTSConfig`; the output's `search` holds
+                them. Its draws come from the generator of a prompt's first image.
+            image: change a part of this image (or of B images): PIL, or arrays/tensors in [0, 1].
+            mask_image: with `image`: generate where it is white, keep every other pixel as it is.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w).
             return_dict: whether to wrap the result.
             callback_on_step_end: called as `callback(pipe, scale, timestep, tensors)` after each scale; latents it
                 returns replace ours. It may set `pipe.interrupt = True`.
-            callback_on_step_end_tensor_inputs: the tensors it gets: "latents" or "denoised_latents" (the picture so
+            callback_on_step_end_tensor_inputs: the tensors it gets: "latents" or "denoised_latents" (the image so
                 far, for `pipe.preview` or `pipe.decode_latents`), "indices" (the scale's tokens, (B, N)).
             attention_kwargs: passed on to the transformer, e.g. `{"scale": 0.5}` for LoRAs.
-            cfg: the guidance in the convention of VAR's released sampler, in place of `guidance_scale`, which is 1
+            cfg: the guidance in the convention of VAR's released sampler, instead of `guidance_scale`, which is 1
                 more: 0 is none, 1.5 scores best, 4 looks best.
 
         Returns:
-            The pictures; none when the run was interrupted (then `pipe.interrupted` is True).
+            The images; none when the run was interrupted (then `pipe.interrupted` is True).
 
         Raises:
             TypeError: an argument has a wrong type.
@@ -167,7 +167,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         return label_ids(labels, self.labels, self.transformer.config.num_classes)
 
     def _task(self, labels: Tensor, how: TokenSampling, images_per_prompt: int) -> ScaleTask:
-        """What to paint for labels (B,)."""
+        """What to generate for labels (B,)."""
         count, none, guided = len(self.vae.grids), self.transformer.config.num_classes, self._is_guided
         names = {int(label): each.split(",")[0].strip() for label, each in (self.config["id2label"] or {}).items()}
 
@@ -202,7 +202,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
             generator: of the caller.
 
         Returns:
-            Indices (B, N), and what to add to the picture: the same, or mixed codebook entries (B, N, C).
+            Indices (B, N), and what to add to the image: the same, or mixed codebook entries (B, N, C).
         """
         logits = truncate(logits, how.top_k, how.top_p, how.temperature)  # (B, N, V)
         indices = draw_tokens(logits, generator)  # (B, N)
@@ -212,7 +212,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
 
 
 def _from_cfg(cfg: float | None, guidance_scale: float) -> float:
-    """The guidance scale of a call that may give VAR's `cfg` in place of it."""
+    """The guidance scale of a call that may give VAR's `cfg` instead of it."""
     if cfg is None:
         return guidance_scale
     check_number("cfg", cfg, 0.0, 99.0)
@@ -227,7 +227,7 @@ def _strength(guidance_scale: float) -> float:
 
 
 def check_pair(transformer: ModelMixin, vae: ModelMixin, wants_text: bool) -> None:
-    """Raise when a transformer speaks of other tokens than its tokenizer, or is painted by the other pipeline."""
+    """Raise when a transformer speaks of other tokens than its tokenizer, or is generated by the other pipeline."""
     theirs, ours = transformer.config, vae.config
     if "bitwise" not in theirs:
         raise ValueError(f"{type(transformer).__name__} predicts no scales: expected a NextScaleTransformer")

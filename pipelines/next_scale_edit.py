@@ -1,8 +1,8 @@
-"""Change a part of a picture with a next-scale model, without training (arXiv 2404.02905, section 5.3).
+"""Change a part of an image with a next-scale model, without training (arXiv 2404.02905, section 5.3).
 
-After each scale is drawn, the tokens of what shall stay are replaced by the picture's own, so that the network paints
+After each scale is drawn, the tokens of what should stay are replaced by the image's own, so that the network generates
 the rest to fit. Tokens cannot hold every pixel, so at the end the kept pixels are laid over the result: they are the
-original's, bit for bit. The picture is encoded with its masked part filled in smoothly: nothing of it shines through.
+original's, bit for bit. The image is encoded with its masked part filled in smoothly: nothing of it shines through.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class KeptTokens:
 
     Attributes:
         pixels: the original, (B, 3, H, W) in [-1, 1].
-        mask: where to paint, (B, 1, H, W), bool.
+        mask: where to generate, (B, 1, H, W), bool.
         tokens: the original's, of each scale: (B, N) entries or (B, N, d) bits.
         kept: which of them stay, of each scale: (B, N), bool.
         codebook: (V, C) of tokenizers that have one, else None.
@@ -44,7 +44,7 @@ class KeptTokens:
         Args:
             vae: `MultiScaleVQ` or `MultiScaleBSQ`.
             pixels: (B, 3, H, W) in [-1, 1].
-            mask: where to paint, (B, 1, H, W), bool.
+            mask: where to generate, (B, 1, H, W), bool.
             grids: schedule of scales.
             flexible: whether the tokenizer takes the schedule.
         """
@@ -59,8 +59,8 @@ class KeptTokens:
 
         Args:
             tokens: as drawn: (B, N), (B, N, d), or mixed codebook entries (B, N, C).
-            scale: index of the scale; all tokens of the first stay, they hold the picture's mood.
-            rows: which pictures these are, (B,).
+            scale: index of the scale; all tokens of the first stay, they hold the image's mood.
+            rows: which images these are, (B,).
 
         Returns:
             Like `tokens`.
@@ -74,12 +74,12 @@ class KeptTokens:
         return torch.where(kept, own.to(tokens.dtype), tokens)
 
     def lay_over(self, pictures: Tensor, rows: Tensor) -> Tensor:
-        """Replace the kept pixels of decoded pictures (B, 3, H, W) in about [-1, 1] by the original's."""
+        """Replace the kept pixels of decoded images (B, 3, H, W) in about [-1, 1] by the original's."""
         rows = rows.to(self.mask.device)
         return torch.where(self.mask[rows].to(pictures.device), pictures, self.pixels[rows].to(pictures))
 
 
 def kept_cells(mask: Tensor, grid: Grid) -> Tensor:
-    """Cells of a token map more than half of which stays, (B, N), bool, for a mask (B, 1, H, W) of what is painted."""
+    """Cells of a token map more than half of which stays, (B, N), bool, for a mask (B, 1, H, W) of what changes."""
     painted = F.adaptive_avg_pool2d(mask.float(), grid)  # (B, 1, h, w)
     return (painted < 0.5).flatten(1)  # (B, N)

@@ -1,4 +1,4 @@
-"""What all next-scale pipelines do between the conditions and the pictures: cache, search, accelerations, editing."""
+"""What all next-scale pipelines do between the conditions and the images: cache, search, accelerations, editing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PROFILE_FILE, SCORER_FOLDER = "kv_profile.safetensors", "scorer"
 
 @dataclass
 class NextScaleOutput(ImagePipelineOutput):
-    """Pictures of a next-scale pipeline.
+    """Images of a next-scale pipeline.
 
     Attributes:
         images: as asked for.
@@ -55,7 +55,7 @@ class NextScaleOutput(ImagePipelineOutput):
 
 @dataclass(frozen=True)
 class ScaleOptions:
-    """How to run, apart from what to paint; see the arguments of the pipelines' calls.
+    """How to run, apart from what to generate; see the arguments of the pipelines' calls.
 
     Raises:
         TypeError: a value of a wrong type.
@@ -92,12 +92,12 @@ class ScaleOptions:
 
 @dataclass(frozen=True)
 class ScaleTask:
-    """What to paint: B pictures, `images_per_prompt` of each prompt side by side.
+    """What to generate: B images, `images_per_prompt` of each prompt side by side.
 
     Args:
-        prepare: from a transformer and picture indices (B',) to its condition; with guidance the unconditional rows
+        prepare: from a transformer and image indices (B',) to its condition; with guidance the unconditional rows
             stand behind the others.
-        prompts: of each picture, for rewards.
+        prompts: of each image, for rewards.
         images_per_prompt: see above.
         guided: whether there are unconditional rows.
         guidance: guidance scale of each scale, unless a callback changes it.
@@ -119,7 +119,7 @@ class ScaleTask:
 
     @property
     def count(self) -> int:
-        """Pictures B."""
+        """Images B."""
         return len(self.prompts)
 
 
@@ -156,17 +156,17 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
 
     @property
     def default_height(self) -> int:
-        """Height in pixels of the pictures of the network's own schedule."""
+        """Height in pixels of the images of the network's own schedule."""
         return self.transformer.grids[-1][0] * self.transformer.config.patchify * self.vae_scale_factor
 
     @property
     def default_width(self) -> int:
-        """Width in pixels of the pictures of the network's own schedule."""
+        """Width in pixels of the images of the network's own schedule."""
         return self.transformer.grids[-1][1] * self.transformer.config.patchify * self.vae_scale_factor
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Height and width in pixels of all pictures that can be painted, the model's own first."""
+        """Height and width in pixels of all images that can be generated, the model's own first."""
         return ((self.default_height, self.default_width),)
 
     # -------------------------------------------------------------- calibration
@@ -200,7 +200,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         pool: int = 5,
         **keywords: Any,
     ) -> KVProfile:
-        """Paint some pictures, measure which layers need their history, and use that for `kv_policy="scalekv"`.
+        """Generate some images, measure which layers need their history, and use that for `kv_policy="scalekv"`.
 
         Args:
             *arguments: of the call; 16 different prompts or labels are plenty.
@@ -257,10 +257,10 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         callback: Callback | None,
         callback_inputs: Sequence[str],
     ) -> tuple[Tensor, KeptTokens | None, list[SearchResult] | None]:
-        """Paint a task.
+        """Generate a task.
 
         Returns:
-            Latents (B, C, h, w), what was kept of an edited picture, and what a search found.
+            Latents (B, C, h, w), what was kept of an edited image, and what a search found.
         """
         kept = self._read_kept(options, task)
         self.acceleration_report = None
@@ -332,7 +332,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         generator: Generators,
         scales: int,
     ) -> ScaleWalk:
-        """Set out with some pictures (B',) of a task."""
+        """Set out with some images (B',) of a task."""
 
         def draw(logits: Tensor, scale: int) -> tuple[Tensor, Tensor]:
             if not is_finite(logits):  # to draw from NaN would leave a CUDA device unusable
@@ -465,7 +465,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         return (torch.cat(latents) if latents else self.vae.start_latents(0)), found
 
     def _shower(self, kept: KeptTokens | None, row: int) -> Callable[[Tensor], Tensor]:
-        """From latents (B, C, h, w) of one prompt's candidates to pictures (B, 3, H, W) in [0, 1]."""
+        """From latents (B, C, h, w) of one prompt's candidates to images (B, 3, H, W) in [0, 1]."""
 
         def show(latents: Tensor) -> Tensor:
             pictures = self.decode_latents(latents)  # (B, 3, H, W)
@@ -497,7 +497,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
     # ---------------------------------------------------------------- in and out
 
     def _read_kept(self, options: ScaleOptions, task: ScaleTask) -> KeptTokens | None:
-        """Encode a picture to be edited, once for each of the task's pictures."""
+        """Encode an image to be edited, once for each of the task's images."""
         if options.image is None or options.mask_image is None:
             return None
         side = self.vae_scale_factor * (self.transformer.config.get("patchify", 1) if task.flexible else 1)

@@ -1,4 +1,4 @@
-"""Text to picture, scale by scale, with Infinity (arXiv 2412.04431) or a VAR that reads text."""
+"""Text to image, scale by scale, with Infinity (arXiv 2412.04431) or a VAR that reads text."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class ScaleSampling:
 
 
 class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
-    """Paint pictures from text, coarse to fine: each scale is one pass of the network and one step of the call.
+    """Generate images from text, coarse to fine: each scale is one pass of the network and one step of the call.
 
     Args:
         transformer: a `dit.models.next_scale.NextScaleTransformer` with `text_dim`.
         text_encoder: a transformers encoder of the T5 kind (released models: the encoder of flan-t5-xl); None if calls
             bring `prompt_embeds`.
         tokenizer: its tokenizer, or None.
-        vae: the picture tokenizer that the transformer was trained on: `dit.tokenizers.multi_scale_bsq.MultiScaleBSQ`
+        vae: the image tokenizer that the transformer was trained on: `dit.tokenizers.multi_scale_bsq.MultiScaleBSQ`
             for bits, `dit.tokenizers.multi_scale_vq.MultiScaleVQ` for entries of a codebook.
         defaults: settings of a call that suit this model, by the names of `DEFAULTS`.
 
@@ -139,16 +139,16 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         attention_kwargs: dict[str, Any] | None = None,
     ) -> NextScaleOutput | tuple[Pictures]:
-        """Paint.
+        """Generate.
 
         Args:
-            prompt: what to paint, one string or a list of P; "" is whatever the model makes of an empty text.
+            prompt: what to generate, one string or a list of P; "" is whatever the model makes of an empty text.
             negative_prompt: what to steer away from, one for all or one per prompt; None steers away from the learned
                 empty text.
             height: pixels; height and width together name one of the published sizes. None is the model's size.
             width: pixels.
-            aspect_ratio: width over height, in place of a size; the nearest published one at the model's number of
-                pixels is painted.
+            aspect_ratio: width over height, instead of a size; the nearest published one at the model's number of
+                pixels is generated.
             guidance_scale: classifier-free guidance, for all scales or one a scale: 1 or less turns it off (off at all
                 scales halves the work). This and the next three are the model's own setting if None.
             temperature: divides the logits, for all scales or one a scale; the released code calls it tau. Below 1 is
@@ -156,34 +156,34 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             top_k: draw among so many entries of the codebook only; 0 is all. Means nothing for bits.
             top_p: draw among the likeliest entries (or values of a bit) that hold this share of the probability; 0 is
                 all.
-            num_images_per_prompt: pictures per prompt; B = P times this.
-            generator: a single one draws for all pictures at once, as the released sampler does; of a list of B, each
-                draws for its own picture, which then does not depend on the batch.
+            num_images_per_prompt: images per prompt; B = P times this.
+            generator: a single one draws for all images at once, as the released sampler does; of a list of B, each
+                draws for its own image, which then does not depend on the batch.
             kv_policy: what to keep of earlier scales, one of `dit.cache.POLICIES`; `pipe.kv_report` tells what it took.
             kv_budget: share of the history to keep on average over the layers, 0.1 = 10 %; "full" keeps all.
             kv_dtype: how to store it, one of `dit.cache.KV_DTYPES`.
             kv_observe: tokens of the current scale whose queries choose what is kept, for the policies that ask.
             acceleration: what to leave out to be faster, see `ScaleAcceleration`; `pipe.acceleration_report` tells.
-            search: paint several candidates and go on with the promising, see `TTSConfig`; the output's `search` holds
-                them. Its draws come from the generator of a prompt's first picture.
-            image: change a part of this picture (or of B pictures): PIL, or arrays/tensors in [0, 1].
-            mask_image: with `image`: paint where it is white, keep every other pixel as it is.
-            prompt_embeds: text states in place of `prompt`, (P, M, Dt).
+            search: generate several candidates and go on with the best, see `TTSConfig`; the output's `search` holds
+                them. Its draws come from the generator of a prompt's first image.
+            image: change a part of this image (or of B images): PIL, or arrays/tensors in [0, 1].
+            mask_image: with `image`: generate where it is white, keep every other pixel as it is.
+            prompt_embeds: text states instead of `prompt`, (P, M, Dt).
             prompt_attention_mask: (P, M), True on real tokens.
-            negative_prompt_embeds: text states in place of `negative_prompt`, (P, M, Dt).
+            negative_prompt_embeds: text states instead of `negative_prompt`, (P, M, Dt).
             negative_prompt_attention_mask: (P, M).
             max_sequence_length: tokens kept of a prompt; None is the model's limit.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w).
             return_dict: whether to wrap the result.
             callback_on_step_end: called as `callback(pipe, scale, timestep, tensors)` after each scale; latents it
                 returns replace ours. It may set `pipe.interrupt = True`.
-            callback_on_step_end_tensor_inputs: the tensors it gets: "latents" or "denoised_latents" (the picture so
+            callback_on_step_end_tensor_inputs: the tensors it gets: "latents" or "denoised_latents" (the image so
                 far, for `pipe.preview` or `pipe.decode_latents`), "indices" (the scale's tokens (B, N), or bits
                 (B, N, d)).
             attention_kwargs: passed on to the transformer, e.g. `{"scale": 0.5}` for LoRAs.
 
         Returns:
-            The pictures; none when the run was interrupted (then `pipe.interrupted` is True).
+            The images; none when the run was interrupted (then `pipe.interrupted` is True).
 
         Raises:
             TypeError: an argument has a wrong type.
@@ -243,12 +243,12 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
     def resolve_schedule(
         self, height: int | None = None, width: int | None = None, aspect_ratio: float | None = None
     ) -> tuple[Grid, ...]:
-        """Find the schedule of scales for a picture.
+        """Find the schedule of scales for an image.
 
         Args:
             height: pixels, given together with the width.
             width: pixels.
-            aspect_ratio: width over height, in place of a size.
+            aspect_ratio: width over height, instead of a size.
 
         Returns:
             Rows and columns of each scale.
@@ -280,7 +280,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Height and width in pixels of all pictures that can be painted, the model's own first."""
+        """Height and width in pixels of all images that can be generated, the model's own first."""
         own, side = self.transformer.grids[-1], self.pixels_per_token
         others = [grid for grid in self._offered() if grid != own]
         return tuple((rows * side, columns * side) for rows, columns in (own, *others))
@@ -292,7 +292,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
 
     @property
     def _is_flexible(self) -> bool:
-        """Whether pictures of other sizes than the model's own can be painted."""
+        """Whether images of other sizes than the model's own can be generated."""
         return self.transformer.config.bitwise and self.transformer.config.positions == "rotary"
 
     def _schedule_of_ratio(self, height_over_width: float) -> tuple[Grid, ...]:
@@ -352,12 +352,12 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         num_images_per_prompt: int,
         max_length: int | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Text states of the pictures and, with guidance behind them, of what to steer away from.
+        """Text states of the images and, with guidance behind them, of what to steer away from.
 
         Args:
             positive: prompt, its states, its mask.
             negative: the same; all None for the learned empty text.
-            num_images_per_prompt: pictures per prompt.
+            num_images_per_prompt: images per prompt.
             max_length: tokens kept of a prompt.
 
         Returns:
@@ -396,7 +396,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         grids: tuple[Grid, ...],
         how: ScaleSampling,
     ) -> ScaleTask:
-        """What to paint: `count` pictures B from text states (B or 2B, M, Dt)."""
+        """What to generate: `count` images B from text states (B or 2B, M, Dt)."""
         guided = len(states) > count
         prompts = [prompt or ""] * (count // images_per_prompt) if not isinstance(prompt, list) else prompt
 

@@ -25,7 +25,7 @@ def check_offload(offload: str, device: torch.device) -> None:
 
     Args:
         offload: one of `OFFLOADS`.
-        device: where the pipeline shall compute.
+        device: where the pipeline should compute.
 
     Raises:
         ValueError: an unknown word, or nothing to offload from: the device is the CPU.
@@ -42,7 +42,7 @@ def place(pipe: DiffusionPipeline, device: torch.device, offload: str = "none") 
     """Bring a pipeline, just loaded and still on the CPU, to where it computes.
 
     Offloading goes first and instead of `.to(device)`: moved the other way round, all weights would have to fit on
-    the device at once, which is what offloading shall avoid.
+    the device at once, which is what offloading should avoid.
 
     Args:
         pipe: on the CPU, without hooks.

@@ -1,7 +1,7 @@
-"""Small pictures of unfinished latents, for every pipeline: cheap, without the decoder.
+"""Small images of unfinished latents, for every pipeline: cheap, without the decoder.
 
 diffusers' pipelines hand their latents to step callbacks in several forms: as a grid, as a clip with the frames before
-or after the channels, or packed into a sequence of tokens. All become a grid here, and a linear map paints it.
+or after the channels, or packed into a sequence of tokens. All become a grid here, and a linear map generates it.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def preview(
     Args:
         pipe: a pipeline of ours or of diffusers that `can_preview`.
         latents: (B, C, H, W), (B, C, T, H, W), (B, T, C, H, W) or packed (B, N, C'), any float dtype.
-        height: of the picture, pixels.
-        width: of the picture, pixels.
+        height: of the image, pixels.
+        width: of the image, pixels.
         num_frames: of the clip, if it is one.
 
     Returns:
-        B small pictures.
+        B small images.
 
     Raises:
         ValueError: latents of another rank.
@@ -69,8 +69,8 @@ def unpack_latents(
     Args:
         pipe: a pipeline of diffusers.
         latents: as its step callback gets them.
-        height: of the picture, pixels.
-        width: of the picture, pixels.
+        height: of the image, pixels.
+        width: of the image, pixels.
         num_frames: of the clip, if it is one.
 
     Returns:
@@ -95,12 +95,12 @@ def unpack_latents(
 
 
 def fold_tokens(latents: Tensor, height: int, width: int) -> Tensor:
-    """Fold the tokens of a picture into a grid of its shape; each token becomes one cell.
+    """Fold the tokens of an image into a grid of its shape; each token becomes one cell.
 
     Args:
         latents: (B, N, C').
-        height: of the picture, pixels.
-        width: of the picture, pixels.
+        height: of the image, pixels.
+        width: of the image, pixels.
 
     Returns:
         (B, C', H', W').
@@ -153,7 +153,7 @@ def _arguments_of(
 ) -> dict[str, int] | None:
     """Fill in the arguments of a pipeline's own unpacking by their names; None if one is unknown.
 
-    Pipelines of pictures count in pixels and take the scale; those of clips count in latent cells.
+    Pipelines of images count in pixels and take the scale; those of clips count in latent cells.
     """
     names = [name for name in inspect.signature(unpack).parameters if name != "latents"]  # type: ignore[arg-type]
     config = pipe.transformer.config

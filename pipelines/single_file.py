@@ -86,7 +86,7 @@ def find_repository(file: Path) -> str:
 
 
 def denoiser_slot(index: Mapping[str, Any]) -> str:
-    """Return the slot of a pipeline that paints: `transformer` or `unet`.
+    """Return the slot of a pipeline that generates: `transformer` or `unet`.
 
     Raises:
         ValueError: it has neither.

@@ -1,4 +1,4 @@
-"""Text to picture by flow matching: prompts in, pictures out, with the call that diffusers users know."""
+"""Text to image by flow matching: prompts in, images out, with the call that diffusers users know."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Pictures = list[Image.Image] | np.ndarray | Tensor
 
 
 class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
-    """Paint pictures from text with a flow-matching transformer.
+    """Generate images from text with a flow-matching transformer.
 
     LoRA files of the transformer load and save through `load_lora_weights` and `save_lora_weights`.
 
@@ -110,20 +110,20 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         guidance_interval: tuple[float, float] | None = None,
         mask_image: MaskInput | None = None,
     ) -> ImagePipelineOutput | tuple[Pictures]:
-        """Paint.
+        """Generate.
 
         Args:
-            prompt: what to paint, one string or a list of P.
+            prompt: what to generate, one string or a list of P.
             negative_prompt: what to steer away from, one for all or one per prompt; needs guidance.
-            image: start from this picture (or P of them) instead of noise: PIL, or arrays/tensors in [0, 1].
-            strength: how much of `image` is repainted, 0 < strength <= 1 (1 ignores it).
+            image: start from this image (or P of them) instead of noise: PIL, or arrays/tensors in [0, 1].
+            strength: how much of `image` is changed, 0 < strength <= 1 (1 ignores it).
             height: pixels; None is the size the model was trained for.
             width: pixels; None is the size the model was trained for.
             num_inference_steps: steps; with `image`, about `strength` of them are done.
             sigmas: custom noise levels instead, decreasing in (0, 1], before the scheduler's shift.
             guidance_scale: classifier-free guidance (arXiv 2207.12598); 1 or less turns it off.
-            num_images_per_prompt: pictures per prompt; B = P times this.
-            generator: seeded generator, or one per picture; noise is drawn picture by picture on the CPU.
+            num_images_per_prompt: images per prompt; B = P times this.
+            generator: seeded generator, or one per image; noise is drawn image by image on the CPU.
             latents: the starting noise itself, (B, C, H / f, W / f).
             prompt_embeds: text states instead of `prompt`, (P, L, Dt).
             prompt_attention_mask: (P, L), True on real tokens.
@@ -140,11 +140,11 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             max_sequence_length: tokens kept of a prompt; None is the model's limit.
             guidance_rescale: 0 to 1, see `sampling.guidance.rescale_to`.
             guidance_interval: lowest and highest sigma with guidance (arXiv 2404.07724); None is all.
-            mask_image: with `image`: paint where it is white, keep every other pixel as it is, see
-                `pipelines.inpaint`. `strength` is how much of what was there is repainted; 1 forgets it.
+            mask_image: with `image`: generate where it is white, keep every other pixel as it is, see
+                `pipelines.inpaint`. `strength` is how much of what was there is changed; 1 forgets it.
 
         Returns:
-            The pictures; none when the run was interrupted (then `pipe.interrupted` is True).
+            The images; none when the run was interrupted (then `pipe.interrupted` is True).
 
         Raises:
             TypeError: an argument has a wrong type.
@@ -240,16 +240,16 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         noise: Tensor | None = None,
         image: ImageInput | None = None,
     ) -> Tensor:
-        """Return where the run starts: noise, or a picture noised to the first timestep.
+        """Return where the run starts: noise, or an image noised to the first timestep.
 
         Args:
-            count: number of pictures B.
+            count: number of images B.
             height: pixels.
             width: pixels.
             timesteps: those to visit, (S,).
             generator: see `prepare_noise`.
             noise: the noise itself, (B, C, h, w).
-            image: the picture to start from.
+            image: the image to start from.
 
         Returns:
             Latents, (B, C, h, w), float32.
@@ -289,7 +289,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         return noise
 
     def _keep(self, image: Any, mask_image: MaskInput, height: int, width: int, noise: Tensor) -> KeptRegion:
-        """Prepare what inpainting keeps of pictures (P of them), for the B pictures of a run."""
+        """Prepare what inpainting keeps of images (P of them), for the B images of a run."""
         pixels = self._read_pixels(image, height, width)  # (P, 3, H, W)
         mask = read_mask(mask_image, height, width).to(pixels.device)  # (P', 1, H, W)
         if len(noise) % len(pixels) or len(noise) % len(mask):
@@ -301,24 +301,24 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
 
     @torch.no_grad()
     def encode_image(self, image: ImageInput, height: int, width: int) -> Tensor:
-        """Encode pictures to normalised latents; transparent parts become white.
+        """Encode images to normalised latents; transparent parts become white.
 
         Args:
-            image: PIL picture, float array (H, W, 3) or tensor (3, H, W) in [0, 1], a batch or a list of them.
-            height: pixels, to which the picture is resized.
+            image: PIL image, float array (H, W, 3) or tensor (3, H, W) in [0, 1], a batch or a list of them.
+            height: pixels, to which the image is resized.
             width: pixels.
 
         Returns:
             Latents, (P, C, h, w), float32.
 
         Raises:
-            TypeError: not a picture.
+            TypeError: not an image.
             ValueError: values outside [0, 1].
         """
         return self._encode_pixels(self._read_pixels(image, height, width))
 
     def _read_pixels(self, image: ImageInput, height: int, width: int) -> Tensor:
-        """Read and resize pictures: (P, 3, H, W) in [-1, 1]."""
+        """Read and resize images: (P, 3, H, W) in [-1, 1]."""
         is_batch = isinstance(image, list | tuple) or (isinstance(image, Tensor | np.ndarray) and image.ndim == 4)
         images = list(image) if is_batch else [image]  # type: ignore[arg-type]
         for one in images or [None]:
@@ -409,7 +409,7 @@ def _is_float_array(value: object) -> bool:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Lay a picture with transparency on white; PIL alone would turn it black."""
+    """Lay an image with transparency on white; PIL alone would turn it black."""
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image
     image = image.convert("RGBA")

@@ -27,7 +27,7 @@ def classifier_free_guidance(cond: Tensor, uncond: Tensor, scale: float, rescale
 def rescale_to(guided: Tensor, reference: Tensor, strength: float) -> Tensor:
     """Pull each guided sample's standard deviation back to the reference's (arXiv 2305.08891, eq. 15-16).
 
-    Large scales overexpose pictures because guidance enlarges the prediction; this undoes the enlargement.
+    Large scales overexpose images because guidance enlarges the prediction; this undoes the enlargement.
 
     Args:
         guided: guided prediction, (B, C, ...).

@@ -98,7 +98,7 @@ class ScaleWalk:
         condition: of the transformer's `prepare_condition`; with guidance the unconditional rows stand behind the
             others.
         cache: of the transformer's `make_cache`, for the same rows.
-        latents: the pictures so far, (B, C, h, w).
+        latents: the images so far, (B, C, h, w).
         guided: whether the unconditional rows run too.
         guide: joins both branches.
         draw: draws the tokens of a scale.
@@ -134,11 +134,11 @@ class ScaleWalk:
 
     @property
     def batch_size(self) -> int:
-        """Pictures B."""
+        """Images B."""
         return self.latents.shape[0]
 
     def select(self, rows: Tensor) -> None:
-        """Keep, drop, repeat or reorder pictures: latents, condition and cache alike, in both branches.
+        """Keep, drop, repeat or reorder images: latents, condition and cache alike, in both branches.
 
         Args:
             rows: indices into the batch, (B',), int64.
@@ -155,7 +155,7 @@ class ScaleWalk:
             self.guided = False
 
     def hand_over(self, transformer: Any, condition: Any, cache: Any) -> None:
-        """Go on with another network, which first reads the scales painted so far into its own cache.
+        """Go on with another network, which first reads the scales generated so far into its own cache.
 
         Args:
             transformer: the other network, of the same schedule and tokenizer.

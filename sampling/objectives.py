@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """Move noise levels towards noise, as larger pictures need (arXiv 2403.03206, eq. 23).
+    """Move noise levels towards noise, as larger images need (arXiv 2403.03206, eq. 23).
 
     Args:
         sigmas: noise levels in [0, 1], any shape.

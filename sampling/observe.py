@@ -1,4 +1,4 @@
-"""One calibration pass for all engines: paint prompts, and let any number of observers watch.
+"""One calibration pass for all engines: generate prompts, and let any number of observers watch.
 
 An observer is a mechanism that changes nothing. It hooks where it likes, finds the step and branch in
 `current_coordinates()`, and folds what it sees into its statistics as it comes, so the pass needs no more memory for
@@ -44,7 +44,7 @@ class Observation:
             network whose tokens are not known.
         reports: of the observers, by name of their mechanism.
         coordinates: report of the coordinates: `inactive` must be empty for statistics by step to be complete.
-        prompts: how many were painted.
+        prompts: how many were generated.
     """
 
     header: ArtifactHeader
@@ -62,13 +62,13 @@ def observe(
     kind: str = "observation",
     **call_kwargs: Any,
 ) -> Observation:
-    """Paint each prompt once under the eyes of the observers, then detach them all.
+    """Generate each prompt once under the eyes of the observers, then detach them all.
 
-    Prompt i is painted with the seed `seed + i`. Pictures are not decoded where the pipeline can leave that out.
+    Prompt i is generated with the seed `seed + i`. Images are not decoded where the pipeline can leave that out.
 
     Args:
         pipeline: of diffusers or ours.
-        prompts: what to paint, one a run: the argument `prompt` of the call, or its first one (class labels).
+        prompts: what to generate, one a run: the argument `prompt` of the call, or its first one (class labels).
         observers: attached in this order.
         seed: of the first prompt.
         kind: what the header calls the artifact.
@@ -127,7 +127,7 @@ class _Grid(Mechanism):
 def _paint(pipeline: Any, prompt: Any, seed: int, given: Mapping[str, Any]) -> None:
     """One run; the latents are enough where the pipeline gives them out."""
     known = list(inspect.signature(type(pipeline).__call__).parameters)
-    # The prompt is the first argument after self, but where a picture to start from comes first.
+    # The prompt is the first argument after self, but where an image to start from comes first.
     name = "prompt" if "prompt" in known else known[1]
     is_class = isinstance(prompt, int) and not isinstance(prompt, bool)
     arguments: dict[str, Any] = {name: [prompt] if is_class else prompt}  # diffusers' DiTPipeline takes lists only

@@ -1,4 +1,4 @@
-"""One picture on several processes: the branches of guidance side by side, or the tokens cut in parts.
+"""One image on several processes: the branches of guidance side by side, or the tokens cut in parts.
 
 Started by `torchrun`; both also run on CPUs (gloo), where tests hold them equal to one process.
 """

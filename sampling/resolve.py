@@ -182,7 +182,7 @@ class CoordinateResolver(Mechanism):
         return ("cond", ()) if layout is not None or name == BATCHED else (None, ())
 
     def _is_doubled(self, family: Family, inputs: Mapping[str, Any]) -> bool:
-        """Whether both halves of the batch are the same pictures; looked at once a run and batch size."""
+        """Whether both halves of the batch are the same images; looked at once a run and batch size."""
         latents = family.latents(inputs)  # (B, ...)
         size = len(latents)
         if size not in self._run.doubled:

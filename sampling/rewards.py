@@ -1,4 +1,4 @@
-"""Rewards by name: how well a picture fits its prompt, by a CLIP-like model of transformers."""
+"""Rewards by name: how well an image fits its prompt, by a CLIP-like model of transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dit.layers.linear import hasten
 
 
 class ClipReward:
-    """Cosine similarity of picture and prompt.
+    """Cosine similarity of image and prompt.
 
     Args:
         name: folder or hub id of a model with `get_image_features` and `get_text_features`, with its tokenizer and
@@ -62,17 +62,17 @@ class ClipReward:
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
-        """Judge pictures (B, 3, H, W) in [0, 1]; returns (B,) in [-1, 1]."""
+        """Judge images (B, 3, H, W) in [0, 1]; returns (B,) in [-1, 1]."""
         return (self.look(pictures) * self.read(prompts)).sum(-1)  # (B,)
 
     def pixels(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] as the model's image processor shows them, (B, 3, h, w)."""
+        """Images (B, 3, H, W) in [0, 1] as the model's image processor shows them, (B, 3, h, w)."""
         shown = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
         return self.processor([Image.fromarray(one) for one in shown], return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
     def look(self, pictures: Tensor) -> Tensor:
-        """Unit vectors of pictures (B, 3, H, W) in [0, 1], (B, F), float32."""
+        """Unit vectors of images (B, 3, H, W) in [0, 1], (B, F), float32."""
         pixels = self.pixels(pictures).to(self.model.device, self.model.dtype)  # (B, 3, h, w)
         return unit_vectors(self.model.get_image_features(pixel_values=pixels))  # (B, F)
 

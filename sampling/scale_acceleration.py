@@ -1,4 +1,4 @@
-"""Ways to spend less on a next-scale picture, as one setting: skip, prune, drop guidance, let a smaller network refine.
+"""Ways to spend less on a next-scale image, as one setting: skip, prune, drop guidance, let a smaller network refine.
 
 Late scales hold nearly all the work and add the finest detail. None of this is exact; each run can be compared with
 the exact one.
@@ -21,17 +21,17 @@ class ScaleAcceleration:
     Scales are given by index; negative ones count from the last.
 
     Args:
-        skip_last: scales at the end that are not painted at all (FastVAR, arXiv 2503.23367): the picture is decoded
+        skip_last: scales at the end that are not generated at all (FastVAR, arXiv 2503.23367): the image is decoded
             from the coarser ones.
         prune: scale -> share of its tokens to leave out (FastVAR), see `sampling.token_pruning`.
         prune_source: the scale that fills the gaps; None is the one before the first pruned.
         prune_layers: first and last layer to prune as shares of the depth.
         unguided: scales without guidance. From the first scale on after which all are unguided, the unconditional rows
             don't run at all, which halves the work; before that they run, because later scales need them.
-        refiner: another transformer of the same tokenizer that paints from scale `refine_from` on (CoDe, arXiv
+        refiner: another transformer of the same tokenizer that generates from scale `refine_from` on (CoDe, arXiv
             2411.17787): the pipeline's is the drafter, usually the larger one.
         refine_from: see `refiner`.
-        measure_drift: paint the exact picture too and report how far the result is from it; costs a whole run.
+        measure_drift: generate the exact image too and report how far the result is from it; costs a whole run.
 
     Raises:
         ValueError: a setting out of range, a refiner without `refine_from` or the other way round, or nothing to do.
@@ -61,7 +61,7 @@ class ScaleAcceleration:
         """This acceleration on a schedule.
 
         Raises:
-            ValueError: a scale that the schedule does not have, or none left to paint.
+            ValueError: a scale that the schedule does not have, or none left to generate.
         """
         total = len(grids)
         count = total - self.skip_last
@@ -91,12 +91,12 @@ class AppliedAcceleration:
     """A `ScaleAcceleration` on one schedule.
 
     Args:
-        num_scales: scales that are painted.
+        num_scales: scales that are generated.
         unguided: scales without guidance.
         guided_until: from this scale on the unconditional rows don't run.
         handover: the scale at which the refiner takes over, or None.
-        pruning: to attach to the network that paints, or None.
-        unpruned: scales that were to be pruned and are not painted at all.
+        pruning: to attach to the network that generates, or None.
+        unpruned: scales that were to be pruned and are not generated at all.
     """
 
     num_scales: int

@@ -1,12 +1,12 @@
-"""Paint several candidates, look at them while they are coarse, and go on with the promising: search at sampling time.
+"""Search at sampling time: generate several candidates, score them while they are coarse, and go on with the best.
 
 TTS-VAR (arXiv 2507.18537): many candidates through the cheap coarse scales, fewer and fewer through the dear fine ones.
 Early, when structure is fixed but a reward says little, candidates are clustered by what they look like and one of each
-cluster goes on; later they are drawn again in proportion to exp(strength x reward). Best-of-N paints all to the end,
+cluster goes on; later they are drawn again in proportion to exp(strength x reward). Best-of-N generates all to the end,
 beam search keeps the best few and branches them.
 
 We select before a scale runs, so a schedule says how many candidates each scale really costs. The released code selects
-after it has run: with the same numbers it pays for 14656 tokens of a 1024-pixel picture where its schedule says 12800.
+after it has run: with the same numbers it pays for 14656 tokens of a 1024-pixel image where its schedule says 12800.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor
 from sampling.next_scale import ScaleWalk
 
 Reward = Callable[[Tensor, list[str]], Tensor]
-"""From pictures (B, 3, H, W) in [0, 1] and their prompts to rewards (B,); higher is better."""
+"""From images (B, 3, H, W) in [0, 1] and their prompts to rewards (B,); higher is better."""
 
 Features = Callable[[Tensor], Tensor]
-"""From pictures (B, 3, H, W) in [0, 1] to vectors (B, F): what candidates are clustered by."""
+"""From images (B, 3, H, W) in [0, 1] to vectors (B, F): what candidates are clustered by."""
 
 BATCH_SIZES = (8, 8, 6, 6, 6, 4, 2, 2, 2, 1, 1, 1, 1)
 """Published candidates at each of 13 scales."""
@@ -36,7 +36,7 @@ CLUSTER_SCALES, RESAMPLE_SCALES = (2, 5), (6, 9)
 METHODS = ("tts", "best_of", "beam")
 POTENTIALS = ("value", "diff", "max", "sum")
 FEATURE_SIDE = 8
-"""Side of the small picture that stands for a candidate where no features are given."""
+"""Side of the small image that stands for a candidate where no features are given."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TTSConfig:
         strength: lambda, the exponent's factor, for rewards that differ by about 1 as the published ones do; a reward
             may have an attribute `unit`, the difference that counts, and lambda is then for multiples of it.
         beam_width: how many the beam keeps at a selection; they are repeated to fill the next scale's batch.
-        features: see `Features`; None is the picture itself, very small.
+        features: see `Features`; None is the image itself, very small.
 
     Raises:
         ValueError: an unknown method or potential, batches that grow (but for "beam") or shrink at a scale where
@@ -90,19 +90,19 @@ class TTSConfig:
 
     @classmethod
     def for_cost(cls, cost: float, token_counts: Sequence[int], **settings: Any) -> TTSConfig:
-        """The published schedule with more or fewer candidates, for a cost in pictures.
+        """The published schedule with more or fewer candidates, for a cost in images.
 
         A cost just below a multiple of the published one goes into more candidates early on, not into more at the end.
         A schedule whose last two scales hold most of its tokens has no room for that: there, candidates are drawn
         without replacement where the first of the two begins and, if there is enough to spend, before the last.
 
         Args:
-            cost: tokens to spend, over those of one picture; at least 1.
+            cost: tokens to spend, over those of one image; at least 1.
             token_counts: tokens of each scale.
             **settings: other arguments of the class. With `method="best_of"` N is the whole part of `cost`.
 
         Raises:
-            ValueError: less than one picture.
+            ValueError: less than one image.
         """
         if cost < 1:
             raise ValueError(f"a cost of {cost} is less than one picture; expected at least 1")
@@ -197,11 +197,11 @@ def stretch(num_scales: int) -> SearchSchedule:
 def steep_sizes(cost: float, token_counts: Sequence[int]) -> tuple[int, ...]:
     """Candidates of each scale where the last two scales hold most tokens.
 
-    One of every two pictures that could be paid for is painted to the end, and one more goes through the first of the
-    two scales, after which a reward sees nearly the whole picture. The rest goes into candidates of the coarse scales.
+    One of every two images that could be paid for is generated to the end, and one more goes through the first of the
+    two scales, after which a reward sees nearly the whole image. The rest goes into candidates of the coarse scales.
 
     Args:
-        cost: tokens to spend, over those of one picture.
+        cost: tokens to spend, over those of one image.
         token_counts: tokens of each scale.
     """
     *coarse, fine, last = token_counts
@@ -215,7 +215,7 @@ def steep_sizes(cost: float, token_counts: Sequence[int]) -> tuple[int, ...]:
 
 
 def token_cost(batch_sizes: Sequence[int], token_counts: Sequence[int]) -> float:
-    """Tokens that a search runs, over those of one picture."""
+    """Tokens that a search runs, over those of one image."""
     spent = sum(size * count for size, count in zip(batch_sizes, token_counts, strict=True))
     return spent / sum(token_counts)
 
@@ -248,10 +248,10 @@ class SearchResult:
 
     Attributes:
         prompt: as given to the reward.
-        rewards: of the candidates that were painted to the end, best first, (B,).
+        rewards: of the candidates that were generated to the end, best first, (B,).
         pictures: these candidates, (B, 3, H, W) in [0, 1].
         selections: every look, in order.
-        token_cost: tokens spent over those of one picture.
+        token_cost: tokens spent over those of one image.
     """
 
     prompt: str
@@ -269,7 +269,7 @@ class ScaleSearch:
         reward: the callable.
         prompt: for the reward.
         num_scales: of the schedule.
-        show: latents (B, C, h, w) to pictures (B, 3, H, W) in [0, 1].
+        show: latents (B, C, h, w) to images (B, 3, H, W) in [0, 1].
         generator: of the draws.
 
     Raises:
@@ -366,15 +366,15 @@ def potential(kind: str, rewards: Tensor, history: Tensor) -> Tensor:
 
 
 def small_picture(pictures: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) as vectors: very small and side by side, (B, F)."""
+    """Images (B, 3, H, W) as vectors: very small and side by side, (B, F)."""
     return F.adaptive_avg_pool2d(pictures.float(), FEATURE_SIDE).flatten(1)
 
 
 def principal_view(tokens: Tensor) -> Tensor:
-    """Patch features as one number a patch: along the first principal component of each picture.
+    """Patch features as one number a patch: along the first principal component of each image.
 
     A component's sign is arbitrary; it is chosen such that patches with large features lie on the positive side, so
-    that two like pictures get like vectors.
+    that two like images get like vectors.
 
     Args:
         tokens: (B, N, D), for example DINOv2's patch tokens.

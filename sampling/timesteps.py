@@ -27,13 +27,13 @@ def uniform_sigmas(num_steps: int) -> list[float]:
 
 
 def dynamic_shift(num_tokens: int, scheduler: Any) -> float:
-    """Return the shift exponent `mu` for a picture of `num_tokens` tokens: linear between two anchors.
+    """Return the shift exponent `mu` for an image of `num_tokens` tokens: linear between two anchors.
 
-    Larger pictures need more noise to lose their structure (arXiv 2403.03206, section 5.3.2; the linear rule is that
+    Larger images need more noise to lose their structure (arXiv 2403.03206, section 5.3.2; the linear rule is that
     of the FLUX.1 code).
 
     Args:
-        num_tokens: tokens of one picture.
+        num_tokens: tokens of one image.
         scheduler: its config holds the anchors `base_image_seq_len`, `max_image_seq_len`, `base_shift`, `max_shift`.
 
     Returns:
@@ -59,7 +59,7 @@ def set_timesteps(
     Args:
         scheduler: a flow-matching scheduler of diffusers.
         num_steps: number of steps; ignored when `sigmas` are given.
-        num_tokens: tokens of one picture, for schedulers with a size-dependent shift.
+        num_tokens: tokens of one image, for schedulers with a size-dependent shift.
         device: where the timesteps live.
         sigmas: custom noise levels, decreasing, in (0, 1], before the scheduler's own shift.
         strength: share of the run that is done; below 1 the first steps are left out (image-to-image).

@@ -1,6 +1,6 @@
 """Leave out the tokens of large scales that say least, and fill in what an earlier scale's layers said there (FastVAR).
 
-Section 3 of arXiv 2503.23367. In the layers of the middle, attention, look at the text and perceptron each work on the
+Section 3 of arXiv 2503.23367. In the layers of the middle, attention, look at the text and MLP each work on the
 tokens that lie farthest from the map's mean only: those with detail. What they would have given for the others is
 taken from the same layer at an earlier scale, enlarged. Only the tokens that were worked on leave keys and values.
 """

@@ -1,6 +1,6 @@
 """From logits to tokens: guidance that grows from scale to scale, truncation, and draws in a fixed order.
 
-Pure functions on logits (B, ..., V): B pictures, and V choices for each of what is drawn: the N tokens of a scale with
+Pure functions on logits (B, ..., V): B images, and V choices for each of what is drawn: the N tokens of a scale with
 V entries of a codebook, (B, N, V), or the d bits of each token, (B, N, d, 2). The order of operations and of random
 draws is that of the released samplers of VAR (arXiv 2404.02905) and Infinity (arXiv 2412.04431), so a seed gives the
 same tokens.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-"""One that serves the whole batch in one draw, one per picture, or None (torch's global state)."""
+"""One that serves the whole batch in one draw, one per image, or None (torch's global state)."""
 
 
 def ramp(scale: int, num_scales: int) -> float:
@@ -91,8 +91,8 @@ def draw_tokens(logits: Tensor, generator: Generators = None) -> Tensor:
 
     Args:
         logits: (B, ..., V).
-        generator: a single one draws for the whole batch at once, picture by picture; of a list, each draws the tokens
-            of its picture, which then don't depend on the batch.
+        generator: a single one draws for the whole batch at once, image by image; of a list, each draws the tokens
+            of its image, which then don't depend on the batch.
 
     Returns:
         Choices, (B, ...), int64.
@@ -113,9 +113,9 @@ def _multinomial(probabilities: Tensor, generator: torch.Generator | None) -> Te
 
 
 def mix_codes(logits: Tensor, codebook: Tensor, progress: float, generator: Generators = None) -> Tensor:
-    """Mix codebook entries by Gumbel-softmax weights (arXiv 1611.01144) in place of choosing one: smoother pictures.
+    """Mix codebook entries by Gumbel-softmax weights (arXiv 1611.01144) instead of choosing one: smoother images.
 
-    The weights sharpen as the picture grows, as in MaskGIT (arXiv 2202.04200). It comes after `draw_tokens` in the
+    The weights sharpen as the image grows, as in MaskGIT (arXiv 2202.04200). It comes after `draw_tokens` in the
     order of random draws. Good to look at, not for benchmarks.
 
     Args:

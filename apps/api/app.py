@@ -64,7 +64,7 @@ def create_app(
     """Build the server.
 
     Args:
-        engine: paints; must have an output folder.
+        engine: generates; must have an output folder.
         tokens: the users; None lets everybody in, which only a loopback server may do.
         hosts: names under which the server may be called; others are turned away (DNS rebinding). `*` for any.
         api: serve the routes under `/v1`.
@@ -77,7 +77,7 @@ def create_app(
     app.state.engine, app.state.tokens = engine, tokens
     app.state.scratch = scratch
     app.state.streams = JobStreams(engine)
-    app.state.decoder = ThreadPoolExecutor(1, "decoder")  # of its own: pictures wait for each other, and nobody else
+    app.state.decoder = ThreadPoolExecutor(1, "decoder")  # of its own: images wait for each other, and nobody else
     logins = None if tokens is None else LoginTable(tokens)
     if api:
         _add_looking(app)
@@ -251,7 +251,7 @@ def _add_looking(app: FastAPI) -> None:
 
 
 def _file(engine: Engine, user: User, job_id: str, place: int) -> Path:
-    """Return the file of a picture that a user may see.
+    """Return the file of an image that a user may see.
 
     Raises:
         HTTPException: 404 or 410.
@@ -273,7 +273,7 @@ def _reasons(found: dict[str, str]) -> dict[str, str | None]:
 def _add_files(app: FastAPI) -> None:
     @app.get("/outputs/{name}", include_in_schema=False)
     def output(name: str, user: Watcher, engine: Painting) -> FileResponse:
-        """Serve a picture, or the clip beside it, to its owner; no links, and nothing that is no picture of a job."""
+        """Serve an image, or the clip beside it, to its owner; no links, and nothing that is no image of a job."""
         found = FILE_NAME.fullmatch(name) is not None and engine.output_dir is not None
         known = [name] if not name.endswith(".mp4") else [name[:-4] + ".png", name[:-4] + ".webp"]
         owners = {engine.owner_of_file(one) for one in known} - {None} if found else set()
@@ -285,7 +285,7 @@ def _add_files(app: FastAPI) -> None:
         return FileResponse(path, media_type=MEDIA_TYPES[path.suffix])
 
 
-# --------------------------------------------------------------------------- painting
+# --------------------------------------------------------------------------- generating
 
 
 def _add_painting(app: FastAPI) -> None:

@@ -70,7 +70,7 @@ def add_login(app: FastAPI, logins: LoginTable) -> None:
     @app.post("/logout", include_in_schema=False)
     def sign_out(request: Request) -> Response:
         if request.method == "GET" and request.headers.get("sec-fetch-site", "none") not in OWN_SITES:
-            return _leaving(request)  # a link on another page, which shall not sign anybody out
+            return _leaving(request)  # a link on another page, which should not sign anybody out
         logins.close(request.headers.get("cookie", ""))
         return RedirectResponse("/login", 303, {"Set-Cookie": clear_cookie()})
 

@@ -104,7 +104,7 @@ def set_cookie(value: str, is_secure: bool) -> str:
 
     Args:
         value: from `LoginTable.open`.
-        is_secure: the page came over TLS, so the browser shall send the cookie over TLS only.
+        is_secure: the page came over TLS, so the browser should send the cookie over TLS only.
     """
     return f"{COOKIE}={value}; Path=/; HttpOnly; SameSite=Lax" + ("; Secure" if is_secure else "")
 

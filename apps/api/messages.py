@@ -42,7 +42,7 @@ class MoveRequest(BaseModel):
     """The body of `PATCH /v1/jobs/{id}`.
 
     Attributes:
-        position: where the job shall wait among its owner's, from 0; beyond the last one is last.
+        position: where the job should wait among its owner's, from 0; beyond the last one is last.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -84,18 +84,18 @@ def picture_url(job_id: str, picture: Picture) -> str:
 
 
 def _place(picture: Picture) -> int:
-    """Return which image of its job a picture is; its file's name tells."""
+    """Return which image of its job an image is; its file's name tells."""
     return int(picture.path.stem.rsplit("-", 1)[1]) if picture.path is not None else 0
 
 
 def picture_row(picture: StoredPicture) -> dict[str, Any]:
-    """Describe a picture."""
+    """Describe an image."""
     row = _result(picture.job, picture.place, picture.seconds, json.loads(picture.settings), picture.report)
     return {**row, "notes": json.loads(picture.notes)}
 
 
 def _result(job_id: str, place: int, seconds: float, settings: dict[str, Any], report: str) -> dict[str, Any]:
-    """Describe a picture; of a clip, whose picture shows some frames, with the address of the clip."""
+    """Describe an image; of a clip, whose image shows some frames, with the address of the clip."""
     row = {"place": place, "url": f"/v1/jobs/{job_id}/pictures/{place}", "seconds": round(seconds, 3)}
     clip = {} if settings.get("frames") is None else {"clip": f"/v1/jobs/{job_id}/clips/{place}"}
     return {**row, **clip, "report": report, "settings": settings}
@@ -107,7 +107,7 @@ def server_sent(number: int, name: str, data: dict[str, Any]) -> bytes:
 
 
 def stored_picture_message(picture: StoredPicture) -> tuple[str, dict[str, Any]]:
-    """Return name and data of the event of a picture on record."""
+    """Return name and data of the event of an image on record."""
     return "result", picture_row(picture)
 
 
@@ -135,7 +135,7 @@ def event_message(job_id: str, event: Event) -> tuple[str, dict[str, Any]]:  # n
 
 
 def encode_png(image: Image.Image) -> str:
-    """Return a picture as base64 of a PNG file."""
+    """Return an image as base64 of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -67,7 +67,7 @@ class ImagesRequest(BaseModel):
         stream: answer with server-sent events.
         partial_images: previews to send before each image, with `stream`.
         seed: of the first image.
-        negative_prompt: what to keep away from.
+        negative_prompt: what to avoid.
         steps: denoising steps.
         guidance: guidance scale.
         scheduler: name of a scheduler.
@@ -150,7 +150,7 @@ class VariationRequest(ImagesRequest):
     strength: float | None = Field(default=None, ge=0.05, le=1)
 
     def warnings(self) -> list[str]:
-        """Name the fields that have no effect, and what was put in place of a prompt."""
+        """Name the fields that have no effect, and what was put instead of a prompt."""
         told = [] if self.prompt else [f"prompt: none was sent, {VARIATION_PROMPT!r} was used"]
         return [*super().warnings(), *told]
 

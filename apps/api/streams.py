@@ -113,7 +113,7 @@ class JobStreams:
                 del self._reading[user]
 
     def _replay(self, job_id: str) -> list[bytes]:
-        """Return the events that are left of a job that has ended: its pictures that have files, and its end."""
+        """Return the events that are left of a job that has ended: its images that have files, and its end."""
         job, folder = self._engine.job(job_id), self._engine.output_dir
         rows: list[StoredPicture] = self._engine.pictures(job_id)
         there = [one for one in rows if folder is not None and (folder / one.name).is_file()]

@@ -1,4 +1,4 @@
-"""`tessera bench paint`: how long a picture takes at the default settings, and its parts.
+"""`tessera bench paint`: how long an image takes at the default settings, and its parts.
 
 A denoiser's parts are one forward pass and the decoder; those of a next-scale model all its scales, which differ in
 size, and the decoder.
@@ -23,7 +23,7 @@ Work = Callable[[], object]
 
 
 def bench_paint(asked: Asked) -> dict[str, Any]:
-    """Times a picture at the pipeline's defaults, and its parts."""
+    """Times an image at the pipeline's defaults, and its parts."""
     name = asked.model or "stickers"
     begun = time.perf_counter()
     pipe = load_for_command(name, asked.device, asked.dtype)
@@ -45,7 +45,7 @@ def medians(comparison: Comparison) -> dict[str, float]:
 
 
 def _paint(pipe: Any, output_type: str = "pil") -> Any:
-    """One picture of a fixed seed, or its latents (1, C, h, w)."""
+    """One image of a fixed seed, or its latents (1, C, h, w)."""
     asked = CLASS if hasattr(pipe, "get_label_ids") else PROMPT
     return pipe(asked, generator=torch.Generator().manual_seed(0), output_type=output_type).images
 

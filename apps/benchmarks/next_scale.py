@@ -1,12 +1,12 @@
 """`tessera bench kv`, `shortcuts` and `search`: what next-scale models gain and lose by forgetting and by searching.
 
 `kv` counts the bytes of the cache for released sizes beside those of the released code (from shapes, no weights are
-needed). With a model it also paints the same pictures with every policy at several budgets: distance from the picture
+needed). With a model it also generates the same images with every policy at several budgets: distance from the image
 with a full cache and, for models of the sticker world, how often the judge finds what was asked for.
 
 `shortcuts` skips scales, prunes tokens and drops guidance.
 
-`search` paints two-sticker prompts once, as the best of N, and with TTS-VAR, at equal costs in tokens.
+`search` generates two-sticker prompts once, as the best of N, and with TTS-VAR, at equal costs in tokens.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SHORTCUTS: dict[str, dict[str, Any]] = {
     "last skipped, one pruned and unguided": {"skip_last": 1, "prune": {-2: 0.4}, "unguided": (-2,)},
 }
 MOST_DECIBEL = 60.0
-"""Counted for pictures that are (nearly) equal, so that a mean exists."""
+"""Counted for images that are (nearly) equal, so that a mean exists."""
 
 CALIBRATION_PICTURES, BATCH = 16, 16
 
@@ -70,7 +70,7 @@ class Asked:
     Args:
         model: built-in name, folder or hub id; None is what the benchmark is meant for.
         repeats: counted rounds.
-        prompts: pictures to compare.
+        prompts: images to compare.
         device: None is the best there is.
         dtype: None suits the device.
         smoke: only to see that it runs, so nothing of it is kept.
@@ -99,7 +99,7 @@ def bench_kv(asked: Asked) -> dict[str, Any]:
 
 
 def memory_table() -> list[dict[str, Any]]:
-    """Bytes of the cache with guidance, one picture, in half precision, for the released sizes.
+    """Bytes of the cache with guidance, one image, in half precision, for the released sizes.
 
     The released code keeps keys in float32, values in 16 bits, and the last scale too; while it joins the last layer's
     new keys to the old, the old row still exists, and the values are not joined yet.
@@ -164,7 +164,7 @@ def quality_table(subject: Subject) -> list[dict[str, Any]]:
 
 
 def bench_shortcuts(asked: Asked) -> dict[str, Any]:
-    """What skipped scales, pruned tokens and dropped guidance save, and what they cost the picture.
+    """What skipped scales, pruned tokens and dropped guidance save, and what they cost the image.
 
     Raises:
         ValueError: no model was named.
@@ -198,7 +198,7 @@ def bench_shortcuts(asked: Asked) -> dict[str, Any]:
 
 
 def bench_search(asked: Asked) -> dict[str, Any]:
-    """Compares one picture, the best of N and TTS-VAR by the judge, which no search sees.
+    """Compares one image, the best of N and TTS-VAR by the judge, which no search sees.
 
     Raises:
         ValueError: no model was named, or it comes without a scorer.
@@ -217,8 +217,8 @@ def bench_search(asked: Asked) -> dict[str, Any]:
 def sampling(subject: Subject) -> dict[str, dict[str, Any]]:
     """Ways to draw tokens, as arguments of a call.
 
-    Where one picture is nearly always right a search has little to gain. Drawn hot everywhere, most failures are torn
-    details of the fine scales; hot in the coarse two thirds, which decide what stands where, pictures vary most.
+    Where one image is nearly always right a search has little to gain. Drawn hot everywhere, most failures are torn
+    details of the fine scales; hot in the coarse two thirds, which decide what stands where, images vary most.
     """
     if not isinstance(subject.pipe, NextScaleTextToImagePipeline):
         return {"as the model paints": {}}
@@ -232,10 +232,10 @@ def sampling(subject: Subject) -> dict[str, dict[str, Any]]:
 
 
 def search_table(subject: Subject, ceiling: float | None, way: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Recall of each search, and how much of the gap from one picture to the judge's ceiling it closes.
+    """Recall of each search, and how much of the gap from one image to the judge's ceiling it closes.
 
     Args:
-        subject: paints.
+        subject: generates.
         ceiling: the judge's recall on fresh renders.
         way: how tokens are drawn: arguments of the pipeline's call.
     """
@@ -256,11 +256,11 @@ def search_table(subject: Subject, ceiling: float | None, way: Mapping[str, Any]
 def _closed(
     right: torch.Tensor | None, single: torch.Tensor | None, ceiling: float | None, draws: int = 1000
 ) -> dict[str, float | None]:
-    """Recall, how much of the gap from one picture to the ceiling it closes, and the standard error of that.
+    """Recall, how much of the gap from one image to the ceiling it closes, and the standard error of that.
 
     Args:
-        right: which pictures of a search are right, (P,); None without a judge.
-        single: the same of one picture each.
+        right: which images of a search are right, (P,); None without a judge.
+        single: the same of one image each.
         ceiling: the judge's recall on fresh renders.
         draws: of prompts with replacement, for the error.
     """
@@ -288,7 +288,7 @@ class Subject:
         others: more of them, for calibration.
         scenes: what the judge looks for; None if the model has no sticker vocabulary.
         metric: what the judge is asked.
-        judge: reads pictures.
+        judge: reads images.
     """
 
     pipe: Any
@@ -332,7 +332,7 @@ class Subject:
     def paint(
         self, spent: list[float] | None = None, reports: list[dict[str, Any]] | None = None, **options: Any
     ) -> torch.Tensor:
-        """Paint all prompts, each with a seed of its own, (B, 3, H, W) in [0, 1].
+        """Generate all prompts, each with a seed of its own, (B, 3, H, W) in [0, 1].
 
         Args:
             spent: gets the cost of searches.
@@ -351,7 +351,7 @@ class Subject:
         return torch.cat(parts)
 
     def right(self, pictures: torch.Tensor) -> torch.Tensor | None:
-        """Of which pictures (B, 3, H, W) the judge says that they show what was asked for, (B,); None without one."""
+        """Of which images (B, 3, H, W) the judge says that they show what was asked for, (B,); None without one."""
         if self.judge is None or self.scenes is None:
             return None
         return torch.tensor(answers(self.scenes, _shown(pictures), self.judge)[self.metric], dtype=torch.float32)
@@ -371,7 +371,7 @@ class Subject:
 
 
 def _shown(pictures: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Batches of pictures as the judge wants them, in [-1, 1]."""
+    """Batches of images as the judge wants them, in [-1, 1]."""
     return (part * 2 - 1 for part in pictures.split(BATCH))
 
 

@@ -1,7 +1,7 @@
 """`tessera bench cache-transfer`: how a step cache's profile carries to what it was not calibrated on.
 
 For each change a profile is calibrated under it too; both plan the same budget, and evenly spaced steps stand beside
-them. The figure is the PSNR to the uncached run, mean over pictures.
+them. The figure is the PSNR to the uncached run, mean over images.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def bench_transfer(model: str, repeats: int, device: str | None, dtype: str | No
         repeats: 1 rehearses with one prompt and two changes.
         device: where to run.
         dtype: of the weights.
-        prompts: how many are painted for each figure.
+        prompts: how many are generated for each figure.
     """
     told = Console(stderr=True, soft_wrap=True)
     pipe = load_for_command(model, device, dtype)

@@ -1,7 +1,7 @@
 """`tessera bench released FOLDER`: our VAR beside its authors' code, in turns, with the same random weights.
 
 The folder is a clone of github.com/FoundationVision/VAR; its code runs as it stands. No weights are needed: what a
-picture costs does not depend on them. Times are the processor's, of one picture with tokens drawn as its demo draws.
+image costs does not depend on them. Times are the processor's, of one image with tokens drawn as its demo draws.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOMS = ("models", "dist", "utils")
 
 
 def bench_released(asked: Asked) -> dict[str, Any]:
-    """Times a picture of VAR-d16 by both codes, in float32 and bfloat16, with and without guidance.
+    """Times an image of VAR-d16 by both codes, in float32 and bfloat16, with and without guidance.
 
     Raises:
         ValueError: no clone of the released code was named.
@@ -115,14 +115,14 @@ def ours(var: nn.Module, vae: nn.Module, dtype: torch.dtype, scales: tuple[int, 
 
 
 def paint_ours(pipe: Any, guidance: float) -> Tensor:
-    """A picture (1, 3, H, W) in [0, 1]."""
+    """An image (1, 3, H, W) in [0, 1]."""
     generator = torch.Generator().manual_seed(SEED)
     return pipe([LABEL], cfg=guidance, top_k=TOP_K, top_p=TOP_P, generator=generator, output_type="pt").images
 
 
 @torch.inference_mode()
 def paint_released(var: Any, dtype: torch.dtype, guidance: float) -> Tensor:
-    """A picture (1, 3, H, W) in [0, 1]."""
+    """An image (1, 3, H, W) in [0, 1]."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         return var.autoregressive_infer_cfg(
             1, torch.tensor([LABEL]), g_seed=SEED, cfg=guidance, top_k=TOP_K, top_p=TOP_P

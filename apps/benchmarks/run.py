@@ -1,6 +1,6 @@
 """`tessera bench`: how fast things are here, measured in turns, with what they were measured on.
 
-`tessera bench paint` times a picture at the default settings and its parts; a file may hold several models.
+`tessera bench paint` times an image at the default settings and its parts; a file may hold several models.
 `tessera bench costs` times single operations, for solvers that weigh one way of computing against another.
 `tessera bench start` times importing the library beside importing diffusers alone, in fresh processes.
 `tessera bench released` times our VAR beside its authors' code.
@@ -56,7 +56,7 @@ def run(
         what: a key of `BENCHMARKS`.
         model: built-in name, folder or hub id; None is what the benchmark is meant for.
         repeats: counted rounds.
-        prompts: pictures to compare, for benchmarks of quality.
+        prompts: images to compare, for benchmarks of quality.
         output: JSON file.
         device: where to run; "auto" is the best there is.
         dtype: of the weights; "auto" suits the device.

@@ -4,7 +4,7 @@ Steps, size, scheduler and guidance are fixed. The cost is the share of the unca
 (matrix products, as torch counts them), so it is the same measure for all and knows what a forecast step still runs:
 embeddings, head blocks, the last projection. Caches that look at the first block pay for it at every step, which
 weighs more in a network of five blocks than in one of fifty: the share of steps whose middle block ran stands beside.
-Likeness is the PSNR of the pictures, mean over prompts that no calibration saw: (a) to the uncached run of as many
+Likeness is the PSNR of the images, mean over prompts that no calibration saw: (a) to the uncached run of as many
 steps, (b) to a run of very many steps.
 """
 
@@ -45,7 +45,7 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 @dataclass
 class Workload:
-    """A pipeline, prompts that calibration does not see, and how they are painted."""
+    """A pipeline, prompts that calibration does not see, and how they are generated."""
 
     pipe: Any
     requests: list[Request]
@@ -54,7 +54,7 @@ class Workload:
     batch_size: int = 32
 
     def paint(self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> torch.Tensor:
-        """Paint prompts: (B, 3, H, W) in [0, 1]."""
+        """Generate prompts: (B, 3, H, W) in [0, 1]."""
         settings = {"num_inference_steps": steps or self.steps, "guidance_scale": self.guidance, "output_type": "pt"}
         pictures = []
         for start in range(0, len(prompts), self.batch_size):
@@ -64,7 +64,7 @@ class Workload:
         return torch.cat(pictures)
 
     def paint_all(self, steps: int | None = None) -> torch.Tensor:
-        """Paint the test prompts."""
+        """Generate the test prompts."""
         prompts = [request.prompt for request in self.requests]
         return self.paint(prompts, [TEST_SEED + i for i in range(len(prompts))], steps)
 
@@ -101,7 +101,7 @@ def bench_cache(
         repeats: 1 rehearses with few prompts and candidates; more measures.
         device: where to run.
         dtype: of the weights.
-        prompts: how many are painted.
+        prompts: how many are generated.
         steps: of the uncached run; None is the pipeline's default, 28.
     """
     told = Console(stderr=True, soft_wrap=True)
@@ -166,7 +166,7 @@ def _candidates(work: Workload, profiles: Sequence[Profile], prompt: str, smoke:
 
 
 def _painted(work: Workload, candidate: Candidate) -> tuple[torch.Tensor, tuple[float, float]]:
-    """Pictures of a candidate, its operations in the network, and how often the middle block ran."""
+    """Images of a candidate, its operations in the network, and how often the middle block ran."""
     with ExitStack() as stack:
         cost = stack.enter_context(work.counting())
         stack.enter_context(candidate.on(work.pipe))
@@ -174,13 +174,13 @@ def _painted(work: Workload, candidate: Candidate) -> tuple[torch.Tensor, tuple[
 
 
 def mean_psnr(pictures: torch.Tensor, reference: torch.Tensor) -> float:
-    """Mean over the pictures; equal ones count as 100 dB."""
+    """Mean over the images; equal ones count as 100 dB."""
     values = [min(psnr(one, other), 100.0) for one, other in zip(pictures, reference, strict=True)]
     return sum(values) / len(values)
 
 
 def judged(requests: Sequence[Request], pictures: torch.Tensor) -> dict[str, float]:
-    """Shares of right pictures by kind, by the measure of the kind's set, in percent."""
+    """Shares of right images by kind, by the measure of the kind's set, in percent."""
     judge, right = Judge(load_sprites()), {kind: [] for kind in KINDS}
     scenes: list[Scene] = [request.scene for request in requests]
     for scene, reading in zip(scenes, judge.read(pictures * 2 - 1), strict=True):

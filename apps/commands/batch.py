@@ -53,7 +53,7 @@ class Line:
     Attributes:
         number: from 1, as editors count.
         wishes: what it asks for, with those of the command line behind.
-        name: of its picture, without the ending.
+        name: of its image, without the ending.
         fields: fields of the request that the command line has no option for.
     """
 
@@ -72,11 +72,11 @@ def run_batch(
     keep_settings: bool = True,
     sidecar: bool = False,
 ) -> None:
-    """Paint every line of a file.
+    """Generate every line of a file.
 
     Args:
         file: JSONL or text.
-        folder: receives the pictures; created if absent.
+        folder: receives the images; created if absent.
         common: for all lines that don't say otherwise.
         machine: where to compute.
         json_output: print one JSON object a line instead of text.
@@ -84,9 +84,9 @@ def run_batch(
         sidecar: whether a JSON file beside each one does.
 
     Raises:
-        BatchError: lines failed; what could be painted is there.
+        BatchError: lines failed; what could be generated is there.
         UsageError: a line or a common setting isn't understood, or the folder can't be written; then nothing has been
-            painted.
+            generated.
     """
     machine, source = machine or Machine(), common.model or DEFAULT_MODEL
     with checking():
@@ -178,7 +178,7 @@ def _request(line: Line, engine: Engine) -> AnyRequest:
 def _paint(
     line: Line, folder: Path, engine: Engine, console: Console, keep_settings: bool, sidecar: bool
 ) -> dict[str, Any]:
-    """Paint one line unless it is done; returns what is told of it."""
+    """Generate one line unless it is done; returns what is told of it."""
     row: dict[str, Any] = {"line": line.number, "prompt": line.wishes.prompt, "state": "done"}
     try:
         request = _request(line, engine)

@@ -30,15 +30,15 @@ def run(
     device: str = "auto",
     dtype: str = "auto",
 ) -> None:
-    """Paint some prompts uncached and write the profile.
+    """Generate some prompts uncached and write the profile.
 
     Args:
         model: built-in name, folder or hub id.
-        prompts: what to paint; four usual ones if empty. Class labels for class-conditional models.
+        prompts: what to generate; four usual ones if empty. Class labels for class-conditional models.
         steps: of the runs; None is the pipeline's default.
         region: what is forecast, see `sampling.step_cache.calibrate_budget`.
         output: file ending in .safetensors; the model's own folder if None.
-        device: where to paint.
+        device: where to generate.
         dtype: of the weights.
 
     Raises:

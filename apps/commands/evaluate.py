@@ -1,7 +1,7 @@
-"""`tessera evaluate`: paint many prompts and let the exact judge read the pictures.
+"""`tessera evaluate`: generate many prompts and let the exact judge read the images.
 
 Every figure stands beside its ceiling: first the judge reads freshly drawn scenes, then the same scenes after a round
-trip through the model's autoencoder, and only then what the model painted.
+trip through the model's autoencoder, and only then what the model generated.
 """
 
 import inspect
@@ -34,16 +34,16 @@ from apps.training.tasks.autoencoder import psnr
 from dit.tokenizers import as_visual_tokenizer
 
 Generate = Callable[[Sequence[str], Sequence[int]], torch.Tensor]
-"""Prompts and a seed for each, to pictures `(B, 3, H, W)` in [-1, 1]."""
+"""Prompts and a seed for each, to images `(B, 3, H, W)` in [-1, 1]."""
 Through = Callable[[torch.Tensor], torch.Tensor]
-"""Changes pictures `(B, 3, H, W)` in [-1, 1]."""
+"""Changes images `(B, 3, H, W)` in [-1, 1]."""
 Tick = Callable[[int], None]
-"""Told after each batch how many pictures it had."""
+"""Told after each batch how many images it had."""
 
 CEILING_SETS = ("single", "pair", "count")
 INPAINT = "inpaint"
-"""The set of pictures to be changed; it is painted only when it is asked for."""
-SEEDS_PER_SET = 100_000  # every set's pictures have noise of their own
+"""The set of images to be changed; it is generated only when it is asked for."""
+SEEDS_PER_SET = 100_000  # every set's images have noise of their own
 
 
 @dataclass
@@ -56,12 +56,12 @@ class Report:
         machine: where, and with which versions.
         vocabulary: number of stickers asked for; all stickers of the sheet compete in the judge.
         ceiling: shares of right readings of fresh renders, by set, then metric.
-        autoencoder: the same after a round trip, and in dB `psnr_in_boxes` (mean over pictures,
-            as papers report it) and `psnr_in_boxes_pooled` (of the squared error of all pictures together).
-        painted: shares of right pictures by set, then metric.
+        autoencoder: the same after a round trip, and in dB `psnr_in_boxes` (mean over images,
+            as papers report it) and `psnr_in_boxes_pooled` (of the squared error of all images together).
+        painted: shares of right images by set, then metric.
         inpainted: of the set "inpaint": shares of masked stickers that are the ones asked for (`masked`, and by kind
-            of scene), of pictures with every pixel outside the mask as before (`kept`), and the `ceiling` of the judge.
-        seconds_per_picture: painting time, without loading and judging.
+            of scene), of images with every pixel outside the mask as before (`kept`), and the `ceiling` of the judge.
+        seconds_per_picture: generating time, without loading and judging.
     """
 
     model: str
@@ -83,7 +83,7 @@ def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def answers(
     scenes: Sequence[Scene], pictures: Iterable[torch.Tensor], judge: Judge, tick: Tick = lambda _: None
 ) -> dict[str, list[bool]]:
-    """Lets the judge read pictures, batch by batch, and returns for each metric which answers were right."""
+    """Lets the judge read images, batch by batch, and returns for each metric which answers were right."""
     found: dict[str, list[bool]] = defaultdict(list)
     remaining = iter(scenes)
     for batch in pictures:
@@ -105,7 +105,7 @@ def box_psnr(scenes: Sequence[Scene], sheet: SpriteSheet, resolution: int, throu
     """Measures what `through` does to the pixels in sticker boxes.
 
     Returns:
-        In dB: `psnr_in_boxes`, the mean over pictures, and `psnr_in_boxes_pooled`, of all their pixels together.
+        In dB: `psnr_in_boxes`, the mean over images, and `psnr_in_boxes_pooled`, of all their pixels together.
     """
     errors, sizes = [], []
     for part in batches(scenes, 32):
@@ -119,7 +119,7 @@ def box_psnr(scenes: Sequence[Scene], sheet: SpriteSheet, resolution: int, throu
 
 
 def round_trip(vae: Any) -> Through:
-    """Returns a function that encodes and decodes pictures; they stay on the CPU at either end."""
+    """Returns a function that encodes and decodes images; they stay on the CPU at either end."""
     tokenizer = as_visual_tokenizer(vae)
     weight = next(vae.parameters())
 
@@ -132,7 +132,7 @@ def round_trip(vae: Any) -> Through:
 
 
 def painter(pipe: Any, steps: int | None, guidance: float) -> Generate:
-    """Returns a function that paints with a text-to-image pipeline; `steps` is None where steps can't be chosen."""
+    """Returns a function that generates with a text-to-image pipeline; `steps` is None where steps can't be chosen."""
     settings = {"guidance_scale": guidance, "output_type": "pt"}
     if steps is not None:
         settings["num_inference_steps"] = steps
@@ -166,7 +166,7 @@ def call_settings(pipe: Any, steps: int | None, guidance: float | None) -> tuple
 
 
 def picture_side(pipe: Any) -> int:
-    """Side of the pictures that a pipeline was trained on, in pixels."""
+    """Side of the images that a pipeline was trained on, in pixels."""
     own = getattr(pipe, "default_height", None)
     return own or pipe.transformer.config.sample_size * pipe.vae_scale_factor
 
@@ -178,10 +178,10 @@ class Examiner:
     Attributes:
         sheet: the stickers.
         vocabulary: names that the model knows.
-        judge: reads the pictures.
+        judge: reads the images.
         prompts: prompts per set.
         seed: of scenes and noise.
-        batch_size: pictures painted at once.
+        batch_size: images generated at once.
         progress: shows what goes on.
     """
 
@@ -213,7 +213,7 @@ class Examiner:
         return box_psnr(scenes, self.sheet, resolution, through)
 
     def painted(self, name: str, generate: Generate) -> dict[str, float]:
-        """Scores what the model paints for one set."""
+        """Scores what the model generates for one set."""
         requests = self.requests(SETS[name])
         first = self.seed + SEEDS_PER_SET * (1 + list(SETS).index(name))
         pictures = (
@@ -223,7 +223,7 @@ class Examiner:
         return shares([request.scene for request in requests], pictures, self.judge, self._tick(SETS[name].title))
 
     def inpainted(self, pipe: Any, steps: int | None, guidance: float, resolution: int) -> dict[str, float]:
-        """Scores what the model paints into masked boxes; see `apps.stickers.inpaint_set`."""
+        """Scores what the model generates into masked boxes; see `apps.stickers.inpaint_set`."""
         tasks = draw_tasks(self.prompts, self.sheet, self.vocabulary, self.seed)
         tick = self._tick("inpaint")
 
@@ -249,7 +249,7 @@ class Examiner:
         return {**result, "ceiling": _share(ceiling)}
 
     def sheet_pictures(self, generate: Generate) -> tuple[torch.Tensor, list[str]]:
-        """Paints the fixed prompts of the contact sheet: `(64, 3, H, W)`, and the prompts."""
+        """Generates the fixed prompts of the contact sheet: `(64, 3, H, W)`, and the prompts."""
         prompts = [request.prompt for request in sheet_requests(self.sheet, self.vocabulary)]
         tick = self._tick("contact sheet", len(prompts))
         parts = []
@@ -283,14 +283,14 @@ def run(
     Args:
         model: built-in name, folder or hub id.
         prompts: prompts of each set.
-        sets: keys of `SETS` to paint, or "inpaint"; all but that one if empty.
+        sets: keys of `SETS` to generate, or "inpaint"; all but that one if empty.
         output: folder for `report.json` and `contact_sheet.png`; `outputs/evaluate-MODEL` if None.
         steps: denoising steps; None is the pipeline's default.
         guidance: guidance scale; None is the pipeline's default.
         seed: of scenes, captions and noise.
-        batch_size: pictures painted at once.
+        batch_size: images generated at once.
         vocabulary: "starter", "all" or a text file; None is the `vocabulary.txt` beside the model.
-        device: where to paint; "auto" is the best there is. The judge reads on the same device.
+        device: where to generate; "auto" is the best there is. The judge reads on the same device.
         dtype: of the weights; "auto" suits the device.
         json_output: print the report as JSON instead of tables.
 
@@ -377,7 +377,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def _resolution(pipe: Any) -> int:
-    """Side in pixels of the pictures that a model was trained on."""
+    """Side in pixels of the images that a model was trained on."""
     return pipe.transformer.config.sample_size * pipe.vae_scale_factor
 
 

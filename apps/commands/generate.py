@@ -1,4 +1,4 @@
-"""`tessera generate`: paint a prompt into a file from the command line."""
+"""`tessera generate`: generate a prompt into a file from the command line."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ def run(
     keep_settings: bool = True,
     sidecar: bool = False,
 ) -> None:
-    """Paint and write the pictures, each with the settings that reproduce it.
+    """Generate and write the images, each with the settings that reproduce it.
 
     Args:
-        wishes: what to paint; they go before `settings`.
-        output: PNG or WebP file to write; several pictures get -0, -1, ... before the ending. Of a model that makes
+        wishes: what to generate; they go before `settings`.
+        output: PNG or WebP file to write; several images get -0, -1, ... before the ending. Of a model that makes
             clips it receives some frames side by side, and the clip goes beside it as MP4; a name with `.mp4` receives
             the clip alone. An existing file is replaced. None is tessera.png, or the next name like it that is free.
         machine: where to compute.
-        settings: picture, clip or JSON file whose settings are taken.
+        settings: image, clip or JSON file whose settings are taken.
         json_output: print one JSON object instead of text and a progress bar.
         keep_settings: whether the files carry their settings.
         sidecar: whether a JSON file beside each one does.
@@ -99,7 +99,7 @@ def run(
         UsageError: an unknown name, a setting out of range, settings that don't go together, a file that can't be
             written; as far as possible before the model is loaded.
         OSError: the model can't be read, or a file can't be read or written.
-        MemoryError: the model or the picture needs more memory than there is.
+        MemoryError: the model or the image needs more memory than there is.
         ImportError: an optional package is missing.
         KeyboardInterrupt: Ctrl-C; no broken file is left.
     """
@@ -144,13 +144,13 @@ def make_request(
 
     Args:
         wishes: what was said.
-        engine: has one model, and receives the pictures to start from.
-        taken: settings of a picture, for all that was not said.
-        settings: the file they came from; pictures it was made from are looked for beside it.
+        engine: has one model, and receives the images to start from.
+        taken: settings of an image, for all that was not said.
+        settings: the file they came from; images it was made from are looked for beside it.
 
     Raises:
         ValueError: a setting is missing or out of range.
-        OSError: a picture can't be read.
+        OSError: an image can't be read.
     """
     values = asked(wishes)
     files = {
@@ -165,7 +165,7 @@ def make_request(
 
 
 def _lora(wishes: Wishes, engine: Engine, taken: Lora | None) -> Lora | None:
-    """Find out which LoRA file is asked for, and how much of it: the one named, or the one of a picture's settings.
+    """Find out which LoRA file is asked for, and how much of it: the one named, or the one of an image's settings.
 
     Raises:
         ValueError: a scale without a file, or settings whose file isn't named or is another one.
@@ -183,7 +183,7 @@ def _lora(wishes: Wishes, engine: Engine, taken: Lora | None) -> Lora | None:
 
 
 def _hand_in(file: Path | None, wanted: str | None, settings: Path | None, engine: Engine) -> str | None:
-    """Hand in a picture to start from: the file named, or the one that settings ask for, kept beside their picture."""
+    """Hand in an image to start from: the file named, or the one that settings ask for, kept beside their image."""
     if file is not None:
         return engine.uploads.add(read_upload(file.read_bytes()))
     if wanted is None or settings is None:
@@ -197,7 +197,7 @@ def _hand_in(file: Path | None, wanted: str | None, settings: Path | None, engin
 
 
 def told_differences(taken: PictureSettings, painted: PictureSettings, console: Console) -> None:
-    """Warn about what keeps a picture from coming out the same."""
+    """Warn about what keeps an image from coming out the same."""
     for name, what in (("fingerprint", "other weights"), ("device", "another device"), ("dtype", "another precision")):
         before, now = getattr(taken, name), getattr(painted, name)
         if before != now:
@@ -205,14 +205,14 @@ def told_differences(taken: PictureSettings, painted: PictureSettings, console: 
 
 
 def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
-    """Draw a progress bar from the events of a job, print each note once and pass the pictures on.
+    """Draw a progress bar from the events of a job, print each note once and pass the images on.
 
     Args:
         events: from `Engine.generate`; closed on leaving, which stops the job.
         console: where to draw.
 
     Yields:
-        The pictures, as soon as each is done.
+        The images, as soon as each is done.
 
     Raises:
         Exception: what made the job fail.

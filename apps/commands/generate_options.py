@@ -27,9 +27,7 @@ from apps.commands.shared_options import (
 
 
 def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="Prompt; a class name or number for models of classes.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt; a class name or number for models of classes.")] = None,
     negative_prompt: Annotated[
         str | None,
         typer.Option(

@@ -30,7 +30,7 @@ from apps.service.validation import explain_item
 from pipelines import builtin_models
 
 DEFAULT_SEED = 0
-"""The same words give the same picture, unless a seed is given."""
+"""The same words give the same image, unless a seed is given."""
 NEEDED = {"mask": "image", "strength": "image", "expand": "image", "kv_budget": "kv_policy"}
 """Options that mean nothing without another one."""
 ANY_IMAGE = "0" * 64
@@ -46,27 +46,27 @@ class Wishes:
     """What was said on the command line; None was not said.
 
     Attributes:
-        prompt: what to paint; a class for a model of classes.
-        negative_prompt: what to keep away from.
+        prompt: what to generate; a class for a model of classes.
+        negative_prompt: what to avoid.
         model: built-in name, folder, single file or hub id.
-        seed: of the first picture.
+        seed: of the first image.
         steps: denoising steps.
         guidance: guidance scale.
         size: `128`, or `WIDTHxHEIGHT` such as `160x128`.
-        num: how many pictures.
+        num: how many images.
         batch_size: how many at once.
         frames: of a clip.
         style: name of a style.
         preset: name of a set of settings.
         scheduler: name of a scheduler.
-        image: file of a picture to start from.
-        mask: file of a mask, white where to paint.
+        image: file of an image to start from.
+        mask: file of a mask, white where to generate.
         mask_grow: pixels by which the mask grows.
         mask_blur: width of the mask's soft edge, pixels.
-        strength: how much of the picture is repainted.
+        strength: how much of the image is changed.
         lora: file of a LoRA.
         lora_scale: 1 is as trained.
-        expand: how far the picture grows, e.g. `0.25` on all sides or `left=0.5,top=0.25`.
+        expand: how far the image grows, e.g. `0.25` on all sides or `left=0.5,top=0.25`.
         memory: memory profile.
         dtype: number format of the weights.
         attention: attention backend.
@@ -76,8 +76,8 @@ class Wishes:
         top_p: draw among the likeliest that hold this share.
         kv_policy: what is kept of earlier scales.
         kv_budget: which share of it.
-        search: paint several candidates and keep the best.
-        candidates: pictures to pay for: `best_of` paints so many, other searches spend their tokens early.
+        search: generate several candidates and keep the best.
+        candidates: images to pay for: `best_of` generates so many, other searches spend their tokens early.
     """
 
     prompt: str | None = None
@@ -120,10 +120,10 @@ def check_wishes(wishes: Wishes, source: str, taken: PictureSettings | None = No
     Args:
         wishes: the options.
         source: name of the model.
-        taken: settings of a picture, for all that the options leave open.
+        taken: settings of an image, for all that the options leave open.
 
     Returns:
-        A request as the options ask for it, with stand-ins for images; None with the settings of a picture, whose
+        A request as the options ask for it, with stand-ins for images; None with the settings of an image, whose
         request can be made without the model.
 
     Raises:
@@ -185,7 +185,7 @@ def asked(wishes: Wishes) -> dict[str, Any]:
 
 def task_of(values: dict[str, Any], first: str) -> str:
     """Return the task of a request: by the images that it starts from, else what its model does first."""
-    if "mask" in values or "expand" in values:  # next-scale models change parts of pictures in the tasks they have
+    if "mask" in values or "expand" in values:  # next-scale models change parts of images in the tasks they have
         return first if first.startswith("next_scale") else "inpaint"
     return "image_to_image" if "image" in values else first
 
@@ -211,7 +211,7 @@ def complete(values: dict[str, Any], prompt: str | None, task: str) -> AnyReques
 
 
 def complete_again(values: dict[str, Any], prompt: str | None, taken: PictureSettings, model: str) -> AnyRequest:
-    """Make a request of the settings of a picture.
+    """Make a request of the settings of an image.
 
     Args:
         values: fields that differ.
@@ -223,7 +223,7 @@ def complete_again(values: dict[str, Any], prompt: str | None, taken: PictureSet
         UsageError: a field is out of range, or one that the task doesn't have.
     """
     kind = TASKS[taken.task]
-    if "preset" in values:  # it was said now, so it goes before what the picture had
+    if "preset" in values:  # it was said now, so it goes before what the image had
         with checking():
             values = preset_values(values["preset"], kind.model_fields) | values
         del values["preset"]
@@ -290,7 +290,7 @@ def named_model(taken: PictureSettings) -> str:
 
 
 def read_settings(file: Path) -> PictureSettings:
-    """Read the settings of a picture, a clip or a JSON file.
+    """Read the settings of an image, a clip or a JSON file.
 
     Raises:
         MetadataError: it carries none that pass the checks.

@@ -89,12 +89,12 @@ def _numbered(output: Path, num: int) -> list[Path]:
 
 
 def save(picture: Picture, path: Path, keep_settings: bool = True, sidecar: bool = False) -> list[Path]:
-    """Write a picture, or a clip with a picture of it, or a clip alone.
+    """Write an image, or a clip with an image of it, or a clip alone.
 
     Args:
         picture: generated.
         path: PNG or WebP file, or MP4 file for a clip.
-        keep_settings: whether the picture carries its settings.
+        keep_settings: whether the image carries its settings.
         sidecar: whether a JSON file beside it does.
 
     Returns:

@@ -53,7 +53,7 @@ def run(
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; several with commas between them.
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         open_browser: open the page.
-        output_dir: folder that receives the pictures; visitors of the page can read all of it.
+        output_dir: folder that receives the images; visitors of the page can read all of it.
         offload: `none`, `model`, `group`, `sequential`; see `pipelines.load_pipeline`.
         base: for models that are single files with a transformer only: folder or hub id of their pipeline.
         api: serve the HTTP API under `/v1`.
@@ -135,7 +135,7 @@ def _start(app: Any, host: str, port: int) -> Any:
         timeout_graceful_shutdown=PATIENCE,
         server_header=False,
         h11_max_incomplete_event_size=32 * 1024,
-        proxy_headers=False,  # nobody shall say by a header who they are
+        proxy_headers=False,  # nobody should say by a header who they are
     )
     server = EndingServer(config, app)
     thread = threading.Thread(target=server.run, name="server", daemon=True)

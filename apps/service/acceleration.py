@@ -121,7 +121,7 @@ def search_argument(method: str, candidates: int | None, grids: Sequence[tuple[i
 
     Args:
         method: see `TTSConfig`.
-        candidates: pictures to pay for: `best_of` paints so many, the others spend their tokens as they see fit. None
+        candidates: images to pay for: `best_of` generates so many, the others spend their tokens as they see fit. None
             is 4 for `best_of`, and the published schedule for the others.
         grids: rows and columns of the model's scales.
     """

@@ -42,7 +42,7 @@ class Profile:
 
     Attributes:
         offload: a word of `pipelines.offload`.
-        tiles: decode picture by picture and tile by tile, which moves last bits where tiles meet.
+        tiles: decode image by image and tile by tile, which moves last bits where tiles meet.
     """
 
     offload: str = "none"
@@ -128,7 +128,7 @@ def try_attention(backend: str, device: torch.device, calls: bool = True) -> str
 
     Args:
         backend: its name.
-        device: where it shall compute.
+        device: where it should compute.
         calls: run a small call; else only look whether it has what it needs.
 
     Returns:
@@ -209,7 +209,7 @@ def attending(pipe: Any, backend: str) -> Generator[None]:
 
 
 def _tiles_told(vae: Any, request: AnyRequest) -> str:
-    """Say whether tiles matter to a picture: one that fits a tile is decoded whole."""
+    """Say whether tiles matter to an image: one that fits a tile is decoded whole."""
     square = getattr(vae, "tile_sample_min_size", None)
     square = square[0] if isinstance(square, list | tuple) else square
     sides = ("width", "height")
@@ -230,7 +230,7 @@ def can_tile(pipe: Any) -> bool:
 
 @contextmanager
 def _tiled(pipe: Any) -> Generator[None]:
-    """Have the decoder work picture by picture and tile by tile."""
+    """Have the decoder work image by image and tile by tile."""
     if not can_tile(pipe):
         raise UnavailableError(
             "choice",

@@ -69,7 +69,7 @@ RETRY_SECONDS = 1.0
 FAILURES_KEPT = 64
 """Failed jobs whose cause can be told in another language after they have ended."""
 STATE_FOLDER = ".tessera"
-"""Of the output folder: the line of jobs and the pictures handed in; never served."""
+"""Of the output folder: the line of jobs and the images handed in; never served."""
 
 
 @dataclass(eq=False, slots=True)
@@ -93,11 +93,11 @@ class _Device:
 
 
 class Engine:
-    """Paint requests and tell how it goes.
+    """Generate requests and tell how it goes.
 
     Args:
         models: key -> built-in name, folder, file or hub id; requests choose by key, the first one is the default.
-        output_dir: existing folder that receives the pictures and keeps the line of jobs; None keeps both in memory.
+        output_dir: existing folder that receives the images and keeps the line of jobs; None keeps both in memory.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; several with commas between them work side by side.
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         offload: `none`, `model`, `group`, `sequential`: what of a model waits on the CPU, see `load_pipeline`.
@@ -207,7 +207,7 @@ class Engine:
         """Put a request at the end of the line.
 
         Args:
-            request: what to paint.
+            request: what to generate.
             owner: who asks; others don't see the job.
             stop: set it from any thread to stop the job within one step.
 
@@ -216,7 +216,7 @@ class Engine:
 
         Raises:
             UnknownModelError: it names a model that is not offered.
-            UploadError: it names a picture that was not handed in.
+            UploadError: it names an image that was not handed in.
             UnavailableError: this machine hasn't the memory profile or the attention backend that it asks for.
             LoraError: it names a LoRA file that is not offered, or was another one.
             QueueFullError: as many wait as may.
@@ -257,7 +257,7 @@ class Engine:
         return None if job is None else job.stream
 
     def stream(self, job_id: str) -> EventStream:
-        """Return the events of a job, live; of an ended one its pictures that have files, and its last event.
+        """Return the events of a job, live; of an ended one its images that have files, and its last event.
 
         Raises:
             KeyError: no such job.
@@ -305,7 +305,7 @@ class Engine:
                 self._forget(job, Stopped())
 
     def finish(self, job_id: str) -> bool:
-        """End a running job with the picture as it is now.
+        """End a running job with the image as it is now.
 
         Returns:
             False if it doesn't run, or if its model can't end early; then nothing changes.
@@ -323,13 +323,13 @@ class Engine:
         return True
 
     def _running(self, job_id: str) -> _LiveJob | None:
-        """The live job of this name if it is being painted."""
+        """The live job of this name if it is being generated."""
         stored = self.job(job_id)
         with self._moved:
             return self._live.get(job_id) if stored.state == "running" else None
 
     def skip(self, job_id: str) -> bool:
-        """End the picture that a running job is at, and those painted at once with it; the job goes on with the next.
+        """End the image that a running job is at, and those generated at once with it; the job goes on with the next.
 
         Returns:
             False if it doesn't run; then nothing changes.
@@ -390,15 +390,15 @@ class Engine:
         return self._store.jobs(owner, limit, before)
 
     def pictures(self, job_id: str) -> list[StoredPicture]:
-        """Return the pictures of a job that are done."""
+        """Return the images of a job that are done."""
         return self._store.pictures(job_id)
 
     def history(self, owner: str | None = None, limit: int = 48, skip: int = 0) -> list[StoredPicture]:
-        """Return the pictures of an owner (None: of all) that have files, the newest first."""
+        """Return the images of an owner (None: of all) that have files, the newest first."""
         return self._store.history(owner, limit, skip)
 
     def owner_of_file(self, name: str) -> str | None:
-        """Return whose picture a file of the output folder is; None if it is no picture's."""
+        """Return whose image a file of the output folder is; None if it is no image's."""
         return self._store.owner_of_file(name)
 
     def health(self) -> Health:
@@ -423,12 +423,12 @@ class Engine:
         """Submit a request and follow it; closing the iterator stops the job.
 
         Args:
-            request: what to paint.
+            request: what to generate.
             stop: set it from any thread to stop within one step, also while waiting in line.
             owner: who asks.
 
         Yields:
-            Queued, ModelLoading, Step and Picture events, then one of Done, Stopped, Failed. Closing the iterator
+            Queued, ModelLoading, Step and Image events, then one of Done, Stopped, Failed. Closing the iterator
             stops the work too, and returns when the worker has left it.
         """
         try:
@@ -479,7 +479,7 @@ class Engine:
         for worker in self._workers:
             if worker.thread is not None:
                 worker.thread.join(timeout)
-        for job in self._live.values():  # those that wait: whoever follows them shall not wait too
+        for job in self._live.values():  # those that wait: whoever follows them should not wait too
             job.stream.tell(Stopped())
         self._store.close()
 
@@ -575,7 +575,7 @@ class Engine:
                 if said != str(error):
                     said = str(error)
                     logger.error("the end of a job can't be recorded until this is mended: %s", said)
-                job.stream.tell(last)  # who waits for the job shall not wait for the disk
+                job.stream.tell(last)  # who waits for the job should not wait for the disk
             with self._moved:
                 if self._closing:  # the next engine on the folder finds it running and does what is left of it
                     self._live.pop(job.order.id, None)
@@ -630,7 +630,7 @@ class Engine:
         self._live[stored.id] = _LiveJob(Order(stored.id, stored.created, request), threading.Event())
 
     def _load_pipeline(self, source: str, device: str, setup: Setup) -> Pipeline:
-        # Here and not above: diffusers and transformers take seconds to import, and a server shall answer before.
+        # Here and not above: diffusers and transformers take seconds to import, and a server should answer before.
         from pipelines import load_pipeline
 
         base = self.base if Path(source).expanduser().is_file() else None
@@ -654,7 +654,7 @@ def _state_folder(output_dir: Path | None) -> Path | None:
 
 
 def _picture_again(stored: StoredPicture, folder: Path) -> Picture:
-    """Tell of a picture on record; a clip by its picture alone."""
+    """Tell of an image on record; a clip by its image alone."""
     path, settings = folder / stored.name, parse(stored.settings)
     with Image.open(path, formats=["PNG", "WEBP"]) as image:
         image.load()

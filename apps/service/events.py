@@ -40,7 +40,7 @@ class Step:
         steps: steps of one batch.
         picture: the first image of the batch that is being generated, from 1.
         pictures: how many images were asked for.
-        preview: a small view of the picture to come; None when it's too early for a new one, or when the
+        preview: a small view of the image to come; None when it's too early for a new one, or when the
             model has no cheap view.
         eta: seconds until the whole request is done.
         strip: what a step cache did in the steps so far, a letter each: C computed, a dot forecast; empty without one.
@@ -69,13 +69,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture is done.
+    """An image is done.
 
     Attributes:
         path: where it was written; None for an engine without an output folder.
         seed: of its noise.
         metadata: what reproduces it, as stored in the file.
-        image: the picture itself; of a clip some frames side by side.
+        image: the image itself; of a clip some frames side by side.
         seconds: time it took.
         clip: the frames, from a model that makes clips.
         video: where the clip was written.
@@ -97,14 +97,14 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """All pictures are painted; the last event."""
+    """All images are generated; the last event."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """The request was stopped; the last event. Pictures told before stay valid."""
+    """The request was stopped; the last event. Images told before stay valid."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,11 +56,11 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One picture of a grid.
+    """One image of a grid.
 
     Attributes:
         place: index along x, y and z.
-        request: what to paint.
+        request: what to generate.
     """
 
     place: tuple[int, int, int]
@@ -69,7 +69,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A painted cell.
+    """A generated cell.
 
     Attributes:
         image: what came out.
@@ -185,11 +185,11 @@ def _value(request: AnyRequest, axis: Axis, index: int) -> Any:
 
 
 def compose(axes: Sequence[Axis], cells: dict[tuple[int, int, int], Filled], side: int = 192) -> Image.Image:
-    """Lay the cells that are painted so far out on one sheet.
+    """Lay the cells that are generated so far out on one sheet.
 
     Args:
         axes: x, y and z.
-        cells: what is painted, by place.
+        cells: what is generated, by place.
         side: longest side of a cell, pixels.
 
     Returns:
@@ -227,7 +227,7 @@ def mosaic(axes: Sequence[Axis], cells: Mapping[tuple[int, int, int], Image.Imag
 
     Args:
         axes: x, y and z; what belongs to further values of z stands below.
-        cells: what is painted, by place.
+        cells: what is generated, by place.
         side: longest side of the mosaic, pixels.
 
     Returns:
@@ -265,7 +265,7 @@ def _draw_cell(
     size: tuple[int, int],
     cell: Filled | None,
 ) -> None:
-    """Draw one cell: its picture and how long it took, or gray."""
+    """Draw one cell: its image and how long it took, or gray."""
     if cell is None:
         draw.rectangle((*corner, corner[0] + size[0] - 1, corner[1] + size[1] - 1), "#eeeae4")
         return

@@ -1,6 +1,6 @@
-"""Paint one batch with one pipeline: watch its steps, preview them, stop between two of them, or end early.
+"""Generate one batch with one pipeline: watch its steps, preview them, stop between two of them, or end early.
 
-Works with our pipelines and with diffusers' for texts, pictures and classes: what a call may carry is read from its
+Works with our pipelines and with diffusers' for texts, images and classes: what a call may carry is read from its
 signature, and a wish that a pipeline cannot fulfil is an error, never a no-op.
 """
 
@@ -70,9 +70,9 @@ class Canvas:
 
     Attributes:
         request: with the model's defaults filled in.
-        seeds: of the noise, one a picture.
+        seeds: of the noise, one an image.
         image: to start from, of the size of the request.
-        mask: where to paint, of the size of the request.
+        mask: where to generate, of the size of the request.
         alpha: how much of the result shows, of the size of the request; None for all of it on the mask.
     """
 
@@ -109,7 +109,7 @@ class Painted:
     """What came out.
 
     Attributes:
-        pictures: of the batch; each a list of frames, one for a picture.
+        pictures: of the batch; each a list of frames, one for an image.
         ended_after: steps done, if it was ended early; else None.
         scheduler: the one that was used.
         report: what accelerators did, for people; empty without any.
@@ -126,11 +126,11 @@ OnStep = Callable[[int, Image.Image | None, str], None]
 
 
 def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnStep) -> Painted:
-    """Paint one batch of pictures, or one clip.
+    """Generate one batch of images, or one clip.
 
     Args:
         model: the pipelines and what they accept.
-        canvas: what to paint.
+        canvas: what to generate.
         switches: end it.
         on_step: told after each step, in this thread.
 
@@ -272,13 +272,13 @@ def _guidance_extras(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]
 def _other_extras(model: LoadedModel, accepts: frozenset[str]) -> dict[str, Any]:
     """Settle what some pipelines would change behind one's back."""
     extras: dict[str, Any] = {}
-    if "use_resolution_binning" in accepts:  # would paint another size than asked for and scale the picture
+    if "use_resolution_binning" in accepts:  # would generate another size than asked for and scale the image
         extras["use_resolution_binning"] = False
     length = getattr(getattr(getattr(model.pipe, "transformer", None), "config", None), "max_text_seq_length", None)
     if length is not None and "max_sequence_length" in accepts:  # the network takes this length and no other
         extras["max_sequence_length"] = length
     if "clean_caption" in accepts and not all(map(importlib.util.find_spec, ("bs4", "ftfy"))):
-        extras["clean_caption"] = False  # else diffusers warns at every picture that it can't be done
+        extras["clean_caption"] = False  # else diffusers warns at every image that it can't be done
     return extras
 
 
@@ -298,7 +298,7 @@ class _StepWatch:
         cache: RunningCache,
     ) -> None:
         offered = getattr(pipe, "_callback_tensor_inputs", ["latents"])
-        # The estimate of the finished picture shows far earlier what it will be than the noisy latents.
+        # The estimate of the finished image shows far earlier what it will be than the noisy latents.
         self.tensor = "denoised_latents" if "denoised_latents" in offered else "latents"
         self.late = False
         self.ended_after: int | None = None
@@ -376,7 +376,7 @@ class _StepWatch:
         self(self._pipe, step, timestep, {self.tensor: latents})
 
     def _end_early(self, pipe: Pipeline, step: int, latents: Tensor | None) -> dict[str, Tensor]:
-        """Have a pipeline decode the estimate of the finished picture instead of going on."""
+        """Have a pipeline decode the estimate of the finished image instead of going on."""
         if isinstance(getattr(type(pipe), "finish_now", None), property):
             pipe.finish_now = True
             self.ended_after = step + 1
@@ -400,7 +400,7 @@ class _StepWatch:
         try:
             preview = self._show(before, latents)
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-            # The picture matters more than the view on it; latents of an unheard-of kind shall not end the work.
+            # The image matters more than the view on it; latents of an unheard-of kind should not end the work.
             self._can_preview = False
             logger.warning("the model %r paints without previews: %s", self._model.key, error)
             return None
@@ -409,7 +409,7 @@ class _StepWatch:
         return preview
 
     def _show(self, before: Tensor | None, latents: Tensor) -> Image.Image:
-        """Make the small picture of latents; those of a flow are first led to where they are going."""
+        """Make the small image of latents; those of a flow are first led to where they are going."""
         pipe, canvas = self._pipe, self._canvas
         if callable(getattr(pipe, "preview", None)):
             shown = pipe.preview(latents)

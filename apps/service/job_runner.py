@@ -1,4 +1,4 @@
-"""The work on one job: fill in what was left open, paint batch by batch, write each picture with its settings."""
+"""The work on one job: fill in what was left open, generate batch by batch, write each image with its settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from apps.service.styles import apply_style
 from apps.service.uploads import UploadStore
 
 STRENGTH = 0.6
-"""How much of a picture is repainted where nobody says."""
+"""How much of an image is changed where nobody says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ class Studio:
     Attributes:
         device: kind of device, such as `cpu`.
         dtype: number format of the weights.
-        store: records pictures.
-        uploads: pictures handed in.
-        output_dir: receives the files; None hands pictures over in memory only.
+        store: records images.
+        uploads: images handed in.
+        output_dir: receives the files; None hands images over in memory only.
         loras: LoRA files by name.
     """
 
@@ -59,12 +59,12 @@ class Studio:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A job to be painted.
+    """A job to be generated.
 
     Attributes:
         id: of the job.
         created: seconds since 1970; gives the files their names.
-        request: settled, so that a second attempt paints the same.
+        request: settled, so that a second attempt generates the same.
     """
 
     id: str
@@ -73,14 +73,14 @@ class Order:
 
 
 def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, tell: Callable[[Event], None]) -> None:
-    """Paint all pictures of a job that don't count yet.
+    """Generate all images of a job that don't count yet.
 
     Args:
         order: the job.
-        model: paints.
+        model: generates.
         studio: where and with what.
         switches: end it.
-        tell: receives Step and Picture events.
+        tell: receives Step and Image events.
 
     Raises:
         Exception: whatever goes wrong, in the words of where it did.
@@ -115,7 +115,7 @@ def _paint_batches(
     tell: Callable[[Event], None],
     told: str,
 ) -> None:
-    """Paint the batches of a job, each unless its pictures count already or were skipped; `told` is on for all."""
+    """Generate the batches of a job, each unless its images count already or were skipped; `told` is on for all."""
     done = {picture.place for picture in studio.store.pictures(order.id)} | studio.store.skipped(order.id)
     wanted = 1 if request.pick is not None else request.num_images
     batches = request.batches()
@@ -128,7 +128,7 @@ def _paint_batches(
         canvas = _canvas(request, tuple(seeds), model, studio.uploads)
         begun = time.monotonic()
         clock.begin(_step_count(request, model), first, 1 if request.pick is not None else len(seeds))
-        switches.skip.clear()  # one that came too late for its picture shall not hit the next
+        switches.skip.clear()  # one that came too late for its image should not hit the next
         try:
             painted = _keep(canvas, paint(model, canvas, switches, clock.step))
         except SkipRequestedError:
@@ -156,7 +156,7 @@ def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> An
     Args:
         request: what was asked.
         model: gives the defaults.
-        uploads: the picture to start from gives the size.
+        uploads: the image to start from gives the size.
 
     Raises:
         ValueError: the model can't do the task, or not with these settings.
@@ -225,7 +225,7 @@ def _size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> dict
 
 
 def open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> tuple[int, int]:
-    """Return width and height of a request without a size: the model's, in the shape of the picture handed in."""
+    """Return width and height of a request without a size: the model's, in the shape of the image handed in."""
     name = getattr(request, "image", None)
     if name is None:
         return model.width, model.side
@@ -233,14 +233,14 @@ def open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> 
 
 
 def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:
-    """Find a size for a picture handed in.
+    """Find a size for an image handed in.
 
     Args:
         size: its width and height.
         model: was trained for an area and takes multiples of something.
 
     Returns:
-        The picture's own width and height if the model can paint that well, else about its shape in the model's area.
+        The image's own width and height if the model can generate that well, else about its shape in the model's area.
         Of a model with a list of sizes the one nearest in shape, and among equals in area.
     """
     width, height = size
@@ -267,7 +267,7 @@ def _distance(one: tuple[int, int], other: tuple[int, int]) -> tuple[float, floa
 
 
 def _canvas(request: AnyRequest, seeds: tuple[int, ...], model: LoadedModel, uploads: UploadStore) -> Canvas:
-    """Fetch the pictures that a request names, laid out at the size of the request."""
+    """Fetch the images that a request names, laid out at the size of the request."""
     name = getattr(request, "image", None)
     if name is None:
         return Canvas(request=request, seeds=seeds)
@@ -325,7 +325,7 @@ def _finish(
     report: str,
     notes: tuple[str, ...],
 ) -> Picture:
-    """Write a picture, or a clip and a picture of some of its frames; then it counts."""
+    """Write an image, or a clip and an image of some of its frames; then it counts."""
     clip = None if model.frames is None else Clip(tuple(frames), model.fps)
     image = frames[0] if clip is None else contact_strip(frames)
     path = video = None
@@ -366,7 +366,7 @@ def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
 def _settings(
     canvas: Canvas, place: int, model: LoadedModel, studio: Studio, painted: Painted, frames: list[Image.Image]
 ) -> PictureSettings:
-    """Gather what reproduces one picture of a batch."""
+    """Gather what reproduces one image of a batch."""
     request, batch = canvas.request, len(canvas.seeds)
     same = {
         name: getattr(request, name)
@@ -407,7 +407,7 @@ def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Return the versions of the packages that a picture depends on."""
+    """Return the versions of the packages that an image depends on."""
     from dit import __version__  # not asked of importlib: tessera may run from a folder
 
     packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}

@@ -1,8 +1,8 @@
 """The line of jobs on disk: what was asked, what is done, what is next. It survives a kill at any moment.
 
-A job is `queued`, then `running`, then `done`, `stopped` or `failed`. Each change is one SQLite transaction. A picture
+A job is `queued`, then `running`, then `done`, `stopped` or `failed`. Each change is one SQLite transaction. An image
 counts when its row is written, and its file, whose name follows from the job, is complete before that: a job that was
-running when the process died goes back into the line, skips the pictures that count, and replaces by its equal the one
+running when the process died goes back into the line, skips the images that count, and replaces by its equal the one
 file that may lie there uncounted. So nothing is lost and nothing is doubled.
 
 Users take turns: the next job is the first one of the user who was served longest ago, so that somebody with thirty
@@ -90,11 +90,11 @@ class StoredJob:
 
 @dataclass(frozen=True, slots=True)
 class StoredPicture:
-    """A picture that counts.
+    """An image that counts.
 
     Attributes:
         job: its job.
-        place: which picture of the job, from 0.
+        place: which image of the job, from 0.
         name: of its file in the output folder; empty without one.
         settings: JSON of `PictureSettings`.
         seconds: time it took.
@@ -130,7 +130,7 @@ class JobStore:
             ":memory:" if file is None else file, isolation_level=None, check_same_thread=False, timeout=0.5
         )
         try:
-            # Exclusive: two processes on one line would paint everything twice. The system frees it when one dies.
+            # Exclusive: two processes on one line would generate everything twice. The system frees it when one dies.
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
@@ -362,34 +362,34 @@ class JobStore:
             return [StoredJob(*row) for row in db.execute(query, (owner, owner, before, before, limit))]
 
     def add_picture(self, picture: StoredPicture) -> None:
-        """Record a picture, whose file is complete; from here on it counts."""
+        """Record an image, whose file is complete; from here on it counts."""
         self._change("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?)", *astuple(picture))
 
     def add_skipped(self, job_id: str, places: Iterable[int]) -> None:
-        """Record pictures that nobody wants any more, so that a second attempt leaves them out too."""
+        """Record images that nobody wants any more, so that a second attempt leaves them out too."""
         with self._using() as db:
             db.executemany("INSERT OR IGNORE INTO skipped VALUES (?, ?)", [(job_id, place) for place in places])
 
     def skipped(self, job_id: str) -> set[int]:
-        """Return the places of a job's pictures that were skipped."""
+        """Return the places of a job's images that were skipped."""
         with self._using() as db:
             return {place for (place,) in db.execute("SELECT place FROM skipped WHERE job = ?", (job_id,))}
 
     def pictures(self, job_id: str) -> list[StoredPicture]:
-        """Return the pictures of a job that count, in their order."""
+        """Return the images of a job that count, in their order."""
         with self._using() as db:
             rows = db.execute("SELECT * FROM pictures WHERE job = ? ORDER BY place", (job_id,))
             return [StoredPicture(*row) for row in rows]
 
     def owner_of_file(self, name: str) -> str | None:
-        """Return whose picture a file of the output folder is; None if it is no picture's."""
+        """Return whose image a file of the output folder is; None if it is no image's."""
         query = "SELECT owner FROM pictures JOIN jobs ON jobs.id = pictures.job WHERE name = ? AND name != '' LIMIT 1"
         with self._using() as db:
             row = db.execute(query, (name,)).fetchone()
         return None if row is None else row[0]
 
     def history(self, owner: str | None, limit: int, skip: int = 0) -> list[StoredPicture]:
-        """Return pictures that have a file, the newest first.
+        """Return images that have a file, the newest first.
 
         Args:
             owner: whose; None for all.
@@ -406,7 +406,7 @@ class JobStore:
     # ------------------------------------------------------------------ uploads
 
     def use_upload(self, name: str, owner: str, size: int) -> None:
-        """Record that an owner handed a picture in, or used it again.
+        """Record that an owner handed an image in, or used it again.
 
         Args:
             name: its hash.
@@ -420,12 +420,12 @@ class JobStore:
 
         Args:
             owner: whose.
-            most: how many pictures an owner may keep.
+            most: how many images an owner may keep.
             most_bytes: how many bytes.
-            seconds: how long a picture is kept after its last use.
+            seconds: how long an image is kept after its last use.
 
         Returns:
-            Hashes; pictures that a waiting or running job names are not among them.
+            Hashes; images that a waiting or running job names are not among them.
         """
         with self._using() as db:
             rows = db.execute("SELECT name, bytes, used FROM uploads WHERE owner = ? ORDER BY used DESC", (owner,))
@@ -439,7 +439,7 @@ class JobStore:
         return [name for name in stale if name not in needed]
 
     def drop_upload(self, name: str, owner: str) -> bool:
-        """Forget an owner's picture; True if nobody else has it, so that its file can go."""
+        """Forget an owner's image; True if nobody else has it, so that its file can go."""
         with self._using() as db:
             db.execute("DELETE FROM uploads WHERE name = ? AND owner = ?", (name, owner))
             return db.execute("SELECT 1 FROM uploads WHERE name = ?", (name,)).fetchone() is None

@@ -23,9 +23,9 @@ MAX_FRAMES = 257
 MAX_SEED = 2**32 - 1
 """Seeds fit 32 bits: every random generator in use takes them, and a person can still type them."""
 MAX_BATCH = 8
-"""Pictures painted at once."""
+"""Images generated at once."""
 MAX_CANDIDATES = 16
-"""That a search may paint for one picture."""
+"""That a search may generate for one image."""
 MAX_MASK_GROW = 128
 """Pixels that the mask of inpainting may grow on every side."""
 MAX_MASK_BLUR = 64
@@ -33,14 +33,14 @@ MAX_MASK_BLUR = 64
 MAX_UPLOAD_BYTES = 20 * 1_024 * 1_024
 MAX_UPLOAD_PIXELS = 4_096 * 4_096
 MAX_UPLOAD_SIDE = 16_384
-"""Of a picture handed in; counted before it is decoded."""
+"""Of an image handed in; counted before it is decoded."""
 MAX_METADATA_BYTES = 64 * 1_024
-"""Of the settings stored in one picture; read files are refused above it before they are parsed."""
+"""Of the settings stored in one image; read files are refused above it before they are parsed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadQuota:
-    """What one user may keep of the pictures handed in; beyond it the least recently used ones go.
+    """What one user may keep of the images handed in; beyond it the least recently used ones go.
 
     Attributes:
         pictures: how many.
@@ -77,7 +77,7 @@ class ServerLimits:
 
 
 def check_size(height: int, width: int) -> None:
-    """Check a picture size before any model is asked.
+    """Check an image size before any model is asked.
 
     Args:
         height: pixels.
@@ -134,7 +134,7 @@ def inside(path: Path, root: Path) -> Path:
 
 
 def output_folder(folder: Path) -> Path:
-    """Create the folder that receives pictures and that the studio serves to its visitors.
+    """Create the folder that receives images and that the studio serves to its visitors.
 
     Args:
         folder: created if absent; everything in it can be read by anyone who can open the page.

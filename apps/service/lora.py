@@ -1,6 +1,6 @@
 """LoRA files: the list that a server's owner offers, and one of them on a pipeline for the time of a job.
 
-Requests choose by name; where a file lies stays with the engine. The settings of a picture hold the hash of the file
+Requests choose by name; where a file lies stays with the engine. The settings of an image hold the hash of the file
 too, so that another file of the same name is refused and not taken for it.
 """
 
@@ -81,7 +81,7 @@ def settle(wish: Lora, loras: Mapping[str, Path]) -> Lora:
 
 
 def _digest(file: Path) -> str:
-    """Hash what decides how a LoRA file changes pictures: the file, and PEFT's configuration if it has one."""
+    """Hash what decides how a LoRA file changes images: the file, and PEFT's configuration if it has one."""
     from pipelines.lora_files import adapter_config_file
 
     try:

@@ -1,4 +1,4 @@
-"""Clips: frames written as MP4 with the settings that reproduce them, and one still picture that shows a clip."""
+"""Clips: frames written as MP4 with the settings that reproduce them, and one still image that shows a clip."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from apps.service.metadata import MetadataError, PictureSettings, parse
 
 STILLS = 4
-"""Frames that the still picture of a clip shows side by side."""
+"""Frames that the still image of a clip shows side by side."""
 QUALITY = "18"
 """Constant rate factor of H.264: visually close to lossless."""
 
@@ -26,7 +26,7 @@ class Clip:
     """Frames in order.
 
     Attributes:
-        frames: RGB pictures of one size.
+        frames: RGB images of one size.
         fps: frames a second.
     """
 
@@ -45,7 +45,7 @@ def require_video() -> None:
 
 
 def clip_of(picture: Path, settings: PictureSettings) -> Path | None:
-    """Return the file of the clip that a picture shows some frames of; None for a picture, or if the file is gone."""
+    """Return the file of the clip that an image shows some frames of; None for an image, or if the file is gone."""
     file = picture.with_suffix(".mp4")
     return file if settings.frames is not None and file.is_file() else None
 
@@ -58,7 +58,7 @@ def contact_strip(frames: Sequence[Image.Image], count: int = STILLS) -> Image.I
         count: how many to show at most.
 
     Returns:
-        One picture as high as a frame.
+        One image as high as a frame.
     """
     shown = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(count, len(frames)))]
     width, height = shown[0].size
@@ -69,7 +69,7 @@ def contact_strip(frames: Sequence[Image.Image], count: int = STILLS) -> Image.I
 
 
 def candidate_sheet(images: Sequence[Image.Image], most: int = 16) -> Image.Image:
-    """Lay pictures of one size out in rows, about as many rows as columns.
+    """Lay images of one size out in rows, about as many rows as columns.
 
     Args:
         images: at least one.

@@ -1,4 +1,4 @@
-"""The settings that reproduce a picture, written into its PNG or WebP file and read back as untrusted text.
+"""The settings that reproduce an image, written into its PNG or WebP file and read back as untrusted text.
 
 A PNG carries one `tessera` text chunk, a WebP the EXIF description: JSON of `PictureSettings`. Reading trusts nothing:
 the text is capped, parsed as JSON and checked against the schema; it can name neither a path nor a class to load.
@@ -27,7 +27,7 @@ FORMATS = {".png": "PNG", ".webp": "WEBP"}
 Scalar = bool | int | float | str | None
 ShortText = Annotated[str, Field(max_length=200)]
 PictureId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-"""Hash of a picture's pixels, see `apps.service.uploads`."""
+"""Hash of an image's pixels, see `apps.service.uploads`."""
 SchedulerName = Literal["euler", "heun", "sde", "dpm++", "unipc", "ddim", "ddpm"]
 """Choices of `apps.service.schedulers`."""
 KvPolicy = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,40}$")]
@@ -74,7 +74,7 @@ class Lora(BaseModel):
 
 
 class Expand(BaseModel):
-    """How far a picture grows on each side, in shares of its own width or height; what is added is painted.
+    """How far an image grows on each side, in shares of its own width or height; what is added is generated.
 
     Attributes:
         left: share of the width.
@@ -98,20 +98,20 @@ class Expand(BaseModel):
 
 
 class PictureSettings(BaseModel):
-    """Everything needed to paint one picture again.
+    """Everything needed to generate one image again.
 
     Attributes:
         schema_version: of this record; 1 knew text to image only, 2 neither expanding nor memory nor attention, 3
             counted the guidance of next-scale class models from 0, which is 1 now. Older ones are translated when read.
         task: what was asked for.
-        prompt: the text that was painted; empty for a picture of a class.
+        prompt: the text that was generated; empty for an image of a class.
         negative_prompt: the text that was kept away from.
-        seed: of this picture's noise, drawn on the CPU in float32.
+        seed: of this image's noise, drawn on the CPU in float32.
         steps: denoising steps; None for a model that has none to choose.
         guidance: guidance scale; None for the own one of a model without a choice.
         height: pixels.
         width: pixels.
-        frames: of a clip; None for a picture.
+        frames: of a clip; None for an image.
         fps: frames a second of a clip.
         model: name of the model in the list it was chosen from; never a path.
         fingerprint: hash of the model's structure and weights, 16 hex digits.
@@ -121,16 +121,16 @@ class PictureSettings(BaseModel):
         memory: profile of `apps.service.compute_profiles` that was asked for.
         attention: backend of diffusers that was asked for.
         versions: of the packages that computed it.
-        sampler: the scheduler that was chosen in place of the model's own.
+        sampler: the scheduler that was chosen instead of the model's own.
         finish_after: the run ended after so many steps.
         step_cache: which steps were forecast.
         lora: LoRA file that was on the model.
-        image: hash of the picture that was started from.
+        image: hash of the image that was started from.
         mask: hash of the mask of inpainting.
-        expand: how far the picture that was started from was grown.
+        expand: how far the image that was started from was grown.
         mask_grow: pixels by which the mask was grown.
         mask_blur: width of the mask's soft edge, pixels.
-        strength: how much of the picture was repainted.
+        strength: how much of the image was changed.
         label: number or name of the class.
         top_k: tokens to draw among.
         top_p: share of the probability to draw among.
@@ -140,8 +140,8 @@ class PictureSettings(BaseModel):
         kv_budget: which share of it.
         kv_dtype: in which number format.
         search: how candidates were searched.
-        candidates: how many pictures the search paid for.
-        batch_size: pictures that were painted at once.
+        candidates: how many images the search paid for.
+        batch_size: images that were generated at once.
         pick: which of them this is.
     """
 
@@ -203,23 +203,23 @@ class PictureSettings(BaseModel):
 
 
 class MetadataError(RequestError):
-    """A picture carries no settings of ours, or settings that don't pass the checks."""
+    """An image carries no settings of ours, or settings that don't pass the checks."""
 
 
 def save_picture(image: Image.Image, path: Path, settings: PictureSettings | None, *, is_fast: bool = False) -> Path:
-    """Write a picture with its settings; the file appears complete or not at all.
+    """Write an image with its settings; the file appears complete or not at all.
 
     Args:
-        image: the picture.
+        image: the image.
         path: the file to write, `.png` or `.webp` (without loss); an existing one is replaced.
-        settings: what reproduces the picture; None leaves it out.
+        settings: what reproduces the image; None leaves it out.
         is_fast: compress little, for files that are read by us only.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: another ending; no other format keeps picture and settings as they are.
+        ValueError: another ending; no other format keeps image and settings as they are.
     """
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
@@ -239,19 +239,19 @@ def save_picture(image: Image.Image, path: Path, settings: PictureSettings | Non
 
 
 def sidecar_path(picture: Path) -> Path:
-    """Return the file that settings beside a picture stand in."""
+    """Return the file that settings beside an image stand in."""
     return picture.with_name(f"{picture.name}.json")
 
 
 def save_sidecar(settings: PictureSettings, picture: Path) -> Path:
-    """Write the settings of a picture beside it; the file appears complete or not at all.
+    """Write the settings of an image beside it; the file appears complete or not at all.
 
     Args:
-        settings: of the picture.
+        settings: of the image.
         picture: its file; the JSON file has its whole name and `.json` behind, so that no two share one.
 
     Returns:
-        The JSON file, which `--settings` takes as it takes the picture.
+        The JSON file, which `--settings` takes as it takes the image.
     """
     path = sidecar_path(picture)
     partial = path.with_name(f".{uuid.uuid4().hex}.part")
@@ -288,7 +288,7 @@ def _saving_options(kind: str, settings: PictureSettings | None) -> dict[str, An
 
 
 def read_picture(path: Path) -> PictureSettings:
-    """Read the settings of a picture of any origin.
+    """Read the settings of an image of any origin.
 
     Args:
         path: a PNG or WebP file.
@@ -297,7 +297,7 @@ def read_picture(path: Path) -> PictureSettings:
         The checked settings.
 
     Raises:
-        MetadataError: no such picture, no settings in it, too long, or outside the schema.
+        MetadataError: no such image, no settings in it, too long, or outside the schema.
     """
     try:
         with Image.open(path, formats=list(FORMATS.values())) as image:

@@ -32,7 +32,7 @@ from pipelines.memory import release
 logger = logging.getLogger(__name__)
 
 Pipeline = Any
-"""Any `DiffusionPipeline` that paints; its class is unknown until runtime, and its import takes seconds."""
+"""Any `DiffusionPipeline` that generates; its class is unknown until runtime, and its import takes seconds."""
 
 FALLBACK_SIDE = 512
 """Side in pixels for a pipeline that doesn't tell its own."""
@@ -60,15 +60,15 @@ class LoadedModel:
         guidance: default guidance scale; None for a pipeline without one, or with one of its own choosing.
         defaults: of the other arguments of the call.
         guidance_argument: what the call names the guidance scale.
-        frames: default number of frames; None for a model of pictures.
+        frames: default number of frames; None for a model of images.
         frames_argument: what the call names the number of frames.
         fps: frames a second of its clips.
         can_interrupt: `pipe.interrupt = True` ends the call before the next step, without decoding.
-        can_finish: it can end after any step with the picture as it is then.
+        can_finish: it can end after any step with the image as it is then.
         can_preview: its latents can be shown cheaply.
-        labels: number of classes and their names by number, for models that paint classes.
+        labels: number of classes and their names by number, for models that generate classes.
         schedulers: names of the schedulers that fit.
-        sizes: width and height of all that it paints, its own first; empty for one that takes any multiple.
+        sizes: width and height of all that it generates, its own first; empty for one that takes any multiple.
         can_tile: its decoder can work tile by tile.
         can_search: it comes with a scorer that chooses among candidates.
     """
@@ -191,7 +191,7 @@ class ModelShelf:
                 future.set_result(inspect_model(key, self._load(self._sources[key], setup)))
         except Exception as error:
             logger.exception("could not load the model %r", key)
-            release(error)  # the future keeps the error, which shall not keep half a model
+            release(error)  # the future keeps the error, which should not keep half a model
             future.set_exception(error)
 
     def _put_back(self) -> None:
@@ -261,7 +261,7 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
         pipe: a pipeline of ours or of diffusers.
 
     Raises:
-        ValueError: it doesn't paint from text.
+        ValueError: it doesn't generate from text.
     """
     pipes = find_tasks(pipe)
     if not pipes:
@@ -350,7 +350,7 @@ def find_tasks(pipe: Pipeline) -> dict[str, Pipeline]:
         pipe: a pipeline of ours or of diffusers.
 
     Returns:
-        Task -> pipeline, the main task first; empty for one that paints neither texts nor classes.
+        Task -> pipeline, the main task first; empty for one that generates neither texts nor classes.
     """
     found = dict.fromkeys(_tasks_of(call_arguments(pipe)), pipe)
     return found | _sister_pipelines(pipe) if tuple(found) == ("text_to_image",) else found
@@ -365,13 +365,13 @@ def _tasks_of(accepts: frozenset[str]) -> tuple[str, ...]:
     if "kv_policy" in accepts:
         return ("next_scale_text",)
     if "image" in accepts and accepts & FRAMES_ARGUMENTS and "strength" not in accepts:
-        return ("image_to_image",)  # clips that begin with a picture
+        return ("image_to_image",)  # clips that begin with an image
     others = {"image_to_image": {"image", "strength"}, "inpaint": {"image", "mask_image"}}
     return ("text_to_image", *(task for task, needs in others.items() if needs <= accepts))
 
 
 def _sister_pipelines(pipe: Pipeline) -> dict[str, Pipeline]:
-    """Make the pipelines of diffusers that change pictures with the same components, where it has any."""
+    """Make the pipelines of diffusers that change images with the same components, where it has any."""
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 
     hooked = any(hasattr(part, "_hf_hook") for part in getattr(pipe, "components", {}).values())
@@ -500,7 +500,7 @@ def _weights(component: torch.nn.Module) -> dict[str, torch.Tensor]:
 def fingerprint(pipe: Pipeline, values_per_tensor: int = 64) -> str:
     """Hash a pipeline's structure and a sample of its weights.
 
-    A sample, because hashing all of a large model would take longer than painting with it; one trained on has moved
+    A sample, because hashing all of a large model would take longer than generating with it; one trained on has moved
     in every tensor.
 
     Args:

@@ -17,7 +17,7 @@ def parse_size(text: str | None) -> tuple[int, int] | tuple[None, None]:
     """Read a size.
 
     Args:
-        text: `128`, `160x128` (width first, as pictures are measured) or None.
+        text: `128`, `160x128` (width first, as images are measured) or None.
 
     Returns:
         Width and height in pixels; None and None for None.
@@ -36,7 +36,7 @@ def parse_size(text: str | None) -> tuple[int, int] | tuple[None, None]:
 
 
 def read_expand(text: str) -> Expand:
-    """Read how far a picture shall grow.
+    """Read how far an image should grow.
 
     Args:
         text: `0.25` for all sides, or some of `left=0.5,right=...,top=...,bottom=...`; shares of its width or height.

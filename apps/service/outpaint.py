@@ -1,6 +1,6 @@
-"""Lay a picture out for a model that changes a part of it: larger than it was, or in the shape that the model paints.
+"""Lay an image out for a model that changes a part of it: larger than it was, or in the shape that the model generates.
 
-Whatever a model keeps of the canvas is the picture's own, so a picture that needs no scaling keeps its pixels bit for
+Whatever a model keeps of the canvas is the image's own, so an image that needs no scaling keeps its pixels bit for
 bit.
 """
 
@@ -19,11 +19,11 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Laid:
-    """A picture on its canvas.
+    """An image on its canvas.
 
     Attributes:
-        image: RGB; what lies beyond the picture repeats its edge, for models that look at what they paint over.
-        mask: L; white where to paint.
+        image: RGB; what lies beyond the image repeats its edge, for models that look at what they generate over.
+        mask: L; white where to generate.
     """
 
     image: Image.Image
@@ -31,24 +31,24 @@ class Laid:
 
 
 def grown(size: Size, expand: Expand | None) -> Size:
-    """Return the size of a picture with what is added to its sides."""
+    """Return the size of an image with what is added to its sides."""
     left, top, right, bottom = _margins(size, expand)
     return size[0] + left + right, size[1] + top + bottom
 
 
 def lay_out(image: Image.Image, mask: Image.Image | None, size: Size, expand: Expand | None, keep_shape: bool) -> Laid:
-    """Lay a picture out.
+    """Lay an image out.
 
     Args:
         image: RGB.
-        mask: white where to paint, of any size in the picture's shape; None for nothing inside the picture.
+        mask: white where to generate, of any size in the image's shape; None for nothing inside the image.
         size: of the canvas.
         expand: what is added to the sides.
-        keep_shape: fit the picture in without changing its shape, and paint what stays free; else stretch it, which
+        keep_shape: fit the image in without changing its shape, and generate what stays free; else stretch it, which
             is for canvases of about its shape.
 
     Returns:
-        The picture, scaled only if it must be, and the mask with all that lies beyond the picture added to it.
+        The image, scaled only if it must be, and the mask with all that lies beyond the image added to it.
     """
     box = _box(image.size, size, expand, keep_shape)
     inner = box[2] - box[0], box[3] - box[1]
@@ -120,7 +120,7 @@ def _distances(inside: np.ndarray, most: int) -> np.ndarray:
 
 
 def _margins(size: Size, expand: Expand | None) -> tuple[int, int, int, int]:
-    """Return what is added left, above, right and below, in pixels of the picture."""
+    """Return what is added left, above, right and below, in pixels of the image."""
     if expand is None:
         return 0, 0, 0, 0
     width, height = size
@@ -133,7 +133,7 @@ def _margins(size: Size, expand: Expand | None) -> tuple[int, int, int, int]:
 
 
 def _box(picture: Size, canvas: Size, expand: Expand | None, keep_shape: bool) -> tuple[int, int, int, int]:
-    """Return where the picture lies on the canvas: left, top, right, bottom."""
+    """Return where the image lies on the canvas: left, top, right, bottom."""
     left, top, _, _ = _margins(picture, expand)
     width, height = grown(picture, expand)
     across, down = canvas[0] / width, canvas[1] / height

@@ -1,7 +1,7 @@
 """What a person asks of the engine: one pydantic request a task, told apart by `task`.
 
 Web page, command line and HTTP speak these types only; none of them knows threads or pipelines. A request names
-nothing on the machine: models by their key in the owner's list, pictures by the hash of their content.
+nothing on the machine: models by their key in the owner's list, images by the hash of their content.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _filled(text: str) -> str:
 
 
 def _check_part(image: PictureId | None, mask: PictureId | None, expand: Expand | None) -> None:
-    """Refuse a picture without a part to paint, and a part of no picture."""
+    """Refuse an image without a part to generate, and a part of no image."""
     if (image is None) != (mask is None and expand is None):
         raise RequestError(
             "part", "image goes with mask (white where to paint) or expand (how far it grows), or with both."
@@ -65,10 +65,10 @@ class BaseRequest(BaseModel):
 
     Attributes:
         model: key in the engine's list of models; None takes the first.
-        seed: of the first picture, the next ones count up; None draws one, which every picture records.
-        num_images: how many pictures.
-        batch_size: how many of them are painted at once.
-        pick: keep only this picture of the (one) batch, from 0: repeats a picture that was painted in a batch, whose
+        seed: of the first image, the next ones count up; None draws one, which every image records.
+        num_images: how many images.
+        batch_size: how many of them are generated at once.
+        pick: keep only this image of the (one) batch, from 0: repeats an image that was generated in a batch, whose
             company moves its last bits.
         guidance: guidance scale.
         memory: what of the model waits elsewhere while it isn't needed, and whether it decodes piece by piece.
@@ -77,7 +77,7 @@ class BaseRequest(BaseModel):
         lora: LoRA file of the server's list to put on the model.
         style: name of a prompt template in the server's list.
         preset: name of a set of settings in the server's list; what the request says itself goes first.
-        file_format: of the pictures; WebP is written without loss.
+        file_format: of the images; WebP is written without loss.
         keep_settings: whether the files carry what reproduces them.
         sidecar: whether a JSON file beside each one does.
     """
@@ -107,7 +107,7 @@ class BaseRequest(BaseModel):
         return self
 
     def batches(self) -> list[list[int]]:
-        """Return the seeds of the pictures, batch by batch.
+        """Return the seeds of the images, batch by batch.
 
         Raises:
             ValueError: the seed is open; `settled` draws it.
@@ -118,7 +118,7 @@ class BaseRequest(BaseModel):
         return [seeds[i : i + self.batch_size] for i in range(0, len(seeds), self.batch_size)]
 
     def settled(self) -> Self:
-        """Return the request with a seed: what is painted twice must be the same twice."""
+        """Return the request with a seed: what is generated twice must be the same twice."""
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbelow(2**32)})
 
 
@@ -130,7 +130,7 @@ class DenoisingRequest(BaseRequest):
         width: pixels.
         steps: denoising steps.
         scheduler: how the noise is taken away.
-        finish_after: end after so many steps with the picture as it is then.
+        finish_after: end after so many steps with the image as it is then.
         step_cache: compute only some of the steps and forecast the others.
     """
 
@@ -151,11 +151,11 @@ class DenoisingRequest(BaseRequest):
 
 
 class TextToImageRequest(DenoisingRequest):
-    """Ask for pictures of a text.
+    """Ask for images of a text.
 
     Attributes:
-        prompt: what to paint.
-        negative_prompt: what to keep away from; empty for nothing.
+        prompt: what to generate.
+        negative_prompt: what to avoid; empty for nothing.
         frames: of a clip, for models that make clips.
     """
 
@@ -166,13 +166,13 @@ class TextToImageRequest(DenoisingRequest):
 
 
 class ImageToImageRequest(DenoisingRequest):
-    """Ask for variations of a picture, or for a clip that begins with it.
+    """Ask for variations of an image, or for a clip that begins with it.
 
     Attributes:
-        prompt: what to paint.
-        negative_prompt: what to keep away from.
-        image: hash of a picture handed in before, see `apps.service.uploads`.
-        strength: how much is repainted, 0.6 if open; 1 ignores the picture. Models of clips have none.
+        prompt: what to generate.
+        negative_prompt: what to avoid.
+        image: hash of an image handed in before, see `apps.service.uploads`.
+        strength: how much is changed, 0.6 if open; 1 ignores the image. Models of clips have none.
         frames: of a clip, for models that make clips.
     """
 
@@ -185,18 +185,18 @@ class ImageToImageRequest(DenoisingRequest):
 
 
 class InpaintRequest(DenoisingRequest):
-    """Ask for a part of a picture, or what lies beyond its sides, to be painted; every other pixel is kept as it is.
+    """Ask for a part of an image, or what lies beyond its sides, to be generated; every other pixel is kept as it is.
 
     Attributes:
-        prompt: what to paint.
-        negative_prompt: what to keep away from.
-        image: hash of the picture.
-        mask: hash of the mask, white where to paint; None for nothing inside the picture.
-        expand: how far the picture grows.
+        prompt: what to generate.
+        negative_prompt: what to avoid.
+        image: hash of the image.
+        mask: hash of the mask, white where to generate; None for nothing inside the image.
+        expand: how far the image grows.
         mask_grow: pixels of the result by which the mask grows on every side, round its corners; 0 if open.
         mask_blur: width in pixels of a soft edge around the grown mask, where the result blends into the image; 0 if
             open, which keeps every pixel outside the mask bit-identical. With it, all beyond the edge are.
-        strength: how much of the part is repainted; 1 ignores what was there.
+        strength: how much of the part is changed; 1 ignores what was there.
     """
 
     task: Literal["inpaint"] = "inpaint"
@@ -216,7 +216,7 @@ class InpaintRequest(DenoisingRequest):
 
 
 class ClassToImageRequest(DenoisingRequest):
-    """Ask for pictures of a class.
+    """Ask for images of a class.
 
     Attributes:
         label: number or name of the class.
@@ -230,20 +230,20 @@ class NextScaleRequest(BaseRequest):
     """What the next-scale tasks share. With an image they change a part of it and keep the rest as it is.
 
     Attributes:
-        image: hash of a picture to change a part of.
-        mask: hash of the mask, white where to paint.
-        expand: how far the picture grows.
+        image: hash of an image to change a part of.
+        mask: hash of the mask, white where to generate.
+        expand: how far the image grows.
         mask_grow: pixels by which the mask grows, see `InpaintRequest`.
         mask_blur: width of the mask's soft edge, see `InpaintRequest`.
         top_k: draw among so many tokens; 0 is all.
         top_p: draw among the likeliest tokens that hold this share; 0 is all.
         temperature: below 1 is bolder, above more varied.
-        smooth: mix codes in place of choosing one.
+        smooth: mix codes instead of choosing one.
         kv_policy: what is kept of earlier scales.
         kv_budget: which share of it.
         kv_dtype: in which number format.
-        search: paint several candidates and keep the best, as the scorer of the model sees it.
-        candidates: pictures to pay for: `best_of` paints so many, other searches spend their tokens early.
+        search: generate several candidates and keep the best, as the scorer of the model sees it.
+        candidates: images to pay for: `best_of` generates so many, other searches spend their tokens early.
     """
 
     image: PictureId | None = None
@@ -273,7 +273,7 @@ class NextScaleRequest(BaseRequest):
 
 
 class NextScaleClassRequest(NextScaleRequest):
-    """Ask a next-scale model for pictures of a class.
+    """Ask a next-scale model for images of a class.
 
     Attributes:
         label: number or name of the class.
@@ -284,11 +284,11 @@ class NextScaleClassRequest(NextScaleRequest):
 
 
 class NextScaleTextRequest(NextScaleRequest):
-    """Ask a next-scale model for pictures of a text.
+    """Ask a next-scale model for images of a text.
 
     Attributes:
-        prompt: what to paint.
-        negative_prompt: what to keep away from.
+        prompt: what to generate.
+        negative_prompt: what to avoid.
         height: pixels.
         width: pixels.
     """
@@ -323,10 +323,10 @@ TASKS: dict[str, type[AnyRequest]] = {
 
 
 def repeat(settings: PictureSettings, **changes: Any) -> AnyRequest:
-    """Return the request that paints a picture again.
+    """Return the request that generates an image again.
 
     Args:
-        settings: as stored in the picture.
+        settings: as stored in the image.
         **changes: fields of the request to set differently.
 
     Raises:

@@ -15,7 +15,7 @@ Scheduler = Any
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One way to walk from noise to picture.
+    """One way to walk from noise to image.
 
     Attributes:
         module: where its class lives.

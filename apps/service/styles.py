@@ -19,7 +19,7 @@ class Style(BaseModel):
 
     Attributes:
         prompt: text with `{prompt}` in it.
-        negative_prompt: what to keep away from besides.
+        negative_prompt: what to avoid besides.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,8 +54,8 @@ def apply_style(name: str, prompt: str, negative_prompt: str) -> tuple[str, str]
 
     Args:
         name: of the style.
-        prompt: what to paint.
-        negative_prompt: what to keep away from.
+        prompt: what to generate.
+        negative_prompt: what to avoid.
 
     Returns:
         Prompt and negative prompt.

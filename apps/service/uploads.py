@@ -1,7 +1,7 @@
-"""Pictures that people hand in: checked, freed of everything but their pixels, and kept under the hash of those.
+"""Images that people hand in: checked, freed of everything but their pixels, and kept under the hash of those.
 
-The hash is the only name a picture has, so a request can neither point at a file nor guess another's picture, and a
-finished picture tells exactly what it was made from.
+The hash is the only name an image has, so a request can neither point at a file nor guess another's image, and a
+finished image tells exactly what it was made from.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAME = re.compile(r"[0-9a-f]{64}")
 
 
 class UploadError(RequestError):
-    """What was handed in is no picture that can be used."""
+    """What was handed in is no image that can be used."""
 
 
 Source = bytes | Path | BinaryIO
@@ -35,7 +35,7 @@ Source = bytes | Path | BinaryIO
 
 
 def read_upload(data: Source) -> Image.Image:
-    """Decode a picture of unknown origin.
+    """Decode an image of unknown origin.
 
     Args:
         data: the file, or its content: PNG, JPEG or WebP.
@@ -44,7 +44,7 @@ def read_upload(data: Source) -> Image.Image:
         Its pixels, RGB, upright; transparency is laid on white, nothing else of the file is kept.
 
     Raises:
-        UploadError: too large, or no such picture.
+        UploadError: too large, or no such image.
     """
     return flatten(_decode(data))
 
@@ -60,7 +60,7 @@ def read_mask(data: Source, size: tuple[int, int]) -> Image.Image:
         L, white where to change.
 
     Raises:
-        UploadError: too large, no such picture, opaque everywhere, or of another size.
+        UploadError: too large, no such image, opaque everywhere, or of another size.
     """
     image = _decode(data)
     if image.size != size:
@@ -76,7 +76,7 @@ def read_mask(data: Source, size: tuple[int, int]) -> Image.Image:
 
 
 def _decode(data: Source) -> Image.Image:
-    """Decode a picture of unknown origin, upright; its size is looked at before its pixels."""
+    """Decode an image of unknown origin, upright; its size is looked at before its pixels."""
     opened = io.BytesIO(data) if isinstance(data, bytes) else data
     size = opened.stat().st_size if isinstance(opened, Path) else opened.seek(0, io.SEEK_END)
     if size > limits.MAX_UPLOAD_BYTES:
@@ -120,7 +120,7 @@ def _decode(data: Source) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """Return a picture as RGB, its transparent parts on white."""
+    """Return an image as RGB, its transparent parts on white."""
     if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would cut off at 255
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if "A" not in image.getbands() and "transparency" not in image.info:
@@ -130,7 +130,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def picture_id(image: Image.Image) -> str:
-    """Return the hash of a picture's pixels: 64 hex digits, the same for every file that shows them."""
+    """Return the hash of an image's pixels: 64 hex digits, the same for every file that shows them."""
     rgb = image.convert("RGB")
     return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
 
@@ -146,7 +146,7 @@ class UploadRecords(Protocol):
 
 
 class UploadStore:
-    """The pictures handed in.
+    """The images handed in.
 
     Args:
         folder: where they are kept as PNG files; None keeps them in memory.
@@ -166,9 +166,9 @@ class UploadStore:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def receive(self, data: Source, owner: str = "local") -> tuple[str, tuple[int, int]]:
-        """Decode a picture of unknown origin and keep it.
+        """Decode an image of unknown origin and keep it.
 
-        One at a time: a decoded picture takes many times the memory of its file.
+        One at a time: a decoded image takes many times the memory of its file.
 
         Args:
             data: the file, or its content.
@@ -178,7 +178,7 @@ class UploadStore:
             Its hash, and its width and height.
 
         Raises:
-            UploadError: too large, or no picture.
+            UploadError: too large, or no image.
         """
         with self.decoding:
             image = read_upload(data)
@@ -202,7 +202,7 @@ class UploadStore:
             return self.add(read_mask(data, self.size(image)), owner)
 
     def add(self, image: Image.Image, owner: str = "local") -> str:
-        """Keep a picture and return its hash; what its owner has beyond the quota goes."""
+        """Keep an image and return its hash; what its owner has beyond the quota goes."""
         rgb = flatten(image)
         name = picture_id(rgb)
         if self._folder is None:
@@ -217,7 +217,7 @@ class UploadStore:
         return name
 
     def check(self, name: str, owner: str = "local") -> None:
-        """Check that a picture is here, without decoding it, and note that it is used.
+        """Check that an image is here, without decoding it, and note that it is used.
 
         Raises:
             UploadError: it isn't here.
@@ -231,7 +231,7 @@ class UploadStore:
             self._records.use_upload(name, owner, self._file(name).stat().st_size)
 
     def size(self, name: str) -> tuple[int, int]:
-        """Return width and height of a picture, without decoding it.
+        """Return width and height of an image, without decoding it.
 
         Raises:
             UploadError: it isn't here.
@@ -242,7 +242,7 @@ class UploadStore:
             return image.size
 
     def get(self, name: str) -> Image.Image:
-        """Return a picture by its hash.
+        """Return an image by its hash.
 
         Raises:
             UploadError: it isn't here.

@@ -1,4 +1,4 @@
-"""Files and folders that shall be written: tried before any work is spent on what goes into them."""
+"""Files and folders that should be written: tried before any work is spent on what goes into them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The sticker world: known pictures with known captions, so that a model can be trained and judged exactly.
+"""The sticker world: known images with known captions, so that a model can be trained and judged exactly.
 
-`SceneSampler` draws what a picture holds, `caption` says it, `render` draws it. Nothing outside `apps` imports this.
+`SceneSampler` draws what an image holds, `caption` says it, `render` draws it. Nothing outside `apps` imports this.
 """
 
 from apps.stickers.captions import caption, unique_keywords

@@ -1,7 +1,7 @@
 """Rebuilds the sprite sheet from the colour emoji font and the Unicode names (`python -m apps.stickers.build_sprites`).
 
 Nobody needs this to train or to evaluate: its products, `data/sprites.webp` and `data/names.json`, are shipped.
-It needs Debian's packages fonts-noto-color-emoji (pictures) and unicode-cldr-core (names), and Pillow with raqm.
+It needs Debian's packages fonts-noto-color-emoji (images) and unicode-cldr-core (names), and Pillow with raqm.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from apps.stickers.sprites import COLUMNS, DATA, SIDE
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 ANNOTATIONS = Path("/usr/share/unicode/cldr/common/annotations/en.xml")
 FONT_SIZE = 109  # the only size of the font's bitmaps
-GLYPH_WIDTH = 136  # width of one bitmap; anything wider is a sequence that the font draws as several pictures
-ALIKE = 0.048  # root mean square difference (0 to 1, at 32x32) under which two pictures count as the same
+GLYPH_WIDTH = 136  # width of one bitmap; anything wider is a sequence that the font draws as several images
+ALIKE = 0.048  # root mean square difference (0 to 1, at 32x32) under which two images count as the same
 LEFT_OUT = ("button", "skin tone")  # lettered squares and colour swatches, which nobody would name in a prompt
 # Shapes that differ from their large namesakes only in size, which fitting takes away.
 RESIZED = ("medium square", "medium-small square", "small square", "small orange diamond", "small blue diamond")
@@ -54,7 +54,7 @@ def draw_glyph(characters: str, font: ImageFont.FreeTypeFont) -> Image.Image | N
     """Draws one emoji, cropped to its visible box.
 
     Returns:
-        A straight-alpha RGBA picture, or None where the font has no single coloured picture for it.
+        A straight-alpha RGBA image, or None where the font has no single coloured image for it.
     """
     canvas = Image.new("RGBA", (4 * GLYPH_WIDTH, 2 * GLYPH_WIDTH), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((GLYPH_WIDTH, 40), characters, font=font, embedded_color=True)
@@ -65,10 +65,10 @@ def draw_glyph(characters: str, font: ImageFont.FreeTypeFont) -> Image.Image | N
 
 
 def fit(picture: Image.Image, side: int = SIDE) -> np.ndarray:
-    """Scales a picture so that its longer side is `side`, and centres it on a transparent square.
+    """Scales an image so that its longer side is `side`, and centres it on a transparent square.
 
     The scaling is done on premultiplied colours, so no edge picks up the colour of transparent pixels; these end
-    up with the mean colour of the picture, which compresses well and does no harm when a lossy codec smears it.
+    up with the mean colour of the image, which compresses well and does no harm when a lossy codec smears it.
 
     Returns:
         `(side, side, 4)` uint8, straight alpha.
@@ -100,9 +100,9 @@ def thumbnail(sprite: np.ndarray, side: int = 32) -> np.ndarray:
 
 
 def collect(font_path: Path = FONT, annotations: Path = ANNOTATIONS) -> tuple[list[Annotation], list[np.ndarray]]:
-    """Draws every usable emoji once: none empty or left out, and one of each name and each picture.
+    """Draws every usable emoji once: none empty or left out, and one of each name and each image.
 
-    Pictures are compared after they are fitted, where for instance the small and the large black square are equal.
+    Images are compared after they are fitted, where for instance the small and the large black square are equal.
     """
     font = ImageFont.truetype(str(font_path), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
     missing = draw_glyph("\U0010fffd", font)
@@ -115,7 +115,7 @@ def collect(font_path: Path = FONT, annotations: Path = ANNOTATIONS) -> tuple[li
         if annotation.name in names or any(word in annotation.name for word in LEFT_OUT + RESIZED):
             continue
         if max(map(ord, annotation.characters)) < 0x2000 and annotation.characters not in "\u00a9\u00ae":
-            continue  # digits and punctuation: parts of key caps, no pictures of their own
+            continue  # digits and punctuation: parts of key caps, no images of their own
         glyph = draw_glyph(annotation.characters, font)
         if glyph is None:
             continue

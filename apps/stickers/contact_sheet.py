@@ -1,4 +1,4 @@
-"""A sheet of pictures with the prompt under each, for a README or a report."""
+"""A sheet of images with the prompt under each, for a README or a report."""
 
 import textwrap
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK, FAINT_INK, EDGE = "#f6f5f1", "#26262b", "#8a8a90", "#dcdad3"
 GAP = 18
-LINES = 2  # of text under a picture
+LINES = 2  # of text under an image
 FONT_SIZE = 13
 LINE_HEIGHT = 17
 HEADER = 64
@@ -17,18 +17,18 @@ HEADER = 64
 def contact_sheet(
     pictures: torch.Tensor, captions: Sequence[str], title: str, subtitle: str, columns: int = 8, tile: int = 144
 ) -> Image.Image:
-    """Lays pictures out in rows.
+    """Lays images out in rows.
 
     Args:
         pictures: `(B, 3, H, W)` in [-1, 1].
         captions: B texts; what doesn't fit into two lines is cut with an ellipsis.
         title: large, at the top left.
         subtitle: small, beside it at the right.
-        columns: pictures in a row.
-        tile: side of a picture on the sheet, in pixels.
+        columns: images in a row.
+        tile: side of an image on the sheet, in pixels.
 
     Raises:
-        ValueError: there are more or fewer captions than pictures, or none.
+        ValueError: there are more or fewer captions than images, or none.
     """
     if len(pictures) != len(captions) or not captions:
         raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: give one caption for each picture")

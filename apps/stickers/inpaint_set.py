@@ -1,7 +1,7 @@
-"""What inpainting is judged by: scenes with one sticker to be repainted as another.
+"""What inpainting is judged by: scenes with one sticker to be changed as another.
 
 Half of the scenes hold a pair, of which one sticker stays and one is masked; the others a single sticker that is masked
-in the midst of its background. The mask is a box around the cell where the new sticker shall stand. The judge reads the
+in the midst of its background. The mask is a box around the cell of the new sticker. The judge reads the
 result and sees neither prompt nor mask.
 """
 
@@ -18,21 +18,21 @@ from apps.stickers.sprites import SpriteSheet
 
 SERIES = 2**42  # of the scenes: no training, validation or other evaluation draws from it
 PAIR_BOX, SINGLE_BOX = 0.5, 0.9
-"""Side of the masked box, as a share of the picture's side."""
+"""Side of the masked box, as a share of the image's side."""
 
 PaintInto = Callable[[Sequence[str], torch.Tensor, torch.Tensor, Sequence[int]], torch.Tensor]
-"""Prompts, pictures (B, 3, H, W) in [-1, 1], masks (B, 1, H, W) and seeds, to pictures."""
+"""Prompts, images (B, 3, H, W) in [-1, 1], masks (B, 1, H, W) and seeds, to images."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to be changed.
+    """One image to be changed.
 
     Attributes:
         before: what it shows.
-        after: what it shall show.
+        after: what it should show.
         masked: the sticker that is asked for, as it would stand.
-        side: of the masked box, as a share of the picture's side.
+        side: of the masked box, as a share of the image's side.
         prompt: asks for `after`.
     """
 
@@ -86,15 +86,15 @@ def is_painted(task: Task, reading: Reading) -> bool:
 def evaluate(
     tasks: Sequence[Task], sheet: SpriteSheet, judge: Judge, paint: PaintInto, resolution: int, batch_size: int
 ) -> Iterator[tuple[bool, bool]]:
-    """Paint and judge.
+    """Generate and judge.
 
     Args:
         tasks: what to change.
         sheet: the stickers.
         judge: reads the results.
         paint: the model.
-        resolution: of the pictures, pixels.
-        batch_size: pictures painted at once.
+        resolution: of the images, pixels.
+        batch_size: images generated at once.
 
     Yields:
         For each task: the sticker is the one asked for; all pixels outside the mask are those of before.

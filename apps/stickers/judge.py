@@ -1,9 +1,9 @@
-"""The exact judge: reads what a picture of the sticker world holds, by known shapes and no learned model.
+"""The exact judge: reads what an image of the sticker world holds, by known shapes and no learned model.
 
 The judge never sees the prompt. It reads
 
 1. the background: which of the ten colours most pixels of the border are nearest to;
-2. the difference D of the picture from that background, cut into parts in every way that scenes are laid out (one
+2. the difference D of the image from that background, cut into parts in every way that scenes are laid out (one
    sticker, two beside or above each other, three, four), at the emptiest lines near the middle;
 3. for each part the stickers that may be there: the part is brought to a standard place and size by its centre of mass
    and its spread, where it is compared with all stickers brought there in the same way;
@@ -29,14 +29,14 @@ from apps.stickers.renderer import background_colours, premultiplied, resampling
 from apps.stickers.scene import Scene
 from apps.stickers.sprites import SIDE, SpriteSheet
 
-CANVAS = 64  # side at which pictures are read
+CANVAS = 64  # side at which images are read
 CELLS = 32  # samples across a sticker
 MARGIN = 4  # further samples on each side, which show what sticks out
 FRAME = CELLS + 2 * MARGIN
-SIZES = (0.1, 1.2)  # sizes that a sticker may be read at, as fractions of the picture's side
+SIZES = (0.1, 1.2)  # sizes that a sticker may be read at, as fractions of the image's side
 COARSE = 24  # samples across the standard frame of the first comparison
 REACH = 1.9  # half the standard frame, in units of the spread
-# Standard deviations of the blur in samples. The first is that of a clean picture, brought to the canvas and cut out.
+# Standard deviations of the blur in samples. The first is that of a clean image, brought to the canvas and cut out.
 BLURS = (0.6, 1.25)
 CLOSER = ((8, 1), (3, 2))  # (how many stickers of a part are looked at more closely, Gauss-Newton steps on them)
 PRICE = 0.02  # of each sticker beyond the first, as a share of the energy of D
@@ -59,7 +59,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture holds: an index into `BACKGROUNDS`, the stickers, and the share of the picture unexplained."""
+    """What an image holds: an index into `BACKGROUNDS`, the stickers, and the share of the image unexplained."""
 
     background: int
     objects: tuple[Found, ...]
@@ -83,21 +83,21 @@ def visible(difference: torch.Tensor) -> torch.Tensor:
 
 
 def crop(pictures: torch.Tensor, x: torch.Tensor, y: torch.Tensor, size: torch.Tensor, cells: int) -> torch.Tensor:
-    """Cuts K squares out of each picture, resampled without aliasing; what lies beyond a picture is zero.
+    """Cuts K squares out of each image, resampled without aliasing; what lies beyond an image is zero.
 
     Args:
         pictures: `(N, C, H, W)`, H == W.
-        x: `(N, K)` centre of each square from the left, as a fraction of the picture's side.
+        x: `(N, K)` centre of each square from the left, as a fraction of the image's side.
         y: the same from the top.
-        size: `(N, K)` side of each square, as a fraction of the picture's side.
+        size: `(N, K)` side of each square, as a fraction of the image's side.
         cells: samples across a square.
 
     Returns:
         `(N, K, C, cells, cells)`.
     """
     count, side = x.shape[1], pictures.shape[-1]
-    length = cells / size  # (N, K) side of the picture in samples
-    left, top = -(x - size / 2) * length, -(y - size / 2) * length  # (N, K) where the picture begins
+    length = cells / size  # (N, K) side of the image in samples
+    left, top = -(x - size / 2) * length, -(y - size / 2) * length  # (N, K) where the image begins
     across = resampling_weights(left.flatten(), length.flatten(), side, cells).view(-1, count, cells, side)
     down = resampling_weights(top.flatten(), length.flatten(), side, cells).view(-1, count * cells, side)
     rows = down[:, None] @ pictures  # (N, C, K * cells, W)
@@ -106,7 +106,7 @@ def crop(pictures: torch.Tensor, x: torch.Tensor, y: torch.Tensor, size: torch.T
 
 
 def blurred(pictures: torch.Tensor, deviation: float) -> torch.Tensor:
-    """Blurs `(..., H, W)` pictures, H == W, by a Gaussian of the given standard deviation in pixels."""
+    """Blurs `(..., H, W)` images, H == W, by a Gaussian of the given standard deviation in pixels."""
     place = torch.arange(pictures.shape[-1], device=pictures.device)
     weights = torch.exp(-0.5 * ((place[:, None] - place) / deviation) ** 2)  # (H, H)
     weights = weights / weights.sum(0).max()
@@ -124,10 +124,10 @@ def emptiest_line(profile: torch.Tensor) -> torch.Tensor:
 
 
 def cut(difference: torch.Tensor) -> torch.Tensor:
-    """Cuts pictures into the parts of all layouts.
+    """Cuts images into the parts of all layouts.
 
     Args:
-        difference: `(N, 3, H, W)` the picture minus its background.
+        difference: `(N, 3, H, W)` the image minus its background.
 
     Returns:
         `(N, 9, H, W)` boolean masks in the order of `PARTS`.
@@ -157,10 +157,10 @@ def template_slopes(drawn: torch.Tensor) -> torch.Tensor:
 
 
 class Judge:
-    """Reads pictures.
+    """Reads images.
 
     Args:
-        sheet: the stickers that may be there, all of which compete for each part of a picture.
+        sheet: the stickers that may be there, all of which compete for each part of an image.
         device: where to work.
     """
 
@@ -175,14 +175,14 @@ class Judge:
 
     @torch.inference_mode()
     def read(self, images: torch.Tensor | Sequence[Image.Image], batch_size: int = 8) -> list[Reading]:
-        """Reads pictures of any square size.
+        """Reads images of any square size.
 
         Args:
-            images: `(B, 3, H, W)` in [-1, 1], or B Pillow pictures.
+            images: `(B, 3, H, W)` in [-1, 1], or B Pillow images.
             batch_size: how many are read at once (memory only).
 
         Raises:
-            ValueError: the tensor has another shape, or pictures aren't square.
+            ValueError: the tensor has another shape, or images aren't square.
         """
         readings = []
         for start in range(0, len(images), batch_size):
@@ -190,7 +190,7 @@ class Judge:
         return readings
 
     def _canvas(self, images: torch.Tensor | Sequence[Image.Image]) -> torch.Tensor:
-        """Brings pictures to `(B, 3, 64, 64)` in [0, 1]."""
+        """Brings images to `(B, 3, 64, 64)` in [0, 1]."""
         if not isinstance(images, torch.Tensor):
             arrays = [np.array(image.convert("RGB"), dtype=np.float32) for image in images]
             images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -202,7 +202,7 @@ class Judge:
         return (small.clamp(-1, 1) + 1) / 2
 
     def background(self, canvas: torch.Tensor) -> torch.Tensor:
-        """Reads the background colours of `(B, 3, H, W)` pictures in [0, 1]: `(B,)` indices."""
+        """Reads the background colours of `(B, 3, H, W)` images in [0, 1]: `(B,)` indices."""
         edges = (canvas[..., 0], canvas[..., -1], canvas[..., 0, :], canvas[..., -1, :])
         border = torch.cat(edges, dim=-1).mT  # (B, 4 * side, 3)
         nearest = torch.cdist(border, self.colours.expand(len(border), -1, -1)).argmin(-1)  # (B, 4 * side)

@@ -1,4 +1,4 @@
-"""What a model is asked to paint when it is judged."""
+"""What a model is asked to generate when it is judged."""
 
 import itertools
 from collections.abc import Iterator, Sequence

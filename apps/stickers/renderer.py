@@ -1,4 +1,4 @@
-"""Draws scenes: batches of pictures from stickers, with exact sub-pixel places and no aliasing."""
+"""Draws scenes: batches of images from stickers, with exact sub-pixel places and no aliasing."""
 
 import functools
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ def render(
     Args:
         scenes: B scenes.
         sheet: the stickers.
-        resolution: side of the square pictures, in pixels.
+        resolution: side of the square images, in pixels.
         device: where to draw; the sheet is copied there once.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a picture of the sticker world holds, apart from how it is drawn and how it is said.
+"""What an image of the sticker world holds, apart from how it is drawn and how it is said.
 
 A scene is one of three kinds: a single sticker (small, large or of no named size), a pair of different stickers in a
 relation, or two to four copies of one sticker. Each stands on one of ten plain backgrounds.
@@ -34,7 +34,7 @@ COLOURS = tuple(BACKGROUNDS)
 RELATIONS = ("left of", "right of", "above", "below")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SIZES: dict[str | None, tuple[float, float]] = {"small": (0.45, 0.60), None: (0.60, 0.80), "large": (0.80, 0.95)}
-PART_SIZE = (0.42, 0.48)  # the size of a sticker that shares its picture with others
+PART_SIZE = (0.42, 0.48)  # the size of a sticker that shares its image with others
 HELD_OUT_SHARE = 0.05
 
 # Where the stickers of a relation or of a count stand. The first sticker of a pair comes first.
@@ -65,8 +65,8 @@ class Placement:
 
     Attributes:
         sprite: its number in the sprite sheet.
-        x, y: centre of its visible box, as fractions of the picture's side, from the left and from the top.
-        size: longer side of its visible box, as a fraction of the picture's side.
+        x, y: centre of its visible box, as fractions of the image's side, from the left and from the top.
+        size: longer side of its visible box, as a fraction of the image's side.
     """
 
     sprite: int
@@ -77,7 +77,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content.
+    """An image's content.
 
     Attributes:
         kind: "single", "pair" or "count".

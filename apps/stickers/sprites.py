@@ -1,4 +1,4 @@
-"""The sprite sheet: every sticker's picture, name and keywords, shipped with the package."""
+"""The sprite sheet: every sticker's image, name and keywords, shipped with the package."""
 
 import functools
 import json

@@ -1,1 +1,1 @@
-"""The studio: a page in the browser that paints what is typed into it."""
+"""The studio: a page in the browser that generates what is typed into it."""

@@ -1,4 +1,4 @@
-"""What the page shows that is finished: pictures on record and sheets of grids, the newest first."""
+"""What the page shows that is finished: images on record and sheets of grids, the newest first."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from apps.service.metadata import PictureSettings, parse
 from apps.studio.grids import GridRecord, Grids
 
 RECENT = 24
-"""Pictures in the strip below the stage; older ones are in the gallery."""
+"""Images in the strip below the stage; older ones are in the gallery."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A finished picture.
+    """A finished image.
 
     Attributes:
         path: its file.
@@ -38,7 +38,7 @@ class Shown:
 
     @property
     def clip(self) -> Path | None:
-        """The clip of which the picture shows some frames."""
+        """The clip of which the image shows some frames."""
         return clip_of(self.path, self.settings)
 
 
@@ -59,7 +59,7 @@ Finished = Shown | ShownSheet
 
 
 class Album:
-    """The finished pictures and sheets of an engine.
+    """The finished images and sheets of an engine.
 
     Args:
         engine: has an output folder.
@@ -71,11 +71,11 @@ class Album:
         self._grids = grids
 
     def names(self, owner: str) -> tuple[str, ...]:
-        """Return the file names of an owner's newest pictures: cheap, and another answer means other pictures."""
+        """Return the file names of an owner's newest images: cheap, and another answer means other images."""
         return tuple(one.name for one in self._engine.history(owner, RECENT))
 
     def recent(self, owner: str) -> list[Finished]:
-        """Return an owner's newest pictures and sheets, what was finished last before the others.
+        """Return an owner's newest images and sheets, what was finished last before the others.
 
         The gallery has them in the order in which they were asked for, which a queue may change.
         """
@@ -83,14 +83,14 @@ class Album:
         return sorted(hung, key=lambda one: one.path.stat().st_mtime_ns, reverse=True)[:RECENT]
 
     def hung(self, pictures: Iterable[StoredPicture]) -> list[Finished]:
-        """Return pictures as they are shown: without those whose file is gone, each complete grid before its cells."""
+        """Return images as they are shown: without those whose file is gone, each complete grid before its cells."""
         found: list[Finished] = []
         seen: set[str] = set()
         for picture in pictures:
             record = self._grids.of_job(picture.job)
             if record is not None and record.id not in seen:
                 seen.add(record.id)
-                is_newest = picture.job == self._newest(record.jobs)  # else its sheet is among newer pictures
+                is_newest = picture.job == self._newest(record.jobs)  # else its sheet is among newer images
                 if is_newest and (sheet := self.sheet(record)) is not None:
                     found.append(sheet)
             if (shown := self._on_disk(picture)) is not None:
@@ -98,7 +98,7 @@ class Album:
         return found
 
     def take(self, picture: Picture) -> Shown:
-        """Return a picture as it was told.
+        """Return an image as it was told.
 
         Raises:
             ValueError: it has no file.

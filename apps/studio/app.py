@@ -99,7 +99,7 @@ def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> Non
 
     Args:
         app: the server, from `create_app`; its own routes go first.
-        engine: paints.
+        engine: generates.
         tokens: the users; the guard of the server has asked for theirs.
     """
     folder, sessions, handed_in = engine.output_dir, Sessions(tokens), HandedIn()
@@ -161,7 +161,7 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
     """Lay the page out and connect it.
 
     Args:
-        engine: paints.
+        engine: generates.
         words: of its language.
         sessions: who is on it.
     """

@@ -1,4 +1,4 @@
-"""What happens besides painting: the model's own settings, pictures chosen and used again, the gallery, reloads."""
+"""What happens besides generating: the model's own settings, images chosen and used again, the gallery, reloads."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ from apps.studio.wishes import FIXED, least_side, shapes, show_request, show_set
 logger = logging.getLogger(__name__)
 
 PAGE = 24
-"""Pictures on a page of the gallery."""
+"""Images on a page of the gallery."""
 PROMPT_FILES = (".txt", ".jsonl")
 """Endings of files of prompts; a table would be read as prompts, line by line."""
 SHOWN_SIDE = 1_024
-"""Of a picture to start from, as the page shows it, pixels; jobs use all of it."""
+"""Of an image to start from, as the page shows it, pixels; jobs use all of it."""
 SAVED = (
     "mode", "prompt", "negative", "model", "shape", "width", "height", "steps", "guidance", "seed_mode", "seed",
     "count", "batch_size", "style", "scheduler", "lora", "lora_scale", "step_cache", "cache_amount", "file_format",
@@ -60,17 +60,17 @@ SAVED = (
     "smooth", "kv_policy", "kv_budget", "kv_dtype", "search", "candidates", "grid_x", "grid_x_values", "grid_y",
     "grid_y_values", "grid_z", "grid_z_values",
 )  # fmt: skip
-"""What the browser remembers, by name; pictures are not among it."""
+"""What the browser remembers, by name; images are not among it."""
 
 
 class Choosing:
-    """The listeners besides painting.
+    """The listeners besides generating.
 
     Args:
-        engine: paints; must have an output folder.
+        engine: generates; must have an output folder.
         words: of the page.
         sessions: who is on the page.
-        painting: shows pictures.
+        painting: shows images.
     """
 
     def __init__(self, engine: Engine, words: Strings, sessions: Sessions, painting: Painting) -> None:
@@ -234,27 +234,27 @@ class Choosing:
         }
         return {control: value for control, value in values.items() if value is not None}
 
-    # ------------------------------------------------------------------------ pictures
+    # ------------------------------------------------------------------------ images
 
     def choose(self, visit: Sequence[Finished], event: gr.SelectData) -> Changes:
-        """Show the picture of the strip that was clicked."""
+        """Show the image of the strip that was clicked."""
         index = event.index if isinstance(event.index, int) else -1
         return self._painting.show(visit[index]) if 0 <= index < len(visit) else {}
 
     def reuse_seed(self, chosen: Finished | None) -> Changes:
-        """Fix the seed to that of the picture or grid on the stage."""
+        """Fix the seed to that of the image or grid on the stage."""
         if isinstance(chosen, ShownSheet):
             return {"seed_mode": FIXED, "seed": chosen.record.settings.request.seed}
         return {} if chosen is None else {"seed_mode": FIXED, "seed": chosen.settings.seed}
 
     def reuse_settings(self, chosen: Finished | None) -> Changes:
-        """Set every control as for the picture or grid on the stage."""
+        """Set every control as for the image or grid on the stage."""
         if isinstance(chosen, ShownSheet):
             return self._put_grid_in_place(chosen.record.settings)
         return {} if chosen is None else self._put_in_place(chosen.settings)
 
     def load_settings(self, file: str | None) -> Changes:
-        """Set every control as for a picture, or the sheet of a grid, that was handed in."""
+        """Set every control as for an image, or the sheet of a grid, that was handed in."""
         if not file:
             return {}
         path = Path(file)
@@ -270,7 +270,7 @@ class Choosing:
         return self._put_in_place(settings)
 
     def _put_in_place(self, settings: PictureSettings) -> Changes:
-        """Set every control for the settings of a picture, its source and mask too."""
+        """Set every control for the settings of an image, its source and mask too."""
         refused = self._lora_refused(settings.lora)
         if refused is not None:
             return refused
@@ -318,7 +318,7 @@ class Choosing:
     # -------------------------------------------------------------------------- source
 
     def take_source(self, file: str | None, owner: str = LOCAL) -> Changes:
-        """Start from a picture that was handed in."""
+        """Start from an image that was handed in."""
         if not file:
             return {}
         try:
@@ -328,7 +328,7 @@ class Choosing:
         return self._source(name)
 
     def send(self, chosen: Finished | None, mode: str, owner: str = LOCAL) -> Changes:
-        """Start from the picture on the stage, in one of the tabs that start from a picture."""
+        """Start from the image on the stage, in one of the tabs that start from an image."""
         if not isinstance(chosen, Shown):
             return {}
         name, _ = self._engine.uploads.receive(chosen.path, owner)
@@ -411,7 +411,7 @@ class Choosing:
         found = self._engine.history(self._sessions.watcher(request), PAGE + 1, first)
         shown = self._painting.album.hung(found[:PAGE])
         items = [self._painting.thumbnail(one, self._caption(one)) for one in shown]
-        count = sum(isinstance(one, Shown) for one in shown)  # sheets show pictures of the page once more
+        count = sum(isinstance(one, Shown) for one in shown)  # sheets show images of the page once more
         note = self._words("gallery.page", first=first + 1, last=first + count) if shown else ""
         return {
             "page": first // PAGE,
@@ -429,7 +429,7 @@ class Choosing:
         return shown.settings.prompt or str(shown.settings.label)
 
     def look(self, hung: Sequence[Finished], event: gr.SelectData) -> Changes:
-        """Show the picture of the gallery that was clicked."""
+        """Show the image of the gallery that was clicked."""
         index = event.index if isinstance(event.index, int) else -1
         if not 0 <= index < len(hung):
             return {}
@@ -454,7 +454,7 @@ def _takes_strength(model: LoadedModel) -> bool:
 
 
 def _read(path: Path) -> PictureSettings:
-    """Read the settings of a picture, a clip or the JSON file beside one."""
+    """Read the settings of an image, a clip or the JSON file beside one."""
     kind = path.suffix.lower()
     if kind == ".json":
         return read_sidecar(path)

@@ -195,7 +195,7 @@ def memory_note(words: Strings, devices: Sequence[str], model: LoadedModel | Non
 
 
 def easel(words: Strings) -> Parts:
-    """Lay out the part that shows pictures."""
+    """Lay out the part that shows images."""
     size = (BUILTIN_SIDE, BUILTIN_SIDE)
     parts: Parts = {
         "stage": gr.HTML(views.stage(size=size, note=words("empty")), elem_id="stage", js_on_load=None),
@@ -209,7 +209,7 @@ def easel(words: Strings) -> Parts:
             )
         parts["save"] = gr.DownloadButton(words("save"), size="sm", interactive=False, elem_id="download", min_width=80)
     # Always there, and hidden by its style while it is empty: Gradio loads what begins hidden only when it is to be
-    # shown, and on a busy machine the first pictures would be told before it listens.
+    # shown, and on a busy machine the first images would be told before it listens.
     parts["strip"] = gr.Gallery(
         show_label=False,
         columns=6,

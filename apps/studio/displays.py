@@ -23,8 +23,8 @@ class Display:
     """What one page shows.
 
     Attributes:
-        held: a picture that was chosen by hand, which stays on the stage until the page asks for another one.
-        asked: how often the page asked for pictures.
+        held: an image that was chosen by hand, which stays on the stage until the page asks for another one.
+        asked: how often the page asked for images.
         jobs: that it asked for and hasn't followed yet.
     """
 
@@ -46,7 +46,7 @@ class Displays:
             return self._displays.get(str(request.session_hash), Display())
 
     def hold(self, request: gr.Request, held: Finished | None) -> None:
-        """Keep a picture on the stage of a page, whatever is generated meanwhile."""
+        """Keep an image on the stage of a page, whatever is generated meanwhile."""
         self._change(request, lambda display: replace(display, held=held))
 
     def ask(self, request: gr.Request, jobs: Sequence[str]) -> None:

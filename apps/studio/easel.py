@@ -23,7 +23,7 @@ Changes = dict[str, Any]
 
 
 class Easel:
-    """Puts finished pictures, or a view of one to come, onto the stage.
+    """Puts finished images, or a view of one to come, onto the stage.
 
     Args:
         engine: knows where models lie.
@@ -37,7 +37,7 @@ class Easel:
         self._grids = grids
 
     def show(self, shown: Finished | None, note: str = "") -> Changes:
-        """Put a finished picture or grid onto the stage, or nothing.
+        """Put a finished image or grid onto the stage, or nothing.
 
         Args:
             shown: what to show; None empties the stage.
@@ -87,7 +87,7 @@ class Easel:
         }
 
     def strip(self, recent: Sequence[Finished]) -> Changes:
-        """Show the newest pictures as files (so that they stay as they are, settings and all) with their seeds."""
+        """Show the newest images as files (so that they stay as they are, settings and all) with their seeds."""
         return {
             "strip": gr.update(value=[self.thumbnail(one, self._short_name(one)) for one in recent]),
             "visit": list(recent),
@@ -122,7 +122,7 @@ class Easel:
         return facts + "".join(views.hint(note) for note in self._notes(shown))
 
     def _notes(self, shown: Shown) -> Sequence[str]:
-        """Return the notes on a picture, in the language of the page where the model's list of words is at hand."""
+        """Return the notes on an image, in the language of the page where the model's list of words is at hand."""
         try:
             text = f"{shown.settings.prompt} {shown.settings.negative_prompt}"
             unknown = unknown_words(self._engine.source(shown.settings.model), text) if shown.notes else ()

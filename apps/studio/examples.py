@@ -30,7 +30,7 @@ OPEN_WORLD = (
 
 
 def example_prompts(words: Sequence[str], count: int = EXAMPLES) -> list[str]:
-    """Choose prompts that a model can paint.
+    """Choose prompts that a model can generate.
 
     Args:
         words: the model's vocabulary; empty when it has none.

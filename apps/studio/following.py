@@ -42,9 +42,9 @@ class _Page:
     Attributes:
         owner: whose jobs it shows.
         display: what its user chose to see.
-        shown: the finished picture or grid on the stage; None for a preview or an empty stage.
-        names: of the pictures in the strip; None before it was told.
-        latest: the finished picture or grid to go back to.
+        shown: the finished image or grid on the stage; None for a preview or an empty stage.
+        names: of the images in the strip; None before it was told.
+        latest: the finished image or grid to go back to.
         waiting: the queue; None before it was told.
         progress: the line and the bar that the stage shows, or would show.
         note: how the running job goes, where the stage doesn't say it.
@@ -72,7 +72,7 @@ class Following:
         grids: of this engine.
         album: what is finished.
         displays: what pages hold on their stages.
-        easel: puts pictures onto the stage.
+        easel: puts images onto the stage.
         waiting: describes the queue.
     """
 
@@ -101,7 +101,7 @@ class Following:
 
         Args:
             request: of the page.
-            seen: names of the pictures that it was told of last; None for a page that was told nothing.
+            seen: names of the images that it was told of last; None for a page that was told nothing.
         """
         owner = self._sessions.user(request)
         with self._while_open():
@@ -124,10 +124,10 @@ class Following:
         Args:
             request: of the page.
             seen: see `look`.
-            chosen: the finished picture or grid on its stage.
+            chosen: the finished image or grid on its stage.
 
         Yields:
-            Changes; None where the page shall wait a moment before it asks again.
+            Changes; None where the page should wait a moment before it asks again.
         """
         names = None if seen is None else tuple(seen)
         page = _Page(self._sessions.user(request), self._displays.of(request), shown=chosen, names=names)
@@ -202,7 +202,7 @@ class Following:
         return PictureView(self.frame(request), self._words, self._easel, page.shown, is_by_scales)
 
     def frame(self, request: AnyRequest) -> tuple[int, int]:
-        """Return the size that a picture will have, as far as it is known."""
+        """Return the size that an image will have, as far as it is known."""
         width = getattr(request, "width", None)
         if width is not None:
             return width, getattr(request, "height")  # noqa: B009
@@ -237,7 +237,7 @@ class Following:
         return {}
 
     def _draw(self, page: _Page, view: View, note: str, share: float | None) -> Changes:
-        """Put a view onto the stage, with the buttons that act on it; only beside it if the page holds a picture."""
+        """Put a view onto the stage, with the buttons that act on it; only beside it if the page holds an image."""
         page.progress = (note, share)
         if page.display.held is not None:
             return self._beside(page, note)
@@ -264,7 +264,7 @@ class Following:
         return changes | self._easel.show(page.latest, note)
 
     def _beside(self, page: _Page, note: str) -> Changes:
-        """Say how it goes in the line of the queue, because the stage shows another picture."""
+        """Say how it goes in the line of the queue, because the stage shows another image."""
         page.note = note
         return {"line": self._waiting.line(len(page.waiting or ()), note)}
 
@@ -280,7 +280,7 @@ class Following:
         return self._waiting.queue(page.owner, running=page.note)
 
     def _noticed(self, page: _Page, view: View, request: gr.Request) -> Changes:
-        """Take in that the user of the page has chosen a picture, or asked for new ones."""
+        """Take in that the user of the page has chosen an image, or asked for new ones."""
         before, page.display = page.display, self._displays.of(request)
         if (page.display.held, page.display.asked) == (before.held, before.asked):
             return {}
@@ -290,7 +290,7 @@ class Following:
         return {"problem": ""} | self._beside(page, "") | self._draw(page, view, *page.progress)
 
     def _finished(self, page: _Page) -> Changes:
-        """Tell the strip if there are other pictures than it has."""
+        """Tell the strip if there are other images than it has."""
         names = self._album.names(page.owner)
         if names == page.names:
             return {}
@@ -308,7 +308,7 @@ def restated(told: Generator[Changes | None], seconds: Sequence[float] = RESTATE
     """Repeat what was told a moment ago with further changes, and all of it once more at the end.
 
     Gradio's page turns a message into the next one in place: when a busy browser takes in two at once, what only the
-    first one says (a picture just before 'done') would never be seen. Each part is repeated a few times and not with
+    first one says (an image just before 'done') would never be seen. Each part is repeated a few times and not with
     every message, because the strip takes server and browser longer than a step. What is repeated is a copy, because
     Gradio takes the value out of an update as it sends it.
 

@@ -33,7 +33,7 @@ READABLE = re.compile(
 FILE = f"{API}/file="
 JOIN, CANCEL, UPLOAD, RESET = f"{API}/queue/join", f"{API}/cancel", f"{API}/upload", f"{API}/reset"
 RUN = f"{API}/run/predict"
-"""Where the browser calls the listeners that don't wait in Gradio's queue, such as Paint and Stop."""
+"""Where the browser calls the listeners that don't wait in Gradio's queue, such as Generate and Stop."""
 SESSION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MOST = 10_000
 """Sessions whose users are remembered; beyond them the least recently used are forgotten."""

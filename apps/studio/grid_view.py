@@ -1,4 +1,4 @@
-"""A grid as it is drawn on the page: a table of pictures, whose labels are text of the page's size and colours."""
+"""A grid as it is drawn on the page: a table of images, whose labels are text of the page's size and colours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def table(record: GridRecord, cells: Cells, words: Strings, busy: Place | None) 
 
     Args:
         record: the grid.
-        cells: file and seconds of each picture, by place.
+        cells: file and seconds of each image, by place.
         words: of the page.
         busy: place of the cell that is being generated.
     """
@@ -49,7 +49,7 @@ def stage(
     share: float | None = None,
     busy: Place | None = None,
 ) -> str:
-    """Draw a grid in the place of the big picture, with a line on how it goes.
+    """Draw a grid in the place of the big image, with a line on how it goes.
 
     Args:
         record: the grid.

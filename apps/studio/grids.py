@@ -31,7 +31,7 @@ MOST_THUMBNAILS = 64
 Place = tuple[int, int, int]
 """Index of a cell along x, y and z."""
 Cells = Mapping[Place, tuple[Path, float]]
-"""File and seconds of the pictures of a grid."""
+"""File and seconds of the images of a grid."""
 
 
 class GridRecord(BaseModel):
@@ -112,7 +112,7 @@ class Grids:
             record: the grid.
 
         Returns:
-            The file; None if the grid isn't complete, has no pictures, or the sheet has been removed.
+            The file; None if the grid isn't complete, has no images, or the sheet has been removed.
         """
         if record.sheet:
             path = self._output / record.sheet
@@ -133,15 +133,15 @@ class Grids:
         return path
 
     def files(self, record: GridRecord) -> Cells:
-        """Return the picture of each cell that has one, and the seconds that it took."""
+        """Return the image of each cell that has one, and the seconds that it took."""
         pictures = self._pictures(record).items()
         return {place: (self._output / picture.name, picture.seconds) for place, picture in pictures}
 
     def thumbnail(self, record: GridRecord) -> Image.Image | None:
-        """Return the pictures of a complete grid side by side; None if their files are gone.
+        """Return the images of a complete grid side by side; None if their files are gone.
 
         The sheet is a file: it is white wherever it is opened, printed or sent to, whoever looked at it first. A small
-        view of it would be a white plate with unreadable letters on a dark page, so the page shows the pictures alone.
+        view of it would be a white plate with unreadable letters on a dark page, so the page shows the images alone.
         """
         if record.id not in self._thumbnails:
             pictures: dict[Place, Image.Image] = {}

@@ -1,4 +1,4 @@
-"""What the stage shows while a job runs: previews of a picture to come, or the cells of a grid as they fill."""
+"""What the stage shows while a job runs: previews of an image to come, or the cells of a grid as they fill."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ REDRAW_SECONDS = 1.0
 
 @dataclass(slots=True)
 class PictureView:
-    """Previews, each in the place of the one before, and of a finished picture until there is something newer.
+    """Previews, each in the place of the one before, and of a finished image until there is something newer.
 
     Attributes:
-        size: width and height that the picture will have.
+        size: width and height that the image will have.
         words: of the page.
         easel: draws what is finished.
-        shown: the finished picture or grid that stands there; None for a preview, or for nothing yet.
+        shown: the finished image or grid that stands there; None for a preview, or for nothing yet.
         is_by_scales: previews are kept, because each is a scale.
         preview: the newest one.
         strip: what a step cache did.
@@ -49,7 +49,7 @@ class PictureView:
                 self.scales = (() if step.step == 1 else self.scales) + (self.preview,)
 
     def finish(self, shown: Shown) -> None:
-        """Take in a finished picture."""
+        """Take in a finished image."""
         self.shown = shown
 
     def is_due(self) -> bool:
@@ -105,7 +105,7 @@ class GridView:
         self.cells, self.next_redraw = self.grids.files(self.record), 0.0
 
     def is_due(self) -> bool:
-        """Whether to redraw: seldom, because a table of pictures takes a browser longer than one."""
+        """Whether to redraw: seldom, because a table of images takes a browser longer than one."""
         if time.monotonic() < self.next_redraw:
             return False
         self.next_redraw = time.monotonic() + REDRAW_SECONDS

@@ -1,4 +1,4 @@
-"""What happens on Paint, Stop, Skip and Finish, and on the queue: requests of the user of the page, changed by its id.
+"""What happens on Generate, Stop, Skip and Finish, and on the queue: requests of the page's user, by their id.
 
 Jobs belong to the user, not to the page: it may be closed, and another one goes on with them. Listeners return the
 changed parts of the page by name; `apps.studio.app` turns the names into components.
@@ -37,7 +37,7 @@ from apps.studio.wishes import make_request, read_mask
 
 
 class Painting:
-    """The listeners that ask for pictures and change the queue, over one engine.
+    """The listeners that ask for images and change the queue, over one engine.
 
     Args:
         engine: generates; must have an output folder.
@@ -93,7 +93,7 @@ class Painting:
         return {}
 
     def finish(self, request: gr.Request, job: str | None) -> Changes:
-        """End the job that the page shows with the picture as it is now.
+        """End the job that the page shows with the image as it is now.
 
         Raises:
             PageError: the user may only look, or the model can't end early.
@@ -106,7 +106,7 @@ class Painting:
         return {}
 
     def skip(self, request: gr.Request, job: str | None) -> Changes:
-        """Leave out the picture that is being generated, and go on with the next of its job, or of its grid.
+        """Leave out the image that is being generated, and go on with the next of its job, or of its grid.
 
         Raises:
             PageError: the user may only look.
@@ -178,7 +178,7 @@ class Painting:
         tasks = () if model is None else model.tasks
         if model is not None and "image_to_image" in tasks and "strength" not in model.accepts("image_to_image"):
             values["strength"] = None  # its slider isn't shown
-        if values["mode"] == "grid":  # one picture a cell: neither their number nor the file of prompts is shown
+        if values["mode"] == "grid":  # one image a cell: neither their number nor the file of prompts is shown
             values |= {"count": 1, "batch_size": 1, "many": []}
         lines: Sequence[PromptLine] = values.get("many") or ()
         return [self._of_line(line, values) for line in lines] or [make_request(values, tasks)]

@@ -22,14 +22,14 @@ class Sessions:
         self._tokens = tokens
 
     def user(self, request: gr.Request) -> str:
-        """Return whose queue and newest pictures a page shows; empty for somebody who isn't a user any more."""
+        """Return whose queue and newest images a page shows; empty for somebody who isn't a user any more."""
         if self._tokens is None:
             return LOCAL
         user = self._tokens.named(request.username)
         return "" if user is None else user.name
 
     def watcher(self, request: gr.Request) -> str | None:
-        """Return whose pictures the gallery of a page may show: a name, or None for everybody's."""
+        """Return whose images the gallery of a page may show: a name, or None for everybody's."""
         if self._tokens is None:
             return None
         user = self._tokens.named(request.username)
@@ -46,7 +46,7 @@ class Sessions:
         return self._tokens is None or (user is not None and user.may("paint"))
 
     def painter(self, request: gr.Request) -> str:
-        """Return in whose name a page asks for pictures and changes the queue.
+        """Return in whose name a page asks for images and changes the queue.
 
         Raises:
             PageError: the user may only look.

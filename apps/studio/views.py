@@ -42,7 +42,7 @@ def header(words: Strings, other: str, *, has_users: bool = False) -> str:
 
 
 PIXEL_SIDE = 64
-"""Pictures up to this side are enlarged with crisp edges; larger ones smoothly."""
+"""Images up to this side are enlarged with crisp edges; larger ones smoothly."""
 
 
 def stage(
@@ -57,18 +57,18 @@ def stage(
     clip: str | None = None,
     alt: str = "",
 ) -> str:
-    """Draw the big frame with the picture in it and a line on how it goes.
+    """Draw the big frame with the image in it and a line on how it goes.
 
     Args:
         picture: address, or data URI of a preview; None draws an empty mosaic.
-        size: width and height of the frame in pixels of the picture; gives its shape.
+        size: width and height of the frame in pixels of the image; gives its shape.
         note: line under the frame.
         share: work done, 0 to 1, drawn as a bar; None for no bar.
-        is_preview: the picture is a rough view of one to come.
+        is_preview: the image is a rough view of one to come.
         strip: what a step cache did, a letter a step, see `apps.service.events.Step`.
         scales: data URIs of the scales so far.
         clip: address of a clip, which is played; then `picture` shows some of its frames until it is there.
-        alt: says what the picture shows; a preview needs none, because the line tells how it goes.
+        alt: says what the image shows; a preview needs none, because the line tells how it goes.
     """
     width, height = size
     inner = _empty_mosaic(busy=share is not None)
@@ -95,7 +95,7 @@ def problem(text: str) -> str:
 
 
 def details(settings: PictureSettings, seconds: float, words: Strings, report: str = "") -> str:
-    """Draw the facts about one picture as small tags."""
+    """Draw the facts about one image as small tags."""
     facts = [
         words("facts.seed", value=settings.seed),
         f"{settings.width} \u00d7 {settings.height}",
@@ -180,12 +180,12 @@ def hint(text: str) -> str:
 
 
 def source(words: Strings, picture: str | None = None, size: tuple[int, int] = (1, 1), mask: str = "") -> str:
-    """Draw the picture to start from, with the canvas of the brush over it.
+    """Draw the image to start from, with the canvas of the brush over it.
 
     Args:
         words: of the page.
         picture: data URI; None draws a place to drop one.
-        size: of the picture, pixels.
+        size: of the image, pixels.
         mask: data URI of a mask to begin with.
     """
     if picture is None:
@@ -224,6 +224,6 @@ def preview_uri(image: Image.Image) -> str:
 
 
 def _empty_mosaic(busy: bool) -> str:
-    """Draw the tiles that wait for a picture; they shimmer while one is on its way."""
+    """Draw the tiles that wait for an image; they shimmer while one is on its way."""
     tiles = "".join(f'<i class="t{(i * 3 + i // 4) % 4}" style="--n:{(i * 7) % 16}"></i>' for i in range(16))
     return f'<div class="mosaic{" busy" if busy else ""}" aria-hidden="true">{tiles}</div>'

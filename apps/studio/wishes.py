@@ -1,4 +1,4 @@
-"""From what stands on the page to requests, and from the settings of a picture back to the page. Pure functions."""
+"""From what stands on the page to requests, and from the settings of an image back to the page. Pure functions."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def read_mask(text: str) -> Image.Image:
 
     Raises:
         PageError: there is none.
-        UploadError: it is no picture.
+        UploadError: it is no image.
     """
     if not text:
         raise PageError("brush.nothing")
@@ -122,7 +122,7 @@ def shapes(
         side: default height, pixels.
         width: default width, pixels.
         multiple: of which sides are, pixels.
-        offered: width and height of all that the model paints; empty for any.
+        offered: width and height of all that the model generates; empty for any.
     """
     long = max(round(side * 1.25 / multiple), 1) * multiple
     sizes = {"size.portrait": (side, long), "size.landscape": (long, side)}
@@ -137,10 +137,10 @@ def shapes(
 
 
 def show_settings(settings: PictureSettings) -> dict[str, Any]:
-    """Return what the page holds for the settings of a picture: those that paint it again, bit for bit.
+    """Return what the page holds for the settings of an image: those that generate it again, bit for bit.
 
     Args:
-        settings: of a picture; untrusted, but checked.
+        settings: of an image; untrusted, but checked.
 
     Returns:
         Values by component; `mode` among them. The model is left out: the page may not have it.
@@ -215,7 +215,7 @@ def show_request(request: AnyRequest) -> dict[str, Any]:
 
 
 def mode_of(settings: PictureSettings) -> str:
-    """Return the tab that paints what a picture is."""
+    """Return the tab that generates what an image is."""
     if settings.task.startswith("next_scale"):
         return "scales" if settings.image is None else "inpaint"
     return next(name for name, tab in TABS.items() if settings.task in tab.tasks)

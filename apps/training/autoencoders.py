@@ -1,4 +1,4 @@
-"""The frozen autoencoder of a run that paints or judges latents."""
+"""The frozen autoencoder of a run that generates or judges latents."""
 
 import importlib
 import json

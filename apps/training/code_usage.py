@@ -1,4 +1,4 @@
-"""How a tokenizer's codes are used: shares, perplexities, and a picture of them."""
+"""How a tokenizer's codes are used: shares, perplexities, and an image of them."""
 
 import math
 from collections.abc import Sequence

@@ -37,7 +37,7 @@ class RunConfig(Section):
         mixed_precision: `bf16` runs the forward pass under autocast; weights stay in fp32.
         log_every: Steps between two lines of the log.
         validate_every: Steps between two validations; 0 for never.
-        preview_every: Steps between two preview pictures; 0 for never.
+        preview_every: Steps between two preview images; 0 for never.
         save_every: Steps between two checkpoints; 0 for only the last one.
         export_every: Steps between two exports of the EMA weights; 0 for only at the end.
         checkpoints_total_limit: How many checkpoints are kept.

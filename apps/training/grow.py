@@ -1,4 +1,4 @@
-"""Makes a trained decoder deeper without changing what it paints (after Net2Net, arXiv 1511.05641).
+"""Makes a trained decoder deeper without changing what it generates (after Net2Net, arXiv 1511.05641).
 
 A new layer starts with a last matrix of zeros, so its residual branch adds nothing until training says otherwise.
 """

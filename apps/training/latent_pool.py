@@ -31,7 +31,7 @@ class LatentPool:
     Args:
         scenes: P scenes.
         levels: Jitter that each scene was drawn with, (P,).
-        latents: What the pictures are coded as, (P, ...), e.g. normalised latents (P, C, h, w).
+        latents: What the images are coded as, (P, ...), e.g. normalised latents (P, C, h, w).
     """
 
     def __init__(self, scenes: Sequence[Scene], levels: np.ndarray, latents: Tensor) -> None:
@@ -145,7 +145,7 @@ def cached_latents(
         scenes: P scenes.
         sheet: The stickers.
         vae: Autoencoder.
-        resolution: Side of the pictures in pixels.
+        resolution: Side of the images in pixels.
         device: Where to encode.
         folder: Folder of the cache files.
         encode: `encode_scenes` or `encode_tokens`.

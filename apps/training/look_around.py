@@ -18,7 +18,7 @@ def look_around(clip: SiglipModel) -> None:
     From random positions towers learn names at once and very late what stands where; see
     `apps.training.text_encoder.look_nearby`. Here are no relative biases, so positions start as waves in a part of the
     width that words, patches and layers leave alone at first, and queries as keys turned by some places: scores then
-    peak that many places away. Heads of pictures look left, right, up and down.
+    peak that many places away. Heads of images look left, right, up and down.
     """
     text: Any = clip.text_model
     vision: Any = clip.vision_model

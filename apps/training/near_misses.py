@@ -43,7 +43,7 @@ class Riddle:
 
     Attributes:
         pictures: (S, 3, R, R) in [-1, 1].
-        captions: of the S pictures, then of the first near miss of each, of the second ...
+        captions: of the S images, then of the first near miss of each, of the second ...
     """
 
     pictures: Tensor
@@ -61,7 +61,7 @@ def riddles(
         size_words: share of the single stickers drawn small or large.
         synonyms: probability that a caption calls a sticker by one of its keywords.
         count: scenes S of each kind.
-        resolution: side R of the pictures in pixels.
+        resolution: side R of the images in pixels.
     """
     made = {}
     for kind in KINDS:
@@ -76,10 +76,10 @@ def riddles(
 
 
 def solved(scores: Tensor) -> dict[str, float]:
-    """Shares of pictures that find their caption: `retrieved` among those of all pictures, `near` among near misses.
+    """Shares of images that find their caption: `retrieved` among those of all images, `near` among near misses.
 
     Args:
-        scores: of each picture with each caption of a riddle, (S, S + M S).
+        scores: of each image with each caption of a riddle, (S, S + M S).
     """
     count = len(scores)
     true = scores[:, :count]  # (S, S)

@@ -1,6 +1,6 @@
-"""Captions painted several times, hot enough to differ, with the picture of every scale: where do coarse pictures lead?
+"""Captions generated several times, hot enough to differ, with the image of every scale: where do coarse images lead?
 
-What a search judges are pictures of the first scales; how right they are shows in what becomes of them.
+What a search judges are images of the first scales; how right they are shows in what becomes of them.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ HOT_EVERYWHERE = 1.5
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What is painted.
+    """What is generated.
 
     Args:
         captions: P captions, at least one.
         ways: how each is drawn, arguments of the pipeline's call.
-        candidates: pictures C of each.
+        candidates: images C of each.
         seed: of the draws.
 
     Raises:
@@ -45,14 +45,14 @@ class RolloutPlan:
             raise ValueError(f"{len(self.captions)} captions and {len(self.ways)} ways; give at least one, and as many")
 
     def draws(self, number: int) -> list[torch.Generator]:
-        """The sources of randomness of a caption's pictures."""
+        """The sources of randomness of a caption's images."""
         first = (self.seed << 20) + self.candidates * number  # torch reads 32 bits of a seed
         return [torch.Generator().manual_seed(first + one) for one in range(self.candidates)]
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Pictures of P captions, C of each, on their way through S scales.
+    """Images of P captions, C of each, on their way through S scales.
 
     Attributes:
         latents: after each scale, (P, C, S, c, h, w), float16.
@@ -91,12 +91,12 @@ def hot_everywhere() -> dict[str, Any]:
 
 @torch.no_grad()
 def paint_rollouts(pipe: Any, plan: RolloutPlan, scorer: ClipReward, quiet: bool = False) -> Rollouts:
-    """Paints captions and looks at what became of them.
+    """Generates captions and looks at what became of them.
 
     Args:
         pipe: `NextScaleTextToImagePipeline`.
-        plan: what to paint.
-        scorer: looks at the finished pictures.
+        plan: what to generate.
+        scorer: looks at the finished images.
         quiet: without a progress bar.
     """
     count = len(plan.captions)
@@ -112,7 +112,7 @@ def paint_rollouts(pipe: Any, plan: RolloutPlan, scorer: ClipReward, quiet: bool
 
 
 def _paint(pipe: Any, prompts: list[str], draws: list[torch.Generator], way: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Latents after each scale, (C, S, c, h, w), and the pictures, (C, 3, H, W) in [0, 1]."""
+    """Latents after each scale, (C, S, c, h, w), and the images, (C, 3, H, W) in [0, 1]."""
     seen: list[Tensor] = []
 
     def keep(_pipe: Any, _scale: int, _at: Tensor, tensors: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The sticker world as training data: which scenes belong to which batch, and their pictures."""
+"""The sticker world as training data: which scenes belong to which batch, and their images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +71,7 @@ def box_mask(scenes: Sequence[Scene], resolution: int) -> Tensor:
 
 
 def save_grid(pictures: Tensor, path: Path, columns: int) -> None:
-    """Writes pictures (B, 3, H, W) in [-1, 1] as one PNG, row by row."""
+    """Writes images (B, 3, H, W) in [-1, 1] as one PNG, row by row."""
     missing = -len(pictures) % columns
     pictures = torch.cat([pictures.float().cpu(), pictures.new_ones(missing, *pictures.shape[1:]).float().cpu()])
     rows = pictures.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (r H, c W, 3)

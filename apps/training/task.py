@@ -68,7 +68,7 @@ class Task(Protocol):
         ...
 
     def preview(self, path: Path) -> None:
-        """Writes a grid of pictures that shows the present quality to a PNG file."""
+        """Writes a grid of images that shows the present quality to a PNG file."""
         ...
 
     def export(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The keys and values of the scales painted so far, in buffers whose size is known before the first of them."""
+"""The keys and values of the scales generated so far, in buffers whose size is known before the first of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class KVReport:
 
 
 class ScaleKVCache:
-    """Keys and values of all layers of one network, for a batch of pictures that are painted together.
+    """Keys and values of all layers of one network, for a batch of images that are generated together.
 
     The last scale is never stored: nothing reads it later. A network calls `append` before and `settle` after the
     attention of each layer; in between, the returned row is valid. Where everything is kept, `settle` has nothing to
@@ -61,7 +61,7 @@ class ScaleKVCache:
         device: where the buffers live.
         policy: one of `POLICIES`; "scalekv" needs a plan.
         budget: share of the full history to keep, see `plan_cache`; "full" takes no notice of it.
-        plan: what to keep, in place of policy and budget.
+        plan: what to keep, instead of policy and budget.
         kv_dtype: how to store, "auto" (as the network makes it) or "int8".
         grids: rows and columns of each scale; without them observing queries are spread along the row of tokens.
         observer: sees every attention call, for calibration.
@@ -278,7 +278,7 @@ class ScaleKVCache:
         self._shape = (len(rows), *self._shape[1:])
 
     def reset(self) -> None:
-        """Forget everything, keep the buffers: ready for the next pictures."""
+        """Forget everything, keep the buffers: ready for the next images."""
         self._done = [0] * self.num_layers
         self._pending, self._most_stored = None, 0
         self._buffers.reset()

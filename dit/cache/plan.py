@@ -1,4 +1,4 @@
-"""How many tokens each layer may keep when each scale begins: a plan, known before the first scale is painted.
+"""How many tokens each layer may keep when each scale begins: a plan, known before the first scale is generated.
 
 A budget is a share of the full history, that is of all tokens but the last scale's, as an average over layers. Until
 the history outgrows the budget, everything is kept. Window, streaming and SnapKV give every layer the same; PyramidKV

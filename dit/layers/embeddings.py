@@ -31,7 +31,7 @@ def sinusoidal_embedding(timestep: Tensor, dim: int, max_period: float = 10_000.
 
 
 class TimestepEmbedding(nn.Module):
-    """Waves of the timestep through a two-layer perceptron.
+    """Waves of the timestep through a two-layer MLP.
 
     Args:
         hidden_size: width of the result.

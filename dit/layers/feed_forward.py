@@ -1,4 +1,4 @@
-"""The perceptron of a transformer block, with diffusers' parameter names (net.0.proj, net.2)."""
+"""The MLP of a transformer block, with diffusers' parameter names (net.0.proj, net.2)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

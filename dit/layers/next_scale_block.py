@@ -1,4 +1,4 @@
-"""The block of next-scale transformers: attention over all scales so far, optionally a look at the text, a perceptron.
+"""The block of next-scale transformers: attention over all scales so far, optionally a look at the text, a MLP.
 
 VAR (arXiv 2404.02905) has the first and the last, Infinity (arXiv 2412.04431) all three. Keys and values of the text
 don't change from scale to scale, so they come ready into the block.
@@ -141,7 +141,7 @@ class TextAttnProcessor(AttnProcessor):
 
 
 class TextAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention of the picture to the text; no positions, no norm of queries and keys.
+    """Multi-head attention of the image to the text; no positions, no norm of queries and keys.
 
     Args:
         hidden_size: model width D.
@@ -164,7 +164,7 @@ class TextAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())
 
     def read(self, text: Tensor) -> KeyValue:
-        """Keys and values of text (B, M, D), once a picture."""
+        """Keys and values of text (B, M, D), once an image."""
         key, value = self.to_k(text), self.to_v(text)  # (B, M, D) each
         return split_heads(key, self.heads), split_heads(value, self.heads)  # (B, M, K, E) each
 
@@ -198,12 +198,12 @@ class TextPool(nn.Module):
 
 
 class NextScaleBlock(nn.Module):
-    """Attention and perceptron, each scaled, shifted and gated by the condition; between them a look at the text.
+    """Attention and MLP, each scaled, shifted and gated by the condition; between them a look at the text.
 
     Args:
         hidden_size: model width D.
         num_heads: attention heads K.
-        ff_ratio: width of the perceptron over D.
+        ff_ratio: width of the MLP over D.
         norm_eps: added to the variance by the norms.
         qk_l2_norm: see `NextScaleAttention`.
         shared_modulation: own a table to be added to the network's six vectors, not a projection of the condition.

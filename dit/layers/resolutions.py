@@ -1,6 +1,6 @@
-"""The published schedules of token maps for pictures of any aspect ratio (Infinity, arXiv 2412.04431).
+"""The published schedules of token maps for images of any aspect ratio (Infinity, arXiv 2412.04431).
 
-For each aspect ratio there is one ladder of 13 maps; smaller pictures climb only its first rungs. A rung says how many
+For each aspect ratio there is one ladder of 13 maps; smaller images climb only its first rungs. A rung says how many
 tokens there are, not how many pixels: all released tokenizers have 16 pixels along a side of a token.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from dit.layers.scales import Grid
 
 RUNGS = MappingProxyType({"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13})
-"""Rungs of the ladder that a picture climbs, by its pixels in millions: 256, 512, 768 and 1024 squared."""
+"""Rungs of the ladder that an image climbs, by its pixels in millions: 256, 512, 768 and 1024 squared."""
 
 _TALL = {
     1.000: "1x1 2x2 4x4 6x6 8x8 12x12 16x16 20x20 24x24 32x32 40x40 48x48 64x64",

@@ -1,4 +1,4 @@
-"""The pyramid of token maps that next-scale models paint, coarse to fine (VAR, arXiv 2404.02905)."""
+"""The pyramid of token maps that next-scale models generate, coarse to fine (VAR, arXiv 2404.02905)."""
 
 from collections.abc import Sequence
 from itertools import accumulate

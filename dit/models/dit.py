@@ -1,4 +1,4 @@
-"""DiT and SiT: transformers that paint a class label (arXiv 2212.09748 and 2401.08740).
+"""DiT and SiT: transformers that generate a class label (arXiv 2212.09748 and 2401.08740).
 
 One network, two objectives. DiT predicts the noise of a 1000-step diffusion and, in a second half of its
 output channels, where the variance lies. SiT is the same network trained as a stochastic interpolant: it
@@ -95,12 +95,12 @@ class LabelEmbedding(nn.Module):
 
 @registered_block
 class DiTBlock(nn.Module):
-    """Attention and perceptron, each shifted, scaled and gated by the condition (adaLN-Zero).
+    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero).
 
     Args:
         hidden_size: model width D.
         num_heads: attention heads K.
-        ff_ratio: width of the perceptron over D.
+        ff_ratio: width of the MLP over D.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, ff_ratio: float) -> None:
@@ -113,7 +113,7 @@ class DiTBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         """Map tokens (B, N, D), given the condition `temb` (B, D), to tokens (B, N, D)."""
-        # attention's shift, scale and gate, then the perceptron's; each (B, 1, D)
+        # attention's shift, scale and gate, then the MLP's; each (B, 1, D)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(temb)
         attended = self.attn(modulate(self.norm1(hidden_states), shift_a, scale_a))  # (B, N, D)
         hidden_states = hidden_states + gate_a * attended  # (B, N, D)
@@ -132,7 +132,7 @@ class DiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cach
         num_layers: number of blocks.
         num_attention_heads: heads K.
         attention_head_dim: head width E; the model width is D = K E.
-        ff_ratio: width of the perceptron over D.
+        ff_ratio: width of the MLP over D.
         num_classes: number of labels; label `num_classes` means 'no class'.
         class_dropout_prob: share of labels dropped in training mode; 0 means no row for 'no class'.
         objective: "epsilon" (DiT) or "velocity" (SiT, which drops the channels beyond C).

@@ -1,11 +1,11 @@
-"""Transformer that paints a picture scale by scale (VAR, arXiv 2404.02905; Infinity, arXiv 2412.04431).
+"""Transformer that generates an image scale by scale (VAR, arXiv 2404.02905; Infinity, arXiv 2412.04431).
 
-A picture is a pyramid of token maps. The network sees the picture of all coarser scales, shrunk to the size of the next
-one, and predicts all tokens of that scale at once. Three entries: `prepare_condition` computes once per picture what
+An image is a pyramid of token maps. The network sees the image of all coarser scales, shrunk to the size of the next
+one, and predicts all tokens of that scale at once. Three entries: `prepare_condition` computes once per image what
 does not change from scale to scale, `step` predicts one scale against a cache of the earlier ones, and `forward`
-predicts all scales of known pictures in one masked pass, for training.
+predicts all scales of known images in one masked pass, for training.
 
-VAR and Infinity are configurations: what conditions the picture (labels or text), how a place is told (learned or
+VAR and Infinity are configurations: what conditions the image (labels or text), how a place is told (learned or
 rotary), and what is predicted of a token (its entry in a codebook, or each of its bits).
 """
 
@@ -40,10 +40,10 @@ from dit.layers.scales import Grid, block_causal_mask, scale_grids, token_counts
 from dit.runtime.typed import Typed
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-"""Sides of VAR's token maps for pictures of 256 pixels: 680 tokens."""
+"""Sides of VAR's token maps for images of 256 pixels: 680 tokens."""
 
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-"""Sides of VAR's token maps for pictures of 512 pixels: 2240 tokens."""
+"""Sides of VAR's token maps for images of 512 pixels: 2240 tokens."""
 
 
 def _var(depth: int) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _var(depth: int) -> dict[str, Any]:
 
 
 def _infinity(depth: int, heads: int, head_dim: int, bits: int = 32, patchify: int = 1) -> dict[str, Any]:
-    """The configuration of an Infinity for pictures of about a million pixels."""
+    """The configuration of an Infinity for images of about a million pixels."""
     width = heads * head_dim
     return {
         "scales": tuple(rows for rows, _ in LADDERS[1.0]),
@@ -90,11 +90,11 @@ POSITIONS = ("learned", "rotary")
 
 @dataclass(frozen=True, slots=True)
 class NextScaleCondition:
-    """What the condition contributes to every scale of a picture.
+    """What the condition contributes to every scale of an image.
 
     Attributes:
         start: input of the first scale, (B, N0, D).
-        modulation: of each block, (B, 6, D): two gates, two scales, two shifts (attention's and the perceptron's).
+        modulation: of each block, (B, 6, D): two gates, two scales, two shifts (attention's and the MLP's).
         modulation_out: before the head, (B, 2, D): scale, shift.
         grids: rows and columns of each scale.
         text: of each block, keys and values of the text, (B, M, K, E) each; empty without text.
@@ -130,7 +130,7 @@ class NextScaleCondition:
 class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """Next-scale transformer, numerically the released VAR or Infinity.
 
-    With `text_dim` the condition is text, which is pooled into one vector (it starts the picture and modulates every
+    With `text_dim` the condition is text, which is pooled into one vector (it starts the image and modulates every
     layer) and read by every block through cross-attention; else it is a class label.
 
     Args:
@@ -140,7 +140,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         num_layers: number of blocks.
         num_attention_heads: heads K.
         attention_head_dim: head width E; the model width is D = K E.
-        ff_ratio: width of the perceptron over D.
+        ff_ratio: width of the MLP over D.
         num_classes: number of labels; label `num_classes` means 'no class'. Not used with `text_dim`.
         class_dropout_prob: share of labels that `forward` replaces by 'no class' in training mode, or of texts that it
             replaces by the empty one.
@@ -309,7 +309,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
             The condition of `step`.
 
         Raises:
-            ValueError: labels for a network of text or the other way round; a schedule that it can't paint.
+            ValueError: labels for a network of text or the other way round; a schedule that it can't generate.
         """
         grids = self._check_schedule(grids)
         condition, text = self._embed_condition(class_labels, encoder_hidden_states, encoder_attention_mask)
@@ -338,7 +338,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         return self.text_pool(text, text_mask), self.text_proj(text)
 
     def _check_schedule(self, grids: Sequence[Grid] | None) -> tuple[Grid, ...]:
-        """The schedule to paint, by default the configuration's."""
+        """The schedule to generate, by default the configuration's."""
         if grids is None:
             return self.grids
         grids = scale_grids(grids)
@@ -405,7 +405,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
             policy: what to keep, see `dit.cache.POLICIES`.
             grids: the schedule of the condition.
             budget: share of the full history to keep.
-            plan: what to keep, in place of policy and budget; that of a run which ends early holds fewer scales.
+            plan: what to keep, instead of policy and budget; that of a run which ends early holds fewer scales.
             kv_dtype: how to store, see `dit.cache.KV_DTYPES`.
             observer: sees every attention call, for calibration.
         """
@@ -438,7 +438,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         """Predict the tokens of one scale.
 
         Args:
-            codes: the picture so far at this scale's size, (B, N, C p p); None at scale 0, which starts from the
+            codes: the image so far at this scale's size, (B, N, C p p); None at scale 0, which starts from the
                 condition.
             scale: index of the scale; a run goes through all of them in order.
             condition: of `prepare_condition`, for the same B rows.
@@ -509,7 +509,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         """Predict the tokens of all scales from the true coarser ones (teacher forcing).
 
         Args:
-            hidden_states: the picture before each scale from the second on, at that scale's size, all in one row:
+            hidden_states: the image before each scale from the second on, at that scale's size, all in one row:
                 (B, L - N0, C p p); see `teacher_inputs` of the tokenizer.
             class_labels: see `prepare_condition`.
             encoder_hidden_states: see `prepare_condition`.

@@ -32,12 +32,12 @@ TEXT_PERIOD = 100.0  # tokens in the slowest wave of a text token's place
 
 @registered_block
 class TextDiTBlock(nn.Module):
-    """Self-attention over text and latent tokens, then a perceptron, both steered by adaLN-single.
+    """Self-attention over text and latent tokens, then a MLP, both steered by adaLN-single.
 
     Args:
         hidden_size: model width D.
         num_heads: attention heads K.
-        inner_size: width of the perceptron.
+        inner_size: width of the MLP.
         activation: see `FeedForward`.
     """
 
@@ -86,7 +86,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         num_layers: blocks.
         num_attention_heads: heads K.
         attention_head_dim: head width E; D = K * E.
-        ff_ratio: width of the perceptron as a multiple of D.
+        ff_ratio: width of the MLP as a multiple of D.
         activation: "swiglu" or "gelu-approximate".
         text_dim: width of the text encoder's states.
         rope_axes_dims: share of the head for (frame, row, column); even, summing to E. None splits E about evenly.
@@ -94,7 +94,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         coordinate_frequencies: waves an axis of the token's place as a fraction of the canvas; 0 leaves them out.
         text_position_frequencies: waves of a text token's place in the text, added to its state; 0 leaves them out and
             trusts the text encoder to tell "a left of b" from "b left of a".
-        sample_size: latent side of a picture of the default size.
+        sample_size: latent side of an image of the default size.
     """
 
     _supports_gradient_checkpointing = True
@@ -263,7 +263,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
 
     def _rotary(self, grid: tuple[int, ...], length: int, device: torch.device) -> Rotary:
         positions = grid_positions(grid, device)  # (N, 3)
-        # Text stands at the origin of the picture; `_embed_text` says where it stands in the sentence.
+        # Text stands at the origin of the image; `_embed_text` says where it stands in the sentence.
         positions = torch.cat([positions.new_zeros(length, 3), positions])  # (L + N, 3)
         return rotary_embedding(positions, self.axes_dims, self.config.rope_theta)
 

@@ -164,7 +164,7 @@ def block_streams(block: type[nn.Module]) -> tuple[tuple[str, str], tuple[int, i
         block: its class.
 
     Returns:
-        The arguments with the picture's and the text's stream, and their places in the block's result; None for a
+        The arguments with the image's and the text's stream, and their places in the block's result; None for a
         class that is not registered.
     """
     try:

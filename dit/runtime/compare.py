@@ -26,7 +26,7 @@ def psnr(result: Tensor, reference: Tensor, data_range: float = 1.0) -> float:
     Args:
         result: any shape.
         reference: the same shape.
-        data_range: largest minus smallest possible value (1 for pictures in [0, 1]).
+        data_range: largest minus smallest possible value (1 for images in [0, 1]).
 
     Raises:
         ValueError: the shapes differ.
@@ -39,7 +39,7 @@ def psnr(result: Tensor, reference: Tensor, data_range: float = 1.0) -> float:
 def ssim(result: Tensor, reference: Tensor, data_range: float = 1.0) -> float:
     """Structural similarity in [-1, 1] (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5.
 
-    The mean over all pixels whose window lies inside the picture, as in the paper.
+    The mean over all pixels whose window lies inside the image, as in the paper.
 
     Args:
         result: (B, C, H, W), sides of at least 11.

@@ -36,7 +36,7 @@ class AttentionNorms(Mechanism):
     def record(
         self, attachment: Attachment, layer: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Note one output: (B, N, D), or a tuple of such tensors, the first of which is the picture's."""
+        """Note one output: (B, N, D), or a tuple of such tensors, the first of which is the image's."""
         here = current_coordinates()
         if here is None:
             return attachment.skip("no coordinates")

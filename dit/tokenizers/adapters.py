@@ -77,7 +77,7 @@ class DiffusersTokenizer(VisualTokenizer):
         return z / factor + mean
 
     def preview(self, z: Tensor) -> Tensor:
-        """Paint the first three channels in turn: crude, but it shows the layout of any latent."""
+        """Generate the first three channels in turn: crude, but it shows the layout of any latent."""
         z = z[:, :, 0] if z.ndim == 5 else z  # (B, C, H, W)
         shown = z[:, [i % z.shape[1] for i in range(3)]].float()  # (B, 3, H, W)
         spread = shown.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)

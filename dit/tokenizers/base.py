@@ -73,8 +73,8 @@ def fit_linear_preview(latents: Tensor, pixels: Tensor, cell: int) -> Tensor:
 
     Args:
         latents: normalised, (B, C, H, W).
-        pixels: the pictures they came from, (B, 3, H * f, W * f).
-        cell: side of the block that each latent pixel paints.
+        pixels: the images they came from, (B, 3, H * f, W * f).
+        cell: side of the block that each latent pixel generates.
 
     Returns:
         (3 * cell * cell, C + 1); the last column is the constant.

@@ -1,6 +1,6 @@
-"""MultiScaleTokenizer: what tokenizers have in common that code a picture scale by scale, coarse to fine.
+"""MultiScaleTokenizer: what tokenizers have in common that code an image scale by scale, coarse to fine.
 
-A picture is the sum of its scales' maps. Subclasses say how a scale is coded and added; everything that only walks
+An image is the sum of its scales' maps. Subclasses say how a scale is coded and added; everything that only walks
 through the scales is here. Where one model serves many schedules of scales, methods take the schedule as `grids`.
 """
 
@@ -27,7 +27,7 @@ PREVIEW_SIDE = 8
 
 @dataclass
 class MultiScaleCodes(BaseOutput):
-    """A picture as tokens.
+    """An image as tokens.
 
     Attributes:
         indices: tokens of each scale, coarse to fine: codebook entries (B, N_s) int64, or bits (B, N_s, d) int64.
@@ -72,7 +72,7 @@ class MultiScaleTokenizer(Typed, VisualTokenizer):
     def encode(
         self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> TokenizerOutput | tuple[Tensor]:
-        """Encode pictures (B, 3, H f, W f) to quantised latents (B, C, H, W); `generator` is not used."""
+        """Encode images (B, 3, H f, W f) to quantised latents (B, C, H, W); `generator` is not used."""
         latent = self.quantize(x).latent  # (B, C, H, W)
         return TokenizerOutput(latent=latent) if return_dict else (latent,)
 
@@ -90,7 +90,7 @@ class MultiScaleTokenizer(Typed, VisualTokenizer):
 
     @torch.no_grad()
     def preview(self, z: Tensor) -> Tensor:
-        """Paint a latent (B, C, H, W) small: the decoder on at most 8 latent pixels a side, (B, 3, h f, w f)."""
+        """Generate a latent (B, C, H, W) small: the decoder on at most 8 latent pixels a side, (B, 3, h f, w f)."""
         longest = max(z.shape[-2:])
         if longest > PREVIEW_SIDE:
             size = tuple(max(side * PREVIEW_SIDE // longest, 1) for side in z.shape[-2:])
@@ -118,7 +118,7 @@ class MultiScaleTokenizer(Typed, VisualTokenizer):
 
     @torch.no_grad()
     def teacher_inputs(self, indices: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> Tensor:
-        """The generator's inputs for pictures that are known, all scales from the second on in one row.
+        """The generator's inputs for images that are known, all scales from the second on in one row.
 
         Args:
             indices: tokens of each scale; those of the last scale are not needed. Fewer scales give the inputs up to

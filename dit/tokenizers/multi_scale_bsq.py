@@ -1,4 +1,4 @@
-"""MultiScaleBSQ: a picture as maps of bits of growing size, each coding what the coarser ones left over (Infinity).
+"""MultiScaleBSQ: an image as maps of bits of growing size, each coding what the coarser ones left over (Infinity).
 
 Sections 3.2 and 3.3 of arXiv 2412.04431. There is no codebook: a token is the signs of a vector's d channels, and
 stands for the unit vector with these signs and equal magnitudes (binary spherical quantisation, arXiv 2406.07548).
@@ -60,7 +60,7 @@ class MultiScaleBSQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMix
         norm_num_groups: groups of the group norms.
         patchify: latent pixels along a side of a token, 1 or 2.
         in_channels: colours.
-        vit: arguments of a `ViTAutoencoder` that encodes and decodes in place of the convolutional networks (whose
+        vit: arguments of a `ViTAutoencoder` that encodes and decodes instead of the convolutional networks (whose
             sizes, `block_out_channels` to `norm_num_groups`, then mean nothing).
 
     Raises:
@@ -104,14 +104,14 @@ class MultiScaleBSQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMix
 
     @apply_forward_hook
     def features(self, x: Tensor) -> Tensor:
-        """Encode pictures (B, 3, H f, W f) in [-1, 1] of any float dtype without quantising, (B, d, H, W), float32."""
+        """Encode images (B, 3, H f, W f) in [-1, 1] of any float dtype without quantising, (B, d, H, W), float32."""
         if self.backbone is not None:
             latent = self.backbone.encode(x.to(self.backbone.patch_embed.weight.dtype)).latent  # (B, d, H, W)
             return latent.float() * self.feature_scale
         return self.encoder(x.to(self.encoder.conv_in.weight.dtype)).float()
 
     def quantize(self, x: Tensor, grids: Sequence[Grid] | None = None) -> MultiScaleCodes:
-        """Turn pictures into bits.
+        """Turn images into bits.
 
         Args:
             x: (B, 3, H f, W f) in [-1, 1], where H, W is the latent size of the last scale.
@@ -121,7 +121,7 @@ class MultiScaleBSQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMix
             The bits of each scale, (B, N_s, d p p) int64 each (p is `patchify`), and their sum.
 
         Raises:
-            ValueError: pictures of another size.
+            ValueError: images of another size.
         """
         size = tuple(side * self.spatial_compression_ratio for side in self._latent_size(grids, -1))
         if x.ndim != 4 or tuple(x.shape[-2:]) != size:

@@ -1,4 +1,4 @@
-"""MultiScaleVQ: a picture as token maps of growing size, each coding what the coarser ones left over (VAR).
+"""MultiScaleVQ: an image as token maps of growing size, each coding what the coarser ones left over (VAR).
 
 Section 3.2 and algorithms 1 and 2 of arXiv 2404.02905. All scales share one codebook. A looked-up map is enlarged to
 the latent's size, repaired by a small convolution `phi` (enlarging blurs), and added to the sum so far; the next scale
@@ -147,7 +147,7 @@ class MultiScaleVQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixi
         num_phis: convolutions that repair enlarged maps, shared by the scales.
         phi_ratio: share of the convolution in their output.
         in_channels: colours.
-        vit: arguments of a `ViTAutoencoder` that encodes and decodes in place of the convolutional networks (whose
+        vit: arguments of a `ViTAutoencoder` that encodes and decodes instead of the convolutional networks (whose
             sizes, `block_out_channels` to `norm_num_groups`, then mean nothing). Its code has unit variance, so a
             codebook fits whatever the encoder does.
 
@@ -204,7 +204,7 @@ class MultiScaleVQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixi
 
     @apply_forward_hook
     def features(self, x: Tensor) -> Tensor:
-        """Encode pictures without quantising.
+        """Encode images without quantising.
 
         Args:
             x: (B, 3, H f, W f) in [-1, 1], where H, W is the size of the last scale; of any float dtype.
@@ -213,7 +213,7 @@ class MultiScaleVQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixi
             (B, C, H, W), in the dtype of the encoder's weights.
 
         Raises:
-            ValueError: pictures of another size.
+            ValueError: images of another size.
         """
         size = tuple(side * self.spatial_compression_ratio for side in self.grids[-1])
         if x.ndim != 4 or tuple(x.shape[-2:]) != size:
@@ -224,7 +224,7 @@ class MultiScaleVQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixi
 
     @apply_forward_hook
     def quantize(self, x: Tensor) -> MultiScaleCodes:
-        """Turn pictures into tokens; see `features`.
+        """Turn images into tokens; see `features`.
 
         Returns:
             The tokens of each scale and their sum.

@@ -1,6 +1,6 @@
 """Bitwise self-correction: train a generator of bits on its own kind of mistakes (Infinity, arXiv 2412.04431).
 
-In teacher forcing a generator sees faultless coarser scales; painting, it sees its own errors and piles new ones upon
+In teacher forcing a generator sees faultless coarser scales; generating, it sees its own errors and piles new ones upon
 them. So some bits are flipped on the way from scale to scale: each scale is coded against the sum with the flips in it,
 and its labels, which stay as they are, say how to make up for them.
 """

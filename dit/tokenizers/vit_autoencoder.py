@@ -1,7 +1,7 @@
 """ViTAutoencoder: a small continuous autoencoder made of transformer blocks.
 
 After ViTok (arXiv 2501.09755): patches in, a shallow encoder, a narrow code, a deeper decoder that carries the
-detail. Two additions keep it small and its pictures clean: the code is batch-normalised without parameters, so it
+detail. Two additions keep it small and its images clean: the code is batch-normalised without parameters, so it
 has unit variance whatever the encoder does (the generator needs no scaling factor, and noise on the code means the
 same everywhere), and a few convolutions after the decoder's tokens hide the seams between patches.
 """
@@ -32,12 +32,12 @@ PREVIEW_SPREAD = 1.3
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm attention and perceptron.
+    """Pre-norm attention and MLP.
 
     Args:
         hidden_size: model width D.
         num_heads: attention heads.
-        ff_ratio: width of the perceptron as a multiple of D.
+        ff_ratio: width of the MLP as a multiple of D.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, ff_ratio: float) -> None:
@@ -75,19 +75,19 @@ class ViTAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, VisualTok
 
     Args:
         in_channels: colour channels.
-        latent_channels: code channels C; a picture of side S becomes (C, S / patch_size, S / patch_size).
+        latent_channels: code channels C; an image of side S becomes (C, S / patch_size, S / patch_size).
         patch_size: pixels along a patch; a multiple of `refiner_patch`.
         encoder_dim: width of the encoder.
         encoder_layers: blocks of the encoder.
         decoder_dim: width of the decoder.
         decoder_layers: blocks of the decoder.
         attention_head_dim: head width of both.
-        ff_ratio: width of the perceptrons as a multiple of the model's.
+        ff_ratio: width of the MLPs as a multiple of the model's.
         refiner_channels: width of the convolutions behind the decoder; 0 leaves them out.
         refiner_layers: residual pairs of convolutions.
-        refiner_patch: pixels that one position of the convolutions paints along a side.
+        refiner_patch: pixels that one position of the convolutions generates along a side.
         rope_theta: base of the rotary frequencies.
-        sample_size: side of the pictures it was trained on.
+        sample_size: side of the images it was trained on.
     """
 
     _supports_gradient_checkpointing = True

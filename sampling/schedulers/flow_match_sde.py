@@ -158,7 +158,7 @@ class FlowMatchSDEScheduler(Typed, SchedulerMixin, ConfigMixin):
             model_output: (B, C, H, W), the velocity `noise - data`.
             timestep: the entry of `timesteps` that the model was called with.
             sample: (B, C, H, W).
-            generator: one, or one a picture, for the noise that is added back.
+            generator: one, or one an image, for the noise that is added back.
             return_dict: return an object rather than a tuple.
 
         Returns:

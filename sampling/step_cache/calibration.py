@@ -1,4 +1,4 @@
-"""Learning a `Profile`: paint a few prompts and watch how what would be forecast at one step resembles other steps."""
+"""Learning a `Profile`: generate a few prompts and measure how what is forecast at one step resembles other steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GramObserver(StepCache):
     """A step cache that computes every step, and sums up inner products of what it would keep at all pairs of steps.
 
     Of each prediction a sketch of `width` numbers is kept until the run ends (random signs, random bins: inner
-    products are right on average), so memory is steps x width, whatever the size of the pictures.
+    products are right on average), so memory is steps x width, whatever the size of the images.
 
     Args:
         region: "output" or "blocks", see `calibrate_budget`.
@@ -50,7 +50,7 @@ class GramObserver(StepCache):
         self._layouts: dict[str, TokenLayout] = {}
 
     def install(self, attachment: Attachment) -> None:
-        """Hook into the region, and note where in their sequence the blocks keep the picture."""
+        """Hook into the region, and note where in their sequence the blocks keep the image."""
         super().install(attachment)
         if isinstance(self.region, Output):
             return
@@ -138,7 +138,7 @@ class GramObserver(StepCache):
 
 
 def _picture(values: Values, layout: TokenLayout) -> tuple[int, slice]:
-    """Which of a stack's streams, and which of its tokens, are the picture's: all of its own, or some of a joint one.
+    """Which of a stack's streams, and which of its tokens, are the image's: all of its own, or some of a joint one.
 
     What the text's tokens add is no part of the network's output, so it must not count as an error.
     """
@@ -161,11 +161,11 @@ def calibrate_budget(
 ) -> Profile:
     """Learn which steps of a model's runs can be forecast from which others.
 
-    One to four prompts are enough; each is painted once, uncached.
+    One to four prompts are enough; each is generated once, uncached.
 
     Args:
         pipeline: of diffusers or ours.
-        prompts: what to paint (class labels for class-conditional pipelines).
+        prompts: what to generate (class labels for class-conditional pipelines).
         steps: of the runs; None is the pipeline's default.
         region: what is forecast on skipped steps. "output" is the network's prediction: nothing of the network runs,
             and two latents are kept. "blocks" is what the stack of blocks adds to its input: embeddings and the last
@@ -179,7 +179,7 @@ def calibrate_budget(
 
     Raises:
         AttachError: calls of the network could not be placed; or the region is "blocks", and the network's blocks or
-            the picture's place among their tokens are not known.
+            the image's place among their tokens are not known.
         ValueError: no prompts, or an unknown region.
     """
     watcher = GramObserver(region)

@@ -210,7 +210,7 @@ class StepCache(Mechanism):
         return reason is not None
 
     def _rule(self, call: Call) -> str | None:
-        """Which rule has a call computed; None if it shall be forecast."""
+        """Which rule has a call computed; None if it should be forecast."""
         here, track = call.here, call.track
         first = self.warmup if self.warmup >= 1 else round(self.warmup * here.num_steps)
         if here.step < first or here.step >= here.num_steps - self.tail:

@@ -2,7 +2,7 @@
 
 From the Gram matrix `G[j, k] = <F_j, F_k> / numbers` of predictions F along a run follows the error of every forecast:
 with weights w of the computed steps A it is `G_jj - 2 w G_Aj + w G_AA w`. So the best steps to compute for any budget
-are found without painting another picture: a shortest path over the two newest computed steps.
+are found without generating another image: a shortest path over the two newest computed steps.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Profile:
         grams: (N, N) for "cond,cond" and, where there was guidance, "uncond,uncond" and "cond,uncond"; where what
             enters the region was seen too, "cond,input", "uncond,input" and "input,input".
         guidance: scale of the calibration runs; 1 where there was none.
-        prompts: how many were painted.
+        prompts: how many were generated.
         region: of which part of the network the predictions are, "output" or "blocks"; see `calibrate_budget`.
     """
 

@@ -127,7 +127,7 @@ class Stack:
             call.decide((self._entered[0], self._picture))
 
     def _picture_in(self, stream: Tensor) -> Tensor:
-        """The picture's part of a stream that enters a block of the head: all of it, or its place beside the text."""
+        """The image's part of a stream that enters a block of the head: all of it, or its place beside the text."""
         own = self._entered[0]
         if stream.shape == own.shape:
             return stream
@@ -137,11 +137,11 @@ class Stack:
         return stream[:, self._places[key]]
 
     def _place_of_picture(self, stream: Tensor) -> slice:
-        """Where the network put the picture when it joined the streams that the block before gave apart."""
+        """Where the network put the image when it joined the streams that the block before gave apart."""
         own = self._entered[0]
         count = own.shape[1]
         apart = [tensor for tensor in self._given if tensor.shape == own.shape]
-        # The picture changes little in a block, so that it is told from a text as long as it.
+        # The image changes little in a block, so that it is told from a text as long as it.
         for picture in sorted(apart, key=lambda tensor: (tensor - own).norm().item()):
             for place in (slice(0, count), slice(stream.shape[1] - count, stream.shape[1])):
                 if torch.equal(stream[:, place], picture):
@@ -199,7 +199,7 @@ def _title(block: nn.Module) -> str:
 
 
 def _is_joined(tensor: Tensor, streams: list[Tensor]) -> bool:
-    """Whether a tensor is the text and the picture in one sequence."""
+    """Whether a tensor is the text and the image in one sequence."""
     picture, text = streams
     return (
         tensor.ndim == 3 == picture.ndim == text.ndim
@@ -209,7 +209,7 @@ def _is_joined(tensor: Tensor, streams: list[Tensor]) -> bool:
 
 
 def _streams(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
-    """The picture's stream and, where the block takes one, the text's."""
+    """The image's stream and, where the block takes one, the text's."""
     bare = unwrap(block)
     names = _arguments(type(bare))
     given = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,4 +1,4 @@
-"""The shipped model paints what it is asked for, at its size, from the network alone."""
+"""The shipped model generates what it is asked for, at its size, from the network alone."""
 
 import subprocess
 import sys
@@ -83,7 +83,7 @@ def test_previews_have_the_colours_of_the_image(pipe, prompt):
 
 
 def test_the_pictures_come_from_the_network_alone(tmp_path):
-    """A process that cannot import the sticker world paints the same picture."""
+    """A process that cannot import the sticker world generates the same image."""
     code = (
         "import sys, torch\n"
         "sys.modules['apps'] = None\n"

@@ -1,4 +1,4 @@
-"""The built-in next-scale model: it is small, and paints what it is asked."""
+"""The built-in next-scale model: it is small, and generates what it is asked."""
 
 from pathlib import Path
 

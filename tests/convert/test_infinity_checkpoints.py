@@ -250,7 +250,7 @@ def test_the_command_line_converts_there_and_back(tmp_path: Path) -> None:
     torch.save({"vae": pictures, "ema": {}}, tmp_path / "vae.pth")
     arguments = ("convert", "--family", "infinity", "--checkpoint", tmp_path / "infinity.pth")
     out = tmp_path / "out"
-    assert tessera(*arguments, "-o", out) == 2  # no tokenizer of pictures
+    assert tessera(*arguments, "-o", out) == 2  # no tokenizer of images
     assert not out.exists()
     assert tessera(*arguments, "--vae", tmp_path / "vae.pth", "--resolution", "0.06M", "-o", out) == 0
     pipe = load_pipeline(out, device="cpu")

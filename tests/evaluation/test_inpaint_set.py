@@ -1,4 +1,4 @@
-"""The judge of inpainting: a perfect painter gets all of it, one that paints nothing or too much does not."""
+"""The judge of inpainting: a perfect painter gets all of it, one that generates nothing or too much does not."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class Recorder:
 
 
 def record(name: str, guided: bool = True, **overrides: Any) -> tuple[diffusers.DiffusionPipeline, list[Call]]:
-    """Paint with a tiny pipeline; return it with the calls that its transformer saw.
+    """Generate with a tiny pipeline; return it with the calls that its transformer saw.
 
     Args:
         name: see `tiny_pipeline`.

@@ -114,7 +114,7 @@ JOINT = [row.name for row in FAMILIES if any(entry.kind == "joint" for entry in 
 
 @pytest.mark.parametrize("name", JOINT)
 def test_text_stands_where_the_row_says(name: str) -> None:
-    """Other noise changes the values of the picture's tokens before any mixing, and of no text token."""
+    """Other noise changes the values of the image's tokens before any mixing, and of no text token."""
     (_, one), (_, two) = (record(name, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     layout = one[0].layout
     pairs = list(zip(one[0].values, two[0].values, strict=True))
@@ -129,7 +129,7 @@ def test_text_stands_where_the_row_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lumina2", "z_image", "mochi"])
 def test_texts_of_different_lengths(name: str) -> None:
-    """Where a network drops padding, each sample has its own place for picture and text."""
+    """Where a network drops padding, each sample has its own place for image and text."""
     prompts = ["a cat", "three small green frogs on a yellow background, in the rain"]
     limits = {"max_sequence_length": 200}
     runs = [

@@ -153,7 +153,7 @@ def test_unlisted_networks_of_diffusers(name: str) -> None:
 
 
 def image_ids(picture: int, rows: int, columns: int) -> Tensor:
-    """(picture, row, column) of every token."""
+    """(image, row, column) of every token."""
     grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
     return torch.cat([torch.full((rows * columns, 1), picture), grid], dim=1).float()
 
@@ -215,7 +215,7 @@ def test_several_pictures_in_a_sample_are_refused() -> None:
 
 
 def test_clean_tokens_do_not_hide_the_timestep() -> None:
-    """Clips that continue a picture give its tokens the timestep 0."""
+    """Clips that continue an image give its tokens the timestep 0."""
     row = family("wan")
     inputs = {"timestep": torch.tensor([[0.0, 0.0, 812.0, 812.0]])}
     assert row.scheduler_timestep(tiny_transformer(row), inputs) == 812.0

@@ -1,4 +1,4 @@
-"""A whole pipeline of random weights for every family: it paints a few steps on a CPU within a second.
+"""A whole pipeline of random weights for every family: it generates a few steps on a CPU within a second.
 
 Nothing is downloaded: tokenizers are trained here on four sentences. `save_pretrained` makes of each a folder like a
 published one. `python -m tests.families.tiny NAME FOLDER` does that.
@@ -181,7 +181,7 @@ def bert_encoder() -> transformers.PreTrainedModel:
 
 
 def image_vae(cls: type = diffusers.AutoencoderKL, **overrides: Any) -> nn.Module:
-    """An autoencoder of pictures: an eighth of the sides, as several pipelines take for granted."""
+    """An autoencoder of images: an eighth of the sides, as several pipelines take for granted."""
     return cls(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -216,7 +216,7 @@ def sana_vae() -> nn.Module:
 
 
 def qwen_vae() -> nn.Module:
-    """The video autoencoder that Qwen-Image paints single frames with; a quarter of the sides."""
+    """The video autoencoder that Qwen-Image generates single frames with; a quarter of the sides."""
     return diffusers.AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,

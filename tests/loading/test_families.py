@@ -1,4 +1,4 @@
-"""Folders of foreign pipelines load, paint, show previews and stop: from Python, through the engine, on the CLI."""
+"""Folders of foreign pipelines load, generate, show previews and stop: from Python, through the engine, on the CLI."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def test_python_previews_and_stops(family, pipe):
     assert len(shown) == 2
     for picture in shown:
         assert isinstance(picture, Image.Image)
-        # one pixel a latent cell, in the picture's proportions
+        # one pixel a latent cell, in the image's proportions
         assert picture.width / picture.height == width / height
         assert width // picture.width in (2, 4, 8, 16, 32)
         assert len(picture.getcolors(1 << 16)) > picture.width
-    assert len(pipe(**call)[0]) == 1  # and it still paints
+    assert len(pipe(**call)[0]) == 1  # and it still generates
 
 
 def test_engine_paints_with_previews(family, engine):

@@ -32,7 +32,7 @@ def factors(network, seed=0):
 
 
 def merged(made, scale=1.0):
-    """The images of the tiny pipeline with W + scale * B A in place of W."""
+    """The images of the tiny pipeline with W + scale * B A instead of W."""
     pipe = tiny_pipeline("text_dit")
     for name, (down, up, own) in made.items():
         pipe.transformer.get_submodule(name).weight.data += scale * own * up @ down

@@ -112,7 +112,7 @@ def normalized(x: Tensor) -> Tensor:
 
 
 def attend(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """Attention of one picture's tokens (N, D), head by head."""
+    """Attention of one image's tokens (N, D), head by head."""
     q, k, v = linear(state, f"{name}.qkv", x).split(WIDTH, dim=1)
     width = WIDTH // HEADS
     heads = []
@@ -124,7 +124,7 @@ def attend(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 
 
 def reference(state: dict[str, Tensor], latent: Tensor, time: float, label: int, family: str) -> Tensor:
-    """One picture's output in float64; `latent` is (C, H, W), any size that patches fit."""
+    """One image's output in float64; `latent` is (C, H, W), any size that patches fit."""
     rows, columns = latent.shape[1] // PATCH, latent.shape[2] // PATCH
     side = max(rows, columns)
     table = positions(side).reshape(side, side, WIDTH)

@@ -1,12 +1,12 @@
 """A slow, straight-line Infinity on weights in the official layout, and the recipe of the golden numbers.
 
-Nothing here imports our networks; everything runs in double precision, one head and one picture at a time.
+Nothing here imports our networks; everything runs in double precision, one head and one image at a time.
 
 The golden file `golden_infinity.json` was made by running the official code (FoundationVision/Infinity,
 infinity/models/, float32 on a CPU, fused norms, the casts to bfloat16 around the kernel of cross-attention taken out)
 with the weights that `fill` makes and the inputs of `inputs` and `texts`. Entries, for each of CASES:
 
-    <case>/logits          teacher-forced logits of both pictures: 16 values spread over them
+    <case>/logits          teacher-forced logits of both images: 16 values spread over them
     <case>/bits/<run>      autoregressive_infer_cfg with the arguments of RUNS: a digest of each scale's bits
     <case>/latent/<run>    the sum of its codes: 16 values
 """
@@ -87,7 +87,7 @@ def fill(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def inputs(case: str) -> Tensor:
-    """Teacher-forcing inputs of two pictures, (2, L - 1, d p p)."""
+    """Teacher-forcing inputs of two images, (2, L - 1, d p p)."""
     numbers = CASES[case]["bits"] * CASES[case]["patchify"] ** 2
     return spread((2, sum(rows * columns for rows, columns in CASES[case]["grids"]) - 1, numbers), salt=11)
 
@@ -179,7 +179,7 @@ def look(state: dict[str, Tensor], key: str, query: Tensor, text: Tensor) -> Ten
 
 
 def logits(state: dict[str, Tensor], codes: Tensor, text: Tensor, case: str) -> Tensor:
-    """Teacher-forced logits (L, 2 d p p) of one picture from its inputs (L - 1, d p p) and text (M, Dt)."""
+    """Teacher-forced logits (L, 2 d p p) of one image from its inputs (L - 1, d p p) and text (M, Dt)."""
     text = text.double()
     text = text / (text.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state["text_norm.weight"].double()
     condition = look(state, "text_proj_for_sos.ca", state["text_proj_for_sos.ca.mat_q"][0, :, None].double(), text)

@@ -1,15 +1,15 @@
 """A slow, straight-line VAR on weights in the official layout, and the recipe of the golden numbers.
 
-Nothing here imports our networks; everything runs in double precision, one head and one picture at a time.
+Nothing here imports our networks; everything runs in double precision, one head and one image at a time.
 
 The golden file `golden_next_scale.json` was made by running the official code (FoundationVision/VAR, models/, float32
 on a CPU) with the weights that `fill` makes, the tokenizer of `tests.tokenizers.multi_scale_reference` and the inputs
 of `inputs`. Entries; <shared> is 0 or 1 for the two forms of adaLN:
 
-    logits/<shared>             teacher-forced logits of both pictures: 16 values spread over them
+    logits/<shared>             teacher-forced logits of both images: 16 values spread over them
     tokens/<shared>/<run>       autoregressive_infer_cfg with the arguments of RUNS: the tokens of each scale
     latent/<shared>/<run>       its f_hat: 16 values
-    picture/<shared>/<run>      its picture: 16 values
+    image/<shared>/<run>      its image: 16 values
 """
 
 import json
@@ -66,7 +66,7 @@ def fill(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def inputs() -> Tensor:
-    """Teacher-forcing inputs of two pictures, (2, L - 1, C)."""
+    """Teacher-forcing inputs of two images, (2, L - 1, C)."""
     return spread((2, sum(side * side for side in SCALES) - 1, CHANNELS), salt=11)
 
 
@@ -104,7 +104,7 @@ def attend(state: dict[str, Tensor], key: str, x: Tensor, scale_of: list[int]) -
 
 
 def logits(state: dict[str, Tensor], codes: Tensor, label: int) -> Tensor:
-    """Teacher-forced logits (L, V) of one picture from its inputs (L - 1, C)."""
+    """Teacher-forced logits (L, V) of one image from its inputs (L - 1, C)."""
     scale_of = [s for s, side in enumerate(SCALES) for _ in range(side * side)]
     condition = state["class_emb.weight"][label].double()
     start = condition + state["pos_start"][0].double()

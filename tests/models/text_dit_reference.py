@@ -9,7 +9,7 @@ from dit.models.text_dit import TextDiT
 
 
 def reference(model: TextDiT, latents: Tensor, text: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
-    """The velocity of one picture or clip a row; latents (B, C, T, H, W), text (B, L, Dt), mask (B, L)."""
+    """The velocity of one image or clip a row; latents (B, C, T, H, W), text (B, L, Dt), mask (B, L)."""
     state = {name: value.double() for name, value in model.state_dict().items()}
     rows = zip(latents.double(), text.double(), timestep.double(), mask, strict=True)
     return torch.stack([_one(model.config, state, *row) for row in rows])

@@ -25,7 +25,7 @@ def transformer(case: str) -> NextScaleTransformer:
 
 
 def tokenizer(case: str) -> MultiScaleBSQ:
-    """A tokenizer of pictures that fits; 16 pixels along a side of a token."""
+    """A tokenizer of images that fits; 16 pixels along a side of a token."""
     patchify = ref.CASES[case]["patchify"]
     torch.manual_seed(0)
     return MultiScaleBSQ(

@@ -1,4 +1,4 @@
-"""Class label to picture: the released samplers' trajectories, and the call that diffusers users know."""
+"""Class label to image: the released samplers' trajectories, and the call that diffusers users know."""
 
 import subprocess
 import sys
@@ -151,7 +151,7 @@ def test_wrong_schedulers_are_named() -> None:
 
 @pytest.mark.parametrize("family", ["dit", "sit"])
 def test_a_picture_does_not_depend_on_its_batch(family: str) -> None:
-    """With one seed: also the noise of stochastic steps is drawn per picture."""
+    """With one seed: also the noise of stochastic steps is drawn per image."""
     pipe = tiny_pipeline(family, None if family == "dit" else FlowMatchSDEScheduler())
 
     def paint(labels: list[int]) -> Tensor:

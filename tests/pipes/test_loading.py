@@ -26,7 +26,7 @@ PAINT = {"num_inference_steps": 2, "output_type": "pt"}
 
 @pytest.fixture(scope="module")
 def picture(saved):
-    """What the saved pipeline paints. Weights that lie in a file may round otherwise than weights just made."""
+    """What the saved pipeline generates. Weights that lie in a file may round otherwise than weights just made."""
     painted = paint(load_pipeline(saved, device="cpu"))
     torch.testing.assert_close(painted, paint(tiny_text_to_image_pipeline()), atol=1e-6, rtol=0)
     assert painted.std() > 0.01

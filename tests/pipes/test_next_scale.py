@@ -1,4 +1,4 @@
-"""Painting scale by scale: the released sampler's tokens, callbacks, interruption, and what is refused."""
+"""Generating scale by scale: the released sampler's tokens, callbacks, interruption, and what is refused."""
 
 from pathlib import Path
 from typing import Any

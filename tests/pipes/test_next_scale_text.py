@@ -1,4 +1,4 @@
-"""Painting scale by scale from text: the released sampler's bits, sizes, guidance, and what is refused."""
+"""Generating scale by scale from text: the released sampler's bits, sizes, guidance, and what is refused."""
 
 import subprocess
 import sys

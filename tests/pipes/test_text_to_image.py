@@ -27,7 +27,7 @@ def psnr(a, b):
 
 def test_same_seed_same_picture_bit_for_bit(pipe):
     first, second = paint(pipe), paint(pipe)
-    assert first.std() > 0.01  # a flat picture would prove nothing
+    assert first.std() > 0.01  # a flat image would prove nothing
     assert torch.equal(first, second)
     assert not torch.equal(first, paint(pipe, generator=seeded(1)))
 
@@ -38,7 +38,7 @@ def test_first_picture_does_not_depend_on_the_batch(pipe):
     mixed = paint(pipe, prompt=[PROMPT, "three small green frogs on a yellow background"])
     assert psnr(alone, more[0]) > 50
     assert psnr(alone, mixed[0]) > 50
-    assert psnr(more[0], more[1]) < 50  # other noise, other picture
+    assert psnr(more[0], more[1]) < 50  # other noise, other image
 
 
 def test_noise_of_a_picture_is_the_same_in_every_batch(pipe):
@@ -270,7 +270,7 @@ def test_size_dependent_shift(pipe):
     paint(pipe, height=128, width=128)
     large = pipe.scheduler.timesteps
     pipe.scheduler = scheduler
-    assert (large[1:] > small[1:]).all()  # larger pictures spend more steps at high noise
+    assert (large[1:] > small[1:]).all()  # larger images spend more steps at high noise
 
 
 def test_lora_files_round_trip(tmp_path):

@@ -46,7 +46,7 @@ def tiny_tokenizer(max_length: int = 24) -> PreTrainedTokenizerFast:
 
 
 def tiny_components(seed: int = 0) -> dict[str, object]:
-    """Return the components of the tiny pipeline: 32 x 32 pictures, 4 x 4 latents, 4 image tokens."""
+    """Return the components of the tiny pipeline: 32 x 32 images, 4 x 4 latents, 4 image tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer = TextDiT(

@@ -1,4 +1,4 @@
-"""Counts of work in place of its time: the same on every machine, busy or idle."""
+"""Counts of work instead of its time: the same on every machine, busy or idle."""
 
 import sys
 from collections.abc import Callable

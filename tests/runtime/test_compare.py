@@ -22,7 +22,7 @@ def test_ssim_against_torchmetrics() -> None:
     reference = torch.rand(2, 3, 24, 31)
     result = (reference + 0.1 * torch.randn_like(reference)).clamp(0, 1)
     _, pixels = structural_similarity_index_measure(result, reference, data_range=1.0, return_full_image=True)
-    expected = pixels[..., 5:-5, 5:-5].mean().item()  # without the border, where it mirrors the picture
+    expected = pixels[..., 5:-5, 5:-5].mean().item()  # without the border, where it mirrors the image
     assert ssim(result, reference) == pytest.approx(expected, abs=1e-5)
     assert ssim(reference, reference) == pytest.approx(1.0)
     assert ssim(1 - reference, reference) < 0

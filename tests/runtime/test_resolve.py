@@ -102,7 +102,7 @@ def test_guidance_switched_off_by_a_callback(name: str) -> None:
 @pytest.mark.parametrize("name", ["sd3", "pixart", "dit", "z_image", "text_dit"])
 @pytest.mark.parametrize("guided", [True, False])
 def test_several_pictures(name: str, guided: bool) -> None:
-    """Two pictures without guidance are as many samples as one picture with it."""
+    """Two images without guidance are as many samples as one image with it."""
     watch = witness(name, pictures=2)
     several = {"class_labels": [1, 2]} if name == "dit" else {"num_images_per_prompt": 2}
     with CoordinateResolver().attach(watch.pipe):

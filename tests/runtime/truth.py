@@ -47,7 +47,7 @@ class Witness:
 
     Args:
         pipe: the pipeline.
-        pictures: how many it paints in a call.
+        pictures: how many it generates in a call.
     """
 
     def __init__(self, pipe: DiffusionPipeline, pictures: int = 1) -> None:
@@ -59,7 +59,7 @@ class Witness:
         self.truth = Truth()
 
     def run(self, **arguments: Any) -> Truth:
-        """Paint, and return what happened."""
+        """Generate, and return what happened."""
         self.step = self.call = 0
         self.truth = Truth()
         with self._watching():

@@ -62,7 +62,7 @@ def build(instance: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def changed(value: Any, step: int) -> Any:
-    """Inputs of a later step: pictures and texts a little weaker."""
+    """Inputs of a later step: images and texts a little weaker."""
     if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 2:
         return value * (1 - 0.04 * step)
     if isinstance(value, list):

@@ -60,7 +60,7 @@ def _siglip() -> transformers.PreTrainedModel:
 
 
 class Reader:
-    """A processor that reads texts only: nothing of a picture reaches the encoder."""
+    """A processor that reads texts only: nothing of an image reaches the encoder."""
 
     PICTURES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "mm_token_type_ids")
 
@@ -71,7 +71,7 @@ class Reader:
         self.image_processor = SimpleNamespace()
 
     def __call__(self, *texts: Any, text: Any = None, images: Any = None, videos: Any = None, **how: Any) -> Any:
-        """Tokenize; what a picture would become is None."""
+        """Tokenize; what an image would become is None."""
         read = self.tokenizer(text if text is not None else texts[0], **how)
         return transformers.BatchFeature({**dict.fromkeys(self.PICTURES), **read})
 
@@ -155,7 +155,7 @@ def stand_ins() -> Iterator[None]:
 
 @contextmanager
 def small_pictures() -> Iterator[None]:
-    """Keep pipelines that edit from enlarging the picture that they are given to a megapixel."""
+    """Keep pipelines that edit from enlarging the image that they are given to a megapixel."""
     with ExitStack() as stack:
         for name in ("edit", "edit_inpaint", "edit_plus", "layered"):
             module = importlib.import_module(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_{name}")

@@ -77,7 +77,7 @@ def test_gram_of_the_blocks_is_that_of_what_they_add_to_the_picture_and_of_what_
     for handle in handles:
         handle.remove()
     before, after = (torch.stack(values).double()[:, :, -tokens[0] :].flatten(2) for values in (entered, left))
-    uncond, cond = (after - before).unbind(1)  # (N, P D) each; the text stands before the picture
+    uncond, cond = (after - before).unbind(1)  # (N, P D) each; the text stands before the image
     both = torch.cat([uncond + made.guidance * (cond - uncond), before[:, 1]])  # (2 N, P D)
     np.testing.assert_allclose(made.joint(), (both @ both.T / both.shape[1]).numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(made.gram(), made.joint()[:STEPS, :STEPS])

@@ -52,7 +52,7 @@ def test_equals_the_slow_renderer() -> None:
 
 @pytest.mark.parametrize("pixels", [58, 61, 90, 120])
 def test_is_close_to_pillow_where_pixels_align(pixels: int) -> None:
-    """Pillow's own filters are another implementation: the pictures differ by the filter only."""
+    """Pillow's own filters are another implementation: the images differ by the filter only."""
     name, left, top = "owl", 3, 5
     size = pixels / 128
     place = Placement(SHEET.index(name), left / 128 + size / 2, top / 128 + size / 2, size)

@@ -1,4 +1,4 @@
-"""Pipelines that paint at once, with the call of the real ones."""
+"""Pipelines that generate at once, with the call of the real ones."""
 
 from __future__ import annotations
 

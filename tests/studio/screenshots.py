@@ -1,7 +1,7 @@
-"""Take the pictures of the studio's tabs that the documents show: `python -m tests.studio.screenshots docs/studio`.
+"""Take the images of the studio's tabs that the documents show: `python -m tests.studio.screenshots docs/studio`.
 
-Paints with the built-in models in a server of its own, opens the page in a headless Chromium and keeps each tab at the
-width of a desk and of a phone. Another run on the same machine gives the same pictures but for the times.
+Generates with the built-in models in a server of its own, opens the page in a headless Chromium and keeps each tab at
+the width of a desk and of a phone. Another run on the same machine gives the same images but for the times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, PROJECT, note_say
 WIDTHS = {1280: 900, 390: 844}
 """Of the window, with its height."""
 PATIENCE = 600
-"""Seconds that a picture may take on a busy machine."""
+"""Seconds that an image may take on a busy machine."""
 LIKE = 36
 """Squared distance up to which two colours pass for one."""
 PICTURES = (
@@ -34,11 +34,11 @@ PICTURES = (
 
 
 class Camera:
-    """A page of the studio, and where its pictures go.
+    """A page of the studio, and where its images go.
 
     Args:
         page: of playwright, open.
-        folder: receives the pictures.
+        folder: receives the images.
         tabs: only these; all if empty.
     """
 
@@ -73,7 +73,7 @@ class Camera:
         open_page(self.page, self.page.url)
 
     def choose(self, place: int, seed: int) -> None:
-        """Put a picture of the strip onto the stage."""
+        """Put an image of the strip onto the stage."""
         self.page.locator("#strip .thumbnail-item").nth(place).click()
         self.page.wait_for_function(
             "seed => document.querySelector('#details').textContent.includes(`seed ${seed}`)", arg=seed
@@ -81,19 +81,19 @@ class Camera:
         self.page.wait_for_timeout(500)
 
     def paint(self, prompt: str, seed: int) -> None:
-        """Paint a picture with a fixed seed and wait for it."""
+        """Generate an image with a fixed seed and wait for it."""
         self.page.fill("#prompt textarea", prompt)
         self.page.fill("#seed input", str(seed))
         self.page.press("#seed input", "Tab")
         self.page.wait_for_function("document.querySelector('#seed-mode input:checked')?.value === 'fixed'")
-        self.page.evaluate("document.querySelector('#stage .note').textContent = ''")  # that of the last picture
+        self.page.evaluate("document.querySelector('#stage .note').textContent = ''")  # that of the last image
         self.page.click("#paint")
         note_says(self.page, "Done", PATIENCE)
         self.page.wait_for_timeout(800)
 
 
 def few_colours(image: Image.Image) -> Image.Image:
-    """Return a picture in 256 colours, a third of the bytes: the page's own ones stay, those painted are rounded."""
+    """Return an image in 256 colours, a third of the bytes: the page's own ones stay, those generated are rounded."""
     pixels = np.asarray(image)  # (H, W, 3)
     colours, place, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
     exact: list[np.ndarray] = []
@@ -162,10 +162,10 @@ def shoot(camera: Camera) -> None:
 
 
 def main(folder: Path, tabs: tuple[str, ...]) -> None:
-    """Start a server, take the pictures, end it.
+    """Start a server, take the images, end it.
 
     Args:
-        folder: receives the pictures.
+        folder: receives the images.
         tabs: only these; all if empty.
     """
     from playwright.sync_api import sync_playwright

@@ -1,4 +1,4 @@
-"""Clips: played in the page, served from the output folder only, and painted again from the MP4 alone."""
+"""Clips: played in the page, served from the output folder only, and generated again from the MP4 alone."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_stage_plays_the_clip_with_its_strip_as_poster(world, painted):
     assert f'poster="{views.file_address(painted.shown.path)}"' in stage
     shown = world.painting.show(painted.shown)
     assert shown["save"]["value"] == str(painted.shown.clip)
-    assert shown["start_from"]["interactive"] is False  # a strip of frames is no picture to start from
+    assert shown["start_from"]["interactive"] is False  # a strip of frames is no image to start from
     assert "9 frames, 16 a second" in shown["details"]
     hung = world.choosing.turn(0, 0, TAB)["hung"]
     assert "<video" in world.choosing.look(hung, SimpleNamespace(index=0))["stage"]
@@ -101,7 +101,7 @@ def test_an_mp4_puts_the_page_in_place_and_is_painted_again(world, painted, tmp_
     assert frames_of(tmp_path / "cli.mp4") == frames_of(clip)
     assert read_mp4(tmp_path / "cli.mp4") == painted.shown.settings
     run(Wishes(), tmp_path / "mute.mp4", Machine(device="cpu"), settings=clip, keep_settings=False)
-    with pytest.raises(MetadataError, match="no settings"):  # settings that shall not be in the file
+    with pytest.raises(MetadataError, match="no settings"):  # settings that should not be in the file
         read_mp4(tmp_path / "mute.mp4")
 
 

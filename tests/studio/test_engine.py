@@ -121,7 +121,7 @@ def test_requests_run_one_at_a_time_and_know_their_place():
     for number, thread in enumerate(threads, 1):
         thread.start()
         while len(engine.jobs()) < number or not pipe.in_step.wait(0.01):
-            pass  # until it stands in line, and the first one is being painted
+            pass  # until it stands in line, and the first one is being generated
     all_in_line.set()
     for thread in threads:
         thread.join()

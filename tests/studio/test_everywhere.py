@@ -1,4 +1,4 @@
-"""One picture, painted in the studio, comes out the same from its file alone: in the studio, the CLI and the API."""
+"""One image, generated in the studio, comes out the same from its file alone: in the studio, the CLI and the API."""
 
 from __future__ import annotations
 

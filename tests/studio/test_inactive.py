@@ -1,4 +1,4 @@
-"""What was asked for and did nothing is said: in the report of a picture, in the log, on the wire and on the page."""
+"""What was asked for and did nothing is said: in the report of an image, in the log, on the wire and on the page."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def follow(studio, tab=TAB, seen=(), chosen=None):
 
 
 def paint(studio, tab=TAB, **changes):
-    """Ask for pictures and follow them, as a page does that has seen all that is finished."""
+    """Ask for images and follow them, as a page does that has seen all that is finished."""
     seen = studio.painting.album.names(studio.sessions.user(tab))
     asked = studio.painting.paint({**PAGE, **changes}, tab)
     yield asked
@@ -95,7 +95,7 @@ def paint(studio, tab=TAB, **changes):
 
 
 def generate_with(painting, values):
-    """Ask for pictures with these values of the page, and follow them."""
+    """Ask for images with these values of the page, and follow them."""
     return paint(SimpleNamespace(painting=painting, sessions=Sessions(None)), **values)
 
 
@@ -238,7 +238,7 @@ def test_a_random_seed_ignores_the_field(studio):
 
 
 def test_settings_in_the_picture_put_the_page_in_place(studio):
-    """The bar: picture, settings, the same picture again."""
+    """The bar: image, settings, the same image again."""
     first = pictures(list(paint(studio, seed=9, width=96, height=64, shape=CUSTOM, guidance=2.5)))[0]
     changes = studio.choosing.load_settings(str(first.path))
     assert changes["mode"] == "text"

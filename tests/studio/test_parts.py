@@ -1,4 +1,4 @@
-"""Changing a part of a picture, or letting it grow, with models that paint scale by scale: page, CLI and API."""
+"""Changing a part of an image, or letting it grow, with models that generate scale by scale: page, CLI and API."""
 
 from __future__ import annotations
 
@@ -212,9 +212,9 @@ def world(request, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["mask", "soft", "expand", "both"])
 def test_what_is_kept_is_kept_and_the_file_paints_it_again(world, tmp_path, kind):
-    """The bar: kept pixels bit-identical; the same picture from its file in the studio, the CLI and the API."""
+    """The bar: kept pixels bit-identical; the same image from its file in the studio, the CLI and the API."""
     width, height = world.model.width, world.model.side
-    # Of a model with one size the picture must be smaller, else it would be scaled down.
+    # Of a model with one size the image must be smaller, else it would be scaled down.
     picture = noise(width, height) if kind in ("mask", "soft") else noise(width // 2, height // 2)
     page = {**world.page, "source": world.engine.uploads.add(picture)}
     if kind != "expand":

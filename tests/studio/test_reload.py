@@ -77,7 +77,7 @@ def pages(server, browser):
 
 
 def ask(page, prompt, seed, steps=100, count=16):
-    """Ask for as many pictures as take a while."""
+    """Ask for as many images as take a while."""
     page.fill("#prompt textarea", prompt)
     for name, value in (("steps", steps), ("count", count)):
         page.fill(f"#{name} input[type=number]", str(value))

@@ -172,7 +172,7 @@ def problem_says(page, start, seconds=60):
 
 
 def strip_shows(page, seed, seconds=60):
-    """Waits until the strip begins with the picture of a seed; what stands there instead is part of the failure."""
+    """Waits until the strip begins with the image of a seed; what stands there instead is part of the failure."""
     first, deadline = None, time.monotonic() + seconds
     while first != str(seed):
         label = page.evaluate("document.querySelector('#strip .caption-label')?.textContent ?? null")
@@ -240,7 +240,7 @@ def test_type_paint_stop(server, page, width, height):
     assert 1 <= len(pictures) < 16
     assert read_picture(pictures[0]).width == 128
     time.sleep(1)
-    assert set(out.glob("*.png")) == before | {painted, *pictures}  # nothing paints on behind the page
+    assert set(out.glob("*.png")) == before | {painted, *pictures}  # nothing generates on behind the page
     assert page.get_by_role("button", name="Generate", exact=True).is_enabled()
     for name in ("Image", "Inpaint", "Class", "Scales", "Grid", "Gallery", "Text"):
         page.get_by_role("tab", name=name, exact=True).first.click()
@@ -249,7 +249,7 @@ def test_type_paint_stop(server, page, width, height):
 
 @pytest.mark.browser
 def test_a_slow_browser_shows_the_picture_in_its_strip(server, page):
-    """It takes in a picture, 'done' and what follows at once, and Gradio turns each message into the next in place."""
+    """It takes in an image, 'done' and what follows at once, and Gradio turns each message into the next in place."""
     _, out = server
     page.context.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": 8})
     strip_shows(page, read_picture(paint_one(page, out)).seed)
@@ -265,7 +265,7 @@ def test_words_examples_and_dark_mode(page):
     page.fill(".words input", "submarine")
     assert page.locator(".nothing").is_visible()
 
-    page.locator(".chip:visible").first.click()  # an example paints at once
+    page.locator(".chip:visible").first.click()  # an example generates at once
     note_says(page, "Done")
     assert page.input_value("#prompt textarea") == page.locator(".chip:visible").first.inner_text()
     page.click("#reuse-seed")

@@ -1,4 +1,4 @@
-"""Leaving one picture of several out, and changing the order of what waits."""
+"""Leaving one image of several out, and changing the order of what waits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ask(**settings):
 @pytest.mark.parametrize("kind", [FakePipeline, ForeignPipeline])
 def test_a_skipped_picture_ends_within_a_step_and_the_next_one_is_painted(kind, tmp_path):
     pipe, skipped = kind(), threading.Event()
-    pipe.at_step = lambda step: pipe.steps_run != 20 + 2 or skipped.wait(60)  # the third step of the second picture
+    pipe.at_step = lambda step: pipe.steps_run != 20 + 2 or skipped.wait(60)  # the third step of the second image
     engine = make_engine(pipe, tmp_path)
     job, events = engine.submit(ask(num_images=3, steps=20)), []
     for event in engine.follow(job):

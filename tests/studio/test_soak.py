@@ -1,4 +1,4 @@
-"""Eight clients at once for five minutes: no error, no picture or seed of another, and no memory lost."""
+"""Eight clients at once for five minutes: no error, no image or seed of another, and no memory lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def start(folder, log):
 
 
 def client(number, address, until, told):
-    """Ask for the same two pictures again and again: they must be the same each time, and nobody else's."""
+    """Ask for the same two images again and again: they must be the same each time, and nobody else's."""
     wishes = [{"prompt": f"a {THINGS[number]}", "seed": 100 * number + i, "steps": 4} for i in range(2)]
     first = {}
     with httpx.Client(base_url=address, trust_env=False, timeout=120) as http:

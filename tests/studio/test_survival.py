@@ -45,7 +45,7 @@ def test_the_line_survives_kill_9(tmp_path):
     assert len(files) == JOBS * PICTURES
     seeds = [read_picture(tmp_path / name).seed for name in files]
     assert len(set(seeds)) == len(seeds)
-    for name in sorted(files)[:3]:  # and what was painted in pieces is what is painted in one go
+    for name in sorted(files)[:3]:  # and what was generated in pieces is what is generated in one go
         settings = read_picture(tmp_path / name)
         assert settings.steps == STEPS
         again = next(event for event in engine.generate(repeat(settings)) if isinstance(event, Picture))
@@ -155,7 +155,7 @@ def test_finish_now_keeps_the_picture_and_can_be_repeated(tmp_path):
 
 def test_a_stopped_job_keeps_its_finished_pictures(tmp_path):
     pipe, stop, events = FakePipeline(), threading.Event(), []
-    pipe.at_step = lambda step: pipe.steps_run < 5 or stop.wait(60)  # the second picture begins
+    pipe.at_step = lambda step: pipe.steps_run < 5 or stop.wait(60)  # the second image begins
     engine = start(tmp_path, pipe)
     for event in engine.generate(TextToImageRequest(prompt="x", steps=5, num_images=9), stop):
         events.append(event)

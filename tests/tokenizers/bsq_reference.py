@@ -3,10 +3,10 @@
 Nothing here imports our networks: area means and linear kernels are written out, in double precision.
 
 The golden file `golden_multi_scale_bsq.json` was made by running the official code (FoundationVision/Infinity,
-infinity/models/bsq_vae/, base_ch 32, float32 on a CPU) with the weights of `fill` and the pictures of `picture`.
+infinity/models/bsq_vae/, base_ch 32, float32 on a CPU) with the weights of `fill` and the images of `picture`.
 Entries, for each case:
 
-    <case>/bits      the bits of each scale, one string a picture, token by token
+    <case>/bits      the bits of each scale, one string an image, token by token
     <case>/latent    the sum of the codes, as the sampler sums it: 16 values
     <case>/inputs    the generator's inputs from the second scale on, as the sampler makes them: 16 values
     <case>/decoded   the decoded latent of the encoder, clamped: 16 values
@@ -48,7 +48,7 @@ def fill(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def picture(name: str) -> Tensor:
-    """Two pictures of a case's size, (2, 3, H, W), in [-1, 1]."""
+    """Two images of a case's size, (2, 3, H, W), in [-1, 1]."""
     case = CASES[name]
     pixels = case["patchify"] * 2 ** (len(case["mult"]) - 1)
     rows, columns = case["grids"][-1]

@@ -3,10 +3,10 @@
 Nothing here imports our networks: nearest entries, area means and cubic kernels are written out, in double precision.
 
 The golden file `golden_multi_scale_vq.json` was made by running the official code (FoundationVision/VAR, models/,
-float32 on a CPU) with the weights that `fill` makes and the pictures of `pictures`. Entries:
+float32 on a CPU) with the weights that `fill` makes and the images of `pictures`. Entries:
 
-    indices        the tokens of both pictures, scale by scale
-    latent         f_hat of both pictures: 16 values spread over it
+    indices        the tokens of both images, scale by scale
+    latent         f_hat of both images: 16 values spread over it
     teacher        the teacher-forcing inputs: 16 values
     decoded        the decoded f_hat, clamped: 16 values
 """
@@ -63,7 +63,7 @@ def fill(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def pictures() -> Tensor:
-    """Two pictures, (2, 3, 64, 64), in [-1, 1]."""
+    """Two images, (2, 3, 64, 64), in [-1, 1]."""
     side = SCALES[-1] * 16
     return spread((2, 3, side, side), salt=5).clamp(-1, 1)
 
@@ -112,7 +112,7 @@ def phi(state: dict[str, Tensor], scale: int, x: Tensor) -> Tensor:
 
 
 def quantize(state: dict[str, Tensor], features: Tensor) -> tuple[list[list[int]], Tensor, Tensor]:
-    """Tokens, latent and teacher-forcing inputs of the features (C, H, W) of one picture."""
+    """Tokens, latent and teacher-forcing inputs of the features (C, H, W) of one image."""
     codebook = state["quantize.embedding.weight"].double()
     rest, full = features.double(), SCALES[-1]
     latent, tokens, inputs = torch.zeros_like(rest), [], []

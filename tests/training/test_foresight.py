@@ -1,4 +1,4 @@
-"""A scorer that learns where coarse pictures lead: from rollouts of the built-in generator."""
+"""A scorer that learns where coarse images lead: from rollouts of the built-in generator."""
 
 import json
 

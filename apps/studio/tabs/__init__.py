@@ -4,6 +4,6 @@ from apps.studio.tabs import classes, grid, image, inpaint, scales, text
 from apps.studio.tabs.base import Tab, Values
 
 TABS: dict[str, Tab] = {tab.name: tab for tab in (text.TAB, image.TAB, inpaint.TAB, classes.TAB, scales.TAB, grid.TAB)}
-"""The tabs that paint; the gallery shows what they painted."""
+"""The tabs that generate; the gallery shows what they generated."""
 
 __all__ = ["TABS", "Tab", "Values"]

@@ -44,9 +44,9 @@ class Tab:
         tasks: what it may ask for, by preference; the first one that the model can do is taken.
         build: lays its components out and returns them by name.
         fields: the fields of a request that its components give.
-        show: values of its components for the settings of a picture; the reverse of `fields`.
+        show: values of its components for the settings of an image; the reverse of `fields`.
         has_prompt: whether the prompt is asked for.
-        has_source: whether a picture to start from is asked for.
+        has_source: whether an image to start from is asked for.
     """
 
     name: str

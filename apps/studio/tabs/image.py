@@ -1,4 +1,4 @@
-"""Image to image: a picture to start from, and how much of it is repainted."""
+"""Image to image: an image to start from, and how much of it is changed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Inpaint: a brush marks the part of a picture that is painted anew, and the picture may grow beyond its sides.
+"""Inpaint: a brush marks the part of an image that is generated anew, and the image may grow beyond its sides.
 
 The brush stands beside the image to start from, see `apps.studio.desk`; its tools are those of `static/brush.js`.
-Next-scale models draw what they paint here as the tab Scales says.
+Next-scale models draw what they generate here as the tab Scales says.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _fields(values: Values) -> dict[str, object]:
 
 
 def _expand(values: Values) -> dict[str, float] | None:
-    """Read how far the picture grows, given in percent."""
+    """Read how far the image grows, given in percent."""
     shares = {side: (values[f"grow_{side}"] or 0) / 100 for side in SIDES}
     return shares if any(shares.values()) else None
 

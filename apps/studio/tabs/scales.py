@@ -76,7 +76,7 @@ def _fields(values: Values) -> dict[str, object]:
 
 
 def show(settings: PictureSettings) -> dict[str, object]:
-    """Return what the components of the tab hold for the settings of a picture."""
+    """Return what the components of the tab hold for the settings of an image."""
     same = {name: getattr(settings, name) for name in ("top_k", "top_p", "temperature", "smooth", "kv_policy")}
     return {
         **same,

@@ -1,4 +1,4 @@
-"""Trains `ViTAutoencoder` on pictures of the sticker world.
+"""Trains `ViTAutoencoder` on images of the sticker world.
 
 The loss is Charbonnier plus structural similarity; Gaussian noise of random strength on the code makes the decoder
 forgive the small errors that a generator will make (arXiv:2009.14794 does it for compression; most latent diffusion
@@ -40,7 +40,7 @@ class AutoencoderSection(TaskSection):
     Attributes:
         latent_noise: Largest standard deviation of the noise on the code, which has unit variance.
         ssim_weight: Weight of `1 - SSIM` beside the Charbonnier loss.
-        squared_weight: Weight of the mean squared error beside it: higher PSNR, softer pictures.
+        squared_weight: Weight of the mean squared error beside it: higher PSNR, softer images.
         train: `all`, or `decoder`: the encoder and its statistics stay as they are (the second stage of ViTok,
             arXiv:2501.09755), so that a generator trained on its codes still fits.
     """
@@ -56,7 +56,7 @@ class AutoencoderData(Section):
 
     Attributes:
         init_from: Folder of an exported autoencoder that the run starts from; `[model]` is then not used.
-        resolution: Side of the pictures in pixels.
+        resolution: Side of the images in pixels.
         vocabulary: `starter`, `all`, or a text file with one sticker name a line.
         vocabulary_fraction: Share of the scenes drawn from the vocabulary; the rest comes from all stickers.
         single, pair, count: Relative frequencies of the kinds of scenes.
@@ -143,12 +143,12 @@ class AutoencoderTask:
         return {"vae": self.vae}
 
     def batch(self, index: int) -> dict[str, Any]:
-        """Pictures of fresh scenes, `images` (B, 3, H, W) in [-1, 1]."""
+        """Images of fresh scenes, `images` (B, 3, H, W) in [-1, 1]."""
         scenes = scene_series(self.samplers, self.config.run.seed, index * self.context.world_size + self.context.rank)
         return {"images": render(scenes, self.sheet, self.config.data.resolution)}
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Charbonnier plus weighted `1 - SSIM` of the pictures decoded from noisy codes."""
+        """Charbonnier plus weighted `1 - SSIM` of the images decoded from noisy codes."""
         images = batch["images"]  # (B, 3, H, W)
         if self.config.task.train == "decoder":
             self.vae.latent_norm.eval()
@@ -160,7 +160,7 @@ class AutoencoderTask:
             return reconstruction_loss(decoded.float(), images, task.ssim_weight, task.squared_weight)
 
     def validate(self) -> dict[str, float]:
-        """PSNR of held-out scenes (peak 2, since pictures span [-1, 1]): whole pictures, and inside sticker boxes."""
+        """PSNR of held-out scenes (peak 2, since images span [-1, 1]): whole images, and inside sticker boxes."""
         return self.measure(self._calibrated())
 
     def measure(self, vae: Any) -> dict[str, float]:
@@ -195,7 +195,7 @@ class AutoencoderTask:
         save_component(vae, folder / "vae")
 
     def _fresh_images(self) -> Iterator[Tensor]:
-        """Pictures that are in no batch, 64 at a time, (64, 3, H, W)."""
+        """Images that are in no batch, 64 at a time, (64, 3, H, W)."""
         count, size = self.config.data.calibration_scenes, self.config.run.batch_size
         scenes = [
             scene for index in range(math.ceil(count / size))
@@ -261,7 +261,7 @@ def ssim(first: Tensor, second: Tensor, window: int = 7, stride: int = 1, data_r
         data_range: Largest minus smallest possible value.
 
     Returns:
-        A scalar, 1 for equal pictures.
+        A scalar, 1 for equal images.
     """
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     maps = torch.stack([first, second, first * first, second * second, first * second])  # (5, B, C, H, W)
@@ -274,5 +274,5 @@ def ssim(first: Tensor, second: Tensor, window: int = 7, stride: int = 1, data_r
 
 
 def psnr(mean_squared_error: float) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    """Peak signal-to-noise ratio in dB of images in [-1, 1]."""
     return 10 * math.log10(4 / max(mean_squared_error, 1e-10))

@@ -1,9 +1,9 @@
-"""Teaches a scorer what unfinished pictures will become, as a reward for searches.
+"""Teaches a scorer what unfinished images will become, as a reward for searches.
 
-A search judges pictures of which only the coarse scales are painted: blurs, whose scores say little (TTS-VAR, arXiv
-2507.18537, section 3). So a generator paints captions several times, hot enough that its pictures differ, the scorer as
-it was judges the finished ones, and from a picture's first scales it learns to say the same: the value of a state in
-the sense of reinforcement learning, from rollouts. What counts is how pictures of one caption compare, as in a search.
+A search judges images of which only the coarse scales are generated: blurs, whose scores say little (TTS-VAR, arXiv
+2507.18537, section 3). So a generator samples captions several times, hot enough that its images differ, the scorer as
+it was judges the finished ones, and from an image's first scales it learns to say the same: the value of a state in
+the sense of reinforcement learning, from rollouts. What counts is how images of one caption compare, as in a search.
 Captions are understood already; the text tower rests.
 """
 
@@ -30,15 +30,15 @@ from pipelines import NextScaleTextToImagePipeline, load_pipeline
 from pipelines.next_scale_text import DEFAULTS
 from sampling.rewards import ClipReward, unit_vectors
 
-MIN_SCALES = 3  # painted at least; of fewer nothing can be said
+MIN_SCALES = 3  # generated at least; of fewer nothing can be said
 
 
 class ForesightSection(TaskSection):
     """The `[task]` section.
 
     Attributes:
-        likeness: Weight of a second loss: the whole vector should be that of the finished picture, so that captions
-            which were not painted are told apart as before. Too much of it takes the place of what searches ask.
+        likeness: Weight of a second loss: the whole vector should be that of the finished image, so that captions
+            which were not generated are told apart as before. Too much of it takes the place of what searches ask.
     """
 
     kind: Literal["foresight"]
@@ -51,15 +51,15 @@ class ForesightData(Section):
     Attributes:
         scorer: Folder of the CLIP-like model that the run starts from, which also judges what is finished.
         painter: The generator: name of a built-in model, or folder, of a next-scale text pipeline.
-        captions: How many are painted before the training.
-        candidates: Pictures of each.
+        captions: How many are generated before the training.
+        candidates: Images of each.
         temperatures: Of the coarse scales, drawn unguided; captions take turns.
         hot_everywhere: Share of the captions of which all scales are drawn hot.
         vocabulary: `starter`, `all`, or a text file with one sticker name a line.
         single, pair, count: Relative frequencies of the kinds of scenes.
         size_words: Share of the single stickers drawn small or large.
         synonyms: Probability that a caption calls a sticker by one of its keywords.
-        validation_captions: Further captions, painted with the first of the temperatures.
+        validation_captions: Further captions, generated with the first of the temperatures.
     """
 
     scorer: Path
@@ -85,7 +85,7 @@ class ForesightConfig(TrainConfig):
 
 
 class ForesightTask:
-    """Learns where coarse pictures lead. See `apps.training.task.Task`."""
+    """Learns where coarse images lead. See `apps.training.task.Task`."""
 
     config_class: ClassVar[type[TrainConfig]] = ForesightConfig
     smoke: ClassVar[tuple[str, ...]] = ("data.captions=4", "data.candidates=2", "data.validation_captions=2")
@@ -132,12 +132,12 @@ class ForesightTask:
         self.clip.vision_model.requires_grad_(True)
 
     def modules(self) -> dict[str, nn.Module]:
-        """The scorer, of which the tower of pictures learns."""
+        """The scorer, of which the tower of images learns."""
         return {"clip": self.clip}
 
     @torch.no_grad()
     def batch(self, index: int) -> dict[str, Any]:
-        """Pictures of a few captions, each caption's painted up to a scale of its own, and what became of them."""
+        """Images of a few captions, each caption's generated up to a scale of its own, and what became of them."""
         run, rollouts = self.config.run, self.rollouts
         rng = np.random.default_rng((run.seed, index, self.context.rank))
         rows = torch.from_numpy(rng.choice(len(rollouts.vectors), run.batch_size))  # (B,)
@@ -160,7 +160,7 @@ class ForesightTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """How well scores of coarse pictures order what became of them, for each number of scales.
+        """How well scores of coarse images order what became of them, for each number of scales.
 
         `foresight_K` is the mean correlation, over captions, of scores after K scales with the rewards in the end;
         `error_K` is the loss there. What else a scorer must know is asked too, see `apps.training.near_misses`.
@@ -200,7 +200,7 @@ class ForesightTask:
         return tuple(caption(one, sheet, rng, synonyms=data.synonyms, vocabulary=vocabulary) for one in scenes)
 
     def _ways(self, count: int) -> tuple[dict[str, Any], ...]:
-        """How each caption is painted: a share hot everywhere, the others hot in the coarse scales."""
+        """How each caption is generated: a share hot everywhere, the others hot in the coarse scales."""
         data, everywhere = self.config.data, round(self.config.data.hot_everywhere * count)
         temperatures = (data.temperatures[index % len(data.temperatures)] for index in range(count - everywhere))
         return (
@@ -219,22 +219,22 @@ class ForesightTask:
         return torch.cat([self.judge.read(part) for part in parts]).cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) as pictures (B, 3, H, W) in [0, 1]."""
+        """Latents (B, c, h, w) as images (B, 3, H, W) in [0, 1]."""
         pictures = self.pipe.decode_latents(latents.to(self.context.device, torch.float32))
         return pictures.clamp(-1, 1) / 2 + 0.5
 
     def _show(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, c, h, w) as the scorer sees their pictures, (B, C, 3, h, w)."""
+        """Latents (B, C, c, h, w) as the scorer sees their images, (B, C, 3, h, w)."""
         return self.judge.pixels(self._decode(latents.flatten(0, 1))).unflatten(0, latents.shape[:2])
 
     def _look(self, pixels: Tensor) -> Tensor:
-        """Unit vectors (B, C, F) of pictures as the scorer sees them, (B, C, 3, h, w)."""
+        """Unit vectors (B, C, F) of images as the scorer sees them, (B, C, 3, h, w)."""
         shown = pixels.flatten(0, 1).to(self.context.device)
         return unit_vectors(self.clip.get_image_features(pixel_values=shown)).unflatten(0, pixels.shape[:2])
 
 
 def fit(vectors: Tensor, texts: Tensor) -> Tensor:
-    """How well pictures, unit vectors (B, C, F), fit their captions, (B, F): cosine similarities (B, C)."""
+    """How well images, unit vectors (B, C, F), fit their captions, (B, F): cosine similarities (B, C)."""
     return (vectors * texts[:, None]).sum(-1)
 
 

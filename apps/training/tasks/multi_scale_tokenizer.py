@@ -1,6 +1,6 @@
 """Trains the tokenizers of next-scale models: `MultiScaleVQ` or `MultiScaleBSQ` around a `ViTAutoencoder`.
 
-Pictures are coded, quantised scale by scale and decoded; gradients pass the quantizer straight through. Codes that are
+Images are coded, quantised scale by scale and decoded; gradients pass the quantizer straight through. Codes that are
 hardly used are moved to where the batch needs some. It may start from a trained continuous autoencoder: its codes are
 clustered, and the networks only have to learn to live with what clusters can say.
 """

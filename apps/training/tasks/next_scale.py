@@ -1,6 +1,6 @@
-"""Trains `NextScaleTransformer` (and, if it is new, its T5 text encoder) to paint captions scale by scale.
+"""Trains `NextScaleTransformer` (and, if it is new, its T5 text encoder) to generate captions scale by scale.
 
-Like `TextToImageTask`, whose data and captions it shares, but pictures are tokens: the network sees the true picture of
+Like `TextToImageTask`, whose data and captions it shares, but images are tokens: the network sees the true image of
 all coarser scales and is asked for every token of every scale at once (teacher forcing, arXiv 2404.02905). Stages may
 train on the first few scales only: they decide what stands where, and cost a fraction.
 """
@@ -29,8 +29,8 @@ class NextScaleSection(TaskSection):
     Attributes:
         caption_dropout: Share of the captions replaced by the empty one.
         text_dropout: Share of the texts replaced by the network's own 'no text', for guidance.
-        token_noise: Share of the tokens that the network sees replaced by random ones, so that it learns to paint on
-            after a mistake; drawn anew for each picture, between 0 and this.
+        token_noise: Share of the tokens that the network sees replaced by random ones, so that it learns to generate on
+            after a mistake; drawn anew for each image, between 0 and this.
         scale_weight: A scale of N tokens weighs N to this power in the loss: 1 is the plain mean over tokens, 0.5 lets
             the few coarse tokens count for more, as Infinity does (arXiv 2412.04431, code).
         guidance_scale, temperature, top_k, top_p: How previews are drawn; exported as the pipeline's defaults.
@@ -95,7 +95,7 @@ class NextScaleConfig(TrainConfig):
 
 
 class NextScaleTask(TextToImageTask):
-    """Learns to paint captions in tokens. See `apps.training.task.Task`."""
+    """Learns to generate captions in tokens. See `apps.training.task.Task`."""
 
     config: NextScaleConfig  # type: ignore[assignment]
     config_class: ClassVar[type[TrainConfig]] = NextScaleConfig

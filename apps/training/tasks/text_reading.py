@@ -1,8 +1,8 @@
 """Trains a small T5 to read captions: what stands where, how often, how large, on what colour.
 
-A generator learns from its text encoder's states only what the picture's loss rewards at once, and the order of words
+A generator learns from its text encoder's states only what the image's loss rewards at once, and the order of words
 is rewarded late. So the encoder first learns to read: a light head, thrown away afterwards, asks its states for the
-scene, which is cheap because no picture is made. For the shipped model it took five minutes on one core, and relations
+scene, which is cheap because no image is made. For the shipped model it took five minutes on one core, and relations
 were right after 1,000 steps of the generator; one trained together with its encoder had needed 6,500. Everything a
 generator needs must then be in the states, and the encoder can be frozen (as those of most text-to-image models are).
 """

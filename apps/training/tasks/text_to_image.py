@@ -1,4 +1,4 @@
-"""Trains `TextDiT` and its T5 text encoder to paint captions of the sticker world, by flow matching.
+"""Trains `TextDiT` and its T5 text encoder to generate captions of the sticker world, by flow matching.
 
 Latents of a pool of scenes are encoded ahead; each time a scene is seen it gets a fresh caption. Stages say which
 kinds of scenes are seen when, so that single centred stickers can be learned first.
@@ -86,9 +86,9 @@ class TextToImageData(Section):
     Attributes:
         vae: Folder of the frozen autoencoder; may be left out with `init_from`, whose one is taken then.
         init_from: Pipeline folder whose weights and tokenizer the run starts from; `[model]` is then not used.
-        text_from: Folder with `text_encoder/` and `tokenizer/` to use in place of new ones (or of those of
+        text_from: Folder with `text_encoder/` and `tokenizer/` to use instead of new ones (or of those of
             `init_from`), e.g. the export of a `text_reading` run; the encoder then stays as it is.
-        resolution: Side of the pictures in pixels.
+        resolution: Side of the images in pixels.
         vocabulary: `starter`, `all`, or a text file with one sticker name a line.
         pool_size: Scenes encoded ahead.
         single, pair, count: Relative frequencies of the kinds of scenes in the pool.
@@ -146,7 +146,7 @@ class TextToImageConfig(TrainConfig):
 
 
 class TextToImageTask:
-    """Learns to paint captions. See `apps.training.task.Task`."""
+    """Learns to generate captions. See `apps.training.task.Task`."""
 
     config_class: ClassVar[type[TrainConfig]] = TextToImageConfig
     encode: ClassVar[Encode] = staticmethod(encode_scenes)
@@ -232,7 +232,7 @@ class TextToImageTask:
         return {"loss": sum(values.values()) / len(values), **values}
 
     def preview(self, path: Path) -> None:
-        """Paints held-out scenes: two rows of singles, one of pairs, one of counts; prompts in `prompts.txt`."""
+        """Generates held-out scenes: two rows of singles, one of pairs, one of counts; prompts in `prompts.txt`."""
         pipe = self._pipeline(self.transformer, self.text_encoder, self.vae)
         pipe.set_progress_bar_config(disable=True)
         counts = zip(KINDS, (16, 8, 8), strict=True)

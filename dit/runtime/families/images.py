@@ -1,4 +1,4 @@
-"""Rows of the families that paint pictures, one per network of diffusers. Facts were read in diffusers 0.42."""
+"""Rows of the families that generate images, one per network of diffusers. Facts were read in diffusers 0.42."""
 
 from dit.runtime.families.folding import Fold, Scaled
 from dit.runtime.families.layouts import (

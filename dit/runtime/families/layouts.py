@@ -51,9 +51,9 @@ def text_length(inputs: Inputs, *names: str) -> int:
 
 
 def position_ids(model: nn.Module, inputs: Inputs) -> TokenLayout:
-    """Packed latents (B, N, C) whose places are told by `img_ids` (N, 3 or 4) with columns (picture, row, column).
+    """Packed latents (B, N, C) whose places are told by `img_ids` (N, 3 or 4) with columns (image, row, column).
 
-    The first picture is the one being painted; more of them are references.
+    The first image is the one being generated; more of them are references.
     """
     ids: Tensor = inputs["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids  # (N, A)
@@ -95,7 +95,7 @@ def said_sizes(model: nn.Module, inputs: Inputs) -> TokenLayout:
 
 
 def masked_text_first(model: nn.Module, inputs: Inputs) -> TokenLayout:
-    """Latents (B, C, H, W); each sample's text stands before its picture without its padding."""
+    """Latents (B, C, H, W); each sample's text stands before its image without its padding."""
     patch = patch_of(model.config)
     rows, columns = (side // patch[1] for side in inputs["hidden_states"].shape[-2:])
     lengths = tuple(int(length) for length in inputs["encoder_attention_mask"].sum(dim=1))
@@ -103,7 +103,7 @@ def masked_text_first(model: nn.Module, inputs: Inputs) -> TokenLayout:
 
 
 def masked_text_last(model: nn.Module, inputs: Inputs) -> TokenLayout:
-    """Latents (B, C, T, H, W); text stands behind the picture, and padding takes no part in attention."""
+    """Latents (B, C, T, H, W); text stands behind the image, and padding takes no part in attention."""
     patch = patch_of(model.config)
     frames, height, width = inputs["hidden_states"].shape[2:]
     lengths = tuple(int(length) for length in inputs["encoder_attention_mask"].sum(dim=1))
@@ -111,7 +111,7 @@ def masked_text_last(model: nn.Module, inputs: Inputs) -> TokenLayout:
 
 
 def padded_lists(model: nn.Module, inputs: Inputs) -> TokenLayout:
-    """Lists of latents (C, T, H, W) and texts (L, Dt), each padded to a multiple of 32 tokens, pictures first."""
+    """Lists of latents (C, T, H, W) and texts (L, Dt), each padded to a multiple of 32 tokens, images first."""
     pictures, texts = inputs["x"], inputs["cap_feats"]
     if isinstance(pictures[0], list):
         raise ValueError("several pictures in one sample (omni mode) have no single token grid")

@@ -5,7 +5,7 @@ from dit.runtime.families.schema import AttentionPattern
 
 
 def qkv(attention: str) -> tuple[str, ...]:
-    """Projections of the picture's queries, keys and values."""
+    """Projections of the image's queries, keys and values."""
     return tuple(f"{attention}.to_{letter}" for letter in "qkv")
 
 
@@ -15,7 +15,7 @@ def added_qkv(attention: str) -> tuple[str, ...]:
 
 
 def self_and_cross(blocks: str) -> tuple[AttentionPattern, ...]:
-    """Attention of blocks whose text is apart: `attn1` of the picture among itself, `attn2` of the picture at text."""
+    """Attention of blocks whose text is apart: `attn1` of the image among itself, `attn2` of the image at text."""
     return (
         AttentionPattern(rf"{blocks}\.\d+\.attn1", "self"),
         AttentionPattern(rf"{blocks}\.\d+\.attn2", "cross"),
@@ -28,12 +28,12 @@ def modulated(name: str, shift: int, scale: int, count: int) -> tuple[Scaled, Sc
 
 
 def adaln_zero(name: str, projections: tuple[str, ...], feed_forward: str, count: int = 6) -> tuple[Fold, Fold]:
-    """Folds of a block as DiT's (arXiv 2212.09748): `name` says shift, scale and gate of attention, then of perceptron.
+    """Folds of a block as DiT's (arXiv 2212.09748): `name` says shift, scale and gate of attention, then of MLP.
 
     Args:
         name: the linear layer that makes them from the timestep.
         projections: what takes the attention's modulated input.
-        feed_forward: the first layer of the perceptron.
+        feed_forward: the first layer of the MLP.
         count: equal parts of the output of `name`; those behind the sixth serve something else.
     """
     return (

@@ -1,10 +1,10 @@
-"""What the tokens of one forward pass mean: the picture's grid, and where the text stands."""
+"""What the tokens of one forward pass mean: the image's grid, and where the text stands."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["self", "joint", "cross", "text", "unknown"]
-"""Who looks at whom: picture among itself, picture and text among each other, picture at text, text among itself;
+"""Who looks at whom: image among itself, image and text among each other, image at text, text among itself;
 "unknown" only where the network is not in the table and its structure doesn't tell."""
 
 Axes = Literal["thw", "hw", "t"]
@@ -24,7 +24,7 @@ class TokenLayout:
         grid: latent tokens as (frames T, rows H, columns W); the sequence is row-major.
         text_length: text tokens L in the sequence, padding included where the network keeps it.
         text_position: where they stand.
-        extra: tokens right behind the grid that are not of the painted picture: a reference picture, or padding.
+        extra: tokens right behind the grid that are not of the generated image: a reference image, or padding.
         text_lengths: text tokens of each sample in the batch, where the network drops the padding sample by sample.
         padded_text_length: text tokens that the refiners of the text still see, where the joint sequence has fewer.
     """
@@ -38,18 +38,18 @@ class TokenLayout:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens N of the painted picture or clip."""
+        """Tokens N of the generated image or clip."""
         frames, rows, columns = self.grid
         return frames * rows * columns
 
     @property
     def in_sequence(self) -> bool:
-        """Whether the text shares a sequence with the picture."""
+        """Whether the text shares a sequence with the image."""
         return self.text_position in ("before", "after")
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of the sequence that the picture is part of, text included where it is in it."""
+        """Tokens of the sequence that the image is part of, text included where it is in it."""
         return self.num_tokens + self.extra + (self.text_length if self.in_sequence else 0)
 
     def image_slice(self, sample: int = 0) -> slice:

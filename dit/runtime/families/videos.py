@@ -1,4 +1,4 @@
-"""Rows of the families that paint clips, one per network of diffusers. Facts were read in diffusers 0.42."""
+"""Rows of the families that generate clips, one per network of diffusers. Facts were read in diffusers 0.42."""
 
 from dit.runtime.families.folding import Fold, Scaled
 from dit.runtime.families.layouts import masked_text_last, patched, said_sizes
@@ -32,7 +32,7 @@ WAN = Family(
         Fold((Scaled("norm2"),), ("attn2.to_q",)),
         value("attn1"),
         value("attn2"),
-        # Networks that continue a picture also look at its features, in a product of its own.
+        # Networks that continue an image also look at its features, in a product of its own.
         Fold((Scaled("attn2.to_v"), Scaled("attn2.add_v_proj")), ("attn2.to_out.0",)),
     ),
 )
@@ -75,7 +75,7 @@ HUNYUAN_VIDEO = Family(
 
 
 def _two_streams(norm: str) -> tuple[Scaled, ...]:
-    """One affine norm serves picture and text; to each is added a shift of its own."""
+    """One affine norm serves image and text; to each is added a shift of its own."""
     return Scaled(f"{norm}.norm"), Scaled(f"{norm}.linear", (0, 6)), Scaled(f"{norm}.linear", (3, 6))
 
 
