@@ -60,11 +60,16 @@ def client(server):
         yield one
 
 
-def events_of(client, job, headers=None):
-    """Read all server-sent events of a job: pairs of name and data."""
+def events_of(client, job, headers=None, begun=None):
+    """Read all server-sent events of a job: pairs of name and data; sets `begun` when the first one is there."""
     with client.stream("GET", f"/v1/jobs/{job}/events", headers=headers) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
-        blocks = "".join(answer.iter_text()).split("\n\n")
+        parts = []
+        for part in answer.iter_text():
+            parts.append(part)
+            if begun is not None:
+                begun.set()
+        blocks = "".join(parts).split("\n\n")
     rows = [dict(line.split(": ", 1) for line in block.splitlines() if ": " in line) for block in blocks if block]
     return [(row["event"], json.loads(row["data"])) for row in rows if "event" in row]
 
@@ -285,14 +290,17 @@ def test_two_users_know_their_places(tmp_path):
         submit(client, heads["ann"], steps=20)
         assert pipe.in_step.wait(60)  # the first one has left the line
         second, third = submit(client, heads["bob"], seed=1), submit(client, heads["ann"], seed=2)
-        all_in_line.set()
-        told = {}
+        told, begun = {}, {second: threading.Event(), third: threading.Event()}
         readers = [
-            threading.Thread(target=lambda job=job, name=name: told.update({job: events_of(client, job, heads[name])}))
+            threading.Thread(
+                target=lambda job=job, name=name: told.update({job: events_of(client, job, heads[name], begun[job])})
+            )
             for job, name in ((second, "bob"), (third, "ann"))
         ]
         for reader in readers:
             reader.start()
+        assert all(one.wait(60) for one in begun.values())
+        all_in_line.set()  # from here on the queue moves
         for reader in readers:
             reader.join(60)
     assert [data["ahead"] for name, data in told[second] if name == "queued"] == [1]

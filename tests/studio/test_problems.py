@@ -9,6 +9,7 @@ import gradio as gr
 import pytest
 from pydantic import ValidationError
 
+import apps
 from apps.service import limits
 from apps.service.events import Failed
 from apps.service.request_error import RequestError
@@ -83,7 +84,7 @@ def test_every_field_of_every_request_has_a_label_in_every_language():
 def _raised() -> dict[str, set[str]]:
     """Return the keys of all errors that are raised in the sources, with the names of their values."""
     found: dict[str, set[str]] = {}
-    for path in Path(limits.__file__).parent.rglob("*.py"):
+    for path in Path(apps.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
             if name in NAMES_OF_ERRORS and len(node.args) == 2:
