@@ -5,7 +5,8 @@
 `tessera bench start` times importing the library beside importing diffusers alone, in fresh processes.
 `tessera bench released` times our VAR beside its authors' code.
 `tessera bench cache` compares step caches and fewer steps at equal cost, with rivals in the same run, and draws them
-beside the JSON file; `tessera bench cache-transfer` carries a profile to other prompts, sizes, guidance and schedulers.
+beside the JSON file; `tessera bench cache-time` times what ours saves; `tessera bench cache-transfer` carries a profile
+to other prompts, sizes, guidance and schedulers.
 """
 
 import json
@@ -123,11 +124,19 @@ def bench_transfer(asked: Asked) -> dict[str, Any]:
     return implementation.bench_transfer(asked.model or "stickers", asked.repeats, asked.device, asked.dtype)
 
 
+def bench_cache_time(asked: Asked) -> dict[str, Any]:
+    """Times what a step cache saves; see `apps.benchmarks.step_cache`."""
+    from apps.benchmarks import step_cache as implementation
+
+    return implementation.bench_time(asked.model or "stickers", asked.repeats, asked.device, asked.dtype)
+
+
 BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "paint": bench_paint,
     "start": bench_start,
     "costs": bench_costs,
     "cache": bench_cache,
+    "cache-time": bench_cache_time,
     "cache-transfer": bench_transfer,
     "kv": bench_kv,
     "shortcuts": bench_shortcuts,
