@@ -23,7 +23,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from apps.api.access import Painter, Painting, Watcher, enqueue, model_row
 from apps.api.messages import STATUS, error_body, picture_url
-from apps.api.schema import takes, takes_form
+from apps.api.schema import STREAMED, takes, takes_form
 from apps.api.tokens import User
 from apps.service import limits
 from apps.service.engine import Engine
@@ -166,7 +166,7 @@ def model(model_id: str, user: Watcher, engine: Painting) -> dict[str, Any]:
     return model_row(engine, model_id)
 
 
-@router.post("/v1/images/generations", openapi_extra=takes(GenerationRequest))
+@router.post("/v1/images/generations", responses=STREAMED, openapi_extra=takes(GenerationRequest))
 async def generations(user: Painter, engine: Painting, request: Request) -> Response:
     """Make images of a prompt."""
     body = _checked(GenerationRequest, await request.body())
@@ -174,7 +174,7 @@ async def generations(user: Painter, engine: Painting, request: Request) -> Resp
     return await _answer(_Asked(body, task, _subject(task, body.prompt), "image_generation"), user, engine, request)
 
 
-@router.post("/v1/images/edits", openapi_extra=takes_form(EditRequest, "image", "mask"))
+@router.post("/v1/images/edits", responses=STREAMED, openapi_extra=takes_form(EditRequest, "image", "mask"))
 async def edits(user: Painter, engine: Painting, request: Request) -> Response:
     """Change the part of an image where a mask is transparent, or without a mask the whole image."""
     async with request.form(max_files=2, max_fields=40, max_part_size=MAX_FIELD_BYTES) as form:
@@ -188,7 +188,7 @@ async def edits(user: Painter, engine: Painting, request: Request) -> Response:
     return await _answer(_Asked(body, task, values, "image_edit"), user, engine, request)
 
 
-@router.post("/v1/images/variations", openapi_extra=takes_form(VariationRequest, "image"))
+@router.post("/v1/images/variations", responses=STREAMED, openapi_extra=takes_form(VariationRequest, "image"))
 async def variations(user: Painter, engine: Painting, request: Request) -> Response:
     """Make images like an image."""
     async with request.form(max_files=1, max_fields=40, max_part_size=MAX_FIELD_BYTES) as form:

@@ -44,6 +44,12 @@ def takes_form(model: type[BaseModel], *files: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The images; with `stream` as server-sent events.", "content": {"text/event-stream": {}}}
+}
+"""What a route says of its answer that is a stream where the request asks for one; JSON is documented beside it."""
+
+
 def openapi(app: FastAPI, public: Collection[str] = ()) -> dict[str, Any]:
     """Return the schema of a server, complete in itself.
 

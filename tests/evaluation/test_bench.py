@@ -67,7 +67,8 @@ def test_import_report():
 
 def test_unknown_benchmark_lists_the_known():
     with pytest.raises(
-        ValueError, match="one of paint, start, costs, cache, cache-transfer, kv, shortcuts, search, released"
+        ValueError,
+        match="one of paint, start, costs, cache, cache-time, cache-transfer, kv, shortcuts, search, released",
     ):
         run("nothing")
 
