@@ -121,7 +121,7 @@ def test_the_line_can_be_reordered_and_one_of_it_removed(studio):  # noqa: F811
 
 def test_one_picture_of_several_is_skipped(studio):  # noqa: F811
     told = paint(studio, count=2, steps=30)
-    seen = until(told, "stage", "Picture 1")
+    seen = until(told, "stage", "Image 1")
     assert last(seen, "skip")["visible"] is True
     studio.painting.skip(TAB, followed(seen))
     seen += told
@@ -148,8 +148,8 @@ class BatchPipeline(FakePipeline):
 def test_images_are_counted_and_not_batches(tmp_path):
     here = open_studio(tmp_path, pipe=BatchPipeline(0.01))
     notes = [changes.get("stage", "") for changes in paint(here, count=3, batch_size=2, steps=20)]
-    assert any("Pictures 1 to 2 of 3" in note for note in notes)
-    assert any("Picture 3 of 3" in note for note in notes)
+    assert any("Images 1 to 2 of 3" in note for note in notes)
+    assert any("Image 3 of 3" in note for note in notes)
     bars = [float(found) for note in notes for found in re.findall(r'<div class="bar"><i style="width:([\d.]+)%', note)]
     assert bars == sorted(bars)
     here.engine.close()
@@ -237,14 +237,14 @@ def test_a_picture_that_was_chosen_stays_while_others_are_generated(studio):  # 
 
 def test_closing_a_page_stops_nothing_and_another_one_goes_on(studio):  # noqa: F811
     page = paint(studio, steps=100, count=2)
-    until(page, "stage", "Picture 1")
+    until(page, "stage", "Image 1")
     studio.painting.paint({**PAGE, "seed": 50}, TAB)
     page.close()
     jobs = [job.id for job in studio.engine.unfinished("local")]
     assert [studio.engine.job(job).state for job in jobs] == ["running", "queued"]
 
     other = follow(studio, PHONE, seen=None)
-    seen = until(other, "stage", "Picture 1 of 2")
+    seen = until(other, "stage", "Image 1 of 2")
     assert followed(seen) == jobs[0]
     assert last(seen, "stop")["interactive"] is True
     assert last(seen, "skip")["visible"] is True
@@ -283,7 +283,7 @@ def test_a_page_that_opens_shows_what_was_finished_last(studio):  # noqa: F811
 def test_a_page_follows_after_a_restart_of_the_server(tmp_path):
     before = open_studio(tmp_path, 0.02)
     page = paint(before, steps=30, count=2)
-    until(page, "stage", "Picture 1")
+    until(page, "stage", "Image 1")
     before.painting.paint({**PAGE, "seed": 50}, TAB)
     jobs = [job.id for job in before.engine.unfinished("local")]
     before.engine.close()
@@ -302,7 +302,7 @@ def test_another_job_of_the_user_that_begins_first_is_followed(tmp_path):
     foreign = here.engine.submit(TextToImageRequest(prompt="x", height=64, width=64, steps=100), "somebody else")
     assert here.pipe.in_step.wait(10)
     told = paint(here, seed=50)
-    seen = until(told, "stage", "Waiting for 1")
+    seen = until(told, "stage", "1 ahead in the queue")
     here.painting.paint({**PAGE, "seed": 60}, PHONE)
     first, second = here.engine.waiting("local")
     here.painting.move(PHONE, second, -1)
@@ -315,10 +315,10 @@ def test_another_job_of_the_user_that_begins_first_is_followed(tmp_path):
 
 def test_a_preview_after_a_finished_picture_takes_the_buttons_with_it(studio):  # noqa: F811
     told = paint(studio, count=2, steps=40)
-    seen = until(told, "stage", "Picture 2")
+    seen = until(told, "stage", "Image 2")
     for changes in told:
         seen.append(changes)
-        if 'class="preview"' in changes.get("stage", "") and "Picture 2" in changes["stage"]:
+        if 'class="preview"' in changes.get("stage", "") and "Image 2" in changes["stage"]:
             break
     assert acts_on(seen) is None
     assert isinstance(acts_on([*seen, *told]), Shown)

@@ -73,7 +73,7 @@ def test_presets_go_behind_words_and_before_settings(fake, tmp_path):
 
 def test_wrong_wishes_are_refused_before_painting(fake, tmp_path):
     wrong = (({"size": "big"}, "160x128"), ({"size": "100"}, "multiple"), ({"num": 0}, "num_images"),
-             ({"prompt": None}, "nothing to paint"), ({"scheduler": "magic"}, "scheduler"))  # fmt: skip
+             ({"prompt": None}, "nothing to generate"), ({"scheduler": "magic"}, "scheduler"))  # fmt: skip
     for settings, reason in wrong:
         with pytest.raises(ValueError, match=reason):
             run(Wishes(**{"prompt": "x", **settings}), tmp_path / "a.png", CPU)

@@ -267,7 +267,7 @@ def test_the_page_says_what_fits_the_model(world):
     if is_next_scale:
         assert changes["top_k"] == world.model.defaults["top_k"]  # the model's own, not the page's
     need = world.choosing.fit("stickers-var", "image")["need"]
-    assert ("can&#x27;t start from a picture" in need) is is_next_scale
+    assert ("can&#x27;t start from an image" in need) is is_next_scale
 
 
 # --------------------------------------------------------------------------------- CLI

@@ -131,7 +131,7 @@ def states(server):
 def test_a_reload_goes_on_with_the_same_job_and_its_queue(server, pages):
     page = pages()
     ask(page, "a ghost", 100)
-    note_says(page, "Picture 1")
+    note_says(page, "Image 1")
     ask_again(page, "a pizza")
     line_says(page, "1 waiting")
     count = len(states(server))
@@ -153,7 +153,7 @@ def test_a_reload_goes_on_with_the_same_job_and_its_queue(server, pages):
 def test_another_page_finds_what_a_closed_one_asked_for(server, pages):
     first = pages()
     ask(first, "a ghost", 300)
-    note_says(first, "Picture 1")
+    note_says(first, "Image 1")
     first.close()
     second = pages()
     step_goes_on(second)
@@ -183,7 +183,7 @@ def test_two_pages_see_one_queue(server, pages):
 def test_a_page_finds_its_jobs_after_the_server_was_killed(server, pages):
     page = pages()
     ask(page, "a ghost", 600)
-    note_says(page, "Picture 2", 180)
+    note_says(page, "Image 2", 180)
     page.close()
     server.kill()
     server.start()
@@ -227,7 +227,7 @@ def test_a_picture_of_the_gallery_can_be_used_while_another_is_generated(server,
     page.wait_for_function("document.querySelector('#details').textContent.includes('seed 900')")
     idle(page)
     ask(page, "a ghost", 1000)
-    note_says(page, "Picture 1")
+    note_says(page, "Image 1")
     tab(page, "Gallery")
     page.locator("#gallery .thumbnail-item", has_text="a fox").first.click()
     page.wait_for_function("document.querySelector('#details').textContent.includes('seed 900')")

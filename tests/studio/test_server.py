@@ -233,7 +233,7 @@ def test_type_paint_stop(server, page, width, height):
     page.fill("#steps input[type=number]", "100")
     page.press("#steps input[type=number]", "Tab")
     page.get_by_role("button", name="Generate", exact=True).click()
-    note_says(page, "Picture 2 of 16")
+    note_says(page, "Image 2 of 16")
     page.get_by_role("button", name="Stop", exact=True).click()
     note_says(page, "Stopped")
     pictures = sorted(set(out.glob("*.png")) - before - {painted})
