@@ -425,7 +425,8 @@ async def _told(asked: _Asked, engine: Engine, job_id: str, stream: EventStream)
             detail: Any = error.detail
             yield _sent("error", detail)
     finally:
-        if not stream.is_closed:
+        # While the server ends, the job goes back into the queue, whose store may be closed by now.
+        if not stream.is_closed and not engine.is_closing:
             engine.stop(job_id)
 
 

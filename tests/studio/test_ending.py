@@ -91,7 +91,7 @@ def test_a_server_with_open_streams_ends_cleanly(tmp_path, word):
     assert waiting[0].status_code == 503
     assert waiting[0].json()["error"]["code"] in ("stopped", "shutting_down")
     told = err.read_text()
-    assert "Traceback" not in told
+    assert "Traceback" not in told, told
     assert "Error" not in told
     assert "ending" in out.read_text()
 

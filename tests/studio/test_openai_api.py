@@ -7,6 +7,7 @@ import base64
 import io
 import json
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from apps.api import openai
 from apps.api.app import create_app
 from apps.api.openai import MAX_FORM_BYTES, UPLOAD_PATHS
 from apps.api.tokens import TokenTable, add_user
@@ -411,3 +413,21 @@ def test_warnings_name_words_that_the_model_does_not_know(fake, monkeypatch):
     assert "'\u72d0'" in note
     told = events_of(client.post("/v1/images/generations", json={**SHORT, "stream": True}))
     assert told[-1][1]["warnings"] == [note]
+
+
+def test_a_stream_that_is_broken_off_while_the_server_ends_touches_no_closed_queue():
+    def refuse(job):
+        raise AssertionError("the queue is closed")
+
+    asked = SimpleNamespace(body=SimpleNamespace(partial_images=0))
+    stream = SimpleNamespace(is_closed=False, read=lambda after: [])
+
+    async def read_and_leave():
+        told = openai._told(asked, SimpleNamespace(is_closing=True, stop=refuse), "job", stream)
+        reading = asyncio.ensure_future(anext(told))
+        await asyncio.sleep(0.1)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+    asyncio.run(read_and_leave())
