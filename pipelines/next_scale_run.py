@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -303,7 +303,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
                 rows = torch.arange(task.count)  # (B,)
                 with self._stepping(scales) as bar:
                     walk = self._begin(task, options, kept, rows, generator, scales)
-                    self._walk(walk, task, options, applied, rows, None, callback, callback_inputs, bar)
+                    self._walk(walk, _Scales(self, bar, task, options, applied, rows, None, callback, callback_inputs))
                 latents, found, steps = walk.latents, None, walk.steps
             else:
                 latents, found = self._search(
@@ -364,20 +364,9 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
             keep_inputs=options.acceleration is not None and options.acceleration.refiner is not None,
         )
 
-    def _walk(
-        self,
-        walk: ScaleWalk,
-        task: ScaleTask,
-        options: ScaleOptions,
-        applied: AppliedAcceleration | None,
-        rows: Tensor,
-        search: ScaleSearch | None,
-        callback: Callback | None,
-        callback_inputs: Sequence[str],
-        bar: Any,
-    ) -> None:
-        """Generate scale by scale, with progress bar, callback and interruption."""
-        control = _Scales(self, task, options, applied, rows, search, callback, callback_inputs, bar)
+    def _walk(self, walk: ScaleWalk, control: _Scales) -> None:
+        """Generate scale by scale and keep the report of the cache."""
+        applied = control.applied
         generate(walk, walk.num_scales if applied is None else applied.num_scales, control)
         self._interrupted = self._interrupt
         self._report_cache(walk.cache, control.peak)
@@ -454,7 +443,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
                 search = ScaleSearch(
                     config, reward, task.prompts[first], len(task.grids), self._shower(kept, first), own
                 )
-                self._walk(walk, task, options, applied, rows, search, callback, callback_inputs, bar)
+                self._walk(walk, _Scales(self, bar, task, options, applied, rows, search, callback, callback_inputs))
                 steps += walk.steps
                 if self._interrupted:
                     break
@@ -533,11 +522,13 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         return NextScaleOutput(images=images, search=found) if return_dict else (images,)
 
 
+@dataclass(slots=True)
 class _Scales:
     """Hears of the scales of a pipeline's call, see `sampling.next_scale.ScaleControl`.
 
-    Args:
+    Attributes:
         pipe: whose call.
+        bar: of progress.
         task: what is generated.
         options: how.
         applied: an acceleration, or None.
@@ -545,29 +536,26 @@ class _Scales:
         search: chooses among candidates, or None.
         callback: of the caller, or None.
         callback_inputs: the tensors that it wants.
-        bar: of progress.
-
-    Attributes:
+        guidance: scale of guidance at each scale; a callback may change those to come.
         peak: largest size of the cache, bytes.
+        begun: when the present scale began.
     """
 
-    def __init__(
-        self,
-        pipe: NextScalePipeline,
-        task: ScaleTask,
-        options: ScaleOptions,
-        applied: AppliedAcceleration | None,
-        rows: Tensor,
-        search: ScaleSearch | None,
-        callback: Callback | None,
-        callback_inputs: Sequence[str],
-        bar: Any,
-    ) -> None:
-        self.pipe, self.task, self.options, self.applied, self.rows = pipe, task, options, applied, rows
-        self.search, self.callback, self.callback_inputs, self.bar = search, callback, callback_inputs, bar
-        self.guidance = list(task.guidance)
-        self.peak = 0
-        self.begun = 0.0
+    pipe: NextScalePipeline
+    bar: Any
+    task: ScaleTask
+    options: ScaleOptions
+    applied: AppliedAcceleration | None
+    rows: Tensor
+    search: ScaleSearch | None
+    callback: Callback | None
+    callback_inputs: Sequence[str]
+    guidance: list[float] = field(init=False)
+    peak: int = 0
+    begun: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.guidance = list(self.task.guidance)
 
     def begin_scale(self, walk: ScaleWalk, scale: int) -> bool:
         """See `ScaleControl.begin_scale`."""

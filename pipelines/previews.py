@@ -1,7 +1,8 @@
-"""Small images of unfinished latents, for every pipeline: cheap, without the decoder.
+"""Images of unfinished latents, for every pipeline, in a small part of the time of a denoising step.
 
 diffusers' pipelines hand their latents to step callbacks in several forms: as a grid, as a clip with the frames before
-or after the channels, or packed into a sequence of tokens. All become a grid here, and a linear map generates it.
+or after the channels, or packed into a sequence of tokens. All become a grid here, which a linear map
+turns into colours. Our own tokenizers decode small latents instead, see `VisualTokenizer.preview`.
 """
 
 from __future__ import annotations

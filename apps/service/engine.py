@@ -428,7 +428,7 @@ class Engine:
             owner: who asks.
 
         Yields:
-            Queued, ModelLoading, Step and Image events, then one of Done, Stopped, Failed. Closing the iterator
+            Queued, ModelLoading, Step and Picture events, then one of Done, Stopped, Failed. Closing the iterator
             stops the work too, and returns when the worker has left it.
         """
         try:

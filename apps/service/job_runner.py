@@ -80,7 +80,7 @@ def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, t
         model: generates.
         studio: where and with what.
         switches: end it.
-        tell: receives Step and Image events.
+        tell: receives Step and Picture events.
 
     Raises:
         Exception: whatever goes wrong, in the words of where it did.

@@ -22,7 +22,7 @@ class Laid:
     """An image on its canvas.
 
     Attributes:
-        image: RGB; what lies beyond the image repeats its edge, for models that look at what they generate over.
+        image: RGB; what lies beyond the image repeats its edge, for models that see what they replace.
         mask: L; white where to generate.
     """
 

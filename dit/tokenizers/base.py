@@ -74,7 +74,7 @@ def fit_linear_preview(latents: Tensor, pixels: Tensor, cell: int) -> Tensor:
     Args:
         latents: normalised, (B, C, H, W).
         pixels: the images they came from, (B, 3, H * f, W * f).
-        cell: side of the block that each latent pixel generates.
+        cell: side of the block of pixels that each latent pixel stands for.
 
     Returns:
         (3 * cell * cell, C + 1); the last column is the constant.
