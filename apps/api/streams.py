@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from apps.api.messages import event_message, server_sent, stored_picture_message
 from apps.service.engine import Engine
-from apps.service.events import EventStream, Step
+from apps.service.events import EventStream, Failed, Step
 from apps.service.job_store import StoredJob, StoredPicture
 
 logger = logging.getLogger(__name__)
@@ -160,9 +160,10 @@ class JobStreams:
                     broadcast.add(encoded, was_closed)
                 else:
                     await asyncio.sleep(POLL_SECONDS)
-        except Exception:
+        except Exception:  # whatever it is: readers should not wait for what never comes
             logger.exception("the events of a job can't be encoded")
-            broadcast.add([], True)
+            broken = Failed("failed", f"The events can't be shown; GET /v1/jobs/{job_id} says how the job is.")
+            broadcast.add(_encode(job_id, [(seen + 1, broken)]), True)
 
 
 def _encode(job_id: str, events: list) -> list[_Message]:

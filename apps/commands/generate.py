@@ -201,7 +201,7 @@ def told_differences(taken: PictureSettings, painted: PictureSettings, console: 
     for name, what in (("fingerprint", "other weights"), ("device", "another device"), ("dtype", "another precision")):
         before, now = getattr(taken, name), getattr(painted, name)
         if before != now:
-            console.print(f"[yellow]note[/yellow] painted with {what} ({now}, then {before}): it may look different")
+            console.print(f"[yellow]note[/yellow] generated with {what} ({now}, then {before}): it may look different")
 
 
 def follow(events: Generator[Event], console: Console) -> Generator[Picture]:

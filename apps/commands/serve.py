@@ -96,7 +96,7 @@ def run(
         address = f"http://{shown}:{port}"
         what = "tessera studio" if page else "tessera API"
         console.print(f"[bold]{what}[/bold]  [link]{address}[/link]{'  API under /v1' if page and api else ''}")
-        console.print(f"[dim]pictures go to {output_dir}, Ctrl-C ends[/dim]", highlight=False)
+        console.print(f"[dim]images go to {output_dir}, Ctrl-C ends[/dim]", highlight=False)
         if open_browser and page:
             webbrowser.open(address)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's Ctrl-C: tidy up as well

@@ -77,16 +77,16 @@ class Gate:
         app: ASGIApp,
         folder: Path,
         events_of: Callable[[str], set[str]],
-        has_news: Callable[[str], bool] = lambda session: True,
-        handed_in: HandedIn | None = None,
-        inputs_of: Callable[[int], int | None] | None = None,
+        has_news: Callable[[str], bool],
+        handed_in: HandedIn,
+        inputs_of: Callable[[int], int | None],
     ) -> None:
         self.app = app
         self._folder = folder.resolve()
         self._events_of = events_of
         self._sessions = _Owners()
         self._has_news = has_news
-        self._uploads = handed_in or HandedIn()
+        self._uploads = handed_in
         self._inputs_of = inputs_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -179,13 +179,11 @@ class Gate:
             Refusal: 422.
         """
         number, data = body.get("fn_index"), body.get("data")
-        if self._inputs_of is None:
-            return
         count = self._inputs_of(number) if isinstance(number, int) and not isinstance(number, bool) else None
         if count is None:
             raise Refusal(422, "bad_request", "fn_index names no listener of this page; reload it.")
         if not isinstance(data, list) or len(data) != count:
-            raise Refusal(422, "bad_request", f"data holds not the {count} values that this listener takes.")
+            raise Refusal(422, "bad_request", f"data must be the list of {count} values that this listener takes.")
 
     def _check_files(self, data: Any, is_allowed: Callable[[str], bool]) -> None:
         """Look through what a request hands over for files.
