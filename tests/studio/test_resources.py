@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from apps.api import messages
+from apps.api import messages, streams
 from apps.api.streams import KEPT_STEPS, _Broadcast, _latest, _Message
 from apps.api.tokens import TokenTable
 from apps.service import uploads
 from apps.service.engine import Engine
-from apps.service.events import Done, Failed
+from apps.service.events import Done, EventStream, Failed
 from apps.service.failures import failure_of
 from apps.service.job_runner import fit_size
 from apps.service.job_store import JobStore, QueueFullError, StoreError, StoreInUseError
@@ -435,3 +437,24 @@ def test_folders_of_dead_processes_go(tmp_path):
         assert alive.is_dir()
         assert not dead.exists()
     assert not alive.exists()
+
+
+def test_readers_are_told_when_events_can_not_be_encoded(monkeypatch):
+    real = streams.event_message
+
+    def fail(job, event):
+        if not isinstance(event, Failed):
+            raise ValueError("odd")
+        return real(job, event)
+
+    monkeypatch.setattr(streams, "event_message", fail)
+    live = EventStream()
+    live.tell(Done(1.0))
+    reading = streams.JobStreams(SimpleNamespace(live_stream=lambda job: live)).read(SimpleNamespace(id="abc"), "ann")
+
+    async def read():
+        return b"".join([data async for data in reading]).decode()
+
+    told = asyncio.run(read())
+    assert "event: failed" in told
+    assert "/v1/jobs/abc" in told
