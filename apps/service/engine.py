@@ -41,8 +41,8 @@ from apps.service.model_pool import LoadedModel, ModelShelf, Pipeline, tasks_on_
 from apps.service.requests import REQUEST, AnyRequest, TextToImageRequest
 from apps.service.uploads import UploadStore
 from apps.service.worker_state import Health, Worker, problems
-from pipelines.memory import is_out_of_memory, release
-from pipelines.offload import check_offload
+from pipelines.loading.memory import is_out_of_memory, release
+from pipelines.loading.offload import check_offload
 
 __all__ = [
     "Done",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-WORTHWHILE = 1_500_000
+MIN_MACS = 1_500_000
 """Multiply-adds from which oneDNN's longer way to the product (10 microseconds) is made up for."""
 
 
@@ -55,8 +55,40 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def hasten(module: nn.Module) -> int:
-    """Turn the plain linear layers of somebody else's module into `Linear`, in place.
+class ReplacedLayers:
+    """The layers that `use_onednn` replaced; `undo` puts the old ones back.
+
+    Args:
+        replaced: of each, the module that holds it, its name there, the old layer and the new one.
+    """
+
+    def __init__(self, replaced: list[tuple[nn.Module, str, nn.Linear, Linear]]) -> None:
+        self._replaced = replaced
+
+    def __len__(self) -> int:
+        """How many layers there are; a layer in two places counts twice."""
+        return len(self._replaced)
+
+    def undo(self) -> None:
+        """Put the old layers back, with the weights that the new ones have now.
+
+        Raises:
+            RuntimeError: somebody replaced one of the new layers meanwhile; then nothing is changed.
+        """
+        for holder, name, _, new in self._replaced:
+            if holder._modules.get(name) is not new:
+                raise RuntimeError(
+                    f"{type(holder).__name__}.{name} is a {type(holder._modules.get(name)).__name__} now, put there "
+                    "after use_onednn: undo that first (LoRA layers, say, by unload_lora_weights)."
+                )
+        for holder, name, old, new in self._replaced:
+            old.train(new.training)  # all else is in dictionaries that both share
+            setattr(holder, name, old)
+        self._replaced = []
+
+
+def use_onednn(module: nn.Module) -> ReplacedLayers:
+    """Replace the plain linear layers inside somebody else's module by `Linear` layers with the same weights.
 
     They compute as before in other dtypes, on other devices and with gradients.
 
@@ -64,14 +96,27 @@ def hasten(module: nn.Module) -> int:
         module: any network.
 
     Returns:
-        How many layers were turned; 0 where MKL is as fast as oneDNN.
+        What was replaced; nothing where MKL is as fast as oneDNN.
     """
     if not mkl_is_slow():
-        return 0
-    plain = [part for part in module.modules() if type(part) is nn.Linear]
-    for part in plain:
-        part.__class__ = Linear
-    return len(plain)
+        return ReplacedLayers([])
+    found = [
+        (holder, name, part)
+        for holder in module.modules()
+        for name, part in holder._modules.items()
+        if type(part) is nn.Linear
+    ]
+    made = {part: _with_onednn(part) for _, _, part in found}  # a layer in two places stays one layer
+    for holder, name, part in found:
+        setattr(holder, name, made[part])
+    return ReplacedLayers([(holder, name, part, made[part]) for holder, name, part in found])
+
+
+def _with_onednn(layer: nn.Linear) -> Linear:
+    """Make a `Linear` that shares the parameters and the hooks of a layer, whatever becomes of them."""
+    made = Linear.__new__(Linear)  # without `__init__`, which would draw weights
+    vars(made).update(vars(layer))
+    return made
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,7 +133,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         and x.is_cpu
         and weight.is_cpu
         and mkl_is_slow()
-        and x.numel() * weight.shape[0] >= WORTHWHILE
+        and x.numel() * weight.shape[0] >= MIN_MACS
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not is_in_torch_dispatch_mode()
