@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from apps.service.metadata import MemoryName
+from apps.service.option_values import MemoryName
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
 
