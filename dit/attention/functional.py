@@ -92,8 +92,7 @@ def attention(
         raise ValueError("the LSE under context parallelism would be that of this process's keys; use return_lse=False")
     if return_lse and _native_returns_lse(query, key, value, attn_mask, backend):
         return _native_with_lse(query, key, value, scale)
-    is_native = backend is None and active_attention_backend() == "native"
-    if _is_short_training_on_cpu(query, key) and is_native:
+    if _is_short_training_on_cpu(query, key) and backend is None and active_attention_backend() == "native":
         out = _attention_by_products(query, key, value, attn_mask, scale)  # (B, N, K, E)
     else:
         options: dict[str, Any] = {"backend": backend, "parallel_config": parallel_config}

@@ -126,15 +126,15 @@ def test_low_rank_adapters_are_converters_too(name: str) -> None:
     assert torch.equal(outputs(name, model), expected)
 
 
-def test_adapters_stand_on_quantized_layers_and_leave_first() -> None:
+def test_layers_under_adapters_are_quantized() -> None:
     model = tiny_transformer("text_dit")
     before = picture(model)
-    # 1. the replacements of quantization are no linear layers: adapters go on what is left
+    # 1. what an adapter holds is a linear layer like all others
     adapted = convert_linears(model, LowRank())
     quantized = convert_linears(model, Int8())
     assert all(type(module.base_layer) is Int8Linear for module in adapted.converted.values())
     assert not any("base_layer" in name for name in quantized.converted), "names are those of the network"
-    # 2. layers under an adapter are its children: both can leave in any order
+    # 2. the layer under an adapter stands in the adapter: each leaves without the other's help
     adapted.undo()
     quantized.undo()
     assert picture(model) == before
