@@ -145,7 +145,7 @@ def test_backends_are_those_that_work_here(monkeypatch):
     assert found["native"] == found[MATH] == ""
     assert all(name in found for name in ("flash", "sage", "xformers"))
     assert not [name for name in found if "hub" in name]  # they would fetch code
-    monkeypatch.setattr(profiles, "find_spec", lambda name: None)
+    monkeypatch.setattr("dit.attention.backends.find_spec", lambda name: None)
     assert profiles.try_attention("flash", torch.device("cpu")) == "flash_attn is not installed"
     assert profiles.try_attention("_sage_qk_int8_pv_fp8_cuda", torch.device("cpu")).endswith("not installed")
 
