@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dit.layers.linear import use_onednn
+from dit.runtime.onednn import use_onednn
 
 
 class ClipReward:

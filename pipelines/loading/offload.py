@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dit.layers.linear import use_onednn
+from dit.runtime.onednn import use_onednn
 from pipelines.checks import check_choice
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, and whoever checks a setting needs none of it
