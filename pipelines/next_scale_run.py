@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -22,6 +22,7 @@ from dit.layers.scales import Grid, token_counts
 from dit.runtime.compare import psnr, relative_error
 from pipelines.base import TesseraPipeline
 from pipelines.checks import check_choice, check_count, check_number
+from pipelines.info import PipelineInfo
 from pipelines.inpaint import MaskInput, read_mask
 from pipelines.loaded import is_finite
 from pipelines.lora import TransformerLoraMixin
@@ -39,6 +40,22 @@ Callback = Callable[..., dict[str, Tensor] | None]
 
 PROFILE_FILE, SCORER_FOLDER = "kv_profile.safetensors", "scorer"
 """What a model's folder may hold: a calibration for ScaleKV, and a CLIP-like model as the reward of searches."""
+
+SCALE_ARGUMENTS: Mapping[str, str] = {
+    "guidance": "guidance_scale",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "temperature": "temperature",
+    "kv_policy": "kv_policy",
+    "kv_budget": "kv_budget",
+    "kv_dtype": "kv_dtype",
+    "search": "search",
+    "image": "image",
+    "mask": "mask_image",
+    "batch_size": "num_images_per_prompt",
+    "seed": "generator",
+}
+"""Field of a request -> argument of the calls of all next-scale pipelines."""
 
 
 @dataclass
@@ -168,6 +185,20 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Height and width in pixels of all images that can be generated, the model's own first."""
         return ((self.default_height, self.default_width),)
+
+    def _declare(self, **own: Any) -> PipelineInfo:
+        """Complete what a class declares of itself by what next-scale pipelines have in common."""
+        return super()._declare(
+            height=self.default_height,
+            width=self.default_width,
+            multiple=self.vae_scale_factor * self.transformer.config.patchify,
+            sizes=tuple((width, height) for height, width in self.sizes),
+            grids=tuple(self.transformer.grids),
+            kv_policies=tuple(POLICIES),
+            can_search=self.scorer is not None,
+            can_load_lora=True,
+            **own,
+        )
 
     # -------------------------------------------------------------- calibration
 

@@ -20,6 +20,7 @@ import torch
 from apps.service.metadata import MemoryName
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
+from pipelines.info import tiles
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ def _tiles_told(vae: Any, request: AnyRequest) -> str:
 
 def can_tile(pipe: Any) -> bool:
     """Whether the decoder of a pipeline can work tile by tile."""
-    return isinstance(getattr(getattr(pipe, "vae", None), "use_tiling", None), bool)
+    return tiles(pipe.components.get("vae"))
 
 
 @contextmanager
