@@ -62,7 +62,7 @@ def diffusers_info(pipe: Any) -> PipelineInfo:
     if guidance_argument is not None:
         arguments["guidance"] = guidance_argument
     guidance, steps = defaults.get(guidance_argument or ""), defaults.get("num_inference_steps")
-    height, width = default_side(pipe, "height"), default_side(pipe, "width")
+    height, width = (default_side(pipe, name, defaults) for name in ("height", "width"))
     is_sized = "class_labels" in parameters and {"height", "width"}.isdisjoint(parameters)
     ids = class_ids(pipe) if "class_labels" in parameters else {}
     frames = arguments.get("frames")
@@ -132,7 +132,7 @@ def find_guidance(pipe: Any, parameters: frozenset[str], defaults: Mapping[str, 
         return "true_cfg_scale", "true_cfg"
     if "guidance_scale" not in parameters:
         return None, "none"
-    is_distilled = "true_cfg_scale" in parameters or getattr(_network_config(pipe), "guidance_embeds", False) is True
+    is_distilled = "true_cfg_scale" in parameters or getattr(network_config(pipe), "guidance_embeds", False) is True
     return "guidance_scale", "distilled" if is_distilled else "classifier_free"
 
 
@@ -171,7 +171,7 @@ def _has_switch(pipe: Any, name: str) -> bool:
 # ------------------------------------------------------------------- sizes and classes
 
 
-def default_side(pipe: Any, name: str) -> int:
+def default_side(pipe: Any, name: str, defaults: Mapping[str, Any]) -> int:
     """Return the height or width in pixels that a pipeline was made for.
 
     That is the default of its call, else its sample size in latents times its scale.
@@ -179,9 +179,10 @@ def default_side(pipe: Any, name: str) -> int:
     Args:
         pipe: a pipeline.
         name: "height" or "width".
+        defaults: of its call.
     """
-    pixels = (call_defaults(type(pipe)).get(name), getattr(pipe, f"default_{name}", None))
-    config = _network_config(pipe)
+    pixels = (defaults.get(name), getattr(pipe, f"default_{name}", None))
+    config = network_config(pipe)
     cells = (
         getattr(pipe, "default_sample_size", None),
         getattr(config, f"sample_{name}", None),
@@ -205,11 +206,16 @@ def latent_scale(pipe: Any) -> int | None:
     return found if found is not None or not levels else 2 ** (len(levels) - 1)  # all of diffusers' halve so often
 
 
-def side_multiple(pipe: Any) -> int:
-    """Return what height and width must be multiples of: pixels per latent cell times cells per token."""
-    patch = getattr(_network_config(pipe), "patch_size", None) or 1
+def side_multiple(pipe: Any, packs: bool = False) -> int:
+    """Return what height and width must be multiples of: pixels per latent cell times cells per token.
+
+    Args:
+        pipe: a pipeline.
+        packs: it may pack 2 x 2 cells into a token even if it has no method that says so.
+    """
+    patch = getattr(network_config(pipe), "patch_size", None) or 1
     across = int(patch) if isinstance(patch, int) else int(patch[-1])  # (t, h, w) of some networks of clips
-    if across == 1 and hasattr(pipe, "_pack_latents"):
+    if across == 1 and (packs or hasattr(pipe, "_pack_latents")):
         across = 2  # pipelines that pack 2 x 2 cells into a token keep silent about it in the config
     return math.lcm((latent_scale(pipe) or FALLBACK_MULTIPLE) * across, FALLBACK_MULTIPLE)
 
@@ -218,13 +224,13 @@ def default_frames(pipe: Any, default: object) -> int:
     """Return how many frames a pipeline was made for: the default of its call, else what its network says."""
     if isinstance(default, int):
         return default
-    stored = getattr(_network_config(pipe), "sample_frames", None)
+    stored = getattr(network_config(pipe), "sample_frames", None)
     return stored if isinstance(stored, int) else FALLBACK_FRAMES
 
 
 def count_classes(pipe: Any) -> int:
     """Return how many classes the network of a pipeline knows; 0 if it doesn't say."""
-    config = _network_config(pipe)
+    config = network_config(pipe)
     count = getattr(config, "num_classes", None) or getattr(config, "num_embeds_ada_norm", None)
     return count if isinstance(count, int) else 0
 
@@ -234,7 +240,8 @@ def class_ids(pipe: Any) -> dict[str, int]:
     return dict(getattr(pipe, "labels", None) or {}) if count_classes(pipe) else {}
 
 
-def _network_config(pipe: Any) -> Any:
+def network_config(pipe: Any) -> Any:
+    """Return the configuration of the network that denoises; None without one."""
     network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     return getattr(network, "config", None)
 

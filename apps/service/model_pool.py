@@ -262,14 +262,13 @@ def tasks_on_disk(source: str) -> tuple[str, ...]:
         The tasks of its pipeline; empty for what is no folder here, or none that can be read.
     """
     from pipelines.builtin import PRETRAINED, builtin_models
-    from pipelines.inspection import tasks_of
-    from pipelines.sources import pipeline_class, read_index
+    from pipelines.inspection import tasks_in
 
     folder = PRETRAINED / source if source in builtin_models() else Path(source)
     if not folder.is_dir():
         return ()
     try:
-        return tasks_of(pipeline_class(read_index(folder)))
+        return tasks_in(folder)
     except (OSError, ValueError) as error:
         logger.info("%s doesn't tell what it can do: %s", source, error)
         return ()
