@@ -121,18 +121,19 @@ def _is_entry(value: object) -> bool:
     return isinstance(value, list) and len(value) == 3 and isinstance(value[2], dict)
 
 
-def read_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, Part]:
+def read_parts(folder: Path, index: Mapping[str, Any], replaced: Collection[str] = ()) -> dict[str, Part]:
     """Return the components that an index names, by name; those without a source are left out.
 
     Args:
         folder: that holds the index; what lies in it is taken from it, whatever the index says.
         index: its content.
+        replaced: components that the caller brings; they are left out too.
 
     Raises:
         FileNotFoundError: a component lies neither in the folder nor in a hub repository.
         ValueError: an entry of another form.
     """
-    taken = set(empty_pipeline(index).component_names)
+    taken = set(empty_pipeline(index).component_names) - set(replaced)
     found: dict[str, Part] = {}
     for name, value in index.items():
         if not _is_entry(value) or name not in taken:
@@ -266,7 +267,7 @@ def check_modular(
         ValueError: code of its own, an unknown class, or a configuration that is damaged or doesn't fit the weights.
     """
     index = read_modular_index(folder)
-    parts = read_parts(folder, index)
+    parts = read_parts(folder, index, replaced)
     pipe = empty_pipeline(index)
     unknown = sorted(set(replaced) - set(pipe.component_names))
     if unknown:
@@ -283,8 +284,6 @@ def check_modular(
     places: dict[str, tuple[Path, Part]] = {}
     sizes: dict[str, int] = {}
     for name, part in parts.items():
-        if name in replaced:
-            continue
         found = component_class(name, part.library, part.class_name)
         place = _place_of(folder, part, repository, options)
         size = check_component(place, found, dtype, options.get("variant") or part.variant, exact=False)

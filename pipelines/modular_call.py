@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,7 +255,10 @@ class ModularCall:
         if scale is not None and not before:
             raise ValueError(f"{type(self.pipe).__name__} has no guidance scale; leave guidance_scale out.")
         for name, guider in before.items():
-            setattr(self.pipe, name, guider.new(guidance_scale=scale, enabled=True))  # off in distilled models
+            other = copy(guider)  # `guider.new` logs a warning at each call
+            other.guidance_scale = scale
+            other.enable()  # it is off in distilled models
+            setattr(self.pipe, name, other)
         try:
             yield
         finally:
