@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pipelines.base import TesseraPipeline
     from pipelines.builtin import builtin_models, load_pipeline
     from pipelines.class_to_image import ClassToImagePipeline
+    from pipelines.info import PipelineInfo
+    from pipelines.inspection import info_of
     from pipelines.next_scale import NextScaleClassToImagePipeline
     from pipelines.next_scale_text import NextScaleTextToImagePipeline
     from pipelines.observe import observe
@@ -26,9 +28,11 @@ __all__ = [
     "ClassToImagePipeline",
     "NextScaleClassToImagePipeline",
     "NextScaleTextToImagePipeline",
+    "PipelineInfo",
     "TesseraPipeline",
     "TextToImagePipeline",
     "builtin_models",
+    "info_of",
     "load_pipeline",
     "observe",
 ]
@@ -37,9 +41,11 @@ _MODULE_OF = {
     "ClassToImagePipeline": "pipelines.class_to_image",
     "NextScaleClassToImagePipeline": "pipelines.next_scale",
     "NextScaleTextToImagePipeline": "pipelines.next_scale_text",
+    "PipelineInfo": "pipelines.info",
     "TesseraPipeline": "pipelines.base",
     "TextToImagePipeline": "pipelines.text_to_image",
     "builtin_models": "pipelines.builtin",
+    "info_of": "pipelines.inspection",
     "load_pipeline": "pipelines.builtin",
     "observe": "pipelines.observe",
 }
