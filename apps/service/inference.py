@@ -22,7 +22,7 @@ from apps.service.acceleration import RunningCache, describe, search_argument, s
 from apps.service.media import candidate_sheet
 from apps.service.model_pool import LoadedModel, Pipeline
 from apps.service.request_error import RequestError
-from apps.service.requests import AnyRequest
+from apps.service.requests import OPTIONS, AnyRequest
 from apps.service.schedulers import make_scheduler
 from pipelines.info import PipelineInfo
 
@@ -33,27 +33,8 @@ PREVIEW_SECONDS = 0.15
 PREVIEW_SHARE = 0.05
 """Nor may they cost more than this share of the time."""
 
-ARGUMENTS = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "label": "class_labels",
-    "height": "height",
-    "width": "width",
-    "steps": "num_inference_steps",
-    "strength": "strength",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "temperature": "temperature",
-    "smooth": "smooth",
-    "kv_policy": "kv_policy",
-    "kv_budget": "kv_budget",
-    "kv_dtype": "kv_dtype",
-}
-"""Field of a request -> argument of a call; those whose names differ between pipelines are settled in `_arguments`."""
-
-
-FIELDS = {argument: name for name, argument in ARGUMENTS.items()}
-"""Argument of a call -> field of a request, for messages."""
+ARGUMENTS = {name: one.option.argument for name, one in OPTIONS.items() if one.option.argument}
+"""Field of a request -> argument of a call; what a pipeline's info says of its own goes first."""
 
 
 class StopRequestedError(Exception):
@@ -189,37 +170,32 @@ def _own_scheduler(pipe: Pipeline, info: PipelineInfo, name: str | None) -> Gene
 
 def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
     """Translate a canvas into the keyword arguments of the pipeline's call."""
-    accepts = model.accepts(canvas.request.task)
+    info = model.info_for(canvas.request.task)
+    accepts, names = info.parameters, {**ARGUMENTS, **info.arguments}
     # On the CPU whatever the device: then the same seed starts from the same noise everywhere.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in canvas.seeds]
-    wishes = {name: canvas.wish(field) for field, name in ARGUMENTS.items()}
+    wishes = {name: canvas.wish(field) for field, name in names.items() if field not in ("seed", "search")}
     several = len(generators) if len(generators) > 1 else None
-    wishes |= {
-        model.guidance_argument: canvas.request.guidance,
-        model.frames_argument: canvas.wish("frames"),
-        "image": canvas.image,
-        "mask_image": canvas.mask,
-        "num_images_per_prompt": several,
-    }
+    wishes |= {"image": canvas.image, "mask_image": canvas.mask, "num_images_per_prompt": several}
     wishes |= _class_labels(model, canvas)
     arguments = {name: value for name, value in wishes.items() if value not in (None, "")}
     if canvas.image is not None:  # it has the size already, and some pipelines take the size from it
         arguments = {name: value for name, value in arguments.items() if name in accepts or name not in _SIDES}
     if several is not None and "num_images_per_prompt" in arguments and "num_images_per_prompt" not in accepts:
         raise ValueError(f"The model {model.key!r} generates one image at a time; set batch_size to 1.")
+    fields = {name: field for field, name in names.items()}
     for name in arguments:
         if name not in accepts:
+            field = fields.get(name, name)
             raise RequestError(
-                "setting",
-                f"The model {model.key!r} has no setting {FIELDS.get(name, name)!r}; leave it out.",
-                field=_field_of(name),
+                "setting", f"The model {model.key!r} has no setting {field!r}; leave it out.", field=field
             )
     if canvas.wish("search"):
         arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), model.grids)
     arguments["generator"] = generators[0] if len(generators) == 1 else generators
     if "output_type" in accepts:
         arguments["output_type"] = "pil"
-    return {**arguments, **_guidance_extras(model, canvas), **model.info_for(canvas.request.task).fixed}
+    return {**arguments, **_guidance_extras(model, canvas), **info.fixed}
 
 
 _SIDES = ("height", "width")
@@ -242,11 +218,6 @@ def _class_labels(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
             f"{', or a name that it knows' if names else ''}."
         )
     return {"class_labels": [number] * len(canvas.seeds), "num_images_per_prompt": None}
-
-
-def _field_of(argument: str) -> str:
-    """Return the field of a request behind an argument of a call."""
-    return {name: field for field, name in ARGUMENTS.items()}.get(argument, argument)
 
 
 def _guidance_extras(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
