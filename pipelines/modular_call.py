@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from diffusers.modular_pipelines import PipelineState
 from PIL import Image
 from torch import Tensor
 
+from dit.runtime.attachment import attachments
 from pipelines.diffusers_info import ARGUMENTS, default_frames, default_side, network_config, side_multiple
 from pipelines.info import FALLBACK_FPS, Guidance, PipelineInfo, tiles
 from pipelines.previews import can_preview, guess_finished, is_flow
@@ -250,20 +251,40 @@ class ModularCall:
 
     @contextmanager
     def _guided_by(self, scale: float | None) -> Generator[None]:
-        """Have the guiders guide by a scale for one call."""
-        before = {} if scale is None else self._guiders()
+        """Have the guiders guide by a scale for one call, None is their own, and name the branches of guidance."""
+        before = self._guiders()
         if scale is not None and not before:
             raise ValueError(f"{type(self.pipe).__name__} has no guidance scale; leave guidance_scale out.")
-        for name, guider in before.items():
-            other = copy(guider)  # `guider.new` logs a warning at each call
-            other.guidance_scale = scale
-            other.enable()  # it is off in distilled models
-            setattr(self.pipe, name, other)
-        try:
-            yield
-        finally:
+        with ExitStack() as branch:
             for name, guider in before.items():
-                setattr(self.pipe, name, guider)
+                other = copy(guider)  # `guider.new` logs a warning at each call
+                if scale is not None:
+                    other.guidance_scale = scale
+                    other.enable()  # it is off in distilled models
+                if other.num_conditions > 1:
+                    self._check_branches()
+                    _name_branches(other, branch)
+                setattr(self.pipe, name, other)
+            try:
+                yield
+            finally:
+                for name, guider in before.items():
+                    setattr(self.pipe, name, guider)
+
+    def _check_branches(self) -> None:
+        """Refuse guidance where a cache could not tell its branches apart.
+
+        Raises:
+            ValueError: something is attached to a network that computes them one by one, and can't be told which it is.
+        """
+        networks = [one for name, one in self.pipe.components.items() if name.startswith("transformer") and one]
+        mute = [one for one in networks if not hasattr(one, "cache_context") and attachments(one)]
+        if mute:
+            raise ValueError(
+                f"{type(self.pipe).__name__} computes the branches of guidance one by one without saying which, so "
+                f"that what is attached to {type(mute[0]).__name__} (such as a step cache) would mix them up. Take it "
+                "off, or set guidance_scale=1."
+            )
 
     def _check_inputs(self, declared: Mapping[str, Any], given: Mapping[str, Any], tensors: Sequence[str]) -> None:
         """Refuse what the pipeline would ignore, and calls that lack something."""
@@ -324,6 +345,27 @@ class _Watch:
             both = isinstance(before, Tensor) and isinstance(latents, Tensor)
             if replaced is None and both and is_flow(self._call):  # type: ignore[arg-type]
                 block_state.latents = guess_finished(self._call, before, latents)  # type: ignore[arg-type]
+
+
+def _name_branches(guider: Any, branch: ExitStack) -> None:
+    """Have a guider say which branch of guidance a network computes, for caches; not all pipelines do it.
+
+    Args:
+        guider: a copy for one call.
+        branch: holds the context of the running branch.
+    """
+    prepare, clean_up = guider.prepare_models, guider.cleanup_models
+
+    def prepare_models(network: Any) -> None:
+        prepare(network)
+        if hasattr(network, "cache_context"):
+            branch.enter_context(network.cache_context("cond" if guider.is_conditional else "uncond"))
+
+    def cleanup_models(network: Any) -> None:
+        branch.close()
+        clean_up(network)
+
+    guider.prepare_models, guider.cleanup_models = prepare_models, cleanup_models
 
 
 # ----------------------------------------------------------------------------- inputs

@@ -187,9 +187,8 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
     for name in arguments:
         if name not in accepts:
             field = fields.get(name, name)
-            raise RequestError(
-                "setting", f"The model {model.key!r} has no setting {field!r}; leave it out.", field=field
-            )
+            message = f"The model {model.key!r} has no setting {field!r}; leave it out."
+            raise RequestError("setting", message, field=field)
     if canvas.wish("search"):
         arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), model.grids)
     arguments["generator"] = generators[0] if len(generators) == 1 else generators

@@ -21,6 +21,7 @@ from pipelines import load_pipeline
 from pipelines.inspection import info_of, pipelines_by_task, tasks_in
 from pipelines.modular import CODE, INDEX
 from pipelines.modular_call import ModularCall
+from sampling.step_cache import StepCache
 from tests.families.modular import tiny_modular
 
 HEIGHT, WIDTH = 32, 64
@@ -336,6 +337,29 @@ def test_the_engine_stops_and_finishes_early(engine):
     events = list(engine.generate(ask(engine, finish_after=2)))
     assert len([event for event in events if isinstance(event, Step)]) == 2
     assert isinstance(events[-1], Done)
+
+
+def test_a_step_cache_tells_the_branches_of_guidance_apart_or_is_refused(pipe):
+    call = call_of(pipe)
+    asked = {"steps": 8, "guidance_scale": info_of(pipe).guidance}
+    with StepCache.preset("fora").attach(call) as cache:
+        if type(pipe).__name__.startswith("StableDiffusion3"):  # its network has no name for a branch
+            with pytest.raises(ValueError, match="guidance_scale=1"):
+                call(**arguments(pipe, **asked))
+            asked["guidance_scale"] = 1.0
+        call(**arguments(pipe, **asked))
+        report = cache.report()
+    assert set(report["strip"].values()) == {"C..C..C."}
+    assert not report["inactive"]
+    assert len(report["strip"]) == (2 if type(pipe).__name__.startswith(("Qwen", "LTX")) else 1)
+
+
+def test_the_engine_caches_steps(engine):
+    model = engine.model().result(60)
+    guidance = {"guidance": 1.0} if "StableDiffusion3" in type(model.pipe.pipe).__name__ else {}
+    events = list(engine.generate(ask(engine, steps=8, step_cache={"preset": "fora"}, **guidance)))
+    assert isinstance(events[-1], Done), events[-1]
+    assert "." in [event for event in events if isinstance(event, Step)][-1].strip
 
 
 def test_wishes_that_would_be_ignored_are_refused(engine):
