@@ -10,9 +10,9 @@ from diffusers import ModularPipeline
 from pipelines.base import TesseraPipeline
 from pipelines.diffusers_info import call_tasks, diffusers_info, related_pipelines
 from pipelines.info import PipelineInfo
-from pipelines.modular import empty_pipeline, is_modular, read_modular_index
+from pipelines.loading.modular import empty_pipeline, is_modular, read_modular_index
+from pipelines.loading.sources import pipeline_class, read_index
 from pipelines.modular_call import ModularCall, tasks_of_blocks
-from pipelines.sources import pipeline_class, read_index
 
 
 def info_of(pipe: Any) -> PipelineInfo:

@@ -20,7 +20,7 @@ from pipelines.checks import check_choice, check_count, check_generators, check_
 from pipelines.conditioning import TextConditionedPipeline
 from pipelines.info import PipelineInfo
 from pipelines.inpaint import KeptRegion, MaskInput, fill_in, read_mask
-from pipelines.lora import TransformerLoraMixin
+from pipelines.lora.mixin import TransformerLoraMixin
 from sampling.denoise import Denoiser, State, denoise
 from sampling.guidance import classifier_free_guidance, in_interval
 from sampling.timesteps import set_timesteps

@@ -21,11 +21,11 @@ from diffusers import ModularPipeline, ModularPipelineBlocks
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from pipelines.components import check_component
-from pipelines.json_files import read_object
-from pipelines.loaded import check_loaded
-from pipelines.plain_errors import clear_loading_errors
-from pipelines.sources import DOWNLOAD_OPTIONS, clear_hub_errors, component_class, fetch, hub_token
+from pipelines.loading.components import check_component
+from pipelines.loading.errors import clear_loading_errors
+from pipelines.loading.json_files import read_object
+from pipelines.loading.sources import DOWNLOAD_OPTIONS, clear_hub_errors, component_class, fetch, hub_token
+from pipelines.loading.weight_values import check_loaded
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def fetch_any(repository: str, options: Mapping[str, Any], replaced: Collection[
         The folder in the cache; of a modular pipeline with its index only, `check_modular` brings the rest.
 
     Raises:
-        PermissionError, FileNotFoundError, ConnectionError, ValueError: as `pipelines.sources.fetch`.
+        PermissionError, FileNotFoundError, ConnectionError, ValueError: as `pipelines.loading.sources.fetch`.
     """
     try:
         return fetch(repository, options, replaced)
