@@ -9,7 +9,7 @@ import gradio as gr
 from apps.service import limits
 from apps.service.compute_profiles import PROFILES, attention_backends, memory_profiles
 from apps.service.engine import Engine
-from apps.service.model_pool import FALLBACK_SIDE, LoadedModel
+from apps.service.model_pool import LoadedModel
 from apps.service.named_settings import load_presets
 from apps.service.option_values import MAIN_PARAMETERS
 from apps.service.styles import load_styles
@@ -19,6 +19,7 @@ from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.forms import FIXED, RANDOM, size_choices
 from apps.studio.strings import Strings
 from pipelines import builtin_models
+from pipelines.info import FALLBACK_SIDE
 
 BUILTIN_SIDE = 128
 """Side that the controls show until the model is loaded, for built-in models; pixels."""

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import wraps
 from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -169,6 +170,7 @@ class Attachment:
         """Put `function(forward, *args, **kwargs)` in the place of a module's `forward`; it may leave the call out."""
         inner = module.forward
 
+        @wraps(inner)  # modular pipelines of diffusers pass what its signature names
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
             return function(inner, *args, **kwargs)

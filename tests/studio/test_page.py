@@ -20,7 +20,7 @@ from apps.service import limits
 from apps.service.engine import Done, Engine
 from apps.service.grid import Axis, Filled, compose, plan, read_axis
 from apps.service.metadata import parse, save_picture
-from apps.service.model_pool import find_tasks, inspect_model
+from apps.service.model_pool import inspect_model
 from apps.service.named_settings import load_presets, preset_values
 from apps.service.requests import OPTIONS, TextToImageRequest
 from apps.service.styles import load_styles
@@ -38,6 +38,7 @@ from apps.studio.settings_handlers import SAVED, SettingsHandlers
 from apps.studio.strings import FOLDER, Strings, languages
 from apps.studio.tabs.classes import read_label
 from apps.studio.vocabulary import read_vocabulary
+from pipelines.inspection import pipelines_by_task
 from tests.models import tiny_next_scale
 from tests.pipes.test_class_to_image import tiny_pipeline
 from tests.studio.fakes import FakePipeline
@@ -403,8 +404,8 @@ def test_every_kind_of_pipeline_is_offered_its_tasks():
 
     scales = NextScaleClassToImagePipeline(tiny_next_scale.transformer(), tiny_next_scale.tokenizer())
     classes = tiny_pipeline("dit", id2label={0: "tench, Tinca tinca", 1: "goldfish"})
-    assert list(find_tasks(scales)) == ["next_scale_class"]
-    assert list(find_tasks(classes)) == ["class_to_image"]
+    assert list(pipelines_by_task(scales)) == ["next_scale_class"]
+    assert list(pipelines_by_task(classes)) == ["class_to_image"]
     model = inspect_model("classes", classes)
     assert model.labels[1] == "goldfish"
     assert "ddim" in model.schedulers

@@ -136,7 +136,7 @@ def test_processors_get_back_what_they_had():
 
 
 def test_a_network_without_such_a_switch_is_refused():
-    with pytest.raises(UnavailableError, match="can't be chosen"), attending(SimpleNamespace(), MATH):
+    with pytest.raises(UnavailableError, match="can't be chosen"), attending(SimpleNamespace(components={}), MATH):
         pass
 
 
