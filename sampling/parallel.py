@@ -18,6 +18,7 @@ from dit.runtime import bridge
 from dit.runtime.attachment import AttachError, Attachment, Mechanism
 from dit.runtime.coordinates import coordinates_scope, current_coordinates
 from dit.runtime.families import family_of
+from dit.runtime.stages import Resource, Stage
 from dit.runtime.state import unwrap
 from sampling.resolve import PlacedAttachment
 from sampling.step_cache.values import take_apart
@@ -39,8 +40,8 @@ class GuidanceParallel(Mechanism):
     """
 
     name = "guidance_parallel"
-    order = 46
-    exclusive = frozenset({"guidance"})
+    stage = Stage.PARALLEL
+    exclusive = frozenset({Resource.GUIDANCE})
 
     def __init__(self, group: Any = None) -> None:
         self.group = group

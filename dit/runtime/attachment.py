@@ -1,7 +1,7 @@
 """How mechanisms get onto a network and off again: one protocol, a declared order, no trace after `detach()`.
 
 A `Mechanism` says what it does in `install`, by way of the tools that its `Attachment` offers; everything done with
-these tools is undone by `detach()`. Mechanisms on one network form a pile, sorted by `Mechanism.order`. To put one in
+these tools is undone by `detach()`. Mechanisms on one network form a pile, sorted by `Mechanism.stage`. To put one in
 or take one out, those above it are lifted off and put back, so that each undoes exactly what it did, whatever the
 order of calls.
 """
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import nn
 
+from dit.runtime.stages import Resource, Stage
 from dit.runtime.state import StateStore, unwrap
 
 if TYPE_CHECKING:
@@ -39,15 +40,13 @@ class Mechanism(ABC):
 
     Attributes:
         name: unique among the mechanisms on a network; its tensors are kept under it.
-        order: place in the pile; lower is nearer to the network's own code. Quantization 10, attention 20, adapters
-            30, step caches 40, observers 90.
-        exclusive: names of the things that it must have for itself, e.g. {"attention.output"}; two mechanisms that
-            name the same thing refuse each other.
+        stage: place in the pile; lower is nearer to the network's own code.
+        exclusive: what it must have for itself; two mechanisms that name the same thing refuse each other.
     """
 
     name: ClassVar[str]
-    order: ClassVar[int] = 50
-    exclusive: ClassVar[frozenset[str]] = frozenset()
+    stage: ClassVar[Stage] = Stage.OTHER
+    exclusive: ClassVar[frozenset[Resource]] = frozenset()
 
     @abstractmethod
     def install(self, attachment: Attachment) -> None:
@@ -96,9 +95,11 @@ class Attachment:
 
     Raises:
         AttachError: see `Mechanism.attach`.
+        TypeError: the mechanism's stage or what it excludes is not of the enumerations.
     """
 
     def __init__(self, mechanism: Mechanism, target: Any) -> None:
+        _check_declaration(mechanism)
         self.mechanism = mechanism
         self.target = target
         self.models = find_networks(target)
@@ -263,7 +264,7 @@ class Attachment:
         self._check(others)
         if others:
             self.state = others[0].state
-        above = [other for other in others if other.mechanism.order > self.mechanism.order]
+        above = [other for other in others if other.mechanism.stage > self.mechanism.stage]
         try:
             _lift(above)
             self._install()
@@ -329,7 +330,7 @@ class Attachment:
         return sorted({other for pile in piles for other in pile if other is not self}, key=Attachment._rank)
 
     def _rank(self) -> tuple[int, int]:
-        return self.mechanism.order, self._arrival
+        return self.mechanism.stage, self._arrival
 
     def _title(self) -> str:
         return f"mechanism {self.mechanism.name!r}"
@@ -374,6 +375,18 @@ def attachments(target: Any) -> list[Attachment]:
     """
     piles = [vars(unwrap(model)).get(_PILE, ()) for model in find_networks(target).values()]
     return list(dict.fromkeys(attachment for pile in piles for attachment in pile))
+
+
+def _check_declaration(mechanism: Mechanism) -> None:
+    """Refuse a stage or an exclusion that is misspelt: it would silently mean another order, or exclude nothing."""
+    title = f"mechanism {mechanism.name!r}"
+    if hasattr(mechanism, "order"):
+        raise TypeError(f"{title} has an order; say `stage`, one of {', '.join(map(str, Stage.__members__))}")
+    if not isinstance(mechanism.stage, Stage):
+        raise TypeError(f"{title}: stage is {mechanism.stage!r}; use one of Stage.{', '.join(Stage.__members__)}")
+    wrong = [one for one in mechanism.exclusive if not isinstance(one, Resource)]
+    if wrong:
+        raise TypeError(f"{title}: exclusive names {wrong}; use members of Resource: {', '.join(Resource.__members__)}")
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from dit.runtime import bridge
 from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments
 from dit.runtime.coordinates import Coordinates, current_coordinates
 from dit.runtime.families import call_family_of
+from dit.runtime.stages import Resource, Stage
 from dit.runtime.state import unwrap
 from sampling.noise_table import NoiseTable, scheduler_of
 from sampling.resolve import CoordinateResolver, PlacedAttachment
@@ -64,8 +65,8 @@ class StepCache(Mechanism):
     """
 
     name = "step_cache"
-    order = 40
-    exclusive = frozenset({"step"})
+    stage = Stage.CACHE
+    exclusive = frozenset({Resource.STEP})
 
     def __init__(
         self,
