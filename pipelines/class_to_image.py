@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.base import OUTPUT_TYPES, TesseraPipeline
+from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.labels import Label, label_ids, names_of
 from pipelines.lora import TransformerLoraMixin
@@ -61,6 +62,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         self.vae_scale_factor = 8 if vae is None else self.visual_tokenizer.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    @takes_call_defaults
     @torch.no_grad()
     def __call__(
         self,

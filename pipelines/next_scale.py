@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit.tokenizers.multi_scale_bsq import MultiScaleBSQ
 from pipelines.base import OUTPUT_TYPES
+from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.inpaint import MaskInput
 from pipelines.labels import Label, label_ids, names_of
@@ -81,6 +82,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         self.vae_scale_factor = vae.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    @takes_call_defaults
     @torch.no_grad()
     def __call__(
         self,

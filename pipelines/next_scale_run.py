@@ -128,6 +128,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
 
     Attributes:
         kv_report: what the cache of the last call kept and took, a `dit.cache.KVReport`.
+        last_options: how the last call ran, without its images.
         acceleration_report: what the acceleration of the last call left out, under "inactive" which of its parts left
             out nothing and why, and how far it drifted if that was measured; None without one.
     """
@@ -141,6 +142,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
     _calibrator: KVCalibrator | None = None
     _seconds: float = 0.0  # of the network and the draws, in the last run
     kv_report: KVReport | None = None
+    last_options: ScaleOptions | None = None
     _read_reward: tuple[tuple[Any, torch.device], Reward] | None = None
     acceleration_report: dict[str, Any] | None = None
 
@@ -215,7 +217,8 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         self._calibration, self._calibrator = {"observe": observe, "pool": pool}, None
         try:
             call: Any = self  # subclasses can be called
-            call(*arguments, **{**keywords, "kv_policy": "full", "kv_dtype": "auto", "output_type": "latent"})
+            plain = {"kv_policy": "full", "kv_dtype": "auto", "output_type": "latent"}
+            call(*arguments, **{"acceleration": None, **keywords, **plain})  # whatever the defaults of calls are now
             if self._calibrator is None:
                 raise ValueError("the call painted nothing to calibrate on")
             self._kv_profile = self._calibrator.profile()
@@ -263,6 +266,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
             Latents (B, C, h, w), what was kept of an edited image, and what a search found.
         """
         kept = self._read_kept(options, task)
+        self.last_options = replace(options, image=None, mask_image=None)
         self.acceleration_report = None
         exact = options.acceleration is not None and options.acceleration.measure_drift
         reference, spent = None, 0.0

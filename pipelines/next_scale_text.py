@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dit.layers.resolutions import LADDERS, RUNGS, nearest_ratio, published_schedules
 from dit.layers.scales import Grid
 from pipelines.base import OUTPUT_TYPES
+from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.conditioning import TextConditionedPipeline, text_limit
 from pipelines.inpaint import MaskInput
@@ -106,6 +107,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         self.vae_scale_factor = 16 if vae is None else vae.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    @takes_call_defaults
     @torch.no_grad()
     def __call__(
         self,

@@ -124,7 +124,7 @@ class GuidanceParallel(Mechanism):
         return parts
 
 
-def context_parallel(model: nn.Module, ulysses: int | None = None) -> None:
+def context_parallel(model: nn.Module, ulysses: int | None = None) -> Callable[[], None]:
     """Cut the tokens of a network over all processes by diffusers' Ulysses attention (arXiv 2309.14509).
 
     diffusers' own `enable_parallelism` fails on CPUs; this sets up the same on any device.
@@ -132,6 +132,9 @@ def context_parallel(model: nn.Module, ulysses: int | None = None) -> None:
     Args:
         model: a diffusers network with a plan (`_cp_plan`): Flux, Flux 2, Wan, Qwen-Image, LTX ...
         ulysses: number of processes; None is all.
+
+    Returns:
+        A function that undoes it.
 
     Raises:
         AttachError: no processes, or a network without a plan.
@@ -141,4 +144,4 @@ def context_parallel(model: nn.Module, ulysses: int | None = None) -> None:
     bare = unwrap(model)
     if getattr(bare, "_cp_plan", None) is None:
         raise AttachError(f"{type(bare).__name__} has no plan for context parallelism (`_cp_plan`)")
-    bridge.enable_ulysses(bare, dist.get_world_size() if ulysses is None else ulysses)
+    return bridge.enable_ulysses(bare, dist.get_world_size() if ulysses is None else ulysses)

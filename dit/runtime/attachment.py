@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -165,14 +166,23 @@ class Attachment:
         self.on_detach(module.register_forward_hook(hook, with_kwargs=True, always_call=always).remove)
 
     def around(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        """Put `function(forward, *args, **kwargs)` in the place of a module's `forward`; it may leave the call out."""
-        inner = module.forward
+        """Put `function(forward, *args, **kwargs)` in the place of a module's `forward`; it may leave the call out.
+
+        Where accelerate offloads the module, this goes below accelerate's own wrapper: pipelines take that off and put
+        it back after each call, and would lose what lies above it.
+        """
+        inner = getattr(module, _forward_slot(module))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
             return function(inner, *args, **kwargs)
 
-        self.replace(module, "forward", forward)
+        own = _own(module, _forward_slot(module))
+        if own is _MISSING or own == type(module).forward.__get__(module):  # accelerate keeps the class's own
+            own = _MISSING
+        setattr(module, _forward_slot(module), forward)
+        self._replaced.append((module, "forward", forward))
+        self.on_detach(partial(_restore_forward, module, own))
 
     def replace(self, thing: Any, attribute: str, value: Any) -> None:
         """Set an attribute until `detach()`, which gives back the old one, or none where there was none."""
@@ -302,7 +312,7 @@ class Attachment:
 
     def _uninstall(self) -> None:
         for thing, attribute, value in self._last_replaced():
-            if _own(thing, attribute) is not value:
+            if _own(thing, _forward_slot(thing) if attribute == "forward" else attribute) is not value:
                 raise AttachError(
                     f"{self._title()}: someone else replaced {type(thing).__name__}.{attribute} meanwhile; undo that "
                     "first, then try again"
@@ -402,6 +412,22 @@ def _put_back(above: list[Attachment]) -> None:
     for attachment in above:
         if attachment._undo is None:
             attachment._install()
+
+
+def _forward_slot(module: Any) -> str:
+    """Return the attribute that holds a module's forward; accelerate moves it aside while it offloads the module."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+def _restore_forward(module: nn.Module, own: Any) -> None:
+    """Give a module its forward back: one that it had itself, or that of its class."""
+    slot = _forward_slot(module)
+    if own is not _MISSING:
+        setattr(module, slot, own)
+    elif slot == "forward":
+        del module.forward
+    else:
+        setattr(module, slot, type(module).forward.__get__(module))
 
 
 def _own(thing: Any, attribute: str) -> Any:
