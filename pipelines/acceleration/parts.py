@@ -108,6 +108,20 @@ class AttentionPart(Part):
     backend: str
 
 
+MAIN_PARAMETERS = {
+    "budget": "budget",
+    "taylorseer": "every",
+    "hicache": "every",
+    "fora": "every",
+    "foca": "every",
+    "fbcache": "threshold",
+    "easycache": "threshold",
+    "dicache": "threshold",
+    "speca": "base",
+}
+"""Step caches that need no more than one parameter, and that one: it trades time for likeness."""
+
+
 class StepCachePart(Part):
     """Compute some denoising steps and forecast the others.
 
@@ -119,6 +133,24 @@ class StepCachePart(Part):
     main: ClassVar[str | None] = "preset"
     preset: str
     params: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, preset: str, amount: float | None = None) -> StepCachePart:
+        """Make a part by the preset's main parameter.
+
+        Args:
+            preset: a key of `MAIN_PARAMETERS`.
+            amount: of that parameter; None is the preset's own.
+
+        Raises:
+            ValueError: another preset, or an amount out of range.
+        """
+        if preset not in MAIN_PARAMETERS:
+            raise ValueError(f"preset is {preset!r}; use one of {', '.join(MAIN_PARAMETERS)}")
+        parameter = MAIN_PARAMETERS[preset]
+        if amount is None:
+            return cls(preset=preset)
+        return cls(preset=preset, params={parameter: round(amount) if parameter == "every" else amount})
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:

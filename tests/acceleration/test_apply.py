@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from dit.runtime.attachment import attachments
@@ -308,6 +309,12 @@ def test_an_image_that_fits_one_tile_is_said() -> None:
     assert (report["decoder_tiling"].is_active, reason.key) == (False, "why.fits_one_tile")
 
 
+def offload_each_layer(pipe: Any, device: torch.device, mode: str) -> None:
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            cpu_offload(part, device)
+
+
 @pytest.mark.parametrize("mode", ["model", "sequential", "group"])
 def test_offload(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the CPU to itself, which moves nothing but sets all hooks."""
@@ -315,13 +322,43 @@ def test_offload(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         AccelerationConfig(offload={"mode": mode, "device": "cpu"}).apply(make("text"))
     assert caught.value.key == "refused.offload"
     monkeypatch.setattr("pipelines.acceleration.on_memory.check_offload", lambda *_: None)
-    for name in ("text", "sd3"):
-        _, _, report = check(name, {"offload": {"mode": mode, "device": "cpu"}, "step_cache": "easycache"})
+    if mode == "sequential":  # diffusers says cpu:0, which accelerate takes for another device than cpu
+        monkeypatch.setattr("pipelines.acceleration.on_memory.place", offload_each_layer)
+    offload = {"mode": mode, "device": "cpu"}
+    for name in ("text", "dit") if mode == "sequential" else ("text", "sd3"):
+        _, fast, report = check(name, {"offload": offload})
         assert report["offload"].is_active
+        assert torch.equal(fast, generate(make(name), name))
+        _, cached, _ = check(name, {"step_cache": "taylorseer:every=2,first=2"})
+        _, both, report = check(name, {"step_cache": "taylorseer:every=2,first=2", "offload": offload})
+        assert torch.equal(both, cached)
+        assert report["step_cache"].is_active
     pipe = make("text")
-    with AccelerationConfig(offload={"mode": mode, "device": "cpu"}).apply(pipe):
-        offloaded = generate(pipe, "text")
-    assert torch.equal(offloaded, generate(make("text"), "text"))
+    plain, weights = generate(pipe, "text"), dict(pipe.text_encoder.named_parameters())
+    with AccelerationConfig(offload=offload).apply(pipe):
+        pass
+    assert all(weight is weights[name] for name, weight in pipe.text_encoder.named_parameters())
+    assert torch.equal(generate(pipe, "text"), plain)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_cache_outlives_the_hooks_that_model_offload_sets_anew_after_each_call(is_first: bool) -> None:
+    pipe = make("text")
+    plain = generate(pipe, "text")
+    with StepCache(Mask((True, True, False, True, False, True))).attach(pipe):
+        cached = generate(pipe, "text")
+    if is_first:
+        pipe.enable_model_cpu_offload(device="cpu")
+    attachment = StepCache(Mask((True, True, False, True, False, True))).attach(pipe)
+    if not is_first:
+        pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(generate(pipe, "text"), cached)
+        assert attachment.report()["strip"] == {"all": "CC.C.C"}
+    attachment.detach()
+    assert torch.equal(generate(pipe, "text"), plain)
+    pipe.remove_all_hooks()
+    assert torch.equal(generate(pipe, "text"), plain)
 
 
 def test_offloaded_pipelines_are_not_offloaded_again() -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pipelines.acceleration import AccelerationConfig, AccelerationError
 from pipelines.acceleration.conflicts import CONFLICTS
 from pipelines.acceleration.handle import SWITCHES
+from pipelines.acceleration.parts import MAIN_PARAMETERS, StepCachePart
 from pipelines.acceleration.texts import ENGLISH
 
 EVERY_PART: dict[str, Any] = {
@@ -61,6 +62,15 @@ def test_main_values_stand_for_parts() -> None:
     assert config.attention.backend == "flex"
     assert config.compile.scope == "blocks"
     assert config == AccelerationConfig(step_cache="budget=0.35", attention="flex", compile=True)
+
+
+@pytest.mark.parametrize("preset", MAIN_PARAMETERS)
+def test_main_parameters_of_step_caches(preset: str) -> None:
+    part = StepCachePart.of(preset, 0.6)
+    assert part.params == {MAIN_PARAMETERS[preset]: 1 if MAIN_PARAMETERS[preset] == "every" else 0.6}
+    assert StepCachePart.of(preset).params == {}
+    with pytest.raises(ValueError, match="magic"):
+        StepCachePart.of("magic")
 
 
 def test_files_that_a_server_must_not_read_are_named() -> None:
