@@ -26,7 +26,7 @@ from sampling.step_cache.call import Call, Track
 from sampling.step_cache.constants import data
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
 from sampling.step_cache.gates import Gate, Interval
-from sampling.step_cache.reasons import Reason
+from sampling.step_cache.reasons import OBSTACLES, Reason
 from sampling.step_cache.regions import Output, Place, Region
 from sampling.step_cache.values import Values, as_one, signature, take_apart
 
@@ -317,7 +317,8 @@ class StepCache(Mechanism):
         """Return the cost (share of the calls' work that was done), and the newest run's steps.
 
         "skipped" counts the calls that were forecast since the cache was attached; if none was, "why_inactive" says
-        why.
+        why. "missed" counts, by reason, the calls that were computed though the gate did not ask for them, also
+        where others were forecast.
 
         Work is counted in blocks: embeddings and the last projection, which regions within the network run at every
         step, are one percent or less of a network of usual depth.
@@ -334,6 +335,7 @@ class StepCache(Mechanism):
             "asked": self._called,
             "skipped": self._skipped,
             "why_inactive": self.why_inactive(),
+            "missed": {str(one): count for one, count in self.reasons().items() if one.key in OBSTACLES},
             "decisions": self.decisions(),
             "strip": {branch: _strip(steps) for branch, steps in self._strip.items()},
         }

@@ -140,7 +140,7 @@ def test_nothing_is_claimed_before_a_call() -> None:
 
 
 def test_steps_that_a_working_cache_missed_are_said() -> None:
-    """The call with gradients and the one of another branch order are computed, though the cache skips others."""
+    """A call with gradients is computed, though the cache skips others."""
     pipe = make("text")
     with AccelerationConfig(step_cache="taylorseer:every=2,first=2").apply(pipe) as handle:
         generate(pipe, "text")
@@ -149,6 +149,8 @@ def test_steps_that_a_working_cache_missed_are_said() -> None:
             embeds = torch.zeros(1, 3, 16)
             pipe.transformer(torch.zeros(1, 4, 4, 4), embeds, torch.tensor([pipe.scheduler.timesteps[0]]))
         part = handle.report()["step_cache"]
+        (attachment,) = [one for one in attachments(pipe) if one.mechanism.name == "step_cache"]
+        assert attachment.report()["missed"] == {"gradients are on": 1}
     assert part.is_active
     assert [(reason.key, reason.values["count"]) for reason in part.reasons] == [("step_cache.gradients", 1)]
 
