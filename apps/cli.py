@@ -12,14 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
-from apps.commands.generate_options import generate
 from apps.commands.shared_options import (
-    CHECKPOINT,
-    MEASURED,
-    OUTPUT,
-    SERVER,
-    SPEED,
     AuthFile,
     Base,
     Device,
@@ -36,9 +31,25 @@ from apps.commands.shared_options import (
     Seed,
     Steps,
 )
+from apps.service.panels import CHECKPOINT, MEASURED, OUTPUT, SERVER, SPEED
+
+
+class _Commands(TyperGroup):
+    """The commands; the parameters of `generate` are built when it is called, because they bring pydantic along."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Return the command that arguments name, as click asks for it."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name != "generate":
+            return name, command, rest
+        from apps.commands.generate_options import build_command
+
+        return name, build_command(), rest
+
 
 app = typer.Typer(
     name="tessera",
+    cls=_Commands,
     help="Generate images and videos from text with small, readable transformers.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -184,7 +195,9 @@ def token(
         typer.echo(add_user(auth_file, name, role))
 
 
-app.command()(generate)
+@app.command()
+def generate() -> None:
+    """Generate an image from a prompt, repeat one from its settings, or work through a file of prompts."""
 
 
 @app.command()

@@ -28,9 +28,10 @@ from apps.api.tokens import User
 from apps.service import limits
 from apps.service.engine import Engine
 from apps.service.events import Event, EventStream, Failed, Picture, Step
-from apps.service.metadata import SchedulerName
 from apps.service.option_text import as_label
-from apps.service.requests import TASKS, AnyRequest, Avoided, Prompt
+from apps.service.option_values import SchedulerName
+from apps.service.options import NegativePrompt
+from apps.service.requests import TASKS, AnyRequest, Prompt
 from apps.service.uploads import UploadError
 from apps.service.validation import explain_fields
 
@@ -90,7 +91,7 @@ class ImagesRequest(BaseModel):
     stream: bool | None = None
     partial_images: int | None = Field(default=None, ge=0, le=3)
     seed: int | None = Field(default=None, ge=0, le=limits.MAX_SEED)
-    negative_prompt: Avoided | None = None
+    negative_prompt: NegativePrompt | None = None
     steps: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
     guidance: float | None = Field(default=None, ge=0, le=limits.MAX_GUIDANCE)
     scheduler: SchedulerName | None = None

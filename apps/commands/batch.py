@@ -11,35 +11,37 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
-from apps.commands.generate import DEFAULT_MODEL, Machine, Wishes, follow, make_request
-from apps.commands.options import check_wishes, read_line
+from apps.commands.generate import DEFAULT_MODEL, Machine, follow, make_request
+from apps.commands.given_options import GenerateOptions, make_options
+from apps.commands.options import check_options, read_line
 from apps.commands.outputs import picture_paths, save
 from apps.service.compute_profiles import check_request
 from apps.service.engine import Engine
 from apps.service.logs import no_repetition
 from apps.service.model_pool import check_sources
-from apps.service.prompt_file import command_line_values, parse_lines, read_text, request_field_names
-from apps.service.requests import AnyRequest, explain
+from apps.service.prompt_file import command_line_values, parse_lines, read_text
+from apps.service.requests import OPTIONS
 from apps.service.usage import UsageError, checking
 from apps.service.writable import check_folder
 
 EXAMPLE = "1"
 """Stands for the prompts of the lines when their common settings are checked: a text, and the number of a class."""
-FROM_LINE = {field.name for field in fields(Wishes)} - {"model", "lora"}
+FROM_LINE = set(make_options().model_dump()) - {"model", "lora"}
 """Names of the command line that a line may have."""
-RENAMED = {"width", "height", "num_images", "label", "step_cache"}
+RENAMED = {"width", "height", "label", *(name for name, one in OPTIONS.items() if one.flag != name)}
 """Fields of a request that have other names on the command line."""
-ADDED = ("mask_grow", "mask_blur")
-"""Options that came later; names of files made without them stay as they were."""
-OF_ALL = {"model", "lora", "pick", "file_format", "keep_settings", "sidecar"}
-"""Fields of a request that hold for all lines, or that the command line decides."""
+NAMING = (
+    "prompt", "negative_prompt", "model", "seed", "steps", "guidance", "size", "num", "batch_size", "frames", "style",
+    "preset", "scheduler", "image", "mask", "strength", "expand", "memory", "dtype", "attention", "cache",
+    "temperature", "top_k", "top_p", "kv_policy", "kv_budget", "search", "candidates", "lora", "lora_scale",
+)  # fmt: skip
+"""Options that name the files even where nobody says them; later ones don't, so that names stay as they were."""
 
 
 class BatchError(ValueError):
@@ -52,21 +54,19 @@ class Line:
 
     Attributes:
         number: from 1, as editors count.
-        wishes: what it asks for, with those of the command line behind.
+        options: what it asks for, with those of the command line behind.
         name: of its image, without the ending.
-        fields: fields of the request that the command line has no option for.
     """
 
     number: int
-    wishes: Wishes
+    options: GenerateOptions
     name: str
-    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def run_batch(
     file: Path,
     folder: Path,
-    common: Wishes,
+    common: GenerateOptions,
     machine: Machine | None = None,
     json_output: bool = False,
     keep_settings: bool = True,
@@ -93,10 +93,10 @@ def run_batch(
         lines = list(read_lines(file, common))
         check_folder(folder)
         check_sources([source], machine.base)
-        rehearsed = check_wishes(replace(common, prompt=EXAMPLE), source)
+        rehearsed = check_options(common.changed(prompt=EXAMPLE), source)
         for line in lines:
             _rehearse(line, source)
-        opened = machine.fitted(common.memory).engine(source, common.lora)
+        opened = machine.fitted(common.value("memory")).engine(source, common.lora)
     with no_repetition(), closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
             if rehearsed is not None:
@@ -116,22 +116,21 @@ def run_batch(
         raise BatchError(f"{failed} of {len(lines)} lines failed; run the same command again to try only those.")
 
 
-def read_lines(file: Path, common: Wishes) -> Iterator[Line]:
+def read_lines(file: Path, common: GenerateOptions) -> Iterator[Line]:
     """Read the lines of a file; blank ones and those that begin with # are skipped.
 
     Raises:
         PromptFileError: a line is neither text nor an object of known names.
     """
-    known = FROM_LINE | RENAMED | (request_field_names() - OF_ALL)
+    known = FROM_LINE | RENAMED
     for line in parse_lines(read_text(file.read_bytes(), file.name), file.name, known):
         values = command_line_values(line.values)
-        said = _typed(line.number, {key: value for key, value in values.items() if key in FROM_LINE})
+        said = _typed(line.number, values)
         said |= {key: file.parent / said[key] for key in ("image", "mask") if said.get(key) is not None}
-        extra = {key: value for key, value in values.items() if key not in FROM_LINE}
-        wishes = replace(common, **said)
-        told = {key: value for key, value in asdict(wishes).items() if key not in ADDED or value is not None}
-        content = json.dumps(told | extra, sort_keys=True, default=str)
-        yield Line(line.number, wishes, f"{line.number:05d}-{_digest(content)}", extra)
+        options = common.changed(**said)
+        told = {key: value for key, value in options.model_dump().items() if key in NAMING or value is not None}
+        content = json.dumps(told, sort_keys=True, default=str)
+        yield Line(line.number, options, f"{line.number:05d}-{_digest(content)}")
 
 
 def _rehearse(line: Line, source: str) -> None:
@@ -141,17 +140,9 @@ def _rehearse(line: Line, source: str) -> None:
         UsageError: an unknown name, or a value out of range; the message names the line.
     """
     try:
-        request = check_wishes(line.wishes, source)
-        if request is not None and line.fields:
-            _with_fields(request, line)
-    except (UsageError, ValidationError) as error:
-        problem = explain(error) if isinstance(error, ValidationError) else str(error)
-        raise UsageError(f"Line {line.number}: {problem}") from error
-
-
-def _with_fields(request: AnyRequest, line: Line) -> AnyRequest:
-    """Add the fields that the command line has no option for."""
-    return type(request).model_validate({**request.model_dump(), **line.fields}) if line.fields else request
+        check_options(line.options, source)
+    except UsageError as error:
+        raise UsageError(f"Line {line.number}: {error}") from error
 
 
 def _typed(number: int, said: dict[str, Any]) -> dict[str, Any]:
@@ -170,18 +161,13 @@ def _digest(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
-def _request(line: Line, engine: Engine) -> AnyRequest:
-    """Make the request of a line."""
-    return _with_fields(make_request(line.wishes, engine), line)
-
-
 def _paint(
     line: Line, folder: Path, engine: Engine, console: Console, keep_settings: bool, sidecar: bool
 ) -> dict[str, Any]:
     """Generate one line unless it is done; returns what is told of it."""
-    row: dict[str, Any] = {"line": line.number, "prompt": line.wishes.prompt, "state": "done"}
+    row: dict[str, Any] = {"line": line.number, "prompt": line.options.prompt, "state": "done"}
     try:
-        request = _request(line, engine)
+        request = make_request(line.options, engine)
         paths = picture_paths(folder / f"{line.name}.png", request.num_images, sidecar)
         if all(path.is_file() for path in paths):
             return {**row, "state": "skipped", "paths": [str(path) for path in paths]}

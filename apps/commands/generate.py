@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+from apps.commands.given_options import GenerateOptions
 from apps.commands.options import (
-    Wishes,
     asked,
-    check_wishes,
+    check_options,
     complete,
     complete_again,
     named_model,
@@ -27,13 +27,14 @@ from apps.service.compute_profiles import PROFILES, check_request, memory_profil
 from apps.service.engine import STATE_FOLDER, Engine, Event, Failed, ModelLoading, Picture, Step, resolve_device
 from apps.service.logs import no_repetition
 from apps.service.lora import one_lora
-from apps.service.metadata import Lora, MemoryName, PictureSettings
+from apps.service.metadata import PictureSettings
 from apps.service.model_pool import check_sources, name_models
+from apps.service.option_values import Lora, MemoryName
 from apps.service.requests import AnyRequest
 from apps.service.uploads import read_upload
 from apps.service.usage import UsageError, checking
 
-__all__ = ["Machine", "Wishes", "follow", "make_request", "run"]
+__all__ = ["Machine", "follow", "make_request", "run"]
 
 DEFAULT_MODEL = "stickers"
 USAGE_CODES = ("bad_request", "unknown_model")
@@ -74,7 +75,7 @@ class Machine:
 
 
 def run(
-    wishes: Wishes,
+    options: GenerateOptions,
     output: Path | None = None,
     machine: Machine | None = None,
     settings: Path | None = None,
@@ -85,7 +86,7 @@ def run(
     """Generate and write the images, each with the settings that reproduce it.
 
     Args:
-        wishes: what to generate; they go before `settings`.
+        options: what to generate; they go before `settings`.
         output: PNG or WebP file to write; several images get -0, -1, ... before the ending. Of a model that makes
             clips it receives some frames side by side, and the clip goes beside it as MP4; a name with `.mp4` receives
             the clip alone. An existing file is replaced. None is tessera.png, or the next name like it that is free.
@@ -106,17 +107,17 @@ def run(
     told, machine = Console(stderr=True, quiet=json_output), machine or Machine()
     with checking(ValueError, FileNotFoundError):
         taken = None if settings is None else read_settings(settings)
-        source = wishes.model or (DEFAULT_MODEL if taken is None else named_model(taken))
+        source = options.model or (DEFAULT_MODEL if taken is None else named_model(taken))
         check_output(output or DEFAULT_OUTPUT, sidecar)
         check_sources([source], machine.base)
-        rehearsed = check_wishes(wishes, source, taken)
-        memory = wishes.memory or (None if taken is None else taken.memory)
-        opened = machine.fitted(memory).engine(source, wishes.lora)
+        rehearsed = check_options(options, source, taken)
+        memory = options.value("memory") or (None if taken is None else taken.memory)
+        opened = machine.fitted(memory).engine(source, options.lora)
     with no_repetition(), closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
             if rehearsed is not None:
                 check_request(rehearsed, engine.devices)
-            request = make_request(wishes, engine, taken, settings)
+            request = make_request(options, engine, taken, settings)
             if output is not None and is_clip(output) and engine.model().result().frames is None:
                 raise UsageError(f"The model {source!r} makes images, not clips; write to a '.png' file.")
         paths = iter(_output_paths(output, 1 if request.pick is not None else request.num_images, told, sidecar))
@@ -138,12 +139,12 @@ def _output_paths(output: Path | None, num: int, told: Console, sidecar: bool) -
 
 
 def make_request(
-    wishes: Wishes, engine: Engine, taken: PictureSettings | None = None, settings: Path | None = None
+    options: GenerateOptions, engine: Engine, taken: PictureSettings | None = None, settings: Path | None = None
 ) -> AnyRequest:
-    """Turn wishes into a request.
+    """Turn options into a request.
 
     Args:
-        wishes: what was said.
+        options: what was said.
         engine: has one model, and receives the images to start from.
         taken: settings of an image, for all that was not said.
         settings: the file they came from; images it was made from are looked for beside it.
@@ -152,25 +153,25 @@ def make_request(
         ValueError: a setting is missing or out of range.
         OSError: an image can't be read.
     """
-    values = asked(wishes)
+    values = asked(options)
     files = {
-        "lora": _lora(wishes, engine, None if taken is None else taken.lora),
-        "image": _hand_in(wishes.image, taken.image if taken else None, settings, engine),
-        "mask": _hand_in(wishes.mask, taken.mask if taken else None, settings, engine),
+        "lora": _lora(options, engine, None if taken is None else taken.lora),
+        "image": _hand_in(options.image, taken.image if taken else None, settings, engine),
+        "mask": _hand_in(options.mask, taken.mask if taken else None, settings, engine),
     }
     values |= {name: value for name, value in files.items() if value is not None}
     if taken is not None:
-        return complete_again(values, wishes.prompt, taken, engine.models[0])
-    return complete(values, wishes.prompt, task_of(values, engine.model().result().tasks[0]))
+        return complete_again(values, options.prompt, taken, engine.models[0])
+    return complete(values, options.prompt, task_of(values, engine.model().result().tasks[0]))
 
 
-def _lora(wishes: Wishes, engine: Engine, taken: Lora | None) -> Lora | None:
+def _lora(options: GenerateOptions, engine: Engine, taken: Lora | None) -> Lora | None:
     """Find out which LoRA file is asked for, and how much of it: the one named, or the one of an image's settings.
 
     Raises:
         ValueError: a scale without a file, or settings whose file isn't named or is another one.
     """
-    scale = {} if wishes.lora_scale is None else {"scale": wishes.lora_scale}
+    scale = {} if options.lora_scale is None else {"scale": options.lora_scale}
     if taken is not None and engine.loras in ((), (taken.name,)):
         if not engine.loras:
             raise ValueError(f"The settings ask for the LoRA file {taken.name!r}; name it with --lora.")

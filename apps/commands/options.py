@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from apps.commands.given_options import DERIVED, NEEDS, GenerateOptions, command_type, make_options
 from apps.commands.outputs import is_clip
-from apps.service.acceleration import read_cache
 from apps.service.media import read_mp4
-from apps.service.metadata import (
-    KvPolicy,
-    MemoryName,
-    PictureSettings,
-    SearchMethod,
-    read_picture,
-    read_sidecar,
-)
+from apps.service.metadata import PictureSettings, read_picture, read_sidecar, repeat
 from apps.service.model_pool import tasks_on_disk
 from apps.service.named_settings import load_presets, preset_values
-from apps.service.option_text import as_label, parse_size, read_expand
-from apps.service.requests import REQUEST, TASKS, AnyRequest, explain, repeat
+from apps.service.option_text import as_label, parse_size
+from apps.service.requests import OPTIONS, REQUEST, TASKS, AnyRequest, explain
 from apps.service.styles import load_styles
 from apps.service.usage import UsageError, checking
 from apps.service.validation import explain_item
@@ -31,94 +23,19 @@ from pipelines import builtin_models
 
 DEFAULT_SEED = 0
 """The same words give the same image, unless a seed is given."""
-NEEDED = {"mask": "image", "strength": "image", "expand": "image", "kv_budget": "kv_policy"}
-"""Options that mean nothing without another one."""
 ANY_IMAGE = "0" * 64
 """Stands for an image that is read later."""
 FIRST_TASKS = ("text_to_image", "class_to_image", "next_scale_text", "next_scale_class")
 """What a model may do first, if its folder doesn't tell."""
-OF_SCALES = ("temperature", "top_k", "top_p", "kv_policy", "kv_budget", "search", "candidates")
-"""Wishes that only next-scale models know, by their names in requests."""
+SIZES = ("width", "height")
+"""Fields that the command line has as one option, `size`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """What was said on the command line; None was not said.
-
-    Attributes:
-        prompt: what to generate; a class for a model of classes.
-        negative_prompt: what to avoid.
-        model: built-in name, folder, single file or hub id.
-        seed: of the first image.
-        steps: denoising steps.
-        guidance: guidance scale.
-        size: `128`, or `WIDTHxHEIGHT` such as `160x128`.
-        num: how many images.
-        batch_size: how many at once.
-        frames: of a clip.
-        style: name of a style.
-        preset: name of a set of settings.
-        scheduler: name of a scheduler.
-        image: file of an image to start from.
-        mask: file of a mask, white where to generate.
-        mask_grow: pixels by which the mask grows.
-        mask_blur: width of the mask's soft edge, pixels.
-        strength: how much of the image is changed.
-        lora: file of a LoRA.
-        lora_scale: 1 is as trained.
-        expand: how far the image grows, e.g. `0.25` on all sides or `left=0.5,top=0.25`.
-        memory: memory profile.
-        dtype: number format of the weights.
-        attention: attention backend.
-        cache: step cache with its main parameter, e.g. `budget=0.35` or `fbcache:threshold=0.1`.
-        temperature: of the tokens of a next-scale model.
-        top_k: draw among so many.
-        top_p: draw among the likeliest that hold this share.
-        kv_policy: what is kept of earlier scales.
-        kv_budget: which share of it.
-        search: generate several candidates and keep the best.
-        candidates: images to pay for: `best_of` generates so many, other searches spend their tokens early.
-    """
-
-    prompt: str | None = None
-    negative_prompt: str | None = None
-    model: str | None = None
-    seed: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    size: str | None = None
-    num: int | None = None
-    batch_size: int | None = None
-    frames: int | None = None
-    style: str | None = None
-    preset: str | None = None
-    scheduler: str | None = None
-    image: Path | None = None
-    mask: Path | None = None
-    mask_grow: int | None = None
-    mask_blur: int | None = None
-    strength: float | None = None
-    expand: str | None = None
-    memory: MemoryName | None = None
-    dtype: str | None = None
-    attention: str | None = None
-    cache: str | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    kv_policy: KvPolicy | None = None
-    kv_budget: float | None = None
-    search: SearchMethod | None = None
-    candidates: int | None = None
-    lora: Path | None = None
-    lora_scale: float | None = None
-
-
-def check_wishes(wishes: Wishes, source: str, taken: PictureSettings | None = None) -> AnyRequest | None:
+def check_options(options: GenerateOptions, source: str, taken: PictureSettings | None = None) -> AnyRequest | None:
     """Check all that can be checked before a model is loaded.
 
     Args:
-        wishes: the options.
+        options: of the command.
         source: name of the model.
         taken: settings of an image, for all that the options leave open.
 
@@ -129,57 +46,38 @@ def check_wishes(wishes: Wishes, source: str, taken: PictureSettings | None = No
     Raises:
         UsageError: an unknown name, a value out of range or of another form, or options that don't go together.
     """
-    for name, other in NEEDED.items():
-        if getattr(wishes, name) is not None and getattr(wishes, other) is None and getattr(taken, other, None) is None:
+    for name, other in NEEDS.items():
+        if options.value(name) is not None and options.value(other) is None and getattr(taken, other, None) is None:
             raise UsageError(f"{_flag(name)} goes with {_flag(other)}; give both or neither.")
     with checking():
-        values = asked(wishes)
+        values = asked(options)
     for name, offered in (("style", load_styles()), ("preset", load_presets())):
-        wanted = getattr(wishes, name)
+        wanted = options.value(name)
         if wanted is not None and wanted not in offered:
             raise UsageError(f"There is no {name} {wanted!r}; choose among {', '.join(offered)}.")
     if taken is not None:
         return None
-    values |= {name: ANY_IMAGE for name in ("image", "mask") if getattr(wishes, name) is not None}
+    values |= {name: ANY_IMAGE for name in ("image", "mask") if options.value(name) is not None}
     problems = []
     for first in tasks_on_disk(source)[:1] or FIRST_TASKS:
         try:
-            return complete(values, wishes.prompt, task_of(values, first))
+            return complete(values, options.prompt, task_of(values, first))
         except UsageError as error:
             problems.append(error)
     raise problems[0]
 
 
-def asked(wishes: Wishes) -> dict[str, Any]:
+def asked(options: GenerateOptions) -> dict[str, Any]:
     """Return the fields of a request that the options set; without the prompt, and what is read from files.
 
     Raises:
         ValueError: a size, an expansion or a step cache is of another form or out of range.
     """
-    width, height = parse_size(wishes.size)
-    said = {
-        "negative_prompt": wishes.negative_prompt,
-        "seed": wishes.seed,
-        "steps": wishes.steps,
-        "guidance": wishes.guidance,
-        "width": width,
-        "height": height,
-        "num_images": wishes.num,
-        "batch_size": wishes.batch_size,
-        "frames": wishes.frames,
-        "style": wishes.style,
-        "preset": wishes.preset,
-        "scheduler": wishes.scheduler,
-        "strength": wishes.strength,
-        "mask_grow": wishes.mask_grow,
-        "mask_blur": wishes.mask_blur,
-        "expand": None if wishes.expand is None else read_expand(wishes.expand),
-        "memory": wishes.memory,
-        "dtype": wishes.dtype,
-        "attention": wishes.attention,
-        **{name: getattr(wishes, name) for name in OF_SCALES},
-        "step_cache": None if wishes.cache is None else read_cache(wishes.cache),
-    }
+    width, height = parse_size(options.size)
+    said = {"width": width, "height": height, "dtype": options.dtype}
+    for name, one in DERIVED.items():
+        value = options.value(name)
+        said[one.name] = one.from_text(value) if isinstance(value, str) else value
     return {name: value for name, value in said.items() if value is not None}
 
 
@@ -257,21 +155,25 @@ def read_line(values: dict[str, Any]) -> dict[str, Any]:
         for name, one in values.items()
     }
     try:
-        read = TypeAdapter(Wishes).validate_python(texts)
+        read = make_options(**texts)
     except ValidationError as error:
         names = sorted({str(item["loc"][0]) for item in error.errors()})
-        hints = ", ".join(f"{name} ({_TYPES[name]})" for name in names if name in _TYPES)
+        hints = ", ".join(f"{name} ({_type_name(name)})" for name in names if name in make_options().model_dump())
         raise UsageError(f"values of another type: {hints}") from error
-    return {name: getattr(read, name) for name in values}
+    return {name: read.value(name) for name in values}
 
 
-_TYPES = {field.name: str(field.type).removesuffix(" | None") for field in fields(Wishes)}
+def _type_name(name: str) -> str:
+    """Say what an option takes."""
+    one = DERIVED.get(name)
+    kind = float if name == "lora_scale" else str if one is None else command_type(one)
+    return kind.__name__
 
 
 def _flag(name: str) -> str:
     """Return the option that sets a field."""
-    named = {"num_images": "num", "step_cache": "cache", "width": "size", "height": "size"}
-    return f"--{named.get(name, name).replace('_', '-')}"
+    flag = "size" if name in SIZES else OPTIONS[name].flag if name in OPTIONS else name
+    return f"--{flag.replace('_', '-')}"
 
 
 def named_model(taken: PictureSettings) -> str:

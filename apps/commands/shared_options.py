@@ -1,19 +1,14 @@
-"""Options that several commands share, and the panels of `--help` that options stand in."""
+"""Options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from apps.service.panels import MODELS, OUTPUT, SAMPLING, SERVER, SPEED
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 OffloadName = Literal["none", "model", "group", "sequential"]
-MemoryName = Literal["fast", "tiles", "balanced", "low"]
-SearchMethod = Literal["best_of", "tts", "beam"]
-
-PROMPT, FILES, COUNT, SAMPLING = "Prompt and model", "From files", "Size and count", "Sampling"
-SCALES, EDITING, SPEED, OUTPUT = "Next-scale models", "Image editing", "Speed and memory", "Output"
-SERVER, MODELS, MEASURED, CHECKPOINT = "Server", "Models", "What is measured", "Checkpoint"
-"""Panels of `--help`."""
 
 Device = Annotated[
     str,

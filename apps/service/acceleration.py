@@ -8,24 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from apps.service.metadata import StepCache
+from apps.service.option_values import MAIN_PARAMETERS, StepCache
 from apps.service.request_error import RequestError
 
 logger = logging.getLogger(__name__)
 
-KNOBS = {
-    "budget": "budget",
-    "taylorseer": "every",
-    "hicache": "every",
-    "fora": "every",
-    "foca": "every",
-    "fbcache": "threshold",
-    "easycache": "threshold",
-    "dicache": "threshold",
-    "speca": "base",
-}
-"""Presets that anybody can use, and the parameter of each that trades time for likeness. "budget" needs a profile in
-the model's folder, as the built-in one has."""
 MIB = 2**20
 
 
@@ -48,26 +35,6 @@ class RunningCache:
         return "".join("C" if steps[step] else "." for step in sorted(steps))
 
 
-def read_cache(text: str) -> StepCache:
-    """Read a step cache from a command line, `budget=0.35` or `fbcache:threshold=0.1`.
-
-    Raises:
-        ValueError: an unknown preset, or a parameter other than its main one (the Python API takes them all).
-    """
-    from pipelines.step_cache import parse_cache
-
-    preset, params = parse_cache(text)
-    knob = KNOBS.get(preset)
-    others = sorted(set(params) - {knob})
-    if knob is None or others:
-        offered = ", ".join(f"{name}:{key}=..." for name, key in KNOBS.items())
-        raise ValueError(f"The step cache {text!r} can't be set here; choose among {offered}.")
-    amount = params.get(knob)
-    if amount is not None and not isinstance(amount, int | float):
-        raise ValueError(f"The step cache {text!r} needs a number behind {knob}=.")
-    return StepCache(preset=preset, amount=amount)
-
-
 @contextmanager
 def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
     """Attach a step cache for one call.
@@ -82,18 +49,18 @@ def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
     if wish is None:
         yield RunningCache()
         return
-    if wish.preset not in KNOBS:
+    if wish.preset not in MAIN_PARAMETERS:
         raise RequestError(
             "choice",
-            f"There is no such step cache; choose among {', '.join(KNOBS)}.",
+            f"There is no such step cache; choose among {', '.join(MAIN_PARAMETERS)}.",
             field="step_cache",
             value=wish.preset,
-            choices=", ".join(KNOBS),
+            choices=", ".join(MAIN_PARAMETERS),
         )
     from dit.runtime.attachment import AttachError
     from sampling.step_cache import StepCache as Mechanism
 
-    knob = KNOBS[wish.preset]
+    knob = MAIN_PARAMETERS[wish.preset]
     amount = None if wish.amount is None else round(wish.amount) if knob == "every" else wish.amount
     params: dict[str, Any] = {} if amount is None else {knob: amount}
     if wish.preset == "budget":

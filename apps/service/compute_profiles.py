@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import functools
 import logging
-import warnings
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from apps.service.metadata import MemoryName
+from apps.service.option_values import MemoryName
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
 
 logger = logging.getLogger(__name__)
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKAGES = {"flash": "flash_attn", "sage": "sageattention", "xformers": "xformers"}
-"""What attention backends need beside torch; others that torch has are found out by a call."""
 NETWORKS = ("transformer", "transformer_2", "unet")
 """Components whose attention a backend is chosen for; text encoders and decoders keep their own."""
 NO_ACCELERATOR = "it moves weights between the CPU and an accelerator, and there is none here"
@@ -112,15 +108,15 @@ def memory_profiles(device: str) -> dict[str, str]:
 
 @functools.cache
 def attention_backends(device: str) -> dict[str, str]:
-    """Return diffusers' attention backends, each with the reason why it doesn't work on a device.
+    """Return the attention backends that users choose among, each with the reason why it doesn't work on a device.
 
     A small call finds out, except for flex, which is compiled at its first call: that takes seconds, and `tessera info`
-    takes them. Those that would fetch a kernel from elsewhere are left out: nothing of a request is downloaded.
+    takes them.
     """
-    from dit.runtime.bridge import attention_backend_names
+    from dit.attention.backends import offered_backends
 
-    names = [name for name in attention_backend_names() if "hub" not in name and "varlen" not in name]
-    return {name: try_attention(name, torch.device(device), calls=name != "flex") for name in names}
+    found = torch.device(device)
+    return {one.name: try_attention(one.name, found, calls=not one.compiles) for one in offered_backends()}
 
 
 def try_attention(backend: str, device: torch.device, calls: bool = True) -> str:
@@ -134,24 +130,11 @@ def try_attention(backend: str, device: torch.device, calls: bool = True) -> str
     Returns:
         The reason; empty if it works.
     """
-    package = PACKAGES.get(backend.strip("_").split("_")[0])
-    if package is not None and find_spec(package) is None:
-        return f"{package} is not installed"
-    from dit.attention import attention
-    from dit.runtime.bridge import check_attention_backend
+    from dit.attention.backends import attention_backend_table
 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # flash kernels refuse float32
-    tokens = torch.zeros(1, 16, 2, 32, device=device, dtype=dtype)  # (B, N, K, E)
-    try:
-        check_attention_backend(backend)
-        if not calls:
-            return ""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a trial is too small to care about speed
-            attention(tokens, tokens, tokens, backend=backend)
-    except (RuntimeError, ValueError, ImportError, NotImplementedError, TypeError, AttributeError) as error:
-        return str(error).strip().splitlines()[0].rstrip(".")
-    return ""
+    found = attention_backend_table().get(backend)
+    return "there is no such backend" if found is None else found.can_run(device, dtype, head_dim=32, call=calls)
 
 
 # ---------------------------------------------------------------------------- for one job

@@ -36,8 +36,9 @@ from apps.service.limits import ServerLimits
 from apps.service.logs import no_loading_bars
 from apps.service.lora import settle
 from apps.service.media import clip_of
-from apps.service.metadata import Lora, parse
+from apps.service.metadata import parse
 from apps.service.model_pool import LoadedModel, ModelShelf, Pipeline, tasks_on_disk
+from apps.service.option_values import Lora
 from apps.service.requests import REQUEST, AnyRequest, TextToImageRequest
 from apps.service.uploads import UploadStore
 from apps.service.worker_state import Health, Worker, problems

@@ -10,29 +10,14 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from apps.service.acceleration import KNOBS
 from apps.service.request_error import RequestError
-from apps.service.requests import REQUEST, AnyRequest
+from apps.service.requests import OPTIONS, REQUEST, AnyRequest
 
-AXES = {
-    "steps": int,
-    "guidance": float,
-    "seed": int,
-    "scheduler": str,
-    "step_cache": str,
-    "prompt": str,
-    "style": str,
-    "strength": float,
-    "kv_policy": str,
-    "kv_budget": float,
-    "temperature": float,
-    "attention": str,
-    "dtype": str,
-    "memory": str,
-}
-"""What may be varied, and the kind of its values. Of `prompt` the first value is what the others replace."""
+AXES = {name: one for name, one in OPTIONS.items() if one.option.is_axis}
+"""What may be varied. Of `prompt` the first value is what the others replace."""
 OFF = "off"
-"""The value that leaves a scheduler, a step cache, a style or a choice of the machine's out."""
+"""The value that leaves an option out, such as a scheduler or a step cache; numbers have none."""
+NUMBERS = (int, float)
 MAX_VALUES, MAX_CELLS = 8, 64
 GAP, LINE, SIDE, LETTERS = 8, 28, 176, 20
 """Pixels: between cells, of a line of text, of the widest column with labels of rows, of letters.
@@ -107,7 +92,8 @@ def read_axis(name: str, text: str) -> Axis:
         )
     for value in values:
         try:
-            AXES[name](value)
+            if AXES[name].type in NUMBERS:
+                AXES[name].from_text(value)
         except ValueError as error:
             raise RequestError(
                 "grid.number", f"{name}: {value[:40]!r} is no number.", field=name, value=value[:40]
@@ -169,19 +155,9 @@ def _value(request: AnyRequest, axis: Axis, index: int) -> Any:
                 value=searched[:40],
             )
         return said.replace(searched, text)
-    if text == OFF and axis.name in ("scheduler", "step_cache", "style", "attention", "dtype", "memory"):
+    if text == OFF and AXES[axis.name].type not in NUMBERS:
         return None
-    if axis.name == "step_cache":
-        if text not in KNOBS:
-            raise RequestError(
-                "choice",
-                f"step_cache: choose among {', '.join((OFF, *KNOBS))}.",
-                field="step_cache",
-                value=text[:40],
-                choices=", ".join((OFF, *KNOBS)),
-            )
-        return {"preset": text}
-    return AXES[axis.name](text)
+    return AXES[axis.name].from_text(text)
 
 
 def compose(axes: Sequence[Axis], cells: dict[tuple[int, int, int], Filled], side: int = 192) -> Image.Image:

@@ -23,7 +23,7 @@ from apps.service.acceleration import RunningCache, describe, search_argument, s
 from apps.service.media import candidate_sheet
 from apps.service.model_pool import LoadedModel, Pipeline
 from apps.service.request_error import RequestError
-from apps.service.requests import AnyRequest
+from apps.service.requests import OPTIONS, AnyRequest
 from apps.service.schedulers import make_scheduler
 
 logger = logging.getLogger(__name__)
@@ -33,25 +33,8 @@ PREVIEW_SECONDS = 0.15
 PREVIEW_SHARE = 0.05
 """Nor may they cost more than this share of the time."""
 
-ARGUMENTS = {
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "label": "class_labels",
-    "height": "height",
-    "width": "width",
-    "steps": "num_inference_steps",
-    "strength": "strength",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "temperature": "temperature",
-    "smooth": "smooth",
-    "kv_policy": "kv_policy",
-    "kv_budget": "kv_budget",
-    "kv_dtype": "kv_dtype",
-}
-"""Field of a request -> argument of a call; those whose names differ between pipelines are settled in `_arguments`."""
-
-
+ARGUMENTS = {name: one.option.argument for name, one in OPTIONS.items() if one.option.argument}
+"""Field of a request -> argument of a call; pipelines name a few otherwise, which `_arguments` settles."""
 FIELDS = {argument: name for name, argument in ARGUMENTS.items()}
 """Argument of a call -> field of a request, for messages."""
 
@@ -191,7 +174,7 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
     accepts = model.accepts(canvas.request.task)
     # On the CPU whatever the device: then the same seed starts from the same noise everywhere.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in canvas.seeds]
-    wishes = {name: canvas.wish(field) for field, name in ARGUMENTS.items()}
+    wishes = {name: canvas.wish(field) for field, name in ARGUMENTS.items() if field != "guidance"}
     several = len(generators) if len(generators) > 1 else None
     wishes |= {
         model.guidance_argument: canvas.request.guidance,
@@ -211,7 +194,7 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
             raise RequestError(
                 "setting",
                 f"The model {model.key!r} has no setting {FIELDS.get(name, name)!r}; leave it out.",
-                field=_field_of(name),
+                field=FIELDS.get(name, name),
             )
     if canvas.wish("search"):
         arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), model.pipe.transformer.grids)
@@ -241,11 +224,6 @@ def _class_labels(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -
             f"{', or a name that it knows' if names else ''}."
         )
     return {"class_labels": [number] * len(canvas.seeds), "num_images_per_prompt": None}
-
-
-def _field_of(argument: str) -> str:
-    """Return the field of a request behind an argument of a call."""
-    return {name: field for field, name in ARGUMENTS.items()}.get(argument, argument)
 
 
 def _guidance_extras(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -> dict[str, Any]:

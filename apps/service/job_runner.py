@@ -1,4 +1,4 @@
-"""The work on one job: fill in what was left open, generate batch by batch, write each image with its settings."""
+"""The work on one job: resolve what was left open, generate batch by batch, write each image with its settings."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from apps.service import limits
 from apps.service.compute_profiles import Setup, setup_of, switched
+from apps.service.defaults import resolve_defaults
 from apps.service.events import Event, Picture, Step
 from apps.service.inference import Canvas, Painted, SkipRequestedError, Switches, paint
 from apps.service.job_store import JobStore, StoredPicture
@@ -25,15 +25,10 @@ from apps.service.lora import adapted, settle
 from apps.service.media import Clip, contact_strip, require_video, save_mp4
 from apps.service.metadata import PictureSettings, save_picture, save_sidecar
 from apps.service.model_pool import LoadedModel
-from apps.service.named_settings import preset_values
-from apps.service.outpaint import blend, grown, lay_out, soft_mask, touched
+from apps.service.outpaint import blend, lay_out, soft_mask, touched
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
-from apps.service.styles import apply_style
 from apps.service.uploads import UploadStore
-
-STRENGTH = 0.6
-"""How much of an image is changed where nobody says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +80,7 @@ def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, t
     Raises:
         Exception: whatever goes wrong, in the words of where it did.
     """
-    request = fill_in(order.request, model, studio.uploads)
+    request = resolve_defaults(order.request, model, studio.uploads)
     setup = setup_of(request, Setup(studio.dtype))
     request = request.model_copy(update={"dtype": str(setup.dtype).removeprefix("torch.")})
     if model.frames is not None:
@@ -147,123 +142,7 @@ def _paint_batches(
             return
 
 
-# ------------------------------------------------------------------------ filling in
-
-
-def fill_in(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> AnyRequest:
-    """Replace what a request leaves open by its preset and the model's defaults, and put its prompt into its style.
-
-    Args:
-        request: what was asked.
-        model: gives the defaults.
-        uploads: the image to start from gives the size.
-
-    Raises:
-        ValueError: the model can't do the task, or not with these settings.
-    """
-    model.pipe_for(request.task)
-    values: dict[str, Any] = {"model": model.key, "style": None, "preset": None}
-    fields = type(request).model_fields
-    if request.preset is not None:
-        preset = preset_values(request.preset, fields)
-        request = request.model_copy(update={n: value for n, value in preset.items() if getattr(request, n) is None})
-    if request.guidance is None:
-        values["guidance"] = model.guidance
-    for name in ("top_k", "top_p", "temperature", "smooth", "kv_policy", "kv_budget", "kv_dtype"):
-        default = model.defaults.get(name)
-        if name in fields and getattr(request, name) is None and isinstance(default, int | float | str):
-            values[name] = default
-    if "strength" in fields and getattr(request, "strength") is None and "strength" in model.accepts(request.task):  # noqa: B009
-        values["strength"] = STRENGTH
-    if "steps" in fields and getattr(request, "steps", None) is None:
-        values["steps"] = model.steps
-    values |= _size(request, model, uploads)
-    values |= _frames(request, model)
-    if request.style is not None:
-        if "prompt" not in fields:
-            raise RequestError(
-                "setting", "Styles are for prompts; leave the style out for a picture of a class.", field="style"
-            )
-        texts = apply_style(request.style, getattr(request, "prompt"), getattr(request, "negative_prompt"))  # noqa: B009
-        values["prompt"], values["negative_prompt"] = texts
-    elif "negative_prompt" in fields:
-        values["negative_prompt"] = getattr(request, "negative_prompt").strip()  # noqa: B009
-    return request.model_copy(update=values)
-
-
-def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
-    """Return the number of frames of a clip, if the model makes clips."""
-    asked = getattr(request, "frames", None)
-    if asked is not None and model.frames is None:
-        raise RequestError(
-            "setting",
-            f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.",
-            field="frames",
-        )
-    return {"frames": asked or model.frames} if "frames" in type(request).model_fields else {}
-
-
-def _size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> dict[str, int | None]:
-    """Settle the size: what was left open is filled in, unless the pipeline takes no size.
-
-    Raises:
-        ValueError: another size than the only one of such a pipeline was asked for.
-    """
-    if "width" not in type(request).model_fields:
-        return {}
-    asked = getattr(request, "width"), getattr(request, "height")  # noqa: B009
-    takes_one = {"height", "width"} <= model.accepts(request.task) or getattr(request, "image", None) is not None
-    if takes_one:
-        width, height = open_size(request, model, uploads) if asked[0] is None else asked
-        return {"width": width, "height": height}
-    if asked[0] is not None and asked != (model.width, model.side):
-        raise ValueError(
-            f"width and height: the model {model.key!r} generates images of one size, not {asked[0]} x {asked[1]}; "
-            f"leave them out, or give {model.width} x {model.side}."
-        )
-    return {"width": None, "height": None}
-
-
-def open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> tuple[int, int]:
-    """Return width and height of a request without a size: the model's, in the shape of the image handed in."""
-    name = getattr(request, "image", None)
-    if name is None:
-        return model.width, model.side
-    return fit_size(grown(uploads.size(name), getattr(request, "expand", None)), model)
-
-
-def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:
-    """Find a size for an image handed in.
-
-    Args:
-        size: its width and height.
-        model: was trained for an area and takes multiples of something.
-
-    Returns:
-        The image's own width and height if the model can generate that well, else about its shape in the model's area.
-        Of a model with a list of sizes the one nearest in shape, and among equals in area.
-    """
-    width, height = size
-    if model.sizes:
-        return min(model.sizes, key=lambda one: _distance(one, size))
-    area, multiple = model.side * model.width, model.multiple
-    is_in_range = min(size) >= limits.MIN_SIDE and max(size) <= limits.MAX_SIDE
-    if is_in_range and width % multiple == height % multiple == 0 and area / 2 <= width * height <= 2 * area:
-        return size
-    scale = math.sqrt(area / (width * height))
-    least = -(-32 // multiple) * multiple
-    most = limits.MAX_SIDE // multiple * multiple
-    return (
-        min(max(round(width * scale / multiple) * multiple, least), most),
-        min(max(round(height * scale / multiple) * multiple, least), most),
-    )
-
-
-def _distance(one: tuple[int, int], other: tuple[int, int]) -> tuple[float, float]:
-    """Return how far two sizes are apart in shape and, rounded shapes being equal, in area; on logarithmic scales."""
-    (width, height), (others_width, others_height) = one, other
-    shape = math.log(width / height) - math.log(others_width / others_height)
-    return round(abs(shape), 2), abs(math.log(width * height) - math.log(others_width * others_height))
+# ------------------------------------------------------------------------ inputs
 
 
 def _canvas(request: AnyRequest, seeds: tuple[int, ...], model: LoadedModel, uploads: UploadStore) -> Canvas:
@@ -347,7 +226,7 @@ def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
     """Say what keeps images from being what was asked for: words that the model was not trained on.
 
     Args:
-        request: filled in, see `fill_in`.
+        request: filled in, see `apps.service.defaults`.
         model: generates.
 
     Returns:

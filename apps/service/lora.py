@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.service import limits
-from apps.service.metadata import Lora
+from apps.service.option_values import Lora
 from apps.service.request_error import RequestError
 
 logger = logging.getLogger(__name__)

@@ -10,13 +10,24 @@ import json
 import re
 import uuid
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from PIL import Image, PngImagePlugin
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from apps.service import limits
+from apps.service.option_values import SchedulerName
+from apps.service.options import (
+    ClassLabel,
+    ClipOptions,
+    NegativePrompt,
+    NextScaleOptions,
+    SharedOptions,
+    StepOptions,
+    Strength,
+)
 from apps.service.request_error import RequestError
+from apps.service.requests import TASKS, AnyRequest
 
 CHUNK = "tessera"
 """Keyword of the text chunk."""
@@ -26,79 +37,13 @@ FORMATS = {".png": "PNG", ".webp": "WEBP"}
 
 Scalar = bool | int | float | str | None
 ShortText = Annotated[str, Field(max_length=200)]
-PictureId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-"""Hash of an image's pixels, see `apps.service.uploads`."""
-SchedulerName = Literal["euler", "heun", "sde", "dpm++", "unipc", "ddim", "ddpm"]
-"""Choices of `apps.service.schedulers`."""
-KvPolicy = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,40}$")]
-KvType = Literal["auto", "int8"]
-MemoryName = Literal["fast", "tiles", "balanced", "low"]
-"""Choices of `apps.service.compute_profiles`."""
-AttentionName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
-"""A backend of diffusers; which of them work here is known by `apps.service.compute_profiles`."""
-Precision = Literal["float32", "bfloat16", "float16"]
-SearchMethod = Literal["best_of", "tts", "beam"]
 Task = Literal[
     "text_to_image", "image_to_image", "inpaint", "class_to_image", "next_scale_class", "next_scale_text"
 ]  # fmt: skip
 
 
-class StepCache(BaseModel):
-    """Which steps are computed and how the others are forecast.
-
-    Attributes:
-        preset: name of a preset of `sampling.step_cache`.
-        amount: of the preset's main parameter, see `apps.service.acceleration.KNOBS`; None is its own.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    preset: str = Field(pattern=r"^[a-z0-9_.-]{1,40}$")
-    amount: float | None = Field(default=None, gt=0, le=100)
-
-
-class Lora(BaseModel):
-    """A LoRA file on the model.
-
-    Attributes:
-        name: of the file in the owner's list.
-        scale: 1 is as trained, 0 nothing.
-        sha256: of the file's content; None takes what has the name.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    name: str = Field(min_length=1, max_length=200)
-    scale: float = Field(default=1.0, ge=-4, le=4)
-    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
-
-
-class Expand(BaseModel):
-    """How far an image grows on each side, in shares of its own width or height; what is added is generated.
-
-    Attributes:
-        left: share of the width.
-        right: share of the width.
-        top: share of the height.
-        bottom: share of the height.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    left: float = Field(default=0, ge=0, le=2)
-    right: float = Field(default=0, ge=0, le=2)
-    top: float = Field(default=0, ge=0, le=2)
-    bottom: float = Field(default=0, ge=0, le=2)
-
-    @model_validator(mode="after")
-    def _check_growth(self) -> Self:
-        if not any((self.left, self.right, self.top, self.bottom)):
-            raise RequestError("expand", "expand grows no side; give left, right, top or bottom a share such as 0.25.")
-        return self
-
-
-class PictureSettings(BaseModel):
-    """Everything needed to generate one image again.
+class PictureSettings(NextScaleOptions, ClipOptions, StepOptions, SharedOptions):
+    """Everything needed to generate one image again: the options that it inherits, and what stands here.
 
     Attributes:
         schema_version: of this record; 1 knew text to image only, 2 neither expanding nor memory nor attention, 3
@@ -107,85 +52,39 @@ class PictureSettings(BaseModel):
         prompt: the text that was generated; empty for an image of a class.
         negative_prompt: the text that was kept away from.
         seed: of this image's noise, drawn on the CPU in float32.
-        steps: denoising steps; None for a model that has none to choose.
-        guidance: guidance scale; None for the own one of a model without a choice.
         height: pixels.
         width: pixels.
-        frames: of a clip; None for an image.
         fps: frames a second of a clip.
         model: name of the model in the list it was chosen from; never a path.
         fingerprint: hash of the model's structure and weights, 16 hex digits.
         scheduler: class name and config values of the scheduler.
         device: kind of device, such as `cpu`; another kind rounds differently.
-        dtype: number format of the weights.
-        memory: profile of `apps.service.compute_profiles` that was asked for.
-        attention: backend of diffusers that was asked for.
+        dtype: data type of the weights.
         versions: of the packages that computed it.
         sampler: the scheduler that was chosen instead of the model's own.
-        finish_after: the run ended after so many steps.
-        step_cache: which steps were forecast.
-        lora: LoRA file that was on the model.
-        image: hash of the image that was started from.
-        mask: hash of the mask of inpainting.
-        expand: how far the image that was started from was grown.
-        mask_grow: pixels by which the mask was grown.
-        mask_blur: width of the mask's soft edge, pixels.
         strength: how much of the image was changed.
         label: number or name of the class.
-        top_k: tokens to draw among.
-        top_p: share of the probability to draw among.
-        temperature: of the draw.
-        smooth: codes were mixed.
-        kv_policy: what was kept of earlier scales.
-        kv_budget: which share of it.
-        kv_dtype: in which number format.
-        search: how candidates were searched.
-        candidates: how many images the search paid for.
         batch_size: images that were generated at once.
         pick: which of them this is.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
     schema_version: Literal[1, 2, 3, 4] = 4
     task: Task = "text_to_image"
     prompt: str = Field(default="", max_length=limits.MAX_PROMPT_CHARS)
-    negative_prompt: str = Field(default="", max_length=limits.MAX_PROMPT_CHARS)
+    negative_prompt: NegativePrompt = ""
     seed: int = Field(ge=0, le=limits.MAX_SEED)
-    steps: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
-    guidance: float | None = Field(default=None, ge=0, le=limits.MAX_GUIDANCE)
     height: int = Field(ge=1, le=limits.MAX_SIDE)
     width: int = Field(ge=1, le=limits.MAX_SIDE)
-    frames: int | None = Field(default=None, ge=1, le=limits.MAX_FRAMES)
     fps: float | None = Field(default=None, gt=0, le=240)
     model: ShortText
     fingerprint: str = Field(pattern=r"^[0-9a-f]{16}$")
     scheduler: dict[ShortText, Scalar | list[Scalar]] = Field(default_factory=dict, max_length=100)
     device: ShortText = "cpu"
     dtype: ShortText = "float32"
-    memory: MemoryName | None = None
-    attention: AttentionName | None = None
     versions: dict[ShortText, ShortText] = Field(default_factory=dict, max_length=20)
     sampler: SchedulerName | None = None
-    finish_after: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
-    step_cache: StepCache | None = None
-    lora: Lora | None = None
-    image: PictureId | None = None
-    mask: PictureId | None = None
-    expand: Expand | None = None
-    mask_grow: int | None = Field(default=None, ge=0, le=limits.MAX_MASK_GROW)
-    mask_blur: int | None = Field(default=None, ge=0, le=limits.MAX_MASK_BLUR)
-    strength: float | None = Field(default=None, gt=0, le=1)
-    label: int | ShortText | None = None
-    top_k: int | None = Field(default=None, ge=0, le=2**20)
-    top_p: float | None = Field(default=None, ge=0, le=1)
-    temperature: float | None = Field(default=None, gt=0, le=100)
-    smooth: bool | None = None
-    kv_policy: KvPolicy | None = None
-    kv_budget: float | None = Field(default=None, gt=0, le=1)
-    kv_dtype: KvType | None = None
-    search: SearchMethod | None = None
-    candidates: int | None = Field(default=None, ge=2, le=limits.MAX_CANDIDATES)
+    strength: Strength = None
+    label: ClassLabel | None = None
     batch_size: int = Field(default=1, ge=1, le=limits.MAX_BATCH)
     pick: int | None = Field(default=None, ge=0, lt=limits.MAX_BATCH)
 
@@ -200,6 +99,31 @@ class PictureSettings(BaseModel):
         if data.get("task") == "next_scale_class" and isinstance(guidance, int | float) and guidance >= 0:
             changed["guidance"] = guidance + 1
         return {**data, **changed}
+
+
+def repeat(settings: PictureSettings, **changes: Any) -> AnyRequest:
+    """Return the request that generates an image again.
+
+    Args:
+        settings: as stored in the image.
+        **changes: fields of the request to set differently.
+
+    Raises:
+        ValueError: the settings don't make a request, such as inpainting without a mask.
+    """
+    kind = TASKS[settings.task]
+    values: dict[str, Any] = {
+        name: getattr(settings, name)
+        for name in kind.model_fields
+        if hasattr(settings, name) and name not in ("scheduler", "model")
+    }
+    values |= {"scheduler": settings.sampler, "model": settings.model}
+    values |= {"num_images": 1, "batch_size": 1}
+    if settings.batch_size > 1 and settings.pick is not None:  # its neighbours first: they have a part in its rounding
+        first = (settings.seed - settings.pick) % (limits.MAX_SEED + 1)
+        values |= {"num_images": settings.batch_size, "batch_size": settings.batch_size, "seed": first}
+    known = {name: value for name, value in {**values, **changes}.items() if name in kind.model_fields}
+    return kind.model_validate(known)
 
 
 class MetadataError(RequestError):

@@ -8,31 +8,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import TypeAdapter
 
-from apps.service import limits
-from apps.service.metadata import SchedulerName, StepCache
+from apps.service.options import DenoisingOptions, NextScaleOptions, SharedOptions
 from apps.service.request_error import RequestError
 
 PRESETS = Path(__file__).parent / "presets" / "presets.json"
 
 
-class Preset(BaseModel):
-    """One set of settings; what is None stays as it is.
-
-    Attributes:
-        steps: denoising steps.
-        guidance: guidance scale.
-        scheduler: how the noise is taken away.
-        step_cache: compute only some of the steps and forecast the others.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    steps: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
-    guidance: float | None = Field(default=None, ge=0, le=limits.MAX_GUIDANCE)
-    scheduler: SchedulerName | None = None
-    step_cache: StepCache | None = None
+class Preset(DenoisingOptions, NextScaleOptions, SharedOptions):
+    """One set of settings; what is None stays as it is."""
 
     def values(self) -> dict[str, Any]:
         """Return the fields of a request that it sets."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from apps.service.metadata import Expand
+from apps.service.option_values import Expand
 
 Size = tuple[int, int]
 """Width and height in pixels."""

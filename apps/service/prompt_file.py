@@ -16,14 +16,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, create_model
 
 from apps.service import limits
-from apps.service.acceleration import KNOBS, read_cache
-from apps.service.option_text import parse_size, read_expand
+from apps.service.option_text import parse_size
 from apps.service.request_error import RequestError
-from apps.service.requests import TASKS
+from apps.service.requests import OPTIONS, TASKS
 
 MAX_BYTES = 16 * 2**20
 MAX_LINES = 100_000
-COMMAND_LINE_NAMES = frozenset({"size", "num", "cache"})
+COMMAND_LINE_NAMES = frozenset({"size", *(one.flag for name, one in OPTIONS.items() if one.flag != name)})
 """Settings that the command line has under another name than a request."""
 
 
@@ -173,19 +172,18 @@ def line_error(number: int, key: str, error: Exception) -> PromptFileError:
 
 def _translate(key: str, value: Any) -> dict[str, Any]:
     """Return a setting under the names of a request."""
-    match key, value:
-        case "size", int() | str():
-            width, height = parse_size(str(value))
-            return {"width": width, "height": height}
-        case "num", _:
-            return {"num_images": value}
-        case "cache", str():
-            return {"step_cache": read_cache(value)}
-        case "expand", str():
-            return {"expand": read_expand(value)}
-        case (("size" | "cache"), _):
+    if key == "size":
+        if not isinstance(value, int | str):
             raise RequestError("form", f"{key} has a form that is not accepted.", field=key, value=value)
-    return {key: value}
+        width, height = parse_size(str(value))
+        return {"width": width, "height": height}
+    one = _BY_FLAG.get(key) or OPTIONS.get(key)
+    if one is None:
+        return {key: value}
+    return {one.name: one.from_text(value) if isinstance(value, str) and one.is_composed else value}
+
+
+_BY_FLAG = {one.flag: one for one in OPTIONS.values()}
 
 
 @functools.cache
@@ -211,13 +209,10 @@ def command_line_values(values: Mapping[str, Any]) -> dict[str, Any]:
     told = dict(values)
     if told.keys() & {"width", "height"}:
         told["size"] = f"{told.pop('width', None)}x{told.pop('height', None)}"
-    for name, word in (("num_images", "num"), ("label", "prompt")):
-        if name in told:
-            told[word] = told.pop(name)
+    if "label" in told:
+        told["prompt"] = told.pop("label")
     told["prompt"] = str(told["prompt"])  # the number of a class
-    if isinstance(expand := told.get("expand"), dict):
-        told["expand"] = ",".join(f"{side}={share}" for side, share in expand.items())
-    if isinstance(cache := told.pop("step_cache", None), dict):
-        preset, amount = cache.get("preset"), cache.get("amount")
-        told["cache"] = preset if amount is None else f"{preset}:{KNOBS.get(str(preset), 'amount')}={amount}"
+    for name in set(told) & set(OPTIONS):
+        one, value = OPTIONS[name], told.pop(name)
+        told[one.flag] = one.type.text_of(value) if one.is_composed and isinstance(value, dict) else value
     return told

@@ -22,20 +22,20 @@ from apps.service.lora import find_loras
 from apps.service.model_pool import name_models
 from apps.studio import desk, views
 from apps.studio.choosing import SAVED, Choosing
-from apps.studio.desk import Parts
+from apps.studio.controls import CONTROLS, Parts
 from apps.studio.easel import Changes
 from apps.studio.examples import EXAMPLES
 from apps.studio.following import restated
+from apps.studio.forms import FIXED
 from apps.studio.gate import Gate
 from apps.studio.handed_in import HandedIn
+from apps.studio.page_values import PageError
 from apps.studio.painting import Painting
 from apps.studio.problems import PLACE, explain, problem
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
-from apps.studio.tabs.base import PageError
 from apps.studio.theme import BRUSH, CSS, FILES, LANGUAGE, SCRIPT, theme
-from apps.studio.wishes import FIXED
 from pipelines import builtin_models
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -209,7 +209,7 @@ class _Wiring:
         self._words = words
         self.sessions = sessions
         # Everything that a listener may read or change; those that a request is made of come first.
-        self.wishes = [*SAVED, "source", "mask", "many", "frames"]
+        self.wishes = [*dict.fromkeys((*SAVED, *CONTROLS)), "source", "mask", "many"]
         self.changing = [name for name, part in parts.items() if not isinstance(part, gr.Tab)]
 
     def components(self, names: Sequence[str]) -> list[Any]:
@@ -299,7 +299,7 @@ def _connect(page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions
     parts["preset"].input(
         lambda name, key: wiring.told(choosing.choose_preset(name, key)),
         wiring.components(["preset", "model"]),
-        wiring.components(["steps", "guidance", "scheduler", "step_cache", "cache_amount", "line", PLACE]),
+        wiring.components(wiring.changing),
         **QUIET,
     )
     # A typed seed is meant to be used.

@@ -12,12 +12,14 @@ from typing import Any
 import gradio as gr
 
 from apps.service import limits
+from apps.service.defaults import default_of
 from apps.service.engine import Engine
 from apps.service.lora import LoraError
 from apps.service.media import read_mp4
-from apps.service.metadata import Lora, PictureSettings, StepCache, read_picture, read_sidecar
+from apps.service.metadata import PictureSettings, read_picture, read_sidecar, repeat
 from apps.service.model_pool import LoadedModel
 from apps.service.named_settings import load_presets, unknown_preset
+from apps.service.option_values import Lora, StepCache
 from apps.service.prompt_file import (
     COMMAND_LINE_NAMES,
     PromptFileError,
@@ -27,21 +29,20 @@ from apps.service.prompt_file import (
     request_field_names,
     request_fields,
 )
-from apps.service.requests import repeat
 from apps.service.sheet import GridSettings, read_sheet
 from apps.service.uploads import UploadError
-from apps.studio import views
+from apps.studio import controls, views
 from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.desk import attention_choices, machine_choices, memory_note
 from apps.studio.easel import Changes
 from apps.studio.examples import EXAMPLES, example_prompts
+from apps.studio.forms import FIXED, least_side, shapes, show_request, show_settings
 from apps.studio.painting import Painting
 from apps.studio.problems import explain, problem
 from apps.studio.sessions import LOCAL, Sessions
 from apps.studio.strings import Strings
 from apps.studio.tabs import TABS, grid
 from apps.studio.vocabulary import read_vocabulary
-from apps.studio.wishes import FIXED, least_side, shapes, show_request, show_settings
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +53,14 @@ PROMPT_FILES = (".txt", ".jsonl")
 SHOWN_SIDE = 1_024
 """Of an image to start from, as the page shows it, pixels; jobs use all of it."""
 SAVED = (
-    "mode", "prompt", "negative", "model", "shape", "width", "height", "steps", "guidance", "seed_mode", "seed",
-    "count", "batch_size", "style", "scheduler", "lora", "lora_scale", "step_cache", "cache_amount", "file_format",
-    "keep_settings", "sidecar", "memory", "dtype", "attention", "strength", "repaint", "grow_left", "grow_top",
-    "grow_right", "grow_bottom", "mask_grow", "mask_blur", "inpaint_label", "label", "scale_label", "top_k", "top_p",
-    "temperature",
-    "smooth", "kv_policy", "kv_budget", "kv_dtype", "search", "candidates", "grid_x", "grid_x_values", "grid_y",
-    "grid_y_values", "grid_z", "grid_z_values",
+    "mode", "prompt", "model", "shape", "width", "height", "seed_mode", "seed", "lora", "lora_scale", "step_cache",
+    "cache_amount", "repaint", "grow_left", "grow_top", "grow_right", "grow_bottom", "inpaint_label", "label",
+    "scale_label", "grid_x", "grid_x_values", "grid_y", "grid_y_values", "grid_z", "grid_z_values",
+    *(name for name, one in controls.CONTROLS.items() if one.option.control and not one.option.control.is_hidden),
 )  # fmt: skip
 """What the browser remembers, by name; images are not among it."""
+RENAMED = {"negative": "negative_prompt", "count": "num_images"}
+"""Names under which browsers remember what an older page had."""
 
 
 class Choosing:
@@ -105,7 +105,7 @@ class Choosing:
         machine = machine_choices(self._engine.devices)
         return {
             name: value
-            for name, value in saved.items()
+            for name, value in ((RENAMED.get(name, name), value) for name, value in saved.items())
             if name in SAVED
             and (name != "lora" or value in offered)
             and (name not in machine or value in ("", *machine[name]))
@@ -156,10 +156,9 @@ class Choosing:
             "inpaint_label": gr.update(choices=labels, visible=bool(labels) and "next_scale_class" in model.tasks),
             "repaint": gr.update(visible="inpaint" in model.tasks),
             "strength": gr.update(visible=_takes_strength(model)),
-            "smooth": gr.update(visible="smooth" in model.defaults),
             "search": gr.update(value="", visible=model.can_search),
             "candidates": gr.update(visible=model.can_search),
-            **self._drawing(model),
+            **_sampling_controls(model),
             "attention": gr.update(choices=attention_choices(self._words, self._engine.devices)),
             "memory_note": views.hint(memory_note(self._words, self._engine.devices, model)),
             "words": views.vocabulary(names, key, self._words),
@@ -183,13 +182,6 @@ class Choosing:
         seen = gr.update(visible=model.steps is not None)
         steps = seen if model.steps is None else gr.update(visible=True, value=model.steps)
         return {"steps": steps, "step_cache": seen, "cache_amount": seen}
-
-    def _drawing(self, model: LoadedModel) -> Changes:
-        """Return how a next-scale model draws tokens by itself, for the controls that it has."""
-        if not any(task.startswith("next_scale") for task in model.tasks):
-            return {}
-        names = ("top_k", "top_p", "temperature")
-        return {name: model.defaults[name] for name in names if isinstance(model.defaults.get(name), int | float)}
 
     def fit(self, key: str, mode: str) -> Changes:
         """Say whether a model can do what a tab asks for, and offer one that can."""
@@ -226,13 +218,13 @@ class Choosing:
             return problem(explain(unknown_preset(name), self._words))
         chosen = presets[name].values() if name else {}
         cache: StepCache | None = chosen.get("step_cache")
-        values = {
-            **{control: chosen.get(control, default) for control, default in own.items()},
-            "scheduler": chosen.get("scheduler", ""),
+        shown = {name: value for name, value in own.items() if value is not None} | {"scheduler": ""}
+        return {
+            **shown,
+            **controls.to_values(chosen),
             "step_cache": cache.preset if cache else "",
             "cache_amount": (cache.amount or 0) if cache else 0,
         }
-        return {control: value for control, value in values.items() if value is not None}
 
     # ------------------------------------------------------------------------ images
 
@@ -447,6 +439,20 @@ def _over(changes: Changes, values: Mapping[str, Any]) -> Changes:
         else:
             merged[name] = value
     return merged
+
+
+def _sampling_controls(model: LoadedModel) -> Changes:
+    """Show the controls of how a next-scale model samples that its call has, with its defaults."""
+    changes: Changes = {}
+    for name, one in controls.CONTROLS.items():
+        option = one.option
+        if option.control is None or option.control.place != "scales" or not option.argument:
+            continue
+        changes[name] = gr.update(visible=option.argument in model.defaults)
+        default = default_of(name, model)
+        if one.type in (int, float) and not option.needs and isinstance(default, int | float):
+            changes[name] = gr.update(visible=True, value=default)
+    return changes
 
 
 def _takes_strength(model: LoadedModel) -> bool:

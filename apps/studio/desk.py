@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import gradio as gr
 
 from apps.service import limits
-from apps.service.acceleration import KNOBS
-from apps.service.compute_profiles import FORMATS, PROFILES, attention_backends, memory_profiles
+from apps.service.compute_profiles import PROFILES, attention_backends, memory_profiles
 from apps.service.engine import Engine
 from apps.service.model_pool import FALLBACK_SIDE, LoadedModel
 from apps.service.named_settings import load_presets
+from apps.service.option_values import MAIN_PARAMETERS
 from apps.service.styles import load_styles
-from apps.studio import fields, views
+from apps.studio import controls, fields, views
+from apps.studio.controls import Parts
 from apps.studio.examples import EXAMPLES, example_prompts
+from apps.studio.forms import FIXED, RANDOM, shapes
 from apps.studio.strings import Strings
-from apps.studio.wishes import FIXED, RANDOM, shapes
 from pipelines import builtin_models
 
 BUILTIN_SIDE = 128
 """Side that the controls show until the model is loaded, for built-in models; pixels."""
-
-Parts = dict[str, Any]
-"""Components by name."""
 
 
 def ask(words: Strings) -> Parts:
@@ -87,21 +84,14 @@ def settings(engine: Engine, words: Strings) -> Parts:
     with gr.Row(elem_id="sides"):  # shown by the style sheet when the size is custom
         for name in ("width", "height"):
             parts[name] = fields.Slider(limits.MIN_SIDE, side * 4, side, step=16, label=words(name), elem_id=name)
-    with gr.Row(elem_id="walk"):
-        parts["steps"] = fields.Slider(1, 100, 28, step=1, label=words("steps"), elem_id="steps")
-        parts["guidance"] = fields.Slider(0, 12, 4, step=0.1, label=words("guidance"), elem_id="guidance")
+    parts |= controls.lay_out("sampling", words)
     modes = [(words("seed.random"), RANDOM), (words("seed.fixed"), FIXED)]
     with gr.Row(elem_id="seeds"):
         parts["seed_mode"] = fields.Radio(modes, value=RANDOM, label=words("seed"), elem_id="seed-mode")
         parts["seed"] = fields.Number(
             0, precision=0, minimum=0, maximum=limits.MAX_SEED, label=words("seed.value"), elem_id="seed", min_width=100
         )
-    with gr.Row(elem_id="counts"):
-        parts["count"] = fields.Slider(1, limits.MAX_PICTURES, 1, step=1, label=words("count"), elem_id="count")
-        parts["batch_size"] = fields.Slider(1, limits.MAX_BATCH, 1, step=1, label=words("batch_size"), elem_id="batch")
-    parts["frames"] = fields.Number(  # shown for models of clips
-        None, precision=0, minimum=1, maximum=limits.MAX_FRAMES, label=words("frames"), visible=False, elem_id="frames"
-    )
+    parts |= controls.lay_out("count", words)
     return parts | _advanced(engine, words)
 
 
@@ -110,53 +100,34 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
         presets = [(words("preset.none"), ""), *load_presets()]
         parts: Parts = {
             "preset": fields.Dropdown(presets, value="", label=words("preset"), filterable=False, elem_id="preset"),
-            "negative": gr.Textbox(
-                label=words("negative"),
-                placeholder=words("negative.hint"),
-                max_length=limits.MAX_PROMPT_CHARS,
-                elem_id="negative",
-            ),
+            "negative_prompt": controls.build("negative_prompt", words),
         }
         with gr.Row():
             styles = [(words("style.none"), ""), *load_styles()]
-            parts["style"] = fields.Dropdown(styles, value="", label=words("style"), filterable=False, elem_id="style")
-            own = [(words("scheduler.own"), "")]
-            parts["scheduler"] = fields.Dropdown(
-                own, value="", label=words("scheduler"), filterable=False, elem_id="scheduler"
-            )
+            parts["style"] = controls.build("style", words, choices=styles)
+            own = [(words("scheduler.own"), "")]  # the others come with the model
+            parts["scheduler"] = controls.build("scheduler", words, choices=own)
         with gr.Row(elem_id="cache"):
-            caches = [(words("step_cache.none"), ""), *KNOBS]
+            caches = [(words("step_cache.none"), ""), *MAIN_PARAMETERS]
             parts["step_cache"] = fields.Dropdown(
                 caches, value="", label=words("step_cache"), filterable=False, elem_id="step-cache"
             )
             parts["cache_amount"] = fields.Number(
                 0, label=words("step_cache.amount"), minimum=0, maximum=100, elem_id="cache-amount"
             )
-        parts["memory"] = fields.Dropdown(
-            _memory_choices(words, engine.devices),
-            value="",
-            label=words("memory"),
-            filterable=False,
-            elem_id="memory",
-        )
+        parts["memory"] = controls.build("memory", words, choices=_memory_choices(words, engine.devices))
         parts["memory_note"] = gr.HTML(
             views.hint(memory_note(words, engine.devices)), elem_id="memory-note", js_on_load=None
         )
-        usual = (words("machine.usual"), "")
         with gr.Row():
-            parts["dtype"] = fields.Dropdown(
-                [usual, *FORMATS], value="", label=words("dtype"), filterable=False, elem_id="dtype", min_width=120
-            )
-            parts["attention"] = fields.Dropdown(  # its choices come with the model: to find them takes seconds
-                [usual], value="", label=words("attention"), filterable=False, elem_id="attention", min_width=120
-            )
+            parts["dtype"] = controls.build("dtype", words, min_width=120)
+            usual = [(words("machine.usual"), "")]  # the others come with the model: to find them takes seconds
+            parts["attention"] = controls.build("attention", words, choices=usual, min_width=120)
         with gr.Row(elem_id="lora-row", visible=bool(engine.loras)):
             loras = [(words("lora.none"), ""), *engine.loras]
             parts["lora"] = fields.Dropdown(loras, value="", label=words("lora"), filterable=False, elem_id="lora")
             parts["lora_scale"] = fields.Slider(-2, 2, 1, step=0.05, label=words("lora.scale"), elem_id="lora-scale")
-        parts["file_format"] = fields.Radio(["png", "webp"], value="png", label=words("file_format"), elem_id="format")
-        parts["keep_settings"] = gr.Checkbox(True, label=words("keep_settings"), elem_id="keep")
-        parts["sidecar"] = gr.Checkbox(False, label=words("sidecar"), elem_id="sidecar")
+        parts |= controls.lay_out("advanced", words, besides=parts)
     parts["settings_file"] = gr.UploadButton(words("load_settings"), size="sm", elem_id="settings-file")
     return parts
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import gradio as gr
 
+from apps.service.defaults import open_size
 from apps.service.engine import Engine
 from apps.service.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped
-from apps.service.job_runner import open_size
 from apps.service.requests import AnyRequest
 from apps.service.uploads import UploadError
 from apps.studio.album import Album, Finished

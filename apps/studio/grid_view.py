@@ -9,6 +9,7 @@ from pathlib import Path
 from apps.service.grid import Axis
 from apps.studio.grids import Cells, GridRecord, Place
 from apps.studio.strings import Strings
+from apps.studio.tabs.grid import axis_label
 from apps.studio.views import file_address
 
 
@@ -68,7 +69,7 @@ def details(record: GridRecord, cells: Cells, words: Strings) -> str:
     axes = [axis for axis in record.settings.axes if axis.name]
     facts = [
         "" if any(axis.name == "seed" for axis in axes) else words("facts.seed", value=record.settings.request.seed),
-        *(f"{words(f'axis.{axis.name}')}: {', '.join(axis.values)}" for axis in axes),
+        *(f"{axis_label(axis.name, words)}: {', '.join(axis.values)}" for axis in axes),
         words("facts.cells", count=len(cells), of=len(record.jobs)),
         words("facts.seconds", value=f"{sum(seconds for _, seconds in cells.values()):.1f}"),
     ]
@@ -76,7 +77,7 @@ def details(record: GridRecord, cells: Cells, words: Strings) -> str:
 
 
 def _label(axis: Axis, index: int, words: Strings) -> str:
-    return f"<span>{escape(words(f'axis.{axis.name}'))}</span> {escape(axis.values[index])}"
+    return f"<span>{escape(axis_label(axis.name, words))}</span> {escape(axis.values[index])}"
 
 
 def _cell(record: GridRecord, place: Place, found: tuple[Path, float] | None, is_busy: bool, words: Strings) -> str:
@@ -84,6 +85,6 @@ def _cell(record: GridRecord, place: Place, found: tuple[Path, float] | None, is
         return f'<td><div class="cell{" busy" if is_busy else ""}"></div></td>'
     path, seconds = found
     named = zip(record.settings.axes, place, strict=True)
-    alt = ", ".join(f"{words(f'axis.{axis.name}')} {axis.values[index]}" for axis, index in named if axis.name)
+    alt = ", ".join(f"{axis_label(axis.name, words)} {axis.values[index]}" for axis, index in named if axis.name)
     told = escape(words("facts.seconds", value=f"{seconds:.1f}"))
     return f'<td><img src="{escape(file_address(path))}" alt="{escape(alt)}"><small>{told}</small></td>'

@@ -26,14 +26,14 @@ from apps.studio.album import Album, Finished
 from apps.studio.displays import Displays
 from apps.studio.easel import Changes, Easel
 from apps.studio.following import Following, busy
+from apps.studio.forms import make_request, read_mask
 from apps.studio.grids import Grids
+from apps.studio.page_values import PageError
 from apps.studio.problems import explain, problem
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
-from apps.studio.tabs.base import PageError
 from apps.studio.tabs.grid import axes
 from apps.studio.waiting import Waiting
-from apps.studio.wishes import make_request, read_mask
 
 
 class Painting:
@@ -179,7 +179,7 @@ class Painting:
         if model is not None and "image_to_image" in tasks and "strength" not in model.accepts("image_to_image"):
             values["strength"] = None  # its slider isn't shown
         if values["mode"] == "grid":  # one image a cell: neither their number nor the file of prompts is shown
-            values |= {"count": 1, "batch_size": 1, "many": []}
+            values |= {"num_images": 1, "batch_size": 1, "many": []}
         lines: Sequence[PromptLine] = values.get("many") or ()
         return [self._of_line(line, values) for line in lines] or [make_request(values, tasks)]
 

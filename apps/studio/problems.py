@@ -17,65 +17,23 @@ from pydantic import BaseModel, ValidationError
 from apps.service.events import Failed
 from apps.service.failures import is_storage_failure
 from apps.service.request_error import TranslatableError
-from apps.service.requests import TASKS
+from apps.service.requests import OPTIONS, TASKS
 from apps.studio import views
+from apps.studio.page_values import PageError
 from apps.studio.strings import Strings
-from apps.studio.tabs.base import PageError
 
 LABELS = {
-    "attention": "attention",
-    "batch_size": "batch_size",
-    "candidates": "candidates",
-    "dtype": "dtype",
-    "expand": "expand",
-    "expand.bottom": "expand.bottom",
-    "expand.left": "expand.left",
-    "expand.right": "expand.right",
-    "expand.top": "expand.top",
-    "file_format": "file_format",
-    "finish_after": "field.finish_after",
-    "frames": "frames",
-    "guidance": "guidance",
-    "height": "height",
-    "image": "field.image",
-    "keep_settings": "keep_settings",
-    "kv_budget": "kv_budget",
-    "kv_dtype": "kv_dtype",
-    "kv_policy": "kv_policy",
-    "label": "label",
-    "lora": "lora",
+    **{name: one.label for name, one in OPTIONS.items()},
+    **{f"expand.{side}": f"expand.{side}" for side in ("left", "top", "right", "bottom")},
     "lora.name": "lora",
     "lora.scale": "lora.scale",
     "lora.sha256": "lora",
-    "mask": "field.mask",
-    "mask_blur": "mask_blur",
-    "mask_grow": "mask_grow",
-    "memory": "memory",
-    "model": "model",
-    "negative_prompt": "negative",
-    "num_images": "count",
-    "pick": "field.pick",
-    "preset": "preset",
-    "prompt": "field.prompt",
-    "scheduler": "scheduler",
-    "search": "search",
-    "seed": "seed.value",
-    "sidecar": "sidecar",
     "size": "size",
-    "smooth": "smooth",
-    "steps": "steps",
-    "step_cache": "step_cache",
     "step_cache.amount": "step_cache.amount",
     "step_cache.preset": "step_cache",
-    "strength": "strength",
-    "style": "style",
-    "task": "field.task",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "width": "width",
+    "task": "task",
 }
-"""Field of a request -> string with its label on the page."""
+"""Field of a request, or a part of one -> string with its label on the page."""
 PLACE = "problem"
 """Part of the page that shows errors."""
 PERCENT = frozenset({"expand.left", "expand.top", "expand.right", "expand.bottom"})

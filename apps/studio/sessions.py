@@ -5,7 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 from apps.api.tokens import TokenTable
-from apps.studio.tabs.base import PageError
+from apps.studio.page_values import PageError
 
 LOCAL = "local"
 """Who owns jobs on a server without tokens."""

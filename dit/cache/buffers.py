@@ -15,6 +15,7 @@ from dit.cache.plan import CachePlan
 from dit.cache.policies import choose
 from dit.cache.storage import Stored, decode_into, encode, token_nbytes
 from dit.layers.scales import Grid
+from dit.runtime.layer_context import head_scope
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -92,7 +93,10 @@ class StackedBuffers:
         return self.keys[start:end].transpose(0, 1), self.values[start:end].transpose(0, 1)  # (B, M, K, E)
 
     def attend_by_head(self, layer: int, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
-        """Attention of new tokens (B, N, K, E) that find no place, joining one head at a time; (B, N, K, E)."""
+        """Attention of new tokens (B, N, K, E) that find no place, joining one head at a time; (B, N, K, E).
+
+        Each call of `attend` sees one head, and `current_layer().heads` says which.
+        """
         start = (self.num_layers - 1 - layer) * self.history
         past = start + self.lengths[layer]
         out = []
@@ -100,7 +104,8 @@ class StackedBuffers:
             one = slice(head, head + 1)
             keys = torch.cat([self.keys[start:past, :, one].transpose(0, 1), key[:, :, one]], dim=1)  # (B, M, 1, E)
             values = torch.cat([self.values[start:past, :, one].transpose(0, 1), value[:, :, one]], dim=1)
-            out.append(attend(query[:, :, one], keys, values))  # (B, N, 1, E)
+            with head_scope(range(head, head + 1)):
+                out.append(attend(query[:, :, one], keys, values))  # (B, N, 1, E)
         self.lengths[layer] = 0
         return torch.cat(out, dim=2)  # (B, N, K, E)
 

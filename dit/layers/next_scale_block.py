@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
-from dit.attention import attention
 from dit.cache import Attend, ScaleKVCache
 from dit.layers.attention import AttnProcessor, split_heads, turn
 from dit.layers.feed_forward import FeedForward
@@ -173,28 +172,52 @@ class TextAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, text, text_mask)
 
 
-class TextPool(nn.Module):
+class TextPoolProcessor(AttnProcessor):
+    """Project keys and values, attend, project back. Replaceable through `set_attn_processor`."""
+
+    def __call__(self, pool: TextPool, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Pool a text.
+
+        Args:
+            pool: the layer that owns query and projections.
+            text: (B, M, Dt).
+            text_mask: bool, (B, M), True on real text tokens; None if all are.
+
+        Returns:
+            (B, D).
+        """
+        key, value = split_heads(pool.to_k(text), pool.heads), split_heads(pool.to_v(text), pool.heads)  # (B, M, K, E)
+        query = pool.query.to(key.dtype).expand(len(text), 1, -1, -1)  # (B, 1, K, E)
+        return pool.proj_out(self.attend(query, key, value, text_mask).flatten(1))  # (B, D)
+
+
+class TextPool(nn.Module, AttentionModuleMixin):
     """Pool text into one vector: a learned query attends to its tokens (the reference's attentive pool).
 
     Args:
         text_dim: width Dt of the text states.
         hidden_size: width D of the result.
-        num_heads: heads; D must be a multiple.
+        num_heads: heads K; D must be a multiple.
     """
+
+    processor: Any  # diffusers lists only its own
+    _default_processor_cls: Any = TextPoolProcessor
+    _available_processors = [TextPoolProcessor]
+    _supports_qkv_fusion = False
+    is_cross_attention = True
 
     def __init__(self, text_dim: int, hidden_size: int, num_heads: int) -> None:
         super().__init__()
+        self.heads = num_heads
         self.query = nn.Parameter(torch.empty(num_heads, hidden_size // num_heads))  # (K, E)
         self.to_k = Linear(text_dim, hidden_size, bias=False)
         self.to_v = Linear(text_dim, hidden_size)
         self.proj_out = Linear(hidden_size, hidden_size)
+        self.set_processor(self._default_processor_cls())
 
     def forward(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Pool text (B, M, Dt), real where the mask (B, M) is True, into (B, D)."""
-        heads = len(self.query)
-        key, value = split_heads(self.to_k(text), heads), split_heads(self.to_v(text), heads)  # (B, M, K, E) each
-        query = self.query.to(key.dtype).expand(len(text), 1, -1, -1)  # (B, 1, K, E)
-        return self.proj_out(attention(query, key, value, text_mask).flatten(1))  # (B, D)
+        """Pool; see `TextPoolProcessor` for the shapes."""
+        return self.processor(self, text, text_mask)
 
 
 class NextScaleBlock(nn.Module):

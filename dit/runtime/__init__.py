@@ -1,7 +1,8 @@
 """The ground that all mechanisms stand on.
 
-`Coordinates` say which call of the network this is, `Attachment` is what every mechanism's `attach()` returns, and
-`families` knows where the parts of each network are. `dit.runtime.demonstration` shows how to write a mechanism.
+`Coordinates` say which call of the network this is, `LayerContext` which attention layer of it computes. `Attachment`
+is what every mechanism's `attach()` returns, and `families` knows where the parts of each network are.
+`dit.runtime.demonstration` shows how to write a mechanism.
 Names are looked up when they are used, so that importing one part does not import the others.
 """
 
@@ -12,8 +13,19 @@ if TYPE_CHECKING:
     from dit.runtime import families
     from dit.runtime.attachment import Attachment, Mechanism
     from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates
+    from dit.runtime.layer_context import LayerContext, current_layer, follow_layers
 
-__all__ = ["Attachment", "Coordinates", "Mechanism", "coordinates_scope", "current_coordinates", "families"]
+__all__ = [
+    "Attachment",
+    "Coordinates",
+    "LayerContext",
+    "Mechanism",
+    "coordinates_scope",
+    "current_coordinates",
+    "current_layer",
+    "families",
+    "follow_layers",
+]
 
 _HOMES = {
     "Attachment": "attachment",
@@ -21,6 +33,9 @@ _HOMES = {
     "Coordinates": "coordinates",
     "coordinates_scope": "coordinates",
     "current_coordinates": "coordinates",
+    "LayerContext": "layer_context",
+    "current_layer": "layer_context",
+    "follow_layers": "layer_context",
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -43,11 +43,13 @@ class Mechanism(ABC):
         name: unique among the mechanisms on a network; its tensors are kept under it.
         stage: place in the pile; lower is nearer to the network's own code.
         exclusive: what it must have for itself; two mechanisms that name the same thing refuse each other.
+        components: which networks of a pipeline it attaches to, see `find_networks`; None means those that denoise.
     """
 
     name: ClassVar[str]
     stage: ClassVar[Stage] = Stage.OTHER
     exclusive: ClassVar[frozenset[Resource]] = frozenset()
+    components: Sequence[str] | None = None
 
     @abstractmethod
     def install(self, attachment: Attachment) -> None:
@@ -103,7 +105,7 @@ class Attachment:
         _check_declaration(mechanism)
         self.mechanism = mechanism
         self.target = target
-        self.models = find_networks(target)
+        self.models = find_networks(target, mechanism.components)
         self.state = StateStore()
         self.calls = 0
         self.inactive: Counter[str] = Counter()
@@ -349,41 +351,43 @@ class Attachment:
         return ", ".join(type(unwrap(model)).__name__ for model in self.models.values())
 
 
-def find_networks(target: Any) -> dict[str, nn.Module]:
-    """Return the denoising networks of a target by component name.
+def find_networks(target: Any, components: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """Return the networks of a target by component name, by default those that denoise.
 
     Args:
         target: a module, or a pipeline with a dict `components`.
+        components: names of the pipeline's components, for example `("text_encoder", "vae")`; None means those called
+            transformer, transformer_2, ...
 
     Returns:
-        {"transformer": module} for a module; for a pipeline its components called transformer, transformer_2, ...
+        {"transformer": module} for a module; for a pipeline its components by name.
 
     Raises:
-        AttachError: there is none.
+        AttachError: there is none, or one that was named is not there or no network.
     """
-    if isinstance(target, nn.Module):
+    if isinstance(target, nn.Module) and components is None:
         return {"transformer": target}
-    components = getattr(target, "components", {})
-    found = {
-        name: part
-        for name, part in components.items()
-        if name.startswith("transformer") and isinstance(part, nn.Module)
-    }
-    if not found:
-        raise AttachError(
-            f"cannot attach to {type(target).__name__}: expected a transformer, or a pipeline with a component "
-            f"called 'transformer' (its components: {', '.join(components) or 'none'})"
-        )
+    parts = {} if isinstance(target, nn.Module) else getattr(target, "components", {})
+    names = [name for name in parts if name.startswith("transformer")] if components is None else components
+    found = {name: part for name in names if isinstance(part := parts.get(name), nn.Module)}
+    missing = [name for name in components or () if name not in found]
+    if not found or missing:
+        wanted = "a transformer, or a pipeline with a component called 'transformer'"
+        if components is not None:
+            wanted = f"a pipeline with the networks {', '.join(missing) or '(none were named)'}"
+        networks = ", ".join(name for name, part in parts.items() if isinstance(part, nn.Module)) or "none"
+        raise AttachError(f"cannot attach to {type(target).__name__}: expected {wanted} (its networks: {networks})")
     return found
 
 
-def attachments(target: Any) -> list[Attachment]:
+def attachments(target: Any, components: Sequence[str] | None = None) -> list[Attachment]:
     """Return what is attached to a network or pipeline, in the order of the pile.
 
     Args:
         target: as in `Mechanism.attach`.
+        components: which networks of a pipeline, see `find_networks`.
     """
-    piles = [vars(unwrap(model)).get(_PILE, ()) for model in find_networks(target).values()]
+    piles = [vars(unwrap(model)).get(_PILE, ()) for model in find_networks(target, components).values()]
     return list(dict.fromkeys(attachment for pile in piles for attachment in pile))
 
 

@@ -24,6 +24,10 @@ TOUCHED: tuple[tuple[str, str], ...] = (
     ("diffusers.models.attention_dispatch", "AttentionBackendName"),
     ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.get_active_backend"),
     ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.list_backends"),
+    ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.register"),
+    ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry._backends"),
+    ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry._constraints"),
+    ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry._supported_arg_names"),
     ("diffusers.models.attention_dispatch", "_check_attention_backend_requirements"),
     ("diffusers.hooks._helpers", "TransformerBlockRegistry._registry"),
     ("diffusers.hooks._helpers", "TransformerBlockRegistry.get"),
@@ -88,6 +92,53 @@ def check_attention_backend(name: str) -> None:
         RuntimeError: a package is missing or too old.
     """
     _private("diffusers.models.attention_dispatch", "_check_attention_backend_requirements")(_BACKEND_NAMES(name))
+
+
+def register_attention_backend(name: str, function: Callable[..., Tensor]) -> None:
+    """Make a function one of diffusers' attention backends, for all networks that attend through its dispatcher.
+
+    Args:
+        name: in lower case, as `set_attention_backend` takes it.
+        function: gets `query`, `key`, `value`, (B, N, K, E) each, and those of `attn_mask`, `dropout_p`, `is_causal`,
+            `scale` and `enable_gqa` that its signature names; returns (B, N, K, E).
+
+    Raises:
+        ValueError: the name is taken, or not in lower case.
+        BridgeError: diffusers moved its registry.
+    """
+    if name in _BACKEND_NAMES._value2member_map_ or name != name.lower():
+        raise ValueError(f"{name!r} can't be registered: expected a new name in lower case, for example 'my_attention'")
+    register = _private("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.register")
+    # The names are an enumeration, which has no way to take in another member.
+    member = str.__new__(_BACKEND_NAMES, name)
+    member._name_, member._value_, member._sort_order_ = name.upper(), name, len(_BACKEND_NAMES)
+    _BACKEND_NAMES._member_map_[member._name_] = member
+    _BACKEND_NAMES._value2member_map_[name] = member
+    _BACKEND_NAMES._member_names_.append(member._name_)
+    register(member)(function)
+
+
+def unregister_attention_backend(name: str) -> None:
+    """Take a backend of `register_attention_backend` back; networks that still name it raise.
+
+    Args:
+        name: as it was registered.
+
+    Raises:
+        ValueError: there is none, or it is the active one.
+    """
+    registry = [
+        _private("diffusers.models.attention_dispatch", f"_AttentionBackendRegistry.{table}")
+        for table in ("_backends", "_constraints", "_supported_arg_names")
+    ]
+    member = _BACKEND_NAMES._value2member_map_.get(name)
+    if member is None or active_attention_backend() == name:
+        raise ValueError(f"{name!r} can't be taken back: it is {'unknown' if member is None else 'the active backend'}")
+    for table in registry:
+        table.pop(member)
+    del _BACKEND_NAMES._member_map_[member._name_]
+    del _BACKEND_NAMES._value2member_map_[name]
+    _BACKEND_NAMES._member_names_.remove(member._name_)
 
 
 @contextmanager

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
+from dit.attention import attention_backend_table
 from dit.runtime import bridge
 from dit.runtime.state import unwrap
 from pipelines.acceleration.parts import AttentionPart, CompilePart
@@ -31,14 +33,24 @@ class AttentionSwitch(Switch[AttentionPart]):
         networks = [unwrap(network) for network in found if isinstance(network, nn.Module)]
         if not networks:
             raise self.refuse("no_network", reason=f"none of {', '.join(NETWORKS)}")
+        reason, accepted = self._why_not(networks[0])
+        if reason:
+            raise self.refuse("backend", backend=self.part.backend, reason=reason, accepted=accepted)
         self.before = frozenset(bridge.chosen_attention_backends(networks))
-        try:
-            self.layers = undo.enter_context(bridge.attending_through(networks, self.part.backend))
-        except (ValueError, RuntimeError, ImportError) as error:
-            accepted = [name for name in bridge.attention_backend_names() if not name.startswith("_")]
-            raise self.refuse("backend", backend=self.part.backend, reason=str(error), accepted=accepted) from error
+        self.layers = undo.enter_context(bridge.attending_through(networks, self.part.backend))
         if not self.layers:
             raise self.refuse("no_choice")
+
+    def _why_not(self, network: nn.Module) -> tuple[str, list[str]]:
+        """Why the backend can't run where the pipeline computes, empty if it can; and the names of all backends."""
+        table = attention_backend_table()
+        backend = table.get(self.part.backend)
+        names = [name for name, one in table.items() if not one.fetches]
+        if backend is None:
+            return "there is none of this name", names
+        device = getattr(self.pipe, "_execution_device", None) or next(network.parameters()).device
+        dtype = next((one.dtype for one in network.parameters() if one.is_floating_point()), torch.float32)
+        return backend.can_run(device, dtype, call=not backend.compiles), names
 
     def report(self) -> PartReport:
         """See `Switch.report`."""

@@ -63,7 +63,7 @@ ENGLISH: Mapping[str, str] = {
     "as profile, calibrate one with sampling.step_cache.calibrate_budget, or choose another preset",
     "refused.not_attached": "{part} can't be attached to {pipeline}: {reason}",
     "refused.no_choice": "the attention layers of {pipeline} don't ask which backend to use",
-    "refused.backend": "attention backend {backend!r} can't be used here: {reason}; diffusers has {accepted}",
+    "refused.backend": "attention backend {backend!r} can't be used here: {reason}; there are {accepted}",
     "refused.no_blocks": "{network} doesn't name its repeated blocks; compile with scope='network'",
     "refused.no_whole_network": "{pipeline} calls its network scale by scale, which is compiled by blocks only; use "
     "scope='blocks'",

@@ -66,6 +66,6 @@ def test_a_backend_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("this kernel wants a GPU\nand more lines")
 
-    monkeypatch.setattr("dit.attention.attention", refuse)
+    monkeypatch.setattr("dit.attention.backends.attention", refuse)
     device = info.available_devices()[0]
     assert info.probe_attention("native") == f"fails on {device}: this kernel wants a GPU"

@@ -173,6 +173,52 @@ def test_folding_leaves_the_result(row: Family, overrides: dict, changed: dict) 
                 assert max(errors) < 1e-3 * max(effects), fold  # some norms calculate in float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in FAMILIES if row.fold])
+def test_a_rescaling_is_undone_to_the_last_bit(row: Family, dtype: torch.dtype) -> None:
+    """Groups share layers, and dividing by the scale again would not give back the bits."""
+    model = tiny_transformer(row, **UNGROUPED.get(row.name, {})).to(dtype)
+    modules, parameters = modules_of(model), dict(model.named_parameters())
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    groups = row.folds(model)
+    rescalings = [group.apply(modules, torch.rand(group.width, generator=generator) + 0.5) for group in groups]
+    assert [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
+    for rescaling in reversed(rescalings):
+        rescaling.undo()
+        rescaling.undo()  # does nothing
+        assert rescaling.nbytes == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(found is parameters[name] for name, found in model.named_parameters())
+
+
+def test_a_rescaling_is_not_undone_under_a_later_change() -> None:
+    row = family("sd3")
+    model = tiny_transformer(row)
+    modules, group = modules_of(model), row.folds(model)[0]
+    weight = modules[group.consumers[0]].weight
+    original = weight.clone()
+    first = group.apply(modules, torch.full((group.width,), 3.0))
+    second = group.apply(modules, torch.full((group.width,), 7.0))
+    rescaled = weight.clone()
+    with pytest.raises(ValueError, match=re.escape(group.producers[0].name)):
+        first.undo()
+    assert torch.equal(weight, rescaled)
+    second.undo()
+    first.undo()
+    assert torch.equal(weight, original)
+
+
+def test_a_rescaling_is_undone_after_a_conversion() -> None:
+    row = family("sd3")
+    model, expected = tiny_transformer(row), tiny_transformer(row).half()
+    group = row.folds(model)[0]
+    rescaling = group.apply(modules_of(model), torch.full((group.width,), 3.0))
+    model.half()
+    rescaling.undo()
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), expected.parameters(), strict=True))
+
+
 def test_every_fold_exists_somewhere() -> None:
     found: dict[str, set] = {row.name: set() for row in FAMILIES}
     for row, overrides, _ in _cases():

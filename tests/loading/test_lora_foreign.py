@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from apps.service.lora import LoraError, adapted
-from apps.service.metadata import Lora
+from apps.service.option_values import Lora
 from tests.families.tiny import tiny_call, tiny_pipeline
 
 RANK, ALPHA = 2, 1.0

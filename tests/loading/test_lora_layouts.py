@@ -326,7 +326,7 @@ def test_the_command_line_says_why_a_file_does_not_fit(tmp_path, capsys):
 def test_a_lora_of_a_foreign_pipeline_is_checked_too(tmp_path):
     """Its family's loader decides what fits; values and pairs are checked before."""
     from apps.service.lora import LoraError, adapted
-    from apps.service.metadata import Lora
+    from apps.service.option_values import Lora
 
     pipe = tiny_pipeline("sana")
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))

@@ -213,6 +213,45 @@ def test_attaching_to_nothing_raises(model: nn.Module) -> None:
     assert attachments(model) == []
 
 
+class Doubled(Mechanism):
+    """Doubles the first result of the networks that it is asked for."""
+
+    def __init__(self, *components: str) -> None:
+        self.name, self.components = "doubled", components
+
+    def install(self, attachment: Attachment) -> None:
+        for model in attachment.models.values():
+            attachment.after(model, lambda module, args, kwargs, output: 2 * output[0])
+
+
+def test_other_networks_of_a_pipeline_can_be_asked_for() -> None:
+    pipe = tiny_pipeline("wan")
+    tokens = torch.tensor([[1, 2, 3]])  # (B, N)
+    clean = {name: traces(pipe.components[name]) for name in ("text_encoder", "vae", "transformer")}
+    with torch.no_grad():
+        text = pipe.text_encoder(tokens)[0]
+        with Doubled("text_encoder", "vae").attach(pipe) as attachment:
+            assert set(attachment.models) == {"text_encoder", "vae"}
+            assert attachment.report()["networks"]["vae"] == type(pipe.vae).__name__
+            assert torch.equal(pipe.text_encoder(tokens), 2 * text)
+            assert attachments(pipe) == []
+            assert attachments(pipe, ("vae",)) == [attachment]
+            assert traces(pipe.transformer) == clean["transformer"]
+            with pytest.raises(AttachError, match="doubled"):
+                Doubled("vae").attach(pipe)
+        assert torch.equal(pipe.text_encoder(tokens)[0], text)
+    assert {name: traces(pipe.components[name]) for name in clean} == clean
+
+
+@pytest.mark.parametrize("names", [("text_encoder_7",), ("vae", "scheduler"), ()])
+def test_a_component_that_is_no_network_is_refused(names: tuple[str, ...]) -> None:
+    pipe = tiny_pipeline("wan")
+    with pytest.raises(AttachError, match=rf"{names[-1] if names else 'none were named'}.*vae, text_encoder"):
+        Doubled(*names).attach(pipe)
+    with pytest.raises(AttachError, match="expected a pipeline"):
+        Doubled(*names).attach(pipe.transformer)
+
+
 class _Crosses(Mechanism):
     name = "crosses"
 

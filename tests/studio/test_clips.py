@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from apps.api.app import create_app
-from apps.commands.generate import Machine, Wishes, run
+from apps.commands.generate import Machine, run
+from apps.commands.given_options import make_options
 from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
 from apps.service.engine import Engine
 from apps.service.media import read_mp4
-from apps.service.metadata import MetadataError
-from apps.service.requests import repeat
+from apps.service.metadata import MetadataError, repeat
 from apps.studio import views
 from apps.studio.app import mount
 from apps.studio.choosing import Choosing
@@ -97,10 +97,10 @@ def test_an_mp4_puts_the_page_in_place_and_is_painted_again(world, painted, tmp_
     assert again.settings == painted.shown.settings
     assert Image.open(again.path).tobytes() == Image.open(painted.shown.path).tobytes()
     assert frames_of(again.clip) == frames_of(clip)
-    run(Wishes(), tmp_path / "cli.mp4", Machine(device="cpu"), settings=clip)
+    run(make_options(), tmp_path / "cli.mp4", Machine(device="cpu"), settings=clip)
     assert frames_of(tmp_path / "cli.mp4") == frames_of(clip)
     assert read_mp4(tmp_path / "cli.mp4") == painted.shown.settings
-    run(Wishes(), tmp_path / "mute.mp4", Machine(device="cpu"), settings=clip, keep_settings=False)
+    run(make_options(), tmp_path / "mute.mp4", Machine(device="cpu"), settings=clip, keep_settings=False)
     with pytest.raises(MetadataError, match="no settings"):  # settings that should not be in the file
         read_mp4(tmp_path / "mute.mp4")
 

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from apps.api.app import create_app
-from apps.commands.generate import Machine, Wishes, run
+from apps.commands.generate import Machine, run
+from apps.commands.given_options import make_options
 from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
-from apps.service.metadata import read_picture
+from apps.service.metadata import read_picture, repeat
 from apps.service.outpaint import soft_mask
-from apps.service.requests import repeat
 from apps.studio.choosing import Choosing
 from apps.studio.painting import Painting
 from apps.studio.sessions import Sessions
@@ -26,7 +26,7 @@ from tests.studio.test_page import PAGE, generate_with, pictures
 MODES = {
     "text": {"scheduler": "unipc", "guidance": 3.0, "shape": "64x32"},
     "cached": {"mode": "text", "step_cache": "taylorseer", "steps": 8},
-    "batch": {"mode": "text", "count": 3, "batch_size": 3},
+    "batch": {"mode": "text", "num_images": 3, "batch_size": 3},
     "webp": {"mode": "text", "file_format": "webp", "style": "watercolour"},
     "image": {"strength": 0.7},
     "inpaint": {"repaint": 0.9, "scheduler": "heun"},
@@ -74,10 +74,10 @@ def test_the_file_is_enough(world, tmp_path, name):
     settings = read_picture(first.path)
 
     shown = {key: value for key, value in choosing.load_settings(str(first.path)).items() if key in PAGE}
-    again = pictures(list(generate_with(painting, {**PAGE, **shown})))[: shown["count"]]  # the newest
+    again = pictures(list(generate_with(painting, {**PAGE, **shown})))[: shown["num_images"]]  # the newest
     assert [pixels(one.path) for one in again if one.settings.seed == settings.seed] == [pixels(first.path)]
 
-    run(Wishes(), tmp_path / "cli.png", Machine(device="cpu"), settings=first.path)
+    run(make_options(), tmp_path / "cli.png", Machine(device="cpu"), settings=first.path)
     assert pixels(tmp_path / "cli.png") == pixels(first.path)
     assert read_picture(tmp_path / "cli.png") == settings
 

@@ -65,7 +65,7 @@ def acts_on(told):
 
 
 def test_a_picture_reaches_strip_and_stage_as_the_file_itself(studio):  # noqa: F811
-    told = list(paint(studio, count=2))
+    told = list(paint(studio, num_images=2))
     visit = pictures(told)
     assert [item.settings.seed for item in visit] == [4, 3]  # newest first
     assert read_picture(visit[0].path) == visit[0].settings
@@ -120,7 +120,7 @@ def test_the_line_can_be_reordered_and_one_of_it_removed(studio):  # noqa: F811
 
 
 def test_one_picture_of_several_is_skipped(studio):  # noqa: F811
-    told = paint(studio, count=2, steps=30)
+    told = paint(studio, num_images=2, steps=30)
     seen = until(told, "stage", "Image 1")
     assert last(seen, "skip")["visible"] is True
     studio.painting.skip(TAB, followed(seen))
@@ -147,7 +147,7 @@ class BatchPipeline(FakePipeline):
 
 def test_images_are_counted_and_not_batches(tmp_path):
     here = open_studio(tmp_path, pipe=BatchPipeline(0.01))
-    notes = [changes.get("stage", "") for changes in paint(here, count=3, batch_size=2, steps=20)]
+    notes = [changes.get("stage", "") for changes in paint(here, num_images=3, batch_size=2, steps=20)]
     assert any("Images 1 to 2 of 3" in note for note in notes)
     assert any("Image 3 of 3" in note for note in notes)
     bars = [float(found) for note in notes for found in re.findall(r'<div class="bar"><i style="width:([\d.]+)%', note)]
@@ -170,7 +170,7 @@ def test_many_prompts_are_all_queued_or_none(tmp_path):
 
 def test_fast_steps_do_not_flood_the_page(tmp_path):
     here = open_studio(tmp_path, 0.0)
-    here.painting.paint({**PAGE, "steps": 150, "count": 4}, TAB)
+    here.painting.paint({**PAGE, "steps": 150, "num_images": 4}, TAB)
 
     async def told():
         return [one async for one in paced(here.painting.following.follow(TAB, (), None)) if "stage" in one]
@@ -236,7 +236,7 @@ def test_a_picture_that_was_chosen_stays_while_others_are_generated(studio):  # 
 
 
 def test_closing_a_page_stops_nothing_and_another_one_goes_on(studio):  # noqa: F811
-    page = paint(studio, steps=100, count=2)
+    page = paint(studio, steps=100, num_images=2)
     until(page, "stage", "Image 1")
     studio.painting.paint({**PAGE, "seed": 50}, TAB)
     page.close()
@@ -270,7 +270,7 @@ def test_two_pages_see_the_same_queue(studio):  # noqa: F811
 
 
 def test_a_page_that_opens_shows_what_was_finished_last(studio):  # noqa: F811
-    list(paint(studio, seed=9, count=2))
+    list(paint(studio, seed=9, num_images=2))
     opened = list(follow(studio, PHONE, seen=None))
     assert acts_on(opened).settings.seed == 10
     assert [item.settings.seed for item in pictures(opened)] == [10, 9]
@@ -282,7 +282,7 @@ def test_a_page_that_opens_shows_what_was_finished_last(studio):  # noqa: F811
 
 def test_a_page_follows_after_a_restart_of_the_server(tmp_path):
     before = open_studio(tmp_path, 0.02)
-    page = paint(before, steps=30, count=2)
+    page = paint(before, steps=30, num_images=2)
     until(page, "stage", "Image 1")
     before.painting.paint({**PAGE, "seed": 50}, TAB)
     jobs = [job.id for job in before.engine.unfinished("local")]
@@ -314,7 +314,7 @@ def test_another_job_of_the_user_that_begins_first_is_followed(tmp_path):
 
 
 def test_a_preview_after_a_finished_picture_takes_the_buttons_with_it(studio):  # noqa: F811
-    told = paint(studio, count=2, steps=40)
+    told = paint(studio, num_images=2, steps=40)
     seen = until(told, "stage", "Image 2")
     for changes in told:
         seen.append(changes)
@@ -332,7 +332,7 @@ def test_facts_say_how_many_steps_were_taken(studio, finish_after, said):  # noq
 
 
 def test_a_picture_whose_file_is_gone_is_not_shown(studio):  # noqa: F811
-    for one in pictures(paint(studio, count=2))[:1]:
+    for one in pictures(paint(studio, num_images=2))[:1]:
         one.path.unlink()
     opened = list(follow(studio, PHONE, seen=None))
     assert [item.settings.seed for item in pictures(opened)] == [3]

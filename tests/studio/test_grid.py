@@ -39,7 +39,7 @@ def sheets(folder):
 
 def test_a_grid_is_generated_cell_by_cell_and_its_sheet_repeats_it(here, tmp_path):
     told = list(
-        paint(here, **GRID, seed=7, count=4, batch_size=2, many=[PromptLine(1, {"prompt": "not asked for here"})])
+        paint(here, **GRID, seed=7, num_images=4, batch_size=2, many=[PromptLine(1, {"prompt": "not asked for here"})])
     )
     assert any("Cell 2 of 4" in changes.get("stage", "") for changes in told)
     sheet = acts_on(told)

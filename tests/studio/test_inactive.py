@@ -15,7 +15,7 @@ from apps.commands.generate import report as tell
 from apps.service.acceleration import RunningCache, describe, step_cache
 from apps.service.engine import Engine, Picture, TextToImageRequest
 from apps.service.job_store import JobStore, StoredPicture
-from apps.service.metadata import StepCache
+from apps.service.option_values import StepCache
 from apps.service.request_error import RequestError
 from apps.service.requests import NextScaleTextRequest
 from apps.studio.strings import Strings

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from apps.service import limits
+from apps.studio.forms import read_mask
 from apps.studio.theme import CLAY, theme
-from apps.studio.wishes import read_mask
 from tests.studio.test_server import browser, note_says, open_page, page, problem_says, server
 
 __all__ = ["browser", "page", "server"]

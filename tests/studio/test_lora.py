@@ -12,12 +12,13 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from apps.commands.generate import Machine, Wishes, run
+from apps.commands.generate import Machine, run
+from apps.commands.given_options import make_options
 from apps.service import engine as engine_module
 from apps.service.engine import Engine, Failed, Picture, TextToImageRequest
 from apps.service.lora import LoraError, find_loras
-from apps.service.metadata import Lora, read_picture
-from apps.service.requests import repeat
+from apps.service.metadata import read_picture, repeat
+from apps.service.option_values import Lora
 from apps.studio.album import Shown
 from apps.studio.choosing import Choosing
 from apps.studio.painting import Painting
@@ -159,19 +160,19 @@ def test_on_the_command_line(folder, tmp_path, monkeypatch):
         engine_module.Engine, "_load_pipeline", lambda self, source, device, setup: tiny_text_to_image_pipeline()
     )
     cpu, first, second = Machine(device="cpu"), tmp_path / "a.png", tmp_path / "b.png"
-    run(Wishes(prompt="a red apple", steps=2, lora=folder / "ink.safetensors", lora_scale=0.5), first, cpu)
+    run(make_options(prompt="a red apple", steps=2, lora=folder / "ink.safetensors", lora_scale=0.5), first, cpu)
     assert read_picture(first).lora.scale == 0.5
     with pytest.raises(ValueError, match=r"'ink'; name it with --lora"):
-        run(Wishes(), second, cpu, settings=first)
-    run(Wishes(lora=folder / "ink.safetensors"), second, cpu, settings=first)
+        run(make_options(), second, cpu, settings=first)
+    run(make_options(lora=folder / "ink.safetensors"), second, cpu, settings=first)
     assert second.read_bytes() == first.read_bytes()
     impostor = write_lora(tmp_path, "ink", 9)
     with pytest.raises(LoraError, match="its content differs"):
-        run(Wishes(lora=impostor), second, cpu, settings=first)
+        run(make_options(lora=impostor), second, cpu, settings=first)
     with pytest.raises(ValueError, match="--lora-scale is for"):
-        run(Wishes(prompt="x", lora_scale=0.5), second, cpu)
+        run(make_options(prompt="x", lora_scale=0.5), second, cpu)
     with pytest.raises(ValueError, match="no LoRA file"):
-        run(Wishes(prompt="x", lora=folder / "pickle.bin"), second, cpu)
+        run(make_options(prompt="x", lora=folder / "pickle.bin"), second, cpu)
 
 
 def test_in_the_studio_settings_of_another_file_are_refused(engine):

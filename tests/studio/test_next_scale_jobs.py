@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from apps.commands.generate import Machine, Wishes, run
+from apps.commands.generate import Machine, run
+from apps.commands.given_options import make_options
 from apps.service import engine as engine_module
 from apps.service.engine import Done, Engine
 from apps.service.events import Picture
@@ -104,13 +105,13 @@ def test_the_engine_edits_in_bfloat16(tmp_path):
 
 
 def test_one_turns_guidance_off_for_class_models_too(classes, tmp_path):
-    run(Wishes(prompt="1", guidance=1.0), tmp_path / "off.png", CPU)
+    run(make_options(prompt="1", guidance=1.0), tmp_path / "off.png", CPU)
     assert set(classes) == {1}
     classes.clear()
-    run(Wishes(prompt="1", guidance=2.0), tmp_path / "on.png", CPU)
+    run(make_options(prompt="1", guidance=2.0), tmp_path / "on.png", CPU)
     assert set(classes) == {2}
     classes.clear()
-    run(Wishes(prompt="1"), tmp_path / "default.png", CPU)
+    run(make_options(prompt="1"), tmp_path / "default.png", CPU)
     assert set(classes) == {2}
     assert read_picture(tmp_path / "default.png").guidance == 5.0
 
@@ -120,14 +121,14 @@ def test_images_of_older_versions_are_repeated_bit_for_bit(classes, tmp_path, ol
     """Up to version 3 of the record the guidance of these models was VAR's cfg, which is one less."""
     call = {"top_k": 900, "top_p": 0.95, "output_type": "pil"}
     before = of_classes()(1, cfg=old, generator=torch.Generator().manual_seed(7), **call).images[0]
-    run(Wishes(prompt="1", seed=7), tmp_path / "new.png", CPU)
+    run(make_options(prompt="1", seed=7), tmp_path / "new.png", CPU)
     record = {**read_picture(tmp_path / "new.png").model_dump(mode="json"), "schema_version": 3, "guidance": old}
     (tmp_path / "old.json").write_text(json.dumps(record))
-    run(Wishes(), tmp_path / "again.png", CPU, settings=tmp_path / "old.json")
+    run(make_options(), tmp_path / "again.png", CPU, settings=tmp_path / "old.json")
     assert (pixels(tmp_path / "again.png") == np.asarray(before)).all()
     stored = read_picture(tmp_path / "again.png")
     assert (stored.schema_version, stored.guidance) == (4, old + 1)
-    run(Wishes(), tmp_path / "thrice.png", CPU, settings=tmp_path / "again.png")
+    run(make_options(), tmp_path / "thrice.png", CPU, settings=tmp_path / "again.png")
     assert (pixels(tmp_path / "thrice.png") == np.asarray(before)).all()
 
 

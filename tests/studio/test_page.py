@@ -22,7 +22,7 @@ from apps.service.grid import Axis, Filled, compose, plan, read_axis
 from apps.service.metadata import parse, save_picture
 from apps.service.model_pool import find_tasks, inspect_model
 from apps.service.named_settings import load_presets, preset_values
-from apps.service.requests import TextToImageRequest
+from apps.service.requests import OPTIONS, TextToImageRequest
 from apps.service.styles import load_styles
 from apps.studio import following as following_module
 from apps.studio import views
@@ -31,13 +31,13 @@ from apps.studio.app import build_page
 from apps.studio.choosing import SAVED, Choosing
 from apps.studio.examples import FAVOURITES, example_prompts
 from apps.studio.following import restated
+from apps.studio.forms import AUTO, CUSTOM, FIXED, RANDOM, read_mask, read_size, shapes, show_settings
 from apps.studio.painting import Painting
 from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
 from apps.studio.strings import FOLDER, Strings, languages
 from apps.studio.tabs.classes import read_label
 from apps.studio.vocabulary import read_vocabulary
-from apps.studio.wishes import AUTO, CUSTOM, FIXED, RANDOM, read_mask, read_size, shapes, show_settings
 from tests.models import tiny_next_scale
 from tests.pipes.test_class_to_image import tiny_pipeline
 from tests.studio.fakes import FakePipeline
@@ -45,8 +45,9 @@ from tests.studio.fakes import FakePipeline
 TAB = SimpleNamespace(session_hash="one tab", username=None)
 ENGLISH = Strings("en")
 PAGE = {
-    "mode": "text", "prompt": "a fox", "negative": "", "model": "fake", "shape": "64x64", "width": 96, "height": 64,
-    "steps": 4, "guidance": 4.0, "seed_mode": FIXED, "seed": 3, "count": 1, "batch_size": 1, "style": "",
+    "mode": "text", "prompt": "a fox", "negative_prompt": "", "model": "fake",
+    "shape": "64x64", "width": 96, "height": 64,
+    "steps": 4, "guidance": 4.0, "seed_mode": FIXED, "seed": 3, "num_images": 1, "batch_size": 1, "style": "",
     "scheduler": "", "lora": "", "lora_scale": 1, "step_cache": "", "cache_amount": 0, "file_format": "png",
     "memory": "", "dtype": "", "attention": "", "grow_left": 0, "grow_top": 0, "grow_right": 0, "grow_bottom": 0,
     "mask_grow": 0, "mask_blur": 0,
@@ -205,11 +206,11 @@ def test_unknown_words_are_said_beside_the_picture_also_after_a_restart(studio, 
     [
         ({"prompt": "  "}, "prompt is empty"),
         ({"steps": 10**6}, "\u201cSteps\u201d is 1000000: choose 1 to 200"),
-        ({"count": 99}, "\u201cNumber of images\u201d is 99: choose 1 to 16"),
+        ({"num_images": 99}, "\u201cNumber of images\u201d is 99: choose 1 to 16"),
         ({"shape": "9999x9999"}, "choose"),
         ({"shape": "/etc/passwd"}, "\u201cSize\u201d"),
-        ({"seed": None}, "\u201cFixed seed\u201d is empty: choose 0 to 4294967295"),
-        ({"seed": float("nan")}, "\u201cFixed seed\u201d is nan"),
+        ({"seed": None}, "\u201cSeed\u201d is empty: choose 0 to 4294967295"),
+        ({"seed": float("nan")}, "\u201cSeed\u201d is nan"),
         ({"model": "/etc"}, "choose one of fake"),
         ({"model": f"someone/model@{'0' * 40}"}, "choose one of fake"),  # the owner of the machine names those
         ({"mode": "image"}, "Choose an image"),
@@ -217,13 +218,13 @@ def test_unknown_words_are_said_beside_the_picture_also_after_a_restart(studio, 
         ({"mode": "inpaint", "source": "0" * 64}, "Nothing is marked"),
         ({"mode": "inpaint", "source": "0" * 64, "mask": "data:image/png;base64,AAAA"}, "can&#x27;t be read"),
         ({"mode": "classes"}, "Choose a class"),
-        ({"mode": "grid", "grid_x": "module"}, "choose one of steps"),
+        ({"mode": "grid", "grid_x": "module"}, "choose one of seed"),
         ({"scheduler": "os.system"}, "\u201cScheduler\u201d is os.system: choose one of euler"),
         ({"style": "<script>"}, "\u201cStyle\u201d is &lt;script&gt;"),
         ({"step_cache": "../x"}, "\u201cStep cache\u201d"),
         ({"step_cache": "fora", "cache_amount": -5}, "is -5: choose a number above 0, up to 100"),
         ({"guidance": "four"}, "\u201cGuidance\u201d is four"),
-        ({"count": 2.5}, "2.5, which is not a whole number"),
+        ({"num_images": 2.5}, "2.5, which is not a whole number"),
     ],
 )
 def test_wishes_that_by_pass_the_widgets_are_refused(studio, wish, reason):
@@ -311,7 +312,7 @@ def test_hostile_settings_are_refused(studio, tmp_path):
 
 
 def test_pictures_of_strip_and_gallery_can_be_chosen(studio):
-    visit = pictures(list(paint(studio, seed=9, count=3)))
+    visit = pictures(list(paint(studio, seed=9, num_images=3)))
     assert studio.choosing.choose(visit, SimpleNamespace(index=0))["chosen"] == visit[0]
     for index in (7, -1, "0", None):
         assert studio.choosing.choose(visit, SimpleNamespace(index=index)) == {}
@@ -495,6 +496,7 @@ def test_all_languages_say_the_same_things():
 
 def test_every_string_is_used_and_every_use_has_one(root):
     sources = "".join(path.read_text() for path in (root / "apps" / "studio").rglob("*.py"))
+    labels = {one.label for one in OPTIONS.values()}
     built = (
         "tab.",
         "axis.",
@@ -510,10 +512,15 @@ def test_every_string_is_used_and_every_use_has_one(root):
         "error.",
         "failed.",
         "task.",
-        "field.",
     )  # put together from parts
     for key in sorted(ENGLISH.keys()):
-        assert f'"{key}"' in sources or f"'{key}'" in sources or key.startswith(built) or key == "language", key
+        assert (
+            key.endswith((".hint", ".none"))
+            or f'"{key}"' in sources
+            or f"'{key}'" in sources
+            or key.startswith(built)
+            or key in {"language", *labels}
+        ), key
     for key in re.findall(r'words\("([\w.]+)"', sources):
         assert ENGLISH(key)
 
@@ -558,7 +565,7 @@ def test_sizes():
 
 def test_styles_hold_a_place_for_the_prompt(studio):
     assert all(style.prompt.count("{prompt}") == 1 for style in load_styles().values())
-    painted = pictures(list(paint(studio, style="watercolour", negative="blue")))[0].settings
+    painted = pictures(list(paint(studio, style="watercolour", negative_prompt="blue")))[0].settings
     assert painted.prompt.startswith("watercolour of a fox")
     assert painted.negative_prompt == "blue, photograph"
 

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from apps.api.app import create_app
-from apps.commands.generate import Machine, Wishes, run
+from apps.commands.generate import Machine, run
+from apps.commands.given_options import make_options
 from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
+from apps.service.defaults import fit_size
 from apps.service.engine import Engine
-from apps.service.job_runner import fit_size
-from apps.service.metadata import Expand, read_picture
-from apps.service.option_text import read_expand
+from apps.service.metadata import read_picture, repeat
+from apps.service.option_values import Expand
 from apps.service.outpaint import blend, grown, lay_out, soft_mask, touched
-from apps.service.requests import REQUEST, repeat
+from apps.service.requests import REQUEST
 from apps.studio import views
 from apps.studio.choosing import Choosing
 from apps.studio.painting import Painting
@@ -139,14 +140,14 @@ def test_a_canvas_of_another_shape_squeezes_nothing():
     [("0.25", (0.25, 0.25, 0.25, 0.25)), ("left=0.5, top=1", (0.5, 0, 1, 0)), ("right=2", (0, 2, 0, 0))],
 )
 def test_growth_is_read_as_people_write_it(text, sides):
-    found = read_expand(text)
+    found = Expand.from_text(text)
     assert (found.left, found.right, found.top, found.bottom) == sides
 
 
 @pytest.mark.parametrize("text", ["", "0", "left", "up=1", "3", "left=nan", "left=0.1=2"])
 def test_growth_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match="share from 0 to 2"):
-        read_expand(text)
+        Expand.from_text(text)
 
 
 # -------------------------------------------------------------------------------- sizes
@@ -245,7 +246,7 @@ def test_what_is_kept_is_kept_and_the_file_paints_it_again(world, tmp_path, kind
     assert (pixels(again.path) == found).all()
     assert read_picture(again.path) == settings
 
-    run(Wishes(), tmp_path / "cli.png", Machine(device="cpu"), settings=first.path)
+    run(make_options(), tmp_path / "cli.png", Machine(device="cpu"), settings=first.path)
     assert (pixels(tmp_path / "cli.png") == found).all()
     with httpx.Client(base_url=world.address, trust_env=False, timeout=30) as client:
         job = client.post("/v1/jobs", content=repeat(settings).model_dump_json()).json()["id"]
@@ -265,7 +266,7 @@ def test_the_page_says_what_fits_the_model(world):
         assert changes[name]["visible"] is not is_next_scale, name
     assert changes["search"]["visible"] is changes["candidates"]["visible"] is False  # none of these has a scorer
     if is_next_scale:
-        assert changes["top_k"] == world.model.defaults["top_k"]  # the model's own, not the page's
+        assert changes["top_k"]["value"] == world.model.defaults["top_k"]  # the model's own, not the page's
     need = world.choosing.fit("stickers-var", "image")["need"]
     assert ("can&#x27;t start from an image" in need) is is_next_scale
 
@@ -277,18 +278,18 @@ def test_the_command_line_grows_and_edits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, setup: of_entries())
     noise(48, 48).save(tmp_path / "in.png")
     middle(48, 48).save(tmp_path / "mask.png")
-    wishes = Wishes(prompt="a fox", image=tmp_path / "in.png", expand="right=0.3333,bottom=0.3333", seed=2)
+    wishes = make_options(prompt="a fox", image=tmp_path / "in.png", expand="right=0.3333,bottom=0.3333", seed=2)
     run(wishes, tmp_path / "grown.png", Machine(device="cpu"), json_output=True)
     assert json.loads(capsys.readouterr().out)["pictures"][0]["expand"]["right"] == 0.3333
     assert (pixels(tmp_path / "grown.png")[:48, :48] == pixels(tmp_path / "in.png")).all()
-    run(Wishes(prompt="a fox", image=tmp_path / "in.png", mask=tmp_path / "mask.png"), tmp_path / "b.png",
+    run(make_options(prompt="a fox", image=tmp_path / "in.png", mask=tmp_path / "mask.png"), tmp_path / "b.png",
         Machine(device="cpu"))  # fmt: skip
     assert read_picture(tmp_path / "b.png").task == "next_scale_text"
-    soft = Wishes(prompt="a fox", image=tmp_path / "in.png", mask=tmp_path / "mask.png", mask_grow=2, mask_blur=4)
+    soft = make_options(prompt="a fox", image=tmp_path / "in.png", mask=tmp_path / "mask.png", mask_grow=2, mask_blur=4)
     run(soft, tmp_path / "soft.png", Machine(device="cpu"))
     assert (read_picture(tmp_path / "soft.png").mask_grow, read_picture(tmp_path / "soft.png").mask_blur) == (2, 4)
     with pytest.raises(ValueError, match="can't do image to image"):
-        run(Wishes(prompt="a fox", image=tmp_path / "in.png"), tmp_path / "c.png", Machine(device="cpu"))
+        run(make_options(prompt="a fox", image=tmp_path / "in.png"), tmp_path / "c.png", Machine(device="cpu"))
     with pytest.raises(ValueError, match="strength"):
-        run(Wishes(prompt="a fox", image=tmp_path / "in.png", mask=tmp_path / "mask.png", strength=0.5),
+        run(make_options(prompt="a fox", image=tmp_path / "in.png", mask=tmp_path / "mask.png", strength=0.5),
             tmp_path / "c.png", Machine(device="cpu"))  # fmt: skip

@@ -15,9 +15,9 @@ from apps.service.events import Failed
 from apps.service.request_error import RequestError
 from apps.service.requests import REQUEST, TASKS, TextToImageRequest
 from apps.studio import fields
+from apps.studio.forms import make_request
 from apps.studio.problems import LABELS, explain, explain_failure
 from apps.studio.strings import Strings, languages
-from apps.studio.wishes import make_request
 from tests.studio.test_page import ENGLISH, PAGE
 
 CHINESE = Strings("zh")
@@ -42,8 +42,8 @@ def said(words: Strings, **values: object) -> str:
         ({"steps": "many"}, "steps", ("many", "1", "200")),
         ({"guidance": -1}, "guidance", ("-1", "0", f"{limits.MAX_GUIDANCE:g}")),
         ({"guidance": float("inf")}, "guidance", ("inf", "0", f"{limits.MAX_GUIDANCE:g}")),
-        ({"seed": -5}, "seed.value", ("-5", "0", "4294967295")),
-        ({"count": 99}, "count", ("99", "1", "16")),
+        ({"seed": -5}, "seed", ("-5", "0", "4294967295")),
+        ({"num_images": 99}, "num_images", ("99", "1", "16")),
         ({"batch_size": 0}, "batch_size", ("0", "1", "8")),
         ({"shape": "custom", "width": 9999, "height": 64}, "width", ("9999", "32", "2048")),
         ({"shape": "custom", "width": 70, "height": 64}, "width", ("70", "8", "72")),
@@ -54,10 +54,10 @@ def said(words: Strings, **values: object) -> str:
         ({"frames": 1000}, "frames", ("1000", "1", "257")),
         ({"dtype": "float8"}, "dtype", ("float8", "bfloat16")),
         ({"file_format": "gif"}, "file_format", ("gif", "png", "webp")),
-        ({"negative": "x" * 3000}, "negative", ("3000", "2000")),
+        ({"negative_prompt": "x" * 3000}, "negative_prompt", ("3000", "2000")),
         ({"mode": "inpaint", "source": "0" * 64, "grow_left": 300}, "expand.left", ("300", "0", "200")),
         ({"mode": "inpaint", "source": "0" * 64, "grow_left": 10, "repaint": 2}, "strength", ("2", "0.05", "1")),
-        ({"mode": "image", "source": "../../etc/passwd"}, "field.image", ("passwd",)),
+        ({"mode": "image", "source": "../../etc/passwd"}, "image", ("passwd",)),
     ],
 )
 def test_a_field_out_of_range_is_named_by_its_label_with_value_and_range(values, label, parts):
@@ -70,8 +70,8 @@ def test_a_field_out_of_range_is_named_by_its_label_with_value_and_range(values,
 
 
 def test_several_wrong_fields_are_all_named():
-    text = said(ENGLISH, steps=0, guidance=99, count=0)
-    assert all(ENGLISH(label) in text for label in ("steps", "guidance", "count"))
+    text = said(ENGLISH, steps=0, guidance=99, num_images=0)
+    assert all(ENGLISH(label) in text for label in ("steps", "guidance", "num_images"))
 
 
 def test_every_field_of_every_request_has_a_label_in_every_language():

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from apps.api.app import create_app
-from apps.commands.generate import Machine, Wishes, run
+from apps.commands.generate import Machine, run
+from apps.commands.given_options import make_options
 from apps.service import compute_profiles as profiles
 from apps.service.compute_profiles import (
     NO_ACCELERATOR,
@@ -25,14 +26,13 @@ from apps.service.compute_profiles import (
 )
 from apps.service.engine import Done, Engine, Failed, Picture, TextToImageRequest
 from apps.service.grid import plan, read_axis
-from apps.service.metadata import read_picture, save_picture
-from apps.service.requests import repeat
+from apps.service.metadata import read_picture, repeat, save_picture
 from apps.studio.choosing import Choosing
 from apps.studio.desk import memory_note
+from apps.studio.forms import make_request, show_settings
 from apps.studio.painting import Painting
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
-from apps.studio.wishes import make_request, show_settings
 from dit.runtime.bridge import active_attention_backend, attending_through
 from tests.families.tiny import tiny_pipeline
 from tests.pipes.tiny import tiny_text_to_image_pipeline
@@ -145,7 +145,7 @@ def test_backends_are_those_that_work_here(monkeypatch):
     assert found["native"] == found[MATH] == ""
     assert all(name in found for name in ("flash", "sage", "xformers"))
     assert not [name for name in found if "hub" in name]  # they would fetch code
-    monkeypatch.setattr(profiles, "find_spec", lambda name: None)
+    monkeypatch.setattr("dit.attention.backends.find_spec", lambda name: None)
     assert profiles.try_attention("flash", torch.device("cpu")) == "flash_attn is not installed"
     assert profiles.try_attention("_sage_qk_int8_pv_fp8_cuda", torch.device("cpu")).endswith("not installed")
 
@@ -161,11 +161,11 @@ def test_a_number_format_is_recorded_and_paints_the_same_again(engine, folder, t
     again = paint(engine, repeat(read_picture(half.path)))
     assert again.image.tobytes() == half.image.tobytes()
     assert paint(engine, ask()).image.tobytes() == single.image.tobytes()  # its weights are not the rounded ones
-    run(Wishes(model=str(folder)), tmp_path / "cli.png", Machine(device="cpu"), settings=half.path)
+    run(make_options(model=str(folder)), tmp_path / "cli.png", Machine(device="cpu"), settings=half.path)
     assert read_picture(tmp_path / "cli.png").dtype == "bfloat16"
     with Image.open(tmp_path / "cli.png") as image:
         assert image.tobytes() == half.image.tobytes()
-    run(Wishes(model=str(folder), dtype="float32"), tmp_path / "b.png", Machine(device="cpu"), settings=half.path)
+    run(make_options(model=str(folder), dtype="float32"), tmp_path / "b.png", Machine(device="cpu"), settings=half.path)
     with Image.open(tmp_path / "b.png") as image:
         assert image.tobytes() == single.image.tobytes()
 

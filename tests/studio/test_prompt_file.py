@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from apps.commands.batch import read_lines
-from apps.commands.generate import Wishes
+from apps.commands.given_options import make_options
 from apps.service.engine import Engine
 from apps.service.limits import ServerLimits
 from apps.service.prompt_file import PromptFileError, parse_lines, read_text, request_fields
@@ -110,16 +110,16 @@ def test_the_command_line_takes_names_of_requests_too(tmp_path):
         '{"prompt": "x", "width": 96, "height": 64, "num_images": 2, "step_cache": {"preset": "fora", "amount": 3},'
         ' "expand": {"left": 0.5}, "finish_after": 2}'
     )
-    (line,) = read_lines(tmp_path / "batch.jsonl", Wishes())
-    assert (line.wishes.size, line.wishes.num, line.wishes.cache) == ("96x64", 2, "fora:every=3")
-    assert line.wishes.expand == "left=0.5"
-    assert line.fields == {"finish_after": 2}
+    (line,) = read_lines(tmp_path / "batch.jsonl", make_options())
+    assert (line.options.size, line.options.num, line.options.cache) == ("96x64", 2, "fora:every=3")
+    assert line.options.expand == "left=0.5"
+    assert line.options.finish_after == 2
 
 
 def test_names_of_files_stay_as_they_were(tmp_path):
     """A second run of an old batch finds what the first one has done."""
     (tmp_path / "batch.jsonl").write_text('a red apple\n{"prompt": "a fox", "seed": 4}\n')
-    assert [line.name for line in read_lines(tmp_path / "batch.jsonl", Wishes(steps=2))] == [
+    assert [line.name for line in read_lines(tmp_path / "batch.jsonl", make_options(steps=2))] == [
         "00001-b0b5bffc", "00002-d7145c0d",
     ]  # fmt: skip
 

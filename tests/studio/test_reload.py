@@ -79,7 +79,7 @@ def pages(server, browser):
 def ask(page, prompt, seed, steps=100, count=16):
     """Ask for as many images as take a while."""
     page.fill("#prompt textarea", prompt)
-    for name, value in (("steps", steps), ("count", count)):
+    for name, value in (("steps", steps), ("num-images", count)):
         page.fill(f"#{name} input[type=number]", str(value))
         page.press(f"#{name} input[type=number]", "Tab")
     page.fill("#seed input", str(seed))

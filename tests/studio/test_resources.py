@@ -18,10 +18,10 @@ from apps.api import messages, streams
 from apps.api.streams import KEPT_STEPS, _Broadcast, _latest, _Message
 from apps.api.tokens import TokenTable
 from apps.service import uploads
+from apps.service.defaults import fit_size
 from apps.service.engine import Engine
 from apps.service.events import Done, EventStream, Failed
 from apps.service.failures import failure_of
-from apps.service.job_runner import fit_size
 from apps.service.job_store import JobStore, QueueFullError, StoreError, StoreInUseError
 from apps.service.limits import ServerLimits, UploadQuota
 from apps.service.logs import PromptFilter

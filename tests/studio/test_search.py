@@ -2,19 +2,19 @@
 
 import json
 from contextlib import closing
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from apps.commands.generate import Wishes, run
+from apps.commands.generate import run
+from apps.commands.given_options import make_options
 from apps.service.engine import Engine, Picture, Step
 from apps.service.media import candidate_sheet
 from apps.service.metadata import read_picture
 from apps.service.requests import REQUEST
 
-SEARCHED = Wishes(prompt="a fox left of a key on blue", model="stickers-var", search="best_of", candidates=3)
+SEARCHED = make_options(prompt="a fox left of a key on blue", model="stickers-var", search="best_of", candidates=3)
 
 
 def test_the_command_line_searches_and_tells_what_it_found(tmp_path, capsys):
@@ -24,7 +24,7 @@ def test_the_command_line_searches_and_tells_what_it_found(tmp_path, capsys):
     assert "3.00 x the tokens" in told
     settings = read_picture(tmp_path / "fox.png")
     assert (settings.search, settings.candidates) == ("best_of", 3)
-    run(Wishes(), tmp_path / "again.png", settings=tmp_path / "fox.png")
+    run(make_options(), tmp_path / "again.png", settings=tmp_path / "fox.png")
     first, again = (np.asarray(Image.open(tmp_path / name)) for name in ("fox.png", "again.png"))
     assert np.array_equal(first, again)
 
@@ -33,14 +33,16 @@ def test_the_command_line_searches_and_tells_what_it_found(tmp_path, capsys):
     ("method", "candidates", "finished", "cost"), [("tts", 4, "2 of 10", "3.92"), ("beam", 3, "1 of 9", "2.92")]
 )
 def test_a_search_pays_for_so_many_pictures_and_spends_them_early(tmp_path, capsys, method, candidates, finished, cost):
-    run(replace(SEARCHED, search=method, candidates=candidates), tmp_path / "fox.png")
+    run(SEARCHED.changed(search=method, candidates=candidates), tmp_path / "fox.png")
     told = capsys.readouterr().out
     assert f"search: {finished} candidates finished" in told
     assert f"{cost} x the tokens" in told
 
 
 def test_the_history_of_the_built_in_model_can_be_compressed_at_once(tmp_path, capsys):
-    wishes = Wishes(prompt="a fox on blue", model="stickers-var", kv_policy="scalekv", kv_budget=0.25, temperature=1.2)
+    wishes = make_options(
+        prompt="a fox on blue", model="stickers-var", kv_policy="scalekv", kv_budget=0.25, temperature=1.2
+    )
     run(wishes, tmp_path / "fox.png", json_output=True)
     (row,) = json.loads(capsys.readouterr().out)["pictures"]
     assert row["report"].startswith("KV scalekv: 2")
@@ -50,9 +52,9 @@ def test_the_history_of_the_built_in_model_can_be_compressed_at_once(tmp_path, c
 @pytest.mark.parametrize(
     ("wishes", "why"),
     [
-        (Wishes(prompt="a fox", search="tts"), "search: text_to_image has no such setting; leave it out"),
-        (Wishes(prompt="a fox", model="stickers-var", candidates=3), "candidates are for a search"),
-        (Wishes(prompt="a fox", model="stickers-var", kv_policy="most"), "choose one of 'full'"),
+        (make_options(prompt="a fox", search="tts"), "search: text_to_image has no such setting; leave it out"),
+        (make_options(prompt="a fox", model="stickers-var", candidates=3), "--candidates goes with --search"),
+        (make_options(prompt="a fox", model="stickers-var", kv_policy="most"), "choose one of 'full'"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_line(tmp_path, wishes, why):

@@ -229,7 +229,7 @@ def test_type_paint_stop(server, page, width, height):
     for side in ("#width", "#height"):
         page.fill(f"{side} input[type=number]", "128")
         page.press(f"{side} input[type=number]", "Tab")
-    page.fill("#count input[type=number]", "16")
+    page.fill("#num-images input[type=number]", "16")
     page.fill("#steps input[type=number]", "100")
     page.press("#steps input[type=number]", "Tab")
     page.get_by_role("button", name="Generate", exact=True).click()

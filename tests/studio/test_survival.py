@@ -17,8 +17,7 @@ from PIL import Image
 from apps.service.engine import Done, Engine, Failed, Picture, Step, Stopped, TextToImageRequest
 from apps.service.job_store import JobStore, StoredPicture, StoreInUseError
 from apps.service.limits import ServerLimits
-from apps.service.metadata import read_picture
-from apps.service.requests import repeat
+from apps.service.metadata import read_picture, repeat
 from tests.studio.fakes import FakePipeline
 from tests.studio.killed import JOBS, PICTURES, STEPS
 

@@ -13,9 +13,9 @@ from apps.api.tokens import TokenTable, add_user
 from apps.commands.serve import _start, check_port
 from apps.service.engine import Engine
 from apps.studio.app import build_page, mount
+from apps.studio.page_values import PageError
 from apps.studio.painting import Painting
 from apps.studio.sessions import Sessions
-from apps.studio.tabs.base import PageError
 from tests.studio.fakes import FakePipeline
 from tests.studio.serving import client_of, serving_page
 from tests.studio.test_page import ENGLISH, PAGE, paint, pictures

@@ -33,6 +33,9 @@ class Strings:
         text = self._strings[key]
         return text.format(**values) if values else text
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._strings
+
     def keys(self) -> set[str]:
         """Return the keys of all strings."""
         return set(self._strings)

@@ -6,8 +6,9 @@ import gradio as gr
 
 from apps.service.metadata import PictureSettings
 from apps.studio import fields
+from apps.studio.page_values import PageError, Values
 from apps.studio.strings import Strings
-from apps.studio.tabs.base import PageError, Tab, Values
+from apps.studio.tabs.base import Tab
 
 
 def _build(words: Strings) -> dict[str, gr.components.Component]:
@@ -31,8 +32,13 @@ def read_label(value: object) -> int | str:
     return int(number) if number.isdecimal() and len(number) < 8 else text
 
 
+def show_label(settings: PictureSettings) -> str | None:
+    """Return what a choice of classes holds for the settings of an image."""
+    return None if settings.label is None else str(settings.label)
+
+
 def _show(settings: PictureSettings) -> dict[str, object]:
-    return {"label": None if settings.label is None else str(settings.label)}
+    return {"label": show_label(settings)}
 
 
 TAB = Tab("classes", ("class_to_image", "next_scale_class"), _build, _fields, _show, has_prompt=False)

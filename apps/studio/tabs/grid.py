@@ -9,8 +9,9 @@ import gradio as gr
 
 from apps.service.grid import AXES, Axis, read_axis
 from apps.studio import fields
+from apps.studio.page_values import Values
 from apps.studio.strings import Strings
-from apps.studio.tabs.base import Tab, Values
+from apps.studio.tabs.base import Tab
 
 STARTS = (("steps", "8, 16, 28"), ("guidance", "1, 4, 7"), ("", ""))
 """What the axes hold at first: something that works."""
@@ -18,7 +19,7 @@ STARTS = (("steps", "8, 16, 28"), ("guidance", "1, 4, 7"), ("", ""))
 
 def _build(words: Strings) -> dict[str, gr.components.Component]:
     gr.HTML(f'<p class="hint">{words("grid.hint")}</p>', js_on_load=None)
-    choices = [(words("grid.none"), ""), *((words(f"axis.{name}"), name) for name in AXES)]
+    choices = [(words("grid.none"), ""), *((axis_label(name, words), name) for name in AXES)]
     parts: dict[str, Any] = {}
     for axis, (name, values) in zip("xyz", STARTS, strict=True):
         with gr.Row(elem_classes="axis"):
@@ -34,6 +35,11 @@ def _build(words: Strings) -> dict[str, gr.components.Component]:
                 values, label=words("grid.values"), max_length=400, elem_id=f"grid-{axis}-values", min_width=140
             )
     return parts
+
+
+def axis_label(name: str, words: Strings) -> str:
+    """Return what an axis is called on the page."""
+    return words("axis.prompt" if name == "prompt" else AXES[name].label)
 
 
 def axes(values: Values) -> Sequence[Axis]:

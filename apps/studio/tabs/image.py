@@ -5,23 +5,24 @@ from __future__ import annotations
 import gradio as gr
 
 from apps.service.metadata import PictureSettings
-from apps.studio import fields
+from apps.studio import controls
+from apps.studio.page_values import PageError, Values
 from apps.studio.strings import Strings
-from apps.studio.tabs.base import PageError, Tab, Values
+from apps.studio.tabs.base import Tab
 
 
 def _build(words: Strings) -> dict[str, gr.components.Component]:
-    return {"strength": fields.Slider(0.05, 1, 0.6, step=0.05, label=words("strength"), elem_id="strength")}
+    return controls.lay_out("image", words)
 
 
 def _fields(values: Values) -> dict[str, object]:
     if not values["source"]:
         raise PageError("source.missing")
-    return {"image": values["source"], "strength": values["strength"]}
+    return {"image": values["source"], "strength": values["strength"]}  # None for models that have none
 
 
 def _show(settings: PictureSettings) -> dict[str, object]:
-    return {"source": settings.image, "strength": settings.strength}
+    return {"source": settings.image}
 
 
-TAB = Tab("image", ("image_to_image",), _build, _fields, _show, has_source=True)
+TAB = Tab("image", ("image_to_image",), _build, _fields, _show, has_source=True, places=("image",))

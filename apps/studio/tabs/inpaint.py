@@ -10,13 +10,14 @@ from typing import Any
 
 import gradio as gr
 
-from apps.service import limits
 from apps.service.metadata import PictureSettings
-from apps.studio import fields
+from apps.service.options import declared_options
+from apps.service.requests import InpaintRequest
+from apps.studio import controls, fields
+from apps.studio.page_values import PageError, Values, filled
 from apps.studio.strings import Strings
-from apps.studio.tabs import scales
-from apps.studio.tabs.base import PageError, Tab, Values, filled
-from apps.studio.tabs.classes import read_label
+from apps.studio.tabs.base import Tab
+from apps.studio.tabs.classes import read_label, show_label
 
 SIDES = ("left", "top", "right", "bottom")
 
@@ -26,13 +27,9 @@ def _build(words: Strings) -> dict[str, gr.components.Component]:
         "inpaint_label": fields.Dropdown(
             [], label=words("label"), allow_custom_value=True, visible=False, elem_id="inpaint-label"
         ),
-        "repaint": fields.Slider(0.05, 1, 1.0, step=0.05, label=words("strength"), elem_id="repaint"),
+        "repaint": controls.build("repaint", words, declared_options(InpaintRequest)["strength"]),
+        **controls.lay_out("inpaint", words, min_width=190),
     }
-    with gr.Row(elem_id="mask-edge"):
-        for name, most in (("mask_grow", limits.MAX_MASK_GROW), ("mask_blur", limits.MAX_MASK_BLUR)):
-            parts[name] = fields.Slider(
-                0, most, 0, step=1, label=words(name), elem_id=name.replace("_", "-"), min_width=190
-            )
     with gr.Accordion(words("expand"), open=False, elem_id="expand"):
         gr.HTML(f'<p class="hint">{words("expand.hint")}</p>', js_on_load=None)
         with gr.Row(elem_id="sides-grown"):
@@ -52,12 +49,9 @@ def _fields(values: Values) -> dict[str, object]:
     if not values["mask"] and expand is None:
         raise PageError("brush.nothing")
     found = {
-        **scales.sampling(values),
         "image": values["source"],
         "mask": values["mask"] or None,
         "expand": expand,
-        "mask_grow": values["mask_grow"] or None,
-        "mask_blur": values["mask_blur"] or None,
         "strength": filled(values["repaint"]),
     }
     return {**found, "label": read_label(values["inpaint_label"])} if values["inpaint_label"] else found
@@ -71,17 +65,21 @@ def _expand(values: Values) -> dict[str, float] | None:
 
 def _show(settings: PictureSettings) -> dict[str, object]:
     grown = {} if settings.expand is None else settings.expand.model_dump()
-    drawn = scales.show(settings) if settings.task.startswith("next_scale") else {}
     return {
-        **{name: value for name, value in drawn.items() if name != "scale_label"},
         **{f"grow_{side}": round(100 * grown.get(side, 0)) for side in SIDES},
         "source": settings.image,
         "mask": settings.mask,
-        "mask_grow": settings.mask_grow or 0,
-        "mask_blur": settings.mask_blur or 0,
         "repaint": settings.strength,
-        "inpaint_label": None if settings.label is None else str(settings.label),
+        "inpaint_label": show_label(settings),
     }
 
 
-TAB = Tab("inpaint", ("inpaint", "next_scale_text", "next_scale_class"), _build, _fields, _show, has_source=True)
+TAB = Tab(
+    "inpaint",
+    ("inpaint", "next_scale_text", "next_scale_class"),
+    _build,
+    _fields,
+    _show,
+    has_source=True,
+    places=("inpaint", "scales"),
+)

@@ -11,7 +11,7 @@ timestep but through `step`, scale by scale, and its own pipelines guide it; its
 from torch import nn
 
 from dit.runtime.families.detect import UnknownFamilyError, detect, detect_inputs
-from dit.runtime.families.folding import Fold, FoldedGroup, Scaled
+from dit.runtime.families.folding import Fold, FoldedGroup, Rescaling, Scaled
 from dit.runtime.families.images import IMAGE_FAMILIES
 from dit.runtime.families.modules import is_attention
 from dit.runtime.families.own import OWN_FAMILIES
@@ -96,6 +96,7 @@ __all__ = [
     "Fold",
     "FoldedGroup",
     "PipelineRow",
+    "Rescaling",
     "Scaled",
     "TimestepScale",
     "TokenLayout",

@@ -6,8 +6,9 @@ quantizers use it to even out channels (SmoothQuant, arXiv 2211.10438).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,12 +62,15 @@ class FoldedGroup:
     width: int
 
     @torch.no_grad()
-    def apply(self, modules: Mapping[str, nn.Module], scale: Tensor) -> None:
+    def apply(self, modules: Mapping[str, nn.Module], scale: Tensor) -> "Rescaling":
         """Divide the producers' outputs by `scale` and multiply the consumers' columns by it.
 
         Args:
             modules: the model's modules by normalised name.
             scale: positive, (width,).
+
+        Returns:
+            What takes it back, to the last bit: it holds copies of the weights.
 
         Raises:
             ValueError: `scale` has another shape or is not positive, or a layer has an adapter.
@@ -76,17 +80,89 @@ class FoldedGroup:
         for name in (*(entry.name for entry in self.producers), *self.consumers):
             if hasattr(modules[name], "base_layer"):
                 raise ValueError(f"{name} has an adapter, which would not be rescaled: merge it or unload it first")
+        changes: list[_Change] = []
         for producer in self.producers:
-            module, (index, count) = modules[producer.name], producer.part
             for name in ("weight", "bias"):
-                parameter = getattr(module, name, None)
+                parameter = getattr(modules[producer.name], name, None)
                 if parameter is not None:
-                    rows = parameter.chunk(count, dim=0)[index]  # (width, ...)
                     one = float(producer.plus_one and name == "bias")
-                    rows.copy_((rows + one) / _like(scale, rows) - one)
-        for consumer in self.consumers:
-            weight: Any = modules[consumer].weight  # (out, width)
-            weight.mul_(scale.to(weight))
+                    changes.append(
+                        _Change(f"{producer.name}.{name}", parameter, producer.part, partial(_divide, scale, one))
+                    )
+        for name in self.consumers:
+            weight: Any = modules[name].weight  # (out, width)
+            changes.append(_Change(f"{name}.weight", weight, (0, 1), partial(_multiply, scale)))
+        for change in changes:
+            change.make()
+        return Rescaling(changes)
+
+
+class _Change:
+    """A part of a parameter that is rescaled.
+
+    Args:
+        name: of the parameter, for messages.
+        parameter: where it stands.
+        part: (index, count) of the equal parts of its rows.
+        function: from the old values to the new ones; elementwise, so that equal inputs give equal bits.
+    """
+
+    def __init__(
+        self, name: str, parameter: Tensor, part: tuple[int, int], function: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.name, self.parameter, self.part, self.function = name, parameter, part, function
+        self.original = self.rows.clone()  # (width, ...)
+
+    @property
+    def rows(self) -> Tensor:
+        """A view of the part as it is now."""
+        index, count = self.part
+        return self.parameter.chunk(count, dim=0)[index]
+
+    def make(self) -> None:
+        """Rescale."""
+        self.rows.copy_(self.function(self.original))
+
+    def stands(self) -> bool:
+        """Whether the part is as `make` left it, moved and converted perhaps."""
+        rows = self.rows
+        return torch.allclose(rows, self.function(self.original).to(rows), rtol=0, atol=0, equal_nan=True)
+
+    def undo(self) -> None:
+        """Put the old values back."""
+        self.rows.copy_(self.original)
+
+
+class Rescaling:
+    """What `FoldedGroup.apply` did to a model.
+
+    Rescalings that share a layer are undone in the reverse order, as `Attachment.on_detach` does.
+    """
+
+    def __init__(self, changes: list[_Change]) -> None:
+        self._changes = changes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies that it holds."""
+        return sum(change.original.nbytes for change in self._changes)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put the weights back as they were, to the last bit. A second call does nothing.
+
+        Raises:
+            ValueError: a weight was changed since; nothing is put back.
+        """
+        for change in self._changes:
+            if not change.stands():
+                raise ValueError(
+                    f"{change.name} was changed after it was rescaled: undo that first (later rescalings, merged "
+                    "adapters), then try again"
+                )
+        for change in self._changes:
+            change.undo()
+        self._changes = []
 
 
 def resolve_folds(folds: Sequence[Fold], blocks: Sequence[str], modules: Mapping[str, nn.Module]) -> list[FoldedGroup]:
@@ -131,3 +207,13 @@ def _resolve(fold: Fold, block: str, modules: Mapping[str, nn.Module]) -> Folded
 def _like(scale: Tensor, rows: Tensor) -> Tensor:
     """The scale (width,) as it broadcasts over the rows (width, ...)."""
     return scale.to(rows).reshape(-1, *[1] * (rows.ndim - 1))  # (width, 1, ...)
+
+
+def _divide(scale: Tensor, one: float, rows: Tensor) -> Tensor:
+    """Rows (width, ...) that give an output over the scale (width,)."""
+    return (rows + one) / _like(scale, rows) - one
+
+
+def _multiply(scale: Tensor, weight: Tensor) -> Tensor:
+    """A weight (out, width) that takes an input over the scale (width,)."""
+    return weight * scale.to(weight)

@@ -12,12 +12,14 @@ from PIL import Image
 from apps.service import limits
 from apps.service.metadata import PictureSettings
 from apps.service.model_pool import LoadedModel
+from apps.service.option_values import Lora, StepCache
 from apps.service.request_error import RequestError
 from apps.service.requests import TASKS, AnyRequest
 from apps.service.uploads import UploadError, read_upload
+from apps.studio import controls
+from apps.studio.page_values import PageError, Values, filled
 from apps.studio.strings import Strings
-from apps.studio.tabs import TABS, Values
-from apps.studio.tabs.base import PageError, filled
+from apps.studio.tabs import TABS
 
 AUTO, CUSTOM = "auto", "custom"
 RANDOM, FIXED = "random", "fixed"
@@ -39,37 +41,24 @@ def make_request(values: Values, tasks: tuple[str, ...], overrides: Mapping[str,
     tab = TABS.get(values["mode"], TABS["text"])
     task = next((task for task in tab.tasks if task in tasks), tab.tasks[0])
     kind = TASKS[task]
-    fields = {**_common(values), **tab.fields(values)}
+    fields = {**controls.to_fields(values, (*controls.SHARED, *tab.places)), **_composed(values), **tab.fields(values)}
     known = {name: value for name, value in fields.items() if name in kind.model_fields}
     return kind.model_validate({**known, **(overrides or {})})
 
 
-def _common(values: Values) -> dict[str, Any]:
-    """Read the shared settings."""
+def _composed(values: Values) -> dict[str, Any]:
+    """Read the shared options that take several controls, or one of another name."""
     width, height = read_size(values["shape"], values["width"], values["height"])
     cache = {"preset": values["step_cache"], "amount": values["cache_amount"] or None} if values["step_cache"] else None
     return {
         "prompt": values["prompt"],
-        "negative_prompt": values["negative"] or "",
         "model": values["model"],
         "width": width,
         "height": height,
-        "steps": filled(values["steps"]),
-        "guidance": filled(values["guidance"]),
         "seed": filled(values["seed"]) if values["seed_mode"] == FIXED else None,
-        "num_images": filled(values["count"]),
-        "batch_size": _no_more(filled(values["batch_size"]), values["count"]),
-        "style": values["style"] or None,
-        "scheduler": values["scheduler"] or None,
-        "memory": values["memory"] or None,
-        "dtype": values["dtype"] or None,
-        "attention": values["attention"] or None,
+        "batch_size": _no_more(filled(values["batch_size"]), values["num_images"]),
         "lora": {"name": values["lora"], "scale": filled(values["lora_scale"])} if values["lora"] else None,
         "step_cache": cache,
-        "file_format": values["file_format"],
-        "keep_settings": bool(values["keep_settings"]),
-        "sidecar": bool(values["sidecar"]),
-        "frames": values.get("frames") or None,
     }
 
 
@@ -146,33 +135,22 @@ def show_settings(settings: PictureSettings) -> dict[str, Any]:
         Values by component; `mode` among them. The model is left out: the page may not have it.
     """
     mode = mode_of(settings)
-    cache = settings.step_cache
     # One of a batch comes with its company, which moved its last bits.
     before = settings.pick if settings.batch_size > 1 and settings.pick is not None else 0
     count = settings.batch_size if settings.pick is not None else 1
+    found = {name: getattr(settings, name) for name in PictureSettings.model_fields}
     shown = {
+        **controls.to_values({**found, "style": None, "scheduler": settings.sampler}),
+        **_show_composed(settings.step_cache, settings.lora),
         "mode": mode,
         "prompt": settings.prompt,
-        "negative": settings.negative_prompt,
         "shape": CUSTOM,
         "width": settings.width,
         "height": settings.height,
-        "steps": settings.steps,
-        "guidance": settings.guidance,
         "seed_mode": FIXED,
         "seed": (settings.seed - before) % (limits.MAX_SEED + 1),
-        "count": count,
+        "num_images": count,
         "batch_size": count,
-        "frames": settings.frames,
-        "style": "",
-        "scheduler": settings.sampler or "",
-        "step_cache": cache.preset if cache else "",
-        "cache_amount": (cache.amount or 0) if cache else 0,
-        "memory": settings.memory or "",
-        "dtype": settings.dtype,
-        "attention": settings.attention or "",
-        "lora": settings.lora.name if settings.lora else "",
-        "lora_scale": settings.lora.scale if settings.lora else 1.0,
         **TABS[mode].show(settings),
     }
     return {name: value for name, value in shown.items() if value is not None}
@@ -187,31 +165,28 @@ def show_request(request: AnyRequest) -> dict[str, Any]:
     Returns:
         Values by component. The model is left out: the page may not have it.
     """
-    values = request.model_dump()
-    width, height, cache, lora = (values.get(name) for name in ("width", "height", "step_cache", "lora"))
+    found = {name: getattr(request, name) for name in type(request).model_fields}
+    width, height = found.get("width"), found.get("height")
     size = {"shape": AUTO} if width is None else {"shape": CUSTOM, "width": width, "height": height}
-    same = {name: values.get(name) for name in ("prompt", "steps", "guidance", "file_format", "keep_settings")}
     shown = {
-        **same,
+        **controls.to_values(found),
+        **_show_composed(found.get("step_cache"), request.lora),
         **size,
-        "negative": values.get("negative_prompt"),
+        "prompt": found.get("prompt"),
         "seed_mode": FIXED if request.seed is not None else RANDOM,
         "seed": request.seed,
-        "count": request.num_images,
-        "batch_size": request.batch_size,
-        "sidecar": request.sidecar,
-        "frames": values.get("frames"),
-        "style": request.style or "",
-        "scheduler": values.get("scheduler") or "",
-        "step_cache": cache["preset"] if cache else "",
-        "cache_amount": (cache["amount"] or 0) if cache else 0,
-        "memory": request.memory or "",
-        "dtype": request.dtype or "",
-        "attention": request.attention or "",
-        "lora": lora["name"] if lora else "",
-        "lora_scale": lora["scale"] if lora else 1.0,
     }
     return {name: value for name, value in shown.items() if value is not None}
+
+
+def _show_composed(cache: StepCache | None, lora: Lora | None) -> dict[str, Any]:
+    """Return what the controls hold of options that take several."""
+    return {
+        "step_cache": cache.preset if cache else "",
+        "cache_amount": (cache.amount or 0) if cache else 0,
+        "lora": lora.name if lora else "",
+        "lora_scale": lora.scale if lora else 1.0,
+    }
 
 
 def mode_of(settings: PictureSettings) -> str:

@@ -1,0 +1,165 @@
+"""What a request leaves open, resolved in one place: by its preset, by the option's default, by the model's.
+
+The prompt is put into its style here too. Data type and offload are not options of a call but of how a model is loaded,
+see `apps.service.compute_profiles.setup_of`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from apps.service import limits
+from apps.service.model_pool import LoadedModel
+from apps.service.named_settings import preset_values
+from apps.service.outpaint import grown
+from apps.service.request_error import RequestError
+from apps.service.requests import OPTIONS, AnyRequest
+from apps.service.styles import apply_style
+from apps.service.uploads import UploadStore
+
+
+def resolve_defaults(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> AnyRequest:
+    """Replace what a request leaves open by its preset and the model's defaults, and put its prompt into its style.
+
+    Args:
+        request: what was asked.
+        model: gives the defaults.
+        uploads: the image to start from gives the size.
+
+    Raises:
+        ValueError: the model can't do the task, or not with these settings.
+    """
+    accepted = model.accepts(request.task)
+    fields = type(request).model_fields
+    values: dict[str, Any] = {"model": model.key, "style": None, "preset": None}
+    # 1. the preset, for what the request doesn't say itself
+    if request.preset is not None:
+        preset = preset_values(request.preset, fields)
+        request = request.model_copy(update={n: value for n, value in preset.items() if getattr(request, n) is None})
+    # 2. the default of the option, else of the model
+    for name in fields:
+        if getattr(request, name) is None:
+            values[name] = default_of(name, model, accepted)
+    # 3. what depends on several fields
+    values |= _size(request, model, uploads)
+    values |= _frames(request, model)
+    values |= _texts(request)
+    return request.model_copy(update={name: value for name, value in values.items() if name in fields})
+
+
+def default_of(name: str, model: LoadedModel, accepted: frozenset[str] | None = None) -> Any:
+    """Return what an option is where nobody says: its own default if the call takes it, else the model's.
+
+    Args:
+        name: of the field.
+        model: gives the default.
+        accepted: argument names of the task's call; None for those of the main task.
+
+    Returns:
+        A number, a word or None.
+    """
+    if name == "guidance":
+        return model.guidance
+    if name == "steps":
+        return model.steps
+    option = OPTIONS[name].option if name in OPTIONS else None
+    if option is None or not option.argument:
+        return None
+    if option.default is not None:
+        accepted = model.accepts(model.tasks[0]) if accepted is None else accepted
+        return option.default if option.argument in accepted else None
+    default = model.defaults.get(option.argument)
+    return default if isinstance(default, int | float | str) else None
+
+
+def _texts(request: AnyRequest) -> dict[str, str]:
+    """Return prompt and negative prompt, put into the style of the request if it has one.
+
+    Raises:
+        RequestError: a style for an image of a class.
+    """
+    prompt, negative = getattr(request, "prompt", None), getattr(request, "negative_prompt", "")
+    if request.style is None:
+        return {"negative_prompt": negative.strip()}
+    if prompt is None:
+        raise RequestError(
+            "setting", "Styles are for prompts; leave the style out for an image of a class.", field="style"
+        )
+    prompt, negative = apply_style(request.style, prompt, negative)
+    return {"prompt": prompt, "negative_prompt": negative}
+
+
+def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
+    """Return the number of frames of a clip, if the model makes clips."""
+    asked = getattr(request, "frames", None)
+    if asked is not None and model.frames is None:
+        raise RequestError(
+            "setting",
+            f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.",
+            field="frames",
+        )
+    return {"frames": asked or model.frames} if "frames" in type(request).model_fields else {}
+
+
+def _size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> dict[str, int | None]:
+    """Settle the size: what was left open is filled in, unless the pipeline takes no size.
+
+    Raises:
+        ValueError: another size than the only one of such a pipeline was asked for.
+    """
+    if "width" not in type(request).model_fields:
+        return {}
+    asked = getattr(request, "width"), getattr(request, "height")  # noqa: B009
+    takes_one = {"height", "width"} <= model.accepts(request.task) or getattr(request, "image", None) is not None
+    if takes_one:
+        width, height = open_size(request, model, uploads) if asked[0] is None else asked
+        return {"width": width, "height": height}
+    if asked[0] is not None and asked != (model.width, model.side):
+        raise ValueError(
+            f"width and height: the model {model.key!r} generates images of one size, not {asked[0]} x {asked[1]}; "
+            f"leave them out, or give {model.width} x {model.side}."
+        )
+    return {"width": None, "height": None}
+
+
+def open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> tuple[int, int]:
+    """Return width and height of a request without a size: the model's, in the shape of the image handed in."""
+    name = getattr(request, "image", None)
+    if name is None:
+        return model.width, model.side
+    return fit_size(grown(uploads.size(name), getattr(request, "expand", None)), model)
+
+
+def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:
+    """Find a size for an image handed in.
+
+    Args:
+        size: its width and height.
+        model: was trained for an area and takes multiples of something.
+
+    Returns:
+        The image's own width and height if the model can generate that well, else about its shape in the model's area.
+        Of a model with a list of sizes the one nearest in shape, and among equals in area.
+    """
+    width, height = size
+    if model.sizes:
+        return min(model.sizes, key=lambda one: _distance(one, size))
+    area, multiple = model.side * model.width, model.multiple
+    is_in_range = min(size) >= limits.MIN_SIDE and max(size) <= limits.MAX_SIDE
+    if is_in_range and width % multiple == height % multiple == 0 and area / 2 <= width * height <= 2 * area:
+        return size
+    scale = math.sqrt(area / (width * height))
+    least = -(-32 // multiple) * multiple
+    most = limits.MAX_SIDE // multiple * multiple
+    return (
+        min(max(round(width * scale / multiple) * multiple, least), most),
+        min(max(round(height * scale / multiple) * multiple, least), most),
+    )
+
+
+def _distance(one: tuple[int, int], other: tuple[int, int]) -> tuple[float, float]:
+    """Return how far two sizes are apart in shape and, rounded shapes being equal, in area; on logarithmic scales."""
+    (width, height), (others_width, others_height) = one, other
+    shape = math.log(width / height) - math.log(others_width / others_height)
+    return round(abs(shape), 2), abs(math.log(width * height) - math.log(others_width * others_height))

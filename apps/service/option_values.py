@@ -1,0 +1,152 @@
+"""The types of generation options: names to choose from, and values of several parts with their spelling as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from apps.service.request_error import RequestError
+
+ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""Hash of an image's pixels, see `apps.service.uploads`."""
+SchedulerName = Literal["euler", "heun", "sde", "dpm++", "unipc", "ddim", "ddpm"]
+"""Choices of `apps.service.schedulers`."""
+KvPolicy = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,40}$")]
+"""A policy of `dit.cache`; the pipeline checks the name."""
+KvType = Literal["auto", "int8"]
+MemoryName = Literal["fast", "tiles", "balanced", "low"]
+"""Choices of `apps.service.compute_profiles`."""
+AttentionName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
+"""A backend of diffusers; which of them work here is known by `apps.service.compute_profiles`."""
+DTypeName = Literal["float32", "bfloat16", "float16"]
+SearchMethod = Literal["best_of", "tts", "beam"]
+FileFormat = Literal["png", "webp"]
+Label = Annotated[int, Field(ge=0, le=10**6)] | Annotated[str, Field(min_length=1, max_length=200)]
+"""Number or name of a class."""
+
+MAIN_PARAMETERS = {
+    "budget": "budget",
+    "taylorseer": "every",
+    "hicache": "every",
+    "fora": "every",
+    "foca": "every",
+    "fbcache": "threshold",
+    "easycache": "threshold",
+    "dicache": "threshold",
+    "speca": "base",
+}
+"""Step caches that anybody can use, and the parameter of each that trades time for likeness. "budget" needs a profile
+in the model's folder, as the built-in one has."""
+
+
+class StepCache(BaseModel):
+    """Which steps are computed and how the others are forecast.
+
+    Attributes:
+        preset: name of a preset of `sampling.step_cache`.
+        amount: of the preset's main parameter, see `MAIN_PARAMETERS`; None is its default.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    preset: str = Field(pattern=r"^[a-z0-9_.-]{1,40}$")
+    amount: float | None = Field(default=None, gt=0, le=100)
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read `budget=0.35`, `taylorseer` or `fbcache:threshold=0.1`.
+
+        Raises:
+            ValueError: an unknown preset, or a parameter other than its main one (the Python API takes them all).
+        """
+        from pipelines.step_cache import parse_cache
+
+        others = (f"{name}:{key}=..." for name, key in MAIN_PARAMETERS.items() if name != "budget")
+        offered = ", ".join(["budget=0.35", *others])
+        try:
+            preset, params = parse_cache(text)
+            main = MAIN_PARAMETERS[preset]
+        except (ValueError, KeyError) as error:
+            raise _unknown_cache(text, offered) from error
+        if set(params) - {main}:
+            raise _unknown_cache(text, offered)
+        amount = params.get(main)
+        if amount is not None and not isinstance(amount, int | float):
+            raise ValueError(f"The step cache {text!r} needs a number behind {main}=.")
+        return cls(preset=preset, amount=amount)
+
+    @classmethod
+    def text_of(cls, parts: Mapping[str, Any]) -> str:
+        """Write parts of any kind as the text that `from_text` reads, or refuses."""
+        preset, amount = str(parts.get("preset")), parts.get("amount")
+        return preset if amount is None else f"{preset}:{MAIN_PARAMETERS.get(preset, 'amount')}={amount}"
+
+
+def _unknown_cache(text: str, offered: str) -> RequestError:
+    message = f"The step cache {text!r} can't be set here; choose among {offered}."
+    return RequestError("choice", message, field="step_cache", value=text[:40], choices=", ".join(MAIN_PARAMETERS))
+
+
+class Lora(BaseModel):
+    """A LoRA file on the model.
+
+    Attributes:
+        name: of the file in the owner's list.
+        scale: 1 is as trained, 0 nothing.
+        sha256: of the file's content; None takes what has the name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(min_length=1, max_length=200)
+    scale: float = Field(default=1.0, ge=-4, le=4)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+
+class Expand(BaseModel):
+    """How far an image is extended on each side, as fractions of its width or height; what is added is generated.
+
+    Attributes:
+        left: fraction of the width.
+        right: fraction of the width.
+        top: fraction of the height.
+        bottom: fraction of the height.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    left: float = Field(default=0, ge=0, le=2)
+    right: float = Field(default=0, ge=0, le=2)
+    top: float = Field(default=0, ge=0, le=2)
+    bottom: float = Field(default=0, ge=0, le=2)
+
+    @model_validator(mode="after")
+    def _check_growth(self) -> Self:
+        if not any((self.left, self.right, self.top, self.bottom)):
+            raise RequestError("expand", "expand grows no side; give left, right, top or bottom a share such as 0.25.")
+        return self
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read `0.25` for all sides, or some of `left=0.5,right=...,top=...,bottom=...`.
+
+        Raises:
+            ValueError: another form.
+        """
+        parts = [part.partition("=") for part in text.split(",")]
+        try:
+            if len(parts) == 1 and not parts[0][1]:
+                return cls.model_validate(dict.fromkeys(cls.model_fields, float(text)))
+            return cls.model_validate({side.strip(): float(share) for side, _, share in parts})
+        except ValueError as error:
+            raise ValueError(
+                f"{text!r} is not understood; write a share from 0 to 2 such as 0.25 for all sides, or sides such as "
+                "left=0.5,top=0.25."
+            ) from error
+
+    @classmethod
+    def text_of(cls, parts: Mapping[str, Any]) -> str:
+        """Write parts of any kind as the text that `from_text` reads, or refuses."""
+        return ",".join(f"{side}={share}" for side, share in parts.items())

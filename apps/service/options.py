@@ -1,0 +1,553 @@
+"""Every generation option, declared once: type and range for pydantic, and an `Option` for all other readers.
+
+The command line (`apps.commands.generate_options`), the HTTP schema (`apps.service.requests`), the record in an image
+(`apps.service.metadata`), the page's controls (`apps.studio.controls`), grid axes (`apps.service.grid`), files of
+prompts and the arguments of a pipeline's call (`apps.service.inference`) derive from the fields below. To add an
+option, add a field to the group of the tasks that have it, the argument to the pipeline, and a label to each language
+in `apps/studio/strings`. Groups that `apps.service.metadata.PictureSettings` inherits are recorded in images.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from apps.service import limits
+from apps.service.option_values import (
+    AttentionName,
+    DTypeName,
+    Expand,
+    FileFormat,
+    ImageId,
+    KvPolicy,
+    KvType,
+    Label,
+    Lora,
+    MemoryName,
+    SchedulerName,
+    SearchMethod,
+    StepCache,
+)
+from apps.service.panels import COUNT, EDITING, PROMPT, SAMPLING, SCALES, SPEED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """The control of an option on the page.
+
+    Attributes:
+        kind: of Gradio's component.
+        place: part of the page: a tab's name, `sampling`, `count` or `advanced`.
+        row: options of a place with the same row stand side by side.
+        start: what it shows at first; the model's default replaces it.
+        low: lowest number; the lowest that is accepted if None.
+        high: highest number; the highest that is accepted if None.
+        step: between two numbers.
+        choices: of a `choice`, if the type of the option doesn't name them.
+        off: what it shows for an option that is not set; ... if nothing stands for that.
+        is_hidden: shown only once a model is loaded that has the option.
+    """
+
+    kind: Literal["slider", "number", "choice", "radio", "checkbox", "text"]
+    place: str
+    row: str = ""
+    start: Any = None
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    choices: tuple[str, ...] = ()
+    off: Any = ...
+    is_hidden: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What readers need to know of a field beside its type and range.
+
+    Attributes:
+        help: one line for `--help` and for the HTTP schema.
+        panel: of `--help`; empty for a field that the command line doesn't have, or has in another form.
+        flag: its name on the command line, if that isn't the name of the field.
+        argument: keyword of a pipeline's call that takes it as it is; empty if none does.
+        default: its value where neither the request, nor its preset, nor the model says one.
+        needs: option that has to be set for this one to mean anything.
+        idle: value with which options that need this one mean nothing, besides none.
+        label: key of its label in the page's strings, if that isn't the name of the field.
+        is_axis: whether a grid may vary it.
+        control: on the page; None if the page has none, or one of its own making.
+    """
+
+    help: str
+    panel: str = ""
+    flag: str = ""
+    argument: str = ""
+    default: Any = None
+    needs: str = ""
+    idle: Any = None
+    label: str = ""
+    is_axis: bool = True
+    control: Control | None = None
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        """Describe the field in the HTTP schema."""
+        return {**handler(core_schema), "description": self.help}
+
+
+# --------------------------------------------------------------------- fields of several groups
+
+Strength = Annotated[
+    float | None,
+    Field(ge=0.05, le=1),
+    Option(
+        help="With --image: strength, how much of it changes; 1 ignores it.",
+        panel=EDITING,
+        argument="strength",
+        default=0.6,
+        needs="image",
+        control=Control(kind="slider", place="image", start=0.6, step=0.05),
+    ),
+]
+NegativePrompt = Annotated[
+    str,
+    Field(max_length=limits.MAX_PROMPT_CHARS),
+    Option(
+        help="Negative prompt: what the image should not show.",
+        panel=PROMPT,
+        argument="negative_prompt",
+        control=Control(kind="text", place="advanced", start=""),
+    ),
+]
+ClassLabel = Annotated[
+    Label, Option(help="Class: its number, or a name that the model knows.", argument="class_labels", is_axis=False)
+]
+SourceImage = Annotated[ImageId | None, Option(help="Hash of an uploaded image to start from.", is_axis=False)]
+
+
+# ------------------------------------------------------------------------------------- groups
+
+
+class OptionGroup(BaseModel):
+    """Base of the groups."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunOptions(OptionGroup):
+    """What all requests have and no image records in this form. `None` is the default of the model or server."""
+
+    model: Annotated[
+        str | None,
+        Field(max_length=200),
+        Option(help="Name of the model in the server's list; the first one if absent.", is_axis=False),
+    ] = None
+    seed: Annotated[
+        int | None,
+        Field(ge=0, le=limits.MAX_SEED),
+        Option(
+            help="Seed of the noise: the same seed gives the same image.",
+            panel=SAMPLING,
+        ),
+    ] = None
+    num_images: Annotated[
+        int,
+        Field(ge=1, le=limits.MAX_PICTURES),
+        Option(
+            help="Number of images.",
+            panel=COUNT,
+            flag="num",
+            is_axis=False,
+            control=Control(kind="slider", place="count", row="counts", start=1, step=1),
+        ),
+    ] = 1
+    batch_size: Annotated[
+        int,
+        Field(ge=1, le=limits.MAX_BATCH),
+        Option(
+            help="Batch size: how many of them at once.",
+            panel=COUNT,
+            is_axis=False,
+            control=Control(kind="slider", place="count", row="counts", start=1, step=1),
+        ),
+    ] = 1
+    pick: Annotated[
+        int | None,
+        Field(ge=0, lt=limits.MAX_BATCH),
+        Option(
+            help="Keep only this image of the (one) batch, from 0: repeats an image of a batch to the last bit.",
+            is_axis=False,
+        ),
+    ] = None
+    preset: Annotated[
+        str | None,
+        Field(max_length=100),
+        Option(
+            help="Named settings, see apps/service/presets/presets.json: draft, fine ...", panel=PROMPT, is_axis=False
+        ),
+    ] = None
+    style: Annotated[
+        str | None,
+        Field(max_length=100),
+        Option(
+            help="Name of a style, see apps/service/presets/styles.json.",
+            panel=PROMPT,
+            control=Control(kind="choice", place="advanced", row="styles", start="", off=""),
+        ),
+    ] = None
+    dtype: Annotated[
+        DTypeName | None,
+        Option(
+            help="Data type of the weights; the server's if absent.",
+            control=Control(kind="choice", place="advanced", row="computing", start="", off=""),
+        ),
+    ] = None
+    file_format: Annotated[
+        FileFormat,
+        Option(
+            help="Format of the files; both are without loss.",
+            is_axis=False,
+            control=Control(kind="radio", place="advanced", start="png"),
+        ),
+    ] = "png"
+    keep_settings: Annotated[
+        bool,
+        Option(
+            help="Write what reproduces an image into its file.",
+            is_axis=False,
+            control=Control(kind="checkbox", place="advanced", start=True),
+        ),
+    ] = True
+    sidecar: Annotated[
+        bool,
+        Option(
+            help="Write it into a JSON file beside the image.",
+            is_axis=False,
+            control=Control(kind="checkbox", place="advanced", start=False),
+        ),
+    ] = False
+
+
+class SharedOptions(OptionGroup):
+    """What all tasks have."""
+
+    guidance: Annotated[
+        float | None,
+        Field(ge=0, le=limits.MAX_GUIDANCE),
+        Option(
+            help="Guidance scale; 1 or less turns guidance off.",
+            panel=SAMPLING,
+            argument="guidance_scale",
+            control=Control(kind="slider", place="sampling", row="walk", start=4, high=12, step=0.1),
+        ),
+    ] = None
+    memory: Annotated[
+        MemoryName | None,
+        Option(
+            help="fast, tiles (decode in tiles), balanced or low; tessera info says what works here.",
+            panel=SPEED,
+            control=Control(kind="choice", place="advanced", start="", off=""),
+        ),
+    ] = None
+    attention: Annotated[
+        AttentionName | None,
+        Option(
+            help="Attention backend: native, flex, xformers ...; see tessera info.",
+            panel=SPEED,
+            control=Control(kind="choice", place="advanced", row="computing", start="", off=""),
+        ),
+    ] = None
+    lora: Annotated[Lora | None, Option(help="LoRA file of the server's list to put on the model.", is_axis=False)] = (
+        None
+    )
+
+
+class StepOptions(OptionGroup):
+    """What tasks with denoising steps have."""
+
+    steps: Annotated[
+        int | None,
+        Field(ge=1, le=limits.MAX_STEPS),
+        Option(
+            help="Denoising steps; the model's default if absent.",
+            panel=SAMPLING,
+            argument="num_inference_steps",
+            control=Control(kind="slider", place="sampling", row="walk", start=28, high=100, step=1),
+        ),
+    ] = None
+    finish_after: Annotated[
+        int | None,
+        Field(ge=1, le=limits.MAX_STEPS),
+        Option(
+            help="End after so many steps, with the image as it is then.",
+            panel=SAMPLING,
+        ),
+    ] = None
+    step_cache: Annotated[
+        StepCache | None,
+        Option(
+            help="Compute some steps, forecast the rest: budget=0.35, taylorseer, fbcache:threshold=0.1 ...",
+            panel=SPEED,
+            flag="cache",
+        ),
+    ] = None
+
+
+class SizeOptions(OptionGroup):
+    """Size of the image; both sides or neither."""
+
+    height: Annotated[int | None, Option(help="Height in pixels.", argument="height", is_axis=False)] = None
+    width: Annotated[int | None, Option(help="Width in pixels.", argument="width", is_axis=False)] = None
+
+
+class DenoisingOptions(StepOptions, SizeOptions):
+    """What requests with denoising steps have; of the scheduler an image records more than its name."""
+
+    scheduler: Annotated[
+        SchedulerName | None,
+        Option(
+            help="euler, heun, sde, dpm++, unipc, ddim or ddpm.",
+            panel=SAMPLING,
+            control=Control(kind="choice", place="advanced", row="styles", start="", off=""),
+        ),
+    ] = None
+
+
+class ClipOptions(OptionGroup):
+    """What models of clips have."""
+
+    frames: Annotated[
+        int | None,
+        Field(ge=1, le=limits.MAX_FRAMES),
+        Option(
+            help="Frames of a clip; the model's default if absent.",
+            panel=COUNT,
+            is_axis=False,
+            control=Control(kind="number", place="count", off=None, is_hidden=True),
+        ),
+    ] = None
+
+
+class SourceOptions(OptionGroup):
+    """What tasks that start from an image have."""
+
+    image: SourceImage = None
+
+
+class MaskOptions(OptionGroup):
+    """What tasks that change a part of an image have."""
+
+    mask: Annotated[
+        ImageId | None,
+        Option(help="Hash of an uploaded mask, white where to generate.", is_axis=False),
+    ] = None
+    expand: Annotated[
+        Expand | None,
+        Option(
+            help="With --image: extend it (outpainting): 0.25, or left=0.5,top=0.25.",
+            panel=EDITING,
+            needs="image",
+            is_axis=False,
+        ),
+    ] = None
+    mask_grow: Annotated[
+        int | None,
+        Field(ge=0, le=limits.MAX_MASK_GROW),
+        Option(
+            help="With --mask: grow it by so many pixels on every side.",
+            panel=EDITING,
+            control=Control(kind="slider", place="inpaint", row="mask-edge", start=0, step=1, off=0),
+        ),
+    ] = None
+    mask_blur: Annotated[
+        int | None,
+        Field(ge=0, le=limits.MAX_MASK_BLUR),
+        Option(
+            help="With --mask: width of its soft edge in pixels; 0 keeps all outside bit-identical.",
+            panel=EDITING,
+            control=Control(kind="slider", place="inpaint", row="mask-edge", start=0, step=1, off=0),
+        ),
+    ] = None
+
+
+class NextScaleOptions(MaskOptions, SourceOptions):
+    """What next-scale tasks have; with an image they change a part of it and keep the rest as it is."""
+
+    top_k: Annotated[
+        int | None,
+        Field(ge=0, le=2**20),
+        Option(
+            help="Next-scale models: sample among so many tokens; 0 is all.",
+            panel=SCALES,
+            argument="top_k",
+            control=Control(kind="number", place="scales", row="top", start=900),
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        Field(ge=0, le=1),
+        Option(
+            help="Next-scale models: among the likeliest that hold this probability; 0 is all.",
+            panel=SCALES,
+            argument="top_p",
+            control=Control(kind="slider", place="scales", row="top", start=0.95, step=0.01),
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        Field(ge=0.01, le=100),
+        Option(
+            help="Next-scale models: below 1 is bolder, above more varied.",
+            panel=SCALES,
+            argument="temperature",
+            control=Control(kind="slider", place="scales", row="mixing", start=1, low=0.1, high=3, step=0.05),
+        ),
+    ] = None
+    smooth: Annotated[
+        bool | None,
+        Option(
+            help="Next-scale models: mix codes instead of choosing one (for models of classes).",
+            panel=SCALES,
+            argument="smooth",
+            control=Control(kind="checkbox", place="scales", row="mixing", start=False, off=False),
+        ),
+    ] = None
+    kv_policy: Annotated[
+        KvPolicy | None,
+        Option(
+            help="Next-scale models, of earlier scales keep: full, scalekv, snapkv, window ...",
+            panel=SCALES,
+            argument="kv_policy",
+            idle="full",
+            control=Control(
+                kind="choice",
+                place="scales",
+                row="kv",
+                start="full",
+                choices=("full", "window", "streaming", "snapkv", "pyramidkv", "scalekv"),
+            ),
+        ),
+    ] = None
+    kv_dtype: Annotated[
+        KvType | None,
+        Option(
+            help="Next-scale models: data type of what is kept of earlier scales.",
+            panel=SCALES,
+            argument="kv_dtype",
+            control=Control(kind="choice", place="scales", row="kv", start="auto"),
+        ),
+    ] = None
+    kv_budget: Annotated[
+        float | None,
+        Field(gt=0, le=1),
+        Option(
+            help="With --kv-policy: which fraction is kept.",
+            panel=SCALES,
+            argument="kv_budget",
+            needs="kv_policy",
+            control=Control(kind="slider", place="scales", start=0.1, low=0.02, step=0.02),
+        ),
+    ] = None
+    search: Annotated[
+        SearchMethod | None,
+        Option(
+            help="Next-scale models: generate several candidates; the scorer beside the model chooses.",
+            panel=SCALES,
+            control=Control(kind="choice", place="scales", row="search", start="", off=""),
+        ),
+    ] = None
+    candidates: Annotated[
+        int | None,
+        Field(ge=2, le=limits.MAX_CANDIDATES),
+        Option(
+            help="With --search: images to pay for. best_of generates so many; tts and beam spend their tokens early.",
+            panel=SCALES,
+            needs="search",
+            control=Control(kind="slider", place="scales", row="search", start=4, step=1),
+        ),
+    ] = None
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredOption:
+    """An option with what its field says of values.
+
+    Attributes:
+        name: of the field.
+        option: its annotation.
+        type: of a value: int, float, bool, str, or a class with the parts of it.
+        choices: all values of an option that has few.
+        low: lowest number that is accepted; None without a bound, or for one that is not reached.
+        high: highest number that is accepted.
+    """
+
+    name: str
+    option: Option
+    type: type[Any]
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def flag(self) -> str:
+        """Name on the command line, with underscores."""
+        return self.option.flag or self.name
+
+    @property
+    def label(self) -> str:
+        """Key of the label in the page's strings."""
+        return self.option.label or self.name
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether a value has several parts, which people write as one text."""
+        return hasattr(self.type, "from_text")
+
+    def from_text(self, text: str) -> Any:
+        """Read a value as people type it.
+
+        Raises:
+            ValueError: it is no such value.
+        """
+        if self.is_composed:
+            return self.type.from_text(text)
+        return self.type(text) if self.type in (int, float) else text
+
+
+def declared_options(*models: type[BaseModel]) -> Mapping[str, DeclaredOption]:
+    """Return the options of models by the names of their fields, in the order of their declaration."""
+    found: dict[str, DeclaredOption] = {}
+    for model in models:
+        for name, info in model.model_fields.items():
+            option = next((one for one in info.metadata if isinstance(one, Option)), None)
+            if option is not None:
+                found.setdefault(name, _declared(name, option, info))
+    return found
+
+
+def _declared(name: str, option: Option, info: FieldInfo) -> DeclaredOption:
+    kind, choices, bounds = _value_type(info.annotation)
+    bounds = [*bounds, *info.metadata]
+    low = next((one.ge for one in bounds if getattr(one, "ge", None) is not None), None)
+    high = next((one.le for one in bounds if getattr(one, "le", None) is not None), None)
+    return DeclaredOption(name, option, kind, choices, low, high)
+
+
+def _value_type(annotation: Any) -> tuple[type[Any], tuple[str, ...], list[Any]]:
+    """Return the type of a value that isn't None, its choices, and what annotations say of it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        kind, choices, bounds = _value_type(arguments[0])
+        return kind, choices, [*bounds, *arguments[1:]]
+    if origin is Literal:
+        return str, arguments, []
+    if origin in (Union, types.UnionType):
+        several = [_value_type(one) for one in arguments if one is not type(None)]
+        return several[0] if len(several) == 1 else (str, (), [])
+    return annotation, (), []
