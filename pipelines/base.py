@@ -23,10 +23,10 @@ from torch import Tensor
 
 from dit.tokenizers import VisualTokenizer, as_visual_tokenizer
 from pipelines.checks import check_generators, check_side
-from pipelines.loaded import check_loaded, check_text
-from pipelines.model_index import component_entries, is_own, resolve_components
-from pipelines.plain_errors import clear_loading_errors
-from pipelines.sources import check_folder, find_culprit, read_index
+from pipelines.loading.errors import clear_loading_errors
+from pipelines.loading.model_index import component_entries, is_own, resolve_components
+from pipelines.loading.sources import check_folder, find_culprit, read_index
+from pipelines.loading.weight_values import check_loaded, check_text
 
 HUB_ALLOW = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 HUB_IGNORE = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.onnx")

@@ -18,7 +18,7 @@ from pipelines.base import OUTPUT_TYPES, TesseraPipeline
 from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.labels import Label, label_ids, names_of
-from pipelines.lora import TransformerLoraMixin
+from pipelines.lora.mixin import TransformerLoraMixin
 from sampling.denoise import Denoiser, State, denoise
 from sampling.guidance import classifier_free_guidance
 from sampling.timesteps import set_timesteps

@@ -20,7 +20,7 @@ from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number, check_sigmas
 from pipelines.conditioning import TextConditionedPipeline
 from pipelines.inpaint import KeptRegion, MaskInput, fill_in, read_mask
-from pipelines.lora import TransformerLoraMixin
+from pipelines.lora.mixin import TransformerLoraMixin
 from sampling.denoise import Denoiser, State, denoise
 from sampling.guidance import classifier_free_guidance, in_interval
 from sampling.timesteps import set_timesteps

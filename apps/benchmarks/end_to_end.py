@@ -14,7 +14,7 @@ from apps.benchmarks.next_scale import Asked
 from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
 from dit.runtime.compare import Comparison, count_flops, measure
-from pipelines.next_scale_run import NextScalePipeline
+from pipelines.next_scale.base import NextScalePipeline
 
 PROMPT = "a red apple on a yellow background"
 CLASS = 0

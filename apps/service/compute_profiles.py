@@ -37,7 +37,7 @@ class Profile:
     """What a memory profile does.
 
     Attributes:
-        offload: a word of `pipelines.offload`.
+        offload: a word of `pipelines.loading.offload`.
         tiles: decode image by image and tile by tile, which moves last bits where tiles meet.
     """
 
@@ -61,7 +61,7 @@ class Setup:
 
     Attributes:
         dtype: number format of the weights.
-        offload: what waits on the CPU, a word of `pipelines.offload`.
+        offload: what waits on the CPU, a word of `pipelines.loading.offload`.
     """
 
     dtype: torch.dtype = torch.float32

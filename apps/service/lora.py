@@ -82,7 +82,7 @@ def settle(wish: Lora, loras: Mapping[str, Path]) -> Lora:
 
 def _digest(file: Path) -> str:
     """Hash what decides how a LoRA file changes images: the file, and PEFT's configuration if it has one."""
-    from pipelines.lora_files import adapter_config_file
+    from pipelines.lora.files import adapter_config_file
 
     try:
         beside = adapter_config_file(file)
@@ -122,8 +122,8 @@ def adapted(pipe: Any, wish: Lora | None, loras: Mapping[str, Path]) -> Generato
 
 def _load(pipe: Any, file: Path, wish: Lora) -> None:
     """Load a file onto a pipeline: as its transformer names its layers, else by the loader of the pipeline's family."""
-    from pipelines.lora import TransformerLoraMixin, put_on
-    from pipelines.lora_files import LoraFileError, LoraMisfitError, check_lora_file, read_lora_file
+    from pipelines.lora.files import LoraFileError, LoraMisfitError, check_lora_file, read_lora_file
+    from pipelines.lora.mixin import TransformerLoraMixin, put_on
 
     try:
         lora = read_lora_file(file)
@@ -182,7 +182,7 @@ def _same_layers(pipe: Any, wish: Lora) -> Generator[None]:
     Raises:
         LoraError: it has done so.
     """
-    from pipelines.lora_files import adaptable_layers
+    from pipelines.lora.files import adaptable_layers
 
     network = getattr(pipe, "transformer", None)
     if network is None:

@@ -26,8 +26,8 @@ from apps.service.compute_profiles import Setup, can_tile
 from apps.service.request_error import RequestError
 from apps.service.schedulers import scheduler_names
 from apps.service.usage import UsageError, checking
-from pipelines.hub_id import split_revision
-from pipelines.memory import release
+from pipelines.loading.hub_id import split_revision
+from pipelines.loading.memory import release
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ def check_sources(sources: Collection[str], base: str | None = None) -> None:
     Raises:
         UsageError: neither built in, nor a folder or file here, nor of the form of a hub id; or a base without a file.
     """
-    from pipelines.builtin import builtin_models
+    from pipelines.loading.load import builtin_models
 
     if base is not None and not any(Path(source).expanduser().is_file() for source in sources):
         named = ", ".join(map(repr, sources)) or "none is named"
@@ -307,7 +307,7 @@ def _own_defaults(pipe: Pipeline) -> dict[str, Any]:
     """Return what None stands for in the call of our next-scale pipelines from text."""
     if not {"prompt", "kv_policy"} <= call_arguments(pipe):
         return {}
-    from pipelines.next_scale_text import DEFAULTS
+    from pipelines.next_scale.text_to_image import DEFAULTS
 
     return {**DEFAULTS, **(pipe.config.get("defaults") or {})}
 
@@ -330,8 +330,8 @@ def tasks_on_disk(source: str) -> tuple[str, ...]:
     Returns:
         The tasks of its pipeline; empty for what is no folder here, or none that can be read.
     """
-    from pipelines.builtin import PRETRAINED, builtin_models
-    from pipelines.sources import pipeline_class, read_index
+    from pipelines.loading.load import PRETRAINED, builtin_models
+    from pipelines.loading.sources import pipeline_class, read_index
 
     folder = PRETRAINED / source if source in builtin_models() else Path(source)
     if not folder.is_dir():

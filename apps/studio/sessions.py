@@ -43,7 +43,7 @@ class Sessions:
     def may_paint(self, request: gr.Request) -> bool:
         """Whether the user of a page may change anything on the server."""
         user = None if self._tokens is None else self._tokens.named(request.username)
-        return self._tokens is None or (user is not None and user.may("paint"))
+        return self._tokens is None or (user is not None and user.may("generate"))
 
     def painter(self, request: gr.Request) -> str:
         """Return in whose name a page asks for images and changes the queue.

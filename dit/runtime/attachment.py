@@ -325,7 +325,11 @@ class Attachment:
             self._recompile()
 
     def _recompile(self) -> None:
-        """Have compiled networks compiled anew: compiled code keeps the hooks that it was compiled with."""
+        """Have compiled networks compiled anew: compiled code keeps the hooks that it was compiled with.
+
+        The reset is of the whole process: torch keeps compiled code by function, which all networks of a class share,
+        and has no public way to forget that of one. Other compiled networks lose time by it, never correctness.
+        """
         if any(_is_compiled(model) for model in self.models.values()):
             torch.compiler.reset()
 

@@ -13,7 +13,7 @@ from dit.runtime import bridge
 from pipelines.acceleration.parts import DecoderTilingPart, OffloadPart
 from pipelines.acceleration.report import PartReport, Reason
 from pipelines.acceleration.switch import Switch, Undo
-from pipelines.offload import check_offload, place
+from pipelines.loading.offload import check_offload, place
 
 _MISSING = object()
 

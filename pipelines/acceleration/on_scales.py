@@ -71,7 +71,7 @@ class NextScaleSwitch(Switch[NextScalePart]):
         """Load the transformer of the refiner to where the pipeline's is."""
         if self.part.refiner is None:
             return None
-        from pipelines.builtin import load_pipeline
+        from pipelines.loading.load import load_pipeline
 
         own = self.pipe.transformer
         loaded: Any = load_pipeline(self.part.refiner, device=own.device, dtype=own.dtype)

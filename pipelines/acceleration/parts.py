@@ -229,7 +229,7 @@ class KVCachePart(Part):
 
     @model_validator(mode="after")
     def _is_in_range(self) -> KVCachePart:
-        from pipelines.next_scale_run import ScaleOptions
+        from pipelines.next_scale.options import ScaleOptions
 
         ScaleOptions(self.policy, self.budget, self.dtype, self.observe)
         if self.policy == "full" and self.dtype == "auto":

@@ -146,7 +146,7 @@ class Switch(ABC, Generic[P]):
 
 def is_next_scale(pipe: Any) -> bool:
     """Whether a pipeline generates scale by scale."""
-    from pipelines.next_scale_run import NextScalePipeline
+    from pipelines.next_scale.base import NextScalePipeline
 
     return isinstance(pipe, NextScalePipeline)
 

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 
-FIELD = '''
+FIELD = """
     sharpness: Annotated[
         float | None,
         Field(ge=0, le=2),
@@ -22,8 +22,8 @@ FIELD = '''
             control=Control(kind="slider", place="advanced", start=0.5, step=0.1),
         ),
     ] = None
-'''
-LABELS = {"en": "Sharpness", "zh": "锐度"}
+"""
+LABELS = {"en": "Sharpness", "zh": "\u9510\u5ea6"}
 
 CHECK = '''
 import json, pathlib, sys
@@ -141,7 +141,7 @@ def test_a_field_an_argument_and_a_label_make_an_option(tmp_path, root):
         "prompt file": 1.1,
         "schema": [2, "Sharpness of the edges."],
         "en": ["Sharpness", 0, 2],
-        "zh": ["锐度", 0, 2],
+        "zh": ["\u9510\u5ea6", 0, 2],
         "page": 0.4,
         "shown": 1.5,
         "grid": [0.1, 0.2],

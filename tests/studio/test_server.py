@@ -359,7 +359,7 @@ def test_chinese_gallery_and_a_hostile_upload(server, page, tmp_path):
     page.click(".language")
     page.wait_for_url(f"{address}/zh/")
     page.locator(".chip:visible").first.wait_for()
-    assert page.inner_text("#paint") == STRINGS["paint"]
+    assert page.inner_text("#paint") == STRINGS["generate"]
     page.get_by_role("tab", name=STRINGS["tab.gallery"], exact=True).first.click()
     page.locator("#gallery img").first.click()
     seed = str(read_picture(painted).seed)
@@ -383,7 +383,7 @@ def test_the_first_visit_is_in_the_browsers_language(server, browser):
         page.goto(address)
         page.wait_for_url(f"{address}{place}")
         page.locator("#paint").wait_for()
-        assert page.inner_text("#paint") == (STRINGS["paint"] if place == "/zh/" else "Generate")
+        assert page.inner_text("#paint") == (STRINGS["generate"] if place == "/zh/" else "Generate")
         if locale == "zh-CN":  # what is chosen goes before what the browser asks for, from then on
             page.click(".language")
             page.wait_for_url(f"{address}/")

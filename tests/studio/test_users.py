@@ -26,7 +26,7 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("users")
     (folder / "out").mkdir()
     tokens = {name: add_user(folder / "users.json", name, role) for name, role in
-              (("ann", "paint"), ("bob", "paint"), ("eve", "watch"), ("root", "admin"))}  # fmt: skip
+              (("ann", "generate"), ("bob", "generate"), ("eve", "view"), ("root", "admin"))}  # fmt: skip
     table = TokenTable(folder / "users.json")
     pipe = FakePipeline()
     engine = Engine({"fake": "x", "other": "y"}, folder / "out", device="cpu", load=lambda source: pipe)

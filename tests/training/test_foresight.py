@@ -12,7 +12,7 @@ from apps.training.rollouts import RolloutPlan, hot_everywhere, hot_way, paint_r
 from apps.training.task import load_config
 from apps.training.tasks.foresight import fit
 from pipelines import load_pipeline
-from pipelines.builtin import PRETRAINED
+from pipelines.loading.load import PRETRAINED
 from sampling.rewards import ClipReward
 from tests.training.helpers import assert_resumes_exactly
 

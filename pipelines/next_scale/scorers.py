@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import MODEL_MAPPING, AutoConfig
 
-from pipelines.json_files import read_object
-from pipelines.loaded import check_weights
-from pipelines.plain_errors import clear_loading_errors
-from pipelines.structure import check_network
-from pipelines.weight_files import stored_tensors
+from pipelines.loading.errors import clear_loading_errors
+from pipelines.loading.json_files import read_object
+from pipelines.loading.structure import check_network
+from pipelines.loading.weight_files import stored_tensors
+from pipelines.loading.weight_values import check_weights
+from sampling.inference_search import Reward
 from sampling.rewards import ClipReward, as_reward
-from sampling.test_time_search import Reward
 
 
 def read_reward(wanted: Any, device: torch.device) -> Reward:

@@ -21,6 +21,14 @@ COMPONENT_MODULES = frozenset(
 )
 """Modules of ours that a `model_index.json` may name; no other is ever imported for a checkpoint."""
 
+PIPELINE_MODULES = {
+    "ClassToImagePipeline": "pipelines.class_to_image",
+    "NextScaleClassToImagePipeline": "pipelines.next_scale",
+    "NextScaleTextToImagePipeline": "pipelines.next_scale",
+    "TextToImagePipeline": "pipelines.text_to_image",
+}
+"""Our pipeline classes by the `_class_name` of a `model_index.json`; other names are diffusers' business."""
+
 RENAMED_MODULES: dict[str, str] = {}
 """Old module path -> today's. A component class that moves gets an entry, so that old checkpoints still load."""
 

@@ -14,12 +14,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pipelines.base import TesseraPipeline
-from pipelines.hub_id import split_revision
-from pipelines.loaded import check_loaded
-from pipelines.memory import check_memory, explain_out_of_memory, is_out_of_memory, release
-from pipelines.offload import check_offload, place
-from pipelines.plain_errors import clear_loading_errors
-from pipelines.single_file import (
+from pipelines.loading.errors import clear_loading_errors
+from pipelines.loading.hub_id import split_revision
+from pipelines.loading.memory import check_memory, explain_out_of_memory, is_out_of_memory, release
+from pipelines.loading.offload import check_offload, place
+from pipelines.loading.single_file import (
     DENOISERS,
     check_counts_of,
     denoiser_slot,
@@ -29,7 +28,7 @@ from pipelines.single_file import (
     load_denoiser,
     load_whole,
 )
-from pipelines.sources import (
+from pipelines.loading.sources import (
     DOWNLOAD_OPTIONS,
     check_folder,
     clear_hub_errors,
@@ -40,8 +39,9 @@ from pipelines.sources import (
     pipeline_class,
     read_index,
 )
+from pipelines.loading.weight_values import check_loaded
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 LOADING_OPTIONS = frozenset({*DOWNLOAD_OPTIONS, "variant", "use_safetensors", "low_cpu_mem_usage", "disable_mmap"})
 """Keyword arguments of `from_pretrained` that are no components."""
@@ -168,7 +168,7 @@ class _Request:
         return frozenset(self.options) - LOADING_OPTIONS
 
     def check_memory(self, parts: dict[str, int]) -> None:
-        """Refuse what can't fit; see `pipelines.memory.check_memory`."""
+        """Refuse what can't fit; see `pipelines.loading.memory.check_memory`."""
         check_memory(parts, self.place, self.dtype, self.offload)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines.memory import is_out_of_memory
+from pipelines.loading.memory import is_out_of_memory
 
 LONGEST = 300
 """Characters of a library's message that are shown."""

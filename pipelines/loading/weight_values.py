@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.gguf_files import quantized_scales
+from pipelines.loading.gguf_files import quantized_scales
 
 LONGEST_TEXT = 10**6
 """Most tokens that a tokenizer may state as its limit; transformers writes 10^30 where there is none."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
-from pipelines.json_files import read_object
-from pipelines.plain_errors import one_line
-from pipelines.settings import check_schedule, check_settings
-from pipelines.structure import check_network, is_ours
-from pipelines.weight_files import component_bytes, stored_tensors
+from pipelines.loading.errors import one_line
+from pipelines.loading.json_files import read_object
+from pipelines.loading.settings import check_schedule, check_settings
+from pipelines.loading.structure import check_network, is_ours
+from pipelines.loading.weight_files import component_bytes, stored_tensors
 
 TRIAL_STEPS = 3
 

@@ -1,7 +1,7 @@
 """How much memory weights need, how much is free, and what to say when it isn't enough.
 
-Sizes are read from the headers of weight files (`pipelines.weight_files`), before a single weight is: a model that
-can't fit is refused while nothing has been allocated yet.
+Sizes are read from the headers of weight files (`pipelines.loading.weight_files`), before a single weight is: a model
+that can't fit is refused while nothing has been allocated yet.
 """
 
 from __future__ import annotations

@@ -18,15 +18,15 @@ from diffusers import DiffusionPipeline, GGUFQuantizationConfig
 from diffusers.loaders import FromOriginalModelMixin
 
 from dit.runtime.bridge import is_missing_component, published_repository
-from pipelines.gguf_files import read_gguf_header
-from pipelines.json_files import read_object
-from pipelines.loaded import check_weights
-from pipelines.memory import is_out_of_memory
-from pipelines.model_index import component_entries
-from pipelines.plain_errors import clear_loading_errors, one_line
-from pipelines.settings import check_counts
-from pipelines.sources import DOWNLOAD_OPTIONS, clear_hub_errors, component_class, hub_token
-from pipelines.weight_files import read_header
+from pipelines.loading.errors import clear_loading_errors, one_line
+from pipelines.loading.gguf_files import read_gguf_header
+from pipelines.loading.json_files import read_object
+from pipelines.loading.memory import is_out_of_memory
+from pipelines.loading.model_index import component_entries
+from pipelines.loading.settings import check_counts
+from pipelines.loading.sources import DOWNLOAD_OPTIONS, clear_hub_errors, component_class, hub_token
+from pipelines.loading.weight_files import read_header
+from pipelines.loading.weight_values import check_weights
 
 DENOISERS = ("transformer", "unet")
 """The slot of a pipeline that a file without the other components fills."""

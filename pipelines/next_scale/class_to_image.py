@@ -11,22 +11,22 @@ from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
-from dit.tokenizers.multi_scale_bsq import MultiScaleBSQ
 from pipelines.base import OUTPUT_TYPES
 from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.inpaint import MaskInput
 from pipelines.labels import Label, label_ids, names_of
-from pipelines.next_scale_run import (
+from pipelines.next_scale.base import NextScalePipeline, check_pair
+from pipelines.next_scale.options import (
     Callback,
     NextScaleOutput,
-    NextScalePipeline,
     Pictures,
     ScaleOptions,
     ScaleTask,
+    needs_unconditional,
 )
+from sampling.inference_search import TTSConfig
 from sampling.scale_acceleration import ScaleAcceleration
-from sampling.test_time_search import TTSConfig
 from sampling.tokens import Generators, draw_tokens, guide_logits, mix_codes, ramp, truncate
 
 DEFAULT_GUIDANCE = 5.0
@@ -153,22 +153,23 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         how = TokenSampling(guidance_scale, top_k, top_p, temperature, smooth)
         check_count("num_images_per_prompt", num_images_per_prompt, 1, 1024)
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
-        self._is_guided = self._guides(guidance_scale)
+        self._guidance_scale, self._is_guided = guidance_scale, needs_unconditional(guidance_scale)
         options = ScaleOptions(kv_policy, kv_budget, kv_dtype, kv_observe, acceleration, search, image, mask_image)
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         labels = self.get_label_ids(class_labels).repeat_interleave(num_images_per_prompt)  # (B,)
         check_generators(generator, len(labels))
 
-        task = self._task(labels.to(self._execution_device), how, num_images_per_prompt)
-        painted = self._paint(task, options, generator, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        return self._finish(painted, output_type, return_dict)
+        task = self._task(labels.to(self._execution_device), how, num_images_per_prompt, attention_kwargs)
+        generated = self._generate(task, options, generator, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self._finish(generated, output_type, return_dict)
 
     def get_label_ids(self, labels: Label | Sequence[Label] | Tensor) -> Tensor:
         """Class numbers (P,) of labels given as numbers or names; the number after the last class is 'no class'."""
         return label_ids(labels, self.labels, self.transformer.config.num_classes)
 
-    def _task(self, labels: Tensor, how: TokenSampling, images_per_prompt: int) -> ScaleTask:
+    def _task(
+        self, labels: Tensor, how: TokenSampling, images_per_prompt: int, attention_kwargs: dict[str, Any] | None
+    ) -> ScaleTask:
         """What to generate for labels (B,)."""
         count, none, guided = len(self.vae.grids), self.transformer.config.num_classes, self._is_guided
         names = {int(label): each.split(",")[0].strip() for label, each in (self.config["id2label"] or {}).items()}
@@ -176,10 +177,10 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         def prepare(transformer: Any, rows: Tensor) -> Any:
             wanted = labels[rows]  # (B',)
             both = torch.cat([wanted, torch.full_like(wanted, none)])  # (2B',)
-            return transformer.prepare_condition(both if guided else wanted, attention_kwargs=self._attention_kwargs)
+            return transformer.prepare_condition(both if guided else wanted, attention_kwargs=attention_kwargs)
 
-        def guide(cond: Tensor, uncond: Tensor, scale: int) -> Tensor:
-            return guide_logits(cond, uncond, _strength(self._guidance_scale) * ramp(scale, count))
+        def guide(cond: Tensor, uncond: Tensor, scale: int, guidance_scale: float) -> Tensor:
+            return guide_logits(cond, uncond, _strength(guidance_scale) * ramp(scale, count))
 
         return ScaleTask(
             prepare,
@@ -190,6 +191,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
             guide=guide,
             draw=lambda logits, scale, generator: self._draw(logits, ramp(scale, count), how, generator),
             grids=tuple(self.vae.grids),
+            attention_kwargs=attention_kwargs,
         )
 
     def _draw(
@@ -226,27 +228,3 @@ def _from_cfg(cfg: float | None, guidance_scale: float) -> float:
 def _strength(guidance_scale: float) -> float:
     """VAR's `cfg` of a guidance scale, exactly the number that 1 was added to if it had up to 12 decimals."""
     return max(round(guidance_scale - 1, 12), 0.0)
-
-
-def check_pair(transformer: ModelMixin, vae: ModelMixin, wants_text: bool) -> None:
-    """Raise when a transformer speaks of other tokens than its tokenizer, or is generated by the other pipeline."""
-    theirs, ours = transformer.config, vae.config
-    if "bitwise" not in theirs:
-        raise ValueError(f"{type(transformer).__name__} predicts no scales: expected a NextScaleTransformer")
-    if (theirs.text_dim is not None) != wants_text:
-        kind, name = ("text", "Text") if theirs.text_dim is not None else ("class labels", "Class")
-        raise ValueError(f"this transformer reads {kind}: use NextScale{name}ToImagePipeline")
-    pairs = {
-        "tokens": ("bits" if theirs.bitwise else "indices", "bits" if isinstance(vae, MultiScaleBSQ) else "indices"),
-        "latent channels": (theirs.latent_channels, ours.latent_channels),
-        "latent pixels a token": (theirs.patchify, ours.get("patchify", 1)),
-    }
-    if not theirs.bitwise:  # bits have no codebook, and their tokenizer takes any schedule
-        pairs["schedules of scales"] = (list(transformer.grids), list(vae.grids))
-        pairs["codebook sizes"] = (theirs.vocab_size, ours.get("vocab_size"))
-    for what, (one, other) in pairs.items():
-        if one != other:
-            raise ValueError(
-                f"transformer and vae have different {what}: {one} and {other}. Use the tokenizer that the "
-                "transformer was trained on; `tessera convert` makes a pair that fits."
-            )

@@ -25,8 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pipelines.json_files import parse_object, read_object
-from pipelines.weight_files import read_header
+from pipelines.loading.json_files import parse_object, read_object
+from pipelines.loading.weight_files import read_header
 
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 """What may stand before the name of a layer, one or several."""

@@ -27,19 +27,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pipelines.components import check_component
-from pipelines.json_files import read_object
-from pipelines.model_index import component_entries, is_own, resolve_components
-from pipelines.plain_errors import clear_loading_errors
-from pipelines.settings import check_settings
-
-PIPELINE_MODULES = {
-    "ClassToImagePipeline": "pipelines.class_to_image",
-    "NextScaleClassToImagePipeline": "pipelines.next_scale",
-    "NextScaleTextToImagePipeline": "pipelines.next_scale_text",
-    "TextToImagePipeline": "pipelines.text_to_image",
-}
-"""Our pipeline classes by the `_class_name` of a `model_index.json`; other names are diffusers' business."""
+from pipelines.loading.components import check_component
+from pipelines.loading.errors import clear_loading_errors
+from pipelines.loading.json_files import read_object
+from pipelines.loading.model_index import PIPELINE_MODULES, component_entries, is_own, resolve_components
+from pipelines.loading.settings import check_settings
 
 FILE_SUFFIXES = (".safetensors", ".gguf")
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")

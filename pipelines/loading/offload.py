@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dit.layers.linear import hasten
+from dit.runtime.onednn import use_onednn
 from pipelines.checks import check_choice
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, and whoever checks a setting needs none of it
@@ -60,7 +60,7 @@ def place(pipe: DiffusionPipeline, device: torch.device, offload: str = "none") 
         if device.type == "cpu":
             for component in pipe.components.values():
                 if isinstance(component, nn.Module):
-                    hasten(component)
+                    use_onednn(component)
         return pipe.to(device)
     if offload == "model":
         if pipe.model_cpu_offload_seq is None:

@@ -13,7 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 from dit.runtime.state import unwrap
-from pipelines.lora_files import (
+from pipelines.loading.sources import clear_hub_errors
+from pipelines.lora.files import (
     PEFT_CONFIG,
     WEIGHT_NAMES,
     LoraFile,
@@ -22,7 +23,6 @@ from pipelines.lora_files import (
     lacks_alpha,
     read_lora_file,
 )
-from pipelines.sources import clear_hub_errors
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class TransformerLoraMixin(SanaLoraLoaderMixin):
     """Adds `load_lora_weights`, `save_lora_weights`, `set_adapters`, ... to a pipeline with a `transformer`.
 
     It is diffusers' loader for pipelines whose only adapted component is `transformer` (nothing in it is specific to
-    Sana), narrowed to safetensors files and widened to the layouts that `pipelines.lora_files` lists.
+    Sana), narrowed to safetensors files and widened to the layouts that `pipelines.lora.files` lists.
     """
 
     transformer: Any
@@ -70,7 +70,7 @@ class TransformerLoraMixin(SanaLoraLoaderMixin):
 
         Args:
             pretrained_model_name_or_path_or_dict: file, folder, Hub id, or the tensors themselves; in any layout of
-                `pipelines.lora_files`.
+                `pipelines.lora.files`.
             adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
             hotswap: as in diffusers.
             low_cpu_mem_usage: as in diffusers.
@@ -93,7 +93,7 @@ def put_on(
 
     Args:
         pipe: with a `transformer`.
-        lora: its layers named as in that network, in any layout of `pipelines.lora_files`.
+        lora: its layers named as in that network, in any layout of `pipelines.lora.files`.
         adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
         hotswap: as in diffusers.
         low_cpu_mem_usage: as in diffusers.

@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from dit.runtime.bridge import is_remapped, rename_deprecated
-from pipelines.memory import GIB, gib
-from pipelines.plain_errors import clear_loading_errors, one_line
-from pipelines.settings import check_counts, check_numbers, check_settings
-from pipelines.weight_files import FLOAT_BYTES, StoredTensor, is_quantized
+from pipelines.loading.errors import clear_loading_errors, one_line
+from pipelines.loading.memory import GIB, gib
+from pipelines.loading.settings import check_counts, check_numbers, check_settings
+from pipelines.loading.weight_files import FLOAT_BYTES, StoredTensor, is_quantized
 
 CALLS_PER_TENSOR = 200
 """Calls of torch that building may take for each stored tensor, with initialisation; tens are usual."""
