@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.base import OUTPUT_TYPES, TesseraPipeline
+from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.info import PipelineInfo, class_table
 from pipelines.labels import Label, label_ids, names_of
@@ -91,6 +92,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
             can_load_lora=True,
         )
 
+    @takes_call_defaults
     @torch.no_grad()
     def __call__(
         self,

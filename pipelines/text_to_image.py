@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipelines.base import OUTPUT_TYPES
+from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number, check_sigmas
 from pipelines.conditioning import TextConditionedPipeline
 from pipelines.info import PipelineInfo
@@ -113,6 +114,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         """What the running call passes on to the transformer, e.g. `{"scale": 0.5}` for LoRAs."""
         return self._attention_kwargs
 
+    @takes_call_defaults
     @torch.no_grad()
     def __call__(
         self,

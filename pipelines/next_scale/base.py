@@ -62,6 +62,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
 
     Attributes:
         kv_report: what the cache of the last call kept and took, a `dit.cache.KVReport`.
+        last_options: how the last call ran, without its images.
         acceleration_report: what the acceleration of the last call left out, under "inactive" which of its parts left
             out nothing and why, and how far it drifted if that was measured; None without one.
     """
@@ -69,6 +70,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["vae"]  # small, and every scale goes through it
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "denoised_latents", "indices"]
     kv_report: KVReport | None = None
+    last_options: ScaleOptions | None = None
     acceleration_report: dict[str, Any] | None = None
     _is_guided: bool = False  # what the running call began with
     _kv_profile: KVProfile | None = None
@@ -155,7 +157,8 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         self._calibration = calibration = _Calibration(observe, pool)
         try:
             call: Any = self  # subclasses can be called
-            call(*arguments, **{**keywords, "kv_policy": "full", "kv_dtype": "auto", "output_type": "latent"})
+            plain = {"kv_policy": "full", "kv_dtype": "auto", "output_type": "latent"}
+            call(*arguments, **{"acceleration": None, **keywords, **plain})  # whatever the defaults of calls are now
         finally:
             self._calibration = None
         if calibration.calibrator is None:
@@ -199,6 +202,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
     ) -> Generated:
         """Generate a task, and before it the same without acceleration if the drift is to be measured."""
         kept = self._read_kept(options, task)
+        self.last_options = replace(options, image=None, mask_image=None)
         self.acceleration_report = None
         measured: dict[str, Any] = {}
         reference = None

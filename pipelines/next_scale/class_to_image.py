@@ -12,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from pipelines.base import OUTPUT_TYPES
+from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.info import PipelineInfo, class_table
 from pipelines.inpaint import MaskInput
@@ -93,6 +94,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
             label_ids=self.labels,
         )
 
+    @takes_call_defaults
     @torch.no_grad()
     def __call__(
         self,

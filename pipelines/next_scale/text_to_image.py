@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dit.layers.resolutions import LADDERS, RUNGS, nearest_ratio, published_schedules
 from dit.layers.scales import Grid
 from pipelines.base import OUTPUT_TYPES
+from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.conditioning import TextConditionedPipeline, text_limit
 from pipelines.info import PipelineInfo
@@ -126,6 +127,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             knows_words=True,
         )
 
+    @takes_call_defaults
     @torch.no_grad()
     def __call__(
         self,

@@ -21,6 +21,7 @@ from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachmen
 from dit.runtime.coordinates import current_coordinates
 from dit.runtime.demonstration import AttentionNorms
 from dit.runtime.families import family_of
+from dit.runtime.stages import Stage
 from sampling.observe import Observer, observe
 from sampling.resolve import CoordinateResolver
 from tests.families.tiny import TINY_NAMES, tiny_pipeline
@@ -32,7 +33,7 @@ class Energy(Mechanism):
     """Streams the mean square of each attention output by branch over all runs."""
 
     name = "energy"
-    order = 91
+    stage = Stage.OBSERVER
 
     def __init__(self) -> None:
         self.total, self.seen, self.events = {}, {}, []
