@@ -25,7 +25,7 @@ from diffusers.modular_pipelines import PipelineState
 from PIL import Image
 from torch import Tensor
 
-from dit.runtime.attachment import attachments
+from dit.runtime.hooks import attachments
 from pipelines.diffusers_info import ARGUMENTS, default_frames, default_side, network_config, side_multiple
 from pipelines.info import FALLBACK_FPS, Guidance, PipelineInfo, tiles
 from pipelines.previews import can_preview, guess_finished, is_flow

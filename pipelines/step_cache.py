@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dit.runtime.attachment import Attachment
+from dit.runtime.hooks import Attachment
 from sampling.step_cache import PRESETS, Profile, StepCache
 
 PROFILE_FILE = "step_cache.safetensors"
@@ -20,7 +20,7 @@ def parse_cache(text: str) -> tuple[str, dict[str, Any]]:
     """Read the name and parameters of a step cache.
 
     Args:
-        text: `NAME`, `NAME:KEY=VALUE,KEY=VALUE`, or `budget=SHARE` (and more parameters behind commas).
+        text: `NAME`, `NAME:KEY=VALUE,KEY=VALUE`, or `budget=NOISE_FRACTION` (and more parameters behind commas).
 
     Returns:
         The preset's name and its parameters; values are numbers, true, false, null or words.

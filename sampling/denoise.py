@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dit.runtime.coordinates import coordinates_scope, next_run
-from sampling.noise_table import NoiseTable
+from dit.runtime.step_context import next_run, step_scope
+from sampling.sigma_schedule import SigmaSchedule
 
 State = dict[str, Any]
 """Tensors of a run by name, which a step callback may replace: "latents" (B, C, h, w) or (B, C, T, h, w), float32, and
@@ -92,7 +92,7 @@ def denoise(
     Returns:
         The denoised latents, (B, C, ..., h, w), float32; None if the run was stopped before its end.
     """
-    run, levels = next_run(), NoiseTable.of(scheduler).last(len(timesteps))
+    run, levels = next_run(), SigmaSchedule.of(scheduler).last(len(timesteps))
     for step, timestep in enumerate(timesteps):
         if not control.begin_step(timestep):
             return None
@@ -101,7 +101,7 @@ def denoise(
         # predict: both branches in one batch, or the conditional one alone
         guides = model.guides(levels.sigmas[step])
         branch, context = ("all", "guided") if guides else ("cond", "cond")
-        with coordinates_scope(levels.at(run, step, branch)), model.network.cache_context(context):
+        with step_scope(levels.at(run, step, branch)), model.network.cache_context(context):
             prediction = model.predict(state, timestep, guides)  # (2B, C', ..., h, w) or (B, C', ..., h, w)
 
         # guide

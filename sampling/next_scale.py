@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit.layers.scales import Grid
-from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
+from dit.runtime.step_context import StepContext, next_run, step_scope
 
 
 class Condition(Protocol):
@@ -108,7 +108,7 @@ class ScaleWalk:
         overrule: changes drawn tokens, or None.
 
     Attributes:
-        run: number of the run, see `Coordinates`.
+        run: number of the run, see `StepContext`.
         steps: rows and tokens of each scale that ran, (rows, tokens).
         inputs: what the network saw at each scale, (B, N, C), None at the first; without the unconditional copies.
             Kept only if `keep_inputs`.
@@ -186,11 +186,11 @@ class ScaleWalk:
         return self._forward(codes, scale)
 
     def _forward(self, codes: Tensor | None, scale: int) -> Tensor:
-        """Call the network within its coordinates and count the tokens."""
+        """Call the network with its step context and count the tokens."""
         if codes is not None and self.guided:
             codes = torch.cat([codes, codes])  # (2B, N, C)
-        here = Coordinates(self.run, scale, self.num_scales, math.nan, float(scale), scale=scale)
-        with coordinates_scope(here):
+        here = StepContext(self.run, scale, self.num_scales, math.nan, float(scale), scale=scale)
+        with step_scope(here):
             logits = self.transformer.step(codes, scale, self.condition, self.cache, **self.step_arguments)
         self.steps.append((logits.shape[0], logits.shape[1]))
         return logits

@@ -1,7 +1,7 @@
 """One calibration pass for all engines: generate prompts, and let any number of observers watch.
 
 An observer is a mechanism that changes nothing. It hooks where it likes, finds the step and branch in
-`current_coordinates()`, and folds what it sees into its statistics as it comes, so the pass needs no more memory for
+`current_step()`, and folds what it sees into its statistics as it comes, so the pass needs no more memory for
 a thousand prompts than for one.
 """
 
@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from dit.runtime.artifacts import ArtifactHeader
-from dit.runtime.attachment import Attachment, Mechanism, attachments, find_networks
 from dit.runtime.families import call_family_of
+from dit.runtime.hooks import Attachment, Mechanism, attachments, find_networks
 from dit.runtime.stages import Stage
-from sampling.noise_table import NoiseTable, scheduler_of
-from sampling.resolve import CoordinateResolver, resolve_coordinates
+from sampling.sigma_schedule import SigmaSchedule, scheduler_of
+from sampling.step_tracker import StepTracker, track_steps
 
 
 @runtime_checkable
@@ -44,13 +44,13 @@ class Observation:
         header: what it was measured on; its bins lie between the noise levels of the pass, and its grid is zeros for a
             network whose tokens are not known.
         reports: of the observers, by name of their mechanism.
-        coordinates: report of the coordinates: `inactive` must be empty for statistics by step to be complete.
+        step_tracking: report of the step tracker: `inactive` must be empty for statistics by step to be complete.
         prompts: how many were generated.
     """
 
     header: ArtifactHeader
     reports: dict[str, dict[str, Any]]
-    coordinates: dict[str, Any]
+    step_tracking: dict[str, Any]
     prompts: int
 
 
@@ -86,21 +86,21 @@ def observe(
         raise ValueError("observe needs a list of at least one prompt, and at least one observer")
     grid = _Grid()
     with ExitStack() as stack:
-        coordinates = resolve_coordinates(pipeline)
-        if coordinates is not None:
-            stack.enter_context(coordinates)
+        tracker = track_steps(pipeline)
+        if tracker is not None:
+            stack.enter_context(tracker)
         else:  # the caller's own, which stays
-            coordinates = next(one for one in attachments(pipeline) if one.mechanism.name == CoordinateResolver.name)
+            tracker = next(one for one in attachments(pipeline) if one.mechanism.name == StepTracker.name)
         watching = [stack.enter_context(observer.attach(pipeline)) for observer in (grid, *observers)]
         for index, prompt in enumerate(prompts):
             _notify(observers, "begin", prompt)
             _paint(pipeline, prompt, seed + index, call_kwargs)
             _notify(observers, "end", prompt)
         reports = {one.mechanism.name: one.report() for one in watching[1:]}
-        found = coordinates.report()
+        found = tracker.report()
     model = next(iter(find_networks(pipeline).values()))
     scheduler = scheduler_of(pipeline)
-    header = ArtifactHeader.of(kind, model, scheduler, grid.grid, _between(NoiseTable.of(scheduler).sigmas))
+    header = ArtifactHeader.of(kind, model, scheduler, grid.grid, _between(SigmaSchedule.of(scheduler).sigmas))
     return Observation(header, reports, found, len(prompts))
 
 
@@ -115,7 +115,7 @@ class _Grid(Mechanism):
 
     def install(self, attachment: Attachment) -> None:
         for model in attachment.models.values():
-            attachment.before(model, partial(self._note, attachment))
+            attachment.pre_hook(model, partial(self._note, attachment))
 
     def _note(self, attachment: Attachment, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         family = call_family_of(model)

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dit.runtime import bridge
-from dit.runtime.attachment import AttachError, Attachment, Mechanism
-from dit.runtime.coordinates import coordinates_scope, current_coordinates
+from dit.runtime import diffusers_compat
 from dit.runtime.families import family_of
+from dit.runtime.hooks import AttachError, Attachment, Mechanism
 from dit.runtime.stages import Resource, Stage
 from dit.runtime.state import unwrap
-from sampling.resolve import PlacedAttachment
+from dit.runtime.step_context import current_step, step_scope
 from sampling.step_cache.values import take_apart
+from sampling.step_tracker import TrackedAttachment
 from sampling.thrifty_guidance import _half, _half_size
 
 
@@ -50,7 +50,7 @@ class GuidanceParallel(Mechanism):
 
     def attach(self, target: Any) -> Attachment:
         """See `Mechanism.attach`; steps of a pipeline are found too."""
-        return PlacedAttachment(self, target)
+        return TrackedAttachment(self, target)
 
     def install(self, attachment: Attachment) -> None:
         """Wrap the networks."""
@@ -58,12 +58,12 @@ class GuidanceParallel(Mechanism):
             size = dist.get_world_size(self.group) if dist.is_initialized() else 1
             raise AttachError(f"guidance has two branches, so it needs a group of 2 processes, got {size} (torchrun)")
         for model in attachment.models.values():
-            attachment.around(model, partial(self._call, attachment, model))
+            attachment.wrap_forward(model, partial(self._call, attachment, model))
 
     def _call(
         self, attachment: Attachment, model: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        here = current_coordinates()
+        here = current_step()
         branch = None if here is None else here.branch
         if branch == "all":
             return self._batched(attachment, model, forward, args, kwargs)
@@ -82,11 +82,11 @@ class GuidanceParallel(Mechanism):
         self, attachment: Attachment, model: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
     ) -> Any:
         """Run this process's half, and put the halves together."""
-        rank, here = dist.get_rank(self.group), current_coordinates()
+        rank, here = dist.get_rank(self.group), current_step()
         layout = family_of(model).branches(attachment.target) or family_of(model).branches()
         names = layout.order if layout is not None else ("uncond", "cond")
         half = partial(_half, size=2 * _half_size(model, args, kwargs), first=rank == 0)
-        with coordinates_scope(None if here is None else replace(here, branch=names[rank])):
+        with step_scope(None if here is None else replace(here, branch=names[rank])):
             output = forward(*half(args), **half(kwargs))
         tensors, rebuild = take_apart(output)
         return rebuild([torch.cat(self._gather(tensor)) for tensor in tensors])
@@ -144,4 +144,4 @@ def context_parallel(model: nn.Module, ulysses: int | None = None) -> Callable[[
     bare = unwrap(model)
     if getattr(bare, "_cp_plan", None) is None:
         raise AttachError(f"{type(bare).__name__} has no plan for context parallelism (`_cp_plan`)")
-    return bridge.enable_ulysses(bare, dist.get_world_size() if ulysses is None else ulysses)
+    return diffusers_compat.enable_ulysses(bare, dist.get_world_size() if ulysses is None else ulysses)

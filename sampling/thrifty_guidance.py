@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.runtime.attachment import Attachment, Mechanism
-from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates
 from dit.runtime.families import family_of
+from dit.runtime.hooks import Attachment, Mechanism
 from dit.runtime.stages import Resource, Stage
+from dit.runtime.step_context import StepContext, current_step, step_scope
 from sampling.guidance import in_interval
-from sampling.resolve import PlacedAttachment
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton
 from sampling.step_cache.values import Rebuild, Values, mix, take_apart
+from sampling.step_tracker import TrackedAttachment
 
 
 class ThriftyGuidance(Mechanism):
@@ -68,12 +68,12 @@ class ThriftyGuidance(Mechanism):
 
     def attach(self, target: Any) -> Attachment:
         """See `Mechanism.attach`; steps of a pipeline are found too."""
-        return PlacedAttachment(self, target)
+        return TrackedAttachment(self, target)
 
     def install(self, attachment: Attachment) -> None:
         """Wrap the networks."""
         for component, model in attachment.models.items():
-            attachment.around(model, partial(self._call, attachment, component, model))
+            attachment.wrap_forward(model, partial(self._call, attachment, component, model))
 
     def report(self, attachment: Attachment) -> dict[str, Any]:
         """Return at which steps of the newest run the unconditional branch was computed and left out."""
@@ -88,9 +88,9 @@ class ThriftyGuidance(Mechanism):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        here = current_coordinates()
+        here = current_step()
         if here is None:
-            attachment.skip("no coordinates")
+            attachment.skip("no step context")
             return forward(*args, **kwargs)
         if here.run != self._run:
             self._reset(here.run)
@@ -110,7 +110,7 @@ class ThriftyGuidance(Mechanism):
         attachment: Attachment,
         component: str,
         model: nn.Module,
-        here: Coordinates,
+        here: StepContext,
         forward: Callable[..., Any],
         args: tuple,
         kwargs: dict[str, Any],
@@ -129,7 +129,7 @@ class ThriftyGuidance(Mechanism):
             return output
         size = 2 * _half_size(model, args, kwargs)
         half = partial(_half, size=size, first=cond_first)
-        with coordinates_scope(replace(here, branch="cond")):
+        with step_scope(replace(here, branch="cond")):
             output = forward(*half(args), **half(kwargs))
         tensors, rebuild = take_apart(output)
         pairs = [
@@ -143,7 +143,7 @@ class ThriftyGuidance(Mechanism):
         self,
         attachment: Attachment,
         component: str,
-        here: Coordinates,
+        here: StepContext,
         forward: Callable[..., Any],
         args: tuple,
         kwargs: dict[str, Any],
@@ -172,7 +172,7 @@ class ThriftyGuidance(Mechanism):
 
     # --------------------------------------------------------------------- differences
 
-    def _difference(self, attachment: Attachment, component: str, here: Coordinates) -> Values | None:
+    def _difference(self, attachment: Attachment, component: str, here: StepContext) -> Values | None:
         """The difference to use; empty for none at all; None if the branch must be computed."""
         if not in_interval(here.sigma, self.interval):
             self.left_out.append(here.step)
@@ -188,7 +188,7 @@ class ThriftyGuidance(Mechanism):
         self.left_out.append(here.step)
         return mix(attachment.state.get(self.name, component, "uncond"), weights)
 
-    def _keep(self, attachment: Attachment, component: str, here: Coordinates, values: Values) -> None:
+    def _keep(self, attachment: Attachment, component: str, here: StepContext, values: Values) -> None:
         depth = self.forecaster.depth
         old = attachment.state.get(self.name, component, "uncond") or ()
         attachment.state.set(self.name, component, "uncond", (values, *old[: depth - 1]))

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit.layers.scales import Grid
-from dit.runtime.attachment import AttachError, Attachment, Mechanism
-from dit.runtime.coordinates import current_coordinates
+from dit.runtime.hooks import AttachError, Attachment, Mechanism
 from dit.runtime.stages import Resource, Stage
+from dit.runtime.step_context import current_step
 
 MIDDLE = (3 / 32, 28 / 32)
 """First and last pruned layer as shares of the depth; layers 3 to 27 of the 32 of Infinity-2B."""
@@ -118,14 +118,14 @@ class TokenPruning(Mechanism):
             ) -> Tensor:
                 return self._work(attachment, key, forward, seen.pop("x"), normed, rest)
 
-            attachment.before(norm, look)
-            attachment.around(part, work)
+            attachment.pre_hook(norm, look)
+            attachment.wrap_forward(part, work)
 
     def _work(
         self, attachment: Attachment, key: str, forward: Any, x: Tensor, normed: Tensor, rest: tuple[Any, ...]
     ) -> Tensor:
         """Run a part of a block on all tokens or on some, (B, N, D)."""
-        here = current_coordinates()
+        here = current_step()
         scale = None if here is None else here.scale
         if scale is None:
             attachment.skip("the loop said no scale")

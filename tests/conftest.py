@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 
-from dit.runtime.bridge import active_attention_backend
+from dit.runtime.diffusers_compat import active_attention_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 

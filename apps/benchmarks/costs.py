@@ -1,7 +1,7 @@
 """`tessera bench costs`: what matrix products, attention and elementwise work take on this machine.
 
-The table is kept in the user's cache folder, where `dit.runtime.costs.load_costs` finds it. On CPUs a second one tells
-what `dit.layers.linear` gains over torch's own linear layer, in float32 and turns.
+The table is kept in the user's cache folder, where `dit.runtime.cost_model.load_costs` finds it. On CPUs a second
+one says what `dit.layers.linear` gains over torch's own linear layer, in float32 and turns.
 """
 
 from functools import partial
@@ -14,8 +14,9 @@ from apps.benchmarks.next_scale import Asked
 from apps.commands.info import available_devices
 from apps.environment import describe_machine
 from dit.layers.linear import linear
-from dit.runtime.compare import measure, relative_error
-from dit.runtime.costs import DEFAULT_SHAPES, Cost, measure_costs
+from dit.runtime.cost_model import DEFAULT_SHAPES, Cost, measure_costs
+from dit.runtime.metrics import relative_error
+from dit.runtime.timing import measure
 
 LAYERS = ((32, 1024, 1024), (512, 1024, 4096), (256, 160, 480), (1024, 384, 1536), (1024, 1152, 4608))
 """Rows, width in, width out: a coarse and the finest scale of VAR-d16, a built-in model, DiT-S and DiT-XL."""

@@ -34,7 +34,7 @@ from apps.training.scenes import read_vocabulary
 from dit.cache import ScaleKVCache, find_table, plan_cache
 from dit.layers.scales import scale_grids, token_counts
 from dit.models.next_scale import PRESETS
-from dit.runtime.compare import psnr
+from dit.runtime.metrics import psnr
 from pipelines import NextScaleClassToImagePipeline
 from pipelines.next_scale.base import NextScalePipeline
 from pipelines.next_scale.text_to_image import DEFAULTS, NextScaleTextToImagePipeline

@@ -21,7 +21,8 @@ from apps.benchmarks.next_scale import Asked
 from apps.environment import describe_machine
 from apps.service.usage import UsageError
 from dit.convert.var import tokenizer_from_official, transformer_from_official
-from dit.runtime.compare import measure, relative_error
+from dit.runtime.metrics import relative_error
+from dit.runtime.timing import measure
 from pipelines import NextScaleClassToImagePipeline
 
 DEPTH, GUIDANCE, TOP_K, TOP_P, LABEL, SEED = 16, 1.5, 900, 0.96, 207, 0

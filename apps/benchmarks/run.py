@@ -31,7 +31,7 @@ from apps.environment import describe_machine
 from apps.service.engine import resolve_device
 from apps.service.usage import UsageError, checking
 from apps.service.writable import check_writable
-from dit.runtime.compare import measure
+from dit.runtime.timing import measure
 
 IMPORTS = {
     "diffusers": "from diffusers import ModelMixin, DiffusionPipeline",

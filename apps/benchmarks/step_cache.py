@@ -27,7 +27,8 @@ from apps.stickers import Scene, load_sprites
 from apps.stickers.judge import Judge, score
 from apps.stickers.prompt_sets import SETS, Request, draw_requests
 from apps.training.scenes import read_vocabulary
-from dit.runtime.compare import measure, psnr
+from dit.runtime.metrics import psnr
+from dit.runtime.timing import measure
 from sampling.step_cache import Profile, StepCache, calibrate_budget
 
 REGIONS = ("blocks", "output")

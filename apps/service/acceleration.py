@@ -57,7 +57,7 @@ def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
             value=wish.preset,
             choices=", ".join(MAIN_PARAMETERS),
         )
-    from dit.runtime.attachment import AttachError
+    from dit.runtime.hooks import AttachError
     from sampling.step_cache import StepCache as Mechanism
 
     knob = MAIN_PARAMETERS[wish.preset]

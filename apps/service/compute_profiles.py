@@ -181,10 +181,10 @@ def attending(pipe: Any, backend: str) -> Generator[None]:
     Raises:
         UnavailableError: its attention layers don't ask which.
     """
-    from dit.runtime.bridge import attending_through
+    from dit.runtime.diffusers_compat import attention_backend_scope
 
     networks = [network for name in NETWORKS if (network := pipe.components.get(name)) is not None]
-    with attending_through(networks, backend) as layers:
+    with attention_backend_scope(networks, backend) as layers:
         if not layers:
             raise UnavailableError(
                 "setting", "The attention of this model can't be chosen; leave attention out.", field="attention"

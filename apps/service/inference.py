@@ -336,7 +336,7 @@ class _StepWatch:
             return {}
         if self._before is None or latents is None:  # an estimate takes two steps
             return {}
-        from dit.runtime.bridge import skip_other_steps
+        from dit.runtime.diffusers_compat import skip_other_steps
         from pipelines.previews import guess_finished
 
         skip_other_steps(pipe)

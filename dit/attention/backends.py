@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit.attention.functional import attention, attention_reference
-from dit.runtime.bridge import attention_backend_names, check_attention_backend, register_attention_backend
+from dit.runtime.diffusers_compat import attention_backend_names, check_attention_backend, register_attention_backend
 
 PACKAGES = {"flash": "flash_attn", "sage": "sageattention", "xformers": "xformers"}
 """What backends need beside torch, by the beginning of their names; others that torch has are found out by a call."""
@@ -106,7 +106,7 @@ def register_backend(backend: AttentionBackend, function: Callable[..., Tensor])
 
     Args:
         backend: what is said of it.
-        function: see `dit.runtime.bridge.register_attention_backend`.
+        function: see `dit.runtime.diffusers_compat.register_attention_backend`.
 
     Raises:
         ValueError: the name is taken.

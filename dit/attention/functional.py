@@ -19,7 +19,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from dit.runtime.bridge import active_attention_backend
+from dit.runtime.diffusers_compat import active_attention_backend
 
 SHORT = 192
 """Longest row of keys for which plain products train faster on a CPU than its fused kernel. A next-scale model of 158

@@ -24,8 +24,8 @@ from dit.layers.feed_forward import FeedForward
 from dit.layers.linear import Linear
 from dit.layers.modulation import modulate
 from dit.layers.positions import sincos_2d
-from dit.runtime.bridge import registered_block, with_halved_input
-from dit.runtime.typed import Typed
+from dit.runtime._typing import Typed
+from dit.runtime.diffusers_compat import registered_block, with_halved_input
 
 _SIZES = {  # num_layers, num_attention_heads, attention_head_dim: table 1 of the DiT paper
     "S": (12, 6, 64),

@@ -37,7 +37,7 @@ from dit.layers.norms import RMSNorm
 from dit.layers.positions import Rotary, rotary_embedding
 from dit.layers.resolutions import LADDERS, reference_grid, scale_positions
 from dit.layers.scales import Grid, block_causal_mask, scale_grids, token_counts, token_scales, token_slices
-from dit.runtime.typed import Typed
+from dit.runtime._typing import Typed
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 """Sides of VAR's token maps for images of 256 pixels: 680 tokens."""

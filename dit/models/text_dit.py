@@ -24,8 +24,8 @@ from dit.layers.feed_forward import FeedForward
 from dit.layers.linear import Linear
 from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
 from dit.layers.positions import Rotary, coordinate_waves, grid_positions, rotary_embedding
-from dit.runtime.bridge import registered_block
-from dit.runtime.typed import Typed
+from dit.runtime._typing import Typed
+from dit.runtime.diffusers_compat import registered_block
 
 TEXT_PERIOD = 100.0  # tokens in the slowest wave of a text token's place
 

@@ -1,4 +1,4 @@
-"""Which attention layer is computing: the place inside a call of the network, as coordinates are the place of the call.
+"""The attention layer that is computing: its position in the network, as `StepContext` is the position in the run.
 
 Kernels get query, key and value and nothing else, also those that diffusers' networks call through its dispatcher. A
 kernel that treats layers or heads differently reads `current_layer()`. The mechanism that brings such a kernel asks for
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dit.runtime.attachment import Attachment
     from dit.runtime.families.tokens import Axes, Kind
+    from dit.runtime.hooks import Attachment
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def follow_layers(attachment: Attachment, *kinds: Kind) -> list[LayerContext]:
     for layer, group in zip(layers, groups, strict=True):
         context = LayerContext(seen[group], counts[group], layer.name, layer.kind, layer.axes)
         seen[group] += 1
-        attachment.around(layer.module, partial(_inside, context))
+        attachment.wrap_forward(layer.module, partial(_inside, context))
         contexts.append(context)
     return contexts
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, Self
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dit.runtime.attachment import Attachment
+from dit.runtime.hooks import Attachment
 from dit.runtime.state import layer_key, unwrap
 
 Chosen = Callable[[str, nn.Linear], bool]

@@ -9,7 +9,7 @@ class Stage(IntEnum):
     Mechanisms of one stage keep the order in which they were attached.
     """
 
-    COORDINATES = 0
+    STEP_CONTEXT = 0
     """Find out which step a call belongs to; all others ask for it."""
     QUANTIZATION = 10
     """Change weights or how they multiply."""

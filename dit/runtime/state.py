@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dit.runtime.coordinates import current_coordinates
+from dit.runtime.step_context import current_step
 
 _WRAPPERS = frozenset({"_orig_mod", "base_layer", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Segments of a module's name that torch.compile, PEFT, FSDP and activation checkpointing put in."""
@@ -28,7 +28,7 @@ class StateKey(NamedTuple):
 class StateStore:
     """A dictionary of tensors that knows its run, its size and its place.
 
-    Values are tensors or tuples, lists and dicts of them. Every access inside `coordinates_scope` of a new run first
+    Values are tensors or tuples, lists and dicts of them. Every access inside `step_scope` of a new run first
     drops what the previous run left.
     """
 
@@ -42,7 +42,7 @@ class StateStore:
         Args:
             mechanism: its name.
             layer: key of the layer, see `layer_key`.
-            branch: see `Coordinates.branch`.
+            branch: see `StepContext.branch`.
             device: where the value is wanted; it stays there. None leaves it where it is.
         """
         self._follow()
@@ -105,9 +105,9 @@ class StateStore:
 
     def _follow(self) -> None:
         """Drop the values of a run that is over."""
-        coordinates = current_coordinates()
-        if coordinates is not None:
-            self.reset(coordinates.run)
+        context = current_step()
+        if context is not None:
+            self.reset(context.run)
 
 
 def layer_key(name: str) -> str:

@@ -18,7 +18,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from dit.layers.scales import Grid
-from dit.runtime.typed import Typed
+from dit.runtime._typing import Typed
 from dit.tokenizers.base import TokenizerOutput, VisualTokenizer
 
 PREVIEW_SIDE = 8

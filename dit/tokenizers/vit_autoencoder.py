@@ -21,7 +21,7 @@ from dit.layers.embeddings import patchify, unpatchify
 from dit.layers.feed_forward import FeedForward
 from dit.layers.linear import Linear
 from dit.layers.positions import Rotary, grid_positions, rotary_embedding
-from dit.runtime.typed import Typed
+from dit.runtime._typing import Typed
 from dit.tokenizers.base import TokenizerOutput, VisualTokenizer, paint_linear_preview
 
 PREVIEW_CELL = 4

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from dit.runtime import bridge
+from dit.runtime import diffusers_compat
 from pipelines.acceleration.parts import DecoderTilingPart, OffloadPart
 from pipelines.acceleration.report import PartReport, Reason
 from pipelines.acceleration.switch import Switch, Undo
@@ -89,7 +89,7 @@ class OffloadSwitch(Switch[OffloadPart]):
     def apply(self, undo: Undo) -> None:
         """See `Switch.apply`."""
         modules = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
-        if any(bridge.is_offloaded(module) for module in modules.values()):
+        if any(diffusers_compat.is_offloaded(module) for module in modules.values()):
             raise self.refuse("already_offloaded")
         self.device = self._device()
         try:
@@ -103,9 +103,9 @@ class OffloadSwitch(Switch[OffloadPart]):
                 undo.callback(module.to, device)
         self.pipe.to("cpu")
         undo.callback(_put_back, _tensors(modules.values()))
-        undo.enter_context(bridge.forwards_kept(modules.values()))
+        undo.enter_context(diffusers_compat.restore_forwards(modules.values()))
         for module in modules.values():
-            undo.callback(bridge.remove_group_offload, module)
+            undo.callback(diffusers_compat.remove_group_offload, module)
         undo.callback(self.pipe.remove_all_hooks)
         try:
             place(self.pipe, self.device, self.part.mode)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dit.attention import attention_backend_table
-from dit.runtime import bridge
+from dit.runtime import diffusers_compat
 from dit.runtime.state import unwrap
 from pipelines.acceleration.parts import AttentionPart, CompilePart
 from pipelines.acceleration.report import PartReport, Reason
@@ -36,8 +36,8 @@ class AttentionSwitch(Switch[AttentionPart]):
         reason, accepted = self._why_not(networks[0])
         if reason:
             raise self.refuse("backend", backend=self.part.backend, reason=reason, accepted=accepted)
-        self.before = frozenset(bridge.chosen_attention_backends(networks))
-        self.layers = undo.enter_context(bridge.attending_through(networks, self.part.backend))
+        self.before = frozenset(diffusers_compat.chosen_attention_backends(networks))
+        self.layers = undo.enter_context(diffusers_compat.attention_backend_scope(networks, self.part.backend))
         if not self.layers:
             raise self.refuse("no_choice")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from dit.runtime.attachment import AttachError, Attachment
+from dit.runtime.hooks import AttachError, Attachment
 from dit.runtime.state import unwrap
 from pipelines.acceleration.parts import FewStepPart, GuidanceCachePart, ParallelPart, StepCachePart
 from pipelines.acceleration.report import PartReport, Reason

@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
-from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments, find_networks
+from dit.runtime.hooks import AttachError, Attachment, Mechanism, attachments, find_networks
 from pipelines.acceleration.parts import Part
 from pipelines.acceleration.report import PartReport, Reason
 from pipelines.acceleration.texts import AccelerationError
 from pipelines.call_defaults import has_call_defaults, setting_call_defaults
-from sampling.resolve import CoordinateResolver
+from sampling.step_tracker import StepTracker
 
 P = TypeVar("P", bound=Part)
 
@@ -129,8 +129,8 @@ class Switch(ABC, Generic[P]):
         """Why an attachment left calls alone."""
         found = []
         for text, count in attachment.inactive.items():
-            if text == "no coordinates":
-                found += self._unplaced() or [Reason("why.no_coordinates", {"count": count})]
+            if text == "no step context":
+                found += self._unplaced() or [Reason("why.no_step_context", {"count": count})]
             elif text in SKIPS:
                 found.append(Reason(SKIPS[text], {"count": count}))
             else:
@@ -139,7 +139,7 @@ class Switch(ABC, Generic[P]):
 
     def _unplaced(self) -> list[Reason]:
         """Why the pipeline's resolver did not find the step of calls."""
-        resolvers = [one for one in attachments(self.pipe) if isinstance(one.mechanism, CoordinateResolver)]
+        resolvers = [one for one in attachments(self.pipe) if isinstance(one.mechanism, StepTracker)]
         counts = [item for one in resolvers for item in one.inactive.items()]
         return [Reason("why.step_not_found", {"reason": text, "count": count}) for text, count in counts]
 

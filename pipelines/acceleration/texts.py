@@ -29,7 +29,7 @@ ENGLISH: Mapping[str, str] = {
     "report.partly": "{done} ({why})",
     # Why a part did nothing, or less than was asked for.
     "why.not_called": "the pipeline was not called since",
-    "why.no_coordinates": "the step of {count} calls is not known",
+    "why.no_step_context": "the step of {count} calls is not known",
     "why.step_not_found": "the step of {count} calls was not found ({reason})",
     "why.one_branch": "the call had one branch only, so there was no guidance to save",
     "why.branch_order": "the order of the branches in the batch is not known",

@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, GGUFQuantizationConfig
 from diffusers.loaders import FromOriginalModelMixin
 
-from dit.runtime.bridge import is_missing_component, published_repository
+from dit.runtime.diffusers_compat import is_missing_component, published_repository
 from pipelines.loading.errors import clear_loading_errors, one_line
 from pipelines.loading.gguf_files import read_gguf_header
 from pipelines.loading.json_files import read_object

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from dit.runtime.bridge import is_remapped, rename_deprecated
+from dit.runtime.diffusers_compat import is_remapped, rename_deprecated
 from pipelines.loading.errors import clear_loading_errors, one_line
 from pipelines.loading.memory import GIB, gib
 from pipelines.loading.settings import check_counts, check_numbers, check_settings

@@ -14,7 +14,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from dit.cache import POLICIES, KVCalibrator, KVProfile, KVReport
-from dit.runtime.compare import psnr, relative_error
+from dit.runtime.metrics import psnr, relative_error
 from dit.tokenizers.multi_scale_bsq import MultiScaleBSQ
 from pipelines.base import TesseraPipeline
 from pipelines.info import PipelineInfo

@@ -16,7 +16,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from dit.runtime.typed import Typed
+from dit.runtime._typing import Typed
 
 DIFFUSION_FORMS = ("constant", "sigma", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("mean", "tweedie", "euler")

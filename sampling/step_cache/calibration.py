@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dit.runtime.artifacts import ArtifactHeader
-from dit.runtime.attachment import AttachError, Attachment, find_networks
 from dit.runtime.families import TokenLayout, UnknownFamilyError, call_family_of
+from dit.runtime.hooks import AttachError, Attachment, find_networks
 from dit.runtime.stages import Stage
-from sampling.noise_table import NoiseTable, scheduler_of
 from sampling.observe import observe
+from sampling.sigma_schedule import SigmaSchedule, scheduler_of
 from sampling.step_cache.engine import Call, StepCache
 from sampling.step_cache.forecasters import Reuse
 from sampling.step_cache.gates import Interval
@@ -56,7 +56,7 @@ class GramObserver(StepCache):
         if isinstance(self.region, Output):
             return
         for component, model in attachment.models.items():
-            attachment.before(model, partial(self._look, component))
+            attachment.pre_hook(model, partial(self._look, component))
 
     def begin(self, prompt: Any) -> None:
         """Forget an unfinished run."""
@@ -187,7 +187,7 @@ def calibrate_budget(
     settings = {**call_kwargs, **({} if steps is None else {"num_inference_steps": steps})}
     seen = observe(pipeline, prompts, [watcher], seed=seed, kind=KIND, **settings)
     scheduler = scheduler_of(pipeline)
-    table = NoiseTable.of(scheduler)
+    table = SigmaSchedule.of(scheduler)
     grams = {key: total / watcher.runs for key, total in watcher.sums.items()}
     if "cond,cond" not in grams:
         only = next(key.split(",")[0] for key in grams if key != "input,input")

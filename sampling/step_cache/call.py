@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dit.runtime.attachment import Attachment
-from dit.runtime.coordinates import Coordinates
+from dit.runtime.hooks import Attachment
+from dit.runtime.step_context import StepContext
 from sampling.step_cache.forecasters import Anchor, Forecaster, Weights
 from sampling.step_cache.gates import Gate, Signal
 from sampling.step_cache.values import Rebuild, Values, mix, take_apart
@@ -59,7 +59,7 @@ class Call:
     cache: Cache
     attachment: Attachment
     component: str
-    here: Coordinates
+    here: StepContext
     track: Track
     computed: bool | None = None
     weights: Weights = ()

@@ -1,6 +1,6 @@
 """StepCache: some steps are computed, the others forecast from them. Gate x forecaster x region, over one adapter.
 
-The cache knows the step from `Coordinates`, never from counting calls, and keeps what it needs by network and branch
+The cache knows the step from `StepContext`, never from counting calls, and keeps what it needs by network and branch
 until the run ends. Whatever it cannot place or forecast is computed, and the reason is counted.
 """
 
@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit.runtime import bridge
-from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments
-from dit.runtime.coordinates import Coordinates, current_coordinates
+from dit.runtime import diffusers_compat
 from dit.runtime.families import call_family_of
+from dit.runtime.hooks import AttachError, Attachment, Mechanism, attachments
 from dit.runtime.stages import Resource, Stage
 from dit.runtime.state import unwrap
-from sampling.noise_table import NoiseTable, scheduler_of
-from sampling.resolve import CoordinateResolver, PlacedAttachment
+from dit.runtime.step_context import StepContext, current_step
+from sampling.sigma_schedule import SigmaSchedule, scheduler_of
 from sampling.step_cache.call import Call, Track
 from sampling.step_cache.constants import data
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
@@ -29,6 +28,7 @@ from sampling.step_cache.gates import Gate, Interval
 from sampling.step_cache.reasons import OBSTACLES, Reason
 from sampling.step_cache.regions import Output, Place, Region
 from sampling.step_cache.values import Values, as_one, signature, take_apart
+from sampling.step_tracker import StepTracker, TrackedAttachment
 
 PRESETS: dict[str, Callable[..., StepCache]] = {}
 """Name -> the function that makes it, which takes all its parameters; filled by `sampling.step_cache.presets`."""
@@ -40,7 +40,7 @@ def preset(make: Callable[..., StepCache]) -> Callable[..., StepCache]:
     return make
 
 
-UNPLACED, GRADIENTS = Reason("no_coordinates"), Reason("gradients")
+UNPLACED, GRADIENTS = Reason("no_step_context"), Reason("gradients")
 """Why a call is left to the network at once."""
 RESHAPED = Reason("shapes_changed")
 
@@ -87,7 +87,7 @@ class StepCache(Mechanism):
         self.forecaster = Newton() if forecaster is None else forecaster
         self.region = Output() if region is None else region
         self.warmup, self.tail, self.max_skips, self.group = warmup, tail, max_skips, group
-        self.on_decision: Callable[[Coordinates, bool], None] | None = None
+        self.on_decision: Callable[[StepContext, bool], None] | None = None
         self._attachment: Attachment | None = None
         self._reset(None)
 
@@ -118,13 +118,13 @@ class StepCache(Mechanism):
         Raises:
             AttachError: another cache is on the network, or the region is not in it.
         """
-        return PlacedAttachment(self, target)
+        return TrackedAttachment(self, target)
 
     def install(self, attachment: Attachment) -> None:
         """Wrap the networks, and the parts of them that the region names."""
         if self._attachment not in (None, attachment) and self._attachment.is_attached:  # pyright: ignore
             raise AttachError("this StepCache is attached elsewhere; make one for each network or pipeline")
-        foreign = bridge.foreign_caches(attachment.target, attachment.models.values())
+        foreign = diffusers_compat.other_caches(attachment.target, attachment.models.values())
         if foreign:
             raise AttachError(
                 f"{', '.join(foreign)} already caches steps of this network; two caches would skip steps that the "
@@ -137,7 +137,7 @@ class StepCache(Mechanism):
             if hasattr(bare, "enable_cache"):
                 attachment.replace(bare, "enable_cache", _refuse)
             place = self.region.place(self, attachment, component, model)
-            attachment.around(model, _outside_graph(partial(self._call, attachment, component, place, bare)))
+            attachment.wrap_forward(model, _outside_graph(partial(self._call, attachment, component, place, bare)))
 
     # ---------------------------------------------------------------------- calls
 
@@ -151,7 +151,7 @@ class StepCache(Mechanism):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        here = current_coordinates()
+        here = current_step()
         reason = UNPLACED if here is None else GRADIENTS if torch.is_grad_enabled() else None
         if here is None or reason is not None:
             attachment.skip(str(reason))
@@ -167,7 +167,7 @@ class StepCache(Mechanism):
         return output
 
     def _track(
-        self, attachment: Attachment, component: str, here: Coordinates, args: tuple, kwargs: dict[str, Any]
+        self, attachment: Attachment, component: str, here: StepContext, args: tuple, kwargs: dict[str, Any]
     ) -> Track:
         """What the branch remembers; nothing at the first call of a run, or if the inputs changed their shape."""
         if here.run != self._run:
@@ -231,14 +231,14 @@ class StepCache(Mechanism):
         if self.gate.signal == "none":
             return wanted
         if group is None:
-            group = bridge.context_parallel_group(unwrap(call.attachment.models[call.component]))
+            group = diffusers_compat.context_parallel_group(unwrap(call.attachment.models[call.component]))
         if group is None:
             return wanted
         vote = torch.tensor(int(wanted))
         torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX, group=group)
         return bool(vote)
 
-    def _obstacle(self, here: Coordinates, track: Track, weights: Weights | None) -> Reason | None:
+    def _obstacle(self, here: StepContext, track: Track, weights: Weights | None) -> Reason | None:
         """Why a step cannot be forecast."""
         if weights is None or not track.anchors:
             return Reason("nothing_to_forecast_from")
@@ -297,7 +297,7 @@ class StepCache(Mechanism):
         for reason in (UNPLACED, GRADIENTS, RESHAPED):
             reasons[reason] += self._attachment.inactive[str(reason)]
         others = attachments(self._attachment.target)
-        unplaced = next((one.inactive for one in others if one.mechanism.name == CoordinateResolver.name), Counter())
+        unplaced = next((one.inactive for one in others if one.mechanism.name == StepTracker.name), Counter())
         if reasons[UNPLACED] and unplaced:
             del reasons[UNPLACED]
             reasons.update({Reason.of("step_not_found", reason=text): count for text, count in unplaced.items()})
@@ -358,12 +358,12 @@ def _outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(call, recursive=False)
 
 
-def _noise_levels(target: Any, here: Coordinates) -> tuple[float, ...]:
+def _noise_levels(target: Any, here: StepContext) -> tuple[float, ...]:
     """The noise levels of the run where a scheduler tells them and they fit the call; else none."""
     scheduler = scheduler_of(target)
     if getattr(scheduler, "timesteps", None) is None:
         return ()
-    table = NoiseTable.of(scheduler)
+    table = SigmaSchedule.of(scheduler)
     if len(table) < here.num_steps:
         return ()
     sigmas = table.last(here.num_steps).sigmas

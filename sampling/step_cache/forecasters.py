@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from dit.runtime.coordinates import Coordinates
+from dit.runtime.step_context import StepContext
 from sampling.step_cache.profile import Profile
 
 Variable = Literal["sigma", "step"]
@@ -38,7 +38,7 @@ class Forecaster(ABC):
     depth: int = 1
 
     @abstractmethod
-    def weights(self, anchors: Sequence[Anchor], here: Coordinates, memory: dict[str, Any]) -> Weights | None:
+    def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
         """Return weights of the newest anchors, newest first; None if there are too few and the step must be computed.
 
         One more than there are anchors is that of what enters the region now, where the region adds to its input.
@@ -59,7 +59,7 @@ class Reuse(Forecaster):
         """One step."""
         return 1
 
-    def weights(self, anchors: Sequence[Anchor], here: Coordinates, memory: dict[str, Any]) -> Weights | None:
+    def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
         """See `Forecaster.weights`."""
         return (1.0,) if anchors else None
 
@@ -88,7 +88,7 @@ class Newton(Forecaster):
         """`order + 1` steps."""
         return self.order + 1
 
-    def weights(self, anchors: Sequence[Anchor], here: Coordinates, memory: dict[str, Any]) -> Weights | None:
+    def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
         """See `Forecaster.weights`."""
         places, now = positions(anchors[: self.depth], here, self.variable)
         return lagrange(places, now) if places else None
@@ -119,7 +119,7 @@ class Taylor(Forecaster):
         """`order + 1` steps."""
         return self.order + 1
 
-    def weights(self, anchors: Sequence[Anchor], here: Coordinates, memory: dict[str, Any]) -> Weights | None:
+    def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
         """See `Forecaster.weights`."""
         if not anchors:
             return None
@@ -165,7 +165,7 @@ class Corrected(Forecaster):
         """Four steps."""
         return 4
 
-    def weights(self, anchors: Sequence[Anchor], here: Coordinates, memory: dict[str, Any]) -> Weights | None:
+    def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
         """See `Forecaster.weights`."""
         kept = list(reversed(anchors[: self.depth]))  # oldest first
         if not kept:
@@ -211,7 +211,7 @@ class Blend(Forecaster):
         """Two steps."""
         return 2
 
-    def weights(self, anchors: Sequence[Anchor], here: Coordinates, memory: dict[str, Any]) -> Weights | None:
+    def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
         """See `Forecaster.weights`."""
         if not anchors:
             return None
@@ -243,7 +243,7 @@ class Gram(Forecaster):
         """`points` steps."""
         return self.points
 
-    def weights(self, anchors: Sequence[Anchor], here: Coordinates, memory: dict[str, Any]) -> Weights | None:
+    def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
         """See `Forecaster.weights`."""
         if not anchors:
             return None
@@ -251,7 +251,7 @@ class Gram(Forecaster):
         return self.profile.weights(sigmas, here.sigma, self.ridge)
 
 
-def positions(anchors: Sequence[Anchor], here: Coordinates, variable: Variable) -> tuple[list[float], float]:
+def positions(anchors: Sequence[Anchor], here: StepContext, variable: Variable) -> tuple[list[float], float]:
     """Where anchors and the forecast stand on the axis; step indices where sigma cannot tell them apart."""
     sigmas = [anchor.sigma for anchor in anchors]
     if variable == "sigma" and math.isfinite(here.sigma + sum(sigmas)) and len(set(sigmas)) == len(sigmas):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from dit.runtime.coordinates import Coordinates
+from dit.runtime.step_context import StepContext
 from sampling.step_cache.profile import Profile
 from sampling.step_cache.values import mean_change
 
@@ -36,7 +36,7 @@ class Gate(ABC):
     shared: bool = True
 
     @abstractmethod
-    def computes(self, here: Coordinates, memory: Memory, signal: Signal) -> bool:
+    def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
         """Whether to compute this step.
 
         Args:
@@ -46,7 +46,7 @@ class Gate(ABC):
         """
 
     def note(  # noqa: B027 (most gates have nothing to remember)
-        self, here: Coordinates, memory: Memory, signal: Signal, computed: bool, output: Tensor | None
+        self, here: StepContext, memory: Memory, signal: Signal, computed: bool, output: Tensor | None
     ) -> None:
         """Hear how a call ended, whoever decided; `output` is the network's where it was computed."""
 
@@ -71,7 +71,7 @@ class Mask(Gate):
 
     steps: tuple[bool, ...]
 
-    def computes(self, here: Coordinates, memory: Memory, signal: Signal) -> bool:
+    def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
         """See `Gate.computes`."""
         if here.num_steps != len(self.steps):
             raise ValueError(f"the mask has {len(self.steps)} steps but the run has {here.num_steps}: make one for it")
@@ -96,7 +96,7 @@ class Interval(Gate):
         if self.every < 1 or self.first < 0:
             raise ValueError(f"need every >= 1 and first >= 0, got {self.every} and {self.first}")
 
-    def computes(self, here: Coordinates, memory: Memory, signal: Signal) -> bool:
+    def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
         """See `Gate.computes`."""
         return here.step < self.first or (here.step - self.offset) % self.every == 0
 
@@ -128,12 +128,12 @@ class Budget(Gate):
         if not 0 < self.budget <= 1:
             raise ValueError(f"budget {self.budget} is outside (0, 1]: it is the share of calls that are computed")
 
-    def computes(self, here: Coordinates, memory: Memory, signal: Signal) -> bool:
+    def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
         """See `Gate.computes`; memory["sigmas"] holds the noise levels of the run."""
         sigmas = memory["sigmas"] or self._guess(here)
         return self.profile.mask(sigmas, self.budget, self.fill, self.guidance)[here.step]
 
-    def _guess(self, here: Coordinates) -> tuple[float, ...]:
+    def _guess(self, here: StepContext) -> tuple[float, ...]:
         """The profile's own levels, spread over the steps, where no scheduler tells those of the run."""
         known = self.profile.sigmas
         if here.num_steps == len(known):
@@ -160,7 +160,7 @@ class FirstBlock(Gate):
     strict: bool = False
     shared: bool = False
 
-    def computes(self, here: Coordinates, memory: Memory, signal: Signal) -> bool:
+    def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
         """See `Gate.computes`."""
         before = memory.get("residual")
         if before is None or (self.max_skipped is not None and memory.get("skipped", 0) >= self.max_skipped):
@@ -168,7 +168,7 @@ class FirstBlock(Gate):
         change = mean_change(signal[1] - signal[0], before)
         return change >= self.threshold if self.strict else change > self.threshold
 
-    def note(self, here: Coordinates, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
+    def note(self, here: StepContext, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
         """Keep the residual of computed steps."""
         if computed:
             memory["residual"] = signal[1] - signal[0]
@@ -192,7 +192,7 @@ class ModulatedInput(Gate):
     coefficients: tuple[float, ...] = (1.0, 0.0)
     shared: bool = False
 
-    def computes(self, here: Coordinates, memory: Memory, signal: Signal) -> bool:
+    def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
         """See `Gate.computes`."""
         before = memory.get("input")
         if before is None:
@@ -204,7 +204,7 @@ class ModulatedInput(Gate):
         memory["sum"] = memory.get("sum", 0.0) + value
         return memory["sum"] >= self.threshold
 
-    def note(self, here: Coordinates, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
+    def note(self, here: StepContext, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
         """Keep the input of every step; begin to add anew behind a computed one."""
         memory["input"] = signal.clone()
         if computed:
@@ -224,7 +224,7 @@ class InputRate(Gate):
     signal: ClassVar[SignalKind] = "input"
     threshold: float = 0.05
 
-    def computes(self, here: Coordinates, memory: Memory, signal: Signal) -> bool:
+    def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
         """See `Gate.computes`."""
         if "rate" not in memory:
             return True
@@ -232,7 +232,7 @@ class InputRate(Gate):
         memory["sum"] = memory.get("sum", 0.0) + memory["rate"] * moved.item()
         return memory["sum"] >= self.threshold
 
-    def note(self, here: Coordinates, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
+    def note(self, here: StepContext, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
         """Keep inputs of all steps, outputs of computed ones, and the rate."""
         memory["input"] = signal.clone()
         if not computed or output is None:
@@ -258,7 +258,7 @@ class Probe(Gate):
     against_input: bool = True
     shared: bool = False
 
-    def computes(self, here: Coordinates, memory: Memory, signal: Signal) -> bool:
+    def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
         """See `Gate.computes`."""
         if "probe" not in memory:
             return True
@@ -277,7 +277,7 @@ class Probe(Gate):
             way = (newest - second).abs().mean()
             memory["share"] = ((residual - second).abs().mean() / way).item() if way > 0 else 1.0
 
-    def note(self, here: Coordinates, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
+    def note(self, here: StepContext, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
         """Keep the probe of every step and its residual of computed ones."""
         entered, probe = signal
         memory["entered"], memory["probe"] = entered.clone(), probe.clone()
@@ -306,7 +306,7 @@ class Magnitude(Gate):
     retention: float = 0.2
     shared: bool = False
 
-    def computes(self, here: Coordinates, memory: Memory, signal: Signal) -> bool:
+    def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
         """See `Gate.computes`."""
         if here.step < int(self.retention * here.num_steps + 0.5):
             return True
@@ -315,12 +315,12 @@ class Magnitude(Gate):
         memory["sum"] = memory.get("sum", 0.0) + abs(1.0 - memory["rho"])
         return memory["sum"] > self.threshold or memory["run"] > self.max_skips
 
-    def _ratio(self, here: Coordinates) -> float:
+    def _ratio(self, here: StepContext) -> float:
         if here.num_steps == 1:
             return self.ratios[-1]
         return self.ratios[round(here.step * (len(self.ratios) - 1) / (here.num_steps - 1))]
 
-    def note(self, here: Coordinates, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
+    def note(self, here: StepContext, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
         """Begin to add anew behind a computed step."""
         if computed:
             memory["rho"], memory["run"], memory["sum"] = 1.0, 0, 0.0
@@ -345,14 +345,14 @@ class Speculative(Gate):
     shortest: int = 2
     longest: int = 8
 
-    def computes(self, here: Coordinates, memory: Memory, signal: Signal) -> bool:
+    def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
         """See `Gate.computes`."""
         run, error = memory.get("run", 0), memory.get("error")
         tolerance = max(self.base * self.decay ** (here.step / here.num_steps), 0.01)
         is_wrong = error is not None and run >= self.shortest and not error <= tolerance
         return run >= self.longest or is_wrong
 
-    def note(self, here: Coordinates, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
+    def note(self, here: StepContext, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
         """Count forecasts in a row."""
         memory["run"] = 0 if computed else memory.get("run", 0) + 1
         if computed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TEXTS: Mapping[str, str] = {
-    "no_coordinates": "no coordinates",
+    "no_step_context": "no step context",
     "gradients": "gradients are on",
     "edges": "the first {first:g} and last {last} steps are always computed",
     "max_skips": "no more than {most} steps in a row are skipped",
@@ -20,7 +20,7 @@ TEXTS: Mapping[str, str] = {
 """English by key."""
 
 OBSTACLES = (
-    "no_coordinates",
+    "no_step_context",
     "gradients",
     "nothing_to_forecast_from",
     "branch_not_called",

@@ -12,8 +12,8 @@ from typing import Any, Protocol, get_args
 
 from torch import Tensor, nn
 
-from dit.runtime.attachment import AttachError, Attachment
 from dit.runtime.families import family_of
+from dit.runtime.hooks import AttachError, Attachment
 from dit.runtime.state import named_layers, unwrap
 from sampling.step_cache.call import Cache, Call
 from sampling.step_cache.profile import RegionName
@@ -197,7 +197,7 @@ class _ModulesPlace:
         self.call: Call | None = None
 
     def wrap(self, attachment: Attachment, name: str, module: nn.Module) -> None:
-        attachment.around(module, partial(self._around, name))
+        attachment.wrap_forward(module, partial(self._around, name))
 
     def run(self, call: Call, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
         call.decide(call.signal)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.runtime import bridge
-from dit.runtime.attachment import AttachError, Attachment
+from dit.runtime import diffusers_compat
+from dit.runtime.hooks import AttachError, Attachment
 from dit.runtime.state import unwrap
 from sampling.step_cache.call import Call
 from sampling.step_cache.values import Rebuild, Values, take_apart
@@ -61,7 +61,7 @@ class Stack:
         for index, block in enumerate(blocks):
             _wrap(attachment, block, partial(self._around, index, block))
         if attention is not None:
-            attachment.around(attention, self._look)
+            attachment.wrap_forward(attention, self._look)
 
     def run(self, call: Call, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """See `regions.Place.run`."""
@@ -213,7 +213,7 @@ def _streams(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Tens
     bare = unwrap(block)
     names = _arguments(type(bare))
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    known = bridge.block_streams(type(bare))
+    known = diffusers_compat.block_streams(type(bare))
     wanted = ("hidden_states", "encoder_hidden_states") if known is None else known[0]
     found = [given.get(name) for name in wanted]
     if not isinstance(found[0], Tensor):
@@ -222,7 +222,7 @@ def _streams(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Tens
 
 
 def _returns_text_first(block: nn.Module) -> bool:
-    known = bridge.block_streams(type(unwrap(block)))
+    known = diffusers_compat.block_streams(type(unwrap(block)))
     return known is not None and known[1][1] is not None and known[1][1] < (known[1][0] or 0)
 
 
@@ -235,5 +235,5 @@ def _wrap(attachment: Attachment, block: nn.Module, function: Callable[..., Any]
     """Put a function around a block; around its compiled code where the block was compiled by itself."""
     compiled = block._compiled_call_impl
     if compiled is None:
-        return attachment.around(block, function)
+        return attachment.wrap_forward(block, function)
     return attachment.replace(block, "_compiled_call_impl", partial(function, compiled))

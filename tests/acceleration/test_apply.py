@@ -8,7 +8,7 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
 
-from dit.runtime.attachment import attachments
+from dit.runtime.hooks import attachments
 from pipelines import NextScaleClassToImagePipeline
 from pipelines.acceleration import AccelerationConfig, AccelerationError
 from pipelines.acceleration.texts import ENGLISH

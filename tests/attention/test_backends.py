@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 
 from dit.attention import AttentionBackend, attention, attention_backend_table, attention_reference, backends
-from dit.runtime.bridge import (
+from dit.runtime.diffusers_compat import (
     active_attention_backend,
     attention_backend_names,
     register_attention_backend,

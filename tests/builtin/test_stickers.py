@@ -11,7 +11,7 @@ import torch
 import pipelines
 from apps.stickers import SceneMix, SceneSampler, caption, load_sprites
 from apps.stickers.judge import Judge, score
-from dit.runtime.compare import psnr
+from dit.runtime.metrics import psnr
 from pipelines import builtin_models, load_pipeline
 
 FOLDER = Path(pipelines.__file__).parent / "pretrained" / "stickers"

@@ -6,7 +6,7 @@ import pytest
 
 from apps.benchmarks.run import run
 from apps.benchmarks.runs import add_run, has_ratios
-from dit.runtime.costs import load_costs
+from dit.runtime.cost_model import load_costs
 from pipelines import NextScaleClassToImagePipeline
 from tests.models.tiny_next_scale import tokenizer, transformer
 from tests.pipes.tiny import tiny_text_to_image_pipeline

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dit.runtime.compare import count_flops
 from dit.runtime.families import FAMILIES
+from dit.runtime.timing import count_flops
 from tests.families.tiny import BUILDERS, CALLS, TINY_NAMES, VARIANTS, tiny_call, tiny_pipeline
 
 ALL = (*TINY_NAMES, *VARIANTS)

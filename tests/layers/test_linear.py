@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit.layers import linear as place
 from dit.layers.linear import MIN_MACS, Linear, linear
 from dit.runtime import onednn
-from dit.runtime.compare import relative_error
+from dit.runtime.metrics import relative_error
 from dit.runtime.onednn import use_onednn
 from pipelines import load_pipeline
 from tests.architecture.sources import ROOT

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from apps import cli
-from dit.runtime.bridge import published_repository
+from dit.runtime.diffusers_compat import published_repository
 from pipelines import load_pipeline
 from pipelines.loading.single_file import find_repository
 from tests.families.tiny import tiny_call

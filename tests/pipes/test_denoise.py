@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from dit.runtime.coordinates import current_coordinates
+from dit.runtime.step_context import current_step
 from sampling.denoise import Denoiser, denoise
 
 STEPS, SCALE = 5, 3.0
@@ -27,7 +27,7 @@ class Network:
         return torch.tanh(latents) * (timestep / 1000) + shift
 
     def predict(self, state, timestep, guides):
-        here = current_coordinates()
+        here = current_step()
         self.calls.append((here.step, here.branch))
         cond = self.velocity(state["latents"], timestep, 0.1)
         return torch.cat([self.velocity(state["latents"], timestep, -0.2), cond]) if guides else cond

@@ -12,11 +12,11 @@ from rich.console import Console
 from torch import nn
 
 from dit.models.dit import DiT
-from dit.runtime.attachment import Attachment, Mechanism
-from dit.runtime.compare import measure
-from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates
+from dit.runtime.hooks import Attachment, Mechanism
+from dit.runtime.step_context import StepContext, current_step, step_scope
+from dit.runtime.timing import measure
 from pipelines.class_to_image import ClassToImagePipeline
-from sampling.resolve import CoordinateResolver
+from sampling.step_tracker import StepTracker
 
 XL_BLOCKS = 28
 
@@ -28,10 +28,10 @@ class NoOp(Mechanism):
 
     def install(self, attachment: Attachment) -> None:
         for layer in attachment.layers():
-            attachment.after(layer.module, self.look)
+            attachment.post_hook(layer.module, self.look)
 
     def look(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        current_coordinates()
+        current_step()
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Overhead:
     Args:
         step: one call of DiT-XL/2 on 256 tokens, scaled from a few blocks.
         hook: one hook of the mechanism.
-        resolver: finding the coordinates of one call.
+        resolver: finding the step context of one call.
     """
 
     step: float
@@ -50,7 +50,7 @@ class Overhead:
 
     @property
     def share(self) -> float:
-        """The mechanism and the coordinates it needs, over the step."""
+        """The mechanism and the step context it needs, over the step."""
         return (XL_BLOCKS * self.hook + self.resolver) / self.step
 
 
@@ -78,7 +78,7 @@ def _hook(repeats: int, calls: int = 50) -> float:
     NoOp().attach(hooked)
 
     def run(model: nn.Module) -> None:
-        with coordinates_scope(Coordinates(1, 0, 1, 1.0, 500.0)):
+        with step_scope(StepContext(1, 0, 1, 1.0, 500.0)):
             for _ in range(calls):
                 model(*inputs)
 
@@ -93,7 +93,7 @@ def _resolver(repeats: int, calls: int = 100) -> float:
     pipes = [ClassToImagePipeline(_narrow(), None, FlowMatchEulerDiscreteScheduler()) for _ in range(2)]
     for pipe in pipes:
         pipe.scheduler.set_timesteps(250)
-    CoordinateResolver().attach(pipes[1])
+    StepTracker().attach(pipes[1])
 
     def run(pipe: ClassToImagePipeline) -> None:
         for timestep in pipe.scheduler.timesteps[:calls]:
@@ -108,5 +108,5 @@ if __name__ == "__main__":
     found = measure_overhead(blocks=3, repeats=7)
     Console().print(
         f"DiT-XL/2, 256 tokens, float32, {torch.get_num_threads()} thread(s): step {found.step:.3f} s; one hook "
-        f"{found.hook * 1e6:.1f} us, coordinates of a call {found.resolver * 1e6:.0f} us; overhead {found.share:.4%}"
+        f"{found.hook * 1e6:.1f} us, step context of a call {found.resolver * 1e6:.0f} us; overhead {found.share:.4%}"
     )

@@ -11,9 +11,13 @@ from torch.overrides import TorchFunctionMode
 
 from dit.models.next_scale import NextScaleTransformer
 from dit.runtime import LayerContext, Mechanism, current_layer, follow_layers
-from dit.runtime.attachment import AttachError, Attachment
-from dit.runtime.bridge import attending_through, register_attention_backend, unregister_attention_backend
+from dit.runtime.diffusers_compat import (
+    attention_backend_scope,
+    register_attention_backend,
+    unregister_attention_backend,
+)
 from dit.runtime.families import family_of
+from dit.runtime.hooks import AttachError, Attachment
 from dit.runtime.layer_context import head_scope, layer_scope
 from tests.families.networks import tiny_transformer
 from tests.families.tiny import tiny_call, tiny_pipeline
@@ -83,7 +87,7 @@ def test_a_kernel_reads_its_layer(name: str, kernel: Kernel) -> None:
     pipe = tiny_pipeline(name)
     layers = family_of(pipe.transformer).attention_layers(pipe.transformer)
     expected = [one for one in layers if hasattr(one.module.processor, "_attention_backend")]
-    with attending_through([pipe.transformer], "noted"):
+    with attention_backend_scope([pipe.transformer], "noted"):
         before, trace = run(name, pipe), traces(pipe.transformer)
         calls = len(kernel.seen)
         assert set(kernel.seen) == {None}, "nobody asked"
@@ -132,7 +136,7 @@ def test_a_layer_of_a_foreign_network_can_be_treated_by_itself(kernel: Kernel) -
     expected = run("wan", pipe)
     hook.remove()
     kernel.gains = {"blocks.1.attn1": gains}
-    with attending_through([pipe.transformer], "noted"):
+    with attention_backend_scope([pipe.transformer], "noted"):
         assert not torch.allclose(run("wan", pipe), expected, atol=1e-3)  # without the mechanism it can't know
         with Followed("self").attach(pipe) as attachment:
             torch.testing.assert_close(run("wan", pipe), expected, rtol=1e-4, atol=1e-5)
@@ -141,7 +145,7 @@ def test_a_layer_of_a_foreign_network_can_be_treated_by_itself(kernel: Kernel) -
 
 def test_only_the_kinds_asked_for_are_followed(kernel: Kernel) -> None:
     pipe = tiny_pipeline("wan")
-    with attending_through([pipe.transformer], "noted"), Followed("cross").attach(pipe):
+    with attention_backend_scope([pipe.transformer], "noted"), Followed("cross").attach(pipe):
         run("wan", pipe)
     assert {one and one.name for one in kernel.seen} == {None, "blocks.0.attn2", "blocks.1.attn2"}
     with pytest.raises(AttachError, match="joint"):
@@ -160,7 +164,7 @@ def test_recomputed_layers_are_followed_in_the_backward_pass(kernel: Kernel) -> 
     model = tiny_transformer("class_dit").train()
     model.enable_gradient_checkpointing()
     inputs = (torch.randn(1, 4, 4, 4), torch.tensor([500.0]), torch.tensor([1]))
-    with attending_through([model], "noted"), Followed().attach(model):
+    with attention_backend_scope([model], "noted"), Followed().attach(model):
         loss = model(*inputs)[0].square().mean()
         forward = [one.index for one in kernel.seen]
         loss.backward()
@@ -177,7 +181,7 @@ def test_a_call_that_fails_leaves_no_layer(kernel: Kernel) -> None:
 def test_compiled_networks_are_followed_too(kernel: Kernel) -> None:
     model = tiny_transformer("class_dit")
     inputs = (torch.randn(1, 4, 4, 4), torch.tensor([500.0]), torch.tensor([1]))
-    with torch.no_grad(), attending_through([model], "noted"):
+    with torch.no_grad(), attention_backend_scope([model], "noted"):
         expected = model(*inputs)[0]
         compiled = torch.compile(model, backend="eager")
         kernel.seen.clear()
@@ -208,7 +212,7 @@ def test_heads_that_attend_one_by_one_say_which_they_are(kernel: Kernel) -> None
         f"transformer_blocks.{layer}.attn": torch.linspace(0.2, 2, heads).roll(layer)
         for layer in range(model.config.num_layers)
     }
-    with attending_through([model], "noted"), Followed().attach(model):
+    with attention_backend_scope([model], "noted"), Followed().attach(model):
         whole = steps(model, observer=lambda *_: None)
         assert {one.heads for one in kernel.seen} == {None}
         kernel.seen.clear()
@@ -226,7 +230,7 @@ def test_the_pool_of_the_text_attends_through_the_chosen_backend(kernel: Kernel)
     text = torch.randn(2, 3, infinity_reference.TEXT, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True, True, True], [True, False, False]])
     before = model.text_pool(text, mask)
-    with attending_through([model], "noted"), Followed().attach(model):
+    with attention_backend_scope([model], "noted"), Followed().attach(model):
         assert torch.equal(model.text_pool(text, mask), before)
     pooled = infinity_reference.POOL_HEADS
     assert (kernel.seen, kernel.shapes[0][:3]) == ([None], (2, 1, pooled))

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit.runtime.attachment import AttachError, Attachment, Mechanism
 from dit.runtime.families import family_of
+from dit.runtime.hooks import AttachError, Attachment, Mechanism
 from dit.runtime.module_conversion import LinearConversion, convert_linears, linear_places
 from dit.runtime.stages import Stage
 from tests.families.networks import tiny_transformer
@@ -157,10 +157,10 @@ def test_peft_adapters_stay_as_they_are() -> None:
 
 def test_a_mechanism_converts_and_is_lifted_without_converting_again() -> None:
     class Beneath(Mechanism):
-        name, stage = "beneath", Stage.COORDINATES
+        name, stage = "beneath", Stage.STEP_CONTEXT
 
         def install(self, attachment: Attachment) -> None:
-            attachment.after(attachment.models["transformer"], lambda *_: None)
+            attachment.post_hook(attachment.models["transformer"], lambda *_: None)
 
     model = tiny_transformer("text_dit")
     before, expected, mechanism = picture(model), outputs("text_dit", model), Quantized()
@@ -182,7 +182,7 @@ def test_a_text_encoder_is_quantized_for_a_pipeline() -> None:
         with Quantized("text_encoder").attach(pipe) as attachment:
             assert 1e-4 < error(pipe.text_encoder(tokens)[0], expected) < 0.05
             assert not any(isinstance(part, Int8Linear) for part in pipe.transformer.modules())
-            assert attachment.report()["places"] == len(attachment.mechanism.converter.names)
+            assert attachment.report()["hooks"] == len(attachment.mechanism.converter.names)
         assert torch.equal(pipe.text_encoder(tokens)[0], expected)
 
 

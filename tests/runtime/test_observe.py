@@ -17,15 +17,15 @@ from dit.runtime.artifacts import (
     scheduler_fingerprint,
     write_artifact,
 )
-from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments
-from dit.runtime.coordinates import current_coordinates
-from dit.runtime.demonstration import AttentionNorms
 from dit.runtime.families import family_of
+from dit.runtime.hooks import AttachError, Attachment, Mechanism, attachments
 from dit.runtime.stages import Stage
+from dit.runtime.step_context import current_step
 from sampling.observe import Observer, observe
-from sampling.resolve import CoordinateResolver
+from sampling.step_tracker import StepTracker
 from tests.families.tiny import TINY_NAMES, tiny_pipeline
 from tests.pipes.tiny import tiny_components
+from tests.runtime.attention_norms import AttentionNorms
 from tests.runtime.truth import guided_call
 
 
@@ -40,10 +40,10 @@ class Energy(Mechanism):
 
     def install(self, attachment: Attachment) -> None:
         for layer in attachment.layers():
-            attachment.after(layer.module, self.add)
+            attachment.post_hook(layer.module, self.add)
 
     def add(self, module, args, kwargs, output) -> None:
-        here = current_coordinates()
+        here = current_step()
         picture = output[0] if isinstance(output, tuple) else output
         self.total[here.branch] = self.total.get(here.branch, 0.0) + picture.square().mean().item()
         self.seen[here.branch] = self.seen.get(here.branch, 0) + 1
@@ -66,7 +66,7 @@ def test_one_pass_serves_all_observers_of_every_family(name: str) -> None:
     assert isinstance(energy, Observer)
     found = observe(pipe, [prompt, prompt, prompt], [energy, norms], **arguments)
     assert found.prompts == 3
-    assert found.coordinates["inactive"] == {}
+    assert found.step_tracking["inactive"] == {}
     assert set(found.reports) == {"energy", "attention_norms"}
     layers = len(family_of(pipe.transformer).attention_layers(pipe.transformer))
     assert set(energy.seen.values()) == {layers * 4 * 3}
@@ -109,12 +109,12 @@ def test_an_error_detaches_everything() -> None:
 
 def test_the_callers_resolver_stays() -> None:
     pipe = tiny_pipeline("flux")
-    with CoordinateResolver().attach(pipe) as own:
+    with StepTracker().attach(pipe) as own:
         arguments = guided_call(pipe, "flux", guided=False)
         prompt = arguments.pop("prompt")
         found = observe(pipe, [prompt], [AttentionNorms()], **arguments)
         assert own.is_attached
-        assert found.coordinates["found"] == {"scheduler": 4}
+        assert found.step_tracking["found"] == {"scheduler": 4}
 
 
 # ----------------------------------------------------------------------- artifacts

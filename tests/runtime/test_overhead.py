@@ -1,8 +1,8 @@
 import torch
 
 from dit.models.dit import DiT
-from dit.runtime.attachment import attachments
-from dit.runtime.coordinates import Coordinates, coordinates_scope
+from dit.runtime.hooks import attachments
+from dit.runtime.step_context import StepContext, step_scope
 from tests.runtime.counting import count_calls, count_operations
 from tests.runtime.overhead import NoOp
 
@@ -13,7 +13,7 @@ def test_a_mechanism_that_does_nothing_costs_a_few_calls_and_no_operation() -> N
     inputs = torch.randn(1, 4, 4, 4), torch.tensor([500.0]), torch.tensor([1])
 
     def run() -> None:
-        with torch.no_grad(), coordinates_scope(Coordinates(1, 0, 1, 1.0, 500.0)):
+        with torch.no_grad(), step_scope(StepContext(1, 0, 1, 1.0, 500.0)):
             model(*inputs)
 
     run()

@@ -3,22 +3,22 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates, next_run
 from dit.runtime.state import StateStore, layer_key, named_layers, unwrap
+from dit.runtime.step_context import StepContext, current_step, next_run, step_scope
 from tests.pipes.tiny import tiny_components
 
 
-def at(run: int, step: int = 0) -> Coordinates:
-    return Coordinates(run, step, 4, 0.5, 500.0)
+def at(run: int, step: int = 0) -> StepContext:
+    return StepContext(run, step, 4, 0.5, 500.0)
 
 
 def test_scopes_nest_and_end() -> None:
-    assert current_coordinates() is None
-    with coordinates_scope(at(1)), coordinates_scope(at(2)) as inner:
-        assert current_coordinates() is inner
-    with pytest.raises(RuntimeError, match="inside"), coordinates_scope(at(1)):
+    assert current_step() is None
+    with step_scope(at(1)), step_scope(at(2)) as inner:
+        assert current_step() is inner
+    with pytest.raises(RuntimeError, match="inside"), step_scope(at(1)):
         raise RuntimeError("inside")
-    assert current_coordinates() is None
+    assert current_step() is None
     assert next_run() < next_run()
 
 
@@ -42,11 +42,11 @@ def test_branches_layers_and_mechanisms_are_apart() -> None:
 
 def test_a_new_run_finds_nothing_of_the_last() -> None:
     store = StateStore()
-    with coordinates_scope(at(1)):
+    with step_scope(at(1)):
         store.set("m", "layer", "all", torch.ones(3))
-    with coordinates_scope(at(1, step=1)):
+    with step_scope(at(1, step=1)):
         assert store.get("m", "layer", "all") is not None
-    with coordinates_scope(at(2)):
+    with step_scope(at(2)):
         assert store.get("m", "layer", "all") is None
         store.set("m", "layer", "all", torch.zeros(3))
     assert len(store) == 1

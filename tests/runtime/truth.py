@@ -8,8 +8,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from dit.runtime.coordinates import Coordinates, current_coordinates
 from dit.runtime.families import family_of
+from dit.runtime.step_context import StepContext, current_step
 from tests.families.tiny import tiny_call, tiny_pipeline
 
 
@@ -23,18 +23,18 @@ class Truth:
 
     Attributes:
         expected: (step, branch) of each call of the network.
-        found: coordinates that the call had.
+        found: step context of the call.
         entries: steps of a whole run.
     """
 
     expected: list[tuple[int, str]] = field(default_factory=list)
-    found: list[Coordinates | None] = field(default_factory=list)
+    found: list[StepContext | None] = field(default_factory=list)
     entries: int = 0
 
     def check(self) -> int:
         """Assert that every call was placed right; return the number of the run."""
         assert self.expected
-        assert None not in self.found, "a call without coordinates"
+        assert None not in self.found, "a call without step context"
         assert [(here.step, here.branch) for here in self.found] == self.expected
         assert {here.num_steps for here in self.found} == {self.entries}
         runs = {here.run for here in self.found}
@@ -106,7 +106,7 @@ class Witness:
 
     def _inside(self, *_: object) -> None:
         if len(self.truth.found) < len(self.truth.expected):
-            self.truth.found.append(current_coordinates())
+            self.truth.found.append(current_step())
 
 
 def guided_call(pipe: DiffusionPipeline, name: str, guided: bool, **overrides: Any) -> dict[str, Any]:

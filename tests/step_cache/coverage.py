@@ -73,7 +73,7 @@ def changed(value: Any, step: int) -> Any:
 @torch.no_grad()
 def run(model: Any, inputs: dict[str, Any]) -> list[Any]:
     """The outputs of all steps."""
-    from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
+    from dit.runtime.step_context import StepContext, next_run, step_scope
     from sampling.step_cache.values import take_apart
 
     outputs, number = [], next_run()
@@ -81,7 +81,7 @@ def run(model: Any, inputs: dict[str, Any]) -> list[Any]:
         sigma = 1 - step / STEPS
         given = {key: changed(value, step) if "hidden" in key or key == "x" else value for key, value in inputs.items()}
         torch.manual_seed(1)
-        with coordinates_scope(Coordinates(number, step, STEPS, sigma, 1000 * sigma, "cond")):
+        with step_scope(StepContext(number, step, STEPS, sigma, 1000 * sigma, "cond")):
             outputs.append([tensor.clone() for tensor in take_apart(model(**given))[0]])
     return outputs
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
+from dit.runtime.step_context import StepContext, next_run, step_scope
 from tests.families.networks import tiny_transformer
 
 
@@ -42,10 +42,10 @@ class Loop:
                 if not called(step, branch):
                     continue
                 self._here = step, branch
-                here = Coordinates(run, step, len(self.sigmas), sigma, 1000 * sigma, branch)
+                here = StepContext(run, step, len(self.sigmas), sigma, 1000 * sigma, branch)
                 text = self.text[branch][: len(x)]
                 context = self.model.cache_context(branch)
-                with coordinates_scope(here), context:
+                with step_scope(here), context:
                     found[branch] = self.model(x, text, torch.full((len(x),), 1000 * sigma), return_dict=False)[0]
                 outputs.append(found[branch].clone())
             velocity = found.get("cond", next(iter(found.values())))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dit.runtime.attachment import AttachError
-from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
 from dit.runtime.families import family_of
+from dit.runtime.hooks import AttachError
+from dit.runtime.step_context import StepContext, next_run, step_scope
 from sampling.step_cache import StepCache
 from sampling.step_cache.forecasters import Reuse
 from sampling.step_cache.gates import FirstBlock, Mask, Probe
@@ -150,7 +150,7 @@ def outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     """One output a step; the inputs are the same in all of them, so a right forecast is the output itself."""
     found, run = [], next_run()
     for step in range(len(MASK)):
-        with coordinates_scope(Coordinates(run, step, len(MASK), 1 - step / len(MASK), 500.0, "cond")):
+        with step_scope(StepContext(run, step, len(MASK), 1 - step / len(MASK), 500.0, "cond")):
             found.append(take_apart(model(**inputs, return_dict=False))[0][0].clone())
     return found
 
@@ -219,7 +219,7 @@ def moving(model: nn.Module, inputs: dict[str, Any]) -> None:
     for step in range(3):
         other = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(step))
         given = {**inputs, "hidden_states": other}
-        with coordinates_scope(Coordinates(run, step, 3, 1 - step / 3, 500.0, "cond")):
+        with step_scope(StepContext(run, step, 3, 1 - step / 3, 500.0, "cond")):
             model(**given, return_dict=False)
 
 
@@ -251,8 +251,8 @@ class Layer(nn.Module):
 
 def test_another_order_of_blocks_is_refused_at_the_first_step() -> None:
     model = Backwards()
-    here = Coordinates(next_run(), 0, 4, 1.0, 1000.0, "cond")
+    here = StepContext(next_run(), 0, 4, 1.0, 1000.0, "cond")
     attached = StepCache(Mask((True, False) * 2), Reuse(), Blocks(0)).attach(model)
     refused = pytest.raises(AttachError, match=r"order.*Layer.*Output\(\)")
-    with attached, coordinates_scope(here), torch.no_grad(), refused:
+    with attached, step_scope(here), torch.no_grad(), refused:
         model(randn(1, 3, 4), torch.ones(1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit.runtime.artifacts import ArtifactError, ArtifactHeader
-from dit.runtime.attachment import AttachError
+from dit.runtime.hooks import AttachError
 from pipelines.step_cache import attach_cache, make_cache, parse_cache
 from sampling.step_cache import Profile, StepCache, calibrate_budget
 from sampling.step_cache.calibration import GramObserver

@@ -43,7 +43,7 @@ def test_pipelines_in_which_all_regions_skip() -> None:
     ("first", "state", "steps", "reason"),
     [
         (STEPS, "skips", "CC.C.C", ""),
-        (4, "skips in part", "CC.C", "2 calls: no coordinates"),
+        (4, "skips in part", "CC.C", "2 calls: no step context"),
         (0, "inactive", None, "scale of timesteps is not known"),
     ],
 )

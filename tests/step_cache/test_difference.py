@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
+from dit.runtime.step_context import StepContext, next_run, step_scope
 from sampling.step_cache import StepCache
 from sampling.step_cache.values import as_one, lay_under
 from tests.families.networks import tiny_transformer
@@ -34,7 +34,7 @@ def test_the_variance_is_used_again_and_the_noise_follows_the_latents():
     with StepCache.preset("easycache", threshold=1e3, warmup=3).attach(network), torch.no_grad():
         for step in range(STEPS):
             sigma = 1 - step / STEPS
-            with coordinates_scope(Coordinates(run, step, STEPS, sigma, 1000 * sigma, "cond")):
+            with step_scope(StepContext(run, step, STEPS, sigma, 1000 * sigma, "cond")):
                 at, labels = torch.full((2,), 1000 * sigma), torch.tensor([0, 1])
                 seen.append(network(latents[step], timestep=at, class_labels=labels, return_dict=False)[0])
     half, newest = network.config.in_channels, 2

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 
-from dit.runtime.attachment import AttachError
 from dit.runtime.families import family_of
+from dit.runtime.hooks import AttachError
 from sampling.step_cache import StepCache
 from sampling.step_cache.forecasters import Newton, Reuse
 from sampling.step_cache.gates import FirstBlock, InputRate, Interval, Mask, ModulatedInput
@@ -151,14 +151,14 @@ def test_a_branch_that_pauses_is_computed_when_it_returns() -> None:
     assert report["inactive"] == {"the branch was not called in the step before": 1}
 
 
-def test_without_coordinates_or_with_gradients_everything_is_computed() -> None:
+def test_without_a_step_context_or_with_gradients_everything_is_computed() -> None:
     loop = Loop()
     with cache().attach(loop.model) as attached:
         arguments = loop.noise, loop.text["cond"], torch.tensor([500.0])
         loop.model(*arguments)
         with torch.no_grad():
             loop.model(*arguments)
-        assert attached.report()["inactive"] == {"no coordinates": 2}
+        assert attached.report()["inactive"] == {"no step context": 2}
         assert attached.report()["asked"] == 0
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.guiders import ClassifierFreeGuidance
 
-from dit.runtime.attachment import attachments
+from dit.runtime.hooks import attachments
 from sampling.few_step import few_step, few_step_names
 from sampling.schedulers import FlowMatchAB2Scheduler
 from sampling.step_cache import StepCache
@@ -82,7 +82,7 @@ def test_beside_a_step_cache() -> None:
     with cache.attach(pipe) as cached, ThriftyGuidance(interval=(0.0, 0.9)).attach(pipe):
         one, two = paint(pipe, "text_dit"), paint(pipe, "text_dit")
         strips = cached.report()["strip"]
-    assert attachments(pipe) == [], "coordinates were brought and not taken away"
+    assert attachments(pipe) == [], "a step tracker was left behind"
     assert torch.equal(one, two)
     assert set(strips) == {"all", "cond"}, "the steps without guidance have a track of their own"
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dit.models.dit import DiT
 from dit.runtime.artifacts import ArtifactError
-from dit.runtime.coordinates import Coordinates, coordinates_scope, next_run
+from dit.runtime.step_context import StepContext, next_run, step_scope
 from sampling.step_cache import StepCache, calibrate_budget
 from sampling.step_cache.forecasters import Anchor, Blend, Corrected, Newton, Taylor, lagrange
 from sampling.step_cache.gates import Interval, Mask, Speculative
@@ -178,9 +178,9 @@ def test_speca_computes_after_a_wrong_forecast() -> None:
 # -------------------------------------------------------------------------------- weights
 
 
-def here(step: int, steps: int = 10) -> Coordinates:
+def here(step: int, steps: int = 10) -> StepContext:
     sigma = levels(steps)[step]
-    return Coordinates(1, step, steps, sigma, 1000 * sigma, "cond")
+    return StepContext(1, step, steps, sigma, 1000 * sigma, "cond")
 
 
 def anchors(*steps: int) -> list[Anchor]:
@@ -222,7 +222,7 @@ def test_gate_and_forecast_cost_next_to_nothing() -> None:
     def run_through() -> None:
         run = next_run()
         for step, sigma in enumerate(made.sigmas):
-            with coordinates_scope(Coordinates(run, step, 50, sigma, 1000 * sigma, "all")):
+            with step_scope(StepContext(run, step, 50, sigma, 1000 * sigma, "all")):
                 model(*inputs)
 
     bare = count_calls(run_through)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dit.runtime.attachment import AttachError
+from dit.runtime.hooks import AttachError
 from sampling.parallel import GuidanceParallel, context_parallel
 from tests.families.tiny import tiny_pipeline
 from tests.step_cache.two_processes import NAMES

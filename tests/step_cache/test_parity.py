@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
-from dit.runtime.compare import relative_error
+from dit.runtime.metrics import relative_error
 from sampling.step_cache import StepCache
 from tests.families.tiny import tiny_pipeline
 from tests.runtime.truth import guided_call

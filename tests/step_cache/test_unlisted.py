@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dit.runtime.attachment import AttachError
-from sampling.resolve import CoordinateResolver
+from dit.runtime.hooks import AttachError
 from sampling.step_cache import StepCache, calibrate_budget
 from sampling.step_cache.gates import InputRate, Interval
 from sampling.step_cache.values import take_apart
+from sampling.step_tracker import StepTracker
 from tests.families.tiny import image_vae, t5_encoder, t5_tokenizer
 from tests.step_cache.molecules import rfd4
 
@@ -123,7 +123,7 @@ def test_steps_are_found_by_any_name_and_in_any_unit(kind: type[Denoiser], unit:
 def test_steps_of_a_pipeline_with_a_scheduler_for_each_kind_of_latents() -> None:
     one = pipe(Modality, "bb_ca_scheduler")
     assert not hasattr(one, "scheduler")
-    with CoordinateResolver().attach(one), StepCache(**EVERY_SECOND).attach(one) as attached:  # pyright: ignore
+    with StepTracker().attach(one), StepCache(**EVERY_SECOND).attach(one) as attached:  # pyright: ignore
         one()
         assert attached.report()["strip"] == {"call_0": "CC.C.C"}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dit.runtime.compare import relative_error
+from dit.runtime.metrics import relative_error
 from pipelines.acceleration import AccelerationConfig
 from sampling.parallel import GuidanceParallel, context_parallel
 from sampling.step_cache import StepCache

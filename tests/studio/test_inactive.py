@@ -82,7 +82,7 @@ def test_steps_that_cannot_be_found_are_the_reason(engine, monkeypatch):
     def unknown(*given, **more):
         raise resolve._Unknown("the timestep is not in the scheduler's table")
 
-    monkeypatch.setattr(resolve.CoordinateResolver, "_resolve", unknown)
+    monkeypatch.setattr(resolve.StepTracker, "_resolve", unknown)
     _, picture = painted(engine, step_cache=StepCache(preset="taylorseer", amount=3))
     assert "not in the scheduler's table" in picture.report
 

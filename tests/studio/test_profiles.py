@@ -33,7 +33,7 @@ from apps.studio.panels import memory_note
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.strings import Strings
-from dit.runtime.bridge import active_attention_backend, attending_through
+from dit.runtime.diffusers_compat import active_attention_backend, attention_backend_scope
 from tests.families.tiny import tiny_pipeline
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 from tests.studio.test_page import PAGE
@@ -127,11 +127,11 @@ def test_processors_get_back_what_they_had():
     network = tiny_text_to_image_pipeline().transformer
     processors = [part.processor for part in network.modules() if hasattr(part, "processor")]
     processors[0]._attention_backend = "flex"
-    with attending_through([network], MATH) as layers:
+    with attention_backend_scope([network], MATH) as layers:
         assert layers == len(processors) > 1
         assert {one._attention_backend.value for one in processors} == {MATH}
     assert [one._attention_backend for one in processors] == ["flex"] + [None] * (len(processors) - 1)
-    with pytest.raises(ValueError, match="nonsense"), attending_through([network], "nonsense"):
+    with pytest.raises(ValueError, match="nonsense"), attention_backend_scope([network], "nonsense"):
         pass
 
 

@@ -1,7 +1,7 @@
-"""Where a call of the network stands: which run, step, noise level and branch. A value, set by whoever loops.
+"""The step context of a network call: run, step, noise level and branch, set by the sampling loop.
 
-Networks and mechanisms read it with `current_coordinates()`; they never count calls and know nothing of schedulers.
-Our loops say it with `coordinates_scope`; for diffusers' pipelines `sampling.resolve` finds it.
+Networks and mechanisms read it with `current_step()`; they never count calls and know nothing of schedulers. Our loops
+set it with `step_scope`; for diffusers' pipelines `sampling.step_tracker` finds it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from itertools import count
 
 
 @dataclass(frozen=True, slots=True)
-class Coordinates:
-    """The place of one call of a network within one run of a sampler.
+class StepContext:
+    """Position of one call of a network within one run of a sampler.
 
     Args:
-        run: which run; unique in the process, see `next_run`. State of another run is void.
+        run: which run; unique in the process, see `next_run`. State kept for another run is discarded.
         step: index among the run's calls of the model a branch makes, from 0. A solver that asks twice a step (Heun)
             has two entries a step.
         num_steps: how many such entries the run has.
-        sigma: noise level. Flow matching: share of noise in [0, 1]. Diffusion: noise over signal, as the `sigmas` of
-            diffusers' schedulers. It falls during a run; NaN where the scheduler does not tell.
+        sigma: noise level. Flow matching: fraction of noise in [0, 1]. Diffusion: noise over signal, as the `sigmas` of
+            diffusers' schedulers. It falls during a run; NaN where the scheduler has none.
         timestep: as in the scheduler's table, before the model's own scaling.
         branch: "cond", "uncond", "all" (the branches of guidance share the batch), or another name of a context.
         scale: index of the scale in next-scale models, else None.
-        is_exact: False where the step was matched by a rounded timestep rather than said or confirmed.
+        is_exact: False where the step was matched by a rounded timestep rather than set or confirmed.
 
     Raises:
         ValueError: `step` lies outside [0, num_steps).
@@ -47,28 +47,28 @@ class Coordinates:
             raise ValueError(f"step {self.step} is outside the run: expected 0 to {self.num_steps - 1}")
 
 
-_CURRENT: ContextVar[Coordinates | None] = ContextVar("coordinates", default=None)
+_CURRENT: ContextVar[StepContext | None] = ContextVar("step_context", default=None)
 _RUNS = count(1)
 
 
-def current_coordinates() -> Coordinates | None:
-    """Return the coordinates of the call being made; None where nobody said them."""
+def current_step() -> StepContext | None:
+    """Return the step context of the call being made; None where none was set."""
     return _CURRENT.get()
 
 
 @contextmanager
-def coordinates_scope(coordinates: Coordinates | None) -> Iterator[Coordinates | None]:
-    """Say the coordinates of all calls made inside the `with` block; None takes them back.
+def step_scope(context: StepContext | None) -> Iterator[StepContext | None]:
+    """Set the step context of all calls made inside the `with` block; None unsets it.
 
     Args:
-        coordinates: the place of the calls.
+        context: step and branch of the calls.
 
     Yields:
-        The same coordinates.
+        The same context.
     """
-    token = _CURRENT.set(coordinates)
+    token = _CURRENT.set(context)
     try:
-        yield coordinates
+        yield context
     finally:
         _CURRENT.reset(token)
 

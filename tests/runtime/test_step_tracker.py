@@ -6,10 +6,10 @@ import diffusers
 import pytest
 import torch
 
-from dit.runtime.attachment import AttachError, attachments
-from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates
-from sampling.noise_table import NoiseTable
-from sampling.resolve import CoordinateResolver, find_entry, resolve_coordinates
+from dit.runtime.hooks import AttachError, attachments
+from dit.runtime.step_context import StepContext, current_step, step_scope
+from sampling.sigma_schedule import SigmaSchedule
+from sampling.step_tracker import StepTracker, find_entry, track_steps
 from tests.families.test_unlisted import Unlisted
 from tests.families.tiny import TINY_NAMES, VARIANTS, tiny_call, tiny_pipeline
 from tests.runtime.truth import Witness, guided_call, witness
@@ -23,7 +23,7 @@ def test_every_call_of_every_family(name: str, guided: bool) -> None:
     """Two runs, then one that breaks off, then a whole one."""
     watch = witness(name)
     arguments = guided_call(watch.pipe, name, guided)
-    with CoordinateResolver().attach(watch.pipe) as attachment:
+    with StepTracker().attach(watch.pipe) as attachment:
         runs = [watch.run(**arguments).check(), watch.run(**arguments).check()]
         watch.abort_at = 1
         broken = watch.run(**arguments)
@@ -34,12 +34,12 @@ def test_every_call_of_every_family(name: str, guided: bool) -> None:
     assert report["inactive"] == {}
     found = watch.truth.found
     assert all(here.is_exact for here in found)
-    table = NoiseTable.of(watch.pipe.scheduler)
+    table = SigmaSchedule.of(watch.pipe.scheduler)
     assert [(here.timestep, here.sigma) for here in found if here.branch != "uncond"] == list(
         zip(table.timesteps, table.sigmas, strict=True)
     )
     assert list(table.sigmas) == sorted(set(table.sigmas), reverse=True)
-    assert current_coordinates() is None
+    assert current_step() is None
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("dit", "pixart", "pixart_sigma")])
@@ -54,7 +54,7 @@ def test_interrupts(name: str) -> None:
 
     if not hasattr(watch.pipe, "_interrupt"):
         watch.pipe._interrupt = False
-    with CoordinateResolver().attach(watch.pipe):
+    with StepTracker().attach(watch.pipe):
         whole = watch.run(**arguments).check()
         stopped = watch.run(**arguments, callback_on_step_end=stop)
         if name not in ("lumina2", "sana_sprint"):  # these look at no such flag
@@ -73,7 +73,7 @@ INTERVALS = {
 @pytest.mark.parametrize("name", INTERVALS)
 def test_guidance_in_some_steps_only(name: str) -> None:
     watch = witness(name)
-    with CoordinateResolver().attach(watch.pipe):
+    with StepTracker().attach(watch.pipe):
         truth = watch.run(**guided_call(watch.pipe, name, guided=True, **INTERVALS[name]))
         truth.check()
     branches = {step: {branch for at, branch in truth.expected if at == step} for step, _ in truth.expected}
@@ -91,7 +91,7 @@ def test_guidance_switched_off_by_a_callback(name: str) -> None:
         pipe._guidance_scale = 1.0
         return tensors
 
-    with CoordinateResolver().attach(watch.pipe):
+    with StepTracker().attach(watch.pipe):
         truth = watch.run(**guided_call(watch.pipe, name, guided=True), callback_on_step_end=stop_guiding)
         truth.check()
     if name == "wan":
@@ -105,7 +105,7 @@ def test_several_pictures(name: str, guided: bool) -> None:
     """Two images without guidance are as many samples as one image with it."""
     watch = witness(name, pictures=2)
     several = {"class_labels": [1, 2]} if name == "dit" else {"num_images_per_prompt": 2}
-    with CoordinateResolver().attach(watch.pipe):
+    with StepTracker().attach(watch.pipe):
         watch.run(**guided_call(watch.pipe, name, guided, **several)).check()
 
 
@@ -134,7 +134,7 @@ def test_schedulers(which: str) -> None:
     pipe = tiny_pipeline(name)
     pipe.register_modules(scheduler=scheduler())
     watch = Witness(pipe)
-    with CoordinateResolver().attach(pipe):
+    with StepTracker().attach(pipe):
         arguments = guided_call(pipe, name, guided=True, num_inference_steps=9)
         first, truth = watch.run(**arguments), watch.run(**arguments)
         assert first.check() != truth.check()
@@ -146,13 +146,13 @@ def test_schedulers(which: str) -> None:
 
 
 def test_repeated_timesteps_without_a_count_are_left_alone() -> None:
-    """PNDM visits its second timestep twice and keeps no index: those two calls get no coordinates, and are counted."""
+    """PNDM visits its second timestep twice and keeps no index: those two calls get no context and are counted."""
     pipe = tiny_pipeline("dit")
     pipe.register_modules(scheduler=diffusers.PNDMScheduler(skip_prk_steps=True))
     watch = Witness(pipe)
-    with CoordinateResolver().attach(pipe) as attachment:
+    with StepTracker().attach(pipe) as attachment:
         truth = watch.run(**guided_call(pipe, "dit", guided=True, num_inference_steps=5))
-        assert attachment.report()["inactive"] == {"the timestep stands several times in the scheduler's table": 2}
+        assert attachment.report()["inactive"] == {"the timestep occurs several times in the scheduler's table": 2}
     unplaced = [step for (step, _), here in zip(truth.expected, truth.found, strict=True) if here is None]
     assert unplaced == [1, 2]
     assert [here.step for here in truth.found if here] == [0, 3, 4, 5]
@@ -163,7 +163,7 @@ def test_half_precision() -> None:
     pipe = tiny_pipeline("flux").to(torch.bfloat16)
     pipe.register_modules(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=12.0))
     watch = Witness(pipe)
-    with CoordinateResolver().attach(watch.pipe) as attachment:
+    with StepTracker().attach(watch.pipe) as attachment:
         truth = watch.run(**guided_call(watch.pipe, "flux", guided=False, num_inference_steps=60))
         truth.check()
         assert attachment.report()["inactive"] == {}
@@ -179,7 +179,7 @@ def test_image_to_image_starts_at_step_zero() -> None:
     watch.layout = watch.row.branches()
     arguments = tiny_call("sd3", num_inference_steps=6, strength=0.5, guidance_scale=3.0)
     arguments["image"] = torch.rand(1, 3, arguments["height"], arguments["width"])
-    with CoordinateResolver().attach(pipe):
+    with StepTracker().attach(pipe):
         first, second = watch.run(**arguments), watch.run(**arguments)
         assert first.check() != second.check()
     assert second.entries == 3
@@ -194,8 +194,8 @@ def test_second_network_of_a_pipeline_goes_on_counting() -> None:
     heard = {"transformer": [], "transformer_2": []}
     for name, notes in heard.items():
         part = getattr(pipe, name).proj_out
-        part.register_forward_pre_hook(lambda *_, notes=notes: notes.append(current_coordinates()))
-    with CoordinateResolver().attach(pipe):
+        part.register_forward_pre_hook(lambda *_, notes=notes: notes.append(current_step()))
+    with StepTracker().attach(pipe):
         pipe(**tiny_call("wan", num_inference_steps=5, guidance_scale=3.0))
     places = [[(here.step, here.branch) for here in notes] for notes in heard.values()]
     assert all(places)
@@ -228,11 +228,11 @@ def test_networks_without_a_row(scale: str, two_calls: bool, schedule: type) -> 
     forward = model.forward
 
     def listen(hidden_states, timestep, encoder_hidden_states=None):
-        heard.append(current_coordinates())
+        heard.append(current_step())
         return forward(hidden_states, timestep, encoder_hidden_states)
 
     model.forward = listen
-    with CoordinateResolver().attach(pipe) as attachment:
+    with StepTracker().attach(pipe) as attachment:
         loop()
         loop()
         assert attachment.report()["inactive"] == {}
@@ -244,10 +244,10 @@ def test_networks_without_a_row(scale: str, two_calls: bool, schedule: type) -> 
 def test_the_loop_knows_best() -> None:
     """What an own loop says is not overruled."""
     pipe = tiny_pipeline("flux")
-    said = Coordinates(run=7, step=2, num_steps=9, sigma=0.5, timestep=500.0, branch="mine")
+    said = StepContext(run=7, step=2, num_steps=9, sigma=0.5, timestep=500.0, branch="mine")
     heard = []
-    pipe.transformer.proj_out.register_forward_pre_hook(lambda *_: heard.append(current_coordinates()))
-    with CoordinateResolver().attach(pipe) as attachment, coordinates_scope(said):
+    pipe.transformer.proj_out.register_forward_pre_hook(lambda *_: heard.append(current_step()))
+    with StepTracker().attach(pipe) as attachment, step_scope(said):
         pipe(**guided_call(pipe, "flux", guided=False))
         assert attachment.report()["found"] == {"loop": 4}
     assert heard == [said] * 4
@@ -256,31 +256,31 @@ def test_the_loop_knows_best() -> None:
 def test_own_pipelines_say_where_they_are() -> None:
     for name in ("text_dit", "class_dit", "class_sit"):
         pipe = tiny_pipeline(name)
-        with CoordinateResolver().attach(pipe) as attachment:
+        with StepTracker().attach(pipe) as attachment:
             pipe(**guided_call(pipe, name, guided=True))
             assert attachment.report()["found"] == {"loop": 4}, name
 
 
 def test_a_foreign_timestep_is_counted_not_guessed() -> None:
     pipe = tiny_pipeline("dit")
-    with CoordinateResolver().attach(pipe) as attachment:
+    with StepTracker().attach(pipe) as attachment:
         pipe.scheduler.set_timesteps(4)
         pipe.transformer(torch.zeros(1, 4, 4, 4), timestep=torch.tensor([333]), class_labels=torch.tensor([0]))
         assert attachment.report()["inactive"] == {"the timestep is not in the scheduler's table": 1}
-        assert current_coordinates() is None
+        assert current_step() is None
 
 
-def test_an_error_in_the_network_leaves_no_coordinates_behind() -> None:
+def test_an_error_in_the_network_leaves_no_step_context_behind() -> None:
     pipe = tiny_pipeline("flux")
 
     def fail(*_):
         raise MemoryError
 
     handle = pipe.transformer.proj_out.register_forward_pre_hook(fail)
-    with CoordinateResolver().attach(pipe):
+    with StepTracker().attach(pipe):
         with pytest.raises(MemoryError):
             pipe(**guided_call(pipe, "flux", guided=True))
-        assert current_coordinates() is None
+        assert current_step() is None
         handle.remove()
         Witness(pipe).run(**guided_call(pipe, "flux", guided=True)).check()
 
@@ -291,7 +291,7 @@ def test_detach_leaves_no_trace() -> None:
         arguments = {**guided_call(pipe, name, guided=True), "output_type": "latent" if name != "dit" else "np"}
         before = _image(pipe, arguments)
         clean = set(vars(pipe.transformer))
-        attachment = CoordinateResolver().attach(pipe)
+        attachment = StepTracker().attach(pipe)
         assert torch.equal(_image(pipe, arguments), before)
         attachment.detach()
         assert set(vars(pipe.transformer)) - clean <= {"_diffusers_hook"}  # diffusers' own cache_context makes it
@@ -306,23 +306,23 @@ def _image(pipe: diffusers.DiffusionPipeline, arguments: dict) -> torch.Tensor:
 
 def test_one_resolver_a_pipeline() -> None:
     pipe = tiny_pipeline("flux")
-    resolver = CoordinateResolver()
+    resolver = StepTracker()
     with resolver.attach(pipe):
-        assert resolve_coordinates(pipe) is None
+        assert track_steps(pipe) is None
         with pytest.raises(AttachError, match="already has a mechanism of this name"):
-            CoordinateResolver().attach(pipe)
+            StepTracker().attach(pipe)
     with pytest.raises(AttachError, match="serves another pipeline"):
         resolver.attach(tiny_pipeline("dit"))
     with pytest.raises(AttachError, match="pipeline with a scheduler"):
-        CoordinateResolver().attach(pipe.transformer)
-    with resolve_coordinates(pipe):
+        StepTracker().attach(pipe.transformer)
+    with track_steps(pipe):
         assert len(attachments(pipe)) == 1
     assert attachments(pipe) == []
 
 
 def test_hint_saves_a_wait_for_the_device() -> None:
     """On another device a confirmed run is not looked at again: `float()` of a meta tensor would raise."""
-    table = NoiseTable((900.0, 600.0, 300.0), (0.9, 0.6, 0.3))
+    table = SigmaSchedule((900.0, 600.0, 300.0), (0.9, 0.6, 0.3))
     assert find_entry(table, torch.tensor(0.0, device="meta"), hint=1, must_check=False) == (1, True)
     assert find_entry(table, torch.tensor(600.0), hint=1) == (1, True)
     assert find_entry(table, torch.tensor(300.0), hint=0) == (2, True)  # a hint that cannot be right

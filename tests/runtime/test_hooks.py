@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 import dit.runtime
-from dit.runtime import demonstration
-from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments
-from dit.runtime.coordinates import Coordinates, coordinates_scope
-from dit.runtime.demonstration import AttentionNorms
 from dit.runtime.families import FAMILIES, family_of
+from dit.runtime.hooks import AttachError, Attachment, Mechanism, attachments
 from dit.runtime.stages import Resource, Stage
-from sampling.resolve import CoordinateResolver
+from dit.runtime.step_context import StepContext, step_scope
+from sampling.step_tracker import StepTracker
 from tests.families.tiny import TINY_NAMES, VARIANTS, tiny_pipeline
 from tests.pipes.tiny import tiny_components
+from tests.runtime import attention_norms
+from tests.runtime.attention_norms import AttentionNorms
 from tests.runtime.truth import guided_call
 
 
@@ -28,8 +28,8 @@ class Scale(Mechanism):
 
     def install(self, attachment: Attachment) -> None:
         block = family_of(attachment.models["transformer"]).blocks(attachment.models["transformer"])[0][1]
-        attachment.around(block, self.scaled)
-        attachment.after(block, lambda module, args, kwargs, output: self.seen.append(output.mean().item()))
+        attachment.wrap_forward(block, self.scaled)
+        attachment.post_hook(block, lambda module, args, kwargs, output: self.seen.append(output.mean().item()))
 
     def scaled(self, forward, *args, **kwargs):
         return forward(*args, **kwargs) * self.factor + self.stage
@@ -59,11 +59,11 @@ def traces(model: nn.Module) -> list[tuple]:
             for name, part in model.named_modules()]  # fmt: skip
 
 
-# -------------------------------------------------------------------- demonstration
+# -------------------------------------------------------------------- attention_norms
 
 
-def test_demonstration_is_short_and_names_no_family() -> None:
-    source = Path(demonstration.__file__).read_text()
+def test_attention_norms_is_short_and_names_no_family() -> None:
+    source = Path(attention_norms.__file__).read_text()
     assert len(source.splitlines()) < 60
     words = {row.transformer for row in FAMILIES} | {usual.name for row in FAMILIES for usual in row.pipelines}
     assert not [word for word in words if word in source]
@@ -72,7 +72,7 @@ def test_demonstration_is_short_and_names_no_family() -> None:
 
 
 @pytest.mark.parametrize("name", [*TINY_NAMES, *VARIANTS])
-def test_demonstration_attaches_to_every_family(name: str) -> None:
+def test_attention_norms_attaches_to_every_family(name: str) -> None:
     pipe = tiny_pipeline(name)
     arguments = guided_call(pipe, name, guided=True)
 
@@ -80,11 +80,11 @@ def test_demonstration_attaches_to_every_family(name: str) -> None:
         return torch.as_tensor(pipe(**{**arguments, "generator": torch.Generator().manual_seed(5)})[0])
 
     before, clean = paint(), traces(pipe.transformer)
-    with CoordinateResolver().attach(pipe) as coordinates, AttentionNorms().attach(pipe) as norms:
+    with StepTracker().attach(pipe) as tracker, AttentionNorms().attach(pipe) as norms:
         assert torch.equal(paint(), before), "watching changed the picture"
         report = norms.report()
-        assert report["beside"] == ["coordinates"]
-        assert coordinates.report()["beside"] == ["attention_norms"]
+        assert report["other_mechanisms"] == ["step_tracker"]
+        assert tracker.report()["other_mechanisms"] == ["attention_norms"]
     layers = family_of(pipe.transformer).attention_layers(pipe.transformer)
     assert list(report["norms"]) == [layer.name for layer in layers]
     steps = arguments["num_inference_steps"]
@@ -95,7 +95,7 @@ def test_demonstration_attaches_to_every_family(name: str) -> None:
             assert len(values) == steps
             assert all(0 < value < float("inf") for value in values)
     assert report["inactive"] == {}
-    assert report["places"] == len(layers)
+    assert report["hooks"] == len(layers)
     assert report["calls"] == len(layers) * steps * len(recorded)
     assert traces(pipe.transformer) == clean
     assert torch.equal(paint(), before), "detaching left something behind"
@@ -104,25 +104,25 @@ def test_demonstration_attaches_to_every_family(name: str) -> None:
 def test_recorded_norm_is_that_of_the_output(model: nn.Module) -> None:
     kept = []
     model.transformer_blocks[1].attn.register_forward_hook(lambda module, args, output: kept.append(output))
-    with AttentionNorms().attach(model) as attachment, coordinates_scope(Coordinates(1, 2, 3, 0.5, 500.0, "cond")):
+    with AttentionNorms().attach(model) as attachment, step_scope(StepContext(1, 2, 3, 0.5, 500.0, "cond")):
         run(model)
         norms = attachment.report()["norms"]["transformer_blocks.1.attn"]["cond"]
     assert norms[2] == pytest.approx(kept[0].square().mean().sqrt().item())
     assert norms[0] != norms[0], "a step that did not come is NaN"
 
 
-def test_without_coordinates_nothing_is_recorded_and_that_is_said(model: nn.Module) -> None:
+def test_without_a_step_context_nothing_is_recorded_and_that_is_said(model: nn.Module) -> None:
     with AttentionNorms().attach(model) as attachment:
         run(model)
         report = attachment.report()
     assert report["norms"] == {}
-    assert report["inactive"] == {"no coordinates": 2}
+    assert report["inactive"] == {"no step context": 2}
 
 
-# ------------------------------------------------------------------------ the pile
+# ------------------------------------------------------------------------ the stack
 
 
-def test_order_of_the_pile_whatever_the_order_of_attaching(model: nn.Module) -> None:
+def test_order_of_the_stack_whatever_the_order_of_attaching(model: nn.Module) -> None:
     plain = run(model)
     low, high = Scale("low", Stage.QUANTIZATION, 2.0), Scale("high", Stage.ATTENTION, 3.0)
     with low.attach(model), high.attach(model):
@@ -221,7 +221,7 @@ class Doubled(Mechanism):
 
     def install(self, attachment: Attachment) -> None:
         for model in attachment.models.values():
-            attachment.after(model, lambda module, args, kwargs, output: 2 * output[0])
+            attachment.post_hook(model, lambda module, args, kwargs, output: 2 * output[0])
 
 
 def test_other_networks_of_a_pipeline_can_be_asked_for() -> None:
@@ -293,7 +293,7 @@ def test_replaced_submodules_come_back(model: nn.Module) -> None:
 def test_state_is_shared_counted_and_freed(model: nn.Module) -> None:
     one, two = AttentionNorms().attach(model), Scale("scale", Stage.CACHE, 1.0).attach(model)
     assert one.state is two.state
-    with coordinates_scope(Coordinates(1, 0, 3, 0.5, 500.0)):
+    with step_scope(StepContext(1, 0, 3, 0.5, 500.0)):
         run(model)
     assert one.report()["state_bytes"] == 2 * 3 * 4
     assert two.report()["state_bytes"] == 0
@@ -332,12 +332,12 @@ def test_compiled_networks(how: str) -> None:
         return pipe(**{**arguments, "generator": torch.Generator().manual_seed(0)})[0]
 
     before = paint()
-    with CoordinateResolver().attach(pipe) as coordinates, AttentionNorms().attach(pipe) as norms:
+    with StepTracker().attach(pipe) as tracker, AttentionNorms().attach(pipe) as norms:
         assert torch.equal(paint(), before)
         report = norms.report()
-        assert coordinates.report()["found"] == {"scheduler": 4}
+        assert tracker.report()["found"] == {"scheduler": 4}
     assert report["inactive"] == {}
-    assert report["calls"] == 4 * report["places"]
+    assert report["calls"] == 4 * report["hooks"]
     assert all(len(recorded["cond"]) == 4 for recorded in report["norms"].values())
     assert torch.equal(paint(), before)
     assert norms.calls == report["calls"], "a detached mechanism is still called"
@@ -345,7 +345,7 @@ def test_compiled_networks(how: str) -> None:
 
 def test_public_names() -> None:
     assert dit.runtime.Attachment is Attachment
-    assert dit.runtime.Coordinates is Coordinates
+    assert dit.runtime.StepContext is StepContext
     assert dit.runtime.families.family_of is family_of
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = dit.runtime.nonsense

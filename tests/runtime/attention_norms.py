@@ -1,6 +1,6 @@
 """A whole mechanism, to read before writing one: it records how large each attention output is.
 
-It knows no family of networks: `attachment.layers()` finds the attention layers, `current_coordinates()` tells which
+It knows no family of networks: `attachment.layers()` finds the attention layers, `current_step()` tells which
 call this is, the state store forgets what belongs to another run, and `detach()` undoes what `install` set up.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit.runtime.attachment import Attachment, Mechanism
-from dit.runtime.coordinates import current_coordinates
+from dit.runtime.hooks import Attachment, Mechanism
 from dit.runtime.stages import Stage
+from dit.runtime.step_context import current_step
 
 
 class AttentionNorms(Mechanism):
@@ -32,15 +32,15 @@ class AttentionNorms(Mechanism):
     def install(self, attachment: Attachment) -> None:
         """Listen to every attention layer."""
         for layer in attachment.layers():
-            attachment.after(layer.module, partial(self.record, attachment, layer.name))
+            attachment.post_hook(layer.module, partial(self.record, attachment, layer.name))
 
     def record(
         self, attachment: Attachment, layer: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> None:
         """Note one output: (B, N, D), or a tuple of such tensors, the first of which is the image's."""
-        here = current_coordinates()
+        here = current_step()
         if here is None:
-            return attachment.skip("no coordinates")
+            return attachment.skip("no step context")
         picture: Tensor = output[0] if isinstance(output, tuple) else output  # (B, N, D)
         norms = attachment.state.get(self.name, layer, here.branch)
         if norms is None:

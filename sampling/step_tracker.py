@@ -1,9 +1,9 @@
-"""Finds the `Coordinates` of each call of a network, for any pipeline of diffusers or ours.
+"""Find the `StepContext` of each call of a network, for any pipeline of diffusers or ours.
 
-Three sources, the best first: coordinates that the loop says itself; the step that the pipeline passes to
+Three sources, the best first: the context that the loop sets itself; the step that the pipeline passes to
 `cache_context`; the network's `timestep`, looked up in the scheduler's table with the step index that the scheduler
-keeps. Nothing is found by counting calls across steps: a step that makes fewer calls shifts nothing. Where none of
-the three answers, the call has no coordinates and the reason is counted.
+keeps. Calls are never counted across steps: a step that makes fewer calls shifts nothing. Where no source answers, the
+call has no step context and the reason is counted.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments
-from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates, next_run
 from dit.runtime.families import Family, TimestepScale, call_family_of
+from dit.runtime.hooks import AttachError, Attachment, Mechanism, attachments
 from dit.runtime.stages import Stage
 from dit.runtime.state import unwrap
-from sampling.noise_table import NoiseTable, scheduler_of
+from dit.runtime.step_context import StepContext, current_step, next_run, step_scope
+from sampling.sigma_schedule import SigmaSchedule, scheduler_of
 
-ROUNDING = 2.0**-7
-"""How far a timestep may lie from its entry, as a share of the largest: two roundings to bfloat16."""
+ROUNDING_TOLERANCE = 2.0**-7
+"""How far a timestep may lie from its entry, as a fraction of the largest: two roundings to bfloat16."""
 
-USUAL_SCALES = (
+COMMON_SCALES = (
     TimestepScale(),
     TimestepScale(factor=0.001),
     TimestepScale(factor=-0.001, offset=1.0),
     TimestepScale(factor=-1.0, offset=1000.0),
 )
-"""What networks may receive for a timestep; tried where a network has no row in the table of families."""
+"""Scales of the timesteps that networks receive; tried where a network has no row in the table of families."""
 
-LEVEL: Literal["noise level"] = "noise level"
-SHARE: Literal["share of noise"] = "share of noise"
-"""They may also receive the noise level itself or the noise's share of the sum, whatever the scheduler's timesteps."""
+SIGMA: Literal["sigma"] = "sigma"
+NOISE_FRACTION: Literal["noise fraction"] = "noise fraction"
+"""Networks may also receive sigma itself or sigma / (1 + sigma), whatever the scheduler's timesteps."""
 
-Scale = TimestepScale | Literal["noise level", "share of noise"]
+Scale = TimestepScale | Literal["sigma", "noise fraction"]
 
 BATCHED = "cond_uncond"
 """The name that pipelines of diffusers give to a call on both branches (also when guidance is off)."""
 
 
-class CoordinateResolver(Mechanism):
-    """Says the coordinates of every call that a pipeline makes of its networks.
+class StepTracker(Mechanism):
+    """Set the step context of every network call of a pipeline.
 
-    One resolver serves one pipeline. It is the lowest of all mechanisms, so that the others find coordinates.
+    One tracker serves one pipeline. It is the lowest of all mechanisms, so that the others can read the context.
 
     Example:
         >>> with CoordinateResolver().attach(pipe) as attachment:
@@ -57,11 +57,11 @@ class CoordinateResolver(Mechanism):
         >>> attachment.report()["found"]  # {"scheduler": 28}
     """
 
-    name = "coordinates"
-    stage = Stage.COORDINATES
+    name = "step_tracker"
+    stage = Stage.STEP_CONTEXT
 
-    is_brought = False
-    """Whether a mechanism that needs coordinates attached it, and not the user."""
+    is_automatic = False
+    """Whether it was attached by a mechanism that needs the step context, and not by the user."""
 
     def __init__(self) -> None:
         self.found: Counter[str] = Counter()
@@ -71,12 +71,12 @@ class CoordinateResolver(Mechanism):
         self._scopes: list[AbstractContextManager] = []
 
     def install(self, attachment: Attachment) -> None:
-        """Listen to the calls of the pipeline's networks, and to their `cache_context`."""
+        """Hook into the calls of the pipeline's networks, and into their `cache_context`."""
         pipeline = attachment.target
         if scheduler_of(pipeline) is None:
             raise AttachError(
-                f"coordinates are found in a pipeline with a scheduler, got {type(pipeline).__name__}; for a bare "
-                "network say them with dit.runtime.coordinates_scope"
+                f"steps are tracked in a pipeline with a scheduler, got {type(pipeline).__name__}; for a bare "
+                "network set them with dit.runtime.step_scope"
             )
         if self._pipeline is not None and self._pipeline is not pipeline:
             raise AttachError("this CoordinateResolver serves another pipeline; make one for each")
@@ -85,20 +85,20 @@ class CoordinateResolver(Mechanism):
         for model in attachment.models.values():
             bare = unwrap(model)
             family = call_family_of(bare)
-            attachment.before(model, partial(enter, attachment, family))
-            attachment.after(model, leave, always=True)
+            attachment.pre_hook(model, partial(enter, attachment, family))
+            attachment.post_hook(model, leave, always=True)
             if hasattr(bare, "cache_context"):
-                attachment.replace(bare, "cache_context", partial(self._listen, bare.cache_context))
+                attachment.replace(bare, "cache_context", partial(self._record_cache_context, bare.cache_context))
 
     def report(self, attachment: Attachment) -> dict[str, Any]:
-        """Return by which source calls were placed, how often, and how many runs there were."""
+        """Return how many calls each source resolved, and how many runs there were."""
         return {"found": dict(self.found), "runs": self._run.count}
 
-    # -------------------------------------------------------------------- listening
+    # ------------------------------------------------------------------------ hooks
 
     @contextmanager
-    def _listen(self, cache_context: Any, name: str, **fields: Any) -> Iterator[None]:
-        """Hear what a pipeline tells the caches of diffusers."""
+    def _record_cache_context(self, cache_context: Any, name: str, **fields: Any) -> Iterator[None]:
+        """Record what a pipeline passes to the caches of diffusers."""
         outer, self._context = self._context, (name, fields)
         try:
             with cache_context(name, **fields):
@@ -107,18 +107,18 @@ class CoordinateResolver(Mechanism):
             self._context = outer
 
     def _enter(self, attachment: Attachment, family: Family, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        said = current_coordinates()
-        if said is None:
+        context = current_step()
+        if context is None:
             try:
-                said, source = self._resolve(family, model, args, kwargs)
-            except _Unknown as unknown:
+                context, source = self._resolve(family, model, args, kwargs)
+            except _StepNotFound as reason:
                 source = None
-                attachment.skip(str(unknown))
+                attachment.skip(str(reason))
         else:
             source = "loop"
         if source is not None:
             self.found[source] += 1
-        scope = coordinates_scope(said)
+        scope = step_scope(context)
         scope.__enter__()
         self._scopes.append(scope)
 
@@ -128,31 +128,36 @@ class CoordinateResolver(Mechanism):
 
     # -------------------------------------------------------------------- resolving
 
-    def _resolve(self, family: Family, model: nn.Module, args: tuple, kwargs: dict) -> tuple[Coordinates, str]:
+    def _resolve(self, family: Family, model: nn.Module, args: tuple, kwargs: dict) -> tuple[StepContext, str]:
         run = self._run
         run.read(scheduler_of(self._pipeline))
         inputs = family.bind(model, args, kwargs)
         name, fields = self._context
+        # 1. step index: from cache_context, else by looking up the timestep
         index, is_exact = fields.get("step_index"), True
         source = "scheduler" if index is None else "cache_context"
         if index is None:
             index, is_exact = self._find(family, model, inputs)
             index -= run.first(index)
+        # 2. branch: named by cache_context, else from the family's layout
         branch, order = self._branch(name, family, inputs)
         branch = run.enter(index, branch, order)
+        # 3. number of steps and sigma: what is left of the table from the run's first entry
         table = run.table.last(fields.get("num_inference_steps") or len(run.table) - run.offset)
         here = table.at(run.number, index, branch, is_exact)
         return (here if fields.get("sigma") is None else replace(here, sigma=float(fields["sigma"]))), source
 
     def _find(self, family: Family, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, bool]:
-        """The entry of the scheduler's table that a call stands at, and whether that is beyond doubt."""
+        """Return the index of a call in the scheduler's table, and whether it is certain."""
         table, hint = self._run.table, _hint(scheduler_of(self._pipeline))
         received = family.received_timestep(inputs)
         if received is None:
-            raise _Unknown(f"the call has no {family.timestep_argument}")
+            raise _StepNotFound(f"the call has no {family.timestep_argument}")
+        # a network with a known timestep scale: one look-up
         timestep = family.scheduler_timestep(model, inputs, self._pipeline)
         if timestep is not None:
             return find_entry(table, timestep, hint, must_check=self._run.is_fresh)
+        # an unknown network: try the common scales, keep those that fit
         tensor = torch.as_tensor(received)
         values: dict[Scale, Tensor] = {
             scale: tensor.float().max() if isinstance(scale, str) else scale.scheduler_timestep(tensor).max()
@@ -162,15 +167,15 @@ class CoordinateResolver(Mechanism):
         return index, False
 
     def _expected(self, hint: int | None) -> int | None:
-        """Where the scheduler must be: a run begins at its first entry.
+        """Return the index that the scheduler must be at: a run begins at its first entry.
 
-        Behind that a scheduler that says nothing may be one of which the pipeline steps copies, as for clips whose
+        After that a scheduler without step index may be one of which the pipeline steps copies, as for clips whose
         frames have timesteps of their own.
         """
         return 0 if hint is None and self._run.is_fresh else hint
 
     def _branch(self, name: str | None, family: Family, inputs: Mapping[str, Any]) -> tuple[str | None, tuple]:
-        """The branch of a call; None with the branches in order where only its place among the step's calls tells."""
+        """Return the branch of a call; None and the branch order if only the index among the step's calls decides."""
         if name is not None and name != BATCHED:
             return name, ()
         layout = family.branches(self._pipeline) or family.branches()
@@ -183,7 +188,7 @@ class CoordinateResolver(Mechanism):
         return ("cond", ()) if layout is not None or name == BATCHED else (None, ())
 
     def _is_doubled(self, family: Family, inputs: Mapping[str, Any]) -> bool:
-        """Whether both halves of the batch are the same images; looked at once a run and batch size."""
+        """Return whether both halves of the batch are the same images; checked once a run and batch size."""
         latents = family.latents(inputs)  # (B, ...)
         size = len(latents)
         if size not in self._run.doubled:
@@ -191,8 +196,8 @@ class CoordinateResolver(Mechanism):
         return self._run.doubled[size]
 
 
-def resolve_coordinates(pipeline: Any) -> Attachment | None:
-    """Attach a `CoordinateResolver` unless the pipeline has one.
+def track_steps(pipeline: Any) -> Attachment | None:
+    """Attach a `StepTracker` unless the pipeline has one.
 
     Args:
         pipeline: of diffusers or ours.
@@ -200,53 +205,53 @@ def resolve_coordinates(pipeline: Any) -> Attachment | None:
     Returns:
         The new attachment; None where there was one already, which stays.
     """
-    if any(isinstance(other.mechanism, CoordinateResolver) for other in attachments(pipeline)):
+    if any(isinstance(other.mechanism, StepTracker) for other in attachments(pipeline)):
         return None
-    return CoordinateResolver().attach(pipeline)
+    return StepTracker().attach(pipeline)
 
 
-class PlacedAttachment(Attachment):
-    """An attachment that brings a resolver to its pipeline where there is none; the last of them takes it away."""
+class TrackedAttachment(Attachment):
+    """An attachment that adds a step tracker to its pipeline where there is none; the last of them detaches it."""
 
     def __init__(self, mechanism: Mechanism, target: Any) -> None:
-        brought = resolve_coordinates(target) if scheduler_of(target) is not None else None
-        if brought is not None:
-            brought.mechanism.is_brought = True  # pyright: ignore[reportAttributeAccessIssue]
+        tracker = track_steps(target) if scheduler_of(target) is not None else None
+        if tracker is not None:
+            tracker.mechanism.is_automatic = True  # pyright: ignore[reportAttributeAccessIssue]
         try:
             super().__init__(mechanism, target)
         except BaseException:
-            if brought is not None:
-                brought.detach()
+            if tracker is not None:
+                tracker.detach()
             raise
 
     def detach(self) -> None:
-        """See `Attachment.detach`."""
+        """Detach, and detach the automatic step tracker with the last mechanism that needed it."""
         super().detach()
         left = attachments(self.target)
-        if len(left) == 1 and isinstance(left[0].mechanism, CoordinateResolver) and left[0].mechanism.is_brought:
+        if len(left) == 1 and isinstance(left[0].mechanism, StepTracker) and left[0].mechanism.is_automatic:
             left[0].detach()
 
 
-class _Unknown(Exception):
-    """A call cannot be placed; the text is the reason that is counted."""
+class _StepNotFound(Exception):
+    """The step of a call cannot be found; the text is the reason that is counted."""
 
 
 class _Run:
-    """Which run this is: a new one when the scheduler got new timesteps or the steps go back.
+    """State of the current run; a new one begins when the scheduler gets new timesteps or the steps go back.
 
     Attributes:
         number: of the run, see `next_run`.
         count: runs so far.
         table: noise levels of the scheduler.
         offset: entry of the table that the run began with.
-        is_fresh: no call of the run was placed yet.
+        is_fresh: no call of the run was resolved yet.
         doubled: for each batch size seen, whether it held both branches.
         scales: of timesteps, as far as the calls fit them; for networks without a row.
     """
 
     def __init__(self) -> None:
         self.number, self.count = 0, 0
-        self.table = NoiseTable((), ())
+        self.table = SigmaSchedule((), ())
         self._timesteps: Any = None
         self._restart()
 
@@ -255,19 +260,19 @@ class _Run:
         self._branches: list[str] = []
         self.doubled: dict[int, bool] = {}
         self._received: Tensor | None = None
-        self.scales: tuple[Scale, ...] = (*USUAL_SCALES, LEVEL, SHARE)
+        self.scales: tuple[Scale, ...] = (*COMMON_SCALES, SIGMA, NOISE_FRACTION)
 
     def read(self, scheduler: Any) -> None:
-        """Take over the scheduler's table if it was set anew since the last call."""
+        """Read the scheduler's timesteps if they were set anew since the last call."""
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is None or len(timesteps) == 0:
-            raise _Unknown("the scheduler has no timesteps")
+            raise _StepNotFound("the scheduler has no timesteps")
         if timesteps is not self._timesteps:  # set_timesteps makes a new tensor; this reference keeps the old one alive
-            self._timesteps, self.table = timesteps, NoiseTable.of(scheduler)
+            self._timesteps, self.table = timesteps, SigmaSchedule.of(scheduler)
             self._restart()
 
     def first(self, entry: int) -> int:
-        """The entry that the run began with, given the one it is at; runs may skip the first ones."""
+        """Return the entry that the run began with, given the one it is at; runs may skip the first ones."""
         if self.is_fresh or entry < self.offset:
             self.offset = entry
         return self.offset
@@ -283,66 +288,67 @@ class _Run:
         return self.offset + self._step if is_other and not self.is_fresh else None
 
     def enter(self, step: int, branch: str | None, order: tuple[str, ...]) -> str:
-        """Note a call and name its branch.
+        """Record a call and return its branch.
 
         Args:
             step: of the call.
-            branch: None if only the place among the calls of the step tells.
+            branch: None if only the index among the calls of the step decides.
             order: branches in the order of such calls.
         """
-        goes_on = not self.is_fresh and step == self._step
-        place = len(self._branches) if goes_on else 0
+        continues = not self.is_fresh and step == self._step
+        index = len(self._branches) if continues else 0
         if branch is None:
-            branch = order[place] if place < len(order) else order[0] if order else f"call_{place}"
-        if self.is_fresh or step < self._step or (goes_on and branch in self._branches):
-            self.number, self.count, goes_on = next_run(), self.count + 1, False
+            branch = order[index] if index < len(order) else order[0] if order else f"call_{index}"
+        # A step that goes back, or a branch that comes twice within a step, begins a new run.
+        if self.is_fresh or step < self._step or (continues and branch in self._branches):
+            self.number, self.count, continues = next_run(), self.count + 1, False
             self.is_fresh = False
         self._step = step
-        self._branches = [*self._branches, branch] if goes_on else [branch]
+        self._branches = [*self._branches, branch] if continues else [branch]
         return branch
 
 
 def find_entry(
-    table: NoiseTable, timestep: Tensor, hint: int | None = None, must_check: bool = True
+    table: SigmaSchedule, timestep: Tensor, hint: int | None = None, must_check: bool = True
 ) -> tuple[int, bool]:
     """Find a timestep in a table.
 
     Args:
         table: of the scheduler.
         timestep: of the call, (), in the scheduler's unit; perhaps rounded.
-        hint: the entry that the scheduler itself is at, if it says; needed where the table repeats timesteps.
-        must_check: whether to compare the hint with a timestep on another device, which means to wait for it.
+        hint: the entry that the scheduler itself is at, if it keeps count; needed where the table repeats timesteps.
+        must_check: whether to compare the hint with a timestep on another device, which synchronizes with it.
 
     Returns:
-        The index, and whether it is beyond doubt.
+        The index, and whether it is certain.
     """
     if hint is not None and hint < len(table) and not must_check and timestep.device.type != "cpu":
         return hint, True
     value, largest = float(timestep), max(map(abs, table.timesteps))
-    if hint is not None and hint < len(table) and abs(table.timesteps[hint] - value) <= ROUNDING * largest:
+    if hint is not None and hint < len(table) and abs(table.timesteps[hint] - value) <= ROUNDING_TOLERANCE * largest:
         return hint, True
     distances = [abs(entry - value) for entry in table.timesteps]
     nearest = min(range(len(table)), key=distances.__getitem__)
-    if distances[nearest] > ROUNDING * largest:
-        raise _Unknown("the timestep is not in the scheduler's table")
+    if distances[nearest] > ROUNDING_TOLERANCE * largest:
+        raise _StepNotFound("the timestep is not in the scheduler's table")
     others = distances[:nearest] + distances[nearest + 1 :]
     if others and min(others) <= 2 * distances[nearest] + 1e-9:
-        raise _Unknown("the timestep stands several times in the scheduler's table")
+        raise _StepNotFound("the timestep occurs several times in the scheduler's table")
     return nearest, distances[nearest] <= 1e-6 * largest
 
 
 def find_unlisted(
-    table: NoiseTable, values: Mapping[Scale, Tensor], expected: int | None, left: int | None = None
+    table: SigmaSchedule, values: Mapping[Scale, Tensor], expected: int | None, left: int | None = None
 ) -> tuple[int, tuple[Scale, ...]]:
-    """Find the entry of a call whose scale of timesteps is not known.
+    """Find the entry of a call whose timestep scale is not known.
 
     Args:
         table: of the scheduler.
-        values: the call's timestep in the scheduler's unit by each scale that it may have; by `LEVEL` its noise level,
-            by `SHARE` the noise's share.
-        expected: the entry that the scheduler is at, if it says.
-        left: the entry that the run leaves with this call. Where some tokens are clean, their timesteps read the wrong
-            way round are the first of the table at every step; only the right scale goes on to the next entry.
+        values: the call's timestep in the scheduler's unit by each scale that it may have; by `SIGMA` its noise level,
+            by `NOISE_FRACTION` sigma / (1 + sigma).
+        expected: the entry that the scheduler is at, if it keeps count.
+        left: the entry that the run leaves with this call. Where some tokens are clean, their timesteps on an
+            inverted scale match the first entry at every step; only the right scale moves on to the next entry.
 
     Returns:
         The index, and the scales that fit it.
@@ -351,23 +357,25 @@ def find_unlisted(
     for scale, value in values.items():
         try:
             found[scale] = find_entry(_table_of(scale, table), value, expected)[0]
-        except _Unknown:
+        except _StepNotFound:
             continue
     if expected is not None:
         found = {scale: index for scale, index in found.items() if index == expected}
     if left is not None and len(set(found.values())) > 1:
         found = {scale: index for scale, index in found.items() if index == left + 1}
     if len(set(found.values())) != 1:
-        raise _Unknown("the network's scale of timesteps is not known")
+        raise _StepNotFound("the network's scale of timesteps is not known")
     return next(iter(found.values())), tuple(found)
 
 
-def _table_of(scale: Scale, table: NoiseTable) -> NoiseTable:
-    """The table in the unit of a scale."""
-    return {LEVEL: table.by_level, SHARE: table.by_share}[scale]() if isinstance(scale, str) else table
+def _table_of(scale: Scale, table: SigmaSchedule) -> SigmaSchedule:
+    """Return the table in the unit of a scale."""
+    return (
+        {SIGMA: table.by_sigma, NOISE_FRACTION: table.by_noise_fraction}[scale]() if isinstance(scale, str) else table
+    )
 
 
 def _hint(scheduler: Any) -> int | None:
-    """The entry that the scheduler is at, if it keeps count."""
+    """Return the entry that the scheduler is at, if it keeps count."""
     index = getattr(scheduler, "step_index", None)
     return getattr(scheduler, "begin_index", None) if index is None else index

@@ -1,4 +1,4 @@
-"""The noise levels that a run visits, read off any scheduler: a plain table that costs no wait for a device."""
+"""Timesteps and noise levels of a run, read from any scheduler into plain Python numbers (no device sync later)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit.runtime.coordinates import Coordinates
+from dit.runtime.step_context import StepContext
 
-SMALLEST_SIGNAL = 2.0**-24
+MIN_ALPHA_CUMPROD = 2.0**-24
 """Least `alphas_cumprod` taken for a finite noise level, where a schedule starts at pure noise."""
 
 
 def scheduler_of(target: Any) -> Any:
-    """Return the scheduler whose timesteps a pipeline's steps are.
+    """Return the scheduler that sets a pipeline's timesteps.
 
     Args:
         target: a pipeline, or a network, which has none.
@@ -35,20 +35,20 @@ def scheduler_of(target: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class NoiseTable:
-    """One entry for each call of the model that a run makes.
+class SigmaSchedule:
+    """Timestep and noise level of each model call of a run.
 
     Args:
         timesteps: as the scheduler gives them.
-        sigmas: noise levels, see `Coordinates.sigma`.
+        sigmas: noise levels, see `StepContext.sigma`.
     """
 
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
 
     @classmethod
-    def of(cls, scheduler: Any) -> NoiseTable:
-        """Read the table of a scheduler whose timesteps are set.
+    def of(cls, scheduler: Any) -> SigmaSchedule:
+        """Read the schedule of a scheduler whose timesteps are set.
 
         Args:
             scheduler: of diffusers or `sampling.schedulers`.
@@ -63,37 +63,37 @@ class NoiseTable:
             timesteps = timesteps[:-1]  # the last angle is where the run ends
         return cls(tuple(timesteps.double().tolist()), _sigmas(scheduler, timesteps))
 
-    def last(self, count: int) -> NoiseTable:
-        """Return the table of a run that visits only the last `count` entries, as image-to-image does."""
+    def last(self, count: int) -> SigmaSchedule:
+        """Return the schedule of a run that visits only the last `count` entries, as image-to-image does."""
         first = len(self) - count
-        return NoiseTable(self.timesteps[first:], self.sigmas[first:])
+        return SigmaSchedule(self.timesteps[first:], self.sigmas[first:])
 
-    def by_level(self) -> NoiseTable:
-        """Return the table with its noise levels for timesteps; none where the scheduler does not tell them."""
-        return NoiseTable(self.sigmas, self.sigmas)
+    def by_sigma(self) -> SigmaSchedule:
+        """Return the schedule with its noise levels as timesteps; NaN where the scheduler has none."""
+        return SigmaSchedule(self.sigmas, self.sigmas)
 
-    def by_share(self) -> NoiseTable:
-        """Return the table with the noise's share of the sum, sigma / (1 + sigma), for timesteps."""
-        return NoiseTable(tuple(sigma / (1 + sigma) for sigma in self.sigmas), self.sigmas)
+    def by_noise_fraction(self) -> SigmaSchedule:
+        """Return the schedule with the noise fraction, sigma / (1 + sigma), as timesteps."""
+        return SigmaSchedule(tuple(sigma / (1 + sigma) for sigma in self.sigmas), self.sigmas)
 
-    def at(self, run: int, step: int, branch: str = "all", is_exact: bool = True) -> Coordinates:
-        """Return the coordinates of an entry.
+    def at(self, run: int, step: int, branch: str = "all", is_exact: bool = True) -> StepContext:
+        """Return the step context of an entry.
 
         Args:
             run: number of the run.
             step: index of the entry.
-            branch: see `Coordinates.branch`.
-            is_exact: see `Coordinates.is_exact`.
+            branch: see `StepContext.branch`.
+            is_exact: see `StepContext.is_exact`.
         """
         sigma, timestep = self.sigmas[step], self.timesteps[step]
-        return Coordinates(run, step, len(self), sigma, timestep, branch, is_exact=is_exact)
+        return StepContext(run, step, len(self), sigma, timestep, branch, is_exact=is_exact)
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
 
 def _sigmas(scheduler: Any, timesteps: torch.Tensor) -> tuple[float, ...]:
-    """Noise levels of the timesteps (S,); NaN where the scheduler does not tell."""
+    """Return the noise levels of the timesteps (S,); NaN where the scheduler has none."""
     # vars(): attribute look-up on a diffusers scheduler falls through to its config, with a warning
     own, count = vars(scheduler), len(timesteps)
     sigmas, signal = own.get("sigmas"), own.get("alphas_cumprod")
@@ -102,10 +102,10 @@ def _sigmas(scheduler: Any, timesteps: torch.Tensor) -> tuple[float, ...]:
         if scheduler.config.get("invert_sigmas"):
             levels = 1.0 - levels
     elif scheduler.config.get("prediction_type") == "trigflow":
-        largest = math.atan(SMALLEST_SIGNAL**-0.5)
+        largest = math.atan(MIN_ALPHA_CUMPROD**-0.5)
         levels = timesteps.double().clamp(max=largest).tan()  # (S,), x = cos(t) data + sin(t) noise
     elif signal is not None:
-        kept = signal.cpu().double()[timesteps.long()].clamp(min=SMALLEST_SIGNAL)  # (S,)
+        kept = signal.cpu().double()[timesteps.long()].clamp(min=MIN_ALPHA_CUMPROD)  # (S,)
         levels = ((1.0 - kept) / kept).sqrt()
     else:
         levels = torch.full((count,), math.nan)

@@ -9,31 +9,31 @@ from diffusers.hooks import FasterCacheConfig, FirstBlockCacheConfig, MagCacheCo
 
 from dit.models.dit import DiTBlock
 from dit.models.text_dit import TextDiTBlock
-from dit.runtime import bridge
+from dit.runtime import diffusers_compat as compat
 from tests.architecture.sources import ROOT, parse, python_files, where
 from tests.families.tiny import tiny_pipeline
 from tests.runtime.truth import guided_call
 
 
 def test_diffusers_still_has_what_the_bridge_touches() -> None:
-    assert bridge.missing() == [], "diffusers moved private names: update dit/runtime/bridge.py"
+    assert compat.missing() == [], "diffusers moved private names: update dit/runtime/diffusers_compat.py"
 
 
 def test_the_tested_version_is_the_installed_one() -> None:
-    assert diffusers.__version__.startswith(bridge.TESTED + "."), (
-        f"diffusers {diffusers.__version__} is installed, dit/runtime/bridge.py was written for {bridge.TESTED}: look "
-        "at what it touches, then raise TESTED and the cap in pyproject.toml"
+    assert diffusers.__version__.startswith(compat.TESTED + "."), (
+        f"diffusers {diffusers.__version__} is installed, diffusers_compat.py was written for {compat.TESTED}: "
+        "look at what it uses, then raise TESTED and the cap in pyproject.toml"
     )
 
 
 def test_the_message_names_version_and_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = ("diffusers.hooks._helpers", "NoSuchRegistry.register")
-    monkeypatch.setattr(bridge, "TOUCHED", (*bridge.TOUCHED, gone, ("diffusers.no_such_module", "thing")))
-    messages = bridge.missing()
+    monkeypatch.setattr(compat, "PRIVATE_NAMES", (*compat.PRIVATE_NAMES, gone, ("diffusers.no_such_module", "thing")))
+    messages = compat.missing()
     assert len(messages) == 2
     for message in messages:
         assert diffusers.__version__ in message
-        assert f"diffusers~={bridge.TESTED}.0" in message
+        assert f"diffusers~={compat.TESTED}.0" in message
     assert "diffusers.hooks._helpers.NoSuchRegistry.register" in messages[0]
 
 
@@ -71,26 +71,26 @@ def test_the_rule_sees_private_touches(source: str) -> None:
 
 
 def test_only_the_bridge_touches_private_parts() -> None:
-    files = [path for path in python_files(tests=False) if path != ROOT / "dit" / "runtime" / "bridge.py"]
+    files = [path for path in python_files(tests=False) if path != ROOT / "dit" / "runtime" / "diffusers_compat.py"]
     found = [where(path, node) for path in files for node in private_touches(parse(path))]
-    assert not found, f"move it to dit/runtime/bridge.py: {found}"
+    assert not found, f"move it to dit/runtime/diffusers_compat.py: {found}"
 
 
 @pytest.mark.parametrize("block", [DiTBlock, TextDiTBlock])
 def test_our_blocks_are_registered_where_they_are_defined(block: type) -> None:
-    assert bridge.block_streams(block) == (("hidden_states", "encoder_hidden_states"), (0, None))
+    assert compat.block_streams(block) == (("hidden_states", "encoder_hidden_states"), (0, None))
 
 
 def test_faster_cache_learns_of_another_halved_argument() -> None:
     config = FasterCacheConfig(tensor_format="BCHW")
-    changed = bridge.with_halved_input(bridge.with_halved_input(config, "class_labels"), "class_labels")
+    changed = compat.with_halved_input(compat.with_halved_input(config, "class_labels"), "class_labels")
     names = changed._unconditional_conditional_input_kwargs_identifiers
     assert names.count("class_labels") == 1
     assert "timestep" in names
     assert changed.tensor_format == "BCHW"
     assert "class_labels" not in config._unconditional_conditional_input_kwargs_identifiers
     other = FirstBlockCacheConfig()
-    assert bridge.with_halved_input(other, "class_labels") is other
+    assert compat.with_halved_input(other, "class_labels") is other
 
 
 def calls_of_blocks(name: str, config: object | None, steps: int) -> list[int]:

@@ -1,9 +1,8 @@
-"""How mechanisms get onto a network and off again: one protocol, a declared order, no trace after `detach()`.
+"""Attach mechanisms to a network and detach them bit-exactly: one protocol, a declared order.
 
-A `Mechanism` says what it does in `install`, by way of the tools that its `Attachment` offers; everything done with
-these tools is undone by `detach()`. Mechanisms on one network form a pile, sorted by `Mechanism.stage`. To put one in
-or take one out, those above it are lifted off and put back, so that each undoes exactly what it did, whatever the
-order of calls.
+A `Mechanism` sets its hooks in `install` with the methods of its `Attachment`; `detach()` undoes all of them.
+Mechanisms on one network form a stack, sorted by `Mechanism.stage`. Attaching or detaching one uninstalls those above
+it and installs them again afterwards, so that each undoes exactly what it did, whatever the order of calls.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from dit.runtime.state import StateStore, unwrap
 if TYPE_CHECKING:
     from dit.runtime.families import AttentionLayer
 
-_PILE = "_tessera_attachments"
+_ATTACHMENTS = "_tessera_attachments"
 _MISSING = object()
 _ARRIVALS = count()
 
@@ -41,7 +40,7 @@ class Mechanism(ABC):
 
     Attributes:
         name: unique among the mechanisms on a network; its tensors are kept under it.
-        stage: place in the pile; lower is nearer to the network's own code.
+        stage: position in the stack; lower is nearer to the network's own code.
         exclusive: what it must have for itself; two mechanisms that name the same thing refuse each other.
         components: which networks of a pipeline it attaches to, see `find_networks`; None means those that denoise.
     """
@@ -58,7 +57,7 @@ class Mechanism(ABC):
         It may be called again: state that must outlive that belongs to `attachment.state` or to the mechanism.
 
         Args:
-            attachment: offers `layers`, `before`, `after`, `around`, `replace` and `state`.
+            attachment: offers `layers`, `pre_hook`, `post_hook`, `wrap_forward`, `replace` and `state`.
 
         Raises:
             AttachError: the network lacks what the mechanism needs.
@@ -109,7 +108,7 @@ class Attachment:
         self.state = StateStore()
         self.calls = 0
         self.inactive: Counter[str] = Counter()
-        self._places = 0
+        self._hooks = 0
         self._replaced: list[tuple[Any, str, Any]] = []
         self._undo: ExitStack | None = None
         self._last_report: dict[str, Any] | None = None
@@ -140,7 +139,7 @@ class Attachment:
             raise AttachError(f"{self._title()}: no attention layer of kind {wanted} in {self._models_title()}")
         return found
 
-    def before(self, module: nn.Module, function: Callable[..., Any]) -> None:
+    def pre_hook(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Call `function(module, args, kwargs)` before each call of a module.
 
         It returns None, or the pair (args, kwargs) to use instead.
@@ -152,12 +151,12 @@ class Attachment:
 
         self.on_detach(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-    def after(self, module: nn.Module, function: Callable[..., Any], always: bool = False) -> None:
+    def post_hook(self, module: nn.Module, function: Callable[..., Any], always: bool = False) -> None:
         """Call `function(module, args, kwargs, output)` after each call of a module.
 
         Args:
             module: where.
-            function: returns None, or what to put in the place of the output.
+            function: returns None, or what replaces the output.
             always: also after a call that raised; then the output is None.
         """
 
@@ -167,8 +166,8 @@ class Attachment:
 
         self.on_detach(module.register_forward_hook(hook, with_kwargs=True, always_call=always).remove)
 
-    def around(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        """Put `function(forward, *args, **kwargs)` in the place of a module's `forward`; it may leave the call out.
+    def wrap_forward(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """Replace a module's `forward` by `function(forward, *args, **kwargs)`, which may leave the call out.
 
         Where accelerate offloads the module, this goes below accelerate's own wrapper: pipelines take that off and put
         it back after each call, and would lose what lies above it.
@@ -205,7 +204,7 @@ class Attachment:
         """Call `function()` when the mechanism leaves; the last one given is the first called."""
         if self._undo is None:
             raise AttachError(f"{self._title()}: hooks can be set in install() only")
-        self._places += 1
+        self._hooks += 1
         self._undo.callback(function)
 
     def skip(self, reason: str) -> None:
@@ -230,23 +229,23 @@ class Attachment:
         last_report = self.report()
         above = [other for other in self._others() if other._rank() > self._rank()]
         try:
-            _lift(above)
+            _remove_all(above)
             self._uninstall()
             self._attached = False
             for model in self._networks():
-                pile = vars(model)[_PILE]
-                pile.remove(self)
-                if not pile:
-                    delattr(model, _PILE)
+                stack = vars(model)[_ATTACHMENTS]
+                stack.remove(self)
+                if not stack:
+                    delattr(model, _ATTACHMENTS)
         finally:
-            _put_back(above)
+            _reinstall(above)
         self._last_report = {**last_report, "attached": False}
         self.state.drop(self.mechanism.name)
 
     def report(self) -> dict[str, Any]:
         """Return what the mechanism is on, what it did and why it did nothing, as plain values.
 
-        After `detach()` it tells how things stood then.
+        After `detach()` it is the report of that moment.
         """
         if self._last_report is not None:
             return self._last_report
@@ -254,11 +253,11 @@ class Attachment:
             "mechanism": self.mechanism.name,
             "attached": self._attached,
             "networks": {name: type(unwrap(model)).__name__ for name, model in self.models.items()},
-            "places": self._places,
+            "hooks": self._hooks,
             "calls": self.calls,
             "inactive": dict(self.inactive),
             "state_bytes": self.state.nbytes(self.mechanism.name),
-            "beside": [other.mechanism.name for other in self._others()],
+            "other_mechanisms": [other.mechanism.name for other in self._others()],
             **self.mechanism.report(self),
         }
 
@@ -270,7 +269,7 @@ class Attachment:
     ) -> None:
         self.detach()
 
-    # ------------------------------------------------------------------------- the pile
+    # ------------------------------------------------------------------------ the stack
 
     def _attach(self) -> None:
         others = self._others()
@@ -279,17 +278,17 @@ class Attachment:
             self.state = others[0].state
         above = [other for other in others if other.mechanism.stage > self.mechanism.stage]
         try:
-            _lift(above)
+            _remove_all(above)
             self._install()
-            if not self._places:
+            if not self._hooks:
                 self._uninstall()
                 raise AttachError(f"{self._title()}: found nothing to attach to in {self._models_title()}")
             for model in self._networks():
-                vars(model).setdefault(_PILE, []).append(self)
-                vars(model)[_PILE].sort(key=Attachment._rank)
+                vars(model).setdefault(_ATTACHMENTS, []).append(self)
+                vars(model)[_ATTACHMENTS].sort(key=Attachment._rank)
             self._attached = True
         finally:
-            _put_back(above)
+            _reinstall(above)
 
     def _check(self, others: list[Attachment]) -> None:
         for other in others:
@@ -305,7 +304,7 @@ class Attachment:
                 )
 
     def _install(self) -> None:
-        self._places, self._replaced, self._undo = 0, [], ExitStack()
+        self._hooks, self._replaced, self._undo = 0, [], ExitStack()
         try:
             self.mechanism.install(self)
         except BaseException:
@@ -326,7 +325,7 @@ class Attachment:
             self._recompile()
 
     def _recompile(self) -> None:
-        """Have compiled networks compiled anew: compiled code keeps the hooks that it was compiled with.
+        """Make compiled networks compile anew: compiled code keeps the hooks that it was compiled with.
 
         The reset is of the whole process: torch keeps compiled code by function, which all networks of a class share,
         and has no public way to forget that of one. Other compiled networks lose time by it, never correctness.
@@ -342,9 +341,9 @@ class Attachment:
         return [unwrap(model) for model in self.models.values()]
 
     def _others(self) -> list[Attachment]:
-        """The other attachments on the same networks, lowest first."""
-        piles = [vars(model).get(_PILE, ()) for model in self._networks()]
-        return sorted({other for pile in piles for other in pile if other is not self}, key=Attachment._rank)
+        """Return the other attachments on the same networks, lowest first."""
+        stacks = [vars(model).get(_ATTACHMENTS, ()) for model in self._networks()]
+        return sorted({other for stack in stacks for other in stack if other is not self}, key=Attachment._rank)
 
     def _rank(self) -> tuple[int, int]:
         return self.mechanism.stage, self._arrival
@@ -386,14 +385,14 @@ def find_networks(target: Any, components: Sequence[str] | None = None) -> dict[
 
 
 def attachments(target: Any, components: Sequence[str] | None = None) -> list[Attachment]:
-    """Return what is attached to a network or pipeline, in the order of the pile.
+    """Return what is attached to a network or pipeline, lowest stage first.
 
     Args:
         target: as in `Mechanism.attach`.
         components: which networks of a pipeline, see `find_networks`.
     """
-    piles = [vars(unwrap(model)).get(_PILE, ()) for model in find_networks(target, components).values()]
-    return list(dict.fromkeys(attachment for pile in piles for attachment in pile))
+    stacks = [vars(unwrap(model)).get(_ATTACHMENTS, ()) for model in find_networks(target, components).values()]
+    return list(dict.fromkeys(attachment for stack in stacks for attachment in stack))
 
 
 def _check_declaration(mechanism: Mechanism) -> None:
@@ -412,12 +411,12 @@ def _is_compiled(model: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules())
 
 
-def _lift(above: list[Attachment]) -> None:
+def _remove_all(above: list[Attachment]) -> None:
     for attachment in reversed(above):
         attachment._uninstall()
 
 
-def _put_back(above: list[Attachment]) -> None:
+def _reinstall(above: list[Attachment]) -> None:
     for attachment in above:
         if attachment._undo is None:
             attachment._install()
@@ -440,8 +439,8 @@ def _restore_forward(module: nn.Module, own: Any) -> None:
 
 
 def _own(thing: Any, attribute: str) -> Any:
-    """What an instance itself holds under a name; a module's parts count as its own."""
-    places = [vars(thing)]
+    """Return what an instance itself holds under a name; a module's parts count as its own."""
+    namespaces = [vars(thing)]
     if isinstance(thing, nn.Module):
-        places += [thing._modules, thing._parameters, thing._buffers]
-    return next((place[attribute] for place in places if attribute in place), _MISSING)
+        namespaces += [thing._modules, thing._parameters, thing._buffers]
+    return next((names[attribute] for names in namespaces if attribute in names), _MISSING)

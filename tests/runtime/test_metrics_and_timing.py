@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from dit.runtime import compare, costs
-from dit.runtime.compare import Comparison, Timing, count_bytes, count_flops, measure, psnr, relative_error, ssim
+from dit.runtime import cost_model, timing
+from dit.runtime.metrics import psnr, relative_error, ssim
+from dit.runtime.timing import Comparison, Timing, count_bytes, count_flops, measure
 
 
 def test_psnr_by_hand() -> None:
@@ -66,7 +67,7 @@ def test_wall_and_process_time(monkeypatch) -> None:
     """By clocks that only the measured functions move: one waits for 2 s, the other computes for 0.5 s."""
     now = {"wall": 0.0, "process": 0.0}
     clocks = SimpleNamespace(perf_counter=lambda: now["wall"], process_time=lambda: now["process"])
-    monkeypatch.setattr(compare, "time", clocks)
+    monkeypatch.setattr(timing, "time", clocks)
 
     def take(wall: float, process: float) -> None:
         now["wall"] += wall
@@ -92,26 +93,26 @@ def test_ratio_is_the_median_over_rounds() -> None:
 
 def test_costs_are_measured_kept_and_found_again(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert costs.load_costs() is None
+    assert cost_model.load_costs() is None
     shapes = (("matmul", (32, 32, 32)), ("attention", (1, 2, 16, 16, 8)), ("elementwise", (64,)))
-    table = costs.measure_costs(shapes, dtypes=("float32",), repeats=3)
-    assert [cost.operation for cost in table.costs] == list(costs.OPERATIONS)
+    table = cost_model.measure_costs(shapes, dtypes=("float32",), repeats=3)
+    assert [cost.operation for cost in table.costs] == list(cost_model.OPERATIONS)
     assert all(cost.seconds > 0 for cost in table.costs)
     path = table.save()
     assert path.is_relative_to(tmp_path)
-    assert costs.load_costs() == table
-    monkeypatch.setattr(costs, "machine_key", lambda device="cpu": "another machine")
-    assert costs.load_costs(path) is None
+    assert cost_model.load_costs() == table
+    monkeypatch.setattr(cost_model, "machine_key", lambda device="cpu": "another machine")
+    assert cost_model.load_costs(path) is None
 
 
 def test_estimates_scale_from_the_most_similar_measurement() -> None:
-    small = costs.Cost("matmul", (10, 10, 10), "float32", 1.0)
-    large = costs.Cost("matmul", (100, 100, 100), "float32", 100.0)
-    table = costs.CostTable("here", (small, large))
+    small = cost_model.Cost("matmul", (10, 10, 10), "float32", 1.0)
+    large = cost_model.Cost("matmul", (100, 100, 100), "float32", 100.0)
+    table = cost_model.CostTable("here", (small, large))
     assert table.seconds("matmul", (10, 10, 20)) == pytest.approx(2.0)
     assert table.seconds("matmul", (100, 100, 50)) == pytest.approx(50.0)
     with pytest.raises(KeyError, match="no measurement of matmul in bfloat16"):
         table.seconds("matmul", (1, 1, 1), "bfloat16")
     with pytest.raises(ValueError, match="choose one of matmul, attention, elementwise"):
         table.seconds("fft", (8,))
-    assert costs.amount("attention", (1, 2, 16, 32, 8)) == 2 * 2 * 16 * 32 * 8
+    assert cost_model.amount("attention", (1, 2, 16, 32, 8)) == 2 * 2 * 16 * 32 * 8

@@ -1,7 +1,7 @@
-"""Every private or registering touch of diffusers, in one place.
+"""All use of diffusers' private names and registries.
 
-The names in `TOUCHED` are no promise of diffusers. A test looks at all of them, so that an upgrade that moved one says
-so here and not somewhere in a run.
+diffusers does not promise the names in `PRIVATE_NAMES`. A test looks all of them up, so that an upgrade that moved one
+fails there and not in the middle of a run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 TESTED = "0.42"
 """The minor version of diffusers whose private names these are."""
 
-TOUCHED: tuple[tuple[str, str], ...] = (
+PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     ("diffusers.models.attention_dispatch", "AttentionBackendName"),
     ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.get_active_backend"),
     ("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.list_backends"),
@@ -50,8 +50,8 @@ TOUCHED: tuple[tuple[str, str], ...] = (
 _MISSING = object()
 
 
-class BridgeError(ImportError):
-    """diffusers moved something that we need; the message says what and what to do."""
+class DiffusersChangedError(ImportError):
+    """diffusers moved a private name that we need; the message says which and what to do."""
 
 
 def _private(module: str, name: str) -> Any:
@@ -61,9 +61,9 @@ def _private(module: str, name: str) -> Any:
         for part in name.split("."):
             thing = getattr(thing, part)
     except (ImportError, AttributeError) as error:
-        raise BridgeError(
+        raise DiffusersChangedError(
             f"diffusers {diffusers.__version__} has no {module}.{name} any more (tessera was tested with {TESTED}): "
-            f"install 'diffusers~={TESTED}.0', or update dit/runtime/bridge.py"
+            f"install 'diffusers~={TESTED}.0', or update dit/runtime/diffusers_compat.py"
         ) from error
     return thing
 
@@ -74,12 +74,12 @@ _ACTIVE_BACKEND = _private("diffusers.models.attention_dispatch", "_AttentionBac
 
 
 def active_attention_backend() -> str:
-    """Name of the backend that diffusers uses where none is named (environment or `attention_backend` context)."""
+    """Return the backend that diffusers uses where none is named (environment or `attention_backend` context)."""
     return _BACKEND_NAMES(_ACTIVE_BACKEND()[0]).value
 
 
 def attention_backend_names() -> list[str]:
-    """Names of the attention backends that diffusers has, whether they work here or not."""
+    """Return the names of diffusers' attention backends, whether they work here or not."""
     listed = _private("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.list_backends")()
     return sorted((one.value for one in listed), key=lambda name: (name.startswith("_"), name != "native", name))
 
@@ -104,7 +104,7 @@ def register_attention_backend(name: str, function: Callable[..., Tensor]) -> No
 
     Raises:
         ValueError: the name is taken, or not in lower case.
-        BridgeError: diffusers moved its registry.
+        DiffusersChangedError: diffusers moved its registry.
     """
     if name in _BACKEND_NAMES._value2member_map_ or name != name.lower():
         raise ValueError(f"{name!r} can't be registered: expected a new name in lower case, for example 'my_attention'")
@@ -142,8 +142,8 @@ def unregister_attention_backend(name: str) -> None:
 
 
 @contextmanager
-def attending_through(models: Iterable[nn.Module], backend: str) -> Generator[int]:
-    """Have some networks attend through a backend, and nothing else in the process.
+def attention_backend_scope(models: Iterable[nn.Module], backend: str) -> Generator[int]:
+    """Set the attention backend of some networks inside the `with` block, and of nothing else in the process.
 
     `set_attention_backend` of diffusers changes what every other network uses too, and for good.
 
@@ -152,7 +152,7 @@ def attending_through(models: Iterable[nn.Module], backend: str) -> Generator[in
         backend: one of `attention_backend_names`.
 
     Yields:
-        How many attention layers heed it.
+        How many attention layers follow it.
 
     Raises:
         ValueError: no such backend.
@@ -161,7 +161,7 @@ def attending_through(models: Iterable[nn.Module], backend: str) -> Generator[in
     check_attention_backend(backend)
     found: list[Any] = [getattr(part, "processor", None) for model in models for part in model.modules()]
     processors = {id(one): one for one in found if hasattr(one, "_attention_backend")}.values()
-    with _attributes_kept(processors, ("_attention_backend",)):
+    with _restore_attributes(processors, ("_attention_backend",)):
         for one in processors:
             one._attention_backend = _BACKEND_NAMES(backend)
         yield len(processors)
@@ -179,8 +179,8 @@ def chosen_attention_backends(models: Iterable[nn.Module]) -> set[str]:
 
 
 @contextmanager
-def _attributes_kept(things: Iterable[Any], names: Iterable[str]) -> Generator[None]:
-    """Put attributes of things back at the end; those that an instance did not have itself are deleted."""
+def _restore_attributes(things: Iterable[Any], names: Iterable[str]) -> Generator[None]:
+    """Restore attributes at the end; those that an instance did not have itself are deleted."""
     kept = [(vars(thing), name) for thing in things for name in names]
     before = [(own, name, own.get(name, _MISSING)) for own, name in kept]
     try:
@@ -209,7 +209,7 @@ def registered_block(block: Block) -> Block:
         The class itself.
 
     Raises:
-        BridgeError: diffusers moved its registry.
+        DiffusersChangedError: diffusers moved its registry.
     """
     metadata = _private("diffusers.hooks._helpers", "TransformerBlockMetadata")(return_hidden_states_index=0)
     metadata._cls = block  # as `register` does
@@ -218,7 +218,7 @@ def registered_block(block: Block) -> Block:
 
 
 def with_halved_input(config: Any, name: str) -> Any:
-    """Tell FasterCache of diffusers of another argument that holds both branches of guidance.
+    """Add an argument to those that FasterCache of diffusers halves with the batch.
 
     It halves the batch on steps that compute one branch only, and by default knows no arguments but texts.
 
@@ -244,7 +244,7 @@ def block_streams(block: type[nn.Module]) -> tuple[tuple[str, str], tuple[int, i
         block: its class.
 
     Returns:
-        The arguments with the image's and the text's stream, and their places in the block's result; None for a
+        The arguments with the image's and the text's stream, and their indices in the block's result; None for a
         class that is not registered.
     """
     try:
@@ -258,7 +258,7 @@ def block_streams(block: type[nn.Module]) -> tuple[tuple[str, str], tuple[int, i
 def enable_ulysses(model: nn.Module, degree: int) -> Callable[[], None]:
     """Set a diffusers network up for Ulysses attention on the present process group, on any device.
 
-    What `enable_parallelism` does, without its look at the number of accelerators, which is 0 on a CPU.
+    What `enable_parallelism` does, without its check of the number of accelerators, which is 0 on a CPU.
 
     Args:
         model: the bare network, with `_cp_plan`.
@@ -281,8 +281,8 @@ def enable_ulysses(model: nn.Module, degree: int) -> Callable[[], None]:
     holders = [holder for holder in found if hasattr(holder, "_parallel_config")]
     plan: Any = model._cp_plan
     undo = ExitStack()
-    undo.enter_context(_attributes_kept(holders, ("_parallel_config",)))
-    undo.enter_context(forwards_kept([model]))
+    undo.enter_context(_restore_attributes(holders, ("_parallel_config",)))
+    undo.enter_context(restore_forwards([model]))
     for holder in holders:
         holder._parallel_config = parallel
     apply(model, config, plan)
@@ -291,16 +291,16 @@ def enable_ulysses(model: nn.Module, degree: int) -> Callable[[], None]:
 
 
 @contextmanager
-def forwards_kept(models: Iterable[nn.Module]) -> Generator[None]:
-    """Take away at the end what hooks of diffusers and accelerate leave on modules when they are removed.
+def restore_forwards(models: Iterable[nn.Module]) -> Generator[None]:
+    """Remove at the end what hooks of diffusers and accelerate leave on modules when they are removed.
 
     They leave an instance attribute `forward` that calls what the class says, and an empty list of hooks.
 
     Args:
-        models: the networks; all their parts are looked at.
+        models: the networks; with all submodules.
     """
     parts = list(dict.fromkeys(part for model in models for part in model.modules()))
-    with _attributes_kept(parts, ("forward", "_diffusers_hook", "_hf_hook", "_old_forward")):
+    with _restore_attributes(parts, ("forward", "_diffusers_hook", "_hf_hook", "_old_forward")):
         yield
 
 
@@ -332,11 +332,11 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 _STEP_CACHES = ("fbc_", "mag_cache", "sea_cache", "taylorseer", "faster_cache", "pyramid_attention")
-"""What the names of hooks begin with, of those caches of diffusers that skip work across steps."""
+"""Prefixes of the hook names of diffusers' caches that skip work across steps."""
 
 
-def foreign_caches(target: Any, models: Iterable[nn.Module]) -> list[str]:
-    """Name the caches of steps that others put on a pipeline's networks: those of diffusers and of cache-dit.
+def other_caches(target: Any, models: Iterable[nn.Module]) -> list[str]:
+    """Name the step caches on a pipeline's networks that are not ours: those of diffusers and of cache-dit.
 
     Args:
         target: the pipeline, or a network.
@@ -371,7 +371,7 @@ def published_repository(checkpoint: Mapping[str, Tensor]) -> str | None:
     """Name the Hub repository of the pipeline that a single-file checkpoint belongs to, by the names of its weights.
 
     Args:
-        checkpoint: weights by name; only names and shapes are looked at, so tensors on "meta" do.
+        checkpoint: weights by name; only names and shapes are read, so tensors on "meta" work.
 
     Returns:
         `user/repository`, or None for a layout that diffusers doesn't know.
@@ -419,11 +419,11 @@ def rename_deprecated(network: Any, weights: Mapping[str, Any]) -> dict[str, Any
 
 
 def missing() -> list[str]:
-    """Return what diffusers no longer has of `TOUCHED`, one message each; empty if all is well."""
+    """Return what diffusers no longer has of `PRIVATE_NAMES`, one message each; empty if all is well."""
     found = []
-    for module, name in TOUCHED:
+    for module, name in PRIVATE_NAMES:
         try:
             _private(module, name)
-        except BridgeError as error:
+        except DiffusersChangedError as error:
             found.append(str(error))
     return found

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit.runtime.compare import measure
+from dit.runtime.timing import measure
 
 OPERATIONS = ("matmul", "attention", "elementwise")
 """matmul (M, K, N): (M, K) @ (K, N). attention (B, K, N, M, E): N queries and M keys in K heads of width E.
@@ -112,7 +112,7 @@ def measure_costs(
         shapes: pairs of an operation and its shape.
         dtypes: names of torch dtypes.
         device: where.
-        repeats: rounds; all operations take turns, see `dit.runtime.compare.measure`.
+        repeats: rounds; all operations take turns, see `dit.runtime.timing.measure`.
 
     Returns:
         The table; `save()` keeps it.
