@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sampling.next_scale import ScaleWalk
+from sampling.next_scale import ScaleState
 
 Reward = Callable[[Tensor, list[str]], Tensor]
 """From images (B, 3, H, W) in [0, 1] and their prompts to rewards (B,); higher is better."""
@@ -109,7 +109,7 @@ class TTSConfig:
         if settings.get("method") == "best_of":
             return cls(batch_sizes=int(cost), **settings)
         if len(token_counts) > 2 and token_counts[-2] > sum(token_counts[:-2]):
-            sizes = steep_sizes(cost, token_counts)
+            sizes = sizes_for_large_last_scales(cost, token_counts)
             drops = tuple(scale for scale in range(1, len(sizes)) if sizes[scale] < sizes[scale - 1])
             steep: dict[str, Any] = {"batch_sizes": sizes, "cluster_scales": (), "resample_scales": drops}
             return cls(**{**steep, "replacement": False, **settings})
@@ -194,7 +194,7 @@ def stretch(num_scales: int) -> SearchSchedule:
     return SearchSchedule(sizes, frozenset(cluster), frozenset(resample))
 
 
-def steep_sizes(cost: float, token_counts: Sequence[int]) -> tuple[int, ...]:
+def sizes_for_large_last_scales(cost: float, token_counts: Sequence[int]) -> tuple[int, ...]:
     """Candidates of each scale where the last two scales hold most tokens.
 
     One of every two images that could be paid for is generated to the end, and one more goes through the first of the
@@ -230,14 +230,14 @@ class Selection:
     Attributes:
         scale: the scale that ran next; the number of scales for the final look.
         kind: "cluster", "resample", "beam" or "final".
-        pictures: what was looked at, (B, 3, H, W) in [0, 1].
+        images: what was looked at, (B, 3, H, W) in [0, 1].
         rewards: (B,), None where only looks counted.
         survivors: which candidates went on, (B',).
     """
 
     scale: int
     kind: str
-    pictures: Tensor
+    images: Tensor
     rewards: Tensor | None
     survivors: Tensor
 
@@ -249,14 +249,14 @@ class SearchResult:
     Attributes:
         prompt: as given to the reward.
         rewards: of the candidates that were generated to the end, best first, (B,).
-        pictures: these candidates, (B, 3, H, W) in [0, 1].
+        images: these candidates, (B, 3, H, W) in [0, 1].
         selections: every look, in order.
         token_cost: tokens spent over those of one image.
     """
 
     prompt: str
     rewards: Tensor
-    pictures: Tensor
+    images: Tensor
     selections: list[Selection] = field(default_factory=list)
     token_cost: float = 0.0
 
@@ -291,42 +291,41 @@ class ScaleSearch:
         self.selections: list[Selection] = []
         self._history = torch.zeros(self.schedule.batch_sizes[0], 0)  # rewards so far, (B, looks)
 
-    def before(self, walk: ScaleWalk, scale: int) -> None:
+    def before(self, state: ScaleState, scale: int) -> None:
         """Select candidates, if the schedule says so ahead of this scale."""
         is_cluster = scale in self.schedule.cluster
         if not is_cluster and scale not in self.schedule.resample:
             return
         wanted = self.schedule.batch_sizes[scale]
-        pictures, rewards = self.show(walk.latents), None
+        images, rewards = self.show(state.latents), None
         if is_cluster:
-            kind, features = "cluster", self.config.features or small_picture
-            rows = medoids(features(pictures).float().cpu(), wanted)  # (B',)
+            kind, features = "cluster", self.config.features or downsampled_pixels
+            rows = medoids(features(images).float().cpu(), wanted)  # (B',)
         else:
-            rewards = self._judge(pictures)  # (B,)
+            rewards = self._judge(images)  # (B,)
             kind = "beam" if self.config.method == "beam" else "resample"
             rows = self._branch(rewards, wanted) if kind == "beam" else self._draw(rewards, wanted)  # (B',)
             self._history = torch.cat([self._history, rewards[:, None]], dim=1)  # (B, looks)
         self._history = self._history[rows]
-        self.selections.append(Selection(scale, kind, pictures.cpu(), rewards, rows))
-        walk.select(rows)
+        self.selections.append(Selection(scale, kind, images.cpu(), rewards, rows))
+        state.select(rows)
 
-    def finish(self, walk: ScaleWalk) -> SearchResult:
+    def finish(self, state: ScaleState) -> SearchResult:
         """Judge the finished candidates and put the best first, in the walk too."""
-        pictures = self.show(walk.latents)
-        rewards = self._judge(pictures)  # (B,)
+        images = self.show(state.latents)
+        rewards = self._judge(images)  # (B,)
         order = rewards.argsort(descending=True, stable=True)  # (B,)
-        walk.latents = walk.latents[order.to(walk.latents.device)]
-        pictures = pictures.cpu()
-        self.selections.append(Selection(len(self.schedule.batch_sizes), "final", pictures, rewards, order))
-        return SearchResult(self.prompt, rewards[order], pictures[order], self.selections)
+        state.latents = state.latents[order.to(state.latents.device)]
+        images = images.cpu()
+        self.selections.append(Selection(len(self.schedule.batch_sizes), "final", images, rewards, order))
+        return SearchResult(self.prompt, rewards[order], images[order], self.selections)
 
-    def _judge(self, pictures: Tensor) -> Tensor:
+    def _judge(self, images: Tensor) -> Tensor:
         """Rewards (B,), float32 on the CPU."""
-        found = torch.as_tensor(self.reward(pictures, [self.prompt] * len(pictures))).detach().float().cpu()
-        if found.shape != (len(pictures),) or not found.isfinite().all():
+        found = torch.as_tensor(self.reward(images, [self.prompt] * len(images))).detach().float().cpu()
+        if found.shape != (len(images),) or not found.isfinite().all():
             raise ValueError(
-                f"the reward gave {tuple(found.shape)} for {len(pictures)} pictures; expected ({len(pictures)},) and "
-                "finite"
+                f"the reward gave {tuple(found.shape)} for {len(images)} pictures; expected ({len(images)},) and finite"
             )
         return found
 
@@ -365,9 +364,9 @@ def potential(kind: str, rewards: Tensor, history: Tensor) -> Tensor:
 # -------------------------------------------------------------------------- clusters
 
 
-def small_picture(pictures: Tensor) -> Tensor:
+def downsampled_pixels(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) as vectors: very small and side by side, (B, F)."""
-    return F.adaptive_avg_pool2d(pictures.float(), FEATURE_SIDE).flatten(1)
+    return F.adaptive_avg_pool2d(images.float(), FEATURE_SIDE).flatten(1)
 
 
 def principal_view(tokens: Tensor) -> Tensor:

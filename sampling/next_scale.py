@@ -29,21 +29,21 @@ class Condition(Protocol):
 Guide = Callable[[Tensor, Tensor, int], Tensor]
 """From conditional and unconditional logits (B, N, V) of a scale to guided ones."""
 
-Draw = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Sample = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """From a scale's (guided) logits (B, N, V) to its indices (B, N, ...) and to what the tokenizer adds up."""
 
-Overrule = Callable[[Tensor, int], Tensor]
+TokenOverride = Callable[[Tensor, int], Tensor]
 """Changes a scale's tokens after they were drawn."""
 
 
 class ScaleControl(Protocol):
     """Who watches a run and may end it; our pipelines do."""
 
-    def begin_scale(self, walk: ScaleWalk, scale: int) -> bool:
+    def begin_scale(self, state: ScaleState, scale: int) -> bool:
         """Prepare a scale: choose rows, drop guidance; return False to stop before it."""
         ...
 
-    def end_scale(self, walk: ScaleWalk, scale: int, indices: Tensor) -> None:
+    def end_scale(self, state: ScaleState, scale: int, indices: Tensor) -> None:
         """Call back after a scale with its tokens (B, N, ...)."""
         ...
 
@@ -53,43 +53,43 @@ class ScaleControl(Protocol):
         ...
 
 
-def generate(walk: ScaleWalk, num_scales: int, control: ScaleControl) -> None:
+def generate(state: ScaleState, num_scales: int, control: ScaleControl) -> None:
     """Generate images scale by scale, as VAR does (arXiv 2404.02905, section 3.2).
 
     Args:
-        walk: the state of the run; its latents end as the images' latents (B, C, h, w).
+        state: the state of the run; its latents end as the images' latents (B, C, h, w).
         num_scales: scales to run, from the first.
         control: hears of every scale and may end the run.
     """
     for scale in range(num_scales):
-        if not control.begin_scale(walk, scale):
+        if not control.begin_scale(state, scale):
             return
 
         # what the network sees: the image so far at the size of this scale; nothing at the first
-        codes = None if scale == 0 else walk.vae.next_input(walk.latents, scale, **walk.schedule)  # (B, N, C)
+        codes = None if scale == 0 else state.vae.next_input(state.latents, scale, **state.schedule)  # (B, N, C)
 
         # predict all tokens of the scale at once, with the keys and values of earlier scales in the cache
-        logits = walk.forward(codes, scale)  # (B, N, V), or (2B, N, V) with the unconditional rows behind
+        logits = state.forward(codes, scale)  # (B, N, V), or (2B, N, V) with the unconditional rows behind
 
         # guide
-        if walk.guided:
-            logits = walk.guide(*logits.chunk(2), scale)  # (B, N, V)
+        if state.guided:
+            logits = state.guide(*logits.chunk(2), scale)  # (B, N, V)
 
         # sample
-        indices, tokens = walk.draw(logits, scale)  # (B, N, ...) each
-        if walk.overrule is not None:  # editing keeps tokens of the image
-            tokens = walk.overrule(tokens, scale)
+        indices, tokens = state.sample(logits, scale)  # (B, N, ...) each
+        if state.token_override is not None:  # editing keeps tokens of the image
+            tokens = state.token_override(tokens, scale)
 
         # add what the tokens stand for to the image
-        walk.latents = walk.vae.accumulate(walk.latents, tokens, scale, **walk.schedule)  # (B, C, h, w)
+        state.latents = state.vae.accumulate(state.latents, tokens, scale, **state.schedule)  # (B, C, h, w)
 
-        control.end_scale(walk, scale, indices)
+        control.end_scale(state, scale, indices)
         if control.finish_now:
             return
 
 
 @dataclass
-class ScaleWalk:
+class ScaleState:
     """The state of a batch of images on its way through the scales.
 
     Args:
@@ -101,18 +101,18 @@ class ScaleWalk:
         latents: the images so far, (B, C, h, w).
         guided: whether the unconditional rows run too.
         guide: joins both branches.
-        draw: draws the tokens of a scale.
+        sample: draws the tokens of a scale.
         num_scales: scales of the schedule S.
         grids: schedule for tokenizers that take it at each call, else None.
         step_arguments: further arguments of `transformer.step`.
-        overrule: changes drawn tokens, or None.
+        token_override: changes drawn tokens, or None.
 
     Attributes:
         run: number of the run, see `StepContext`.
         steps: rows and tokens of each scale that ran, (rows, tokens).
         inputs: what the network saw at each scale, (B, N, C), None at the first; without the unconditional copies.
             Kept only if `keep_inputs`.
-        keep_inputs: whether to keep them, for `hand_over`.
+        keep_inputs: whether to keep them, for `switch_model`.
     """
 
     transformer: Any
@@ -122,11 +122,11 @@ class ScaleWalk:
     latents: Tensor
     guided: bool
     guide: Guide
-    draw: Draw
+    sample: Sample
     num_scales: int
     grids: tuple[Grid, ...] | None = None
     step_arguments: dict[str, Any] = field(default_factory=dict)
-    overrule: Overrule | None = None
+    token_override: TokenOverride | None = None
     keep_inputs: bool = False
     run: int = field(default_factory=next_run)
     steps: list[tuple[int, int]] = field(default_factory=list)
@@ -154,7 +154,7 @@ class ScaleWalk:
             self._select_branches(torch.arange(self.batch_size))
             self.guided = False
 
-    def hand_over(self, transformer: Any, condition: Any, cache: Any) -> None:
+    def switch_model(self, transformer: Any, condition: Any, cache: Any) -> None:
         """Go on with another network, which first reads the scales generated so far into its own cache.
 
         Args:

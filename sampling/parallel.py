@@ -20,9 +20,9 @@ from dit.runtime.hooks import AttachError, Attachment, Mechanism
 from dit.runtime.stages import Resource, Stage
 from dit.runtime.state import unwrap
 from dit.runtime.step_context import current_step, step_scope
+from sampling.guidance_caching import _half, _half_size
 from sampling.step_cache.values import take_apart
 from sampling.step_tracker import TrackedAttachment
-from sampling.thrifty_guidance import _half, _half_size
 
 
 class GuidanceParallel(Mechanism):

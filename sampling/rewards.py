@@ -61,19 +61,19 @@ class ClipReward:
             self._unread = {"token_type_ids", "attention_mask"}
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Judge images (B, 3, H, W) in [0, 1]; returns (B,) in [-1, 1]."""
-        return (self.look(pictures) * self.read(prompts)).sum(-1)  # (B,)
+        return (self.look(images) * self.read(prompts)).sum(-1)  # (B,)
 
-    def pixels(self, pictures: Tensor) -> Tensor:
+    def pixels(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] as the model's image processor shows them, (B, 3, h, w)."""
-        shown = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        shown = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
         return self.processor([Image.fromarray(one) for one in shown], return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
-    def look(self, pictures: Tensor) -> Tensor:
+    def look(self, images: Tensor) -> Tensor:
         """Unit vectors of images (B, 3, H, W) in [0, 1], (B, F), float32."""
-        pixels = self.pixels(pictures).to(self.model.device, self.model.dtype)  # (B, 3, h, w)
+        pixels = self.pixels(images).to(self.model.device, self.model.dtype)  # (B, 3, h, w)
         return unit_vectors(self.model.get_image_features(pixel_values=pixels))  # (B, F)
 
     @torch.no_grad()

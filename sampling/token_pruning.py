@@ -21,7 +21,7 @@ MIDDLE = (3 / 32, 28 / 32)
 """First and last pruned layer as shares of the depth; layers 3 to 27 of the 32 of Infinity-2B."""
 
 
-def choose_detailed(x: Tensor, count: int) -> Tensor:
+def select_high_frequency(x: Tensor, count: int) -> Tensor:
     """The tokens that lie farthest from the mean of their map.
 
     Args:
@@ -143,7 +143,7 @@ class TokenPruning(Mechanism):
         self, key: str, forward: Any, x: Tensor, normed: Tensor, rest: tuple[Any, ...], earlier: Tensor, scale: int
     ) -> Tensor:
         count = normed.shape[1] - int(normed.shape[1] * self.shares[scale])
-        places = choose_detailed(x, count)  # (B, n)
+        places = select_high_frequency(x, count)  # (B, n)
         if key.endswith(".attn") and len(rest) > 2 and rest[2] is not None:
             rest = (*rest[:2], tuple(part[places] for part in rest[2]))  # angles of the tokens that are left, (B, n, E)
         worked = forward(take(normed, places), *rest)  # (B, n, D)

@@ -36,7 +36,7 @@ def guide_logits(cond: Tensor, uncond: Tensor, strength: float) -> Tensor:
     return (1 + strength) * cond - strength * uncond
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
+def top_k_filter(logits: Tensor, k: int) -> Tensor:
     """Rule out all but the `k` likeliest entries; entries equal to the last of them stay.
 
     Args:
@@ -52,7 +52,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(logits < smallest, -torch.inf)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
+def top_p_filter(logits: Tensor, p: float) -> Tensor:
     """Rule out the least likely entries whose probabilities sum up to at most `1 - p` (arXiv 1904.09751).
 
     Args:
@@ -70,8 +70,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(is_out.scatter(-1, order, is_out), -torch.inf)
 
 
-def truncate(logits: Tensor, top_k: int = 0, top_p: float = 0.0, temperature: float = 1.0) -> Tensor:
-    """Temperature, then `keep_top_k`, then `keep_top_p` on what is left.
+def top_k_top_p_filter(logits: Tensor, top_k: int = 0, top_p: float = 0.0, temperature: float = 1.0) -> Tensor:
+    """Temperature, then `top_k_filter`, then `top_p_filter` on what is left.
 
     Args:
         logits: (B, ..., V).
@@ -83,10 +83,10 @@ def truncate(logits: Tensor, top_k: int = 0, top_p: float = 0.0, temperature: fl
         (B, ..., V).
     """
     logits = logits if temperature == 1.0 else logits / temperature
-    return keep_top_p(keep_top_k(logits, top_k), top_p)
+    return top_p_filter(top_k_filter(logits, top_k), top_p)
 
 
-def draw_tokens(logits: Tensor, generator: Generators = None) -> Tensor:
+def sample_tokens(logits: Tensor, generator: Generators = None) -> Tensor:
     """Draw one of the choices for each token (or bit).
 
     Args:
@@ -115,14 +115,14 @@ def _multinomial(probabilities: Tensor, generator: torch.Generator | None) -> Te
 def mix_codes(logits: Tensor, codebook: Tensor, progress: float, generator: Generators = None) -> Tensor:
     """Mix codebook entries by Gumbel-softmax weights (arXiv 1611.01144) instead of choosing one: smoother images.
 
-    The weights sharpen as the image grows, as in MaskGIT (arXiv 2202.04200). It comes after `draw_tokens` in the
+    The weights sharpen as the image grows, as in MaskGIT (arXiv 2202.04200). It comes after `sample_tokens` in the
     order of random draws. Good to look at, not for benchmarks.
 
     Args:
         logits: truncated, (B, N, V).
         codebook: (V, C).
         progress: see `ramp`.
-        generator: as for `draw_tokens`.
+        generator: as for `sample_tokens`.
 
     Returns:
         Mixed entries, (B, N, C).

@@ -54,7 +54,7 @@ def run(
         heads: attention heads, for sizes that were never published.
         to_official: convert the other way, to the layout of the official code.
         text_encoder: for "infinity", a local folder of flan-t5-xl to put beside the transformer.
-        resolution: for "infinity", a key of `dit.layers.resolutions.RUNGS`.
+        resolution: for "infinity", a key of `dit.layers.resolutions.NUM_SCALES`.
 
     Raises:
         ValueError: an unknown family or layout, tensors that don't fit, or an output that exists.

@@ -152,6 +152,6 @@ def _idle(pipe: Any, cache: RunningCache, output: Any, request: Any) -> Generato
 
 def _found(result: Any) -> str:
     """What a search found for one prompt: the fit of the finished candidates, and what it cost."""
-    first, rewards = len(result.selections[0].pictures), [f"{float(reward):.2f}" for reward in result.rewards[:4]]
+    first, rewards = len(result.selections[0].images), [f"{float(reward):.2f}" for reward in result.rewards[:4]]
     last = f"best fits {rewards[0]}" + (f", next {', '.join(rewards[1:])}" if rewards[1:] else "")
     return f"search: {len(result.rewards)} of {first} candidates finished, {last}, {result.token_cost:.2f} x the tokens"

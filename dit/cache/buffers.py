@@ -1,6 +1,6 @@
 """Where keys and values lie in memory. Two ways: everything, without a copy; or what a plan keeps, beside a workspace.
 
-Both take a layer's new tokens (`append`) and give back the row of history and new tokens; afterwards `settle` decides
+Both take a layer's new tokens (`append`) and give back the row of history and new tokens; afterwards `evict` decides
 what stays. Sizes are known before the first scale.
 """
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dit.cache.plan import CachePlan
-from dit.cache.policies import choose
-from dit.cache.storage import Stored, decode_into, encode, token_nbytes
+from dit.cache.policies import select_tokens
+from dit.cache.storage import Stored, dequantize_into, quantize, token_nbytes
 from dit.layers.scales import Grid
 from dit.runtime.layer_context import head_scope
 
@@ -69,7 +69,7 @@ class StackedBuffers:
         row = (self.history + self.last) * self.token_nbytes // self.keys.shape[2]
         return self.keys.nbytes + self.values.nbytes + row
 
-    def has_place(self, layer: int, count: int) -> bool:
+    def has_space(self, layer: int, count: int) -> bool:
         """Whether `count` new tokens of a layer can stand behind its history."""
         start = (self.num_layers - 1 - layer) * self.history
         limit = start + self.history if layer == 0 else len(self.keys)
@@ -78,12 +78,12 @@ class StackedBuffers:
     def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
         """Write new tokens (B, N, K, E) behind a layer's history; returns the whole row, (B, M, K, E).
 
-        Views where there is a place, see `has_place`; else a copy.
+        Views where there is a place, see `has_space`; else a copy.
         """
         start = (self.num_layers - 1 - layer) * self.history
         past = start + self.lengths[layer]
         end = past + key.shape[1]
-        if not self.has_place(layer, key.shape[1]):
+        if not self.has_space(layer, key.shape[1]):
             self.lengths[layer] += key.shape[1]
             held = (self.keys[start:past].transpose(0, 1), self.values[start:past].transpose(0, 1))  # (B, T, K, E)
             return torch.cat([held[0], key], dim=1), torch.cat([held[1], value], dim=1)
@@ -109,7 +109,7 @@ class StackedBuffers:
         self.lengths[layer] = 0
         return torch.cat(out, dim=2)  # (B, N, K, E)
 
-    def settle(self, layer: int, scale: int, query: Tensor, grid: Grid | None) -> None:
+    def evict(self, layer: int, scale: int, query: Tensor, grid: Grid | None) -> None:
         """Keep everything; nothing after the last scale."""
         if scale == self.num_scales - 1:
             self.lengths[layer] = 0
@@ -150,7 +150,9 @@ class PackedBuffers:
     ) -> None:
         self.plan, self.kv_dtype = plan, kv_dtype
         batch, heads, width = shape
-        self.room = torch.empty(2, batch, heads, plan.most_joined(), width, dtype=dtype, device=device)  # (2,B,K,M,E)
+        self.workspace = torch.empty(
+            2, batch, heads, plan.max_context(), width, dtype=dtype, device=device
+        )  # (2,B,K,M,E)
         self.kept: list[tuple[Stored, Stored] | None] = [None] * plan.num_layers
         self.joined = 0  # tokens in the workspace
 
@@ -162,59 +164,59 @@ class PackedBuffers:
     @property
     def token_nbytes(self) -> int:
         """Bytes of a stored token: keys and values, all rows and heads."""
-        _, batch, heads, _, width = self.room.shape
-        return 2 * batch * heads * token_nbytes(width, self.room.dtype, self.kv_dtype)
+        _, batch, heads, _, width = self.workspace.shape
+        return 2 * batch * heads * token_nbytes(width, self.workspace.dtype, self.kv_dtype)
 
     @property
     def peak_nbytes(self) -> int:
         """Bytes of the workspace and of what the layers hold at most."""
-        return self.room.nbytes + self.plan.most_stored() * self.token_nbytes
+        return self.workspace.nbytes + self.plan.max_stored() * self.token_nbytes
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
         """Join a layer's history and new tokens (B, N, K, E) in the workspace; returns the row, (B, M, K, E) views."""
         past, held = self.lengths[layer], self.kept[layer]
         self.joined = past + key.shape[1]
-        for place, new, old in zip(self.room, (key, value), held or (None, None), strict=True):
+        for place, new, old in zip(self.workspace, (key, value), held or (None, None), strict=True):
             if old is not None:
-                decode_into(old, place[:, :, :past])
+                dequantize_into(old, place[:, :, :past])
             place[:, :, past : self.joined] = new.transpose(1, 2)  # (B, K, N, E)
         self.kept[layer] = None  # it is in the workspace now
-        keys, values = (place[:, :, : self.joined].transpose(1, 2) for place in self.room)  # (B, M, K, E) each
+        keys, values = (place[:, :, : self.joined].transpose(1, 2) for place in self.workspace)  # (B, M, K, E) each
         return keys, values
 
-    def settle(self, layer: int, scale: int, query: Tensor, grid: Grid | None) -> None:
+    def evict(self, layer: int, scale: int, query: Tensor, grid: Grid | None) -> None:
         """Store what the plan keeps of the row in the workspace for the next scale; nothing after the last."""
         if scale == len(self.plan.token_counts) - 1:
             return
-        keys, values = (place[:, :, : self.joined] for place in self.room)  # (B, K, M, E) each
+        keys, values = (place[:, :, : self.joined] for place in self.workspace)  # (B, K, M, E) each
         capacity = self.plan.capacities[scale + 1][layer]
         if capacity < self.joined:
-            places = choose(self.plan, query.transpose(1, 2), keys, capacity, grid)  # (B, K, c)
+            places = select_tokens(self.plan, query.transpose(1, 2), keys, capacity, grid)  # (B, K, c)
             index = places[..., None].expand(-1, -1, -1, keys.shape[-1])  # (B, K, c, E)
             keys, values = keys.gather(2, index), values.gather(2, index)  # (B, K, c, E)
         elif self.kv_dtype == "auto":
             keys, values = keys.clone(), values.clone()  # the workspace goes on to the next layer
-        self.kept[layer] = (encode(keys, self.kv_dtype), encode(values, self.kv_dtype))
+        self.kept[layer] = (quantize(keys, self.kv_dtype), quantize(values, self.kv_dtype))
 
-    def hold(self, layer: int, pair: KeyValue) -> None:
+    def load(self, layer: int, pair: KeyValue) -> None:
         """Take over a layer's tokens (B, K, T, E) from another cache."""
-        self.kept[layer] = (encode(pair[0].clone(), self.kv_dtype), encode(pair[1].clone(), self.kv_dtype))
+        self.kept[layer] = (quantize(pair[0].clone(), self.kv_dtype), quantize(pair[1].clone(), self.kv_dtype))
 
     def stored(self, layer: int) -> KeyValue:
         """What a layer holds, read back, (B, K, T, E) each."""
         pair = self.kept[layer]
         if pair is None:
-            empty = self.room[0][:, :, :0]
+            empty = self.workspace[0][:, :, :0]
             return empty, empty
-        out = [torch.empty(one[0].shape, dtype=self.room.dtype, device=self.room.device) for one in pair]
+        out = [torch.empty(one[0].shape, dtype=self.workspace.dtype, device=self.workspace.device) for one in pair]
         for one, place in zip(pair, out, strict=True):
-            decode_into(one, place)
+            dequantize_into(one, place)
         return out[0], out[1]
 
     def select(self, rows: Tensor) -> None:
         """Choose rows by indices (B',)."""
-        if len(rows) != self.room.shape[1]:
-            self.room = self.room.new_empty(2, len(rows), *self.room.shape[2:])
+        if len(rows) != self.workspace.shape[1]:
+            self.workspace = self.workspace.new_empty(2, len(rows), *self.workspace.shape[2:])
         for layer, pair in enumerate(self.kept):
             if pair is not None:
                 key, value = (tuple(part.index_select(0, rows) for part in one) for one in pair)

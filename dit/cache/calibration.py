@@ -16,8 +16,8 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from dit.cache.plan import MIN_REFINER_SHARE, histories
-from dit.cache.policies import attention_mass, smooth, spread_over
+from dit.cache.plan import MIN_REFINER_FRACTION, histories
+from dit.cache.policies import attention_mass, smooth_scores, spread_positions
 from dit.layers.scales import Grid, token_counts
 from dit.runtime.artifacts import ArtifactHeader, read_artifact, write_artifact
 
@@ -35,12 +35,12 @@ class KVProfile:
         lost: (S, L, STEPS + 1), float32 in [0, 1]: mean attention that falls on forgotten tokens when a scale begins
             with 0, 1/STEPS, ..., all of the history.
         grids: the schedule it was measured on.
-        pictures: rows that were measured.
+        images: rows that were measured.
     """
 
     lost: Tensor
     grids: tuple[Grid, ...]
-    pictures: int
+    images: int
 
     def divide(self, scale: int, average: int, held: int) -> list[int]:
         """Divide tokens among layers such that together they lose the least attention.
@@ -54,7 +54,7 @@ class KVProfile:
             Tokens of each layer; their sum is `average` times the layers.
         """
         lost = self.lost[scale].double()  # (L, STEPS + 1)
-        floor = max(int(MIN_REFINER_SHARE * average), 1)
+        floor = max(int(MIN_REFINER_FRACTION * average), 1)
         row = [floor] * len(lost)
         slopes = [_falling_slopes(curve) for curve in lost]
         steps = [(-slopes[layer][part], layer, part) for layer in range(len(lost)) for part in range(STEPS)]
@@ -72,7 +72,7 @@ class KVProfile:
 
     def save(self, path: str | PathLike[str], transformer: nn.Module) -> None:
         """Write the profile, with the fingerprint of the network that it was measured on."""
-        data = {"grids": [list(grid) for grid in self.grids], "pictures": self.pictures}
+        data = {"grids": [list(grid) for grid in self.grids], "pictures": self.images}
         write_artifact(path, _header(transformer, self.grids), {"lost": self.lost}, data)
 
     @classmethod
@@ -131,8 +131,8 @@ class KVCalibrator:
             self.sums[scale, layer] += lost.double().cpu() * len(query)
             self.rows[scale, layer] += len(query)
         if scale < len(self.grids) - 1:
-            watchers = spread_over(self.grids[scale], query.shape[2], self.observe).to(keys.device)  # (W,)
-            scores = smooth(attention_mass(query[:, :, watchers], keys), self.pool)  # (B, K, M)
+            observers = spread_positions(self.grids[scale], query.shape[2], self.observe).to(keys.device)  # (W,)
+            scores = smooth_scores(attention_mass(query[:, :, observers], keys), self.pool)  # (B, K, M)
             self._ranked[layer] = scores.argsort(-1, descending=True)
 
     def profile(self) -> KVProfile:

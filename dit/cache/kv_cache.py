@@ -47,8 +47,8 @@ class KVReport:
 class ScaleKVCache:
     """Keys and values of all layers of one network, for a batch of images that are generated together.
 
-    The last scale is never stored: nothing reads it later. A network calls `append` before and `settle` after the
-    attention of each layer; in between, the returned row is valid. Where everything is kept, `settle` has nothing to
+    The last scale is never stored: nothing reads it later. A network calls `append` before and `evict` after the
+    attention of each layer; in between, the returned row is valid. Where everything is kept, `evict` has nothing to
     do and may be left out.
 
     Args:
@@ -190,7 +190,7 @@ class ScaleKVCache:
     def attend(self, layer: int, scale: int, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
         """Add a layer's keys and values of the current scale, attend to all that is kept, and settle.
 
-        The same as `append`, `attend` and `settle`, but for one place where it needs less memory: the last scale of
+        The same as `append`, `attend` and `evict`, but for one place where it needs less memory: the last scale of
         the first layer.
 
         Args:
@@ -208,17 +208,17 @@ class ScaleKVCache:
         if (
             isinstance(buffers, StackedBuffers)
             and self._observer is None
-            and not buffers.has_place(layer, key.shape[1])
+            and not buffers.has_space(layer, key.shape[1])
         ):
             self._check(layer, scale, key)
             self._done[layer] = scale + 1
             return buffers.attend_by_head(layer, query, key, value, attend)  # (B, N, K, E)
         keys, values = self.append(layer, scale, key, value)  # (B, M, K, E) each
         out = attend(query, keys, values)  # (B, N, K, E)
-        self.settle(layer, query, keys, values)
+        self.evict(layer, query, keys, values)
         return out
 
-    def settle(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> None:
+    def evict(self, layer: int, query: Tensor, keys: Tensor, values: Tensor) -> None:
         """Decide what stays of a layer's row, after its attention.
 
         Args:
@@ -236,7 +236,7 @@ class ScaleKVCache:
         if self._observer is not None:
             self._observer(layer, scale, query, keys, values)
         grid = self._grids[scale] if self._grids is not None else None
-        self._buffers.settle(layer, scale, query, grid)
+        self._buffers.evict(layer, scale, query, grid)
         self._pending = None
         if layer == self.num_layers - 1:
             self._most_stored = max(self._most_stored, self.nbytes)
@@ -255,11 +255,11 @@ class ScaleKVCache:
         old = self._buffers
         new = PackedBuffers(self._checked(plan), self._shape, self._dtype, self._device, self.kv_dtype)
         longest = max(old.lengths) + max(self.token_counts)
-        if longest > new.room.shape[3]:  # what is there now may be longer than what the plan will keep
-            new.room = new.room.new_empty(*new.room.shape[:3], longest, new.room.shape[4])
+        if longest > new.workspace.shape[3]:  # what is there now may be longer than what the plan will keep
+            new.workspace = new.workspace.new_empty(*new.workspace.shape[:3], longest, new.workspace.shape[4])
         for layer in range(self.num_layers):
             if self.length(layer):
-                new.hold(layer, old.stored(layer))
+                new.load(layer, old.stored(layer))
         self.plan, self._buffers = plan, new
 
     def select(self, rows: Tensor) -> None:
@@ -273,8 +273,8 @@ class ScaleKVCache:
         """
         if rows.numel() == 0:
             raise ValueError("select got no rows; a cache needs at least one")
-        room = self._buffers.keys if isinstance(self._buffers, StackedBuffers) else self._buffers.room
-        self._buffers.select(rows.to(room.device))
+        workspace = self._buffers.keys if isinstance(self._buffers, StackedBuffers) else self._buffers.workspace
+        self._buffers.select(rows.to(workspace.device))
         self._shape = (len(rows), *self._shape[1:])
 
     def reset(self) -> None:

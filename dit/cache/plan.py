@@ -16,7 +16,7 @@ from typing import Protocol
 POLICIES = ("full", "window", "streaming", "snapkv", "pyramidkv", "scalekv")
 """What can be kept; "full" keeps everything that a later scale reads, so it changes no number."""
 
-MIN_REFINER_SHARE = 0.3
+MIN_REFINER_FRACTION = 0.3
 """Least share of the average budget that drafters leave to a refiner; 200 of 650 tokens in the released tables."""
 
 PYRAMID_STEEPNESS = 20
@@ -112,7 +112,7 @@ class CachePlan:
         history = sum(self.token_counts[:-1]) * self.num_layers
         return sum(self.capacities[-1]) / history if history else 1.0
 
-    def most_stored(self) -> int:
+    def max_stored(self) -> int:
         """Tokens that all layers together hold at most, while they settle one after the other."""
         most = 0
         for before, after in zip(self.capacities, self.capacities[1:], strict=False):
@@ -122,7 +122,7 @@ class CachePlan:
                 most = max(most, held)
         return most
 
-    def most_joined(self) -> int:
+    def max_context(self) -> int:
         """Tokens of the longest row of keys, history and current scale."""
         return max(max(held) + count for held, count in zip(self.capacities, self.token_counts, strict=True))
 
@@ -243,7 +243,7 @@ def _by_table(average: int, held: int, scale: int, num_layers: int, table: Draft
         return [average] * num_layers
     refiners = num_layers - len(drafters)
     total = average * num_layers
-    most = (total - refiners * MIN_REFINER_SHARE * average) / len(drafters)
+    most = (total - refiners * MIN_REFINER_FRACTION * average) / len(drafters)
     kept = round(min(table.kept[scale] * held, most))
     rest = round((total - kept * len(drafters)) / refiners)
     return [kept if layer in drafters else rest for layer in range(num_layers)]

@@ -18,14 +18,14 @@ from torch import Tensor
 from dit.cache.plan import CachePlan
 from dit.layers.scales import Grid
 
-MAX_WINDOW_SHARE = 0.5
+MAX_WINDOW_FRACTION = 0.5
 """Most of a layer's room that the tokens of the observing queries may take by right."""
 
 TIE_BREAK = 1e-3
 """Weight of a token's own score beside the maximum over its neighbours, which they share."""
 
 
-def choose(plan: CachePlan, query: Tensor, keys: Tensor, capacity: int, grid: Grid | None) -> Tensor:
+def select_tokens(plan: CachePlan, query: Tensor, keys: Tensor, capacity: int, grid: Grid | None) -> Tensor:
     """Choose the tokens that stay.
 
     Args:
@@ -40,21 +40,23 @@ def choose(plan: CachePlan, query: Tensor, keys: Tensor, capacity: int, grid: Gr
     """
     batch, heads, length, _ = keys.shape
     if plan.policy == "window":
-        chosen = newest(length, capacity, keys.device)  # (c,)
+        chosen = newest_positions(length, capacity, keys.device)  # (c,)
     elif plan.policy == "streaming":
         chosen = sinks_and_newest(length, capacity, plan.sinks, keys.device)  # (c,)
     else:
         count = query.shape[2]
         spread = plan.policy == "scalekv"
-        watchers = spread_over(grid, count, plan.observe) if spread else newest(count, min(plan.observe, count))  # (W,)
-        watchers = watchers.to(keys.device)
-        scores = attention_mass(query[:, :, watchers], keys)  # (B, K, M)
-        always = watchers[-math.floor(capacity * MAX_WINDOW_SHARE) :] if capacity > 1 else watchers[:0]  # (W',)
-        return best(smooth(scores, plan.pool), capacity, always + length - count)  # (B, K, c)
+        observers = (
+            spread_positions(grid, count, plan.observe) if spread else newest_positions(count, min(plan.observe, count))
+        )  # (W,)
+        observers = observers.to(keys.device)
+        scores = attention_mass(query[:, :, observers], keys)  # (B, K, M)
+        always = observers[-math.floor(capacity * MAX_WINDOW_FRACTION) :] if capacity > 1 else observers[:0]  # (W',)
+        return topk_positions(smooth_scores(scores, plan.pool), capacity, always + length - count)  # (B, K, c)
     return chosen.expand(batch, heads, -1)  # (B, K, c)
 
 
-def newest(length: int, count: int, device: torch.device | None = None) -> Tensor:
+def newest_positions(length: int, count: int, device: torch.device | None = None) -> Tensor:
     """The last `count` of `length` places, (count,)."""
     return torch.arange(length - count, length, device=device)
 
@@ -62,10 +64,10 @@ def newest(length: int, count: int, device: torch.device | None = None) -> Tenso
 def sinks_and_newest(length: int, capacity: int, sinks: int, device: torch.device | None = None) -> Tensor:
     """The first few and the last few, `capacity` together, (capacity,)."""
     first = min(sinks, capacity // 2)
-    return torch.cat([torch.arange(first, device=device), newest(length, capacity - first, device)])
+    return torch.cat([torch.arange(first, device=device), newest_positions(length, capacity - first, device)])
 
 
-def spread_over(grid: Grid | None, count: int, observe: int) -> Tensor:
+def spread_positions(grid: Grid | None, count: int, observe: int) -> Tensor:
     """Places of queries spread over a map: the centres of about `observe` equal patches.
 
     Args:
@@ -105,12 +107,12 @@ def attention_mass(query: Tensor, keys: Tensor) -> Tensor:
     return logits.softmax(-1).sum(2)  # (B, K, M)
 
 
-def smooth(scores: Tensor, width: int) -> Tensor:
+def smooth_scores(scores: Tensor, width: int) -> Tensor:
     """The maximum over `width` neighbours, (B, K, M): neighbours of what matters tend to matter."""
     return F.max_pool1d(scores, width, stride=1, padding=width // 2) + TIE_BREAK * scores
 
 
-def best(scores: Tensor, capacity: int, always: Tensor) -> Tensor:
+def topk_positions(scores: Tensor, capacity: int, always: Tensor) -> Tensor:
     """The places with the highest scores, after those that stay by right.
 
     Args:

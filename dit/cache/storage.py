@@ -9,7 +9,7 @@ KV_DTYPES = ("auto", "int8")
 """How keys and values can be stored; "auto" is the number format of the model."""
 
 Stored = tuple[Tensor, ...]
-"""What `encode` makes: numbers (B, K, T, E), for int8 also factors (B, K, T, 1)."""
+"""What `quantize` makes: numbers (B, K, T, E), for int8 also factors (B, K, T, 1)."""
 
 
 def check_kv_dtype(kv_dtype: str) -> None:
@@ -18,7 +18,7 @@ def check_kv_dtype(kv_dtype: str) -> None:
         raise ValueError(f"kv_dtype {kv_dtype!r} is not known; use one of {', '.join(map(repr, KV_DTYPES))}")
 
 
-def encode(x: Tensor, kv_dtype: str) -> Stored:
+def quantize(x: Tensor, kv_dtype: str) -> Stored:
     """Write tokens down.
 
     Args:
@@ -32,7 +32,7 @@ def encode(x: Tensor, kv_dtype: str) -> Stored:
     return steps.round().clamp(-127, 127).to(torch.int8), factor
 
 
-def decode_into(stored: Stored, out: Tensor) -> None:
+def dequantize_into(stored: Stored, out: Tensor) -> None:
     """Read tokens back into `out` (B, K, T, E)."""
     if len(stored) == 1:
         out.copy_(stored[0])

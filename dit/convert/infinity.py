@@ -19,7 +19,7 @@ from torch import Tensor
 from dit.convert.autoencoder_cnn import AutoencoderLayout
 from dit.convert.keymap import Drop, KeyMapError, Rename, Reshape, Rule, Split, affine, convert, inverse
 from dit.convert.var import check_has, load_exactly, read_checkpoint, trainer_parts
-from dit.layers.resolutions import LADDERS, RUNGS
+from dit.layers.resolutions import NUM_SCALES, SCALE_SCHEDULES
 from dit.models.next_scale import NextScaleTransformer
 from dit.tokenizers.multi_scale_bsq import MultiScaleBSQ
 
@@ -37,14 +37,14 @@ def square_scales(resolution: str = "1M") -> tuple[int, ...]:
     """Sides of the token maps of square images, coarse to fine.
 
     Args:
-        resolution: a key of `dit.layers.resolutions.RUNGS`: "1M" is 1024 pixels (10521 tokens), "0.25M" 512.
+        resolution: a key of `dit.layers.resolutions.NUM_SCALES`: "1M" is 1024 pixels (10521 tokens), "0.25M" 512.
 
     Raises:
         ValueError: another one.
     """
-    if resolution not in RUNGS:
-        raise ValueError(f"resolution {resolution!r} is not published; use one of {', '.join(RUNGS)}")
-    return tuple(rows for rows, _ in LADDERS[1.0][: RUNGS[resolution]])
+    if resolution not in NUM_SCALES:
+        raise ValueError(f"resolution {resolution!r} is not published; use one of {', '.join(NUM_SCALES)}")
+    return tuple(rows for rows, _ in SCALE_SCHEDULES[1.0][: NUM_SCALES[resolution]])
 
 
 SCALES_1M = square_scales()

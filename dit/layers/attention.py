@@ -20,7 +20,7 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
-def turn(query: Tensor, key: Tensor, rotary: Rotary | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def apply_rotary_qk(query: Tensor, key: Tensor, rotary: Rotary | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Turn queries and keys (B, N, K, E) by their places, if any, and bring them to the values' dtype.
 
     Under autocast norms compute in float32, and kernels want one dtype.
@@ -81,7 +81,7 @@ class SelfAttnProcessor(AttnProcessor):
             key = attn.to_k(hidden_states)  # (B, N, D)
             value = attn.to_v(hidden_states)  # (B, N, D)
         query, key, value = (split_heads(x, attn.heads) for x in (query, key, value))  # (B, N, K, E)
-        query, key = turn(attn.norm_q(query), attn.norm_k(key), image_rotary_emb, value.dtype)
+        query, key = apply_rotary_qk(attn.norm_q(query), attn.norm_k(key), image_rotary_emb, value.dtype)
         return self.project_back(attn, self.attend(query, key, value, attention_mask))  # (B, N, D)
 
 

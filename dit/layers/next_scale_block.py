@@ -17,13 +17,13 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from dit.cache import Attend, ScaleKVCache
-from dit.layers.attention import AttnProcessor, split_heads, turn
+from dit.layers.attention import AttnProcessor, apply_rotary_qk, split_heads
 from dit.layers.feed_forward import FeedForward
 from dit.layers.linear import Linear
 from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
 from dit.layers.positions import Rotary
 
-MAX_SHARPNESS = 100.0
+MAX_ATTN_SCALE = 100.0
 """Upper limit of what a head multiplies its cosine similarities with."""
 
 KeyValue = tuple[Tensor, Tensor]
@@ -69,7 +69,7 @@ class NextScaleAttnProcessor(AttnProcessor):
         query = split_heads(attn.to_q(hidden_states), attn.heads)  # (B, N, K, E)
         key = split_heads(attn.to_k(hidden_states), attn.heads)  # (B, N, K, E)
         value = split_heads(attn.to_v(hidden_states), attn.heads)  # (B, N, K, E)
-        query, key = turn(*attn.normalize(query, key), rotary, value.dtype)
+        query, key = apply_rotary_qk(*attn.normalize(query, key), rotary, value.dtype)
         attend = partial(self.attend, attention_mask=attention_mask)
         out = attend(query, key, value) if cache is None else cache.attend(query, key, value, attend)  # (B, N, K, E)
         return self.project_back(attn, out)  # (B, N, D)
@@ -104,7 +104,7 @@ class NextScaleAttention(nn.Module, AttentionModuleMixin):
         """Make queries and keys (B, N, K, E) such that the usual softmax scale 1 / sqrt(E) gives the wanted scores."""
         if self.log_sharpness is None:
             return 0.25 * query, key
-        sharpness = self.log_sharpness.clamp(max=math.log(MAX_SHARPNESS)).exp() * math.sqrt(query.shape[-1])  # (K,)
+        sharpness = self.log_sharpness.clamp(max=math.log(MAX_ATTN_SCALE)).exp() * math.sqrt(query.shape[-1])  # (K,)
         return F.normalize(query, dim=-1) * sharpness[:, None].to(query.dtype), F.normalize(key, dim=-1)
 
     def forward(
@@ -129,7 +129,7 @@ class TextAttnProcessor(AttnProcessor):
         Args:
             attn: the layer that owns the projections.
             hidden_states: (B, N, D).
-            text: of `TextAttention.read`.
+            text: of `TextAttention.project_kv`.
             text_mask: bool, (B, M), True on real text tokens; None if all are.
 
         Returns:
@@ -162,7 +162,7 @@ class TextAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([Linear(hidden_size, hidden_size), nn.Identity()])
         self.set_processor(self._default_processor_cls())
 
-    def read(self, text: Tensor) -> KeyValue:
+    def project_kv(self, text: Tensor) -> KeyValue:
         """Keys and values of text (B, M, D), once an image."""
         key, value = self.to_k(text), self.to_v(text)  # (B, M, D) each
         return split_heads(key, self.heads), split_heads(value, self.heads)  # (B, M, K, E) each
@@ -172,10 +172,10 @@ class TextAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, text, text_mask)
 
 
-class TextPoolProcessor(AttnProcessor):
+class AttentivePoolProcessor(AttnProcessor):
     """Project keys and values, attend, project back. Replaceable through `set_attn_processor`."""
 
-    def __call__(self, pool: TextPool, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    def __call__(self, pool: AttentivePool, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Pool a text.
 
         Args:
@@ -191,7 +191,7 @@ class TextPoolProcessor(AttnProcessor):
         return pool.proj_out(self.attend(query, key, value, text_mask).flatten(1))  # (B, D)
 
 
-class TextPool(nn.Module, AttentionModuleMixin):
+class AttentivePool(nn.Module, AttentionModuleMixin):
     """Pool text into one vector: a learned query attends to its tokens (the reference's attentive pool).
 
     Args:
@@ -201,8 +201,8 @@ class TextPool(nn.Module, AttentionModuleMixin):
     """
 
     processor: Any  # diffusers lists only its own
-    _default_processor_cls: Any = TextPoolProcessor
-    _available_processors = [TextPoolProcessor]
+    _default_processor_cls: Any = AttentivePoolProcessor
+    _available_processors = [AttentivePoolProcessor]
     _supports_qkv_fusion = False
     is_cross_attention = True
 
@@ -216,7 +216,7 @@ class TextPool(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())
 
     def forward(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Pool; see `TextPoolProcessor` for the shapes."""
+        """Pool; see `AttentivePoolProcessor` for the shapes."""
         return self.processor(self, text, text_mask)
 
 
@@ -279,7 +279,7 @@ class NextScaleBlock(nn.Module):
             attention_mask: see `NextScaleAttnProcessor`.
             cache: see `NextScaleAttnProcessor`.
             rotary: see `NextScaleAttnProcessor`.
-            text: keys and values of `TextAttention.read`, for blocks that read text.
+            text: keys and values of `TextAttention.project_kv`, for blocks that read text.
             text_mask: see `TextAttnProcessor`.
 
         Returns:

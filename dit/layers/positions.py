@@ -93,7 +93,7 @@ def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 
-def coordinate_waves(grid: Sequence[int], num_frequencies: int, device: torch.device | None = None) -> Tensor:
+def fourier_positions(grid: Sequence[int], num_frequencies: int, device: torch.device | None = None) -> Tensor:
     """Waves of each token's place as a fraction of the canvas, so that 'left half' means the same at any size.
 
     Args:

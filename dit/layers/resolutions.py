@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit.layers.scales import Grid
 
-RUNGS = MappingProxyType({"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13})
+NUM_SCALES = MappingProxyType({"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13})
 """Rungs of the ladder that an image climbs, by its pixels in millions: 256, 512, 768 and 1024 squared."""
 
 _TALL = {
@@ -29,7 +29,7 @@ _TALL = {
 }
 
 
-def _ladders() -> dict[float, tuple[Grid, ...]]:
+def _scale_schedules() -> dict[float, tuple[Grid, ...]]:
     """Every ladder by its height over width; the wide ones are the tall ones lying down."""
     ladders: dict[float, tuple[Grid, ...]] = {}
     for ratio, text in _TALL.items():
@@ -39,18 +39,18 @@ def _ladders() -> dict[float, tuple[Grid, ...]]:
     return ladders
 
 
-LADDERS = MappingProxyType(_ladders())
+SCALE_SCHEDULES = MappingProxyType(_scale_schedules())
 """The 13 maps of each aspect ratio, height over width."""
 
 
 def nearest_ratio(height_over_width: float) -> float:
     """The published aspect ratio that is nearest."""
-    return min(LADDERS, key=lambda ratio: abs(ratio - height_over_width))
+    return min(SCALE_SCHEDULES, key=lambda ratio: abs(ratio - height_over_width))
 
 
 def published_schedules() -> dict[Grid, tuple[Grid, ...]]:
     """Every published schedule by its last map."""
-    return {ladder[rungs - 1]: ladder[:rungs] for ladder in LADDERS.values() for rungs in RUNGS.values()}
+    return {ladder[rungs - 1]: ladder[:rungs] for ladder in SCALE_SCHEDULES.values() for rungs in NUM_SCALES.values()}
 
 
 def reference_grid(grids: Sequence[Grid]) -> Grid:
@@ -64,8 +64,8 @@ def reference_grid(grids: Sequence[Grid]) -> Grid:
         its own last map.
     """
     given = tuple(grids)
-    for ladder in LADDERS.values():
-        if len(given) in RUNGS.values() and ladder[: len(given)] == given:
+    for ladder in SCALE_SCHEDULES.values():
+        if len(given) in NUM_SCALES.values() and ladder[: len(given)] == given:
             return ladder[-1]
     return given[-1]
 

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from dit.cache import CachePlan, KVProfile, Observer, ScaleKVCache, find_table, plan_cache
 from dit.layers.linear import Linear
 from dit.layers.modulation import AdaLNSingle, modulate
-from dit.layers.next_scale_block import KeyValue, LayerCache, NextScaleBlock, TextPool
+from dit.layers.next_scale_block import AttentivePool, KeyValue, LayerCache, NextScaleBlock
 from dit.layers.norms import RMSNorm
 from dit.layers.positions import Rotary, rotary_embedding
-from dit.layers.resolutions import LADDERS, reference_grid, scale_positions
+from dit.layers.resolutions import SCALE_SCHEDULES, reference_grid, scale_positions
 from dit.layers.scales import Grid, block_causal_mask, scale_grids, token_counts, token_scales, token_slices
 from dit.runtime._typing import Typed
 
@@ -61,7 +61,7 @@ def _infinity(depth: int, heads: int, head_dim: int, bits: int = 32, patchify: i
     """The configuration of an Infinity for images of about a million pixels."""
     width = heads * head_dim
     return {
-        "scales": tuple(rows for rows, _ in LADDERS[1.0]),
+        "scales": tuple(rows for rows, _ in SCALE_SCHEDULES[1.0]),
         "latent_channels": bits,
         "patchify": patchify,
         "num_layers": depth,
@@ -121,7 +121,7 @@ class NextScaleCondition:
             text_mask=None if self.text_mask is None else self.text_mask.index_select(0, rows),
         )
 
-    def for_block(self, layer: int) -> dict[str, Any]:
+    def block_kwargs(self, layer: int) -> dict[str, Any]:
         """What a block gets at every scale, by the names of `NextScaleBlock.forward`."""
         text = self.text[layer] if self.text else None
         return {"modulation": self.modulation[layer], "text": text, "text_mask": self.text_mask}
@@ -198,7 +198,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         else:
             self.null_text = nn.Parameter(torch.empty(text_max_length, text_dim))  # (M, Dt)
             self.text_norm = RMSNorm(text_dim, norm_eps)
-            self.text_pool = TextPool(text_dim, hidden_size, text_pool_heads)
+            self.text_pool = AttentivePool(text_dim, hidden_size, text_pool_heads)
             self.text_proj = PixArtAlphaTextProjection(text_dim, hidden_size)
         self.start_embed = nn.Parameter(torch.empty(self.slices[0].stop, hidden_size))  # (N0, D)
         learned = positions == "learned"
@@ -267,7 +267,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
     # without a call, is brought over by hand: `.to(device)` below does nothing elsewhere.
 
     @apply_forward_hook
-    def empty_text(self, length: int, batch_size: int = 1) -> Tensor:
+    def null_text_embeds(self, length: int, batch_size: int = 1) -> Tensor:
         """The learned text that stands for none, as guidance's other side: as long as the text it replaces.
 
         Args:
@@ -319,7 +319,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
             modulation=tuple(block.modulate_by(condition, shared) for block in self.transformer_blocks),
             modulation_out=self.modulation_out(F.silu(condition)).unflatten(-1, (2, -1)),  # (B, 2, D)
             grids=grids,
-            text=() if text is None else tuple(block.cross_attn.read(text) for block in self.transformer_blocks),
+            text=() if text is None else tuple(block.cross_attn.project_kv(text) for block in self.transformer_blocks),
             text_mask=encoder_attention_mask,
             rotary=self._rotary(grids, condition.device),
         )
@@ -467,7 +467,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
                 hidden_states,
                 cache=LayerCache(cache, layer, scale),
                 rotary=rotary,
-                **condition.for_block(layer),
+                **condition.block_kwargs(layer),
             )  # (B, N, D)
         return self._logits(hidden_states, condition)
 
@@ -485,7 +485,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
 
     def _drop_texts(self, text: Tensor) -> Tensor:
         """Replace some texts (B, M, Dt) by the empty one in training mode; the mask stays."""
-        empty = self.empty_text(text.shape[1]).to(text.dtype)  # (1, M, Dt)
+        empty = self.null_text_embeds(text.shape[1]).to(text.dtype)  # (1, M, Dt)
         return torch.where(self._dropped(text)[:, None, None], empty, text)  # (B, M, Dt)
 
     def _dropped(self, rows: Tensor) -> Tensor:
@@ -542,10 +542,10 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         tokens = tokens + self.scale_embed(token_scales(grids, device))  # (B, L, D)
         shared = {
             "attention_mask": block_causal_mask(grids, device),  # (1, 1, L, L)
-            "rotary": _joined(condition.rotary),
+            "rotary": _concat_rotary(condition.rotary),
         }
         for layer, block in enumerate(self.transformer_blocks):
-            inputs = {**condition.for_block(layer), **shared}
+            inputs = {**condition.block_kwargs(layer), **shared}
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(partial(block, **inputs), tokens)
             else:
@@ -554,7 +554,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)
 
 
-def _joined(rotary: tuple[Rotary, ...]) -> Rotary | None:
+def _concat_rotary(rotary: tuple[Rotary, ...]) -> Rotary | None:
     """The angles of all scales in one row, (cos, sin), each (L, E)."""
     if not rotary:
         return None

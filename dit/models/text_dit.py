@@ -23,7 +23,7 @@ from dit.layers.embeddings import TimestepEmbedding, patchify, sinusoidal_embedd
 from dit.layers.feed_forward import FeedForward
 from dit.layers.linear import Linear
 from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
-from dit.layers.positions import Rotary, coordinate_waves, grid_positions, rotary_embedding
+from dit.layers.positions import Rotary, fourier_positions, grid_positions, rotary_embedding
 from dit.runtime._typing import Typed
 from dit.runtime.diffusers_compat import registered_block
 
@@ -241,7 +241,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         tokens = self.patch_embed(patchify(latents, self.patch))  # (B, N, D)
         if self.coordinate_embed is None:
             return tokens
-        waves = coordinate_waves(grid, self.config.coordinate_frequencies, latents.device)  # (N, 6 F)
+        waves = fourier_positions(grid, self.config.coordinate_frequencies, latents.device)  # (N, 6 F)
         return tokens + self.coordinate_embed(waves.to(tokens.dtype))  # (B, N, D)
 
     def _embed_text(self, states: Tensor) -> Tensor:

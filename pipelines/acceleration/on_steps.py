@@ -118,24 +118,24 @@ class GuidanceCacheSwitch(Switch[GuidanceCachePart]):
 
     def apply(self, undo: Undo) -> None:
         """See `Switch.apply`."""
+        from sampling.guidance_caching import CachedGuidance
         from sampling.step_cache.forecasters import Newton, Reuse
-        from sampling.thrifty_guidance import ThriftyGuidance
 
         require_steps(self)
         forecaster = Newton(1) if self.part.forecaster == "newton" else Reuse()
-        self.mechanism = ThriftyGuidance(self.part.interval, self.part.every, forecaster)
+        self.mechanism = CachedGuidance(self.part.interval, self.part.every, forecaster)
         self.attachment = self.attach(self.mechanism, undo)
 
     def report(self) -> PartReport:
         """See `Switch.report`."""
         done = self.attachment.report()
-        computed, left_out = done["uncond_computed"], done["uncond_left_out"]
-        values = {"left_out": len(left_out), "steps": len(computed) + len(left_out), "computed_steps": computed}
+        computed, skipped = done["uncond_computed"], done["uncond_skipped"]
+        values = {"left_out": len(skipped), "steps": len(computed) + len(skipped), "computed_steps": computed}
         reasons = self.skips(self.attachment)
-        if not left_out and not reasons:
+        if not skipped and not reasons:
             key = "why.not_called" if not done["calls"] else "why.every_step_computed" if computed else "why.one_branch"
             reasons = [Reason(key)]
-        return self.make_report(values, bool(left_out), *reasons)
+        return self.make_report(values, bool(skipped), *reasons)
 
 
 class ParallelSwitch(Switch[ParallelPart]):

@@ -190,7 +190,7 @@ class StepCachePart(Part):
 
 
 class GuidanceCachePart(Part):
-    """Leave the unconditional branch out at some steps; see `sampling.thrifty_guidance`.
+    """Leave the unconditional branch out at some steps; see `sampling.guidance_caching`.
 
     Attributes:
         interval: lowest and highest sigma with guidance; None is everywhere.

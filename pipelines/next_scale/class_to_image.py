@@ -29,7 +29,7 @@ from pipelines.next_scale.options import (
 )
 from sampling.inference_search import TTSConfig
 from sampling.scale_acceleration import ScaleAcceleration
-from sampling.tokens import Generators, draw_tokens, guide_logits, mix_codes, ramp, truncate
+from sampling.tokens import Generators, guide_logits, mix_codes, ramp, sample_tokens, top_k_top_p_filter
 
 DEFAULT_GUIDANCE = 5.0
 """Guidance scale of a call that names none."""
@@ -201,7 +201,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
             guided=guided,
             guidance=(how.guidance_scale,) * count,
             guide=guide,
-            draw=lambda logits, scale, generator: self._draw(logits, ramp(scale, count), how, generator),
+            sample=lambda logits, scale, generator: self._draw(logits, ramp(scale, count), how, generator),
             grids=tuple(self.vae.grids),
             attention_kwargs=attention_kwargs,
         )
@@ -220,8 +220,8 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         Returns:
             Indices (B, N), and what to add to the image: the same, or mixed codebook entries (B, N, C).
         """
-        logits = truncate(logits, how.top_k, how.top_p, how.temperature)  # (B, N, V)
-        indices = draw_tokens(logits, generator)  # (B, N)
+        logits = top_k_top_p_filter(logits, how.top_k, how.top_p, how.temperature)  # (B, N, V)
+        indices = sample_tokens(logits, generator)  # (B, N)
         if not how.smooth:
             return indices, indices
         return indices, mix_codes(logits, self.vae.quantizer.codebook.weight, progress, generator)  # (B, N, C)

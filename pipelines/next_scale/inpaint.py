@@ -54,7 +54,7 @@ class KeptTokens:
         codebook = None if quantizer is None else quantizer.codebook.weight
         return cls(pixels, mask, tuple(codes.indices), tuple(kept_cells(mask, grid) for grid in grids), codebook)
 
-    def overrule(self, tokens: Tensor, scale: int, rows: Tensor) -> Tensor:
+    def token_override(self, tokens: Tensor, scale: int, rows: Tensor) -> Tensor:
         """Put the original's tokens back where they stay.
 
         Args:

@@ -100,7 +100,7 @@ class ScaleTask:
         guided: whether there are unconditional rows.
         guidance: guidance scale of each scale, unless a callback changes it.
         guide: joins conditional and unconditional logits (B, N, V), by the index of the scale and its guidance scale.
-        draw: from a scale's logits, its index and the generator to indices and what to add up.
+        sample: from a scale's logits, its index and the generator to indices and what to add up.
         grids: schedule of scales.
         flexible: whether the tokenizer takes the schedule at each call.
         attention_kwargs: passed on to the transformer.
@@ -112,7 +112,7 @@ class ScaleTask:
     guided: bool
     guidance: Sequence[float]
     guide: Callable[[Tensor, Tensor, int, float], Tensor]
-    draw: Callable[[Tensor, int, Generators], tuple[Tensor, Tensor]]
+    sample: Callable[[Tensor, int, Generators], tuple[Tensor, Tensor]]
     grids: tuple[Grid, ...]
     flexible: bool = False
     attention_kwargs: dict[str, Any] | None = None

@@ -22,7 +22,7 @@ from pipelines.loading.weight_values import is_finite
 from pipelines.next_scale.inpaint import KeptTokens
 from pipelines.next_scale.options import Callback, ScaleOptions, ScaleTask, needs_unconditional
 from sampling.inference_search import Reward, ScaleSearch, SearchResult, TTSConfig
-from sampling.next_scale import ScaleWalk, generate
+from sampling.next_scale import ScaleState, generate
 from sampling.scale_acceleration import AppliedAcceleration
 from sampling.tokens import Generators
 
@@ -77,9 +77,9 @@ class ScaleRun:
         """Generate all images at once; returns their latents (B, C, h, w)."""
         rows = torch.arange(self.task.count)  # (B,)
         with self._pruning(), self.pipe._stepping(self.num_scales) as bar:
-            walk = self._begin(rows, self.generator)
-            self._walk(walk, _Scales(self, bar, rows, None))
-        return walk.latents
+            state = self._begin(rows, self.generator)
+            self._walk(state, _Scales(self, bar, rows, None))
+        return state.latents
 
     def search(self, config: TTSConfig, reward: Reward) -> tuple[Tensor, list[SearchResult]]:
         """Search for each prompt in turn.
@@ -108,14 +108,14 @@ class ScaleRun:
             for first in firsts:
                 own = self.generator[first] if isinstance(self.generator, Sequence) else self.generator
                 rows = torch.full((max(batch_sizes),), first)  # (N,)
-                walk = self._begin(rows[: batch_sizes[0]], own)
+                state = self._begin(rows[: batch_sizes[0]], own)
                 search = ScaleSearch(config, reward, task.prompts[first], len(task.grids), self._shower(first), own)
-                self._walk(walk, _Scales(self, bar, rows, search))
+                self._walk(state, _Scales(self, bar, rows, search))
                 if self.pipe.interrupted:
                     break
-                result = search.finish(walk)
-                result.token_cost = sum(count * tokens for count, tokens in walk.steps) / per_picture
-                latents.append(walk.latents[: task.images_per_prompt])
+                result = search.finish(state)
+                result.token_cost = sum(count * tokens for count, tokens in state.steps) / per_picture
+                latents.append(state.latents[: task.images_per_prompt])
                 found.append(result)
         return (torch.cat(latents) if latents else self.pipe.vae.start_latents(0)), found
 
@@ -135,28 +135,28 @@ class ScaleRun:
 
     # --------------------------------------------------------------- one walk
 
-    def _begin(self, rows: Tensor, generator: Generators) -> ScaleWalk:
+    def _begin(self, rows: Tensor, generator: Generators) -> ScaleState:
         """Set out with some images (B',) of the task."""
         pipe, task, kept = self.pipe, self.task, self.kept
 
         def guide(cond: Tensor, uncond: Tensor, scale: int) -> Tensor:
             return task.guide(cond, uncond, scale, pipe.guidance_scale)
 
-        def draw(logits: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+        def sample(logits: Tensor, scale: int) -> tuple[Tensor, Tensor]:
             if not is_finite(logits):  # to draw from NaN would leave a CUDA device unusable
                 raise ValueError(
                     f"The network's logits at scale {scale} hold NaN or infinite values: its weights are damaged, or "
                     "overflow the number format. Try dtype float32 or bfloat16."
                 )
-            return task.draw(logits, scale, generator)
+            return task.sample(logits, scale, generator)
 
-        def overrule(tokens: Tensor, scale: int) -> Tensor:
-            return tokens if kept is None else kept.overrule(tokens, scale, rows[: len(tokens)].to(tokens.device))
+        def token_override(tokens: Tensor, scale: int) -> Tensor:
+            return tokens if kept is None else kept.token_override(tokens, scale, rows[: len(tokens)].to(tokens.device))
 
         rows = rows.to(pipe._execution_device)
         grids = task.grids if task.flexible else None
         total = len(rows) * (2 if task.guided else 1)
-        return ScaleWalk(
+        return ScaleState(
             pipe.transformer,
             pipe.vae,
             task.prepare(pipe.transformer, rows),
@@ -164,20 +164,20 @@ class ScaleRun:
             pipe.vae.start_latents(len(rows)) if grids is None else pipe.vae.start_latents(len(rows), grids),
             guided=task.guided,
             guide=guide,
-            draw=draw,
+            sample=sample,
             num_scales=len(task.grids),
             grids=grids,
             step_arguments={"attention_kwargs": task.attention_kwargs},
-            overrule=None if kept is None else overrule,
+            token_override=None if kept is None else token_override,
             keep_inputs=self.options.acceleration is not None and self.options.acceleration.refiner is not None,
         )
 
-    def _walk(self, walk: ScaleWalk, control: _Scales) -> None:
+    def _walk(self, state: ScaleState, control: _Scales) -> None:
         """Generate scale by scale, and keep the largest report of the cache."""
-        generate(walk, self.num_scales, control)
+        generate(state, self.num_scales, control)
         self.pipe._interrupted = self.pipe.interrupt
-        self.steps += walk.steps
-        report = replace(walk.cache.report(), peak_bytes=control.peak)
+        self.steps += state.steps
+        report = replace(state.cache.report(), peak_bytes=control.peak)
         if self.kv_report is None or report.peak_bytes > self.kv_report.peak_bytes:
             self.kv_report = report
 
@@ -227,29 +227,29 @@ class _Scales:
     def __post_init__(self) -> None:
         self.guidance = list(self.run.task.guidance)
 
-    def begin_scale(self, walk: ScaleWalk, scale: int) -> bool:
+    def begin_scale(self, state: ScaleState, scale: int) -> bool:
         """See `ScaleControl.begin_scale`."""
         pipe = self.run.pipe
         if pipe.interrupt:
             return False
         pipe._current_timestep, pipe._guidance_scale = torch.tensor(scale), self.guidance[scale]
         if self.search is not None:
-            self.search.before(walk, scale)
+            self.search.before(state, scale)
         if self.run.applied is not None:
-            self._accelerate(walk, self.run.applied, scale)
-        self.peak = max(self.peak, walk.cache.peak_nbytes)
+            self._accelerate(state, self.run.applied, scale)
+        self.peak = max(self.peak, state.cache.peak_nbytes)
         self.begun = time.perf_counter()
         return True
 
-    def end_scale(self, walk: ScaleWalk, scale: int, indices: Tensor) -> None:
+    def end_scale(self, state: ScaleState, scale: int, indices: Tensor) -> None:
         """See `ScaleControl.end_scale`."""
         run, pipe = self.run, self.run.pipe
         run.seconds += time.perf_counter() - self.begun
-        tensors = {"latents": walk.latents, "denoised_latents": walk.latents, "indices": indices}
+        tensors = {"latents": state.latents, "denoised_latents": state.latents, "indices": indices}
         returned = pipe.run_callback(run.callback, scale, torch.tensor(scale), run.callback_inputs, tensors)
-        walk.latents = returned["latents"]
+        state.latents = returned["latents"]
         if pipe.guidance_scale != self.guidance[scale]:
-            self._check_changed_guidance(walk, pipe.guidance_scale)
+            self._check_changed_guidance(state, pipe.guidance_scale)
             self.guidance[scale + 1 :] = [pipe.guidance_scale] * (len(self.guidance) - scale - 1)
         self.bar.update()
 
@@ -258,27 +258,27 @@ class _Scales:
         """See `ScaleControl.finish_now`."""
         return self.run.pipe.finish_now
 
-    def _accelerate(self, walk: ScaleWalk, applied: AppliedAcceleration, scale: int) -> None:
+    def _accelerate(self, state: ScaleState, applied: AppliedAcceleration, scale: int) -> None:
         """Do what an acceleration does ahead of a scale: hand over, drop the unconditional rows."""
         task, acceleration = self.run.task, self.run.options.acceleration
         if scale == 0 and applied.unguided:
-            inner = walk.guide
-            walk.guide = lambda cond, uncond, at: cond if at in applied.unguided else inner(cond, uncond, at)
+            inner = state.guide
+            state.guide = lambda cond, uncond, at: cond if at in applied.unguided else inner(cond, uncond, at)
         if scale == applied.guided_until:
-            walk.drop_guidance()
+            state.drop_guidance()
         if scale == applied.handover and acceleration is not None:
             refiner = acceleration.refiner
-            condition = task.prepare(refiner, self.rows[: walk.batch_size].to(walk.latents.device))
-            if task.guided and not walk.guided:
-                condition = condition.select(torch.arange(walk.batch_size, device=walk.latents.device))
-            total = walk.batch_size * (2 if walk.guided else 1)
-            walk.hand_over(refiner, condition, self.run.make_cache(refiner, total, applied.num_scales))
+            condition = task.prepare(refiner, self.rows[: state.batch_size].to(state.latents.device))
+            if task.guided and not state.guided:
+                condition = condition.select(torch.arange(state.batch_size, device=state.latents.device))
+            total = state.batch_size * (2 if state.guided else 1)
+            state.switch_model(refiner, condition, self.run.make_cache(refiner, total, applied.num_scales))
 
     @staticmethod
-    def _check_changed_guidance(walk: ScaleWalk, guidance_scale: float) -> None:
+    def _check_changed_guidance(state: ScaleState, guidance_scale: float) -> None:
         """Check the guidance that a callback has set for the scales to come."""
         check_number("guidance_scale", guidance_scale, 0.0, 100.0)
-        if needs_unconditional(guidance_scale) and not walk.guided:
+        if needs_unconditional(guidance_scale) and not state.guided:
             raise ValueError(
                 f"_guidance_scale={guidance_scale:g} was set while the unconditional branch does not run: begin "
                 "the call with guidance_scale above 1, and without an acceleration that ends guidance."

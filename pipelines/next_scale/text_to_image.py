@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dit.layers.resolutions import LADDERS, RUNGS, nearest_ratio, published_schedules
+from dit.layers.resolutions import NUM_SCALES, SCALE_SCHEDULES, nearest_ratio, published_schedules
 from dit.layers.scales import Grid
 from pipelines.base import OUTPUT_TYPES
 from pipelines.call_defaults import takes_call_defaults
@@ -32,7 +32,7 @@ from pipelines.next_scale.options import (
 )
 from sampling.inference_search import TTSConfig
 from sampling.scale_acceleration import ScaleAcceleration
-from sampling.tokens import Generators, draw_tokens, guide_logits, truncate
+from sampling.tokens import Generators, guide_logits, sample_tokens, top_k_top_p_filter
 
 DEFAULTS: Mapping[str, float] = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 0.0}
 """Settings of a call that neither the call nor the pipeline's configuration names."""
@@ -62,9 +62,9 @@ class ScaleSampling:
         check_count("top_k", self.top_k, 0, 2**31 - 1)
         check_number("top_p", self.top_p, 0.0, 1.0)
 
-    def draw(self, logits: Tensor, scale: int, generator: Generators) -> Tensor:
+    def sample(self, logits: Tensor, scale: int, generator: Generators) -> Tensor:
         """Draw a scale's tokens (B, N), or their bits (B, N, d), from logits (B, N, ..., V)."""
-        return draw_tokens(truncate(logits, self.top_k, self.top_p, self.temperature[scale]), generator)
+        return sample_tokens(top_k_top_p_filter(logits, self.top_k, self.top_p, self.temperature[scale]), generator)
 
 
 class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
@@ -320,10 +320,10 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
     def _schedule_of_ratio(self, height_over_width: float) -> tuple[Grid, ...]:
         """The published schedule of the nearest ratio, with as many scales as the model's own."""
         own = self.transformer.grids
-        if not self._is_flexible or len(own) not in RUNGS.values():
+        if not self._is_flexible or len(own) not in NUM_SCALES.values():
             rows, columns = (side * self.pixels_per_token for side in own[-1])
             raise ValueError(f"this model paints {rows} x {columns} pixels only: leave aspect_ratio away")
-        return LADDERS[nearest_ratio(height_over_width)][: len(own)]
+        return SCALE_SCHEDULES[nearest_ratio(height_over_width)][: len(own)]
 
     # --------------------------------------------------------------------- text
 
@@ -397,7 +397,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             max_length,
         )  # (B, M, Dt), (B, M), and the same again or None
         if guided and uncond is None:
-            uncond = self.transformer.empty_text(cond.shape[1], len(cond)).to(cond)  # (B, M, Dt)
+            uncond = self.transformer.null_text_embeds(cond.shape[1], len(cond)).to(cond)  # (B, M, Dt)
             uncond_mask = mask  # as long as the text it stands beside
         states, masks = cond, mask
         if uncond is not None and uncond_mask is not None:
@@ -432,8 +432,8 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
                 attention_kwargs=attention_kwargs,
             )
 
-        def draw(logits: Tensor, scale: int, generator: Generators) -> tuple[Tensor, Tensor]:
-            tokens = how.draw(logits, scale, generator)  # (B, N) or (B, N, d)
+        def sample(logits: Tensor, scale: int, generator: Generators) -> tuple[Tensor, Tensor]:
+            tokens = how.sample(logits, scale, generator)  # (B, N) or (B, N, d)
             return tokens, tokens
 
         return ScaleTask(
@@ -443,7 +443,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             guided=guided,
             guidance=how.guidance_scale,
             guide=lambda cond, uncond, _scale, guidance_scale: guide_logits(cond, uncond, max(guidance_scale - 1, 0.0)),
-            draw=draw,
+            sample=sample,
             grids=grids,
             flexible=self.transformer.config.bitwise,
             attention_kwargs=attention_kwargs,

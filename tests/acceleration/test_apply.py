@@ -12,10 +12,10 @@ from dit.runtime.hooks import attachments
 from pipelines import NextScaleClassToImagePipeline
 from pipelines.acceleration import AccelerationConfig, AccelerationError
 from pipelines.acceleration.texts import ENGLISH
+from sampling.guidance_caching import CachedGuidance
 from sampling.scale_acceleration import ScaleAcceleration
 from sampling.step_cache import StepCache
 from sampling.step_cache.gates import Mask
-from sampling.thrifty_guidance import ThriftyGuidance
 from tests.families.tiny import tiny_pipeline
 from tests.models import tiny_next_scale
 from tests.pipes.test_class_to_image import tiny_pipeline as class_pipeline
@@ -113,7 +113,7 @@ def test_both_caches_are_those_that_are_attached_by_hand(name: str) -> None:
     values = {"guidance_cache": {"interval": [0.0, 1e9], "every": 2}, "step_cache": "taylorseer:every=2,first=2"}
     _, fast, report = check(name, values)
     pipe = make(name)
-    by_hand = ThriftyGuidance((0.0, 1e9), 2)
+    by_hand = CachedGuidance((0.0, 1e9), 2)
     with StepCache.preset("taylorseer", every=2, first=2).attach(pipe), by_hand.attach(pipe):
         assert torch.equal(generate(pipe, name), fast)
     assert [one.is_active for one in report.parts] == [True, True]

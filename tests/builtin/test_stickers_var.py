@@ -60,7 +60,7 @@ def test_its_scorer_chooses_among_candidates(pipe):
     found = pipe("a red apple on white", generator=seeds(1)[0], search=config, output_type="pt")
     (result,) = found.search
     assert result.rewards.tolist() == sorted(result.rewards.tolist(), reverse=True)
-    assert torch.allclose(found.images[0].cpu(), result.pictures[0], atol=1 / 255)
+    assert torch.allclose(found.images[0].cpu(), result.images[0], atol=1 / 255)
     assert result.token_cost == pytest.approx(3)
 
 

@@ -39,23 +39,23 @@ class SlowCache:
         if self.policy == "streaming":
             first = min(self.sinks, capacity // 2)
             return [*range(first), *range(length - capacity + first, length)]
-        watchers = self.watchers(count)
+        observers = self.observers(count)
         mass = [0.0] * length
-        for w in watchers:
+        for w in observers:
             logits = [float(query[w] @ key) / math.sqrt(len(key)) for key in keys]
             top = max(logits)
             weights = [math.exp(one - top) for one in logits]
             for j, weight in enumerate(weights):
                 mass[j] += weight / sum(weights)
         half = self.pool // 2
-        smooth = [max(mass[max(j - half, 0) : j + half + 1]) + 1e-3 * mass[j] for j in range(length)]
-        always = [length - count + w for w in watchers[len(watchers) - min(len(watchers), capacity // 2) :]]
+        smooth_scores = [max(mass[max(j - half, 0) : j + half + 1]) + 1e-3 * mass[j] for j in range(length)]
+        always = [length - count + w for w in observers[len(observers) - min(len(observers), capacity // 2) :]]
         if capacity == 1:
             always = []
-        rest = sorted((j for j in range(length) if j not in always), key=lambda j: -smooth[j])
+        rest = sorted((j for j in range(length) if j not in always), key=lambda j: -smooth_scores[j])
         return sorted([*always, *rest[: capacity - len(always)]])
 
-    def watchers(self, count: int) -> list[int]:
+    def observers(self, count: int) -> list[int]:
         """Of square maps."""
         if count <= self.observe:
             return list(range(count))

@@ -105,7 +105,7 @@ def test_profiles_are_kept_in_files_and_belong_to_their_network(tmp_path: Path) 
     found.save(path, model)
     again = KVProfile.load(path, transformer())
     assert torch.equal(again.lost, found.lost)
-    assert (again.grids, again.pictures) == (found.grids, len(ref.LABELS))
+    assert (again.grids, again.images) == (found.grids, len(ref.LABELS))
     plan = model.plan_cache("scalekv", 0.3, profile=again)
     assert plan == plan_cache("scalekv", token_counts(model.grids), model.config.num_layers, 0.3, profile=found)
     with pytest.raises(ArtifactError, match="another architecture"):
@@ -114,7 +114,7 @@ def test_profiles_are_kept_in_files_and_belong_to_their_network(tmp_path: Path) 
     other.proj_out.weight.data.add_(1.0)
     with pytest.raises(ArtifactError, match="any_weights"):
         KVProfile.load(path, other)
-    assert KVProfile.load(path, other, any_weights=True).pictures == len(ref.LABELS)
+    assert KVProfile.load(path, other, any_weights=True).images == len(ref.LABELS)
 
 
 def test_a_compressed_run_cannot_calibrate() -> None:

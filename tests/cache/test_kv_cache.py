@@ -75,7 +75,7 @@ def test_attending_equals_appending() -> None:
         for layer, (key, value) in enumerate(parts(scale)):
             seen = one.append(layer, scale, key, value)
             expected = attention(key, *seen)
-            one.settle(layer, key, *seen)
+            one.evict(layer, key, *seen)
             assert torch.allclose(other.attend(layer, scale, key, key, value, attention), expected, atol=1e-6)
             assert other.length(layer) == one.length(layer)
     assert one.nbytes == other.nbytes == 0

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dit.cache import POLICIES, CachePlan, ScaleKVCache, plan_cache
 from dit.cache.plan import TABLES, find_table, histories
-from dit.cache.policies import smooth, spread_over
+from dit.cache.policies import smooth_scores, spread_positions
 from dit.layers.scales import scale_grids, token_counts
 from tests.cache.reference import SlowCache
 
@@ -47,7 +47,7 @@ def run(cache: ScaleKVCache, scales: int = len(COUNTS)) -> list[tuple[Tensor, Te
             query, key, value = draw(scale, layer)
             seen = cache.append(layer, scale, key, value)
             rows.append((seen[0].clone(), seen[1].clone()))
-            cache.settle(layer, query, *seen)
+            cache.evict(layer, query, *seen)
     return rows
 
 
@@ -84,7 +84,7 @@ def test_keeps_to_the_budget(policy: str, budget: float) -> None:
 def run_scale(cache: ScaleKVCache, scale: int) -> None:
     for layer in range(LAYERS):
         query, key, value = draw(scale, layer)
-        cache.settle(layer, query, *cache.append(layer, scale, key, value))
+        cache.evict(layer, query, *cache.append(layer, scale, key, value))
 
 
 @pytest.mark.parametrize("policy", COMPRESSING)
@@ -101,10 +101,10 @@ def test_the_peak_is_what_is_really_held() -> None:
     for scale in range(len(COUNTS)):
         for layer in range(LAYERS):
             query, key, value = draw(scale, layer)
-            cache.settle(layer, query, *cache.append(layer, scale, key, value))
+            cache.evict(layer, query, *cache.append(layer, scale, key, value))
             held.append(sum(pair[0][0].nbytes + pair[1][0].nbytes for pair in cache._buffers.kept if pair))
-    assert max(held) == cache.plan.most_stored() * token
-    assert cache.peak_nbytes == max(held) + cache._buffers.room.nbytes
+    assert max(held) == cache.plan.max_stored() * token
+    assert cache.peak_nbytes == max(held) + cache._buffers.workspace.nbytes
 
 
 @pytest.mark.parametrize(("name", "bars"), [("Infinity-2B", (0.102, 0.25)), ("Infinity-8B", (0.102, 0.25))])
@@ -139,7 +139,7 @@ def test_eight_bits_take_half_of_bfloat16_and_stay_close() -> None:
     for cache in (small, large):
         for layer in range(LAYERS):
             part = torch.zeros(ROWS, 1, HEADS, 64, dtype=torch.bfloat16)
-            cache.settle(layer, part, *cache.append(layer, 0, part, part))
+            cache.evict(layer, part, *cache.append(layer, 0, part, part))
     assert small.nbytes / large.nbytes == (64 + 2) / 128
     assert small.stored(0)[0].abs().max() == 0
 
@@ -179,18 +179,18 @@ def test_pruned_scales_bring_fewer_tokens() -> None:
         query, key, value = (x[:, :4] for x in draw(2, 0))
         seen = cache.append(0, 2, key, value)
         assert seen[0].shape[1] == 9
-        cache.settle(0, query, *seen)
+        cache.evict(0, query, *seen)
 
 
 def test_observing_queries_are_the_centres_of_patches() -> None:
-    assert spread_over((4, 4), 16, 4).tolist() == [0, 2, 8, 10]
-    assert spread_over((8, 8), 64, 16).tolist() == [8 * y + x for y in (0, 2, 4, 6) for x in (0, 2, 4, 6)]
-    wide = spread_over((4, 16), 64, 16)
+    assert spread_positions((4, 4), 16, 4).tolist() == [0, 2, 8, 10]
+    assert spread_positions((8, 8), 64, 16).tolist() == [8 * y + x for y in (0, 2, 4, 6) for x in (0, 2, 4, 6)]
+    wide = spread_positions((4, 16), 64, 16)
     assert len(wide) == 16
     assert len({int(i) // 16 for i in wide}) == 2
-    assert spread_over((2, 2), 4, 16).tolist() == [0, 1, 2, 3]
-    assert len(spread_over(None, 50, 7)) == 7
-    smoothed = smooth(torch.tensor([[[0.0, 1, 0, 0, 2]]]), 3)
+    assert spread_positions((2, 2), 4, 16).tolist() == [0, 1, 2, 3]
+    assert len(spread_positions(None, 50, 7)) == 7
+    smoothed = smooth_scores(torch.tensor([[[0.0, 1, 0, 0, 2]]]), 3)
     assert torch.allclose(smoothed, torch.tensor([[[1.0, 1.001, 1, 2, 2.002]]]))
 
 
@@ -229,6 +229,6 @@ def test_plans_of_other_schedules_and_unfinished_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="not settled"):
         cache.append(1, 0, key, value)
     with pytest.raises(ValueError, match="in pairs"):
-        cache.settle(1, key, *row)
+        cache.evict(1, key, *row)
     with pytest.raises(ValueError, match="between two scales"):
         cache.compress(replace(plan, policy="streaming"))

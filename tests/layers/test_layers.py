@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dit.layers.embeddings import patchify, sinusoidal_embedding, unpatchify
 from dit.layers.feed_forward import FeedForward
 from dit.layers.norms import RMSNorm
-from dit.layers.positions import apply_rotary, coordinate_waves, grid_positions, rotary_embedding, sincos_2d
+from dit.layers.positions import apply_rotary, fourier_positions, grid_positions, rotary_embedding, sincos_2d
 
 small = st.integers(1, 3)
 
@@ -66,7 +66,7 @@ def test_rotary_axes_must_match():
 
 def test_coordinate_waves_mean_the_same_at_any_size():
     """The middle of a 3-wide canvas and that of a 9-wide one get the same waves."""
-    small, large = coordinate_waves((1, 3), 4), coordinate_waves((1, 9), 4)
+    small, large = fourier_positions((1, 3), 4), fourier_positions((1, 9), 4)
     torch.testing.assert_close(small[1], large[4])
 
 

@@ -99,7 +99,7 @@ def test_texts_are_dropped_in_training_only() -> None:
     model = NextScaleTransformer(**{**ref.config("wide"), "num_layers": 1, "class_dropout_prob": 0.5})
     states = torch.zeros(400, 3, ref.TEXT)
     dropped = model.train()._drop_texts(states)
-    is_empty = (dropped == model.empty_text(3)).all(dim=(1, 2))
+    is_empty = (dropped == model.null_text_embeds(3)).all(dim=(1, 2))
     assert 0.4 < is_empty.float().mean() < 0.6
     assert torch.equal(dropped[~is_empty], states[~is_empty])
     assert torch.equal(model.eval()._drop_texts(states), states)
@@ -163,7 +163,7 @@ def test_wrong_inputs_are_named() -> None:
     with pytest.raises(ValueError, match="encoder_hidden_states and no class_labels"):
         model.prepare_condition(torch.tensor([1]))
     with pytest.raises(ValueError, match="expected 1 to 12"):
-        model.empty_text(13)
+        model.null_text_embeds(13)
     with pytest.raises(ValueError, match="at most 15 scales"):
         model.prepare_condition(None, states, mask, grids=[(1, 1)] * 16)
     with pytest.raises(ValueError, match="first of size"):
@@ -180,19 +180,19 @@ def test_wrong_inputs_are_named() -> None:
 
 
 def test_ladders_are_the_published_ones() -> None:
-    assert len(resolutions.LADDERS) == 15
-    assert sum(token_counts(resolutions.LADDERS[1.0])) == 10521
-    assert resolutions.LADDERS[0.571][-1] == (48, 84)
-    for ratio, ladder in resolutions.LADDERS.items():
+    assert len(resolutions.SCALE_SCHEDULES) == 15
+    assert sum(token_counts(resolutions.SCALE_SCHEDULES[1.0])) == 10521
+    assert resolutions.SCALE_SCHEDULES[0.571][-1] == (48, 84)
+    for ratio, ladder in resolutions.SCALE_SCHEDULES.items():
         assert scale_grids(ladder) == ladder
-        for rungs in resolutions.RUNGS.values():
+        for rungs in resolutions.NUM_SCALES.values():
             rows, columns = ladder[rungs - 1]
             assert abs(rows / columns - ratio) < 0.01
 
 
 def test_the_nearest_ratio_and_its_reference() -> None:
     assert [resolutions.nearest_ratio(one) for one in (1.0, 9 / 16, 0.1, 10.0)] == [1.0, 0.571, 0.333, 3.0]
-    assert resolutions.reference_grid(resolutions.LADDERS[1.5][:7]) == (78, 52)
+    assert resolutions.reference_grid(resolutions.SCALE_SCHEDULES[1.5][:7]) == (78, 52)
     assert resolutions.reference_grid(((1, 1), (3, 5))) == (3, 5)
 
 

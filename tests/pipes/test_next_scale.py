@@ -164,26 +164,26 @@ def test_a_tokenizer_of_another_schedule_is_refused() -> None:
 
 def test_top_k_keeps_ties_and_the_rest_is_ruled_out() -> None:
     logits = torch.tensor([[[3.0, 1.0, 2.0, 2.0, 0.0]]])
-    assert torch.isfinite(sampling.keep_top_k(logits, 2)).tolist() == [[[True, False, True, True, False]]]
+    assert torch.isfinite(sampling.top_k_filter(logits, 2)).tolist() == [[[True, False, True, True, False]]]
     for everything in (0, 5, 900):
-        assert sampling.keep_top_k(logits, everything) is logits
+        assert sampling.top_k_filter(logits, everything) is logits
 
 
 def test_top_p_drops_the_tail_but_never_all() -> None:
     logits = torch.tensor([[[0.5, 0.3, 0.15, 0.05]]]).log()
-    assert torch.isfinite(sampling.keep_top_p(logits, 0.9)).tolist() == [[[True, True, True, False]]]
-    assert torch.isfinite(sampling.keep_top_p(logits, 0.6)).tolist() == [[[True, True, False, False]]]
-    assert torch.isfinite(sampling.keep_top_p(logits, 1e-9)).tolist() == [[[True, False, False, False]]]
-    assert sampling.keep_top_p(logits, 0.0) is logits
+    assert torch.isfinite(sampling.top_p_filter(logits, 0.9)).tolist() == [[[True, True, True, False]]]
+    assert torch.isfinite(sampling.top_p_filter(logits, 0.6)).tolist() == [[[True, True, False, False]]]
+    assert torch.isfinite(sampling.top_p_filter(logits, 1e-9)).tolist() == [[[True, False, False, False]]]
+    assert sampling.top_p_filter(logits, 0.0) is logits
 
 
 def test_draws_follow_the_probabilities() -> None:
     shares = torch.tensor([0.6, 0.3, 0.1, 0.0])
-    drawn = sampling.draw_tokens(shares.log().expand(2, 4000, 4), seeded())
+    drawn = sampling.sample_tokens(shares.log().expand(2, 4000, 4), seeded())
     found = torch.bincount(drawn.flatten(), minlength=4) / drawn.numel()
     assert torch.allclose(found, shares, atol=0.03)
-    cold = sampling.truncate(shares.log().expand(1, 500, 4), temperature=0.05)
-    assert not sampling.draw_tokens(cold, seeded()).any()
+    cold = sampling.top_k_top_p_filter(shares.log().expand(1, 500, 4), temperature=0.05)
+    assert not sampling.sample_tokens(cold, seeded()).any()
 
 
 def test_mixtures_sharpen_with_progress() -> None:

@@ -68,7 +68,7 @@ def test_scalekv_is_calibrated_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="calibrate any other model once"):
         pipe([1], kv_policy="scalekv")
     profile = pipe.calibrate_kv([1, 2, 3], generator=seeded(), path=file, observe=4)
-    assert profile.pictures == 6  # both branches
+    assert profile.images == 6  # both branches
     exact = pipe([1], generator=seeded(), output_type="latent").images
     some = pipe([1], generator=seeded(), output_type="latent", kv_policy="scalekv", kv_budget=0.3).images
     assert pipe.kv_report.share == pytest.approx(0.3, abs=0.05)
@@ -241,7 +241,7 @@ def test_search_returns_the_best_of_its_candidates(pipe: NextScaleClassToImagePi
     assert out.images.shape == (2, 3, 64, 64)
     for found, picture, prompt in zip(out.search, out.images, ("cat", "5"), strict=True):
         assert found.prompt == prompt
-        assert [(s.scale, s.kind, len(s.pictures), len(s.survivors)) for s in found.selections] == [
+        assert [(s.scale, s.kind, len(s.images), len(s.survivors)) for s in found.selections] == [
             (2, "cluster", 6, 3),
             (3, "resample", 3, 2),
             (4, "final", 2, 2),
@@ -249,7 +249,7 @@ def test_search_returns_the_best_of_its_candidates(pipe: NextScaleClassToImagePi
         assert found.token_cost == pytest.approx((6 * 1 + 6 * 4 + 3 * 9 + 2 * 16) / 30)
         assert found.rewards[0] >= found.rewards[1]
         assert redness(picture[None], [""])[0] == pytest.approx(found.rewards[0].item(), abs=1e-3)
-        assert torch.allclose(picture, found.pictures[0], atol=1e-6)
+        assert torch.allclose(picture, found.images[0], atol=1e-6)
     alone = pipe([5], search=config, generator=[seeded(2)], output_type="pt")
     assert torch.allclose(alone.images[0], out.images[1], atol=1e-3)
 
@@ -275,7 +275,7 @@ def test_editing_and_accelerations_go_with_search(pipe: NextScaleClassToImagePip
     how = ScaleAcceleration(skip_last=1, unguided=(-2,), refiner=transformer(), refine_from=1)
     out = pipe([1], search=config, acceleration=how, image=original, mask_image=mask, generator=seeded())
     assert np.array_equal(np.array(out.images[0])[:, 32:], np.array(original)[:, 32:])
-    assert len(out.search[0].pictures) == 3
+    assert len(out.search[0].images) == 3
     several = pipe([1], search=config, num_images_per_prompt=2, generator=seeded())
     assert len(several.images) == 2
 

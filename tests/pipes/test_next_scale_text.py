@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit.layers.resolutions import LADDERS
+from dit.layers.resolutions import SCALE_SCHEDULES
 from dit.models.next_scale import NextScaleTransformer
 from pipelines import NextScaleClassToImagePipeline, NextScaleTextToImagePipeline, load_pipeline
 from tests.models import infinity_reference as ref
@@ -107,8 +107,8 @@ def test_equals_the_released_sampler(case: str, name: str) -> None:
 
 def test_sizes_and_aspect_ratios(pipe: NextScaleTextToImagePipeline) -> None:
     assert pipe("a cat").images[0].size == (336, 224)
-    assert pipe.resolve_schedule(aspect_ratio=16 / 9) == LADDERS[0.571][:7]
-    assert pipe.resolve_schedule(512, 512) == LADDERS[1.0][:10]
+    assert pipe.resolve_schedule(aspect_ratio=16 / 9) == SCALE_SCHEDULES[0.571][:7]
+    assert pipe.resolve_schedule(512, 512) == SCALE_SCHEDULES[1.0][:10]
     square = pipe("a cat", height=256, width=256, output_type="pt").images
     assert square.shape == (1, 3, 256, 256)
     with pytest.raises(ValueError, match="Nearest: height=256, width=256"):

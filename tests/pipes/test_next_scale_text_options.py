@@ -9,7 +9,7 @@ from torch import Tensor
 from pipelines import NextScaleTextToImagePipeline
 from sampling.inference_search import TTSConfig
 from sampling.scale_acceleration import ScaleAcceleration
-from sampling.token_pruning import TokenPruning, choose_detailed, fill
+from sampling.token_pruning import TokenPruning, fill, select_high_frequency
 from tests.pipes.test_next_scale_text import of_bits, seeded
 
 PROMPT = "a red apple"
@@ -73,7 +73,7 @@ def test_pruned_queries_keep_their_places(pipe: NextScaleTextToImagePipeline) ->
 def test_gaps_are_filled_from_the_earlier_map() -> None:
     x = torch.zeros(1, 16, 2)
     x[0, [3, 8]] = 5.0
-    places = choose_detailed(x, 2)
+    places = select_high_frequency(x, 2)
     assert places.tolist() == [[3, 8]]
     earlier = torch.arange(4.0)[None, :, None].expand(1, 4, 2)  # a map of 2 x 2
     whole = fill(torch.full((1, 2, 2), 9.0), places, earlier, (4, 4), (2, 2))

@@ -23,7 +23,7 @@ from sampling.inference_search import (
     stretch,
     token_cost,
 )
-from sampling.next_scale import ScaleWalk, generate
+from sampling.next_scale import ScaleState, generate
 from sampling.rewards import ClipReward
 
 INFINITY = token_counts(scale_grids((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)))
@@ -126,7 +126,7 @@ class Echo:
     def step(self, codes: Tensor | None, scale: int, condition: "Names", cache: ScaleKVCache) -> Tensor:
         rows, count = len(condition.names), self.counts[scale]
         keys, values = cache.append(0, scale, *(2 * (condition.names.view(-1, 1, 1, 1).expand(rows, count, 1, 1),)))
-        cache.settle(0, keys, keys, values)
+        cache.evict(0, keys, keys, values)
         assert torch.equal(keys[:, 0, 0, 0], condition.names)  # what is cached moved with its row
         return condition.names.view(-1, 1, 1).expand(rows, count, 2)
 
@@ -151,9 +151,9 @@ class Sum:
         return latents + tokens[:, :1, None, None]
 
 
-def walk_of(names: list[float], counts: tuple[int, ...]) -> ScaleWalk:
+def walk_of(names: list[float], counts: tuple[int, ...]) -> ScaleState:
     both = torch.tensor([*names, *(-one for one in names)])
-    return ScaleWalk(
+    return ScaleState(
         Echo(counts),
         Sum(),
         Names(both),
@@ -161,7 +161,7 @@ def walk_of(names: list[float], counts: tuple[int, ...]) -> ScaleWalk:
         torch.zeros(len(names), 1, 1, 1),
         guided=True,
         guide=lambda cond, uncond, scale: cond - uncond,  # twice the name, if the branches still belong together
-        draw=lambda logits, scale: (logits[..., 0].long(), logits[..., 0]),
+        sample=lambda logits, scale: (logits[..., 0].long(), logits[..., 0]),
         num_scales=len(counts),
     )
 
@@ -178,26 +178,26 @@ def test_latents_condition_and_cache_move_together(method: str) -> None:
         strength=0.3,
         features=lambda pictures: pictures.flatten(1),
     )
-    walk = walk_of([1.0, 2.0, 3.0, 4.0], counts)
+    state = walk_of([1.0, 2.0, 3.0, 4.0], counts)
     search = ScaleSearch(config, config.reward, "", 4, lambda latents: latents, torch.Generator().manual_seed(0))
 
     class Choosing:
         finish_now = False
 
-        def begin_scale(self, walk: ScaleWalk, scale: int) -> bool:
-            search.before(walk, scale)
+        def begin_scale(self, state: ScaleState, scale: int) -> bool:
+            search.before(state, scale)
             return True
 
-        def end_scale(self, walk: ScaleWalk, scale: int, indices: torch.Tensor) -> None:
-            assert torch.equal(walk.latents.flatten(), 2 * (scale + 1) * walk.condition.names[: walk.batch_size])
+        def end_scale(self, state: ScaleState, scale: int, indices: torch.Tensor) -> None:
+            assert torch.equal(state.latents.flatten(), 2 * (scale + 1) * state.condition.names[: state.batch_size])
 
-    generate(walk, 4, Choosing())
-    assert walk.steps == [(8, 1), (8, 4), (6, 9), (4, 16)]
-    found = search.finish(walk)
+    generate(state, 4, Choosing())
+    assert state.steps == [(8, 1), (8, 4), (6, 9), (4, 16)]
+    found = search.finish(state)
     assert found.rewards.tolist() == sorted(found.rewards.tolist(), reverse=True)
     if method == "beam":  # the best two branch to three, then the best two go on
         assert [selection.survivors.tolist() for selection in found.selections[:-1]] == [[3, 2, 3], [0, 2]]
-    assert torch.equal(walk.latents.flatten(), found.rewards)
+    assert torch.equal(state.latents.flatten(), found.rewards)
 
 
 @pytest.mark.parametrize("cost", [1, 1.2, 1.5, 2, 7 / 3, 2.5, 3, 4, 6.3])

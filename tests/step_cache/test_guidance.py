@@ -10,10 +10,10 @@ from diffusers.guiders import ClassifierFreeGuidance
 
 from dit.runtime.hooks import attachments
 from sampling.few_step import few_step, few_step_names
+from sampling.guidance_caching import CachedGuidance, guider_interval
 from sampling.schedulers import FlowMatchAB2Scheduler
 from sampling.step_cache import StepCache
 from sampling.step_cache.gates import Mask
-from sampling.thrifty_guidance import ThriftyGuidance, guider_interval
 from tests.families.tiny import tiny_pipeline
 from tests.runtime.truth import guided_call
 
@@ -40,12 +40,12 @@ def rows(pipe: Any) -> list[int]:
 def test_guidance_everywhere_and_nowhere(name: str) -> None:
     pipe = tiny_pipeline(name)
     guided, plain = paint(pipe, name), paint(pipe, name, guided=False)
-    with ThriftyGuidance().attach(pipe) as attached:
+    with CachedGuidance().attach(pipe) as attached:
         assert torch.equal(paint(pipe, name), guided)
-        assert attached.report()["uncond_left_out"] == []
-    with ThriftyGuidance(interval=(1e6, 1e7)).attach(pipe) as attached:
+        assert attached.report()["uncond_skipped"] == []
+    with CachedGuidance(interval=(1e6, 1e7)).attach(pipe) as attached:
         torch.testing.assert_close(paint(pipe, name), plain, rtol=1e-4, atol=1e-4)
-        assert attached.report()["uncond_left_out"] == list(range(STEPS))
+        assert attached.report()["uncond_skipped"] == list(range(STEPS))
         assert attached.report()["inactive"] == {}
     assert torch.equal(paint(pipe, name), guided)
 
@@ -54,7 +54,7 @@ def test_interval_is_that_of_our_own_pipeline_and_saves_its_calls() -> None:
     pipe = tiny_pipeline("text_dit")
     ours = paint(pipe, "text_dit", guidance_interval=(0.3, 0.9))
     sizes = rows(pipe)
-    with ThriftyGuidance(interval=(0.3, 0.9)).attach(pipe) as attached:
+    with CachedGuidance(interval=(0.3, 0.9)).attach(pipe) as attached:
         torch.testing.assert_close(paint(pipe, "text_dit"), ours, rtol=1e-4, atol=1e-5)
         steps = attached.report()["uncond_computed"]
     assert 0 < len(steps) < STEPS
@@ -65,21 +65,21 @@ def test_interval_is_that_of_our_own_pipeline_and_saves_its_calls() -> None:
 def test_old_differences_stand_in(name: str) -> None:
     pipe = tiny_pipeline(name)
     exact = paint(pipe, name)
-    with ThriftyGuidance(every=2).attach(pipe) as attached:
-        thrifty = paint(pipe, name)
+    with CachedGuidance(every=2).attach(pipe) as attached:
+        guidance_cached = paint(pipe, name)
         report = attached.report()
         again = paint(pipe, name)
     assert report["uncond_computed"] == [0, 1, 2, 4]
-    assert report["uncond_left_out"] == [3, 5]
-    assert torch.equal(thrifty, again)
+    assert report["uncond_skipped"] == [3, 5]
+    assert torch.equal(guidance_cached, again)
     unguided = paint(pipe, name, guided=False)
-    assert 0 < (thrifty - exact).norm() < 0.5 * (unguided - exact).norm()
+    assert 0 < (guidance_cached - exact).norm() < 0.5 * (unguided - exact).norm()
 
 
 def test_beside_a_step_cache() -> None:
     pipe = tiny_pipeline("text_dit")
     cache = StepCache(Mask((True, True, False, True, False, True)))
-    with cache.attach(pipe) as cached, ThriftyGuidance(interval=(0.0, 0.9)).attach(pipe):
+    with cache.attach(pipe) as cached, CachedGuidance(interval=(0.0, 0.9)).attach(pipe):
         one, two = paint(pipe, "text_dit"), paint(pipe, "text_dit")
         strips = cached.report()["strip"]
     assert attachments(pipe) == [], "a step tracker was left behind"
@@ -89,9 +89,9 @@ def test_beside_a_step_cache() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="is empty"):
-        ThriftyGuidance(interval=(0.9, 0.1))
+        CachedGuidance(interval=(0.9, 0.1))
     with pytest.raises(ValueError, match="every is 0"):
-        ThriftyGuidance(every=0)
+        CachedGuidance(every=0)
     with pytest.raises(ValueError, match="no step"):
         guider_interval([1.0, 0.5], (2.0, 3.0))
 

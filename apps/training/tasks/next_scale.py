@@ -15,7 +15,7 @@ from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.latent_pool import KINDS, Encode, encode_tokens
 from apps.training.tasks.text_to_image import Stage, TextToImageData, TextToImageTask
 from apps.training.text_encoder import TextModel, tokenize
-from dit.layers.positions import coordinate_waves
+from dit.layers.positions import fourier_positions
 from dit.layers.scales import token_counts
 from dit.models.next_scale import NextScaleTransformer
 from sampling.objectives import next_scale_loss
@@ -233,6 +233,6 @@ class NextScaleTask(TextToImageTask):
 @torch.no_grad()
 def _start_from_waves(transformer: NextScaleTransformer) -> None:
     """Starts learned positions as random mixtures of waves of the place, so that scales know of each other's places."""
-    waves = torch.cat([coordinate_waves(grid, WAVES) for grid in transformer.grids])  # (L, 4 W)
+    waves = torch.cat([fourier_positions(grid, WAVES) for grid in transformer.grids])  # (L, 4 W)
     mix = torch.randn(waves.shape[1], transformer.hidden_size) / waves.shape[1] ** 0.5  # (4 W, D)
     transformer.pos_embed.copy_(waves @ mix * transformer.pos_embed.std() * 2)  # type: ignore[union-attr]

@@ -25,7 +25,7 @@ from sampling.step_cache.values import Rebuild, Values, mix, take_apart
 from sampling.step_tracker import TrackedAttachment
 
 
-class ThriftyGuidance(Mechanism):
+class CachedGuidance(Mechanism):
     """Leaves unconditional calls out: outside an interval of noise levels, and between refreshed differences.
 
     Args:
@@ -43,7 +43,7 @@ class ThriftyGuidance(Mechanism):
         >>> guidance.report()["uncond_computed"]  # steps
     """
 
-    name = "thrifty_guidance"
+    name = "guidance_cache"
     stage = Stage.GUIDANCE  # above step caches, which see calls of the conditional branch alone
     exclusive = frozenset({Resource.GUIDANCE})
 
@@ -64,7 +64,7 @@ class ThriftyGuidance(Mechanism):
         self._first: int | None = None
         self._rebuild: Rebuild | None = None
         self.computed: list[int] = []
-        self.left_out: list[int] = []
+        self.skipped: list[int] = []
 
     def attach(self, target: Any) -> Attachment:
         """See `Mechanism.attach`; steps of a pipeline are found too."""
@@ -77,7 +77,7 @@ class ThriftyGuidance(Mechanism):
 
     def report(self, attachment: Attachment) -> dict[str, Any]:
         """Return at which steps of the newest run the unconditional branch was computed and left out."""
-        return {"uncond_computed": list(self.computed), "uncond_left_out": list(self.left_out)}
+        return {"uncond_computed": list(self.computed), "uncond_skipped": list(self.skipped)}
 
     def _call(
         self,
@@ -175,7 +175,7 @@ class ThriftyGuidance(Mechanism):
     def _difference(self, attachment: Attachment, component: str, here: StepContext) -> Values | None:
         """The difference to use; empty for none at all; None if the branch must be computed."""
         if not in_interval(here.sigma, self.interval):
-            self.left_out.append(here.step)
+            self.skipped.append(here.step)
             return ()
         if self._first is None:
             self._first = here.step
@@ -185,7 +185,7 @@ class ThriftyGuidance(Mechanism):
         if due or weights is None:
             self.computed.append(here.step)
             return None
-        self.left_out.append(here.step)
+        self.skipped.append(here.step)
         return mix(attachment.state.get(self.name, component, "uncond"), weights)
 
     def _keep(self, attachment: Attachment, component: str, here: StepContext, values: Values) -> None:
