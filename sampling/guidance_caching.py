@@ -21,7 +21,7 @@ from dit.runtime.stages import Resource, Stage
 from dit.runtime.step_context import StepContext, current_step, step_scope
 from sampling.guidance import in_interval
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton
-from sampling.step_cache.values import Rebuild, Values, mix, take_apart
+from sampling.step_cache.values import Rebuild, Values, flatten, mix
 from sampling.step_tracker import TrackedAttachment
 
 
@@ -100,7 +100,7 @@ class CachedGuidance(Mechanism):
             return self._uncond(attachment, component, here, forward, args, kwargs)
         output = forward(*args, **kwargs)
         if here.branch == "cond":
-            self._cond[component] = here.step, tuple(tensor.clone() for tensor in take_apart(output)[0])
+            self._cond[component] = here.step, tuple(tensor.clone() for tensor in flatten(output)[0])
         return output
 
     # ------------------------------------------------------------------ one call for both
@@ -123,7 +123,7 @@ class CachedGuidance(Mechanism):
         difference = self._difference(attachment, component, here)
         if difference is None:
             output = forward(*args, **kwargs)
-            halves = [tensor.chunk(2) for tensor in take_apart(output)[0]]
+            halves = [tensor.chunk(2) for tensor in flatten(output)[0]]
             pairs = [(a, b) if cond_first else (b, a) for a, b in halves]
             self._keep(attachment, component, here, tuple(uncond - cond for cond, uncond in pairs))
             return output
@@ -131,7 +131,7 @@ class CachedGuidance(Mechanism):
         half = partial(_half, size=size, first=cond_first)
         with step_scope(replace(here, branch="cond")):
             output = forward(*half(args), **half(kwargs))
-        tensors, rebuild = take_apart(output)
+        tensors, rebuild = flatten(output)
         pairs = [
             (cond, cond + part) for cond, part in zip(tensors, _or_zeros(difference, tensors), strict=True)
         ]  # (cond, uncond)
@@ -155,7 +155,7 @@ class CachedGuidance(Mechanism):
         difference = self._difference(attachment, component, here)
         if difference is None:
             output = forward(*args, **kwargs)
-            tensors, self._rebuild = take_apart(output)
+            tensors, self._rebuild = flatten(output)
             self._keep(attachment, component, here, tuple(a - b for a, b in zip(tensors, cond, strict=True)))
             return output
         values = [one + part for one, part in zip(cond, _or_zeros(difference, cond), strict=True)]

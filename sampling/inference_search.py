@@ -105,7 +105,7 @@ class TTSConfig:
             ValueError: less than one image.
         """
         if cost < 1:
-            raise ValueError(f"a cost of {cost} is less than one picture; expected at least 1")
+            raise ValueError(f"a cost of {cost} is less than one image; expected at least 1")
         if settings.get("method") == "best_of":
             return cls(batch_sizes=int(cost), **settings)
         if len(token_counts) > 2 and token_counts[-2] > sum(token_counts[:-2]):
@@ -325,7 +325,7 @@ class ScaleSearch:
         found = torch.as_tensor(self.reward(images, [self.prompt] * len(images))).detach().float().cpu()
         if found.shape != (len(images),) or not found.isfinite().all():
             raise ValueError(
-                f"the reward gave {tuple(found.shape)} for {len(images)} pictures; expected ({len(images)},) and finite"
+                f"the reward gave {tuple(found.shape)} for {len(images)} images; expected ({len(images)},) and finite"
             )
         return found
 

@@ -21,7 +21,7 @@ from dit.runtime.stages import Resource, Stage
 from dit.runtime.state import unwrap
 from dit.runtime.step_context import current_step, step_scope
 from sampling.guidance_caching import _half, _half_size
-from sampling.step_cache.values import take_apart
+from sampling.step_cache.values import flatten
 from sampling.step_tracker import TrackedAttachment
 
 
@@ -88,7 +88,7 @@ class GuidanceParallel(Mechanism):
         half = partial(_half, size=2 * _half_size(model, args, kwargs), first=rank == 0)
         with step_scope(None if here is None else replace(here, branch=names[rank])):
             output = forward(*half(args), **half(kwargs))
-        tensors, rebuild = take_apart(output)
+        tensors, rebuild = flatten(output)
         return rebuild([torch.cat(self._gather(tensor)) for tensor in tensors])
 
     def _in_turn(
@@ -96,7 +96,7 @@ class GuidanceParallel(Mechanism):
     ) -> Any:
         """Run the call if it is this process's; exchange once both have been asked for."""
         if order[dist.get_rank(self.group)] == branch:
-            self._own = list(take_apart(forward(*args, **kwargs))[0])
+            self._own = list(flatten(forward(*args, **kwargs))[0])
         if branch == order[0]:
             self._waiting = self._blank(kwargs.get("hidden_states", args[0] if args else None))
             return self._form(self._waiting, kwargs)

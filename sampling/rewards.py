@@ -46,7 +46,7 @@ class ClipReward:
             if not hasattr(self.model, needed):
                 raise ValueError(
                     f"{name} is a {type(self.model).__name__} without {needed}: as a reward by name use a CLIP-like "
-                    "model, or pass any callable (pictures, prompts) -> (B,)"
+                    "model, or pass any callable (images, prompts) -> (B,)"
                 )
         self.model.eval().to(device)
         if exact:

@@ -9,7 +9,7 @@ from dit.runtime.state import unwrap
 from pipelines.acceleration.parts import FewStepPart, GuidanceCachePart, ParallelPart, StepCachePart
 from pipelines.acceleration.report import PartReport, Reason
 from pipelines.acceleration.switch import Switch, Undo, require_steps
-from sampling.step_cache.reasons import OBSTACLES
+from sampling.step_cache.reasons import FAILURES
 
 
 class FewStepSwitch(Switch[FewStepPart]):
@@ -99,7 +99,7 @@ class StepCacheSwitch(Switch[StepCachePart]):
         reasons = [
             Reason(f"step_cache.{one.key}", {**dict(one.values), "count": count})
             for one, count in counts.most_common()
-            if not is_active or one.key in OBSTACLES
+            if not is_active or one.key in FAILURES
         ]
         if is_active:  # one branch may be forecast and another never
             never = [branch for branch, strip in done["strip"].items() if "." not in strip]

@@ -1,4 +1,4 @@
-"""Learning a `Profile`: generate a few prompts and measure how what is forecast at one step resembles other steps."""
+"""Calibrate a `Profile`: generate a few prompts and measure inner products of what is forecast at all pairs of steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WIDTH = 4096
 
 
 class GramObserver(StepCache):
-    """A step cache that computes every step, and sums up inner products of what it would keep at all pairs of steps.
+    """Compute every step, and sum up inner products of what it would keep at all pairs of steps.
 
     Of each prediction a sketch of `width` numbers is kept until the run ends (random signs, random bins: inner
     products are right on average), so memory is steps x width, whatever the size of the images.
@@ -56,19 +56,19 @@ class GramObserver(StepCache):
         if isinstance(self.region, Output):
             return
         for component, model in attachment.models.items():
-            attachment.pre_hook(model, partial(self._look, component))
+            attachment.pre_hook(model, partial(self._observe_input, component))
 
     def begin(self, prompt: Any) -> None:
         """Forget an unfinished run."""
         self._branches = {}
 
-    def _look(self, component: str, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _observe_input(self, component: str, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         family = call_family_of(model)
         try:
             self._layouts[component] = family.token_grid(model, family.bind(model, args, kwargs))
         except UnknownFamilyError as error:
             raise AttachError(
-                f"region='blocks' needs to know which of the blocks' tokens are the picture's, and {error} Or "
+                f"region='blocks' needs to know which of the blocks' tokens are the image's, and {error} Or "
                 "calibrate with region='output', which needs to know nothing of the network"
             ) from error
 
@@ -78,19 +78,19 @@ class GramObserver(StepCache):
         if base is None:
             prediction = torch.stack(values) if isinstance(output, list) else values[0]  # (B, ...)
         else:
-            stream, tokens = _picture(values, self._layouts[call.component])
+            stream, tokens = _image(values, self._layouts[call.component])
             prediction = values[stream][:, tokens]  # (B, N, D)
             if base[stream].shape == values[stream].shape:  # alike in all branches
-                self._note(call, "input", self._parts(call, base[stream][:, tokens])[0][1])
+                self._accumulate(call, "input", self._parts(call, base[stream][:, tokens])[0][1])
         for branch, part in self._parts(call, prediction):
-            self._note(call, branch, part)
+            self._accumulate(call, branch, part)
 
-    def _note(self, call: Call, branch: str, part: Tensor) -> None:
+    def _accumulate(self, call: Call, branch: str, part: Tensor) -> None:
         self._numbers = part.numel()
         self._branches.setdefault(branch, {})[call.here.step] = self._sketched(part.detach().float().flatten(1))
 
     def _parts(self, call: Call, prediction: Tensor) -> list[tuple[str, Tensor]]:
-        """A prediction by branch; "all" is cut where the family says how."""
+        """Split a prediction by branch; "all" is cut where the family says how."""
         if call.here.branch != "all":
             return [(call.here.branch, prediction)]
         family = call_family_of(call.attachment.models[call.component])
@@ -100,7 +100,7 @@ class GramObserver(StepCache):
         return list(zip(layout.order, prediction.chunk(len(layout.order)), strict=True))
 
     def _sketched(self, values: Tensor) -> Tensor:
-        """(B, D) to (B, width)."""
+        """Sketch (B, D) as (B, width)."""
         size = values.shape[1]
         if size <= self.width:
             return values.cpu()
@@ -138,8 +138,8 @@ class GramObserver(StepCache):
         self._branches = {}
 
 
-def _picture(values: Values, layout: TokenLayout) -> tuple[int, slice]:
-    """Which of a stack's streams, and which of its tokens, are the image's: all of its own, or some of a joint one.
+def _image(values: Values, layout: TokenLayout) -> tuple[int, slice]:
+    """Find the image's stream and tokens in a stack's output: all of its own stream, or a slice of a joint one.
 
     What the text's tokens add is no part of the network's output, so it must not count as an error.
     """
@@ -180,15 +180,15 @@ def calibrate_budget(
 
     Raises:
         AttachError: calls of the network could not be placed; or the region is "blocks", and the network's blocks or
-            the image's place among their tokens are not known.
+            the image's position among their tokens are not known.
         ValueError: no prompts, or an unknown region.
     """
-    watcher = GramObserver(region)
+    observer = GramObserver(region)
     settings = {**call_kwargs, **({} if steps is None else {"num_inference_steps": steps})}
-    seen = observe(pipeline, prompts, [watcher], seed=seed, kind=KIND, **settings)
+    seen = observe(pipeline, prompts, [observer], seed=seed, kind=KIND, **settings)
     scheduler = scheduler_of(pipeline)
     table = SigmaSchedule.of(scheduler)
-    grams = {key: total / watcher.runs for key, total in watcher.sums.items()}
+    grams = {key: total / observer.runs for key, total in observer.sums.items()}
     if "cond,cond" not in grams:
         only = next(key.split(",")[0] for key in grams if key != "input,input")
         grams = {key.replace(only, "cond"): gram for key, gram in grams.items() if only in key or key == "input,input"}

@@ -1,4 +1,4 @@
-"""One call of a network under a step cache, and what its branch remembers between the steps of a run."""
+"""One call of a network under a step cache, and what is kept of its branch between the steps of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dit.runtime.hooks import Attachment
 from dit.runtime.step_context import StepContext
 from sampling.step_cache.forecasters import Anchor, Forecaster, Weights
 from sampling.step_cache.gates import Gate, Signal
-from sampling.step_cache.values import Rebuild, Values, mix, take_apart
+from sampling.step_cache.values import Rebuild, Values, flatten, mix
 
 
 class Cache(Protocol):
@@ -27,14 +27,14 @@ class Cache(Protocol):
         """Keep what a computed step gave, for forecasts."""
         ...
 
-    def leaves(self, component: str, share: float) -> None:
-        """Take note of the share of a network's work that a forecast step still does."""
+    def set_residual_cost(self, component: str, share: float) -> None:
+        """Set the fraction of a network's work that a forecast step still does."""
         ...
 
 
 @dataclass
-class Track:
-    """What one branch of one network remembers of the run; tensors are in the state store, but the gate's."""
+class BranchState:
+    """State of one branch of one network in a run; tensors are in the state store, but the gate's."""
 
     memory: dict[str, Any] = field(default_factory=dict)
     anchors: list[Anchor] = field(default_factory=list)
@@ -50,17 +50,17 @@ class Call:
 
     Attributes:
         here: where it is.
-        track: what its branch remembers.
+        state: of its branch.
         computed: the decision; None until it is made.
         weights: of the forecast.
-        signal: what the gate looked at.
+        signal: what the gate observed.
     """
 
     cache: Cache
     attachment: Attachment
     component: str
     here: StepContext
-    track: Track
+    state: BranchState
     computed: bool | None = None
     weights: Weights = ()
     signal: Signal = None
@@ -80,12 +80,12 @@ class Call:
             output: any structure of tensors.
             base: tensors that are taken off the output's, where the difference is what is forecast.
         """
-        tensors, self.track.rebuild[slot] = take_apart(output)
+        tensors, self.state.rebuild[slot] = flatten(output)
         values = tuple(tensor.detach().clone() for tensor in tensors) if base is None else _less(tensors, base)
         self.cache.keep(self, slot, output, values, base)
 
-    def remember(self, slot: str, values: Values) -> None:
-        """Put values before those of earlier steps, as many as the forecaster combines."""
+    def push(self, slot: str, values: Values) -> None:
+        """Push values in front of those of earlier steps; keep as many as the forecaster combines."""
         depth = self.cache.forecaster.depth
         old = self.history(slot) or ()
         self.attachment.state.set(self.cache.name, self._layer(slot), self.here.branch, (values, *old[: depth - 1]))
@@ -97,12 +97,14 @@ class Call:
             slot: whose output.
             base: tensors that the difference is added to.
         """
-        known = len(self.track.anchors)
+        # weighted sum of the computed steps
+        known = len(self.state.anchors)
         values, more = mix(self.history(slot), self.weights[:known]), self.weights[known:]
+        # add back what was subtracted from them
         if base is not None:
             share = 1.0 + sum(more)
             values = tuple(value + start * share for value, start in zip(values, base, strict=True))
-        return self.track.rebuild[slot](values)
+        return self.state.rebuild[slot](values)
 
     def history(self, slot: str) -> Any:
         """Return what was kept of a slot, newest first."""

@@ -1,7 +1,7 @@
-"""StepCache: some steps are computed, the others forecast from them. Gate x forecaster x region, over one adapter.
+"""StepCache: compute some steps, forecast the others. A gate (skip policy), a forecaster and a region.
 
 The cache knows the step from `StepContext`, never from counting calls, and keeps what it needs by network and branch
-until the run ends. Whatever it cannot place or forecast is computed, and the reason is counted.
+until the run ends. A call whose step is unknown or can't be forecast is computed, and the reason is counted.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from dit.runtime.stages import Resource, Stage
 from dit.runtime.state import unwrap
 from dit.runtime.step_context import StepContext, current_step
 from sampling.sigma_schedule import SigmaSchedule, scheduler_of
-from sampling.step_cache.call import Call, Track
+from sampling.step_cache.call import BranchState, Call
 from sampling.step_cache.constants import data
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
 from sampling.step_cache.gates import Gate, Interval
-from sampling.step_cache.reasons import OBSTACLES, Reason
-from sampling.step_cache.regions import Output, Place, Region
-from sampling.step_cache.values import Values, as_one, signature, take_apart
+from sampling.step_cache.reasons import FAILURES, Reason
+from sampling.step_cache.regions import InstalledRegion, Output, Region
+from sampling.step_cache.values import Values, as_one, flatten, signature
 from sampling.step_tracker import StepTracker, TrackedAttachment
 
 PRESETS: dict[str, Callable[..., StepCache]] = {}
@@ -40,19 +40,19 @@ def preset(make: Callable[..., StepCache]) -> Callable[..., StepCache]:
     return make
 
 
-UNPLACED, GRADIENTS = Reason("no_step_context"), Reason("gradients")
-"""Why a call is left to the network at once."""
-RESHAPED = Reason("shapes_changed")
+NO_STEP_CONTEXT, GRADIENTS = Reason("no_step_context"), Reason("gradients")
+"""Reasons to run the network without asking the gate."""
+SHAPES_CHANGED = Reason("shapes_changed")
 
 
 class StepCache(Mechanism):
-    """Computes some steps and forecasts the others.
+    """Compute some steps and forecast the others.
 
     Args:
         gate: which steps are computed; None is every second one.
-        forecaster: what stands in for the others; None is a line in sigma through the two newest computed steps.
+        forecaster: how the others are forecast; None is a line in sigma through the two newest computed steps.
         region: of which part of the network; None is its output, so that a forecast step costs nothing.
-        warmup: steps at the beginning that are computed: a number, or a share of the steps below 1.
+        warmup: steps at the beginning that are computed: a number, or below 1 a fraction of the steps.
         tail: steps at the end that are computed.
         max_skips: forecasts in a row; None is no limit.
         group: process group whose ranks decide alike, for gates that look at tensors; context parallelism is found.
@@ -136,8 +136,8 @@ class StepCache(Mechanism):
             self.gate.check(bare)
             if hasattr(bare, "enable_cache"):
                 attachment.replace(bare, "enable_cache", _refuse)
-            place = self.region.place(self, attachment, component, model)
-            attachment.wrap_forward(model, _outside_graph(partial(self._call, attachment, component, place, bare)))
+            installed = self.region.install(self, attachment, component, model)
+            attachment.wrap_forward(model, _outside_graph(partial(self._call, attachment, component, installed, bare)))
 
     # ---------------------------------------------------------------------- calls
 
@@ -145,43 +145,44 @@ class StepCache(Mechanism):
         self,
         attachment: Attachment,
         component: str,
-        place: Place,
+        installed: InstalledRegion,
         model: nn.Module,
         forward: Callable[..., Any],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         here = current_step()
-        reason = UNPLACED if here is None else GRADIENTS if torch.is_grad_enabled() else None
+        reason = NO_STEP_CONTEXT if here is None else GRADIENTS if torch.is_grad_enabled() else None
         if here is None or reason is not None:
             attachment.skip(str(reason))
             return forward(*args, **kwargs)
-        call = Call(self, attachment, component, here, self._track(attachment, component, here, args, kwargs))
+        call = Call(self, attachment, component, here, self._branch_state(attachment, component, here, args, kwargs))
         if self.gate.signal == "input" or self.region.needs_latents:
             family = call_family_of(model)
             call.signal = family.latents(family.bind(model, args, kwargs))
         if self.gate.signal in ("none", "input"):
             call.decide(call.signal)
-        output = place.run(call, forward, args, kwargs)
+        # compute or forecast
+        output = installed.run(call, forward, args, kwargs)
         self._close(call, output)
         return output
 
-    def _track(
+    def _branch_state(
         self, attachment: Attachment, component: str, here: StepContext, args: tuple, kwargs: dict[str, Any]
-    ) -> Track:
-        """What the branch remembers; nothing at the first call of a run, or if the inputs changed their shape."""
+    ) -> BranchState:
+        """Return the state of a branch; a new one at the first call of a run, or if the inputs changed their shape."""
         if here.run != self._run:
             self._reset(here.run)
             self._sigmas = _noise_levels(attachment.target, here)
         key, shapes = (component, here.branch), signature((args, kwargs))
-        track = self._tracks.get(key)
-        if track is not None and track.shapes != shapes:
-            attachment.skip(str(RESHAPED))
-            track = None
-        if track is None:
-            track = self._tracks[key] = Track(shapes=shapes, last_step=here.step - 1)
-            track.memory["sigmas"] = self._sigmas
-        return track
+        state = self._states.get(key)
+        if state is not None and state.shapes != shapes:
+            attachment.skip(str(SHAPES_CHANGED))
+            state = None
+        if state is None:
+            state = self._states[key] = BranchState(shapes=shapes, last_step=here.step - 1)
+            state.memory["sigmas"] = self._sigmas
+        return state
 
     def keep(self, call: Call, slot: str, output: Any, values: Values, base: Values | None) -> None:
         """Keep what a computed step gave, for forecasts.
@@ -193,15 +194,15 @@ class StepCache(Mechanism):
             values: what is forecast: the tensors of the output, less the base where there is one.
             base: what the output is compared with.
         """
-        call.remember(slot, values)
+        call.push(slot, values)
 
     def decide(self, call: Call) -> bool:
         """Decide about a call: the rules, then the earlier branch of the step, then the gate."""
-        here, track = call.here, call.track
+        here, state = call.here, call.state
         reason = self._rule(call)
         if reason is None:
-            weights = self.forecaster.weights(track.anchors, here, track.memory)
-            reason = self._obstacle(here, track, weights)
+            weights = self.forecaster.weights(state.anchors, here, state.memory)
+            reason = self._why_not_forecast(here, state, weights)
             if reason is not None:
                 call.attachment.skip(str(reason))
             elif weights is not None:
@@ -213,20 +214,20 @@ class StepCache(Mechanism):
         return reason is not None
 
     def _rule(self, call: Call) -> Reason | None:
-        """Which rule has a call computed; None if it should be forecast."""
-        here, track = call.here, call.track
+        """Return why the rules compute a call; None if it should be forecast."""
+        here, state = call.here, call.state
         first = self.warmup if self.warmup >= 1 else round(self.warmup * here.num_steps)
         if here.step < first or here.step >= here.num_steps - self.tail:
             return Reason.of("edges", first=first, last=self.tail)
-        if self.max_skips is not None and track.skips >= self.max_skips:
+        if self.max_skips is not None and state.skips >= self.max_skips:
             return Reason.of("max_skips", most=self.max_skips)
         if self.gate.shared and here.step in self._decisions:
             return self._decisions[here.step]
-        wanted = self._vote(call, self.gate.computes(here, track.memory, call.signal))
+        wanted = self._vote(call, self.gate.computes(here, state.memory, call.signal))
         return Reason.of("gate", gate=type(self.gate).__name__) if wanted else None
 
     def _vote(self, call: Call, wanted: bool) -> bool:
-        """All ranks compute if one wants to; only gates that look at tensors can disagree."""
+        """Compute on all ranks if one wants to; only gates that observe tensors can disagree."""
         group = self.group
         if self.gate.signal == "none":
             return wanted
@@ -238,27 +239,31 @@ class StepCache(Mechanism):
         torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX, group=group)
         return bool(vote)
 
-    def _obstacle(self, here: StepContext, track: Track, weights: Weights | None) -> Reason | None:
-        """Why a step cannot be forecast."""
-        if weights is None or not track.anchors:
+    def _why_not_forecast(self, here: StepContext, state: BranchState, weights: Weights | None) -> Reason | None:
+        """Return why a step cannot be forecast, or None."""
+        if weights is None or not state.anchors:
             return Reason("nothing_to_forecast_from")
-        if here.step - track.last_step > 1:
+        if here.step - state.last_step > 1:
             return Reason("branch_not_called")
         return None
 
     def _close(self, call: Call, output: Any) -> None:
-        here, track, computed = call.here, call.track, bool(call.computed)
-        seen = as_one(take_apart(output)[0]) if computed and self.gate.signal == "input" else None
-        self.gate.note(here, track.memory, call.signal, computed, seen)
+        here, state, computed = call.here, call.state, bool(call.computed)
+        # let the gate update its memory
+        seen = as_one(flatten(output)[0]) if computed and self.gate.signal == "input" else None
+        self.gate.note(here, state.memory, call.signal, computed, seen)
+        # branch state: computed steps, forecasts in a row
         if computed:
-            track.anchors = [Anchor(here.step, here.sigma), *track.anchors][: self.forecaster.depth]
-        track.skips = 0 if computed else track.skips + 1
-        track.last_step = here.step
+            state.anchors = [Anchor(here.step, here.sigma), *state.anchors][: self.forecaster.depth]
+        state.skips = 0 if computed else state.skips + 1
+        state.last_step = here.step
+        # statistics
         self._strip.setdefault(here.branch, {})[here.step] = computed
         share = 1.0 if computed else self._shares.get(call.component, 0.0)
         self._executed += share
         self._called += 1
         self._skipped += not computed
+        # tell solvers with history that this output is a forecast
         scheduler = scheduler_of(call.attachment.target)
         if hasattr(type(scheduler), "forecast_output"):  # a solver with history; see FlowMatchAB2Scheduler
             scheduler.forecast_output = not computed  # pyright: ignore[reportOptionalMemberAccess]
@@ -274,13 +279,13 @@ class StepCache(Mechanism):
         else:
             self._runs += 1
         self._run = run
-        self._tracks: dict[tuple[str, str], Track] = {}
+        self._states: dict[tuple[str, str], BranchState] = {}
         self._decisions: dict[int, Reason | None] = {}
         self._strip: dict[str, dict[int, bool]] = {}
         self._sigmas: tuple[float, ...] = ()
 
-    def leaves(self, component: str, share: float) -> None:
-        """Say what share of a network's work a forecast step still does; what stands around the blocks is left out."""
+    def set_residual_cost(self, component: str, share: float) -> None:
+        """Set the fraction of a network's work that a forecast step still does, counted in blocks."""
         self._shares[component] = share
 
     # --------------------------------------------------------------------- report
@@ -294,27 +299,27 @@ class StepCache(Mechanism):
         reasons = Counter(self._computed)
         if self._attachment is None:
             return reasons
-        for reason in (UNPLACED, GRADIENTS, RESHAPED):
+        for reason in (NO_STEP_CONTEXT, GRADIENTS, SHAPES_CHANGED):
             reasons[reason] += self._attachment.inactive[str(reason)]
         others = attachments(self._attachment.target)
-        unplaced = next((one.inactive for one in others if one.mechanism.name == StepTracker.name), Counter())
-        if reasons[UNPLACED] and unplaced:
-            del reasons[UNPLACED]
-            reasons.update({Reason.of("step_not_found", reason=text): count for text, count in unplaced.items()})
+        untracked = next((one.inactive for one in others if one.mechanism.name == StepTracker.name), Counter())
+        if reasons[NO_STEP_CONTEXT] and untracked:
+            del reasons[NO_STEP_CONTEXT]
+            reasons.update({Reason.of("step_not_found", reason=text): count for text, count in untracked.items()})
         return +reasons  # those that happened
 
     def why_inactive(self) -> str:
-        """Say why no step was skipped since the cache was attached; empty if some were."""
+        """Return why no step was skipped since the cache was attached; empty if some were."""
         if self._skipped or self._attachment is None:
             return "" if self._skipped else "it is not attached"
         reasons = self.reasons()
-        del reasons[RESHAPED]  # such calls count under another reason too
+        del reasons[SHAPES_CHANGED]  # such calls count under another reason too
         calls = reasons.total()
-        told = [f"{reason}: {count} of {calls} calls" for reason, count in reasons.most_common() if count]
-        return "; ".join(told) or "the network was not called"
+        causes = [f"{reason}: {count} of {calls} calls" for reason, count in reasons.most_common() if count]
+        return "; ".join(causes) or "the network was not called"
 
     def report(self, attachment: Attachment) -> dict[str, Any]:
-        """Return the cost (share of the calls' work that was done), and the newest run's steps.
+        """Return the cost (fraction of the calls' work that was done), and the newest run's steps.
 
         "skipped" counts the calls that were forecast since the cache was attached; if none was, "why_inactive" says
         why. "missed" counts, by reason, the calls that were computed though the gate did not ask for them, also
@@ -335,7 +340,7 @@ class StepCache(Mechanism):
             "asked": self._called,
             "skipped": self._skipped,
             "why_inactive": self.why_inactive(),
-            "missed": {str(one): count for one, count in self.reasons().items() if one.key in OBSTACLES},
+            "missed": {str(one): count for one, count in self.reasons().items() if one.key in FAILURES},
             "decisions": self.decisions(),
             "strip": {branch: _strip(steps) for branch, steps in self._strip.items()},
         }
@@ -359,7 +364,7 @@ def _outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _noise_levels(target: Any, here: StepContext) -> tuple[float, ...]:
-    """The noise levels of the run where a scheduler tells them and they fit the call; else none."""
+    """Return the run's noise levels if the scheduler has them and they fit the call, else none."""
     scheduler = scheduler_of(target)
     if getattr(scheduler, "timesteps", None) is None:
         return ()

@@ -60,7 +60,7 @@ class Reuse(Forecaster):
         return 1
 
     def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
-        """See `Forecaster.weights`."""
+        """Reuse the newest computed step."""
         return (1.0,) if anchors else None
 
 
@@ -89,9 +89,9 @@ class Newton(Forecaster):
         return self.order + 1
 
     def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
-        """See `Forecaster.weights`."""
-        places, now = positions(anchors[: self.depth], here, self.variable)
-        return lagrange(places, now) if places else None
+        """Return the Lagrange weights of the computed steps."""
+        points, now = positions(anchors[: self.depth], here, self.variable)
+        return lagrange(points, now) if points else None
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Taylor(Forecaster):
         return self.order + 1
 
     def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
-        """See `Forecaster.weights`."""
+        """Return the coefficients of the series in the computed steps."""
         if not anchors:
             return None
         kept = anchors[: self.depth]
@@ -147,7 +147,7 @@ class Taylor(Forecaster):
 
 
 @dataclass(frozen=True)
-class Corrected(Forecaster):
+class FoCa(Forecaster):
     """FoCa (arXiv 2508.16211): step by step, the mean of the slope at the newest computed step and the running slope.
 
     The slope at the anchor is that of the two newest computed steps; the running one is that of the last two values,
@@ -166,17 +166,17 @@ class Corrected(Forecaster):
         return 4
 
     def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
-        """See `Forecaster.weights`."""
+        """Run the recursion of FoCa, on weights instead of tensors."""
         kept = list(reversed(anchors[: self.depth]))  # oldest first
         if not kept:
             return None
         units = [[float(i == j) for j in range(len(kept))] for i in range(len(kept))]
         full, value, before = [units[0]], units[0], None
-        anchor_at, place = kept[0].step, 1
+        anchor_at, index = kept[0].step, 1
         for step in range(kept[0].step + 1, here.step + 1):
-            if place < len(kept) and step == kept[place].step:
-                before, value = value, units[place]
-                full, anchor_at, place = [*full, value], step, place + 1
+            if index < len(kept) and step == kept[index].step:
+                before, value = value, units[index]
+                full, anchor_at, index = [*full, value], step, index + 1
             else:
                 before, value = value, self._ahead(full, value, before, step - anchor_at)
         return tuple(reversed(value))
@@ -192,15 +192,15 @@ class Corrected(Forecaster):
 
 
 @dataclass(frozen=True)
-class Blend(Forecaster):
+class TrajectoryAlignment(Forecaster):
     """DiCache's trajectory alignment (arXiv 2508.17356): between the two newest steps as far as the probe has gone.
 
-    The share, `mean |p - p''| / mean |p' - p''|` of the probe's residuals now, at the newest and at the second
+    The fraction, `mean |p - p''| / mean |p' - p''|` of the probe's residuals now, at the newest and at the second
     computed step, comes from a `Probe` gate.
 
     Args:
-        low: least share.
-        high: largest share.
+        low: least fraction.
+        high: largest fraction.
     """
 
     low: float = 1.0
@@ -212,7 +212,7 @@ class Blend(Forecaster):
         return 2
 
     def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
-        """See `Forecaster.weights`."""
+        """Return the fraction of the newest step and the rest for the second newest."""
         if not anchors:
             return None
         share = memory.get("share")
@@ -226,12 +226,12 @@ class Blend(Forecaster):
 class Gram(Forecaster):
     """Least squares by a profile's Gram matrix: the weights that were best in the calibration runs.
 
-    Where the profile is of the blocks, what enters them at the forecast step is weighed beside the computed steps.
+    Where the profile is of the blocks, what enters them at the forecast step is weighted too.
 
     Args:
         profile: of this model, see `calibrate_budget`.
         points: how many computed steps are combined.
-        ridge: added to the diagonal, as a share of its mean.
+        ridge: added to the diagonal, as a fraction of its mean.
     """
 
     profile: Profile
@@ -244,7 +244,7 @@ class Gram(Forecaster):
         return self.points
 
     def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
-        """See `Forecaster.weights`."""
+        """Look up the least-squares weights in the profile."""
         if not anchors:
             return None
         sigmas = [anchor.sigma for anchor in anchors[: self.points]]
@@ -252,16 +252,16 @@ class Gram(Forecaster):
 
 
 def positions(anchors: Sequence[Anchor], here: StepContext, variable: Variable) -> tuple[list[float], float]:
-    """Where anchors and the forecast stand on the axis; step indices where sigma cannot tell them apart."""
+    """Return the positions of anchors and forecast on the axis; step indices where sigmas repeat or are unknown."""
     sigmas = [anchor.sigma for anchor in anchors]
     if variable == "sigma" and math.isfinite(here.sigma + sum(sigmas)) and len(set(sigmas)) == len(sigmas):
         return sigmas, here.sigma
     return [float(anchor.step) for anchor in anchors], float(here.step)
 
 
-def lagrange(places: Sequence[float], now: float) -> tuple[float, ...]:
-    """Weights of the polynomial through the places, at `now`."""
+def lagrange(points: Sequence[float], now: float) -> tuple[float, ...]:
+    """Return the weights of the polynomial through the points, at `now`."""
     basis: Callable[[int], float] = lambda i: math.prod(  # noqa: E731
-        (now - other) / (places[i] - other) for j, other in enumerate(places) if j != i
+        (now - other) / (points[i] - other) for j, other in enumerate(points) if j != i
     )
-    return tuple(basis(i) for i in range(len(places)))
+    return tuple(basis(i) for i in range(len(points)))

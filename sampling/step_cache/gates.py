@@ -1,7 +1,7 @@
-"""Which steps are computed and which are forecast: one small rule each.
+"""Skip policies: rules that decide which steps are computed and which are forecast.
 
 A gate is asked once a call (once a step where the branches share decisions) and may keep numbers and tensors in the
-`memory` of the branch, which is empty when a run begins. A gate that needs to look at the network says at what:
+`memory` of the branch, which is empty when a run begins. A gate that observes the network says what:
 the latents ("input"), what enters the first attention ("modulated") or the first blocks' work ("head").
 """
 
@@ -28,7 +28,7 @@ class Gate(ABC):
     """Decides about steps.
 
     Attributes:
-        signal: what it looks at.
+        signal: what it observes.
         shared: whether the branches of a step follow the decision of the first one.
     """
 
@@ -37,7 +37,7 @@ class Gate(ABC):
 
     @abstractmethod
     def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
-        """Whether to compute this step.
+        """Decide whether to compute this step.
 
         Args:
             here: where the call is.
@@ -48,7 +48,7 @@ class Gate(ABC):
     def note(  # noqa: B027 (most gates have nothing to remember)
         self, here: StepContext, memory: Memory, signal: Signal, computed: bool, output: Tensor | None
     ) -> None:
-        """Hear how a call ended, whoever decided; `output` is the network's where it was computed."""
+        """Update the memory after a call, whoever decided; `output` is the network's where it was computed."""
 
     def check(self, model: nn.Module) -> None:  # noqa: B027 (most gates fit any network)
         """Refuse a network that the gate was not made for.
@@ -72,7 +72,7 @@ class Mask(Gate):
     steps: tuple[bool, ...]
 
     def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
-        """See `Gate.computes`."""
+        """Return the mark of this step."""
         if here.num_steps != len(self.steps):
             raise ValueError(f"the mask has {len(self.steps)} steps but the run has {here.num_steps}: make one for it")
         return self.steps[here.step]
@@ -97,17 +97,17 @@ class Interval(Gate):
             raise ValueError(f"need every >= 1 and first >= 0, got {self.every} and {self.first}")
 
     def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
-        """See `Gate.computes`."""
+        """Compute at the start, then every `every`-th step."""
         return here.step < self.first or (here.step - self.offset) % self.every == 0
 
 
 @dataclass(frozen=True)
 class Budget(Gate):
-    """Computes the best steps for a share of the calls, by a profile of the model (see `Profile.mask`).
+    """Computes the best steps for a fraction of the calls, by a profile of the model (see `Profile.mask`).
 
     Args:
         profile: of this model.
-        budget: share of the calls that are computed, in (0, 1].
+        budget: fraction of the calls that are computed, in (0, 1].
         fill: what fills the gaps: "gram", "newton" or "reuse".
         guidance: scale of the runs; None is that of the calibration.
         checks: whether to refuse networks that the profile was not measured on.
@@ -120,7 +120,7 @@ class Budget(Gate):
     checks: bool = True
 
     def check(self, model: nn.Module) -> None:
-        """See `Gate.check`."""
+        """Refuse a network that the profile was not measured on."""
         if self.checks:
             self.profile.check(model)
 
@@ -134,12 +134,12 @@ class Budget(Gate):
         return self.profile.mask(sigmas, self.budget, self.fill, self.guidance)[here.step]
 
     def _guess(self, here: StepContext) -> tuple[float, ...]:
-        """The profile's own levels, spread over the steps, where no scheduler tells those of the run."""
+        """Interpolate the profile's own levels where no scheduler gives those of the run."""
         known = self.profile.sigmas
         if here.num_steps == len(known):
             return known
-        places = np.linspace(0, len(known) - 1, here.num_steps)
-        return tuple(np.interp(places, range(len(known)), known).tolist())
+        steps = np.linspace(0, len(known) - 1, here.num_steps)
+        return tuple(np.interp(steps, range(len(known)), known).tolist())
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class FirstBlock(Gate):
     shared: bool = False
 
     def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
-        """See `Gate.computes`."""
+        """Compare the residual of the head blocks with that of the newest computed step."""
         before = memory.get("residual")
         if before is None or (self.max_skipped is not None and memory.get("skipped", 0) >= self.max_skipped):
             return True
@@ -193,7 +193,7 @@ class ModulatedInput(Gate):
     shared: bool = False
 
     def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
-        """See `Gate.computes`."""
+        """Add this step's movement to the sum."""
         before = memory.get("input")
         if before is None:
             return True
@@ -205,7 +205,7 @@ class ModulatedInput(Gate):
         return memory["sum"] >= self.threshold
 
     def note(self, here: StepContext, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
-        """Keep the input of every step; begin to add anew behind a computed one."""
+        """Keep the input of every step; restart the sum after a computed one."""
         memory["input"] = signal.clone()
         if computed:
             memory["sum"] = 0.0
@@ -225,7 +225,7 @@ class InputRate(Gate):
     threshold: float = 0.05
 
     def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
-        """See `Gate.computes`."""
+        """Add the expected movement of the output to the sum."""
         if "rate" not in memory:
             return True
         moved = (signal - memory["input"]).abs().mean() / memory["output"].abs().mean()
@@ -259,7 +259,7 @@ class Probe(Gate):
     shared: bool = False
 
     def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
-        """See `Gate.computes`."""
+        """Add the probe's movement to the sum."""
         if "probe" not in memory:
             return True
         entered, probe = signal
@@ -267,11 +267,11 @@ class Probe(Gate):
         if self.against_input:
             change = abs(change - mean_change(entered, memory["entered"]))
         memory["sum"] = memory.get("sum", 0.0) + change
-        self._share(memory, probe - entered)
+        self._store_fraction(memory, probe - entered)
         return memory["sum"] >= self.threshold
 
-    def _share(self, memory: Memory, residual: Tensor) -> None:
-        """How far the probe's residual has gone, of the way between the two newest computed steps; see `Blend`."""
+    def _store_fraction(self, memory: Memory, residual: Tensor) -> None:
+        """Store the probe's position between the two newest computed steps, for `TrajectoryAlignment`."""
         newest, second = memory.get("newest"), memory.get("second")
         if newest is not None and second is not None:
             way = (newest - second).abs().mean()
@@ -287,7 +287,7 @@ class Probe(Gate):
 
 
 @dataclass(frozen=True)
-class Magnitude(Gate):
+class MagnitudeDrift(Gate):
     """Computes when the magnitude of the residual has drifted far enough (MagCache, arXiv 2506.09045).
 
     The drift is read from ratios of neighbouring steps, which hardly depend on the prompt: their product since the
@@ -297,7 +297,7 @@ class Magnitude(Gate):
         ratios: one a step, of a run of any number of steps; the nearest one is taken.
         threshold: sum at which a step is computed.
         max_skips: skips in a row.
-        retention: share of the steps at the beginning that are all computed.
+        retention: fraction of the steps at the beginning that are all computed.
     """
 
     ratios: tuple[float, ...]
@@ -307,7 +307,7 @@ class Magnitude(Gate):
     shared: bool = False
 
     def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
-        """See `Gate.computes`."""
+        """Add this step's drift to the sum."""
         if here.step < int(self.retention * here.num_steps + 0.5):
             return True
         memory["rho"] = memory.get("rho", 1.0) * self._ratio(here)
@@ -321,7 +321,7 @@ class Magnitude(Gate):
         return self.ratios[round(here.step * (len(self.ratios) - 1) / (here.num_steps - 1))]
 
     def note(self, here: StepContext, memory: Memory, signal: Signal, computed: bool, output: Tensor | None) -> None:
-        """Begin to add anew behind a computed step."""
+        """Restart the sum after a computed step."""
         if computed:
             memory["rho"], memory["run"], memory["sum"] = 1.0, 0, 0.0
 
@@ -335,7 +335,7 @@ class Speculative(Gate):
 
     Args:
         base: tolerated error at the beginning of a run.
-        decay: the tolerance at its end, as a share of that at its beginning.
+        decay: the tolerance at its end, as a fraction of that at its beginning.
         shortest: forecasts in a row before the error counts.
         longest: forecasts in a row at most.
     """
@@ -346,7 +346,7 @@ class Speculative(Gate):
     longest: int = 8
 
     def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
-        """See `Gate.computes`."""
+        """Compute after too large an error, or after too many forecasts in a row."""
         run, error = memory.get("run", 0), memory.get("error")
         tolerance = max(self.base * self.decay ** (here.step / here.num_steps), 0.01)
         is_wrong = error is not None and run >= self.shortest and not error <= tolerance

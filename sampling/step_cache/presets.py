@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from sampling.step_cache.constants import data
 from sampling.step_cache.engine import PRESETS, StepCache, preset
-from sampling.step_cache.forecasters import Blend, Corrected, Forecaster, Gram, Newton, Reuse, Taylor
+from sampling.step_cache.forecasters import FoCa, Forecaster, Gram, Newton, Reuse, Taylor, TrajectoryAlignment
 from sampling.step_cache.gates import (
     Budget,
     FirstBlock,
     InputRate,
     Interval,
-    Magnitude,
+    MagnitudeDrift,
     ModulatedInput,
     Probe,
     Speculative,
@@ -118,7 +118,7 @@ def magcache(
         ratios: ratios instead, e.g. `Profile.magnitude_ratios()`.
     """
     found = _published("magcache", "ratios", model, ratios)
-    return StepCache(Magnitude(found, threshold, max_skips, retention), Reuse(), Blocks(head=0))
+    return StepCache(MagnitudeDrift(found, threshold, max_skips, retention), Reuse(), Blocks(head=0))
 
 
 @preset
@@ -130,7 +130,7 @@ def easycache(threshold: float, warmup: int) -> StepCache:
 @preset
 def dicache(threshold: float, depth: int, retention: float) -> StepCache:
     """DiCache (arXiv 2508.17356): probe the first `depth` blocks, blend the two newest residuals."""
-    return StepCache(Probe(threshold), Blend(), Blocks(head=depth), warmup=retention, tail=1)
+    return StepCache(Probe(threshold), TrajectoryAlignment(), Blocks(head=depth), warmup=retention, tail=1)
 
 
 @preset
@@ -157,7 +157,7 @@ def hicache(every: int, first: int, order: int, damping: float, patterns: tuple[
 @preset
 def foca(every: int, first: int) -> StepCache:
     """FoCa (arXiv 2508.16211): at an interval, anchored two-step forecasts."""
-    return StepCache(Interval(every, first, offset=first + 1), Corrected(), Blocks(head=0))
+    return StepCache(Interval(every, first, offset=first + 1), FoCa(), Blocks(head=0))
 
 
 @preset

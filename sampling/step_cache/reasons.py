@@ -19,7 +19,7 @@ TEXTS: Mapping[str, str] = {
 }
 """English by key."""
 
-OBSTACLES = (
+FAILURES = (
     "no_step_context",
     "gradients",
     "nothing_to_forecast_from",

@@ -1,4 +1,4 @@
-"""What a forecast stands in for: the network's output, the stack of its blocks, or modules by name."""
+"""Regions whose output is forecast: the network's output, the stack of its blocks, or modules by name."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dit.runtime.state import named_layers, unwrap
 from sampling.step_cache.call import Cache, Call
 from sampling.step_cache.profile import RegionName
 from sampling.step_cache.stack import Stack
-from sampling.step_cache.values import Values, lay_under, take_apart
+from sampling.step_cache.values import Values, flatten, match_latents
 
 Forward = Callable[..., Any]
 
 
-class Place(Protocol):
-    """A region in one network."""
+class InstalledRegion(Protocol):
+    """A region installed in one network."""
 
     def run(self, call: Call, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Return the network's output, computed or forecast; `call` must be decided in the course of it."""
@@ -41,7 +41,7 @@ class Region(ABC):
     needs_latents: bool = False
 
     @abstractmethod
-    def place(self, cache: Cache, attachment: Attachment, component: str, model: nn.Module) -> Place:
+    def install(self, cache: Cache, attachment: Attachment, component: str, model: nn.Module) -> InstalledRegion:
         """Find the region in a network and hook into it.
 
         Raises:
@@ -66,30 +66,30 @@ class Output(Region):
         """Where the difference to them is forecast."""
         return self.minus_input
 
-    def place(self, cache: Cache, attachment: Attachment, component: str, model: nn.Module) -> Place:
-        """See `Region.place`."""
+    def install(self, cache: Cache, attachment: Attachment, component: str, model: nn.Module) -> InstalledRegion:
+        """Check that the gate does not observe blocks; nothing is hooked."""
         if cache.gate.signal in ("head", "modulated"):
             raise AttachError(
                 f"the gate {type(cache.gate).__name__} looks into the first blocks, which Output() does not run on "
                 "forecast steps; use the region Blocks()"
             )
-        cache.leaves(component, 0.0)
-        return _OutputPlace(self.minus_input)
+        cache.set_residual_cost(component, 0.0)
+        return _InstalledOutput(self.minus_input)
 
 
 @dataclass(frozen=True)
-class _OutputPlace:
+class _InstalledOutput:
     minus_input: bool
 
     def run(self, call: Call, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not call.decide(call.signal):
             return call.forecast("output", self._base(call, call.history("output")[0]))
         output = forward(*args, **kwargs)
-        call.keep("output", output, self._base(call, take_apart(output)[0]))
+        call.keep("output", output, self._base(call, flatten(output)[0]))
         return output
 
     def _base(self, call: Call, tensors: Values) -> Values | None:
-        return lay_under(call.signal, tensors) if self.minus_input and isinstance(call.signal, Tensor) else None
+        return match_latents(call.signal, tensors) if self.minus_input and isinstance(call.signal, Tensor) else None
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Blocks(Region):
                 f"need head >= 0 and tail >= 0 (>= 1 to verify), got {self.head}, {self.tail}, verify={self.verify}"
             )
 
-    def place(self, cache: Cache, attachment: Attachment, component: str, model: nn.Module) -> Place:
-        """See `Region.place`."""
+    def install(self, cache: Cache, attachment: Attachment, component: str, model: nn.Module) -> InstalledRegion:
+        """Wrap the blocks."""
         family = family_of(model)
         blocks = family.blocks(model, refiners=False)
         if len(blocks) <= self.head + self.tail:
@@ -123,7 +123,7 @@ class Blocks(Region):
             )
         if cache.gate.signal == "head" and self.head < 1:
             raise AttachError(f"the gate {type(cache.gate).__name__} looks at the head blocks: use Blocks(head=1)")
-        cache.leaves(component, (self.head + self.tail) / len(blocks))
+        cache.set_residual_cost(component, (self.head + self.tail) / len(blocks))
         attention = None
         if cache.gate.signal == "modulated":
             if self.head:
@@ -154,21 +154,21 @@ class Modules(Region):
 
     patterns: tuple[str, ...] | None = None
 
-    def place(self, cache: Cache, attachment: Attachment, component: str, model: nn.Module) -> Place:
-        """See `Region.place`."""
+    def install(self, cache: Cache, attachment: Attachment, component: str, model: nn.Module) -> InstalledRegion:
+        """Wrap the modules."""
         if cache.gate.signal in ("head", "modulated"):
             raise AttachError(f"the gate {type(cache.gate).__name__} needs the region Blocks(), not Modules()")
         found = self._find(model)
-        place = _ModulesPlace()
+        installed = _InstalledModules()
         for name, module in found.items():
-            place.wrap(attachment, name, module)
+            installed.wrap(attachment, name, module)
         weights = sum(parameter.numel() for parameter in unwrap(model).parameters())
         inside = sum(parameter.numel() for module in found.values() for parameter in module.parameters())
-        cache.leaves(component, 1.0 - inside / max(weights, 1))
-        return place
+        cache.set_residual_cost(component, 1.0 - inside / max(weights, 1))
+        return installed
 
     def _find(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The outermost modules that match."""
+        """Return the outermost modules that match."""
         bare = unwrap(model)
         named = dict(named_layers(bare))
         patterns = self.patterns if self.patterns is not None else self._usual(model)
@@ -190,8 +190,8 @@ class Modules(Region):
         return (*attention, *(rf"{block}\.(ff|ffn|mlp|feed_forward)(_context)?" for block in blocks))
 
 
-class _ModulesPlace:
-    """The modules ask which call runs."""
+class _InstalledModules:
+    """Wrapped modules that read the running call."""
 
     def __init__(self) -> None:
         self.call: Call | None = None
@@ -233,4 +233,4 @@ def region_of(name: str) -> Region:
     return regions[name]
 
 
-__all__ = ["Blocks", "Modules", "Output", "Place", "Region", "RegionName", "region_of"]
+__all__ = ["Blocks", "InstalledRegion", "Modules", "Output", "Region", "RegionName", "region_of"]

@@ -1,4 +1,4 @@
-"""The best steps to compute, given how predictions at any two steps are alike.
+"""Choose the steps to compute from the Gram matrix of predictions.
 
 Exact for its model of the error: the forecast of a skipped step is wrong by what the Gram matrix says, an error counts
 by the length of its step and by what later steps leave of it, and errors add up. Then, because errors of different
@@ -15,21 +15,21 @@ from dataclasses import dataclass
 import numpy as np
 
 RIDGE = 1e-5
-"""Added to the diagonal in least squares, as a share of its mean."""
+"""Added to the diagonal in least squares, as a fraction of its mean."""
 
-OWN_SHARE = 1.0
-"""Weight of the sum of each step's own squared error beside the summed error when steps are moved: cancellation that
-the calibration promises is only half believed."""
-
-
-DATA_SPREAD = 0.5
-"""Standard deviation of the data for `remaining`, as in EDM (arXiv 2206.00364, sigma_data)."""
+SEPARATE_ERROR_WEIGHT = 1.0
+"""Weight of each step's own squared error against the summed error in the local search: the cancellation of errors
+seen in calibration is trusted only half."""
 
 
-def remaining(sigmas: Sequence[float]) -> np.ndarray:
-    """Return what the rest of a run leaves of an error of the latents made at each noise level.
+SIGMA_DATA = 0.5
+"""Standard deviation of the data for `remaining_error`, as in EDM (arXiv 2206.00364, sigma_data)."""
 
-    Later steps see the error and mend part of it, so late errors count more. Latents are `k data + sigma noise`; for
+
+def remaining_error(sigmas: Sequence[float]) -> np.ndarray:
+    """Return the factor by which the rest of a run multiplies an error made at each noise level.
+
+    Later steps see the error and correct part of it, so late errors count more. Latents are `k data + sigma noise`; for
     Gaussian data of deviation s the flow shrinks all distances as the deviation of the latents, hence
     `s / sqrt((k s)^2 + sigma^2)`.
 
@@ -41,7 +41,7 @@ def remaining(sigmas: Sequence[float]) -> np.ndarray:
     """
     levels = np.asarray(sigmas, np.float64)
     share = np.ones_like(levels) if levels.max() > 1 else 1 - levels  # (N,): k
-    return DATA_SPREAD / np.hypot(share * DATA_SPREAD, levels)
+    return SIGMA_DATA / np.hypot(share * SIGMA_DATA, levels)
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,17 @@ class Errors:
 
     @classmethod
     def of(cls, gram: np.ndarray, sigmas: Sequence[float], fill: str = "newton") -> Errors:
-        """Compute them.
+        """Compute the errors of all forecasts.
 
         Args:
-            gram: (N, N); for "gram" also (2 N, 2 N), where the inputs of all steps stand behind the predictions.
+            gram: (N, N); for "gram" also (2 N, 2 N), where the inputs of all steps follow the predictions.
             sigmas: noise levels, falling, (N,).
             fill: "reuse", "newton" (a line in sigma) or "gram" (least squares).
 
         Raises:
             ValueError: an unknown fill.
         """
+        # weights of the two computed steps p < a (and of the input at j) in the forecast of step j
         count = len(sigmas)
         levels = np.asarray(sigmas, np.float64)
         p, a, j = np.ogrid[:count, :count, :count]
@@ -90,24 +91,28 @@ class Errors:
             newest, older, entered = _least_squares(gram, count)
         else:
             raise ValueError(f"fill {fill!r} is not known; use 'reuse', 'newton' or 'gram'")
+        # squared error of every forecast: w^T G w with w = (newest, older, -1, entered)
         parts = [(a, newest), (p, older), (j, -1.0)] + ([(count + j, entered)] if len(gram) > count else [])
         square = sum(one * other * gram[at, to] for at, one in parts for to, other in parts)  # (N, N, N)
-        lengths = np.abs(np.diff(levels, append=0.0)) * remaining(sigmas)  # (N,)
+        # an error counts by the length of its step and by what later steps leave of it
+        lengths = np.abs(np.diff(levels, append=0.0)) * remaining_error(sigmas)  # (N,)
         return cls(gram, lengths, newest, older, entered, np.sqrt(np.maximum(square, 0.0)) * lengths)
 
 
 def _least_squares(gram: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights of steps a and p, and of the input at j, that fit j best, (N, N, N) each; p has none where p = a."""
+    """Return the weights of steps a and p and of the input at j that fit j best, (N, N, N) each; p has 0 if p = a."""
     p, a, j = np.ogrid[:count, :count, :count]
     columns = [a, p] + ([count + j] if len(gram) > count else [])
     shape, size = (count, count, count), np.diag(gram)
     ridge = RIDGE * sum(size[column] for column in columns) / len(columns)
+    # normal equations (G + ridge) w = g, one system for each (p, a, j)
     known = np.empty((*shape, len(columns), len(columns)))  # (N, N, N, 2 or 3, 2 or 3)
     wanted = np.empty((*shape, len(columns), 1))
     for row, one in enumerate(columns):
         wanted[..., row, 0] = gram[one, j]
         for column, other in enumerate(columns):
             known[..., row, column] = gram[one, other] + (ridge if row == column else 0.0)
+    # p = a: one computed step alone, so drop its second column
     alone = np.arange(count)
     known[alone, alone, :, 1, :] = known[alone, alone, :, :, 1] = wanted[alone, alone, :, 1] = 0.0
     known[alone, alone, :, 1, 1] = 1.0
@@ -125,7 +130,7 @@ def best_steps(errors: Errors, count: int) -> tuple[bool, ...]:
     Returns:
         True for each computed step.
     """
-    anchors = improved(errors, shortest_path(errors, count))
+    anchors = local_search(errors, shortest_path(errors, count))
     return tuple(step in anchors for step in range(len(errors.lengths)))
 
 
@@ -137,18 +142,21 @@ def shortest_path(errors: Errors, count: int) -> list[int]:
         count: how many steps are computed.
     """
     steps = len(errors.lengths)
+    # gaps[p, a, b]: summed error of the skipped steps between a and b, if a and p < a are the newest computed steps
     cumulative = np.concatenate([np.zeros((steps, steps, 1)), np.cumsum(errors.size, axis=2)], axis=2)  # (N, N, N + 1)
     a = np.arange(steps)
-    gaps = cumulative - cumulative[:, a, a + 1][:, :, None]  # [p, a, b]: errors of a + 1 ... b - 1; (N, N, N + 1)
+    gaps = cumulative - cumulative[:, a, a + 1][:, :, None]  # (N, N, N + 1)
     b = np.arange(steps + 1)
     gaps = np.where(b[None, None] > a[None, :, None], gaps, np.inf)
+    # dynamic programming: cost[p, a] of the best plan whose newest computed steps are p and a
     cost = np.full((steps, steps), np.inf)
     cost[0, 0] = 0.0  # step 0 alone
     previous = []
     for _ in range(count - 1):
         ways = cost[:, :, None] + gaps[:, :, :steps]  # [p, a, b], (N, N, N)
-        previous.append(ways.argmin(axis=0))  # (N, N): the p behind (a, b)
+        previous.append(ways.argmin(axis=0))  # (N, N): the p before (a, b)
         cost = ways.min(axis=0)
+    # best end, then backtrack
     p, a = np.unravel_index(np.argmin(cost + gaps[:, :, steps]), cost.shape)
     found = [int(a)]
     for layer in reversed(previous):
@@ -157,7 +165,7 @@ def shortest_path(errors: Errors, count: int) -> list[int]:
     return sorted(found)
 
 
-def improved(errors: Errors, anchors: Sequence[int]) -> list[int]:
+def local_search(errors: Errors, anchors: Sequence[int]) -> list[int]:
     """Move single steps while the summed error gets smaller; the first stays.
 
     Args:
@@ -167,6 +175,7 @@ def improved(errors: Errors, anchors: Sequence[int]) -> list[int]:
     total, best = _Total(errors), list(anchors)
     value = total(best)
     while True:
+        # all plans that differ in one step
         moves = [
             sorted([*best[:i], step, *best[i + 1 :]])
             for i in range(1, len(best))
@@ -180,7 +189,7 @@ def improved(errors: Errors, anchors: Sequence[int]) -> list[int]:
 
 
 class _Total:
-    """Squared length of the sum of all errors, plus `OWN_SHARE` times their own squares; gaps are looked up."""
+    """Squared length of the sum of all errors, plus `SEPARATE_ERROR_WEIGHT` times their own squares; memoised by gap."""
 
     def __init__(self, errors: Errors) -> None:
         self.errors = errors
@@ -191,14 +200,15 @@ class _Total:
         ends = [*anchors[1:], steps]
         parts = [self._gap(anchors[max(i - 1, 0)], anchor, ends[i]) for i, anchor in enumerate(anchors)]
         error = np.sum([part[0] for part in parts], axis=0)  # (N or 2 N,): coefficients
-        return float(error @ self.errors.gram @ error) + OWN_SHARE * math.fsum(part[1] for part in parts)
+        return float(error @ self.errors.gram @ error) + SEPARATE_ERROR_WEIGHT * math.fsum(part[1] for part in parts)
 
     def _gap(self, p: int, a: int, b: int) -> tuple[np.ndarray, float]:
-        """The summed error of the steps between a and b, as coefficients, and the sum of their squares."""
+        """Return the summed error of the steps between a and b, as coefficients, and the sum of their squares."""
         if (p, a, b) not in self._gaps:
             inside = slice(a + 1, b)
             lengths = self.errors.lengths
             row = np.zeros(len(self.errors.gram))
+            # forecast minus truth of each skipped step, summed: coefficients of the predictions and inputs
             row[inside] = -lengths[inside]
             if len(row) > len(lengths):
                 row[len(lengths) + a + 1 : len(lengths) + b] = lengths[inside] * self.errors.entered[p, a, inside]

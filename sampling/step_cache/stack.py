@@ -1,4 +1,4 @@
-"""A network's blocks with a gap in them: on forecast steps the middle ones do not run.
+"""Skip the middle blocks of a network on forecast steps.
 
 Between skipped blocks the network's own code goes on (it joins and splits streams), so a skipped block hands on
 tensors of the right shapes that take no memory; what counts is what the last one hands on: what entered the gap plus
@@ -19,11 +19,11 @@ from dit.runtime import diffusers_compat
 from dit.runtime.hooks import AttachError, Attachment
 from dit.runtime.state import unwrap
 from sampling.step_cache.call import Call
-from sampling.step_cache.values import Rebuild, Values, take_apart
+from sampling.step_cache.values import Rebuild, Values, flatten
 
 
-class _Leave(BaseException):
-    """Thrown by the first attention layer to leave the first block, once the gate has seen the layer's input."""
+class _SkipBlocks(BaseException):
+    """Raised by the first attention layer to leave the first block, once the gate has seen the layer's input."""
 
 
 class Stack:
@@ -53,31 +53,31 @@ class Stack:
         self._text_first = _returns_text_first(blocks[self.last])
         self._shapes: dict[tuple[str, int], tuple[list[tuple], Rebuild]] = {}
         self._entered: list[Tensor] = []
-        self._picture: Tensor | None = None
-        self._given: Values = ()
-        self._places: dict[tuple[torch.Size, torch.Size], slice] = {}
+        self._image: Tensor | None = None
+        self._last_output: Values = ()
+        self._image_slices: dict[tuple[torch.Size, torch.Size], slice] = {}
         self._bases: Values | None = None
         self._previous = -1
         for index, block in enumerate(blocks):
             _wrap(attachment, block, partial(self._around, index, block))
         if attention is not None:
-            attachment.wrap_forward(attention, self._look)
+            attachment.wrap_forward(attention, self._observe_input)
 
     def run(self, call: Call, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """See `regions.Place.run`."""
+        """Run the network; its blocks are computed or skipped as the call decides."""
         self.call = call
         try:
             return forward(*args, **kwargs)
         finally:
-            self.call, self._entered, self._picture, self._bases = None, [], None, None
-            self._given, self._previous = (), -1
+            self.call, self._entered, self._image, self._bases = None, [], None, None
+            self._last_output, self._previous = (), -1
 
-    def _look(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Show the gate what enters the first attention layer."""
+    def _observe_input(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Pass the input of the first attention layer to the gate."""
         if self.call is not None and self.call.computed is None:
             streams = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             if not self.call.decide(streams[0]):
-                raise _Leave
+                raise _SkipBlocks
         return forward(*args, **kwargs)
 
     def _around(self, index: int, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -85,26 +85,31 @@ class Stack:
         if call is None:
             return forward(*args, **kwargs)
         self._advance(index)
+
+        # read the streams where they are needed
         follows = index <= self.head and call.cache.gate.signal == "head"
         streams = _streams(block, args, kwargs) if follows or index in (0, self.head, self.end) else []
         if index == 0:
             self._entered = streams
         if follows:
-            self._picture = self._picture_in(streams[0])
+            self._image = self._image_part(streams[0])
+        # the gap begins: store its input, let the gate decide
         if index == self.head:
-            self._arrive(call, streams)
+            self._enter_gap(call, streams)
+        # skip, or run the block
         if self.head <= index <= self.last and call.computed is False:
             return self._skipped(call, index)
         try:
             output = forward(*args, **kwargs)
-        except _Leave:
+        except _SkipBlocks:
             return self._skipped(call, index)
+        # store what was computed
         if follows and index < self.head:
-            self._given = take_apart(output)[0]
+            self._last_output = flatten(output)[0]
         if self.head <= index <= self.last:
-            self._note(call, index, output)
+            self._accumulate(call, index, output)
         if self.verify and index == self.end:
-            self._compare(call, output)
+            self._verify(call, output)
         return output
 
     def _advance(self, index: int) -> None:
@@ -120,53 +125,53 @@ class Stack:
             )
         self._previous = index
 
-    def _arrive(self, call: Call, streams: list[Tensor]) -> None:
-        """At the gap: keep what enters it, and let gates decide that look at the head."""
+    def _enter_gap(self, call: Call, streams: list[Tensor]) -> None:
+        """Store the input of the gap, and let gates decide that observe the head."""
         self._bases = tuple(streams)
         if call.computed is None and call.cache.gate.signal == "head":
-            call.decide((self._entered[0], self._picture))
+            call.decide((self._entered[0], self._image))
 
-    def _picture_in(self, stream: Tensor) -> Tensor:
-        """The image's part of a stream that enters a block of the head: all of it, or its place beside the text."""
+    def _image_part(self, stream: Tensor) -> Tensor:
+        """Return the image tokens of a stream that enters a block of the head: all, or a slice next to the text."""
         own = self._entered[0]
         if stream.shape == own.shape:
             return stream
         key = (stream.shape, own.shape)
-        if key not in self._places:
-            self._places[key] = self._place_of_picture(stream)
-        return stream[:, self._places[key]]
+        if key not in self._image_slices:
+            self._image_slices[key] = self._find_image(stream)
+        return stream[:, self._image_slices[key]]
 
-    def _place_of_picture(self, stream: Tensor) -> slice:
-        """Where the network put the image when it joined the streams that the block before gave apart."""
+    def _find_image(self, stream: Tensor) -> slice:
+        """Find the image's slice after the network joined the streams that the previous block returned separately."""
         own = self._entered[0]
         count = own.shape[1]
-        apart = [tensor for tensor in self._given if tensor.shape == own.shape]
-        # The image changes little in a block, so that it is told from a text as long as it.
-        for picture in sorted(apart, key=lambda tensor: (tensor - own).norm().item()):
-            for place in (slice(0, count), slice(stream.shape[1] - count, stream.shape[1])):
-                if torch.equal(stream[:, place], picture):
-                    return place
+        apart = [tensor for tensor in self._last_output if tensor.shape == own.shape]
+        # The image changes little in a block, so that it is distinguished from a text of the same length.
+        for image in sorted(apart, key=lambda tensor: (tensor - own).norm().item()):
+            for part in (slice(0, count), slice(stream.shape[1] - count, stream.shape[1])):
+                if torch.equal(stream[:, part], image):
+                    return part
         raise AttachError(
-            f"the picture's stream of shape {tuple(own.shape)} was not found in the one of {tuple(stream.shape)} that "
+            f"the image's stream of shape {tuple(own.shape)} was not found in the one of {tuple(stream.shape)} that "
             f"enters {self._names[self._previous]}, so the gate cannot see what the head does to it: use a smaller "
             "head, or a cache that doesn't look at it, such as taylorseer"
         )
 
-    def _note(self, call: Call, index: int, output: Any) -> None:
-        tensors, rebuild = take_apart(output)
+    def _accumulate(self, call: Call, index: int, output: Any) -> None:
+        tensors, rebuild = flatten(output)
         self._shapes[call.here.branch, index] = [(t.shape, t.dtype, t.device) for t in tensors], rebuild
         if index == self.last:
-            call.keep("blocks", output, self._matching(tensors))
+            call.keep("blocks", output, self._gap_inputs(tensors))
 
     def _skipped(self, call: Call, index: int) -> Any:
         shapes, rebuild = self._shapes[call.here.branch, index]
         if index == self.last:
             nothing = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype, _ in shapes)
-            return call.forecast("blocks", self._matching(nothing))
+            return call.forecast("blocks", self._gap_inputs(nothing))
         return rebuild([torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in shapes])
 
-    def _matching(self, tensors: Values) -> Values:
-        """What entered the gap, for each tensor that leaves it; zero where nothing that entered has its shape."""
+    def _gap_inputs(self, tensors: Values) -> Values:
+        """Return the gap's input for each tensor that leaves it; zero where no input has its shape."""
         entered = list(self._bases or ())
         if self._text_first:
             entered.reverse()
@@ -184,13 +189,13 @@ class Stack:
     def _device(self) -> torch.device:
         return self._bases[0].device if self._bases else torch.device("cpu")
 
-    def _compare(self, call: Call, output: Any) -> None:
-        """How far the last block's output is from its own forecast."""
+    def _verify(self, call: Call, output: Any) -> None:
+        """Measure how far the last block's output is from its own forecast."""
         if call.computed:
             return call.keep("verified", output)
-        guess = take_apart(call.forecast("verified"))[0][0]
-        real = take_apart(output)[0][0]
-        call.track.memory["error"] = ((real - guess).norm() / real.norm()).item()
+        guess = flatten(call.forecast("verified"))[0][0]
+        real = flatten(output)[0][0]
+        call.state.memory["error"] = ((real - guess).norm() / real.norm()).item()
         return None
 
 
@@ -199,17 +204,17 @@ def _title(block: nn.Module) -> str:
 
 
 def _is_joined(tensor: Tensor, streams: list[Tensor]) -> bool:
-    """Whether a tensor is the text and the image in one sequence."""
-    picture, text = streams
+    """Return whether a tensor is the text and the image in one sequence."""
+    image, text = streams
     return (
-        tensor.ndim == 3 == picture.ndim == text.ndim
-        and tensor.shape[1] == picture.shape[1] + text.shape[1]
-        and tensor.shape[::2] == picture.shape[::2] == text.shape[::2]
+        tensor.ndim == 3 == image.ndim == text.ndim
+        and tensor.shape[1] == image.shape[1] + text.shape[1]
+        and tensor.shape[::2] == image.shape[::2] == text.shape[::2]
     )
 
 
 def _streams(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
-    """The image's stream and, where the block takes one, the text's."""
+    """Return the image's stream and, where the block takes one, the text's."""
     bare = unwrap(block)
     names = _arguments(type(bare))
     given = {**dict(zip(names, args, strict=False)), **kwargs}

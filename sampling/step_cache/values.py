@@ -15,7 +15,7 @@ Values = tuple[Tensor, ...]
 Rebuild = Callable[[Sequence[Tensor]], Any]
 
 
-def take_apart(output: Any) -> tuple[Values, Rebuild]:
+def flatten(output: Any) -> tuple[Values, Rebuild]:
     """Find the tensors of an output.
 
     Args:
@@ -26,26 +26,26 @@ def take_apart(output: Any) -> tuple[Values, Rebuild]:
         The tensors in order, and a function that makes the same structure of others.
     """
     tensors: list[Tensor] = []
-    rebuild = _walk(output, tensors)
+    rebuild = _flatten(output, tensors)
     return tuple(tensors), rebuild
 
 
-def _walk(part: Any, tensors: list[Tensor]) -> Rebuild:
+def _flatten(part: Any, tensors: list[Tensor]) -> Rebuild:
     if isinstance(part, Tensor):
-        place = len(tensors)
+        index = len(tensors)
         tensors.append(part)
-        return lambda values: values[place]
+        return lambda values: values[index]
     if isinstance(part, dict):  # diffusers' outputs are dicts too
-        parts = {key: _walk(value, tensors) for key, value in part.items()}
+        parts = {key: _flatten(value, tensors) for key, value in part.items()}
         make = dict if type(part) is dict else partial(_by_name, type(part))
         return lambda values: make({key: build(values) for key, build in parts.items()})
     if isinstance(part, tuple | list):
-        kind, items = type(part), [_walk(value, tensors) for value in part]
+        kind, items = type(part), [_flatten(value, tensors) for value in part]
         if hasattr(part, "_fields"):
             return lambda values: kind(*(build(values) for build in items))
         return lambda values: kind(build(values) for build in items)
     if is_dataclass(part) and not isinstance(part, type):
-        fields = {name: _walk(value, tensors) for name, value in vars(part).items()}
+        fields = {name: _flatten(value, tensors) for name, value in vars(part).items()}
         return lambda values: _with_fields(part, {name: build(values) for name, build in fields.items()})
     return lambda values: part
 
@@ -68,7 +68,7 @@ def as_one(tensors: Values) -> Tensor | None:
     return torch.stack(tensors) if is_list else next(iter(tensors), None)
 
 
-def lay_under(latents: Tensor, tensors: Values) -> Values:
+def match_latents(latents: Tensor, tensors: Values) -> Values:
     """Make of the latents of a call what its output's tensors can be compared with, each in its shape.
 
     Channels that only the output has (a learned variance) stand on zeros, as tensors beside the prediction do; channels
@@ -82,11 +82,11 @@ def lay_under(latents: Tensor, tensors: Values) -> Values:
         ValueError: the prediction differs from the latents in more than its channels.
     """
     if tensors[0].ndim == latents.ndim - 1 and len(tensors) == len(latents):
-        return tuple(_in_shape(sample, tensor) for sample, tensor in zip(latents, tensors, strict=True))
-    return (_in_shape(latents, tensors[0]), *(torch.zeros_like(tensor) for tensor in tensors[1:]))
+        return tuple(_match_shape(sample, tensor) for sample, tensor in zip(latents, tensors, strict=True))
+    return (_match_shape(latents, tensors[0]), *(torch.zeros_like(tensor) for tensor in tensors[1:]))
 
 
-def _in_shape(latents: Tensor, tensor: Tensor) -> Tensor:
+def _match_shape(latents: Tensor, tensor: Tensor) -> Tensor:
     """Cut the latents, or fill them up with zeros, along the one dimension in which a tensor differs."""
     sizes = list(zip(latents.shape, tensor.shape, strict=False))
     others = [dim for dim, (have, wanted) in enumerate(sizes) if have != wanted]

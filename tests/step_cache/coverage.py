@@ -74,7 +74,7 @@ def changed(value: Any, step: int) -> Any:
 def run(model: Any, inputs: dict[str, Any]) -> list[Any]:
     """The outputs of all steps."""
     from dit.runtime.step_context import StepContext, next_run, step_scope
-    from sampling.step_cache.values import take_apart
+    from sampling.step_cache.values import flatten
 
     outputs, number = [], next_run()
     for step in range(STEPS):
@@ -82,7 +82,7 @@ def run(model: Any, inputs: dict[str, Any]) -> list[Any]:
         given = {key: changed(value, step) if "hidden" in key or key == "x" else value for key, value in inputs.items()}
         torch.manual_seed(1)
         with step_scope(StepContext(number, step, STEPS, sigma, 1000 * sigma, "cond")):
-            outputs.append([tensor.clone() for tensor in take_apart(model(**given))[0]])
+            outputs.append([tensor.clone() for tensor in flatten(model(**given))[0]])
     return outputs
 
 

@@ -16,7 +16,7 @@ from sampling.step_cache import StepCache
 from sampling.step_cache.forecasters import Reuse
 from sampling.step_cache.gates import FirstBlock, Mask, Probe
 from sampling.step_cache.regions import Blocks
-from sampling.step_cache.values import take_apart
+from sampling.step_cache.values import flatten
 
 JOINT, SINGLE, TOKENS, WORDS = 2, 2, 6, 5
 MASK = (True, False)
@@ -151,7 +151,7 @@ def outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     found, run = [], next_run()
     for step in range(len(MASK)):
         with step_scope(StepContext(run, step, len(MASK), 1 - step / len(MASK), 500.0, "cond")):
-            found.append(take_apart(model(**inputs, return_dict=False))[0][0].clone())
+            found.append(flatten(model(**inputs, return_dict=False))[0][0].clone())
     return found
 
 

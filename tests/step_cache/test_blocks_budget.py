@@ -13,7 +13,7 @@ from apps.benchmarks.step_cache import Workload
 from dit.runtime.artifacts import ArtifactHeader
 from dit.runtime.families import TokenLayout
 from sampling.step_cache import Profile, StepCache, calibrate_budget
-from sampling.step_cache.calibration import GramObserver, _picture
+from sampling.step_cache.calibration import GramObserver, _image
 from sampling.step_cache.forecasters import Gram
 from sampling.step_cache.gates import Mask
 from sampling.step_cache.regions import region_of
@@ -158,10 +158,10 @@ def test_a_forecast_step_runs_all_but_the_blocks_and_its_cost_is_counted() -> No
 def test_the_pictures_part_is_found_in_every_order_of_streams() -> None:
     layout = TokenLayout((1, 2, 2), text_length=3, text_position="before")
     picture, text, joint = torch.randn(2, 4, 5), torch.randn(2, 3, 5), torch.randn(2, 7, 5)
-    assert _picture((picture, text), layout) == (0, slice(None))
-    assert _picture((text, picture), layout) == (1, slice(None))
-    assert _picture((joint,), layout) == (0, slice(3, 7))
-    assert _picture((joint,), replace(layout, text_position="after")) == (0, slice(0, 4))
+    assert _image((picture, text), layout) == (0, slice(None))
+    assert _image((text, picture), layout) == (1, slice(None))
+    assert _image((joint,), layout) == (0, slice(3, 7))
+    assert _image((joint,), replace(layout, text_position="after")) == (0, slice(0, 4))
 
 
 def test_profiles_of_older_versions_are_of_the_output(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pipelines.step_cache import attach_cache, make_cache, parse_cache
 from sampling.step_cache import Profile, StepCache, calibrate_budget
 from sampling.step_cache.calibration import GramObserver
 from sampling.step_cache.profile import interpolation
-from sampling.step_cache.schedule import Errors, remaining, shortest_path
+from sampling.step_cache.schedule import Errors, remaining_error, shortest_path
 from tests.families.networks import tiny_transformer
 from tests.families.tiny import tiny_pipeline
 from tests.runtime.counting import count_calls
@@ -103,8 +103,8 @@ def test_errors_shrink_as_the_flow_of_gaussian_data_says() -> None:
         for sigma in np.linspace(begin, 0, steps, endpoint=False):
             spread = (0.5 * (1 - sigma)) ** 2 + sigma**2  # variance of the latents; the velocity is its half slope
             error -= begin / steps * (sigma - 0.25 * (1 - sigma)) / spread * error
-        assert remaining([begin])[0] == pytest.approx(error, rel=2e-3)
-    noisy = remaining([14.0, 1.0])  # a model of the noise: latents are data + sigma noise
+        assert remaining_error([begin])[0] == pytest.approx(error, rel=2e-3)
+    noisy = remaining_error([14.0, 1.0])  # a model of the noise: latents are data + sigma noise
     assert noisy == pytest.approx([0.5 / np.hypot(0.5, 14.0), 0.5 / np.hypot(0.5, 1.0)])
 
 

@@ -5,7 +5,7 @@ import torch
 
 from dit.runtime.step_context import StepContext, next_run, step_scope
 from sampling.step_cache import StepCache
-from sampling.step_cache.values import as_one, lay_under
+from sampling.step_cache.values import as_one, match_latents
 from tests.families.networks import tiny_transformer
 from tests.families.tiny import tiny_call, tiny_pipeline
 
@@ -46,15 +46,18 @@ def test_the_variance_is_used_again_and_the_noise_follows_the_latents():
 
 def test_latents_in_the_shape_of_outputs():
     latents = torch.randn(2, 4, 3, 3)
-    assert torch.equal(lay_under(latents, (torch.ones(2, 4, 3, 3),))[0], latents)
-    longer, shorter = lay_under(latents, (torch.ones(2, 6, 3, 3),))[0], lay_under(latents, (torch.ones(2, 2, 3, 3),))[0]
+    assert torch.equal(match_latents(latents, (torch.ones(2, 4, 3, 3),))[0], latents)
+    longer, shorter = (
+        match_latents(latents, (torch.ones(2, 6, 3, 3),))[0],
+        match_latents(latents, (torch.ones(2, 2, 3, 3),))[0],
+    )
     assert torch.equal(longer[:, :4], latents)
     assert not longer[:, 4:].any()
     assert torch.equal(shorter, latents[:, :2])
-    of_samples = lay_under(latents, (torch.ones(4, 3, 3), torch.ones(4, 3, 3)))
+    of_samples = match_latents(latents, (torch.ones(4, 3, 3), torch.ones(4, 3, 3)))
     assert torch.equal(as_one(of_samples), latents)
-    picture, sound = lay_under(latents, (torch.ones(2, 4, 3, 3), torch.ones(2, 7)))
+    picture, sound = match_latents(latents, (torch.ones(2, 4, 3, 3), torch.ones(2, 7)))
     assert torch.equal(picture, latents)
     assert not sound.any()
     with pytest.raises(ValueError, match="can't be compared"):
-        lay_under(latents, (torch.ones(2, 6, 4, 3),))
+        match_latents(latents, (torch.ones(2, 6, 4, 3),))

@@ -10,7 +10,7 @@ from dit.models.dit import DiT
 from dit.runtime.artifacts import ArtifactError
 from dit.runtime.step_context import StepContext, next_run, step_scope
 from sampling.step_cache import StepCache, calibrate_budget
-from sampling.step_cache.forecasters import Anchor, Blend, Corrected, Newton, Taylor, lagrange
+from sampling.step_cache.forecasters import Anchor, FoCa, Newton, Taylor, TrajectoryAlignment, lagrange
 from sampling.step_cache.gates import Interval, Mask, Speculative
 from sampling.step_cache.regions import Blocks
 from tests.families.tiny import tiny_pipeline
@@ -189,15 +189,15 @@ def anchors(*steps: int) -> list[Anchor]:
 
 def test_weights_of_forecasters() -> None:
     assert lagrange([3.0, 1.0], 5.0) == pytest.approx((2.0, -1.0))
-    for forecaster in (Newton(2), Taylor(2), Corrected(), Blend()):
+    for forecaster in (Newton(2), Taylor(2), FoCa(), TrajectoryAlignment()):
         weights = forecaster.weights(anchors(5, 4, 3), here(7), {"share": 1.2})
         assert weights is not None
         assert sum(weights) == pytest.approx(1.0), "a constant stays a constant"
     assert Newton(1).weights([], here(1), {}) is None
     assert Taylor(2).weights(anchors(5, 4, 3), here(6), {}) == pytest.approx((2.5, -2.0, 0.5))  # 1 + d + d2 / 2
     assert Taylor(1, damping=0.5).weights(anchors(5, 4), here(7), {}) == pytest.approx((1.5, -0.5))
-    assert Blend().weights(anchors(5, 4), here(7), {"share": 9.0}) == pytest.approx((1.5, -0.5))
-    line = Corrected().weights(anchors(5, 4), here(6), {})
+    assert TrajectoryAlignment().weights(anchors(5, 4), here(7), {"share": 9.0}) == pytest.approx((1.5, -0.5))
+    line = FoCa().weights(anchors(5, 4), here(6), {})
     assert line == pytest.approx((2.0, -1.0)), "with two neighbours the first forecast is the line"
     with pytest.raises(ValueError, match="0 to 4"):
         Newton(7)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dit.runtime.hooks import AttachError
 from sampling.step_cache import StepCache, calibrate_budget
 from sampling.step_cache.gates import InputRate, Interval
-from sampling.step_cache.values import take_apart
+from sampling.step_cache.values import flatten
 from sampling.step_tracker import StepTracker
 from tests.families.tiny import image_vae, t5_encoder, t5_tokenizer
 from tests.step_cache.molecules import rfd4
@@ -269,7 +269,7 @@ def test_outputs_of_every_structure_come_back() -> None:
         name: str
 
     output = ({0: torch.ones(2), (1, 2): [torch.zeros(3)]}, Prediction(torch.full((2,), 3.0), "x"))
-    tensors, rebuild = take_apart(output)
+    tensors, rebuild = flatten(output)
     assert [tensor.shape[0] for tensor in tensors] == [2, 3, 2]
     again = rebuild([tensor + 1 for tensor in tensors])
     assert again[0][0].tolist() == [2.0, 2.0]
