@@ -340,11 +340,11 @@ class TesseraPipeline(DiffusionPipeline):
         check_generators(generator, count)
         generators: list[Any] = list(generator) if isinstance(generator, list | tuple) else [generator] * count
         devices = ["cpu" if one is None else one.device for one in generators]
-        pictures = [
+        noises = [
             torch.randn(tuple(shape), generator=one, dtype=torch.float32, device=device).cpu()
             for one, device in zip(generators, devices, strict=True)
         ]
-        return torch.stack(pictures)  # (B, C, H, W)
+        return torch.stack(noises)  # (B, C, H, W)
 
     # ----------------------------------------------------------------- images
 
@@ -358,7 +358,7 @@ class TesseraPipeline(DiffusionPipeline):
         Returns:
             B images, no larger than the decoded ones.
         """
-        with brought_over(self.vae) as device:  # offloading may have taken its weights away
+        with on_device(self.vae) as device:  # offloading may have taken its weights away
             rgb = self.visual_tokenizer.preview(latents.to(device, torch.float32))  # (B, 3, h, w) in [-1, 1]
         return self.image_processor.postprocess(rgb.float(), output_type="pil")
 
@@ -465,7 +465,7 @@ class _Steps:
 
 
 @contextmanager
-def brought_over(module: torch.nn.Module) -> Generator[torch.device]:
+def on_device(module: torch.nn.Module) -> Generator[torch.device]:
     """Have a module's own tensors at hand: sequential offloading puts them aside outside of `forward`.
 
     Args:

@@ -152,7 +152,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         labels = self.get_label_ids(class_labels).repeat_interleave(num_images_per_prompt).to(device)  # (B,)
         check_generators(generator, len(labels))
         shape = (self.transformer.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
-        step_generators = _generator_per_picture(generator, len(labels))  # before the start noise advances it
+        step_generators = _generator_per_image(generator, len(labels))  # before the start noise advances it
         latents = self._prepare_latents(shape, len(labels), generator, latents, device)  # (B, C, h, w)
         timesteps = self._set_timesteps(num_inference_steps, shape, device)  # (S,)
 
@@ -362,7 +362,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         return output.prev_sample.float()  # solvers that keep their guess to themselves
 
 
-def _generator_per_picture(
+def _generator_per_image(
     generator: torch.Generator | list[torch.Generator] | None, count: int
 ) -> list[torch.Generator] | None:
     """One generator an image for the noise of stochastic steps, so that image i is the same in any batch.

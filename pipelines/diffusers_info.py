@@ -87,7 +87,7 @@ def diffusers_info(pipe: Any) -> PipelineInfo:
         callback=find_callback(pipe, parameters),
         callback_tensors=tuple(getattr(pipe, "_callback_tensor_inputs", ("latents",))),
         can_interrupt=_has_switch(pipe, "interrupt") and type(pipe).interrupt.fset is not None,
-        finish="switch" if _has_switch(pipe, "finish_now") else "latents" if ends_when_told(pipe) else "none",
+        finish="switch" if _has_switch(pipe, "finish_now") else "latents" if finishes_on_interrupt(pipe) else "none",
         preview="own" if callable(getattr(pipe, "preview", None)) else "latents" if can_preview(pipe) else "none",
         has_scheduler=getattr(pipe, "scheduler", None) is not None,
         can_tile=can_tile(getattr(pipe, "vae", None)),
@@ -158,10 +158,10 @@ def find_callback(pipe: Any, parameters: frozenset[str]) -> Callback:
     return "scheduler" if hasattr(getattr(pipe, "scheduler", None), "step") else "none"
 
 
-def ends_when_told(pipe: Any) -> bool:
+def finishes_on_interrupt(pipe: Any) -> bool:
     """Whether a pipeline, once interrupted, decodes the latents that the callback gave back."""
-    can_be_told = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"} <= call_parameters(type(pipe))
-    return can_be_told and _has_switch(pipe, "interrupt") and hasattr(pipe, "scheduler") and is_flow(pipe)
+    has_callback = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"} <= call_parameters(type(pipe))
+    return has_callback and _has_switch(pipe, "interrupt") and hasattr(pipe, "scheduler") and is_flow(pipe)
 
 
 def _has_switch(pipe: Any, name: str) -> bool:

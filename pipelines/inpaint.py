@@ -21,7 +21,7 @@ MaskInput = Image.Image | np.ndarray | Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class KeptRegion:
+class InpaintRegion:
     """What a run of inpainting keeps.
 
     Attributes:
@@ -41,14 +41,14 @@ class KeptRegion:
         """Latent cells that are generated because the mask touches them, (B, 1, h, w), bool."""
         return touched_cells(self.mask, self.latents.shape[-2], self.latents.shape[-1])
 
-    def put_back(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
+    def blend(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
         """Replace the kept cells of latents (B, C, h, w) by the original at noise level `sigma`, 0 to 1."""
         kept = torch.lerp(self.latents, self.noise, sigma)  # (B, C, h, w)
         return torch.where(self.cells, latents, kept)
 
-    def lay_over(self, pictures: Tensor) -> Tensor:
+    def composite(self, pixels: Tensor) -> Tensor:
         """Replace the kept pixels of decoded images (B, 3, H, W) in about [-1, 1] by the original's."""
-        return torch.where(self.mask.to(pictures.device), pictures, self.pixels.to(pictures))
+        return torch.where(self.mask.to(pixels.device), pixels, self.pixels.to(pixels))
 
 
 def read_mask(mask: MaskInput, height: int, width: int) -> Tensor:
@@ -115,13 +115,13 @@ def _fill(total: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight > 0, total / weight.clamp(min=1e-6), coarse)
 
 
-def keep_pixels(original: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
+def keep_pixels(original: Image.Image, generated: Image.Image, mask: Image.Image) -> Image.Image:
     """Lay the kept pixels of an image over a generated one of the same size.
 
     Args:
         original: RGB.
-        painted: RGB.
-        mask: white where `painted` shows.
+        generated: RGB.
+        mask: white where `generated` shows.
 
     Returns:
         RGB; outside the mask equal to `original`.
@@ -129,7 +129,7 @@ def keep_pixels(original: Image.Image, painted: Image.Image, mask: Image.Image) 
     Raises:
         ValueError: sizes differ.
     """
-    if not original.size == painted.size == mask.size:
-        raise ValueError(f"sizes differ: original {original.size}, painted {painted.size}, mask {mask.size}.")
+    if not original.size == generated.size == mask.size:
+        raise ValueError(f"sizes differ: original {original.size}, painted {generated.size}, mask {mask.size}.")
     hard = mask.convert("L").point([0] * 128 + [255] * 128)
-    return Image.composite(painted.convert("RGB"), original.convert("RGB"), hard)
+    return Image.composite(generated.convert("RGB"), original.convert("RGB"), hard)

@@ -28,7 +28,7 @@ from torch import Tensor
 from dit.runtime.hooks import attachments
 from pipelines.diffusers_info import ARGUMENTS, default_frames, default_side, network_config, side_multiple
 from pipelines.info import FALLBACK_FPS, Guidance, PipelineInfo, tiles
-from pipelines.previews import can_preview, guess_finished, is_flow
+from pipelines.previews import can_preview, is_flow, predict_x0
 
 logger = logging.getLogger(__name__)
 
@@ -344,7 +344,7 @@ class _Watch:
             self._ended = True
             both = isinstance(before, Tensor) and isinstance(latents, Tensor)
             if replaced is None and both and is_flow(self._call):  # type: ignore[arg-type]
-                block_state.latents = guess_finished(self._call, before, latents)  # type: ignore[arg-type]
+                block_state.latents = predict_x0(self._call, before, latents)  # type: ignore[arg-type]
 
 
 def _name_branches(guider: Any, branch: ExitStack) -> None:

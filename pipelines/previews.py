@@ -128,7 +128,7 @@ def is_flow(pipe: DiffusionPipeline) -> bool:
     )
 
 
-def guess_finished(pipe: DiffusionPipeline, before: Tensor, latents: Tensor) -> Tensor:
+def predict_x0(pipe: DiffusionPipeline, before: Tensor, latents: Tensor) -> Tensor:
     """Guess the finished latents of a flow from those of two steps: it runs (nearly) straight, so go on straight.
 
     With x = (1 - sigma) * data + sigma * noise, data = x - sigma * dx / dsigma. Noisy latents show nothing until late;

@@ -20,14 +20,14 @@ from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number, check_sigmas
 from pipelines.conditioning import TextConditionedPipeline
 from pipelines.info import PipelineInfo
-from pipelines.inpaint import KeptRegion, MaskInput, fill_in, read_mask
+from pipelines.inpaint import InpaintRegion, MaskInput, fill_in, read_mask
 from pipelines.lora.mixin import TransformerLoraMixin
 from sampling.denoise import Denoiser, State, denoise
 from sampling.guidance import classifier_free_guidance, in_interval
 from sampling.timesteps import set_timesteps
 
 ImageInput = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
-Pictures = list[Image.Image] | np.ndarray | Tensor
+Images = list[Image.Image] | np.ndarray | Tensor
 
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 28, 4.0
 """Of a call that names none."""
@@ -143,7 +143,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         mask_image: MaskInput | None = None,
-    ) -> ImagePipelineOutput | tuple[Pictures]:
+    ) -> ImagePipelineOutput | tuple[Images]:
         """Generate.
 
         Args:
@@ -225,7 +225,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         )
         noise = self._start_noise(len(embeds), height, width, generator, latents).to(device)  # (B, C, h, w)
         latents = self.prepare_latents(len(embeds), height, width, timesteps, None, noise, image)
-        kept = None if mask_image is None else self._keep(image, mask_image, height, width, noise)
+        kept = None if mask_image is None else self._inpaint_region(image, mask_image, height, width, noise)
 
         latents = self._denoise(
             {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds},
@@ -242,7 +242,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             images = latents
         else:
             pixels = self.decode_latents(latents)  # (B, 3, H, W)
-            images = self.image_processor.postprocess(pixels if kept is None else kept.lay_over(pixels), output_type)
+            images = self.image_processor.postprocess(pixels if kept is None else kept.composite(pixels), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -327,7 +327,9 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             )
         return noise
 
-    def _keep(self, image: Any, mask_image: MaskInput, height: int, width: int, noise: Tensor) -> KeptRegion:
+    def _inpaint_region(
+        self, image: Any, mask_image: MaskInput, height: int, width: int, noise: Tensor
+    ) -> InpaintRegion:
         """Prepare what inpainting keeps of images (P of them), for the B images of a run."""
         pixels = self._read_pixels(image, height, width)  # (P, 3, H, W)
         mask = read_mask(mask_image, height, width).to(pixels.device)  # (P', 1, H, W)
@@ -336,7 +338,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         pixels = pixels.repeat_interleave(len(noise) // len(pixels), dim=0)  # (B, 3, H, W)
         mask = mask.repeat_interleave(len(noise) // len(mask), dim=0)  # (B, 1, H, W)
         latents = self._encode_pixels(fill_in(pixels, mask))  # (B, C, h, w)
-        return KeptRegion(pixels, mask, latents, noise.to(latents))
+        return InpaintRegion(pixels, mask, latents, noise.to(latents))
 
     @torch.no_grad()
     def encode_image(self, image: ImageInput, height: int, width: int) -> Tensor:
@@ -388,7 +390,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         generator: torch.Generator | list[torch.Generator] | None,
         callback: Callable[..., dict[str, Tensor] | None] | None,
         callback_inputs: Sequence[str],
-        kept: KeptRegion | None = None,
+        kept: InpaintRegion | None = None,
     ) -> Tensor | None:
         """Take the latents through the timesteps; all arithmetic outside the transformer is float32.
 
@@ -408,7 +410,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
                 cond, uncond, self._guidance_scale, self._guidance_rescale
             ),
             estimate=self._estimate,
-            restore=None if kept is None else kept.put_back,
+            restore=None if kept is None else kept.blend,
         )
         with self._steps(timesteps, callback, callback_inputs) as control:
             return denoise(tensors, timesteps, self.scheduler, model, control, step_arguments)

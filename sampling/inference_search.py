@@ -184,13 +184,13 @@ class SearchSchedule:
 def stretch(num_scales: int) -> SearchSchedule:
     """The published schedule for another number of scales."""
     last = len(BATCH_SIZES) - 1
-    places = [round(scale * last / max(num_scales - 1, 1)) for scale in range(num_scales)]
-    sizes = tuple(BATCH_SIZES[place] for place in places)
+    indices = [round(scale * last / max(num_scales - 1, 1)) for scale in range(num_scales)]
+    sizes = tuple(BATCH_SIZES[index] for index in indices)
     cluster, resample = set(), set()
     for scale in range(1, num_scales):
         if sizes[scale] < sizes[scale - 1]:
-            crossed = range(places[scale - 1] + 1, places[scale] + 1)
-            (resample if any(place in crossed for place in RESAMPLE_SCALES) else cluster).add(scale)
+            crossed = range(indices[scale - 1] + 1, indices[scale] + 1)
+            (resample if any(index in crossed for index in RESAMPLE_SCALES) else cluster).add(scale)
     return SearchSchedule(sizes, frozenset(cluster), frozenset(resample))
 
 

@@ -35,17 +35,17 @@ def select_high_frequency(x: Tensor, count: int) -> Tensor:
     return distance.topk(count, dim=1).indices.sort(1).values  # (B, n)
 
 
-def take(x: Tensor, places: Tensor) -> Tensor:
+def take(x: Tensor, indices: Tensor) -> Tensor:
     """Tokens (B, N, D) at places (B, n): (B, n, D)."""
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def fill(worked: Tensor, places: Tensor, earlier: Tensor, grid: Grid, earlier_grid: Grid) -> Tensor:
+def fill(worked: Tensor, indices: Tensor, earlier: Tensor, grid: Grid, earlier_grid: Grid) -> Tensor:
     """A whole map from some tokens and an earlier, smaller map.
 
     Args:
         worked: tokens that were worked on, (B, n, D).
-        places: where they belong, (B, n).
+        indices: where they belong, (B, n).
         earlier: all tokens of the earlier scale, (B, N', D).
         grid: rows and columns of the scale.
         earlier_grid: of the earlier scale.
@@ -55,7 +55,7 @@ def fill(worked: Tensor, places: Tensor, earlier: Tensor, grid: Grid, earlier_gr
     """
     small = earlier[: len(worked)].transpose(1, 2).unflatten(2, earlier_grid)  # (B, D, h', w'); guidance may be off now
     whole = F.interpolate(small, size=grid, mode="area").flatten(2).transpose(1, 2)  # (B, N, D)
-    return whole.scatter(1, places[..., None].expand_as(worked), worked.to(whole.dtype))
+    return whole.scatter(1, indices[..., None].expand_as(worked), worked.to(whole.dtype))
 
 
 class TokenPruning(Mechanism):
@@ -143,13 +143,16 @@ class TokenPruning(Mechanism):
         self, key: str, forward: Any, x: Tensor, normed: Tensor, rest: tuple[Any, ...], earlier: Tensor, scale: int
     ) -> Tensor:
         count = normed.shape[1] - int(normed.shape[1] * self.shares[scale])
-        places = select_high_frequency(x, count)  # (B, n)
+        indices = select_high_frequency(x, count)  # (B, n)
         if key.endswith(".attn") and len(rest) > 2 and rest[2] is not None:
-            rest = (*rest[:2], tuple(part[places] for part in rest[2]))  # angles of the tokens that are left, (B, n, E)
-        worked = forward(take(normed, places), *rest)  # (B, n, D)
+            rest = (
+                *rest[:2],
+                tuple(part[indices] for part in rest[2]),
+            )  # angles of the tokens that are left, (B, n, E)
+        worked = forward(take(normed, indices), *rest)  # (B, n, D)
         self.worked += count
         self.given += normed.shape[1]
-        return fill(worked, places, earlier, self.grids[scale], self.grids[self.source])
+        return fill(worked, indices, earlier, self.grids[scale], self.grids[self.source])
 
     def counts(self) -> dict[str, int]:
         """Tokens that pruned calls worked on, of those they were given."""

@@ -337,11 +337,11 @@ class _StepWatch:
         if self._before is None or latents is None:  # an estimate takes two steps
             return {}
         from dit.runtime.diffusers_compat import skip_other_steps
-        from pipelines.previews import guess_finished
+        from pipelines.previews import predict_x0
 
         skip_other_steps(pipe)
         self.ended_after = step + 1
-        return {"latents": guess_finished(pipe, self._before, latents)}
+        return {"latents": predict_x0(pipe, self._before, latents)}
 
     def _preview(self, latents: Tensor | None) -> Image.Image | None:
         """Show the latents if the model can and if it's time again."""
@@ -367,8 +367,8 @@ class _StepWatch:
         if self._info.preview == "own":
             shown = pipe.preview(latents)
             return candidate_sheet(shown) if canvas.wish("search") else shown[0]
-        from pipelines.previews import guess_finished, is_flow, preview  # with diffusers, imported by now
+        from pipelines.previews import is_flow, predict_x0, preview  # with diffusers, imported by now
 
         if before is not None and is_flow(pipe):
-            latents = guess_finished(pipe, before, latents)
+            latents = predict_x0(pipe, before, latents)
         return preview(pipe, latents, canvas.wish("height"), canvas.wish("width"), canvas.wish("frames"))[0]

@@ -176,23 +176,23 @@ class PackedBuffers:
         """Join a layer's history and new tokens (B, N, K, E) in the workspace; returns the row, (B, M, K, E) views."""
         past, held = self.lengths[layer], self.kept[layer]
         self.joined = past + key.shape[1]
-        for place, new, old in zip(self.workspace, (key, value), held or (None, None), strict=True):
+        for part, new, old in zip(self.workspace, (key, value), held or (None, None), strict=True):
             if old is not None:
-                dequantize_into(old, place[:, :, :past])
-            place[:, :, past : self.joined] = new.transpose(1, 2)  # (B, K, N, E)
+                dequantize_into(old, part[:, :, :past])
+            part[:, :, past : self.joined] = new.transpose(1, 2)  # (B, K, N, E)
         self.kept[layer] = None  # it is in the workspace now
-        keys, values = (place[:, :, : self.joined].transpose(1, 2) for place in self.workspace)  # (B, M, K, E) each
+        keys, values = (part[:, :, : self.joined].transpose(1, 2) for part in self.workspace)  # (B, M, K, E) each
         return keys, values
 
     def evict(self, layer: int, scale: int, query: Tensor, grid: Grid | None) -> None:
         """Store what the plan keeps of the row in the workspace for the next scale; nothing after the last."""
         if scale == len(self.plan.token_counts) - 1:
             return
-        keys, values = (place[:, :, : self.joined] for place in self.workspace)  # (B, K, M, E) each
+        keys, values = (part[:, :, : self.joined] for part in self.workspace)  # (B, K, M, E) each
         capacity = self.plan.capacities[scale + 1][layer]
         if capacity < self.joined:
-            places = select_tokens(self.plan, query.transpose(1, 2), keys, capacity, grid)  # (B, K, c)
-            index = places[..., None].expand(-1, -1, -1, keys.shape[-1])  # (B, K, c, E)
+            kept_indices = select_tokens(self.plan, query.transpose(1, 2), keys, capacity, grid)  # (B, K, c)
+            index = kept_indices[..., None].expand(-1, -1, -1, keys.shape[-1])  # (B, K, c, E)
             keys, values = keys.gather(2, index), values.gather(2, index)  # (B, K, c, E)
         elif self.kv_dtype == "auto":
             keys, values = keys.clone(), values.clone()  # the workspace goes on to the next layer
@@ -209,8 +209,8 @@ class PackedBuffers:
             empty = self.workspace[0][:, :, :0]
             return empty, empty
         out = [torch.empty(one[0].shape, dtype=self.workspace.dtype, device=self.workspace.device) for one in pair]
-        for one, place in zip(pair, out, strict=True):
-            dequantize_into(one, place)
+        for one, part in zip(pair, out, strict=True):
+            dequantize_into(one, part)
         return out[0], out[1]
 
     def select(self, rows: Tensor) -> None:

@@ -126,8 +126,8 @@ class KVCalibrator:
             weights = attention_mass(query, keys) / query.shape[2]  # (B, K, M), mean over queries
             mass = weights[..., :history].gather(2, self._ranked.pop(layer))  # (B, K, M'), best first
             kept = torch.cat([torch.zeros_like(mass[..., :1]), mass.cumsum(2)], dim=2)  # (B, K, M' + 1)
-            places = torch.linspace(0, history, STEPS + 1).round().long().to(kept.device)  # (STEPS + 1,)
-            lost = (kept[..., -1:] - kept[..., places]).clamp_min(0).mean((0, 1))  # (STEPS + 1,)
+            indices = torch.linspace(0, history, STEPS + 1).round().long().to(kept.device)  # (STEPS + 1,)
+            lost = (kept[..., -1:] - kept[..., indices]).clamp_min(0).mean((0, 1))  # (STEPS + 1,)
             self.sums[scale, layer] += lost.double().cpu() * len(query)
             self.rows[scale, layer] += len(query)
         if scale < len(self.grids) - 1:
@@ -151,8 +151,8 @@ def _falling_slopes(curve: Tensor) -> list[float]:
     """How steeply a falling curve falls in each part, made to fall less and less: of its lower convex hull."""
     values = curve.tolist()
     hull = [0]
-    for place in range(1, len(values)):
-        hull.append(place)
+    for point in range(1, len(values)):
+        hull.append(point)
         while len(hull) > 2:
             a, b, c = hull[-3:]
             if (values[b] - values[a]) * (c - b) < (values[c] - values[b]) * (b - a):

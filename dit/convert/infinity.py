@@ -91,15 +91,15 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     if index is None:
         raise ValueError(f"{folder} holds no index of shards; expected one of {', '.join(_INDEXES)}")
     try:
-        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{index} is damaged: it holds no weight_map ({error}); download it again") from error
     state: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted(set(files.values())):
         if Path(name).name != name:
             raise ValueError(f"{index} names the shard {name!r} outside of its folder; it is not a published index")
         state |= read_checkpoint(folder / name)
-    missing = sorted(places.keys() - state.keys())
+    missing = sorted(files.keys() - state.keys())
     if missing:
         raise ValueError(f"the shards of {folder} lack {len(missing)} tensors of the index, such as {missing[0]}")
     return state

@@ -358,8 +358,8 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         if self.pos_embed is not None:
             return ()
         half, reference = self.config.attention_head_dim // 2, reference_grid(grids)
-        places = [scale_positions(grid, reference, device) for grid in grids]  # (N, 2) each
-        return tuple(rotary_embedding(place, (half, half)) for place in places)
+        positions = [scale_positions(grid, reference, device) for grid in grids]  # (N, 2) each
+        return tuple(rotary_embedding(position, (half, half)) for position in positions)
 
     # --------------------------------------------------------------- generation
 
@@ -451,15 +451,15 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         Raises:
             ValueError: codes of another size than this scale's, or a scale out of order.
         """
-        place = token_slices(condition.grids)[scale]
-        expected = place.stop - place.start
+        tokens_of_scale = token_slices(condition.grids)[scale]
+        expected = tokens_of_scale.stop - tokens_of_scale.start
         if (codes is None) != (scale == 0) or (codes is not None and codes.shape[1] != expected):
             found = None if codes is None else tuple(codes.shape)
             wanted = "None" if scale == 0 else f"(B, {expected}, {self.code_size})"
             raise ValueError(f"codes of scale {scale} are {found}, expected {wanted}")
         tokens = condition.start if codes is None else self.code_embed(codes.to(self.dtype))  # (B, N, D)
         if self.pos_embed is not None:
-            tokens = tokens + self.pos_embed[place].to(tokens.device)  # (B, N, D)
+            tokens = tokens + self.pos_embed[tokens_of_scale].to(tokens.device)  # (B, N, D)
         hidden_states = tokens + self.scale_embed.weight[scale].to(tokens.device)  # (B, N, D)
         rotary = condition.rotary[scale] if condition.rotary else None
         for layer, block in enumerate(self.transformer_blocks):

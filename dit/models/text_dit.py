@@ -27,7 +27,7 @@ from dit.layers.positions import Rotary, fourier_positions, grid_positions, rota
 from dit.runtime._typing import Typed
 from dit.runtime.diffusers_compat import registered_block
 
-TEXT_PERIOD = 100.0  # tokens in the slowest wave of a text token's place
+TEXT_PERIOD = 100.0  # longest period of the text position embedding, in tokens
 
 
 @registered_block
@@ -248,8 +248,8 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         text = self.context_embedder(states)  # (B, L, D)
         if self.text_position_embed is None:
             return text
-        places = torch.arange(states.shape[1], dtype=torch.float32, device=states.device)  # (L,)
-        waves = sinusoidal_embedding(places, 2 * self.config.text_position_frequencies, TEXT_PERIOD)  # (L, 2 F)
+        indices = torch.arange(states.shape[1], dtype=torch.float32, device=states.device)  # (L,)
+        waves = sinusoidal_embedding(indices, 2 * self.config.text_position_frequencies, TEXT_PERIOD)  # (L, 2 F)
         return text + self.text_position_embed(waves.to(text.dtype))  # (B, L, D)
 
     def _embed_condition(self, timestep: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:

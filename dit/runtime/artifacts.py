@@ -139,9 +139,9 @@ def model_fingerprint(model: nn.Module) -> tuple[str, str]:
         if parameter.device.type == "meta":
             raise ValueError(f"parameter {name} is not in memory (offloaded?); fingerprint the model before that")
         flat = parameter.detach().flatten()
-        places = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel())).long()
+        indices = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel())).long()
         shapes.append((name, tuple(parameter.shape)))
-        values.append(flat[places.to(flat.device)].to(torch.bfloat16))
+        values.append(flat[indices.to(flat.device)].to(torch.bfloat16))
     read = torch.cat(values).cpu() if values else torch.empty(0, dtype=torch.bfloat16)  # one transfer
     return _digest([type(bare).__name__, config, shapes]), _digest(read.view(torch.int16).tolist())
 

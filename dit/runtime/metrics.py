@@ -49,7 +49,7 @@ def ssim(result: Tensor, reference: Tensor, data_range: float = 1.0) -> float:
         x = F.conv2d(x, window.view(1, 1, 11, 1))
         return F.conv2d(x, window.view(1, 1, 1, 11))
 
-    x, y = (picture.double().flatten(0, 1)[:, None] for picture in (result, reference))  # (B C, 1, H, W)
+    x, y = (tensor.double().flatten(0, 1)[:, None] for tensor in (result, reference))  # (B C, 1, H, W)
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
     covariance = blur(x * y) - mean_x * mean_y

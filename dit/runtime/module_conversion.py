@@ -39,7 +39,7 @@ class LinearConverter(Protocol):
         ...
 
 
-class Place(NamedTuple):
+class LinearSlot(NamedTuple):
     """Where a linear layer stands.
 
     Attributes:
@@ -74,27 +74,27 @@ class LinearConversion:
 
     def __init__(self, model: nn.Module, converter: LinearConverter, chosen: Chosen | None = None) -> None:
         self.converted: dict[str, nn.Module] = {}
-        self._replacements: list[tuple[Place, nn.Module]] = []
+        self._replacements: list[tuple[LinearSlot, nn.Module]] = []
         self._applied = False
         made: dict[nn.Module, nn.Module | None] = {}
-        for place in linear_places(model):
-            if chosen is not None and not chosen(place.name, place.linear):
+        for slot in linear_slots(model):
+            if chosen is not None and not chosen(slot.name, slot.linear):
                 continue
-            if place.linear not in made:
-                made[place.linear] = self._convert(place, converter)
-            module = made[place.linear]
+            if slot.linear not in made:
+                made[slot.linear] = self._convert(slot, converter)
+            module = made[slot.linear]
             if module is not None:
-                self.converted[place.name] = module
-                self._replacements.append((place, module))
+                self.converted[slot.name] = module
+                self._replacements.append((slot, module))
         if not self._replacements:
             raise ValueError(f"no linear layer of {type(unwrap(model)).__name__} was converted: look at what is chosen")
 
     @staticmethod
-    def _convert(place: Place, converter: LinearConverter) -> nn.Module | None:
-        if hasattr(place.linear, "_hf_hook"):
-            raise ValueError(f"{place.name} is offloaded: convert the network first, then offload it")
-        module = converter.convert(place.name, place.linear)
-        return None if module is None else module.train(place.linear.training)
+    def _convert(slot: LinearSlot, converter: LinearConverter) -> nn.Module | None:
+        if hasattr(slot.linear, "_hf_hook"):
+            raise ValueError(f"{slot.name} is offloaded: convert the network first, then offload it")
+        module = converter.convert(slot.name, slot.linear)
+        return None if module is None else module.train(slot.linear.training)
 
     def install(self, attachment: Attachment) -> None:
         """Put the replacements in until a mechanism leaves; for its `install`.
@@ -102,8 +102,8 @@ class LinearConversion:
         Args:
             attachment: of the mechanism.
         """
-        for place, module in self._replacements:
-            attachment.replace(place.parent, place.child, module)
+        for slot, module in self._replacements:
+            attachment.replace(slot.parent, slot.child, module)
 
     def apply(self) -> Self:
         """Put the replacements in. A second call does nothing.
@@ -112,7 +112,7 @@ class LinearConversion:
             ValueError: another module stands where a layer was; nothing is replaced.
         """
         if not self._applied:
-            self._swap([(place, place.linear, module) for place, module in self._replacements])
+            self._swap([(slot, slot.linear, module) for slot, module in self._replacements])
             self._applied = True
         return self
 
@@ -123,19 +123,17 @@ class LinearConversion:
             ValueError: another module stands where a replacement was; nothing is put back.
         """
         if self._applied:
-            self._swap([(place, module, place.linear) for place, module in self._replacements])
+            self._swap([(slot, module, slot.linear) for slot, module in self._replacements])
             self._applied = False
 
     @staticmethod
-    def _swap(changes: list[tuple[Place, nn.Module, nn.Module]]) -> None:
+    def _swap(changes: list[tuple[LinearSlot, nn.Module, nn.Module]]) -> None:
         """Check that every place holds the old module, then set the new ones."""
-        for place, old, _ in changes:
-            if place.parent._modules.get(place.child) is not old:
-                raise ValueError(
-                    f"{place.name} was replaced by someone else meanwhile; undo that first, then try again"
-                )
-        for place, _, new in changes:
-            setattr(place.parent, place.child, new)
+        for slot, old, _ in changes:
+            if slot.parent._modules.get(slot.child) is not old:
+                raise ValueError(f"{slot.name} was replaced by someone else meanwhile; undo that first, then try again")
+        for slot, _, new in changes:
+            setattr(slot.parent, slot.child, new)
 
     def __enter__(self) -> Self:
         return self.apply()
@@ -163,7 +161,7 @@ def convert_linears(model: nn.Module, converter: LinearConverter, chosen: Chosen
     return LinearConversion(model, converter, chosen).apply()
 
 
-def linear_places(model: nn.Module) -> Iterator[Place]:
+def linear_slots(model: nn.Module) -> Iterator[LinearSlot]:
     """Walk all places of a network where a linear layer stands.
 
     Left out are the projections that adapters of PEFT add, but not the layers that they adapt, and the output
@@ -188,4 +186,4 @@ def linear_places(model: nn.Module) -> Iterator[Place]:
             if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
                 continue
             if module not in added:
-                yield Place(layer_key(f"{name}.{child}" if name else child), parent, child, module)
+                yield LinearSlot(layer_key(f"{name}.{child}" if name else child), parent, child, module)

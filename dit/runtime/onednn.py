@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from dit.layers.linear import Linear, mkl_is_slow
-from dit.runtime.module_conversion import LinearConversion, convert_linears, linear_places
+from dit.runtime.module_conversion import LinearConversion, convert_linears, linear_slots
 
 
 def use_onednn(module: nn.Module) -> LinearConversion | None:
@@ -23,7 +23,7 @@ def use_onednn(module: nn.Module) -> LinearConversion | None:
     Raises:
         ValueError: a layer is offloaded by a hook.
     """
-    if not mkl_is_slow() or not any(_is_plain(place.linear) for place in linear_places(module)):
+    if not mkl_is_slow() or not any(_is_plain(slot.linear) for slot in linear_slots(module)):
         return None
     return convert_linears(module, _OneDNN(), lambda _, layer: _is_plain(layer))
 

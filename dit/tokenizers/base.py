@@ -87,7 +87,7 @@ def fit_linear_preview(latents: Tensor, pixels: Tensor, cell: int) -> Tensor:
     return torch.linalg.lstsq(inputs.double(), target.double()).solution.T.float()  # (3cc, C + 1)
 
 
-def paint_linear_preview(latents: Tensor, factors: Tensor) -> Tensor:
+def linear_preview(latents: Tensor, factors: Tensor) -> Tensor:
     """Apply what `fit_linear_preview` found.
 
     Args:
@@ -99,5 +99,5 @@ def paint_linear_preview(latents: Tensor, factors: Tensor) -> Tensor:
     """
     cell = round((factors.shape[0] / 3) ** 0.5)
     weight, bias = factors[:, :-1, None, None], factors[:, -1]
-    painted = torch.nn.functional.conv2d(latents.float(), weight.float(), bias.float())  # (B, 3cc, H, W)
-    return torch.nn.functional.pixel_shuffle(painted, cell).clamp(-1, 1)  # (B, 3, H cell, W cell)
+    pixels = torch.nn.functional.conv2d(latents.float(), weight.float(), bias.float())  # (B, 3cc, H, W)
+    return torch.nn.functional.pixel_shuffle(pixels, cell).clamp(-1, 1)  # (B, 3, H cell, W cell)

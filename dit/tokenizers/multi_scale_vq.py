@@ -39,8 +39,8 @@ def phi_of_scale(scale: int, num_scales: int, num_phis: int) -> int:
     margin = 1 / 3 / num_phis if num_phis == 4 else 1 / 2 / num_phis
     step = ((1 - margin) - margin) / max(num_phis - 1, 1)
     ticks = [margin + i * step for i in range(num_phis - 1)] + [1 - margin if num_phis > 1 else margin]
-    place = scale / max(num_scales - 1, 1)
-    distances = [abs(tick - place) for tick in ticks]
+    depth = scale / max(num_scales - 1, 1)
+    distances = [abs(tick - depth) for tick in ticks]
     return distances.index(min(distances))
 
 

@@ -22,7 +22,7 @@ from dit.layers.feed_forward import FeedForward
 from dit.layers.linear import Linear
 from dit.layers.positions import Rotary, grid_positions, rotary_embedding
 from dit.runtime._typing import Typed
-from dit.tokenizers.base import TokenizerOutput, VisualTokenizer, paint_linear_preview
+from dit.tokenizers.base import TokenizerOutput, VisualTokenizer, linear_preview
 
 PREVIEW_CELL = 4
 PREVIEW_TOKENS = 256
@@ -265,7 +265,7 @@ class ViTAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, VisualTok
         z = limit_spread(z[:, :, 0] if z.ndim == 5 else z)  # (B, C, H, W)
         weight = self.from_latent.weight
         if z.shape[-2] * z.shape[-1] > PREVIEW_TOKENS or weight.is_meta:
-            return paint_linear_preview(z, self.preview_factors)
+            return linear_preview(z, self.preview_factors)
         return self._decode(z.to(weight.dtype)).float().clamp(-1, 1)  # (B, 3, H p, W p)
 
 

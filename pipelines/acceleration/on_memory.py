@@ -13,7 +13,7 @@ from dit.runtime import diffusers_compat
 from pipelines.acceleration.parts import DecoderTilingPart, OffloadPart
 from pipelines.acceleration.report import PartReport, Reason
 from pipelines.acceleration.switch import Switch, Undo
-from pipelines.loading.offload import check_offload, place
+from pipelines.loading.offload import apply_offload, check_offload
 
 _MISSING = object()
 
@@ -102,13 +102,13 @@ class OffloadSwitch(Switch[OffloadPart]):
             if device is not None:
                 undo.callback(module.to, device)
         self.pipe.to("cpu")
-        undo.callback(_put_back, _tensors(modules.values()))
+        undo.callback(_restore_tensors, _tensors(modules.values()))
         undo.enter_context(diffusers_compat.restore_forwards(modules.values()))
         for module in modules.values():
             undo.callback(diffusers_compat.remove_group_offload, module)
         undo.callback(self.pipe.remove_all_hooks)
         try:
-            place(self.pipe, self.device, self.part.mode)
+            apply_offload(self.pipe, self.device, self.part.mode)
         except ValueError as error:
             raise self.refuse("offload", mode=self.part.mode, reason=str(error)) from error
 
@@ -154,7 +154,7 @@ def _tensors(modules: Iterable[nn.Module]) -> list[tuple[dict[str, Any], dict[st
     return [(table, dict(table)) for part in parts for table in (part._parameters, part._buffers)]
 
 
-def _put_back(tensors: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def _restore_tensors(tensors: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     """Give parts their tensors back; accelerate leaves empty ones where two parts share a weight."""
     for table, before in tensors:
         table.update(before)

@@ -18,7 +18,7 @@ from pipelines.loading.errors import clear_loading_errors
 from pipelines.loading.hub_id import split_revision
 from pipelines.loading.memory import check_memory, explain_out_of_memory, is_out_of_memory, release
 from pipelines.loading.modular import check_modular, fetch_any, is_modular, read_modular
-from pipelines.loading.offload import check_offload, place
+from pipelines.loading.offload import apply_offload, check_offload
 from pipelines.loading.single_file import (
     DENOISERS,
     check_counts_of,
@@ -123,14 +123,14 @@ def load_pipeline(
     _check_options(kwargs)
     name, base, revision = _unpin(os.fspath(name), base, revision)
     request = _Request(
-        place=target,
+        device=target,
         dtype=default_dtype(target) if dtype is None else as_dtype(dtype),
         offload=offload,
         options={"revision": revision, **kwargs},
     )
     read = _plan(name, base, config, request)
     try:
-        return place(read(), target, offload)
+        return apply_offload(read(), target, offload)
     except Exception as error:
         release(error)
         if is_out_of_memory(error):
@@ -154,7 +154,7 @@ def _unpin(
 class _Request:
     """How to load, whatever it is that is loaded."""
 
-    place: torch.device
+    device: torch.device
     dtype: torch.dtype
     offload: str
     options: dict[str, Any]
@@ -171,7 +171,7 @@ class _Request:
 
     def check_memory(self, parts: dict[str, int]) -> None:
         """Refuse what can't fit; see `pipelines.loading.memory.check_memory`."""
-        check_memory(parts, self.place, self.dtype, self.offload)
+        check_memory(parts, self.device, self.dtype, self.offload)
 
 
 Reading = Callable[[], DiffusionPipeline]

@@ -74,19 +74,19 @@ def check_memory(parts: Mapping[str, int], device: torch.device, dtype: torch.dt
     wanted = [(torch.device("cpu"), total)]
     if device.type != "cpu" and offload in ("none", "model"):
         wanted.append((device, total if offload == "none" else largest))
-    for place, need in wanted:
-        free = free_memory(place)
+    for target, need in wanted:
+        free = free_memory(target)
         if need <= free:
             continue
         tips = []
         if dtype.itemsize > 2:
             tips.append(f"dtype bfloat16 ({gib(total // 2)})")
-        if place.type != "cpu":
+        if target.type != "cpu":
             tips += ["offload group"] if offload == "model" else [f"offload model ({gib(largest)})", "offload group"]
         tips.append("a quantized (GGUF) or smaller model")
         listed = ", ".join(f"{name} {gib(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]))
         raise NotEnoughMemoryError(
-            f"The weights need {gib(need)} on {place} in {str(dtype).removeprefix('torch.')} ({listed}), and "
+            f"The weights need {gib(need)} on {target} in {str(dtype).removeprefix('torch.')} ({listed}), and "
             f"{gib(free)} are free there. Try {', or '.join(tips)}."
         )
 

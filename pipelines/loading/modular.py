@@ -224,7 +224,7 @@ def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in DOWNLOAD_OPTIONS if options.get(name) is not None} | {"token": hub_token()}
 
 
-def _place_of(folder: Path, part: Part, repository: str | None, options: Mapping[str, Any]) -> Path:
+def _location_of(folder: Path, part: Part, repository: str | None, options: Mapping[str, Any]) -> Path:
     """Return the folder of a component's files, which are downloaded if they lie in a repository.
 
     Args:
@@ -281,16 +281,16 @@ def check_modular(
             f"{folder / INDEX} names no source for {', '.join(sorted(needed))}, without which a {type(pipe).__name__} "
             f"can't run. Pass {sorted(needed)[0]}=... yourself."
         )
-    places: dict[str, tuple[Path, Part]] = {}
+    locations: dict[str, tuple[Path, Part]] = {}
     sizes: dict[str, int] = {}
     for name, part in parts.items():
         found = component_class(name, part.library, part.class_name)
-        place = _place_of(folder, part, repository, options)
-        size = check_component(place, found, dtype, options.get("variant") or part.variant, exact=False)
-        places[name] = place, part
+        location = _location_of(folder, part, repository, options)
+        size = check_component(location, found, dtype, options.get("variant") or part.variant, exact=False)
+        locations[name] = location, part
         if size is not None:
             sizes[name] = size
-    return places, sizes
+    return locations, sizes
 
 
 def _needed(pipe: ModularPipeline) -> set[str]:
@@ -308,7 +308,7 @@ def _needed(pipe: ModularPipeline) -> set[str]:
 
 def read_modular(
     folder: Path,
-    places: Mapping[str, tuple[Path, Part]],
+    locations: Mapping[str, tuple[Path, Part]],
     dtype: torch.dtype,
     options: Mapping[str, Any],
     replaced: Mapping[str, Any],
@@ -317,7 +317,7 @@ def read_modular(
 
     Args:
         folder: that holds the index.
-        places: see `check_modular`.
+        locations: see `check_modular`.
         dtype: number format of the weights.
         options: those of the loading call.
         replaced: components that the caller brings, by name.
@@ -329,26 +329,26 @@ def read_modular(
         ValueError: weights are missing, NaN or infinite.
     """
     index = dict(read_modular_index(folder))
-    for name, (place, part) in places.items():
+    for name, (location, part) in locations.items():
         spec = {
             "type_hint": [part.library, part.class_name],
-            "pretrained_model_name_or_path": str(place.parent if part.subfolder else place),
+            "pretrained_model_name_or_path": str(location.parent if part.subfolder else location),
             "subfolder": part.subfolder,
             "variant": options.get("variant") or part.variant,
             "revision": None,
         }
         index[name] = [part.library, part.class_name, spec]
-    settings = {name: value for name, value in index.items() if name in places or not _is_entry(value)}
+    settings = {name: value for name, value in index.items() if name in locations or not _is_entry(value)}
     pipe = modular_class(index)(modular_config_dict=settings)
     loaded: dict[str, Any] = {}
-    for name, (place, part) in places.items():
+    for name, (location, part) in locations.items():
         found = component_class(name, part.library, part.class_name)
         arguments: dict[str, Any] = {"local_files_only": True}
         if issubclass(found, torch.nn.Module):
             arguments |= {"dtype": dtype, "use_safetensors": True}
         if part.class_name.startswith("Auto"):
             arguments["trust_remote_code"] = False
-        with clear_loading_errors(place):
+        with clear_loading_errors(location):
             loaded[name] = pipe.get_component_spec(name).load(**arguments)
     pipe.update_components(**loaded, **replaced)
     check_loaded(pipe, folder)

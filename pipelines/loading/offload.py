@@ -38,7 +38,7 @@ def check_offload(offload: str, device: torch.device) -> None:
         )
 
 
-def place(pipe: DiffusionPipeline, device: torch.device, offload: str = "none") -> DiffusionPipeline:
+def apply_offload(pipe: DiffusionPipeline, device: torch.device, offload: str = "none") -> DiffusionPipeline:
     """Bring a pipeline, just loaded and still on the CPU, to where it computes.
 
     Offloading goes first and instead of `.to(device)`: moved the other way round, all weights would have to fit on

@@ -293,19 +293,19 @@ def clear_hub_errors(repository: str, revision: str | None = None) -> Generator[
     try:
         yield
     except Exception as error:
-        told = explain_hub_error(error, repository, revision)
-        if told is None:
+        explanation = explain_hub_error(error, repository, revision)
+        if explanation is None:
             raise
-        raise told from error
+        raise explanation from error
 
 
 def explain_hub_error(error: BaseException, repository: str, revision: str | None = None) -> OSError | None:
     """Find the Hub's own error behind an error (diffusers wraps it) and say it clearly; None if there is none."""
     link: BaseException | None = error
     while link is not None:
-        told = _explain(link, repository, revision)
-        if told is not None:
-            return told
+        explanation = _explain(link, repository, revision)
+        if explanation is not None:
+            return explanation
         link = link.__cause__ or link.__context__
     return None
 
@@ -314,7 +314,7 @@ def _explain(error: BaseException, repository: str, revision: str | None) -> OSE
     """Explain one error; those that are kinds of others come first."""
     page = f"https://huggingface.co/{repository}"
     has_token = bool(hub_token())
-    told: OSError | None = None
+    explanation: OSError | None = None
     match error:
         case GatedRepoError():
             todo = (
@@ -322,30 +322,34 @@ def _explain(error: BaseException, repository: str, revision: str | None) -> OSE
                 if has_token
                 else "then put an access token into the environment variable HF_TOKEN"
             )
-            told = PermissionError(f"{repository} is gated: accept its conditions on {page}; {todo}.")
+            explanation = PermissionError(f"{repository} is gated: accept its conditions on {page}; {todo}.")
         case DisabledRepoError():
-            told = PermissionError(f"{repository} has been disabled by the Hub; see {page}.")
+            explanation = PermissionError(f"{repository} has been disabled by the Hub; see {page}.")
         case RepositoryNotFoundError():
             private = "HF_TOKEN's account can't see it" if has_token else "it is private and HF_TOKEN is not set"
-            told = FileNotFoundError(f"The Hub has no repository {repository!r}, or {private}. Check the spelling.")
+            explanation = FileNotFoundError(
+                f"The Hub has no repository {repository!r}, or {private}. Check the spelling."
+            )
         case RevisionNotFoundError():
-            told = FileNotFoundError(f"{repository} has no revision {revision!r}; see {page}/commits.")
+            explanation = FileNotFoundError(f"{repository} has no revision {revision!r}; see {page}/commits.")
         case LocalEntryNotFoundError() | OfflineModeIsEnabled():
-            told = ConnectionError(
+            explanation = ConnectionError(
                 f"{repository} is not (completely) in the local cache, and the Hub can't be reached or may not be "
                 "asked (HF_HUB_OFFLINE, local_files_only). Connect once to fetch it, or pass a local folder."
             )
         case EntryNotFoundError():
-            told = FileNotFoundError(
+            explanation = FileNotFoundError(
                 f"{repository} lacks a file that a pipeline needs, such as model_index.json: it may hold a single "
                 "file or a LoRA instead. Look at its files, and load a single file by its path."
             )
         case HFValidationError():
-            told = OSError(f"{repository!r} is no name of a Hub repository; write user/repository.")
+            explanation = OSError(f"{repository!r} is no name of a Hub repository; write user/repository.")
         case HfHubHTTPError():
             status = getattr(error.response, "status_code", None)
             if status in (401, 403):
-                told = PermissionError(f"The Hub refuses access to {repository} (HTTP {status}): check HF_TOKEN.")
+                explanation = PermissionError(
+                    f"The Hub refuses access to {repository} (HTTP {status}): check HF_TOKEN."
+                )
             else:
-                told = ConnectionError(f"The Hub answered HTTP {status} for {repository}; try again later.")
-    return told
+                explanation = ConnectionError(f"The Hub answered HTTP {status} for {repository}; try again later.")
+    return explanation

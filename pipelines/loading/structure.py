@@ -181,7 +181,7 @@ def _as_transformers_sees_it(network: PreTrainedModel, stored: Mapping[str, Stor
     """Ask transformers, which knows the old names of its weights; nothing but names and shapes goes in."""
     empty = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
     loader: Any = type(network)
-    _, told = loader.from_pretrained(
+    _, mismatches = loader.from_pretrained(
         None,
         config=network.config,
         state_dict=empty,
@@ -189,8 +189,8 @@ def _as_transformers_sees_it(network: PreTrainedModel, stored: Mapping[str, Stor
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    wrong = [(name, tuple(held), tuple(shape)) for name, held, shape in told["mismatched_keys"]]
-    return sorted(told["missing_keys"]), sorted(wrong), sorted(told["unexpected_keys"])
+    wrong = [(name, tuple(held), tuple(shape)) for name, held, shape in mismatches["mismatched_keys"]]
+    return sorted(mismatches["missing_keys"]), sorted(wrong), sorted(mismatches["unexpected_keys"])
 
 
 def _pattern(name: str) -> str:

@@ -121,13 +121,13 @@ def _check_order(path: Path, spans: Mapping[str, tuple[int, int]], held: int) ->
     if end > held:
         whole = path.stat().st_size
         raise OSError(f"{path} was cut short, {whole} of {whole - held + end} bytes are there: fetch it again.")
-    place = 0
+    offset = 0
     for name, (start, stop) in sorted(spans.items(), key=lambda span: span[1]):
-        if start != place:
-            raise OSError(f"{path} is damaged: {name!r:.80} begins at byte {start} of the weights, expected {place}.")
-        place = stop
-    if place != held:
-        raise OSError(f"{path} is damaged: {held - place} bytes follow its last tensor. Fetch it again.")
+        if start != offset:
+            raise OSError(f"{path} is damaged: {name!r:.80} begins at byte {start} of the weights, expected {offset}.")
+        offset = stop
+    if offset != held:
+        raise OSError(f"{path} is damaged: {held - offset} bytes follow its last tensor. Fetch it again.")
 
 
 def _reason(error: BaseException) -> str:

@@ -396,10 +396,11 @@ def _alpha(lora: LoraFile, name: str, layer: _Layer) -> float:
     Raises:
         LoraFileError: they contradict each other or the rank, or are no numbers.
     """
-    told = _setting(lora, name, "rank_pattern", "r")
-    if told is not None and told != layer.rank:
+    stated = _setting(lora, name, "rank_pattern", "r")
+    if stated is not None and stated != layer.rank:
         raise LoraFileError(
-            f"{lora.name}: its configuration gives {name} the rank {told:g}, but {layer.keys['down']} has {layer.rank}."
+            f"{lora.name}: its configuration gives {name} the rank {stated:g}, "
+            f"but {layer.keys['down']} has {layer.rank}."
         )
     alpha = _setting(lora, name, "alpha_pattern", "lora_alpha")
     if layer.alpha is None:

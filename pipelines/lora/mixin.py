@@ -130,9 +130,9 @@ def _read(source: str | os.PathLike | dict[str, Tensor], options: dict[str, Any]
     if isinstance(source, dict):
         return LoraFile("The given LoRA", source)
     name, weight_name = os.fspath(source), options.get("weight_name")
-    place = Path(name).expanduser() / (options.get("subfolder") or "")
-    if place.exists():
-        file = find_lora_file(place, weight_name)
+    path = Path(name).expanduser() / (options.get("subfolder") or "")
+    if path.exists():
+        file = find_lora_file(path, weight_name)
     elif name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith(".safetensors"):
         raise FileNotFoundError(f"There is no LoRA file or folder {name!r}; check the path.")
     else:

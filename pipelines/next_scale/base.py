@@ -20,9 +20,9 @@ from pipelines.base import TesseraPipeline
 from pipelines.info import PipelineInfo
 from pipelines.inpaint import read_mask
 from pipelines.lora.mixin import TransformerLoraMixin
-from pipelines.next_scale.inpaint import KeptTokens
-from pipelines.next_scale.options import Callback, NextScaleOutput, Pictures, ScaleOptions, ScaleTask
-from pipelines.next_scale.run import ScaleRun, same_draws
+from pipelines.next_scale.inpaint import InpaintTokens
+from pipelines.next_scale.options import Callback, Images, NextScaleOutput, ScaleOptions, ScaleTask
+from pipelines.next_scale.run import ScaleRun, same_random_state
 from pipelines.next_scale.scorers import read_reward
 from sampling.inference_search import Reward, SearchResult
 from sampling.tokens import Generators
@@ -53,7 +53,7 @@ class Generated:
     """
 
     latents: Tensor
-    kept: KeptTokens | None
+    kept: InpaintTokens | None
     search: list[SearchResult] | None
 
 
@@ -201,25 +201,25 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         callback_inputs: Sequence[str],
     ) -> Generated:
         """Generate a task, and before it the same without acceleration if the drift is to be measured."""
-        kept = self._read_kept(options, task)
+        kept = self._inpaint_tokens(options, task)
         self.last_options = replace(options, image=None, mask_image=None)
         self.acceleration_report = None
         measured: dict[str, Any] = {}
         reference = None
         if options.acceleration is not None and options.acceleration.measure_drift:
-            with same_draws(generator):
+            with same_random_state(generator):
                 run = self._run(task, replace(options, acceleration=None), generator, kept)
-                reference, _ = self._carry_out(run)  # (B, C, h, w)
+                reference, _ = self._execute(run)  # (B, C, h, w)
                 measured["exact_seconds"] = run.seconds
         run = self._run(task, options, generator, kept, callback, callback_inputs)
-        latents, found = self._carry_out(run)  # (B, C, h, w)
+        latents, found = self._execute(run)  # (B, C, h, w)
         self.acceleration_report = run.report(len(latents))
         if self.acceleration_report is not None:
             for part, reason in self.acceleration_report["inactive"].items():
                 logger.warning("acceleration: %s does nothing: %s", part, reason)
             if reference is not None and not self._interrupted:
-                pictures, aims = (self.decode_latents(one).clamp(-1, 1) / 2 + 0.5 for one in (latents, reference))
-                drift = {"psnr": psnr(pictures, aims), "latent_error": relative_error(latents, reference)}
+                pixels, aims = (self.decode_latents(one).clamp(-1, 1) / 2 + 0.5 for one in (latents, reference))
+                drift = {"psnr": psnr(pixels, aims), "latent_error": relative_error(latents, reference)}
                 self.acceleration_report |= {**measured, "drift": drift}
         return Generated(latents, kept, found)
 
@@ -228,7 +228,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         task: ScaleTask,
         options: ScaleOptions,
         generator: Generators,
-        kept: KeptTokens | None,
+        kept: InpaintTokens | None,
         callback: Callback | None = None,
         callback_inputs: Sequence[str] = (),
     ) -> ScaleRun:
@@ -239,7 +239,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
 
         return ScaleRun(self, task, options, make_cache, generator, kept, callback, callback_inputs)
 
-    def _carry_out(self, run: ScaleRun) -> tuple[Tensor, list[SearchResult] | None]:
+    def _execute(self, run: ScaleRun) -> tuple[Tensor, list[SearchResult] | None]:
         """Go through the scales once, or with a search once for each prompt; keep the report of the cache."""
         self._num_timesteps, self.kv_report = run.num_scales, None
         search = run.options.search
@@ -273,7 +273,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
 
     # ---------------------------------------------------------------- in and out
 
-    def _read_kept(self, options: ScaleOptions, task: ScaleTask) -> KeptTokens | None:
+    def _inpaint_tokens(self, options: ScaleOptions, task: ScaleTask) -> InpaintTokens | None:
         """Encode an image to be edited, once for each of the task's images."""
         if options.image is None or options.mask_image is None:
             return None
@@ -287,9 +287,9 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         device = self._execution_device
         pixels = pixels.expand(task.count, -1, -1, -1).to(device)  # (B, 3, H, W)
         mask = mask.expand(task.count, -1, -1, -1).to(device)  # (B, 1, H, W)
-        return KeptTokens.read(self.vae, pixels, mask, task.grids, task.flexible)
+        return InpaintTokens.read(self.vae, pixels, mask, task.grids, task.flexible)
 
-    def _finish(self, generated: Generated, output_type: str, return_dict: bool) -> NextScaleOutput | tuple[Pictures]:
+    def _finish(self, generated: Generated, output_type: str, return_dict: bool) -> NextScaleOutput | tuple[Images]:
         """Turn what a call has generated into what the caller asked for."""
         latents, kept = generated.latents, generated.kept
         if self._interrupted:
@@ -297,10 +297,10 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         elif output_type == "latent":
             images = latents
         else:
-            pictures = self.decode_latents(latents)  # (B, 3, H, W)
+            pixels = self.decode_latents(latents)  # (B, 3, H, W)
             if kept is not None:
-                pictures = kept.lay_over(pictures, torch.arange(len(pictures)))
-            images = self.image_processor.postprocess(pictures, output_type)
+                pixels = kept.composite(pixels, torch.arange(len(pixels)))
+            images = self.image_processor.postprocess(pixels, output_type)
         self.maybe_free_model_hooks()
         return NextScaleOutput(images=images, search=generated.search) if return_dict else (images,)
 

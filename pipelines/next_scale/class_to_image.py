@@ -21,8 +21,8 @@ from pipelines.next_scale.base import NextScalePipeline, check_pair
 from pipelines.next_scale.options import (
     SCALE_ARGUMENTS,
     Callback,
+    Images,
     NextScaleOutput,
-    Pictures,
     ScaleOptions,
     ScaleTask,
     needs_unconditional,
@@ -120,7 +120,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         attention_kwargs: dict[str, Any] | None = None,
         cfg: float | None = None,
-    ) -> NextScaleOutput | tuple[Pictures]:
+    ) -> NextScaleOutput | tuple[Images]:
         """Generate.
 
         Args:

@@ -20,7 +20,7 @@ from pipelines.inpaint import fill_in
 
 
 @dataclass(frozen=True)
-class KeptTokens:
+class InpaintTokens:
     """What a run keeps.
 
     Attributes:
@@ -38,7 +38,7 @@ class KeptTokens:
     codebook: Tensor | None
 
     @classmethod
-    def read(cls, vae: Any, pixels: Tensor, mask: Tensor, grids: Sequence[Grid], flexible: bool) -> KeptTokens:
+    def read(cls, vae: Any, pixels: Tensor, mask: Tensor, grids: Sequence[Grid], flexible: bool) -> InpaintTokens:
         """Encode what stays.
 
         Args:
@@ -52,7 +52,7 @@ class KeptTokens:
         codes = vae.quantize(filled, grids) if flexible else vae.quantize(filled)
         quantizer = getattr(vae, "quantizer", None)
         codebook = None if quantizer is None else quantizer.codebook.weight
-        return cls(pixels, mask, tuple(codes.indices), tuple(kept_cells(mask, grid) for grid in grids), codebook)
+        return cls(pixels, mask, tuple(codes.indices), tuple(kept_tokens(mask, grid) for grid in grids), codebook)
 
     def token_override(self, tokens: Tensor, scale: int, rows: Tensor) -> Tensor:
         """Put the original's tokens back where they stay.
@@ -73,13 +73,13 @@ class KeptTokens:
         kept = kept if tokens.ndim == 2 else kept[..., None]  # (B, N) or (B, N, 1)
         return torch.where(kept, own.to(tokens.dtype), tokens)
 
-    def lay_over(self, pictures: Tensor, rows: Tensor) -> Tensor:
+    def composite(self, pixels: Tensor, rows: Tensor) -> Tensor:
         """Replace the kept pixels of decoded images (B, 3, H, W) in about [-1, 1] by the original's."""
         rows = rows.to(self.mask.device)
-        return torch.where(self.mask[rows].to(pictures.device), pictures, self.pixels[rows].to(pictures))
+        return torch.where(self.mask[rows].to(pixels.device), pixels, self.pixels[rows].to(pixels))
 
 
-def kept_cells(mask: Tensor, grid: Grid) -> Tensor:
+def kept_tokens(mask: Tensor, grid: Grid) -> Tensor:
     """Cells of a token map more than half of which stays, (B, N), bool, for a mask (B, 1, H, W) of what changes."""
-    painted = F.adaptive_avg_pool2d(mask.float(), grid)  # (B, 1, h, w)
-    return (painted < 0.5).flatten(1)  # (B, N)
+    generated = F.adaptive_avg_pool2d(mask.float(), grid)  # (B, 1, h, w)
+    return (generated < 0.5).flatten(1)  # (B, N)

@@ -19,7 +19,7 @@ from sampling.inference_search import SearchResult, TTSConfig
 from sampling.scale_acceleration import ScaleAcceleration
 from sampling.tokens import Generators
 
-Pictures = list[Image.Image] | np.ndarray | Tensor
+Images = list[Image.Image] | np.ndarray | Tensor
 Callback = Callable[..., dict[str, Tensor] | None]
 
 SCALE_ARGUMENTS: Mapping[str, str] = {

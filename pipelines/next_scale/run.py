@@ -19,7 +19,7 @@ from dit.layers.scales import token_counts
 from pipelines.base import TesseraPipeline
 from pipelines.checks import check_number
 from pipelines.loading.weight_values import is_finite
-from pipelines.next_scale.inpaint import KeptTokens
+from pipelines.next_scale.inpaint import InpaintTokens
 from pipelines.next_scale.options import Callback, ScaleOptions, ScaleTask, needs_unconditional
 from sampling.inference_search import Reward, ScaleSearch, SearchResult, TTSConfig
 from sampling.next_scale import ScaleState, generate
@@ -56,7 +56,7 @@ class ScaleRun:
     options: ScaleOptions
     make_cache: MakeCache
     generator: Generators
-    kept: KeptTokens | None = None
+    kept: InpaintTokens | None = None
     callback: Callback | None = None
     callback_inputs: Sequence[str] = ()
     applied: AppliedAcceleration | None = field(init=False)
@@ -103,18 +103,20 @@ class ScaleRun:
             )
         latents, found = [], []
         firsts = range(0, task.count, task.images_per_prompt)
-        per_picture = sum(token_counts(task.grids)) * (2 if task.guided else 1)
+        tokens_per_image = sum(token_counts(task.grids)) * (2 if task.guided else 1)
         with self._pruning(), self.pipe._stepping(self.num_scales * len(firsts)) as bar:
             for first in firsts:
                 own = self.generator[first] if isinstance(self.generator, Sequence) else self.generator
                 rows = torch.full((max(batch_sizes),), first)  # (N,)
                 state = self._begin(rows[: batch_sizes[0]], own)
-                search = ScaleSearch(config, reward, task.prompts[first], len(task.grids), self._shower(first), own)
+                search = ScaleSearch(
+                    config, reward, task.prompts[first], len(task.grids), self._image_decoder(first), own
+                )
                 self._walk(state, _Scales(self, bar, rows, search))
                 if self.pipe.interrupted:
                     break
                 result = search.finish(state)
-                result.token_cost = sum(count * tokens for count, tokens in state.steps) / per_picture
+                result.token_cost = sum(count * tokens for count, tokens in state.steps) / tokens_per_image
                 latents.append(state.latents[: task.images_per_prompt])
                 found.append(result)
         return (torch.cat(latents) if latents else self.pipe.vae.start_latents(0)), found
@@ -188,14 +190,14 @@ class ScaleRun:
             return nullcontext()
         return applied.pruning.attach(acceleration.refiner or self.pipe.transformer)
 
-    def _shower(self, row: int) -> Callable[[Tensor], Tensor]:
+    def _image_decoder(self, row: int) -> Callable[[Tensor], Tensor]:
         """From latents (B, C, h, w) of one prompt's candidates to images (B, 3, H, W) in [0, 1]."""
 
         def show(latents: Tensor) -> Tensor:
-            pictures = self.pipe.decode_latents(latents)  # (B, 3, H, W)
+            pixels = self.pipe.decode_latents(latents)  # (B, 3, H, W)
             if self.kept is not None:
-                pictures = self.kept.lay_over(pictures, torch.full((len(pictures),), row))
-            return pictures.clamp(-1, 1) / 2 + 0.5
+                pixels = self.kept.composite(pixels, torch.full((len(pixels),), row))
+            return pixels.clamp(-1, 1) / 2 + 0.5
 
         return show
 
@@ -286,7 +288,7 @@ class _Scales:
 
 
 @contextmanager
-def same_draws(generator: Generators) -> Generator[None]:
+def same_random_state(generator: Generators) -> Generator[None]:
     """Put generators (or torch's global one) back to where they stood."""
     given = generator if isinstance(generator, Sequence) else [generator]
     states = [torch.get_rng_state() if one is None else one.get_state() for one in given]

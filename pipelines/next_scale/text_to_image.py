@@ -24,8 +24,8 @@ from pipelines.next_scale.base import NextScalePipeline, check_pair
 from pipelines.next_scale.options import (
     SCALE_ARGUMENTS,
     Callback,
+    Images,
     NextScaleOutput,
-    Pictures,
     ScaleOptions,
     ScaleTask,
     needs_unconditional,
@@ -160,7 +160,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         attention_kwargs: dict[str, Any] | None = None,
-    ) -> NextScaleOutput | tuple[Pictures]:
+    ) -> NextScaleOutput | tuple[Images]:
         """Generate.
 
         Args:

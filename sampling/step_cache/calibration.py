@@ -1,4 +1,4 @@
-"""Calibrate a `Profile`: generate a few prompts and measure inner products of what is forecast at all pairs of steps."""
+"""Calibrate a `Profile`: generate a few prompts and measure inner products of forecasts at all pairs of steps."""
 
 from __future__ import annotations
 

@@ -226,10 +226,10 @@ def interpolation(known: Sequence[float], wanted: Sequence[float]) -> np.ndarray
     matrix = np.zeros((len(wanted), len(known)))
     width = min(4, len(known))
     for row, level in enumerate(wanted):
-        place = min(max(-level, rising[0]), rising[-1])
-        first = min(max(bisect.bisect_left(rising, place) - width // 2, 0), len(known) - width)
+        position = min(max(-level, rising[0]), rising[-1])
+        first = min(max(bisect.bisect_left(rising, position) - width // 2, 0), len(known) - width)
         points = rising[first : first + width]
         for i, point in enumerate(points):
             others = [other for other in points if other != point]
-            matrix[row, first + i] = np.prod([(place - other) / (point - other) for other in others])
+            matrix[row, first + i] = np.prod([(position - other) / (point - other) for other in others])
     return matrix

@@ -189,7 +189,7 @@ def local_search(errors: Errors, anchors: Sequence[int]) -> list[int]:
 
 
 class _Total:
-    """Squared length of the sum of all errors, plus `SEPARATE_ERROR_WEIGHT` times their own squares; memoised by gap."""
+    """Squared length of the sum of all errors, plus `SEPARATE_ERROR_WEIGHT` times the own squares; cached by gap."""
 
     def __init__(self, errors: Errors) -> None:
         self.errors = errors

@@ -13,7 +13,7 @@ from apps.service.engine import Done, Engine, Step, Stopped, TextToImageRequest
 from dit.tokenizers import vit_autoencoder
 from pipelines import load_pipeline
 from pipelines.fingerprint import fingerprint
-from pipelines.loading.offload import check_offload, place
+from pipelines.loading.offload import apply_offload, check_offload
 from pipelines.previews import preview
 from tests.families.tiny import tiny_call, tiny_pipeline
 
@@ -41,7 +41,7 @@ def pictures(plain):
 @pytest.fixture(params=[(name, kind) for name in ("text_dit", "sd3") for kind in KINDS], ids="-".join)
 def offloaded(request):
     name, kind = request.param
-    return name, place(tiny(name), CPU, kind)
+    return name, apply_offload(tiny(name), CPU, kind)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_offload_goes_first_and_instead_of_the_move(monkeypatch):
         monkeypatch.setattr(type(pipe), method, lambda self, method=method, **where: calls.append((method, where)))
     cuda = torch.device("cuda:1")
     for offload in ("none", *KINDS):
-        assert place(pipe, cuda, offload) is pipe
+        assert apply_offload(pipe, cuda, offload) is pipe
     group = {"onload_device": cuda, "offload_type": "leaf_level", "use_stream": True, "non_blocking": True}
     assert calls == [
         "to",
@@ -114,7 +114,7 @@ def test_offload_goes_first_and_instead_of_the_move(monkeypatch):
     ]
     monkeypatch.setattr(type(pipe), "model_cpu_offload_seq", None)
     with pytest.raises(ValueError, match=r"doesn't say in which order its components run.*'group' or 'sequential'"):
-        place(pipe, cuda, "model")
+        apply_offload(pipe, cuda, "model")
 
 
 @pytest.mark.parametrize("offload", KINDS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.inpaint import KeptRegion, fill_in, keep_pixels, read_mask, touched_cells
+from pipelines.inpaint import InpaintRegion, fill_in, keep_pixels, read_mask, touched_cells
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 
@@ -85,12 +85,12 @@ def test_holes_are_filled_from_around():
 def test_region_is_exact_at_both_ends():
     data, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
     mask = read_mask(box(), 32, 32)
-    region = KeptRegion(torch.zeros(2, 3, 32, 32), mask.expand(2, -1, -1, -1), data, noise)
+    region = InpaintRegion(torch.zeros(2, 3, 32, 32), mask.expand(2, -1, -1, -1), data, noise)
     free = torch.randn(2, 4, 4, 4)
     cells = region.cells.expand_as(free)
-    assert torch.equal(region.put_back(free, 0.0)[~cells], data[~cells])
-    assert torch.equal(region.put_back(free, 1.0)[~cells], noise[~cells])
-    assert torch.equal(region.put_back(free, 0.3)[cells], free[cells])
+    assert torch.equal(region.blend(free, 0.0)[~cells], data[~cells])
+    assert torch.equal(region.blend(free, 1.0)[~cells], noise[~cells])
+    assert torch.equal(region.blend(free, 0.3)[cells], free[cells])
 
 
 def test_masks_are_checked():

@@ -12,7 +12,7 @@ from torch import Tensor
 from dit.cache import KVProfile
 from dit.models.next_scale import NextScaleTransformer
 from pipelines import NextScaleClassToImagePipeline
-from pipelines.next_scale.inpaint import kept_cells
+from pipelines.next_scale.inpaint import kept_tokens
 from sampling.inference_search import TTSConfig
 from sampling.scale_acceleration import ScaleAcceleration
 from tests.models import next_scale_reference as ref
@@ -354,8 +354,8 @@ def test_kept_tokens_are_the_originals_at_every_scale(pipe: NextScaleClassToImag
     first = pipe.vae.accumulate(pipe.vae.start_latents(1), expected[0], 0)
     assert torch.allclose(latents[0], first.expand(2, -1, -1, -1), atol=1e-6)
     assert torch.equal(out, latents[-1])
-    assert kept_cells(mask, (1, 1)).tolist() == [[False]]
-    assert kept_cells(mask, (2, 2)).tolist() == [[False, True, False, True]]
+    assert kept_tokens(mask, (1, 1)).tolist() == [[False]]
+    assert kept_tokens(mask, (2, 2)).tolist() == [[False, True, False, True]]
 
 
 def test_what_is_masked_leaves_no_trace(pipe: NextScaleClassToImagePipeline) -> None:

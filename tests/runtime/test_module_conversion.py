@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dit.runtime.families import family_of
 from dit.runtime.hooks import AttachError, Attachment, Mechanism
-from dit.runtime.module_conversion import LinearConversion, convert_linears, linear_places
+from dit.runtime.module_conversion import LinearConversion, convert_linears, linear_slots
 from dit.runtime.stages import Stage
 from tests.families.networks import tiny_transformer
 from tests.families.test_runs import recorded
@@ -95,13 +95,13 @@ def test_int8_weights_replace_the_layers_and_leave(name: str) -> None:
     model = tiny_transformer(name)
     row = family_of(model)
     before, expected = picture(model), outputs(name, model)
-    plain = {place.name for place in linear_places(model)}
+    plain = {slot.name for slot in linear_slots(model)}
     converter = Int8()
     with convert_linears(model, converter, lambda name, _: not row.skips(name)) as conversion:
         assert list(conversion.converted) == converter.names
         assert set(converter.names) == {name for name in plain if not row.skips(name)}
         assert 1e-4 < error(outputs(name, model), expected) < 0.05
-        kept = [place.name for place in linear_places(model)]
+        kept = [slot.name for slot in linear_slots(model)]
         assert kept == [name for name in kept if row.skips(name)]
         assert all(type(model.get_submodule(name)) is Int8Linear for name in converter.names)
     assert picture(model) == before, "not the same objects at the same places"
@@ -143,7 +143,7 @@ def test_layers_under_adapters_are_quantized() -> None:
 
 def test_peft_adapters_stay_as_they_are() -> None:
     model = tiny_transformer("text_dit")
-    names = {place.name for place in linear_places(model)}
+    names = {slot.name for slot in linear_slots(model)}
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     expected = outputs("text_dit", model)
     with convert_linears(model, Int8()) as conversion:
@@ -215,7 +215,7 @@ def test_a_layer_in_two_places_has_one_replacement() -> None:
 
 def test_torchs_own_attention_keeps_its_projection() -> None:
     model = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
-    assert [place.name for place in linear_places(model)] == ["1"]
+    assert [slot.name for slot in linear_slots(model)] == ["1"]
 
 
 def test_replacements_follow_the_mode_of_their_layer() -> None:

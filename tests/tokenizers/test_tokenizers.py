@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, AutoencoderTiny
 
 from dit.tokenizers import DiffusersTokenizer, ViTAutoencoder, as_visual_tokenizer, vit_autoencoder
-from dit.tokenizers.base import fit_linear_preview, paint_linear_preview
+from dit.tokenizers.base import fit_linear_preview, linear_preview
 
 SMALL = {
     "latent_channels": 4,
@@ -88,7 +88,7 @@ def test_previews_of_guided_estimates_have_the_spread_of_images(tokens, monkeypa
     vae.preview_factors.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
     z = torch.randn(2, vae.latent_channels, 4, 4, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        plain = vae.decode(z).sample.clamp(-1, 1) if tokens else paint_linear_preview(z, vae.preview_factors)
+        plain = vae.decode(z).sample.clamp(-1, 1) if tokens else linear_preview(z, vae.preview_factors)
     torch.testing.assert_close(vae.preview(z), plain)  # as it is
     far = torch.stack([4 * z[0], z[1]])
     shown = vae.preview(far)
@@ -112,7 +112,7 @@ def test_linear_preview_recovers_a_linear_decoder():
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(8, 4, 4, 4, generator=generator)
     factors = torch.randn(3 * 16, 5, generator=generator) * 0.05
-    pixels = paint_linear_preview(latents, factors)
+    pixels = linear_preview(latents, factors)
     assert pixels.abs().max() < 1  # nothing clamped, so the fit can be exact
     found = fit_linear_preview(latents, pixels, cell=4)
     torch.testing.assert_close(found, factors, rtol=1e-3, atol=1e-4)

@@ -17,7 +17,7 @@ from apps.training.task import load_config
 from apps.training.tasks.autoencoder import psnr, reconstruction_loss, ssim
 from apps.training.tokenizer import train_tokenizer
 from dit.tokenizers import ViTAutoencoder
-from dit.tokenizers.base import paint_linear_preview
+from dit.tokenizers.base import linear_preview
 from tests.training.helpers import assert_resumes_exactly
 
 COMMON = """
@@ -149,11 +149,11 @@ def test_autoencoder_exports_calibrated_statistics(configured, tmp_path):
     images = torch.cat([trainer.task.batch(index)["images"] for index in range(100, 228)])
     with torch.no_grad():
         latents = vae.encode(images).latent  # (512, 4, 4, 4)
-        painted = paint_linear_preview(latents, vae.preview_factors)  # (512, 3, 16, 16)
+        pixels = linear_preview(latents, vae.preview_factors)  # (512, 3, 16, 16)
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.15
     assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.1
-    small = torch.nn.functional.interpolate(images, size=painted.shape[-2:], mode="area")
-    assert (painted - small).square().mean() < 0.5 * small.var()  # the linear map explains most of the colours
+    small = torch.nn.functional.interpolate(images, size=pixels.shape[-2:], mode="area")
+    assert (pixels - small).square().mean() < 0.5 * small.var()  # the linear map explains most of the colours
 
 
 def test_muon_takes_the_matrices_of_blocks_only(configured):

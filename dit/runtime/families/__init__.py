@@ -80,9 +80,9 @@ def call_family_of(model: nn.Module) -> Family:
 def _listed(bare: nn.Module) -> Family | None:
     rows = {(row.package, row.transformer): row for row in FAMILIES}
     for ancestor in type(bare).__mro__:
-        place = "diffusers" if ancestor.__module__.startswith("diffusers.") else ancestor.__module__
-        if (place, ancestor.__name__) in rows:
-            return rows[place, ancestor.__name__]
+        package = "diffusers" if ancestor.__module__.startswith("diffusers.") else ancestor.__module__
+        if (package, ancestor.__name__) in rows:
+            return rows[package, ancestor.__name__]
     return None
 
 

@@ -112,11 +112,11 @@ def masked_text_last(model: nn.Module, inputs: Inputs) -> TokenLayout:
 
 def padded_lists(model: nn.Module, inputs: Inputs) -> TokenLayout:
     """Lists of latents (C, T, H, W) and texts (L, Dt), each padded to a multiple of 32 tokens, images first."""
-    pictures, texts = inputs["x"], inputs["cap_feats"]
-    if isinstance(pictures[0], list):
+    images, texts = inputs["x"], inputs["cap_feats"]
+    if isinstance(images[0], list):
         raise ValueError("several pictures in one sample (omni mode) have no single token grid")
     side, depth = inputs["patch_size"], inputs["f_patch_size"]
-    _, frames, height, width = pictures[0].shape
+    _, frames, height, width = images[0].shape
     grid = (frames // depth, height // side, width // side)
     lengths = tuple(len(text) + -len(text) % 32 for text in texts)
     extra = -(grid[0] * grid[1] * grid[2]) % 32

@@ -85,15 +85,15 @@ class TokenLayout:
         """
         frames, rows, columns = self.grid
         text = self.text_length if sample is None else self._text_of(sample)
-        picture = {"thw": self.num_tokens + self.extra, "hw": rows * columns, "t": frames}[axes]
+        image_tokens = {"thw": self.num_tokens + self.extra, "hw": rows * columns, "t": frames}[axes]
         match kind:
             case "self":
-                return picture, picture
+                return image_tokens, image_tokens
             case "joint":
-                length = picture + (text if self.in_sequence else 0)
+                length = image_tokens + (text if self.in_sequence else 0)
                 return length, length
             case "cross":
-                return picture, text
+                return image_tokens, text
             case "text":
                 length = self.padded_text_length or text
                 return length, length
