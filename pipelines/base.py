@@ -247,7 +247,7 @@ class TesseraPipeline(DiffusionPipeline):
         callback: Callable[..., dict[str, Tensor] | None] | None,
         callback_inputs: Sequence[str],
     ) -> Generator[_Steps]:
-        """Watch over the denoising steps of a call.
+        """Run the denoising steps of a call with a progress bar.
 
         Args:
             timesteps: those of the call, (S,).
@@ -446,14 +446,14 @@ class _Steps:
     names: Sequence[str]
 
     def begin_step(self, timestep: Tensor) -> bool:
-        """See `RunControl.begin_step`."""
+        """Record the timestep; return False once interrupted."""
         if self.pipe.interrupt:
             return False
         self.pipe._current_timestep = timestep
         return True
 
     def end_step(self, step: int, timestep: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """See `RunControl.end_step`."""
+        """Call the caller's callback and advance the progress bar."""
         state = self.pipe.run_callback(self.callback, step, timestep, self.names, state)
         self.bar.update()
         return state
@@ -487,6 +487,6 @@ def on_device(module: torch.nn.Module) -> Generator[torch.device]:
 
 
 def _device_of(module: torch.nn.Module) -> torch.device:
-    """Where a module's own tensors are, buffers first (previews need no more); the CPU for one that has none."""
+    """Return where a module's own tensors are, buffers first (previews need no more); the CPU for one that has none."""
     tensors = (*module.buffers(recurse=False), *module.parameters())
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))

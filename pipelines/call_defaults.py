@@ -37,7 +37,7 @@ def takes_call_defaults(call: Call) -> Call:
 
 
 def has_call_defaults(pipe: Any) -> bool:
-    """Whether the calls of a pipeline read `call_defaults`."""
+    """Return whether the calls of a pipeline read `call_defaults`."""
     return getattr(type(pipe).__call__, "takes_call_defaults", False)
 
 

@@ -145,7 +145,7 @@ def check_generators(generator: object, count: int) -> None:
     """
     given = generator if isinstance(generator, list | tuple) else [generator] * count
     if len(given) != count:
-        raise ValueError(f"Got {len(given)} generators for {count} pictures: pass one, or one per picture.")
+        raise ValueError(f"Got {len(given)} generators for {count} images: pass one, or one per image.")
     for one in given:
         if one is not None and not isinstance(one, torch.Generator):
             raise TypeError(

@@ -174,7 +174,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def get_label_ids(self, labels: Label | Sequence[Label] | Tensor) -> Tensor:
-        """Class numbers of labels given as numbers or names.
+        """Return class numbers of labels given as numbers or names.
 
         Args:
             labels: one or a list of P.
@@ -193,7 +193,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
     # ------------------------------------------------------------------- checks
 
     def _resolve_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        """Height and width in pixels: as asked, else of the given latents, else of the model's training."""
+        """Return height and width in pixels: as asked, else of the given latents, else of the model's training."""
         sides = [self.transformer.config.sample_size] * 2 if latents is None else latents.shape[-2:]
         height = height or int(sides[0]) * self.vae_scale_factor
         width = width or int(sides[1]) * self.vae_scale_factor
@@ -252,13 +252,13 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         latents: Tensor | None,
         device: torch.device,
     ) -> Tensor:
-        """The starting noise (B, C, h, w), float32, scaled as the scheduler wants it."""
+        """Return the starting noise (B, C, h, w), float32, scaled as the scheduler wants it."""
         if latents is None:
             latents = self.prepare_noise(shape, count, generator)  # (B, C, h, w)
         elif latents.shape != (count, *shape) or not torch.isfinite(latents).all():
             f = self.vae_scale_factor
             raise ValueError(
-                f"latents must be finite and of shape {(count, *shape)} (pictures, channels, height / {f}, "
+                f"latents must be finite and of shape {(count, *shape)} (images, channels, height / {f}, "
                 f"width / {f}), got {tuple(latents.shape)}."
             )
         return latents.to(device, torch.float32) * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
@@ -347,13 +347,13 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         return torch.cat([head, cond[:, n:]], dim=1)  # (B, C', h, w)
 
     def _model_time(self, timestep: Tensor) -> Tensor:
-        """The transformer's time, (), of a scheduler's timestep."""
+        """Return the transformer's time, (), of a scheduler's timestep."""
         if not self._is_flow:
             return timestep
         return 1.0 - timestep.float() / self.scheduler.config.num_train_timesteps
 
     def _estimate(self, output: Any, prediction: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The current guess of the finished latents, (B, C, h, w)."""
+        """Predict the clean latents, (B, C, h, w)."""
         guess = getattr(output, "pred_original_sample", None)
         if guess is not None:
             return guess.float()
@@ -365,7 +365,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
 def _generator_per_image(
     generator: torch.Generator | list[torch.Generator] | None, count: int
 ) -> list[torch.Generator] | None:
-    """One generator an image for the noise of stochastic steps, so that image i is the same in any batch.
+    """Return one generator an image for the noise of stochastic steps, so that image i is the same in any batch.
 
     A single generator and a list of it mean the same: what the steps draw follows from the state that it has before the
     start noise is drawn.

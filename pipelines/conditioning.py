@@ -117,7 +117,7 @@ class TextConditionedPipeline(KnownWordsMixin, TesseraPipeline):
         max_length: int | None,
         device: torch.device,
     ) -> tuple[Tensor, Tensor]:
-        """Text states (P, L, Dt) and mask (P, L) of the positive or the negative side."""
+        """Return text states (P, L, Dt) and mask (P, L) of the positive or the negative side."""
         if (prompt is None) == (embeds is None):
             given = "neither" if prompt is None else "both"
             raise ValueError(f"Pass either {name} or {name}_embeds, got {given}.")

@@ -159,7 +159,7 @@ def find_callback(pipe: Any, parameters: frozenset[str]) -> Callback:
 
 
 def finishes_on_interrupt(pipe: Any) -> bool:
-    """Whether a pipeline, once interrupted, decodes the latents that the callback gave back."""
+    """Return whether a pipeline, once interrupted, decodes the latents that the callback gave back."""
     has_callback = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"} <= call_parameters(type(pipe))
     return has_callback and _has_switch(pipe, "interrupt") and hasattr(pipe, "scheduler") and is_flow(pipe)
 

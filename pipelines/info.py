@@ -129,7 +129,7 @@ class PipelineInfo:
 
 
 def tiles(vae: nn.Module | None) -> bool:
-    """Whether an autoencoder can decode tile by tile, as diffusers' do that have a switch for it."""
+    """Return whether an autoencoder can decode tile by tile, as diffusers' do that have a switch for it."""
     return isinstance(getattr(vae, "use_tiling", None), bool)
 
 

@@ -76,12 +76,12 @@ def read_mask(mask: MaskInput, height: int, width: int) -> Tensor:
             raise ValueError(f"mask_image has the shape {tuple(values.shape)}: pass (H, W) or (B, 1, H, W).")
         values = values.reshape(-1, 1, *values.shape[-2:])  # (B, 1, H, W)
     else:
-        raise TypeError(f"mask_image must be a PIL picture, an array or a tensor, got {type(mask).__name__}.")
+        raise TypeError(f"mask_image must be a PIL image, an array or a tensor, got {type(mask).__name__}.")
     if not (values.min() >= 0 and values.max() <= 1):
         raise ValueError("mask_image has values outside [0, 1] (or NaN): divide 8-bit values by 255.")
     found = F.interpolate(values, size=(height, width), mode="nearest-exact") >= 0.5  # (B, 1, H, W)
     if not found.any():
-        raise ValueError("mask_image is black everywhere, so nothing would be painted: make white what shall change.")
+        raise ValueError("mask_image is black everywhere, so nothing would be generated: make white what changes.")
     return found
 
 
@@ -116,7 +116,7 @@ def _fill(total: Tensor, weight: Tensor) -> Tensor:
 
 
 def keep_pixels(original: Image.Image, generated: Image.Image, mask: Image.Image) -> Image.Image:
-    """Lay the kept pixels of an image over a generated one of the same size.
+    """Composite the kept pixels of an image onto a generated one of the same size.
 
     Args:
         original: RGB.
@@ -130,6 +130,6 @@ def keep_pixels(original: Image.Image, generated: Image.Image, mask: Image.Image
         ValueError: sizes differ.
     """
     if not original.size == generated.size == mask.size:
-        raise ValueError(f"sizes differ: original {original.size}, painted {generated.size}, mask {mask.size}.")
+        raise ValueError(f"sizes differ: original {original.size}, generated {generated.size}, mask {mask.size}.")
     hard = mask.convert("L").point([0] * 128 + [255] * 128)
     return Image.composite(generated.convert("RGB"), original.convert("RGB"), hard)

@@ -15,13 +15,13 @@ Label = int | str
 
 
 def names_of(id2label: Mapping[Any, str] | None) -> dict[str, int]:
-    """Class numbers by name, from a table of names separated by commas (JSON turns its keys into strings)."""
+    """Return class numbers by name, from a table of names separated by commas (JSON turns its keys into strings)."""
     table = {int(label): names for label, names in (id2label or {}).items()}
     return {name.strip(): label for label, names in table.items() for name in names.split(",")}
 
 
 def label_ids(labels: Label | Sequence[Label] | Tensor, names: Mapping[str, int], last: int) -> Tensor:
-    """Class numbers of labels given as numbers or names.
+    """Return class numbers of labels given as numbers or names.
 
     Args:
         labels: one or a list of P.

@@ -315,7 +315,7 @@ class _Watch:
         self._ended = False
 
     def put_on(self, loop: LoopSequentialPipelineBlocks) -> None:
-        """Watch the steps of a loop that nobody else has."""
+        """Wrap the steps of a loop unless another call has wrapped them."""
         step: Any = loop.loop_step
 
         def watched(components: Any, block_state: Any, **where: Any) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ from pipelines.base import TesseraPipeline
 
 
 def can_preview(pipe: DiffusionPipeline) -> bool:
-    """Whether `preview` knows how to show the latents of a pipeline."""
+    """Return whether `preview` knows how to show the latents of a pipeline."""
     if isinstance(pipe, TesseraPipeline):
         return pipe.vae is not None
     if not isinstance(getattr(pipe, "vae", None), torch.nn.Module):
@@ -119,7 +119,7 @@ def fold_tokens(latents: Tensor, height: int, width: int) -> Tensor:
 
 
 def is_flow(pipe: DiffusionPipeline) -> bool:
-    """Whether the scheduler's noise levels are those of a flow: x = (1 - sigma) * data + sigma * noise."""
+    """Return whether the scheduler's noise levels are those of a flow: x = (1 - sigma) * data + sigma * noise."""
     config = pipe.scheduler.config
     return (
         type(pipe.scheduler).__name__.startswith("FlowMatch")
@@ -129,7 +129,7 @@ def is_flow(pipe: DiffusionPipeline) -> bool:
 
 
 def predict_x0(pipe: DiffusionPipeline, before: Tensor, latents: Tensor) -> Tensor:
-    """Guess the finished latents of a flow from those of two steps: it runs (nearly) straight, so go on straight.
+    """Predict a flow's clean latents from those of two steps, by extrapolating the (nearly) straight path.
 
     With x = (1 - sigma) * data + sigma * noise, data = x - sigma * dx / dsigma. Noisy latents show nothing until late;
     the guess shows the layout after two steps.

@@ -46,7 +46,7 @@ def parse_cache(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    """A number, true, false, null, or the text itself (names and files)."""
+    """Parse a number, true, false or null, else return the text itself (names and files)."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -196,7 +196,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         if sigmas is not None:
             check_sigmas(sigmas)
         if mask_image is not None and image is None:
-            raise ValueError("mask_image without image: pass the picture whose other parts shall be kept.")
+            raise ValueError("mask_image without image: pass the image whose other parts should be kept.")
         height, width = self._resolve_size(height, width, latents)
         self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
         self._guidance_interval, self._attention_kwargs = guidance_interval, attention_kwargs
@@ -262,7 +262,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         return height, width
 
     def _default_cells(self) -> tuple[int, int]:
-        """Rows and columns of the latents that the transformer was trained on."""
+        """Return rows and columns of the latents that the transformer was trained on."""
         cells = self.transformer.config.sample_size
         rows, columns = cells if isinstance(cells, list | tuple) else (cells, cells)
         return int(rows), int(columns)
@@ -302,7 +302,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             return noise
         start = self.encode_image(image, height, width)  # (P, C, h, w)
         if count % len(start):
-            raise ValueError(f"Got {len(start)} images for {count} pictures: pass one, or one per prompt.")
+            raise ValueError(f"Got {len(start)} images for {count} output images: pass one, or one per prompt.")
         start = start.repeat_interleave(count // len(start), dim=0)  # (B, C, h, w)
         sigma = timesteps[0] / self.scheduler.config.num_train_timesteps
         return torch.lerp(start, noise, sigma)  # (1 - sigma) * data + sigma * noise
@@ -322,7 +322,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             noise = self.prepare_noise(shape, count, generator)  # (B, C, h, w)
         elif noise.shape != (count, *shape) or not torch.isfinite(noise).all():
             raise ValueError(
-                f"latents must be finite and of shape {(count, *shape)} (pictures, channels, height / {f}, "
+                f"latents must be finite and of shape {(count, *shape)} (images, channels, height / {f}, "
                 f"width / {f}), got {tuple(noise.shape)}."
             )
         return noise
@@ -334,7 +334,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         pixels = self._read_pixels(image, height, width)  # (P, 3, H, W)
         mask = read_mask(mask_image, height, width).to(pixels.device)  # (P', 1, H, W)
         if len(noise) % len(pixels) or len(noise) % len(mask):
-            raise ValueError(f"Got {len(pixels)} images and {len(mask)} masks for {len(noise)} pictures.")
+            raise ValueError(f"Got {len(pixels)} images and {len(mask)} masks for {len(noise)} output images.")
         pixels = pixels.repeat_interleave(len(noise) // len(pixels), dim=0)  # (B, 3, H, W)
         mask = mask.repeat_interleave(len(noise) // len(mask), dim=0)  # (B, 1, H, W)
         latents = self._encode_pixels(fill_in(pixels, mask))  # (B, C, h, w)
@@ -450,7 +450,7 @@ def _is_float_array(value: object) -> bool:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Lay an image with transparency on white; PIL alone would turn it black."""
+    """Composite an image with transparency on white; PIL alone would turn it black."""
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image
     image = image.convert("RGBA")

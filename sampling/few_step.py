@@ -63,7 +63,7 @@ class FewStep:
 
 
 def few_step_names() -> tuple[str, ...]:
-    """Names of the presets, as the data file has them."""
+    """Return names of the presets, as the data file has them."""
     return tuple(_presets())
 
 

@@ -25,7 +25,7 @@ def classifier_free_guidance(cond: Tensor, uncond: Tensor, scale: float, rescale
 
 
 def rescale_to(guided: Tensor, reference: Tensor, strength: float) -> Tensor:
-    """Pull each guided sample's standard deviation back to the reference's (arXiv 2305.08891, eq. 15-16).
+    """Rescale each guided sample's standard deviation to the reference's (arXiv 2305.08891, eq. 15-16).
 
     Large scales overexpose images because guidance enlarges the prediction; this undoes the enlargement.
 

@@ -67,7 +67,7 @@ class CachedGuidance(Mechanism):
         self.skipped: list[int] = []
 
     def attach(self, target: Any) -> Attachment:
-        """See `Mechanism.attach`; steps of a pipeline are found too."""
+        """Attach to a network or pipeline, with a step tracker where the pipeline has none."""
         return TrackedAttachment(self, target)
 
     def install(self, attachment: Attachment) -> None:
@@ -162,7 +162,7 @@ class CachedGuidance(Mechanism):
         return self._structure(args, kwargs, values)
 
     def _structure(self, args: tuple, kwargs: dict[str, Any], values: list[Tensor]) -> Any:
-        """The form in which the caller wants its output."""
+        """Return the form in which the caller wants its output."""
         if self._rebuild is not None:
             return self._rebuild(values)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -173,7 +173,7 @@ class CachedGuidance(Mechanism):
     # --------------------------------------------------------------------- differences
 
     def _difference(self, attachment: Attachment, component: str, here: StepContext) -> Values | None:
-        """The difference to use; empty for none at all; None if the branch must be computed."""
+        """Return the difference to use; empty for none at all; None if the branch must be computed."""
         if not in_interval(here.sigma, self.interval):
             self.skipped.append(here.step)
             return ()
@@ -196,7 +196,7 @@ class CachedGuidance(Mechanism):
 
 
 def guider_interval(sigmas: list[float] | tuple[float, ...], interval: tuple[float, float]) -> tuple[float, float]:
-    """Return `start` and `stop` of diffusers' guiders, shares of the steps, that mean an interval of noise levels.
+    """Return `start` and `stop` of diffusers' guiders, fractions of the steps, that mean an interval of noise levels.
 
     Guiders guide at steps with `int(start N) <= step < int(stop N)`, so what they mean changes with the shift.
 
@@ -227,7 +227,7 @@ def _half_size(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int:
 
 
 def _half(value: Any, size: int, first: bool) -> Any:
-    """One half of everything that is as long as the doubled batch."""
+    """Take one half of everything that is as long as the doubled batch."""
     if isinstance(value, Tensor):
         return value.chunk(2)[0 if first else 1] if value.ndim and len(value) == size else value
     if isinstance(value, dict):

@@ -2,7 +2,7 @@
 
 TTS-VAR (arXiv 2507.18537): many candidates through the cheap coarse scales, fewer and fewer through the dear fine ones.
 Early, when structure is fixed but a reward says little, candidates are clustered by what they look like and one of each
-cluster goes on; later they are drawn again in proportion to exp(strength x reward). Best-of-N generates all to the end,
+cluster goes on; later they are resampled in proportion to exp(strength x reward). Best-of-N generates all to the end,
 beam search keeps the best few and branches them.
 
 We select before a scale runs, so a schedule says how many candidates each scale really costs. The released code selects
@@ -31,7 +31,7 @@ BATCH_SIZES = (8, 8, 6, 6, 6, 4, 2, 2, 2, 1, 1, 1, 1)
 """Published candidates at each of 13 scales."""
 
 CLUSTER_SCALES, RESAMPLE_SCALES = (2, 5), (6, 9)
-"""Scales of the published schedule before which candidates are clustered, and drawn again."""
+"""Scales of the published schedule before which candidates are clustered, and resampled."""
 
 METHODS = ("tts", "best_of", "beam")
 POTENTIALS = ("value", "diff", "max", "sum")
@@ -50,7 +50,7 @@ class TTSConfig:
         batch_sizes: candidates that each scale is run with; None is the published schedule, stretched to the number of
             scales. For "best_of" a single number will do.
         cluster_scales: scales before which candidates are clustered; None follows the published schedule.
-        resample_scales: scales before which candidates are drawn again (or, with "beam", the best kept and branched).
+        resample_scales: scales before which candidates are resampled (or, with "beam", the best kept and branched).
         potential: what the draw depends on: the reward now ("value"), its gain since the last look ("diff"), the best
             ("max") or the sum of all looks so far.
         replacement: whether a candidate may be drawn more than once, as published; it then branches. Without, those
@@ -90,7 +90,7 @@ class TTSConfig:
 
     @classmethod
     def for_cost(cls, cost: float, token_counts: Sequence[int], **settings: Any) -> TTSConfig:
-        """The published schedule with more or fewer candidates, for a cost in images.
+        """Scale the published schedule's candidates to a cost in images.
 
         A cost just below a multiple of the published one goes into more candidates early on, not into more at the end.
         A schedule whose last two scales hold most of its tokens has no room for that: there, candidates are drawn
@@ -127,7 +127,7 @@ class TTSConfig:
         return cls(batch_sizes=fitting, **settings)
 
     def at(self, num_scales: int) -> SearchSchedule:
-        """This search on a schedule of scales.
+        """Resolve this search for a schedule of scales.
 
         Raises:
             ValueError: a schedule of another length, or one that cannot be followed.
@@ -154,7 +154,7 @@ class TTSConfig:
 
 @dataclass(frozen=True)
 class SearchSchedule:
-    """Candidates of each scale, and the scales before which they are clustered or drawn again."""
+    """Candidates of each scale, and the scales before which they are clustered or resampled."""
 
     batch_sizes: tuple[int, ...]
     cluster: frozenset[int]
@@ -182,7 +182,7 @@ class SearchSchedule:
 
 
 def stretch(num_scales: int) -> SearchSchedule:
-    """The published schedule for another number of scales."""
+    """Stretch the published schedule to another number of scales."""
     last = len(BATCH_SIZES) - 1
     indices = [round(scale * last / max(num_scales - 1, 1)) for scale in range(num_scales)]
     sizes = tuple(BATCH_SIZES[index] for index in indices)
@@ -195,7 +195,7 @@ def stretch(num_scales: int) -> SearchSchedule:
 
 
 def sizes_for_large_last_scales(cost: float, token_counts: Sequence[int]) -> tuple[int, ...]:
-    """Candidates of each scale where the last two scales hold most tokens.
+    """Return candidates of each scale where the last two scales hold most tokens.
 
     One of every two images that could be paid for is generated to the end, and one more goes through the first of the
     two scales, after which a reward sees nearly the whole image. The rest goes into candidates of the coarse scales.
@@ -215,7 +215,7 @@ def sizes_for_large_last_scales(cost: float, token_counts: Sequence[int]) -> tup
 
 
 def token_cost(batch_sizes: Sequence[int], token_counts: Sequence[int]) -> float:
-    """Tokens that a search runs, over those of one image."""
+    """Return tokens that a search runs, over those of one image."""
     spent = sum(size * count for size, count in zip(batch_sizes, token_counts, strict=True))
     return spent / sum(token_counts)
 
@@ -321,7 +321,7 @@ class ScaleSearch:
         return SearchResult(self.prompt, rewards[order], images[order], self.selections)
 
     def _judge(self, images: Tensor) -> Tensor:
-        """Rewards (B,), float32 on the CPU."""
+        """Compute the rewards (B,), float32 on the CPU."""
         found = torch.as_tensor(self.reward(images, [self.prompt] * len(images))).detach().float().cpu()
         if found.shape != (len(images),) or not found.isfinite().all():
             raise ValueError(
@@ -340,13 +340,13 @@ class ScaleSearch:
         return (scores - noise.log()).topk(count).indices.cpu()  # Gumbel-top-k (arXiv 1903.06059)
 
     def _branch(self, rewards: Tensor, count: int) -> Tensor:
-        """The best candidates, each repeated until `count` are reached; indices (count,)."""
+        """Return the best candidates, each repeated until `count` are reached; indices (count,)."""
         best = rewards.argsort(descending=True, stable=True)[: min(self.config.beam_width, count)]  # (W,)
         return best[torch.arange(count) % len(best)]
 
 
 def potential(kind: str, rewards: Tensor, history: Tensor) -> Tensor:
-    """What a candidate is drawn by (arXiv 2507.18537, section 3.3), (B,).
+    """Compute the potential of each candidate (arXiv 2507.18537, section 3.3), (B,).
 
     Args:
         kind: one of `POTENTIALS`.
@@ -365,12 +365,12 @@ def potential(kind: str, rewards: Tensor, history: Tensor) -> Tensor:
 
 
 def downsampled_pixels(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) as vectors: very small and side by side, (B, F)."""
+    """Downsample images (B, 3, H, W) to vectors (B, F)."""
     return F.adaptive_avg_pool2d(images.float(), FEATURE_SIDE).flatten(1)
 
 
 def principal_view(tokens: Tensor) -> Tensor:
-    """Patch features as one number a patch: along the first principal component of each image.
+    """Project patch features to one number a patch: along the first principal component of each image.
 
     A component's sign is arbitrary; it is chosen such that patches with large features lie on the positive side, so
     that two like images get like vectors.
@@ -390,7 +390,7 @@ def principal_view(tokens: Tensor) -> Tensor:
 
 
 def medoids(vectors: Tensor, count: int, rounds: int = 50) -> Tensor:
-    """The member nearest to the centre of each of `count` clusters (k-means; begins with members far apart).
+    """Return the member nearest to the centre of each of `count` clusters (k-means, farthest-point initialisation).
 
     Args:
         vectors: (B, F).

@@ -52,7 +52,7 @@ def logit_normal_sigmas(
 
 
 def logit_normal_grid(batch_size: int, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> Tensor:
-    """The evenly spaced quantiles of `logit_normal_sigmas`: the fixed noise levels of a validation.
+    """Return the evenly spaced quantiles of `logit_normal_sigmas`: the fixed noise levels of a validation.
 
     Returns:
         (B,) float32 in (0, 1), ascending.
@@ -78,12 +78,12 @@ def interpolate(data: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def velocity(data: Tensor, noise: Tensor) -> Tensor:
-    """The derivative of `interpolate` by sigma: what the network predicts."""
+    """Return the derivative of `interpolate` by sigma: what the network predicts."""
     return noise - data
 
 
 def data_from_velocity(sample: Tensor, predicted: Tensor, sigmas: Tensor) -> Tensor:
-    """The clean data that a predicted velocity implies.
+    """Return the clean data that a predicted velocity implies.
 
     Args:
         sample: noisy, (B, ...).
@@ -97,7 +97,7 @@ def data_from_velocity(sample: Tensor, predicted: Tensor, sigmas: Tensor) -> Ten
 
 
 def flow_matching_loss(predicted: Tensor, data: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the velocity, for each sample and in float32.
+    """Compute the mean squared error of the velocity, for each sample and in float32.
 
     Args:
         predicted: velocity, (B, ...), any float dtype.
@@ -112,7 +112,7 @@ def flow_matching_loss(predicted: Tensor, data: Tensor, noise: Tensor) -> Tensor
 
 
 def next_scale_loss(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> Tensor:
-    """Mean cross-entropy of each scale's tokens (arXiv 2404.02905, eq. 4; for bits arXiv 2412.04431, section 3.2).
+    """Compute each scale's mean cross-entropy (arXiv 2404.02905, eq. 4; for bits arXiv 2412.04431, section 3.2).
 
     Args:
         logits: over codebook entries, (B, L, V); or of bits, (B, L, d, 2).

@@ -126,7 +126,7 @@ class _Grid(Mechanism):
 
 
 def _paint(pipeline: Any, prompt: Any, seed: int, given: Mapping[str, Any]) -> None:
-    """One run; the latents are enough where the pipeline gives them out."""
+    """Generate once; skip the decoder where the pipeline can return latents."""
     known = list(inspect.signature(type(pipeline).__call__).parameters)
     # The prompt is the first argument after self, but where an image to start from comes first.
     name = "prompt" if "prompt" in known else known[1]
@@ -147,6 +147,6 @@ def _notify(observers: Sequence[Observer], event: str, prompt: Any) -> None:
 
 
 def _between(sigmas: Sequence[float]) -> tuple[float, ...]:
-    """Levels halfway between the distinct noise levels of a run, falling; none where the scheduler tells no levels."""
+    """Return the midpoints of a run's distinct noise levels, falling; empty where the scheduler has none."""
     levels = sorted({sigma for sigma in sigmas if math.isfinite(sigma)}, reverse=True)
     return tuple((level + lower) / 2 for level, lower in pairwise(levels))

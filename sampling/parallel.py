@@ -49,7 +49,7 @@ class GuidanceParallel(Mechanism):
         self._own: list[Tensor] = []
 
     def attach(self, target: Any) -> Attachment:
-        """See `Mechanism.attach`; steps of a pipeline are found too."""
+        """Attach to a network or pipeline, with a step tracker where the pipeline has none."""
         return TrackedAttachment(self, target)
 
     def install(self, attachment: Attachment) -> None:

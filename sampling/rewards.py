@@ -66,19 +66,19 @@ class ClipReward:
         return (self.look(images) * self.read(prompts)).sum(-1)  # (B,)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] as the model's image processor shows them, (B, 3, h, w)."""
+        """Return images (B, 3, H, W) in [0, 1] as the model's image processor shows them, (B, 3, h, w)."""
         shown = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
         return self.processor([Image.fromarray(one) for one in shown], return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
     def look(self, images: Tensor) -> Tensor:
-        """Unit vectors of images (B, 3, H, W) in [0, 1], (B, F), float32."""
+        """Return unit vectors of images (B, 3, H, W) in [0, 1], (B, F), float32."""
         pixels = self.pixels(images).to(self.model.device, self.model.dtype)  # (B, 3, h, w)
         return unit_vectors(self.model.get_image_features(pixel_values=pixels))  # (B, F)
 
     @torch.no_grad()
     def read(self, prompts: list[str]) -> Tensor:
-        """Unit vectors of prompts, (B, F), float32."""
+        """Return unit vectors of prompts, (B, F), float32."""
         words = self.tokenizer(prompts, truncation=True, return_tensors="pt", **self._padding)
         words = {name: tensor.to(self.model.device) for name, tensor in words.items() if name not in self._unread}
         return unit_vectors(self.model.get_text_features(**words))  # (B, F)
@@ -101,7 +101,7 @@ def _no_false_alarm() -> Generator[None]:
 
 
 def as_reward(reward: Any, device: torch.device | str = "cpu") -> Any:
-    """A callable from what the user gave: the callable itself, or a CLIP-like model by name.
+    """Return the reward that the user gave: the callable itself, or a CLIP-like model by name.
 
     Raises:
         TypeError: neither.
@@ -114,7 +114,7 @@ def as_reward(reward: Any, device: torch.device | str = "cpu") -> Any:
 
 
 def unit_vectors(features: Any) -> Tensor:
-    """Features of a CLIP-like model, made unit vectors, (B, F) in float32.
+    """Return features of a CLIP-like model, made unit vectors, (B, F) in float32.
 
     Args:
         features: (B, F'): transformers returns them bare or as an output with `pooler_output`.

@@ -23,9 +23,9 @@ class ScaleAcceleration:
     Args:
         skip_last: scales at the end that are not generated at all (FastVAR, arXiv 2503.23367): the image is decoded
             from the coarser ones.
-        prune: scale -> share of its tokens to leave out (FastVAR), see `sampling.token_pruning`.
+        prune: scale -> fraction of its tokens to leave out (FastVAR), see `sampling.token_pruning`.
         prune_source: the scale that fills the gaps; None is the one before the first pruned.
-        prune_layers: first and last layer to prune as shares of the depth.
+        prune_layers: first and last layer to prune as fractions of the depth.
         unguided: scales without guidance. From the first scale on after which all are unguided, the unconditional rows
             don't run at all, which halves the work; before that they run, because later scales need them.
         refiner: another transformer of the same tokenizer that generates from scale `refine_from` on (CoDe, arXiv
@@ -55,10 +55,10 @@ class ScaleAcceleration:
             raise ValueError("this acceleration leaves nothing out; set skip_last, prune, unguided or refiner")
         first, last = self.prune_layers
         if not 0 <= first < last <= 1:
-            raise ValueError(f"prune_layers is {self.prune_layers}; expected rising shares of the depth, 0 to 1")
+            raise ValueError(f"prune_layers is {self.prune_layers}; expected rising fractions of the depth, 0 to 1")
 
     def at(self, grids: tuple[Grid, ...]) -> AppliedAcceleration:
-        """This acceleration on a schedule.
+        """Resolve this acceleration for a schedule.
 
         Raises:
             ValueError: a scale that the schedule does not have, or none left to generate.
@@ -66,7 +66,7 @@ class ScaleAcceleration:
         total = len(grids)
         count = total - self.skip_last
         if count < 1:
-            raise ValueError(f"skip_last={self.skip_last} leaves nothing of {total} scales to paint")
+            raise ValueError(f"skip_last={self.skip_last} leaves nothing of {total} scales to generate")
         prune = {_index(scale, total, "prune"): share for scale, share in self.prune.items()}
         prune = {scale: share for scale, share in prune.items() if scale < count}
         unguided = {_index(scale, total, "unguided") for scale in self.unguided}
@@ -125,7 +125,7 @@ FASTVAR = ScaleAcceleration(skip_last=2, prune={-4: 0.4, -3: 0.5})
 
 
 def _index(scale: int, total: int, name: str) -> int:
-    """The index of a scale that may be counted from the end."""
+    """Return the index of a scale that may be counted from the end."""
     if not -total <= scale < total:
         raise ValueError(f"{name} names scale {scale}; the schedule has {total}, so expected {-total} to {total - 1}")
     return scale % total

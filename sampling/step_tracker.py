@@ -71,7 +71,7 @@ class StepTracker(Mechanism):
         self._scopes: list[AbstractContextManager] = []
 
     def install(self, attachment: Attachment) -> None:
-        """Hook into the calls of the pipeline's networks, and into their `cache_context`."""
+        """Set hooks on the calls of the pipeline's networks, and wrap their `cache_context`."""
         pipeline = attachment.target
         if scheduler_of(pipeline) is None:
             raise AttachError(

@@ -62,7 +62,7 @@ def set_timesteps(
         num_tokens: tokens of one image, for schedulers with a size-dependent shift.
         device: where the timesteps live.
         sigmas: custom noise levels, decreasing, in (0, 1], before the scheduler's own shift.
-        strength: share of the run that is done; below 1 the first steps are left out (image-to-image).
+        strength: fraction of the run that is done; below 1 the first steps are left out (image-to-image).
 
     Returns:
         Timesteps, (S,), at least one.

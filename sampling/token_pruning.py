@@ -18,11 +18,11 @@ from dit.runtime.stages import Resource, Stage
 from dit.runtime.step_context import current_step
 
 MIDDLE = (3 / 32, 28 / 32)
-"""First and last pruned layer as shares of the depth; layers 3 to 27 of the 32 of Infinity-2B."""
+"""First and last pruned layer as fractions of the depth; layers 3 to 27 of the 32 of Infinity-2B."""
 
 
 def select_high_frequency(x: Tensor, count: int) -> Tensor:
-    """The tokens that lie farthest from the mean of their map.
+    """Return the tokens that lie farthest from the mean of their map.
 
     Args:
         x: (B, N, D).
@@ -36,12 +36,12 @@ def select_high_frequency(x: Tensor, count: int) -> Tensor:
 
 
 def take(x: Tensor, indices: Tensor) -> Tensor:
-    """Tokens (B, N, D) at places (B, n): (B, n, D)."""
+    """Gather the tokens (B, N, D) at indices (B, n): (B, n, D)."""
     return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def fill(worked: Tensor, indices: Tensor, earlier: Tensor, grid: Grid, earlier_grid: Grid) -> Tensor:
-    """A whole map from some tokens and an earlier, smaller map.
+    """Fill a map from some of its tokens and an earlier, smaller map.
 
     Args:
         worked: tokens that were worked on, (B, n, D).
@@ -62,10 +62,10 @@ class TokenPruning(Mechanism):
     """FastVAR's pruning on a `NextScaleTransformer`.
 
     Args:
-        shares: scale -> share of its tokens to leave out, above 0 and below 1.
+        shares: scale -> fraction of its tokens to leave out, above 0 and below 1.
         source: the scale whose results fill the gaps; must come before all of `shares`.
         grids: rows and columns of each scale.
-        layers: first and last layer to prune as shares of the depth.
+        layers: first and last layer to prune as fractions of the depth.
 
     Raises:
         ValueError: a share out of range, no scale, or a source that comes too late.
@@ -84,7 +84,7 @@ class TokenPruning(Mechanism):
     ) -> None:
         wrong = [share for share in shares.values() if not 0 < share < 1]
         if not shares or wrong:
-            raise ValueError(f"shares of tokens to leave out are {wrong or 'missing'}; expected above 0 and below 1")
+            raise ValueError(f"fractions of tokens to leave out are {wrong or 'missing'}; expected above 0 and below 1")
         if not 0 <= source < min(shares) or max(shares) >= len(grids):
             raise ValueError(
                 f"scale {source} cannot fill the gaps of the scales {sorted(shares)} of {len(grids)}: name a scale "
@@ -155,9 +155,9 @@ class TokenPruning(Mechanism):
         return fill(worked, indices, earlier, self.grids[scale], self.grids[self.source])
 
     def counts(self) -> dict[str, int]:
-        """Tokens that pruned calls worked on, of those they were given."""
+        """Return tokens that pruned calls worked on, of those they were given."""
         return {"worked_tokens": self.worked, "given_tokens": self.given}
 
     def report(self, attachment: Attachment) -> dict[str, Any]:
-        """Tokens that pruned calls worked on, of those they were given."""
+        """Return tokens that pruned calls worked on, of those they were given."""
         return dict(self.counts())

@@ -18,7 +18,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def ramp(scale: int, num_scales: int) -> float:
-    """How far a run has come: 0 at the first scale, 1 at the last (1 also when there is but one)."""
+    """Return how far a run has come: 0 at the first scale, 1 at the last (1 also when there is but one)."""
     return scale / (num_scales - 1) if num_scales > 1 else 1.0
 
 
@@ -57,7 +57,7 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
 
     Args:
         logits: (B, ..., V).
-        p: share of the probability that stays; 0 keeps all. The likeliest entry always stays.
+        p: fraction of the probability that stays; 0 keeps all. The likeliest entry always stays.
 
     Returns:
         (B, ..., V), -inf where ruled out.
@@ -71,7 +71,7 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
 
 
 def top_k_top_p_filter(logits: Tensor, top_k: int = 0, top_p: float = 0.0, temperature: float = 1.0) -> Tensor:
-    """Temperature, then `top_k_filter`, then `top_p_filter` on what is left.
+    """Apply the temperature, then `top_k_filter`, then `top_p_filter` on what is left.
 
     Args:
         logits: (B, ..., V).

@@ -132,7 +132,7 @@ def _reference(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`attention_reference` with the arguments that diffusers' networks give a backend, (B, N, K, E)."""
+    """Call `attention_reference` with the arguments that diffusers' networks give a backend, (B, N, K, E)."""
     if dropout_p:
         raise ValueError(f"the reference has no dropout, got {dropout_p}; use the native backend")
     if enable_gqa:  # each head of keys serves several heads of queries

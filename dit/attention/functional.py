@@ -68,7 +68,7 @@ def attention(
     parallel_config: object | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scaled dot-product attention through the chosen backend.
+    """Compute scaled dot-product attention through the chosen backend.
 
     Args:
         query: (B, N, K, E).
@@ -143,7 +143,7 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
         raise ValueError(f"{len(outputs)} outputs and {len(lses)} LSEs: expected as many of both, at least 1")
     lse = torch.stack([one.float() for one in lses])  # (P, B, K, N)
     total = lse.logsumexp(0)  # (B, K, N)
-    # 1. each part's share of the softmax; 0 for one without keys, also where no part has any
+    # 1. each part's fraction of the softmax; 0 for one without keys, also where no part has any
     share = (lse - total.masked_fill(total == -torch.inf, 0)).exp()  # (P, B, K, N)
     share = share.transpose(2, 3)[..., None]  # (P, B, N, K, 1)
     # 2. the mean of the outputs by these shares, whatever a part without keys holds
@@ -201,7 +201,7 @@ def attention_reference(
 
 
 def _scores(query: Tensor, key: Tensor, attn_mask: Tensor | None, scale: float | None) -> Tensor:
-    """What the softmax gets, (B, K, N, M)."""
+    """Return the attention logits, (B, K, N, M)."""
     scores = torch.einsum("bnke,bmke->bknm", query, key)  # (B, K, N, M)
     scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
     if attn_mask is None:
@@ -210,14 +210,14 @@ def _scores(query: Tensor, key: Tensor, attn_mask: Tensor | None, scale: float |
 
 
 def _as_four_dims(attn_mask: Tensor | None) -> Tensor | None:
-    """A mask of keys (B, M) as it broadcasts over heads and queries, (B, 1, 1, M); others as they are."""
+    """Return a mask of keys (B, M) as it broadcasts over heads and queries, (B, 1, 1, M); others as they are."""
     return attn_mask[:, None, None, :] if attn_mask is not None and attn_mask.ndim == 2 else attn_mask
 
 
 def _native_returns_lse(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, backend: str | None
 ) -> bool:
-    """Whether torch's operator behind the native backend returns a right LSE too.
+    """Return whether torch's operator behind the native backend returns a right LSE too.
 
     The one for CPUs says 0 for rows without keys, and has no gradient of it.
     """
@@ -232,7 +232,7 @@ def _native_returns_lse(
 
 
 def _native_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """The operator that `F.scaled_dot_product_attention` calls on CPUs."""
+    """Return the operator that `F.scaled_dot_product_attention` calls on CPUs."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, K, N, E)
     operator: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = operator(query, key, value, scale=scale)  # (B, K, N, E), (B, K, N)
@@ -246,7 +246,7 @@ def _is_short_training_on_cpu(query: Tensor, key: Tensor) -> bool:
 def _attention_by_products(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Two matrix products: on CPUs the backward pass of the fused kernel takes four times as long for short rows."""
+    """Attend by two matrix products: on CPUs the fused kernel's backward takes four times as long for short rows."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, K, N, E)
     scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scale is None else scale)  # (B, K, N, M)
     if attn_mask is not None:

@@ -70,7 +70,7 @@ class StackedBuffers:
         return self.keys.nbytes + self.values.nbytes + row
 
     def has_space(self, layer: int, count: int) -> bool:
-        """Whether `count` new tokens of a layer can stand behind its history."""
+        """Return whether `count` new tokens of a layer can stand behind its history."""
         start = (self.num_layers - 1 - layer) * self.history
         limit = start + self.history if layer == 0 else len(self.keys)
         return start + self.lengths[layer] + count <= limit
@@ -93,7 +93,7 @@ class StackedBuffers:
         return self.keys[start:end].transpose(0, 1), self.values[start:end].transpose(0, 1)  # (B, M, K, E)
 
     def attend_by_head(self, layer: int, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
-        """Attention of new tokens (B, N, K, E) that find no place, joining one head at a time; (B, N, K, E).
+        """Attend new tokens (B, N, K, E) that have no space in the buffers, one head at a time; (B, N, K, E).
 
         Each call of `attend` sees one head, and `current_layer().heads` says which.
         """
@@ -115,7 +115,7 @@ class StackedBuffers:
             self.lengths[layer] = 0
 
     def stored(self, layer: int) -> KeyValue:
-        """What a layer holds, (B, K, T, E) views."""
+        """Return the keys and values of a layer, (B, K, T, E) views."""
         start = (self.num_layers - 1 - layer) * self.history
         end = start + self.lengths[layer]
         return self.keys[start:end].permute(1, 2, 0, 3), self.values[start:end].permute(1, 2, 0, 3)
@@ -203,7 +203,7 @@ class PackedBuffers:
         self.kept[layer] = (quantize(pair[0].clone(), self.kv_dtype), quantize(pair[1].clone(), self.kv_dtype))
 
     def stored(self, layer: int) -> KeyValue:
-        """What a layer holds, read back, (B, K, T, E) each."""
+        """Return the keys and values of a layer, dequantized, (B, K, T, E) each."""
         pair = self.kept[layer]
         if pair is None:
             empty = self.workspace[0][:, :, :0]

@@ -67,7 +67,7 @@ class KVProfile:
         return row
 
     def drafters(self, scale: int, average: int, held: int) -> list[int]:
-        """Layers that get more than the average when a scale begins."""
+        """Return layers that get more than the average when a scale begins."""
         return [layer for layer, kept in enumerate(self.divide(scale, average, held)) if kept > average]
 
     def save(self, path: str | PathLike[str], transformer: nn.Module) -> None:
@@ -136,19 +136,19 @@ class KVCalibrator:
             self._ranked[layer] = scores.argsort(-1, descending=True)
 
     def profile(self) -> KVProfile:
-        """What was measured so far.
+        """Return the profile of what was measured so far.
 
         Raises:
             ValueError: nothing was.
         """
         if not self.rows[1:].all():
-            raise ValueError("nothing was measured yet: paint with this calibrator as the cache's observer first")
+            raise ValueError("nothing was measured yet: generate with this calibrator as the cache's observer first")
         lost = (self.sums / self.rows.clamp_min(1)[..., None]).float()  # (S, L, STEPS + 1)
         return KVProfile(lost, tuple(self.grids), int(self.rows.max()))
 
 
 def _falling_slopes(curve: Tensor) -> list[float]:
-    """How steeply a falling curve falls in each part, made to fall less and less: of its lower convex hull."""
+    """Return the slopes of a falling curve's lower convex hull, one a part."""
     values = curve.tolist()
     hull = [0]
     for point in range(1, len(values)):
@@ -166,7 +166,7 @@ def _falling_slopes(curve: Tensor) -> list[float]:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """A schedule of scales in the place of a scheduler: what the header of an artifact wants to know of one."""
+    """A schedule of scales instead of a scheduler: what the header of an artifact wants to know of one."""
 
     config: dict[str, list[list[int]]]
 

@@ -40,7 +40,7 @@ class KVReport:
     full_bytes: int
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
 
@@ -60,7 +60,7 @@ class ScaleKVCache:
         dtype: of keys and values, as the network makes them.
         device: where the buffers live.
         policy: one of `POLICIES`; "scalekv" needs a plan.
-        budget: share of the full history to keep, see `plan_cache`; "full" takes no notice of it.
+        budget: fraction of the full history to keep, see `plan_cache`; "full" takes no notice of it.
         plan: what to keep, instead of policy and budget.
         kv_dtype: how to store, "auto" (as the network makes it) or "int8".
         grids: rows and columns of each scale; without them observing queries are spread along the row of tokens.
@@ -145,11 +145,11 @@ class ScaleKVCache:
         return self._buffers.peak_nbytes
 
     def length(self, layer: int) -> int:
-        """Stored tokens of a layer; none once its last scale is over."""
+        """Return stored tokens of a layer; none once its last scale is over."""
         return 0 if self._done[layer] == len(self.token_counts) else self._buffers.lengths[layer]
 
     def stored(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values that a layer holds, (B, K, T, E) each; for looking, not for writing."""
+        """Return keys and values that a layer holds, (B, K, T, E) each; for looking, not for writing."""
         return self._buffers.stored(layer)
 
     def report(self) -> KVReport:
@@ -299,7 +299,7 @@ class ScaleKVCache:
         if scale != self._done[layer] or scale >= len(self.token_counts):
             raise ValueError(
                 f"layer {layer} has seen {self._done[layer]} of {len(self.token_counts)} scales and got scale {scale}; "
-                "run the scales in order, and reset() before the next pictures"
+                "run the scales in order, and reset() before the next images"
             )
         if self._pending is not None and isinstance(self._buffers, PackedBuffers):
             raise ValueError(f"layer {self._pending} was not settled; call settle() after its attention")

@@ -1,6 +1,6 @@
 """How many tokens each layer may keep when each scale begins: a plan, known before the first scale is generated.
 
-A budget is a share of the full history, that is of all tokens but the last scale's, as an average over layers. Until
+A budget is a fraction of the full history, that is of all tokens but the last scale's, as an average over layers. Until
 the history outgrows the budget, everything is kept. Window, streaming and SnapKV give every layer the same; PyramidKV
 (arXiv 2406.02069) gives deep layers less; ScaleKV (arXiv 2505.19602) lets a few layers, the drafters, keep nearly all,
 and the rest, the refiners, share what is left.
@@ -17,7 +17,7 @@ POLICIES = ("full", "window", "streaming", "snapkv", "pyramidkv", "scalekv")
 """What can be kept; "full" keeps everything that a later scale reads, so it changes no number."""
 
 MIN_REFINER_FRACTION = 0.3
-"""Least share of the average budget that drafters leave to a refiner; 200 of 650 tokens in the released tables."""
+"""Least fraction of the average budget that drafters leave to a refiner; 200 of 650 tokens in the released tables."""
 
 PYRAMID_STEEPNESS = 20
 """PyramidKV's beta: the deepest layer keeps 1 / beta of the average."""
@@ -27,7 +27,7 @@ class Profile(Protocol):
     """Knows what layers need; see `dit.cache.calibration.KVProfile`."""
 
     def divide(self, scale: int, average: int, held: int) -> list[int]:
-        """Tokens of each layer when a scale begins, `average` on average, at most `held` each."""
+        """Return tokens of each layer when a scale begins, `average` on average, at most `held` each."""
         ...
 
 
@@ -62,7 +62,7 @@ TABLES: dict[str, DrafterTable] = {
         kept={8: 909 / 921, 9: 1464 / 1497, 10: 2463 / 2521, 11: 4054 / 4121, 12: 6200 / 6425},
     ),
 }
-"""The tables of the authors, made for 13 scales; other schedules take the shares of the same scale."""
+"""The tables of the authors, made for 13 scales; other schedules take the fractions of the same scale."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class CachePlan:
         if len(self.capacities) != len(self.token_counts):
             raise ValueError(
                 f"the plan holds {len(self.capacities)} scales, the schedule {len(self.token_counts)}: make the plan "
-                "for the schedule that is painted"
+                "for the schedule that is generated"
             )
         for name in ("observe", "sinks", "pool"):
             if getattr(self, name) < 1:
@@ -113,7 +113,7 @@ class CachePlan:
         return sum(self.capacities[-1]) / history if history else 1.0
 
     def max_stored(self) -> int:
-        """Tokens that all layers together hold at most, while they settle one after the other."""
+        """Return the most tokens that all layers together hold, while they evict one after the other."""
         most = 0
         for before, after in zip(self.capacities, self.capacities[1:], strict=False):
             held = sum(before)
@@ -123,11 +123,11 @@ class CachePlan:
         return most
 
     def max_context(self) -> int:
-        """Tokens of the longest row of keys, history and current scale."""
+        """Return tokens of the longest row of keys, history and current scale."""
         return max(max(held) + count for held, count in zip(self.capacities, self.token_counts, strict=True))
 
     def first(self, num_scales: int) -> CachePlan:
-        """The plan of a run that ends early, after `num_scales` scales."""
+        """Return the plan of a run that ends early, after `num_scales` scales."""
         fields = {name: getattr(self, name) for name in ("policy", "observe", "sinks", "pool")}
         return CachePlan(token_counts=self.token_counts[:num_scales], capacities=self.capacities[:num_scales], **fields)
 
@@ -139,7 +139,7 @@ def check_policy(policy: str) -> None:
 
 
 def histories(token_counts: Sequence[int]) -> tuple[int, ...]:
-    """Tokens before each scale."""
+    """Return tokens before each scale."""
     return (0, *accumulate(token_counts))[: len(token_counts)]
 
 
@@ -161,7 +161,7 @@ def plan_cache(
         policy: one of `POLICIES`.
         token_counts: tokens of each scale, coarse to fine.
         num_layers: layers L.
-        budget: share of the full history that a layer keeps on average, in (0, 1]; "full" takes no notice of it.
+        budget: fraction of the full history that a layer keeps on average, in (0, 1]; "full" takes no notice of it.
         table: drafters of a released model, for "scalekv".
         profile: of our own calibration, for "scalekv", see `dit.cache.calibration.KVProfile`; it goes before a table.
         observe: see `CachePlan`.
@@ -205,7 +205,7 @@ def plan_cache(
 
 
 def find_table(num_layers: int, hidden_size: int, num_scales: int) -> DrafterTable | None:
-    """The authors' table for a network of this shape, or None."""
+    """Return the authors' table for a network of this shape, or None."""
     for table in TABLES.values():
         if (table.num_layers, table.hidden_size) == (num_layers, hidden_size) and num_scales <= max(table.kept) + 1:
             return table
@@ -213,11 +213,11 @@ def find_table(num_layers: int, hidden_size: int, num_scales: int) -> DrafterTab
 
 
 def _average(budget: float, history: int) -> int:
-    """Tokens of an average layer."""
+    """Return tokens of an average layer."""
     if not 0 < budget <= 1:
         raise ValueError(
-            f"a budget of {budget:g} is out of range: it is the share of the history that is kept, above 0 and up to "
-            "1, for example 0.1"
+            f"a budget of {budget:g} is out of range: it is the fraction of the history that is kept, above 0 and up "
+            "to 1, for example 0.1"
         )
     base = round(budget * history)
     if history and base < 1:
@@ -226,7 +226,7 @@ def _average(budget: float, history: int) -> int:
 
 
 def _pyramid(average: int, held: int, num_layers: int) -> list[int]:
-    """Evenly falling from the first layer to the last, which keeps `average / PYRAMID_STEEPNESS`."""
+    """Return counts that fall evenly from the first layer to the last, which keeps `average / PYRAMID_STEEPNESS`."""
     if num_layers == 1:
         return [average]
     last = average / PYRAMID_STEEPNESS
@@ -237,7 +237,7 @@ def _pyramid(average: int, held: int, num_layers: int) -> list[int]:
 
 
 def _by_table(average: int, held: int, scale: int, num_layers: int, table: DrafterTable) -> list[int]:
-    """Drafters keep their share of the history, refiners the rest in equal parts, but at least a part of theirs."""
+    """Give drafters their part of the history, and refiners the rest in equal parts, but at least a minimum."""
     drafters = table.drafters.get(scale, ())
     if not drafters:
         return [average] * num_layers

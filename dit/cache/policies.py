@@ -57,18 +57,18 @@ def select_tokens(plan: CachePlan, query: Tensor, keys: Tensor, capacity: int, g
 
 
 def newest_positions(length: int, count: int, device: torch.device | None = None) -> Tensor:
-    """The last `count` of `length` places, (count,)."""
+    """Return the last `count` of `length` indices, (count,)."""
     return torch.arange(length - count, length, device=device)
 
 
 def sinks_and_newest(length: int, capacity: int, sinks: int, device: torch.device | None = None) -> Tensor:
-    """The first few and the last few, `capacity` together, (capacity,)."""
+    """Return the first few and the last few, `capacity` together, (capacity,)."""
     first = min(sinks, capacity // 2)
     return torch.cat([torch.arange(first, device=device), newest_positions(length, capacity - first, device)])
 
 
 def spread_positions(grid: Grid | None, count: int, observe: int) -> Tensor:
-    """Places of queries spread over a map: the centres of about `observe` equal patches.
+    """Return positions of queries spread over a map: the centres of about `observe` equal patches.
 
     Args:
         grid: rows and columns of the map; None spreads them evenly over the row.
@@ -88,13 +88,13 @@ def spread_positions(grid: Grid | None, count: int, observe: int) -> Tensor:
 
 
 def _centres(length: int, parts: int) -> Tensor:
-    """Middle places of equal parts of a row, as the released code takes them."""
+    """Return the middle indices of equal parts of a row, as the released code takes them."""
     part = length // parts
     return torch.arange(parts) * part + (part - 1) // 2
 
 
 def attention_mass(query: Tensor, keys: Tensor) -> Tensor:
-    """How much attention each key gets from some queries.
+    """Return how much attention each key gets from some queries.
 
     Args:
         query: (B, K, W, E).
@@ -108,12 +108,12 @@ def attention_mass(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def smooth_scores(scores: Tensor, width: int) -> Tensor:
-    """The maximum over `width` neighbours, (B, K, M): neighbours of what matters tend to matter."""
+    """Return the maximum over `width` neighbours, (B, K, M): neighbours of what matters tend to matter."""
     return F.max_pool1d(scores, width, stride=1, padding=width // 2) + TIE_BREAK * scores
 
 
 def topk_positions(scores: Tensor, capacity: int, always: Tensor) -> Tensor:
-    """The places with the highest scores, after those that stay by right.
+    """Return the indices of the highest scores, after those that always stay.
 
     Args:
         scores: (B, K, M).

@@ -41,5 +41,5 @@ def dequantize_into(stored: Stored, out: Tensor) -> None:
 
 
 def token_nbytes(head_dim: int, dtype: torch.dtype, kv_dtype: str) -> int:
-    """Bytes of one stored token of one head, key or value."""
+    """Return bytes of one stored token of one head, key or value."""
     return head_dim * dtype.itemsize if kv_dtype == "auto" else head_dim + torch.float16.itemsize

@@ -29,7 +29,7 @@ class AutoencoderLayout:
     is_wrapped: bool = False
 
     def rules(self) -> tuple[Rule, ...]:
-        """The map of `encoder` and `decoder` to diffusers' names."""
+        """Return the map of `encoder` and `decoder` to diffusers' names."""
         last = len(self.channels) - 1
         rules: list[Rule] = []
         for side in ("encoder", "decoder"):
@@ -51,13 +51,13 @@ class AutoencoderLayout:
         return tuple(rules)
 
     def _layer(self, theirs: str, ours: str) -> tuple[Rule, Rule]:
-        """The rules of one convolution or norm."""
+        """Return the rules of one convolution or norm."""
         part = theirs.rsplit(".", maxsplit=1)[-1]
         wrapper = "" if not self.is_wrapped else ".norm" if part.startswith("norm") else ".conv"
         return affine(Rename, theirs + wrapper, ours)
 
     def _level(self, theirs: str, ours: str, index: int, layers: int, enters_with: int) -> list[Rule]:
-        """The rules of the blocks of one resolution."""
+        """Return the rules of the blocks of one resolution."""
         rules: list[Rule] = []
         width = self.channels[index]
         for j in range(layers):
@@ -67,7 +67,7 @@ class AutoencoderLayout:
         return rules
 
     def _resnet(self, theirs: str, ours: str, has_shortcut: bool) -> list[Rule]:
-        """The rules of a residual block."""
+        """Return the rules of a residual block."""
         rules: list[Rule] = []
         for part in ("norm1", "conv1", "norm2", "conv2"):
             rules += self._layer(f"{theirs}.{part}", f"{ours}.{part}")
@@ -76,7 +76,7 @@ class AutoencoderLayout:
         return rules
 
     def _attention(self, theirs: str, ours: str, width: int) -> list[Rule]:
-        """The rules of an attention block."""
+        """Return the rules of an attention block."""
         parts = tuple(f"{ours}.to_{part}" for part in "qkv")
         return [
             *affine(Rename, f"{theirs}.norm", f"{ours}.group_norm"),

@@ -39,7 +39,7 @@ _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def official_rules(num_layers: int, grid: int, hidden_size: int) -> tuple[Rule, ...]:
-    """The map from the official layout to ours; `inverse` of it exports.
+    """Return the map from the official layout to ours; `inverse` of it exports.
 
     Args:
         num_layers: number of blocks.
@@ -69,7 +69,7 @@ def official_rules(num_layers: int, grid: int, hidden_size: int) -> tuple[Rule, 
 
 
 def diffusers_rules(num_layers: int) -> tuple[Rule, ...]:
-    """The map from the layout of diffusers' `DiTTransformer2DModel` to ours; `inverse` of it exports.
+    """Return the map from the layout of diffusers' `DiTTransformer2DModel` to ours; `inverse` of it exports.
 
     Args:
         num_layers: number of blocks.
@@ -178,7 +178,7 @@ def infer_config(state: Mapping[str, Tensor], num_attention_heads: int | None = 
 
 
 def _published_heads(hidden_size: int, num_layers: int) -> int:
-    """The number of heads of the published size with this width and depth."""
+    """Return the number of heads of the published size with this width and depth."""
     for preset in PRESETS.values():
         heads = preset["num_attention_heads"]
         if heads * preset["attention_head_dim"] == hidden_size and preset["num_layers"] == num_layers:
@@ -189,7 +189,7 @@ def _published_heads(hidden_size: int, num_layers: int) -> int:
 
 
 def from_official(state: Mapping[str, Tensor], family: str = "dit", num_attention_heads: int | None = None) -> DiT:
-    """A model from an official state dict.
+    """Return a model from an official state dict.
 
     Args:
         state: tensors in the layout of facebookresearch/DiT or willisma/SiT.
@@ -219,7 +219,7 @@ def from_official(state: Mapping[str, Tensor], family: str = "dit", num_attentio
 
 
 def to_official(model: DiT) -> dict[str, Tensor]:
-    """The state dict of a model in the official layout, bit for bit what `from_official` read.
+    """Return the state dict of a model in the official layout, bit for bit what `from_official` read.
 
     Only a position table that had drifted comes back exact (see `POSITION_DRIFT`).
     """
@@ -230,7 +230,7 @@ def to_official(model: DiT) -> dict[str, Tensor]:
 
 
 def from_diffusers(folder: str | Path) -> DiT:
-    """A model from the folder of a diffusers `DiTTransformer2DModel`.
+    """Return a model from the folder of a diffusers `DiTTransformer2DModel`.
 
     The weights of such folders come from the official model, so ours gives the official outputs: its timestep
     frequencies are `10000^(-i/128)`, where diffusers' class runs the same weights with `10000^(-i/127)`
@@ -273,7 +273,7 @@ def from_diffusers(folder: str | Path) -> DiT:
 
 
 def _build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiT:
-    """A model of this configuration that holds exactly these tensors."""
+    """Return a model of this configuration that holds exactly these tensors."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         model = DiT(**config)
     model.load_state_dict(state, strict=True, assign=True)

@@ -34,7 +34,7 @@ TRAINER_TOKENIZER = "vae_local"
 
 
 def square_scales(resolution: str = "1M") -> tuple[int, ...]:
-    """Sides of the token maps of square images, coarse to fine.
+    """Return sides of the token maps of square images, coarse to fine.
 
     Args:
         resolution: a key of `dit.layers.resolutions.NUM_SCALES`: "1M" is 1024 pixels (10521 tokens), "0.25M" 512.
@@ -86,7 +86,7 @@ def read_transformer(path: str | Path, weights: str = "ema") -> tuple[dict[str, 
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
-    """The tensors of all shards that a folder's index names."""
+    """Return the tensors of all shards that a folder's index names."""
     index = next((folder / name for name in _INDEXES if (folder / name).is_file()), None)
     if index is None:
         raise ValueError(f"{folder} holds no index of shards; expected one of {', '.join(_INDEXES)}")
@@ -109,7 +109,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
 
 
 def transformer_rules(config: Mapping[str, Any], chunks: int) -> tuple[Rule, ...]:
-    """The map from the official layout of a transformer to ours; `inverse` of it exports.
+    """Return the map from the official layout of a transformer to ours; `inverse` of it exports.
 
     Args:
         config: arguments of `NextScaleTransformer`, all that shape its weights.
@@ -143,7 +143,7 @@ def transformer_rules(config: Mapping[str, Any], chunks: int) -> tuple[Rule, ...
 
 
 def _text_keys(theirs: str, ours: str, width: int) -> list[Rule]:
-    """The rules of keys and values of the text; only values have a bias."""
+    """Return the rules of keys and values of the text; only values have a bias."""
     return [
         Split(f"{theirs}.mat_kv.weight", tuple(f"{ours}.to_{part}.weight" for part in "kv")),
         Rename(f"{theirs}.v_bias", f"{ours}.to_v.bias"),
@@ -152,7 +152,7 @@ def _text_keys(theirs: str, ours: str, width: int) -> list[Rule]:
 
 
 def _block_rules(theirs: str, ours: str, heads: int, width: int) -> list[Rule]:
-    """The rules of one block."""
+    """Return the rules of one block."""
     return [
         Reshape(f"{theirs}.ada_gss", f"{ours}.modulation_table", (1, 1, 6, width), (6, width)),
         Split(f"{theirs}.sa.mat_qkv.weight", tuple(f"{ours}.attn.to_{part}.weight" for part in "qkv")),
@@ -214,7 +214,7 @@ def infer_transformer_config(
 
 
 def _blocks_of(state: Mapping[str, Tensor]) -> tuple[str, int]:
-    """How a state dict names its first block, and how many parts the blocks are grouped in."""
+    """Return how a state dict names its first block, and how many parts the blocks are grouped in."""
     parts = {key.split(".")[1] for key in state if key.startswith("block_chunks.")}
     return ("block_chunks.0.module.0", len(parts)) if parts else ("blocks.0", 1)
 
@@ -222,7 +222,7 @@ def _blocks_of(state: Mapping[str, Tensor]) -> tuple[str, int]:
 def transformer_from_official(
     state: Mapping[str, Tensor], scales: Sequence[int | Sequence[int]] = SCALES_1M, patchify: int | None = None
 ) -> NextScaleTransformer:
-    """A transformer from an official state dict; tables that are recomputed may be there or not.
+    """Return a transformer from an official state dict; tables that are recomputed may be there or not.
 
     Args:
         state: tensors in the official layout.
@@ -248,7 +248,7 @@ def transformer_from_official(
 
 
 def transformer_to_official(model: NextScaleTransformer, chunks: int | None = None) -> dict[str, Tensor]:
-    """The state dict of a transformer in the official layout.
+    """Return the state dict of a transformer in the official layout.
 
     Args:
         model: one that reads text and predicts bits.
@@ -272,7 +272,7 @@ def transformer_to_official(model: NextScaleTransformer, chunks: int | None = No
 
 
 def tokenizer_rules(config: Mapping[str, Any], is_wrapped: bool = True) -> tuple[Rule, ...]:
-    """The map from the official layout of a tokenizer to ours; `inverse` of it exports.
+    """Return the map from the official layout of a tokenizer to ours; `inverse` of it exports.
 
     Args:
         config: arguments of `MultiScaleBSQ`, all that shape its weights.
@@ -329,7 +329,7 @@ def _is_wrapped(state: Mapping[str, Tensor]) -> bool:
 def tokenizer_from_official(
     state: Mapping[str, Tensor], scales: Sequence[int | Sequence[int]] = SCALES_1M, patchify: int | None = None
 ) -> MultiScaleBSQ:
-    """A tokenizer from an official state dict.
+    """Return a tokenizer from an official state dict.
 
     Args:
         state: tensors in the official layout, wrapped or plain; the masks may be missing.
@@ -351,5 +351,5 @@ def tokenizer_from_official(
 
 
 def tokenizer_to_official(model: MultiScaleBSQ) -> dict[str, Tensor]:
-    """The state dict of a tokenizer in the official layout, with wrappers and masks."""
+    """Return the state dict of a tokenizer in the official layout, with wrappers and masks."""
     return convert(model.state_dict(), inverse(tokenizer_rules(model.config)))

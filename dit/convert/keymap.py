@@ -41,11 +41,11 @@ class Rename:
     target: str
 
     def consume(self, state: StateDict) -> StateDict:
-        """Pops this rule's keys from `state` and returns the keys that it produces."""
+        """Pop this rule's keys from `state` and return the keys that it produces."""
         return {self.target: state.pop(self.source)}
 
     def inverse(self) -> Rule:
-        """The rule that undoes this one."""
+        """Return the rule that undoes this one."""
         return Rename(self.target, self.source)
 
 
@@ -59,14 +59,14 @@ class Reshape:
     target_shape: tuple[int, ...]
 
     def consume(self, state: StateDict) -> StateDict:
-        """See `Rename.consume`. Raises `KeyMapError` when the tensor does not have `source_shape`."""
+        """Pop the key; raise `KeyMapError` when the tensor does not have `source_shape`."""
         tensor = state.pop(self.source)
         if tuple(tensor.shape) != self.source_shape:
             raise KeyMapError(f"{self.source} has shape {tuple(tensor.shape)}, expected {self.source_shape}")
         return {self.target: tensor.reshape(self.target_shape)}
 
     def inverse(self) -> Rule:
-        """The rule that undoes this one."""
+        """Return the rule that undoes this one."""
         return Reshape(self.target, self.source, self.target_shape, self.source_shape)
 
 
@@ -87,7 +87,7 @@ class Split:
     kernel_axes: int = 0
 
     def consume(self, state: StateDict) -> StateDict:
-        """See `Rename.consume`. Raises `KeyMapError` when the size is not divisible."""
+        """Pop the key and return its parts; raise `KeyMapError` when the size is not divisible."""
         fused = state.pop(self.source)  # (len(targets) * D, ...)
         if fused.shape[self.dim] % len(self.targets):
             raise KeyMapError(
@@ -106,7 +106,7 @@ class Split:
         }
 
     def inverse(self) -> Rule:
-        """The rule that undoes this one."""
+        """Return the rule that undoes this one."""
         return Fuse(self.targets, self.source, self.dim, self.kernel_axes)
 
 
@@ -120,12 +120,12 @@ class Fuse:
     kernel_axes: int = 0
 
     def consume(self, state: StateDict) -> StateDict:
-        """See `Rename.consume`."""
+        """Pop this rule's keys from `state` and return the keys that it produces."""
         fused = torch.cat([state.pop(key) for key in self.sources], dim=self.dim)
         return {self.target: fused[(..., *[None] * self.kernel_axes)]}
 
     def inverse(self) -> Rule:
-        """The rule that undoes this one."""
+        """Return the rule that undoes this one."""
         return Split(self.target, self.sources, self.dim, self.kernel_axes)
 
 
@@ -146,7 +146,7 @@ class Drop:
     atol: float = 1e-6
 
     def consume(self, state: StateDict) -> StateDict:
-        """See `Rename.consume`. Raises `KeyMapError` when the tensor is another than `value()`."""
+        """Pop the key; raise `KeyMapError` when the tensor is another than `value()`."""
         found, expected = state.pop(self.source), self.value()
         if found.shape != expected.shape:
             raise KeyMapError(f"{self.source} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
@@ -162,7 +162,7 @@ class Drop:
         return {}
 
     def inverse(self) -> Rule:
-        """The rule that undoes this one."""
+        """Return the rule that undoes this one."""
         return Constant(self.source, self.value, self.atol)
 
 
@@ -175,11 +175,11 @@ class Constant:
     atol: float = 1e-6
 
     def consume(self, state: StateDict) -> StateDict:
-        """See `Rename.consume`."""
+        """Pop this rule's keys from `state` and return the keys that it produces."""
         return {self.target: self.value()}
 
     def inverse(self) -> Rule:
-        """The rule that undoes this one."""
+        """Return the rule that undoes this one."""
         return Drop(self.target, self.value, self.atol)
 
 
@@ -191,7 +191,7 @@ class Merge:
     target: str
 
     def consume(self, state: StateDict) -> StateDict:
-        """See `Rename.consume`. Raises `KeyMapError` when the copies differ."""
+        """Pop the copies and return one; raise `KeyMapError` when they differ."""
         first, *others = [state.pop(key) for key in self.sources]
         for key, other in zip(self.sources[1:], others, strict=True):
             if not torch.equal(first, other):
@@ -199,7 +199,7 @@ class Merge:
         return {self.target: first}
 
     def inverse(self) -> Rule:
-        """The rule that undoes this one."""
+        """Return the rule that undoes this one."""
         return Repeat(self.target, self.sources)
 
 
@@ -211,12 +211,12 @@ class Repeat:
     targets: tuple[str, ...]
 
     def consume(self, state: StateDict) -> StateDict:
-        """See `Rename.consume`."""
+        """Pop this rule's keys from `state` and return the keys that it produces."""
         tensor = state.pop(self.source)
         return {key: tensor.clone() for key in self.targets}
 
     def inverse(self) -> Rule:
-        """The rule that undoes this one."""
+        """Return the rule that undoes this one."""
         return Merge(self.targets, self.source)
 
 
@@ -224,7 +224,7 @@ Rule = Rename | Reshape | Split | Fuse | Drop | Constant | Merge | Repeat
 
 
 def affine(make: Callable[..., Rule], *keys: str | tuple[str, ...]) -> tuple[Rule, Rule]:
-    """The same rule for a layer's `.weight` and its `.bias`.
+    """Return the same rule for a layer's `.weight` and its `.bias`.
 
     Args:
         make: rule class, for example `Rename` or `Split`.
@@ -239,12 +239,12 @@ def affine(make: Callable[..., Rule], *keys: str | tuple[str, ...]) -> tuple[Rul
 
 
 def inverse(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The map in the other direction."""
+    """Return the map in the other direction."""
     return tuple(rule.inverse() for rule in rules)
 
 
 def convert(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> StateDict:
-    """Applies a map to a whole state dict.
+    """Apply a map to a whole state dict.
 
     Args:
         state: tensors by key; left as it is.

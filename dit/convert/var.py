@@ -69,7 +69,7 @@ def read_checkpoint(path: str | Path, part: str = TRANSFORMER) -> dict[str, Tens
 
 
 def trainer_parts(path: str | Path) -> set[str]:
-    """Names of the models that a trainer's checkpoint holds; none for other files. Reads no tensor."""
+    """Return names of the models that a trainer's checkpoint holds; none for other files. Reads no tensor."""
     path = Path(path)
     if path.suffix not in _PICKLE_SUFFIXES or not path.is_file():
         return set()
@@ -79,12 +79,12 @@ def trainer_parts(path: str | Path) -> set[str]:
 
 
 def holds_both(path: str | Path) -> bool:
-    """Whether a file is a trainer's checkpoint, which brings the tokenizer along."""
+    """Return whether a file is a trainer's checkpoint, which brings the tokenizer along."""
     return TOKENIZER in trainer_parts(path)
 
 
 def _read(path: Path, device: str) -> Any:
-    """What a file holds; nothing but tensors and plain settings is built."""
+    """Return what a file holds; nothing but tensors and plain settings is built."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -96,7 +96,7 @@ def _read(path: Path, device: str) -> Any:
 
 
 def _find_state(content: object, part: str, name: str) -> Mapping[str, Any]:
-    """The state dict of one model in what a file holds."""
+    """Return the state dict of one model in what a file holds."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{name} holds a {type(content).__name__}, expected a state dict")
     trainer = content.get("trainer", content)
@@ -118,7 +118,7 @@ def check_has(state: Mapping[str, Tensor], needed: Sequence[str], what: str) -> 
 
 
 def transformer_rules(config: Mapping[str, Any]) -> tuple[Rule, ...]:
-    """The map from the official layout of a transformer to ours; `inverse` of it exports.
+    """Return the map from the official layout of a transformer to ours; `inverse` of it exports.
 
     Args:
         config: arguments of `NextScaleTransformer`, all that shape its weights.
@@ -150,7 +150,7 @@ def transformer_rules(config: Mapping[str, Any]) -> tuple[Rule, ...]:
 
 
 def _block_rules(i: int, heads: int, width: int, config: Mapping[str, Any]) -> list[Rule]:
-    """The rules of one block."""
+    """Return the rules of one block."""
     theirs, ours = f"blocks.{i}", f"transformer_blocks.{i}"
     rules: list[Rule] = [
         Split(f"{theirs}.attn.mat_qkv.weight", tuple(f"{ours}.attn.to_{part}.weight" for part in "qkv")),
@@ -210,7 +210,7 @@ def infer_transformer_config(
 
 
 def _scales_of(state: Mapping[str, Tensor], length: int) -> tuple[int, ...]:
-    """The sides of the square token maps."""
+    """Return the sides of the square token maps."""
     levels = state.get("lvl_1L")
     if levels is not None and not levels.is_meta:
         counts = torch.bincount(levels.flatten().long()).tolist()
@@ -226,7 +226,7 @@ def _scales_of(state: Mapping[str, Tensor], length: int) -> tuple[int, ...]:
 def transformer_from_official(
     state: Mapping[str, Tensor], scales: Sequence[int] | None = None, num_attention_heads: int | None = None
 ) -> NextScaleTransformer:
-    """A transformer from an official state dict; exports without the derived buffers are welcome too.
+    """Return a transformer from an official state dict; exports without the derived buffers are welcome too.
 
     Args:
         state: tensors in the official layout.
@@ -250,7 +250,7 @@ def transformer_from_official(
 
 
 def transformer_to_official(model: NextScaleTransformer) -> dict[str, Tensor]:
-    """The state dict of a transformer in the official layout, bit for bit what `transformer_from_official` read."""
+    """Return a transformer's state dict in the official layout, bit for bit what `transformer_from_official` read."""
     return _cast(convert(model.state_dict(), inverse(transformer_rules(model.config))), model.dtype)
 
 
@@ -258,7 +258,7 @@ def transformer_to_official(model: NextScaleTransformer) -> dict[str, Tensor]:
 
 
 def tokenizer_rules(config: Mapping[str, Any], phis: str = "quantize.quant_resi.qresi_ls.{}") -> tuple[Rule, ...]:
-    """The map from the official layout of a VQVAE to ours; `inverse` of it exports.
+    """Return the map from the official layout of a VQVAE to ours; `inverse` of it exports.
 
     Args:
         config: arguments of `MultiScaleVQ`, all that shape its weights.
@@ -276,7 +276,7 @@ def tokenizer_rules(config: Mapping[str, Any], phis: str = "quantize.quant_resi.
 
 
 def _phi_names(state: Mapping[str, Tensor]) -> tuple[str, int]:
-    """How a VQVAE names its convolutions `phi`, and how many it has: shared by some scales, by all, or by none."""
+    """Return how a VQVAE names its convolutions `phi`, and their number: shared by some scales, by all, or by none."""
     start = "quantize.quant_resi."
     if f"{start}qresi.weight" in state:
         return f"{start}qresi", 1
@@ -318,7 +318,7 @@ def infer_tokenizer_config(state: Mapping[str, Tensor], scales: Sequence[int] = 
 
 
 def tokenizer_from_official(state: Mapping[str, Tensor], scales: Sequence[int] = SCALES_256) -> MultiScaleVQ:
-    """A tokenizer from an official state dict.
+    """Return a tokenizer from an official state dict.
 
     Args:
         state: tensors in the official layout.
@@ -343,7 +343,7 @@ def tokenizer_from_official(state: Mapping[str, Tensor], scales: Sequence[int] =
 
 
 def tokenizer_to_official(model: MultiScaleVQ) -> dict[str, Tensor]:
-    """The state dict of a tokenizer in the official layout, bit for bit what `tokenizer_from_official` read."""
+    """Return the state dict of a tokenizer in the official layout, bit for bit what `tokenizer_from_official` read."""
     return convert(model.state_dict(), inverse(tokenizer_rules(model.config)))
 
 

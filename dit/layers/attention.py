@@ -37,7 +37,7 @@ class AttnProcessor:
     _parallel_config: Any = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`dit.attention.attention` through the chosen backend, (B, N, K, E)."""
+        """Call `dit.attention.attention` with the chosen backend, (B, N, K, E)."""
         return attention(
             query,
             key,
@@ -49,7 +49,7 @@ class AttnProcessor:
 
     @staticmethod
     def project_back(attn: Any, out: Tensor) -> Tensor:
-        """From heads (B, N, K, E) to the width of the network, (B, N, D)."""
+        """Join the heads (B, N, K, E) and project them back, (B, N, D)."""
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
@@ -121,5 +121,5 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
     ) -> Tensor:
-        """Attend; see `SelfAttnProcessor` for the shapes."""
+        """Attend; `SelfAttnProcessor` lists the shapes."""
         return self.processor(self, hidden_states, attention_mask, image_rotary_emb)

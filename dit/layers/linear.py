@@ -23,14 +23,14 @@ MIN_MACS = 1_500_000
 
 @cache
 def mkl_is_slow() -> bool:
-    """Whether MKL leaves AVX-512 unused here, and oneDNN is there to use it."""
+    """Return whether MKL leaves AVX-512 unused here, and oneDNN is there to use it."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return wide and both and "GenuineIntel" not in _vendor() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, by oneDNN where that is faster.
+    """Compute `torch.nn.functional.linear`, by oneDNN where that is faster.
 
     oneDNN's product has no gradient, and neither compilers nor those who count operations know it: they get torch's.
 
@@ -56,13 +56,13 @@ class Linear(nn.Linear):
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product, whatever its size."""
+    """Return the product, whatever its size."""
     product: Any = torch.ops.mkldnn._linear_pointwise
     return product(x, weight, bias, "none", [], "")  # (..., D_out)
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN can form a product, and faster."""
+    """Return whether oneDNN can form a product, and faster."""
     return (
         x.dtype is torch.float32
         and weight.dtype is torch.float32
@@ -79,7 +79,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 
 
 def _vendor() -> str:
-    """The processor's maker: "GenuineIntel", "AuthenticAMD", ...; Python doesn't tell it."""
+    """Return the processor's maker: "GenuineIntel", "AuthenticAMD", ...; Python doesn't tell it."""
     listing = Path("/proc/cpuinfo")
     if not listing.is_file():
         return os.environ.get("PROCESSOR_IDENTIFIER", "GenuineIntel")  # Windows; unknown makers get torch's way

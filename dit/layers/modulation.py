@@ -40,5 +40,5 @@ class AdaLNSingle(nn.Module):
 
 
 def modulation_table(rows: int, hidden_size: int) -> nn.Parameter:
-    """A block's own additive table (rows, D), initialised with standard deviation 1/sqrt(D) as in PixArt."""
+    """Return a block's own additive table (rows, D), initialised with standard deviation 1/sqrt(D) as in PixArt."""
     return nn.Parameter(torch.randn(rows, hidden_size) / hidden_size**0.5)

@@ -114,7 +114,7 @@ class NextScaleAttention(nn.Module, AttentionModuleMixin):
         cache: LayerCache | None = None,
         rotary: Rotary | None = None,
     ) -> Tensor:
-        """Attend; see `NextScaleAttnProcessor` for the shapes."""
+        """Attend; `NextScaleAttnProcessor` lists the shapes."""
         return self.processor(self, hidden_states, attention_mask, cache, rotary)
 
 
@@ -163,7 +163,7 @@ class TextAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())
 
     def project_kv(self, text: Tensor) -> KeyValue:
-        """Keys and values of text (B, M, D), once an image."""
+        """Return keys and values of text (B, M, D), once an image."""
         key, value = self.to_k(text), self.to_v(text)  # (B, M, D) each
         return split_heads(key, self.heads), split_heads(value, self.heads)  # (B, M, K, E) each
 
@@ -216,7 +216,7 @@ class AttentivePool(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())
 
     def forward(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Pool; see `AttentivePoolProcessor` for the shapes."""
+        """Pool; `AttentivePoolProcessor` lists the shapes."""
         return self.processor(self, text, text_mask)
 
 
@@ -254,7 +254,7 @@ class NextScaleBlock(nn.Module):
         self.ff = FeedForward(hidden_size, round(hidden_size * ff_ratio))
 
     def modulate_by(self, condition: Tensor, shared: Tensor | None) -> Tensor:
-        """This block's six vectors (B, 6, D) from the condition (B, D) or the network's shared vectors (B, 6, D)."""
+        """Return the block's six vectors (B, 6, D), of the condition (B, D) or the shared vectors (B, 6, D)."""
         if self.modulation is not None:
             return self.modulation(condition)
         assert self.modulation_table is not None, "a block has vectors of its own or shares the network's"

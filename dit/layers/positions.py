@@ -25,7 +25,7 @@ def sincos_1d(positions: Tensor, dim: int) -> Tensor:
 
 
 def sincos_2d(height: int, width: int, dim: int) -> Tensor:
-    """The fixed position table of DiT (arXiv 2212.09748): half the width for the column, half for the row.
+    """Return the fixed position table of DiT (arXiv 2212.09748): half the width for the column, half for the row.
 
     Args:
         height: token rows.
@@ -43,7 +43,7 @@ def sincos_2d(height: int, width: int, dim: int) -> Tensor:
 
 
 def grid_positions(grid: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Integer positions of every token of an n-dimensional grid, row-major.
+    """Return integer positions of every token of an n-dimensional grid, row-major.
 
     Args:
         grid: tokens along each of A axes.
@@ -57,7 +57,7 @@ def grid_positions(grid: Sequence[int], device: torch.device | None = None) -> T
 
 
 def rotary_embedding(positions: Tensor, axes_dims: Sequence[int], theta: float = 10_000.0) -> Rotary:
-    """Rotary position embedding over n axes (RoFormer, arXiv 2104.09864; each axis owns a slice of the head).
+    """Compute rotary embeddings over n axes (RoFormer, arXiv 2104.09864; each axis owns a slice of the head).
 
     Args:
         positions: (N, A), one column an axis.
@@ -94,7 +94,7 @@ def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def fourier_positions(grid: Sequence[int], num_frequencies: int, device: torch.device | None = None) -> Tensor:
-    """Waves of each token's place as a fraction of the canvas, so that 'left half' means the same at any size.
+    """Compute Fourier features of each token's position as a fraction of the grid, the same at any resolution.
 
     Args:
         grid: tokens along each of A axes.

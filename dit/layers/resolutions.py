@@ -30,7 +30,7 @@ _TALL = {
 
 
 def _scale_schedules() -> dict[float, tuple[Grid, ...]]:
-    """Every ladder by its height over width; the wide ones are the tall ones lying down."""
+    """Return the schedules by height over width; the wide ones are the transposed tall ones."""
     ladders: dict[float, tuple[Grid, ...]] = {}
     for ratio, text in _TALL.items():
         tall = tuple((int(rows), int(columns)) for rows, columns in (one.split("x") for one in text.split()))
@@ -44,17 +44,17 @@ SCALE_SCHEDULES = MappingProxyType(_scale_schedules())
 
 
 def nearest_ratio(height_over_width: float) -> float:
-    """The published aspect ratio that is nearest."""
+    """Return the published aspect ratio that is nearest."""
     return min(SCALE_SCHEDULES, key=lambda ratio: abs(ratio - height_over_width))
 
 
 def published_schedules() -> dict[Grid, tuple[Grid, ...]]:
-    """Every published schedule by its last map."""
+    """Return every published schedule by its last map."""
     return {ladder[rungs - 1]: ladder[:rungs] for ladder in SCALE_SCHEDULES.values() for rungs in NUM_SCALES.values()}
 
 
 def reference_grid(grids: Sequence[Grid]) -> Grid:
-    """The map in whose rows and columns the positions of all scales are counted.
+    """Return the map in whose rows and columns the positions of all scales are counted.
 
     Args:
         grids: a schedule.
@@ -71,7 +71,7 @@ def reference_grid(grids: Sequence[Grid]) -> Grid:
 
 
 def scale_positions(grid: Grid, reference: Grid, device: torch.device | None = None) -> Tensor:
-    """Where a scale's tokens stand on the reference map: every scale spans all of it.
+    """Return where a scale's tokens stand on the reference map: every scale spans all of it.
 
     Args:
         grid: rows and columns of the scale.

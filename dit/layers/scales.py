@@ -37,24 +37,24 @@ def scale_grids(scales: Sequence[int | Sequence[int]]) -> tuple[Grid, ...]:
 
 
 def token_counts(grids: Sequence[Grid]) -> tuple[int, ...]:
-    """Tokens of each scale."""
+    """Return tokens of each scale."""
     return tuple(rows * columns for rows, columns in grids)
 
 
 def token_slices(grids: Sequence[Grid]) -> tuple[slice, ...]:
-    """Where each scale's tokens lie in the row of all L tokens."""
+    """Return where each scale's tokens lie in the row of all L tokens."""
     ends = list(accumulate(token_counts(grids)))
     return tuple(slice(start, end) for start, end in zip([0, *ends], ends, strict=False))
 
 
 def token_scales(grids: Sequence[Grid], device: torch.device | None = None) -> Tensor:
-    """The scale that each of the L tokens belongs to, (L,), int64."""
+    """Return the scale that each of the L tokens belongs to, (L,), int64."""
     counts = torch.tensor(token_counts(grids), device=device)  # (S,)
     return torch.repeat_interleave(torch.arange(len(counts), device=device), counts)  # (L,)
 
 
 def block_causal_mask(grids: Sequence[Grid], device: torch.device | None = None) -> Tensor:
-    """Who may look at whom when all scales run at once: a token sees its own scale and all coarser ones.
+    """Build the block-causal attention mask of all scales: a token attends to its own scale and all coarser ones.
 
     Args:
         grids: rows and columns of each scale.

@@ -76,7 +76,7 @@ class LabelEmbedding(nn.Module):
     Args:
         num_classes: labels 0 ... num_classes - 1.
         hidden_size: model width D.
-        dropout_prob: share of labels replaced by 'no class' in training mode; 0 leaves the extra row out.
+        dropout_prob: fraction of labels replaced by 'no class' in training mode; 0 leaves the extra row out.
     """
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
@@ -134,7 +134,7 @@ class DiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cach
         attention_head_dim: head width E; the model width is D = K E.
         ff_ratio: width of the MLP over D.
         num_classes: number of labels; label `num_classes` means 'no class'.
-        class_dropout_prob: share of labels dropped in training mode; 0 means no row for 'no class'.
+        class_dropout_prob: fraction of labels dropped in training mode; 0 means no row for 'no class'.
         objective: "epsilon" (DiT) or "velocity" (SiT, which drops the channels beyond C).
         time_scale: the sinusoid sees `time_scale * timestep`; 1 in the released DiT and SiT.
 
@@ -211,7 +211,7 @@ class DiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cach
         return cls(**{**PRESETS[name], **overrides})
 
     def _initialize(self) -> None:
-        """The initialisation of the DiT paper: every block starts as the identity, the output as zero."""
+        """Initialize as the DiT paper does: every block starts as the identity, the output as zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -230,7 +230,7 @@ class DiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cach
             nn.init.zeros_(linear.bias)
 
     def _positions(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """The position table (N, D) of a token grid, in the dtype and on the device of `like`."""
+        """Return the position table (N, D) of a token grid, in the dtype and on the device of `like`."""
         side = self.config.sample_size // self.config.patch_size
         default = (rows, columns) == (side, side)
         table = self.pos_embed if default else sincos_2d(rows, columns, self.hidden_size)  # (N, D)

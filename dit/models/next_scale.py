@@ -47,7 +47,7 @@ SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
 def _var(depth: int) -> dict[str, Any]:
-    """The configuration of VAR-d<depth>."""
+    """Return the configuration of VAR-d<depth>."""
     return {
         "scales": SCALES_512 if depth == 36 else SCALES_256,
         "num_layers": depth,
@@ -58,7 +58,7 @@ def _var(depth: int) -> dict[str, Any]:
 
 
 def _infinity(depth: int, heads: int, head_dim: int, bits: int = 32, patchify: int = 1) -> dict[str, Any]:
-    """The configuration of an Infinity for images of about a million pixels."""
+    """Return the configuration of an Infinity for images of about a million pixels."""
     width = heads * head_dim
     return {
         "scales": tuple(rows for rows, _ in SCALE_SCHEDULES[1.0]),
@@ -122,7 +122,7 @@ class NextScaleCondition:
         )
 
     def block_kwargs(self, layer: int) -> dict[str, Any]:
-        """What a block gets at every scale, by the names of `NextScaleBlock.forward`."""
+        """Return what a block gets at every scale, by the names of `NextScaleBlock.forward`."""
         text = self.text[layer] if self.text else None
         return {"modulation": self.modulation[layer], "text": text, "text_mask": self.text_mask}
 
@@ -142,8 +142,8 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         attention_head_dim: head width E; the model width is D = K E.
         ff_ratio: width of the MLP over D.
         num_classes: number of labels; label `num_classes` means 'no class'. Not used with `text_dim`.
-        class_dropout_prob: share of labels that `forward` replaces by 'no class' in training mode, or of texts that it
-            replaces by the empty one.
+        class_dropout_prob: fraction of labels that `forward` replaces by 'no class' in training mode, or of texts that
+            it replaces by the null text.
         shared_modulation: one projection of the condition for all blocks (VAR-d36, Infinity), not one a block.
         qk_l2_norm: attend by cosine similarity; all released models do.
         norm_eps: added to the variance by the norms.
@@ -238,7 +238,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """The released recipe: narrow weights, closed gates, and branches that shrink with the depth."""
+        """Initialize as released: narrow weights, closed gates, and branches that shrink with the depth."""
         std = (3 * self.hidden_size) ** -0.5
         for parameter in self.parameters():
             if parameter.ndim == 2:
@@ -268,7 +268,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
 
     @apply_forward_hook
     def null_text_embeds(self, length: int, batch_size: int = 1) -> Tensor:
-        """The learned text that stands for none, as guidance's other side: as long as the text it replaces.
+        """Return the learned null text of guidance's unconditional branch, as long as the text it replaces.
 
         Args:
             length: text tokens M.
@@ -327,7 +327,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
     def _embed_condition(
         self, labels: Tensor | None, text: Tensor | None, text_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The condition as one vector (B, D), and the text as the blocks read it, (B, M, D)."""
+        """Return the condition as one vector (B, D), and the text as the blocks read it, (B, M, D)."""
         wants_text = self.config.text_dim is not None
         if (text is None) == wants_text or (labels is None) != wants_text:
             wanted = "encoder_hidden_states and no class_labels" if wants_text else "class_labels and no text"
@@ -338,7 +338,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         return self.text_pool(text, text_mask), self.text_proj(text)
 
     def _check_schedule(self, grids: Sequence[Grid] | None) -> tuple[Grid, ...]:
-        """The schedule to generate, by default the configuration's."""
+        """Return the schedule to generate, by default the configuration's."""
         if grids is None:
             return self.grids
         grids = scale_grids(grids)
@@ -354,7 +354,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         return grids
 
     def _rotary(self, grids: tuple[Grid, ...], device: torch.device) -> tuple[Rotary, ...]:
-        """Rotary angles of each scale, (cos, sin), each (N, E); none with learned positions."""
+        """Return rotary angles of each scale, (cos, sin), each (N, E); none with learned positions."""
         if self.pos_embed is not None:
             return ()
         half, reference = self.config.attention_head_dim // 2, reference_grid(grids)
@@ -375,7 +375,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
 
         Args:
             policy: what to keep, see `dit.cache.POLICIES`.
-            budget: share of the full history that a layer keeps on average.
+            budget: fraction of the full history that a layer keeps on average.
             grids: the schedule; None is the one of the configuration.
             profile: of a calibration, for "scalekv"; without it the authors' table is taken, if the network has one.
             **settings: `observe`, `sinks`, `pool` of `dit.cache.CachePlan`.
@@ -398,13 +398,13 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         kv_dtype: str = "auto",
         observer: Observer | None = None,
     ) -> ScaleKVCache:
-        """An empty cache for one run of `step` over all scales.
+        """Return an empty cache for one run of `step` over all scales.
 
         Args:
             batch_size: rows B; with guidance both branches count.
             policy: what to keep, see `dit.cache.POLICIES`.
             grids: the schedule of the condition.
-            budget: share of the full history to keep.
+            budget: fraction of the full history to keep.
             plan: what to keep, instead of policy and budget; that of a run which ends early holds fewer scales.
             kv_dtype: how to store, see `dit.cache.KV_DTYPES`.
             observer: sees every attention call, for calibration.
@@ -472,7 +472,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         return self._logits(hidden_states, condition)
 
     def _logits(self, hidden_states: Tensor, condition: NextScaleCondition) -> Tensor:
-        """From tokens (B, N, D) to logits (B, N, V) or (B, N, C p p, 2), float32."""
+        """Project tokens (B, N, D) to logits (B, N, V) or (B, N, C p p, 2), float32."""
         scale, shift = condition.modulation_out.unsqueeze(2).unbind(1)  # (B, 1, D) each
         logits = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale)).float()  # (B, N, V)
         return logits.unflatten(-1, (-1, 2)) if self.config.bitwise else logits
@@ -489,7 +489,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         return torch.where(self._dropped(text)[:, None, None], empty, text)  # (B, M, Dt)
 
     def _dropped(self, rows: Tensor) -> Tensor:
-        """Which rows (B, ...) lose their condition, (B,), bool; none outside of training."""
+        """Return which rows (B, ...) lose their condition, (B,), bool; none outside of training."""
         share = self.config.class_dropout_prob if self.training else 0.0
         if share == 0:
             return torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -555,7 +555,7 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
 
 
 def _concat_rotary(rotary: tuple[Rotary, ...]) -> Rotary | None:
-    """The angles of all scales in one row, (cos, sin), each (L, E)."""
+    """Return the angles of all scales in one row, (cos, sin), each (L, E)."""
     if not rotary:
         return None
     cos, sin = zip(*rotary, strict=True)

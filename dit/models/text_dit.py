@@ -89,7 +89,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         ff_ratio: width of the MLP as a multiple of D.
         activation: "swiglu" or "gelu-approximate".
         text_dim: width of the text encoder's states.
-        rope_axes_dims: share of the head for (frame, row, column); even, summing to E. None splits E about evenly.
+        rope_axes_dims: fraction of the head for (frame, row, column); even, summing to E. None splits E about evenly.
         rope_theta: base of the rotary frequencies.
         coordinate_frequencies: waves an axis of the token's place as a fraction of the canvas; 0 leaves them out.
         text_position_frequencies: waves of a text token's place in the text, added to its state; 0 leaves them out and
@@ -269,7 +269,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
 
 
 def _split_axes(head_dim: int) -> tuple[int, int, int]:
-    """Share a head among (frame, row, column): even widths, rows and columns equal, the rest to the frames."""
+    """Split a head's width among (frame, row, column): even, rows and columns equal, the rest to the frames."""
     space = head_dim * 3 // 8 // 2 * 2
     return head_dim - 2 * space, space, space
 

@@ -191,7 +191,7 @@ def _processor() -> str:
 
 
 def _call(operation: str, shape: tuple[int, ...], dtype: str, device: str) -> Callable[[], Tensor]:
-    """A call of the operation on random data."""
+    """Return a call of the operation on random data."""
     amount(operation, shape)  # raises for an unknown operation
     generator = torch.Generator().manual_seed(0)
 

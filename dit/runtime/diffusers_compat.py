@@ -323,7 +323,7 @@ def remove_group_offload(model: nn.Module) -> None:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether hooks of diffusers or accelerate bring a network's weights over when they are needed."""
+    """Return whether hooks of diffusers or accelerate bring a network's weights over when they are needed."""
     name = _private("diffusers.hooks.group_offloading", "_GROUP_OFFLOADING")
     registries = [vars(part).get("_diffusers_hook") for part in model.modules()]
     return any("_hf_hook" in vars(part) for part in model.modules()) or any(
@@ -397,12 +397,12 @@ def skip_other_steps(pipe: Any) -> None:
 
 
 def is_missing_component(error: BaseException) -> bool:
-    """Whether loading a single file failed because the file holds no weights for a component."""
+    """Return whether loading a single file failed because the file holds no weights for a component."""
     return isinstance(error, _private("diffusers.loaders.single_file_utils", "SingleFileComponentError"))
 
 
 def is_remapped(network: type) -> bool:
-    """Whether a class of diffusers stands for others, among which its configuration chooses on loading."""
+    """Return whether a class of diffusers stands for others, among which its configuration chooses on loading."""
     return issubclass(network, _private("diffusers.models.modeling_utils", "LegacyModelMixin"))
 
 

@@ -52,7 +52,7 @@ class Mechanism(ABC):
 
     @abstractmethod
     def install(self, attachment: Attachment) -> None:
-        """Hook into the networks `attachment.models` with the attachment's tools.
+        """Set hooks on the networks `attachment.models` with the attachment's methods.
 
         It may be called again: state that must outlive that belongs to `attachment.state` or to the mechanism.
 
@@ -334,7 +334,7 @@ class Attachment:
             torch.compiler.reset()
 
     def _last_replaced(self) -> list[tuple[Any, str, Any]]:
-        """What was replaced; of a thing that was replaced twice, the last value."""
+        """Return what was replaced; of a thing that was replaced twice, the last value."""
         return list({(id(thing), name): (thing, name, value) for thing, name, value in self._replaced}.values())
 
     def _networks(self) -> list[nn.Module]:

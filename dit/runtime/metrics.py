@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def psnr(result: Tensor, reference: Tensor, data_range: float = 1.0) -> float:
-    """Peak signal-to-noise ratio in decibels; infinite for equal tensors.
+    """Compute the peak signal-to-noise ratio in decibels; infinite for equal tensors.
 
     Args:
         result: any shape.
@@ -26,7 +26,7 @@ def psnr(result: Tensor, reference: Tensor, data_range: float = 1.0) -> float:
 
 
 def ssim(result: Tensor, reference: Tensor, data_range: float = 1.0) -> float:
-    """Structural similarity in [-1, 1] (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5.
+    """Compute the structural similarity in [-1, 1] (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5.
 
     The mean over all pixels whose window lies inside the image, as in the paper.
 
@@ -40,7 +40,7 @@ def ssim(result: Tensor, reference: Tensor, data_range: float = 1.0) -> float:
     """
     _check_shapes(result, reference)
     if result.ndim != 4 or min(result.shape[-2:]) < 11:
-        raise ValueError(f"ssim needs pictures (B, C, H, W) of at least 11 x 11 pixels, got {tuple(result.shape)}")
+        raise ValueError(f"ssim needs images (B, C, H, W) of at least 11 x 11 pixels, got {tuple(result.shape)}")
     ramp = torch.arange(-5, 6, dtype=torch.float64, device=result.device)  # (11,)
     window = torch.exp(-(ramp**2) / (2 * 1.5**2))
     window = window / window.sum()  # (11,)
@@ -60,7 +60,7 @@ def ssim(result: Tensor, reference: Tensor, data_range: float = 1.0) -> float:
 
 
 def relative_error(result: Tensor, reference: Tensor, order: float = 2) -> float:
-    """Norm of the difference over norm of the reference.
+    """Compute the norm of the difference over the norm of the reference.
 
     Args:
         result: any shape.

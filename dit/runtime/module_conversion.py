@@ -162,7 +162,7 @@ def convert_linears(model: nn.Module, converter: LinearConverter, chosen: Chosen
 
 
 def linear_slots(model: nn.Module) -> Iterator[LinearSlot]:
-    """Walk all places of a network where a linear layer stands.
+    """Yield all linear layers of a network with their parents.
 
     Left out are the projections that adapters of PEFT add, but not the layers that they adapt, and the output
     projection of `torch.nn.MultiheadAttention`, which is read and never called.

@@ -32,12 +32,12 @@ class _OneDNN:
     """Converts a layer to one that shares its parameters, buffers and hooks, whatever becomes of them."""
 
     def convert(self, name: str, linear: nn.Linear) -> nn.Module:
-        """See `LinearConverter.convert`."""
+        """Make the layer that replaces one, or return None."""
         made = Linear.__new__(Linear)  # without `__init__`, which would draw weights
         vars(made).update(vars(linear))  # the dictionaries of parameters and hooks are shared, not copied
         return made
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer is torch's own; subclasses may compute otherwise."""
+    """Return whether a layer is torch's own; subclasses may compute otherwise."""
     return type(layer) is nn.Linear

@@ -126,7 +126,7 @@ def layer_key(name: str) -> str:
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Walk a model's modules under their normalised names; of a wrapper and what it wraps, only the wrapper.
+    """Yield a model's modules under their normalised names; of a wrapper and what it wraps, only the wrapper.
 
     Args:
         model: any module.

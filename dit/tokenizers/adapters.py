@@ -56,7 +56,7 @@ class DiffusersTokenizer(VisualTokenizer):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _scale(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """The (mean, factor) of `normalised = (z - mean) * factor`."""
+        """Return the (mean, factor) of `normalised = (z - mean) * factor`."""
         config = self.model.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
@@ -67,12 +67,12 @@ class DiffusersTokenizer(VisualTokenizer):
         return float(config.get("shift_factor") or 0.0), float(config.get("scaling_factor") or 1.0)
 
     def normalize_latents(self, z: Tensor) -> Tensor:
-        """See `VisualTokenizer.normalize_latents`."""
+        """Convert from the autoencoder's own scale to the generator's."""
         mean, factor = self._scale(z)
         return (z - mean) * factor
 
     def denormalize_latents(self, z: Tensor) -> Tensor:
-        """See `VisualTokenizer.denormalize_latents`."""
+        """Convert from the generator's scale to the autoencoder's own."""
         mean, factor = self._scale(z)
         return z / factor + mean
 
@@ -90,12 +90,12 @@ def as_visual_tokenizer(vae: nn.Module | VisualTokenizer) -> VisualTokenizer:
 
 
 def _first_weight_rank(model: nn.Module) -> int:
-    """5 for models made of 3-D convolutions, 4 for those of 2-D ones."""
+    """Return 5 for models made of 3-D convolutions, 4 for those of 2-D ones."""
     return next((p.ndim for p in model.parameters() if p.ndim in (4, 5)), 4)
 
 
 def _spatial_ratio(model: Any) -> int:
-    """Pixels a latent pixel covers along a side; diffusers writes this in three places."""
+    """Return the pixels per latent pixel along a side; diffusers stores this under three names."""
     config = model.config
     for name in ("spatial_compression_ratio", "vae_scale_factor_spatial", "scale_factor_spatial"):
         ratio = config.get(name) or getattr(model, name, None)

@@ -49,11 +49,11 @@ class VisualTokenizer:
         raise NotImplementedError
 
     def normalize_latents(self, z: Tensor) -> Tensor:
-        """From the tokenizer's own scale to the generator's."""
+        """Convert from the tokenizer's own scale to the generator's."""
         raise NotImplementedError
 
     def denormalize_latents(self, z: Tensor) -> Tensor:
-        """From the generator's scale to the tokenizer's own."""
+        """Convert from the generator's scale to the tokenizer's own."""
         raise NotImplementedError
 
     def preview(self, z: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class VisualTokenizer:
 
 
 def fit_linear_preview(latents: Tensor, pixels: Tensor, cell: int) -> Tensor:
-    """Least squares from a latent pixel (and a constant) to a small block of colours.
+    """Fit least squares from a latent pixel (and a constant) to a small block of colours.
 
     Args:
         latents: normalised, (B, C, H, W).

@@ -12,12 +12,12 @@ TINY = 1e-7  # keeps logarithms and their gradients finite
 
 
 def straight_through(features: Tensor, quantised: Tensor) -> Tensor:
-    """The quantised values, whose gradient goes to the features as if nothing had been quantised (arXiv 1308.3432)."""
+    """Return the quantized values with the gradient passed straight to the features (arXiv 1308.3432)."""
     return features + (quantised - features).detach()
 
 
 def residual_loss(features: Tensor, sums: Sequence[Tensor], commitment: float) -> Tensor:
-    """Pulls what the scales add up to towards the features, and, more weakly, the features towards it.
+    """Pull what the scales add up to towards the features, and, more weakly, the features towards it.
 
     The mean over the scales of `|sg(f) - sum|^2 + commitment |f - sg(sum)|^2`: VQ-VAE's two terms (arXiv 1711.00937,
     eq. 3) at every scale, as VAR trains (arXiv 2404.02905). The coarse scales so learn to say as much as they can.
@@ -32,7 +32,7 @@ def residual_loss(features: Tensor, sums: Sequence[Tensor], commitment: float) -
 
 
 def code_entropy(features: Tensor, codebook: Tensor, temperature: float = 1.0) -> Tensor:
-    """How sure each choice is, less how varied all choices are: `mean H(p) - H(mean p)` in nats (arXiv 2310.05737).
+    """Compute the entropy of each choice less that of their mean: `mean H(p) - H(mean p)` in nats (arXiv 2310.05737).
 
     Lower is better: certain choices that use the whole codebook.
 
@@ -49,7 +49,7 @@ def code_entropy(features: Tensor, codebook: Tensor, temperature: float = 1.0) -
 
 
 def bit_entropy(features: Tensor, temperature: float = 1.0) -> Tensor:
-    """`code_entropy` of binary spherical codes, bit by bit (arXiv 2406.07548, section 3.3), a mean over the bits.
+    """Compute `code_entropy` of binary spherical codes per bit (arXiv 2406.07548, section 3.3), averaged over bits.
 
     Args:
         features: (M, d); a bit is the sign of a channel.

@@ -81,11 +81,11 @@ class MultiScaleTokenizer(Typed, VisualTokenizer):
         return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)
 
     def normalize_latents(self, z: Tensor) -> Tensor:
-        """The identity: next-scale models work on the tokenizer's own scale."""
+        """Return the latents: next-scale models work on the tokenizer's own scale."""
         return z
 
     def denormalize_latents(self, z: Tensor) -> Tensor:
-        """The identity, see `normalize_latents`."""
+        """Return the latents, as `normalize_latents` does."""
         return z
 
     @torch.no_grad()
@@ -100,7 +100,7 @@ class MultiScaleTokenizer(Typed, VisualTokenizer):
     # ------------------------------------------------------------------- scales
 
     def partial_sums(self, indices: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> list[Tensor]:
-        """What the first scale, the first two, ... and all of them add up to; differentiable, for training.
+        """Return what the first scale, the first two, ... and all of them add up to; differentiable, for training.
 
         Args:
             indices: tokens of each scale, as `quantize` returns them; fewer scales give fewer sums.
@@ -118,7 +118,7 @@ class MultiScaleTokenizer(Typed, VisualTokenizer):
 
     @torch.no_grad()
     def teacher_inputs(self, indices: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> Tensor:
-        """The generator's inputs for images that are known, all scales from the second on in one row.
+        """Return the generator's inputs for images that are known, all scales from the second on in one row.
 
         Args:
             indices: tokens of each scale; those of the last scale are not needed. Fewer scales give the inputs up to
@@ -134,7 +134,7 @@ class MultiScaleTokenizer(Typed, VisualTokenizer):
         return torch.cat(inputs, dim=1)  # (B, L - N_0, C)
 
     def _sums(self, indices: Sequence[Tensor], schedule: dict[str, Any]) -> Iterator[Tensor]:
-        """The growing latent (B, C, H, W) after each scale."""
+        """Return the growing latent (B, C, H, W) after each scale."""
         start = self.start_latents(indices[0].shape[0], **schedule)  # (B, C, H, W)
         added = itertools.accumulate(
             enumerate(indices), lambda done, one: self.accumulate(done, one[1], one[0], **schedule), initial=start
@@ -143,5 +143,5 @@ class MultiScaleTokenizer(Typed, VisualTokenizer):
 
 
 def _schedule(grids: Sequence[Grid] | None) -> dict[str, Any]:
-    """The argument that hands a schedule on; models with one schedule don't take it."""
+    """Return the argument that hands a schedule on; models with one schedule don't take it."""
     return {} if grids is None else {"grids": grids}

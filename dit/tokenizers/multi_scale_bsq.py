@@ -29,7 +29,7 @@ VIT_SPREAD = 2.0
 
 
 def bits_to_codes(bits: Tensor) -> Tensor:
-    """The unit vectors that bits (B, d, h, w) in {0, 1} stand for, (B, d, h, w), float32."""
+    """Return the unit vectors that bits (B, d, h, w) in {0, 1} stand for, (B, d, h, w), float32."""
     corner = bits.shape[1] ** -0.5
     return F.normalize(bits.float() * corner * 2 - corner, dim=1)  # (B, d, h, w)
 
@@ -125,7 +125,7 @@ class MultiScaleBSQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMix
         """
         size = tuple(side * self.spatial_compression_ratio for side in self._latent_size(grids, -1))
         if x.ndim != 4 or tuple(x.shape[-2:]) != size:
-            raise ValueError(f"got a picture tensor of shape {tuple(x.shape)}, expected (B, 3, {size[0]}, {size[1]})")
+            raise ValueError(f"got an image tensor of shape {tuple(x.shape)}, expected (B, 3, {size[0]}, {size[1]})")
         return self.quantize_features(self.features(x), grids)
 
     def quantize_features(self, features: Tensor, grids: Sequence[Grid] | None = None) -> MultiScaleCodes:
@@ -141,7 +141,7 @@ class MultiScaleBSQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMix
         return MultiScaleCodes(indices=indices, latent=latents)
 
     def residuals(self, features: Tensor, sums: Sequence[Tensor], grids: Sequence[Grid] | None = None) -> list[Tensor]:
-        """What each scale had to code: rows (M, d) of what the scales before it left of the features.
+        """Return what each scale had to code: rows (M, d) of what the scales before it left of the features.
 
         Args:
             features: (B, d, H, W).
@@ -176,7 +176,7 @@ class MultiScaleBSQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMix
     # ------------------------------------------------------------------- scales
 
     def _latent_size(self, grids: Sequence[Grid] | None, scale: int) -> Grid:
-        """Rows and columns of a scale in latent pixels."""
+        """Return rows and columns of a scale in latent pixels."""
         rows, columns = (grids or self.grids)[scale]
         return rows * self.config.patchify, columns * self.config.patchify
 
@@ -185,14 +185,14 @@ class MultiScaleBSQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMix
         return F.pixel_unshuffle(maps, self.config.patchify).flatten(2).transpose(1, 2)  # (B, N, d p p)
 
     def _to_map(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Lay tokens (B, h w, d p p) out as a map (B, d, h p, w p)."""
+        """Reshape tokens (B, h w, d p p) to a map (B, d, h p, w p)."""
         expected = (math.prod(grid), self.latent_channels * self.config.patchify**2)
         if tuple(tokens.shape[1:]) != expected:
             raise ValueError(f"got tokens of shape {tuple(tokens.shape)}, expected (B, {expected[0]}, {expected[1]})")
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), self.config.patchify)  # (B, d, h p, w p)
 
     def start_latents(self, batch_size: int, grids: Sequence[Grid] | None = None) -> Tensor:
-        """The latent before the first scale: zeros, (B, d, H, W), float32."""
+        """Return the latent before the first scale: zeros, (B, d, H, W), float32."""
         size = self._latent_size(grids, -1)
         return torch.zeros(batch_size, self.latent_channels, *size, device=next(self.parameters()).device)
 
@@ -215,5 +215,5 @@ class MultiScaleBSQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMix
         return latents + resize(codes, latents.shape[-2:], "trilinear")  # (B, d, H, W)
 
     def next_input(self, latents: Tensor, scale: int, grids: Sequence[Grid] | None = None) -> Tensor:
-        """What the generator sees when it predicts `scale`: the latent (B, d, H, W) at that size, (B, N, d p p)."""
+        """Return the generator's input at `scale`: the latent (B, d, H, W) at that size, (B, N, d p p)."""
         return self._to_tokens(resize(latents, self._latent_size(grids, scale), "trilinear"))  # (B, N, d p p)

@@ -25,7 +25,7 @@ from dit.tokenizers.vit_autoencoder import ViTAutoencoder
 
 
 def phi_of_scale(scale: int, num_scales: int, num_phis: int) -> int:
-    """Which of the few convolutions `phi` serves a scale: the one whose tick is nearest.
+    """Return which of the few convolutions `phi` serves a scale: the one whose tick is nearest.
 
     Args:
         scale: index of the scale.
@@ -49,7 +49,7 @@ class Phi(nn.Conv2d):
 
     Args:
         channels: in and out.
-        ratio: share of the convolution.
+        ratio: fraction of the convolution.
     """
 
     def __init__(self, channels: int, ratio: float) -> None:
@@ -105,23 +105,23 @@ class MultiScaleQuantizer(nn.Module):
         return self.as_map(self.codebook(indices).float(), scale)
 
     def as_map(self, vectors: Tensor, scale: int) -> Tensor:
-        """Lay a scale's vectors (B, N, C) out as its map (B, C, h, w)."""
+        """Reshape a scale's vectors (B, N, C) to its map (B, C, h, w)."""
         return vectors.transpose(1, 2).unflatten(2, self.grids[scale])  # (B, C, h, w)
 
     def enlarge(self, embedded: Tensor, scale: int) -> Tensor:
-        """What a scale adds to the latent: its map (B, C, h, w), enlarged and repaired, (B, C, H, W)."""
+        """Return what a scale adds to the latent: its map (B, C, h, w), enlarged and repaired, (B, C, H, W)."""
         if scale < len(self.grids) - 1:
             embedded = F.interpolate(embedded, size=self.grids[-1], mode="bicubic")  # (B, C, H, W)
         return self.phis[phi_of_scale(scale, len(self.grids), len(self.phis))](embedded)  # (B, C, H, W)
 
     def shrink(self, latent: Tensor, scale: int) -> Tensor:
-        """The latent (B, C, H, W) at a scale's size, (B, C, h, w)."""
+        """Return the latent (B, C, H, W) at a scale's size, (B, C, h, w)."""
         if scale == len(self.grids) - 1:
             return latent
         return F.interpolate(latent, size=self.grids[scale], mode="area")  # (B, C, h, w)
 
     def forward(self, features: Tensor) -> MultiScaleCodes:
-        """Quantise features (B, C, H, W)."""
+        """Quantize features (B, C, H, W)."""
         rest = features.float()  # (B, C, H, W)
         latent = torch.zeros_like(rest)
         indices = []
@@ -145,7 +145,7 @@ class MultiScaleVQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixi
         layers_per_block: residual blocks a level of the encoder; the decoder has one more.
         norm_num_groups: groups of the group norms.
         num_phis: convolutions that repair enlarged maps, shared by the scales.
-        phi_ratio: share of the convolution in their output.
+        phi_ratio: fraction of the convolution in their output.
         in_channels: colours.
         vit: arguments of a `ViTAutoencoder` that encodes and decodes instead of the convolutional networks (whose
             sizes, `block_out_channels` to `norm_num_groups`, then mean nothing). Its code has unit variance, so a
@@ -217,7 +217,7 @@ class MultiScaleVQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixi
         """
         size = tuple(side * self.spatial_compression_ratio for side in self.grids[-1])
         if x.ndim != 4 or tuple(x.shape[-2:]) != size:
-            raise ValueError(f"got a picture tensor of shape {tuple(x.shape)}, expected (B, 3, {size[0]}, {size[1]})")
+            raise ValueError(f"got an image tensor of shape {tuple(x.shape)}, expected (B, 3, {size[0]}, {size[1]})")
         if self.backbone is not None:
             return self.backbone.encode(x.to(self.backbone.patch_embed.weight.dtype)).latent  # (B, C, H, W)
         return self.quant_conv(self.encoder(x.to(self.encoder.conv_in.weight.dtype)))  # (B, C, H, W)
@@ -236,7 +236,7 @@ class MultiScaleVQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixi
         return self.quantizer(features)
 
     def residuals(self, features: Tensor, sums: Sequence[Tensor]) -> list[Tensor]:
-        """What each scale had to code: rows (B N_s, C) of what the scales before it left of the features.
+        """Return what each scale had to code: rows (B N_s, C) of what the scales before it left of the features.
 
         Args:
             features: (B, C, H, W).
@@ -269,7 +269,7 @@ class MultiScaleVQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixi
     # ------------------------------------------------------------------- scales
 
     def start_latents(self, batch_size: int) -> Tensor:
-        """The latent before the first scale: zeros, (B, C, H, W), float32."""
+        """Return the latent before the first scale: zeros, (B, C, H, W), float32."""
         weight = self.quantizer.codebook.weight
         return torch.zeros(batch_size, self.latent_channels, *self.grids[-1], device=weight.device)
 
@@ -298,5 +298,5 @@ class MultiScaleVQ(MultiScaleTokenizer, ModelMixin, ConfigMixin, AutoencoderMixi
         return latents + self.quantizer.enlarge(embedded, scale)  # (B, C, H, W)
 
     def next_input(self, latents: Tensor, scale: int) -> Tensor:
-        """What the generator sees when it predicts `scale`: the latent (B, C, H, W) at that size, (B, N, C)."""
+        """Return the generator's input at `scale`: the latent (B, C, H, W) at that size, (B, N, C)."""
         return self.quantizer.shrink(latents, scale).flatten(2).transpose(1, 2)  # (B, N, C)

@@ -45,7 +45,7 @@ def draw_flip_shares(num_scales: int, largest: float = 0.3, generator: torch.Gen
         ValueError: a share outside [0, 1].
     """
     if not 0 <= largest <= 1:
-        raise ValueError(f"a share of {largest:g} of the bits can't be flipped: expected 0 to 1 (released: 0.3)")
+        raise ValueError(f"a fraction of {largest:g} of the bits can't be flipped: expected 0 to 1 (released: 0.3)")
     device = None if generator is None else generator.device
     percents = torch.randint(0, round(100 * largest) + 1, (num_scales,), generator=generator, device=device)
     return [percent / 100 for percent in percents.tolist()]
@@ -59,7 +59,7 @@ def self_correct(
     generator: torch.Generator | None = None,
     grids: Sequence[Grid] | None = None,
 ) -> SelfCorrection:
-    """Code features scale by scale with some of the bits flipped.
+    """Encode features scale by scale with some of the bits flipped.
 
     Args:
         vae: the tokenizer; only its arithmetic of scales is used, no weights.
@@ -94,7 +94,7 @@ def self_correct(
 
 
 def _flip(bits: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
-    """Flip each of the bits (B, d, h, w) with a probability; draws run pixel by pixel, as in the released code."""
+    """Invert each of the bits (B, d, h, w) with a probability; random numbers run pixel by pixel, as released."""
     device = bits.device if generator is None else generator.device
     chance = torch.rand(bits.movedim(1, -1).shape, generator=generator, device=device).to(bits.device)  # (B, h, w, d)
     return torch.where(chance.movedim(-1, 1) < share, 1 - bits, bits)  # (B, d, h, w)

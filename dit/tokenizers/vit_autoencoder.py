@@ -217,7 +217,7 @@ class ViTAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, VisualTok
         return latent.unflatten(-1, grid)  # (B, C, H, W)
 
     def _normalize(self, latent: Tensor) -> Tensor:
-        """Batch-normalise (B, C, N) in float32 whatever the model's dtype: this defines the scale of the code."""
+        """Apply batch norm to (B, C, N) in float32 whatever the model's dtype: this defines the scale of the code."""
         norm = self.latent_norm
         if norm.training:
             return norm(latent)
@@ -247,11 +247,11 @@ class ViTAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, VisualTok
         return tokens
 
     def normalize_latents(self, z: Tensor) -> Tensor:
-        """Latents already have unit variance, so this is the identity."""
+        """Return the latents: they already have unit variance."""
         return z
 
     def denormalize_latents(self, z: Tensor) -> Tensor:
-        """The identity, see `normalize_latents`."""
+        """Return the latents, as `normalize_latents` does."""
         return z
 
     @torch.no_grad()

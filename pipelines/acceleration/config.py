@@ -140,13 +140,13 @@ class AccelerationConfig(BaseModel):
 
 
 def _as_pydantic(error: AccelerationError) -> PydanticCustomError:
-    """The refusal as pydantic hands it on: key and values stay with it."""
+    """Wrap a refusal for pydantic; its key and values are kept."""
     text = str(error).replace("{", "(").replace("}", ")")  # braces would be filled in
     return PydanticCustomError(error.key, text, error.values)  # pyright: ignore[reportArgumentType]
 
 
 def _refusal(model: type[BaseModel], error: ValidationError) -> AccelerationError:
-    """One of pydantic's errors as a refusal by key; a misspelt name is why another one is missing."""
+    """Convert one of pydantic's errors to a refusal; a misspelt name goes before the missing one it causes."""
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     field = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
@@ -157,7 +157,7 @@ def _refusal(model: type[BaseModel], error: ValidationError) -> AccelerationErro
 
 
 def _accepted(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields at a place in a model."""
+    """Return the field names at a location in a model."""
     for name in location:
         kinds = getattr(model.model_fields[str(name)].annotation, "__args__", ())
         model = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))

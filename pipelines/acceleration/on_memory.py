@@ -19,12 +19,12 @@ _MISSING = object()
 
 
 def can_tile(pipe: Any) -> bool:
-    """Whether the decoder of a pipeline can work tile by tile."""
+    """Return whether the decoder of a pipeline can work tile by tile."""
     return isinstance(getattr(getattr(pipe, "vae", None), "use_tiling", None), bool)
 
 
 def can_slice(pipe: Any) -> bool:
-    """Whether the decoder of a pipeline can work image by image."""
+    """Return whether the decoder of a pipeline can work image by image."""
     return isinstance(getattr(getattr(pipe, "vae", None), "use_slicing", None), bool)
 
 
@@ -34,7 +34,7 @@ class DecoderTilingSwitch(Switch[DecoderTilingPart]):
     name: ClassVar[str] = "decoder_tiling"
 
     def apply(self, undo: Undo) -> None:
-        """See `Switch.apply`."""
+        """Apply the part to the pipeline; the undo goes on the stack."""
         if self.part.tiles and not can_tile(self.pipe):
             raise self.refuse("no_tiles")
         if self.part.slices and not can_slice(self.pipe):
@@ -69,7 +69,7 @@ class DecoderTilingSwitch(Switch[DecoderTilingPart]):
             undo.enter_context(_attributes(vae, tiled_decode=count))
 
     def report(self) -> PartReport:
-        """See `Switch.report`."""
+        """Report what the part did, or why it did nothing."""
         values = {"tiled": self.tiled, "sliced": self.sliced, "decodes": self.decodes}
         if not self.decodes:
             return self.make_report(values, False, Reason("why.not_called"))
@@ -87,7 +87,7 @@ class OffloadSwitch(Switch[OffloadPart]):
     name: ClassVar[str] = "offload"
 
     def apply(self, undo: Undo) -> None:
-        """See `Switch.apply`."""
+        """Apply the part to the pipeline; the undo goes on the stack."""
         modules = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         if any(diffusers_compat.is_offloaded(module) for module in modules.values()):
             raise self.refuse("already_offloaded")
@@ -113,7 +113,7 @@ class OffloadSwitch(Switch[OffloadPart]):
             raise self.refuse("offload", mode=self.part.mode, reason=str(error)) from error
 
     def _device(self) -> torch.device:
-        """The accelerator, or the CPU if there is none."""
+        """Return the accelerator, or the CPU if there is none."""
         if self.part.device is not None:
             return torch.device(self.part.device)
         if self.pipe.device.type not in ("cpu", "meta"):
@@ -122,7 +122,7 @@ class OffloadSwitch(Switch[OffloadPart]):
         return torch.device("cpu") if found is None else found
 
     def report(self) -> PartReport:
-        """See `Switch.report`."""
+        """Report what the part did, or why it did nothing."""
         return self.make_report({"mode": self.part.mode, "device": str(self.device)}, True)
 
 
@@ -149,7 +149,7 @@ def _attributes(thing: Any, *names: str, **values: Any) -> Generator[None]:
 
 
 def _tensors(modules: Iterable[nn.Module]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """What the parts of modules hold now: where tensors are kept, and a copy of the table."""
+    """Return what the parts of modules hold now: where tensors are kept, and a copy of the table."""
     parts = [part for module in modules for part in module.modules()]
     return [(table, dict(table)) for part in parts for table in (part._parameters, part._buffers)]
 

@@ -28,7 +28,7 @@ class AttentionSwitch(Switch[AttentionPart]):
     before: frozenset[str] = frozenset()
 
     def apply(self, undo: Undo) -> None:
-        """See `Switch.apply`."""
+        """Apply the part to the pipeline; the undo goes on the stack."""
         found = [getattr(self.pipe, name, None) for name in NETWORKS]
         networks = [unwrap(network) for network in found if isinstance(network, nn.Module)]
         if not networks:
@@ -42,7 +42,7 @@ class AttentionSwitch(Switch[AttentionPart]):
             raise self.refuse("no_choice")
 
     def _why_not(self, network: nn.Module) -> tuple[str, list[str]]:
-        """Why the backend can't run where the pipeline computes, empty if it can; and the names of all backends."""
+        """Return why the backend can't run on the pipeline's device (empty if it can), and all backend names."""
         table = attention_backend_table()
         backend = table.get(self.part.backend)
         names = [name for name, one in table.items() if not one.fetches]
@@ -53,7 +53,7 @@ class AttentionSwitch(Switch[AttentionPart]):
         return backend.can_run(device, dtype, call=not backend.compiles), names
 
     def report(self) -> PartReport:
-        """See `Switch.report`."""
+        """Report what the part did, or why it did nothing."""
         values = {"backend": self.part.backend, "layers": self.layers}
         if self.before == {self.part.backend}:
             return self.make_report(values, False, Reason("why.same_backend"))
@@ -66,7 +66,7 @@ class CompileSwitch(Switch[CompilePart]):
     name: ClassVar[str] = "compile"
 
     def apply(self, undo: Undo) -> None:
-        """See `Switch.apply`."""
+        """Apply the part to the pipeline; the undo goes on the stack."""
         self.modules, self.calls = 0, 0
         options = self.part.model_dump(exclude={"scope"}, exclude_none=True)
         for network in self.networks().values():
@@ -75,7 +75,7 @@ class CompileSwitch(Switch[CompilePart]):
                 self.modules += 1
 
     def _scope(self, network: nn.Module) -> list[nn.Module]:
-        """What is compiled of a network."""
+        """Return the modules of a network that are compiled."""
         if self.part.scope == "network":
             if is_next_scale(self.pipe):
                 raise self.refuse("no_whole_network")
@@ -110,7 +110,7 @@ class CompileSwitch(Switch[CompilePart]):
         return call
 
     def report(self) -> PartReport:
-        """See `Switch.report`."""
+        """Report what the part did, or why it did nothing."""
         values = {"modules": self.modules, "calls": self.calls, "scope": self.part.scope}
         reasons = () if self.calls else (Reason("why.not_called"),)
         return self.make_report(values, self.calls > 0, *reasons)

@@ -19,13 +19,13 @@ class KVCacheSwitch(Switch[KVCachePart]):
     before: Any = None
 
     def apply(self, undo: Undo) -> None:
-        """See `Switch.apply`."""
+        """Apply the part to the pipeline; the undo goes on the stack."""
         require_scales(self)
         self.before = self.pipe.last_options
         self.set_call_arguments(self.part.call_arguments, undo)
 
     def report(self) -> PartReport:
-        """See `Switch.report`."""
+        """Report what the part did, or why it did nothing."""
         options, kept = self.pipe.last_options, self.pipe.kv_report
         asked = self.part.call_arguments
         named = [] if options is None else [name for name, value in asked.items() if getattr(options, name) != value]
@@ -57,7 +57,7 @@ class NextScaleSwitch(Switch[NextScalePart]):
     acceleration: Any = None
 
     def apply(self, undo: Undo) -> None:
-        """See `Switch.apply`."""
+        """Apply the part to the pipeline; the undo goes on the stack."""
         require_scales(self)
         self.acceleration = self.part.acceleration(self._refiner())
         try:
@@ -82,7 +82,7 @@ class NextScaleSwitch(Switch[NextScalePart]):
         return found
 
     def report(self) -> PartReport:
-        """See `Switch.report`."""
+        """Report what the part did, or why it did nothing."""
         options, done = self.pipe.last_options, self.pipe.acceleration_report
         if options is self.before or done is None or options.acceleration is not self.acceleration:
             is_other = options is not self.before and options.acceleration is not self.acceleration

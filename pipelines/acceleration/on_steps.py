@@ -18,7 +18,7 @@ class FewStepSwitch(Switch[FewStepPart]):
     name: ClassVar[str] = "few_step"
 
     def apply(self, undo: Undo) -> None:
-        """See `Switch.apply`."""
+        """Apply the part to the pipeline; the undo goes on the stack."""
         require_steps(self)
         before = getattr(self.pipe, "scheduler", None)
         if before is None:
@@ -33,7 +33,7 @@ class FewStepSwitch(Switch[FewStepPart]):
         self.set_call_arguments(arguments, undo)
 
     def report(self) -> PartReport:
-        """See `Switch.report`."""
+        """Report what the part did, or why it did nothing."""
         settings, steps = self.part.settings, self.part.number_of_steps
         values = {
             "preset": self.part.preset,
@@ -59,7 +59,7 @@ class StepCacheSwitch(Switch[StepCachePart]):
     attachment: Attachment
 
     def apply(self, undo: Undo) -> None:
-        """See `Switch.apply`."""
+        """Apply the part to the pipeline; the undo goes on the stack."""
         from sampling.step_cache import StepCache
 
         require_steps(self)
@@ -75,7 +75,7 @@ class StepCacheSwitch(Switch[StepCachePart]):
         self.attachment = self.attach(self.mechanism, undo)
 
     def _params(self) -> dict[str, Any]:
-        """The preset's parameters, with the profile of the model's folder where one is needed and none is named."""
+        """Return the preset's parameters, with the profile of the model's folder where one is needed but not given."""
         if self.part.preset != "budget" or self.part.params.get("profile") is not None:
             return self.part.params
         from pipelines.step_cache import find_profile
@@ -86,7 +86,7 @@ class StepCacheSwitch(Switch[StepCachePart]):
             raise self.refuse("no_profile", folder=getattr(self.pipe, "name_or_path", None)) from error
 
     def report(self) -> PartReport:
-        """See `Switch.report`."""
+        """Report what the part did, or why it did nothing."""
         done = self.attachment.report()
         values = {
             "preset": self.part.preset,
@@ -117,7 +117,7 @@ class GuidanceCacheSwitch(Switch[GuidanceCachePart]):
     attachment: Attachment
 
     def apply(self, undo: Undo) -> None:
-        """See `Switch.apply`."""
+        """Apply the part to the pipeline; the undo goes on the stack."""
         from sampling.guidance_caching import CachedGuidance
         from sampling.step_cache.forecasters import Newton, Reuse
 
@@ -127,7 +127,7 @@ class GuidanceCacheSwitch(Switch[GuidanceCachePart]):
         self.attachment = self.attach(self.mechanism, undo)
 
     def report(self) -> PartReport:
-        """See `Switch.report`."""
+        """Report what the part did, or why it did nothing."""
         done = self.attachment.report()
         computed, skipped = done["uncond_computed"], done["uncond_skipped"]
         values = {"left_out": len(skipped), "steps": len(computed) + len(skipped), "computed_steps": computed}
@@ -145,7 +145,7 @@ class ParallelSwitch(Switch[ParallelPart]):
     attachment: Attachment | None = None
 
     def apply(self, undo: Undo) -> None:
-        """See `Switch.apply`."""
+        """Apply the part to the pipeline; the undo goes on the stack."""
         from sampling.parallel import GuidanceParallel, context_parallel
 
         require_steps(self)
@@ -171,7 +171,7 @@ class ParallelSwitch(Switch[ParallelPart]):
         return distributed.get_world_size() if is_started else 1
 
     def report(self) -> PartReport:
-        """See `Switch.report`."""
+        """Report what the part did, or why it did nothing."""
         values = {"kind": self.part.kind, "processes": self._processes()}
         if self.attachment is None:
             return self.make_report(values, True)

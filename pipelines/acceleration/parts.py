@@ -173,7 +173,7 @@ class StepCachePart(Part):
         if self.preset == "budget":
             budget = self.params.get("budget", known["budget"]["budget"])
             if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
-                raise ValueError(f"budget is {budget!r}; use a share of computed calls above 0 and up to 1")
+                raise ValueError(f"budget is {budget!r}; use a fraction of computed calls above 0 and up to 1")
         else:
             from sampling.step_cache import StepCache
 
@@ -184,7 +184,7 @@ class StepCachePart(Part):
         return self
 
     def files(self) -> dict[str, str]:
-        """See `Part.files`."""
+        """Return the files that the part reads."""
         profile = self.params.get("profile")
         return {} if profile is None else {"profile": profile}
 
@@ -216,7 +216,7 @@ class KVCachePart(Part):
 
     Attributes:
         policy: one of `dit.cache.POLICIES`.
-        budget: share of the history to keep on average over the layers.
+        budget: fraction of the history to keep on average over the layers.
         dtype: how it is stored, one of `dit.cache.KV_DTYPES`.
         observe: tokens whose queries choose what is kept, for the policies that ask.
     """
@@ -247,9 +247,9 @@ class NextScalePart(Part):
 
     Attributes:
         skip_last: scales at the end that are not generated.
-        prune: scale -> share of its tokens to leave out.
+        prune: scale -> fraction of its tokens to leave out.
         prune_source: the scale that fills the gaps; None is the one before the first pruned.
-        prune_layers: first and last layer to prune as shares of the depth; None is the published range.
+        prune_layers: first and last layer to prune as fractions of the depth; None is the published range.
         unguided: scales without guidance.
         refiner: name of the model (as for `load_pipeline`) whose transformer generates from `refine_from` on.
         refine_from: see `refiner`.
@@ -284,7 +284,7 @@ class NextScalePart(Part):
         return ScaleAcceleration(**fields, refiner=refiner)
 
     def files(self) -> dict[str, str]:
-        """See `Part.files`."""
+        """Return the files that the part reads."""
         return {} if self.refiner is None else {"refiner": self.refiner}
 
 

@@ -126,7 +126,7 @@ class Switch(ABC, Generic[P]):
             raise self.refuse("no_argument", argument=", ".join(arguments)) from error
 
     def skips(self, attachment: Attachment) -> list[Reason]:
-        """Why an attachment left calls alone."""
+        """Return why an attachment left calls alone."""
         found = []
         for text, count in attachment.inactive.items():
             if text == "no step context":
@@ -138,14 +138,14 @@ class Switch(ABC, Generic[P]):
         return found
 
     def _unplaced(self) -> list[Reason]:
-        """Why the pipeline's resolver did not find the step of calls."""
+        """Return why the step tracker did not find the step of calls."""
         resolvers = [one for one in attachments(self.pipe) if isinstance(one.mechanism, StepTracker)]
         counts = [item for one in resolvers for item in one.inactive.items()]
         return [Reason("why.step_not_found", {"reason": text, "count": count}) for text, count in counts]
 
 
 def is_next_scale(pipe: Any) -> bool:
-    """Whether a pipeline generates scale by scale."""
+    """Return whether a pipeline generates scale by scale."""
     from pipelines.next_scale.base import NextScalePipeline
 
     return isinstance(pipe, NextScalePipeline)

@@ -89,7 +89,7 @@ def check_scheduler(folder: Path, found: type[Any], exact: bool) -> None:
 
 @torch.no_grad()
 def _takes_finite_steps(scheduler: Any, config: Mapping[str, Any]) -> bool:
-    """Try a few steps on a latent of a few values."""
+    """Run a few scheduler steps on a tiny latent."""
     needs_shift = config.get("use_dynamic_shifting") and "mu" in inspect.signature(scheduler.set_timesteps).parameters
     scheduler.set_timesteps(TRIAL_STEPS, **({"mu": 1.0} if needs_shift else {}))
     learns_variance = str(config.get("variance_type")).startswith("learned")

@@ -46,7 +46,7 @@ def clear_loading_errors(source: str | Path, culprit: Callable[[], str | Path | 
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether an error was raised by code of ours rather than by a library that it called."""
+    """Return whether an error was raised by code of ours rather than by a library that it called."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return bool(frames) and frames[-1][0].f_globals.get("__name__", "").split(".")[0] in OUR_PACKAGES
 

@@ -201,7 +201,7 @@ def _plan(name: str, base: str | os.PathLike | None, config: str | os.PathLike |
 
 
 def _plan_folder(source: Path | str, request: _Request) -> Reading:
-    """Plan for a folder or a Hub repository; what is called a component in the options replaces the stored one."""
+    """Plan a folder or a Hub repository; a component among the options replaces the stored one."""
     folder = source if isinstance(source, Path) else fetch_any(source, request.options, request.replaced)
     if is_modular(folder):
         return _plan_modular(folder, None if isinstance(source, Path) else source, request)
@@ -212,7 +212,7 @@ def _plan_folder(source: Path | str, request: _Request) -> Reading:
 
 
 def _plan_modular(folder: Path, repository: str | None, request: _Request) -> Reading:
-    """Plan for a modular pipeline of diffusers, whose components may lie in other repositories."""
+    """Plan a modular pipeline of diffusers, whose components may lie in other repositories."""
     if request.offload != "none":
         raise ValueError(
             f"offload={request.offload!r} can't be had for modular pipelines, whose blocks say nothing about the order "
@@ -254,7 +254,7 @@ def _read_folder(folder: Path, loader: type[DiffusionPipeline], request: _Reques
 
 
 def _plan_single_file(file: Path, config: Path | str, request: _Request) -> Reading:
-    """Plan for a file that holds a whole pipeline."""
+    """Plan a file that holds a whole pipeline."""
     if is_gguf(file):
         raise ValueError(f"{file.name} holds a transformer only: pass its pipeline as base=, not config=.")
     if isinstance(config, Path):

@@ -38,7 +38,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _container_headroom(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What a control group (version 2) leaves; file cache counts as free, because the kernel gives it up."""
+    """Return what a control group (version 2) leaves; file cache counts as free, because the kernel gives it up."""
     limit, used = root / "memory.max", root / "memory.current"
     if not (limit.is_file() and used.is_file()) or not limit.read_text().strip().isdecimal():
         return []
@@ -47,7 +47,7 @@ def _container_headroom(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
 
 
 def _process_headroom() -> list[int]:
-    """What the limit on the address space leaves; nothing to say on systems without it."""
+    """Return what the limit on the address space leaves; nothing to say on systems without it."""
     if importlib.util.find_spec("resource") is None:
         return []
     import resource
@@ -97,7 +97,7 @@ def gib(size: int) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, in any of the ways in which torch and Python say it."""
+    """Return whether an error says that an allocation failed, in any of the ways in which torch and Python say it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()

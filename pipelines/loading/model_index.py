@@ -67,5 +67,5 @@ def resolve_components(index: dict[str, Any]) -> None:
 
 
 def is_own(library: str) -> bool:
-    """Whether a module path is one of ours."""
+    """Return whether a module path is one of ours."""
     return library.split(".", maxsplit=1)[0] in OWN_PACKAGES

@@ -59,7 +59,7 @@ class Part:
 
 
 def is_modular(folder: Path) -> bool:
-    """Whether a folder holds a modular pipeline; one that is also saved as a standard pipeline is loaded as that."""
+    """Return whether a folder holds a modular pipeline that is not saved as a standard pipeline too."""
     return (folder / INDEX).is_file() and not (folder / "model_index.json").is_file()
 
 
@@ -211,7 +211,7 @@ def _download(repository: str, name: str, options: Mapping[str, Any]) -> Path | 
 
 
 def _lacks_file(error: BaseException) -> bool:
-    """Whether the hub, or the local cache, lacks a file of a repository that is there."""
+    """Return whether the hub, or the local cache, lacks a file of a repository that is there."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, EntryNotFoundError | LocalEntryNotFoundError):
@@ -294,7 +294,7 @@ def check_modular(
 
 
 def _needed(pipe: ModularPipeline) -> set[str]:
-    """Components with files without which a pipeline can't generate from a prompt alone."""
+    """Return components with files without which a pipeline can't generate from a prompt alone."""
     blocks = pipe.blocks
     try:
         blocks = blocks.get_execution_blocks(prompt=True)

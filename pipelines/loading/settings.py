@@ -164,7 +164,7 @@ def declared(found: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON has the declared type."""
+    """Return whether a value of JSON has the declared type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in arguments)
@@ -191,7 +191,7 @@ def _fits_list(value: Any, arguments: tuple[Any, ...]) -> bool:
 
 
 def _may_fit(value: Any, hint: Any) -> bool:
-    """Whether a value could be meant: no text or object for a number, no NaN."""
+    """Return whether a value could be meant: no text or object for a number, no NaN."""
     if isinstance(value, float) and math.isnan(value):
         return False
     numbers = {int, float, bool, type(None)}

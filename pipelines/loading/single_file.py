@@ -33,7 +33,7 @@ DENOISERS = ("transformer", "unet")
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether a file is a GGUF file, by its name."""
+    """Return whether a file is a GGUF file, by its name."""
     return file.suffix.lower() == ".gguf"
 
 
@@ -187,7 +187,7 @@ def load_whole(
             if is_missing_component(error):
                 raise ValueError(
                     f"{file.name} doesn't hold all of a {loader.__name__} ({one_line(error)}). Pass "
-                    f"base={str(config)!r}, or a folder, to take everything but the network that paints from there; "
+                    f"base={str(config)!r}, or a folder, to take everything but the network that generates from there; "
                     "or pass the components."
                 ) from error
             if isinstance(error, OSError) or is_out_of_memory(error):

@@ -311,7 +311,7 @@ def explain_hub_error(error: BaseException, repository: str, revision: str | Non
 
 
 def _explain(error: BaseException, repository: str, revision: str | None) -> OSError | None:
-    """Explain one error; those that are kinds of others come first."""
+    """Explain one error; subclasses are matched first."""
     page = f"https://huggingface.co/{repository}"
     has_token = bool(hub_token())
     explanation: OSError | None = None

@@ -29,7 +29,7 @@ CALLS_PER_TENSOR = 200
 SPARE_CALLS = 20_000
 
 BUFFERS = GIB
-"""Bytes of tables that a network may compute beside its weights, before their share of the weights counts."""
+"""Bytes of tables that a network may compute beside its weights, before their fraction of the weights counts."""
 
 
 class TooLargeError(ValueError):
@@ -104,7 +104,7 @@ def check_network(
 
 
 def is_ours(found: type) -> bool:
-    """Whether a class is one of ours."""
+    """Return whether a class is one of ours."""
     return found.__module__.split(".", maxsplit=1)[0] in ("dit", "sampling")
 
 
@@ -161,7 +161,7 @@ Misfit = tuple[list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]], li
 
 
 def _compare(network: Any, stored: Mapping[str, StoredTensor]) -> Misfit:
-    """Compare names and shapes as they stand."""
+    """Compare stored names and shapes directly."""
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     held = {name: tensor.shape for name, tensor in stored.items()}
     if isinstance(network, ModelMixin):

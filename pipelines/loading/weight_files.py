@@ -46,7 +46,7 @@ class StoredTensor:
     nbytes: int
 
     def loaded_bytes(self, dtype: torch.dtype | None) -> int:
-        """Bytes in memory when floating-point weights are converted to `dtype` (None keeps them)."""
+        """Return bytes in memory when floating-point weights are converted to `dtype` (None keeps them)."""
         if dtype is None or self.dtype not in FLOAT_BYTES:
             return self.nbytes
         return math.prod(self.shape) * dtype.itemsize
@@ -202,7 +202,7 @@ def stored_tensors(folder: Path, variant: str | None = None) -> dict[str, Stored
 
 
 def is_quantized(config: Mapping[str, Any]) -> bool:
-    """Whether a component's configuration says that its weights are stored quantized."""
+    """Return whether a component's configuration says that its weights are stored quantized."""
     return config.get("quantization_config") is not None
 
 

@@ -48,13 +48,13 @@ def check_weights(network: nn.Module, source: str) -> None:
             raise ValueError(f"{source} has no values for {name}: its weight files lack it. Fetch them again.")
         if not is_finite(tensor):
             raise ValueError(
-                f"{source} has values in {name} {tuple(tensor.shape)} that are NaN or infinite, so its pictures would "
+                f"{source} has values in {name} {tuple(tensor.shape)} that are NaN or infinite, so its images would "
                 "be noise or black: the training diverged or the file is damaged. Fetch it again."
             )
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values of a tensor are finite; quantized ones are looked at by their scales."""
+    """Return whether all values of a tensor are finite; quantized ones are looked at by their scales."""
     scales = quantized_scales(tensor)
     values = tensor.detach() if scales is None else scales
     if not values.is_floating_point() or not values.numel():

@@ -163,7 +163,7 @@ def bare_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lacks_alpha(lora: LoraFile) -> bool:
-    """Whether PEFT wrote a file and the configuration is lost that says its alpha."""
+    """Return whether PEFT wrote a file and the configuration is lost that says its alpha."""
     of_peft = any(key.startswith(PEFT_PREFIX) for key in lora.tensors)
     return of_peft and not lora.config and not any(key.endswith(".alpha") for key in lora.tensors)
 

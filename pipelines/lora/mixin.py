@@ -174,7 +174,7 @@ def fetch_lora_file(repository: str, weight_name: str | None, hub: dict[str, Any
 
 
 def _fetch(repository: str, name: str, hub: dict[str, Any]) -> Path | None:
-    """Fetch one file; None if the repository, or in the cache alone the copy of it, doesn't have it."""
+    """Fetch one file; None if the repository (offline: its cached copy) doesn't have it."""
     try:
         return Path(hf_hub_download(repository, name, **hub))
     except EntryNotFoundError as error:  # LocalEntryNotFoundError among them

@@ -169,7 +169,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         return self._kv_profile
 
     def _make_cache(self, transformer: Any, rows: int, task: ScaleTask, options: ScaleOptions, scales: int) -> Any:
-        """An empty cache for rows of a network, for the first scales of a schedule."""
+        """Return an empty cache for rows of a network, for the first scales of a schedule."""
         observer, profile, calibration = None, None, self._calibration
         if transformer is self.transformer and calibration is not None:
             if calibration.calibrator is None:
@@ -180,7 +180,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
             profile = self.kv_profile
             if profile is not None and profile.grids != task.grids:
                 raise ValueError(
-                    f"the calibration for ScaleKV is of the schedule {list(profile.grids)}, painted is "
+                    f"the calibration for ScaleKV is of the schedule {list(profile.grids)}, generated is "
                     f"{list(task.grids)}: run `calibrate_kv` on it"
                 )
         plan = transformer.plan_cache(
@@ -253,10 +253,10 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
     # ------------------------------------------------------------------- search
 
     def _reward(self, wanted: Any) -> Reward:
-        """The reward of a search; a model that is named is read once for calls that follow one another."""
+        """Return the reward of a search; a model that is named is read once for calls that follow one another."""
         if wanted is None:
             raise ValueError(
-                "this model comes without a scorer: give the search a reward, a callable (pictures, prompts) -> (B,) "
+                "this model comes without a scorer: give the search a reward, a callable (images, prompts) -> (B,) "
                 "or the folder or hub id of a CLIP-like model, as in search=TTSConfig(reward=...)"
             )
         key = (wanted, self._execution_device)
@@ -283,7 +283,9 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         mask = read_mask(options.mask_image, height, width)  # (P', 1, H, W)
         for name, part in (("image", pixels), ("mask_image", mask)):
             if len(part) not in (1, task.count):
-                raise ValueError(f"{name} holds {len(part)} pictures for {task.count}: pass one, or one per picture.")
+                raise ValueError(
+                    f"{name} holds {len(part)} images for {task.count} outputs: pass one, or one per output."
+                )
         device = self._execution_device
         pixels = pixels.expand(task.count, -1, -1, -1).to(device)  # (B, 3, H, W)
         mask = mask.expand(task.count, -1, -1, -1).to(device)  # (B, 1, H, W)

@@ -128,14 +128,14 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
             guidance_scale: classifier-free guidance (arXiv 2207.12598) at the last scale; it grows evenly from 1, none,
                 at the first one. 1 or less turns it off (and halves the work); 2.5 scores best, 5 looks best.
             top_k: draw among so many entries of the codebook only; 0 is all.
-            top_p: draw among the likeliest entries that hold this share of the probability; 0 is all.
+            top_p: draw among the likeliest entries that hold this fraction of the probability; 0 is all.
             temperature: divides the logits; below 1 is bolder, above 1 more varied.
             smooth: mix codebook entries instead of choosing one; good to look at.
             num_images_per_prompt: images per label; B = P times this.
             generator: a single one draws for all images at once, as the released sampler does; of a list of B, each
                 draws for its own image, which then does not depend on the batch.
             kv_policy: what to keep of earlier scales, one of `dit.cache.POLICIES`; `pipe.kv_report` tells what it took.
-            kv_budget: share of the history to keep on average over the layers, 0.1 = 10 %; "full" keeps all.
+            kv_budget: fraction of the history to keep on average over the layers, 0.1 = 10 %; "full" keeps all.
             kv_dtype: how to store it, one of `dit.cache.KV_DTYPES`.
             kv_observe: tokens of the current scale whose queries choose what is kept, for the policies that ask.
             acceleration: what to leave out to be faster, see `ScaleAcceleration`; `pipe.acceleration_report` tells.
@@ -176,13 +176,13 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         return self._finish(generated, output_type, return_dict)
 
     def get_label_ids(self, labels: Label | Sequence[Label] | Tensor) -> Tensor:
-        """Class numbers (P,) of labels given as numbers or names; the number after the last class is 'no class'."""
+        """Return the class numbers (P,) of labels given as numbers or names; the one after the last is 'no class'."""
         return label_ids(labels, self.labels, self.transformer.config.num_classes)
 
     def _task(
         self, labels: Tensor, how: TokenSampling, images_per_prompt: int, attention_kwargs: dict[str, Any] | None
     ) -> ScaleTask:
-        """What to generate for labels (B,)."""
+        """Return what to generate for labels (B,)."""
         count, none, guided = len(self.vae.grids), self.transformer.config.num_classes, self._is_guided
         names = {int(label): each.split(",")[0].strip() for label, each in (self.config["id2label"] or {}).items()}
 
@@ -228,7 +228,7 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
 
 
 def _from_cfg(cfg: float | None, guidance_scale: float) -> float:
-    """The guidance scale of a call that may give VAR's `cfg` instead of it."""
+    """Return the guidance scale of a call that may give VAR's `cfg` instead of it."""
     if cfg is None:
         return guidance_scale
     check_number("cfg", cfg, 0.0, 99.0)
@@ -238,5 +238,5 @@ def _from_cfg(cfg: float | None, guidance_scale: float) -> float:
 
 
 def _strength(guidance_scale: float) -> float:
-    """VAR's `cfg` of a guidance scale, exactly the number that 1 was added to if it had up to 12 decimals."""
+    """Return VAR's `cfg` of a guidance scale, exactly the number that 1 was added to if it had up to 12 decimals."""
     return max(round(guidance_scale - 1, 12), 0.0)

@@ -80,6 +80,6 @@ class InpaintTokens:
 
 
 def kept_tokens(mask: Tensor, grid: Grid) -> Tensor:
-    """Cells of a token map more than half of which stays, (B, N), bool, for a mask (B, 1, H, W) of what changes."""
+    """Return the tokens of a map that are mostly unmasked, (B, N), bool, for a mask (B, 1, H, W)."""
     generated = F.adaptive_avg_pool2d(mask.float(), grid)  # (B, 1, h, w)
     return (generated < 0.5).flatten(1)  # (B, N)

@@ -75,7 +75,7 @@ class ScaleOptions:
         check_number("kv_budget", self.kv_budget, 0.0, 1.0)
         check_count("kv_observe", self.kv_observe, 1, 65536)
         if self.kv_budget == 0:
-            raise ValueError("kv_budget=0 would forget everything: expected a share above 0 and up to 1, such as 0.1")
+            raise ValueError("kv_budget=0 would forget everything: expected a fraction up to 1, such as 0.1")
         for name, value, kind in (
             ("acceleration", self.acceleration, ScaleAcceleration),
             ("search", self.search, TTSConfig),
@@ -83,7 +83,7 @@ class ScaleOptions:
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}.")
         if (self.image is None) != (self.mask_image is None):
-            raise ValueError("image and mask_image belong together: the picture, and white where it shall be painted.")
+            raise ValueError("image and mask_image belong together: the image, and white where to generate.")
         if self.search is not None and self.acceleration is not None and self.acceleration.prune:
             raise ValueError("search chooses among candidates, whose pruned tokens don't move with them: drop `prune`.")
 
@@ -124,5 +124,5 @@ class ScaleTask:
 
 
 def needs_unconditional(guidance_scale: float) -> bool:
-    """Whether a scale with this guidance needs the unconditional branch."""
+    """Return whether a scale with this guidance needs the unconditional branch."""
     return guidance_scale > 1

@@ -99,7 +99,7 @@ class ScaleRun:
         if batch_sizes[self.num_scales - 1] < task.images_per_prompt:
             raise ValueError(
                 f"the search ends with {batch_sizes[self.num_scales - 1]} candidates, asked for are "
-                f"{task.images_per_prompt} pictures a prompt: raise batch_sizes or lower num_images_per_prompt"
+                f"{task.images_per_prompt} images per prompt: raise batch_sizes or lower num_images_per_prompt"
             )
         latents, found = [], []
         firsts = range(0, task.count, task.images_per_prompt)
@@ -191,7 +191,7 @@ class ScaleRun:
         return applied.pruning.attach(acceleration.refiner or self.pipe.transformer)
 
     def _image_decoder(self, row: int) -> Callable[[Tensor], Tensor]:
-        """From latents (B, C, h, w) of one prompt's candidates to images (B, 3, H, W) in [0, 1]."""
+        """Return a decoder of one prompt's candidates: latents (B, C, h, w) to images (B, 3, H, W) in [0, 1]."""
 
         def show(latents: Tensor) -> Tensor:
             pixels = self.pipe.decode_latents(latents)  # (B, 3, H, W)
@@ -230,7 +230,7 @@ class _Scales:
         self.guidance = list(self.run.task.guidance)
 
     def begin_scale(self, state: ScaleState, scale: int) -> bool:
-        """See `ScaleControl.begin_scale`."""
+        """Select candidates and apply the acceleration; return False once interrupted."""
         pipe = self.run.pipe
         if pipe.interrupt:
             return False
@@ -244,7 +244,7 @@ class _Scales:
         return True
 
     def end_scale(self, state: ScaleState, scale: int, indices: Tensor) -> None:
-        """See `ScaleControl.end_scale`."""
+        """Call the caller's callback and advance the progress bar."""
         run, pipe = self.run, self.run.pipe
         run.seconds += time.perf_counter() - self.begun
         tensors = {"latents": state.latents, "denoised_latents": state.latents, "indices": indices}
@@ -261,7 +261,7 @@ class _Scales:
         return self.run.pipe.finish_now
 
     def _accelerate(self, state: ScaleState, applied: AppliedAcceleration, scale: int) -> None:
-        """Do what an acceleration does ahead of a scale: hand over, drop the unconditional rows."""
+        """Apply an acceleration ahead of a scale: switch the model, drop the unconditional rows."""
         task, acceleration = self.run.task, self.run.options.acceleration
         if scale == 0 and applied.unguided:
             inner = state.guide

@@ -176,13 +176,13 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             temperature: divides the logits, for all scales or one a scale; the released code calls it tau. Below 1 is
                 bolder, above 1 more varied.
             top_k: draw among so many entries of the codebook only; 0 is all. Means nothing for bits.
-            top_p: draw among the likeliest entries (or values of a bit) that hold this share of the probability; 0 is
-                all.
+            top_p: draw among the likeliest entries (or values of a bit) that hold this fraction of the probability; 0
+                is all.
             num_images_per_prompt: images per prompt; B = P times this.
             generator: a single one draws for all images at once, as the released sampler does; of a list of B, each
                 draws for its own image, which then does not depend on the batch.
             kv_policy: what to keep of earlier scales, one of `dit.cache.POLICIES`; `pipe.kv_report` tells what it took.
-            kv_budget: share of the history to keep on average over the layers, 0.1 = 10 %; "full" keeps all.
+            kv_budget: fraction of the history to keep on average over the layers, 0.1 = 10 %; "full" keeps all.
             kv_dtype: how to store it, one of `dit.cache.KV_DTYPES`.
             kv_observe: tokens of the current scale whose queries choose what is kept, for the policies that ask.
             acceleration: what to leave out to be faster, see `ScaleAcceleration`; `pipe.acceleration_report` tells.
@@ -308,7 +308,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         return tuple((rows * side, columns * side) for rows, columns in (own, *others))
 
     def _offered(self) -> dict[Grid, tuple[Grid, ...]]:
-        """Schedules by the grid of their last scale."""
+        """Return schedules by the grid of their last scale."""
         own = self.transformer.grids
         return {**(published_schedules() if self._is_flexible else {}), own[-1]: own}
 
@@ -318,11 +318,11 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         return self.transformer.config.bitwise and self.transformer.config.positions == "rotary"
 
     def _schedule_of_ratio(self, height_over_width: float) -> tuple[Grid, ...]:
-        """The published schedule of the nearest ratio, with as many scales as the model's own."""
+        """Return the published schedule of the nearest ratio, with as many scales as the model's own."""
         own = self.transformer.grids
         if not self._is_flexible or len(own) not in NUM_SCALES.values():
             rows, columns = (side * self.pixels_per_token for side in own[-1])
-            raise ValueError(f"this model paints {rows} x {columns} pixels only: leave aspect_ratio away")
+            raise ValueError(f"this model generates {rows} x {columns} pixels only: leave aspect_ratio away")
         return SCALE_SCHEDULES[nearest_ratio(height_over_width)][: len(own)]
 
     # --------------------------------------------------------------------- text
@@ -362,7 +362,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         )
 
     def _text_limit(self) -> int | None:
-        """Tokens kept of a prompt: the least of what encoder and network read; None where one of them is missing."""
+        """Return the token limit of a prompt: the smaller of encoder's and network's; None if one is missing."""
         if self.text_encoder is None or self.tokenizer is None or self.transformer is None:
             return None
         return min(text_limit(self.tokenizer, self.text_encoder), self.transformer.config.text_max_length)
@@ -374,7 +374,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         num_images_per_prompt: int,
         max_length: int | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Text states of the images and, with guidance behind them, of what to steer away from.
+        """Encode the text of the images and, with guidance behind it, what to steer away from.
 
         Args:
             positive: prompt, its states, its mask.
@@ -419,7 +419,7 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         how: ScaleSampling,
         attention_kwargs: dict[str, Any] | None,
     ) -> ScaleTask:
-        """What to generate: `count` images B from text states (B or 2B, M, Dt)."""
+        """Return what to generate: `count` images B from text states (B or 2B, M, Dt)."""
         guided = len(states) > count
         prompts = [prompt or ""] * (count // images_per_prompt) if not isinstance(prompt, list) else prompt
 

@@ -38,7 +38,7 @@ class FlowMatchAB2Scheduler(FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """Lay out the steps and forget the last run; see `FlowMatchEulerDiscreteScheduler.set_timesteps`."""
+        """Set the timesteps as `FlowMatchEulerDiscreteScheduler.set_timesteps` does, and forget the last run."""
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)  # pyright: ignore[reportArgumentType]
         self.forecast_output = False
         self._history: tuple[Tensor, float] | None = None
@@ -51,7 +51,7 @@ class FlowMatchAB2Scheduler(FlowMatchEulerDiscreteScheduler):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
-        """One step towards the data.
+        """Step towards the data.
 
         Args:
             model_output: the velocity `noise - data`, (B, C, H, W).

@@ -36,7 +36,7 @@ class FlowMatchSDESchedulerOutput(BaseOutput):
 
 
 def diffusion_rate(sigma: Tensor, form: str, norm: float = 1.0) -> Tensor:
-    """The rate w(sigma) at which noise is added back.
+    """Return the rate w(sigma) at which noise is added back.
 
     Args:
         sigma: noise level in [0, 1], any shape.
@@ -117,7 +117,7 @@ class FlowMatchSDEScheduler(Typed, SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Lay out equal steps from pure noise to `last_step_size`, where the closing step begins.
+        """Set equal steps from pure noise to `last_step_size`, where the closing step begins.
 
         Args:
             num_inference_steps: calls of the model, the closing step included; at least 2.
@@ -136,7 +136,7 @@ class FlowMatchSDEScheduler(Typed, SchedulerMixin, ConfigMixin):
         self._step_index = self._begin_index = None
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
-        """The sample as it is; flows need no scaling."""
+        """Return the sample as it is; flows need no scaling."""
         return sample
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class FlowMatchSDEScheduler(Typed, SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> FlowMatchSDESchedulerOutput | tuple[Tensor, Tensor]:
-        """One step towards the data.
+        """Step towards the data.
 
         Args:
             model_output: (B, C, H, W), the velocity `noise - data`.
@@ -189,13 +189,13 @@ class FlowMatchSDEScheduler(Typed, SchedulerMixin, ConfigMixin):
         return FlowMatchSDESchedulerOutput(*output) if return_dict else output
 
     def _closing_step(self, x: Tensor, velocity: Tensor, drift: Tensor, score: Tensor, sigma: Tensor) -> Tensor:
-        """From `sigma` to no noise at all; all tensors (B, C, H, W)."""
+        """Step from `sigma` to no noise at all; all tensors (B, C, H, W)."""
         if self.config.last_step == "tweedie":
             return (x + sigma**2 * score) / (1 - sigma)
         return x + (drift if self.config.last_step == "mean" else velocity) * self.config.last_step_size
 
     def _index_of(self, timestep: float | Tensor) -> int:
-        """Where `timesteps` holds this value."""
+        """Return where `timesteps` holds this value."""
         found = (self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device)).nonzero()
         if not len(found):
             raise ValueError(f"timestep {float(timestep):g} is not one of scheduler.timesteps; pass one of them")

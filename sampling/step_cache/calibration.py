@@ -51,7 +51,7 @@ class GramObserver(StepCache):
         self._layouts: dict[str, TokenLayout] = {}
 
     def install(self, attachment: Attachment) -> None:
-        """Hook into the region, and note where in their sequence the blocks keep the image."""
+        """Wrap the region, and record which of the blocks' tokens are the image's."""
         super().install(attachment)
         if isinstance(self.region, Output):
             return
@@ -120,7 +120,7 @@ class GramObserver(StepCache):
             AttachError: some step of it was not seen.
         """
         if not self._branches:
-            raise AttachError("no call of the network could be placed in the run, so there is nothing to learn from")
+            raise AttachError("no call of the network could be found in the run, so there is nothing to learn from")
         stacked = {}
         for branch, steps in self._branches.items():
             if len(steps) != self._steps:
@@ -179,8 +179,8 @@ def calibrate_budget(
         The profile; it carries to other prompts, budgets and, in sigma, to other step counts.
 
     Raises:
-        AttachError: calls of the network could not be placed; or the region is "blocks", and the network's blocks or
-            the image's position among their tokens are not known.
+        AttachError: calls of the network could not be found in the run; or the region is "blocks", and the network's
+            blocks or the image's position among their tokens are not known.
         ValueError: no prompts, or an unknown region.
     """
     observer = GramObserver(region)

@@ -60,7 +60,7 @@ class Reuse(Forecaster):
         return 1
 
     def weights(self, anchors: Sequence[Anchor], here: StepContext, memory: dict[str, Any]) -> Weights | None:
-        """Reuse the newest computed step."""
+        """Use the newest computed step again."""
         return (1.0,) if anchors else None
 
 

@@ -126,10 +126,10 @@ class Budget(Gate):
 
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:
-            raise ValueError(f"budget {self.budget} is outside (0, 1]: it is the share of calls that are computed")
+            raise ValueError(f"budget {self.budget} is outside (0, 1]: it is the fraction of calls that are computed")
 
     def computes(self, here: StepContext, memory: Memory, signal: Signal) -> bool:
-        """See `Gate.computes`; memory["sigmas"] holds the noise levels of the run."""
+        """Look this step up in the plan; memory["sigmas"] holds the noise levels of the run."""
         sigmas = memory["sigmas"] or self._guess(here)
         return self.profile.mask(sigmas, self.budget, self.fill, self.guidance)[here.step]
 

@@ -28,19 +28,19 @@ __all__ = ["PRESETS", "StepCache"]  # with all presets in place
 
 @preset
 def budget(budget: float, profile: Profile | str | None, fill: str, guidance: float | None, check: bool) -> StepCache:
-    """The best steps for a share of the calls; the others are what the two before them predict.
+    """Compute the best steps within a budget of calls; forecast the others from the two computed before them.
 
     What is forecast, the network's output or what its blocks add, is what the profile was calibrated for.
 
     Args:
-        budget: largest share of calls that are computed.
+        budget: largest fraction of calls that are computed.
         profile: of the model, or a file of one, see `calibrate_budget`.
         fill: "gram" (least squares by the profile), "newton" (a line in sigma) or "reuse".
         guidance: scale of the runs; None is that of the calibration.
         check: whether to refuse networks that the profile was not measured on.
     """
     if not 0 < budget <= 1:
-        raise ValueError(f"budget {budget} is outside (0, 1]: it is the share of calls that are computed")
+        raise ValueError(f"budget {budget} is outside (0, 1]: it is the fraction of calls that are computed")
     if profile is None:
         raise ValueError(
             "the preset 'budget' needs a profile of the model: calibrate_budget(pipeline, prompts) makes one"
@@ -55,13 +55,13 @@ def budget(budget: float, profile: Profile | str | None, fill: str, guidance: fl
 
 @preset
 def fora(every: int, first: int) -> StepCache:
-    """FORA (arXiv 2407.01425): attention and feed-forward outputs of every `every`-th step, used again."""
+    """Make FORA (arXiv 2407.01425): reuse attention and feed-forward outputs of every `every`-th step."""
     return StepCache(Interval(every, first), Reuse(), Modules())
 
 
 @preset
 def fbcache(threshold: float) -> StepCache:
-    """First-block cache, as in diffusers' `FirstBlockCacheConfig`."""
+    """Make the first-block cache of diffusers' `FirstBlockCacheConfig`."""
     return StepCache(FirstBlock(threshold), Reuse(), Blocks(head=1))
 
 
@@ -75,7 +75,7 @@ def dbcache(
     max_skipped: int | None,
     order: int | None,
 ) -> StepCache:
-    """Dual-block cache, as in cache-dit's `DBCacheConfig`; with an `order`, its TaylorSeer calibrator too.
+    """Make the dual-block cache of cache-dit's `DBCacheConfig`; with an `order`, its TaylorSeer calibrator too.
 
     Args:
         threshold: of the head's movement.
@@ -93,7 +93,7 @@ def dbcache(
 
 @preset
 def teacache(threshold: float, model: str | None, coefficients: tuple[float, ...] | None) -> StepCache:
-    """TeaCache (arXiv 2411.19108).
+    """Make TeaCache (arXiv 2411.19108).
 
     Args:
         threshold: sum of the movements at which a step is computed.
@@ -108,12 +108,12 @@ def teacache(threshold: float, model: str | None, coefficients: tuple[float, ...
 def magcache(
     threshold: float, max_skips: int, retention: float, model: str | None, ratios: tuple[float, ...] | None
 ) -> StepCache:
-    """MagCache, as in diffusers' `MagCacheConfig`.
+    """Make MagCache as in diffusers' `MagCacheConfig`.
 
     Args:
         threshold: sum of the drifts at which a step is computed.
         max_skips: skips in a row.
-        retention: share of the steps at the beginning that are computed.
+        retention: fraction of the steps at the beginning that are computed.
         model: whose published ratios to take, a key of `data/magcache.json`.
         ratios: ratios instead, e.g. `Profile.magnitude_ratios()`.
     """
@@ -123,19 +123,19 @@ def magcache(
 
 @preset
 def easycache(threshold: float, warmup: int) -> StepCache:
-    """EasyCache (arXiv 2507.02860): the difference of output and input is used again."""
+    """Make EasyCache (arXiv 2507.02860): reuse the difference of output and input."""
     return StepCache(InputRate(threshold), Reuse(), Output(minus_input=True), warmup=warmup, tail=1)
 
 
 @preset
 def dicache(threshold: float, depth: int, retention: float) -> StepCache:
-    """DiCache (arXiv 2508.17356): probe the first `depth` blocks, blend the two newest residuals."""
+    """Make DiCache (arXiv 2508.17356): probe the first `depth` blocks, blend the two newest residuals."""
     return StepCache(Probe(threshold), TrajectoryAlignment(), Blocks(head=depth), warmup=retention, tail=1)
 
 
 @preset
 def taylorseer(every: int, first: int, order: int, patterns: tuple[str, ...] | None) -> StepCache:
-    """TaylorSeer, as in diffusers' `TaylorSeerCacheConfig` with explicit modules.
+    """Make TaylorSeer as in diffusers' `TaylorSeerCacheConfig` with explicit modules.
 
     Args:
         every: distance of computed steps.
@@ -149,26 +149,26 @@ def taylorseer(every: int, first: int, order: int, patterns: tuple[str, ...] | N
 
 @preset
 def hicache(every: int, first: int, order: int, damping: float, patterns: tuple[str, ...] | None) -> StepCache:
-    """HiCache (arXiv 2508.16984): as TaylorSeer, with scaled Hermite polynomials."""
+    """Make HiCache (arXiv 2508.16984): as TaylorSeer, with scaled Hermite polynomials."""
     region = Modules(None if patterns is None else tuple(patterns))
     return StepCache(Interval(every, first, offset=first + 1), Taylor(order, damping), region)
 
 
 @preset
 def foca(every: int, first: int) -> StepCache:
-    """FoCa (arXiv 2508.16211): at an interval, anchored two-step forecasts."""
+    """Make FoCa (arXiv 2508.16211): at an interval, anchored two-step forecasts."""
     return StepCache(Interval(every, first, offset=first + 1), FoCa(), Blocks(head=0))
 
 
 @preset
 def speca(base: float, decay: float, shortest: int, longest: int, first: int, order: int) -> StepCache:
-    """SpeCa (arXiv 2509.11628): Taylor forecasts until the last block, which always runs, disagrees."""
+    """Make SpeCa (arXiv 2509.11628): Taylor forecasts until the last block, which always runs, disagrees."""
     gate = Speculative(base, decay, shortest, longest)
     return StepCache(gate, Taylor(order), Blocks(head=0, tail=1, verify=True), warmup=first)
 
 
 def _published(file: str, kind: str, model: str | None, given: tuple[float, ...] | None) -> tuple[float, ...]:
-    """Constants that are given, or those published for a model."""
+    """Return constants that are given, or those published for a model."""
     if given is not None:
         return tuple(given)
     known = data(file)[kind]

@@ -106,7 +106,7 @@ class Profile:
 
         Args:
             sigmas: noise levels of the run, falling, (M,); empty means those of the calibration.
-            budget: largest share of the steps that are computed, in (0, 1]; at least one is.
+            budget: largest fraction of the steps that are computed, in (0, 1]; at least one is.
             fill: what stands in for the others.
             guidance: scale of the run; None is that of the calibration.
 
@@ -117,7 +117,7 @@ class Profile:
             ValueError: the budget is out of range.
         """
         if not 0 < budget <= 1:
-            raise ValueError(f"budget {budget} is outside (0, 1]: it is the share of calls that are computed")
+            raise ValueError(f"budget {budget} is outside (0, 1]: it is the fraction of calls that are computed")
         levels = tuple(sigmas) or self.sigmas
         key = (levels, budget, fill, guidance)
         if key not in self._plans:
@@ -137,7 +137,7 @@ class Profile:
         Args:
             anchors: noise levels of the computed steps, newest first.
             sigma: of the forecast.
-            ridge: added to the diagonal, as a share of its mean.
+            ridge: added to the diagonal, as a fraction of its mean.
 
         Returns:
             One for each anchor, and one more for what enters the region at `sigma` where the profile knows it.

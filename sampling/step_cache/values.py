@@ -51,12 +51,12 @@ def _flatten(part: Any, tensors: list[Tensor]) -> Rebuild:
 
 
 def _by_name(kind: type, values: dict[str, Any]) -> Any:
-    """One of diffusers' outputs of its fields."""
+    """Return one of diffusers' outputs of its fields."""
     return kind(**values)
 
 
 def _with_fields(part: Any, fields: dict[str, Any]) -> Any:
-    """A copy of a dataclass with other values, whatever its constructor takes."""
+    """Return a copy of a dataclass with other values, whatever its constructor takes."""
     other = copy(part)
     vars(other).update(fields)
     return other
@@ -124,12 +124,12 @@ def _sum(tensors: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor
 
 
 def is_alike(one: Values, other: Values) -> bool:
-    """Whether two sets of tensors have the same shapes, dtypes and devices."""
+    """Return whether two sets of tensors have the same shapes, dtypes and devices."""
     return signature(one) == signature(other)
 
 
 def signature(value: Any) -> tuple:
-    """Shapes, dtypes and devices of all tensors in a value, and the switches (booleans) beside them."""
+    """Return shapes, dtypes and devices of all tensors in a value, and its booleans."""
     if isinstance(value, Tensor):
         return (value.shape, value.dtype, value.device)
     if isinstance(value, bool):
@@ -142,5 +142,5 @@ def signature(value: Any) -> tuple:
 
 
 def mean_change(now: Tensor, before: Tensor) -> float:
-    """Mean absolute difference over the mean absolute value of `before`; waits for the device."""
+    """Return mean absolute difference over the mean absolute value of `before`; waits for the device."""
     return ((now - before).abs().mean() / before.abs().mean()).item()

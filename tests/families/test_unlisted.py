@@ -176,7 +176,7 @@ def test_ids_that_are_no_grid_are_refused() -> None:
     with pytest.raises(ValueError, match=r"11 tokens.*not 3 x 4"):
         flux_layout(image_ids(0, 3, 4)[:-1])
     mixed = torch.cat([image_ids(0, 1, 2), image_ids(1, 1, 2), image_ids(0, 1, 2)])
-    with pytest.raises(ValueError, match="several pictures"):
+    with pytest.raises(ValueError, match="several images"):
         flux_layout(mixed)
 
 

@@ -368,7 +368,7 @@ def test_what_is_masked_leaves_no_trace(pipe: NextScaleClassToImagePipeline) -> 
 def test_pictures_of_other_sizes_are_fitted(pipe: NextScaleClassToImagePipeline) -> None:
     out = pipe([1], image=photo().resize((128, 96)), mask_image=half_mask().resize((32, 32)), generator=seeded())
     assert out.images[0].size == (64, 64)
-    with pytest.raises(ValueError, match="3 pictures for 1"):
+    with pytest.raises(ValueError, match="3 images for 1"):
         pipe([1], image=[photo()] * 3, mask_image=half_mask())
-    with pytest.raises(ValueError, match="nothing would be painted"):
+    with pytest.raises(ValueError, match="nothing would be generated"):
         pipe([1], image=photo(), mask_image=Image.new("L", (64, 64)))

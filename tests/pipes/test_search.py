@@ -76,7 +76,7 @@ def test_a_cost_is_met_from_below(counts: tuple[int, ...], cost: float) -> None:
 def test_impossible_searches_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TTSConfig(**arguments).at(3)
-    with pytest.raises(ValueError, match="less than one picture"):
+    with pytest.raises(ValueError, match="less than one image"):
         TTSConfig.for_cost(0.5, VAR)
 
 

@@ -33,7 +33,7 @@ FAMILIES: tuple[Family, ...] = (*IMAGE_FAMILIES, *VIDEO_FAMILIES, *OWN_FAMILIES)
 
 
 def family(name: str) -> Family:
-    """The row of that name.
+    """Return the family of that name.
 
     Args:
         name: e.g. "flux", see `FAMILIES`.
@@ -48,7 +48,7 @@ def family(name: str) -> Family:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The row of a transformer, found by its class or an ancestor's.
+    """Return the family of a transformer, found by its class or an ancestor's.
 
     Args:
         model: the transformer; PEFT, torch.compile and data parallelism around it don't matter.
@@ -64,7 +64,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def call_family_of(model: nn.Module) -> Family:
-    """The row of a transformer as far as its calls go, for what needs to know nothing of its parts.
+    """Return a transformer's family for what needs to know its calls only, not its blocks.
 
     Args:
         model: as for `family_of`.

@@ -58,7 +58,7 @@ def detect(model: nn.Module) -> Family:
 
 
 def detect_inputs(model: nn.Module) -> Family:
-    """Guess what the arguments of a network's calls mean, whatever it is made of.
+    """Guess the meaning of a network's call arguments, whatever it is made of.
 
     Args:
         model: the bare network.
@@ -85,7 +85,7 @@ def detect_inputs(model: nn.Module) -> Family:
 
 
 def _block_lists(paths: list[str]) -> tuple[BlockList, ...]:
-    """The lists in the order of execution: as they were made, blocks of one stream behind those of two.
+    """Return the lists in the order of execution: as they were made, blocks of one stream behind those of two.
 
     Args:
         paths: names in the order in which the network made its parts.
@@ -97,7 +97,7 @@ def _block_lists(paths: list[str]) -> tuple[BlockList, ...]:
 
 
 def _kinds(attention: dict[str, nn.Module], takes: object) -> dict[str, Kind]:
-    """Patterns of the layers' names with their kinds; "unknown" where a text may or may not be in the sequence."""
+    """Return the layer name patterns with their kinds; "unknown" where a text may or may not be in the sequence."""
     has_cross = any(_is_cross(module) for module in attention.values())
     plain: Kind = "self" if has_cross or "encoder_hidden_states" not in takes else "unknown"  # pyright: ignore
     kinds: dict[str, Kind] = {}
@@ -109,7 +109,7 @@ def _kinds(attention: dict[str, nn.Module], takes: object) -> dict[str, Kind]:
 
 
 def _is_cross(module: nn.Module) -> bool:
-    """Whether keys come from elsewhere: said by the layer, or told by the widths of its projections."""
+    """Return whether keys come from elsewhere: said by the layer, or told by the widths of its projections."""
     said = getattr(module, "is_cross_attention", None)
     if said is not None:
         return bool(said)

@@ -124,7 +124,7 @@ class _Change:
         self.rows.copy_(self.function(self.original))
 
     def stands(self) -> bool:
-        """Whether the part is as `make` left it, moved and converted perhaps."""
+        """Return whether the part is as `make` left it, moved and converted perhaps."""
         rows = self.rows
         return torch.allclose(rows, self.function(self.original).to(rows), rtol=0, atol=0, equal_nan=True)
 
@@ -205,15 +205,15 @@ def _resolve(fold: Fold, block: str, modules: Mapping[str, nn.Module]) -> Folded
 
 
 def _like(scale: Tensor, rows: Tensor) -> Tensor:
-    """The scale (width,) as it broadcasts over the rows (width, ...)."""
+    """Return the scale (width,) as it broadcasts over the rows (width, ...)."""
     return scale.to(rows).reshape(-1, *[1] * (rows.ndim - 1))  # (width, 1, ...)
 
 
 def _divide(scale: Tensor, one: float, rows: Tensor) -> Tensor:
-    """Rows (width, ...) that give an output over the scale (width,)."""
+    """Return rows (width, ...) that give an output over the scale (width,)."""
     return (rows + one) / _like(scale, rows) - one
 
 
 def _multiply(scale: Tensor, weight: Tensor) -> Tensor:
-    """A weight (out, width) that takes an input over the scale (width,)."""
+    """Return a weight (out, width) that takes an input over the scale (width,)."""
     return weight * scale.to(weight)

@@ -15,7 +15,7 @@ Patch = tuple[int, int, int]
 def patched(
     text: TextPosition, *, channels_last_axis: int = 1, size: str = "patch_size", size_t: str | None = None
 ) -> Any:
-    """Layouts of networks that cut (B, C, H, W) or (B, C, T, H, W) latents into patches.
+    """Make the layout of a network that cuts (B, C, H, W) or (B, C, T, H, W) latents into patches.
 
     Args:
         text: where the text stands.
@@ -37,7 +37,7 @@ def patched(
 
 
 def patch_of(config: Any, size: str = "patch_size", size_t: str | None = None) -> Patch:
-    """(frames, rows, columns) of a patch in latent pixels."""
+    """Return (frames, rows, columns) of a patch in latent pixels."""
     side = config[size]
     if isinstance(side, int):
         return ((config.get(size_t) if size_t else None) or 1, side, side)
@@ -45,13 +45,13 @@ def patch_of(config: Any, size: str = "patch_size", size_t: str | None = None) -
 
 
 def text_length(inputs: Inputs, *names: str) -> int:
-    """Length L of the text states (B, L, Dt); the sum where there are several."""
+    """Return length L of the text states (B, L, Dt); the sum where there are several."""
     states = [inputs.get(name) for name in names or ("encoder_hidden_states",)]
     return sum(state.shape[1] for state in states if state is not None)
 
 
 def position_ids(model: nn.Module, inputs: Inputs) -> TokenLayout:
-    """Packed latents (B, N, C) whose places are told by `img_ids` (N, 3 or 4) with columns (image, row, column).
+    """Read packed latents (B, N, C) with positions `img_ids` (N, 3 or 4), whose columns are (image, row, column).
 
     The first image is the one being generated; more of them are references.
     """
@@ -59,15 +59,15 @@ def position_ids(model: nn.Module, inputs: Inputs) -> TokenLayout:
     ids = ids[0] if ids.ndim == 3 else ids  # (N, A)
     own = int((ids[:, 0] == ids[0, 0]).sum())
     if own < len(ids) and bool((ids[:own, 0] != ids[0, 0]).any()):
-        raise ValueError("img_ids mixes the tokens of several pictures: expected one picture after another")
+        raise ValueError("img_ids mixes the tokens of several images: expected one image after another")
     rows, columns = (int(axis.max() - axis.min()) + 1 for axis in (ids[:own, 1], ids[:own, 2]))
     if rows * columns != own:
-        raise ValueError(f"img_ids has {own} tokens for the picture, which is not {rows} x {columns}")
+        raise ValueError(f"img_ids has {own} tokens for the image, which is not {rows} x {columns}")
     return TokenLayout((1, rows, columns), text_length(inputs), "before", len(ids) - own)
 
 
 def shape_lists(model: nn.Module, inputs: Inputs) -> TokenLayout:
-    """Packed latents whose shapes are told by `img_shapes`, a list of (frames, rows, columns) for each sample."""
+    """Read packed latents with `img_shapes`, a list of (frames, rows, columns) for each sample."""
     shapes = inputs["img_shapes"][0]
     shapes = shapes if isinstance(shapes, list) else [shapes]
     frames, rows, columns = (int(side) for side in shapes[0])
@@ -76,7 +76,7 @@ def shape_lists(model: nn.Module, inputs: Inputs) -> TokenLayout:
 
 
 def said_sizes(model: nn.Module, inputs: Inputs) -> TokenLayout:
-    """Packed latents (B, N, C) whose grid is told by `num_frames`, `height` and `width`; text is separate.
+    """Read packed latents (B, N, C) with arguments `num_frames`, `height` and `width`; text is separate.
 
     With `video_coords` instead, (B, 3, N), the grid is counted from the coordinates.
     """
@@ -95,7 +95,7 @@ def said_sizes(model: nn.Module, inputs: Inputs) -> TokenLayout:
 
 
 def masked_text_first(model: nn.Module, inputs: Inputs) -> TokenLayout:
-    """Latents (B, C, H, W); each sample's text stands before its image without its padding."""
+    """Read latents (B, C, H, W); each sample's text comes before its image, without padding."""
     patch = patch_of(model.config)
     rows, columns = (side // patch[1] for side in inputs["hidden_states"].shape[-2:])
     lengths = tuple(int(length) for length in inputs["encoder_attention_mask"].sum(dim=1))
@@ -103,7 +103,7 @@ def masked_text_first(model: nn.Module, inputs: Inputs) -> TokenLayout:
 
 
 def masked_text_last(model: nn.Module, inputs: Inputs) -> TokenLayout:
-    """Latents (B, C, T, H, W); text stands behind the image, and padding takes no part in attention."""
+    """Read latents (B, C, T, H, W); text comes after the image, and padding is masked."""
     patch = patch_of(model.config)
     frames, height, width = inputs["hidden_states"].shape[2:]
     lengths = tuple(int(length) for length in inputs["encoder_attention_mask"].sum(dim=1))
@@ -111,10 +111,10 @@ def masked_text_last(model: nn.Module, inputs: Inputs) -> TokenLayout:
 
 
 def padded_lists(model: nn.Module, inputs: Inputs) -> TokenLayout:
-    """Lists of latents (C, T, H, W) and texts (L, Dt), each padded to a multiple of 32 tokens, images first."""
+    """Read lists of latents (C, T, H, W) and texts (L, Dt), each padded to a multiple of 32 tokens, images first."""
     images, texts = inputs["x"], inputs["cap_feats"]
     if isinstance(images[0], list):
-        raise ValueError("several pictures in one sample (omni mode) have no single token grid")
+        raise ValueError("several images in one sample (omni mode) have no single token grid")
     side, depth = inputs["patch_size"], inputs["f_patch_size"]
     _, frames, height, width = images[0].shape
     grid = (frames // depth, height // side, width // side)
@@ -124,7 +124,7 @@ def padded_lists(model: nn.Module, inputs: Inputs) -> TokenLayout:
 
 
 def two_texts(model: nn.Module, inputs: Inputs) -> TokenLayout:
-    """Latents (B, C, H, W); the keys of cross-attention are the states of two text encoders."""
+    """Read latents (B, C, H, W); the keys of cross-attention are the states of two text encoders."""
     patch = patch_of(model.config)
     rows, columns = (side // patch[1] for side in inputs["hidden_states"].shape[-2:])
     length = text_length(inputs, "encoder_hidden_states", "encoder_hidden_states_t5")

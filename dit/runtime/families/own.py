@@ -16,7 +16,7 @@ from dit.runtime.families.schema import (
 
 
 def _class_timestep(config: Any) -> TimestepScale:
-    """A network that predicts a velocity counts its time from noise (0) to data (1)."""
+    """Return the timestep scale: a network that predicts a velocity counts its time from noise (0) to data (1)."""
     return TimestepScale(-1 / 1000, 1.0) if config.objective == "velocity" else TimestepScale()
 
 

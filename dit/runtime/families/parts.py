@@ -5,17 +5,17 @@ from dit.runtime.families.schema import AttentionPattern
 
 
 def qkv(attention: str) -> tuple[str, ...]:
-    """Projections of the image's queries, keys and values."""
+    """Return projections of the image's queries, keys and values."""
     return tuple(f"{attention}.to_{letter}" for letter in "qkv")
 
 
 def added_qkv(attention: str) -> tuple[str, ...]:
-    """Projections of the text's queries, keys and values in a joint attention."""
+    """Return projections of the text's queries, keys and values in a joint attention."""
     return tuple(f"{attention}.add_{letter}_proj" for letter in "qkv")
 
 
 def self_and_cross(blocks: str) -> tuple[AttentionPattern, ...]:
-    """Attention of blocks whose text is apart: `attn1` of the image among itself, `attn2` of the image at text."""
+    """Describe blocks with separate text: `attn1` is self-attention of the image, `attn2` attends to the text."""
     return (
         AttentionPattern(rf"{blocks}\.\d+\.attn1", "self"),
         AttentionPattern(rf"{blocks}\.\d+\.attn2", "cross"),
@@ -23,12 +23,12 @@ def self_and_cross(blocks: str) -> tuple[AttentionPattern, ...]:
 
 
 def modulated(name: str, shift: int, scale: int, count: int) -> tuple[Scaled, Scaled]:
-    """Producers of `norm(x) * (1 + scale) + shift`, both parts of the output of the linear layer `name`."""
+    """Return producers of `norm(x) * (1 + scale) + shift`, both parts of the output of the linear layer `name`."""
     return Scaled(name, (shift, count)), Scaled(name, (scale, count), plus_one=True)
 
 
 def adaln_zero(name: str, projections: tuple[str, ...], feed_forward: str, count: int = 6) -> tuple[Fold, Fold]:
-    """Folds of a block as DiT's (arXiv 2212.09748): `name` says shift, scale and gate of attention, then of MLP.
+    """Return the folds of a DiT block (arXiv 2212.09748): `name` makes shift, scale, gate of attention, then of MLP.
 
     Args:
         name: the linear layer that makes them from the timestep.
@@ -43,7 +43,7 @@ def adaln_zero(name: str, projections: tuple[str, ...], feed_forward: str, count
 
 
 def value(attention: str, added: bool = False) -> Fold:
-    """Values and the projection behind the attention: attention mixes tokens, never channels."""
+    """Return values and the projection behind the attention: attention mixes tokens, never channels."""
     if added:
         producers = (Scaled(f"{attention}.to_v"), Scaled(f"{attention}.add_v_proj"))
         return Fold(producers, (f"{attention}.to_out.0", f"{attention}.to_add_out"))

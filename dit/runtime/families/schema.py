@@ -34,11 +34,11 @@ class TimestepScale:
     offset: float = 0.0
 
     def received(self, timestep: float) -> float:
-        """The transformer's value for a scheduler's timestep."""
+        """Return the transformer's value for a scheduler's timestep."""
         return self.offset + self.factor * timestep
 
     def scheduler_timestep(self, received: Tensor) -> Tensor:
-        """The scheduler's timestep for what a transformer received, float32."""
+        """Return the scheduler's timestep for what a transformer received, float32."""
         return (received.float() - self.offset) / self.factor
 
 
@@ -47,11 +47,11 @@ class TrigFlowScale(TimestepScale):
     """Timesteps are angles in [0, pi/2] and the transformer receives sin / (sin + cos) (arXiv 2503.09641)."""
 
     def received(self, timestep: float) -> float:
-        """The transformer's value for a scheduler's angle."""
+        """Return the transformer's value for a scheduler's angle."""
         return math.sin(timestep) / (math.sin(timestep) + math.cos(timestep))
 
     def scheduler_timestep(self, received: Tensor) -> Tensor:
-        """The scheduler's angle for what a transformer received, float32."""
+        """Return the scheduler's angle for what a transformer received, float32."""
         return torch.atan2(received.float(), 1.0 - received.float())
 
 
@@ -182,7 +182,7 @@ class Family:
     # ---------------------------------------------------------------- pipelines
 
     def pipeline(self, pipeline: object | str | None = None) -> PipelineRow | None:
-        """The row of a pipeline.
+        """Return the row of a pipeline.
 
         Args:
             pipeline: an instance, a class name, or None for the family's usual one.
@@ -197,7 +197,7 @@ class Family:
         return next((rows[name] for name in names if name in rows), None)
 
     def branches(self, pipeline: object | str | None = None) -> BranchLayout | None:
-        """How a pipeline guides; None if it is not listed."""
+        """Return how a pipeline guides; None if it is not listed."""
         row = self.pipeline(pipeline)
         return row.branches if row else None
 
@@ -223,7 +223,7 @@ class Family:
         return {**named, **named.pop(rest, {})}
 
     def token_grid(self, model: nn.Module, inputs: Inputs) -> TokenLayout:
-        """The tokens of a call.
+        """Return the tokens of a call.
 
         Args:
             model: the transformer, wrapped or not.
@@ -235,7 +235,7 @@ class Family:
         return self.layout(unwrap(model), inputs)
 
     def latents(self, inputs: Inputs) -> Tensor:
-        """The noisy latents of a call, batch first; lists of samples are stacked.
+        """Return the noisy latents of a call, batch first; lists of samples are stacked.
 
         Raises:
             ValueError: the call has none by the name that the row knows.
@@ -249,7 +249,7 @@ class Family:
         return torch.stack(list(latents)) if isinstance(latents, list | tuple) else latents
 
     def timestep_scale(self, model: nn.Module, pipeline: object | str | None = None) -> TimestepScale | None:
-        """What the transformer receives for a scheduler's timestep.
+        """Return what the transformer receives for a scheduler's timestep.
 
         Args:
             model: the transformer, wrapped or not.
@@ -266,7 +266,7 @@ class Family:
         return self.timestep(unwrap(model).config)
 
     def received_timestep(self, inputs: Inputs) -> Any:
-        """The timestep that a call hands the network; None if it hands none.
+        """Return the timestep that a call hands the network; None if it hands none.
 
         A row that was guessed looks for other names too where the usual one is not given.
 
@@ -282,7 +282,7 @@ class Family:
     def scheduler_timestep(
         self, model: nn.Module, inputs: Inputs, pipeline: object | str | None = None
     ) -> Tensor | None:
-        """The scheduler's timestep of a call, (), float32; None if the scale is not known.
+        """Return the scheduler's timestep of a call, (), float32; None if the scale is not known.
 
         Where tokens have timesteps of their own (clips that continue a clean first frame), it is the largest.
         """
@@ -294,7 +294,7 @@ class Family:
     # ------------------------------------------------------------------ modules
 
     def blocks(self, model: nn.Module, refiners: bool = True) -> list[tuple[str, nn.Module]]:
-        """The blocks in the order of execution, with their normalised names.
+        """Return the blocks in the order of execution, with their normalised names.
 
         Args:
             model: the transformer, wrapped or not.
@@ -308,7 +308,7 @@ class Family:
         return [block for entries in named for block in entries]
 
     def attention_layers(self, model: nn.Module) -> list[AttentionLayer]:
-        """All attention layers of the blocks in the order of execution.
+        """Return all attention layers of the blocks in the order of execution.
 
         Args:
             model: the transformer, wrapped or not.
@@ -322,20 +322,20 @@ class Family:
         return layers
 
     def attention_pattern(self, name: str) -> AttentionPattern | None:
-        """The pattern that a normalised name matches, or None."""
+        """Return the pattern that a normalised name matches, or None."""
         return next((entry for entry in self.attention if re.fullmatch(entry.pattern, name)), None)
 
     def skips(self, name: str) -> bool:
-        """Whether the module of a normalised name should keep its precision."""
+        """Return whether the module of a normalised name should keep its precision."""
         return any(re.match(rf"(?:{pattern})(?:\.|$)", name) for pattern in self.skip)
 
     def folds(self, model: nn.Module) -> list[FoldedGroup]:
-        """The foldings that this model has, see `FoldedGroup`."""
+        """Return the foldings that this model has, see `FoldedGroup`."""
         blocks = [name for name, _ in self.blocks(model)]
         return resolve_folds(self.fold, blocks, dict(named_layers(unwrap(model))))
 
     def lora_target_names(self, model: nn.Module) -> list[str]:
-        """Normalised names of the linear layers that LoRAs usually adapt."""
+        """Return the normalised names of the linear layers that LoRAs usually adapt."""
         return [
             name
             for name, module in named_layers(unwrap(model))
@@ -346,12 +346,12 @@ class Family:
     # --------------------------------------------------------------------- tests
 
     def transformer_class(self) -> type[nn.Module]:
-        """The class of the network."""
+        """Return the class of the network."""
         return getattr(import_module(self.package), self.transformer)
 
 
 def _entries(path: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of the list at `path`, with their names."""
+    """Return the blocks of the list at `path`, with their names."""
     pattern = re.compile(re.escape(path) + r"\.\d+")
     return ((name, module) for name, module in modules.items() if pattern.fullmatch(name))
 

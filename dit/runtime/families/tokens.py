@@ -53,7 +53,7 @@ class TokenLayout:
         return self.num_tokens + self.extra + (self.text_length if self.in_sequence else 0)
 
     def image_slice(self, sample: int = 0) -> slice:
-        """Where the grid stands in the sequence.
+        """Return where the grid stands in the sequence.
 
         Args:
             sample: index in the batch; matters only where the samples' texts differ in length and stand before.
@@ -62,7 +62,7 @@ class TokenLayout:
         return slice(start, start + self.num_tokens)
 
     def text_slice(self, sample: int = 0) -> slice:
-        """Where the text stands in the sequence; empty if it is not in it.
+        """Return where the text stands in the sequence; empty if it is not in it.
 
         Args:
             sample: index in the batch.
@@ -73,7 +73,7 @@ class TokenLayout:
         return slice(start, start + self._text_of(sample))
 
     def lengths(self, kind: Kind, axes: Axes = "thw", sample: int | None = None) -> tuple[int, int]:
-        """Number of queries and of keys in an attention layer of this kind.
+        """Return number of queries and of keys in an attention layer of this kind.
 
         Args:
             kind: who looks at whom.

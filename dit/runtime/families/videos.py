@@ -75,7 +75,7 @@ HUNYUAN_VIDEO = Family(
 
 
 def _two_streams(norm: str) -> tuple[Scaled, ...]:
-    """One affine norm serves image and text; to each is added a shift of its own."""
+    """Describe blocks in which one affine norm serves image and text, each with a shift of its own."""
     return Scaled(f"{norm}.norm"), Scaled(f"{norm}.linear", (0, 6)), Scaled(f"{norm}.linear", (3, 6))
 
 
