@@ -284,7 +284,7 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
         for name, part in (("image", pixels), ("mask_image", mask)):
             if len(part) not in (1, task.count):
                 raise ValueError(
-                    f"{name} holds {len(part)} images for {task.count} outputs: pass one, or one per output."
+                    f"{name} holds {len(part)} images for {task.count} images: pass one, or one per image."
                 )
         device = self._execution_device
         pixels = pixels.expand(task.count, -1, -1, -1).to(device)  # (B, 3, H, W)
