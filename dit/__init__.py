@@ -1,4 +1,4 @@
-"""Networks and what happens inside one forward pass.
+"""Networks: what happens inside one forward pass.
 
 Shape letters, used in every comment of this project:
 

@@ -1,4 +1,4 @@
-"""The API that a diffusers user already knows: pipelines with the standard call, and `load_pipeline`.
+"""Pipelines with the standard call of diffusers, and `load_pipeline`.
 
 Names are imported on first use, so that `import pipelines` costs nothing.
 

@@ -1,4 +1,4 @@
-"""What all pipelines share: safe loading, size checks, per-image noise, previews, interruption, callbacks.
+"""Base of all pipelines: safe loading, size checks, per-image noise, previews, interruption, callbacks.
 
 diffusers writes the module path of every component into `model_index.json` and, on loading, looks that path
 up among the modules that happen to be imported. `TesseraPipeline` closes the gap: it imports our component modules

@@ -1,4 +1,4 @@
-"""Arguments that the calls of one pipeline take where the caller names none."""
+"""Default call arguments of one pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class label to image with DiT (diffusion) or SiT (flow): the call of diffusers' DiTPipeline, and more of it."""
+"""Class label to image with DiT (diffusion) or SiT (flow), with the call of diffusers' DiTPipeline."""
 
 from __future__ import annotations
 

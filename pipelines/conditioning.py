@@ -1,4 +1,4 @@
-"""From prompts to text tokens: shared by all pipelines with a text encoder."""
+"""Prompts to text states: shared by all pipelines with a text encoder."""
 
 from __future__ import annotations
 

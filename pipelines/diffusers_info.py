@@ -1,4 +1,4 @@
-"""What a pipeline of diffusers is and can do, found out from its call, its components and their configurations.
+"""`PipelineInfo` of diffusers' pipelines, derived from their call, components and configurations.
 
 diffusers' pipelines declare nothing about themselves, so everything here is read off names that they have in common.
 It is the only place that does so: whoever needs to know something of a pipeline asks `pipelines.inspection.info_of`.

@@ -1,4 +1,4 @@
-"""A short hash of a pipeline's networks: two pipelines that differ in a weight generate other images."""
+"""Short hash of a pipeline's weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pipeline is and can do, as one record: our pipelines declare it, adapters read it off those of diffusers.
+"""PipelineInfo: what a pipeline is and can do. Ours declare it; `diffusers_info` derives it for diffusers'.
 
 Nothing here imports diffusers: a record can be made, stored and read where none is installed.
 """

@@ -1,4 +1,4 @@
-"""Inpainting without training: what is kept is put back, noised, after every step, and exactly at the end.
+"""Inpainting without training: the kept part is noised and blended in after every step, and restored at the end.
 
 After each step of a flow the latents outside the mask are replaced by `(1 - sigma) * data + sigma * noise` of the
 original, with one noise for the whole run, so that the network always sees the kept part as it would be at that noise

@@ -1,4 +1,4 @@
-"""Ask a pipeline, whatever its kind, what it is and what it can do."""
+"""`info_of`: the `PipelineInfo` of any pipeline."""
 
 from __future__ import annotations
 

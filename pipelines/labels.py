@@ -1,4 +1,4 @@
-"""Class labels as people give them: numbers or names."""
+"""Class labels given as numbers or names."""
 
 from __future__ import annotations
 

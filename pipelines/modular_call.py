@@ -1,4 +1,4 @@
-"""Call a modular pipeline of diffusers like any other: with a step callback, an interrupt and an early end.
+"""Standard call for modular pipelines of diffusers: step callback, interrupt, early end.
 
 A modular pipeline is a tree of blocks that hand a state on. It takes no callback and can't be stopped, so the blocks
 are run here one after another, on a copy of the tree whose loops report their steps.

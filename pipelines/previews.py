@@ -1,4 +1,4 @@
-"""Images of unfinished latents, for every pipeline, in a small part of the time of a denoising step.
+"""Previews of unfinished latents for every pipeline, at a fraction of the time of a denoising step.
 
 diffusers' pipelines hand their latents to step callbacks in several forms: as a grid, as a clip with the frames before
 or after the channels, or packed into a sequence of tokens. All become a grid here, which a linear map

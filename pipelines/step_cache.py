@@ -1,4 +1,4 @@
-"""Step caches by one line of text, as commands and web pages take them: `budget=0.35`, `fbcache:threshold=0.1`.
+"""Parse step caches given as text, e.g. `budget=0.35` or `fbcache:threshold=0.1`.
 
 A built-in model has its profile beside its weights; of any other a profile is calibrated once and kept in a file.
 """

@@ -1,4 +1,4 @@
-"""Text to image by flow matching: prompts in, images out, with the call that diffusers users know."""
+"""Text to image by flow matching, with the call of diffusers' pipelines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which words of a prompt a model was never trained on.
+"""Find words of a prompt that a model was never trained on.
 
 A model with a small vocabulary has a `words.txt` beside its `model_index.json`: all words of its training captions,
 one a line, in lower case. A prompt with other words still gives an image, which is why they are reported.

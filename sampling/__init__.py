@@ -1,4 +1,4 @@
-"""What happens across steps or scales: schedulers, guidance, objectives.
+"""Sampling across steps or scales: schedulers, guidance, objectives.
 
 A network answers one call; everything that decides which calls are made, with which noise level, and what is
 done with their answers lives here. Imports `dit`, never `pipelines` or `apps`.

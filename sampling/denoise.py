@@ -30,14 +30,14 @@ class CachedNetwork(Protocol):
 
 
 class RunControl(Protocol):
-    """Who watches a run and may end it; our pipelines do."""
+    """Observes a run and may end it; our pipelines do."""
 
     def begin_step(self, timestep: Tensor) -> bool:
-        """Take note of the timestep; return False to stop before it."""
+        """Record the timestep; return False to stop before it."""
         ...
 
     def end_step(self, step: int, timestep: Tensor, state: State) -> State:
-        """Call back after a step; return the state to go on with."""
+        """Call back after a step; return the state to continue with."""
         ...
 
     @property
@@ -58,7 +58,7 @@ class Denoiser:
         guides: noise level sigma -> whether this step needs both branches.
         to_scheduler: prediction -> what the scheduler's step takes.
         estimate: `(scheduler output, prediction, latents, timestep)` -> the present estimate of the finished latents.
-        restore: `(latents, sigma)` -> the latents with what inpainting keeps put back at that noise level; None keeps
+        restore: `(latents, sigma)` -> the latents with what inpainting keeps blended in at that noise level; None keeps
             nothing.
     """
 
@@ -86,7 +86,7 @@ def denoise(
         timesteps: (S,), the scheduler's last ones.
         scheduler: of diffusers or ours, with its timesteps set.
         model: predicts.
-        control: hears of every step and may end the run.
+        control: is called at every step and may end the run.
         step_arguments: of the scheduler's step, such as a generator.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Models distilled to a few steps: which scheduler, timesteps and guidance belong to a LoRA, as data.
+"""Presets of few-step LoRAs: their scheduler, timesteps and guidance, as data.
 
 Step caches have nothing to give there (each step differs much from the last), so these presets go without.
 """

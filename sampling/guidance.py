@@ -1,4 +1,4 @@
-"""Guidance: how a conditional and an unconditional prediction become one. Pure functions on tensors."""
+"""Classifier-free guidance and its variants. Pure functions on tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guidance on fewer calls: only at noise levels where it helps, and with an old difference between the branches.
+"""Guidance with fewer calls: only in an interval of noise levels, and with a cached difference between the branches.
 
 Works on any pipeline, diffusers' too, without changing it: where the unconditional call can be left out, the network's
 answer for it is made of the conditional one. Guidance with `uncond = cond + d` gives `cond - (scale - 1) d`, so a
@@ -26,13 +26,13 @@ from sampling.step_tracker import TrackedAttachment
 
 
 class CachedGuidance(Mechanism):
-    """Leaves unconditional calls out: outside an interval of noise levels, and between refreshed differences.
+    """Skip unconditional calls outside an interval of noise levels, and forecast them in between.
 
     Args:
         interval: lowest and highest sigma with guidance (arXiv 2404.07724; REPA's SiT uses (0, 0.7) of flow time);
             None is everywhere. In sigma it means the same for every step count and shift.
         every: within the interval the unconditional branch is computed at every `every`-th step.
-        forecaster: what stands in for the difference of the branches in between.
+        forecaster: how the difference of the branches is forecast in between.
 
     Raises:
         ValueError: the interval is empty, or `every` below 1.

@@ -1,8 +1,8 @@
-"""Search at sampling time: generate several candidates, score them while they are coarse, and go on with the best.
+"""Inference-time search: generate several candidates, score them while coarse, continue with the best.
 
-TTS-VAR (arXiv 2507.18537): many candidates through the cheap coarse scales, fewer and fewer through the dear fine ones.
-Early, when structure is fixed but a reward says little, candidates are clustered by what they look like and one of each
-cluster goes on; later they are resampled in proportion to exp(strength x reward). Best-of-N generates all to the end,
+TTS-VAR (arXiv 2507.18537): many candidates through the cheap coarse scales, fewer and fewer through the expensive fine
+ones. Early, when structure is fixed but rewards are not reliable, candidates are clustered by appearance and one per
+cluster continues; later they are resampled in proportion to exp(strength x reward). Best-of-N generates all to the end,
 beam search keeps the best few and branches them.
 
 We select before a scale runs, so a schedule says how many candidates each scale really costs. The released code selects
@@ -109,10 +109,12 @@ class TTSConfig:
         if settings.get("method") == "best_of":
             return cls(batch_sizes=int(cost), **settings)
         if len(token_counts) > 2 and token_counts[-2] > sum(token_counts[:-2]):
+            # the last two scales dominate the cost
             sizes = sizes_for_large_last_scales(cost, token_counts)
             drops = tuple(scale for scale in range(1, len(sizes)) if sizes[scale] < sizes[scale - 1])
             steep: dict[str, Any] = {"batch_sizes": sizes, "cluster_scales": (), "resample_scales": drops}
             return cls(**{**steep, "replacement": False, **settings})
+        # scale the published schedule until the cost is reached
         pattern = stretch(len(token_counts)).batch_sizes
         fitting = (1,) * len(pattern)
         for whole in (True, False):  # all scales first; what is left then goes to those where candidates are chosen
@@ -296,8 +298,10 @@ class ScaleSearch:
         is_cluster = scale in self.schedule.cluster
         if not is_cluster and scale not in self.schedule.resample:
             return
+        # decode what is there
         wanted = self.schedule.batch_sizes[scale]
         images, rewards = self.show(state.latents), None
+        # choose rows: medoids of clusters, or by reward
         if is_cluster:
             kind, features = "cluster", self.config.features or downsampled_pixels
             rows = medoids(features(images).float().cpu(), wanted)  # (B',)
@@ -306,6 +310,7 @@ class ScaleSearch:
             kind = "beam" if self.config.method == "beam" else "resample"
             rows = self._branch(rewards, wanted) if kind == "beam" else self._draw(rewards, wanted)  # (B',)
             self._history = torch.cat([self._history, rewards[:, None]], dim=1)  # (B, looks)
+        # reorder everything that is kept of the candidates
         self._history = self._history[rows]
         self.selections.append(Selection(scale, kind, images.cpu(), rewards, rows))
         state.select(rows)
@@ -400,12 +405,14 @@ def medoids(vectors: Tensor, count: int, rounds: int = 50) -> Tensor:
     Returns:
         Rising indices, (count,), all different.
     """
+    # initial centres: the most central vector, then always the farthest one
     chosen = [int((vectors - vectors.mean(0)).square().sum(1).argmin())]
     while len(chosen) < count:
         nearest = torch.cdist(vectors, vectors[chosen]).amin(1)  # (B,)
         nearest[chosen] = -1.0
         chosen.append(int(nearest.argmax()))
     centres = vectors[chosen].clone()  # (count, F)
+    # Lloyd iterations
     for _ in range(rounds):
         owner = torch.cdist(vectors, centres).argmin(1)  # (B,)
         members = [vectors[owner == cluster] for cluster in range(count)]
@@ -413,6 +420,7 @@ def medoids(vectors: Tensor, count: int, rounds: int = 50) -> Tensor:
         if torch.equal(moved, centres):
             break
         centres = moved
+    # nearest member of each centre, each taken once
     distances, found = torch.cdist(vectors, centres), []  # (B, count)
     for cluster in range(count):
         near = distances[:, cluster].clone()

@@ -1,7 +1,7 @@
-"""The next-scale loop: predict all tokens of a scale, sample them, add them up, and go on with the larger scale.
+"""The next-scale loop: predict all tokens of a scale, sample them, add them up, and continue with the larger scale.
 
 `generate` is what class and text pipelines share. Search, accelerations and editing reach in between two scales: they
-choose rows, drop guidance, hand over to another network, or overrule tokens.
+select rows, drop guidance, switch to another network, or override tokens.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Sample = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """From a scale's (guided) logits (B, N, V) to its indices (B, N, ...) and to what the tokenizer adds up."""
 
 TokenOverride = Callable[[Tensor, int], Tensor]
-"""Changes a scale's tokens after they were drawn."""
+"""Changes a scale's tokens after they were sampled."""
 
 
 class ScaleControl(Protocol):
-    """Who watches a run and may end it; our pipelines do."""
+    """Observes a run and may end it; our pipelines do."""
 
     def begin_scale(self, state: ScaleState, scale: int) -> bool:
         """Prepare a scale: choose rows, drop guidance; return False to stop before it."""
@@ -59,7 +59,7 @@ def generate(state: ScaleState, num_scales: int, control: ScaleControl) -> None:
     Args:
         state: the state of the run; its latents end as the images' latents (B, C, h, w).
         num_scales: scales to run, from the first.
-        control: hears of every scale and may end the run.
+        control: is called at every scale and may end the run.
     """
     for scale in range(num_scales):
         if not control.begin_scale(state, scale):
@@ -105,7 +105,7 @@ class ScaleState:
         num_scales: scales of the schedule S.
         grids: schedule for tokenizers that take it at each call, else None.
         step_arguments: further arguments of `transformer.step`.
-        token_override: changes drawn tokens, or None.
+        token_override: changes sampled tokens, or None.
 
     Attributes:
         run: number of the run, see `StepContext`.
@@ -155,7 +155,7 @@ class ScaleState:
             self.guided = False
 
     def switch_model(self, transformer: Any, condition: Any, cache: Any) -> None:
-        """Go on with another network, which first reads the scales generated so far into its own cache.
+        """Continue with another network, which first reads the scales generated so far into its own cache.
 
         Args:
             transformer: the other network, of the same schedule and tokenizer.

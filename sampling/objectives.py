@@ -1,4 +1,4 @@
-"""What training minimises. Pure functions on tensors; random numbers come from a generator that the caller seeds.
+"""Training objectives. Pure functions on tensors; random numbers come from a generator that the caller seeds.
 
 Flow matching with straight paths (rectified flow, arXiv 2209.03003; flow matching, arXiv 2210.02747): sigma 0 is
 data, sigma 1 is noise, and networks predict the velocity `noise - data`, as diffusers' FlowMatchEulerDiscreteScheduler

@@ -1,6 +1,6 @@
-"""One calibration pass for all engines: generate prompts, and let any number of observers watch.
+"""One calibration pass for any number of observers.
 
-An observer is a mechanism that changes nothing. It hooks where it likes, finds the step and branch in
+An observer is a mechanism that changes nothing. It sets its hooks, finds the step and branch in
 `current_step()`, and folds what it sees into its statistics as it comes, so the pass needs no more memory for
 a thousand prompts than for one.
 """
@@ -63,7 +63,7 @@ def observe(
     kind: str = "observation",
     **call_kwargs: Any,
 ) -> Observation:
-    """Generate each prompt once under the eyes of the observers, then detach them all.
+    """Generate each prompt once with all observers attached, then detach them.
 
     Prompt i is generated with the seed `seed + i`. Images are not decoded where the pipeline can leave that out.
 
@@ -94,7 +94,7 @@ def observe(
         watching = [stack.enter_context(observer.attach(pipeline)) for observer in (grid, *observers)]
         for index, prompt in enumerate(prompts):
             _notify(observers, "begin", prompt)
-            _paint(pipeline, prompt, seed + index, call_kwargs)
+            _generate(pipeline, prompt, seed + index, call_kwargs)
             _notify(observers, "end", prompt)
         reports = {one.mechanism.name: one.report() for one in watching[1:]}
         found = tracker.report()
@@ -125,7 +125,7 @@ class _Grid(Mechanism):
             attachment.skip(str(error))
 
 
-def _paint(pipeline: Any, prompt: Any, seed: int, given: Mapping[str, Any]) -> None:
+def _generate(pipeline: Any, prompt: Any, seed: int, given: Mapping[str, Any]) -> None:
     """Generate once; skip the decoder where the pipeline can return latents."""
     known = list(inspect.signature(type(pipeline).__call__).parameters)
     # The prompt is the first argument after self, but where an image to start from comes first.

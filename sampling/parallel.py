@@ -1,4 +1,4 @@
-"""One image on several processes: the branches of guidance side by side, or the tokens cut in parts.
+"""Parallel sampling of one image: the branches of guidance, or parts of the tokens, on several processes.
 
 Started by `torchrun`; both also run on CPUs (gloo), where tests hold them equal to one process.
 """
@@ -26,7 +26,7 @@ from sampling.step_tracker import TrackedAttachment
 
 
 class GuidanceParallel(Mechanism):
-    """Computes one branch of guidance a process and exchanges the predictions: two processes, half the time.
+    """Compute one branch of guidance a process and exchange the predictions: two processes, half the time.
 
     Where a pipeline asks for both branches in one batch, each process takes its half. Where it asks twice, the first
     answer of a step is filled in when the second comes; until then it holds NaN, so that a pipeline that reads it too
@@ -70,7 +70,7 @@ class GuidanceParallel(Mechanism):
         layout = family_of(model).branches(attachment.target)
         guides = layout is not None and layout.kind == "two_calls" and self._guides(attachment.target)
         if branch in ("cond", "uncond") and guides:
-            return self._in_turn(str(branch), layout.order, forward, args, kwargs)  # pyright: ignore
+            return self._two_calls(str(branch), layout.order, forward, args, kwargs)  # pyright: ignore
         attachment.skip("the call has one branch only")
         return forward(*args, **kwargs)
 
@@ -91,27 +91,27 @@ class GuidanceParallel(Mechanism):
         tensors, rebuild = flatten(output)
         return rebuild([torch.cat(self._gather(tensor)) for tensor in tensors])
 
-    def _in_turn(
+    def _two_calls(
         self, branch: str, order: tuple[str, ...], forward: Callable[..., Any], args: tuple, kwargs: dict
     ) -> Any:
         """Run the call if it is this process's; exchange once both have been asked for."""
         if order[dist.get_rank(self.group)] == branch:
             self._own = list(flatten(forward(*args, **kwargs))[0])
         if branch == order[0]:
-            self._waiting = self._blank(kwargs.get("hidden_states", args[0] if args else None))
-            return self._form(self._waiting, kwargs)
+            self._waiting = self._nan_like(kwargs.get("hidden_states", args[0] if args else None))
+            return self._output(self._waiting, kwargs)
         found = [self._gather(tensor) for tensor in self._own]  # for each tensor, one a branch
         for waiting, parts in zip(self._waiting, found, strict=True):
             waiting.copy_(parts[0])
         self._waiting, self._own = [], []
-        return self._form([parts[1] for parts in found], kwargs)
+        return self._output([parts[1] for parts in found], kwargs)
 
-    def _blank(self, latents: Any) -> list[Tensor]:
+    def _nan_like(self, latents: Any) -> list[Tensor]:
         if not isinstance(latents, Tensor):
             raise AttachError("this pipeline hands over latents in a form that guidance in parallel cannot wait for")
         return [torch.full_like(latents, torch.nan)]
 
-    def _form(self, values: list[Tensor], kwargs: dict[str, Any]) -> Any:
+    def _output(self, values: list[Tensor], kwargs: dict[str, Any]) -> Any:
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         if kwargs.get("return_dict", True):

@@ -1,4 +1,4 @@
-"""Rewards by name: how well an image fits its prompt, by a CLIP-like model of transformers."""
+"""Text-image rewards of CLIP-like models of transformers, by name."""
 
 from __future__ import annotations
 

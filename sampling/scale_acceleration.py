@@ -1,4 +1,4 @@
-"""Ways to spend less on a next-scale image, as one setting: skip, prune, drop guidance, let a smaller network refine.
+"""Cheaper next-scale generation as one setting: skip scales, prune tokens, drop guidance, refine with a smaller model.
 
 Late scales hold nearly all the work and add the finest detail. None of this is exact; each run can be compared with
 the exact one.

@@ -1,4 +1,4 @@
-"""Find the `StepContext` of each call of a network, for any pipeline of diffusers or ours.
+"""Find the `StepContext` of each network call, for any pipeline of diffusers or ours.
 
 Three sources, the best first: the context that the loop sets itself; the step that the pipeline passes to
 `cache_context`; the network's `timestep`, looked up in the scheduler's table with the step index that the scheduler

@@ -1,4 +1,4 @@
-"""The noise levels that one run visits: set on the scheduler, cut for image-to-image."""
+"""Timesteps of one run: set on the scheduler, truncated for image-to-image."""
 
 from __future__ import annotations
 

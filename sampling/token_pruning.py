@@ -1,7 +1,7 @@
-"""Leave out the tokens of large scales that say least, and fill in what an earlier scale's layers said there (FastVAR).
+"""Prune low-frequency tokens of large scales, and fill in the layer outputs of an earlier scale (FastVAR).
 
-Section 3 of arXiv 2503.23367. In the layers of the middle, attention, look at the text and MLP each work on the
-tokens that lie farthest from the map's mean only: those with detail. What they would have given for the others is
+Section 3 of arXiv 2503.23367. In the middle layers, attention, cross-attention and MLP each work on the
+tokens that are farthest from the map's mean only: those with detail. What they would have given for the others is
 taken from the same layer at an earlier scale, enlarged. Only the tokens that were worked on leave keys and values.
 """
 
@@ -128,7 +128,7 @@ class TokenPruning(Mechanism):
         here = current_step()
         scale = None if here is None else here.scale
         if scale is None:
-            attachment.skip("the loop said no scale")
+            attachment.skip("the loop set no scale")
         elif scale in self.shares:
             earlier = attachment.state.get(self.name, key, "all")
             if earlier is not None:

@@ -1,4 +1,4 @@
-"""From logits to tokens: guidance that grows from scale to scale, truncation, and draws in a fixed order.
+"""Logits to tokens: guidance that grows from scale to scale, filtering, and sampling in a fixed order.
 
 Pure functions on logits (B, ..., V): B images, and V choices for each of what is drawn: the N tokens of a scale with
 V entries of a codebook, (B, N, V), or the d bits of each token, (B, N, d, 2). The order of operations and of random
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-"""One that serves the whole batch in one draw, one per image, or None (torch's global state)."""
+"""One for the whole batch, one per image, or None (torch's global state)."""
 
 
 def ramp(scale: int, num_scales: int) -> float:

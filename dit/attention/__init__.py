@@ -1,4 +1,4 @@
-"""Where tokens attend: the one call in `functional`, what can compute it in `backends`."""
+"""Attention: the one call in `functional`, the implementations that can compute it in `backends`."""
 
 from dit.attention.backends import AttentionBackend, attention_backend_table, register_backend
 from dit.attention.functional import attention, attention_reference, log_sum_exp, merge_attention

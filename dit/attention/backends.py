@@ -1,4 +1,4 @@
-"""What can compute attention: a table of backends, each of which says whether it can run here, and if not, why.
+"""Table of attention backends: whether each can run here, and if not, why.
 
 Kernels are diffusers' (native, flex, flash, sage, xformers, ...) and our own, which are registered with diffusers: so
 `model.set_attention_backend(name)` and `diffusers.attention_backend(name)` accept both, on our networks and on its.

@@ -1,4 +1,4 @@
-"""The one call through which every attention of our networks goes, and the softmax statistics beside it.
+"""The one attention call of our networks, with its log-sum-exp on request.
 
 Query, key and value are (B, N, K, E), the result has the query's shape. diffusers' dispatcher chooses the kernel
 (native, flex, xformers, flash, sage, ...), so `model.set_attention_backend(name)` works on our networks as it does on

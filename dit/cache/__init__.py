@@ -1,4 +1,4 @@
-"""Keys and values that next-scale models keep between scales."""
+"""KV caches of next-scale models."""
 
 from dit.cache.buffers import Attend
 from dit.cache.calibration import KVCalibrator, KVProfile

@@ -1,6 +1,6 @@
-"""Where keys and values lie in memory. Two ways: everything, without a copy; or what a plan keeps, beside a workspace.
+"""Memory layouts of keys and values: everything without a copy, or what a plan keeps plus a workspace.
 
-Both take a layer's new tokens (`append`) and give back the row of history and new tokens; afterwards `evict` decides
+Both take a layer's new tokens (`append`) and return history and new tokens as one sequence; afterwards `evict` decides
 what stays. Sizes are known before the first scale.
 """
 
@@ -27,13 +27,13 @@ class StackedBuffers:
     """Everything but the last scale, in two buffers that serve all layers.
 
     The queries of the last scale need a row of keys in which history and current scale are neighbours, and copying the
-    history for that would cost as much as storing. Hence the order in memory: tokens come first, and the layers stand
-    in reverse, the last layer at the front,
+    history for that would cost as much as storing. Hence the order in memory: tokens are the first axis, and the layers
+    are stored in reverse, the last layer first,
 
         | layer 2: history | layer 1: history | layer 0: history |
 
-    so the last scale of a layer is written behind its history, over the histories of the layers before it, which have
-    done their work by then. Only layer 0 has no such place; its heads are joined and attend one after the other.
+    so the last scale of a layer is written behind its history, over the histories of earlier layers, which are no
+    longer needed. Only layer 0 has no such space; its heads are concatenated and attend one by one.
 
     Args:
         token_counts: tokens of each scale.
@@ -78,15 +78,17 @@ class StackedBuffers:
     def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
         """Write new tokens (B, N, K, E) behind a layer's history; returns the whole row, (B, M, K, E).
 
-        Views where there is a place, see `has_space`; else a copy.
+        Views where there is space, see `has_space`; else a copy.
         """
         start = (self.num_layers - 1 - layer) * self.history
         past = start + self.lengths[layer]
         end = past + key.shape[1]
+        # no space behind the history: concatenate a copy
         if not self.has_space(layer, key.shape[1]):
             self.lengths[layer] += key.shape[1]
             held = (self.keys[start:past].transpose(0, 1), self.values[start:past].transpose(0, 1))  # (B, T, K, E)
             return torch.cat([held[0], key], dim=1), torch.cat([held[1], value], dim=1)
+        # write in place and return views
         self.keys[past:end] = key.transpose(0, 1)  # (N, B, K, E)
         self.values[past:end] = value.transpose(0, 1)  # (N, B, K, E)
         self.lengths[layer] += key.shape[1]
@@ -176,6 +178,7 @@ class PackedBuffers:
         """Join a layer's history and new tokens (B, N, K, E) in the workspace; returns the row, (B, M, K, E) views."""
         past, held = self.lengths[layer], self.kept[layer]
         self.joined = past + key.shape[1]
+        # dequantize the history into the workspace, append the new tokens
         for part, new, old in zip(self.workspace, (key, value), held or (None, None), strict=True):
             if old is not None:
                 dequantize_into(old, part[:, :, :past])
@@ -190,12 +193,14 @@ class PackedBuffers:
             return
         keys, values = (part[:, :, : self.joined] for part in self.workspace)  # (B, K, M, E) each
         capacity = self.plan.capacities[scale + 1][layer]
+        # select the tokens that stay
         if capacity < self.joined:
             kept_indices = select_tokens(self.plan, query.transpose(1, 2), keys, capacity, grid)  # (B, K, c)
             index = kept_indices[..., None].expand(-1, -1, -1, keys.shape[-1])  # (B, K, c, E)
             keys, values = keys.gather(2, index), values.gather(2, index)  # (B, K, c, E)
         elif self.kv_dtype == "auto":
             keys, values = keys.clone(), values.clone()  # the workspace goes on to the next layer
+        # store them, quantized if asked
         self.kept[layer] = (quantize(keys, self.kv_dtype), quantize(values, self.kv_dtype))
 
     def load(self, layer: int, pair: KeyValue) -> None:

@@ -1,10 +1,10 @@
-"""Which layers need their history: measured once on a network, kept in a file, and turned into a plan for any budget.
+"""Measure once which layers need their history, keep it in a file, and plan the cache for any budget with it.
 
-ScaleKV (arXiv 2505.19602) tells drafters from refiners by how widely a layer looks over the history; its code comes
+ScaleKV (arXiv 2505.19602) separates drafters from refiners by how widely they attend over the history; its code comes
 with the result for two models, not with the measurement. We measure what a plan is meant to save: with the history
 ranked by the very scores that compression uses, how much of the next scale's attention falls on tokens beyond the c
 best, for each layer, scale and c. A budget is then divided such that the attention lost by all layers together is the
-least; a layer that looks widely gets much (a drafter), one that looks at little or at its own scale gets little.
+least; a layer that attends widely gets much (a drafter), one that attends to little or to its own scale gets little.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class KVProfile:
 
 
 class KVCalibrator:
-    """Watches runs with a full cache and measures `KVProfile`; the `observer` of `ScaleKVCache`.
+    """Measure a `KVProfile` in runs with a full cache; the `observer` of `ScaleKVCache`.
 
     Args:
         grids: rows and columns of each scale.
@@ -166,7 +166,7 @@ def _falling_slopes(curve: Tensor) -> list[float]:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """A schedule of scales instead of a scheduler: what the header of an artifact wants to know of one."""
+    """A schedule of scales with the attributes of a scheduler that an artifact header reads."""
 
     config: dict[str, list[list[int]]]
 

@@ -1,4 +1,4 @@
-"""The keys and values of the scales generated so far, in buffers whose size is known before the first of them."""
+"""KV cache of the scales generated so far, in buffers whose size is known before the first scale."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ScaleKVCache:
         dtype: of keys and values, as the network makes them.
         device: where the buffers live.
         policy: one of `POLICIES`; "scalekv" needs a plan.
-        budget: fraction of the full history to keep, see `plan_cache`; "full" takes no notice of it.
+        budget: fraction of the full history to keep, see `plan_cache`; "full" ignores it.
         plan: what to keep, instead of policy and budget.
         kv_dtype: how to store, "auto" (as the network makes it) or "int8".
         grids: rows and columns of each scale; without them observing queries are spread along the row of tokens.
@@ -190,7 +190,7 @@ class ScaleKVCache:
     def attend(self, layer: int, scale: int, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
         """Add a layer's keys and values of the current scale, attend to all that is kept, and settle.
 
-        The same as `append`, `attend` and `evict`, but for one place where it needs less memory: the last scale of
+        The same as `append`, `attend` and `evict`, except that it needs less memory at the last scale of
         the first layer.
 
         Args:
@@ -293,7 +293,7 @@ class ScaleKVCache:
         return plan
 
     def _check(self, layer: int, scale: int, key: Tensor) -> None:
-        """Raise where a call would silently read or write a wrong place."""
+        """Raise where a call would silently read or write at a wrong position."""
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer {layer} is not cached; expected 0 to {self.num_layers - 1}")
         if scale != self._done[layer] or scale >= len(self.token_counts):

@@ -1,4 +1,4 @@
-"""How many tokens each layer may keep when each scale begins: a plan, known before the first scale is generated.
+"""Plan how many tokens each layer may keep at each scale, before the first scale is generated.
 
 A budget is a fraction of the full history, that is of all tokens but the last scale's, as an average over layers. Until
 the history outgrows the budget, everything is kept. Window, streaming and SnapKV give every layer the same; PyramidKV
@@ -24,7 +24,7 @@ PYRAMID_STEEPNESS = 20
 
 
 class Profile(Protocol):
-    """Knows what layers need; see `dit.cache.calibration.KVProfile`."""
+    """Divides tokens among layers; see `dit.cache.calibration.KVProfile`."""
 
     def divide(self, scale: int, average: int, held: int) -> list[int]:
         """Return tokens of each layer when a scale begins, `average` on average, at most `held` each."""
@@ -161,7 +161,7 @@ def plan_cache(
         policy: one of `POLICIES`.
         token_counts: tokens of each scale, coarse to fine.
         num_layers: layers L.
-        budget: fraction of the full history that a layer keeps on average, in (0, 1]; "full" takes no notice of it.
+        budget: fraction of the full history that a layer keeps on average, in (0, 1]; "full" ignores it.
         table: drafters of a released model, for "scalekv".
         profile: of our own calibration, for "scalekv", see `dit.cache.calibration.KVProfile`; it goes before a table.
         observe: see `CachePlan`.

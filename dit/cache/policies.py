@@ -1,10 +1,10 @@
-"""Which tokens of a layer stay when the room is short. Pure functions; a token is chosen by its place in the row.
+"""Eviction policies: which tokens of a layer stay when the budget is exceeded. Pure functions on token indices.
 
-Window keeps the newest, streaming (arXiv 2309.17453) the oldest few and the newest. SnapKV (arXiv 2404.14469) asks the
-last queries where they look; PyramidKV too. ScaleKV (arXiv 2505.19602) asks queries that are spread over the current
-map, one at the centre of each of W patches, and keeps their own tokens always. We score with the queries that attention
-really uses, normalised and turned, and with softmax weights; the released code scores with raw projections and sums
-of logits.
+Window keeps the newest, streaming (arXiv 2309.17453) the oldest few and the newest. SnapKV (arXiv 2404.14469)
+scores by the attention of the last queries; PyramidKV too. ScaleKV (arXiv 2505.19602) uses queries spread over the
+current map, one at the centre of each of W patches, and always keeps their own tokens. We score with the queries that
+attention really uses, normalised and rotated, and with softmax weights; the released code scores with raw
+projections and sums of logits.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dit.cache.plan import CachePlan
 from dit.layers.scales import Grid
 
 MAX_WINDOW_FRACTION = 0.5
-"""Most of a layer's room that the tokens of the observing queries may take by right."""
+"""Largest fraction of a layer's capacity that the observing queries' own tokens may take."""
 
 TIE_BREAK = 1e-3
-"""Weight of a token's own score beside the maximum over its neighbours, which they share."""
+"""Weight of a token's own score, added to the maximum over its neighbours to break ties."""
 
 
 def select_tokens(plan: CachePlan, query: Tensor, keys: Tensor, capacity: int, grid: Grid | None) -> Tensor:
@@ -36,7 +36,7 @@ def select_tokens(plan: CachePlan, query: Tensor, keys: Tensor, capacity: int, g
         grid: rows and columns of the current scale, if its N tokens are a whole map.
 
     Returns:
-        Places in the row, rising, (B, K, capacity), int64.
+        Ascending indices, (B, K, capacity), int64.
     """
     batch, heads, length, _ = keys.shape
     if plan.policy == "window":
@@ -46,11 +46,13 @@ def select_tokens(plan: CachePlan, query: Tensor, keys: Tensor, capacity: int, g
     else:
         count = query.shape[2]
         spread = plan.policy == "scalekv"
+        # attention of the observation queries on all keys
         observers = (
             spread_positions(grid, count, plan.observe) if spread else newest_positions(count, min(plan.observe, count))
         )  # (W,)
         observers = observers.to(keys.device)
         scores = attention_mass(query[:, :, observers], keys)  # (B, K, M)
+        # keep the best, and always the newest observers themselves
         always = observers[-math.floor(capacity * MAX_WINDOW_FRACTION) :] if capacity > 1 else observers[:0]  # (W',)
         return topk_positions(smooth_scores(scores, plan.pool), capacity, always + length - count)  # (B, K, c)
     return chosen.expand(batch, heads, -1)  # (B, K, c)
@@ -76,7 +78,7 @@ def spread_positions(grid: Grid | None, count: int, observe: int) -> Tensor:
         observe: how many are wanted; a map that has fewer gives all.
 
     Returns:
-        Rising places, (W,), W <= observe.
+        Ascending indices, (W,), W <= observe.
     """
     if count <= observe:
         return torch.arange(count)
@@ -118,10 +120,10 @@ def topk_positions(scores: Tensor, capacity: int, always: Tensor) -> Tensor:
     Args:
         scores: (B, K, M).
         capacity: how many stay.
-        always: places that stay, (W',), at most `capacity`.
+        always: indices that stay, (W',), at most `capacity`.
 
     Returns:
-        Rising places, (B, K, capacity).
+        Ascending indices, (B, K, capacity).
     """
     scores = scores.clone()
     scores[..., always] = torch.inf

@@ -1,4 +1,4 @@
-"""How a stored token is written down: as it is, or as whole numbers of 8 bits with one factor a token and head."""
+"""Storage of tokens: as they are, or int8 with one scale per token and head."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 KV_DTYPES = ("auto", "int8")
-"""How keys and values can be stored; "auto" is the number format of the model."""
+"""How keys and values can be stored; "auto" is the dtype of the model."""
 
 Stored = tuple[Tensor, ...]
 """What `quantize` makes: numbers (B, K, T, E), for int8 also factors (B, K, T, 1)."""
@@ -19,7 +19,7 @@ def check_kv_dtype(kv_dtype: str) -> None:
 
 
 def quantize(x: Tensor, kv_dtype: str) -> Stored:
-    """Write tokens down.
+    """Quantize tokens.
 
     Args:
         x: (B, K, T, E).
@@ -33,7 +33,7 @@ def quantize(x: Tensor, kv_dtype: str) -> Stored:
 
 
 def dequantize_into(stored: Stored, out: Tensor) -> None:
-    """Read tokens back into `out` (B, K, T, E)."""
+    """Dequantize tokens into `out` (B, K, T, E)."""
     if len(stored) == 1:
         out.copy_(stored[0])
     else:

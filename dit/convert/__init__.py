@@ -1,1 +1,1 @@
-"""Published checkpoints in, and out again in the layout they came in."""
+"""Published checkpoints to models of ours and back."""

@@ -1,6 +1,6 @@
 """The attention layer of our networks: projections in diffusers' names around `dit.attention.attention`.
 
-What other attention layers of ours do alike stands here too: splitting into heads, turning, attending, projecting back.
+Helpers of our other attention layers are here too: split into heads, rotate, attend, project back.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def apply_rotary_qk(query: Tensor, key: Tensor, rotary: Rotary | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Turn queries and keys (B, N, K, E) by their places, if any, and bring them to the values' dtype.
+    """Apply rotary embeddings, if any, to queries and keys (B, N, K, E), and cast them to the values' dtype.
 
     Under autocast norms compute in float32, and kernels want one dtype.
     """
@@ -31,7 +31,7 @@ def apply_rotary_qk(query: Tensor, key: Tensor, rotary: Rotary | None, dtype: to
 
 
 class AttnProcessor:
-    """What attends for a layer, with the backend and the parallelism that diffusers set on it."""
+    """Attention of a layer, with the backend and the parallelism that diffusers set on it."""
 
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -54,7 +54,7 @@ class AttnProcessor:
 
 
 class SelfAttnProcessor(AttnProcessor):
-    """Project, normalise, turn, attend, project back. Replaceable through `set_attn_processor`."""
+    """Project, normalise, rotate, attend, project back. Replaceable through `set_attn_processor`."""
 
     def __call__(
         self,
@@ -68,7 +68,7 @@ class SelfAttnProcessor(AttnProcessor):
         Args:
             attn: the layer that owns the projections.
             hidden_states: (B, N, D).
-            attention_mask: bool, (B, N), True for tokens that may be looked at.
+            attention_mask: bool, (B, N), True for tokens that may be attended to.
             image_rotary_emb: (cos, sin), each (N, E).
 
         Returns:

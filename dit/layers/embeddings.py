@@ -1,4 +1,4 @@
-"""Turning timesteps, labels and pixels into vectors, and vectors back into pixels."""
+"""Embeddings of timesteps, labels and patches, and patches back to pixels."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from dit.layers.linear import Linear
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Embed timesteps as `[cos, sin]` waves of geometrically falling frequency.
+    """Embed timesteps as `[cos, sin]` of geometrically falling frequencies.
 
     The exponent is `i / (dim / 2)`, as in the released DiT (arXiv 2212.09748); diffusers' DiT divides by `dim / 2 - 1`.
 
@@ -31,11 +31,11 @@ def sinusoidal_embedding(timestep: Tensor, dim: int, max_period: float = 10_000.
 
 
 class TimestepEmbedding(nn.Module):
-    """Waves of the timestep through a two-layer MLP.
+    """Sinusoidal embedding of the timestep through a two-layer MLP.
 
     Args:
         hidden_size: width of the result.
-        frequency_size: width of the waves.
+        frequency_size: width of the sinusoidal embedding.
     """
 
     def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
@@ -47,8 +47,8 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """Embed `timestep` (B,) as (B, D) in `dtype`."""
-        waves = sinusoidal_embedding(timestep, self.frequency_size).to(dtype)  # (B, F)
-        return self.linear_2(self.act(self.linear_1(waves)))  # (B, D)
+        sinusoidal = sinusoidal_embedding(timestep, self.frequency_size).to(dtype)  # (B, F)
+        return self.linear_2(self.act(self.linear_1(sinusoidal)))  # (B, D)
 
 
 def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:

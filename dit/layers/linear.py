@@ -1,4 +1,4 @@
-"""Linear layers whose float32 products run where this processor is fast.
+"""Linear layers that choose the faster float32 matrix product of MKL and oneDNN.
 
 torch hands float32 products on a CPU to MKL, and MKL keeps its AVX-512 code for Intel's processors: on others it runs
 at half their speed. oneDNN, which torch has too (its convolutions run there), asks the processor what it can do.

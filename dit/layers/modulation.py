@@ -1,4 +1,4 @@
-"""How a condition steers a layer: shifts, scales and gates (the forms of adaLN)."""
+"""Conditioning by shifts, scales and gates (forms of adaLN)."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""The block of next-scale transformers: attention over all scales so far, optionally a look at the text, a MLP.
+"""Block of next-scale transformers: attention over all scales so far, optional cross-attention to text, an MLP.
 
 VAR (arXiv 2404.02905) has the first and the last, Infinity (arXiv 2412.04431) all three. Keys and values of the text
 don't change from scale to scale, so they come ready into the block.
@@ -32,7 +32,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's way into the cache at one scale."""
+    """Access of one layer to the cache at one scale."""
 
     cache: ScaleKVCache
     layer: int
@@ -44,7 +44,7 @@ class LayerCache:
 
 
 class NextScaleAttnProcessor(AttnProcessor):
-    """Project, normalise, turn, remember, attend, project back. Replaceable through `set_attn_processor`."""
+    """Project, normalise, rotate, cache, attend, project back. Replaceable through `set_attn_processor`."""
 
     def __call__(
         self,
@@ -61,7 +61,7 @@ class NextScaleAttnProcessor(AttnProcessor):
             hidden_states: (B, N, D), one scale with a cache, else all of them.
             attention_mask: bool, broadcastable to (B, K, N, M).
             cache: earlier scales of this layer; the current one is added.
-            rotary: (cos, sin) of these tokens' places, each (N, E).
+            rotary: (cos, sin) of these tokens' positions, each (N, E).
 
         Returns:
             (B, N, D).
@@ -76,7 +76,7 @@ class NextScaleAttnProcessor(AttnProcessor):
 
 
 class NextScaleAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention over cosine similarities, each head with a learned sharpness (arXiv 2111.09883, 3.3).
+    """Multi-head attention over cosine similarities, each head with a learned scale (arXiv 2111.09883, 3.3).
 
     Args:
         hidden_size: model width D.
@@ -124,7 +124,7 @@ class TextAttnProcessor(AttnProcessor):
     def __call__(
         self, attn: TextAttention, hidden_states: Tensor, text: KeyValue, text_mask: Tensor | None = None
     ) -> Tensor:
-        """Look at the text.
+        """Attend to the text.
 
         Args:
             attn: the layer that owns the projections.
@@ -168,7 +168,7 @@ class TextAttention(nn.Module, AttentionModuleMixin):
         return split_heads(key, self.heads), split_heads(value, self.heads)  # (B, M, K, E) each
 
     def forward(self, hidden_states: Tensor, text: KeyValue, text_mask: Tensor | None = None) -> Tensor:
-        """Look at the text; see `TextAttnProcessor` for the shapes."""
+        """Attend to the text; `TextAttnProcessor` lists the shapes."""
         return self.processor(self, hidden_states, text, text_mask)
 
 
@@ -221,7 +221,7 @@ class AttentivePool(nn.Module, AttentionModuleMixin):
 
 
 class NextScaleBlock(nn.Module):
-    """Attention and MLP, each scaled, shifted and gated by the condition; between them a look at the text.
+    """Attention and MLP, each scaled, shifted and gated by the condition; between them cross-attention.
 
     Args:
         hidden_size: model width D.
@@ -230,7 +230,7 @@ class NextScaleBlock(nn.Module):
         norm_eps: added to the variance by the norms.
         qk_l2_norm: see `NextScaleAttention`.
         shared_modulation: own a table to be added to the network's six vectors, not a projection of the condition.
-        reads_text: whether it looks at the text.
+        reads_text: whether it has cross-attention.
     """
 
     def __init__(
@@ -259,7 +259,7 @@ class NextScaleBlock(nn.Module):
             return self.modulation(condition)
         assert self.modulation_table is not None, "a block has vectors of its own or shares the network's"
         assert shared is not None, "the network shares its vectors"
-        return self.modulation_table.to(shared.device) + shared  # offloading brings it over in `forward` only
+        return self.modulation_table.to(shared.device) + shared  # offloading moves it in `forward` only
 
     def forward(
         self,
@@ -286,9 +286,12 @@ class NextScaleBlock(nn.Module):
             (B, N, D).
         """
         gate_a, gate_f, scale_a, scale_f, shift_a, shift_f = modulation.unsqueeze(2).unbind(1)  # (B, 1, D) each
+        # self-attention over all scales so far
         normed = modulate(self.norm1(hidden_states), shift_a, scale_a)  # (B, N, D)
         hidden_states = hidden_states + gate_a * self.attn(normed, attention_mask, cache, rotary)  # (B, N, D)
+        # cross-attention to the text
         if self.cross_attn is not None and self.norm_cross is not None:
             hidden_states = hidden_states + self.cross_attn(self.norm_cross(hidden_states), text, text_mask)
+        # MLP
         fed = self.ff(modulate(self.norm2(hidden_states), shift_f, scale_f))  # (B, N, D)
         return hidden_states + gate_f * fed  # (B, N, D)

@@ -1,4 +1,4 @@
-"""Where a token stands: fixed 2-D waves, rotary embeddings over n axes, and normalised coordinates."""
+"""Token positions: fixed 2-D sinusoidal tables, rotary embeddings over n axes, Fourier features."""
 
 import math
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def rotary_embedding(positions: Tensor, axes_dims: Sequence[int], theta: float =
         theta: base of the frequencies.
 
     Returns:
-        (cos, sin), each (N, E), float32. Pairs are interleaved: channels 2i and 2i + 1 turn together.
+        (cos, sin), each (N, E), float32. Pairs are interleaved: channels 2i and 2i + 1 rotate together.
     """
     if positions.shape[-1] != len(axes_dims) or any(dim % 2 for dim in axes_dims):
         raise ValueError(f"{positions.shape[-1]} position axes need as many even widths, got {tuple(axes_dims)}")
@@ -78,19 +78,19 @@ def rotary_embedding(positions: Tensor, axes_dims: Sequence[int], theta: float =
 
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn each pair of channels of `x` by its token's angles.
+    """Rotate each pair of channels of `x` by its token's angles.
 
     Args:
         x: (B, N, K, E).
-        rotary: (cos, sin), each (N, E), or (B, N, E) where the tokens of each row stand elsewhere.
+        rotary: (cos, sin), each (N, E), or (B, N, E) where the rows have different positions.
 
     Returns:
         (B, N, K, E), same dtype as `x`.
     """
     cos, sin = (part[..., None, :] for part in rotary)  # (N, 1, E) or (B, N, 1, E)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, K, E/2) each
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)  # (B, N, K, E)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+    rotated = torch.stack([-odd, even], dim=-1).flatten(-2)  # (B, N, K, E)
+    return (x.float() * cos + rotated * sin).to(x.dtype)
 
 
 def fourier_positions(grid: Sequence[int], num_frequencies: int, device: torch.device | None = None) -> Tensor:
@@ -98,7 +98,7 @@ def fourier_positions(grid: Sequence[int], num_frequencies: int, device: torch.d
 
     Args:
         grid: tokens along each of A axes.
-        num_frequencies: waves an axis; wave k has 2^k half periods across the canvas.
+        num_frequencies: frequencies an axis; number k has 2^k half periods across the canvas.
         device: where to put them.
 
     Returns:

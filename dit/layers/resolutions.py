@@ -1,6 +1,6 @@
 """The published schedules of token maps for images of any aspect ratio (Infinity, arXiv 2412.04431).
 
-For each aspect ratio there is one ladder of 13 maps; smaller images climb only its first rungs. A rung says how many
+For each aspect ratio there is one schedule of 13 maps; smaller images use only its first ones. A map says how many
 tokens there are, not how many pixels: all released tokenizers have 16 pixels along a side of a token.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from dit.layers.scales import Grid
 
 NUM_SCALES = MappingProxyType({"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13})
-"""Rungs of the ladder that an image climbs, by its pixels in millions: 256, 512, 768 and 1024 squared."""
+"""Number of scales of an image, by its pixels in millions: 256, 512, 768 and 1024 squared."""
 
 _TALL = {
     1.000: "1x1 2x2 4x4 6x6 8x8 12x12 16x16 20x20 24x24 32x32 40x40 48x48 64x64",
@@ -31,12 +31,12 @@ _TALL = {
 
 def _scale_schedules() -> dict[float, tuple[Grid, ...]]:
     """Return the schedules by height over width; the wide ones are the transposed tall ones."""
-    ladders: dict[float, tuple[Grid, ...]] = {}
+    schedules: dict[float, tuple[Grid, ...]] = {}
     for ratio, text in _TALL.items():
         tall = tuple((int(rows), int(columns)) for rows, columns in (one.split("x") for one in text.split()))
-        ladders[ratio] = tall
-        ladders.setdefault(int(1000 / ratio) / 1000, tuple((columns, rows) for rows, columns in tall))
-    return ladders
+        schedules[ratio] = tall
+        schedules.setdefault(int(1000 / ratio) / 1000, tuple((columns, rows) for rows, columns in tall))
+    return schedules
 
 
 SCALE_SCHEDULES = MappingProxyType(_scale_schedules())
@@ -50,7 +50,9 @@ def nearest_ratio(height_over_width: float) -> float:
 
 def published_schedules() -> dict[Grid, tuple[Grid, ...]]:
     """Return every published schedule by its last map."""
-    return {ladder[rungs - 1]: ladder[:rungs] for ladder in SCALE_SCHEDULES.values() for rungs in NUM_SCALES.values()}
+    return {
+        schedule[count - 1]: schedule[:count] for schedule in SCALE_SCHEDULES.values() for count in NUM_SCALES.values()
+    }
 
 
 def reference_grid(grids: Sequence[Grid]) -> Grid:
@@ -60,13 +62,13 @@ def reference_grid(grids: Sequence[Grid]) -> Grid:
         grids: a schedule.
 
     Returns:
-        The last rung of the ladder for a published schedule, however many of its rungs it climbs; of any other schedule
-        its own last map.
+        The last map of the full published schedule, however many of its scales are used; of any other schedule its own
+        last map.
     """
     given = tuple(grids)
-    for ladder in SCALE_SCHEDULES.values():
-        if len(given) in NUM_SCALES.values() and ladder[: len(given)] == given:
-            return ladder[-1]
+    for schedule in SCALE_SCHEDULES.values():
+        if len(given) in NUM_SCALES.values() and schedule[: len(given)] == given:
+            return schedule[-1]
     return given[-1]
 
 

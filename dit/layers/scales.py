@@ -42,7 +42,7 @@ def token_counts(grids: Sequence[Grid]) -> tuple[int, ...]:
 
 
 def token_slices(grids: Sequence[Grid]) -> tuple[slice, ...]:
-    """Return where each scale's tokens lie in the row of all L tokens."""
+    """Return the slice of each scale's tokens in the sequence of all L tokens."""
     ends = list(accumulate(token_counts(grids)))
     return tuple(slice(start, end) for start, end in zip([0, *ends], ends, strict=False))
 
@@ -61,7 +61,7 @@ def block_causal_mask(grids: Sequence[Grid], device: torch.device | None = None)
         device: of the mask.
 
     Returns:
-        (1, 1, L, L), bool, True where the query (row) may look at the key (column).
+        (1, 1, L, L), bool, True where the query (row) may attend to the key (column).
     """
     scale = token_scales(grids, device)  # (L,)
     return (scale[:, None] >= scale[None, :])[None, None]  # (1, 1, L, L)

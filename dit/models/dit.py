@@ -269,18 +269,21 @@ class DiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cach
         height, width = hidden_states.shape[-2:]
         if height % p or width % p:
             raise ValueError(f"a latent of {height}x{width} can't be cut into patches of {p}; use multiples of {p}")
+        # embed patches and condition
         rows, columns = height // p, width // p
         hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
         hidden_states = hidden_states + self._positions(rows, columns, hidden_states)  # (B, N, D)
         times = self.config.time_scale * timestep.expand(hidden_states.shape[0])  # (B,)
         temb = self.time_embed(times, hidden_states.dtype) + self.label_embed(class_labels)  # (B, D)
 
+        # blocks
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)
             else:
                 hidden_states = block(hidden_states, temb)  # (B, N, D)
 
+        # head: modulated norm, projection, patches back to a latent
         shift, scale = self.modulation_out(temb)  # (B, 1, D) each
         tokens = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale))  # (B, N, p p C')
         sample = unpatchify(tokens, (1, rows, columns), (1, p, p))[:, :, 0]  # (B, C', H, W)

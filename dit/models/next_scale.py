@@ -5,7 +5,7 @@ one, and predicts all tokens of that scale at once. Three entries: `prepare_cond
 does not change from scale to scale, `step` predicts one scale against a cache of the earlier ones, and `forward`
 predicts all scales of known images in one masked pass, for training.
 
-VAR and Infinity are configurations: what conditions the image (labels or text), how a place is told (learned or
+VAR and Infinity are configurations: what conditions the image (labels or text), how positions are encoded (learned or
 rotary), and what is predicted of a token (its entry in a codebook, or each of its bits).
 """
 
@@ -85,7 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Configurations by their published names, for example "VAR-d16"."""
 
 POSITIONS = ("learned", "rotary")
-"""How the network knows where a token stands."""
+"""How the network encodes token positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +152,8 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         text_pool_heads: heads that pool the text.
         bitwise: predict each bit of a token, not its entry in a codebook.
         patchify: latent pixels along a side of a token; its inputs are C p p numbers.
-        positions: one of `POSITIONS`. "learned": a vector a token, for this schedule only; "rotary": turned queries and
-            keys (arXiv 2104.09864), for any schedule, with rows and columns of all scales counted on one map.
+        positions: one of `POSITIONS`. "learned": a vector a token, for this schedule only; "rotary": rotated queries
+            and keys (arXiv 2104.09864), for any schedule, with rows and columns of all scales counted on one map.
         max_scales: longest schedule; None is the length of `scales`.
 
     Raises:
@@ -457,10 +457,12 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
             found = None if codes is None else tuple(codes.shape)
             wanted = "None" if scale == 0 else f"(B, {expected}, {self.code_size})"
             raise ValueError(f"codes of scale {scale} are {found}, expected {wanted}")
+        # embed: the image so far, its positions, the scale
         tokens = condition.start if codes is None else self.code_embed(codes.to(self.dtype))  # (B, N, D)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed[tokens_of_scale].to(tokens.device)  # (B, N, D)
         hidden_states = tokens + self.scale_embed.weight[scale].to(tokens.device)  # (B, N, D)
+        # blocks, with the cache of earlier scales
         rotary = condition.rotary[scale] if condition.rotary else None
         for layer, block in enumerate(self.transformer_blocks):
             hidden_states = block(
@@ -530,16 +532,19 @@ class NextScaleTransformer(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftA
             raise ValueError(
                 f"got {hidden_states.shape[1]} tokens, expected {expected}: those of the scales {list(grids[1:])}"
             )
+        # drop some conditions for classifier-free guidance (training mode only)
         if class_labels is not None:
             class_labels = self._drop_labels(class_labels)  # (B,)
         if encoder_hidden_states is not None and self.config.text_dim is not None:
             encoder_hidden_states = self._drop_texts(encoder_hidden_states)  # (B, M, Dt)
         condition = self.prepare_condition(class_labels, encoder_hidden_states, encoder_attention_mask, grids)
+        # embed all scales in one sequence
         device = hidden_states.device
         tokens = torch.cat([condition.start, self.code_embed(hidden_states.to(self.dtype))], dim=1)  # (B, L, D)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed[: tokens.shape[1]]  # (B, L, D)
         tokens = tokens + self.scale_embed(token_scales(grids, device))  # (B, L, D)
+        # blocks: each scale attends to itself and all coarser ones
         shared = {
             "attention_mask": block_causal_mask(grids, device),  # (1, 1, L, L)
             "rotary": _concat_rotary(condition.rotary),

@@ -91,8 +91,8 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         text_dim: width of the text encoder's states.
         rope_axes_dims: fraction of the head for (frame, row, column); even, summing to E. None splits E about evenly.
         rope_theta: base of the rotary frequencies.
-        coordinate_frequencies: waves an axis of the token's place as a fraction of the canvas; 0 leaves them out.
-        text_position_frequencies: waves of a text token's place in the text, added to its state; 0 leaves them out and
+        coordinate_frequencies: Fourier features per axis of the token's position as a fraction of the grid; 0: none.
+        text_position_frequencies: frequencies of the text token's position embedding, added to its state; 0: none, and
             trusts the text encoder to tell "a left of b" from "b left of a".
         sample_size: latent side of an image of the default size.
     """
@@ -203,6 +203,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         grid = tuple(size // p for size, p in zip(latents.shape[2:], self.patch, strict=True))
         length = encoder_hidden_states.shape[1]
 
+        # embed latents, text and condition
         image = self._embed_latents(latents, grid)  # (B, N, D)
         text = self._embed_text(encoder_hidden_states)  # (B, L, D)
         condition = self._embed_condition(timestep, encoder_hidden_states, encoder_attention_mask)  # (B, D)
@@ -210,6 +211,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         rotary = self._rotary(grid, length, latents.device)
         mask = _joint_mask(encoder_attention_mask, image.shape[1])  # (B, L + N)
 
+        # blocks: joint attention of text and image
         tokens = torch.cat([text, image], dim=1)  # (B, L + N, D)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -217,6 +219,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
             else:
                 tokens = block(tokens, temb, rotary, mask)  # (B, L + N, D)
 
+        # head: the image's tokens, modulated norm, projection, patches back to a latent
         image = tokens[:, length:]  # (B, N, D)
         shift, scale = (self.scale_shift_table.to(condition.dtype) + condition[:, None]).chunk(2, dim=1)  # (B, 1, D)
         image = self.proj_out(modulate(self.norm_out(image), shift, scale))  # (B, N, P)
@@ -241,16 +244,16 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         tokens = self.patch_embed(patchify(latents, self.patch))  # (B, N, D)
         if self.coordinate_embed is None:
             return tokens
-        waves = fourier_positions(grid, self.config.coordinate_frequencies, latents.device)  # (N, 6 F)
-        return tokens + self.coordinate_embed(waves.to(tokens.dtype))  # (B, N, D)
+        features = fourier_positions(grid, self.config.coordinate_frequencies, latents.device)  # (N, 6 F)
+        return tokens + self.coordinate_embed(features.to(tokens.dtype))  # (B, N, D)
 
     def _embed_text(self, states: Tensor) -> Tensor:
         text = self.context_embedder(states)  # (B, L, D)
         if self.text_position_embed is None:
             return text
         indices = torch.arange(states.shape[1], dtype=torch.float32, device=states.device)  # (L,)
-        waves = sinusoidal_embedding(indices, 2 * self.config.text_position_frequencies, TEXT_PERIOD)  # (L, 2 F)
-        return text + self.text_position_embed(waves.to(text.dtype))  # (B, L, D)
+        features = sinusoidal_embedding(indices, 2 * self.config.text_position_frequencies, TEXT_PERIOD)  # (L, 2 F)
+        return text + self.text_position_embed(features.to(text.dtype))  # (B, L, D)
 
     def _embed_condition(self, timestep: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
         timestep = timestep.reshape(-1).expand(text.shape[0])  # (B,)

@@ -1,4 +1,4 @@
-"""What diffusers' base classes leave a type checker in the dark about; nothing of it exists at run time."""
+"""Typing of what diffusers' base classes leave untyped; nothing of it exists at run time."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""What a calibration leaves behind: tensors and numbers under one header that says what they were measured on.
+"""Files of calibrations: tensors and numbers under one header that says what they were measured on.
 
 A file is safetensors with the header in its metadata. Whoever loads it checks the header against the model at hand; a
 foreign artifact is refused with the reason. Statistics are kept by noise level, so they carry to other step counts.

@@ -1,4 +1,4 @@
-"""What operations cost on this machine: measured tables, kept in the user's cache folder.
+"""Measured costs of operations on this machine, kept in the user's cache folder.
 
 `measure_costs()` times matrix products, attention and elementwise work at a few shapes and dtypes; `load_costs()` reads
 what an earlier call found. Solvers that weigh one way of computing against another ask `CostTable.seconds`.

@@ -1,4 +1,4 @@
-"""Replace linear layers by other modules, and put the same layers back: for quantizers and LoRA.
+"""Replace linear layers by other modules and restore the same layers: for quantizers and LoRA.
 
 A converter says what replaces one layer; which layers, their places in the network, several places of one layer,
 layers under adapters and the way back are the same for all converters and stand here.

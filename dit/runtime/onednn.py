@@ -1,4 +1,4 @@
-"""Have somebody else's network multiply in float32 where this processor is fast, see `dit.layers.linear`."""
+"""Make a network of others multiply float32 with the faster library, see `dit.layers.linear`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where mechanisms stand on a network, and what only one of them may change: names instead of numbers and free text."""
+"""Order of mechanisms on a network, and the resources that only one of them may use."""
 
 from enum import IntEnum, StrEnum
 

@@ -1,4 +1,4 @@
-"""The one interface between pixels and latents."""
+"""The interface between pixels and latents."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What training a quantizer minimises, beside the reconstruction error. Pure functions; everything is float32."""
+"""Losses of quantizers, besides the reconstruction error. Pure functions; everything is float32."""
 
 from __future__ import annotations
 

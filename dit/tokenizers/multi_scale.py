@@ -1,4 +1,4 @@
-"""MultiScaleTokenizer: what tokenizers have in common that code an image scale by scale, coarse to fine.
+"""MultiScaleTokenizer: base of tokenizers that encode an image scale by scale, coarse to fine.
 
 An image is the sum of its scales' maps. Subclasses say how a scale is coded and added; everything that only walks
 through the scales is here. Where one model serves many schedules of scales, methods take the schedule as `grids`.

@@ -1,4 +1,4 @@
-"""MultiScaleBSQ: an image as maps of bits of growing size, each coding what the coarser ones left over (Infinity).
+"""MultiScaleBSQ: an image as bit maps of growing size, each encoding the residual of the coarser ones (Infinity).
 
 Sections 3.2 and 3.3 of arXiv 2412.04431. There is no codebook: a token is the signs of a vector's d channels, and
 stands for the unit vector with these signs and equal magnitudes (binary spherical quantisation, arXiv 2406.07548).

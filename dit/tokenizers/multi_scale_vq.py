@@ -1,4 +1,4 @@
-"""MultiScaleVQ: an image as token maps of growing size, each coding what the coarser ones left over (VAR).
+"""MultiScaleVQ: an image as token maps of growing size, each encoding the residual of the coarser ones (VAR).
 
 Section 3.2 and algorithms 1 and 2 of arXiv 2404.02905. All scales share one codebook. A looked-up map is enlarged to
 the latent's size, repaired by a small convolution `phi` (enlarging blurs), and added to the sum so far; the next scale

@@ -1,4 +1,4 @@
-"""ViTAutoencoder: a small continuous autoencoder made of transformer blocks.
+"""ViTAutoencoder: a small continuous autoencoder of transformer blocks.
 
 After ViTok (arXiv 2501.09755): patches in, a shallow encoder, a narrow code, a deeper decoder that carries the
 detail. Two additions keep it small and its images clean: the code is batch-normalised without parameters, so it

@@ -1,4 +1,4 @@
-"""Every way to be faster as one value: apply, take back exactly, report, record.
+"""All accelerations as one value: apply, undo exactly, report, record.
 
     from pipelines.acceleration import AccelerationConfig
 

@@ -1,4 +1,4 @@
-"""AccelerationConfig: every way to be faster as one value."""
+"""AccelerationConfig: all accelerations of a pipeline as one value."""
 
 from __future__ import annotations
 

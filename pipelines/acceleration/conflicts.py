@@ -1,4 +1,4 @@
-"""Which parts cannot go together, and why."""
+"""Parts that exclude each other, and why."""
 
 from __future__ import annotations
 

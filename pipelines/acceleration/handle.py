@@ -1,4 +1,4 @@
-"""An acceleration on a pipeline: applied in a declared order, taken back in reverse, reported part by part."""
+"""An acceleration on a pipeline: applied in a declared order, undone in reverse, reported part by part."""
 
 from __future__ import annotations
 

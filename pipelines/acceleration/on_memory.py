@@ -1,4 +1,4 @@
-"""Parts that save memory: a decoder that works in tiles, weights that wait on the CPU."""
+"""Parts that save memory: tiled decoding, offloaded weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that are arguments of the calls of next-scale pipelines: the KV cache, and what is left out of scales."""
+"""Parts that are call arguments of next-scale pipelines: the KV cache, pruned and skipped scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of an acceleration as values: what is asked for, JSON-able and checked without a model."""
+"""Parts of an acceleration as values: JSON-able and checked without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the parts of an acceleration did, as values; `texts` makes sentences of them."""
+"""Reports of the parts of an acceleration, as values; `texts` makes sentences of them."""
 
 from __future__ import annotations
 

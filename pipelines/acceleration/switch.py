@@ -1,4 +1,4 @@
-"""What applies one part to one pipeline, and takes it back."""
+"""Base class of what applies one part to one pipeline and undoes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One clear line for whatever a library raises while it reads a checkpoint."""
+"""Clear one-line errors for what libraries raise while they read a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files: their header read strictly before the reader of the format sees the file, and scales of their weights.
+"""GGUF files: strict check of the header before the format's reader sees the file, and scales of the weights.
 
 The reader takes every count and length in a file at its word, so that a damaged file can ask it for any amount of time
 or memory. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.

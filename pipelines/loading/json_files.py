@@ -1,4 +1,4 @@
-"""JSON of files that nobody has vouched for: read without surprises, and an error that names the file."""
+"""Strict reading of untrusted JSON files, with errors that name the file."""
 
 from __future__ import annotations
 

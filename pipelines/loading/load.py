@@ -1,4 +1,4 @@
-"""`load_pipeline`: one name, folder, file or Hub id in, a pipeline ready to run out."""
+"""`load_pipeline`: from a name, folder, file or Hub id to a pipeline ready to run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory weights need, how much is free, and what to say when it isn't enough.
+"""Memory that weights need, memory that is free, and errors that say what to try.
 
 Sizes are read from the headers of weight files (`pipelines.loading.weight_files`), before a single weight is: a model
 that can't fit is refused while nothing has been allocated yet.

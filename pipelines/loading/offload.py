@@ -1,4 +1,4 @@
-"""Where a pipeline's weights live: on the device, or beside it and brought over when their turn comes.
+"""Devices of a pipeline's weights: on the accelerator, or offloaded to the CPU until they are needed.
 
 Three ways of diffusers behind one word, from fast to frugal: `model` keeps one whole component on the device at a
 time, `group` brings layers over one ahead of their use, `sequential` brings each layer when it runs.

@@ -1,4 +1,4 @@
-"""What a name stands for: a folder, a single file or a Hub repository; checked whole before any weight is read."""
+"""Resolve a name to a folder, a single file or a Hub repository, checked before any weight is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network's configuration against the header of its weights: what would not fit is known before a weight is read.
+"""Check a network's configuration against the header of its weights, before a weight is read.
 
 The network is built without memory for its weights. Building stops at once when it makes far more tensors than the
 weight files hold, so that a configuration can't keep a machine busy.

@@ -1,4 +1,4 @@
-"""Which weight files a component has and what they hold, told by their headers before a single weight is read.
+"""Weight files of a component and their contents, by their headers before a weight is read.
 
 Headers come from strangers: every number in one is checked before anything is computed from it.
 """

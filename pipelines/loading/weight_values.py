@@ -1,4 +1,4 @@
-"""What is checked once weights are in memory."""
+"""Checks on weights in memory."""
 
 from __future__ import annotations
 

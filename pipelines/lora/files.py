@@ -1,4 +1,4 @@
-"""LoRA files of every common layout, read into one: two factors and a scale for each layer, all of them checked.
+"""LoRA files of all common layouts, read as two factors and a scale per layer, all of them checked.
 
 | written by                       | keys                                              | alpha                      |
 |----------------------------------|---------------------------------------------------|----------------------------|

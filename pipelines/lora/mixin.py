@@ -1,4 +1,4 @@
-"""LoRA files of the transformer, for every pipeline of ours."""
+"""LoRA loading for all our pipelines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all next-scale pipelines share: calibration of the KV cache, scorers, images in and out."""
+"""Base of next-scale pipelines: calibration of the KV cache, scorers, images in and out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Change a part of an image with a next-scale model, without training (arXiv 2404.02905, section 5.3).
+"""Inpainting with a next-scale model, without training (arXiv 2404.02905, section 5.3).
 
 After each scale is drawn, the tokens of what should stay are replaced by the image's own, so that the network generates
 the rest to fit. Tokens cannot hold every pixel, so at the end the kept pixels are laid over the result: they are the

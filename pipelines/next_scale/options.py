@@ -1,4 +1,4 @@
-"""What a call of a next-scale pipeline asks for: what to generate, how to run, and what it returns."""
+"""Options, task and output of a next-scale call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One call of a next-scale pipeline: all scales of all images, or a search for each prompt.
+"""One run of a next-scale pipeline: all scales of all images, or a search for each prompt.
 
 Everything that lasts no longer than the call is kept here, not on the pipeline.
 """

@@ -1,4 +1,4 @@
-"""Scorers of searches: models of strangers too, so their folders are checked as those of pipelines are."""
+"""Scorers of searches, checked like pipelines because they may come from strangers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in for a skipped step: weights of the steps that were computed.
+"""Forecasters of skipped steps: weights of the steps that were computed.
 
 Every forecast is a weighted sum of what was kept, so a forecaster is a function from *where* steps were computed and
 where the forecast is wanted to weights: a few numbers, the same for every tensor, free of any device. Newest first.

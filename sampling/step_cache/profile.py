@@ -1,4 +1,4 @@
-"""What a calibration learned about a model: how its predictions at any two noise levels are alike.
+"""Profile of a model: inner products of its predictions at any two noise levels.
 
 From the Gram matrix `G[j, k] = <F_j, F_k> / numbers` of predictions F along a run follows the error of every forecast:
 with weights w of the computed steps A it is `G_jj - 2 w G_Aj + w G_AA w`. So the best steps to compute for any budget

@@ -1,4 +1,4 @@
-"""Why a step cache computes a call, as values: a key, what the sentence is filled with, and English."""
+"""Reasons why a step cache computes a call, as values: a key, its arguments, and English."""
 
 from __future__ import annotations
 

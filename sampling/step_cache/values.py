@@ -1,4 +1,4 @@
-"""Outputs of networks and blocks taken apart into tensors, mixed, and put together again."""
+"""Flatten outputs of networks and blocks into tensors, mix them, and rebuild the outputs."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def examine(build: Build) -> dict[str, Any]:
 def _cached(pipe: Any, call: dict[str, Any], region: Any) -> dict[str, Any]:
     """Run with a cache; see `examine`."""
     from sampling.step_cache import StepCache
-    from sampling.step_cache.engine import UNPLACED
+    from sampling.step_cache.engine import NO_STEP_CONTEXT
     from sampling.step_cache.forecasters import Newton
     from sampling.step_cache.gates import Interval
 
@@ -136,7 +136,7 @@ def _cached(pipe: Any, call: dict[str, Any], region: Any) -> dict[str, Any]:
     if not report["skipped"]:
         return {"pipeline": "inactive", **steps, "reason": report["why_inactive"]}
     beside = ", ".join(f"{count} calls: {reason}" for reason, count in report["inactive"].items())
-    state = "skips in part" if str(UNPLACED) in report["inactive"] else "skips"
+    state = "skips in part" if str(NO_STEP_CONTEXT) in report["inactive"] else "skips"
     return {"pipeline": state, **steps, **({"reason": beside} if beside else {})}
 
 

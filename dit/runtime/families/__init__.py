@@ -1,4 +1,4 @@
-"""What mechanisms may know about a family of transformers: one table, one row per network.
+"""Table of transformer families: one row per network, the only source of facts about them.
 
 No other file names a network of diffusers. A mechanism asks `family_of(model)` and gets blocks, attention layers,
 the token grid, how guidance is batched and what the timestep means; `dit.runtime.families` is the only place to add
@@ -14,7 +14,6 @@ from dit.runtime.families.detect import UnknownFamilyError, detect, detect_input
 from dit.runtime.families.folding import Fold, FoldedGroup, Rescaling, Scaled
 from dit.runtime.families.images import IMAGE_FAMILIES
 from dit.runtime.families.modules import is_attention
-from dit.runtime.families.own import OWN_FAMILIES
 from dit.runtime.families.schema import (
     AttentionLayer,
     AttentionPattern,
@@ -24,6 +23,7 @@ from dit.runtime.families.schema import (
     PipelineRow,
     TimestepScale,
 )
+from dit.runtime.families.tessera_models import OWN_FAMILIES
 from dit.runtime.families.tokens import TokenLayout
 from dit.runtime.families.videos import VIDEO_FAMILIES
 from dit.runtime.state import unwrap

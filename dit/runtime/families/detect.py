@@ -1,4 +1,4 @@
-"""A row for a transformer that the table doesn't list, as far as its structure tells."""
+"""Derive a row for a transformer that the table doesn't list, as far as its structure allows."""
 
 import re
 from dataclasses import replace

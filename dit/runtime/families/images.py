@@ -1,5 +1,6 @@
 """Rows of the families that generate images, one per network of diffusers. Facts were read in diffusers 0.42."""
 
+from dit.runtime.families.common import adaln_zero, added_qkv, modulated, qkv, self_and_cross, value
 from dit.runtime.families.folding import Fold, Scaled
 from dit.runtime.families.layouts import (
     masked_text_first,
@@ -9,7 +10,6 @@ from dit.runtime.families.layouts import (
     shape_lists,
     two_texts,
 )
-from dit.runtime.families.parts import adaln_zero, added_qkv, modulated, qkv, self_and_cross, value
 from dit.runtime.families.schema import (
     COND_FIRST,
     EMBEDDED,

@@ -1,4 +1,4 @@
-"""How each kind of transformer cuts its inputs into tokens. Functions of (bare model, named inputs)."""
+"""Token layouts of each kind of transformer: functions of (bare model, named inputs)."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a module is, by its structure."""
+"""Classify modules by their structure."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""The columns of the table of families: what a mechanism may ask about a transformer that it doesn't know."""
+"""Columns of the family table: what a mechanism may ask about a transformer that it doesn't know."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""What the tokens of one forward pass mean: the image's grid, and where the text stands."""
+"""Token layout of one forward pass: the image's grid, and the position of the text."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,8 +1,8 @@
 """Rows of the families that generate clips, one per network of diffusers. Facts were read in diffusers 0.42."""
 
+from dit.runtime.families.common import adaln_zero, added_qkv, modulated, qkv, self_and_cross, value
 from dit.runtime.families.folding import Fold, Scaled
 from dit.runtime.families.layouts import masked_text_last, patched, said_sizes
-from dit.runtime.families.parts import adaln_zero, added_qkv, modulated, qkv, self_and_cross, value
 from dit.runtime.families.schema import (
     TWO_CALLS,
     TWO_CALLS_EMBEDDED,

@@ -1,4 +1,4 @@
-"""What rows of several families have in common: names of projections, attention by name, rescalings in a block."""
+"""Building blocks of several rows: names of projections, attention by name, rescalings in a block."""
 
 from dit.runtime.families.folding import Fold, Scaled
 from dit.runtime.families.schema import AttentionPattern

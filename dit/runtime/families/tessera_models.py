@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from dit.runtime.families.common import adaln_zero, qkv, value
 from dit.runtime.families.folding import Fold, Scaled
 from dit.runtime.families.layouts import patched
-from dit.runtime.families.parts import adaln_zero, qkv, value
 from dit.runtime.families.schema import (
     UNCOND_FIRST,
     AttentionPattern,
