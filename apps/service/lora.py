@@ -111,7 +111,9 @@ def adapted(pipe: Any, wish: Lora | None, loras: Mapping[str, Path]) -> Generato
     if wish is None:
         yield
         return
-    if not callable(getattr(pipe, "load_lora_weights", None)):
+    from pipelines.inspection import info_of
+
+    if not info_of(pipe).can_load_lora:
         raise LoraError("lora.takes", "This model takes no LoRA files; leave it out.")
     try:
         _load(pipe, loras[wish.name], wish)
@@ -129,7 +131,7 @@ def _load(pipe: Any, file: Path, wish: Lora) -> None:
         lora = read_lora_file(file)
         check_lora_file(lora)
         try:
-            if getattr(pipe, "transformer", None) is None:
+            if pipe.components.get("transformer") is None:
                 raise LoraMisfitError("there is no transformer")
             put_on(pipe, lora, ADAPTER)
         except LoraMisfitError:  # the names of other code, or other parts than the transformer
@@ -184,7 +186,7 @@ def _same_layers(pipe: Any, wish: Lora) -> Generator[None]:
     """
     from pipelines.lora.files import adaptable_layers
 
-    network = getattr(pipe, "transformer", None)
+    network = pipe.components.get("transformer")
     if network is None:
         yield
         return

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -175,6 +175,7 @@ class Attachment:
         """
         inner = getattr(module, _forward_slot(module))
 
+        @wraps(inner)  # modular pipelines of diffusers pass what its signature names
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
             return function(inner, *args, **kwargs)

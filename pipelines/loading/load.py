@@ -17,6 +17,7 @@ from pipelines.base import TesseraPipeline
 from pipelines.loading.errors import clear_loading_errors
 from pipelines.loading.hub_id import split_revision
 from pipelines.loading.memory import check_memory, explain_out_of_memory, is_out_of_memory, release
+from pipelines.loading.modular import check_modular, fetch_any, is_modular, read_modular
 from pipelines.loading.offload import check_offload, place
 from pipelines.loading.single_file import (
     DENOISERS,
@@ -75,7 +76,7 @@ def load_pipeline(
     config: str | os.PathLike | None = None,
     **kwargs: Any,
 ) -> DiffusionPipeline:
-    """Load a pipeline, ours or any of diffusers'; from safetensors and GGUF files only.
+    """Load a pipeline, ours or any of diffusers', modular ones too; from safetensors and GGUF files only.
 
     Everything that can be checked is checked before any weight is read: files, classes, and whether the memory
     suffices. Whatever goes wrong, nothing stays half-loaded.
@@ -100,7 +101,8 @@ def load_pipeline(
             `transformer` may also be a file, which is then the same as `load_pipeline(file, base=name)`.
 
     Returns:
-        The pipeline on its device.
+        The pipeline on its device. A modular pipeline keeps the call of diffusers, `pipe(prompt=..., output="images")`;
+        `pipelines.modular_call.ModularCall(pipe)` has the standard one, with step callbacks and an interrupt.
 
     Raises:
         FileNotFoundError: no such model, folder, file or repository, or files are missing in it.
@@ -200,11 +202,27 @@ def _plan(name: str, base: str | os.PathLike | None, config: str | os.PathLike |
 
 def _plan_folder(source: Path | str, request: _Request) -> Reading:
     """Plan for a folder or a Hub repository; what is called a component in the options replaces the stored one."""
-    folder = source if isinstance(source, Path) else fetch(source, request.options, request.replaced)
+    folder = source if isinstance(source, Path) else fetch_any(source, request.options, request.replaced)
+    if is_modular(folder):
+        return _plan_modular(folder, None if isinstance(source, Path) else source, request)
     index = read_index(folder)
     loader = pipeline_class(index)
     request.check_memory(check_folder(folder, index, request.replaced, request.dtype, request.options.get("variant")))
     return partial(_read_folder, folder, loader, request)
+
+
+def _plan_modular(folder: Path, repository: str | None, request: _Request) -> Reading:
+    """Plan for a modular pipeline of diffusers, whose components may lie in other repositories."""
+    if request.offload != "none":
+        raise ValueError(
+            f"offload={request.offload!r} can't be had for modular pipelines, whose blocks say nothing about the order "
+            "in which components run: use offload='none', with dtype='bfloat16' to save memory."
+        )
+    brought = {name: request.options[name] for name in request.replaced}
+    places, sizes = check_modular(folder, repository, request.options, request.replaced, request.dtype)
+    request.check_memory(sizes)
+    reading: Any = partial(read_modular, folder, places, request.dtype, request.options, brought)
+    return reading
 
 
 def _plan_onto_base(file: Path, source: Path | str, request: _Request) -> Reading:

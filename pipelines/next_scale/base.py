@@ -13,10 +13,11 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from dit.cache import KVCalibrator, KVProfile, KVReport
+from dit.cache import POLICIES, KVCalibrator, KVProfile, KVReport
 from dit.runtime.compare import psnr, relative_error
 from dit.tokenizers.multi_scale_bsq import MultiScaleBSQ
 from pipelines.base import TesseraPipeline
+from pipelines.info import PipelineInfo
 from pipelines.inpaint import read_mask
 from pipelines.lora.mixin import TransformerLoraMixin
 from pipelines.next_scale.inpaint import KeptTokens
@@ -95,6 +96,20 @@ class NextScalePipeline(TesseraPipeline, TransformerLoraMixin):
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Height and width in pixels of all images that can be generated, the model's own first."""
         return ((self.default_height, self.default_width),)
+
+    def _declare(self, **own: Any) -> PipelineInfo:
+        """Complete what a class declares of itself by what next-scale pipelines have in common."""
+        return super()._declare(
+            height=self.default_height,
+            width=self.default_width,
+            multiple=self.vae_scale_factor * self.transformer.config.patchify,
+            sizes=tuple((width, height) for height, width in self.sizes),
+            grids=tuple(self.transformer.grids),
+            kv_policies=tuple(POLICIES),
+            can_search=self.scorer is not None,
+            can_load_lora=True,
+            **own,
+        )
 
     # -------------------------------------------------------------- calibration
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ModelMixin
@@ -14,10 +14,12 @@ from torch import Tensor
 from pipelines.base import OUTPUT_TYPES
 from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number
+from pipelines.info import PipelineInfo, class_table
 from pipelines.inpaint import MaskInput
 from pipelines.labels import Label, label_ids, names_of
 from pipelines.next_scale.base import NextScalePipeline, check_pair
 from pipelines.next_scale.options import (
+    SCALE_ARGUMENTS,
     Callback,
     NextScaleOutput,
     Pictures,
@@ -71,6 +73,8 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         >>> pipe([207, 360], guidance_scale=5.0).images[0].save("retriever.png")
     """
 
+    tasks: ClassVar[tuple[str, ...]] = ("next_scale_class",)
+    call_arguments: ClassVar[Mapping[str, str]] = {**SCALE_ARGUMENTS, "label": "class_labels", "smooth": "smooth"}
     model_cpu_offload_seq = "transformer"
 
     def __init__(self, transformer: ModelMixin, vae: ModelMixin, id2label: dict[int, str] | None = None) -> None:
@@ -81,6 +85,14 @@ class NextScaleClassToImagePipeline(NextScalePipeline):
         check_pair(transformer, vae, wants_text=False)
         self.vae_scale_factor = vae.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def info(self) -> PipelineInfo:
+        """Return what this pipeline is and can do."""
+        return self._declare(
+            guidance=DEFAULT_GUIDANCE,
+            labels=class_table(self.transformer.config.num_classes, self.labels),
+            label_ids=self.labels,
+        )
 
     @takes_call_defaults
     @torch.no_grad()

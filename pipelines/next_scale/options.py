@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,22 @@ from sampling.tokens import Generators
 
 Pictures = list[Image.Image] | np.ndarray | Tensor
 Callback = Callable[..., dict[str, Tensor] | None]
+
+SCALE_ARGUMENTS: Mapping[str, str] = {
+    "guidance": "guidance_scale",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "temperature": "temperature",
+    "kv_policy": "kv_policy",
+    "kv_budget": "kv_budget",
+    "kv_dtype": "kv_dtype",
+    "search": "search",
+    "image": "image",
+    "mask": "mask_image",
+    "batch_size": "num_images_per_prompt",
+    "seed": "generator",
+}
+"""Field of a request -> argument of the calls of all next-scale pipelines."""
 
 
 @dataclass

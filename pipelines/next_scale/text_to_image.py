@@ -18,9 +18,11 @@ from pipelines.base import OUTPUT_TYPES
 from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number
 from pipelines.conditioning import TextConditionedPipeline, text_limit
+from pipelines.info import PipelineInfo
 from pipelines.inpaint import MaskInput
 from pipelines.next_scale.base import NextScalePipeline, check_pair
 from pipelines.next_scale.options import (
+    SCALE_ARGUMENTS,
     Callback,
     NextScaleOutput,
     Pictures,
@@ -85,6 +87,14 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
         >>> pipe("a cat holds a board with the text 'hello'", aspect_ratio=16 / 9).images[0].save("cat.png")
     """
 
+    tasks: ClassVar[tuple[str, ...]] = ("next_scale_text",)
+    call_arguments: ClassVar[Mapping[str, str]] = {
+        **SCALE_ARGUMENTS,
+        "prompt": "prompt",
+        "negative_prompt": "negative_prompt",
+        "height": "height",
+        "width": "width",
+    }
     model_cpu_offload_seq = "text_encoder->transformer"
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
 
@@ -106,6 +116,16 @@ class NextScaleTextToImagePipeline(NextScalePipeline, TextConditionedPipeline):
             check_pair(transformer, vae, wants_text=True)
         self.vae_scale_factor = 16 if vae is None else vae.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def info(self) -> PipelineInfo:
+        """Return what this pipeline is and can do."""
+        own: dict[str, Any] = {**DEFAULTS, **self.config["defaults"]}
+        guidance = own["guidance_scale"]
+        return self._declare(
+            defaults=own,
+            guidance=float(guidance) if isinstance(guidance, int | float) else None,
+            knows_words=True,
+        )
 
     @takes_call_defaults
     @torch.no_grad()

@@ -499,5 +499,5 @@ def test_roles_are_read_by_their_earlier_names(tmp_path):
     assert [user.role for user in read_users(file)] == ["generate"]
     file.write_text(file.read_text().replace('"generate"', '"watch"'))
     assert [user.role for user in read_users(file)] == ["view"]
-    with pytest.raises(ValueError, match="owner.*view, generate, admin"):
+    with pytest.raises(ValueError, match=r"owner.*view, generate, admin"):
         add_user(file, "ann", "owner")

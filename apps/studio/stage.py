@@ -22,7 +22,7 @@ Changes = dict[str, Any]
 """Part of the page -> its new value, or a `gr.update`."""
 
 
-class Easel:
+class Stage:
     """Puts finished images, or a view of one to come, onto the stage.
 
     Args:

@@ -33,13 +33,13 @@ from apps.service.sheet import GridSettings, read_sheet
 from apps.service.uploads import UploadError
 from apps.studio import controls, views
 from apps.studio.album import Finished, Shown, ShownSheet
-from apps.studio.desk import attention_choices, machine_choices, memory_note
-from apps.studio.easel import Changes
 from apps.studio.examples import EXAMPLES, example_prompts
-from apps.studio.forms import FIXED, least_side, shapes, show_request, show_settings
-from apps.studio.painting import Painting
+from apps.studio.forms import FIXED, least_side, request_to_form, settings_to_form, size_choices
+from apps.studio.generation_handlers import GenerationHandlers
+from apps.studio.panels import attention_choices, machine_choices, memory_note
 from apps.studio.problems import explain, problem
 from apps.studio.sessions import LOCAL, Sessions
+from apps.studio.stage import Changes
 from apps.studio.strings import Strings
 from apps.studio.tabs import TABS, grid
 from apps.studio.vocabulary import read_vocabulary
@@ -63,21 +63,21 @@ RENAMED = {"negative": "negative_prompt", "count": "num_images"}
 """Names under which browsers remember what an older page had."""
 
 
-class Choosing:
+class SettingsHandlers:
     """The listeners besides generating.
 
     Args:
         engine: generates; must have an output folder.
         words: of the page.
         sessions: who is on the page.
-        painting: shows images.
+        generation: shows images.
     """
 
-    def __init__(self, engine: Engine, words: Strings, sessions: Sessions, painting: Painting) -> None:
+    def __init__(self, engine: Engine, words: Strings, sessions: Sessions, generation: GenerationHandlers) -> None:
         self._engine = engine
         self._words = words
         self._sessions = sessions
-        self._painting = painting
+        self._generation = generation
 
     # --------------------------------------------------------------------------- model
 
@@ -92,7 +92,7 @@ class Choosing:
         remembered = self._remembered(saved)
         key = remembered.get("model", values["model"])
         mode = remembered.get("mode", values["mode"])
-        changes = self.settle(key, mode, may_load)
+        changes = self.load_model_controls(key, mode, may_load)
         if not remembered:
             return changes
         return {**_over(changes, {"model": key, **remembered}), **self._go(mode)}
@@ -113,7 +113,7 @@ class Choosing:
             and len(str(value)) <= limits.MAX_PROMPT_CHARS
         }
 
-    def settle(self, key: str, mode: str, may_load: bool = True) -> Changes:
+    def load_model_controls(self, key: str, mode: str, may_load: bool = True) -> Changes:
         """Wait until a model is loaded and fit the controls to it.
 
         Args:
@@ -142,12 +142,12 @@ class Choosing:
             name: gr.update(value=value, maximum=most, step=model.multiple, minimum=least_side(model))
             for name, value in (("width", model.width), ("height", model.side))
         }
-        choices = shapes(self._words, model.side, model.width, model.multiple, model.sizes)
+        choices = size_choices(self._words, model.side, model.width, model.multiple, model.sizes)
         own = (self._words("scheduler.own"), "")
         return {
             "shape": gr.update(choices=choices, value=choices[0][1]),
             **sides,
-            **self._walking(model),
+            **self._step_controls(model),
             **({} if model.guidance is None else {"guidance": gr.update(value=model.guidance)}),
             "frames": gr.update(value=model.frames, visible=model.frames is not None),
             "scheduler": gr.update(choices=[own, *model.schedulers], value="", visible=bool(model.schedulers)),
@@ -163,7 +163,7 @@ class Choosing:
             "memory_note": views.hint(memory_note(self._words, self._engine.devices, model)),
             "words": views.vocabulary(names, key, self._words),
             **chips,
-            **self.fit(key, mode),
+            **self.check_support(key, mode),
         }
 
     def adapted(self, changes: Changes, key: str, may_load: bool = True) -> Changes:
@@ -172,35 +172,35 @@ class Choosing:
         Args:
             changes: what is put in place.
             key: of the model that the page is fitted to.
-            may_load: see `settle`.
+            may_load: see `load_model_controls`.
         """
         model = changes.get("model", key)
-        return changes if model == key else _over(self.settle(model, changes["mode"], may_load), changes)
+        return changes if model == key else _over(self.load_model_controls(model, changes["mode"], may_load), changes)
 
-    def _walking(self, model: LoadedModel) -> Changes:
+    def _step_controls(self, model: LoadedModel) -> Changes:
         """Show the controls of denoising steps for a model that has some."""
         seen = gr.update(visible=model.steps is not None)
         steps = seen if model.steps is None else gr.update(visible=True, value=model.steps)
         return {"steps": steps, "step_cache": seen, "cache_amount": seen}
 
-    def fit(self, key: str, mode: str) -> Changes:
+    def check_support(self, key: str, mode: str) -> Changes:
         """Say whether a model can do what a tab asks for, and offer one that can."""
         model = self._loaded(key)
         if mode not in TABS or model is None or set(TABS[mode].tasks) & set(model.tasks):
             return {"need": "", "switch": gr.update(visible=False)}
-        other = self._able(mode)
+        other = self._find_capable_model(mode)
         label = "" if other is None else self._words("cant.switch", model=other)
         return {
-            "need": views.cannot(key, mode, other, self._words),
+            "need": views.unsupported_notice(key, mode, other, self._words),
             "switch": gr.update(value=label, visible=other is not None),
         }
 
     def switch(self, mode: str, may_load: bool = True) -> Changes:
-        """Choose a model that can do what a tab asks for; see `settle`."""
-        other = self._able(mode)
-        return {} if other is None else {"model": other, **self.settle(other, mode, may_load)}
+        """Choose a model that can do what a tab asks for; see `load_model_controls`."""
+        other = self._find_capable_model(mode)
+        return {} if other is None else {"model": other, **self.load_model_controls(other, mode, may_load)}
 
-    def _able(self, mode: str) -> str | None:
+    def _find_capable_model(self, mode: str) -> str | None:
         """Return the first model that can do what a tab asks for."""
         tasks = set(TABS[mode].tasks) if mode in TABS else set()
         return next((name for name in self._engine.models if tasks & set(self._engine.tasks(name))), None)
@@ -231,7 +231,7 @@ class Choosing:
     def choose(self, visit: Sequence[Finished], event: gr.SelectData) -> Changes:
         """Show the image of the strip that was clicked."""
         index = event.index if isinstance(event.index, int) else -1
-        return self._painting.show(visit[index]) if 0 <= index < len(visit) else {}
+        return self._generation.show(visit[index]) if 0 <= index < len(visit) else {}
 
     def reuse_seed(self, chosen: Finished | None) -> Changes:
         """Fix the seed to that of the image or grid on the stage."""
@@ -242,8 +242,8 @@ class Choosing:
     def reuse_settings(self, chosen: Finished | None) -> Changes:
         """Set every control as for the image or grid on the stage."""
         if isinstance(chosen, ShownSheet):
-            return self._put_grid_in_place(chosen.record.settings)
-        return {} if chosen is None else self._put_in_place(chosen.settings)
+            return self._apply_grid(chosen.record.settings)
+        return {} if chosen is None else self._apply_settings(chosen.settings)
 
     def load_settings(self, file: str | None) -> Changes:
         """Set every control as for an image, or the sheet of a grid, that was handed in."""
@@ -258,15 +258,15 @@ class Choosing:
             return problem(explain(error, self._words))
         gr.Info(self._words("load_settings.done", name=path.name[:60]))
         if isinstance(settings, GridSettings):
-            return self._put_grid_in_place(settings)
-        return self._put_in_place(settings)
+            return self._apply_grid(settings)
+        return self._apply_settings(settings)
 
-    def _put_in_place(self, settings: PictureSettings) -> Changes:
+    def _apply_settings(self, settings: PictureSettings) -> Changes:
         """Set every control for the settings of an image, its source and mask too."""
         refused = self._lora_refused(settings.lora)
         if refused is not None:
             return refused
-        changes = self._as_here(show_settings(settings), settings.model)
+        changes = self._as_here(settings_to_form(settings), settings.model)
         mode = changes.pop("mode")
         mask = changes.pop("mask", None)
         if settings.image is not None:
@@ -276,13 +276,13 @@ class Choosing:
                 return problem(explain(error, self._words))
         return {**changes, **self._go(mode)}
 
-    def _put_grid_in_place(self, settings: GridSettings) -> Changes:
+    def _apply_grid(self, settings: GridSettings) -> Changes:
         """Set every control for the settings of a grid."""
         request = settings.request
         refused = self._lora_refused(request.lora)
         if refused is not None:
             return refused
-        shown = show_request(request) | grid.show_axes(settings.axes)
+        shown = request_to_form(request) | grid.show_axes(settings.axes)
         return self._as_here(shown, request.model) | self._go("grid")
 
     def _lora_refused(self, lora: Lora | None) -> Changes | None:
@@ -397,17 +397,17 @@ class Choosing:
 
     # ------------------------------------------------------------------------- gallery
 
-    def turn(self, page: int, by: int, request: gr.Request) -> Changes:
+    def turn_page(self, page: int, by: int, request: gr.Request) -> Changes:
         """Turn the pages of the gallery."""
         first = max(int(page) + by, 0) * PAGE
-        found = self._engine.history(self._sessions.watcher(request), PAGE + 1, first)
-        shown = self._painting.album.hung(found[:PAGE])
-        items = [self._painting.thumbnail(one, self._caption(one)) for one in shown]
+        found = self._engine.history(self._sessions.viewer(request), PAGE + 1, first)
+        shown = self._generation.album.gallery_items(found[:PAGE])
+        items = [self._generation.thumbnail(one, self._caption(one)) for one in shown]
         count = sum(isinstance(one, Shown) for one in shown)  # sheets show images of the page once more
         note = self._words("gallery.page", first=first + 1, last=first + count) if shown else ""
         return {
             "page": first // PAGE,
-            "hung": shown,
+            "gallery_items": shown,
             "gallery": gr.update(value=items, visible=bool(items)),
             "gallery_note": views.note(note or self._words("gallery.empty")),
             "newer": gr.update(interactive=first > 0),
@@ -420,12 +420,12 @@ class Choosing:
             return f"{self._words('tab.grid')}: {prompt}"
         return shown.settings.prompt or str(shown.settings.label)
 
-    def look(self, hung: Sequence[Finished], event: gr.SelectData) -> Changes:
+    def look(self, gallery_items: Sequence[Finished], event: gr.SelectData) -> Changes:
         """Show the image of the gallery that was clicked."""
         index = event.index if isinstance(event.index, int) else -1
-        if not 0 <= index < len(hung):
+        if not 0 <= index < len(gallery_items):
             return {}
-        return {**self._painting.show(hung[index]), **self._go("text")}
+        return {**self._generation.show(gallery_items[index]), **self._go("text")}
 
 
 def _over(changes: Changes, values: Mapping[str, Any]) -> Changes:

@@ -1,4 +1,4 @@
-"""The shared parts of the page: what is asked, how, and the easel that shows it. Each returns its parts by name."""
+"""The shared panels of the page: prompt, settings, output, gallery. Each returns its components by name."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import gradio as gr
 from apps.service import limits
 from apps.service.compute_profiles import PROFILES, attention_backends, memory_profiles
 from apps.service.engine import Engine
-from apps.service.model_pool import FALLBACK_SIDE, LoadedModel
+from apps.service.model_pool import LoadedModel
 from apps.service.named_settings import load_presets
 from apps.service.option_values import MAIN_PARAMETERS
 from apps.service.styles import load_styles
 from apps.studio import controls, fields, views
 from apps.studio.controls import Parts
 from apps.studio.examples import EXAMPLES, example_prompts
-from apps.studio.forms import FIXED, RANDOM, shapes
+from apps.studio.forms import FIXED, RANDOM, size_choices
 from apps.studio.strings import Strings
 from pipelines import builtin_models
+from pipelines.info import FALLBACK_SIDE
 
 BUILTIN_SIDE = 128
 """Side that the controls show until the model is loaded, for built-in models; pixels."""
 
 
-def ask(words: Strings) -> Parts:
+def prompt_panel(words: Strings) -> Parts:
     """Lay out the prompt, the buttons and the examples."""
     prompts = example_prompts([], EXAMPLES)
     parts: Parts = {"need": gr.HTML("", elem_id="need", js_on_load=None)}
@@ -39,13 +40,13 @@ def ask(words: Strings) -> Parts:
         elem_id="prompt",
     )
     with gr.Row(elem_id="go"):
-        parts["paint"] = gr.Button(words("paint"), variant="primary", elem_id="paint", scale=3)
+        parts["generate"] = gr.Button(words("generate"), variant="primary", elem_id="generate", scale=3)
         parts["finish"] = gr.Button(words("finish"), elem_id="finish", interactive=False, scale=2, min_width=80)
         parts["skip"] = gr.Button(words("skip"), elem_id="skip", visible=False, scale=1, min_width=80)
         parts["stop"] = gr.Button(words("stop"), elem_id="stop", interactive=False, scale=1, min_width=80)
     with gr.Row(elem_id="queue"):
-        parts["line"] = gr.HTML("", elem_id="line", js_on_load=None)
-        parts["clear"] = gr.Button(words("line.clear"), size="sm", visible=False, elem_id="clear", min_width=80)
+        parts["queue_note"] = gr.HTML("", elem_id="queue-note", js_on_load=None)
+        parts["clear"] = gr.Button(words("queue.clear"), size="sm", visible=False, elem_id="clear", min_width=80)
     with gr.Row(elem_id="order", visible=False) as parts["order"]:
         parts["waiting"] = fields.Dropdown(
             [], show_label=False, container=False, filterable=False, elem_id="waiting", scale=4, min_width=160
@@ -63,7 +64,7 @@ def ask(words: Strings) -> Parts:
     return parts
 
 
-def source(words: Strings) -> Parts:
+def source_panel(words: Strings) -> Parts:
     """Lay out the image to start from, and the brush that marks a part of it."""
     view = gr.HTML(views.source(words), elem_id="source-view", js_on_load=None)
     file = gr.UploadButton(words("source.choose"), size="sm", elem_id="source-file")
@@ -71,10 +72,10 @@ def source(words: Strings) -> Parts:
     return {"source_view": view, "source_file": file}
 
 
-def settings(engine: Engine, words: Strings) -> Parts:
+def settings_panel(engine: Engine, words: Strings) -> Parts:
     """Lay out the settings that all tabs share."""
     side = BUILTIN_SIDE if engine.models[0] in builtin_models() else FALLBACK_SIDE
-    choices = shapes(words, side, side, 16)
+    choices = size_choices(words, side, side, 16)
     parts: Parts = {
         "model": fields.Dropdown(
             list(engine.models), value=engine.models[0], label=words("model"), filterable=False, elem_id="model"
@@ -165,7 +166,7 @@ def memory_note(words: Strings, devices: Sequence[str], model: LoadedModel | Non
     return " ".join(told)
 
 
-def easel(words: Strings) -> Parts:
+def output_panel(words: Strings) -> Parts:
     """Lay out the part that shows images."""
     size = (BUILTIN_SIDE, BUILTIN_SIDE)
     parts: Parts = {
@@ -194,13 +195,13 @@ def easel(words: Strings) -> Parts:
     return parts
 
 
-def gallery(words: Strings) -> Parts:
+def gallery_panel(words: Strings) -> Parts:
     """Lay out the gallery."""
-    with gr.Row(elem_id="turn"):
+    with gr.Row(elem_id="gallery-pages"):
         newer = gr.Button(words("newer"), size="sm", interactive=False, elem_id="newer", min_width=80)
         note = gr.HTML("", elem_id="gallery-note", js_on_load=None)
         older = gr.Button(words("older"), size="sm", interactive=False, elem_id="older", min_width=80)
-    hung = gr.Gallery(
+    gallery_items = gr.Gallery(
         show_label=False,
         columns=6,
         height="auto",
@@ -210,4 +211,4 @@ def gallery(words: Strings) -> Parts:
         buttons=[],
         elem_id="gallery",
     )
-    return {"newer": newer, "gallery_note": note, "older": older, "gallery": hung}
+    return {"newer": newer, "gallery_note": note, "older": older, "gallery": gallery_items}

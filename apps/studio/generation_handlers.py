@@ -24,19 +24,19 @@ from apps.service.sheet import GridSettings
 from apps.studio import views
 from apps.studio.album import Album, Finished
 from apps.studio.displays import Displays
-from apps.studio.easel import Changes, Easel
 from apps.studio.following import Following, busy
-from apps.studio.forms import make_request, read_mask
+from apps.studio.forms import form_to_request, read_mask
 from apps.studio.grids import Grids
 from apps.studio.page_values import PageError
 from apps.studio.problems import explain, problem
 from apps.studio.sessions import Sessions
+from apps.studio.stage import Changes, Stage
 from apps.studio.strings import Strings
 from apps.studio.tabs.grid import axes
 from apps.studio.waiting import Waiting
 
 
-class Painting:
+class GenerationHandlers:
     """The listeners that ask for images and change the queue, over one engine.
 
     Args:
@@ -52,16 +52,16 @@ class Painting:
         self._grids = Grids(engine)
         self.album = Album(engine, self._grids)
         self.displays = Displays()
-        self._easel = Easel(engine, words, self._grids)
+        self._stage = Stage(engine, words, self._grids)
         self._waiting = Waiting(engine, words, self._grids)
         self.following = Following(
-            engine, words, sessions, self._grids, self.album, self.displays, self._easel, self._waiting
+            engine, words, sessions, self._grids, self.album, self.displays, self._stage, self._waiting
         )
 
-    def paint(self, values: Mapping[str, Any], request: gr.Request) -> Changes:
+    def generate(self, values: Mapping[str, Any], request: gr.Request) -> Changes:
         """Queue what the page asks for; `Following` shows how it goes."""
         try:
-            owner = self._sessions.painter(request)
+            owner = self._sessions.submitter(request)
             wanted = self._requests(values, owner)
             is_idle = not self._engine.unfinished(owner)
             if values["mode"] == "grid":
@@ -77,7 +77,7 @@ class Painting:
         if not is_idle:
             return changes | self._waiting.queue(owner)
         starting = views.stage(size=self.following.frame(wanted[0]), note=self._words("starting"), share=0.0)
-        return changes | {"stage": starting} | self._easel.acting_on(None) | busy(True)
+        return changes | {"stage": starting} | self._stage.acting_on(None) | busy(True)
 
     def stop(self, request: gr.Request, job: str | None) -> Changes:
         """Stop the job that the page shows within one step; of a grid all that is left of it.
@@ -122,7 +122,7 @@ class Painting:
         Raises:
             PageError: the user may only look.
         """
-        owner = self._sessions.painter(request)
+        owner = self._sessions.submitter(request)
         for job in reversed(self._engine.waiting(owner)):  # the last one first: the first one may begin meanwhile
             self._engine.stop(job)
         return self._waiting.queue(owner)
@@ -133,7 +133,7 @@ class Painting:
         Raises:
             PageError: the user may only look.
         """
-        owner = self._sessions.painter(request)
+        owner = self._sessions.submitter(request)
         waiting = self._engine.waiting(owner)
         if job is not None and job in waiting and 0 <= waiting.index(job) + by < len(waiting):
             self._engine.move(job, waiting.index(job) + by)
@@ -145,22 +145,22 @@ class Painting:
         Raises:
             PageError: the user may only look.
         """
-        owner = self._sessions.painter(request)
+        owner = self._sessions.submitter(request)
         if job is not None and job in self._engine.waiting(owner):
             self._engine.stop(job)
         return self._waiting.queue(owner)
 
     def show(self, shown: Finished) -> Changes:
         """Put something finished onto the stage."""
-        return self._easel.show(shown)
+        return self._stage.show(shown)
 
     def thumbnail(self, shown: Finished, caption: str) -> tuple[Any, str]:
-        """Return an item of the gallery, see `Easel.thumbnail`."""
-        return self._easel.thumbnail(shown, caption)
+        """Return an item of the gallery, see `Stage.thumbnail`."""
+        return self._stage.thumbnail(shown, caption)
 
     def _mine(self, request: gr.Request, job: str | None) -> str | None:
         """Return a job if it is one of the user of a page, who may change it."""
-        owner = self._sessions.painter(request)
+        owner = self._sessions.submitter(request)
         try:
             return job if job is not None and self._engine.job(job).owner == owner else None
         except KeyError:
@@ -181,7 +181,7 @@ class Painting:
         if values["mode"] == "grid":  # one image a cell: neither their number nor the file of prompts is shown
             values |= {"num_images": 1, "batch_size": 1, "many": []}
         lines: Sequence[PromptLine] = values.get("many") or ()
-        return [self._of_line(line, values) for line in lines] or [make_request(values, tasks)]
+        return [self._of_line(line, values) for line in lines] or [form_to_request(values, tasks)]
 
     def _of_line(self, line: PromptLine, values: Mapping[str, Any]) -> AnyRequest:
         """Make the request of a line of a file, whose settings replace those of the page.
@@ -192,7 +192,7 @@ class Painting:
         model = line.values.get("model", values["model"])
         tasks = self._engine.tasks(model) if model in self._engine.models else ()
         try:
-            return make_request(values, tasks, request_fields(line))
+            return form_to_request(values, tasks, request_fields(line))
         except PromptFileError:
             raise
         except ValidationError as error:
