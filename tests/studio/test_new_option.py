@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 
-FIELD = '''
+FIELD = """
     sharpness: Annotated[
         float | None,
         Field(ge=0, le=2),
@@ -22,7 +22,7 @@ FIELD = '''
             control=Control(kind="slider", place="advanced", start=0.5, step=0.1),
         ),
     ] = None
-'''
+"""
 LABELS = {"en": "Sharpness", "zh": "\u9510\u5ea6"}
 
 CHECK = '''
