@@ -1,5 +1,6 @@
 """Folders and lists of files as training data: what is read, what is left out, and runs that resume exactly."""
 
+import hashlib
 import json
 import os
 
@@ -199,9 +200,15 @@ def test_orientation_and_transparency(tmp_path):
     assert read_frames(tmp_path / "a.jpg")[0].size == (20, 30)
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "b.png")
     Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "c.png")
-    Image.new("I;16", (8, 8)).save(tmp_path / "d.png")
-    assert [read_frames(tmp_path / f"{name}.png")[0].getpixel((3, 3)) for name in "bc"] == [(255, 255, 255)] * 2
-    assert read_frames(tmp_path / "d.png")[0].mode == "RGB"
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "d.png")
+    Image.new("P", (8, 8), 0).save(tmp_path / "e.png", transparency=0)
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "f.jpg")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "g.tif")
+    assert [read_frames(tmp_path / f"{name}.png")[0].getpixel((3, 3)) for name in "bce"] == [(255, 255, 255)] * 3
+    assert read_frames(tmp_path / "d.png")[0].getpixel((3, 3)) == (128, 128, 128)
+    assert read_frames(tmp_path / "f.jpg")[0].mode == "RGB"
+    with pytest.raises(ValueError, match="mode 'F'"):
+        read_frames(tmp_path / "g.tif")
 
 
 def test_clips_give_frames_or_name_the_extra(tmp_path, monkeypatch):
@@ -228,6 +235,14 @@ def test_clips_give_frames_or_name_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"2 clips \(clip.mp4 ...\).*tessera\[studio\]"):
         opened(tmp_path, tmp_path)
+
+
+def test_the_scenes_of_a_batch_never_change():
+    """Shipped weights were trained on them: the address of a batch says what it holds."""
+    data = StickerData(StickerSettings(vocabulary_fraction=0.5, synonyms=0.2), 32)
+    scenes = data.scenes(BatchAddress(3, 2, 8, rank=1, world_size=2))
+    captions = [data.caption(scene, np.random.default_rng(number)) for number, scene in enumerate(scenes)]
+    assert hashlib.sha256(repr((scenes, captions, data.corpus(8, 3))).encode()).hexdigest()[:16] == "0c04d338bbb33166"
 
 
 def listed(tmp_path, *lines, **settings):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from apps.training.config import ConfigError
@@ -129,6 +130,17 @@ def test_the_built_in_scorer_sees_where_its_generators_pictures_lead():
         coarse = pipe.decode_latents(latents[:, 3].float()).clamp(-1, 1) / 2 + 0.5
         told.append(torch.corrcoef(torch.stack([judge(coarse, [caption] * 8), rewards]))[0, 1])
     assert torch.stack(told).mean() > 0.5
+
+
+def test_captions_may_be_those_of_a_folder(configured, tmp_path):
+    for name in "abc":
+        Image.new("RGB", (40, 40), "blue").save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"a fox on {name}\n")
+    small = ("data.captions=2", "data.candidates=2", "data.validation_captions=2", "run.steps=1", "run.preview_every=0")
+    trainer = Trainer(configured("folder", "data.kind=images", f'data.folder="{tmp_path}"', *small))
+    assert trainer.run() == "finished"
+    assert "correlation_3" in trainer.task.validate()
+    assert trainer.task.hard_negatives == {}
 
 
 def test_a_plan_needs_a_way_for_each_caption():

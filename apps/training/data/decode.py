@@ -28,7 +28,7 @@ def read_frames(path: Path, count: int = 1) -> list[Image.Image]:
         count: Frames, spread evenly over the clip; 1 is the one in the middle. An image is repeated.
 
     Returns:
-        RGB images, turned upright as EXIF says; what is transparent is white.
+        RGB images, turned upright as EXIF says; what is transparent is white; of an animation the first frame.
 
     Raises:
         ValueError: If the file holds no image or frame.
@@ -37,12 +37,23 @@ def read_frames(path: Path, count: int = 1) -> list[Image.Image]:
     if path.suffix.lower() in CLIP_SUFFIXES:
         return _clip_frames(path, count)
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode != "RGB":
-            image = image.convert("RGBA")  # palettes and transparency in all their forms
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        image.load()
-    return [image] * count
+        return [_to_rgb(ImageOps.exif_transpose(file))] * count
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any image to RGB, what is transparent to white.
+
+    Raises:
+        ValueError: If its numbers have no known range.
+    """
+    if image.mode.startswith("I;16"):  # convert() would cut 16 bits off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode!r} have no known range; save it with 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _clip_frames(path: Path, count: int) -> list[Image.Image]:
