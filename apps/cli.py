@@ -182,10 +182,7 @@ def _serve(*, models: list[str], output_dir: Path, base: str | None, **settings:
 def token(
     name: Annotated[str, typer.Argument(help="Of the user: letters, digits and _.-")],
     auth_file: Annotated[Path, typer.Option(dir_okay=False, help="File of users; created if absent.")],
-    role: Annotated[
-        Literal["watch", "paint", "admin"],
-        typer.Option(help="watch: view own jobs; paint: submit jobs; admin: all jobs."),
-    ] = "paint",
+    role: Annotated[str, typer.Option(help="view: see own jobs; generate: submit jobs; admin: all jobs.")] = "generate",
 ) -> None:
     """Add a user of the server, or give one a new token; it is shown once."""
     from apps.api.tokens import add_user

@@ -8,7 +8,7 @@ import argparse
 import torch
 
 from pipelines import load_pipeline
-from sampling.test_time_search import TTSConfig
+from sampling.inference_search import TTSConfig
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("prompt", nargs="?", default="a fox left of a key")

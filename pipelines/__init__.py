@@ -15,20 +15,23 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipelines.base import TesseraPipeline
-    from pipelines.builtin import builtin_models, load_pipeline
     from pipelines.class_to_image import ClassToImagePipeline
-    from pipelines.next_scale import NextScaleClassToImagePipeline
-    from pipelines.next_scale_text import NextScaleTextToImagePipeline
-    from pipelines.observe import observe
+    from pipelines.info import PipelineInfo
+    from pipelines.inspection import info_of
+    from pipelines.loading.load import builtin_models, load_pipeline
+    from pipelines.next_scale import NextScaleClassToImagePipeline, NextScaleTextToImagePipeline
     from pipelines.text_to_image import TextToImagePipeline
+    from sampling.observe import observe
 
 __all__ = [
     "ClassToImagePipeline",
     "NextScaleClassToImagePipeline",
     "NextScaleTextToImagePipeline",
+    "PipelineInfo",
     "TesseraPipeline",
     "TextToImagePipeline",
     "builtin_models",
+    "info_of",
     "load_pipeline",
     "observe",
 ]
@@ -36,12 +39,14 @@ __all__ = [
 _MODULE_OF = {
     "ClassToImagePipeline": "pipelines.class_to_image",
     "NextScaleClassToImagePipeline": "pipelines.next_scale",
-    "NextScaleTextToImagePipeline": "pipelines.next_scale_text",
+    "NextScaleTextToImagePipeline": "pipelines.next_scale",
+    "PipelineInfo": "pipelines.info",
     "TesseraPipeline": "pipelines.base",
     "TextToImagePipeline": "pipelines.text_to_image",
-    "builtin_models": "pipelines.builtin",
-    "load_pipeline": "pipelines.builtin",
-    "observe": "pipelines.observe",
+    "builtin_models": "pipelines.loading.load",
+    "info_of": "pipelines.inspection",
+    "load_pipeline": "pipelines.loading.load",
+    "observe": "sampling.observe",
 }
 
 

@@ -7,8 +7,9 @@ by itself, but only those of a static list, so that a checkpoint can never name 
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from dit.tokenizers import VisualTokenizer, as_visual_tokenizer
 from pipelines.checks import check_generators, check_side
-from pipelines.loaded import check_loaded, check_text
-from pipelines.model_index import component_entries, is_own, resolve_components
-from pipelines.plain_errors import clear_loading_errors
-from pipelines.sources import check_folder, find_culprit, read_index
+from pipelines.info import PipelineInfo, tiles
+from pipelines.loading.errors import clear_loading_errors
+from pipelines.loading.model_index import component_entries, is_own, resolve_components
+from pipelines.loading.sources import check_folder, find_culprit, read_index
+from pipelines.loading.weight_values import check_loaded, check_text
 
 HUB_ALLOW = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md")
 HUB_IGNORE = ("*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.onnx")
@@ -42,9 +44,13 @@ class TesseraPipeline(DiffusionPipeline):
 
     Attributes:
         max_side: the largest height or width in pixels that a call accepts (a guard, raise it at will).
+        tasks: what a call can be asked for, the main task first; see `PipelineInfo`.
+        call_arguments: field of a request -> argument of the call; see `PipelineInfo`.
     """
 
     max_side: int = 4096
+    tasks: ClassVar[tuple[str, ...]] = ()
+    call_arguments: ClassVar[Mapping[str, str]] = {}
     progress_bar: Any  # diffusers' context manager, whose type its decorator hides
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     _guidance_scale: float = 1.0
@@ -182,6 +188,36 @@ class TesseraPipeline(DiffusionPipeline):
         }
         made: Any = super().from_pipe(pipeline, **{**networks, **kwargs})  # diffusers' annotation says less
         return made
+
+    # --------------------------------------------------------- what it is and can do
+
+    def info(self) -> PipelineInfo:
+        """Return what this pipeline is and can do; each class declares it.
+
+        Raises:
+            NotImplementedError: its class doesn't.
+        """
+        raise NotImplementedError(f"{type(self).__name__} doesn't say what it can do: define info().")
+
+    def _declare(self, **own: Any) -> PipelineInfo:
+        """Complete what a class declares of itself by what all of our pipelines have in common."""
+        signature = inspect.signature(type(self).__call__)
+        parameters = {name: one for name, one in signature.parameters.items() if name != "self"}
+        defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
+        return PipelineInfo(
+            tasks=self.tasks,
+            arguments=self.call_arguments,
+            parameters=frozenset(parameters),
+            defaults=defaults | own.pop("defaults", {}),
+            guidance_kind="classifier_free",
+            callback="step_end",
+            callback_tensors=tuple(self._callback_tensor_inputs),
+            can_interrupt=True,
+            finish="switch",
+            preview="none" if self.vae is None else "own",
+            can_tile=tiles(self.vae),
+            **own,
+        )
 
     # ------------------------------------------------------------- running call
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,12 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.base import OUTPUT_TYPES, TesseraPipeline
+from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number
+from pipelines.info import PipelineInfo, class_table
 from pipelines.labels import Label, label_ids, names_of
-from pipelines.lora import TransformerLoraMixin
+from pipelines.lora.mixin import TransformerLoraMixin
 from sampling.denoise import Denoiser, State, denoise
 from sampling.guidance import classifier_free_guidance
 from sampling.timesteps import set_timesteps
+
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 50, 4.0
+"""Of a call that names none."""
 
 
 class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
@@ -41,6 +46,16 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         >>> pipe([207, 360], guidance_scale=4.0).images[0].save("retriever.png")
     """
 
+    tasks: ClassVar[tuple[str, ...]] = ("class_to_image",)
+    call_arguments: ClassVar[Mapping[str, str]] = {
+        "label": "class_labels",
+        "height": "height",
+        "width": "width",
+        "steps": "num_inference_steps",
+        "guidance": "guidance_scale",
+        "batch_size": "num_images_per_prompt",
+        "seed": "generator",
+    }
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]  # a converted checkpoint may come without one
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "denoised_latents"]
@@ -61,12 +76,29 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
         self.vae_scale_factor = 8 if vae is None else self.visual_tokenizer.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    def info(self) -> PipelineInfo:
+        """Return what this pipeline is and can do."""
+        config = self.transformer.config
+        side = config.sample_size * self.vae_scale_factor
+        return self._declare(
+            height=side,
+            width=side,
+            multiple=self.vae_scale_factor * config.patch_size,
+            steps=DEFAULT_STEPS,
+            guidance=DEFAULT_GUIDANCE,
+            labels=class_table(config.num_classes, self.labels),
+            label_ids=self.labels,
+            has_scheduler=self.scheduler is not None,
+            can_load_lora=True,
+        )
+
+    @takes_call_defaults
     @torch.no_grad()
     def __call__(
         self,
         class_labels: Label | Sequence[Label] | Tensor,
-        guidance_scale: float = 4.0,
-        num_inference_steps: int = 50,
+        guidance_scale: float = DEFAULT_GUIDANCE,
+        num_inference_steps: int = DEFAULT_STEPS,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipelines.base import TesseraPipeline
 from pipelines.checks import check_prompts
-from pipelines.plain_errors import clear_loading_errors
+from pipelines.loading.errors import clear_loading_errors
 from pipelines.words import KnownWordsMixin
 
 logger = logging.get_logger(__name__)

@@ -91,7 +91,9 @@ def unpack_latents(
     unpack = getattr(pipe, "_unpack_latents", None)  # not in diffusers' documentation, but in all that pack
     arguments = None if unpack is None else _arguments_of(unpack, pipe, height, width, num_frames)
     if unpack is None or arguments is None:
-        return fold_tokens(latents, height, width)
+        along = as_visual_tokenizer(pipe.vae).temporal_compression_ratio
+        layers = ((num_frames or 1) - 1) // along + 1  # of a clip, one behind the other: the first is shown
+        return fold_tokens(latents[:, : latents.shape[1] // layers], height, width)
     return unpack(latents, **arguments)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,16 +16,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipelines.base import OUTPUT_TYPES
+from pipelines.call_defaults import takes_call_defaults
 from pipelines.checks import check_choice, check_count, check_generators, check_number, check_sigmas
 from pipelines.conditioning import TextConditionedPipeline
+from pipelines.info import PipelineInfo
 from pipelines.inpaint import KeptRegion, MaskInput, fill_in, read_mask
-from pipelines.lora import TransformerLoraMixin
+from pipelines.lora.mixin import TransformerLoraMixin
 from sampling.denoise import Denoiser, State, denoise
 from sampling.guidance import classifier_free_guidance, in_interval
 from sampling.timesteps import set_timesteps
 
 ImageInput = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
 Pictures = list[Image.Image] | np.ndarray | Tensor
+
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 28, 4.0
+"""Of a call that names none."""
 
 
 class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
@@ -46,6 +51,20 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         >>> pipe("a red apple on a white background").images[0].save("apple.png")
     """
 
+    tasks: ClassVar[tuple[str, ...]] = ("text_to_image", "image_to_image", "inpaint")
+    call_arguments: ClassVar[Mapping[str, str]] = {
+        "prompt": "prompt",
+        "negative_prompt": "negative_prompt",
+        "height": "height",
+        "width": "width",
+        "steps": "num_inference_steps",
+        "guidance": "guidance_scale",
+        "image": "image",
+        "mask": "mask_image",
+        "strength": "strength",
+        "batch_size": "num_images_per_prompt",
+        "seed": "generator",
+    }
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs: ClassVar[list[str]] = [
         "latents",
@@ -76,11 +95,26 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         self.vae_scale_factor = 8 if vae is None else self.visual_tokenizer.spatial_compression_ratio
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_convert_rgb=True)
 
+    def info(self) -> PipelineInfo:
+        """Return what this pipeline is and can do."""
+        rows, columns = self._default_cells()
+        return self._declare(
+            height=rows * self.vae_scale_factor,
+            width=columns * self.vae_scale_factor,
+            multiple=self.pixels_per_token,
+            steps=DEFAULT_STEPS,
+            guidance=DEFAULT_GUIDANCE,
+            has_scheduler=self.scheduler is not None,
+            can_load_lora=True,
+            knows_words=True,
+        )
+
     @property
     def attention_kwargs(self) -> dict[str, Any] | None:
         """What the running call passes on to the transformer, e.g. `{"scale": 0.5}` for LoRAs."""
         return self._attention_kwargs
 
+    @takes_call_defaults
     @torch.no_grad()
     def __call__(
         self,
@@ -90,9 +124,9 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         strength: float = 0.6,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 28,
+        num_inference_steps: int = DEFAULT_STEPS,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float = DEFAULT_GUIDANCE,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -221,12 +255,17 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
 
     def _resolve_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
         """Fill in the size: that of the latents, else that of the training; then check it."""
-        cells = self.transformer.config.sample_size if latents is None else latents.shape[-2:]
-        rows, columns = cells if isinstance(cells, list | tuple) else (cells, cells)
-        height = int(rows) * self.vae_scale_factor if height is None else height
-        width = int(columns) * self.vae_scale_factor if width is None else width
+        rows, columns = self._default_cells() if latents is None else latents.shape[-2:]
+        height = rows * self.vae_scale_factor if height is None else height
+        width = columns * self.vae_scale_factor if width is None else width
         self.check_size(height, width, self.pixels_per_token)
         return height, width
+
+    def _default_cells(self) -> tuple[int, int]:
+        """Rows and columns of the latents that the transformer was trained on."""
+        cells = self.transformer.config.sample_size
+        rows, columns = cells if isinstance(cells, list | tuple) else (cells, cells)
+        return int(rows), int(columns)
 
     # ------------------------------------------------------------------ latents
 

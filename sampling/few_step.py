@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-import diffusers
-
 
 @dataclass(frozen=True)
 class FewStep:
@@ -55,6 +53,8 @@ class FewStep:
             kind = "flow models" if self.flow else "models with a noise schedule (beta_start ...)"
             raise ValueError(f"this preset is for {kind}; {type(pipeline.scheduler).__name__} is of the other kind")
         known = {key: value for key, value in config.items() if not key.startswith("_")}
+        import diffusers
+
         scheduler = getattr(diffusers, self.scheduler)
         pipeline.scheduler = scheduler.from_config({**known, **self.config})
         steps: dict[str, Any] = {"timesteps": list(self.timesteps)} if self.timesteps else {

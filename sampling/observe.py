@@ -22,6 +22,7 @@ from torch import nn
 from dit.runtime.artifacts import ArtifactHeader
 from dit.runtime.attachment import Attachment, Mechanism, attachments, find_networks
 from dit.runtime.families import call_family_of
+from dit.runtime.stages import Stage
 from sampling.noise_table import NoiseTable, scheduler_of
 from sampling.resolve import CoordinateResolver, resolve_coordinates
 
@@ -107,7 +108,7 @@ class _Grid(Mechanism):
     """Notes the token grid (T, H, W) of the calls; zeros, and the reason in the report, where it is not known."""
 
     name = "grid"
-    order = 89
+    stage = Stage.GRID
 
     def __init__(self) -> None:
         self.grid = (0, 0, 0)

@@ -18,6 +18,7 @@ from dit.runtime import bridge
 from dit.runtime.attachment import AttachError, Attachment, Mechanism
 from dit.runtime.coordinates import coordinates_scope, current_coordinates
 from dit.runtime.families import family_of
+from dit.runtime.stages import Resource, Stage
 from dit.runtime.state import unwrap
 from sampling.resolve import PlacedAttachment
 from sampling.step_cache.values import take_apart
@@ -39,8 +40,8 @@ class GuidanceParallel(Mechanism):
     """
 
     name = "guidance_parallel"
-    order = 46
-    exclusive = frozenset({"guidance"})
+    stage = Stage.PARALLEL
+    exclusive = frozenset({Resource.GUIDANCE})
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
@@ -123,7 +124,7 @@ class GuidanceParallel(Mechanism):
         return parts
 
 
-def context_parallel(model: nn.Module, ulysses: int | None = None) -> None:
+def context_parallel(model: nn.Module, ulysses: int | None = None) -> Callable[[], None]:
     """Cut the tokens of a network over all processes by diffusers' Ulysses attention (arXiv 2309.14509).
 
     diffusers' own `enable_parallelism` fails on CPUs; this sets up the same on any device.
@@ -131,6 +132,9 @@ def context_parallel(model: nn.Module, ulysses: int | None = None) -> None:
     Args:
         model: a diffusers network with a plan (`_cp_plan`): Flux, Flux 2, Wan, Qwen-Image, LTX ...
         ulysses: number of processes; None is all.
+
+    Returns:
+        A function that undoes it.
 
     Raises:
         AttachError: no processes, or a network without a plan.
@@ -140,4 +144,4 @@ def context_parallel(model: nn.Module, ulysses: int | None = None) -> None:
     bare = unwrap(model)
     if getattr(bare, "_cp_plan", None) is None:
         raise AttachError(f"{type(bare).__name__} has no plan for context parallelism (`_cp_plan`)")
-    bridge.enable_ulysses(bare, dist.get_world_size() if ulysses is None else ulysses)
+    return bridge.enable_ulysses(bare, dist.get_world_size() if ulysses is None else ulysses)

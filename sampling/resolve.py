@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments
 from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates, next_run
 from dit.runtime.families import Family, TimestepScale, call_family_of
+from dit.runtime.stages import Stage
 from dit.runtime.state import unwrap
 from sampling.noise_table import NoiseTable, scheduler_of
 
@@ -57,7 +58,7 @@ class CoordinateResolver(Mechanism):
     """
 
     name = "coordinates"
-    order = 0
+    stage = Stage.COORDINATES
 
     is_brought = False
     """Whether a mechanism that needs coordinates attached it, and not the user."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dit.layers.linear import hasten
+from dit.runtime.onednn import use_onednn
 
 
 class ClipReward:
@@ -50,7 +50,7 @@ class ClipReward:
                 )
         self.model.eval().to(device)
         if exact:
-            hasten(self.model)
+            use_onednn(self.model)
         self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         self._padding: dict[str, Any] = {"padding": True}

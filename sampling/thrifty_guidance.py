@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dit.runtime.attachment import Attachment, Mechanism
 from dit.runtime.coordinates import Coordinates, coordinates_scope, current_coordinates
 from dit.runtime.families import family_of
+from dit.runtime.stages import Resource, Stage
 from sampling.guidance import in_interval
 from sampling.resolve import PlacedAttachment
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton
@@ -43,8 +44,8 @@ class ThriftyGuidance(Mechanism):
     """
 
     name = "thrifty_guidance"
-    order = 45  # above step caches, which see calls of the conditional branch alone
-    exclusive = frozenset({"guidance"})
+    stage = Stage.GUIDANCE  # above step caches, which see calls of the conditional branch alone
+    exclusive = frozenset({Resource.GUIDANCE})
 
     def __init__(
         self, interval: tuple[float, float] | None = None, every: int = 1, forecaster: Forecaster | None = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dit.layers.scales import Grid
 from dit.runtime.attachment import AttachError, Attachment, Mechanism
 from dit.runtime.coordinates import current_coordinates
+from dit.runtime.stages import Resource, Stage
 
 MIDDLE = (3 / 32, 28 / 32)
 """First and last pruned layer as shares of the depth; layers 3 to 27 of the 32 of Infinity-2B."""
@@ -71,8 +72,8 @@ class TokenPruning(Mechanism):
     """
 
     name: ClassVar[str] = "token_pruning"
-    order: ClassVar[int] = 40
-    exclusive: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    stage: ClassVar[Stage] = Stage.CACHE
+    exclusive: ClassVar[frozenset[Resource]] = frozenset({Resource.TOKENS})
 
     def __init__(
         self,

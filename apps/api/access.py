@@ -32,15 +32,15 @@ def require(role: Role) -> Any:
     return Depends(check)
 
 
-Watcher = Annotated[User, require("watch")]
-Painter = Annotated[User, require("paint")]
+Viewer = Annotated[User, require("view")]
+Creator = Annotated[User, require("generate")]
 
 
 def _engine(request: Request) -> Engine:
     return request.app.state.engine
 
 
-Painting = Annotated[Engine, Depends(_engine)]
+ServerEngine = Annotated[Engine, Depends(_engine)]
 
 
 def enqueue(engine: Engine, wanted: AnyRequest, user: User) -> str:

@@ -23,7 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Match
 
 from apps.api import login_page, openai
-from apps.api.access import Painter, Painting, Watcher, enqueue, model_row
+from apps.api.access import Creator, ServerEngine, Viewer, enqueue, model_row
 from apps.api.guards import BodyLimits, Guard
 from apps.api.logins import LoginTable
 from apps.api.messages import CODES, MoveRequest, error_body, job_row
@@ -80,8 +80,8 @@ def create_app(
     app.state.decoder = ThreadPoolExecutor(1, "decoder")  # of its own: images wait for each other, and nobody else
     logins = None if tokens is None else LoginTable(tokens)
     if api:
-        _add_looking(app)
-        _add_painting(app)
+        _add_read_routes(app)
+        _add_write_routes(app)
         app.include_router(openai.router)
         _add_rest(app)
     if logins is not None:
@@ -170,7 +170,7 @@ async def spooled(request: Request) -> AsyncIterator[Path]:
 # ---------------------------------------------------------------------------- looking
 
 
-def _add_looking(app: FastAPI) -> None:
+def _add_read_routes(app: FastAPI) -> None:
     @app.get("/v1/health")
     async def health(request: Request) -> JSONResponse:
         """Say whether the server works; on the event loop, so that no busy thread pool delays it."""
@@ -184,15 +184,15 @@ def _add_looking(app: FastAPI) -> None:
         return JSONResponse(body, 503 if found.problems else 200)
 
     @app.get("/v1/models")
-    def models(user: Watcher, engine: Painting) -> dict[str, Any]:
+    def models(user: Viewer, engine: ServerEngine) -> dict[str, Any]:
         return {"object": "list", "data": [model_row(engine, key) for key in engine.models]}
 
     @app.get("/v1/loras")
-    def loras(user: Watcher, engine: Painting) -> dict[str, Any]:
+    def loras(user: Viewer, engine: ServerEngine) -> dict[str, Any]:
         return {"object": "list", "data": [{"id": name, "object": "lora"} for name in engine.loras]}
 
     @app.get("/v1/profiles")
-    def profiles(user: Watcher, engine: Painting) -> dict[str, Any]:
+    def profiles(user: Viewer, engine: ServerEngine) -> dict[str, Any]:
         """Tell what a request may choose, and why something can't be had here (null for what can)."""
         devices = engine.devices
         return {
@@ -202,17 +202,17 @@ def _add_looking(app: FastAPI) -> None:
         }
 
     @app.get("/v1/schema")
-    def schema(user: Watcher) -> dict[str, Any]:
+    def schema(user: Viewer) -> dict[str, Any]:
         return REQUEST.json_schema()
 
     @app.get("/v1/openapi.json", include_in_schema=False)
-    def openapi(user: Watcher, request: Request) -> dict[str, Any]:
+    def openapi(user: Viewer, request: Request) -> dict[str, Any]:
         return openapi_of(request.app, PUBLIC)
 
     @app.get("/v1/jobs")
     def jobs(
-        user: Watcher,
-        engine: Painting,
+        user: Viewer,
+        engine: ServerEngine,
         limit: Annotated[int, Query(ge=1, le=200)] = 50,
         before: Annotated[str | None, Query(pattern="^[0-9a-f]{16}$", description="Id of a job: older ones.")] = None,
     ) -> dict[str, Any]:
@@ -221,11 +221,11 @@ def _add_looking(app: FastAPI) -> None:
         return {"jobs": [job_row(job, engine.pictures(job.id), engine.ahead(job.id)) for job in rows]}
 
     @app.get("/v1/jobs/{job_id}")
-    def job(job_id: JobId, user: Watcher, engine: Painting) -> dict[str, Any]:
+    def job(job_id: JobId, user: Viewer, engine: ServerEngine) -> dict[str, Any]:
         return job_row(_job(engine, user, job_id), engine.pictures(job_id), engine.ahead(job_id))
 
     @app.get("/v1/jobs/{job_id}/events", response_class=StreamingResponse)
-    async def events(job_id: JobId, user: Watcher, engine: Painting, request: Request) -> StreamingResponse:
+    async def events(job_id: JobId, user: Viewer, engine: ServerEngine, request: Request) -> StreamingResponse:
         job = await run_in_threadpool(_job, engine, user, job_id)
         last = request.headers.get("last-event-id", "0")
         after = int(last) if last.isascii() and last.isdecimal() and len(last) < 10 else 0
@@ -238,12 +238,12 @@ def _add_looking(app: FastAPI) -> None:
         return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.get("/v1/jobs/{job_id}/pictures/{place}")
-    def picture(job_id: JobId, place: Place, user: Watcher, engine: Painting) -> FileResponse:
+    def picture(job_id: JobId, place: Place, user: Viewer, engine: ServerEngine) -> FileResponse:
         path = _file(engine, user, job_id, place)
         return FileResponse(path, media_type=MEDIA_TYPES[path.suffix])
 
     @app.get("/v1/jobs/{job_id}/clips/{place}")
-    def clip(job_id: JobId, place: Place, user: Watcher, engine: Painting) -> FileResponse:
+    def clip(job_id: JobId, place: Place, user: Viewer, engine: ServerEngine) -> FileResponse:
         path = _file(engine, user, job_id, place).with_suffix(".mp4")
         if not limits.inside(path, path.parent).is_file():
             raise HTTPException(404, error_body("not_found", "There is no clip of this picture."))
@@ -272,7 +272,7 @@ def _reasons(found: dict[str, str]) -> dict[str, str | None]:
 
 def _add_files(app: FastAPI) -> None:
     @app.get("/outputs/{name}", include_in_schema=False)
-    def output(name: str, user: Watcher, engine: Painting) -> FileResponse:
+    def output(name: str, user: Viewer, engine: ServerEngine) -> FileResponse:
         """Serve an image, or the clip beside it, to its owner; no links, and nothing that is no image of a job."""
         found = FILE_NAME.fullmatch(name) is not None and engine.output_dir is not None
         known = [name] if not name.endswith(".mp4") else [name[:-4] + ".png", name[:-4] + ".webp"]
@@ -288,9 +288,9 @@ def _add_files(app: FastAPI) -> None:
 # --------------------------------------------------------------------------- generating
 
 
-def _add_painting(app: FastAPI) -> None:
+def _add_write_routes(app: FastAPI) -> None:
     @app.post("/v1/pictures", status_code=201, openapi_extra=takes_file("image/png", "image/jpeg", "image/webp"))
-    async def hand_in(user: Painter, engine: Painting, request: Request) -> dict[str, Any]:
+    async def hand_in(user: Creator, engine: ServerEngine, request: Request) -> dict[str, Any]:
         async with spooled(request) as file:
             try:
                 loop, decoder = asyncio.get_running_loop(), request.app.state.decoder
@@ -300,34 +300,34 @@ def _add_painting(app: FastAPI) -> None:
         return {"id": name, "width": width, "height": height}
 
     @app.post("/v1/jobs", status_code=202, openapi_extra=takes(REQUEST))
-    async def submit(user: Painter, engine: Painting, request: Request) -> dict[str, Any]:
+    async def submit(user: Creator, engine: ServerEngine, request: Request) -> dict[str, Any]:
         wanted = REQUEST.validate_json(await request.body())
         job_id = await run_in_threadpool(enqueue, engine, wanted, user)
         return await run_in_threadpool(lambda: job_row(engine.job(job_id), [], engine.ahead(job_id)))
 
     @app.delete("/v1/jobs/{job_id}")
     @app.post("/v1/jobs/{job_id}/stop")
-    def stop(job_id: JobId, user: Painter, engine: Painting) -> dict[str, Any]:
+    def stop(job_id: JobId, user: Creator, engine: ServerEngine) -> dict[str, Any]:
         _job(engine, user, job_id)
         engine.stop(job_id)
         return {"id": job_id}
 
     @app.post("/v1/jobs/{job_id}/finish")
-    def finish(job_id: JobId, user: Painter, engine: Painting) -> dict[str, Any]:
+    def finish(job_id: JobId, user: Creator, engine: ServerEngine) -> dict[str, Any]:
         _job(engine, user, job_id)
         if not engine.finish(job_id):
             raise HTTPException(409, error_body("cant_finish", "It doesn't run, or its model can't end early."))
         return {"id": job_id}
 
     @app.post("/v1/jobs/{job_id}/skip")
-    def skip(job_id: JobId, user: Painter, engine: Painting) -> dict[str, Any]:
+    def skip(job_id: JobId, user: Creator, engine: ServerEngine) -> dict[str, Any]:
         _job(engine, user, job_id)
         if not engine.skip(job_id):
             raise HTTPException(409, error_body("cant_skip", "It doesn't run."))
         return {"id": job_id}
 
     @app.patch("/v1/jobs/{job_id}", openapi_extra=takes(MoveRequest))
-    async def move(job_id: JobId, user: Painter, engine: Painting, request: Request) -> dict[str, Any]:
+    async def move(job_id: JobId, user: Creator, engine: ServerEngine, request: Request) -> dict[str, Any]:
         await run_in_threadpool(_job, engine, user, job_id)
         wanted = MoveRequest.model_validate_json(await request.body())
         if not await run_in_threadpool(engine.move, job_id, wanted.position):

@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from apps.api.access import Painter, Painting, Watcher, enqueue, model_row
+from apps.api.access import Creator, ServerEngine, Viewer, enqueue, model_row
 from apps.api.messages import STATUS, error_body, picture_url
 from apps.api.schema import STREAMED, takes, takes_form
 from apps.api.tokens import User
@@ -160,7 +160,7 @@ class VariationRequest(ImagesRequest):
 
 
 @router.get("/v1/models/{model_id:path}")
-def model(model_id: str, user: Watcher, engine: Painting) -> dict[str, Any]:
+def model(model_id: str, user: Viewer, engine: ServerEngine) -> dict[str, Any]:
     """Describe a model."""
     if model_id not in engine.models:
         raise HTTPException(404, error_body("model_not_found", "There is no such model here; see /v1/models.", "model"))
@@ -168,7 +168,7 @@ def model(model_id: str, user: Watcher, engine: Painting) -> dict[str, Any]:
 
 
 @router.post("/v1/images/generations", responses=STREAMED, openapi_extra=takes(GenerationRequest))
-async def generations(user: Painter, engine: Painting, request: Request) -> Response:
+async def generations(user: Creator, engine: ServerEngine, request: Request) -> Response:
     """Make images of a prompt."""
     body = _checked(GenerationRequest, await request.body())
     task = await run_in_threadpool(_first_task, engine, body.model)
@@ -176,7 +176,7 @@ async def generations(user: Painter, engine: Painting, request: Request) -> Resp
 
 
 @router.post("/v1/images/edits", responses=STREAMED, openapi_extra=takes_form(EditRequest, "image", "mask"))
-async def edits(user: Painter, engine: Painting, request: Request) -> Response:
+async def edits(user: Creator, engine: ServerEngine, request: Request) -> Response:
     """Change the part of an image where a mask is transparent, or without a mask the whole image."""
     async with request.form(max_files=2, max_fields=40, max_part_size=MAX_FIELD_BYTES) as form:
         body = _checked(EditRequest, _fields(form, "image", "mask"))
@@ -190,7 +190,7 @@ async def edits(user: Painter, engine: Painting, request: Request) -> Response:
 
 
 @router.post("/v1/images/variations", responses=STREAMED, openapi_extra=takes_form(VariationRequest, "image"))
-async def variations(user: Painter, engine: Painting, request: Request) -> Response:
+async def variations(user: Creator, engine: ServerEngine, request: Request) -> Response:
     """Make images like an image."""
     async with request.form(max_files=1, max_fields=40, max_part_size=MAX_FIELD_BYTES) as form:
         body = _checked(VariationRequest, _fields(form, "image"))

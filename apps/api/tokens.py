@@ -15,11 +15,13 @@ import threading
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-Role = Literal["watch", "paint", "admin"]
-RANKS: dict[Role, int] = {"watch": 0, "paint": 1, "admin": 2}
+Role = Literal["view", "generate", "admin"]
+RANKS: dict[Role, int] = {"view": 0, "generate": 1, "admin": 2}
 """What a role may do includes all below: see one's own jobs; submit and stop them; see and stop everybody's."""
+OLD_ROLES = {"watch": "view", "paint": "generate"}
+"""Names of roles in files and commands of earlier versions."""
 MAX_BYTES = 1024 * 1024
 MAX_TOKEN_CHARS = 256
 """Longer ones are nobody's; they are not hashed, because that is done once for each user."""
@@ -38,9 +40,15 @@ class User(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")
-    role: Role = "paint"
+    role: Role = "generate"
     salt: str = Field(pattern=r"^[0-9a-f]{32}$")
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _rename(cls, role: object) -> object:
+        """Read a role by its earlier name too."""
+        return OLD_ROLES.get(role, role) if isinstance(role, str) else role
 
     def may(self, role: Role) -> bool:
         """Whether the user's role includes another."""
@@ -118,7 +126,7 @@ def read_users(file: Path) -> list[User]:
         raise ValueError(f"{file} is no file of users; make one: tessera token NAME --auth-file {file}") from error
 
 
-def add_user(file: Path, name: str, role: Role = "paint") -> str:
+def add_user(file: Path, name: str, role: str = "generate") -> str:
     """Add a user, or give one a new token and role.
 
     Args:
@@ -130,12 +138,14 @@ def add_user(file: Path, name: str, role: Role = "paint") -> str:
         The token, which is stored nowhere.
 
     Raises:
-        ValueError: the name isn't allowed, or the file isn't of this form.
+        ValueError: the name or the role isn't allowed, or the file isn't of this form.
     """
     token, salt = f"tessera-{secrets.token_urlsafe(32)}", secrets.token_hex(16)
     try:
-        user = User(name=name, role=role, salt=salt, digest=_digest(salt, token))
+        user = User.model_validate({"name": name, "role": role, "salt": salt, "digest": _digest(salt, token)})
     except ValidationError as error:
+        if RANKS.keys().isdisjoint({role, OLD_ROLES.get(role)}):
+            raise ValueError(f"role is {role!r}; choose among {', '.join(RANKS)}.") from error
         raise ValueError(f"{name!r} is no name: use letters, digits and _.-, at most 40.") from error
     others = [other for other in (read_users(file) if file.exists() else []) if other.name != name]
     text = json.dumps({"users": [one.model_dump() for one in (*others, user)]}, indent=2)

@@ -14,7 +14,8 @@ from apps.benchmarks.next_scale import Asked
 from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
 from dit.runtime.compare import Comparison, count_flops, measure
-from pipelines.next_scale_run import NextScalePipeline
+from pipelines.inspection import info_of
+from pipelines.next_scale.base import NextScalePipeline
 
 PROMPT = "a red apple on a yellow background"
 CLASS = 0
@@ -46,7 +47,7 @@ def medians(comparison: Comparison) -> dict[str, float]:
 
 def _paint(pipe: Any, output_type: str = "pil") -> Any:
     """One image of a fixed seed, or its latents (1, C, h, w)."""
-    asked = CLASS if hasattr(pipe, "get_label_ids") else PROMPT
+    asked = CLASS if "label" in info_of(pipe).arguments else PROMPT
     return pipe(asked, generator=torch.Generator().manual_seed(0), output_type=output_type).images
 
 

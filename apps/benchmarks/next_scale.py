@@ -36,10 +36,10 @@ from dit.layers.scales import scale_grids, token_counts
 from dit.models.next_scale import PRESETS
 from dit.runtime.compare import psnr
 from pipelines import NextScaleClassToImagePipeline
-from pipelines.next_scale_run import NextScalePipeline
-from pipelines.next_scale_text import DEFAULTS, NextScaleTextToImagePipeline
+from pipelines.next_scale.base import NextScalePipeline
+from pipelines.next_scale.text_to_image import DEFAULTS, NextScaleTextToImagePipeline
+from sampling.inference_search import TTSConfig
 from sampling.scale_acceleration import ScaleAcceleration
-from sampling.test_time_search import TTSConfig
 
 BUDGETS = (0.25, 0.1)
 COMPRESSING = ("scalekv", "snapkv", "pyramidkv", "streaming", "window")

@@ -4,7 +4,6 @@ Every figure stands beside its ceiling: first the judge reads freshly drawn scen
 trip through the model's autoencoder, and only then what the model generated.
 """
 
-import inspect
 import json
 import time
 from collections import defaultdict
@@ -32,6 +31,7 @@ from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, s
 from apps.training.data.stickers import box_mask, read_vocabulary
 from apps.training.tasks.autoencoder import psnr
 from dit.tokenizers import as_visual_tokenizer
+from pipelines.inspection import info_of
 
 Generate = Callable[[Sequence[str], Sequence[int]], torch.Tensor]
 """Prompts and a seed for each, to images `(B, 3, H, W)` in [-1, 1]."""
@@ -153,13 +153,10 @@ def call_settings(pipe: Any, steps: int | None, guidance: float | None) -> tuple
     Raises:
         ValueError: steps are given for a pipeline that has none to choose.
     """
-    defaults = {name: one.default for name, one in inspect.signature(type(pipe).__call__).parameters.items()}
-    own = dict(getattr(pipe.config, "defaults", None) or {})
-    scale = next(
-        one for one in (guidance, defaults["guidance_scale"], own.get("guidance_scale"), 1.0) if one is not None
-    )
-    if "num_inference_steps" in defaults:
-        return int(defaults["num_inference_steps"] if steps is None else steps), float(scale)
+    info = info_of(pipe)
+    scale = next(one for one in (guidance, info.guidance, 1.0) if one is not None)
+    if info.steps is not None:
+        return info.steps if steps is None else steps, float(scale)
     if steps is not None:
         raise UsageError(f"{type(pipe).__name__} paints scale by scale and takes no --steps; leave it out")
     return None, float(scale)
@@ -167,8 +164,7 @@ def call_settings(pipe: Any, steps: int | None, guidance: float | None) -> tuple
 
 def picture_side(pipe: Any) -> int:
     """Side of the images that a pipeline was trained on, in pixels."""
-    own = getattr(pipe, "default_height", None)
-    return own or pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return info_of(pipe).height
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,10 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
 }
-"""Set before Gradio and diffusers are imported: no call home, no code from checkpoints."""
+"""Set before Gradio and diffusers are imported: no call home, no code from checkpoints.
+
+The environment is the only switch that these libraries have for it, and the process is the command's own.
+"""
 PATIENCE = 2
 """Seconds that open connections get when the server ends."""
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from apps.service.usage import UsageError
 from apps.service.writable import check_folder, check_writable
-from pipelines.builtin import as_dtype
-from pipelines.components import check_component
-from pipelines.json_files import read_object
-from pipelines.loaded import check_weights
-from pipelines.plain_errors import clear_loading_errors
+from pipelines.loading.components import check_component
+from pipelines.loading.errors import clear_loading_errors
+from pipelines.loading.json_files import read_object
+from pipelines.loading.load import as_dtype
+from pipelines.loading.weight_values import check_weights
 
 PICKLE_SUFFIXES = (".pt", ".pth")
 """What official code reads; the files hold tensors only."""

@@ -15,8 +15,8 @@ from apps.conversion.atomic_io import check_new_file, check_new_folder, componen
 from apps.service.usage import UsageError
 from dit.convert import dit as layouts
 from dit.models.dit import DiT
-from pipelines.builtin import as_dtype
 from pipelines.class_to_image import ClassToImagePipeline
+from pipelines.loading.load import as_dtype
 
 NO_VAE = (
     "no --vae given: the folder paints latents only, until you load it with one "

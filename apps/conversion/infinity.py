@@ -16,8 +16,8 @@ from dit.convert import infinity as layouts
 from dit.convert.var import read_checkpoint, trainer_parts
 from dit.models.next_scale import NextScaleTransformer
 from dit.tokenizers.multi_scale_bsq import MultiScaleBSQ
-from pipelines.builtin import as_dtype
-from pipelines.next_scale_text import NextScaleTextToImagePipeline
+from pipelines.loading.load import as_dtype
+from pipelines.next_scale.text_to_image import NextScaleTextToImagePipeline
 
 TEXT_MAX_LENGTH = 512
 """Tokens of a prompt that the released models were trained with; the tokenizer's own files say nothing."""

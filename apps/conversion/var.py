@@ -12,7 +12,7 @@ from apps.service.usage import UsageError
 from dit.convert import var as layouts
 from dit.models.next_scale import NextScaleTransformer
 from dit.tokenizers.multi_scale_vq import MultiScaleVQ
-from pipelines.builtin import as_dtype
+from pipelines.loading.load import as_dtype
 from pipelines.next_scale import NextScaleClassToImagePipeline
 
 

@@ -93,7 +93,7 @@ def search_argument(method: str, candidates: int | None, grids: Sequence[tuple[i
         grids: rows and columns of the model's scales.
     """
     from dit.layers.scales import token_counts
-    from sampling.test_time_search import TTSConfig
+    from sampling.inference_search import TTSConfig
 
     if method == "best_of":
         return {"search": TTSConfig(method=method, batch_sizes=candidates or 4)}

@@ -18,6 +18,7 @@ import torch
 from apps.service.option_values import MemoryName
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
+from pipelines.info import tile_size, tiles
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Profile:
     """What a memory profile does.
 
     Attributes:
-        offload: a word of `pipelines.offload`.
+        offload: a word of `pipelines.loading.offload`.
         tiles: decode image by image and tile by tile, which moves last bits where tiles meet.
     """
 
@@ -61,7 +62,7 @@ class Setup:
 
     Attributes:
         dtype: number format of the weights.
-        offload: what waits on the CPU, a word of `pipelines.offload`.
+        offload: what waits on the CPU, a word of `pipelines.loading.offload`.
     """
 
     dtype: torch.dtype = torch.float32
@@ -182,7 +183,7 @@ def attending(pipe: Any, backend: str) -> Generator[None]:
     """
     from dit.runtime.bridge import attending_through
 
-    networks = [network for name in NETWORKS if (network := getattr(pipe, name, None)) is not None]
+    networks = [network for name in NETWORKS if (network := pipe.components.get(name)) is not None]
     with attending_through(networks, backend) as layers:
         if not layers:
             raise UnavailableError(
@@ -193,10 +194,7 @@ def attending(pipe: Any, backend: str) -> Generator[None]:
 
 def _tiles_told(vae: Any, request: AnyRequest) -> str:
     """Say whether tiles matter to an image: one that fits a tile is decoded whole."""
-    square = getattr(vae, "tile_sample_min_size", None)
-    square = square[0] if isinstance(square, list | tuple) else square
-    sides = ("width", "height")
-    tile = [getattr(vae, f"tile_sample_min_{side}", None) or square for side in sides]
+    sides, tile = ("width", "height"), tile_size(vae)
     asked = [getattr(request, side, None) for side in sides]
     known = [(length, longest) for length, longest in zip(asked, tile, strict=True) if length and longest]
     if len(known) < len(sides) or any(length > longest for length, longest in known):
@@ -208,7 +206,7 @@ def _tiles_told(vae: Any, request: AnyRequest) -> str:
 
 def can_tile(pipe: Any) -> bool:
     """Whether the decoder of a pipeline can work tile by tile."""
-    return isinstance(getattr(getattr(pipe, "vae", None), "use_tiling", None), bool)
+    return tiles(pipe.components.get("vae"))
 
 
 @contextmanager

@@ -42,8 +42,8 @@ from apps.service.option_values import Lora
 from apps.service.requests import REQUEST, AnyRequest, TextToImageRequest
 from apps.service.uploads import UploadStore
 from apps.service.worker_state import Health, Worker, problems
-from pipelines.memory import is_out_of_memory, release
-from pipelines.offload import check_offload
+from pipelines.loading.memory import is_out_of_memory, release
+from pipelines.loading.offload import check_offload
 
 __all__ = [
     "Done",

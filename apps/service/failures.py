@@ -8,7 +8,7 @@ import logging
 from apps.service.events import Failed
 from apps.service.job_store import QueueFullError, StoreError
 from apps.service.request_error import RequestError
-from pipelines.memory import explain_out_of_memory, is_out_of_memory
+from pipelines.loading.memory import explain_out_of_memory, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

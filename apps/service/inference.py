@@ -6,12 +6,11 @@ signature, and a wish that a pipeline cannot fulfil is an error, never a no-op.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from apps.service.model_pool import LoadedModel, Pipeline
 from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, AnyRequest
 from apps.service.schedulers import make_scheduler
+from pipelines.info import PipelineInfo
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,7 @@ PREVIEW_SHARE = 0.05
 """Nor may they cost more than this share of the time."""
 
 ARGUMENTS = {name: one.option.argument for name, one in OPTIONS.items() if one.option.argument}
-"""Field of a request -> argument of a call; pipelines name a few otherwise, which `_arguments` settles."""
-FIELDS = {argument: name for name, argument in ARGUMENTS.items()}
-"""Argument of a call -> field of a request, for messages."""
+"""Field of a request -> argument of a call; what a pipeline's info says of its own goes first."""
 
 
 class StopRequestedError(Exception):
@@ -123,29 +121,30 @@ def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnSte
         TimeoutError: the deadline passed.
         ValueError: the pipeline doesn't accept what is asked.
     """
-    pipe = model.pipe_for(canvas.request.task)
+    pipe, info = model.pipe_for(canvas.request.task), model.info_for(canvas.request.task)
     arguments = _arguments(model, canvas)
-    with _own_scheduler(pipe, canvas.wish("scheduler")), step_cache(pipe, canvas.wish("step_cache")) as cache:
-        watch = _StepWatch(model, pipe, canvas, switches, on_step, cache)
+    with _own_scheduler(pipe, info, canvas.wish("scheduler")), step_cache(pipe, canvas.wish("step_cache")) as cache:
+        watch = _StepWatch(model, info, pipe, canvas, switches, on_step, cache)
         try:
             with watch.attached(arguments):
                 output = pipe(**arguments)
         except BaseException:
             pipe.maybe_free_model_hooks()  # the pipeline's last line, which a stop or an error has skipped
             raise
-        used, report = getattr(pipe, "scheduler", None), describe(pipe, cache, output, canvas.request)
+        used = pipe.scheduler if info.has_scheduler else None
+        report = describe(pipe, cache, output, canvas.request)
     if watch.late:
         raise TimeoutError
     if switches.stop.is_set():
         raise StopRequestedError
     if switches.skip.is_set():
         raise SkipRequestedError
-    pictures = [[image] for image in output.images] if model.frames is None else [list(output.frames[0])]
+    pictures = [list(output.frames[0])] if info.output == "frames" else [[image] for image in output.images]
     return Painted(pictures, watch.ended_after, used, report)
 
 
 @contextmanager
-def _own_scheduler(pipe: Pipeline, name: str | None) -> Generator[None]:
+def _own_scheduler(pipe: Pipeline, info: PipelineInfo, name: str | None) -> Generator[None]:
     """Give a pipeline another scheduler for one call, and its own back.
 
     Raises:
@@ -154,11 +153,11 @@ def _own_scheduler(pipe: Pipeline, name: str | None) -> Generator[None]:
     if name is None:
         yield
         return
-    own = getattr(pipe, "scheduler", None)
-    if own is None:
+    if not info.has_scheduler:
         raise RequestError(
             "setting", "This model paints scale by scale and has no scheduler; leave it out.", field="scheduler"
         )
+    own = pipe.scheduler
     pipe.scheduler = make_scheduler(own, name)
     try:
         yield
@@ -171,52 +170,46 @@ def _own_scheduler(pipe: Pipeline, name: str | None) -> Generator[None]:
 
 def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
     """Translate a canvas into the keyword arguments of the pipeline's call."""
-    accepts = model.accepts(canvas.request.task)
+    info = model.info_for(canvas.request.task)
+    accepts, names = info.parameters, {**ARGUMENTS, **info.arguments}
     # On the CPU whatever the device: then the same seed starts from the same noise everywhere.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in canvas.seeds]
-    wishes = {name: canvas.wish(field) for field, name in ARGUMENTS.items() if field != "guidance"}
+    wishes = {name: canvas.wish(field) for field, name in names.items() if field not in ("seed", "search")}
     several = len(generators) if len(generators) > 1 else None
-    wishes |= {
-        model.guidance_argument: canvas.request.guidance,
-        model.frames_argument: canvas.wish("frames"),
-        "image": canvas.image,
-        "mask_image": canvas.mask,
-        "num_images_per_prompt": several,
-    }
-    wishes |= _class_labels(model, canvas, accepts)
+    wishes |= {"image": canvas.image, "mask_image": canvas.mask, "num_images_per_prompt": several}
+    wishes |= _class_labels(model, canvas)
     arguments = {name: value for name, value in wishes.items() if value not in (None, "")}
     if canvas.image is not None:  # it has the size already, and some pipelines take the size from it
         arguments = {name: value for name, value in arguments.items() if name in accepts or name not in _SIDES}
     if several is not None and "num_images_per_prompt" in arguments and "num_images_per_prompt" not in accepts:
         raise ValueError(f"The model {model.key!r} generates one image at a time; set batch_size to 1.")
+    fields = {name: field for field, name in names.items()}
     for name in arguments:
         if name not in accepts:
-            raise RequestError(
-                "setting",
-                f"The model {model.key!r} has no setting {FIELDS.get(name, name)!r}; leave it out.",
-                field=FIELDS.get(name, name),
-            )
+            field = fields.get(name, name)
+            message = f"The model {model.key!r} has no setting {field!r}; leave it out."
+            raise RequestError("setting", message, field=field)
     if canvas.wish("search"):
-        arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), model.pipe.transformer.grids)
+        arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), model.grids)
     arguments["generator"] = generators[0] if len(generators) == 1 else generators
     if "output_type" in accepts:
         arguments["output_type"] = "pil"
-    return arguments | _guidance_extras(model, canvas, accepts) | _other_extras(model, accepts)
+    return {**arguments, **_guidance_extras(model, canvas), **info.fixed}
 
 
 _SIDES = ("height", "width")
 
 
-def _class_labels(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -> dict[str, Any]:
+def _class_labels(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
     """Settle the class for pipelines of diffusers, which take a list of numbers, one an image, and check nothing.
 
     Raises:
         ValueError: the model has no such class.
     """
     label = canvas.wish("label")
-    if label is None or "num_images_per_prompt" in accepts:  # ours read names and numbers, and say what is wrong
+    if label is None or model.can_batch:  # ours read names and numbers, and say what is wrong
         return {}
-    names: dict[str, int] = getattr(model.pipe_for(canvas.request.task), "labels", None) or {}
+    names = model.label_ids
     number = names.get(label) if isinstance(label, str) else label
     if number not in model.labels:
         raise ValueError(
@@ -226,38 +219,24 @@ def _class_labels(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -
     return {"class_labels": [number] * len(canvas.seeds), "num_images_per_prompt": None}
 
 
-def _guidance_extras(model: LoadedModel, canvas: Canvas, accepts: frozenset[str]) -> dict[str, Any]:
-    """Settle what pipelines with a `true_cfg_scale` would silently ignore: it and a negative prompt need each other.
+def _guidance_extras(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
+    """Settle what pipelines with true guidance would silently ignore: it and a negative prompt need each other.
 
     Raises:
         ValueError: a negative prompt for a model whose guidance is distilled into it.
     """
-    if "true_cfg_scale" not in accepts:
-        return {}
+    kind = model.info_for(canvas.request.task).guidance_kind
     guidance, negative = canvas.request.guidance, canvas.wish("negative_prompt")
-    if model.guidance_argument == "true_cfg_scale":
+    if kind == "true_cfg":
         needs_negative = guidance is not None and guidance > 1 and not negative
         return {"negative_prompt": " "} if needs_negative else {}
-    if negative:
+    if kind == "distilled" and negative:
         raise RequestError(
             "setting",
             f"The model {model.key!r} has its guidance built in and takes no negative prompt; leave it out.",
             field="negative_prompt",
         )
     return {}
-
-
-def _other_extras(model: LoadedModel, accepts: frozenset[str]) -> dict[str, Any]:
-    """Settle what some pipelines would change behind one's back."""
-    extras: dict[str, Any] = {}
-    if "use_resolution_binning" in accepts:  # would generate another size than asked for and scale the image
-        extras["use_resolution_binning"] = False
-    length = getattr(getattr(getattr(model.pipe, "transformer", None), "config", None), "max_text_seq_length", None)
-    if length is not None and "max_sequence_length" in accepts:  # the network takes this length and no other
-        extras["max_sequence_length"] = length
-    if "clean_caption" in accepts and not all(map(importlib.util.find_spec, ("bs4", "ftfy"))):
-        extras["clean_caption"] = False  # else diffusers warns at every image that it can't be done
-    return extras
 
 
 # -------------------------------------------------------------------------- steps
@@ -269,29 +248,30 @@ class _StepWatch:
     def __init__(
         self,
         model: LoadedModel,
+        info: PipelineInfo,
         pipe: Pipeline,
         canvas: Canvas,
         switches: Switches,
         on_step: OnStep,
         cache: RunningCache,
     ) -> None:
-        offered = getattr(pipe, "_callback_tensor_inputs", ["latents"])
         # The estimate of the finished image shows far earlier what it will be than the noisy latents.
-        self.tensor = "denoised_latents" if "denoised_latents" in offered else "latents"
+        self.tensor = "denoised_latents" if "denoised_latents" in info.callback_tensors else "latents"
         self.late = False
         self.ended_after: int | None = None
         self._model = model
+        self._info = info
         self._pipe = pipe
         self._canvas = canvas
         self._switches = switches
         self._on_step = on_step
         self._cache = cache
-        self._shows_all = model.steps is None  # of a few scales each is worth a look
+        self._shows_all = info.steps is None  # of a few scales each is worth a look
         self._next_preview = 0.0
         self._before: Tensor | None = None
-        self._can_preview = model.can_preview
+        self._can_preview = info.can_preview
         self._finish_after = canvas.wish("finish_after")
-        if self._finish_after is not None and not model.can_finish:
+        if self._finish_after is not None and not info.can_finish:
             raise RequestError(
                 "setting",
                 f"The model {model.key!r} can't end before its last step; leave finish_after out.",
@@ -301,20 +281,15 @@ class _StepWatch:
     @contextmanager
     def attached(self, arguments: dict[str, Any]) -> Generator[None]:
         """Put the watch where a pipeline calls it: a callback, or the scheduler's step if it has none."""
-        accepts = self._model.accepts(self._canvas.request.task)
-        if "callback_on_step_end" in accepts:
+        kind = self._info.callback
+        if kind == "step_end":
             arguments["callback_on_step_end"] = self
-            if "callback_on_step_end_tensor_inputs" in accepts:
+            if "callback_on_step_end_tensor_inputs" in self._info.parameters:
                 arguments["callback_on_step_end_tensor_inputs"] = [self.tensor]
-            yield
-        elif "callback" in accepts:  # older pipelines
+        elif kind == "legacy":
             arguments["callback"] = self.old_style
+        with self._inside_scheduler() if kind == "scheduler" else nullcontext():
             yield
-        elif not hasattr(getattr(self._pipe, "scheduler", None), "step"):
-            yield
-        else:
-            with self._inside_scheduler():
-                yield
 
     @contextmanager
     def _inside_scheduler(self) -> Generator[None]:
@@ -339,13 +314,13 @@ class _StepWatch:
         self.late = time.monotonic() > self._switches.deadline
         stops = self._switches.stop.is_set()
         if stops or self.late or self._switches.skip.is_set():
-            if not self._model.can_interrupt:
+            if not self._info.can_interrupt:
                 raise TimeoutError if self.late else StopRequestedError if stops else SkipRequestedError
             pipe.interrupt = True
             return {}
         latents = tensors.get(self.tensor)
         wants_end = self._switches.finish.is_set() or step + 1 == self._finish_after
-        replaced = self._end_early(pipe, step, latents) if wants_end and self._model.can_finish else {}
+        replaced = self._end_early(pipe, step, latents) if wants_end and self._info.can_finish else {}
         self._on_step(step + 1, self._preview(latents), self._cache.strip())
         return replaced
 
@@ -355,7 +330,7 @@ class _StepWatch:
 
     def _end_early(self, pipe: Pipeline, step: int, latents: Tensor | None) -> dict[str, Tensor]:
         """Have a pipeline decode the estimate of the finished image instead of going on."""
-        if isinstance(getattr(type(pipe), "finish_now", None), property):
+        if self._info.finish == "switch":
             pipe.finish_now = True
             self.ended_after = step + 1
             return {}
@@ -389,7 +364,7 @@ class _StepWatch:
     def _show(self, before: Tensor | None, latents: Tensor) -> Image.Image:
         """Make the small image of latents; those of a flow are first led to where they are going."""
         pipe, canvas = self._pipe, self._canvas
-        if callable(getattr(pipe, "preview", None)):
+        if self._info.preview == "own":
             shown = pipe.preview(latents)
             return candidate_sheet(shown) if canvas.wish("search") else shown[0]
         from pipelines.previews import guess_finished, is_flow, preview  # with diffusers, imported by now

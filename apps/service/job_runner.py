@@ -184,8 +184,7 @@ def _keep(canvas: Canvas, painted: Painted) -> Painted:
 
 def _step_count(request: AnyRequest, model: LoadedModel) -> int:
     """Return how many steps a batch takes, as far as that is known beforehand."""
-    scales = getattr(getattr(model.pipe, "vae", None), "grids", None)
-    steps = getattr(request, "steps", None) or (len(scales) if scales is not None else 1)
+    steps = getattr(request, "steps", None) or len(model.grids) or 1
     strength = getattr(request, "strength", None) or 1.0
     return min(max(round(steps * strength), 1), getattr(request, "finish_after", None) or steps)
 
@@ -232,13 +231,12 @@ def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
     Returns:
         A sentence each; none for a model with an open vocabulary.
     """
-    find = getattr(model.pipe_for(request.task), "unknown_words", None)
-    if find is None:
+    if not model.info_for(request.task).knows_words:
         return ()
     from pipelines.words import describe_unknown
 
     texts = [getattr(request, name, None) for name in ("prompt", "negative_prompt")]
-    said = describe_unknown(find([text for text in texts if text]))
+    said = describe_unknown(model.pipe_for(request.task).unknown_words([text for text in texts if text]))
     return (said,) if said else ()
 
 

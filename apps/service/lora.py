@@ -82,7 +82,7 @@ def settle(wish: Lora, loras: Mapping[str, Path]) -> Lora:
 
 def _digest(file: Path) -> str:
     """Hash what decides how a LoRA file changes images: the file, and PEFT's configuration if it has one."""
-    from pipelines.lora_files import adapter_config_file
+    from pipelines.lora.files import adapter_config_file
 
     try:
         beside = adapter_config_file(file)
@@ -111,7 +111,9 @@ def adapted(pipe: Any, wish: Lora | None, loras: Mapping[str, Path]) -> Generato
     if wish is None:
         yield
         return
-    if not callable(getattr(pipe, "load_lora_weights", None)):
+    from pipelines.inspection import info_of
+
+    if not info_of(pipe).can_load_lora:
         raise LoraError("lora.takes", "This model takes no LoRA files; leave it out.")
     try:
         _load(pipe, loras[wish.name], wish)
@@ -122,14 +124,14 @@ def adapted(pipe: Any, wish: Lora | None, loras: Mapping[str, Path]) -> Generato
 
 def _load(pipe: Any, file: Path, wish: Lora) -> None:
     """Load a file onto a pipeline: as its transformer names its layers, else by the loader of the pipeline's family."""
-    from pipelines.lora import TransformerLoraMixin, put_on
-    from pipelines.lora_files import LoraFileError, LoraMisfitError, check_lora_file, read_lora_file
+    from pipelines.lora.files import LoraFileError, LoraMisfitError, check_lora_file, read_lora_file
+    from pipelines.lora.mixin import TransformerLoraMixin, put_on
 
     try:
         lora = read_lora_file(file)
         check_lora_file(lora)
         try:
-            if getattr(pipe, "transformer", None) is None:
+            if pipe.components.get("transformer") is None:
                 raise LoraMisfitError("there is no transformer")
             put_on(pipe, lora, ADAPTER)
         except LoraMisfitError:  # the names of other code, or other parts than the transformer
@@ -182,9 +184,9 @@ def _same_layers(pipe: Any, wish: Lora) -> Generator[None]:
     Raises:
         LoraError: it has done so.
     """
-    from pipelines.lora_files import adaptable_layers
+    from pipelines.lora.files import adaptable_layers
 
-    network = getattr(pipe, "transformer", None)
+    network = pipe.components.get("transformer")
     if network is None:
         yield
         return

@@ -79,10 +79,10 @@ class Album:
 
         The gallery has them in the order in which they were asked for, which a queue may change.
         """
-        hung = self.hung(self._engine.history(owner, RECENT))
-        return sorted(hung, key=lambda one: one.path.stat().st_mtime_ns, reverse=True)[:RECENT]
+        gallery_items = self.gallery_items(self._engine.history(owner, RECENT))
+        return sorted(gallery_items, key=lambda one: one.path.stat().st_mtime_ns, reverse=True)[:RECENT]
 
-    def hung(self, pictures: Iterable[StoredPicture]) -> list[Finished]:
+    def gallery_items(self, pictures: Iterable[StoredPicture]) -> list[Finished]:
         """Return images as they are shown: without those whose file is gone, each complete grid before its cells."""
         found: list[Finished] = []
         seen: set[str] = set()

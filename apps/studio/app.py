@@ -20,19 +20,19 @@ from apps.service.failures import is_storage_failure
 from apps.service.limits import ServerLimits
 from apps.service.lora import find_loras
 from apps.service.model_pool import name_models
-from apps.studio import desk, views
-from apps.studio.choosing import SAVED, Choosing
+from apps.studio import panels, views
 from apps.studio.controls import CONTROLS, Parts
-from apps.studio.easel import Changes
 from apps.studio.examples import EXAMPLES
 from apps.studio.following import restated
 from apps.studio.forms import FIXED
 from apps.studio.gate import Gate
+from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.handed_in import HandedIn
 from apps.studio.page_values import PageError
-from apps.studio.painting import Painting
 from apps.studio.problems import PLACE, explain, problem
 from apps.studio.sessions import Sessions
+from apps.studio.settings_handlers import SAVED, SettingsHandlers
+from apps.studio.stage import Changes
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
 from apps.studio.theme import BRUSH, CSS, FILES, LANGUAGE, SCRIPT, theme
@@ -43,16 +43,29 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 GO = "(...all) => { window.tessera.go('%s'); return ['%s', '']; }"
 """Open a tab; what was said about a request of another one goes away."""
 STATES = {
-    "visit": [], "chosen": None, "many": [], "hung": [], "source": None, "page": 0,
+    "visit": [], "chosen": None, "many": [], "gallery_items": [], "source": None, "page": 0,
     "job": None, "seen": None,
 }  # fmt: skip
 """What the page remembers while it is open."""
-EASEL = (
+STAGE_PARTS = (
     "stage", "details", "chosen", "save", "reuse_seed", "reuse_settings", "start_from", "inpaint_it", "problem",
 )  # fmt: skip
 """What the stage shows, and what acts on it."""
-QUEUE = ("line", "clear", "order", "waiting", "problem")
-FOLLOWED = (*EASEL, "strip", "visit", "stop", "skip", "finish", "line", "clear", "order", "waiting", "job", "seen")
+QUEUE = ("queue_note", "clear", "order", "waiting", "problem")
+FOLLOWED = (
+    *STAGE_PARTS,
+    "strip",
+    "visit",
+    "stop",
+    "skip",
+    "finish",
+    "queue_note",
+    "clear",
+    "order",
+    "waiting",
+    "job",
+    "seen",
+)
 """What following changes: few parts, because it changes them often."""
 LOOK_SECONDS = 1.0
 """How often an idle page asks whether there is anything to follow."""
@@ -171,14 +184,14 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
         gr.HTML(head, elem_id="head", js_on_load=None)
         parts: Parts = {name: gr.State(value) for name, value in STATES.items()}
         parts["saved"] = gr.BrowserState(None, storage_key="tessera-settings", secret="not a secret")
-        with gr.Row(elem_id="desk"):
+        with gr.Row(elem_id="workspace"):
             with gr.Tabs(selected="text", elem_id="tabs", overflow_behavior="wrap") as tabs:
                 for name, tab in TABS.items():
                     with gr.Tab(words(f"tab.{name}"), id=name, elem_id=f"tab-{name}", render_children=True) as one:
                         parts |= tab.build(words)
                     parts[f"tab_{name}"] = one
                 with gr.Tab(words("tab.gallery"), id="gallery", elem_id="tab-gallery", render_children=True) as one:
-                    parts |= desk.gallery(words)
+                    parts |= panels.gallery_panel(words)
                 parts["tab_gallery"] = one
             parts["tabs"] = tabs
             parts["mode"] = gr.Textbox("text", elem_id="mode", elem_classes="offstage", container=False)
@@ -186,13 +199,13 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
             parts["pulse"] = gr.Textbox("", elem_id="pulse", elem_classes="offstage", container=False)
             parts["refused"] = gr.Textbox("", elem_id="refused", elem_classes="offstage", container=False)
             with gr.Column(elem_id="source", elem_classes="card"):
-                parts |= desk.source(words)
-            with gr.Column(elem_id="ask", elem_classes="card"):
-                parts |= desk.ask(words)
-            with gr.Column(elem_id="easel", elem_classes="card"):
-                parts |= desk.easel(words)
+                parts |= panels.source_panel(words)
+            with gr.Column(elem_id="prompt-panel", elem_classes="card"):
+                parts |= panels.prompt_panel(words)
+            with gr.Column(elem_id="output-panel", elem_classes="card"):
+                parts |= panels.output_panel(words)
             with gr.Column(elem_id="settings", elem_classes="card"):
-                parts |= desk.settings(engine, words)
+                parts |= panels.settings_panel(engine, words)
         parts["words"] = gr.HTML("", elem_id="words", js_on_load=None)
         _connect(page, engine, words, sessions, parts)
     return page
@@ -220,7 +233,7 @@ class _Wiring:
 
     def told(self, changes: Changes) -> dict[Any, Any]:
         # Gradio wants a word even where nothing changes.
-        return {self.parts[name]: value for name, value in changes.items()} or {self.parts["line"]: gr.skip()}
+        return {self.parts[name]: value for name, value in changes.items()} or {self.parts["queue_note"]: gr.skip()}
 
     def answered(self, listener: Callable[..., Changes], *given: Any) -> dict[Any, Any]:
         """Return what a listener changes; what it refuses is said in the one place for that, which it else clears."""
@@ -239,7 +252,7 @@ class _Wiring:
         """Return a listener, with the request before what it is given, for users who may change something here."""
 
         def checked(request: gr.Request, *given: Any) -> Changes:
-            self.sessions.painter(request)
+            self.sessions.submitter(request)
             return listener(*given)
 
         checked.__name__ = listener.__name__
@@ -277,27 +290,27 @@ class _Wiring:
 def _connect(page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions, parts: Parts) -> None:
     """Connect controls and listeners."""
     wiring = _Wiring(parts, words, sessions)
-    painting = Painting(engine, words, sessions)
-    choosing = Choosing(engine, words, sessions, painting)
-    _connect_painting(wiring, painting)
-    _connect_following(page, wiring, painting)
-    _connect_pictures(wiring, choosing, painting)
-    _connect_tabs(wiring, choosing)
+    generation = GenerationHandlers(engine, words, sessions)
+    handlers = SettingsHandlers(engine, words, sessions, generation)
+    _connect_generation(wiring, generation)
+    _connect_following(page, wiring, generation)
+    _connect_pictures(wiring, handlers, generation)
+    _connect_tabs(wiring, handlers)
 
     def opened(request: gr.Request, saved: object, *given: Any) -> Changes:
-        return choosing.open(saved, wiring.values(given), sessions.may_paint(request))
+        return handlers.open(saved, wiring.values(given), sessions.may_generate(request))
 
     def settled(request: gr.Request, key: str, mode: str) -> Changes:
-        return choosing.settle(key, mode, sessions.may_paint(request))
+        return handlers.load_model_controls(key, mode, sessions.may_generate(request))
 
     def switched(request: gr.Request, mode: str) -> Changes:
-        return choosing.switch(mode, sessions.may_paint(request))
+        return handlers.switch(mode, sessions.may_generate(request))
 
     wiring.answer(page.load, opened, ["saved", *wiring.wishes])
     wiring.answer(parts["model"].input, settled, ["model", "mode"])
     wiring.answer(parts["switch"].click, switched, ["mode"])
     parts["preset"].input(
-        lambda name, key: wiring.told(choosing.choose_preset(name, key)),
+        lambda name, key: wiring.told(handlers.choose_preset(name, key)),
         wiring.components(["preset", "model"]),
         wiring.components(wiring.changing),
         **QUIET,
@@ -310,37 +323,37 @@ def _connect(page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions
     parts["mask"].change(None, None, parts["problem"], js="() => ''", **QUIET)  # the browser doesn't keep it
 
 
-def _connect_painting(wiring: _Wiring, painting: Painting) -> None:
+def _connect_generation(wiring: _Wiring, generation: GenerationHandlers) -> None:
     parts = wiring.parts
 
-    def paint(request: gr.Request, *given: Any) -> dict[Any, Any]:
-        return wiring.told(painting.paint(wiring.values(given), request))
+    def generate(request: gr.Request, *given: Any) -> dict[Any, Any]:
+        return wiring.told(generation.generate(wiring.values(given), request))
 
-    start = [parts["paint"].click, parts["prompt"].submit]
+    start = [parts["generate"].click, parts["prompt"].submit]
     # "multiple": a click while one is being generated queues another.
-    asked = [*EASEL, *QUEUE[:-1], "stop", "skip", "finish", "pulse"]
-    wiring.on(start, paint, wiring.wishes, asked, trigger_mode="multiple", queue=False)
-    for name, change in (("stop", painting.stop), ("finish", painting.finish), ("skip", painting.skip)):
-        wiring.answer(parts[name].click, change, ["job"], ["line", "problem"], queue=False)
-    wiring.answer(parts["clear"].click, painting.clear, (), QUEUE, queue=False)
-    wiring.answer(parts["drop"].click, painting.drop, ["waiting"], QUEUE, queue=False)
+    asked = [*STAGE_PARTS, *QUEUE[:-1], "stop", "skip", "finish", "pulse"]
+    wiring.on(start, generate, wiring.wishes, asked, trigger_mode="multiple", queue=False)
+    for name, change in (("stop", generation.stop), ("finish", generation.finish), ("skip", generation.skip)):
+        wiring.answer(parts[name].click, change, ["job"], ["queue_note", "problem"], queue=False)
+    wiring.answer(parts["clear"].click, generation.clear, (), QUEUE, queue=False)
+    wiring.answer(parts["drop"].click, generation.drop, ["waiting"], QUEUE, queue=False)
 
     def sooner(request: gr.Request, job: str | None) -> Changes:
-        return painting.move(request, job, -1)
+        return generation.move(request, job, -1)
 
     def later(request: gr.Request, job: str | None) -> Changes:
-        return painting.move(request, job, 1)
+        return generation.move(request, job, 1)
 
     wiring.answer(parts["sooner"].click, sooner, ["waiting"], QUEUE, queue=False)
     wiring.answer(parts["later"].click, later, ["waiting"], QUEUE, queue=False)
     for i in range(EXAMPLES):
         filled = parts[f"chip_{i}"].click(None, parts[f"chip_{i}"], parts["prompt"], js="(text) => text", **QUIET)
-        filled.then(None, js="() => document.querySelector('#paint').click()", **QUIET)
+        filled.then(None, js="() => document.querySelector('#generate').click()", **QUIET)
 
 
-def _connect_following(page: gr.Blocks, wiring: _Wiring, painting: Painting) -> None:
+def _connect_following(page: gr.Blocks, wiring: _Wiring, generation: GenerationHandlers) -> None:
     """Have the page follow what goes on: when it opens, after it asked for something, and when it is found idle."""
-    parts, following = wiring.parts, painting.following
+    parts, following = wiring.parts, generation.following
 
     async def follow(request: gr.Request, seen: Any, chosen: Any) -> AsyncGenerator[dict[Any, Any]]:
         async for changes in paced(restated(following.follow(request, seen, chosen))):
@@ -369,46 +382,46 @@ async def paced(told: Generator[Changes | None]) -> AsyncGenerator[Changes]:
             await asyncio.sleep(POLL_SECONDS)
 
 
-def _connect_pictures(wiring: _Wiring, choosing: Choosing, painting: Painting) -> None:
+def _connect_pictures(wiring: _Wiring, handlers: SettingsHandlers, generation: GenerationHandlers) -> None:
     parts, answer, allowed = wiring.parts, wiring.answer, wiring.allowed
 
     def held(request: gr.Request, changes: Changes) -> Changes:
         if "chosen" in changes:
-            painting.displays.hold(request, changes["chosen"])
+            generation.displays.hold(request, changes["chosen"])
         return changes
 
     def choose(request: gr.Request, visit: Any, event: gr.SelectData) -> dict[Any, Any]:
-        return wiring.told(held(request, choosing.choose(visit, event)))
+        return wiring.told(held(request, handlers.choose(visit, event)))
 
-    def look(request: gr.Request, hung: Any, event: gr.SelectData) -> dict[Any, Any]:
-        return wiring.told(held(request, choosing.look(hung, event)))
+    def look(request: gr.Request, gallery_items: Any, event: gr.SelectData) -> dict[Any, Any]:
+        return wiring.told(held(request, handlers.look(gallery_items, event)))
 
-    wiring.on([parts["strip"].select], choose, ["visit"], [*EASEL, "line"])
-    wiring.on([parts["gallery"].select], look, ["hung"])
+    wiring.on([parts["strip"].select], choose, ["visit"], [*STAGE_PARTS, "queue_note"])
+    wiring.on([parts["gallery"].select], look, ["gallery_items"])
 
     def start_from(request: gr.Request, chosen: Any) -> Changes:
-        return choosing.send(chosen, "image", wiring.sessions.painter(request))
+        return handlers.send(chosen, "image", wiring.sessions.submitter(request))
 
     def inpaint_it(request: gr.Request, chosen: Any) -> Changes:
-        return choosing.send(chosen, "inpaint", wiring.sessions.painter(request))
+        return handlers.send(chosen, "inpaint", wiring.sessions.submitter(request))
 
     def take_source(request: gr.Request, file: str | None) -> Changes:
-        return choosing.take_source(file, wiring.sessions.painter(request))
+        return handlers.take_source(file, wiring.sessions.submitter(request))
 
     def reuse_seed(request: gr.Request, chosen: Any) -> Changes:
-        return choosing.reuse_seed(chosen)
+        return handlers.reuse_seed(chosen)
 
     def reuse_settings(request: gr.Request, chosen: Any, key: str) -> Changes:
-        return choosing.adapted(choosing.reuse_settings(chosen), key, wiring.sessions.may_paint(request))
+        return handlers.adapted(handlers.reuse_settings(chosen), key, wiring.sessions.may_generate(request))
 
     def load_settings(file: str | None, key: str) -> Changes:
-        return choosing.adapted(choosing.load_settings(file), key)
+        return handlers.adapted(handlers.load_settings(file), key)
 
     def refuse(request: gr.Request, told: str) -> Changes:
-        return choosing.refuse_file(told)
+        return handlers.refuse_file(told)
 
     def drop_prompts(request: gr.Request) -> Changes:
-        return choosing.drop_prompts()
+        return handlers.drop_prompts()
 
     answer(parts["reuse_seed"].click, reuse_seed, ["chosen"])
     answer(parts["reuse_settings"].click, reuse_settings, ["chosen", "model"])
@@ -416,17 +429,17 @@ def _connect_pictures(wiring: _Wiring, choosing: Choosing, painting: Painting) -
     answer(parts["inpaint_it"].click, inpaint_it, ["chosen"])
     answer(parts["settings_file"].upload, allowed(load_settings), ["settings_file", "model"])
     answer(parts["source_file"].upload, take_source, ["source_file"])
-    answer(parts["many_file"].upload, allowed(choosing.take_prompts), ["many_file"])
+    answer(parts["many_file"].upload, allowed(handlers.take_prompts), ["many_file"])
     answer(parts["many_drop"].click, drop_prompts)
     answer(parts["refused"].change, refuse, ["refused"], [PLACE], queue=False)
 
 
-def _connect_tabs(wiring: _Wiring, choosing: Choosing) -> None:
+def _connect_tabs(wiring: _Wiring, handlers: SettingsHandlers) -> None:
     parts = wiring.parts
 
     def turned(by: int) -> Callable[..., Any]:
         def listener(page: int, request: gr.Request) -> dict[Any, Any]:
-            return wiring.told(choosing.turn(page, by, request))
+            return wiring.told(handlers.turn_page(page, by, request))
 
         return listener
 
@@ -435,12 +448,12 @@ def _connect_tabs(wiring: _Wiring, choosing: Choosing) -> None:
             None, None, [parts["mode"], parts["problem"]], js=GO % (name, name), **QUIET
         )
         chosen.then(
-            lambda key, mode: wiring.told(choosing.fit(key, mode)),
+            lambda key, mode: wiring.told(handlers.check_support(key, mode)),
             wiring.components(["model", "mode"]),
             wiring.components(wiring.changing),
             **QUIET,
         )
-    hung = parts["tab_gallery"].select(None, js="() => window.tessera.go('gallery')", **QUIET)
-    hung.then(turned(0), parts["page"], wiring.components(wiring.changing), **QUIET)
+    gallery_items = parts["tab_gallery"].select(None, js="() => window.tessera.go('gallery')", **QUIET)
+    gallery_items.then(turned(0), parts["page"], wiring.components(wiring.changing), **QUIET)
     wiring.on([parts["newer"].click], turned(-1), ["page"])
     wiring.on([parts["older"].click], turned(1), ["page"])

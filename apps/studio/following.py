@@ -23,11 +23,11 @@ from apps.service.requests import AnyRequest
 from apps.service.uploads import UploadError
 from apps.studio.album import Album, Finished
 from apps.studio.displays import Display, Displays
-from apps.studio.easel import Changes, Easel
 from apps.studio.grids import Grids
 from apps.studio.live import GridView, PictureView, View
 from apps.studio.problems import explain_failure, problem
 from apps.studio.sessions import Sessions
+from apps.studio.stage import Changes, Stage
 from apps.studio.strings import Strings
 from apps.studio.waiting import Waiting
 
@@ -72,7 +72,7 @@ class Following:
         grids: of this engine.
         album: what is finished.
         displays: what pages hold on their stages.
-        easel: puts images onto the stage.
+        stage: puts images onto the stage.
         waiting: describes the queue.
     """
 
@@ -84,7 +84,7 @@ class Following:
         grids: Grids,
         album: Album,
         displays: Displays,
-        easel: Easel,
+        stage: Stage,
         waiting: Waiting,
     ) -> None:
         self._engine = engine
@@ -93,7 +93,7 @@ class Following:
         self._grids = grids
         self._album = album
         self._displays = displays
-        self._easel = easel
+        self._stage = stage
         self._waiting = waiting
 
     def look(self, request: gr.Request, seen: Any) -> str:
@@ -164,7 +164,7 @@ class Following:
         page.latest = page.shown or newest
         if changes and newest is not None and page.display.held is None:
             page.shown = page.latest = newest
-            changes |= self._easel.show(newest)
+            changes |= self._stage.show(newest)
         return changes
 
     # ------------------------------------------------------------------------ one job
@@ -199,7 +199,7 @@ class Following:
         if record is not None:
             return GridView(record, record.places()[job], self._grids, self._words)
         is_by_scales = request.task.startswith("next_scale")
-        return PictureView(self.frame(request), self._words, self._easel, page.shown, is_by_scales)
+        return PictureView(self.frame(request), self._words, self._stage, page.shown, is_by_scales)
 
     def frame(self, request: AnyRequest) -> tuple[int, int]:
         """Return the size that an image will have, as far as it is known."""
@@ -244,7 +244,7 @@ class Following:
         changes: Changes = {"stage": view.draw(note, share)}
         if page.shown is not view.shown:
             page.shown = view.shown
-            changes |= self._easel.acting_on(view.shown)
+            changes |= self._stage.acting_on(view.shown)
         return changes
 
     def _ended(self, page: _Page, view: View, event: Done | Stopped | Failed) -> Changes:
@@ -261,12 +261,12 @@ class Following:
         if isinstance(event, Done):
             note = self._words("done", seconds=f"{seconds:.1f}")
         page.shown = page.latest
-        return changes | self._easel.show(page.latest, note)
+        return changes | self._stage.show(page.latest, note)
 
     def _beside(self, page: _Page, note: str) -> Changes:
         """Say how it goes in the line of the queue, because the stage shows another image."""
         page.note = note
-        return {"line": self._waiting.line(len(page.waiting or ()), note)}
+        return {"queue_note": self._waiting.line(len(page.waiting or ()), note)}
 
     # ---------------------------------------------------------------------- the others
 
@@ -286,7 +286,7 @@ class Following:
             return {}
         if page.display.held is not None:
             page.shown = page.display.held
-            return self._easel.show(page.shown) | self._beside(page, page.progress[0])
+            return self._stage.show(page.shown) | self._beside(page, page.progress[0])
         return {"problem": ""} | self._beside(page, "") | self._draw(page, view, *page.progress)
 
     def _finished(self, page: _Page) -> Changes:
@@ -295,7 +295,7 @@ class Following:
         if names == page.names:
             return {}
         page.names = names
-        return self._easel.strip(self._album.recent(page.owner)) | {"seen": list(names)}
+        return self._stage.strip(self._album.recent(page.owner)) | {"seen": list(names)}
 
 
 def busy(is_busy: bool, can_skip: bool = False) -> Changes:

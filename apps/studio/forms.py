@@ -26,7 +26,7 @@ RANDOM, FIXED = "random", "fixed"
 MASK_HEAD = "data:image/png;base64,"
 
 
-def make_request(values: Values, tasks: tuple[str, ...], overrides: Mapping[str, Any] | None = None) -> AnyRequest:
+def form_to_request(values: Values, tasks: tuple[str, ...], overrides: Mapping[str, Any] | None = None) -> AnyRequest:
     """Make the request that the page asks for.
 
     Args:
@@ -101,7 +101,7 @@ def read_mask(text: str) -> Image.Image:
     return read_upload(data).convert("L").point([0] * 128 + [255] * 128)
 
 
-def shapes(
+def size_choices(
     words: Strings, side: int, width: int, multiple: int, offered: Sequence[tuple[int, int]] = ()
 ) -> list[tuple[str, str]]:
     """Return the size presets of a model as (label, value), the value being `auto`, `WIDTHxHEIGHT` or `custom`.
@@ -125,7 +125,7 @@ def shapes(
     return [(f"{words('size.auto')} {width} \u00d7 {side}", AUTO), *named, (words("size.custom"), CUSTOM)]
 
 
-def show_settings(settings: PictureSettings) -> dict[str, Any]:
+def settings_to_form(settings: PictureSettings) -> dict[str, Any]:
     """Return what the page holds for the settings of an image: those that generate it again, bit for bit.
 
     Args:
@@ -134,7 +134,7 @@ def show_settings(settings: PictureSettings) -> dict[str, Any]:
     Returns:
         Values by component; `mode` among them. The model is left out: the page may not have it.
     """
-    mode = mode_of(settings)
+    mode = tab_of(settings)
     # One of a batch comes with its company, which moved its last bits.
     before = settings.pick if settings.batch_size > 1 and settings.pick is not None else 0
     count = settings.batch_size if settings.pick is not None else 1
@@ -156,8 +156,8 @@ def show_settings(settings: PictureSettings) -> dict[str, Any]:
     return {name: value for name, value in shown.items() if value is not None}
 
 
-def show_request(request: AnyRequest) -> dict[str, Any]:
-    """Return what the page holds for the shared settings of a request, the reverse of `make_request`.
+def request_to_form(request: AnyRequest) -> dict[str, Any]:
+    """Return what the page holds for the shared settings of a request, the reverse of `form_to_request`.
 
     Args:
         request: untrusted, but checked.
@@ -189,7 +189,7 @@ def _show_composed(cache: StepCache | None, lora: Lora | None) -> dict[str, Any]
     }
 
 
-def mode_of(settings: PictureSettings) -> str:
+def tab_of(settings: PictureSettings) -> str:
     """Return the tab that generates what an image is."""
     if settings.task.startswith("next_scale"):
         return "scales" if settings.image is None else "inpaint"

@@ -108,7 +108,7 @@ class Gate:
         elif scope["method"] != "POST" or path not in (JOIN, RUN, CANCEL, UPLOAD, RESET):
             raise Refusal(404, "not_found", "There is nothing here.")
         elif path == UPLOAD:
-            if not user.may("paint"):
+            if not user.may("generate"):
                 raise Refusal(403, "forbidden", f"Uploads need the role 'paint'; yours is {user.role!r}.")
             await self.app(scope, receive, _Listening(send, lambda paths: self._own(paths, user)))
         else:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from apps.service.events import Step
 from apps.studio import grid_view, views
 from apps.studio.album import Finished, Shown
-from apps.studio.easel import Easel
 from apps.studio.grids import Cells, GridRecord, Grids, Place
+from apps.studio.stage import Stage
 from apps.studio.strings import Strings
 
 REDRAW_SECONDS = 1.0
@@ -23,7 +23,7 @@ class PictureView:
     Attributes:
         size: width and height that the image will have.
         words: of the page.
-        easel: draws what is finished.
+        stage: draws what is finished.
         shown: the finished image or grid that stands there; None for a preview, or for nothing yet.
         is_by_scales: previews are kept, because each is a scale.
         preview: the newest one.
@@ -33,7 +33,7 @@ class PictureView:
 
     size: tuple[int, int]
     words: Strings
-    easel: Easel
+    stage: Stage
     shown: Finished | None
     is_by_scales: bool = False
     preview: str | None = None
@@ -63,7 +63,7 @@ class PictureView:
     def draw(self, note: str, share: float | None) -> str:
         """Draw the stage."""
         if self.shown is not None:
-            return self.easel.draw(self.shown, note, share, self.strip, self.scales)
+            return self.stage.draw(self.shown, note, share, self.strip, self.scales)
         return views.stage(
             self.preview,
             size=self.size,

@@ -28,7 +28,7 @@ class Sessions:
         user = self._tokens.named(request.username)
         return "" if user is None else user.name
 
-    def watcher(self, request: gr.Request) -> str | None:
+    def viewer(self, request: gr.Request) -> str | None:
         """Return whose images the gallery of a page may show: a name, or None for everybody's."""
         if self._tokens is None:
             return None
@@ -40,17 +40,17 @@ class Sessions:
         """Whether people sign in."""
         return self._tokens is not None
 
-    def may_paint(self, request: gr.Request) -> bool:
+    def may_generate(self, request: gr.Request) -> bool:
         """Whether the user of a page may change anything on the server."""
         user = None if self._tokens is None else self._tokens.named(request.username)
-        return self._tokens is None or (user is not None and user.may("paint"))
+        return self._tokens is None or (user is not None and user.may("generate"))
 
-    def painter(self, request: gr.Request) -> str:
+    def submitter(self, request: gr.Request) -> str:
         """Return in whose name a page asks for images and changes the queue.
 
         Raises:
             PageError: the user may only look.
         """
-        if not self.may_paint(request):
+        if not self.may_generate(request):
             raise PageError("no_rights")
         return self.user(request)

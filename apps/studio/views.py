@@ -148,7 +148,7 @@ RECIPES = {
 """How to get a model for a tab that no model here can do: what to run first, and the folder to start with then."""
 
 
-def cannot(model: str, mode: str, other: str | None, words: Strings) -> str:
+def unsupported_notice(model: str, mode: str, other: str | None, words: Strings) -> str:
     """Draw what stands in a tab that the chosen model can't do.
 
     Args:

@@ -44,6 +44,6 @@ def unknown_words(source: str, prompt: str) -> tuple[str, ...]:
 
 
 def _folder(source: str) -> Path:
-    from pipelines.builtin import PRETRAINED, builtin_models  # imports diffusers, which takes seconds
+    from pipelines.loading.load import PRETRAINED, builtin_models  # imports diffusers, which takes seconds
 
     return PRETRAINED / source if source in builtin_models() else Path(source)

@@ -7,8 +7,8 @@ import gradio as gr
 from apps.service.engine import Engine
 from apps.service.requests import REQUEST, AnyRequest
 from apps.studio import views
-from apps.studio.easel import Changes
 from apps.studio.grids import Grids
+from apps.studio.stage import Changes
 from apps.studio.strings import Strings
 
 
@@ -38,7 +38,7 @@ class Waiting:
         choices = [(f"{number}. {self._title(job)}", job) for number, job in enumerate(waiting, 1)]
         value = chosen if chosen in waiting else waiting[0] if waiting else None
         return {
-            "line": self.line(len(waiting), running),
+            "queue_note": self.line(len(waiting), running),
             "clear": gr.update(visible=bool(waiting)),
             "order": gr.update(visible=bool(waiting)),
             "waiting": gr.update(choices=choices, value=value),

@@ -62,7 +62,11 @@ def train(config: TrainConfig, resume: str | None = None) -> str:
         CheckpointError: If `resume` cannot be used.
         FileExistsError: If a new run would overwrite the checkpoints of an old one.
     """
-    return Trainer(config, resume).run()
+    threads = torch.get_num_threads()
+    try:
+        return Trainer(config, resume).run()
+    finally:
+        torch.set_num_threads(threads)  # `run.num_threads` is a setting of the whole process
 
 
 class Trainer:

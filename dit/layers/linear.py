@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-WORTHWHILE = 1_500_000
+MIN_MACS = 1_500_000
 """Multiply-adds from which oneDNN's longer way to the product (10 microseconds) is made up for."""
 
 
@@ -55,25 +55,6 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def hasten(module: nn.Module) -> int:
-    """Turn the plain linear layers of somebody else's module into `Linear`, in place.
-
-    They compute as before in other dtypes, on other devices and with gradients.
-
-    Args:
-        module: any network.
-
-    Returns:
-        How many layers were turned; 0 where MKL is as fast as oneDNN.
-    """
-    if not mkl_is_slow():
-        return 0
-    plain = [part for part in module.modules() if type(part) is nn.Linear]
-    for part in plain:
-        part.__class__ = Linear
-    return len(plain)
-
-
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product, whatever its size."""
     product: Any = torch.ops.mkldnn._linear_pointwise
@@ -88,7 +69,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         and x.is_cpu
         and weight.is_cpu
         and mkl_is_slow()
-        and x.numel() * weight.shape[0] >= WORTHWHILE
+        and x.numel() * weight.shape[0] >= MIN_MACS
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not is_in_torch_dispatch_mode()

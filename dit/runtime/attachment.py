@@ -1,7 +1,7 @@
 """How mechanisms get onto a network and off again: one protocol, a declared order, no trace after `detach()`.
 
 A `Mechanism` says what it does in `install`, by way of the tools that its `Attachment` offers; everything done with
-these tools is undone by `detach()`. Mechanisms on one network form a pile, sorted by `Mechanism.order`. To put one in
+these tools is undone by `detach()`. Mechanisms on one network form a pile, sorted by `Mechanism.stage`. To put one in
 or take one out, those above it are lifted off and put back, so that each undoes exactly what it did, whatever the
 order of calls.
 """
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial, wraps
 from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import nn
 
+from dit.runtime.stages import Resource, Stage
 from dit.runtime.state import StateStore, unwrap
 
 if TYPE_CHECKING:
@@ -39,16 +41,14 @@ class Mechanism(ABC):
 
     Attributes:
         name: unique among the mechanisms on a network; its tensors are kept under it.
-        order: place in the pile; lower is nearer to the network's own code. Quantization 10, attention 20, adapters
-            30, step caches 40, observers 90.
-        exclusive: names of the things that it must have for itself, e.g. {"attention.output"}; two mechanisms that
-            name the same thing refuse each other.
+        stage: place in the pile; lower is nearer to the network's own code.
+        exclusive: what it must have for itself; two mechanisms that name the same thing refuse each other.
         components: which networks of a pipeline it attaches to, see `find_networks`; None means those that denoise.
     """
 
     name: ClassVar[str]
-    order: ClassVar[int] = 50
-    exclusive: ClassVar[frozenset[str]] = frozenset()
+    stage: ClassVar[Stage] = Stage.OTHER
+    exclusive: ClassVar[frozenset[Resource]] = frozenset()
     components: Sequence[str] | None = None
 
     @abstractmethod
@@ -98,9 +98,11 @@ class Attachment:
 
     Raises:
         AttachError: see `Mechanism.attach`.
+        TypeError: the mechanism's stage or what it excludes is not of the enumerations.
     """
 
     def __init__(self, mechanism: Mechanism, target: Any) -> None:
+        _check_declaration(mechanism)
         self.mechanism = mechanism
         self.target = target
         self.models = find_networks(target, mechanism.components)
@@ -166,14 +168,24 @@ class Attachment:
         self.on_detach(module.register_forward_hook(hook, with_kwargs=True, always_call=always).remove)
 
     def around(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        """Put `function(forward, *args, **kwargs)` in the place of a module's `forward`; it may leave the call out."""
-        inner = module.forward
+        """Put `function(forward, *args, **kwargs)` in the place of a module's `forward`; it may leave the call out.
 
+        Where accelerate offloads the module, this goes below accelerate's own wrapper: pipelines take that off and put
+        it back after each call, and would lose what lies above it.
+        """
+        inner = getattr(module, _forward_slot(module))
+
+        @wraps(inner)  # modular pipelines of diffusers pass what its signature names
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
             return function(inner, *args, **kwargs)
 
-        self.replace(module, "forward", forward)
+        own = _own(module, _forward_slot(module))
+        if own is _MISSING or own == type(module).forward.__get__(module):  # accelerate keeps the class's own
+            own = _MISSING
+        setattr(module, _forward_slot(module), forward)
+        self._replaced.append((module, "forward", forward))
+        self.on_detach(partial(_restore_forward, module, own))
 
     def replace(self, thing: Any, attribute: str, value: Any) -> None:
         """Set an attribute until `detach()`, which gives back the old one, or none where there was none."""
@@ -265,7 +277,7 @@ class Attachment:
         self._check(others)
         if others:
             self.state = others[0].state
-        above = [other for other in others if other.mechanism.order > self.mechanism.order]
+        above = [other for other in others if other.mechanism.stage > self.mechanism.stage]
         try:
             _lift(above)
             self._install()
@@ -303,7 +315,7 @@ class Attachment:
 
     def _uninstall(self) -> None:
         for thing, attribute, value in self._last_replaced():
-            if _own(thing, attribute) is not value:
+            if _own(thing, _forward_slot(thing) if attribute == "forward" else attribute) is not value:
                 raise AttachError(
                     f"{self._title()}: someone else replaced {type(thing).__name__}.{attribute} meanwhile; undo that "
                     "first, then try again"
@@ -314,7 +326,11 @@ class Attachment:
             self._recompile()
 
     def _recompile(self) -> None:
-        """Have compiled networks compiled anew: compiled code keeps the hooks that it was compiled with."""
+        """Have compiled networks compiled anew: compiled code keeps the hooks that it was compiled with.
+
+        The reset is of the whole process: torch keeps compiled code by function, which all networks of a class share,
+        and has no public way to forget that of one. Other compiled networks lose time by it, never correctness.
+        """
         if any(_is_compiled(model) for model in self.models.values()):
             torch.compiler.reset()
 
@@ -331,7 +347,7 @@ class Attachment:
         return sorted({other for pile in piles for other in pile if other is not self}, key=Attachment._rank)
 
     def _rank(self) -> tuple[int, int]:
-        return self.mechanism.order, self._arrival
+        return self.mechanism.stage, self._arrival
 
     def _title(self) -> str:
         return f"mechanism {self.mechanism.name!r}"
@@ -380,6 +396,18 @@ def attachments(target: Any, components: Sequence[str] | None = None) -> list[At
     return list(dict.fromkeys(attachment for pile in piles for attachment in pile))
 
 
+def _check_declaration(mechanism: Mechanism) -> None:
+    """Refuse a stage or an exclusion that is misspelt: it would silently mean another order, or exclude nothing."""
+    title = f"mechanism {mechanism.name!r}"
+    if hasattr(mechanism, "order"):
+        raise TypeError(f"{title} has an order; say `stage`, one of {', '.join(map(str, Stage.__members__))}")
+    if not isinstance(mechanism.stage, Stage):
+        raise TypeError(f"{title}: stage is {mechanism.stage!r}; use one of Stage.{', '.join(Stage.__members__)}")
+    wrong = [one for one in mechanism.exclusive if not isinstance(one, Resource)]
+    if wrong:
+        raise TypeError(f"{title}: exclusive names {wrong}; use members of Resource: {', '.join(Resource.__members__)}")
+
+
 def _is_compiled(model: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules())
 
@@ -393,6 +421,22 @@ def _put_back(above: list[Attachment]) -> None:
     for attachment in above:
         if attachment._undo is None:
             attachment._install()
+
+
+def _forward_slot(module: Any) -> str:
+    """Return the attribute that holds a module's forward; accelerate moves it aside while it offloads the module."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+def _restore_forward(module: nn.Module, own: Any) -> None:
+    """Give a module its forward back: one that it had itself, or that of its class."""
+    slot = _forward_slot(module)
+    if own is not _MISSING:
+        setattr(module, slot, own)
+    elif slot == "forward":
+        del module.forward
+    else:
+        setattr(module, slot, type(module).forward.__get__(module))
 
 
 def _own(thing: Any, attribute: str) -> Any:

@@ -7,7 +7,7 @@ so here and not somewhere in a run.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -34,6 +34,10 @@ TOUCHED: tuple[tuple[str, str], ...] = (
     ("diffusers.hooks._helpers", "TransformerBlockMetadata"),
     ("diffusers.hooks.faster_cache", "FasterCacheConfig._unconditional_conditional_input_kwargs_identifiers"),
     ("diffusers.hooks.context_parallel", "apply_context_parallel"),
+    ("diffusers.hooks.context_parallel", "remove_context_parallel"),
+    ("diffusers.hooks.group_offloading", "_GROUP_OFFLOADING"),
+    ("diffusers.hooks.group_offloading", "_LAYER_EXECUTION_TRACKER"),
+    ("diffusers.hooks.group_offloading", "_LAZY_PREFETCH_GROUP_OFFLOADING"),
     ("diffusers.models._modeling_parallel", "ParallelConfig"),
     ("diffusers.loaders.single_file_utils", "fetch_diffusers_config"),
     ("diffusers.loaders.single_file_utils", "SingleFileComponentError"),
@@ -41,6 +45,9 @@ TOUCHED: tuple[tuple[str, str], ...] = (
     ("diffusers.models.modeling_utils", "ModelMixin._fix_state_dict_keys_on_load"),
 )
 """Module and name of everything private that this file uses."""
+
+
+_MISSING = object()
 
 
 class BridgeError(ImportError):
@@ -154,14 +161,36 @@ def attending_through(models: Iterable[nn.Module], backend: str) -> Generator[in
     check_attention_backend(backend)
     found: list[Any] = [getattr(part, "processor", None) for model in models for part in model.modules()]
     processors = {id(one): one for one in found if hasattr(one, "_attention_backend")}.values()
-    before = [one._attention_backend for one in processors]
-    for one in processors:
-        one._attention_backend = _BACKEND_NAMES(backend)
-    try:
+    with _attributes_kept(processors, ("_attention_backend",)):
+        for one in processors:
+            one._attention_backend = _BACKEND_NAMES(backend)
         yield len(processors)
+
+
+def chosen_attention_backends(models: Iterable[nn.Module]) -> set[str]:
+    """Return the backends that the attention layers of some networks go through now.
+
+    Args:
+        models: the networks.
+    """
+    processors: list[Any] = [getattr(part, "processor", None) for model in models for part in model.modules()]
+    names = [one._attention_backend for one in processors if hasattr(one, "_attention_backend")]
+    return {active_attention_backend() if name is None else _BACKEND_NAMES(name).value for name in names}
+
+
+@contextmanager
+def _attributes_kept(things: Iterable[Any], names: Iterable[str]) -> Generator[None]:
+    """Put attributes of things back at the end; those that an instance did not have itself are deleted."""
+    kept = [(vars(thing), name) for thing in things for name in names]
+    before = [(own, name, own.get(name, _MISSING)) for own, name in kept]
+    try:
+        yield
     finally:
-        for one, name in zip(processors, before, strict=True):
-            one._attention_backend = name
+        for own, name, value in before:
+            if value is _MISSING:
+                own.pop(name, None)
+            else:
+                own[name] = value
 
 
 Block = TypeVar("Block", bound=type[nn.Module])
@@ -226,7 +255,7 @@ def block_streams(block: type[nn.Module]) -> tuple[tuple[str, str], tuple[int, i
     return arguments, (found.return_hidden_states_index, found.return_encoder_hidden_states_index)
 
 
-def enable_ulysses(model: nn.Module, degree: int) -> None:
+def enable_ulysses(model: nn.Module, degree: int) -> Callable[[], None]:
     """Set a diffusers network up for Ulysses attention on the present process group, on any device.
 
     What `enable_parallelism` does, without its look at the number of accelerators, which is 0 on a CPU.
@@ -234,6 +263,9 @@ def enable_ulysses(model: nn.Module, degree: int) -> None:
     Args:
         model: the bare network, with `_cp_plan`.
         degree: number of processes.
+
+    Returns:
+        A function that undoes it.
     """
     from diffusers import ContextParallelConfig
     from torch import distributed
@@ -245,12 +277,58 @@ def enable_ulysses(model: nn.Module, degree: int) -> None:
     mesh = init_device_mesh(device.type, config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
     parallel = _private("diffusers.models._modeling_parallel", "ParallelConfig")(context_parallel_config=config)
     parallel.setup(distributed.get_rank(), distributed.get_world_size(), device, mesh=mesh)
-    holders: list[Any] = [model, *(getattr(part, "processor", None) for part in model.modules())]
-    for holder in holders:
-        if hasattr(holder, "_parallel_config"):
-            holder._parallel_config = parallel
+    found: list[Any] = [model, *(getattr(part, "processor", None) for part in model.modules())]
+    holders = [holder for holder in found if hasattr(holder, "_parallel_config")]
     plan: Any = model._cp_plan
+    undo = ExitStack()
+    undo.enter_context(_attributes_kept(holders, ("_parallel_config",)))
+    undo.enter_context(forwards_kept([model]))
+    for holder in holders:
+        holder._parallel_config = parallel
     apply(model, config, plan)
+    undo.callback(_private("diffusers.hooks.context_parallel", "remove_context_parallel"), model, plan)
+    return undo.close
+
+
+@contextmanager
+def forwards_kept(models: Iterable[nn.Module]) -> Generator[None]:
+    """Take away at the end what hooks of diffusers and accelerate leave on modules when they are removed.
+
+    They leave an instance attribute `forward` that calls what the class says, and an empty list of hooks.
+
+    Args:
+        models: the networks; all their parts are looked at.
+    """
+    parts = list(dict.fromkeys(part for model in models for part in model.modules()))
+    with _attributes_kept(parts, ("forward", "_diffusers_hook", "_hf_hook", "_old_forward")):
+        yield
+
+
+def remove_group_offload(model: nn.Module) -> None:
+    """Take the hooks of `enable_group_offload` off a network and all its parts.
+
+    Args:
+        model: of a pipeline; its weights are wherever the hooks left them.
+    """
+    names = [
+        _private("diffusers.hooks.group_offloading", name)
+        for name in ("_GROUP_OFFLOADING", "_LAYER_EXECUTION_TRACKER", "_LAZY_PREFETCH_GROUP_OFFLOADING")
+    ]
+    for part in model.modules():
+        registry = vars(part).get("_diffusers_hook")
+        if registry is None:
+            continue
+        for name in names:
+            registry.remove_hook(name, recurse=False)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether hooks of diffusers or accelerate bring a network's weights over when they are needed."""
+    name = _private("diffusers.hooks.group_offloading", "_GROUP_OFFLOADING")
+    registries = [vars(part).get("_diffusers_hook") for part in model.modules()]
+    return any("_hf_hook" in vars(part) for part in model.modules()) or any(
+        registry is not None and name in registry.hooks for registry in registries
+    )
 
 
 _STEP_CACHES = ("fbc_", "mag_cache", "sea_cache", "taylorseer", "faster_cache", "pyramid_attention")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dit.runtime.attachment import Attachment, Mechanism
 from dit.runtime.coordinates import current_coordinates
+from dit.runtime.stages import Stage
 
 
 class AttentionNorms(Mechanism):
@@ -26,7 +27,7 @@ class AttentionNorms(Mechanism):
     """
 
     name = "attention_norms"
-    order = 90  # an observer sees what the mechanisms below it made
+    stage = Stage.OBSERVER  # it sees what the mechanisms below it made
 
     def install(self, attachment: Attachment) -> None:
         """Listen to every attention layer."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dit.runtime.artifacts import ArtifactHeader
 from dit.runtime.attachment import AttachError, Attachment, find_networks
 from dit.runtime.families import TokenLayout, UnknownFamilyError, call_family_of
+from dit.runtime.stages import Stage
 from sampling.noise_table import NoiseTable, scheduler_of
 from sampling.observe import observe
 from sampling.step_cache.engine import Call, StepCache
@@ -38,7 +39,7 @@ class GramObserver(StepCache):
     """
 
     name = "step_cache_gram"
-    order = 90
+    stage = Stage.OBSERVER
 
     def __init__(self, region: RegionName = "output", width: int = WIDTH) -> None:
         super().__init__(Interval(1), Reuse(), region_of(region))

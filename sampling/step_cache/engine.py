@@ -18,6 +18,7 @@ from dit.runtime import bridge
 from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachments
 from dit.runtime.coordinates import Coordinates, current_coordinates
 from dit.runtime.families import call_family_of
+from dit.runtime.stages import Resource, Stage
 from dit.runtime.state import unwrap
 from sampling.noise_table import NoiseTable, scheduler_of
 from sampling.resolve import CoordinateResolver, PlacedAttachment
@@ -25,6 +26,7 @@ from sampling.step_cache.call import Call, Track
 from sampling.step_cache.constants import data
 from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
 from sampling.step_cache.gates import Gate, Interval
+from sampling.step_cache.reasons import OBSTACLES, Reason
 from sampling.step_cache.regions import Output, Place, Region
 from sampling.step_cache.values import Values, as_one, signature, take_apart
 
@@ -38,8 +40,9 @@ def preset(make: Callable[..., StepCache]) -> Callable[..., StepCache]:
     return make
 
 
-UNPLACED, GRADIENTS = "no coordinates", "gradients are on"
+UNPLACED, GRADIENTS = Reason("no_coordinates"), Reason("gradients")
 """Why a call is left to the network at once."""
+RESHAPED = Reason("shapes_changed")
 
 
 class StepCache(Mechanism):
@@ -64,8 +67,8 @@ class StepCache(Mechanism):
     """
 
     name = "step_cache"
-    order = 40
-    exclusive = frozenset({"step"})
+    stage = Stage.CACHE
+    exclusive = frozenset({Resource.STEP})
 
     def __init__(
         self,
@@ -173,7 +176,7 @@ class StepCache(Mechanism):
         key, shapes = (component, here.branch), signature((args, kwargs))
         track = self._tracks.get(key)
         if track is not None and track.shapes != shapes:
-            attachment.skip("the inputs changed their shape")
+            attachment.skip(str(RESHAPED))
             track = None
         if track is None:
             track = self._tracks[key] = Track(shapes=shapes, last_step=here.step - 1)
@@ -200,7 +203,7 @@ class StepCache(Mechanism):
             weights = self.forecaster.weights(track.anchors, here, track.memory)
             reason = self._obstacle(here, track, weights)
             if reason is not None:
-                call.attachment.skip(reason)
+                call.attachment.skip(str(reason))
             elif weights is not None:
                 call.weights = weights
         if reason is not None:
@@ -209,18 +212,18 @@ class StepCache(Mechanism):
             self._decisions.setdefault(here.step, reason)
         return reason is not None
 
-    def _rule(self, call: Call) -> str | None:
+    def _rule(self, call: Call) -> Reason | None:
         """Which rule has a call computed; None if it should be forecast."""
         here, track = call.here, call.track
         first = self.warmup if self.warmup >= 1 else round(self.warmup * here.num_steps)
         if here.step < first or here.step >= here.num_steps - self.tail:
-            return f"the first {first:g} and last {self.tail} steps are always computed"
+            return Reason.of("edges", first=first, last=self.tail)
         if self.max_skips is not None and track.skips >= self.max_skips:
-            return f"no more than {self.max_skips} steps in a row are skipped"
+            return Reason.of("max_skips", most=self.max_skips)
         if self.gate.shared and here.step in self._decisions:
             return self._decisions[here.step]
         wanted = self._vote(call, self.gate.computes(here, track.memory, call.signal))
-        return f"the gate {type(self.gate).__name__} asked for the step" if wanted else None
+        return Reason.of("gate", gate=type(self.gate).__name__) if wanted else None
 
     def _vote(self, call: Call, wanted: bool) -> bool:
         """All ranks compute if one wants to; only gates that look at tensors can disagree."""
@@ -235,12 +238,12 @@ class StepCache(Mechanism):
         torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX, group=group)
         return bool(vote)
 
-    def _obstacle(self, here: Coordinates, track: Track, weights: Weights | None) -> str | None:
+    def _obstacle(self, here: Coordinates, track: Track, weights: Weights | None) -> Reason | None:
         """Why a step cannot be forecast."""
         if weights is None or not track.anchors:
-            return "nothing computed yet to forecast from"
+            return Reason("nothing_to_forecast_from")
         if here.step - track.last_step > 1:
-            return "the branch was not called in the step before"
+            return Reason("branch_not_called")
         return None
 
     def _close(self, call: Call, output: Any) -> None:
@@ -266,13 +269,13 @@ class StepCache(Mechanism):
         """Forget what belongs to another run; totals stay."""
         if run is None:
             self._executed, self._called, self._runs, self._skipped = 0.0, 0, 0, 0
-            self._computed: Counter[str] = Counter()
+            self._computed: Counter[Reason] = Counter()
             self._shares: dict[str, float] = {}
         else:
             self._runs += 1
         self._run = run
         self._tracks: dict[tuple[str, str], Track] = {}
-        self._decisions: dict[int, str | None] = {}
+        self._decisions: dict[int, Reason | None] = {}
         self._strip: dict[str, dict[int, bool]] = {}
         self._sigmas: tuple[float, ...] = ()
 
@@ -286,18 +289,26 @@ class StepCache(Mechanism):
         """Return, for the newest run, by branch and step, whether the step was computed."""
         return {branch: dict(steps) for branch, steps in self._strip.items()}
 
-    def why_inactive(self) -> str:
-        """Say why no step was skipped since the cache was attached; empty if some were."""
-        if self._skipped or self._attachment is None:
-            return "" if self._skipped else "it is not attached"
+    def reasons(self) -> Counter[Reason]:
+        """Return why calls were computed since the cache was attached, and how often; also where some were skipped."""
         reasons = Counter(self._computed)
-        for reason in (UNPLACED, GRADIENTS):
-            reasons[reason] = self._attachment.inactive[reason]
+        if self._attachment is None:
+            return reasons
+        for reason in (UNPLACED, GRADIENTS, RESHAPED):
+            reasons[reason] += self._attachment.inactive[str(reason)]
         others = attachments(self._attachment.target)
         unplaced = next((one.inactive for one in others if one.mechanism.name == CoordinateResolver.name), Counter())
         if reasons[UNPLACED] and unplaced:
             del reasons[UNPLACED]
-            reasons.update({f"its step was not found ({reason})": count for reason, count in unplaced.items()})
+            reasons.update({Reason.of("step_not_found", reason=text): count for text, count in unplaced.items()})
+        return +reasons  # those that happened
+
+    def why_inactive(self) -> str:
+        """Say why no step was skipped since the cache was attached; empty if some were."""
+        if self._skipped or self._attachment is None:
+            return "" if self._skipped else "it is not attached"
+        reasons = self.reasons()
+        del reasons[RESHAPED]  # such calls count under another reason too
         calls = reasons.total()
         told = [f"{reason}: {count} of {calls} calls" for reason, count in reasons.most_common() if count]
         return "; ".join(told) or "the network was not called"
@@ -306,7 +317,8 @@ class StepCache(Mechanism):
         """Return the cost (share of the calls' work that was done), and the newest run's steps.
 
         "skipped" counts the calls that were forecast since the cache was attached; if none was, "why_inactive" says
-        why.
+        why. "missed" counts, by reason, the calls that were computed though the gate did not ask for them, also
+        where others were forecast.
 
         Work is counted in blocks: embeddings and the last projection, which regions within the network run at every
         step, are one percent or less of a network of usual depth.
@@ -323,6 +335,7 @@ class StepCache(Mechanism):
             "asked": self._called,
             "skipped": self._skipped,
             "why_inactive": self.why_inactive(),
+            "missed": {str(one): count for one, count in self.reasons().items() if one.key in OBSTACLES},
             "decisions": self.decisions(),
             "strip": {branch: _strip(steps) for branch, steps in self._strip.items()},
         }

@@ -13,7 +13,7 @@ import diffusers
 import pytest
 from diffusers import ModelMixin, SchedulerMixin
 
-from pipelines.model_index import COMPONENT_MODULES
+from pipelines.loading.model_index import COMPONENT_MODULES
 
 ROOMS = ("dit.models", "dit.tokenizers", "sampling.schedulers")
 BASES = (ModelMixin, SchedulerMixin)

@@ -80,6 +80,10 @@ def forbidden_calls(tree: ast.Module) -> list[tuple[ast.AST, str]]:
                 found.append((node, "torch.load() without weights_only=True"))
             if _is_constant(keywords.get("trust_remote_code"), True):
                 found.append((node, "trust_remote_code=True"))
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Attribute) and target.attr == "__class__" for target in targets):
+                found.append((node, "an object's class is swapped; make another object"))
         if isinstance(node, ast.ExceptHandler):
             if node.type is None:
                 found.append((node, "bare except"))
@@ -101,6 +105,7 @@ def _is_constant(node: ast.expr | None, value: object) -> bool:
         "torch.load(f)",
         "torch.load(f, weights_only=False)",
         "M.from_pretrained(n, trust_remote_code=True)",
+        "part.__class__ = Linear",
         "try:\n    f()\nexcept ValueError:\n    pass",
         "try:\n    f()\nexcept:\n    g()",
     ],

@@ -16,8 +16,8 @@ from apps.stickers.renderer import render
 from apps.stickers.scene import SceneMix, SceneSampler
 from apps.stickers.sprites import load_sprites
 from pipelines import builtin_models, load_pipeline
+from sampling.inference_search import TTSConfig
 from sampling.rewards import as_reward
-from sampling.test_time_search import TTSConfig
 
 FOLDER = Path(pipelines.__file__).parent / "pretrained" / "stickers-var"
 MIB = 2**20

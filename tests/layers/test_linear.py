@@ -10,8 +10,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit.layers import linear as place
-from dit.layers.linear import WORTHWHILE, Linear, hasten, linear
+from dit.layers.linear import MIN_MACS, Linear, linear
+from dit.runtime import onednn
 from dit.runtime.compare import relative_error
+from dit.runtime.onednn import use_onednn
 from pipelines import load_pipeline
 from tests.architecture.sources import ROOT
 
@@ -32,6 +34,7 @@ def calls(monkeypatch):
         return real(x, weight, bias)
 
     monkeypatch.setattr(place, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(place, "_by_onednn", watched)
     return seen
 
@@ -83,7 +86,7 @@ def test_leaves_to_torch_what_onednn_cannot_do_or_is_not_worth_it(calls):
         assert linear(torch.empty(64, 128, device="meta"), torch.empty(256, 128, device="meta")).is_meta
     assert calls == []
     assert counter.get_total_flops() == 2 * 64 * 128 * 256
-    assert 2 * 128 * 256 < WORTHWHILE <= 64 * 128 * 256
+    assert 2 * 128 * 256 < MIN_MACS <= 64 * 128 * 256
 
 
 def test_leaves_weights_of_another_kind_alone(calls):
@@ -118,24 +121,65 @@ def test_asks_the_processor(monkeypatch, vendor, capability, slow):
     assert place.mkl_is_slow.__wrapped__() is slow
 
 
-def test_hastens_somebody_elses_network_without_touching_weights(calls):
-    class Special(nn.Linear):
-        pass
+class Special(nn.Linear):
+    pass
 
-    network = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Sequential(nn.Linear(256, 64), Special(64, 64)))
-    x, before = operands(128, 128)[0], copy.deepcopy(network)
-    assert hasten(network) == 2
-    assert hasten(network) == 0
-    assert type(network[2][1]) is Special
-    assert list(network.state_dict()) == list(before.state_dict())
-    twin = copy.deepcopy(network)
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Sequential(nn.Linear(256, 64), Special(64, 64)))
+
+
+def test_replaces_layers_of_somebody_elses_network_but_not_their_weights(calls):
+    net = network()
+    x, before, weights = operands(128, 128)[0], copy.deepcopy(net), dict(net.named_parameters())
+    assert list(use_onednn(net).converted) == ["0", "2.0"]
+    assert use_onednn(net) is None
+    assert type(net[2][1]) is Special
+    assert list(net.state_dict()) == list(before.state_dict())
+    assert all(weights[name] is weight for name, weight in net.named_parameters())
+    twin = copy.deepcopy(net)
     with torch.no_grad():
         twin[0].weight.mul_(2)  # the copy computes with its own weights
-        assert relative_error(network(x), before(x)) < 1e-6 < relative_error(twin(x), before(x))
+        assert relative_error(net(x), before(x)) < 1e-6 < relative_error(twin(x), before(x))
     assert len(calls) == 4
 
 
-def test_a_loaded_pipeline_is_hastened_throughout(calls):
+def test_undo_puts_the_old_layers_back_with_the_weights_of_now(calls):
+    net = network()
+    old, x = list(net.modules()), operands(128, 128)[0]
+    heard = []
+    net[0].register_forward_hook(lambda *_: heard.append(1))
+    replaced = use_onednn(net)
+    net.eval()
+    other = {name: value + 1 for name, value in net.state_dict().items()}
+    net.load_state_dict(other, assign=True)
+    with torch.no_grad():
+        net(x)
+        replaced.undo()
+        net(x)
+    assert len(calls) == 2
+    assert heard == [1, 1]
+    assert all(one is two for one, two in zip(net.modules(), old, strict=True))
+    assert all(torch.equal(other[name], value) for name, value in net.state_dict().items())
+
+
+def test_a_layer_in_two_places_stays_one_layer(calls):
+    shared = nn.Linear(128, 128)
+    net = nn.Sequential(shared, nn.Sequential(shared))
+    replaced = use_onednn(net)
+    assert net[0] is net[1][0] is not shared
+    replaced.undo()
+    assert net[0] is net[1][0] is shared
+
+
+def test_without_need_nothing_is_replaced(monkeypatch):
+    net = network()
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: False)
+    assert use_onednn(net) is None
+    assert type(net[0]) is nn.Linear
+
+
+def test_a_loaded_pipeline_uses_onednn_throughout(calls):
     pipe = load_pipeline("stickers-var", device="cpu")
     layers = [part for name in ("transformer", "text_encoder", "vae") for part in getattr(pipe, name).modules()]
     plain = [part for part in layers if type(part) is nn.Linear]

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines import load_pipeline
-from pipelines.gguf_files import SCALES, quantized_scales, read_gguf_header
-from pipelines.loaded import is_finite
-from pipelines.plain_errors import clear_loading_errors, one_line
+from pipelines.loading.errors import clear_loading_errors, one_line
+from pipelines.loading.gguf_files import SCALES, quantized_scales, read_gguf_header
+from pipelines.loading.weight_values import is_finite
 from tests.loading.hostile import FOLDERS, OURS, outcome, single_file
 from tests.loading.mutations import flips, of_weights, read_raw_header
 from tests.loading.published_layout import to_published, write_quantized

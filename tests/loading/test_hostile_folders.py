@@ -12,10 +12,10 @@ import torch
 
 from apps import cli
 from pipelines import TextToImagePipeline, load_pipeline
-from pipelines.settings import check_settings, declared
-from pipelines.sources import check_folder, read_index
-from pipelines.structure import check_network
-from pipelines.weight_files import read_header, stored_tensors
+from pipelines.loading.settings import check_settings, declared
+from pipelines.loading.sources import check_folder, read_index
+from pipelines.loading.structure import check_network
+from pipelines.loading.weight_files import read_header, stored_tensors
 from tests.families.tiny import TINY_NAMES, VARIANTS
 from tests.loading.hostile import FOLDERS, OURS, loading, outcome
 from tests.loading.mutations import Mutation, mutation, mutations

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from apps.conversion.atomic_io import read_component
 from dit.models.text_dit import TextDiT
-from pipelines.scorers import read_reward
+from pipelines.next_scale.scorers import read_reward
 from tests.loading.mutations import mutation
 from tests.pipes.test_search import tiny_clip
 from tests.pipes.tiny import tiny_text_to_image_pipeline

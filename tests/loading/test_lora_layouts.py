@@ -10,7 +10,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from apps import cli
-from pipelines.lora_files import LoraFileError, find_lora_file
+from pipelines.lora.files import LoraFileError, find_lora_file
 from pipelines.next_scale import NextScaleClassToImagePipeline
 from tests.families.tiny import tiny_call, tiny_pipeline
 from tests.models import tiny_next_scale

@@ -17,8 +17,8 @@ import json, logging, resource, sys
 import psutil, torch
 from apps.service.engine import Done, Engine, Failed, TextToImageRequest
 from pipelines import load_pipeline
-from pipelines.memory import NotEnoughMemoryError
-from pipelines.weight_files import read_header
+from pipelines.loading.memory import NotEnoughMemoryError
+from pipelines.loading.weight_files import read_header
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 logging.disable(logging.CRITICAL)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from apps.service.engine import Done, Engine, Step, Stopped, TextToImageRequest
-from apps.service.model_pool import fingerprint
 from dit.tokenizers import vit_autoencoder
 from pipelines import load_pipeline
-from pipelines.offload import check_offload, place
+from pipelines.fingerprint import fingerprint
+from pipelines.loading.offload import check_offload, place
 from pipelines.previews import preview
 from tests.families.tiny import tiny_call, tiny_pipeline
 

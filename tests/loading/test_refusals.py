@@ -21,10 +21,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pipelines import builtin, load_pipeline, memory, sources
-from pipelines.hub_id import split_revision
-from pipelines.memory import NotEnoughMemoryError
-from pipelines.weight_files import read_header
+from pipelines import load_pipeline
+from pipelines.loading import load, memory, sources
+from pipelines.loading.hub_id import split_revision
+from pipelines.loading.memory import NotEnoughMemoryError
+from pipelines.loading.weight_files import read_header
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 SECRET = "hf_thisIsASecretThatNobodyMaySee"
@@ -305,20 +306,20 @@ CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate
 def test_nothing_stays_half_loaded(saved, monkeypatch, kind):
     """All components are in memory when it fails, held by the frames of the error's own traceback."""
     loaded = []
-    place = builtin.place
+    place = load.place
 
     def fail(pipe, *rest):
         loaded.extend(weakref.ref(part) for part in pipe.components.values() if isinstance(part, torch.nn.Module))
         raise kind(CPU_IS_FULL)
 
-    monkeypatch.setattr(builtin, "place", fail)
+    monkeypatch.setattr(load, "place", fail)
     with pytest.raises(
         NotEnoughMemoryError, match=r"Loading pipe ran out of memory: one step needs 2\.5 GiB more"
     ) as told:
         load_pipeline(saved, device="cpu")
     assert len(loaded) == 3
     assert [part() for part in loaded if part() is not None] == [], told
-    monkeypatch.setattr(builtin, "place", place)
+    monkeypatch.setattr(load, "place", place)
     assert load_pipeline(saved, device="cpu").transformer is not None
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from apps import cli
 from dit.runtime.bridge import published_repository
 from pipelines import load_pipeline
-from pipelines.single_file import find_repository
+from pipelines.loading.single_file import find_repository
 from tests.families.tiny import tiny_call
 from tests.loading.published_layout import to_published, write_quantized
 

@@ -1,5 +1,6 @@
 """Saving and loading: fresh processes, moved modules, and what a checkpoint must not be able to do."""
 
+import importlib
 import json
 import pickle
 import shutil
@@ -13,10 +14,11 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 import pipelines
-from pipelines import base, builtin, model_index
+from pipelines import base
 from pipelines.base import TesseraPipeline
-from pipelines.builtin import load_pipeline
-from pipelines.model_index import COMPONENT_MODULES
+from pipelines.loading import load, model_index, sources
+from pipelines.loading.load import load_pipeline
+from pipelines.loading.model_index import COMPONENT_MODULES
 from pipelines.text_to_image import TextToImagePipeline
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
@@ -97,7 +99,28 @@ def test_moved_module_is_found(copy, picture, monkeypatch):
     assert json.loads((copy / "again" / "model_index.json").read_text())["transformer"][0] == "dit.models.text_dit"
 
 
-@pytest.mark.parametrize("module", ["dit.attention", "apps.cli", "pipelines.builtin", "dit.models.nowhere"])
+def test_renamed_modules_lead_to_components():
+    assert set(model_index.RENAMED_MODULES.values()) <= COMPONENT_MODULES
+    assert not COMPONENT_MODULES & set(model_index.RENAMED_MODULES)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("pipelines.next_scale", "NextScaleClassToImagePipeline"),
+        ("pipelines.next_scale", "NextScaleTextToImagePipeline"),
+        ("pipelines.next_scale_text", "NextScaleTextToImagePipeline"),
+        ("pipelines.class_to_image", "ClassToImagePipeline"),
+        ("pipelines.text_to_image", "TextToImagePipeline"),
+    ],
+)
+def test_public_paths_of_pipelines_stay(path, name):
+    """`_class_name` of a saved index and imports of programs lead to the same class, wherever it lives."""
+    found = getattr(importlib.import_module(path), name)
+    assert found is getattr(pipelines, name) is sources.pipeline_class({"_class_name": name})
+
+
+@pytest.mark.parametrize("module", ["dit.attention", "apps.cli", "pipelines.loading.load", "dit.models.nowhere"])
 def test_modules_outside_the_list_are_refused(copy, module):
     edit_index(copy, transformer=[module, "TextDiT"])
     with pytest.raises(ValueError, match=f"names the module '{module}', which holds no component"):
@@ -122,7 +145,6 @@ def test_every_component_module_can_be_stored():
         parts = module.split(".")
         assert not hasattr(diffusers.pipelines, parts[-2] if len(parts) > 2 else parts[0])
         assert {"ModelMixin", "SchedulerMixin"} & set(vars(imported)), module
-        assert module not in model_index.RENAMED_MODULES
 
 
 class Planted:
@@ -148,9 +170,9 @@ def test_planted_pickles_are_refused(copy, tmp_path, component, weights, pickled
     with pytest.raises(OSError, match=r"safetensors"):
         load_pipeline(copy, device="cpu")
     assert not (tmp_path / "executed").exists()
-    for load in (load_pipeline, TextToImagePipeline.from_pretrained):
+    for read in (load_pipeline, TextToImagePipeline.from_pretrained):
         with pytest.raises(ValueError, match="safetensors"):
-            load(copy, use_safetensors=False)
+            read(copy, use_safetensors=False)
 
 
 def test_pipeline_code_in_a_checkpoint_is_not_run(copy):
@@ -161,7 +183,7 @@ def test_pipeline_code_in_a_checkpoint_is_not_run(copy):
 
 
 def test_builtin_models_by_name(copy, monkeypatch):
-    monkeypatch.setattr(builtin, "PRETRAINED", copy.parent)
+    monkeypatch.setattr(load, "PRETRAINED", copy.parent)
     copy.rename(copy.parent / "stickers")
     assert pipelines.builtin_models() == ["stickers"]
     assert isinstance(load_pipeline("stickers", device="cpu"), TextToImagePipeline)
@@ -188,9 +210,9 @@ def test_device_and_dtype(saved, monkeypatch):
     assert (pipe.device.type, pipe.transformer.dtype) == ("cpu", torch.float32)
     half = load_pipeline(saved, device="cpu", dtype="bfloat16")
     assert half.transformer.dtype == half.text_encoder.dtype == torch.bfloat16
-    assert builtin.default_dtype(torch.device("cuda")) == torch.bfloat16
+    assert load.default_dtype(torch.device("cuda")) == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert builtin.default_device() == torch.device("cuda")
+    assert load.default_device() == torch.device("cuda")
 
 
 def test_pipelines_of_diffusers_load_too(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipelines import NextScaleClassToImagePipeline, load_pipeline
-from pipelines.next_scale import _strength
+from pipelines.next_scale.class_to_image import _strength
 from sampling import tokens as sampling
 from tests.models import next_scale_reference as ref
 from tests.models.tiny_next_scale import tokenizer, transformer

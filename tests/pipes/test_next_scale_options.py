@@ -12,9 +12,9 @@ from torch import Tensor
 from dit.cache import KVProfile
 from dit.models.next_scale import NextScaleTransformer
 from pipelines import NextScaleClassToImagePipeline
-from pipelines.next_scale_edit import kept_cells
+from pipelines.next_scale.inpaint import kept_cells
+from sampling.inference_search import TTSConfig
 from sampling.scale_acceleration import ScaleAcceleration
-from sampling.test_time_search import TTSConfig
 from tests.models import next_scale_reference as ref
 from tests.models.tiny_next_scale import tokenizer, transformer
 

@@ -7,8 +7,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines import NextScaleTextToImagePipeline
+from sampling.inference_search import TTSConfig
 from sampling.scale_acceleration import ScaleAcceleration
-from sampling.test_time_search import TTSConfig
 from sampling.token_pruning import TokenPruning, choose_detailed, fill
 from tests.pipes.test_next_scale_text import of_bits, seeded
 

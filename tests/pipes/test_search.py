@@ -11,10 +11,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from dit.cache import ScaleKVCache
 from dit.layers.scales import scale_grids, token_counts
-from pipelines.builtin import PRETRAINED
-from sampling.next_scale import ScaleWalk, generate
-from sampling.rewards import ClipReward
-from sampling.test_time_search import (
+from pipelines.loading.load import PRETRAINED
+from sampling.inference_search import (
     BATCH_SIZES,
     ScaleSearch,
     SearchSchedule,
@@ -25,6 +23,8 @@ from sampling.test_time_search import (
     stretch,
     token_cost,
 )
+from sampling.next_scale import ScaleWalk, generate
+from sampling.rewards import ClipReward
 
 INFINITY = token_counts(scale_grids((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)))
 VAR = token_counts(scale_grids((1, 2, 3, 4, 5, 6, 8, 10, 13, 16)))

@@ -5,7 +5,7 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, MagCacheConfig
 
 from pipelines import load_pipeline
-from pipelines.next_scale_text import NextScaleTextToImagePipeline
+from pipelines.next_scale.text_to_image import NextScaleTextToImagePipeline
 from tests.families.tiny import tiny_call, tiny_pipeline
 
 OURS = ("text_dit", "class_dit", "class_sit")
@@ -79,7 +79,7 @@ def test_an_error_in_a_call_leaves_nothing_behind(name):
 @pytest.mark.parametrize("options", [{}, {"search": "best_of"}])
 def test_an_error_between_scales_leaves_no_timestep(stickers_var, options):
     if options:
-        from sampling.test_time_search import TTSConfig
+        from sampling.inference_search import TTSConfig
 
         options = {"search": TTSConfig(method=options["search"], batch_sizes=2)}
     with pytest.raises(KeyError):

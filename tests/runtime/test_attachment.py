@@ -12,6 +12,7 @@ from dit.runtime.attachment import AttachError, Attachment, Mechanism, attachmen
 from dit.runtime.coordinates import Coordinates, coordinates_scope
 from dit.runtime.demonstration import AttentionNorms
 from dit.runtime.families import FAMILIES, family_of
+from dit.runtime.stages import Resource, Stage
 from sampling.resolve import CoordinateResolver
 from tests.families.tiny import TINY_NAMES, VARIANTS, tiny_pipeline
 from tests.pipes.tiny import tiny_components
@@ -21,8 +22,8 @@ from tests.runtime.truth import guided_call
 class Scale(Mechanism):
     """Multiplies the first block's output and wraps its forward: a change that must vanish without a trace."""
 
-    def __init__(self, name: str, order: int, factor: float, exclusive: frozenset[str] = frozenset()) -> None:
-        self.name, self.order, self.factor, self.exclusive = name, order, factor, exclusive
+    def __init__(self, name: str, stage: Stage, factor: float, exclusive: frozenset[Resource] = frozenset()) -> None:
+        self.name, self.stage, self.factor, self.exclusive = name, stage, factor, exclusive
         self.seen: list[float] = []
 
     def install(self, attachment: Attachment) -> None:
@@ -31,7 +32,7 @@ class Scale(Mechanism):
         attachment.after(block, lambda module, args, kwargs, output: self.seen.append(output.mean().item()))
 
     def scaled(self, forward, *args, **kwargs):
-        return forward(*args, **kwargs) * self.factor + self.order
+        return forward(*args, **kwargs) * self.factor + self.stage
 
 
 class Nothing(Mechanism):
@@ -123,7 +124,7 @@ def test_without_coordinates_nothing_is_recorded_and_that_is_said(model: nn.Modu
 
 def test_order_of_the_pile_whatever_the_order_of_attaching(model: nn.Module) -> None:
     plain = run(model)
-    low, high = Scale("low", 10, 2.0), Scale("high", 20, 3.0)
+    low, high = Scale("low", Stage.QUANTIZATION, 2.0), Scale("high", Stage.ATTENTION, 3.0)
     with low.attach(model), high.attach(model):
         expected = run(model)
     with high.attach(model), low.attach(model):
@@ -137,7 +138,7 @@ def test_order_of_the_pile_whatever_the_order_of_attaching(model: nn.Module) -> 
 @pytest.mark.parametrize("first_out", ["low", "middle", "high"])
 def test_detach_in_any_order_is_exact(model: nn.Module, first_out: str) -> None:
     plain, clean = run(model), traces(model)
-    mechanisms = {name: Scale(name, order, 1.5) for name, order in (("low", 1), ("middle", 2), ("high", 3))}
+    mechanisms = {name: Scale(name, stage, 1.5) for name, stage in zip(("low", "middle", "high"), Stage, strict=False)}
     others = [mechanism for name, mechanism in mechanisms.items() if name != first_out]
     with others[0].attach(model), others[1].attach(model):
         expected = run(model)
@@ -154,25 +155,38 @@ def test_detach_in_any_order_is_exact(model: nn.Module, first_out: str) -> None:
 
 def test_equal_orders_keep_the_order_of_arrival(model: nn.Module) -> None:
     plain = run(model)
-    first, second = Scale("first", 5, 2.0).attach(model), Scale("second", 5, 3.0).attach(model)
+    first, second = Scale("first", Stage.CACHE, 2.0).attach(model), Scale("second", Stage.CACHE, 3.0).attach(model)
     first.detach()
     assert second.is_attached
-    with Scale("third", 5, 1.0).attach(model):
+    with Scale("third", Stage.CACHE, 1.0).attach(model):
         assert [one.mechanism.name for one in attachments(model)] == ["second", "third"]
     second.detach()
     assert torch.equal(run(model), plain)
 
 
 def test_two_that_exclude_each_other(model: nn.Module) -> None:
-    own = frozenset({"attention.output", "other"})
+    own = frozenset({Resource.ATTENTION_OUTPUT, Resource.STEP})
     clean = traces(model)
-    with Scale("a", 1, 2.0, own).attach(model):
+    with Scale("a", Stage.ATTENTION, 2.0, own).attach(model):
         with pytest.raises(AttachError, match=r"'b' and mechanism 'a' both need attention.output for themselves"):
-            Scale("b", 2, 2.0, frozenset({"attention.output"})).attach(model)
+            Scale("b", Stage.CACHE, 2.0, frozenset({Resource.ATTENTION_OUTPUT})).attach(model)
         with pytest.raises(AttachError, match="already has a mechanism of this name"):
-            Scale("a", 3, 2.0).attach(model)
+            Scale("a", Stage.OTHER, 2.0).attach(model)
         assert [one.mechanism.name for one in attachments(model)] == ["a"]
     assert traces(model) == clean
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"stage": 40}, {"order": 40}, {"exclusive": frozenset({"attention.outptu"})}],
+    ids=lambda each: next(iter(each)),
+)
+def test_numbers_and_free_text_are_refused(model: nn.Module, wrong: dict) -> None:
+    mechanism = Scale("a", Stage.CACHE, 2.0)
+    vars(mechanism).update(wrong)
+    with pytest.raises(TypeError, match=next(iter(wrong))):
+        mechanism.attach(model)
+    assert attachments(model) == []
 
 
 def test_a_failed_attach_leaves_all_as_it_was(model: nn.Module) -> None:
@@ -181,10 +195,10 @@ def test_a_failed_attach_leaves_all_as_it_was(model: nn.Module) -> None:
             super().install(attachment)
             raise OSError("half way")
 
-    with Scale("high", 9, 2.0).attach(model):
+    with Scale("high", Stage.OBSERVER, 2.0).attach(model):
         before, clean = run(model), traces(model)
         with pytest.raises(OSError, match="half way"):
-            Failing("low", 1, 5.0).attach(model)
+            Failing("low", Stage.CACHE, 5.0).attach(model)
         assert torch.equal(run(model), before)
         assert traces(model) == clean
 
@@ -247,7 +261,7 @@ class _Crosses(Mechanism):
 
 def test_someone_else_wrapped_it_meanwhile(model: nn.Module) -> None:
     plain = run(model)
-    attachment = Scale("a", 1, 2.0).attach(model)
+    attachment = Scale("a", Stage.CACHE, 2.0).attach(model)
     block = model.transformer_blocks[0]
     ours = block.forward
     block.forward = partial(ours)
@@ -277,7 +291,7 @@ def test_replaced_submodules_come_back(model: nn.Module) -> None:
 
 
 def test_state_is_shared_counted_and_freed(model: nn.Module) -> None:
-    one, two = AttentionNorms().attach(model), Scale("scale", 1, 1.0).attach(model)
+    one, two = AttentionNorms().attach(model), Scale("scale", Stage.CACHE, 1.0).attach(model)
     assert one.state is two.state
     with coordinates_scope(Coordinates(1, 0, 3, 0.5, 500.0)):
         run(model)

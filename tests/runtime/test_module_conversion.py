@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dit.runtime.attachment import AttachError, Attachment, Mechanism
 from dit.runtime.families import family_of
 from dit.runtime.module_conversion import LinearConversion, convert_linears, linear_places
+from dit.runtime.stages import Stage
 from tests.families.networks import tiny_transformer
 from tests.families.test_runs import recorded
 from tests.families.tiny import tiny_pipeline
@@ -62,7 +63,7 @@ class LowRank:
 
 
 class Quantized(Mechanism):
-    name, order = "quantized", 10
+    name, stage = "quantized", Stage.QUANTIZATION
 
     def __init__(self, *components: str) -> None:
         self.converter, self.conversions = Int8(), {}
@@ -156,7 +157,7 @@ def test_peft_adapters_stay_as_they_are() -> None:
 
 def test_a_mechanism_converts_and_is_lifted_without_converting_again() -> None:
     class Beneath(Mechanism):
-        name, order = "beneath", 5
+        name, stage = "beneath", Stage.COORDINATES
 
         def install(self, attachment: Attachment) -> None:
             attachment.after(attachment.models["transformer"], lambda *_: None)

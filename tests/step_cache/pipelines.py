@@ -136,7 +136,7 @@ def _cached(pipe: Any, call: dict[str, Any], region: Any) -> dict[str, Any]:
     if not report["skipped"]:
         return {"pipeline": "inactive", **steps, "reason": report["why_inactive"]}
     beside = ", ".join(f"{count} calls: {reason}" for reason, count in report["inactive"].items())
-    state = "skips in part" if UNPLACED in report["inactive"] else "skips"
+    state = "skips in part" if str(UNPLACED) in report["inactive"] else "skips"
     return {"pipeline": state, **steps, **({"reason": beside} if beside else {})}
 
 

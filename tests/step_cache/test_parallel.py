@@ -51,6 +51,16 @@ def test_tokens_on_two_processes_are_exact(found: list[dict[str, Any]]) -> None:
     assert max(rank["ulysses"] for rank in found) <= 1e-5
 
 
+def test_parallel_parts_of_an_acceleration(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        for kind, seen in rank["accelerated"]["kinds"].items():
+            assert seen["error"] <= 1e-5, kind
+            assert (seen["active"], seen["exact"], seen["clean"]) == (True, True, True), kind
+        ours, theirs = rank["accelerated"]["strips"]
+        assert ours == theirs
+        assert "." in ours[0]
+
+
 def test_one_process_is_not_enough() -> None:
     pipe = tiny_pipeline("flux")
     with pytest.raises(AttachError, match="group of 2 processes, got 1"):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dit.runtime.compare import relative_error
+from pipelines.acceleration import AccelerationConfig
 from sampling.parallel import GuidanceParallel, context_parallel
 from sampling.step_cache import StepCache
 from sampling.step_cache.forecasters import Newton
@@ -75,10 +76,33 @@ def ulysses() -> float:
     return relative_error(model(**inputs)[0], plain)
 
 
+def accelerated() -> dict[str, Any]:
+    """Both kinds of parallelism as a part of an acceleration; leaving gives one process its bits back."""
+    found = {}
+    for kind, name in (("guidance", "text_dit"), ("guidance", "wan"), ("context", "flux")):
+        pipe = tiny_pipeline(name)
+        plain = paint(pipe, name)
+        clean = [sorted(vars(module)) for module in pipe.transformer.modules()]
+        with AccelerationConfig.from_dict({"parallel": kind}).apply(pipe) as handle:
+            error = relative_error(paint(pipe, name), plain)
+            part = handle.report()["parallel"]
+        leaves = torch.equal(paint(pipe, name), plain)
+        is_clean = [sorted(vars(module)) for module in pipe.transformer.modules()] == clean
+        found[f"{kind} {name}"] = {"error": error, "active": part.is_active, "exact": leaves, "clean": is_clean}
+    pipe = tiny_pipeline("text_dit")
+    both = {"parallel": "guidance", "step_cache": "fbcache:threshold=0.3"}
+    with AccelerationConfig.from_dict(both).apply(pipe) as handle:
+        paint(pipe, "text_dit")
+        strips = list(handle.report()["step_cache"].values["strip"].values())
+    gathered: list[Any] = [None, None]
+    dist.all_gather_object(gathered, strips)
+    return {"kinds": found, "strips": gathered}
+
+
 def main(rank: int, store: str, result: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-    found = {"guidance": guidance(), "cached": cached(), "ulysses": ulysses()}
+    found = {"guidance": guidance(), "cached": cached(), "ulysses": ulysses(), "accelerated": accelerated()}
     with open(f"{result}.{rank}", "w", encoding="utf-8") as file:
         json.dump(found, file)
     dist.barrier()

@@ -48,6 +48,9 @@ class FakePipeline:
     def maybe_free_model_hooks(self) -> None:
         self.hooks_freed += 1
 
+    def unknown_words(self, texts: list[str]) -> tuple[str, ...]:
+        return ()
+
     def preview(self, latents: torch.Tensor) -> list[Image.Image]:
         return [Image.new("RGB", latents.shape[-2:][::-1], (10, 200, 30)) for _ in latents]
 

@@ -65,10 +65,10 @@ class Camera:
         """Open a tab by the name of its part of the address in the page."""
         names = {"text": "Text", "image": "Image", "inpaint": "Inpaint", "classes": "Class", "scales": "Scales"}
         self.page.get_by_role("tab", name=names.get(tab, tab.title()), exact=True).first.click()
-        self.page.wait_for_function("tab => document.querySelector('#desk').dataset.tab === tab", arg=tab)
+        self.page.wait_for_function("tab => document.querySelector('#workspace').dataset.tab === tab", arg=tab)
 
     def start_again(self) -> None:
-        """Load the page anew, as if for the first time, which empties the easel."""
+        """Load the page anew, as if for the first time, which empties the stage."""
         self.page.evaluate("localStorage.clear()")
         open_page(self.page, self.page.url)
 
@@ -80,14 +80,14 @@ class Camera:
         )
         self.page.wait_for_timeout(500)
 
-    def paint(self, prompt: str, seed: int) -> None:
+    def generate(self, prompt: str, seed: int) -> None:
         """Generate an image with a fixed seed and wait for it."""
         self.page.fill("#prompt textarea", prompt)
         self.page.fill("#seed input", str(seed))
         self.page.press("#seed input", "Tab")
         self.page.wait_for_function("document.querySelector('#seed-mode input:checked')?.value === 'fixed'")
         self.page.evaluate("document.querySelector('#stage .note').textContent = ''")  # that of the last image
-        self.page.click("#paint")
+        self.page.click("#generate")
         note_says(self.page, "Done", PATIENCE)
         self.page.wait_for_timeout(800)
 
@@ -112,13 +112,13 @@ def shoot(camera: Camera) -> None:
     """Walk through the tabs as somebody would who uses them."""
     page = camera.page
     for prompt, seed in PICTURES:
-        camera.paint(prompt, seed)
+        camera.generate(prompt, seed)
     camera.take("text")
 
     camera.choose(1, seed=2)
     page.click("#start-from")
     page.locator("#source canvas").wait_for(state="attached")
-    camera.paint("a tiger face on an orange background", 9)
+    camera.generate("a tiger face on an orange background", 9)
     camera.take("image")
 
     camera.choose(1, seed=7)
@@ -133,7 +133,7 @@ def shoot(camera: Camera) -> None:
         page.mouse.down()
         page.mouse.move(box["x"] + x * box["width"], box["y"] + bottom * box["height"], steps=6)
         page.mouse.up()
-    camera.paint("a panda left of a pizza on yellow", 4)
+    camera.generate("a panda left of a pizza on yellow", 4)
     camera.take("inpaint")
 
     camera.start_again()
@@ -143,9 +143,9 @@ def shoot(camera: Camera) -> None:
     camera.open("scales")
     page.locator("#switch").click()
     page.locator("#go").wait_for()
-    camera.paint("three cherries on yellow", 12)
-    camera.paint("a crown above a frog on pink", 5)
-    camera.paint("a panda left of a rocket on yellow", 7)
+    camera.generate("three cherries on yellow", 12)
+    camera.generate("a crown above a frog on pink", 5)
+    camera.generate("a panda left of a rocket on yellow", 7)
     camera.take("scales")
 
     camera.start_again()
@@ -154,7 +154,7 @@ def shoot(camera: Camera) -> None:
     page.locator("#grid-y input").click()
     page.get_by_role("option", name="Step cache", exact=True).click()
     page.fill("#grid-y-values textarea, #grid-y-values input", "off, taylorseer, budget")
-    camera.paint(*PICTURES[-1])
+    camera.generate(*PICTURES[-1])
     camera.take("grid")
     camera.open("gallery")
     page.locator("#gallery img").first.wait_for()

@@ -17,7 +17,7 @@ from apps.service.limits import ServerLimits
 from apps.studio.app import FORMS, UPLOADS, mount
 from tests.studio.fakes import FakePipeline
 
-ROLES = {"ann": "paint", "bob": "paint", "eve": "watch", "root": "admin"}
+ROLES = {"ann": "generate", "bob": "generate", "eve": "view", "root": "admin"}
 
 
 @contextmanager

@@ -215,38 +215,38 @@ def test_a_picture_is_skipped_and_the_line_reordered(tmp_path):
 
 TABLE = [  # method, path, least role; None is for everybody
     ("GET", "/v1/health", None),
-    ("GET", "/v1/models", "watch"),
-    ("GET", "/v1/models/fake", "watch"),
-    ("GET", "/v1/loras", "watch"),
-    ("GET", "/v1/profiles", "watch"),
-    ("GET", "/v1/schema", "watch"),
-    ("GET", "/v1/jobs", "watch"),
-    ("GET", "/v1/jobs/{job}", "watch"),
-    ("GET", "/v1/jobs/{job}/events", "watch"),
-    ("GET", "/v1/jobs/{job}/pictures/0", "watch"),
-    ("GET", "/v1/jobs/{job}/clips/0", "watch"),
-    ("POST", "/v1/jobs", "paint"),
-    ("POST", "/v1/pictures", "paint"),
-    ("POST", "/v1/images/generations", "paint"),
-    ("POST", "/v1/images/edits", "paint"),
-    ("POST", "/v1/images/variations", "paint"),
-    ("POST", "/v1/jobs/{job}/stop", "paint"),
-    ("POST", "/v1/jobs/{job}/finish", "paint"),
-    ("POST", "/v1/jobs/{job}/skip", "paint"),
-    ("PATCH", "/v1/jobs/{job}", "paint"),
-    ("DELETE", "/v1/jobs/{job}", "paint"),
+    ("GET", "/v1/models", "view"),
+    ("GET", "/v1/models/fake", "view"),
+    ("GET", "/v1/loras", "view"),
+    ("GET", "/v1/profiles", "view"),
+    ("GET", "/v1/schema", "view"),
+    ("GET", "/v1/jobs", "view"),
+    ("GET", "/v1/jobs/{job}", "view"),
+    ("GET", "/v1/jobs/{job}/events", "view"),
+    ("GET", "/v1/jobs/{job}/pictures/0", "view"),
+    ("GET", "/v1/jobs/{job}/clips/0", "view"),
+    ("POST", "/v1/jobs", "generate"),
+    ("POST", "/v1/pictures", "generate"),
+    ("POST", "/v1/images/generations", "generate"),
+    ("POST", "/v1/images/edits", "generate"),
+    ("POST", "/v1/images/variations", "generate"),
+    ("POST", "/v1/jobs/{job}/stop", "generate"),
+    ("POST", "/v1/jobs/{job}/finish", "generate"),
+    ("POST", "/v1/jobs/{job}/skip", "generate"),
+    ("PATCH", "/v1/jobs/{job}", "generate"),
+    ("DELETE", "/v1/jobs/{job}", "generate"),
 ]
-RANK = {"watch": 0, "paint": 1, "admin": 2}
+RANK = {"view": 0, "generate": 1, "admin": 2}
 
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guarded")
     users = {role: add_user(folder / "users.json", role, role) for role in RANK}
-    users["other"] = add_user(folder / "users.json", "other", "paint")
+    users["other"] = add_user(folder / "users.json", "other", "generate")
     with serving(folder, tokens=TokenTable(folder / "users.json")) as running:
         running.bearer = {name: {"Authorization": f"Bearer {token}"} for name, token in users.items()}
-        running.job = running.engine.submit(REQUEST.validate_python(ASK), "watch")
+        running.job = running.engine.submit(REQUEST.validate_python(ASK), "view")
         assert running.engine.stream(running.job).wait_closed(60)
         yield running
 
@@ -268,8 +268,8 @@ def test_the_table_of_401_and_403(guarded, method, path, least):
 
 def test_users_do_not_see_each_other(guarded):
     with httpx.Client(base_url=guarded.address, trust_env=False) as client:
-        mine = submit(client, guarded.bearer["paint"])
-        events_of(client, mine, guarded.bearer["paint"])
+        mine = submit(client, guarded.bearer["generate"])
+        events_of(client, mine, guarded.bearer["generate"])
         for path in ("", "/events", "/pictures/0"):
             assert client.get(f"/v1/jobs/{mine}{path}", headers=guarded.bearer["other"]).status_code == 404
             assert client.get(f"/v1/jobs/{mine}{path}", headers=guarded.bearer["admin"]).status_code == 200
@@ -318,9 +318,9 @@ def test_tokens_are_kept_as_hashes_and_may_be_renewed(tmp_path):
     table = TokenTable(file)
     assert table.find(token).name == "ann"
     assert table.find(token, "bob") is None
-    renewed = add_user(file, "ann", "watch")
+    renewed = add_user(file, "ann", "view")
     assert table.find(token) is None  # the file is read again
-    assert table.find(renewed).role == "watch"
+    assert table.find(renewed).role == "view"
     assert len(read_users(file)) == 1
     file.chmod(0o644)
     with pytest.raises(ValueError, match="chmod 600"):
@@ -491,3 +491,13 @@ def test_results_carry_notes(tmp_path):
             (found,) = [data["notes"] for name, data in told if name == "result"]
             assert len(found) == notes
             assert "'teal'" in "".join(found) or not notes
+
+
+def test_roles_are_read_by_their_earlier_names(tmp_path):
+    file = tmp_path / "users.json"
+    add_user(file, "ann", "paint")
+    assert [user.role for user in read_users(file)] == ["generate"]
+    file.write_text(file.read_text().replace('"generate"', '"watch"'))
+    assert [user.role for user in read_users(file)] == ["view"]
+    with pytest.raises(ValueError, match=r"owner.*view, generate, admin"):
+        add_user(file, "ann", "owner")

@@ -20,12 +20,12 @@ from apps.service.media import read_mp4
 from apps.service.metadata import MetadataError, repeat
 from apps.studio import views
 from apps.studio.app import mount
-from apps.studio.choosing import Choosing
-from apps.studio.painting import Painting
+from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.sessions import Sessions
+from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.strings import Strings
 from tests.families.tiny import tiny_pipeline
-from tests.studio.test_page import PAGE, TAB, generate_with, pictures
+from tests.studio.test_page import PAGE, TAB, generate_values, pictures
 from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, note_says, open_page
 
 WORDS = Strings("en")
@@ -41,13 +41,13 @@ def world(tmp_path_factory):
         engine = Engine({"stickers": "stickers"}, out, device="cpu")
         engine.model().result(60)
         sessions, port = Sessions(None), check_port("127.0.0.1", 0)
-        painting = Painting(engine, WORDS, sessions)
+        generation = GenerationHandlers(engine, WORDS, sessions)
         app = create_app(engine)
         mount(app, engine)
         server = _start(app, "127.0.0.1", port)
         yield SimpleNamespace(
-            engine=engine, out=out, painting=painting, address=f"http://127.0.0.1:{port}",
-            choosing=Choosing(engine, WORDS, sessions, painting),
+            engine=engine, out=out, generation=generation, address=f"http://127.0.0.1:{port}",
+            handlers=SettingsHandlers(engine, WORDS, sessions, generation),
         )  # fmt: skip
         server.should_exit = True
         engine.close()
@@ -55,7 +55,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def painted(world):
-    told = list(generate_with(world.painting, ASK))
+    told = list(generate_values(world.generation, ASK))
     return SimpleNamespace(shown=pictures(told)[0], told=told)
 
 
@@ -69,19 +69,19 @@ def test_the_stage_plays_the_clip_with_its_strip_as_poster(world, painted):
     assert "Done in" in stage
     assert f'<video src="{views.file_address(painted.shown.clip)}"' in stage
     assert f'poster="{views.file_address(painted.shown.path)}"' in stage
-    shown = world.painting.show(painted.shown)
+    shown = world.generation.show(painted.shown)
     assert shown["save"]["value"] == str(painted.shown.clip)
     assert shown["start_from"]["interactive"] is False  # a strip of frames is no image to start from
     assert "9 frames, 16 a second" in shown["details"]
-    hung = world.choosing.turn(0, 0, TAB)["hung"]
-    assert "<video" in world.choosing.look(hung, SimpleNamespace(index=0))["stage"]
+    gallery_items = world.handlers.turn_page(0, 0, TAB)["gallery_items"]
+    assert "<video" in world.handlers.look(gallery_items, SimpleNamespace(index=0))["stage"]
 
 
 def test_a_clip_whose_file_is_gone_is_shown_by_its_frames(painted, world, tmp_path):
     moved = tmp_path / "there.mp4"
     shutil.move(painted.shown.clip, moved)
     try:
-        assert "<video" not in world.painting.show(painted.shown)["stage"]
+        assert "<video" not in world.generation.show(painted.shown)["stage"]
         assert painted.shown.clip is None
     finally:
         shutil.move(moved, painted.shown.path.with_suffix(".mp4"))
@@ -91,9 +91,9 @@ def test_an_mp4_puts_the_page_in_place_and_is_painted_again(world, painted, tmp_
     """The bar for clips: the same frames in the studio and on the command line, from the MP4 alone."""
     clip = painted.shown.clip
     assert read_mp4(clip) == painted.shown.settings
-    shown = {key: value for key, value in world.choosing.load_settings(str(clip)).items() if key in PAGE}
+    shown = {key: value for key, value in world.handlers.load_settings(str(clip)).items() if key in PAGE}
     assert (shown["frames"], shown["steps"], shown["mode"]) == (9, 2, "text")
-    again = pictures(list(generate_with(world.painting, {**PAGE, **shown})))[0]
+    again = pictures(list(generate_values(world.generation, {**PAGE, **shown})))[0]
     assert again.settings == painted.shown.settings
     assert Image.open(again.path).tobytes() == Image.open(painted.shown.path).tobytes()
     assert frames_of(again.clip) == frames_of(clip)
@@ -129,18 +129,20 @@ def test_a_clip_begins_with_a_picture(tmp_path):
     assert model.tasks == ("text_to_image", "image_to_image")
     assert type(model.pipe_for("image_to_image")).__name__ == "LTXImageToVideoPipeline"
     sessions = Sessions(None)
-    painting = Painting(engine, WORDS, sessions)
-    choosing = Choosing(engine, WORDS, sessions, painting)
-    assert choosing.settle("stickers", "image")["strength"]["visible"] is False
+    generation = GenerationHandlers(engine, WORDS, sessions)
+    handlers = SettingsHandlers(engine, WORDS, sessions, generation)
+    assert handlers.load_model_controls("stickers", "image")["strength"]["visible"] is False
     red = engine.uploads.add(Image.new("RGB", (64, 32), (200, 30, 30)))
     ask = {**ASK, "mode": "image", "source": red}
-    first = pictures(list(generate_with(painting, ask)))[0]
+    first = pictures(list(generate_values(generation, ask)))[0]
     assert (first.settings.task, first.settings.frames, first.settings.strength) == ("image_to_image", 9, None)
     assert first.clip is not None
     other = engine.uploads.add(Image.new("RGB", (64, 32), (30, 30, 200)))
-    assert frames_of(pictures(list(generate_with(painting, {**ask, "source": other})))[0].clip) != frames_of(first.clip)
-    shown = {key: value for key, value in choosing.load_settings(str(first.clip)).items() if key in PAGE}
-    again = pictures(list(generate_with(painting, {**PAGE, **shown})))[0]
+    assert frames_of(pictures(list(generate_values(generation, {**ask, "source": other})))[0].clip) != frames_of(
+        first.clip
+    )
+    shown = {key: value for key, value in handlers.load_settings(str(first.clip)).items() if key in PAGE}
+    again = pictures(list(generate_values(generation, {**PAGE, **shown})))[0]
     assert frames_of(again.clip) == frames_of(first.clip)
     refused = list(engine.generate(repeat(first.settings, strength=0.5)))[-1]
     assert (refused.code, "strength" in refused.message) == ("bad_request", True)
@@ -170,7 +172,7 @@ def test_a_browser_plays_it(world, tmp_path):
         for name, value in (("width", "64"), ("height", "32")):
             page.fill(f"#{name} input[type=number]", value)
             page.press(f"#{name} input[type=number]", "Tab")
-        page.click("#paint")
+        page.click("#generate")
         note_says(page, "Done", 120)
         page.wait_for_function("document.querySelector('#stage video')?.readyState >= 2")
         video = "document.querySelector('#stage video')"

@@ -16,12 +16,12 @@ from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
 from apps.service.metadata import read_picture, repeat
 from apps.service.outpaint import soft_mask
-from apps.studio.choosing import Choosing
-from apps.studio.painting import Painting
+from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.sessions import Sessions
+from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.strings import Strings
 from tests.pipes.tiny import tiny_text_to_image_pipeline
-from tests.studio.test_page import PAGE, generate_with, pictures
+from tests.studio.test_page import PAGE, generate_values, pictures
 
 MODES = {
     "text": {"scheduler": "unipc", "guidance": 3.0, "shape": "64x32"},
@@ -44,10 +44,15 @@ def world(tmp_path_factory):
         engine = engine_module.Engine({"stickers": "stickers"}, out, device="cpu")
         engine.model().result(60)
         sessions = Sessions(None)
-        painting = Painting(engine, Strings("en"), sessions)
+        generation = GenerationHandlers(engine, Strings("en"), sessions)
         port = check_port("127.0.0.1", 0)
         server = _start(create_app(engine), "127.0.0.1", port)
-        yield engine, painting, Choosing(engine, Strings("en"), sessions, painting), f"http://127.0.0.1:{port}"
+        yield (
+            engine,
+            generation,
+            SettingsHandlers(engine, Strings("en"), sessions, generation),
+            f"http://127.0.0.1:{port}",
+        )
         server.should_exit = True
         engine.close()
 
@@ -59,7 +64,7 @@ def pixels(path):
 
 @pytest.mark.parametrize("name", MODES)
 def test_the_file_is_enough(world, tmp_path, name):
-    engine, painting, choosing, address = world
+    engine, generation, handlers, address = world
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     mask = Image.new("L", (32, 32))
     mask.paste(255, (8, 8, 24, 24))
@@ -70,11 +75,11 @@ def test_the_file_is_enough(world, tmp_path, name):
         from apps.studio import views
 
         page |= {"mask": views.preview_uri(mask)}
-    first = pictures(list(generate_with(painting, page)))[0]
+    first = pictures(list(generate_values(generation, page)))[0]
     settings = read_picture(first.path)
 
-    shown = {key: value for key, value in choosing.load_settings(str(first.path)).items() if key in PAGE}
-    again = pictures(list(generate_with(painting, {**PAGE, **shown})))[: shown["num_images"]]  # the newest
+    shown = {key: value for key, value in handlers.load_settings(str(first.path)).items() if key in PAGE}
+    again = pictures(list(generate_values(generation, {**PAGE, **shown})))[: shown["num_images"]]  # the newest
     assert [pixels(one.path) for one in again if one.settings.seed == settings.seed] == [pixels(first.path)]
 
     run(make_options(), tmp_path / "cli.png", Machine(device="cpu"), settings=first.path)

@@ -21,7 +21,7 @@ from apps.studio.album import ShownSheet
 from apps.studio.grids import GridRecord
 from apps.studio.problems import PLACE
 from tests.studio.test_following import PHONE, acts_on, last, open_studio, until
-from tests.studio.test_page import ENGLISH, PAGE, TAB, follow, followed, paint, pictures
+from tests.studio.test_page import ENGLISH, PAGE, TAB, follow, followed, generate, pictures
 
 GRID = {"mode": "grid", "grid_x": "steps", "grid_x_values": "2, 3", "grid_y": "guidance", "grid_y_values": "1, 4.5"}
 
@@ -39,7 +39,9 @@ def sheets(folder):
 
 def test_a_grid_is_generated_cell_by_cell_and_its_sheet_repeats_it(here, tmp_path):
     told = list(
-        paint(here, **GRID, seed=7, num_images=4, batch_size=2, many=[PromptLine(1, {"prompt": "not asked for here"})])
+        generate(
+            here, **GRID, seed=7, num_images=4, batch_size=2, many=[PromptLine(1, {"prompt": "not asked for here"})]
+        )
     )
     assert any("Cell 2 of 4" in changes.get("stage", "") for changes in told)
     sheet = acts_on(told)
@@ -54,11 +56,11 @@ def test_a_grid_is_generated_cell_by_cell_and_its_sheet_repeats_it(here, tmp_pat
     for said in ("seed 7", "Steps: 2, 3", "Guidance: 1, 4.5", "4 of 4 cells"):
         assert said in last(told, "details")
 
-    assert here.choosing.reuse_seed(sheet)["seed"] == 7
-    changes = here.choosing.load_settings(str(sheet.path))
-    assert changes == here.choosing.reuse_settings(sheet)
+    assert here.handlers.reuse_seed(sheet)["seed"] == 7
+    changes = here.handlers.load_settings(str(sheet.path))
+    assert changes == here.handlers.reuse_settings(sheet)
     assert (changes["mode"], changes["tabs"]["selected"], changes["grid_y_values"]) == ("grid", "grid", "1, 4.5")
-    again = acts_on(paint(here, **{name: value for name, value in changes.items() if name in PAGE}))
+    again = acts_on(generate(here, **{name: value for name, value in changes.items() if name in PAGE}))
     assert again.record.settings == sheet.record.settings
     assert again.path != sheet.path
     with Image.open(again.path) as one:
@@ -68,31 +70,31 @@ def test_a_grid_is_generated_cell_by_cell_and_its_sheet_repeats_it(here, tmp_pat
 def test_what_a_style_or_an_open_size_was_comes_back(here):
     """The request is repeated, and not the settings of a cell, in which both are settled."""
     asked = GRID | {"grid_y": "style", "grid_y_values": "off, watercolour", "shape": "auto", "style": "watercolour"}
-    sheet = acts_on(paint(here, **asked))
-    changes = here.choosing.load_settings(str(sheet.path))
+    sheet = acts_on(generate(here, **asked))
+    changes = here.handlers.load_settings(str(sheet.path))
     assert (changes["prompt"], changes["style"], changes["shape"]) == ("a fox", "watercolour", "auto")
 
 
 def test_a_grid_is_in_the_strip_and_in_the_gallery_before_its_cells(here):
-    list(paint(here, **GRID))
-    list(paint(here, seed=50))
-    hung = here.choosing.turn(0, 0, TAB)
-    kinds = [isinstance(one, ShownSheet) for one in hung["hung"]]
+    list(generate(here, **GRID))
+    list(generate(here, seed=50))
+    gallery_items = here.handlers.turn_page(0, 0, TAB)
+    kinds = [isinstance(one, ShownSheet) for one in gallery_items["gallery_items"]]
     assert kinds == [False, True, False, False, False, False]
-    assert hung["gallery"]["value"][1][1].splitlines() == ["Grid: a fox", "Grid: a fox"]
-    assert hung["gallery"]["value"][0][1].splitlines() == ["a fox", "a fox, seed 50"]
-    looked = here.choosing.look(hung["hung"], SimpleNamespace(index=1))
-    assert looked["chosen"] == hung["hung"][1]
+    assert gallery_items["gallery"]["value"][1][1].splitlines() == ["Grid: a fox", "Grid: a fox"]
+    assert gallery_items["gallery"]["value"][0][1].splitlines() == ["a fox", "a fox, seed 50"]
+    looked = here.handlers.look(gallery_items["gallery_items"], SimpleNamespace(index=1))
+    assert looked["chosen"] == gallery_items["gallery_items"][1]
     assert "<table>" in looked["stage"]
     opened = list(follow(here, PHONE, seen=None))
     assert [caption.splitlines()[0] for _, caption in last(opened, "strip")["value"]][:2] == ["50", "Grid"]
-    hung["hung"][1].path.unlink()  # by its user, and the cells stay
-    assert not any(isinstance(one, ShownSheet) for one in here.choosing.turn(0, 0, TAB)["hung"])
+    gallery_items["gallery_items"][1].path.unlink()  # by its user, and the cells stay
+    assert not any(isinstance(one, ShownSheet) for one in here.handlers.turn_page(0, 0, TAB)["gallery_items"])
 
 
 def test_the_thumbnail_of_a_grid_fits_a_dark_page_too(here):
     """The sheet, a file, is white wherever it is opened; its small view on the page has no ground of its own."""
-    told = list(paint(here, **GRID))
+    told = list(generate(here, **GRID))
     sheet = acts_on(told)
     with Image.open(sheet.path) as file:
         assert file.mode == "RGB"
@@ -103,8 +105,8 @@ def test_the_thumbnail_of_a_grid_fits_a_dark_page_too(here):
     assert {gap[3] for gap in gaps} == {0}
     corners = [small.getpixel((x, y)) for x in (0, small.width - 1) for y in (0, small.height - 1)]
     assert {corner[3] for corner in corners} == {255}
-    assert here.choosing.turn(0, 0, TAB)["gallery"]["value"][0][0] is small  # made once
-    told = list(paint(here, **GRID | {"grid_y": "", "grid_y_values": ""}))
+    assert here.handlers.turn_page(0, 0, TAB)["gallery"]["value"][0][0] is small  # made once
+    told = list(generate(here, **GRID | {"grid_y": "", "grid_y_values": ""}))
     wide = last(told, "strip")["value"][0][0]
     assert wide.width == wide.height  # the page would cut the sides off
     top, middle = (wide.getpixel((wide.width // 4, y)) for y in (0, wide.height // 2))
@@ -129,7 +131,7 @@ def test_a_mosaic_holds_every_cell_in_its_place(counts, size):
 
 
 def test_a_reload_finds_a_grid_and_goes_on_with_it(here, tmp_path):
-    page = paint(here, **GRID | {"grid_x_values": "40, 41"})
+    page = generate(here, **GRID | {"grid_x_values": "40, 41"})
     until(page, "stage", "Cell 2 of 4")
     page.close()
     other = follow(here, PHONE, seen=None)
@@ -143,7 +145,7 @@ def test_a_reload_finds_a_grid_and_goes_on_with_it(here, tmp_path):
 
 
 def test_a_restart_finds_a_grid_and_a_sheet_that_nobody_was_there_to_see(here, tmp_path):
-    here.painting.paint({**PAGE, **GRID, "grid_x_values": "20, 21"}, TAB)
+    here.generation.generate({**PAGE, **GRID, "grid_x_values": "20, 21"}, TAB)
     here.engine.close()
     after = open_studio(tmp_path, 0.0)
     for job in after.engine.unfinished("local"):
@@ -156,22 +158,22 @@ def test_a_restart_finds_a_grid_and_a_sheet_that_nobody_was_there_to_see(here, t
 
 
 def test_stop_ends_what_is_left_of_a_grid_and_skip_one_cell(here):
-    told = paint(here, **GRID | {"grid_x_values": "50, 60"})
+    told = generate(here, **GRID | {"grid_x_values": "50, 60"})
     seen = until(told, "stage", "Cell 1")
-    here.painting.skip(TAB, followed(seen))
+    here.generation.skip(TAB, followed(seen))
     seen = until(told, "stage", "Cell 3")
-    here.painting.stop(TAB, followed(seen))
+    here.generation.stop(TAB, followed(seen))
     seen += told
     assert "Stopped" in last(seen, "stage")
     assert [one.state for one in here.engine.jobs()] == ["stopped", "stopped", "done", "done"]
     assert "1 of 4 cells" in last(seen, "details")
     assert acts_on(seen).record.settings.axes[0].values == ("50", "60")
-    assert pictures(paint(here))
+    assert pictures(generate(here))
 
 
 def test_a_grid_that_does_not_fit_is_refused_as_a_whole(tmp_path):
     studio = open_studio(tmp_path, queue_per_user=3)
-    refused = studio.painting.paint({**PAGE, **GRID}, TAB)["problem"]
+    refused = studio.generation.generate({**PAGE, **GRID}, TAB)["problem"]
     assert "4 requests" in refused
     assert "at most 3" in refused
     assert studio.engine.jobs() == []
@@ -180,7 +182,7 @@ def test_a_grid_that_does_not_fit_is_refused_as_a_whole(tmp_path):
 
 
 def test_two_grids_at_the_same_moment_have_sheets_of_their_own(here, tmp_path):
-    asked = [here.painting.paint({**PAGE, **GRID, "seed": seed}, TAB) for seed in (1, 2)]
+    asked = [here.generation.generate({**PAGE, **GRID, "seed": seed}, TAB) for seed in (1, 2)]
     assert all(changes["problem"] == "" for changes in asked)
     list(follow(here))
     assert len(sheets(tmp_path)) == 2
@@ -218,11 +220,11 @@ def test_a_file_carries_a_grid_only_if_it_passes_the_checks(here, tmp_path):
         plain.save(tmp_path / "hostile.png", pnginfo=chunk)
         with pytest.raises(MetadataError, match="settings"):
             read_sheet(tmp_path / "hostile.png")
-        assert set(here.choosing.load_settings(str(tmp_path / "hostile.png"))) == {PLACE}
+        assert set(here.handlers.load_settings(str(tmp_path / "hostile.png"))) == {PLACE}
 
 
 def test_a_sheet_without_settings_is_one_that_was_asked_for_without(here):
-    assert read_sheet(acts_on(paint(here, **GRID, keep_settings=False)).path) is None
+    assert read_sheet(acts_on(generate(here, **GRID, keep_settings=False)).path) is None
 
 
 # ---------------------------------------------------------------------------------- looks

@@ -187,7 +187,7 @@ def test_revoked_and_renewed_tokens_end_sessions_and_open_streams(tmp_path):
         for reader in readers:
             reader.start()
         begun.wait(30)
-        add_user(served.users, "ann", "paint")  # a new token: the old one and all that hangs on it ends
+        add_user(served.users, "ann", "generate")  # a new token: the old one and all that hangs on it ends
         assert client.get("/v1/models").status_code == 401
         assert client.get("/config").status_code == 401
         for reader in readers:

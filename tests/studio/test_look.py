@@ -112,7 +112,7 @@ def test_the_texts_of_the_theme_can_be_read(pair, ending):
 
 def choose(page, tab: str) -> None:
     page.locator("#tabs .tab-container button[role=tab]").nth(TABS.index(tab)).click()
-    page.wait_for_function("tab => document.querySelector('#desk').dataset.tab === tab", arg=tab)
+    page.wait_for_function("tab => document.querySelector('#workspace').dataset.tab === tab", arg=tab)
 
 
 @pytest.mark.browser
@@ -125,7 +125,7 @@ def test_every_text_of_the_page_can_be_read(server, page, is_dark):
     page.click(".words summary")
     page.fill("#steps input[type=number]", "1000")
     page.fill("#prompt textarea", "a fox")
-    page.click("#paint")
+    page.click("#generate")
     page.locator("#problem [role=alert]").wait_for()
     texts = 0
     for tab in TABS:
@@ -151,7 +151,7 @@ def test_the_brush_and_the_button_that_generates_are_on_one_screen(server, page,
     page.locator("#source canvas").wait_for()
     page.wait_for_timeout(500)
     top = page.locator("#source canvas").bounding_box()
-    bottom = page.locator("#paint").bounding_box()
+    bottom = page.locator("#generate").bounding_box()
     assert top["y"] >= 0
     assert bottom["y"] + bottom["height"] <= 900
     tools = page.locator("[data-tool=draw]").bounding_box()
@@ -179,7 +179,7 @@ def test_an_error_is_in_sight_and_goes_when_its_cause_goes(server, page, tmp_pat
     said = page.locator("#problem [role=alert]")
     page.set_viewport_size({"width": 390, "height": 844})
     page.fill("#prompt textarea", "")
-    page.click("#paint")
+    page.click("#generate")
     said.wait_for()
     page.wait_for_function(IN_SIGHT, arg="#problem")
     choose(page, "inpaint")  # another tab, another request
@@ -187,7 +187,7 @@ def test_an_error_is_in_sight_and_goes_when_its_cause_goes(server, page, tmp_pat
 
     page.set_input_files("#source input[type=file]", source(tmp_path, 64, 64))
     page.locator("#source canvas").wait_for()
-    page.click("#paint")
+    page.click("#generate")
     problem_says(page, "Nothing is marked")
     page.click("[data-tool=invert]")  # marks all of it
     said.wait_for(state="detached")
@@ -206,7 +206,7 @@ def test_a_picture_sent_to_another_tab_is_in_sight_there(server, page):
     page.set_viewport_size({"width": 390, "height": 844})
     page.fill("#prompt textarea", "a fox")
     page.fill("#steps input[type=number]", "2")
-    page.click("#paint")
+    page.click("#generate")
     note_says(page, "Done")
     page.click("#inpaint-it")
     page.locator("#source canvas").wait_for()
@@ -222,7 +222,7 @@ def test_a_grid_has_no_frames_and_whole_labels(server, page):
     page.get_by_label("Y axis").click()
     page.get_by_role("option", name="Guidance").click()  # the longest of the common labels
     page.locator("#tab-grid textarea").nth(1).fill("1, 2")
-    page.click("#paint")
+    page.click("#generate")
     note_says(page, "Done")
     cells = page.evaluate(
         """[...document.querySelectorAll('.grid-view :is(table, tr, th, td)')].map(
@@ -241,7 +241,7 @@ def test_a_grid_has_no_frames_and_whole_labels(server, page):
 @pytest.mark.browser
 @pytest.mark.slow
 def test_the_keyboard_sees_where_it_is(server, page):
-    for selector in ("#steps input[type=range]", "#paint", ".language"):
+    for selector in ("#steps input[type=range]", "#generate", ".language"):
         page.focus(selector)
         page.keyboard.press("Shift+Tab")
         page.keyboard.press("Tab")
@@ -282,7 +282,7 @@ def test_nothing_breaks_on_a_narrow_screen(server, browser, language):
 def test_thumbnails_are_named_by_what_they_show(server, page):
     page.fill("#prompt textarea", "a red apple")
     page.fill("#seed input", "41")
-    page.click("#paint")
+    page.click("#generate")
     for place in ("strip", "gallery"):
         if place == "gallery":
             choose(page, "gallery")

@@ -20,10 +20,10 @@ from apps.service.lora import LoraError, find_loras
 from apps.service.metadata import read_picture, repeat
 from apps.service.option_values import Lora
 from apps.studio.album import Shown
-from apps.studio.choosing import Choosing
-from apps.studio.painting import Painting
+from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
+from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.strings import Strings
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 from tests.studio.fakes import FakePipeline
@@ -177,14 +177,14 @@ def test_on_the_command_line(folder, tmp_path, monkeypatch):
 
 def test_in_the_studio_settings_of_another_file_are_refused(engine):
     words, sessions = Strings("en"), Sessions(None)
-    choosing = Choosing(engine, words, sessions, Painting(engine, words, sessions))
+    handlers = SettingsHandlers(engine, words, sessions, GenerationHandlers(engine, words, sessions))
     one = painted(engine, ask("ink", 0.5))[0]
     shown = Shown(one.path, one.metadata, one.seconds)
-    put = choosing.reuse_settings(shown)
+    put = handlers.reuse_settings(shown)
     assert (put["lora"], put["lora_scale"]) == ("ink", 0.5)
     forged = one.metadata.model_copy(update={"lora": Lora(name="ink", sha256="0" * 64)})
-    refused = choosing.reuse_settings(SimpleNamespace(settings=forged))
+    refused = handlers.reuse_settings(SimpleNamespace(settings=forged))
     assert set(refused) == {PLACE}
     assert "its content differs" in refused[PLACE]
     saved = {"model": "tiny", "lora": "gone", "lora_scale": 2}
-    assert "lora" not in choosing._remembered(saved)
+    assert "lora" not in handlers._remembered(saved)

@@ -40,7 +40,7 @@ from apps.service.metadata import read_picture, repeat
 from apps.service.prompt_file import PromptLine, request_fields
 from apps.service.requests import TextToImageRequest
 from apps.studio.app import build_page
-from apps.studio.forms import make_request, show_settings
+from apps.studio.forms import form_to_request, settings_to_form
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
 from tests.studio.fakes import FakePipeline
@@ -93,8 +93,8 @@ for language in ("en", "zh"):
     control = next(one for one in page.blocks.values() if getattr(one, "elem_id", None) == "sharpness")
     found[language] = [control.label, control.minimum, control.maximum]
 values = {**PAGE, "sharpness": 0.4}
-found["page"] = make_request(values, ("text_to_image",)).sharpness
-found["shown"] = show_settings(settings)["sharpness"]
+found["page"] = form_to_request(values, ("text_to_image",)).sharpness
+found["shown"] = settings_to_form(settings)["sharpness"]
 
 # a grid
 cells = plan(TextToImageRequest(prompt="a fox", seed=1), [read_axis("sharpness", "0.1, 0.2"), Axis(), Axis()])

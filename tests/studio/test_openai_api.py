@@ -356,14 +356,14 @@ def test_next_scale_models_are_asked_in_their_own_tasks(tmp_path):
 
 
 def test_roles(tmp_path):
-    users = {role: add_user(tmp_path / "users.json", role, role) for role in ("watch", "paint")}
+    users = {role: add_user(tmp_path / "users.json", role, role) for role in ("view", "generate")}
     (tmp_path / "out").mkdir()
     with serving(tmp_path / "out", FakePipeline(), TokenTable(tmp_path / "users.json")) as (client, _):
         bearer = {name: {"Authorization": f"Bearer {token}"} for name, token in users.items()}
         assert client.get("/v1/models/fake").status_code == 401
-        assert client.get("/v1/models/fake", headers=bearer["watch"]).status_code == 200
+        assert client.get("/v1/models/fake", headers=bearer["view"]).status_code == 200
         for path in (*UPLOAD_PATHS, "/v1/images/generations"):
-            for headers, status in (({}, 401), (bearer["watch"], 403), (bearer["paint"], 422)):
+            for headers, status in (({}, 401), (bearer["view"], 403), (bearer["generate"], 422)):
                 answer = client.post(path, headers=headers)
                 assert answer.status_code == status
                 error_of(answer)

@@ -20,7 +20,7 @@ from apps.service import limits
 from apps.service.engine import Done, Engine
 from apps.service.grid import Axis, Filled, compose, plan, read_axis
 from apps.service.metadata import parse, save_picture
-from apps.service.model_pool import find_tasks, inspect_model
+from apps.service.model_pool import inspect_model
 from apps.service.named_settings import load_presets, preset_values
 from apps.service.requests import OPTIONS, TextToImageRequest
 from apps.service.styles import load_styles
@@ -28,16 +28,17 @@ from apps.studio import following as following_module
 from apps.studio import views
 from apps.studio.album import Shown
 from apps.studio.app import build_page
-from apps.studio.choosing import SAVED, Choosing
 from apps.studio.examples import FAVOURITES, example_prompts
 from apps.studio.following import restated
-from apps.studio.forms import AUTO, CUSTOM, FIXED, RANDOM, read_mask, read_size, shapes, show_settings
-from apps.studio.painting import Painting
+from apps.studio.forms import AUTO, CUSTOM, FIXED, RANDOM, read_mask, read_size, settings_to_form, size_choices
+from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
+from apps.studio.settings_handlers import SAVED, SettingsHandlers
 from apps.studio.strings import FOLDER, Strings, languages
 from apps.studio.tabs.classes import read_label
 from apps.studio.vocabulary import read_vocabulary
+from pipelines.inspection import pipelines_by_task
 from tests.models import tiny_next_scale
 from tests.pipes.test_class_to_image import tiny_pipeline
 from tests.studio.fakes import FakePipeline
@@ -66,11 +67,11 @@ def studio(tmp_path):
     engine = Engine({"fake": str(tmp_path)}, tmp_path / "out", device="cpu", load=lambda source: pipe)
     engine.model().result(60)
     sessions = Sessions(None)
-    painting = Painting(engine, ENGLISH, sessions)
+    generation = GenerationHandlers(engine, ENGLISH, sessions)
     yield SimpleNamespace(
         engine=engine,
-        painting=painting,
-        choosing=Choosing(engine, ENGLISH, sessions, painting),
+        generation=generation,
+        handlers=SettingsHandlers(engine, ENGLISH, sessions, generation),
         sessions=sessions,
         pipe=pipe,
     )
@@ -79,25 +80,25 @@ def studio(tmp_path):
 
 def follow(studio, tab=TAB, seen=(), chosen=None):
     """Tell the changes of a page that follows, as the page asks for them; it has seen nothing if `seen` is None."""
-    for changes in studio.painting.following.follow(tab, seen, chosen):
+    for changes in studio.generation.following.follow(tab, seen, chosen):
         if changes:
             yield changes
         else:
             time.sleep(0.005)
 
 
-def paint(studio, tab=TAB, **changes):
+def generate(studio, tab=TAB, **changes):
     """Ask for images and follow them, as a page does that has seen all that is finished."""
-    seen = studio.painting.album.names(studio.sessions.user(tab))
-    asked = studio.painting.paint({**PAGE, **changes}, tab)
+    seen = studio.generation.album.names(studio.sessions.user(tab))
+    asked = studio.generation.generate({**PAGE, **changes}, tab)
     yield asked
     if "pulse" in asked:
         yield from follow(studio, tab, seen)
 
 
-def generate_with(painting, values):
+def generate_values(generation, values):
     """Ask for images with these values of the page, and follow them."""
-    return paint(SimpleNamespace(painting=painting, sessions=Sessions(None)), **values)
+    return generate(SimpleNamespace(generation=generation, sessions=Sessions(None)), **values)
 
 
 def pictures(told):
@@ -120,17 +121,17 @@ def test_a_change_is_repeated_for_a_moment(monkeypatch):
         {"stage": "step 2"},
         {"stage": "done"},
         None,
-        {"line": "1"},
-        {"line": "2"},
+        {"queue_note": "1"},
+        {"queue_note": "2"},
     ]
     assert list(restated((change for change in told), seconds=(0.2, 2.0))) == [
         {"strip": ["a"], "stage": "step"},
         {"stage": "step 2"},  # too early
         {"strip": ["a"], "stage": "done"},  # the last word on the stage
         None,
-        {"stage": "done", "line": "1"},
-        {"strip": ["a"], "line": "2"},
-        {"stage": "done", "line": "2"},  # the end; the strip is old by now
+        {"stage": "done", "queue_note": "1"},
+        {"strip": ["a"], "queue_note": "2"},
+        {"stage": "done", "queue_note": "2"},  # the end; the strip is old by now
     ]
 
 
@@ -139,7 +140,7 @@ def test_what_is_told_is_closed_with_what_is_restated():
 
     def told():
         try:
-            yield {"line": ""}
+            yield {"queue_note": ""}
         finally:
             closed.append(True)
 
@@ -150,22 +151,22 @@ def test_what_is_told_is_closed_with_what_is_restated():
 
 
 def test_an_update_is_repeated_whole_though_gradio_empties_it():
-    told = restated(change for change in ({"strip": gr.update(value=["a"])}, {"line": ""}))
+    told = restated(change for change in ({"strip": gr.update(value=["a"])}, {"queue_note": ""}))
     postprocess_update_dict(gr.Gallery(render=False), next(told)["strip"], postprocess=False)
     assert list(told)[-1]["strip"]["value"] == ["a"]
 
 
 def test_prompts_from_a_file_are_a_job_each(studio, tmp_path):
     (tmp_path / "prompts.txt").write_text('# mine\na fox\n"a cat"\n{"prompt": "a dog"}\n\n')
-    changes = studio.choosing.take_prompts(str(tmp_path / "prompts.txt"))
+    changes = studio.handlers.take_prompts(str(tmp_path / "prompts.txt"))
     assert [(line.number, line.values["prompt"]) for line in changes["many"]] == [
         (2, "a fox"),
         (3, "a cat"),
         (4, "a dog"),
     ]
-    visit = pictures(list(paint(studio, many=changes["many"])))
+    visit = pictures(list(generate(studio, many=changes["many"])))
     assert [item.settings.prompt for item in visit] == ["a dog", "a cat", "a fox"]
-    assert studio.choosing.drop_prompts()["many"] == []
+    assert studio.handlers.drop_prompts()["many"] == []
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -173,11 +174,11 @@ def test_prompts_from_a_file_are_a_job_each(studio, tmp_path):
 def test_a_file_of_another_kind_holds_no_prompts(studio, tmp_path, language, name):
     (tmp_path / name).write_text("prompt,seed\na fox,5\n")
     words = Strings(language)
-    choosing = Choosing(studio.engine, words, studio.sessions, studio.painting)
-    changes = choosing.take_prompts(str(tmp_path / name))
+    handlers = SettingsHandlers(studio.engine, words, studio.sessions, studio.generation)
+    changes = handlers.take_prompts(str(tmp_path / name))
     assert words("error.file.kind", file=name, choices=".txt, .jsonl") in unescape(changes[PLACE])
     assert changes["many"] == []
-    settings = choosing.load_settings(str(tmp_path / name))
+    settings = handlers.load_settings(str(tmp_path / name))
     assert words("error.settings.form", file=name) in unescape(settings[PLACE])
 
 
@@ -187,9 +188,9 @@ def test_unknown_words_are_said_beside_the_picture_also_after_a_restart(studio, 
     (tmp_path / "words.txt").write_text("a\nfox\non\n")
     sentence = "The model was not trained on the words 'teal'."
     studio.pipe.unknown_words = lambda texts: ("teal",)
-    shown = pictures(list(paint(studio, prompt="a fox on <teal>")))[0]
+    shown = pictures(list(generate(studio, prompt="a fox on <teal>")))[0]
     assert any("teal" in note for note in shown.notes)
-    again = Painting(studio.engine, words, studio.sessions)  # knows what is on record only
+    again = GenerationHandlers(studio.engine, words, studio.sessions)  # knows what is on record only
     (recorded,) = again.album.recent(studio.sessions.user(TAB))
     assert recorded == shown
     told = again.show(recorded)["details"]
@@ -228,56 +229,56 @@ def test_unknown_words_are_said_beside_the_picture_also_after_a_restart(studio, 
     ],
 )
 def test_wishes_that_by_pass_the_widgets_are_refused(studio, wish, reason):
-    problem = [changes["problem"] for changes in paint(studio, **wish) if "problem" in changes][-1]
+    problem = [changes["problem"] for changes in generate(studio, **wish) if "problem" in changes][-1]
     assert reason in problem
     assert 'role="alert"' in problem
     assert "<script>" not in problem
 
 
 def test_a_random_seed_ignores_the_field(studio):
-    assert len({pictures(list(paint(studio, seed_mode=RANDOM)))[0].settings.seed for _ in range(3)}) == 3
+    assert len({pictures(list(generate(studio, seed_mode=RANDOM)))[0].settings.seed for _ in range(3)}) == 3
 
 
 def test_settings_in_the_picture_put_the_page_in_place(studio):
     """The bar: image, settings, the same image again."""
-    first = pictures(list(paint(studio, seed=9, width=96, height=64, shape=CUSTOM, guidance=2.5)))[0]
-    changes = studio.choosing.load_settings(str(first.path))
+    first = pictures(list(generate(studio, seed=9, width=96, height=64, shape=CUSTOM, guidance=2.5)))[0]
+    changes = studio.handlers.load_settings(str(first.path))
     assert changes["mode"] == "text"
-    again = pictures(list(paint(studio, **{name: value for name, value in changes.items() if name in PAGE})))[0]
+    again = pictures(list(generate(studio, **{name: value for name, value in changes.items() if name in PAGE})))[0]
     assert again.settings == first.settings
     with Image.open(first.path) as one, Image.open(again.path) as two:
         assert one.tobytes() == two.tobytes()
-    assert studio.choosing.reuse_settings(first)["seed"] == 9
-    assert studio.choosing.reuse_seed(first) == {"seed_mode": FIXED, "seed": 9}
-    assert studio.choosing.reuse_seed(None) == studio.choosing.reuse_settings(None) == {}
+    assert studio.handlers.reuse_settings(first)["seed"] == 9
+    assert studio.handlers.reuse_seed(first) == {"seed_mode": FIXED, "seed": 9}
+    assert studio.handlers.reuse_seed(None) == studio.handlers.reuse_settings(None) == {}
 
 
 def test_the_json_file_beside_a_picture_sets_what_the_picture_sets(studio, tmp_path):
-    first = pictures(list(paint(studio, seed=9, sidecar=True)))[0]
+    first = pictures(list(generate(studio, seed=9, sidecar=True)))[0]
     beside = first.path.with_name(f"{first.path.name}.json")
-    assert studio.choosing.load_settings(str(beside)) == studio.choosing.load_settings(str(first.path))
+    assert studio.handlers.load_settings(str(beside)) == studio.handlers.load_settings(str(first.path))
     for name, text in (("a.json", "[" * 70_000), ("b.json", '{"prompt": "<b>"}'), ("c.json", "")):
         (tmp_path / name).write_text(text)
-        shown = studio.choosing.load_settings(str(tmp_path / name))
+        shown = studio.handlers.load_settings(str(tmp_path / name))
         assert set(shown) == {PLACE}
         assert shown[PLACE]
         assert "<b>" not in shown[PLACE]
 
 
 def test_a_file_that_the_browser_keeps_is_named_with_its_size_and_the_limit(studio):
-    told = studio.choosing.refuse_file(json.dumps({"file": "<b>.png", "value": 30_000_000}))
+    told = studio.handlers.refuse_file(json.dumps({"file": "<b>.png", "value": 30_000_000}))
     for text in ("&lt;b&gt;.png", "30000000", str(limits.MAX_UPLOAD_BYTES)):
         assert text in told[PLACE]
     for hostile in ("", "[]", "{}", "null", '{"file": "x", "value": "many"}', "[" * 100_000):
-        assert studio.choosing.refuse_file(hostile) == {}
+        assert studio.handlers.refuse_file(hostile) == {}
 
 
 def test_the_page_is_fitted_to_the_model_of_settings_that_are_put_in_place(studio, tmp_path):
     (tmp_path / "vocabulary.txt").write_text("fox\npizza\n")
-    first = pictures(list(paint(studio, seed=9, steps=5, shape="96x64")))[0]
-    put = studio.choosing.load_settings(str(first.path))
-    assert studio.choosing.adapted(put, "fake") is put  # it is fitted already
-    fitted = studio.choosing.adapted(put, "another")
+    first = pictures(list(generate(studio, seed=9, steps=5, shape="96x64")))[0]
+    put = studio.handlers.load_settings(str(first.path))
+    assert studio.handlers.adapted(put, "fake") is put  # it is fitted already
+    fitted = studio.handlers.adapted(put, "another")
     assert fitted["model"] == "fake"
     assert "pizza" in fitted["words"]
     assert fitted["steps"] == {**gr.update(value=5, visible=True)}  # shown, with the value of the file
@@ -289,9 +290,9 @@ def test_the_page_is_fitted_to_the_model_of_settings_that_are_put_in_place(studi
 def test_settings_of_a_model_that_is_not_here_say_so(studio, tmp_path, monkeypatch):
     warned = []
     monkeypatch.setattr(gr, "Warning", warned.append)
-    settings = pictures(list(paint(studio)))[0].settings.model_copy(update={"model": "<i>gone"})
+    settings = pictures(list(generate(studio)))[0].settings.model_copy(update={"model": "<i>gone"})
     save_picture(Image.new("RGB", (8, 8)), tmp_path / "gone.png", settings)
-    shown = studio.choosing.load_settings(str(tmp_path / "gone.png"))
+    shown = studio.handlers.load_settings(str(tmp_path / "gone.png"))
     assert "model" not in shown
     assert shown["seed"] == settings.seed
     assert len(warned) == 1
@@ -299,40 +300,40 @@ def test_settings_of_a_model_that_is_not_here_say_so(studio, tmp_path, monkeypat
 
 
 def test_hostile_settings_are_refused(studio, tmp_path):
-    settings = pictures(list(paint(studio)))[0].settings
+    settings = pictures(list(generate(studio)))[0].settings
     for number, change in enumerate(({"task": "inpaint"}, {"image": "0" * 64, "task": "image_to_image"})):
         file = tmp_path / f"{number}.png"
         hostile = settings.model_copy(update={"prompt": "<b>", **change})
         save_picture(Image.new("RGB", (8, 8)), file, hostile)
-        shown = studio.choosing.load_settings(str(file))
+        shown = studio.handlers.load_settings(str(file))
         assert set(shown) == {PLACE}
         assert "<b>" not in shown[PLACE]
     (tmp_path / "x.png").write_bytes(b"\x89PNG but no")
-    assert "x.png can&#x27;t be read" in studio.choosing.load_settings(str(tmp_path / "x.png"))[PLACE]
+    assert "x.png can&#x27;t be read" in studio.handlers.load_settings(str(tmp_path / "x.png"))[PLACE]
 
 
 def test_pictures_of_strip_and_gallery_can_be_chosen(studio):
-    visit = pictures(list(paint(studio, seed=9, num_images=3)))
-    assert studio.choosing.choose(visit, SimpleNamespace(index=0))["chosen"] == visit[0]
+    visit = pictures(list(generate(studio, seed=9, num_images=3)))
+    assert studio.handlers.choose(visit, SimpleNamespace(index=0))["chosen"] == visit[0]
     for index in (7, -1, "0", None):
-        assert studio.choosing.choose(visit, SimpleNamespace(index=index)) == {}
-    hung = studio.choosing.turn(0, 0, TAB)
-    assert [one.settings.seed for one in hung["hung"]] == [11, 10, 9]
-    assert hung["older"]["interactive"] is False
+        assert studio.handlers.choose(visit, SimpleNamespace(index=index)) == {}
+    gallery_items = studio.handlers.turn_page(0, 0, TAB)
+    assert [one.settings.seed for one in gallery_items["gallery_items"]] == [11, 10, 9]
+    assert gallery_items["older"]["interactive"] is False
     visit[0].path.unlink()
-    assert len(studio.choosing.turn(0, 0, TAB)["hung"]) == 2  # what was removed from disk is not hung
-    assert studio.choosing.look(hung["hung"], SimpleNamespace(index=1))["chosen"].settings.seed == 10
-    assert studio.choosing.turn(0, -1, TAB)["page"] == 0
+    assert len(studio.handlers.turn_page(0, 0, TAB)["gallery_items"]) == 2  # what was removed from disk is not hung
+    assert studio.handlers.look(gallery_items["gallery_items"], SimpleNamespace(index=1))["chosen"].settings.seed == 10
+    assert studio.handlers.turn_page(0, -1, TAB)["page"] == 0
 
 
 def test_a_painted_picture_can_be_started_from(studio):
-    first = pictures(list(paint(studio)))[0]
-    changes = studio.choosing.send(first, "inpaint")
+    first = pictures(list(generate(studio)))[0]
+    changes = studio.handlers.send(first, "inpaint")
     with Image.open(first.path) as image:
         assert studio.engine.uploads.get(changes["source"]).tobytes() == image.convert("RGB").tobytes()
     assert changes["mode"] == "inpaint"
     assert "<canvas" in changes["source_view"]
-    assert studio.choosing.send(None, "image") == {}
+    assert studio.handlers.send(None, "image") == {}
 
 
 def test_the_mask_of_the_brush():
@@ -345,15 +346,15 @@ def test_the_mask_of_the_brush():
 
 def test_the_controls_fit_the_model(studio, tmp_path):
     (tmp_path / "vocabulary.txt").write_text("fox\npizza\nice cream\nghost\n")
-    changes = studio.choosing.settle("fake", "text")
+    changes = studio.handlers.load_model_controls("fake", "text")
     assert changes["shape"]["value"] == AUTO
     assert (changes["width"]["value"], changes["width"]["step"]) == (128, 16)
     assert (changes["steps"]["value"], changes["guidance"]["value"]) == (28, 4.0)
     assert "ice cream" in changes["words"]
     assert changes["chip_0"]["value"] == "a pizza on a blue background"
     assert changes["need"] == ""
-    assert "<span>tessera</span> <span>convert</span>" in studio.choosing.settle("fake", "scales")["need"]
-    assert "no such model" in studio.choosing.settle("../secret", "text")[PLACE]
+    assert "<span>tessera</span> <span>convert</span>" in studio.handlers.load_model_controls("fake", "scales")["need"]
+    assert "no such model" in studio.handlers.load_model_controls("../secret", "text")[PLACE]
 
 
 def test_a_tab_that_a_model_cannot_do_offers_one_that_can(tmp_path):
@@ -367,32 +368,32 @@ def test_a_tab_that_a_model_cannot_do_offers_one_that_can(tmp_path):
     )
     engine.model("stickers").result(60)
     sessions = Sessions(None)
-    choosing = Choosing(engine, ENGLISH, sessions, Painting(engine, ENGLISH, sessions))
+    handlers = SettingsHandlers(engine, ENGLISH, sessions, GenerationHandlers(engine, ENGLISH, sessions))
     assert engine.tasks("stickers-var") == ("next_scale_text",)
-    changes = choosing.fit("stickers", "scales")
+    changes = handlers.check_support("stickers", "scales")
     assert changes["switch"] == gr.update(value="Use stickers-var", visible=True)
     assert "not scale by scale" in changes["need"]
     assert loaded == ["stickers"]
-    nobody = choosing.fit("stickers", "classes")
+    nobody = handlers.check_support("stickers", "classes")
     assert nobody["switch"]["visible"] is False
     assert "<span>--model</span> <span>models/dit</span></code>" in nobody["need"]
-    assert choosing.switch("classes") == {}
-    assert choosing.switch("scales")["model"] == "stickers-var"
+    assert handlers.switch("classes") == {}
+    assert handlers.switch("scales")["model"] == "stickers-var"
     assert loaded == ["stickers", "stickers-var"]
-    assert "<b>" not in views.cannot("<b>", "image", "<b>", ENGLISH)
+    assert "<b>" not in views.unsupported_notice("<b>", "image", "<b>", ENGLISH)
     engine.close()
 
 
 def test_what_the_browser_remembers_is_put_in_place_and_checked(studio):
     saved = {name: PAGE[name] for name in SAVED} | {"prompt": "a ghost", "steps": 9, "mode": "grid"}
-    changes = studio.choosing.open(saved, PAGE)
+    changes = studio.handlers.open(saved, PAGE)
     assert changes["prompt"] == "a ghost"
     assert changes["steps"]["value"] == 9
     assert changes["tabs"]["selected"] == "grid"
     for name in ("steps", "step_cache", "cache_amount"):  # parts that share an update keep values of their own
         assert changes[name]["value"] == saved[name], name
     for odd in (None, [], "x", {"model": "../x", "prompt": "y"}, {"model": "fake", "prompt": ["y"], "source": "z"}):
-        assert "prompt" not in studio.choosing.open(odd, PAGE)
+        assert "prompt" not in studio.handlers.open(odd, PAGE)
 
 
 # ---------------------------------------------------------------------------------- tasks
@@ -403,8 +404,8 @@ def test_every_kind_of_pipeline_is_offered_its_tasks():
 
     scales = NextScaleClassToImagePipeline(tiny_next_scale.transformer(), tiny_next_scale.tokenizer())
     classes = tiny_pipeline("dit", id2label={0: "tench, Tinca tinca", 1: "goldfish"})
-    assert list(find_tasks(scales)) == ["next_scale_class"]
-    assert list(find_tasks(classes)) == ["class_to_image"]
+    assert list(pipelines_by_task(scales)) == ["next_scale_class"]
+    assert list(pipelines_by_task(classes)) == ["class_to_image"]
     model = inspect_model("classes", classes)
     assert model.labels[1] == "goldfish"
     assert "ddim" in model.schedulers
@@ -422,18 +423,18 @@ def test_pictures_of_classes(tmp_path, mode):
     engine = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: pipe)
     engine.model().result(10)
     sessions = Sessions(None)
-    studio = SimpleNamespace(painting=Painting(engine, ENGLISH, sessions), sessions=sessions)
+    studio = SimpleNamespace(generation=GenerationHandlers(engine, ENGLISH, sessions), sessions=sessions)
     settings = {"mode": mode, "label": "1: goldfish", "scale_label": "1", "shape": AUTO, "top_k": 0,
                 "kv_policy": "window", "kv_budget": 0.5, "guidance": 2.0}  # fmt: skip
-    told = list(paint(studio, **settings))
+    told = list(generate(studio, **settings))
     first = pictures(told)[0]
     assert first.settings.label == 1
     if mode == "scales":
         assert any('class="scales"' in changes.get("stage", "") for changes in told)
         assert "KV window" in first.report
-    shown = show_settings(parse(first.settings.model_dump_json()))
+    shown = settings_to_form(parse(first.settings.model_dump_json()))
     assert shown.pop("mode") == mode
-    again = pictures(paint(studio, **{**settings, **shown}))[0]
+    again = pictures(generate(studio, **{**settings, **shown}))[0]
     with Image.open(first.path) as one, Image.open(again.path) as two:
         assert one.tobytes() == two.tobytes()
     engine.close()
@@ -549,15 +550,15 @@ def test_examples_use_known_words_only():
 
 
 def test_sizes():
-    assert dict(shapes(ENGLISH, 128, 128, 16)) == {
+    assert dict(size_choices(ENGLISH, 128, 128, 16)) == {
         "Auto 128 \u00d7 128": AUTO,
         "Portrait 128 \u00d7 160": "128x160",
         "Landscape 160 \u00d7 128": "160x128",
         "Custom": CUSTOM,
     }
-    assert dict(shapes(ENGLISH, 128, 128, 16, [(128, 128)])) == {"Auto 128 \u00d7 128": AUTO, "Custom": CUSTOM}
+    assert dict(size_choices(ENGLISH, 128, 128, 16, [(128, 128)])) == {"Auto 128 \u00d7 128": AUTO, "Custom": CUSTOM}
     some = [(128, 128), (192, 144), (96, 128), (112, 144), (64, 256), (48, 64)]
-    assert list(dict(shapes(ENGLISH, 128, 128, 16, some)).values()) == [AUTO, "112x144", "192x144", CUSTOM]
+    assert list(dict(size_choices(ENGLISH, 128, 128, 16, some)).values()) == [AUTO, "112x144", "192x144", CUSTOM]
     assert read_size("160x128", 1, 1) == (160, 128)
     assert read_size(CUSTOM, 96.0, 64.0) == (96, 64)
     assert read_size(AUTO, 96.0, 64.0) == (None, None)
@@ -565,7 +566,7 @@ def test_sizes():
 
 def test_styles_hold_a_place_for_the_prompt(studio):
     assert all(style.prompt.count("{prompt}") == 1 for style in load_styles().values())
-    painted = pictures(list(paint(studio, style="watercolour", negative_prompt="blue")))[0].settings
+    painted = pictures(list(generate(studio, style="watercolour", negative_prompt="blue")))[0].settings
     assert painted.prompt.startswith("watercolour of a fox")
     assert painted.negative_prompt == "blue, photograph"
 
@@ -576,10 +577,10 @@ def test_styles_hold_a_place_for_the_prompt(studio):
 def test_presets_set_their_controls_and_none_the_models_own(studio):
     presets = load_presets()
     assert {"draft", "fine"} <= set(presets)
-    draft = studio.choosing.choose_preset("draft", "fake")
+    draft = studio.handlers.choose_preset("draft", "fake")
     assert draft == {"steps": 12, "guidance": 4.0, "scheduler": "", "step_cache": "budget", "cache_amount": 0.5}
-    assert studio.choosing.choose_preset("fine", "fake")["step_cache"] == ""
-    assert studio.choosing.choose_preset("", "fake")["steps"] == 28
+    assert studio.handlers.choose_preset("fine", "fake")["step_cache"] == ""
+    assert studio.handlers.choose_preset("", "fake")["steps"] == 28
 
 
 def test_a_preset_fills_what_a_request_leaves_open(studio):
@@ -596,7 +597,7 @@ def test_a_preset_fills_what_a_request_leaves_open(studio):
 
 
 def test_a_sidecar_lies_beside_the_picture(studio):
-    (shown,) = pictures(paint(studio, sidecar=True, keep_settings=False))
+    (shown,) = pictures(generate(studio, sidecar=True, keep_settings=False))
     assert parse(shown.path.with_name(f"{shown.path.name}.json").read_text()) == shown.settings
     assert Image.open(shown.path).info == {}
 

@@ -25,15 +25,15 @@ from apps.service.option_values import Expand
 from apps.service.outpaint import blend, grown, lay_out, soft_mask, touched
 from apps.service.requests import REQUEST
 from apps.studio import views
-from apps.studio.choosing import Choosing
-from apps.studio.painting import Painting
+from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.sessions import Sessions
+from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.strings import Strings
 from pipelines.next_scale import NextScaleClassToImagePipeline
 from tests.models import tiny_next_scale
 from tests.pipes.test_next_scale_text import of_bits, of_entries
 from tests.pipes.tiny import tiny_text_to_image_pipeline
-from tests.studio.test_page import PAGE, generate_with, pictures
+from tests.studio.test_page import PAGE, generate_values, pictures
 
 SIDE = 64
 
@@ -199,13 +199,13 @@ def world(request, tmp_path_factory):
         engine = Engine({"stickers-var": "stickers-var"}, out, device="cpu")
         model = engine.model().result(60)
         sessions = Sessions(None)
-        painting = Painting(engine, Strings("en"), sessions)
+        generation = GenerationHandlers(engine, Strings("en"), sessions)
         port = check_port("127.0.0.1", 0)
         server = _start(create_app(engine), "127.0.0.1", port)
         page = {**PAGE, "mode": "inpaint", "model": "stickers-var", "shape": "auto", "seed": 5, **wish}
         yield SimpleNamespace(
-            engine=engine, model=model, painting=painting, page=page, address=f"http://127.0.0.1:{port}",
-            choosing=Choosing(engine, Strings("en"), sessions, painting),
+            engine=engine, model=model, generation=generation, page=page, address=f"http://127.0.0.1:{port}",
+            handlers=SettingsHandlers(engine, Strings("en"), sessions, generation),
         )  # fmt: skip
         server.should_exit = True
         engine.close()
@@ -224,7 +224,7 @@ def test_what_is_kept_is_kept_and_the_file_paints_it_again(world, tmp_path, kind
         page |= {"mask_grow": 3, "mask_blur": 5}
     if kind in ("expand", "both"):
         page |= {"grow_left": 75, "grow_right": 25, "grow_bottom": 100}
-    first = pictures(list(generate_with(world.painting, page)))[0]
+    first = pictures(list(generate_values(world.generation, page)))[0]
     found = pixels(first.path)
     assert found.shape == (height, width, 3)
     kept = np.asarray(picture)
@@ -240,9 +240,9 @@ def test_what_is_kept_is_kept_and_the_file_paints_it_again(world, tmp_path, kind
         assert (at[marked] != kept[marked]).any()
 
     settings = read_picture(first.path)
-    shown = {key: value for key, value in world.choosing.load_settings(str(first.path)).items() if key in PAGE}
+    shown = {key: value for key, value in world.handlers.load_settings(str(first.path)).items() if key in PAGE}
     assert shown["mode"] == "inpaint"
-    again = pictures(list(generate_with(world.painting, {**PAGE, **shown})))[0]
+    again = pictures(list(generate_values(world.generation, {**PAGE, **shown})))[0]
     assert (pixels(again.path) == found).all()
     assert read_picture(again.path) == settings
 
@@ -256,7 +256,7 @@ def test_what_is_kept_is_kept_and_the_file_paints_it_again(world, tmp_path, kind
 
 
 def test_the_page_says_what_fits_the_model(world):
-    changes = world.choosing.settle("stickers-var", "inpaint")
+    changes = world.handlers.load_model_controls("stickers-var", "inpaint")
     assert changes["need"] == ""
     is_next_scale = world.model.tasks[0].startswith("next_scale")
     assert changes["repaint"]["visible"] is not is_next_scale  # a slider without a meaning isn't shown
@@ -267,7 +267,7 @@ def test_the_page_says_what_fits_the_model(world):
     assert changes["search"]["visible"] is changes["candidates"]["visible"] is False  # none of these has a scorer
     if is_next_scale:
         assert changes["top_k"]["value"] == world.model.defaults["top_k"]  # the model's own, not the page's
-    need = world.choosing.fit("stickers-var", "image")["need"]
+    need = world.handlers.check_support("stickers-var", "image")["need"]
     assert ("can&#x27;t start from an image" in need) is is_next_scale
 
 

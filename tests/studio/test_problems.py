@@ -15,7 +15,7 @@ from apps.service.events import Failed
 from apps.service.request_error import RequestError
 from apps.service.requests import REQUEST, TASKS, TextToImageRequest
 from apps.studio import fields
-from apps.studio.forms import make_request
+from apps.studio.forms import form_to_request
 from apps.studio.problems import LABELS, explain, explain_failure
 from apps.studio.strings import Strings, languages
 from tests.studio.test_page import ENGLISH, PAGE
@@ -29,7 +29,7 @@ LEFT = ("Input", "should", "Value error", "field required", "choose", "valid")
 
 def said(words: Strings, **values: object) -> str:
     with pytest.raises((ValidationError, RequestError)) as caught:
-        make_request({**PAGE, **values}, ("text_to_image", "inpaint"))
+        form_to_request({**PAGE, **values}, ("text_to_image", "inpaint"))
     return explain(caught.value, words)
 
 

@@ -27,11 +27,11 @@ from apps.service.compute_profiles import (
 from apps.service.engine import Done, Engine, Failed, Picture, TextToImageRequest
 from apps.service.grid import plan, read_axis
 from apps.service.metadata import read_picture, repeat, save_picture
-from apps.studio.choosing import Choosing
-from apps.studio.desk import memory_note
-from apps.studio.forms import make_request, show_settings
-from apps.studio.painting import Painting
+from apps.studio.forms import form_to_request, settings_to_form
+from apps.studio.generation_handlers import GenerationHandlers
+from apps.studio.panels import memory_note
 from apps.studio.sessions import Sessions
+from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.strings import Strings
 from dit.runtime.bridge import active_attention_backend, attending_through
 from tests.families.tiny import tiny_pipeline
@@ -46,7 +46,7 @@ def ask(**settings):
     return TextToImageRequest(**{"prompt": "a red apple", "steps": 2, "seed": 1, "height": 32, "width": 32, **settings})
 
 
-def paint(engine, request):
+def generate(engine, request):
     told = list(engine.generate(request))
     assert isinstance(told[-1], Done), told[-1]
     return next(event for event in told if isinstance(event, Picture))
@@ -85,11 +85,11 @@ def watch(pipe, seen):
 def test_a_jobs_attention_is_gone_with_it(engine):
     seen, before = [], active_attention_backend()
     watch(engine.model().result(60).pipe, seen)
-    first = paint(engine, ask(attention=MATH))
+    first = generate(engine, ask(attention=MATH))
     assert {name for _, name in seen} == {MATH}
     assert "attention _native_math" in first.report
     seen.clear()
-    plain = paint(engine, ask())
+    plain = generate(engine, ask())
     assert {name for _, name in seen} == {None}
     assert active_attention_backend() == before
     assert (first.metadata.attention, plain.metadata.attention) == (MATH, None)
@@ -98,7 +98,7 @@ def test_a_jobs_attention_is_gone_with_it(engine):
         if type(event).__name__ == "Step":
             stop.set()
     seen.clear()
-    paint(engine, ask())
+    generate(engine, ask())
     assert {name for _, name in seen} == {None}
 
 
@@ -136,7 +136,7 @@ def test_processors_get_back_what_they_had():
 
 
 def test_a_network_without_such_a_switch_is_refused():
-    with pytest.raises(UnavailableError, match="can't be chosen"), attending(SimpleNamespace(), MATH):
+    with pytest.raises(UnavailableError, match="can't be chosen"), attending(SimpleNamespace(components={}), MATH):
         pass
 
 
@@ -155,12 +155,12 @@ def test_backends_are_those_that_work_here(monkeypatch):
 
 def test_a_number_format_is_recorded_and_paints_the_same_again(engine, folder, tmp_path):
     """The bar: from the file alone, in the engine and on a command line that says nothing of the format."""
-    single, half = paint(engine, ask()), paint(engine, ask(dtype="bfloat16"))
+    single, half = generate(engine, ask()), generate(engine, ask(dtype="bfloat16"))
     assert (single.metadata.dtype, half.metadata.dtype) == ("float32", "bfloat16")
     assert half.image.tobytes() != single.image.tobytes()
-    again = paint(engine, repeat(read_picture(half.path)))
+    again = generate(engine, repeat(read_picture(half.path)))
     assert again.image.tobytes() == half.image.tobytes()
-    assert paint(engine, ask()).image.tobytes() == single.image.tobytes()  # its weights are not the rounded ones
+    assert generate(engine, ask()).image.tobytes() == single.image.tobytes()  # its weights are not the rounded ones
     run(make_options(model=str(folder)), tmp_path / "cli.png", Machine(device="cpu"), settings=half.path)
     assert read_picture(tmp_path / "cli.png").dtype == "bfloat16"
     with Image.open(tmp_path / "cli.png") as image:
@@ -202,12 +202,12 @@ def test_tiles_are_switched_on_for_one_job(tmp_path, monkeypatch):
         "decode",
         lambda *given, **more: (seen.append((pipe.vae.use_tiling, pipe.vae.use_slicing)), decode(*given, **more))[1],
     )
-    tiled = paint(engine, ask(memory="tiles"))
+    tiled = generate(engine, ask(memory="tiles"))
     assert seen == [(True, True)]
     assert "decoded in tiles" in tiled.report
     assert tiled.metadata.memory == "tiles"
-    assert paint(engine, repeat(tiled.metadata)).image.tobytes() == tiled.image.tobytes()
-    paint(engine, ask())
+    assert generate(engine, repeat(tiled.metadata)).image.tobytes() == tiled.image.tobytes()
+    generate(engine, ask())
     assert seen == [(True, True), (True, True), (False, False)]
     engine.close()
 
@@ -222,31 +222,31 @@ def test_a_decoder_without_tiles_is_refused(engine):
 
 def test_the_page_offers_what_there_is_and_says_what_is_not(engine):
     sessions = Sessions(None)
-    choosing = Choosing(engine, WORDS, sessions, Painting(engine, WORDS, sessions))
-    changes = choosing.settle("tiny", "text")
+    handlers = SettingsHandlers(engine, WORDS, sessions, GenerationHandlers(engine, WORDS, sessions))
+    changes = handlers.load_model_controls("tiny", "text")
     offered = [name for _, name in changes["attention"]["choices"]]
     assert offered[:2] == ["", "native"]
     assert "flash" not in offered
     assert "balanced, low" in changes["memory_note"]
     assert "tiles" in changes["memory_note"]  # this model's decoder has none
     assert memory_note(WORDS, ["cuda"]) == ""
-    request = make_request({**PAGE, "dtype": "bfloat16", "attention": MATH, "memory": "fast"}, ("text_to_image",))
+    request = form_to_request({**PAGE, "dtype": "bfloat16", "attention": MATH, "memory": "fast"}, ("text_to_image",))
     assert (request.dtype, request.attention, request.memory) == ("bfloat16", MATH, "fast")
 
 
 def test_settings_of_another_machine_are_taken_as_far_as_they_go(engine, tmp_path, monkeypatch):
     sessions = Sessions(None)
-    choosing = Choosing(engine, WORDS, sessions, Painting(engine, WORDS, sessions))
-    settings = paint(engine, ask()).metadata.model_copy(update={"attention": "flash", "memory": "low"})
-    assert show_settings(settings)["memory"] == "low"
+    handlers = SettingsHandlers(engine, WORDS, sessions, GenerationHandlers(engine, WORDS, sessions))
+    settings = generate(engine, ask()).metadata.model_copy(update={"attention": "flash", "memory": "low"})
+    assert settings_to_form(settings)["memory"] == "low"
     save_picture(Image.new("RGB", (8, 8)), tmp_path / "there.png", settings)
     warned = []
     monkeypatch.setattr(gr, "Warning", warned.append)
-    changes = choosing.load_settings(str(tmp_path / "there.png"))
+    changes = handlers.load_settings(str(tmp_path / "there.png"))
     assert (changes["memory"], changes["attention"], changes["dtype"]) == ("", "", "float32")
     assert len(warned) == 2
     saved = {name: value for name, value in PAGE.items() if isinstance(value, str | int | float)}
-    remembered = choosing._remembered({**saved, "model": "tiny", "attention": "flash", "memory": "tiles"})
+    remembered = handlers._remembered({**saved, "model": "tiny", "attention": "flash", "memory": "tiles"})
     assert "attention" not in remembered
     assert remembered["memory"] == "tiles"
 

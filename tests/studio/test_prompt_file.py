@@ -12,13 +12,13 @@ from apps.commands.given_options import make_options
 from apps.service.engine import Engine
 from apps.service.limits import ServerLimits
 from apps.service.prompt_file import PromptFileError, parse_lines, read_text, request_fields
-from apps.studio.choosing import Choosing
-from apps.studio.painting import Painting
+from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
+from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.strings import Strings
 from tests.studio.fakes import FakePipeline
-from tests.studio.test_page import ENGLISH, PAGE, paint
+from tests.studio.test_page import ENGLISH, PAGE, generate
 
 LINE = {"prompt": "a fox", "seed": 7, "steps": 3, "size": "96x64", "num": 2, "cache": "fora:every=3", "guidance": 2.5}
 
@@ -40,18 +40,18 @@ def page(tmp_path):
     )
     engine.model().result(10)
     sessions = Sessions(None)
-    painting = Painting(engine, ENGLISH, sessions)
-    choosing = Choosing(engine, ENGLISH, sessions, painting)
+    generation = GenerationHandlers(engine, ENGLISH, sessions)
+    handlers = SettingsHandlers(engine, ENGLISH, sessions, generation)
 
     def take(text: str | bytes):
         file = tmp_path / "prompts.jsonl"
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return choosing.take_prompts(str(file))
+        return handlers.take_prompts(str(file))
 
-    def generate(lines, **changes):
-        return list(paint(SimpleNamespace(painting=painting, sessions=sessions), many=lines, **changes))
+    def generate_lines(lines, **changes):
+        return list(generate(SimpleNamespace(generation=generation, sessions=sessions), many=lines, **changes))
 
-    yield SimpleNamespace(take=take, generate=generate, engine=engine)
+    yield SimpleNamespace(take=take, generate=generate_lines, engine=engine)
     engine.close()
 
 
@@ -160,11 +160,11 @@ def test_a_wrong_file_takes_the_place_of_no_other_and_names_the_line(page):
 
 
 def test_a_wrong_file_is_refused_in_the_language_of_the_page(page):
-    choosing = Choosing(
-        page.engine, Strings("zh"), Sessions(None), Painting(page.engine, Strings("zh"), Sessions(None))
+    handlers = SettingsHandlers(
+        page.engine, Strings("zh"), Sessions(None), GenerationHandlers(page.engine, Strings("zh"), Sessions(None))
     )
     file = page.engine.output_dir / "prompts.txt"
     file.write_text('{"prompt": "x", "steps": 1000}')
-    said = choosing.take_prompts(str(file))[PLACE]
+    said = handlers.take_prompts(str(file))[PLACE]
     assert "\u6b65\u6570" in said  # the label of the steps
     assert "choose" not in said

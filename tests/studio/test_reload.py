@@ -85,13 +85,13 @@ def ask(page, prompt, seed, steps=100, count=16):
     page.fill("#seed input", str(seed))
     page.press("#seed input", "Tab")
     page.wait_for_function("document.querySelector('#seed-mode input:checked')?.value === 'fixed'")
-    page.click("#paint")
+    page.click("#generate")
 
 
 def ask_again(page, prompt):
     """Ask for the same with other words."""
     page.fill("#prompt textarea", prompt)
-    page.click("#paint")
+    page.click("#generate")
 
 
 def step_goes_on(page):
@@ -103,7 +103,7 @@ def step_goes_on(page):
 
 
 def line_says(page, text):
-    page.wait_for_function("text => document.querySelector('#line').textContent.includes(text)", arg=text)
+    page.wait_for_function("text => document.querySelector('#queue-note').textContent.includes(text)", arg=text)
 
 
 def idle(page):
@@ -143,7 +143,7 @@ def test_a_reload_goes_on_with_the_same_job_and_its_queue(server, pages):
     assert len(states(server)) == count
     assert states(server)[-2:] == ["running", "queued"]
     page.click("#stop")  # the one that was there before the reload
-    page.wait_for_function("!document.querySelector('#line').textContent.includes('waiting')")
+    page.wait_for_function("!document.querySelector('#queue-note').textContent.includes('waiting')")
     step_goes_on(page)
     assert states(server)[-2:] == ["stopped", "running"]
     stop(page)
@@ -173,8 +173,8 @@ def test_two_pages_see_one_queue(server, pages):
     line_says(one, "1 waiting")
     one.bring_to_front()
     one.click("#drop")
-    one.wait_for_function("!document.querySelector('#line').textContent.includes('waiting')")
-    other.wait_for_function("!document.querySelector('#line').textContent.includes('waiting')")
+    one.wait_for_function("!document.querySelector('#queue-note').textContent.includes('waiting')")
+    other.wait_for_function("!document.querySelector('#queue-note').textContent.includes('waiting')")
     stop(other)
     note_says(one, "Stopped")
     idle(one)
@@ -213,7 +213,7 @@ def test_the_buttons_act_on_what_the_stage_shows(server, pages):
     page.wait_for_timeout(2500)  # as long as changes are repeated
 
     page.fill("#prompt textarea", "")
-    page.click("#paint")
+    page.click("#generate")
     problem_says(page, "")
     page.locator("#problem [role=alert]").wait_for()
     assert page.locator("#stage img").is_visible()
@@ -247,7 +247,7 @@ def test_a_grid_survives_a_reload_and_can_be_read(server, pages, width):
     page.fill("#prompt textarea", "a fox")
     page.fill("#grid-x-values textarea, #grid-x-values input", "30, 31, 32")
     page.fill("#grid-y-values textarea, #grid-y-values input", "1, 4")
-    page.click("#paint")
+    page.click("#generate")
     page.locator(".grid-view img").first.wait_for()
     page.reload()
     page.locator(".grid-view img").nth(5).wait_for()

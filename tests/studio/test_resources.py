@@ -28,10 +28,10 @@ from apps.service.logs import PromptFilter
 from apps.service.requests import TextToImageRequest
 from apps.service.temporary import private_folder, remove_stale
 from apps.service.uploads import UploadError, UploadStore, read_upload
-from apps.studio.choosing import Choosing
-from apps.studio.painting import Painting
+from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.problems import explain, explain_failure
 from apps.studio.sessions import Sessions
+from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.strings import Strings
 from pipelines import words
 from tests.studio.fakes import FakePipeline
@@ -311,15 +311,15 @@ def test_masks_of_the_page_wait_for_their_turn_and_are_their_users(tmp_path, mon
         said, sessions = Strings("en"), Sessions(TokenTable(served.users))
         held, recorded = [], []
         monkeypatch.setattr(
-            "apps.studio.painting.read_mask",
+            "apps.studio.generation_handlers.read_mask",
             lambda text: held.append(served.engine.uploads.decoding.locked()) or Image.new("L", (32, 32), 255),
         )
         monkeypatch.setattr(served.engine._store, "use_upload", lambda name, owner, size: recorded.append(owner))
-        painting = Painting(served.engine, said, sessions)
-        choosing = Choosing(served.engine, said, sessions, painting)
+        generation = GenerationHandlers(served.engine, said, sessions)
+        handlers = SettingsHandlers(served.engine, said, sessions, generation)
         with pytest.raises(KeyError):  # of the model, which isn't among these values
-            painting._requests({"mode": "inpaint", "mask": "x"}, "bob")
-        choosing.take_source(str(png(tmp_path)), "ann")
+            generation._requests({"mode": "inpaint", "mask": "x"}, "bob")
+        handlers.take_source(str(png(tmp_path)), "ann")
     assert held == [True]
     assert recorded == ["bob", "ann"]
 

@@ -191,7 +191,7 @@ def newest(out, before):
 def paint_one(page, out, prompt="a ghost"):
     before = set(out.glob("*.png"))
     page.fill("#prompt textarea", prompt)
-    page.click("#paint")
+    page.click("#generate")
     deadline = time.monotonic() + 60
     while not set(out.glob("*.png")) - before:
         assert time.monotonic() < deadline
@@ -202,7 +202,7 @@ def paint_one(page, out, prompt="a ghost"):
 
 def tab(page, name):
     page.get_by_role("tab", name=name, exact=True).first.click()
-    page.wait_for_function("tab => document.querySelector('#desk').dataset.tab === tab", arg=name.lower())
+    page.wait_for_function("tab => document.querySelector('#workspace').dataset.tab === tab", arg=name.lower())
 
 
 @pytest.mark.browser
@@ -299,7 +299,7 @@ def test_settings_of_a_picture_paint_it_again(server, page):
     page.set_input_files("#settings input[type=file]", first)
     page.wait_for_function("document.querySelector('#steps input[type=number]').value === '7'")
     before = set(out.glob("*.png"))
-    page.click("#paint")
+    page.click("#generate")
     note_says(page, "Done")
     again = newest(out, before)
     assert read_picture(again) == read_picture(first)
@@ -314,9 +314,9 @@ def test_inpaint_with_the_brush(server, page):
     page.click("#inpaint-it")
     canvas = page.locator("#source canvas")
     canvas.wait_for()
-    page.wait_for_function("document.querySelector('#desk').dataset.tab === 'inpaint'")
+    page.wait_for_function("document.querySelector('#workspace').dataset.tab === 'inpaint'")
     page.fill("#prompt textarea", "a fox")
-    page.click("#paint")
+    page.click("#generate")
     problem_says(page, "Nothing is marked")
     assert page.locator("#stage img").is_visible()  # what is shown stays
     canvas.scroll_into_view_if_needed()
@@ -359,7 +359,7 @@ def test_chinese_gallery_and_a_hostile_upload(server, page, tmp_path):
     page.click(".language")
     page.wait_for_url(f"{address}/zh/")
     page.locator(".chip:visible").first.wait_for()
-    assert page.inner_text("#paint") == STRINGS["paint"]
+    assert page.inner_text("#generate") == STRINGS["generate"]
     page.get_by_role("tab", name=STRINGS["tab.gallery"], exact=True).first.click()
     page.locator("#gallery img").first.click()
     seed = str(read_picture(painted).seed)
@@ -382,12 +382,12 @@ def test_the_first_visit_is_in_the_browsers_language(server, browser):
         page.set_default_timeout(60_000)
         page.goto(address)
         page.wait_for_url(f"{address}{place}")
-        page.locator("#paint").wait_for()
-        assert page.inner_text("#paint") == (STRINGS["paint"] if place == "/zh/" else "Generate")
+        page.locator("#generate").wait_for()
+        assert page.inner_text("#generate") == (STRINGS["generate"] if place == "/zh/" else "Generate")
         if locale == "zh-CN":  # what is chosen goes before what the browser asks for, from then on
             page.click(".language")
             page.wait_for_url(f"{address}/")
             page.goto(f"{address}/?x=1")
-            page.locator("#paint").wait_for()
-            assert page.inner_text("#paint") == "Generate"
+            page.locator("#generate").wait_for()
+            assert page.inner_text("#generate") == "Generate"
         context.close()

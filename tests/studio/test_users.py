@@ -13,12 +13,12 @@ from apps.api.tokens import TokenTable, add_user
 from apps.commands.serve import _start, check_port
 from apps.service.engine import Engine
 from apps.studio.app import build_page, mount
+from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.page_values import PageError
-from apps.studio.painting import Painting
 from apps.studio.sessions import Sessions
 from tests.studio.fakes import FakePipeline
 from tests.studio.serving import client_of, serving_page
-from tests.studio.test_page import ENGLISH, PAGE, paint, pictures
+from tests.studio.test_page import ENGLISH, PAGE, generate, pictures
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("users")
     (folder / "out").mkdir()
     tokens = {name: add_user(folder / "users.json", name, role) for name, role in
-              (("ann", "paint"), ("bob", "paint"), ("eve", "watch"), ("root", "admin"))}  # fmt: skip
+              (("ann", "generate"), ("bob", "generate"), ("eve", "view"), ("root", "admin"))}  # fmt: skip
     table = TokenTable(folder / "users.json")
     pipe = FakePipeline()
     engine = Engine({"fake": "x", "other": "y"}, folder / "out", device="cpu", load=lambda source: pipe)
@@ -53,36 +53,36 @@ def told_by(changes, elem_id):
 
 def test_users_paint_and_see_their_own(served):
     sessions = Sessions(served.table)
-    painting = Painting(served.engine, ENGLISH, sessions)
-    studio = SimpleNamespace(painting=painting, sessions=sessions)
-    mine = pictures(paint(studio, tab("ann")))[0]
+    generation = GenerationHandlers(served.engine, ENGLISH, sessions)
+    studio = SimpleNamespace(generation=generation, sessions=sessions)
+    mine = pictures(generate(studio, tab("ann")))[0]
     assert [job.owner for job in served.engine.jobs("ann")] == ["ann"]
-    assert served.engine.history(sessions.watcher(tab("bob"))) == []
+    assert served.engine.history(sessions.viewer(tab("bob"))) == []
     for name in ("ann", "root"):
-        assert served.engine.history(sessions.watcher(tab(name)))[0].name == mine.path.name
-    assert served.engine.history(sessions.watcher(tab("a stranger"))) == []
+        assert served.engine.history(sessions.viewer(tab(name)))[0].name == mine.path.name
+    assert served.engine.history(sessions.viewer(tab("a stranger"))) == []
     for name in ("eve", "a stranger"):
-        refused = painting.paint(PAGE, tab(name))
+        refused = generation.generate(PAGE, tab(name))
         assert set(refused) == {"problem"}
         assert ENGLISH("no_rights") in refused["problem"]
 
 
 def test_a_queue_is_changed_by_its_owner_only(served):
     """Whatever session a browser says it is: the user of the request counts, and a watcher changes nothing."""
-    painting = Painting(served.engine, ENGLISH, Sessions(served.table))
+    generation = GenerationHandlers(served.engine, ENGLISH, Sessions(served.table))
     served.pipe.step_seconds = 0.02
-    painting.paint({**PAGE, "steps": 150}, tab("bob"))
+    generation.generate({**PAGE, "steps": 150}, tab("bob"))
     for seed in (50, 60):
-        painting.paint({**PAGE, "seed": seed}, tab("bob"))
+        generation.generate({**PAGE, "seed": seed}, tab("bob"))
     running, *waiting = [job.id for job in served.engine.unfinished("bob")]
     assert served.pipe.in_step.wait(10)
     ways = [
-        lambda who: painting.stop(who, running),
-        lambda who: painting.skip(who, running),
-        lambda who: painting.finish(who, running),
-        lambda who: painting.move(who, waiting[1], -1),
-        lambda who: painting.drop(who, waiting[0]),
-        painting.clear,
+        lambda who: generation.stop(who, running),
+        lambda who: generation.skip(who, running),
+        lambda who: generation.finish(who, running),
+        lambda who: generation.move(who, waiting[1], -1),
+        lambda who: generation.drop(who, waiting[0]),
+        generation.clear,
     ]
     pretender = SimpleNamespace(session_hash="bob", username="ann")
     for way in ways:
@@ -91,11 +91,11 @@ def test_a_queue_is_changed_by_its_owner_only(served):
                 way(tab(name))
         way(pretender)
     assert [job.id for job in served.engine.unfinished("bob")] == [running, *waiting]
-    assert painting.move(tab("bob"), waiting[1], -1)["waiting"]["value"] == waiting[1]
+    assert generation.move(tab("bob"), waiting[1], -1)["waiting"]["value"] == waiting[1]
     assert served.engine.waiting("bob") == [waiting[1], waiting[0]]
-    painting.drop(tab("bob"), waiting[0])
-    painting.clear(tab("bob"))
-    painting.stop(SimpleNamespace(session_hash="another device", username="bob"), running)
+    generation.drop(tab("bob"), waiting[0])
+    generation.clear(tab("bob"))
+    generation.stop(SimpleNamespace(session_hash="another device", username="bob"), running)
     assert served.engine.stream(running).wait_closed(10)
     assert [served.engine.job(job).state for job in (running, *waiting)] == ["stopped"] * 3
     served.pipe.step_seconds = 0.0

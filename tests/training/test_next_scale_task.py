@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from apps.commands import evaluate
-from apps.service.model_pool import default_side
 from apps.training.codebook_usage import CodebookUsage
 from apps.training.loop import Trainer, train
 from apps.training.task import load_config
 from dit.tokenizers import MultiScaleBSQ, MultiScaleVQ, ViTAutoencoder
 from dit.tokenizers.losses import bit_entropy, code_entropy, residual_loss, straight_through
 from pipelines import load_pipeline
+from pipelines.inspection import info_of
 from sampling.objectives import next_scale_loss
 from tests.training.helpers import assert_resumes_exactly
 
@@ -222,7 +222,7 @@ def test_the_generator_is_exported_as_a_pipeline(configured, tmp_path, vae):
     assert pictures.shape == (1, 3, 32, 32)
     assert evaluate.call_settings(pipe, None, None) == (None, 3.0), "previews and evaluations draw as was configured"
     assert evaluate.call_settings(pipe, None, 1.5) == (None, 1.5)
-    assert evaluate.picture_side(pipe) == default_side(pipe) == default_side(pipe, "width") == 32
+    assert evaluate.picture_side(pipe) == info_of(pipe).height == info_of(pipe).width == 32
     with pytest.raises(ValueError, match="takes no --steps"):
         evaluate.call_settings(pipe, 28, None)
     assert len((folder / "export/vocabulary.txt").read_text().splitlines()) == 128

@@ -5,7 +5,7 @@ import pytest
 from apps.training.config import ConfigError
 from apps.training.task import load_config, task_class
 from apps.training.tasks import OLD_NAMES
-from pipelines.builtin import PRETRAINED
+from pipelines.loading.load import PRETRAINED
 
 OLD = """
 [run]

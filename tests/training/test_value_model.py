@@ -13,7 +13,7 @@ from apps.training.rollouts import RolloutPlan, generate_rollouts, hot_all_scale
 from apps.training.task import load_config
 from apps.training.tasks.value_model import similarity
 from pipelines import load_pipeline
-from pipelines.builtin import PRETRAINED
+from pipelines.loading.load import PRETRAINED
 from sampling.rewards import ClipReward
 from tests.training.helpers import assert_resumes_exactly
 

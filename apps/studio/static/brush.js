@@ -89,7 +89,7 @@
 
   document.addEventListener("pointerdown", (event) => {
     const target = event.target.closest?.("#source .brush canvas");
-    if (!target || document.querySelector("#desk")?.dataset.tab !== "inpaint") return;
+    if (!target || document.querySelector("#workspace")?.dataset.tab !== "inpaint") return;
     event.preventDefault();
     target.setPointerCapture(event.pointerId);
     remember(target);

@@ -6,8 +6,8 @@
   // Which tab is open decides what the style sheet shows.
   window.tessera = {
     go(tab) {
-      const desk = document.querySelector("#desk");
-      if (desk) desk.dataset.tab = tab;
+      const workspace = document.querySelector("#workspace");
+      if (workspace) workspace.dataset.tab = tab;
     },
   };
   window.tessera.go("text");
@@ -45,10 +45,10 @@
     said = text;
     offer();
     const shown = document.querySelector("#source-view img")?.src ?? null;
-    const isOpen = ["image", "inpaint"].includes(document.querySelector("#desk")?.dataset.tab);
+    const isOpen = ["image", "inpaint"].includes(document.querySelector("#workspace")?.dataset.tab);
     if (shown && shown !== source && isOpen) bring(document.querySelector("#source-view"), "start");
     if (isOpen || !shown) source = shown;
-  }).observe(document.querySelector("#desk") ?? root, {
+  }).observe(document.querySelector("#workspace") ?? root, {
     childList: true, subtree: true, characterData: true, attributes: true, attributeFilter: ["data-tab", "aria-label"],
   });
   name();
@@ -82,7 +82,7 @@
   });
 
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) document.querySelector("#paint").click();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) document.querySelector("#generate").click();
     if (event.key === "Escape") document.querySelector("#stop:not([disabled])")?.click();
   });
 }

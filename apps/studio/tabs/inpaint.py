@@ -1,6 +1,6 @@
 """Inpaint: a brush marks the part of an image that is generated anew, and the image may grow beyond its sides.
 
-The brush stands beside the image to start from, see `apps.studio.desk`; its tools are those of `static/brush.js`.
+The brush stands beside the image to start from, see `apps.studio.panels`; its tools are those of `static/brush.js`.
 Next-scale models draw what they generate here as the tab Scales says.
 """
 

@@ -222,7 +222,7 @@ class NextScaleTask(TextToImageTask):
         return self.config.task.model_dump(include={"guidance_scale", "temperature", "top_k", "top_p"})
 
     def _pipeline(self, transformer: Any, text_encoder: Any, vae: Any) -> Any:
-        from pipelines.next_scale_text import NextScaleTextToImagePipeline
+        from pipelines.next_scale.text_to_image import NextScaleTextToImagePipeline
 
         return NextScaleTextToImagePipeline(
             transformer=transformer,

@@ -29,7 +29,7 @@ from apps.training.rollouts import RolloutPlan, cached_rollouts, hot_all_scales,
 from apps.training.task import TaskContext
 from apps.training.text_encoder import forget_last_call
 from pipelines import NextScaleTextToImagePipeline, load_pipeline
-from pipelines.next_scale_text import DEFAULTS
+from pipelines.next_scale.text_to_image import DEFAULTS
 from sampling.rewards import ClipReward, unit_vectors
 
 MIN_SCALES = 3  # generated at least; fewer tell nothing

@@ -1,0 +1,467 @@
+"""What happens besides generating: the model's own settings, images chosen and used again, the gallery, reloads."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from apps.service import limits
+from apps.service.defaults import default_of
+from apps.service.engine import Engine
+from apps.service.lora import LoraError
+from apps.service.media import read_mp4
+from apps.service.metadata import PictureSettings, read_picture, read_sidecar, repeat
+from apps.service.model_pool import LoadedModel
+from apps.service.named_settings import load_presets, unknown_preset
+from apps.service.option_values import Lora, StepCache
+from apps.service.prompt_file import (
+    COMMAND_LINE_NAMES,
+    PromptFileError,
+    PromptLine,
+    parse_lines,
+    read_text,
+    request_field_names,
+    request_fields,
+)
+from apps.service.sheet import GridSettings, read_sheet
+from apps.service.uploads import UploadError
+from apps.studio import controls, views
+from apps.studio.album import Finished, Shown, ShownSheet
+from apps.studio.examples import EXAMPLES, example_prompts
+from apps.studio.forms import FIXED, least_side, request_to_form, settings_to_form, size_choices
+from apps.studio.generation_handlers import GenerationHandlers
+from apps.studio.panels import attention_choices, machine_choices, memory_note
+from apps.studio.problems import explain, problem
+from apps.studio.sessions import LOCAL, Sessions
+from apps.studio.stage import Changes
+from apps.studio.strings import Strings
+from apps.studio.tabs import TABS, grid
+from apps.studio.vocabulary import read_vocabulary
+
+logger = logging.getLogger(__name__)
+
+PAGE = 24
+"""Images on a page of the gallery."""
+PROMPT_FILES = (".txt", ".jsonl")
+"""Endings of files of prompts; a table would be read as prompts, line by line."""
+SHOWN_SIDE = 1_024
+"""Of an image to start from, as the page shows it, pixels; jobs use all of it."""
+SAVED = (
+    "mode", "prompt", "model", "shape", "width", "height", "seed_mode", "seed", "lora", "lora_scale", "step_cache",
+    "cache_amount", "repaint", "grow_left", "grow_top", "grow_right", "grow_bottom", "inpaint_label", "label",
+    "scale_label", "grid_x", "grid_x_values", "grid_y", "grid_y_values", "grid_z", "grid_z_values",
+    *(name for name, one in controls.CONTROLS.items() if one.option.control and not one.option.control.is_hidden),
+)  # fmt: skip
+"""What the browser remembers, by name; images are not among it."""
+RENAMED = {"negative": "negative_prompt", "count": "num_images"}
+"""Names under which browsers remember what an older page had."""
+
+
+class SettingsHandlers:
+    """The listeners besides generating.
+
+    Args:
+        engine: generates; must have an output folder.
+        words: of the page.
+        sessions: who is on the page.
+        generation: shows images.
+    """
+
+    def __init__(self, engine: Engine, words: Strings, sessions: Sessions, generation: GenerationHandlers) -> None:
+        self._engine = engine
+        self._words = words
+        self._sessions = sessions
+        self._generation = generation
+
+    # --------------------------------------------------------------------------- model
+
+    def open(self, saved: object, values: Mapping[str, Any], may_load: bool = True) -> Changes:
+        """Fit the page to its model when it opens, then put in place what the browser remembers.
+
+        Args:
+            saved: what the browser remembers.
+            values: of the page.
+            may_load: whether its user may have a model loaded.
+        """
+        remembered = self._remembered(saved)
+        key = remembered.get("model", values["model"])
+        mode = remembered.get("mode", values["mode"])
+        changes = self.load_model_controls(key, mode, may_load)
+        if not remembered:
+            return changes
+        return {**_over(changes, {"model": key, **remembered}), **self._go(mode)}
+
+    def _remembered(self, saved: object) -> dict[str, Any]:
+        """Read what the browser remembers; what doesn't fit is left out."""
+        if not isinstance(saved, dict) or saved.get("model") not in self._engine.models:
+            return {}
+        offered = ("", *self._engine.loras)
+        machine = machine_choices(self._engine.devices)
+        return {
+            name: value
+            for name, value in ((RENAMED.get(name, name), value) for name, value in saved.items())
+            if name in SAVED
+            and (name != "lora" or value in offered)
+            and (name not in machine or value in ("", *machine[name]))
+            and isinstance(value, str | int | float)
+            and len(str(value)) <= limits.MAX_PROMPT_CHARS
+        }
+
+    def load_model_controls(self, key: str, mode: str, may_load: bool = True) -> Changes:
+        """Wait until a model is loaded and fit the controls to it.
+
+        Args:
+            key: of the model.
+            mode: the open tab.
+            may_load: whether the user of the page may have it loaded, for which another may have to leave the memory.
+        """
+        if not may_load and key in self._engine.models and self._engine.loaded(key) is None:
+            raise gr.Error(self._words("no_rights"), print_exception=False)
+        try:
+            model = self._engine.model(key).result(timeout=self._engine.limits.seconds)
+        except KeyError:
+            return problem(self._words("no_model"))
+        except Exception as error:
+            logger.warning("the model %r did not load: %s", key, error)
+            return problem(self._words("model_failed", model=key))
+        names = read_vocabulary(self._engine.source(key))
+        prompts = example_prompts(names, EXAMPLES)
+        chips = {
+            f"chip_{i}": gr.update(value=prompts[i] if i < len(prompts) else "", visible=i < len(prompts))
+            for i in range(EXAMPLES)
+        }
+        labels = [f"{number}: {name}" if name else str(number) for number, name in model.labels.items()]
+        most = min(limits.MAX_SIDE, model.side * 4)
+        sides = {  # one update each: Gradio takes them apart
+            name: gr.update(value=value, maximum=most, step=model.multiple, minimum=least_side(model))
+            for name, value in (("width", model.width), ("height", model.side))
+        }
+        choices = size_choices(self._words, model.side, model.width, model.multiple, model.sizes)
+        own = (self._words("scheduler.own"), "")
+        return {
+            "shape": gr.update(choices=choices, value=choices[0][1]),
+            **sides,
+            **self._step_controls(model),
+            **({} if model.guidance is None else {"guidance": gr.update(value=model.guidance)}),
+            "frames": gr.update(value=model.frames, visible=model.frames is not None),
+            "scheduler": gr.update(choices=[own, *model.schedulers], value="", visible=bool(model.schedulers)),
+            "label": gr.update(choices=labels),
+            "scale_label": gr.update(choices=labels, visible=bool(labels)),
+            "inpaint_label": gr.update(choices=labels, visible=bool(labels) and "next_scale_class" in model.tasks),
+            "repaint": gr.update(visible="inpaint" in model.tasks),
+            "strength": gr.update(visible=_takes_strength(model)),
+            "search": gr.update(value="", visible=model.can_search),
+            "candidates": gr.update(visible=model.can_search),
+            **_sampling_controls(model),
+            "attention": gr.update(choices=attention_choices(self._words, self._engine.devices)),
+            "memory_note": views.hint(memory_note(self._words, self._engine.devices, model)),
+            "words": views.vocabulary(names, key, self._words),
+            **chips,
+            **self.check_support(key, mode),
+        }
+
+    def adapted(self, changes: Changes, key: str, may_load: bool = True) -> Changes:
+        """Fit the page to the model of settings that are put in place, if it is another one.
+
+        Args:
+            changes: what is put in place.
+            key: of the model that the page is fitted to.
+            may_load: see `load_model_controls`.
+        """
+        model = changes.get("model", key)
+        return changes if model == key else _over(self.load_model_controls(model, changes["mode"], may_load), changes)
+
+    def _step_controls(self, model: LoadedModel) -> Changes:
+        """Show the controls of denoising steps for a model that has some."""
+        seen = gr.update(visible=model.steps is not None)
+        steps = seen if model.steps is None else gr.update(visible=True, value=model.steps)
+        return {"steps": steps, "step_cache": seen, "cache_amount": seen}
+
+    def check_support(self, key: str, mode: str) -> Changes:
+        """Say whether a model can do what a tab asks for, and offer one that can."""
+        model = self._loaded(key)
+        if mode not in TABS or model is None or set(TABS[mode].tasks) & set(model.tasks):
+            return {"need": "", "switch": gr.update(visible=False)}
+        other = self._find_capable_model(mode)
+        label = "" if other is None else self._words("cant.switch", model=other)
+        return {
+            "need": views.unsupported_notice(key, mode, other, self._words),
+            "switch": gr.update(value=label, visible=other is not None),
+        }
+
+    def switch(self, mode: str, may_load: bool = True) -> Changes:
+        """Choose a model that can do what a tab asks for; see `load_model_controls`."""
+        other = self._find_capable_model(mode)
+        return {} if other is None else {"model": other, **self.load_model_controls(other, mode, may_load)}
+
+    def _find_capable_model(self, mode: str) -> str | None:
+        """Return the first model that can do what a tab asks for."""
+        tasks = set(TABS[mode].tasks) if mode in TABS else set()
+        return next((name for name in self._engine.models if tasks & set(self._engine.tasks(name))), None)
+
+    def _loaded(self, key: str) -> LoadedModel | None:
+        future = self._engine.loaded(key) if isinstance(key, str) else None  # a page may hand over anything
+        return None if future is None or not future.done() or future.exception() else future.result()
+
+    def choose_preset(self, name: str, key: str) -> Changes:
+        """Set the controls that a preset is about; none sets them as the model has them."""
+        model = self._loaded(key)
+        own = {"steps": model and model.steps, "guidance": model and model.guidance}
+        presets = load_presets()
+        if name and name not in presets:
+            return problem(explain(unknown_preset(name), self._words))
+        chosen = presets[name].values() if name else {}
+        cache: StepCache | None = chosen.get("step_cache")
+        shown = {name: value for name, value in own.items() if value is not None} | {"scheduler": ""}
+        return {
+            **shown,
+            **controls.to_values(chosen),
+            "step_cache": cache.preset if cache else "",
+            "cache_amount": (cache.amount or 0) if cache else 0,
+        }
+
+    # ------------------------------------------------------------------------ images
+
+    def choose(self, visit: Sequence[Finished], event: gr.SelectData) -> Changes:
+        """Show the image of the strip that was clicked."""
+        index = event.index if isinstance(event.index, int) else -1
+        return self._generation.show(visit[index]) if 0 <= index < len(visit) else {}
+
+    def reuse_seed(self, chosen: Finished | None) -> Changes:
+        """Fix the seed to that of the image or grid on the stage."""
+        if isinstance(chosen, ShownSheet):
+            return {"seed_mode": FIXED, "seed": chosen.record.settings.request.seed}
+        return {} if chosen is None else {"seed_mode": FIXED, "seed": chosen.settings.seed}
+
+    def reuse_settings(self, chosen: Finished | None) -> Changes:
+        """Set every control as for the image or grid on the stage."""
+        if isinstance(chosen, ShownSheet):
+            return self._apply_grid(chosen.record.settings)
+        return {} if chosen is None else self._apply_settings(chosen.settings)
+
+    def load_settings(self, file: str | None) -> Changes:
+        """Set every control as for an image, or the sheet of a grid, that was handed in."""
+        if not file:
+            return {}
+        path = Path(file)
+        try:
+            settings = read_sheet(path) or _read(path)
+            if isinstance(settings, PictureSettings):
+                repeat(settings)
+        except (ValueError, OSError) as error:
+            return problem(explain(error, self._words))
+        gr.Info(self._words("load_settings.done", name=path.name[:60]))
+        if isinstance(settings, GridSettings):
+            return self._apply_grid(settings)
+        return self._apply_settings(settings)
+
+    def _apply_settings(self, settings: PictureSettings) -> Changes:
+        """Set every control for the settings of an image, its source and mask too."""
+        refused = self._lora_refused(settings.lora)
+        if refused is not None:
+            return refused
+        changes = self._as_here(settings_to_form(settings), settings.model)
+        mode = changes.pop("mode")
+        mask = changes.pop("mask", None)
+        if settings.image is not None:
+            try:
+                changes |= self._source(settings.image, mask)
+            except UploadError as error:
+                return problem(explain(error, self._words))
+        return {**changes, **self._go(mode)}
+
+    def _apply_grid(self, settings: GridSettings) -> Changes:
+        """Set every control for the settings of a grid."""
+        request = settings.request
+        refused = self._lora_refused(request.lora)
+        if refused is not None:
+            return refused
+        shown = request_to_form(request) | grid.show_axes(settings.axes)
+        return self._as_here(shown, request.model) | self._go("grid")
+
+    def _lora_refused(self, lora: Lora | None) -> Changes | None:
+        """Say that a LoRA file can't be had here, without which nothing is right; None if it can."""
+        if lora is not None:
+            try:
+                self._engine.check_lora(lora)
+            except LoraError as error:
+                return problem(explain(error, self._words))
+        return None
+
+    def _as_here(self, changes: Changes, model: str | None) -> Changes:
+        """Leave out of the values of controls what can't be had here."""
+        for name, found in machine_choices(self._engine.devices).items():
+            if changes.get(name) and changes[name] not in found:
+                gr.Warning(self._words(f"{name}.missing", name=changes[name]))
+                changes[name] = ""
+        if model is not None and model not in self._engine.models:
+            gr.Warning(self._words("model.missing", name=escape(model[:60])))  # it comes from a file
+        return {**changes, "model": model} if model in self._engine.models else changes
+
+    def _go(self, mode: str) -> Changes:
+        return {"mode": mode, "tabs": gr.update(selected=mode)}
+
+    # -------------------------------------------------------------------------- source
+
+    def take_source(self, file: str | None, owner: str = LOCAL) -> Changes:
+        """Start from an image that was handed in."""
+        if not file:
+            return {}
+        try:
+            name, _ = self._engine.uploads.receive(Path(file), owner)
+        except UploadError as error:
+            return problem(explain(error, self._words))
+        return self._source(name)
+
+    def send(self, chosen: Finished | None, mode: str, owner: str = LOCAL) -> Changes:
+        """Start from the image on the stage, in one of the tabs that start from an image."""
+        if not isinstance(chosen, Shown):
+            return {}
+        name, _ = self._engine.uploads.receive(chosen.path, owner)
+        return {**self._source(name), **self._go(mode)}
+
+    def _source(self, name: str, mask: str | None = None) -> Changes:
+        image = self._engine.uploads.get(name)
+        size = image.size
+        image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        drawn = "" if mask is None else views.preview_uri(self._engine.uploads.get(mask))
+        return {
+            "source": name,
+            "source_view": views.source(self._words, views.preview_uri(image), size, drawn),
+            "mask": drawn,
+        }
+
+    def refuse_file(self, told: str) -> Changes:
+        """Say that a file is too large; the browser found that and kept the file, see `static/files.js`.
+
+        Args:
+            told: JSON with the name of the file and its bytes, from the browser.
+        """
+        try:
+            found = json.loads(told)
+            file, size = str(found["file"]), int(found["value"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return {}
+        error = UploadError(
+            "file.size",
+            f"{file} has {size} bytes, and at most {limits.MAX_UPLOAD_BYTES} are accepted: choose a smaller file.",
+            file=file,
+            value=size,
+            most=limits.MAX_UPLOAD_BYTES,
+        )
+        return problem(explain(error, self._words))
+
+    # ------------------------------------------------------------------------- prompts
+
+    def take_prompts(self, file: str | None) -> Changes:
+        """Read prompts from a file, as many as a user's part of the queue holds; see `apps.service.prompt_file`."""
+        if not file:
+            return {}
+        path = Path(file)
+        try:
+            lines = self._read_prompts(path)
+        except PromptFileError as error:
+            return {**self.drop_prompts(), **problem(explain(error, self._words))}
+        note = self._words("from_file.count", count=len(lines), name=path.name[:40])
+        return {"many": lines, "many_note": views.note(note), "many_drop": gr.update(visible=True)}
+
+    def _read_prompts(self, path: Path) -> list[PromptLine]:
+        """Read a file of prompts and check each line by itself.
+
+        Raises:
+            PromptFileError: the file is of another kind, a line is not understood or out of range, or there are too
+                many.
+        """
+        if path.suffix.lower() not in PROMPT_FILES:
+            kinds = ", ".join(PROMPT_FILES)
+            raise PromptFileError(
+                "file.kind", f"{path.name} is not one of {kinds}; choose such a file.", file=path.name, choices=kinds
+            )
+        with path.open("rb") as file:
+            data = file.read(limits.MAX_UPLOAD_BYTES)
+        known = request_field_names() | COMMAND_LINE_NAMES
+        lines = parse_lines(read_text(data, path.name), path.name, known, self._engine.limits.queue_per_user)
+        for line in lines:
+            request_fields(line)
+        return lines
+
+    def drop_prompts(self) -> Changes:
+        """Forget the prompts of a file."""
+        return {"many": [], "many_note": "", "many_drop": gr.update(visible=False)}
+
+    # ------------------------------------------------------------------------- gallery
+
+    def turn_page(self, page: int, by: int, request: gr.Request) -> Changes:
+        """Turn the pages of the gallery."""
+        first = max(int(page) + by, 0) * PAGE
+        found = self._engine.history(self._sessions.viewer(request), PAGE + 1, first)
+        shown = self._generation.album.gallery_items(found[:PAGE])
+        items = [self._generation.thumbnail(one, self._caption(one)) for one in shown]
+        count = sum(isinstance(one, Shown) for one in shown)  # sheets show images of the page once more
+        note = self._words("gallery.page", first=first + 1, last=first + count) if shown else ""
+        return {
+            "page": first // PAGE,
+            "gallery_items": shown,
+            "gallery": gr.update(value=items, visible=bool(items)),
+            "gallery_note": views.note(note or self._words("gallery.empty")),
+            "newer": gr.update(interactive=first > 0),
+            "older": gr.update(interactive=len(found) > PAGE),
+        }
+
+    def _caption(self, shown: Finished) -> str:
+        if isinstance(shown, ShownSheet):
+            prompt = getattr(shown.record.settings.request, "prompt", "")
+            return f"{self._words('tab.grid')}: {prompt}"
+        return shown.settings.prompt or str(shown.settings.label)
+
+    def look(self, gallery_items: Sequence[Finished], event: gr.SelectData) -> Changes:
+        """Show the image of the gallery that was clicked."""
+        index = event.index if isinstance(event.index, int) else -1
+        if not 0 <= index < len(gallery_items):
+            return {}
+        return {**self._generation.show(gallery_items[index]), **self._go("text")}
+
+
+def _over(changes: Changes, values: Mapping[str, Any]) -> Changes:
+    """Put values of controls over changes that may be updates of the same controls."""
+    merged = dict(changes)
+    for name, value in values.items():
+        before = merged.get(name)
+        if isinstance(before, dict) and before.get("__type__") == "update":
+            told = value if isinstance(value, dict) else {"value": value}
+            merged[name] = {**before, **told}  # a copy: parts may share an update
+        else:
+            merged[name] = value
+    return merged
+
+
+def _sampling_controls(model: LoadedModel) -> Changes:
+    """Show the controls of how a next-scale model samples that its call has, with its defaults."""
+    changes: Changes = {}
+    for name, one in controls.CONTROLS.items():
+        option = one.option
+        if option.control is None or option.control.place != "scales" or not option.argument:
+            continue
+        changes[name] = gr.update(visible=option.argument in model.defaults)
+        default = default_of(name, model)
+        if one.type in (int, float) and not option.needs and isinstance(default, int | float):
+            changes[name] = gr.update(visible=True, value=default)
+    return changes
+
+
+def _takes_strength(model: LoadedModel) -> bool:
+    return "image_to_image" in model.tasks and "strength" in model.accepts("image_to_image")
+
+
+def _read(path: Path) -> PictureSettings:
+    """Read the settings of an image, a clip or the JSON file beside one."""
+    kind = path.suffix.lower()
+    if kind == ".json":
+        return read_sidecar(path)
+    return read_mp4(path) if kind == ".mp4" else read_picture(path)

@@ -1,0 +1,116 @@
+"""Parts that change how networks are computed: the attention backend, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from dit.attention import attention_backend_table
+from dit.runtime import bridge
+from dit.runtime.state import unwrap
+from pipelines.acceleration.parts import AttentionPart, CompilePart
+from pipelines.acceleration.report import PartReport, Reason
+from pipelines.acceleration.switch import Switch, Undo, is_next_scale
+
+NETWORKS = ("transformer", "transformer_2", "unet")
+"""Components whose attention a backend is chosen for; text encoders and decoders keep their own."""
+
+
+class AttentionSwitch(Switch[AttentionPart]):
+    """Have the attention layers of the denoising networks use a backend."""
+
+    name: ClassVar[str] = "attention"
+    layers: int = 0
+    before: frozenset[str] = frozenset()
+
+    def apply(self, undo: Undo) -> None:
+        """See `Switch.apply`."""
+        found = [getattr(self.pipe, name, None) for name in NETWORKS]
+        networks = [unwrap(network) for network in found if isinstance(network, nn.Module)]
+        if not networks:
+            raise self.refuse("no_network", reason=f"none of {', '.join(NETWORKS)}")
+        reason, accepted = self._why_not(networks[0])
+        if reason:
+            raise self.refuse("backend", backend=self.part.backend, reason=reason, accepted=accepted)
+        self.before = frozenset(bridge.chosen_attention_backends(networks))
+        self.layers = undo.enter_context(bridge.attending_through(networks, self.part.backend))
+        if not self.layers:
+            raise self.refuse("no_choice")
+
+    def _why_not(self, network: nn.Module) -> tuple[str, list[str]]:
+        """Why the backend can't run where the pipeline computes, empty if it can; and the names of all backends."""
+        table = attention_backend_table()
+        backend = table.get(self.part.backend)
+        names = [name for name, one in table.items() if not one.fetches]
+        if backend is None:
+            return "there is none of this name", names
+        device = getattr(self.pipe, "_execution_device", None) or next(network.parameters()).device
+        dtype = next((one.dtype for one in network.parameters() if one.is_floating_point()), torch.float32)
+        return backend.can_run(device, dtype, call=not backend.compiles), names
+
+    def report(self) -> PartReport:
+        """See `Switch.report`."""
+        values = {"backend": self.part.backend, "layers": self.layers}
+        if self.before == {self.part.backend}:
+            return self.make_report(values, False, Reason("why.same_backend"))
+        return self.make_report(values, True)
+
+
+class CompileSwitch(Switch[CompilePart]):
+    """Compile the denoising networks, with everything that is attached to them."""
+
+    name: ClassVar[str] = "compile"
+
+    def apply(self, undo: Undo) -> None:
+        """See `Switch.apply`."""
+        self.modules, self.calls = 0, 0
+        options = self.part.model_dump(exclude={"scope"}, exclude_none=True)
+        for network in self.networks().values():
+            for module in self._scope(unwrap(network)):
+                undo.enter_context(self._compiled(module, options))
+                self.modules += 1
+
+    def _scope(self, network: nn.Module) -> list[nn.Module]:
+        """What is compiled of a network."""
+        if self.part.scope == "network":
+            if is_next_scale(self.pipe):
+                raise self.refuse("no_whole_network")
+            return [network]
+        names = getattr(network, "_repeated_blocks", None) or ()
+        blocks = [part for part in network.modules() if type(part).__name__ in names]
+        if not blocks:
+            raise self.refuse("no_blocks", network=type(network).__name__)
+        return blocks
+
+    @contextmanager
+    def _compiled(self, module: nn.Module, options: dict[str, Any]) -> Any:
+        """Have a module run compiled for a time."""
+        own = vars(module)
+        before = own.get("_compiled_call_impl")
+        module.compile(**options)
+        own["_compiled_call_impl"] = self._counting(own["_compiled_call_impl"])
+        try:
+            yield
+        finally:
+            del own["_compiled_call_impl"]
+            if before is not None:
+                own["_compiled_call_impl"] = before
+
+    def _counting(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Count calls outside of the compiled code."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return compiled(*args, **kwargs)
+
+        return call
+
+    def report(self) -> PartReport:
+        """See `Switch.report`."""
+        values = {"modules": self.modules, "calls": self.calls, "scope": self.part.scope}
+        reasons = () if self.calls else (Reason("why.not_called"),)
+        return self.make_report(values, self.calls > 0, *reasons)

@@ -1,0 +1,273 @@
+"""What a pipeline of diffusers is and can do, found out from its call, its components and their configurations.
+
+diffusers' pipelines declare nothing about themselves, so everything here is read off names that they have in common.
+It is the only place that does so: whoever needs to know something of a pipeline asks `pipelines.inspection.info_of`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+
+from pipelines.info import FALLBACK_FPS, FALLBACK_FRAMES, FALLBACK_SIDE, Callback, Guidance, PipelineInfo, class_table
+from pipelines.info import tiles as can_tile
+from pipelines.previews import can_preview, is_flow
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "prompt": ("prompt",),
+    "negative_prompt": ("negative_prompt",),
+    "label": ("class_labels",),
+    "height": ("height",),
+    "width": ("width",),
+    "steps": ("num_inference_steps",),
+    "frames": ("num_frames", "video_length"),
+    "image": ("image",),
+    "mask": ("mask_image",),
+    "strength": ("strength",),
+    "batch_size": ("num_images_per_prompt",),
+    "seed": ("generator",),
+}
+"""Field of a request -> what calls of diffusers name it; guidance is settled by `find_guidance`."""
+
+FIRST_FRAME = {"LTXPipeline": "LTXImageToVideoPipeline"}
+"""Pipelines of clips from text, and those over the same weights that take a first frame; `AutoPipeline` knows none."""
+
+FALLBACK_MULTIPLE = 8
+"""Pixels a latent cell of a pipeline that doesn't say."""
+
+
+def diffusers_info(pipe: Any) -> PipelineInfo:
+    """Find out what a pipeline is and can do.
+
+    Args:
+        pipe: a pipeline of diffusers, or any object with a call like theirs.
+    """
+    defaults = call_defaults(type(pipe))
+    parameters = call_parameters(type(pipe))
+    arguments = {
+        name: next(one for one in names if one in parameters)
+        for name, names in ARGUMENTS.items()
+        if not parameters.isdisjoint(names)
+    }
+    guidance_argument, kind = find_guidance(pipe, parameters, defaults)
+    if guidance_argument is not None:
+        arguments["guidance"] = guidance_argument
+    guidance, steps = defaults.get(guidance_argument or ""), defaults.get("num_inference_steps")
+    height, width = (default_side(pipe, name, defaults) for name in ("height", "width"))
+    is_sized = "class_labels" in parameters and {"height", "width"}.isdisjoint(parameters)
+    ids = class_ids(pipe) if "class_labels" in parameters else {}
+    frames = arguments.get("frames")
+    return PipelineInfo(
+        tasks=call_tasks(type(pipe)),
+        arguments=arguments,
+        parameters=parameters,
+        defaults=defaults,
+        fixed=fixed_arguments(pipe, parameters),
+        height=height,
+        width=width,
+        multiple=side_multiple(pipe),
+        sizes=((width, height),) if is_sized else (),
+        steps=steps if isinstance(steps, int) else None,
+        guidance=float(guidance) if isinstance(guidance, int | float) else None,
+        guidance_kind=kind,
+        frames=None if frames is None else default_frames(pipe, defaults.get(frames)),
+        fps=float(defaults.get("frame_rate") or FALLBACK_FPS),
+        output="images" if frames is None else "frames",
+        labels=class_table(count_classes(pipe), ids) if "class_labels" in parameters else {},
+        label_ids=ids,
+        callback=find_callback(pipe, parameters),
+        callback_tensors=tuple(getattr(pipe, "_callback_tensor_inputs", ("latents",))),
+        can_interrupt=_has_switch(pipe, "interrupt") and type(pipe).interrupt.fset is not None,
+        finish="switch" if _has_switch(pipe, "finish_now") else "latents" if ends_when_told(pipe) else "none",
+        preview="own" if callable(getattr(pipe, "preview", None)) else "latents" if can_preview(pipe) else "none",
+        has_scheduler=getattr(pipe, "scheduler", None) is not None,
+        can_tile=can_tile(getattr(pipe, "vae", None)),
+        can_load_lora=callable(getattr(pipe, "load_lora_weights", None)),
+        knows_words=callable(getattr(pipe, "unknown_words", None)),
+    )
+
+
+# --------------------------------------------------------------------------- the call
+
+
+def call_parameters(pipeline: type) -> frozenset[str]:
+    """Return the argument names of the call of a pipeline class."""
+    return frozenset(inspect.signature(pipeline.__call__).parameters) - {"self"}
+
+
+def call_defaults(pipeline: type) -> dict[str, Any]:
+    """Return the defaults of the call of a pipeline class by argument; required arguments have none."""
+    parameters = inspect.signature(pipeline.__call__).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+
+
+def call_tasks(pipeline: type) -> tuple[str, ...]:
+    """Return what a pipeline class can be asked for by the arguments of its call, the main task first."""
+    accepts = call_parameters(pipeline)
+    if "class_labels" in accepts:
+        return ("class_to_image",)
+    if "prompt" not in accepts:
+        return ()
+    if "image" in accepts and not accepts.isdisjoint(ARGUMENTS["frames"]) and "strength" not in accepts:
+        return ("image_to_image",)  # clips that begin with an image
+    others = {"image_to_image": {"image", "strength"}, "inpaint": {"image", "mask_image"}}
+    return ("text_to_image", *(task for task, needs in others.items() if needs <= accepts))
+
+
+def find_guidance(pipe: Any, parameters: frozenset[str], defaults: Mapping[str, Any]) -> tuple[str | None, Guidance]:
+    """Return what the call names its guidance scale, and what that does.
+
+    A pipeline with both names has its distilled guidance in `guidance_scale`, unless that is off by default.
+    """
+    if defaults.get("guidance_scale") is None and "true_cfg_scale" in parameters:
+        return "true_cfg_scale", "true_cfg"
+    if "guidance_scale" not in parameters:
+        return None, "none"
+    is_distilled = "true_cfg_scale" in parameters or getattr(network_config(pipe), "guidance_embeds", False) is True
+    return "guidance_scale", "distilled" if is_distilled else "classifier_free"
+
+
+def fixed_arguments(pipe: Any, parameters: frozenset[str]) -> dict[str, Any]:
+    """Return arguments without which a pipeline would do something else than it is asked for."""
+    fixed: dict[str, Any] = {}
+    if "use_resolution_binning" in parameters:  # would generate another size than asked for and scale the image
+        fixed["use_resolution_binning"] = False
+    length = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "max_text_seq_length", None)
+    if length is not None and "max_sequence_length" in parameters:  # the network takes this length and no other
+        fixed["max_sequence_length"] = length
+    if "clean_caption" in parameters and not all(map(importlib.util.find_spec, ("bs4", "ftfy"))):
+        fixed["clean_caption"] = False  # else diffusers warns at every image that it can't be done
+    return fixed
+
+
+def find_callback(pipe: Any, parameters: frozenset[str]) -> Callback:
+    """Return how a running call of a pipeline reports its steps."""
+    if "callback_on_step_end" in parameters:
+        return "step_end"
+    if "callback" in parameters:
+        return "legacy"
+    return "scheduler" if hasattr(getattr(pipe, "scheduler", None), "step") else "none"
+
+
+def ends_when_told(pipe: Any) -> bool:
+    """Whether a pipeline, once interrupted, decodes the latents that the callback gave back."""
+    can_be_told = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"} <= call_parameters(type(pipe))
+    return can_be_told and _has_switch(pipe, "interrupt") and hasattr(pipe, "scheduler") and is_flow(pipe)
+
+
+def _has_switch(pipe: Any, name: str) -> bool:
+    return isinstance(getattr(type(pipe), name, None), property)
+
+
+# ------------------------------------------------------------------- sizes and classes
+
+
+def default_side(pipe: Any, name: str, defaults: Mapping[str, Any]) -> int:
+    """Return the height or width in pixels that a pipeline was made for.
+
+    That is the default of its call, else its sample size in latents times its scale.
+
+    Args:
+        pipe: a pipeline.
+        name: "height" or "width".
+        defaults: of its call.
+    """
+    pixels = (defaults.get(name), getattr(pipe, f"default_{name}", None))
+    config = network_config(pipe)
+    cells = (
+        getattr(pipe, "default_sample_size", None),
+        getattr(config, f"sample_{name}", None),
+        getattr(config, "sample_size", None),
+    )
+    scale = latent_scale(pipe) or 0
+    sides = [*pixels, *(value * scale for value in cells if isinstance(value, int))]
+    return next((side for side in sides if isinstance(side, int) and side > 0), FALLBACK_SIDE)
+
+
+def latent_scale(pipe: Any) -> int | None:
+    """Return how many pixels a latent cell covers along a side; None for a pipeline that doesn't say."""
+    names = (
+        "vae_scale_factor",
+        "vae_scale_factor_spatial",
+        "vae_spatial_compression_ratio",
+        "vae_spatial_scale_factor",
+    )
+    found = next((int(scale) for name in names if (scale := getattr(pipe, name, None))), None)
+    levels = getattr(getattr(getattr(pipe, "vae", None), "config", None), "block_out_channels", None)
+    return found if found is not None or not levels else 2 ** (len(levels) - 1)  # all of diffusers' halve so often
+
+
+def side_multiple(pipe: Any, packs: bool = False) -> int:
+    """Return what height and width must be multiples of: pixels per latent cell times cells per token.
+
+    Args:
+        pipe: a pipeline.
+        packs: it may pack 2 x 2 cells into a token even if it has no method that says so.
+    """
+    patch = getattr(network_config(pipe), "patch_size", None) or 1
+    across = int(patch) if isinstance(patch, int) else int(patch[-1])  # (t, h, w) of some networks of clips
+    if across == 1 and (packs or hasattr(pipe, "_pack_latents")):
+        across = 2  # pipelines that pack 2 x 2 cells into a token keep silent about it in the config
+    return math.lcm((latent_scale(pipe) or FALLBACK_MULTIPLE) * across, FALLBACK_MULTIPLE)
+
+
+def default_frames(pipe: Any, default: object) -> int:
+    """Return how many frames a pipeline was made for: the default of its call, else what its network says."""
+    if isinstance(default, int):
+        return default
+    stored = getattr(network_config(pipe), "sample_frames", None)
+    return stored if isinstance(stored, int) else FALLBACK_FRAMES
+
+
+def count_classes(pipe: Any) -> int:
+    """Return how many classes the network of a pipeline knows; 0 if it doesn't say."""
+    config = network_config(pipe)
+    count = getattr(config, "num_classes", None) or getattr(config, "num_embeds_ada_norm", None)
+    return count if isinstance(count, int) else 0
+
+
+def class_ids(pipe: Any) -> dict[str, int]:
+    """Return the numbers of the classes that a pipeline has names for, by name."""
+    return dict(getattr(pipe, "labels", None) or {}) if count_classes(pipe) else {}
+
+
+def network_config(pipe: Any) -> Any:
+    """Return the configuration of the network that denoises; None without one."""
+    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    return getattr(network, "config", None)
+
+
+# ------------------------------------------------------------------ related pipelines
+
+
+def related_pipelines(pipe: Any) -> dict[str, Any]:
+    """Make the pipelines of diffusers that change images with the same components, where it has any.
+
+    Args:
+        pipe: generates from text only.
+
+    Returns:
+        Task -> pipeline.
+    """
+    hooked = any(hasattr(part, "_hf_hook") for part in getattr(pipe, "components", {}).values())
+    if not isinstance(pipe, DiffusionPipeline) or hooked:  # what is offloaded is hooked for one pipeline only
+        return {}
+    name = type(pipe).__name__
+    if name in FIRST_FRAME:
+        return {"image_to_image": getattr(diffusers, FIRST_FRAME[name]).from_pipe(pipe)}
+    found: dict[str, Any] = {}
+    for task, maker in (("image_to_image", AutoPipelineForImage2Image), ("inpaint", AutoPipelineForInpainting)):
+        try:
+            found[task] = maker.from_pipe(pipe)
+        except ValueError:  # how diffusers says that it has none
+            logger.info("diffusers has no %s pipeline for %s", task, name)
+    return found

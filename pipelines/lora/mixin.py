@@ -1,0 +1,182 @@
+"""LoRA files of the transformer, for every pipeline of ours."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders import SanaLoraLoaderMixin
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import Tensor
+
+from dit.runtime.state import unwrap
+from pipelines.loading.sources import clear_hub_errors
+from pipelines.lora.files import (
+    PEFT_CONFIG,
+    WEIGHT_NAMES,
+    LoraFile,
+    find_lora_file,
+    fit_lora,
+    lacks_alpha,
+    read_lora_file,
+)
+
+logger = logging.getLogger(__name__)
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+class TransformerLoraMixin(SanaLoraLoaderMixin):
+    """Adds `load_lora_weights`, `save_lora_weights`, `set_adapters`, ... to a pipeline with a `transformer`.
+
+    It is diffusers' loader for pipelines whose only adapted component is `transformer` (nothing in it is specific to
+    Sana), narrowed to safetensors files and widened to the layouts that `pipelines.lora.files` lists.
+    """
+
+    transformer: Any
+
+    @classmethod
+    def lora_state_dict(
+        cls, pretrained_model_name_or_path_or_dict: str | dict[str, Tensor], **kwargs: object
+    ) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict]:
+        """Read a LoRA file as diffusers does, but from safetensors only.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: file, folder, Hub id, or the tensors themselves.
+            **kwargs: as in diffusers; in a folder, `weight_name` names the file.
+
+        Returns:
+            The tensors; with their metadata if `return_lora_metadata` is True.
+
+        Raises:
+            ValueError: `use_safetensors` is not True.
+        """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("use_safetensors=False: LoRA files are read from safetensors only; convert it.")
+        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        low_cpu_mem_usage: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Put a LoRA file on the transformer; all of it fits, or nothing is changed.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: file, folder, Hub id, or the tensors themselves; in any layout of
+                `pipelines.lora.files`.
+            adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
+            hotswap: as in diffusers.
+            low_cpu_mem_usage: as in diffusers.
+            **kwargs: as in diffusers; in a folder, `weight_name` names the file.
+
+        Raises:
+            ValueError: not safetensors, damaged, incomplete, or of another model; the message names the keys.
+            OSError: there is no such file, or the Hub doesn't give it.
+            TypeError: an unknown keyword argument.
+        """
+        _check_options(kwargs)
+        lora = _read(pretrained_model_name_or_path_or_dict, kwargs)
+        put_on(self, lora, adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def put_on(
+    pipe: Any, lora: LoraFile, adapter_name: str | None = None, hotswap: bool = False, low_cpu_mem_usage: bool = True
+) -> None:
+    """Put a LoRA on the transformer of a pipeline, of diffusers too; all of it fits, or nothing is changed.
+
+    Args:
+        pipe: with a `transformer`.
+        lora: its layers named as in that network, in any layout of `pipelines.lora.files`.
+        adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
+        hotswap: as in diffusers.
+        low_cpu_mem_usage: as in diffusers.
+
+    Raises:
+        LoraFileError: damaged, incomplete, or of another network; the message names the keys.
+    """
+    fitted = fit_lora(lora, unwrap(pipe.transformer))
+    pipe.transformer.load_lora_adapter(
+        fitted.tensors,
+        prefix=None,
+        adapter_name=adapter_name,
+        metadata=fitted.config,
+        _pipeline=pipe,
+        hotswap=hotswap,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse options that are unknown, or would read a pickle."""
+    unknown = sorted(set(options) - {*HUB_OPTIONS, "weight_name", "use_safetensors"})
+    if unknown:
+        raise TypeError(
+            f"load_lora_weights doesn't take {', '.join(unknown)}; it takes adapter_name, hotswap, low_cpu_mem_usage, "
+            f"weight_name, {', '.join(HUB_OPTIONS)}."
+        )
+    if not options.get("use_safetensors", True):
+        raise ValueError("use_safetensors=False: LoRA files are read from safetensors only; convert it.")
+
+
+def _read(source: str | os.PathLike | dict[str, Tensor], options: dict[str, Any]) -> LoraFile:
+    """Read a LoRA from wherever it is."""
+    if isinstance(source, dict):
+        return LoraFile("The given LoRA", source)
+    name, weight_name = os.fspath(source), options.get("weight_name")
+    place = Path(name).expanduser() / (options.get("subfolder") or "")
+    if place.exists():
+        file = find_lora_file(place, weight_name)
+    elif name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith(".safetensors"):
+        raise FileNotFoundError(f"There is no LoRA file or folder {name!r}; check the path.")
+    else:
+        hub = {option: options[option] for option in HUB_OPTIONS if options.get(option) is not None}
+        with clear_hub_errors(name, options.get("revision")):
+            file = fetch_lora_file(name, weight_name, hub)
+    lora = read_lora_file(file)
+    if lacks_alpha(lora):
+        logger.warning("%s has no %s beside it, so its alpha is not known: the scale is 1.", lora.name, PEFT_CONFIG)
+    return lora
+
+
+def fetch_lora_file(repository: str, weight_name: str | None, hub: dict[str, Any]) -> Path:
+    """Bring a LoRA file of a Hub repository into the local cache, and PEFT's configuration with it.
+
+    Args:
+        repository: `user/repository`.
+        weight_name: of the file; None takes the name that diffusers or PEFT gives it, or else the only one.
+        hub: arguments of `hf_hub_download`.
+
+    Returns:
+        The file in the cache.
+
+    Raises:
+        OSError: the Hub or the cache doesn't have it.
+        ValueError: it is not safetensors.
+    """
+    if weight_name is not None and not weight_name.endswith(".safetensors"):
+        raise ValueError(f"weight_name={weight_name!r}: LoRA files are read from safetensors only.")
+    found = None
+    for name in WEIGHT_NAMES if weight_name is None else (weight_name,):
+        found = found or _fetch(repository, name, hub)
+    if found is None:
+        raise FileNotFoundError(
+            f"{repository} has no {weight_name or ' or '.join(WEIGHT_NAMES)}; name its LoRA file as weight_name=."
+        )
+    _fetch(repository, PEFT_CONFIG, hub)
+    return found
+
+
+def _fetch(repository: str, name: str, hub: dict[str, Any]) -> Path | None:
+    """Fetch one file; None if the repository, or in the cache alone the copy of it, doesn't have it."""
+    try:
+        return Path(hf_hub_download(repository, name, **hub))
+    except EntryNotFoundError as error:  # LocalEntryNotFoundError among them
+        logger.debug("%s has no %s: %s", repository, name, error)
+        return None
