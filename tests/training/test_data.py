@@ -118,7 +118,7 @@ def test_the_command_trains_a_pipeline_on_a_folder(configured, tmp_path, capsys)
     train_command(tmp_path / "text_to_image.toml", [f'run.output="{tmp_path / "runs"}"'])
     told = capsys.readouterr().err
     assert "11 files, 1 of them without a caption" in told
-    assert "skipped 1 broken files" in told
+    assert "skipped 1 broken file(s)" in told
     assert "broken.png (" in told
     index = json.loads((tmp_path / "runs/tiny/data.json").read_text())
     assert set(index["skipped"]) == {"broken.png"}
@@ -173,7 +173,7 @@ def test_a_changed_folder_is_told_when_a_run_goes_on(tmp_path, capsys):
     assert "differ from those that this run began with" not in capsys.readouterr().err
     Image.new("RGB", (40, 40), "blue").save(tmp_path / "e.png")
     data = opened(tmp_path, tmp_path)
-    assert "1 files differ from those that this run began with" in capsys.readouterr().err
+    assert "1 file(s) differ from those that this run began with" in capsys.readouterr().err
     os.truncate(data.train.entries[0].path, 30)
     with pytest.raises(DataError, match="cannot be read any more"):
         data.train.images([0])

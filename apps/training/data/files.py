@@ -249,11 +249,13 @@ def usable_entries(source: str, entries: Sequence[Entry], index: Path, quiet: bo
     if skipped:
         named = [f"{name} ({reason})" for name, reason in skipped.items()]
         more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-        messages.append(f"skipped {len(skipped)} broken files, listed in {index}: {', '.join(named[:MAX_NAMED])}{more}")
+        messages.append(
+            f"skipped {len(skipped)} broken file(s), listed in {index}: {', '.join(named[:MAX_NAMED])}{more}"
+        )
     if before and before.get("files") != files:
         changed = sum(known.get(name) != files.get(name) for name in {*known, *files})
         messages.append(
-            f"{changed} files differ from those that this run began with: it does not repeat its steps exactly"
+            f"{changed} file(s) differ from those that this run began with: it does not repeat its steps exactly"
         )
     for message in messages:
         console.print(f"{source}: {message}", markup=False, highlight=False, soft_wrap=True)
