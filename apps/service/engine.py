@@ -39,6 +39,7 @@ from apps.service.media import clip_of
 from apps.service.metadata import parse
 from apps.service.model_pool import LoadedModel, ModelShelf, Pipeline, tasks_on_disk
 from apps.service.option_values import Lora
+from apps.service.reports import decode_reports
 from apps.service.requests import REQUEST, AnyRequest, TextToImageRequest
 from apps.service.uploads import UploadStore
 from apps.service.worker_state import Health, Worker, problems
@@ -660,4 +661,5 @@ def _picture_again(stored: StoredPicture, folder: Path) -> Picture:
     with Image.open(path, formats=["PNG", "WEBP"]) as image:
         image.load()
         clip, notes = clip_of(path, settings), tuple(json.loads(stored.notes))
-        return Picture(path, settings.seed, settings, image, stored.seconds, None, clip, stored.report, notes)
+        reports = decode_reports(stored.reports)
+        return Picture(path, settings.seed, settings, image, stored.seconds, None, clip, stored.report, notes, reports)

@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apps.service.acceleration import RunningCache, describe, search_argument, step_cache
+from apps.service.acceleration import accelerated, config_of, reports_on, search_argument, timeline
 from apps.service.media import candidate_sheet
 from apps.service.model_pool import LoadedModel, Pipeline
 from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, AnyRequest
 from apps.service.schedulers import make_scheduler
+from pipelines.acceleration import AccelerationConfig, AccelerationHandle, PartReport
 from pipelines.info import PipelineInfo
 
 logger = logging.getLogger(__name__)
@@ -93,20 +94,20 @@ class Painted:
         pictures: of the batch; each a list of frames, one for an image.
         ended_after: steps done, if it was ended early; else None.
         scheduler: the one that was used.
-        report: what accelerators did, for people; empty without any.
+        reports: what each accelerator did; those that did nothing say why.
     """
 
     pictures: list[list[Image.Image]]
     ended_after: int | None
     scheduler: Any
-    report: str = ""
+    reports: tuple[PartReport, ...] = ()
 
 
 OnStep = Callable[[int, Image.Image | None, str], None]
 """Told after each step: steps done (from 1), a preview if it is time for one, the strip of a step cache."""
 
 
-def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnStep) -> Painted:
+def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnStep, offload: str = "none") -> Painted:
     """Generate one batch of images, or one clip.
 
     Args:
@@ -114,6 +115,7 @@ def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnSte
         canvas: what to generate.
         switches: end it.
         on_step: told after each step, in this thread.
+        offload: what the model was loaded with, for the report.
 
     Raises:
         StopRequestedError: `stop` was set.
@@ -122,9 +124,10 @@ def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnSte
         ValueError: the pipeline doesn't accept what is asked.
     """
     pipe, info = model.pipe_for(canvas.request.task), model.info_for(canvas.request.task)
-    arguments = _arguments(model, canvas)
-    with _own_scheduler(pipe, info, canvas.wish("scheduler")), step_cache(pipe, canvas.wish("step_cache")) as cache:
-        watch = _StepWatch(model, info, pipe, canvas, switches, on_step, cache)
+    arguments, config = _arguments(model, canvas), config_of(canvas.request, info.can_tile)
+    with _own_scheduler(pipe, info, canvas.wish("scheduler")), accelerated(pipe, config) as acceleration:
+        arguments = _without_few_step(arguments, config, info) | acceleration.call_arguments
+        watch = _StepWatch(model, info, pipe, canvas, switches, on_step, acceleration)
         try:
             with watch.attached(arguments):
                 output = pipe(**arguments)
@@ -132,7 +135,7 @@ def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnSte
             pipe.maybe_free_model_hooks()  # the pipeline's last line, which a stop or an error has skipped
             raise
         used = pipe.scheduler if info.has_scheduler else None
-        report = describe(pipe, cache, output, canvas.request)
+        reports = reports_on(pipe, acceleration, output, canvas.request, offload)
     if watch.late:
         raise TimeoutError
     if switches.stop.is_set():
@@ -140,7 +143,7 @@ def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnSte
     if switches.skip.is_set():
         raise SkipRequestedError
     pictures = [list(output.frames[0])] if info.output == "frames" else [[image] for image in output.images]
-    return Painted(pictures, watch.ended_after, used, report)
+    return Painted(pictures, watch.ended_after, used, reports)
 
 
 @contextmanager
@@ -163,6 +166,14 @@ def _own_scheduler(pipe: Pipeline, info: PipelineInfo, name: str | None) -> Gene
         yield
     finally:
         pipe.scheduler = own
+
+
+def _without_few_step(arguments: dict[str, Any], config: AccelerationConfig, info: PipelineInfo) -> dict[str, Any]:
+    """Leave out of a call what a few-step preset decides: the steps, which it may give as timesteps, and guidance."""
+    if config.few_step is None:
+        return arguments
+    decided = {info.arguments.get(name, ARGUMENTS[name]) for name in ("steps", "guidance")}
+    return {name: value for name, value in arguments.items() if name not in decided}
 
 
 # ---------------------------------------------------------------------- arguments
@@ -253,7 +264,7 @@ class _StepWatch:
         canvas: Canvas,
         switches: Switches,
         on_step: OnStep,
-        cache: RunningCache,
+        acceleration: AccelerationHandle,
     ) -> None:
         # The estimate of the finished image shows far earlier what it will be than the noisy latents.
         self.tensor = "denoised_latents" if "denoised_latents" in info.callback_tensors else "latents"
@@ -265,7 +276,7 @@ class _StepWatch:
         self._canvas = canvas
         self._switches = switches
         self._on_step = on_step
-        self._cache = cache
+        self._acceleration = acceleration
         self._shows_all = info.steps is None  # of a few scales each is worth a look
         self._next_preview = 0.0
         self._before: Tensor | None = None
@@ -321,7 +332,7 @@ class _StepWatch:
         latents = tensors.get(self.tensor)
         wants_end = self._switches.finish.is_set() or step + 1 == self._finish_after
         replaced = self._end_early(pipe, step, latents) if wants_end and self._info.can_finish else {}
-        self._on_step(step + 1, self._preview(latents), self._cache.strip())
+        self._on_step(step + 1, self._preview(latents), timeline(self._acceleration))
         return replaced
 
     def old_style(self, step: int, timestep: Tensor, latents: Tensor) -> None:

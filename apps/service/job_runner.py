@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from apps.service.compute_profiles import Setup, setup_of, switched
+from apps.service.compute_profiles import Setup, setup_of
 from apps.service.defaults import resolve_defaults
 from apps.service.events import Event, Picture, Step
 from apps.service.inference import Canvas, Painted, SkipRequestedError, Switches, paint
@@ -26,9 +26,11 @@ from apps.service.media import Clip, contact_strip, require_video, save_mp4
 from apps.service.metadata import PictureSettings, save_picture, save_sidecar
 from apps.service.model_pool import LoadedModel
 from apps.service.outpaint import blend, lay_out, soft_mask, touched
+from apps.service.reports import encode_reports, report_text
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
 from apps.service.uploads import UploadStore
+from pipelines.acceleration import PartReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +99,8 @@ def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, t
     if request.lora is not None:
         request = request.model_copy(update={"lora": settle(request.lora, studio.loras)})
     pipe = model.pipe_for(request.task)
-    with adapted(pipe, request.lora, studio.loras), switched(pipe, request, setup.offload) as told:
-        _paint_batches(order, request, model, studio, switches, tell, told)
+    with adapted(pipe, request.lora, studio.loras):
+        _paint_batches(order, request, model, studio, switches, tell, setup.offload)
 
 
 def _paint_batches(
@@ -108,9 +110,9 @@ def _paint_batches(
     studio: Studio,
     switches: Switches,
     tell: Callable[[Event], None],
-    told: str,
+    offload: str,
 ) -> None:
-    """Generate the batches of a job, each unless its images count already or were skipped; `told` is on for all."""
+    """Generate the batches of a job, each unless its images count already or were skipped."""
     done = {picture.place for picture in studio.store.pictures(order.id)} | studio.store.skipped(order.id)
     wanted = 1 if request.pick is not None else request.num_images
     batches = request.batches()
@@ -125,7 +127,7 @@ def _paint_batches(
         clock.begin(_step_count(request, model), first, 1 if request.pick is not None else len(seeds))
         switches.skip.clear()  # one that came too late for its image should not hit the next
         try:
-            painted = _keep(canvas, paint(model, canvas, switches, clock.step))
+            painted = _keep(canvas, paint(model, canvas, switches, clock.step, offload))
         except SkipRequestedError:
             studio.store.add_skipped(order.id, range(first, first + len(seeds)))
             clock.drop(time.monotonic() - begun)
@@ -135,9 +137,8 @@ def _paint_batches(
             if request.pick in (None, i):
                 settings = _settings(canvas, i, model, studio, painted, frames)
                 place = first + i if request.pick is None else 0
-                report = ", ".join(filter(None, (painted.report, told)))
-                told_too = (report, notes_on(request, model))
-                tell(_finish(order, place, model, studio, settings, frames, seconds, *told_too))
+                notes = notes_on(request, model)
+                tell(_finish(order, place, model, studio, settings, frames, seconds, painted.reports, notes))
         if painted.ended_after is not None and switches.finish.is_set():
             return
 
@@ -200,7 +201,7 @@ def _finish(
     settings: PictureSettings,
     frames: list[Image.Image],
     seconds: float,
-    report: str,
+    reports: tuple[PartReport, ...],
     notes: tuple[str, ...],
 ) -> Picture:
     """Write an image, or a clip and an image of some of its frames; then it counts."""
@@ -216,9 +217,20 @@ def _finish(
             save_sidecar(settings, path)
         video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), written)
     name = "" if path is None else path.name
-    told = json.dumps(notes)
-    studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds, report, told))
-    return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes)
+    report = report_text(reports)
+    studio.store.add_picture(
+        StoredPicture(
+            order.id,
+            place,
+            name,
+            settings.model_dump_json(),
+            seconds,
+            report,
+            json.dumps(notes),
+            encode_reports(reports),
+        )
+    )
+    return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes, reports)
 
 
 def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:

@@ -63,6 +63,15 @@ Prompt = Annotated[
 ]
 
 
+SHORT_FOR = {
+    "step_cache": ("step_cache",),
+    "attention": ("attention",),
+    "kv_cache": ("kv_policy", "kv_budget", "kv_dtype"),
+    "few_step": ("steps", "guidance", "scheduler"),
+}
+"""Part of an acceleration -> options that are short for it."""
+
+
 class BaseRequest(SharedOptions, RunOptions):
     """What all tasks share. `None` means the model's own default."""
 
@@ -70,6 +79,21 @@ class BaseRequest(SharedOptions, RunOptions):
     def _check_pick(self) -> Self:
         if self.pick is not None and (self.pick >= self.batch_size or self.num_images != self.batch_size):
             raise RequestError("pick", "pick chooses from one batch: give num_images = batch_size, and pick below it.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_acceleration(self) -> Self:
+        """Refuse a way to be faster that is asked for twice."""
+        parts = {} if self.acceleration is None else self.acceleration.parts
+        for part, names in SHORT_FOR.items():
+            said = [name for name in names if getattr(self, name, None) is not None]
+            if part in parts and said:
+                raise RequestError(
+                    "acceleration.twice",
+                    f"acceleration.{part} and {', '.join(said)} say the same; give one of them.",
+                    field=said[0],
+                    names=f"acceleration.{part}",
+                )
         return self
 
     def batches(self) -> list[list[int]]:
