@@ -367,7 +367,7 @@ class JobStore:
 
     def add_picture(self, picture: StoredPicture) -> None:
         """Record an image, whose file is complete; from here on it counts."""
-        self._change("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?)", *astuple(picture))
+        self._change("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *astuple(picture))
 
     def add_skipped(self, job_id: str, places: Iterable[int]) -> None:
         """Record images that nobody wants any more, so that a second attempt leaves them out too."""

@@ -11,7 +11,7 @@ from pipelines.acceleration.texts import ENGLISH
 
 TEXTS: Mapping[str, str] = {
     **ENGLISH,
-    "search": "search: {finished} of {first} candidates finished, fits {fits}, {cost:.2f} x the tokens",
+    "search": "search: {finished} of {first} candidates finished, best fits {fits}, {cost:.2f} x the tokens",
     "search.asked": "search {method}",
     "why.no_candidates": "the pipeline reports no candidates",
     "why.no_keys": "the call kept no keys and values",

@@ -15,18 +15,20 @@ from apps.api.app import create_app
 from apps.commands.generate import Machine, run
 from apps.commands.given_options import make_options
 from apps.service import compute_profiles as profiles
+from apps.service.acceleration import accelerated
 from apps.service.compute_profiles import (
     NO_ACCELERATOR,
     PROFILES,
     Setup,
     UnavailableError,
-    attending,
     memory_profiles,
     setup_of,
 )
 from apps.service.engine import Done, Engine, Failed, Picture, TextToImageRequest
 from apps.service.grid import plan, read_axis
 from apps.service.metadata import read_picture, repeat, save_picture
+from apps.service.option_values import Acceleration
+from apps.service.request_error import RequestError
 from apps.studio.forms import form_to_request, settings_to_form
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.panels import memory_note
@@ -87,7 +89,7 @@ def test_a_jobs_attention_is_gone_with_it(engine):
     watch(engine.model().result(60).pipe, seen)
     first = generate(engine, ask(attention=MATH))
     assert {name for _, name in seen} == {MATH}
-    assert "attention _native_math" in first.report
+    assert "attention backend _native_math" in first.report
     seen.clear()
     plain = generate(engine, ask())
     assert {name for _, name in seen} == {None}
@@ -136,7 +138,7 @@ def test_processors_get_back_what_they_had():
 
 
 def test_a_network_without_such_a_switch_is_refused():
-    with pytest.raises(UnavailableError, match="can't be chosen"), attending(SimpleNamespace(components={}), MATH):
+    with pytest.raises(RequestError, match="attention"), accelerated(SimpleNamespace(), Acceleration(attention=MATH)):
         pass
 
 
@@ -204,7 +206,7 @@ def test_tiles_are_switched_on_for_one_job(tmp_path, monkeypatch):
     )
     tiled = generate(engine, ask(memory="tiles"))
     assert seen == [(True, True)]
-    assert "decoded in tiles" in tiled.report
+    assert "decodes in tiles" in tiled.report
     assert tiled.metadata.memory == "tiles"
     assert generate(engine, repeat(tiled.metadata)).image.tobytes() == tiled.image.tobytes()
     generate(engine, ask())
@@ -214,7 +216,7 @@ def test_tiles_are_switched_on_for_one_job(tmp_path, monkeypatch):
 
 def test_a_decoder_without_tiles_is_refused(engine):
     failed = list(engine.generate(ask(memory="tiles")))[-1]
-    assert (failed.code, "knows no tiles" in failed.message) == ("bad_request", True)
+    assert (failed.code, "can't decode in tiles" in failed.message) == ("bad_request", True)
 
 
 # ----------------------------------------------------------------- page, grid, API, CLI
