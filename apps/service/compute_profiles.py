@@ -1,6 +1,6 @@
 """How a job computes: memory profiles, number formats and attention backends, and which of them this machine has.
 
-A number format and what is offloaded belong to a copy of a model that is loaded for them (`Setup`); tiles and the
+A number format and what is offloaded belong to a copy of a model that is loaded for them (`LoadOptions`); tiles and the
 attention backend are parts of the acceleration of one call, see `apps.service.acceleration`.
 """
 
@@ -54,7 +54,7 @@ a time; each layer when it runs, and tiles."""
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class LoadOptions:
     """What a model is loaded for.
 
     Attributes:
@@ -66,10 +66,10 @@ class Setup:
     offload: str = "none"
 
 
-def setup_of(request: AnyRequest, default: Setup) -> Setup:
+def load_options_of(request: AnyRequest, default: LoadOptions) -> LoadOptions:
     """Return what a request wants a model loaded for, by default what its server was started with."""
     dtype = default.dtype if request.dtype is None else FORMATS[request.dtype]
-    return Setup(dtype, default.offload if request.memory is None else PROFILES[request.memory].offload)
+    return LoadOptions(dtype, default.offload if request.memory is None else PROFILES[request.memory].offload)
 
 
 def check_request(request: AnyRequest, devices: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from apps.service import limits
 from apps.service.model_pool import LoadedModel
 from apps.service.named_settings import preset_values
-from apps.service.outpaint import grown
+from apps.service.outpaint import expanded_size
 from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, SHORT_FOR, AnyRequest
 from apps.service.styles import apply_style
@@ -137,7 +137,7 @@ def open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> 
     name = getattr(request, "image", None)
     if name is None:
         return model.width, model.side
-    return fit_size(grown(uploads.size(name), getattr(request, "expand", None)), model)
+    return fit_size(expanded_size(uploads.size(name), getattr(request, "expand", None)), model)
 
 
 def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:

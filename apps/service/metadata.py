@@ -101,7 +101,7 @@ class PictureSettings(NextScaleOptions, ClipOptions, StepOptions, SharedOptions)
         return {**data, **changed}
 
 
-def repeat(settings: PictureSettings, **changes: Any) -> AnyRequest:
+def request_from_settings(settings: PictureSettings, **changes: Any) -> AnyRequest:
     """Return the request that generates an image again.
 
     Args:

@@ -100,14 +100,14 @@ class BaseRequest(SharedOptions, RunOptions):
         """Return the seeds of the images, batch by batch.
 
         Raises:
-            ValueError: the seed is open; `settled` draws it.
+            ValueError: the seed is open; `with_seed` draws it.
         """
         if self.seed is None:
-            raise ValueError("The seed is open; call settled() first.")
+            raise ValueError("The seed is open; call with_seed() first.")
         seeds = [(self.seed + i) % (limits.MAX_SEED + 1) for i in range(self.num_images)]
         return [seeds[i : i + self.batch_size] for i in range(0, len(seeds), self.batch_size)]
 
-    def settled(self) -> Self:
+    def with_seed(self) -> Self:
         """Return the request with a seed: what is generated twice must be the same twice."""
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbelow(2**32)})
 

@@ -17,7 +17,7 @@ from apps.commands.generate import report as tell
 from apps.service.acceleration import accelerated, reports_on
 from apps.service.engine import Engine, Picture, TextToImageRequest
 from apps.service.job_store import JobStore, StoredPicture
-from apps.service.metadata import read_picture, repeat
+from apps.service.metadata import read_picture, request_from_settings
 from apps.service.option_values import Acceleration, StepCache
 from apps.service.reports import TEXTS, report_text
 from apps.service.request_error import RequestError
@@ -168,7 +168,7 @@ def test_one_acceleration_is_recorded_repeated_and_reported(engine):
     assert kept.acceleration.to_dict() == Acceleration.from_dict(asked).to_dict()
     _, same = painted(engine, memory="tiles", step_cache=StepCache(preset="taylorseer", amount=3))
     assert same.image.tobytes() == picture.image.tobytes()
-    again = next(event for event in engine.generate(repeat(kept)) if isinstance(event, Picture))
+    again = next(event for event in engine.generate(request_from_settings(kept)) if isinstance(event, Picture))
     assert again.image.tobytes() == picture.image.tobytes()
 
 

@@ -19,14 +19,14 @@ from apps.service.acceleration import accelerated
 from apps.service.compute_profiles import (
     NO_ACCELERATOR,
     PROFILES,
-    Setup,
+    LoadOptions,
     UnavailableError,
+    load_options_of,
     memory_profiles,
-    setup_of,
 )
 from apps.service.engine import Done, Engine, Failed, Picture, TextToImageRequest
 from apps.service.grid import plan, read_axis
-from apps.service.metadata import read_picture, repeat, save_picture
+from apps.service.metadata import read_picture, request_from_settings, save_picture
 from apps.service.option_values import Acceleration
 from apps.service.request_error import RequestError
 from apps.studio.forms import form_to_request, settings_to_form
@@ -160,7 +160,7 @@ def test_a_number_format_is_recorded_and_paints_the_same_again(engine, folder, t
     single, half = generate(engine, ask()), generate(engine, ask(dtype="bfloat16"))
     assert (single.metadata.dtype, half.metadata.dtype) == ("float32", "bfloat16")
     assert half.image.tobytes() != single.image.tobytes()
-    again = generate(engine, repeat(read_picture(half.path)))
+    again = generate(engine, request_from_settings(read_picture(half.path)))
     assert again.image.tobytes() == half.image.tobytes()
     assert generate(engine, ask()).image.tobytes() == single.image.tobytes()  # its weights are not the rounded ones
     run(make_options(model=str(folder)), tmp_path / "cli.png", Machine(device="cpu"), settings=half.path)
@@ -189,10 +189,15 @@ def test_profiles_of_a_machine_without_an_accelerator(engine):
 
 
 def test_profiles_choose_what_is_loaded():
-    usual = Setup(torch.bfloat16, "group")
-    assert setup_of(ask(), usual) == usual
-    assert setup_of(ask(memory="fast", dtype="float32"), usual) == Setup(torch.float32, "none")
-    assert [setup_of(ask(memory=name), usual).offload for name in PROFILES] == ["none", "none", "model", "sequential"]
+    default_options = LoadOptions(torch.bfloat16, "group")
+    assert load_options_of(ask(), default_options) == default_options
+    assert load_options_of(ask(memory="fast", dtype="float32"), default_options) == LoadOptions(torch.float32, "none")
+    assert [load_options_of(ask(memory=name), default_options).offload for name in PROFILES] == [
+        "none",
+        "none",
+        "model",
+        "sequential",
+    ]
 
 
 def test_tiles_are_switched_on_for_one_job(tmp_path, monkeypatch):
@@ -208,7 +213,7 @@ def test_tiles_are_switched_on_for_one_job(tmp_path, monkeypatch):
     assert seen == [(True, True)]
     assert "decodes in tiles" in tiled.report
     assert tiled.metadata.memory == "tiles"
-    assert generate(engine, repeat(tiled.metadata)).image.tobytes() == tiled.image.tobytes()
+    assert generate(engine, request_from_settings(tiled.metadata)).image.tobytes() == tiled.image.tobytes()
     generate(engine, ask())
     assert seen == [(True, True), (True, True), (False, False)]
     engine.close()
