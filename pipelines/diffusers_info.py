@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from pipelines.info import FALLBACK_FPS, FALLBACK_FRAMES, FALLBACK_SIDE, Callback, Guidance, PipelineInfo, class_table
 from pipelines.info import tiles as can_tile
@@ -264,6 +264,9 @@ def related_pipelines(pipe: Any) -> dict[str, Any]:
     name = type(pipe).__name__
     if name in FIRST_FRAME:
         return {"image_to_image": getattr(diffusers, FIRST_FRAME[name]).from_pipe(pipe)}
+    # Imported here because it imports every pipeline of diffusers, which takes seconds and warns about torchvision.
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
     found: dict[str, Any] = {}
     for task, maker in (("image_to_image", AutoPipelineForImage2Image), ("inpaint", AutoPipelineForInpainting)):
         try:

@@ -91,7 +91,7 @@ def _place(picture: Picture) -> int:
 def picture_row(picture: StoredPicture) -> dict[str, Any]:
     """Describe an image."""
     row = _result(picture.job, picture.place, picture.seconds, json.loads(picture.settings), picture.report)
-    return {**row, "notes": json.loads(picture.notes)}
+    return {**row, "notes": json.loads(picture.notes), "reports": json.loads(picture.reports)}
 
 
 def _result(job_id: str, place: int, seconds: float, settings: dict[str, Any], report: str) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def event_message(job_id: str, event: Event) -> tuple[str, dict[str, Any]]:  # n
         case Picture():
             settings = event.metadata.model_dump(mode="json")
             row = _result(job_id, _place(event), event.seconds, settings, event.report)
-            return "result", {**row, "notes": list(event.notes)}
+            return "result", {**row, "notes": list(event.notes), "reports": [one.to_dict() for one in event.reports]}
         case Done(seconds):
             return "done", {"seconds": round(seconds, 3)}
         case Stopped():

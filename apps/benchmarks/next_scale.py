@@ -29,8 +29,8 @@ from apps.service.usage import UsageError
 from apps.stickers import Scene, load_sprites, render
 from apps.stickers.judge import Judge
 from apps.stickers.prompt_sets import SETS, draw_requests
-from apps.training.rollouts import HOT_EVERYWHERE, hot_everywhere, hot_way
-from apps.training.scenes import read_vocabulary
+from apps.training.data.stickers import read_vocabulary
+from apps.training.rollouts import ALL_SCALES_TEMPERATURE, hot_all_scales, hot_coarse_scales
 from dit.cache import ScaleKVCache, find_table, plan_cache
 from dit.layers.scales import scale_grids, token_counts
 from dit.models.next_scale import PRESETS
@@ -226,8 +226,10 @@ def sampling(subject: Subject) -> dict[str, dict[str, Any]]:
     scales = len(subject.pipe.transformer.grids)
     return {
         "as the model paints": {},
-        f"all scales unguided, temperature {HOT_EVERYWHERE:g}": hot_everywhere(),
-        f"coarse scales unguided, temperature {HOT:g}": hot_way(scales, HOT, {**DEFAULTS, **settings.defaults}),
+        f"all scales unguided, temperature {ALL_SCALES_TEMPERATURE:g}": hot_all_scales(),
+        f"coarse scales unguided, temperature {HOT:g}": hot_coarse_scales(
+            scales, HOT, {**DEFAULTS, **settings.defaults}
+        ),
     }
 
 

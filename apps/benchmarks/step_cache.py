@@ -26,7 +26,7 @@ from apps.environment import describe_machine
 from apps.stickers import Scene, load_sprites
 from apps.stickers.judge import Judge, score
 from apps.stickers.prompt_sets import SETS, Request, draw_requests
-from apps.training.scenes import read_vocabulary
+from apps.training.data.stickers import read_vocabulary
 from dit.runtime.metrics import psnr
 from dit.runtime.timing import measure
 from sampling.step_cache import Profile, StepCache, calibrate_budget

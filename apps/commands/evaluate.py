@@ -28,7 +28,7 @@ from apps.stickers.inpaint_set import draw_tasks, is_painted
 from apps.stickers.inpaint_set import evaluate as evaluate_inpainting
 from apps.stickers.judge import Judge, score
 from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, sheet_requests
-from apps.training.scenes import box_mask, read_vocabulary
+from apps.training.data.stickers import box_mask, read_vocabulary
 from apps.training.tasks.autoencoder import psnr
 from dit.tokenizers import as_visual_tokenizer
 from pipelines.inspection import info_of

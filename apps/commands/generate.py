@@ -274,6 +274,7 @@ def report(written: list[tuple[list[Path], Picture]], json_output: bool) -> None
                 "paths": [str(path) for path in paths],
                 "seconds": round(picture.seconds, 3),
                 "report": picture.report,
+                "reports": [one.to_dict() for one in picture.reports],
                 "notes": list(picture.notes),
                 **picture.metadata.model_dump(),
             }

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from apps.commands.given_options import DERIVED, NEEDS, GenerateOptions, command_type, make_options
 from apps.commands.outputs import is_clip
 from apps.service.media import read_mp4
-from apps.service.metadata import PictureSettings, read_picture, read_sidecar, repeat
+from apps.service.metadata import PictureSettings, read_picture, read_sidecar, request_from_settings
 from apps.service.model_pool import tasks_on_disk
 from apps.service.named_settings import load_presets, preset_values
 from apps.service.option_text import as_label, parse_size
@@ -132,7 +132,7 @@ def complete_again(values: dict[str, Any], prompt: str | None, taken: PictureSet
         names = ", ".join(map(_flag, unknown))
         raise UsageError(f"{names}: the settings are of {taken.task}, which has no such setting; leave it out.")
     try:
-        return repeat(taken, **values, model=model)
+        return request_from_settings(taken, **values, model=model)
     except ValidationError as error:
         items = error.errors(include_url=False, include_input=False)
         raise UsageError(_sentence("; ".join(explain_item(item, kind) for item in items))) from None

@@ -1,4 +1,4 @@
-"""`tessera train`: runs a configuration and turns its outcome into an exit code."""
+"""`tessera train`: run a configuration and turn its outcome into an exit code."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def run(
     resume: str | None = None,
     smoke: bool = False,
 ) -> None:
-    """Trains as a configuration file says.
+    """Train as a configuration file says.
 
     Args:
         config_path: TOML file; the shipped ones are in `apps/training/configs`.
@@ -35,26 +35,27 @@ def run(
 
     Raises:
         UsageError: The configuration or an override is wrong, or a new run would overwrite an old one.
-        SystemExit: With 130 after Ctrl-C (a checkpoint is saved), with 1 for a checkpoint or divergence error, whose
-            message is printed.
+        SystemExit: With 130 after Ctrl-C (a checkpoint is saved), with 1 for a checkpoint, data or divergence error,
+            whose message is printed.
     """
     from apps.service.usage import UsageError, checking
     from apps.training.checkpoint import CheckpointError
     from apps.training.config import ConfigError
+    from apps.training.data.base import DataError
     from apps.training.loop import TrainingDiverged, train
-    from apps.training.task import load_config, task_class
+    from apps.training.task import load_config, rehearsal
 
     overrides = list(overrides or [])
     with checking(ConfigError):
         config = load_config(Path(config_path), overrides)
         if smoke:
-            rehearsal = (*SMOKE, *task_class(config.task.kind).smoke, f"run.name={config.run.name}-smoke")
-            config = load_config(Path(config_path), [*rehearsal, *overrides])
+            small = (*SMOKE, *rehearsal(config), f"run.name={config.run.name}-smoke")
+            config = load_config(Path(config_path), [*small, *overrides])
     try:
         reason = train(config, resume)
     except (ConfigError, FileExistsError) as error:  # what only the data, or the folder of the run, tells
         raise UsageError(str(error)) from error
-    except (CheckpointError, TrainingDiverged) as error:
+    except (CheckpointError, DataError, TrainingDiverged) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
     if reason == "interrupted":

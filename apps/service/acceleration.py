@@ -1,86 +1,97 @@
-"""What makes one request faster: a step cache for denoising, a search among candidates, and what they report."""
+"""What makes one request faster: its `AccelerationConfig`, applied for a call, and what it and a search did."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-from apps.service.option_values import MAIN_PARAMETERS, StepCache
+from apps.service.compute_profiles import PROFILES
+from apps.service.option_values import MAIN_PARAMETERS
+from apps.service.reports import TEXTS
 from apps.service.request_error import RequestError
+from apps.service.requests import AnyRequest
+from pipelines.acceleration import AccelerationConfig, AccelerationError, AccelerationHandle, PartReport, Reason
+from pipelines.acceleration.parts import AttentionPart, DecoderTilingPart, StepCachePart
 
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class RunningCache:
-    """A step cache on a pipeline, or none.
+def config_of(request: AnyRequest, can_tile: bool) -> AccelerationConfig:
+    """Return all that a request asks for as one value: its `acceleration`, and the options that are short for a part.
 
-    Attributes:
-        mechanism: a `sampling.step_cache.StepCache`.
-        preset: its name.
+    Args:
+        request: with defaults resolved.
+        can_tile: whether the decoder of the model can work in tiles.
+
+    Raises:
+        RequestError: an unknown step cache, or parts that can't go together.
     """
-
-    mechanism: Any = None
-    preset: str = ""
-
-    def strip(self) -> str:
-        """Return a letter for each step so far: C computed, a dot forecast; empty without a cache."""
-        branches = [] if self.mechanism is None else list(self.mechanism.decisions().values())
-        steps = branches[0] if branches else {}
-        return "".join("C" if steps[step] else "." for step in sorted(steps))
+    parts: dict[str, Any] = {} if request.acceleration is None else dict(request.acceleration.parts)
+    cache = getattr(request, "step_cache", None)
+    if cache is not None:
+        if cache.preset not in MAIN_PARAMETERS:
+            choices = ", ".join(MAIN_PARAMETERS)
+            message = f"There is no such step cache; choose among {choices}."
+            raise RequestError("choice", message, field="step_cache", value=cache.preset, choices=choices)
+        parts["step_cache"] = StepCachePart.of(cache.preset, cache.amount)
+    if request.attention is not None:
+        parts["attention"] = AttentionPart(backend=request.attention)
+    if request.memory is not None and "decoder_tiling" not in parts:
+        profile = PROFILES[request.memory]
+        if profile.tiles and (can_tile or profile.offload == "none"):
+            parts["decoder_tiling"] = DecoderTilingPart()
+    with refusing():
+        return AccelerationConfig.from_dict(parts)
 
 
 @contextmanager
-def step_cache(pipe: Any, wish: StepCache | None) -> Generator[RunningCache]:
-    """Attach a step cache for one call.
+def accelerated(pipe: Any, config: AccelerationConfig) -> Generator[AccelerationHandle]:
+    """Apply an acceleration for one call.
 
     Args:
         pipe: with its scheduler in place.
-        wish: what was asked for; None attaches nothing.
+        config: of the request.
 
     Raises:
-        ValueError: an unknown preset, a parameter out of range, or a network that it can't be attached to.
+        RequestError: the pipeline can't have a part; some are only known from the first call, where the streams of a
+            network are seen.
     """
-    if wish is None:
-        yield RunningCache()
-        return
-    if wish.preset not in MAIN_PARAMETERS:
-        raise RequestError(
-            "choice",
-            f"There is no such step cache; choose among {', '.join(MAIN_PARAMETERS)}.",
-            field="step_cache",
-            value=wish.preset,
-            choices=", ".join(MAIN_PARAMETERS),
-        )
     from dit.runtime.hooks import AttachError
-    from sampling.step_cache import StepCache as Mechanism
 
-    knob = MAIN_PARAMETERS[wish.preset]
-    amount = None if wish.amount is None else round(wish.amount) if knob == "every" else wish.amount
-    params: dict[str, Any] = {} if amount is None else {knob: amount}
-    if wish.preset == "budget":
-        from pipelines.step_cache import find_profile
-
+    with refusing():
+        handle = config.apply(pipe)
+    with handle:
         try:
-            params["profile"] = find_profile(pipe)
-        except ValueError as error:  # which names the model's folder
-            raise RequestError(
-                "cache.profile",
-                "The step cache 'budget' needs a profile, and this model has none; choose another step cache.",
-            ) from error
-    mechanism = Mechanism.preset(wish.preset, **params)
+            yield handle
+        except AttachError as error:
+            refused = AccelerationError(
+                "refused.not_attached",
+                part=", ".join(config.parts),
+                pipeline=type(pipe).__name__,
+                reason=f"{error}; choose another step cache, such as taylorseer",
+            )
+            raise RequestError("acceleration", str(refused), cause=refused) from error
+
+
+@contextmanager
+def refusing() -> Generator[None]:
+    """Turn refusals of an acceleration into errors of the request."""
     try:
-        with mechanism.attach(pipe):
-            yield RunningCache(mechanism, wish.preset)
-    except AttachError as error:  # of the first call too, where the streams of the network are seen
-        raise RequestError(
-            "cache.fit", f"The step cache {wish.preset!r} doesn't fit this model: {error}.", value=wish.preset
-        ) from error
+        yield
+    except AccelerationError as error:
+        raise RequestError("acceleration", str(error), cause=error) from error
+
+
+def timeline(handle: AccelerationHandle) -> str:
+    """Return a letter for each step so far: C computed, a dot forecast; empty without a step cache."""
+    mechanism = handle.mechanism("step_cache")
+    branches = [] if mechanism is None else list(mechanism.decisions().values())
+    steps = branches[0] if branches else {}
+    return "".join("C" if steps[step] else "." for step in sorted(steps))
 
 
 def search_argument(method: str, candidates: int | None, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -102,56 +113,65 @@ def search_argument(method: str, candidates: int | None, grids: Sequence[tuple[i
     return {"search": TTSConfig.for_cost(candidates, token_counts(grids), method=method)}
 
 
-def describe(pipe: Any, cache: RunningCache, output: Any = None, request: Any = None) -> str:
-    """Say what accelerators and searches did in a call; what was asked for and did nothing is also logged as a warning.
+def reports_on(
+    pipe: Any, handle: AccelerationHandle, output: Any, request: AnyRequest, offload: str = "none"
+) -> tuple[PartReport, ...]:
+    """Return what accelerators and searches did in a call; what was asked for and did nothing is also logged.
 
     Args:
         pipe: the call has just ended.
-        cache: its step cache, still attached.
-        output: what it returned.
-        request: what was asked for, any of `apps.service.requests`.
-
-    Returns:
-        A line for people; empty if there is nothing to say.
+        handle: the acceleration, still applied.
+        output: what the call returned.
+        request: what was asked for.
+        offload: what the model was loaded with, a word of `pipelines.loading.offload`.
     """
-    told = []
-    strip = cache.strip()
-    if "." in strip:
-        told.append(f"{strip.count('.')} of {len(strip)} steps forecast")
-    kept = getattr(pipe, "kv_report", None)
-    if kept is not None:
-        told.append(
-            f"KV {kept.policy}: {100 * kept.share:.0f} % of {kept.full_bytes / MIB:.1f} MiB kept, "
-            f"peak {kept.peak_bytes / MIB:.1f} MiB"
-        )
-    told += [_found(one) for one in getattr(output, "search", None) or ()]
-    idle = list(_idle(pipe, cache, output, request))
-    for line in idle:
-        logger.warning("%s", line)
-    return ", ".join([*told, *idle])
+    found = list(handle.report().parts)
+    if "kv_cache" not in handle.parts:
+        found += _on_kv_cache(pipe, request)
+    found += _on_search(output, request)
+    if offload != "none" and request.memory is not None:
+        found.append(PartReport("offload", "offload", {"mode": offload, "device": str(pipe.device)}, True))
+    if request.memory is not None and PROFILES[request.memory].tiles and "decoder_tiling" not in handle.parts:
+        idle = Reason("why.no_tiles")
+        values = {"tiled": 0, "decodes": 0, "sliced": 0}
+        found.append(PartReport("decoder_tiling", "decoder_tiling", values, False, (idle,)))
+    for one in found:
+        if not one.is_active:
+            logger.warning("%s", one.text(TEXTS))
+    return tuple(found)
 
 
-def _idle(pipe: Any, cache: RunningCache, output: Any, request: Any) -> Generator[str]:
-    """Each accelerator and search that was asked for and did nothing, with the reason."""
-    if cache.mechanism is not None and "." not in cache.strip():
-        yield f"the step cache {cache.preset!r} skipped no step: {cache.mechanism.why_inactive()}"
-    policy, kept = getattr(request, "kv_policy", None), getattr(pipe, "kv_report", None)
-    if policy not in (None, "full"):
-        if kept is None:
-            yield f"the KV policy {policy!r} dropped nothing: the call kept no keys and values"
-        elif kept.share >= 1:
-            budget = getattr(request, "kv_budget", None)
-            yield (
-                f"the KV policy {policy!r} dropped nothing: "
-                + (f"all tokens fit the kv_budget {budget:g}" if budget is not None else "all tokens fit its budget")
-            )
-    method = getattr(request, "search", None)
-    if method and not getattr(output, "search", None):
-        yield f"the search {method!r} did nothing: the pipeline reports no candidates"
+def _on_kv_cache(pipe: Any, request: AnyRequest) -> Generator[PartReport]:
+    """Report what was kept of the history."""
+    kept, policy = getattr(pipe, "kv_report", None), getattr(request, "kv_policy", None)
+    budget = getattr(request, "kv_budget", None)
+    asked = policy not in (None, "full")
+    if kept is None:
+        if asked:
+            values = {"policy": policy, "budget": 1.0 if budget is None else budget}
+            yield PartReport("kv_cache", "kv_cache.before", values, False, (Reason("why.no_keys"),))
+        return
+    values = {
+        "policy": kept.policy,
+        "share": kept.share,
+        "peak_mib": kept.peak_bytes / MIB,
+        "full_mib": kept.full_bytes / MIB,
+    }
+    is_idle = asked and kept.share >= 1
+    reasons = (Reason("why.all_kept", {"budget": 1.0 if budget is None else budget}),) if is_idle else ()
+    yield PartReport("kv_cache", "kv_cache", values, not is_idle, reasons)
 
 
-def _found(result: Any) -> str:
-    """What a search found for one prompt: the fit of the finished candidates, and what it cost."""
-    first, rewards = len(result.selections[0].images), [f"{float(reward):.2f}" for reward in result.rewards[:4]]
-    last = f"best fits {rewards[0]}" + (f", next {', '.join(rewards[1:])}" if rewards[1:] else "")
-    return f"search: {len(result.rewards)} of {first} candidates finished, {last}, {result.token_cost:.2f} x the tokens"
+def _on_search(output: Any, request: AnyRequest) -> Generator[PartReport]:
+    """Report what a search found for each prompt: the fit of the finished candidates, and what it cost."""
+    method, results = getattr(request, "search", None), getattr(output, "search", None) or ()
+    if method and not results:
+        yield PartReport("search", "search.asked", {"method": method}, False, (Reason("why.no_candidates"),))
+    for result in results:
+        values = {
+            "finished": len(result.rewards),
+            "first": len(result.selections[0].images),
+            "fits": [f"{float(reward):.2f}" for reward in result.rewards[:4]],
+            "cost": result.token_cost,
+        }
+        yield PartReport("search", "search", values, True)

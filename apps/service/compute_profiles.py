@@ -1,24 +1,21 @@
 """How a job computes: memory profiles, number formats and attention backends, and which of them this machine has.
 
-A number format and what is offloaded belong to a copy of a model that is loaded for them (`Setup`); tiles and the
-attention backend are switched on a loaded one for the time of a job (`switched`), and back to the last bit.
+A number format and what is offloaded belong to a copy of a model that is loaded for them (`LoadOptions`); tiles and the
+attention backend are parts of the acceleration of one call, see `apps.service.acceleration`.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from apps.service.option_values import MemoryName
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
-from pipelines.info import tile_size, tiles
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +54,7 @@ a time; each layer when it runs, and tiles."""
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class LoadOptions:
     """What a model is loaded for.
 
     Attributes:
@@ -69,10 +66,10 @@ class Setup:
     offload: str = "none"
 
 
-def setup_of(request: AnyRequest, default: Setup) -> Setup:
+def load_options_of(request: AnyRequest, default: LoadOptions) -> LoadOptions:
     """Return what a request wants a model loaded for, by default what its server was started with."""
     dtype = default.dtype if request.dtype is None else FORMATS[request.dtype]
-    return Setup(dtype, default.offload if request.memory is None else PROFILES[request.memory].offload)
+    return LoadOptions(dtype, default.offload if request.memory is None else PROFILES[request.memory].offload)
 
 
 def check_request(request: AnyRequest, devices: Sequence[str]) -> None:
@@ -136,96 +133,3 @@ def try_attention(backend: str, device: torch.device, calls: bool = True) -> str
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # flash kernels refuse float32
     found = attention_backend_table().get(backend)
     return "there is no such backend" if found is None else found.can_run(device, dtype, head_dim=32, call=calls)
-
-
-# ---------------------------------------------------------------------------- for one job
-
-
-@contextmanager
-def switched(pipe: Any, request: AnyRequest, offload: str = "none") -> Generator[str]:
-    """Have a pipeline attend and decode as a request wants it, for one job.
-
-    Args:
-        pipe: loaded for the request's `Setup`.
-        request: what was asked for.
-        offload: what of it was offloaded, for the report.
-
-    Yields:
-        What is on, for people; empty for nothing.
-
-    Raises:
-        UnavailableError: the model's attention or decoder has no such switch.
-    """
-    told = []
-    with ExitStack() as stack:
-        if request.attention is not None:
-            stack.enter_context(attending(pipe, request.attention))
-            told.append(f"attention {request.attention}")
-        if request.memory is not None:
-            profile = PROFILES[request.memory]
-            if profile.tiles and (can_tile(pipe) or profile.offload == "none"):
-                stack.enter_context(_tiled(pipe))
-                told.append(_tiles_told(pipe.vae, request))
-            elif profile.tiles:
-                told.append(f"not decoded in tiles: {NO_TILES}")
-                logger.warning("memory profile %r: %s", request.memory, told[-1])
-            if profile.offload != "none":
-                told.append(f"{offload} offload")
-        yield ", ".join(told)
-
-
-@contextmanager
-def attending(pipe: Any, backend: str) -> Generator[None]:
-    """Have the network of a pipeline attend through a backend.
-
-    Raises:
-        UnavailableError: its attention layers don't ask which.
-    """
-    from dit.runtime.diffusers_compat import attention_backend_scope
-
-    networks = [network for name in NETWORKS if (network := pipe.components.get(name)) is not None]
-    with attention_backend_scope(networks, backend) as layers:
-        if not layers:
-            raise UnavailableError(
-                "setting", "The attention of this model can't be chosen; leave attention out.", field="attention"
-            )
-        yield
-
-
-def _tiles_told(vae: Any, request: AnyRequest) -> str:
-    """Say whether tiles matter to an image: one that fits a tile is decoded whole."""
-    sides, tile = ("width", "height"), tile_size(vae)
-    asked = [getattr(request, side, None) for side in sides]
-    known = [(length, longest) for length, longest in zip(asked, tile, strict=True) if length and longest]
-    if len(known) < len(sides) or any(length > longest for length, longest in known):
-        return "decoded in tiles"
-    idle = f"not decoded in tiles: the picture of {asked[0]} x {asked[1]} pixels fits one tile of {tile[0]} x {tile[1]}"
-    logger.warning("memory profile %r: %s", request.memory, idle)
-    return idle
-
-
-def can_tile(pipe: Any) -> bool:
-    """Whether the decoder of a pipeline can work tile by tile."""
-    return tiles(pipe.components.get("vae"))
-
-
-@contextmanager
-def _tiled(pipe: Any) -> Generator[None]:
-    """Have the decoder work image by image and tile by tile."""
-    if not can_tile(pipe):
-        raise UnavailableError(
-            "choice",
-            f"The memory profile 'tiles' can't be had: {NO_TILES}. Choose fast.",
-            field="memory",
-            value="tiles",
-            choices="fast",
-        )
-    before = {name: getattr(pipe.vae, name) for name in ("use_tiling", "use_slicing") if hasattr(pipe.vae, name)}
-    pipe.vae.enable_tiling()
-    if "use_slicing" in before:
-        pipe.vae.enable_slicing()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(pipe.vae, name, value)

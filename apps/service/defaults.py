@@ -7,14 +7,15 @@ see `apps.service.compute_profiles.setup_of`.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from apps.service import limits
 from apps.service.model_pool import LoadedModel
 from apps.service.named_settings import preset_values
-from apps.service.outpaint import grown
+from apps.service.outpaint import expanded_size
 from apps.service.request_error import RequestError
-from apps.service.requests import OPTIONS, AnyRequest
+from apps.service.requests import OPTIONS, SHORT_FOR, AnyRequest
 from apps.service.styles import apply_style
 from apps.service.uploads import UploadStore
 
@@ -37,15 +38,23 @@ def resolve_defaults(request: AnyRequest, model: LoadedModel, uploads: UploadSto
     if request.preset is not None:
         preset = preset_values(request.preset, fields)
         request = request.model_copy(update={n: value for n, value in preset.items() if getattr(request, n) is None})
-    # 2. the default of the option, else of the model
+    # 2. the default of the option, else of the model; not of what a part of its acceleration decides
+    decided = {name for part in _parts(request) for name in SHORT_FOR.get(part, ())}
     for name in fields:
-        if getattr(request, name) is None:
+        if getattr(request, name) is None and name not in decided:
             values[name] = default_of(name, model, accepted)
+    few_step = None if request.acceleration is None else request.acceleration.few_step
+    if few_step is not None:
+        values |= {"steps": few_step.number_of_steps, "guidance": few_step.settings.guidance}
     # 3. what depends on several fields
     values |= _size(request, model, uploads)
     values |= _frames(request, model)
     values |= _texts(request)
     return request.model_copy(update={name: value for name, value in values.items() if name in fields})
+
+
+def _parts(request: AnyRequest) -> Collection[str]:
+    return () if request.acceleration is None else request.acceleration.parts
 
 
 def default_of(name: str, model: LoadedModel, accepted: frozenset[str] | None = None) -> Any:
@@ -128,7 +137,7 @@ def open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> 
     name = getattr(request, "image", None)
     if name is None:
         return model.width, model.side
-    return fit_size(grown(uploads.size(name), getattr(request, "expand", None)), model)
+    return fit_size(expanded_size(uploads.size(name), getattr(request, "expand", None)), model)
 
 
 def fit_size(size: tuple[int, int], model: LoadedModel) -> tuple[int, int]:

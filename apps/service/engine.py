@@ -25,20 +25,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from apps.service.compute_profiles import Setup, check_request, setup_of
+from apps.service.compute_profiles import LoadOptions, check_request, load_options_of
 from apps.service.devices import resolve_device, resolve_dtype
 from apps.service.events import Done, Event, EventStream, Failed, ModelLoading, Picture, Queued, Step, Stopped
 from apps.service.failures import ModelFailedError, UnknownModelError, failure_of
-from apps.service.inference import StopRequestedError, Switches
-from apps.service.job_runner import Order, Studio, work
+from apps.service.inference import CancelSignals, StopRequestedError
+from apps.service.job_runner import QueuedJob, WorkerContext, run_job
 from apps.service.job_store import JobStore, QueueFullError, StoredJob, StoredPicture, StoreError
 from apps.service.limits import ServerLimits
 from apps.service.logs import no_loading_bars
-from apps.service.lora import settle
+from apps.service.lora import resolve_lora
 from apps.service.media import clip_of
 from apps.service.metadata import parse
-from apps.service.model_pool import LoadedModel, ModelShelf, Pipeline, tasks_on_disk
+from apps.service.model_pool import LoadedModel, ModelPool, Pipeline, tasks_on_disk
 from apps.service.option_values import Lora
+from apps.service.reports import decode_reports
 from apps.service.requests import REQUEST, AnyRequest, TextToImageRequest
 from apps.service.uploads import UploadStore
 from apps.service.worker_state import Health, Worker, problems
@@ -77,7 +78,7 @@ STATE_FOLDER = ".tessera"
 class _LiveJob:
     """A job that waits or runs."""
 
-    order: Order
+    queued: QueuedJob
     stop: threading.Event
     finish: threading.Event = field(default_factory=threading.Event)
     skip: threading.Event = field(default_factory=threading.Event)
@@ -89,8 +90,8 @@ class _LiveJob:
 class _Device:
     """A device and the models on it."""
 
-    studio: Studio
-    shelf: ModelShelf
+    context: WorkerContext
+    pool: ModelPool
 
 
 class Engine:
@@ -127,7 +128,7 @@ class Engine:
     ) -> None:
         self.limits = server_limits or ServerLimits()
         names = [resolve_device(name) for name in device.split(",")]
-        setups = [Setup(resolve_dtype(dtype, name), offload) for name in names]
+        setups = [LoadOptions(resolve_dtype(dtype, name), offload) for name in names]
         for name in names:
             check_offload(offload, torch.device(name))
         self.base = base
@@ -135,15 +136,15 @@ class Engine:
         self.output_dir = output_dir
         self._loras = dict(loras or {})
         shelves = [
-            ModelShelf(models, _loader(self, name, load), self.limits.loaded_models, one)
+            ModelPool(models, _loader(self, name, load), self.limits.loaded_models, one)
             for name, one in zip(names, setups, strict=True)
         ]
         state = _state_folder(output_dir)
         self._store = JobStore(None if state is None else state / "jobs.sqlite")
         self.uploads = UploadStore(None if state is None else state / "uploads", self._store)
         self._devices = [
-            _Device(Studio(name, one.dtype, self._store, self.uploads, output_dir, self._loras), shelf)
-            for name, one, shelf in zip(names, setups, shelves, strict=True)
+            _Device(WorkerContext(name, one.dtype, self._store, self.uploads, output_dir, self._loras), pool)
+            for name, one, pool in zip(names, setups, shelves, strict=True)
         ]
         self._live: dict[str, _LiveJob] = {}
         self._failed: dict[str, Failed] = {}  # the newest, with their causes, which the record doesn't keep
@@ -151,7 +152,7 @@ class Engine:
         self._closing = False
         for stored in self._store.recover(self.limits.attempts):
             self._revive(stored)
-        self._workers = [Worker(one.studio.device) for one in self._devices]
+        self._workers = [Worker(one.context.device) for one in self._devices]
         for worker, one in zip(self._workers, self._devices, strict=True):
             worker.thread = threading.Thread(target=self._serve, args=(worker, one), name="worker", daemon=True)
             worker.thread.start()
@@ -161,7 +162,7 @@ class Engine:
     @property
     def models(self) -> tuple[str, ...]:
         """Keys of the models that requests may name, the default first."""
-        return self._devices[0].shelf.keys
+        return self._devices[0].pool.keys
 
     def model(self, key: str | None = None) -> Future[LoadedModel]:
         """Return a model as a future, and start to load it if it isn't loaded: call it early to warm up.
@@ -172,11 +173,11 @@ class Engine:
         Raises:
             KeyError: not in the list.
         """
-        return self._devices[0].shelf.get(self.models[0] if key is None else key)
+        return self._devices[0].pool.get(self.models[0] if key is None else key)
 
     def loaded(self, key: str) -> Future[LoadedModel] | None:
         """Return the future of a model if it is loaded or being loaded, else None."""
-        return self._devices[0].shelf.peek(key)
+        return self._devices[0].pool.get_if_loaded(key)
 
     def tasks(self, key: str) -> tuple[str, ...]:
         """Return what a model can be asked for, as far as that is known without loading it."""
@@ -187,20 +188,20 @@ class Engine:
 
     def source(self, key: str) -> str:
         """Return the built-in name, folder or hub id behind a key (for the owner's eyes only)."""
-        return self._devices[0].shelf.source(key)
+        return self._devices[0].pool.source(key)
 
     @property
     def loras(self) -> tuple[str, ...]:
         """Names of the LoRA files that requests may choose."""
         return tuple(self._loras)
 
-    def check_lora(self, wish: Lora) -> Lora:
+    def check_lora(self, lora: Lora) -> Lora:
         """Return a choice of a LoRA file with the hash of its content.
 
         Raises:
             LoraError: there is no such file, or it is another one than was asked for.
         """
-        return settle(wish, self._loras)
+        return resolve_lora(lora, self._loras)
 
     # ---------------------------------------------------------------------- jobs
 
@@ -238,15 +239,15 @@ class Engine:
                 self.uploads.check(name, owner)
         if request.lora is not None:  # with its hash, so that no other file slips in while it waits
             request = request.model_copy(update={"lora": self.check_lora(request.lora)})
-        settled = request.settled().model_copy(update={"model": key})
+        seeded = request.with_seed().model_copy(update={"model": key})
         job_id = secrets.token_hex(8)
         with self._moved:
             if self._closing:
                 raise QueueFullError("queue.closing", "The server is shutting down; try again later.")
             stored = self._store.add(
-                job_id, owner, settled.model_dump_json(), self.limits.queue, self.limits.queue_per_user
+                job_id, owner, seeded.model_dump_json(), self.limits.queue, self.limits.queue_per_user
             )
-            self._live[job_id] = _LiveJob(Order(job_id, stored.created, settled), stop or threading.Event())
+            self._live[job_id] = _LiveJob(QueuedJob(job_id, stored.created, seeded), stop or threading.Event())
             self._tell_places()
             self._moved.notify_all()
         return job_id
@@ -317,7 +318,7 @@ class Engine:
         job = self._running(job_id)
         if job is None:
             return False
-        model = self.loaded(job.order.request.model or self.models[0])
+        model = self.loaded(job.queued.request.model or self.models[0])
         if model is None or not model.done() or not model.result().can_finish:
             return False
         job.finish.set()
@@ -489,7 +490,7 @@ class Engine:
     def _serve(self, worker: Worker, device: _Device) -> None:
         """Work on one job after another, for as long as the engine lives, whatever happens to one of them."""
         while (job := self._next()) is not None:
-            worker.begin(job.order.id)
+            worker.begin(job.queued.id)
             try:
                 last = self._run(job, worker, device)
             except BaseException as error:  # also what ends threads, such as SystemExit from a library
@@ -536,10 +537,10 @@ class Engine:
             model = self._wait_for_model(job, device)
             worker.is_loading = False
             worker.sign()
-            switches = Switches(job.stop, job.finish, job.skip, time.monotonic() + self.limits.seconds)
+            signals = CancelSignals(job.stop, job.finish, job.skip, time.monotonic() + self.limits.seconds)
             if job.stop.is_set():
                 return Stopped()
-            work(job.order, model, device.studio, switches, tell)
+            run_job(job.queued, model, device.context, signals, tell)
         except StopRequestedError:
             return Stopped()
         except Exception as error:
@@ -549,8 +550,8 @@ class Engine:
         return Done(time.monotonic() - started)
 
     def _wait_for_model(self, job: _LiveJob, device: _Device) -> LoadedModel:
-        key = job.order.request.model or self.models[0]
-        future = device.shelf.get(key, setup_of(job.order.request, device.shelf.usual))
+        key = job.queued.request.model or self.models[0]
+        future = device.pool.get(key, load_options_of(job.queued.request, device.pool.default_options))
         if not future.done():
             job.stream.tell(ModelLoading(key))
         while True:
@@ -569,7 +570,7 @@ class Engine:
         while True:
             try:
                 with self._moved:
-                    self._record(job.order.id, last)
+                    self._record(job.queued.id, last)
                     self._forget(job, last)
                 return
             except StoreError as error:
@@ -579,7 +580,7 @@ class Engine:
                 job.stream.tell(last)  # who waits for the job should not wait for the disk
             with self._moved:
                 if self._closing:  # the next engine on the folder finds it running and does what is left of it
-                    self._live.pop(job.order.id, None)
+                    self._live.pop(job.queued.id, None)
                     return
                 self._moved.wait(RETRY_SECONDS)
 
@@ -594,9 +595,9 @@ class Engine:
 
     def _forget(self, job: _LiveJob, last: Event) -> None:
         """Tell the last event of a job and its new place to those behind; the lock is held."""
-        self._live.pop(job.order.id, None)
+        self._live.pop(job.queued.id, None)
         if isinstance(last, Failed):
-            self._failed = dict([*self._failed.items(), (job.order.id, last)][-FAILURES_KEPT:])
+            self._failed = dict([*self._failed.items(), (job.queued.id, last)][-FAILURES_KEPT:])
         job.stream.tell(last)
         if not self._closing:
             self._tell_places()
@@ -628,21 +629,25 @@ class Engine:
         if request.model not in self.models:
             self._store.end(stored.id, "failed", "unknown_model", f"The model {request.model!r} isn't here any more.")
             return
-        self._live[stored.id] = _LiveJob(Order(stored.id, stored.created, request), threading.Event())
+        self._live[stored.id] = _LiveJob(QueuedJob(stored.id, stored.created, request), threading.Event())
 
-    def _load_pipeline(self, source: str, device: str, setup: Setup) -> Pipeline:
+    def _load_pipeline(self, source: str, device: str, load_options: LoadOptions) -> Pipeline:
         # Here and not above: diffusers and transformers take seconds to import, and a server should answer before.
         from pipelines import load_pipeline
 
         base = self.base if Path(source).expanduser().is_file() else None
         with no_loading_bars():  # an event says that it loads
-            return load_pipeline(source, device=device, dtype=setup.dtype, offload=setup.offload, base=base)
+            return load_pipeline(
+                source, device=device, dtype=load_options.dtype, offload=load_options.offload, base=base
+            )
 
 
-def _loader(engine: Engine, device: str, load: Callable[[str], Pipeline] | None) -> Callable[[str, Setup], Pipeline]:
+def _loader(
+    engine: Engine, device: str, load: Callable[[str], Pipeline] | None
+) -> Callable[[str, LoadOptions], Pipeline]:
     if load is not None:
-        return lambda source, setup: load(source)
-    return lambda source, setup: engine._load_pipeline(source, device, setup)
+        return lambda source, load_options: load(source)
+    return lambda source, load_options: engine._load_pipeline(source, device, load_options)
 
 
 def _state_folder(output_dir: Path | None) -> Path | None:
@@ -660,4 +665,5 @@ def _picture_again(stored: StoredPicture, folder: Path) -> Picture:
     with Image.open(path, formats=["PNG", "WEBP"]) as image:
         image.load()
         clip, notes = clip_of(path, settings), tuple(json.loads(stored.notes))
-        return Picture(path, settings.seed, settings, image, stored.seconds, None, clip, stored.report, notes)
+        reports = decode_reports(stored.reports)
+        return Picture(path, settings.seed, settings, image, stored.seconds, None, clip, stored.report, notes, reports)

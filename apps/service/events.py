@@ -12,6 +12,7 @@ from PIL import Image
 
 from apps.service.media import Clip
 from apps.service.metadata import PictureSettings
+from pipelines.acceleration import PartReport
 
 KEPT = 512
 """Events that a stream remembers for readers that fall behind; beyond them the oldest steps are forgotten."""
@@ -82,6 +83,7 @@ class Picture:
         report: what accelerators did, for people; empty without any.
         notes: what keeps the image from being what was asked for, a sentence each, such as words of the prompt that
             the model was not trained on.
+        reports: what each accelerator did, as values; `report` is the English of it.
     """
 
     path: Path | None
@@ -93,6 +95,7 @@ class Picture:
     video: Path | None = None
     report: str = ""
     notes: tuple[str, ...] = ()
+    reports: tuple[PartReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apps.service.acceleration import RunningCache, describe, search_argument, step_cache
+from apps.service.acceleration import accelerated, config_of, reports_on, search_argument, timeline
 from apps.service.media import candidate_sheet
 from apps.service.model_pool import LoadedModel, Pipeline
 from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, AnyRequest
 from apps.service.schedulers import make_scheduler
+from pipelines.acceleration import AccelerationConfig, AccelerationHandle, PartReport
 from pipelines.info import PipelineInfo
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class SkipRequestedError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Canvas:
+class BatchInputs:
     """What one batch needs, with nothing left open.
 
     Attributes:
@@ -63,13 +64,13 @@ class Canvas:
     mask: Image.Image | None = None
     alpha: Image.Image | None = None
 
-    def wish(self, name: str) -> Any:
+    def field(self, name: str) -> Any:
         """Return a field of the request; None where its task has no such field."""
         return getattr(self.request, name, None)
 
 
 @dataclass(frozen=True, slots=True)
-class Switches:
+class CancelSignals:
     """How a running batch is ended from another thread.
 
     Attributes:
@@ -86,34 +87,37 @@ class Switches:
 
 
 @dataclass(frozen=True, slots=True)
-class Painted:
+class BatchResult:
     """What came out.
 
     Attributes:
         pictures: of the batch; each a list of frames, one for an image.
         ended_after: steps done, if it was ended early; else None.
         scheduler: the one that was used.
-        report: what accelerators did, for people; empty without any.
+        reports: what each accelerator did; those that did nothing say why.
     """
 
     pictures: list[list[Image.Image]]
     ended_after: int | None
     scheduler: Any
-    report: str = ""
+    reports: tuple[PartReport, ...] = ()
 
 
 OnStep = Callable[[int, Image.Image | None, str], None]
 """Told after each step: steps done (from 1), a preview if it is time for one, the strip of a step cache."""
 
 
-def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnStep) -> Painted:
+def run_pipeline(
+    model: LoadedModel, inputs: BatchInputs, signals: CancelSignals, on_step: OnStep, offload: str = "none"
+) -> BatchResult:
     """Generate one batch of images, or one clip.
 
     Args:
         model: the pipelines and what they accept.
-        canvas: what to generate.
-        switches: end it.
+        inputs: what to generate.
+        signals: end it.
         on_step: told after each step, in this thread.
+        offload: what the model was loaded with, for the report.
 
     Raises:
         StopRequestedError: `stop` was set.
@@ -121,10 +125,11 @@ def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnSte
         TimeoutError: the deadline passed.
         ValueError: the pipeline doesn't accept what is asked.
     """
-    pipe, info = model.pipe_for(canvas.request.task), model.info_for(canvas.request.task)
-    arguments = _arguments(model, canvas)
-    with _own_scheduler(pipe, info, canvas.wish("scheduler")), step_cache(pipe, canvas.wish("step_cache")) as cache:
-        watch = _StepWatch(model, info, pipe, canvas, switches, on_step, cache)
+    pipe, info = model.pipe_for(inputs.request.task), model.info_for(inputs.request.task)
+    arguments, config = _arguments(model, inputs), config_of(inputs.request, info.can_tile)
+    with _own_scheduler(pipe, info, inputs.field("scheduler")), accelerated(pipe, config) as acceleration:
+        arguments = _without_few_step(arguments, config, info) | acceleration.call_arguments
+        watch = _StepCallback(model, info, pipe, inputs, signals, on_step, acceleration)
         try:
             with watch.attached(arguments):
                 output = pipe(**arguments)
@@ -132,15 +137,15 @@ def paint(model: LoadedModel, canvas: Canvas, switches: Switches, on_step: OnSte
             pipe.maybe_free_model_hooks()  # the pipeline's last line, which a stop or an error has skipped
             raise
         used = pipe.scheduler if info.has_scheduler else None
-        report = describe(pipe, cache, output, canvas.request)
+        reports = reports_on(pipe, acceleration, output, inputs.request, offload)
     if watch.late:
         raise TimeoutError
-    if switches.stop.is_set():
+    if signals.stop.is_set():
         raise StopRequestedError
-    if switches.skip.is_set():
+    if signals.skip.is_set():
         raise SkipRequestedError
     pictures = [list(output.frames[0])] if info.output == "frames" else [[image] for image in output.images]
-    return Painted(pictures, watch.ended_after, used, report)
+    return BatchResult(pictures, watch.ended_after, used, reports)
 
 
 @contextmanager
@@ -165,21 +170,29 @@ def _own_scheduler(pipe: Pipeline, info: PipelineInfo, name: str | None) -> Gene
         pipe.scheduler = own
 
 
+def _without_few_step(arguments: dict[str, Any], config: AccelerationConfig, info: PipelineInfo) -> dict[str, Any]:
+    """Leave out of a call what a few-step preset decides: the steps, which it may give as timesteps, and guidance."""
+    if config.few_step is None:
+        return arguments
+    decided = {info.arguments.get(name, ARGUMENTS[name]) for name in ("steps", "guidance")}
+    return {name: value for name, value in arguments.items() if name not in decided}
+
+
 # ---------------------------------------------------------------------- arguments
 
 
-def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
+def _arguments(model: LoadedModel, inputs: BatchInputs) -> dict[str, Any]:
     """Translate a canvas into the keyword arguments of the pipeline's call."""
-    info = model.info_for(canvas.request.task)
+    info = model.info_for(inputs.request.task)
     accepts, names = info.parameters, {**ARGUMENTS, **info.arguments}
     # On the CPU whatever the device: then the same seed starts from the same noise everywhere.
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in canvas.seeds]
-    wishes = {name: canvas.wish(field) for field, name in names.items() if field not in ("seed", "search")}
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in inputs.seeds]
+    given = {name: inputs.field(field) for field, name in names.items() if field not in ("seed", "search")}
     several = len(generators) if len(generators) > 1 else None
-    wishes |= {"image": canvas.image, "mask_image": canvas.mask, "num_images_per_prompt": several}
-    wishes |= _class_labels(model, canvas)
-    arguments = {name: value for name, value in wishes.items() if value not in (None, "")}
-    if canvas.image is not None:  # it has the size already, and some pipelines take the size from it
+    given |= {"image": inputs.image, "mask_image": inputs.mask, "num_images_per_prompt": several}
+    given |= _class_labels(model, inputs)
+    arguments = {name: value for name, value in given.items() if value not in (None, "")}
+    if inputs.image is not None:  # it has the size already, and some pipelines take the size from it
         arguments = {name: value for name, value in arguments.items() if name in accepts or name not in _SIDES}
     if several is not None and "num_images_per_prompt" in arguments and "num_images_per_prompt" not in accepts:
         raise ValueError(f"The model {model.key!r} generates one image at a time; set batch_size to 1.")
@@ -189,24 +202,24 @@ def _arguments(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
             field = fields.get(name, name)
             message = f"The model {model.key!r} has no setting {field!r}; leave it out."
             raise RequestError("setting", message, field=field)
-    if canvas.wish("search"):
-        arguments |= search_argument(canvas.wish("search"), canvas.wish("candidates"), model.grids)
+    if inputs.field("search"):
+        arguments |= search_argument(inputs.field("search"), inputs.field("candidates"), model.grids)
     arguments["generator"] = generators[0] if len(generators) == 1 else generators
     if "output_type" in accepts:
         arguments["output_type"] = "pil"
-    return {**arguments, **_guidance_extras(model, canvas), **info.fixed}
+    return {**arguments, **_guidance_extras(model, inputs), **info.fixed}
 
 
 _SIDES = ("height", "width")
 
 
-def _class_labels(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
+def _class_labels(model: LoadedModel, inputs: BatchInputs) -> dict[str, Any]:
     """Settle the class for pipelines of diffusers, which take a list of numbers, one an image, and check nothing.
 
     Raises:
         ValueError: the model has no such class.
     """
-    label = canvas.wish("label")
+    label = inputs.field("label")
     if label is None or model.can_batch:  # ours read names and numbers, and say what is wrong
         return {}
     names = model.label_ids
@@ -216,17 +229,17 @@ def _class_labels(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
             f"label: the model {model.key!r} has no class {label!r}; choose a number from 0 to {len(model.labels) - 1}"
             f"{', or a name that it knows' if names else ''}."
         )
-    return {"class_labels": [number] * len(canvas.seeds), "num_images_per_prompt": None}
+    return {"class_labels": [number] * len(inputs.seeds), "num_images_per_prompt": None}
 
 
-def _guidance_extras(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
+def _guidance_extras(model: LoadedModel, inputs: BatchInputs) -> dict[str, Any]:
     """Settle what pipelines with true guidance would silently ignore: it and a negative prompt need each other.
 
     Raises:
         ValueError: a negative prompt for a model whose guidance is distilled into it.
     """
-    kind = model.info_for(canvas.request.task).guidance_kind
-    guidance, negative = canvas.request.guidance, canvas.wish("negative_prompt")
+    kind = model.info_for(inputs.request.task).guidance_kind
+    guidance, negative = inputs.request.guidance, inputs.field("negative_prompt")
     if kind == "true_cfg":
         needs_negative = guidance is not None and guidance > 1 and not negative
         return {"negative_prompt": " "} if needs_negative else {}
@@ -242,7 +255,7 @@ def _guidance_extras(model: LoadedModel, canvas: Canvas) -> dict[str, Any]:
 # -------------------------------------------------------------------------- steps
 
 
-class _StepWatch:
+class _StepCallback:
     """The callback that diffusers calls after each step."""
 
     def __init__(
@@ -250,10 +263,10 @@ class _StepWatch:
         model: LoadedModel,
         info: PipelineInfo,
         pipe: Pipeline,
-        canvas: Canvas,
-        switches: Switches,
+        inputs: BatchInputs,
+        signals: CancelSignals,
         on_step: OnStep,
-        cache: RunningCache,
+        acceleration: AccelerationHandle,
     ) -> None:
         # The estimate of the finished image shows far earlier what it will be than the noisy latents.
         self.tensor = "denoised_latents" if "denoised_latents" in info.callback_tensors else "latents"
@@ -262,15 +275,15 @@ class _StepWatch:
         self._model = model
         self._info = info
         self._pipe = pipe
-        self._canvas = canvas
-        self._switches = switches
+        self._inputs = inputs
+        self._signals = signals
         self._on_step = on_step
-        self._cache = cache
+        self._acceleration = acceleration
         self._shows_all = info.steps is None  # of a few scales each is worth a look
         self._next_preview = 0.0
         self._before: Tensor | None = None
         self._can_preview = info.can_preview
-        self._finish_after = canvas.wish("finish_after")
+        self._finish_after = inputs.field("finish_after")
         if self._finish_after is not None and not info.can_finish:
             raise RequestError(
                 "setting",
@@ -287,7 +300,7 @@ class _StepWatch:
             if "callback_on_step_end_tensor_inputs" in self._info.parameters:
                 arguments["callback_on_step_end_tensor_inputs"] = [self.tensor]
         elif kind == "legacy":
-            arguments["callback"] = self.old_style
+            arguments["callback"] = self.legacy_callback
         with self._inside_scheduler() if kind == "scheduler" else nullcontext():
             yield
 
@@ -311,20 +324,20 @@ class _StepWatch:
             del scheduler.step  # the class's own shows again
 
     def __call__(self, pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.late = time.monotonic() > self._switches.deadline
-        stops = self._switches.stop.is_set()
-        if stops or self.late or self._switches.skip.is_set():
+        self.late = time.monotonic() > self._signals.deadline
+        stops = self._signals.stop.is_set()
+        if stops or self.late or self._signals.skip.is_set():
             if not self._info.can_interrupt:
                 raise TimeoutError if self.late else StopRequestedError if stops else SkipRequestedError
             pipe.interrupt = True
             return {}
         latents = tensors.get(self.tensor)
-        wants_end = self._switches.finish.is_set() or step + 1 == self._finish_after
+        wants_end = self._signals.finish.is_set() or step + 1 == self._finish_after
         replaced = self._end_early(pipe, step, latents) if wants_end and self._info.can_finish else {}
-        self._on_step(step + 1, self._preview(latents), self._cache.strip())
+        self._on_step(step + 1, self._preview(latents), timeline(self._acceleration))
         return replaced
 
-    def old_style(self, step: int, timestep: Tensor, latents: Tensor) -> None:
+    def legacy_callback(self, step: int, timestep: Tensor, latents: Tensor) -> None:
         """Stand in for the callback of older pipelines, which get the latents and give nothing back."""
         self(self._pipe, step, timestep, {self.tensor: latents})
 
@@ -363,12 +376,12 @@ class _StepWatch:
 
     def _show(self, before: Tensor | None, latents: Tensor) -> Image.Image:
         """Make the small image of latents; those of a flow are first led to where they are going."""
-        pipe, canvas = self._pipe, self._canvas
+        pipe, inputs = self._pipe, self._inputs
         if self._info.preview == "own":
             shown = pipe.preview(latents)
-            return candidate_sheet(shown) if canvas.wish("search") else shown[0]
+            return candidate_sheet(shown) if inputs.field("search") else shown[0]
         from pipelines.previews import is_flow, predict_x0, preview  # with diffusers, imported by now
 
         if before is not None and is_flow(pipe):
             latents = predict_x0(pipe, before, latents)
-        return preview(pipe, latents, canvas.wish("height"), canvas.wish("width"), canvas.wish("frames"))[0]
+        return preview(pipe, latents, inputs.field("height"), inputs.field("width"), inputs.field("frames"))[0]

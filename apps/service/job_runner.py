@@ -16,23 +16,25 @@ from typing import Any
 import torch
 from PIL import Image
 
-from apps.service.compute_profiles import Setup, setup_of, switched
+from apps.service.compute_profiles import LoadOptions, load_options_of
 from apps.service.defaults import resolve_defaults
 from apps.service.events import Event, Picture, Step
-from apps.service.inference import Canvas, Painted, SkipRequestedError, Switches, paint
+from apps.service.inference import BatchInputs, BatchResult, CancelSignals, SkipRequestedError, run_pipeline
 from apps.service.job_store import JobStore, StoredPicture
-from apps.service.lora import adapted, settle
+from apps.service.lora import lora_applied, resolve_lora
 from apps.service.media import Clip, contact_strip, require_video, save_mp4
 from apps.service.metadata import PictureSettings, save_picture, save_sidecar
 from apps.service.model_pool import LoadedModel
-from apps.service.outpaint import blend, lay_out, soft_mask, touched
+from apps.service.outpaint import blend, mask_of, pad_for_outpainting, soft_mask
+from apps.service.reports import encode_reports, report_text
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
 from apps.service.uploads import UploadStore
+from pipelines.acceleration import PartReport
 
 
 @dataclass(frozen=True, slots=True)
-class Studio:
+class WorkerContext:
     """What a job is worked on with.
 
     Attributes:
@@ -53,7 +55,7 @@ class Studio:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class QueuedJob:
     """A job to be generated.
 
     Attributes:
@@ -67,22 +69,24 @@ class Order:
     request: AnyRequest
 
 
-def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, tell: Callable[[Event], None]) -> None:
+def run_job(
+    queued: QueuedJob, model: LoadedModel, context: WorkerContext, signals: CancelSignals, tell: Callable[[Event], None]
+) -> None:
     """Generate all images of a job that don't count yet.
 
     Args:
-        order: the job.
+        queued: the job.
         model: generates.
-        studio: where and with what.
-        switches: end it.
+        context: where and with what.
+        signals: end it.
         tell: receives Step and Picture events.
 
     Raises:
         Exception: whatever goes wrong, in the words of where it did.
     """
-    request = resolve_defaults(order.request, model, studio.uploads)
-    setup = setup_of(request, Setup(studio.dtype))
-    request = request.model_copy(update={"dtype": str(setup.dtype).removeprefix("torch.")})
+    request = resolve_defaults(queued.request, model, context.uploads)
+    load_options = load_options_of(request, LoadOptions(context.dtype))
+    request = request.model_copy(update={"dtype": str(load_options.dtype).removeprefix("torch.")})
     if model.frames is not None:
         require_video()
         if request.batch_size > 1:
@@ -95,23 +99,23 @@ def work(order: Order, model: LoadedModel, studio: Studio, switches: Switches, t
                 highest=1,
             )
     if request.lora is not None:
-        request = request.model_copy(update={"lora": settle(request.lora, studio.loras)})
+        request = request.model_copy(update={"lora": resolve_lora(request.lora, context.loras)})
     pipe = model.pipe_for(request.task)
-    with adapted(pipe, request.lora, studio.loras), switched(pipe, request, setup.offload) as told:
-        _paint_batches(order, request, model, studio, switches, tell, told)
+    with lora_applied(pipe, request.lora, context.loras):
+        _run_batches(queued, request, model, context, signals, tell, load_options.offload)
 
 
-def _paint_batches(
-    order: Order,
+def _run_batches(
+    queued: QueuedJob,
     request: AnyRequest,
     model: LoadedModel,
-    studio: Studio,
-    switches: Switches,
+    context: WorkerContext,
+    signals: CancelSignals,
     tell: Callable[[Event], None],
-    told: str,
+    offload: str,
 ) -> None:
-    """Generate the batches of a job, each unless its images count already or were skipped; `told` is on for all."""
-    done = {picture.place for picture in studio.store.pictures(order.id)} | studio.store.skipped(order.id)
+    """Generate the batches of a job, each unless its images count already or were skipped."""
+    done = {picture.place for picture in context.store.pictures(queued.id)} | context.store.skipped(queued.id)
     wanted = 1 if request.pick is not None else request.num_images
     batches = request.batches()
     clock = _StepClock(tell, len(batches), wanted)
@@ -120,66 +124,65 @@ def _paint_batches(
         if done.issuperset(range(first, min(first + len(seeds), wanted))):
             clock.skip()
             continue
-        canvas = _canvas(request, tuple(seeds), model, studio.uploads)
+        inputs = _batch_inputs(request, tuple(seeds), model, context.uploads)
         begun = time.monotonic()
         clock.begin(_step_count(request, model), first, 1 if request.pick is not None else len(seeds))
-        switches.skip.clear()  # one that came too late for its image should not hit the next
+        signals.skip.clear()  # one that came too late for its image should not hit the next
         try:
-            painted = _keep(canvas, paint(model, canvas, switches, clock.step))
+            result = _keep(inputs, run_pipeline(model, inputs, signals, clock.step, offload))
         except SkipRequestedError:
-            studio.store.add_skipped(order.id, range(first, first + len(seeds)))
+            context.store.add_skipped(queued.id, range(first, first + len(seeds)))
             clock.drop(time.monotonic() - begun)
             continue
-        seconds = (time.monotonic() - begun) / len(painted.pictures)
-        for i, frames in enumerate(painted.pictures):
+        seconds = (time.monotonic() - begun) / len(result.pictures)
+        for i, frames in enumerate(result.pictures):
             if request.pick in (None, i):
-                settings = _settings(canvas, i, model, studio, painted, frames)
+                settings = _settings(inputs, i, model, context, result, frames)
                 place = first + i if request.pick is None else 0
-                report = ", ".join(filter(None, (painted.report, told)))
-                told_too = (report, notes_on(request, model))
-                tell(_finish(order, place, model, studio, settings, frames, seconds, *told_too))
-        if painted.ended_after is not None and switches.finish.is_set():
+                notes = notes_on(request, model)
+                tell(_finish(queued, place, model, context, settings, frames, seconds, result.reports, notes))
+        if result.ended_after is not None and signals.finish.is_set():
             return
 
 
 # ------------------------------------------------------------------------ inputs
 
 
-def _canvas(request: AnyRequest, seeds: tuple[int, ...], model: LoadedModel, uploads: UploadStore) -> Canvas:
+def _batch_inputs(request: AnyRequest, seeds: tuple[int, ...], model: LoadedModel, uploads: UploadStore) -> BatchInputs:
     """Fetch the images that a request names, laid out at the size of the request."""
     name = getattr(request, "image", None)
     if name is None:
-        return Canvas(request=request, seeds=seeds)
+        return BatchInputs(request=request, seeds=seeds)
     width, height = getattr(request, "width", None), getattr(request, "height", None)
     size = (width or model.width, height or model.side)
     picture = uploads.get(name)
     if "mask" not in type(request).model_fields:
         same = picture.size == size
-        return Canvas(
+        return BatchInputs(
             request=request, seeds=seeds, image=picture if same else picture.resize(size, Image.Resampling.LANCZOS)
         )
     mask, expand = getattr(request, "mask"), getattr(request, "expand")  # noqa: B009
     keep_shape = expand is not None or bool(model.sizes)
-    laid = lay_out(picture, None if mask is None else uploads.get(mask), size, expand, keep_shape)
+    padded = pad_for_outpainting(picture, None if mask is None else uploads.get(mask), size, expand, keep_shape)
     grow, blur = getattr(request, "mask_grow", None) or 0, getattr(request, "mask_blur", None) or 0
     if not grow and not blur:
-        return Canvas(request=request, seeds=seeds, image=laid.image, mask=laid.mask)
-    alpha = soft_mask(laid.mask, grow, blur)
-    return Canvas(request=request, seeds=seeds, image=laid.image, mask=touched(alpha), alpha=alpha)
+        return BatchInputs(request=request, seeds=seeds, image=padded.image, mask=padded.mask)
+    alpha = soft_mask(padded.mask, grow, blur)
+    return BatchInputs(request=request, seeds=seeds, image=padded.image, mask=mask_of(alpha), alpha=alpha)
 
 
-def _keep(canvas: Canvas, painted: Painted) -> Painted:
+def _keep(inputs: BatchInputs, result: BatchResult) -> BatchResult:
     """After inpainting, lay what is kept over the result, which pipelines of diffusers change a little."""
-    if canvas.image is None or canvas.mask is None:
-        return painted
+    if inputs.image is None or inputs.mask is None:
+        return result
     from pipelines.inpaint import keep_pixels
 
-    for frames in painted.pictures:
-        if canvas.alpha is None:
-            frames[0] = keep_pixels(canvas.image, frames[0], canvas.mask)
+    for frames in result.pictures:
+        if inputs.alpha is None:
+            frames[0] = keep_pixels(inputs.image, frames[0], inputs.mask)
         else:
-            frames[0] = blend(canvas.image, frames[0], canvas.alpha)
-    return painted
+            frames[0] = blend(inputs.image, frames[0], inputs.alpha)
+    return result
 
 
 def _step_count(request: AnyRequest, model: LoadedModel) -> int:
@@ -193,32 +196,43 @@ def _step_count(request: AnyRequest, model: LoadedModel) -> int:
 
 
 def _finish(
-    order: Order,
+    queued: QueuedJob,
     place: int,
     model: LoadedModel,
-    studio: Studio,
+    context: WorkerContext,
     settings: PictureSettings,
     frames: list[Image.Image],
     seconds: float,
-    report: str,
+    reports: tuple[PartReport, ...],
     notes: tuple[str, ...],
 ) -> Picture:
     """Write an image, or a clip and an image of some of its frames; then it counts."""
     clip = None if model.frames is None else Clip(tuple(frames), model.fps)
     image = frames[0] if clip is None else contact_strip(frames)
     path = video = None
-    if studio.output_dir is not None:
+    if context.output_dir is not None:
         # The name follows from the job, so that a second attempt replaces what the first one left.
-        name = f"{datetime.fromtimestamp(order.created):%Y%m%d-%H%M%S}-{settings.seed}-{order.id}-{place}"
-        written = settings if order.request.keep_settings else None
-        path = save_picture(image, studio.output_dir / f"{name}.{order.request.file_format}", written)
-        if order.request.sidecar:
+        name = f"{datetime.fromtimestamp(queued.created):%Y%m%d-%H%M%S}-{settings.seed}-{queued.id}-{place}"
+        written = settings if queued.request.keep_settings else None
+        path = save_picture(image, context.output_dir / f"{name}.{queued.request.file_format}", written)
+        if queued.request.sidecar:
             save_sidecar(settings, path)
         video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), written)
     name = "" if path is None else path.name
-    told = json.dumps(notes)
-    studio.store.add_picture(StoredPicture(order.id, place, name, settings.model_dump_json(), seconds, report, told))
-    return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes)
+    report = report_text(reports)
+    context.store.add_picture(
+        StoredPicture(
+            queued.id,
+            place,
+            name,
+            settings.model_dump_json(),
+            seconds,
+            report,
+            json.dumps(notes),
+            encode_reports(reports),
+        )
+    )
+    return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes, reports)
 
 
 def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
@@ -241,31 +255,36 @@ def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
 
 
 def _settings(
-    canvas: Canvas, place: int, model: LoadedModel, studio: Studio, painted: Painted, frames: list[Image.Image]
+    inputs: BatchInputs,
+    place: int,
+    model: LoadedModel,
+    context: WorkerContext,
+    result: BatchResult,
+    frames: list[Image.Image],
 ) -> PictureSettings:
     """Gather what reproduces one image of a batch."""
-    request, batch = canvas.request, len(canvas.seeds)
+    request, batch = inputs.request, len(inputs.seeds)
     same = {
         name: getattr(request, name)
         for name in PictureSettings.model_fields
         if name in type(request).model_fields and name not in ("scheduler", "seed", "batch_size", "pick")
     }
-    ended = painted.ended_after
+    ended = result.ended_after
     return PictureSettings(
         **{
             **same,
-            "seed": canvas.seeds[place],
+            "seed": inputs.seeds[place],
             "width": frames[0].width,
             "height": frames[0].height,
             "frames": None if model.frames is None else len(frames),
             "fps": None if model.frames is None else model.fps,
             "fingerprint": model.fingerprint,
-            "sampler": canvas.wish("scheduler"),
-            "scheduler": {} if painted.scheduler is None else _scheduler_settings(painted.scheduler),
-            "finish_after": ended if ended is not None else canvas.wish("finish_after"),
+            "sampler": inputs.field("scheduler"),
+            "scheduler": {} if result.scheduler is None else _scheduler_settings(result.scheduler),
+            "finish_after": ended if ended is not None else inputs.field("finish_after"),
             "batch_size": batch,
             "pick": place if batch > 1 else None,
-            "device": torch.device(studio.device).type,
+            "device": torch.device(context.device).type,
             "versions": _versions(),
         }
     )

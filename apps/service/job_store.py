@@ -33,6 +33,7 @@ CREATE INDEX IF NOT EXISTS jobs_by_owner ON jobs(owner, number);
 CREATE TABLE IF NOT EXISTS pictures(
     job TEXT NOT NULL REFERENCES jobs(id), place INTEGER NOT NULL, name TEXT NOT NULL, settings TEXT NOT NULL,
     seconds REAL NOT NULL, report TEXT NOT NULL DEFAULT '', notes TEXT NOT NULL DEFAULT '[]',
+    reports TEXT NOT NULL DEFAULT '[]',
     PRIMARY KEY(job, place)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS skipped(
     job TEXT NOT NULL REFERENCES jobs(id), place INTEGER NOT NULL, PRIMARY KEY(job, place)) WITHOUT ROWID;
@@ -100,6 +101,7 @@ class StoredPicture:
         seconds: time it took.
         report: what accelerators did, see `apps.service.events.Picture`.
         notes: what keeps it from being what was asked for, a JSON list of sentences.
+        reports: what each accelerator did, as JSON, see `apps.service.reports`.
     """
 
     job: str
@@ -109,6 +111,7 @@ class StoredPicture:
     seconds: float
     report: str = ""
     notes: str = "[]"
+    reports: str = "[]"
 
 
 class JobStore:
@@ -139,6 +142,7 @@ class JobStore:
             self._db.executescript(SCHEMA)
             self._add_column("pictures", "report", "TEXT NOT NULL DEFAULT ''")
             self._add_column("pictures", "notes", "TEXT NOT NULL DEFAULT '[]'")
+            self._add_column("pictures", "reports", "TEXT NOT NULL DEFAULT '[]'")
         except sqlite3.Error as error:
             self._db.close()
             if "locked" in str(error):
@@ -363,7 +367,7 @@ class JobStore:
 
     def add_picture(self, picture: StoredPicture) -> None:
         """Record an image, whose file is complete; from here on it counts."""
-        self._change("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?)", *astuple(picture))
+        self._change("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *astuple(picture))
 
     def add_skipped(self, job_id: str, places: Iterable[int]) -> None:
         """Record images that nobody wants any more, so that a second attempt leaves them out too."""

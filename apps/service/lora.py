@@ -51,33 +51,33 @@ def one_lora(file: Path) -> dict[str, Path]:
     return {file.stem: file.absolute()}  # not resolved: PEFT's configuration stands beside a link in the Hub's cache
 
 
-def settle(wish: Lora, loras: Mapping[str, Path]) -> Lora:
-    """Return a wish with the hash of its file.
+def resolve_lora(lora: Lora, loras: Mapping[str, Path]) -> Lora:
+    """Return a LoRA with the hash of its file.
 
     Args:
-        wish: what was asked for.
+        lora: what was asked for.
         loras: name -> file.
 
     Raises:
         LoraError: there is no such file, or it is another one than was asked for.
     """
-    if wish.name not in loras:
+    if lora.name not in loras:
         offered = f"choose among {', '.join(loras)}" if loras else "this server offers none"
         raise LoraError(
             "choice" if loras else "lora.none",
-            f"There is no LoRA file {wish.name!r} here; {offered}.",
+            f"There is no LoRA file {lora.name!r} here; {offered}.",
             field="lora",
-            value=wish.name,
+            value=lora.name,
             choices=", ".join(loras),
         )
-    found = _digest(loras[wish.name])
-    if wish.sha256 not in (None, found):
+    found = _digest(loras[lora.name])
+    if lora.sha256 not in (None, found):
         raise LoraError(
             "lora.other",
-            f"The LoRA file {wish.name!r} is another one here than was asked for: its content differs.",
-            value=wish.name,
+            f"The LoRA file {lora.name!r} is another one here than was asked for: its content differs.",
+            value=lora.name,
         )
-    return wish.model_copy(update={"sha256": found})
+    return lora.model_copy(update={"sha256": found})
 
 
 def _digest(file: Path) -> str:
@@ -97,18 +97,18 @@ def _digest(file: Path) -> str:
 
 
 @contextmanager
-def adapted(pipe: Any, wish: Lora | None, loras: Mapping[str, Path]) -> Generator[None]:
+def lora_applied(pipe: Any, lora: Lora | None, loras: Mapping[str, Path]) -> Generator[None]:
     """Put a LoRA file on a pipeline, and take it off again to the last bit.
 
     Args:
         pipe: of diffusers or ours.
-        wish: settled; None puts nothing on.
+        lora: with its hash; None puts nothing on.
         loras: name -> file.
 
     Raises:
         LoraError: the pipeline takes none, or not every layer of the file has its place in it.
     """
-    if wish is None:
+    if lora is None:
         yield
         return
     from pipelines.inspection import info_of
@@ -116,38 +116,38 @@ def adapted(pipe: Any, wish: Lora | None, loras: Mapping[str, Path]) -> Generato
     if not info_of(pipe).can_load_lora:
         raise LoraError("lora.takes", "This model takes no LoRA files; leave it out.")
     try:
-        _load(pipe, loras[wish.name], wish)
+        _load(pipe, loras[lora.name], lora)
         yield
     finally:
         pipe.unload_lora_weights()
 
 
-def _load(pipe: Any, file: Path, wish: Lora) -> None:
+def _load(pipe: Any, file: Path, lora: Lora) -> None:
     """Load a file onto a pipeline: as its transformer names its layers, else by the loader of the pipeline's family."""
     from pipelines.lora.files import LoraFileError, LoraMisfitError, check_lora_file, read_lora_file
     from pipelines.lora.mixin import TransformerLoraMixin, put_on
 
     try:
-        lora = read_lora_file(file)
-        check_lora_file(lora)
+        content = read_lora_file(file)
+        check_lora_file(content)
         try:
             if pipe.components.get("transformer") is None:
                 raise LoraMisfitError("there is no transformer")
-            put_on(pipe, lora, ADAPTER)
+            put_on(pipe, content, ADAPTER)
         except LoraMisfitError:  # the names of other code, or other parts than the transformer
             if isinstance(pipe, TransformerLoraMixin):
                 raise
-            with _same_layers(pipe, wish):
-                _load_by_family(pipe, file, lora.tensors, wish)
+            with _same_layers(pipe, lora):
+                _load_by_family(pipe, file, content.tensors, lora)
     except (LoraError, LoraFileError) as error:
         raise LoraError(str(error)) from error
     except Exception as error:  # whatever the loaders of diffusers raise (AssertionError among others); they name paths
         logger.warning("the LoRA file %s did not load: %s: %s", file, type(error).__name__, error)
-        raise LoraError("lora.fit", f"The LoRA file {wish.name!r} doesn't fit this model.", value=wish.name) from error
-    pipe.set_adapters(ADAPTER, wish.scale)
+        raise LoraError("lora.fit", f"The LoRA file {lora.name!r} doesn't fit this model.", value=lora.name) from error
+    pipe.set_adapters(ADAPTER, lora.scale)
 
 
-def _load_by_family(pipe: Any, file: Path, tensors: Mapping[str, Any], wish: Lora) -> None:
+def _load_by_family(pipe: Any, file: Path, tensors: Mapping[str, Any], lora: Lora) -> None:
     """Load a file by a pipeline's own loader, which knows the names of its family's other code.
 
     FLUX's knows those of ComfyUI with `lora_down` and `lora_up` only, so `lora_A` and `lora_B` are renamed at a second
@@ -158,27 +158,27 @@ def _load_by_family(pipe: Any, file: Path, tensors: Mapping[str, Any], wish: Lor
     options = {"use_safetensors": True, "local_files_only": True}
     try:
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, **options)
-        _check_all_placed(pipe, held, wish)
+        _check_all_placed(pipe, held, lora)
     except Exception as first:  # see `_load`
         if renamed.keys() == tensors.keys():
             raise
         pipe.unload_lora_weights()
         try:
             pipe.load_lora_weights(renamed, adapter_name=ADAPTER)
-            _check_all_placed(pipe, held, wish)
+            _check_all_placed(pipe, held, lora)
         except Exception:  # the first attempt's says more
             raise first from None
 
 
-def _check_all_placed(pipe: Any, held: int, wish: Lora) -> None:
+def _check_all_placed(pipe: Any, held: int, lora: Lora) -> None:
     """Raise where not all layers of a file have arrived."""
     placed = _count_layers(pipe)
     if placed == 0 or placed < held:
-        raise LoraError(f"The LoRA file {wish.name!r} doesn't fit this model: {placed} of {held} layers found a place.")
+        raise LoraError(f"The LoRA file {lora.name!r} doesn't fit this model: {placed} of {held} layers found a place.")
 
 
 @contextmanager
-def _same_layers(pipe: Any, wish: Lora) -> Generator[None]:
+def _same_layers(pipe: Any, lora: Lora) -> Generator[None]:
     """Put back what a loader does to the layers themselves: FLUX's replaces those that a file's shapes don't fit.
 
     Raises:
@@ -201,7 +201,7 @@ def _same_layers(pipe: Any, wish: Lora) -> Generator[None]:
                 network.set_submodule(name, before[name])
             network.register_to_config(**config)
             raise LoraError(
-                f"The LoRA file {wish.name!r} doesn't fit this model: its factors for {', '.join(replaced[:4])} are of "
+                f"The LoRA file {lora.name!r} doesn't fit this model: its factors for {', '.join(replaced[:4])} are of "
                 "another size than the layers."
             )
 

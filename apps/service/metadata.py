@@ -27,7 +27,7 @@ from apps.service.options import (
     Strength,
 )
 from apps.service.request_error import RequestError
-from apps.service.requests import TASKS, AnyRequest
+from apps.service.requests import SHORT_FOR, TASKS, AnyRequest
 
 CHUNK = "tessera"
 """Keyword of the text chunk."""
@@ -101,7 +101,7 @@ class PictureSettings(NextScaleOptions, ClipOptions, StepOptions, SharedOptions)
         return {**data, **changed}
 
 
-def repeat(settings: PictureSettings, **changes: Any) -> AnyRequest:
+def request_from_settings(settings: PictureSettings, **changes: Any) -> AnyRequest:
     """Return the request that generates an image again.
 
     Args:
@@ -122,6 +122,9 @@ def repeat(settings: PictureSettings, **changes: Any) -> AnyRequest:
     if settings.batch_size > 1 and settings.pick is not None:  # its neighbours first: they have a part in its rounding
         first = (settings.seed - settings.pick) % (limits.MAX_SEED + 1)
         values |= {"num_images": settings.batch_size, "batch_size": settings.batch_size, "seed": first}
+    for part, names in SHORT_FOR.items():  # on record is what such a part decided
+        if settings.acceleration is not None and part in settings.acceleration.parts:
+            values |= dict.fromkeys(names)
     known = {name: value for name, value in {**values, **changes}.items() if name in kind.model_fields}
     return kind.model_validate(known)
 

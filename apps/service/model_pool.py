@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.service import limits
-from apps.service.compute_profiles import Setup
+from apps.service.compute_profiles import LoadOptions
 from apps.service.request_error import RequestError
 from apps.service.schedulers import scheduler_names
 from apps.service.usage import UsageError, checking
@@ -91,21 +91,25 @@ class LoadedModel(PipelineInfo):
         return self.info_for(task).parameters
 
 
-class ModelShelf:
+class ModelPool:
     """Load models by key, each once for a setup, in the background.
 
     Args:
         sources: key -> built-in name, folder, file or hub id; the first key is the default.
         load: turns a source into a pipeline on its device, for a setup.
         capacity: how many models stay loaded; one that is loaded for two setups counts twice.
-        usual: the setup of a model that is asked for without one.
+        default_options: the setup of a model that is asked for without one.
 
     Raises:
         ValueError: no source at all.
     """
 
     def __init__(
-        self, sources: Mapping[str, str], load: Callable[[str, Setup], Pipeline], capacity: int, usual: Setup
+        self,
+        sources: Mapping[str, str],
+        load: Callable[[str, LoadOptions], Pipeline],
+        capacity: int,
+        default_options: LoadOptions,
     ) -> None:
         if not sources:
             raise ValueError("The list of models is empty; name at least one built-in model, folder or hub id.")
@@ -113,17 +117,17 @@ class ModelShelf:
         self._sources = dict(sources)
         self._load = load
         self._capacity = capacity
-        self.usual = usual
-        self._futures: OrderedDict[tuple[str, Setup], Future[LoadedModel]] = OrderedDict()
+        self.default_options = default_options
+        self._futures: OrderedDict[tuple[str, LoadOptions], Future[LoadedModel]] = OrderedDict()
         self._table = threading.Lock()  # guards _futures
         self._loading = threading.Lock()  # two models are never read at once: memory and disk are shared
 
-    def get(self, key: str, setup: Setup | None = None) -> Future[LoadedModel]:
+    def get(self, key: str, load_options: LoadOptions | None = None) -> Future[LoadedModel]:
         """Return the future of a model and start loading it unless that has been done.
 
         Args:
             key: one of `keys`.
-            setup: what it is loaded for; None is the usual.
+            load_options: what it is loaded for; None is the usual.
 
         Raises:
             KeyError: not on the shelf.
@@ -131,35 +135,35 @@ class ModelShelf:
         if key not in self._sources:
             raise KeyError(key)
         with self._table:
-            place = key, setup or self.usual
+            place = key, load_options or self.default_options
             future = self._futures.get(place)
             if future is None or (future.done() and future.exception() is not None):  # a failed one may be retried
                 future = self._futures[place] = Future()
                 threading.Thread(target=self._fill, args=(*place, future), name=f"load {key}", daemon=True).start()
             self._futures.move_to_end(place)
-            self._put_back()
+            self._evict_least_recent()
             return future
 
-    def peek(self, key: str) -> Future[LoadedModel] | None:
+    def get_if_loaded(self, key: str) -> Future[LoadedModel] | None:
         """Return the future of a model that has been asked for in whatever setup, the usual one first, or None."""
         with self._table:
             found = [future for (name, _), future in self._futures.items() if name == key]
-            return self._futures.get((key, self.usual), found[-1] if found else None)
+            return self._futures.get((key, self.default_options), found[-1] if found else None)
 
     def source(self, key: str) -> str:
         """Return the name, folder or hub id behind a key."""
         return self._sources[key]
 
-    def _fill(self, key: str, setup: Setup, future: Future[LoadedModel]) -> None:
+    def _fill(self, key: str, load_options: LoadOptions, future: Future[LoadedModel]) -> None:
         try:
             with self._loading:
-                future.set_result(inspect_model(key, self._load(self._sources[key], setup)))
+                future.set_result(inspect_model(key, self._load(self._sources[key], load_options)))
         except Exception as error:
             logger.exception("could not load the model %r", key)
             release(error)  # the future keeps the error, which should not keep half a model
             future.set_exception(error)
 
-    def _put_back(self) -> None:
+    def _evict_least_recent(self) -> None:
         """Forget the least recently used models beyond the capacity; a running job keeps its own reference."""
         loaded = [place for place, future in self._futures.items() if future.done()]
         for place in loaded[: max(len(self._futures) - self._capacity, 0)]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from apps.service.request_error import RequestError
+from pipelines.acceleration.config import AccelerationConfig
+from pipelines.acceleration.parts import MAIN_PARAMETERS
+from pipelines.acceleration.texts import AccelerationError
 
 ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """Hash of an image's pixels, see `apps.service.uploads`."""
@@ -25,20 +29,6 @@ SearchMethod = Literal["best_of", "tts", "beam"]
 FileFormat = Literal["png", "webp"]
 Label = Annotated[int, Field(ge=0, le=10**6)] | Annotated[str, Field(min_length=1, max_length=200)]
 """Number or name of a class."""
-
-MAIN_PARAMETERS = {
-    "budget": "budget",
-    "taylorseer": "every",
-    "hicache": "every",
-    "fora": "every",
-    "foca": "every",
-    "fbcache": "threshold",
-    "easycache": "threshold",
-    "dicache": "threshold",
-    "speca": "base",
-}
-"""Step caches that anybody can use, and the parameter of each that trades time for likeness. "budget" needs a profile
-in the model's folder, as the built-in one has."""
 
 
 class StepCache(BaseModel):
@@ -150,3 +140,65 @@ class Expand(BaseModel):
     def text_of(cls, parts: Mapping[str, Any]) -> str:
         """Write parts of any kind as the text that `from_text` reads, or refuses."""
         return ",".join(f"{side}={share}" for side, share in parts.items())
+
+
+SERVED = (
+    "few_step",
+    "attention",
+    "step_cache",
+    "guidance_cache",
+    "kv_cache",
+    "next_scale",
+    "decoder_tiling",
+    "compile",
+)
+"""Parts of an acceleration that a request may have. Offload belongs to how a model is loaded (`memory`), parallelism to
+how the process was started."""
+
+
+class Acceleration(AccelerationConfig):
+    """Ways to be faster as one value, as far as a request may ask for them: no files, nothing of the process."""
+
+    @model_validator(mode="after")
+    def _check_served(self) -> Self:
+        refused = sorted({*self.files(), *(set(self.parts) - set(SERVED))})
+        if refused:
+            raise RequestError(
+                "acceleration.part",
+                f"acceleration: a request can't have {', '.join(refused)}; it can have {', '.join(SERVED)}, "
+                "without names of files.",
+                names=", ".join(refused),
+                choices=", ".join(SERVED),
+            )
+        return self
+
+    @model_serializer
+    def _write(self) -> dict[str, Any]:
+        """Leave out the parts that are not set."""
+        return self.to_dict()
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read a JSON object such as `{"step_cache": "budget=0.35", "attention": "flex"}`.
+
+        Raises:
+            RequestError: it is none, or has other parts or values.
+        """
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise ValueError("it is no JSON object")
+        except (ValueError, RecursionError) as error:
+            raise RequestError(
+                "acceleration.json",
+                f'acceleration: {error}; write a JSON object such as {{"step_cache": "budget=0.35"}}.',
+            ) from error
+        try:
+            return cls.from_dict(values)
+        except AccelerationError as error:
+            raise RequestError("acceleration", f"acceleration: {error}", cause=error) from error
+
+    @classmethod
+    def text_of(cls, parts: Mapping[str, Any]) -> str:
+        """Write parts of any kind as the text that `from_text` reads, or refuses."""
+        return json.dumps(dict(parts))

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from apps.service import limits
 from apps.service.option_values import (
+    Acceleration,
     AttentionName,
     DTypeName,
     Expand,
@@ -258,6 +259,15 @@ class SharedOptions(OptionGroup):
             help="Attention backend: native, flex, xformers ...; see tessera info.",
             panel=SPEED,
             control=Control(kind="choice", place="advanced", row="computing", start="", off=""),
+        ),
+    ] = None
+    acceleration: Annotated[
+        Acceleration | None,
+        Option(
+            help='Ways to be faster as one JSON object: {"step_cache": "budget=0.35", "attention": "flex"}.',
+            panel=SPEED,
+            is_axis=False,
+            control=Control(kind="text", place="advanced", start="", off=""),
         ),
     ] = None
     lora: Annotated[Lora | None, Option(help="LoRA file of the server's list to put on the model.", is_axis=False)] = (

@@ -18,7 +18,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Laid:
+class PaddedImage:
     """An image on its canvas.
 
     Attributes:
@@ -30,13 +30,15 @@ class Laid:
     mask: Image.Image
 
 
-def grown(size: Size, expand: Expand | None) -> Size:
+def expanded_size(size: Size, expand: Expand | None) -> Size:
     """Return the size of an image with what is added to its sides."""
     left, top, right, bottom = _margins(size, expand)
     return size[0] + left + right, size[1] + top + bottom
 
 
-def lay_out(image: Image.Image, mask: Image.Image | None, size: Size, expand: Expand | None, keep_shape: bool) -> Laid:
+def pad_for_outpainting(
+    image: Image.Image, mask: Image.Image | None, size: Size, expand: Expand | None, keep_shape: bool
+) -> PaddedImage:
     """Lay an image out.
 
     Args:
@@ -52,13 +54,13 @@ def lay_out(image: Image.Image, mask: Image.Image | None, size: Size, expand: Ex
     """
     box = _box(image.size, size, expand, keep_shape)
     inner = box[2] - box[0], box[3] - box[1]
-    laid = Image.new("L", size, 255)
+    padded = Image.new("L", size, 255)
     marked = Image.new("L", inner, 0) if mask is None else mask.convert("L").resize(inner, Image.Resampling.NEAREST)
-    laid.paste(marked, box[:2])
+    padded.paste(marked, box[:2])
     scaled = image.convert("RGB")
     scaled = scaled if scaled.size == inner else scaled.resize(inner, Image.Resampling.LANCZOS)
     free = ((box[1], size[1] - box[3]), (box[0], size[0] - box[2]), (0, 0))
-    return Laid(Image.fromarray(np.pad(np.asarray(scaled), free, mode="edge")), laid)
+    return PaddedImage(Image.fromarray(np.pad(np.asarray(scaled), free, mode="edge")), padded)
 
 
 def soft_mask(mask: Image.Image, grow: int = 0, blur: int = 0) -> Image.Image:
@@ -92,7 +94,7 @@ def blend(original: Image.Image, result: Image.Image, alpha: Image.Image) -> Ima
     return Image.composite(result.convert("RGB"), original.convert("RGB"), alpha)
 
 
-def touched(alpha: Image.Image) -> Image.Image:
+def mask_of(alpha: Image.Image) -> Image.Image:
     """Return the mask of all pixels that a blend changes, white on black."""
     return alpha.point([0] + [255] * 255)
 
@@ -135,7 +137,7 @@ def _margins(size: Size, expand: Expand | None) -> tuple[int, int, int, int]:
 def _box(picture: Size, canvas: Size, expand: Expand | None, keep_shape: bool) -> tuple[int, int, int, int]:
     """Return where the image lies on the canvas: left, top, right, bottom."""
     left, top, _, _ = _margins(picture, expand)
-    width, height = grown(picture, expand)
+    width, height = expanded_size(picture, expand)
     across, down = canvas[0] / width, canvas[1] / height
     if keep_shape:
         across = down = min(across, down)

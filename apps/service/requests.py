@@ -63,6 +63,15 @@ Prompt = Annotated[
 ]
 
 
+SHORT_FOR = {
+    "step_cache": ("step_cache",),
+    "attention": ("attention",),
+    "kv_cache": ("kv_policy", "kv_budget", "kv_dtype"),
+    "few_step": ("steps", "guidance", "scheduler"),
+}
+"""Part of an acceleration -> options that are short for it."""
+
+
 class BaseRequest(SharedOptions, RunOptions):
     """What all tasks share. `None` means the model's own default."""
 
@@ -72,18 +81,33 @@ class BaseRequest(SharedOptions, RunOptions):
             raise RequestError("pick", "pick chooses from one batch: give num_images = batch_size, and pick below it.")
         return self
 
+    @model_validator(mode="after")
+    def _check_acceleration(self) -> Self:
+        """Refuse a way to be faster that is asked for twice."""
+        parts = {} if self.acceleration is None else self.acceleration.parts
+        for part, names in SHORT_FOR.items():
+            said = [name for name in names if getattr(self, name, None) is not None]
+            if part in parts and said:
+                raise RequestError(
+                    "acceleration.twice",
+                    f"acceleration.{part} and {', '.join(said)} say the same; give one of them.",
+                    field=said[0],
+                    names=f"acceleration.{part}",
+                )
+        return self
+
     def batches(self) -> list[list[int]]:
         """Return the seeds of the images, batch by batch.
 
         Raises:
-            ValueError: the seed is open; `settled` draws it.
+            ValueError: the seed is open; `with_seed` draws it.
         """
         if self.seed is None:
-            raise ValueError("The seed is open; call settled() first.")
+            raise ValueError("The seed is open; call with_seed() first.")
         seeds = [(self.seed + i) % (limits.MAX_SEED + 1) for i in range(self.num_images)]
         return [seeds[i : i + self.batch_size] for i in range(0, len(seeds), self.batch_size)]
 
-    def settled(self) -> Self:
+    def with_seed(self) -> Self:
         """Return the request with a seed: what is generated twice must be the same twice."""
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbelow(2**32)})
 

@@ -12,7 +12,9 @@ from apps.service.events import Picture
 from apps.service.job_store import StoredPicture
 from apps.service.media import clip_of
 from apps.service.metadata import PictureSettings, parse
+from apps.service.reports import decode_reports
 from apps.studio.grids import GridRecord, Grids
+from pipelines.acceleration import PartReport
 
 RECENT = 24
 """Images in the strip below the stage; older ones are in the gallery."""
@@ -28,6 +30,7 @@ class Shown:
         seconds: time it took.
         report: what accelerators did.
         notes: what keeps it from being what was asked for, a sentence each, see `apps.service.events.Picture`.
+        reports: what each accelerator did, as values; empty for images of earlier versions.
     """
 
     path: Path
@@ -35,6 +38,7 @@ class Shown:
     seconds: float
     report: str = ""
     notes: tuple[str, ...] = ()
+    reports: tuple[PartReport, ...] = ()
 
     @property
     def clip(self) -> Path | None:
@@ -105,7 +109,9 @@ class Album:
         """
         if picture.path is None:
             raise ValueError("The studio's engine has no output folder; give it one.")
-        return Shown(picture.path, picture.metadata, picture.seconds, picture.report, tuple(picture.notes))
+        return Shown(
+            picture.path, picture.metadata, picture.seconds, picture.report, tuple(picture.notes), picture.reports
+        )
 
     def sheet(self, record: GridRecord) -> ShownSheet | None:
         """Return the sheet of a grid that is complete."""
@@ -119,5 +125,5 @@ class Album:
         folder = self._engine.output_dir
         if folder is None or not (folder / picture.name).is_file():
             return None
-        notes = tuple(json.loads(picture.notes))
-        return Shown(folder / picture.name, parse(picture.settings), picture.seconds, picture.report, notes)
+        notes, reports = tuple(json.loads(picture.notes)), decode_reports(picture.reports)
+        return Shown(folder / picture.name, parse(picture.settings), picture.seconds, picture.report, notes, reports)

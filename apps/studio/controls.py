@@ -134,6 +134,8 @@ def _field(name: str, one: DeclaredOption, values: Values) -> Any:
         return None
     if control is not None and control.off is not ... and value in (control.off, None):
         return None
+    if one.is_composed and isinstance(value, str):
+        return one.from_text(value)
     return bool(value) if one.type is bool else filled(value)
 
 
@@ -147,5 +149,10 @@ def to_values(found: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in found.items():
         control = CONTROLS[name].option.control if name in CONTROLS else None
         if control is not None:
-            shown[name] = (None if control.off is ... else control.off) if value is None else value
+            shown[name] = (None if control.off is ... else control.off) if value is None else _as_shown(value)
     return {name: value for name, value in shown.items() if value is not None}
+
+
+def _as_shown(value: Any) -> Any:
+    """Write a value of several parts as the text that its control holds."""
+    return type(value).text_of(value.to_dict()) if hasattr(type(value), "text_of") else value

@@ -228,7 +228,7 @@ class GenerationHandlers:
     def _submit_grid(self, wanted: AnyRequest, values: Mapping[str, Any], owner: str) -> list[str]:
         """Queue the cells of a grid, and record that they belong together."""
         x, y, z = axes(values)
-        settings = GridSettings.model_construct(axes=(x, y, z), request=wanted.settled())
+        settings = GridSettings.model_construct(axes=(x, y, z), request=wanted.with_seed())
         jobs = self._submit([cell.request for cell in settings.cells()], owner)
         self._grids.add(settings, jobs)
         return jobs

@@ -21,6 +21,7 @@ from apps.service.requests import OPTIONS, TASKS
 from apps.studio import views
 from apps.studio.page_values import PageError
 from apps.studio.strings import Strings
+from pipelines.acceleration import AccelerationError
 
 LABELS = {
     **{name: one.label for name, one in OPTIONS.items()},
@@ -60,6 +61,8 @@ def explain(error: Exception, words: Strings) -> str:
     if isinstance(error, ValidationError):
         found = [_say_item(item, error.title, words) for item in error.errors(include_url=False)]
         return " ".join(dict.fromkeys(found[:SHOWN]))
+    if isinstance(error, AccelerationError):
+        return f"{words.refusal(error)}."
     if isinstance(error, PageError):
         return words(error.key)
     if isinstance(error, TranslatableError):
@@ -109,7 +112,7 @@ def _say(error: TranslatableError, words: Strings) -> str:
 # ---------------------------------------------------------------------- errors of pydantic
 
 
-def _say_item(item: Mapping[str, Any], title: str, words: Strings) -> str:
+def _say_item(item: Mapping[str, Any], title: str, words: Strings) -> str:  # noqa: PLR0911  (one for each kind)
     """Say one failed check of pydantic by its type."""
     own = (item.get("ctx") or {}).get("error")
     if isinstance(own, Exception):
@@ -119,6 +122,8 @@ def _say_item(item: Mapping[str, Any], title: str, words: Strings) -> str:
     rules = {} if kind is None else _rules(kind, place)
     scale = 100 if field in PERCENT else 1
     told = {"field": label(field, words), "value": _shown(item["input"], scale)}
+    if item["type"].startswith("refused."):  # of an acceleration
+        return explain(AccelerationError(item["type"], **item["ctx"]), words)
     match item["type"]:
         case "extra_forbidden":
             return words("error.setting", **told)

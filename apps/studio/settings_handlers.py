@@ -16,7 +16,7 @@ from apps.service.defaults import default_of
 from apps.service.engine import Engine
 from apps.service.lora import LoraError
 from apps.service.media import read_mp4
-from apps.service.metadata import PictureSettings, read_picture, read_sidecar, repeat
+from apps.service.metadata import PictureSettings, read_picture, read_sidecar, request_from_settings
 from apps.service.model_pool import LoadedModel
 from apps.service.named_settings import load_presets, unknown_preset
 from apps.service.option_values import Lora, StepCache
@@ -253,7 +253,7 @@ class SettingsHandlers:
         try:
             settings = read_sheet(path) or _read(path)
             if isinstance(settings, PictureSettings):
-                repeat(settings)
+                request_from_settings(settings)
         except (ValueError, OSError) as error:
             return problem(explain(error, self._words))
         gr.Info(self._words("load_settings.done", name=path.name[:60]))

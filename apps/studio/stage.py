@@ -118,7 +118,9 @@ class Stage:
             return ""
         if isinstance(shown, ShownSheet):
             return grid_view.details(shown.record, self._grids.files(shown.record), self._words)
-        facts = views.details(shown.settings, shown.seconds, self._words, shown.report)
+        facts = views.details(
+            shown.settings, shown.seconds, self._words, self._words.report(shown.reports) or shown.report
+        )
         return facts + "".join(views.hint(note) for note in self._notes(shown))
 
     def _notes(self, shown: Shown) -> Sequence[str]:

@@ -11,7 +11,7 @@ from apps.training.config import ConfigError
 
 
 def load_autoencoder(folder: Path) -> nn.Module:
-    """Loads a frozen autoencoder in float32: ours, or any of diffusers.
+    """Load a frozen autoencoder in float32: ours, or any of diffusers.
 
     Raises:
         ConfigError: If the folder holds none.

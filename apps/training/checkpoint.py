@@ -53,7 +53,7 @@ class TrainState:
 
 
 def trained_parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Parameters with `requires_grad` by `module/parameter`; tied ones appear once, even across modules."""
+    """Return parameters with `requires_grad` by `module/parameter`; tied ones appear once, even across modules."""
     every = {
         f"{module_name}/{name}": parameter
         for module_name, module in modules.items()
@@ -65,7 +65,7 @@ def trained_parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]
 
 
 def persistent_buffers(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Buffers that belong to the state dict, by `module/buffer`."""
+    """Return buffers that belong to the state dict, by `module/buffer`."""
     found = {}
     for module_name, module in modules.items():
         buffers = dict(module.named_buffers())
@@ -74,12 +74,12 @@ def persistent_buffers(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the folder of the checkpoint of a step."""
     return folder / f"checkpoint-{step:06d}"
 
 
 def begin(folder: Path, step: int) -> Path:
-    """Makes the empty temporary folder of a checkpoint (first process only)."""
+    """Make the empty temporary folder of a checkpoint (first process only)."""
     temporary = folder / f"{checkpoint_path(folder, step).name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -87,7 +87,7 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def write_random_state(temporary: Path, rank: int) -> None:
-    """Writes the random states of this process (every process)."""
+    """Write the random states of this process (every process)."""
     state: Any = np.random.get_state()  # noqa: NPY002 (the global state is what is kept)
     name, keys, position, has_gauss, cached = state
     version, internal, gauss = random.getstate()
@@ -103,7 +103,7 @@ def write_random_state(temporary: Path, rank: int) -> None:
 
 
 def read_random_state(checkpoint: Path, rank: int) -> None:
-    """Puts the random states of this process back.
+    """Restore the random states of this process.
 
     Raises:
         CheckpointError: If the run had fewer processes.
@@ -125,7 +125,7 @@ def read_random_state(checkpoint: Path, rank: int) -> None:
 
 
 def commit(temporary: Path, state: TrainState, config: dict[str, Any], world_size: int) -> Path:
-    """Writes the tensors and `state.json`, then renames the folder to its final name (first process only).
+    """Write the tensors and `state.json`, then rename the folder to its final name (first process only).
 
     Returns:
         The path of the finished checkpoint.
@@ -153,7 +153,7 @@ def commit(temporary: Path, state: TrainState, config: dict[str, Any], world_siz
 
 
 def read(checkpoint: Path, state: TrainState, world_size: int) -> dict[str, Any]:
-    """Loads a checkpoint into the networks, the moving average and the optimizer, in place.
+    """Load a checkpoint into the networks, the moving average and the optimizer, in place.
 
     Args:
         checkpoint: A complete checkpoint folder.
@@ -186,7 +186,7 @@ def read(checkpoint: Path, state: TrainState, world_size: int) -> dict[str, Any]
 
 
 def is_valid(checkpoint: Path) -> bool:
-    """Whether a folder is a complete checkpoint: renamed, described, and every file there at its full size."""
+    """Tell whether a folder is a complete checkpoint: renamed, described, and every file there at its full size."""
     if not _NAME.fullmatch(checkpoint.name) or not (checkpoint / "state.json").is_file():
         return False
     files = json.loads((checkpoint / "state.json").read_text())["files"]
@@ -196,13 +196,13 @@ def is_valid(checkpoint: Path) -> bool:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if is_valid(path)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def resolve(folder: Path, resume: str) -> Path:
-    """The checkpoint that `--resume` names: `latest` or a path.
+    """Return the checkpoint that `--resume` names: `latest` or a path.
 
     Raises:
         CheckpointError: If there is none.
@@ -216,7 +216,7 @@ def resolve(folder: Path, resume: str) -> Path:
 
 
 def rotate(folder: Path, limit: int) -> None:
-    """Deletes all but the `limit` newest complete checkpoints.
+    """Delete all but the `limit` newest complete checkpoints.
 
     Incomplete folders do not count, so the only one that can be resumed from is never deleted.
     """

@@ -4,12 +4,15 @@ A file has `[run]`, `[optimizer]` and `[task]` (with `kind`) for every task; the
 sections, usually `[data]` and `[model]`, by subclassing `TrainConfig`.
 """
 
+import copy
 import difflib
 import json
+import re
 import tomllib
 import typing
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,9 +22,14 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A group of settings: immutable, and strict about keys."""
+    """A group of settings: immutable, and strict about keys.
+
+    Attributes:
+        renamed: New keys by the old ones, which stay valid in files and on the command line.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    renamed: ClassVar[dict[str, str]] = {}
 
 
 class RunConfig(Section):
@@ -118,41 +126,88 @@ class TrainConfig(Section):
     task: TaskSection
 
 
-def read_document(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """Reads a TOML file (or the `config.json` of an earlier run) and applies `section.key=value` overrides.
+Override = tuple[tuple[str, ...], Any]
+"""Where a setting is, as keys from the outermost section inwards, and its value."""
 
-    Args:
-        path: The file.
-        overrides: Values are TOML (`run.steps=10`, `data.kinds=["single"]`); what is not TOML is a plain string.
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a TOML file, or the `config.json` of an earlier run.
 
     Returns:
         The nested document, not yet validated.
 
     Raises:
-        ConfigError: If the file is missing or malformed, or an override is not `section.key=value`.
+        ConfigError: If the file is missing or malformed.
     """
     if not path.is_file():
         raise ConfigError(f"no configuration file {path}; the shipped ones are in apps/training/configs")
     try:
-        document = json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
+        return json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} cannot be parsed: {error}") from error
-    for override in overrides:
-        keys, separator, text = override.partition("=")
-        *parents, last = keys.strip().split(".")
-        if not separator or not parents:
-            raise ConfigError(f"override {override!r} is not of the form section.key=value, e.g. run.steps=1000")
+
+
+def parse_override(text: str) -> Override:
+    """Read `section.key=value`.
+
+    Args:
+        text: Its value is TOML (`run.steps=10`, `data.kinds=["single"]`); what is not TOML is a plain string.
+
+    Raises:
+        ConfigError: If it is not of that form.
+    """
+    names, separator, value = text.partition("=")
+    keys = tuple(names.strip().split("."))
+    if not separator or len(keys) < 2:
+        raise ConfigError(f"override {text!r} is not of the form section.key=value, e.g. run.steps=1000")
+    return keys, _parse_value(value.strip())
+
+
+def apply_overrides(document: dict[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
+    """Return a copy of a document with some values replaced or added.
+
+    Raises:
+        ConfigError: If an override goes through a value as if it were a section.
+    """
+    document = copy.deepcopy(document)
+    for keys, value in overrides:
         section = document
-        for key in parents:
+        for key in keys[:-1]:
             section = section.setdefault(key, {})
             if not isinstance(section, dict):
-                raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
-        section[last] = _parse_value(text.strip())
+                raise ConfigError(f"override {'.'.join(keys)!r}: {key!r} is a value, not a section")
+        section[keys[-1]] = value
     return document
 
 
+def with_new_names(document: dict[str, Any], section: type[Section]) -> dict[str, Any]:
+    """Return a copy of a document in which old names of settings are replaced by the new ones.
+
+    Raises:
+        ConfigError: If a setting is there under both names.
+    """
+    renamed = {}
+    for key, value in document.items():
+        new = section.renamed.get(key, key)
+        if new != key and new in document:
+            raise ConfigError(f"{key!r} is an old name of {new!r}, and both are there: remove {key!r}")
+        inner = _section_class(section.model_fields[new].annotation) if new in section.model_fields else None
+        renamed[new] = with_new_names(value, inner) if inner is not None and isinstance(value, dict) else value
+    return renamed
+
+
+def new_name(override: Override, section: type[Section]) -> Override:
+    """Return an override with the new names of its keys."""
+    keys, found = [], section
+    for key in override[0]:
+        new = found.renamed.get(key, key) if found is not None else key
+        keys.append(new)
+        found = _section_class(found.model_fields[new].annotation) if found and new in found.model_fields else None
+    return tuple(keys), override[1]
+
+
 def validate_document(document: dict[str, Any], config_class: type[TrainConfig]) -> TrainConfig:
-    """Validates a document against a task's configuration class.
+    """Validate a document against a task's configuration class.
 
     Raises:
         ConfigError: Listing every unknown key (with a suggestion) and every bad value (with its accepted range).
@@ -164,8 +219,8 @@ def validate_document(document: dict[str, Any], config_class: type[TrainConfig])
         raise ConfigError("the configuration has problems:\n  " + "\n  ".join(problems)) from error
 
 
-def suggestion(name: str, choices: typing.Iterable[str]) -> str:
-    """A hint for a mistyped name: the closest choice, or all of them."""
+def suggestion(name: str, choices: Iterable[str]) -> str:
+    """Return a hint for a mistyped name: the closest choice, or all of them."""
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"
@@ -179,18 +234,24 @@ def _parse_value(text: str) -> Any:
 
 
 def _describe(problem: Any, config_class: type[BaseModel]) -> str:
-    """One problem of pydantic as a sentence."""
+    """Return one problem of pydantic as a sentence."""
     location = problem["loc"]
     where = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         return f"unknown key {where!r}; {suggestion(str(location[-1]), _keys_at(config_class, location[:-1]))}"
     if problem["type"] == "missing":
         return f"{where!r} is missing; add it to the file or pass --set {where}=VALUE"
-    return f"{where} = {problem['input']!r}: {problem['msg']}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict | BaseModel):  # a whole section: the message names the settings
+        return message
+    if problem["type"] == "literal_error":
+        accepted = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        message += f"; {suggestion(str(problem['input']), accepted)}"
+    return f"{where} = {problem['input']!r}: {message}"
 
 
 def _keys_at(config_class: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The keys that a section accepts, found by walking the classes along `location`."""
+    """Return the keys that a section accepts, found by walking the classes along `location`."""
     for part in location:
         if isinstance(part, int):  # an item of a list of sections: the list's class is already known
             continue
@@ -201,9 +262,9 @@ def _keys_at(config_class: type[BaseModel], location: tuple[Any, ...]) -> list[s
     return list(config_class.model_fields)
 
 
-def _section_class(annotation: Any) -> type[BaseModel] | None:
-    """The section class inside an annotation such as `list[Stage]` or `Data | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _section_class(annotation: Any) -> type[Section] | None:
+    """Return the section class inside an annotation such as `list[Stage]` or `Data | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     for argument in typing.get_args(annotation):
         found = _section_class(argument)

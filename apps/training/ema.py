@@ -22,13 +22,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves the copy towards the parameters after optimizer step number `step` (from 0)."""
+        """Move the copy towards the parameters after optimizer step number `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the modules carry the averaged weights; afterwards the trained ones, bit for bit."""
+        """Swap the averaged weights in for the block; afterwards the trained ones are back, bit for bit."""
         self._swap()
         try:
             yield

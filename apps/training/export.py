@@ -10,18 +10,18 @@ from torch import nn
 
 
 def half_precision(module: nn.Module) -> Any:
-    """A copy on the CPU with bf16 parameters; buffers (statistics, preview maps) keep their precision."""
+    """Return a copy on the CPU with bf16 parameters; buffers (statistics, preview maps) keep their precision."""
     copied = copy.deepcopy(module).cpu().eval()
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     if isinstance(copied, ConfigMixin):
-        copied.register_to_config(_name_or_path="")  # a folder of the machine that trained is nobody's business
+        copied.register_to_config(_name_or_path="")  # a path of the machine that trained does not belong in the file
     return copied
 
 
 def save_component(module: nn.Module, folder: Path) -> None:
-    """Saves a network as `config.json` and bf16 safetensors.
+    """Save a network as `config.json` and bf16 safetensors.
 
     Args:
         module: Anything with `save_pretrained`.

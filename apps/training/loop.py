@@ -1,4 +1,4 @@
-"""The training loop: batches ahead, forward, backward, clip, AdamW, moving average; log, validate, preview, save.
+"""The training loop; `Trainer.train_step` is the step: forward, backward, clip, learning rate, update, average.
 
 Works for any `Task`, in one process or several (accelerate). A step is an optimizer step; batch number
 `step * accumulation + micro` is a pure function of that number, so a resumed run sees the same data.
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from apps.training import checkpoint as checkpoints
 from apps.training.config import TrainConfig
 from apps.training.ema import MovingAverage
-from apps.training.journal import Journal
 from apps.training.optimizer import make_optimizer
+from apps.training.run_logger import RunLogger
 from apps.training.schedule import learning_rate
 from apps.training.task import Task, TaskContext, task_class
 
@@ -43,12 +43,12 @@ class LossModule(nn.Module):
         self.task = task
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the task's loss and its log values."""
+        """Return the task's loss and its log values."""
         return self.task.loss(batch)
 
 
 def train(config: TrainConfig, resume: str | None = None) -> str:
-    """Trains as configured.
+    """Train as configured.
 
     Args:
         config: The validated configuration.
@@ -70,7 +70,7 @@ def train(config: TrainConfig, resume: str | None = None) -> str:
 
 
 class Trainer:
-    """One run: builds the task and the optimizer, then steps until the end. See `train`."""
+    """One run: the task, its optimizer and its files. See `train`."""
 
     def __init__(self, config: TrainConfig, resume: str | None = None) -> None:
         self.config = config
@@ -101,61 +101,69 @@ class Trainer:
         self.saved_step = -1
         if found:
             self._resume(found)
-        self.journal = Journal(
+        self.logger = RunLogger(
             options.folder, options.steps, self.state.step, self.accelerator.is_main_process, options.tensorboard
         )
         if self.accelerator.is_main_process:
             (options.folder / "config.json").write_text(config.model_dump_json(indent=1))
 
     def run(self) -> str:
-        """Steps until the end, the time limit or Ctrl-C; then saves, and exports unless interrupted."""
+        """Train until the end, the time limit or Ctrl-C; then save, and export unless interrupted."""
         options, state = self.options, self.state
         size = sum(parameter.numel() for parameter in state.parameters.values())
-        with self.journal, _interruptible() as interrupted, _Ahead(self.task) as ahead:
-            self.journal.say(f"{options.name}: {size:,} parameters on {self.accelerator.device}, step {state.step}")
-            window = _Window(self.accelerator.device)
-            reason = ""
-            while not reason:
-                reason = self._reason_to_stop(interrupted.is_set())
-                if reason:
-                    break
-                self._step(ahead, window)
-                self.journal.advance(state.step)
+        with self.logger, _interruptible() as interrupted, BatchPrefetcher(self.task) as batches:
+            self.logger.message(f"{options.name}: {size:,} parameters on {self.accelerator.device}, step {state.step}")
+            window = MetricWindow(self.accelerator.device)
+            while not (reason := self._reason_to_stop(interrupted.is_set())):
+                self.train_step(batches, window)
+                self.logger.advance(state.step)
                 if _due(state.step, options.log_every):
                     self._log(window)
-                self._occasionally(window)
+                self._validate_and_save(window)
             self._check_finite(window)
             self._save()
             if reason != "interrupted":
                 self._export()
-            self.journal.say(f"{reason} at step {state.step}; files in {options.folder}")
+            self.logger.message(f"{reason} at step {state.step}; files in {options.folder}")
         return reason
 
-    def _step(self, ahead: "_Ahead", window: "_Window") -> None:
-        """One optimizer step."""
-        state, accumulation = self.state, self.options.gradient_accumulation_steps
+    def train_step(self, batches: "BatchPrefetcher", window: "MetricWindow") -> None:
+        """Take one optimizer step: everything that changes the weights is in here.
+
+        Args:
+            batches: Makes the batches.
+            window: Collects the values for the log.
+        """
+        state, accelerator, settings = self.state, self.accelerator, self.config.optimizer
+        accumulation = self.options.gradient_accumulation_steps
         self.model.train()
-        for micro in range(accumulation):
+        for micro_step in range(accumulation):
+            # fetch a batch; it was made while the last one was trained on
             started = time.monotonic()
-            batch = send_to_device(ahead.get(state.step * accumulation + micro), self.accelerator.device, True)
+            batch = send_to_device(batches.get(state.step * accumulation + micro_step), accelerator.device, True)
             window.waited += time.monotonic() - started
-            last = micro == accumulation - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            # forward and backward; processes exchange gradients only at the last micro step
+            is_last = micro_step == accumulation - 1
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
                 loss, values = self.model(batch)
-                self.accelerator.backward(loss / accumulation)
+                accelerator.backward(loss / accumulation)
             window.add(loss, values)
-        norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), self.config.optimizer.max_grad_norm)
-        rate = learning_rate(state.step, self.options.steps, self.config.optimizer)
+        # clip the gradient
+        norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), settings.max_grad_norm)
+        # determine and set the learning rate for this step
+        rate = learning_rate(state.step, self.options.steps, settings)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
+        # update the weights, and free the gradients right after
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
+        # update the moving average of the weights
         self.ema.update(state.step)
         state.step += 1
         window.rate, window.norm = rate, norm
 
-    def _log(self, window: "_Window") -> None:
-        """Writes the means since the last line, after a check that the loss is still finite."""
+    def _log(self, window: "MetricWindow") -> None:
+        """Write the means since the last line, after a check that the loss is still finite."""
         self._check_finite(window)
         images = window.count * self.options.batch_size * self.accelerator.num_processes
         elapsed = time.monotonic() - window.started
@@ -165,11 +173,11 @@ class Trainer:
         values = dict(zip(window.totals, shared.tolist(), strict=True))
         values |= {"gradient_norm": float(window.norm), "learning_rate": window.rate}
         values |= {"images_per_second": images / elapsed, "data_wait": window.waited / elapsed}
-        self.journal.write("train", self.state.step, {**values, "seconds": self.state.seconds})
+        self.logger.write("train", self.state.step, {**values, "seconds": self.state.seconds})
         window.restart()
 
-    def _occasionally(self, window: "_Window") -> None:
-        """Validation, preview, export and checkpoint, each when it is due; their time is not training time."""
+    def _validate_and_save(self, window: "MetricWindow") -> None:
+        """Save, validate, preview and export, each when it is due; their time is not training time."""
         step, options = self.state.step, self.options
         started = time.monotonic()
         if _due(step, options.save_every):
@@ -186,10 +194,10 @@ class Trainer:
     def _validate(self) -> None:
         with self._averaged():
             values = self.task.validate()
-        self.journal.write("validation", self.state.step, values)
+        self.logger.write("validation", self.state.step, values)
 
     def _preview(self) -> None:
-        """Draws the preview; a failure there is reported but does not end the training."""
+        """Write the preview; a failure there is reported but does not end the training."""
         if not self.accelerator.is_main_process:
             return
         path = self.options.folder / "previews" / f"step-{self.state.step:06d}.png"
@@ -198,22 +206,22 @@ class Trainer:
             with self._averaged():
                 self.task.preview(path)
         except Exception as error:
-            self.journal.say(f"step {self.state.step}: the preview failed: {type(error).__name__}: {error}")
+            self.logger.message(f"step {self.state.step}: the preview failed: {type(error).__name__}: {error}")
 
     def _export(self) -> None:
-        """Writes the averaged weights to `export/`, with the configuration and the log beside them."""
+        """Write the averaged weights to `export/`, with the configuration and the log beside them."""
         if self.accelerator.is_main_process:
             folder = self.options.folder / "export"
             folder.mkdir(exist_ok=True)
             with self._averaged():
                 self.task.export(folder)
             (folder / "training_config.json").write_text(self.config.model_dump_json(indent=1))
-            if self.journal.path.is_file():
-                (folder / "training_log.jsonl").write_text(self.journal.path.read_text())
+            if self.logger.path.is_file():
+                (folder / "training_log.jsonl").write_text(self.logger.path.read_text())
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        """Writes a checkpoint of the present step, unless it has one, and deletes the oldest."""
+        """Write a checkpoint of the present step, unless it has one, and delete the oldest."""
         if self.saved_step == self.state.step:
             return
         accelerator, folder = self.accelerator, self.options.folder
@@ -234,7 +242,7 @@ class Trainer:
         checkpoints.read_random_state(path, self.accelerator.process_index)
         self.saved_step = self.state.step if path.parent == self.options.folder else -1
 
-    def _check_finite(self, window: "_Window") -> None:
+    def _check_finite(self, window: "MetricWindow") -> None:
         if math.isfinite(float(window.totals.get("loss", 0.0))) and math.isfinite(float(window.norm)):
             return
         good = checkpoints.complete_checkpoints(self.options.folder)
@@ -244,7 +252,7 @@ class Trainer:
         )
 
     def _reason_to_stop(self, interrupted: bool) -> str:
-        """Why to stop before the next step, agreed between the processes; empty for going on."""
+        """Return why to stop before the next step, agreed between the processes; "" for going on."""
         if self.state.step >= self.options.steps:
             return "finished"
         limit = self.options.max_minutes
@@ -257,7 +265,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Averaged weights in evaluation mode without gradients, and random states put back afterwards."""
+        """Swap in the averaged weights, in evaluation mode without gradients; restore the random states afterwards."""
         self.model.eval()
         states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 (the global state)
         with self.ema.applied(), torch.no_grad(), self.accelerator.autocast():
@@ -277,8 +285,8 @@ class Trainer:
         )
 
 
-class _Window:
-    """Sums since the last line of the log, kept on the device so that a GPU is not waited for at every step."""
+class MetricWindow:
+    """Sums since the last line of the log, kept on the device: a step need not wait for a GPU to report."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -287,26 +295,28 @@ class _Window:
         self.restart()
 
     def restart(self) -> None:
+        """Begin anew after a line of the log."""
         self.totals: dict[str, Tensor] = {}
         self.count = 0
         self.waited = 0.0
         self.started = time.monotonic()
 
     def add(self, loss: Tensor, values: dict[str, Tensor]) -> None:
+        """Add the values of a batch."""
         for name, value in {"loss": loss, **values}.items():
             self.totals[name] = self.totals.get(name, 0) + value.detach()
         self.count += 1
 
 
-class _Ahead:
-    """Makes batch `index + 1` in a second thread while batch `index` is trained on."""
+class BatchPrefetcher:
+    """Make batch `index + 1` in a second thread while batch `index` is trained on."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self.pending: dict[int, Future[dict[str, Any]]] = {}
 
-    def __enter__(self) -> "_Ahead":
-        # One thread of torch in there: a second OpenMP team would fight the training for the cores.
+    def __enter__(self) -> "BatchPrefetcher":
+        # One thread of torch in there: a second OpenMP team would compete with the training for the cores.
         self.executor = ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,))
         return self
 
@@ -314,7 +324,7 @@ class _Ahead:
         self.executor.shutdown(wait=True, cancel_futures=True)
 
     def get(self, index: int) -> dict[str, Any]:
-        """Batch `index`; the next one is started."""
+        """Return batch `index` and start to make the next one."""
         future = self.pending.pop(index, None) or self.executor.submit(self.task.batch, index)
         self.pending = {index + 1: self.executor.submit(self.task.batch, index + 1)}
         return future.result()
@@ -322,7 +332,7 @@ class _Ahead:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into an event; a second one ends the process as usual."""
+    """Turn the first Ctrl-C into an event; a second one ends the process as usual."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
         yield event

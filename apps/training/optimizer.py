@@ -24,7 +24,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
         self.state = states
 
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Steps every part.
+        """Step every part.
 
         Raises:
             ValueError: a closure, which each part would call anew.
@@ -35,7 +35,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
             optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears every part's gradients."""
+        """Clear every part's gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 
@@ -78,7 +78,7 @@ class _JoinedState(MutableMapping):
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The configured optimizer; weight decay on matrices only (0-D and 1-D parameters are biases and gains).
+    """Make the configured optimizer; weight decay on matrices only (0-D and 1-D parameters are biases and gains).
 
     Every group has a `scale`: its learning rate is that of the schedule times this.
 
@@ -118,6 +118,6 @@ def _adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.A
 
 
 def _is_hidden_matrix(name: str) -> bool:
-    """Whether a parameter maps hidden states to hidden states: in a block, and neither a table nor a position bias."""
+    """Tell whether a parameter maps hidden states to hidden states: in a block, no table and no position bias."""
     is_inside = "block" in name or ".encoder.layers." in name  # the second is CLIP's
     return is_inside and "table" not in name and "relative_attention_bias" not in name

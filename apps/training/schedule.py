@@ -6,7 +6,7 @@ from apps.training.config import OptimizerConfig
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of one optimizer step.
+    """Return the learning rate of one optimizer step.
 
     Args:
         step: The step about to be taken, from 0.

@@ -1,4 +1,4 @@
-"""What a training task is: the part of a run that knows what is learned.
+"""The protocol of training tasks: the part of a run that knows what is learned.
 
 The loop knows steps, optimizers and files; a task knows data, networks and losses. A new kind of training
 (class-conditional, next-scale, LoRA) is one new class with these six methods and one row in `apps.training.tasks`.
@@ -14,13 +14,26 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from apps.training.config import ConfigError, TrainConfig, read_document, suggestion, validate_document
-from apps.training.tasks import TASKS
+from apps.training.config import (
+    ConfigError,
+    RunConfig,
+    TrainConfig,
+    apply_overrides,
+    new_name,
+    parse_override,
+    read_document,
+    suggestion,
+    validate_document,
+    with_new_names,
+)
+from apps.training.data.base import BatchAddress
+from apps.training.data.config import DataSection
+from apps.training.tasks import OLD_NAMES, TASKS
 
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What the loop tells a task about where it runs.
+    """Where a task runs: device, processes, precision.
 
     Attributes:
         device: Where the networks and the batches are.
@@ -36,6 +49,11 @@ class TaskContext:
     autocast: Callable[[], AbstractContextManager[Any]]
     main_process_first: Callable[[], AbstractContextManager[Any]]
 
+    def address(self, run: RunConfig, index: int) -> BatchAddress:
+        """Return the address of batch number `index` of this process."""
+        step = index // run.gradient_accumulation_steps
+        return BatchAddress(run.seed, index, run.batch_size, step, self.rank, self.world_size)
+
 
 class Task(Protocol):
     """One kind of training. Constructed as `TaskClass(config, context)`.
@@ -49,47 +67,56 @@ class Task(Protocol):
     smoke: ClassVar[tuple[str, ...]]
 
     def modules(self) -> dict[str, nn.Module]:
-        """The networks whose parameters with `requires_grad` are trained, averaged and saved."""
+        """Return the networks whose parameters with `requires_grad` are trained, averaged and saved."""
         ...
 
     def batch(self, index: int) -> dict[str, Any]:
-        """Batch number `index` on the CPU: a pure function of (seed, index, rank), called from another thread.
+        """Return batch number `index` on the CPU: a pure function of (seed, index, rank), called from another thread.
 
         It must not touch the global random state: a resumed run asks for the same indices again.
         """
         ...
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss of a batch that is on the device, and detached scalars for the log."""
+        """Return the scalar loss of a batch that is on the device, and detached scalars for the log."""
         ...
 
     def validate(self) -> dict[str, float]:
-        """Deterministic measures on fixed data, noise and timesteps, with the weights the modules now carry."""
+        """Return measures on fixed data, noise and timesteps, with the weights that the modules now carry."""
         ...
 
     def preview(self, path: Path) -> None:
-        """Writes a grid of images that shows the present quality to a PNG file."""
+        """Write a grid of images that shows the present quality to a PNG file."""
         ...
 
     def export(self, folder: Path) -> None:
-        """Writes the weights that the modules now carry as diffusers-style component folders."""
+        """Write the weights that the modules now carry as diffusers-style component folders."""
         ...
 
 
 def task_class(kind: str) -> type[Task]:
-    """The class of a kind of task.
+    """Return the class of a kind of task.
 
     Raises:
         ConfigError: If the kind is unknown.
     """
+    kind = OLD_NAMES.get(kind, kind)
     if kind not in TASKS:
         raise ConfigError(f"task.kind = {kind!r} is unknown; {suggestion(kind, TASKS)}")
     module, _, name = TASKS[kind].partition(":")
     return getattr(importlib.import_module(module), name)
 
 
+def rehearsal(config: TrainConfig) -> tuple[str, ...]:
+    """Return overrides that shrink the data of a configuration, for a rehearsal of its run."""
+    data, unused = getattr(config, "data", None), set()
+    if isinstance(data, DataSection) and data.kind != "stickers":
+        unused = {f"data.{name}" for name in data.sticker_fields}
+    return tuple(each for each in task_class(config.task.kind).smoke if each.partition("=")[0] not in unused)
+
+
 def load_config(path: Path, overrides: list[str]) -> TrainConfig:
-    """Reads a configuration file and validates it against the task that it names.
+    """Read a configuration file and validate it against the task that it names.
 
     Args:
         path: TOML file, or the `config.json` of an earlier run.
@@ -101,8 +128,13 @@ def load_config(path: Path, overrides: list[str]) -> TrainConfig:
     Raises:
         ConfigError: If anything in it cannot be used.
     """
-    document = read_document(path, overrides)
-    kind = document.get("task", {}).get("kind")
+    document, changes = read_document(path), [parse_override(override) for override in overrides]
+    kind = apply_overrides(document, changes).get("task", {}).get("kind")
     if kind is None:
         raise ConfigError(f"{path} names no task; add [task] kind = one of {', '.join(sorted(TASKS))}")
-    return validate_document(document, task_class(kind).config_class)
+    config_class = task_class(kind).config_class
+    # Old names of settings first: an override with the old name must replace a value with the new one.
+    changes = [new_name(change, config_class) for change in changes]
+    document = apply_overrides(with_new_names(document, config_class), changes)
+    document["task"]["kind"] = OLD_NAMES.get(kind, kind)
+    return validate_document(document, config_class)

@@ -9,7 +9,7 @@ PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer.
+    """Train a tokenizer.
 
     Any text can be read: what the captions lack falls apart into bytes. Case does not matter, every text ends in
     `</s>`, and the empty text is just that.

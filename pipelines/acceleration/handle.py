@@ -82,6 +82,11 @@ class AccelerationHandle:
             return self._last_report
         return AccelerationReport(tuple(switch.report() for switch in self._switches))
 
+    def mechanism(self, part: str) -> Any:
+        """Return what a part attached to the networks; None without the part, or for one that attaches nothing."""
+        switch = next((one for one in self._switches if one.name == part), None)
+        return getattr(switch, "mechanism", None)
+
     def undo(self) -> None:
         """Take everything back: the pipeline computes the same bits as before. A second call does nothing.
 

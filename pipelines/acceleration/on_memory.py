@@ -13,14 +13,10 @@ from dit.runtime import diffusers_compat
 from pipelines.acceleration.parts import DecoderTilingPart, OffloadPart
 from pipelines.acceleration.report import PartReport, Reason
 from pipelines.acceleration.switch import Switch, Undo
+from pipelines.info import tiles
 from pipelines.loading.offload import apply_offload, check_offload
 
 _MISSING = object()
-
-
-def can_tile(pipe: Any) -> bool:
-    """Return whether the decoder of a pipeline can work tile by tile."""
-    return isinstance(getattr(getattr(pipe, "vae", None), "use_tiling", None), bool)
 
 
 def can_slice(pipe: Any) -> bool:
@@ -35,7 +31,7 @@ class DecoderTilingSwitch(Switch[DecoderTilingPart]):
 
     def apply(self, undo: Undo) -> None:
         """Apply the part to the pipeline; the undo goes on the stack."""
-        if self.part.tiles and not can_tile(self.pipe):
+        if self.part.tiles and not tiles(getattr(self.pipe, "vae", None)):
             raise self.refuse("no_tiles")
         if self.part.slices and not can_slice(self.pipe):
             raise self.refuse("no_slices")

@@ -98,3 +98,10 @@ def test_a_defect_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apps.commands.info.run", fail)
     with pytest.raises(KeyError):
         cli.main(["info"])
+
+
+def test_generating_with_a_built_in_model_warns_of_nothing(tmp_path) -> None:
+    """Importing all of diffusers' pipelines takes seconds, and transformers then warns about torchvision."""
+    command = [sys.executable, "-m", "apps", "generate", "a fox on blue", "--steps", "1", "-o", str(tmp_path / "a.png")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=170)
+    assert (result.returncode, result.stderr) == (0, "")

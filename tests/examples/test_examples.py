@@ -12,7 +12,7 @@ from tests.families.tiny import tiny_pipeline
 
 EXAMPLES = ROOT / "examples"
 FEW_STEPS = ("--steps", "2", "--set", "run.batch_size=2", "--set", "data.pool_size=8", "--set", "run.validate_every=2",
-             "--set", "run.preview_every=0", "--set", "data.validation_scenes=4")  # fmt: skip
+             "--set", "run.preview_every=0", "--set", "data.validation_examples=4")  # fmt: skip
 
 
 def run(name: str, *arguments: str | Path) -> str:

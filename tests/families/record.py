@@ -101,10 +101,10 @@ def record(name: str, guided: bool = True, **overrides: Any) -> tuple[diffusers.
     """
     pipe = tiny_pipeline(name)
     row = family_of(pipe.transformer)
-    usual = row.pipeline(pipe)
+    default_options = row.pipeline(pipe)
     arguments = tiny_call(name)
-    if usual.guidance_argument is not None:
-        arguments[usual.guidance_argument] = 3.0 if guided else usual.guidance_off
+    if default_options.guidance_argument is not None:
+        arguments[default_options.guidance_argument] = 3.0 if guided else default_options.guidance_off
     with Recorder(row, pipe.transformer).watching() as recorder:
         pipe(**{**arguments, **overrides})
     return pipe, recorder.calls

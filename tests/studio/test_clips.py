@@ -17,7 +17,7 @@ from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
 from apps.service.engine import Engine
 from apps.service.media import read_mp4
-from apps.service.metadata import MetadataError, repeat
+from apps.service.metadata import MetadataError, request_from_settings
 from apps.studio import views
 from apps.studio.app import mount
 from apps.studio.generation_handlers import GenerationHandlers
@@ -37,7 +37,9 @@ def world(tmp_path_factory):
     """A tiny model of clips behind the page and the API; a command line with a pipeline of the same weights."""
     out = tmp_path_factory.mktemp("clips")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, setup: tiny_pipeline("wan"))
+        patch.setattr(
+            engine_module.Engine, "_load_pipeline", lambda self, source, device, load_options: tiny_pipeline("wan")
+        )
         engine = Engine({"stickers": "stickers"}, out, device="cpu")
         engine.model().result(60)
         sessions, port = Sessions(None), check_port("127.0.0.1", 0)
@@ -144,7 +146,7 @@ def test_a_clip_begins_with_a_picture(tmp_path):
     shown = {key: value for key, value in handlers.load_settings(str(first.clip)).items() if key in PAGE}
     again = pictures(list(generate_values(generation, {**PAGE, **shown})))[0]
     assert frames_of(again.clip) == frames_of(first.clip)
-    refused = list(engine.generate(repeat(first.settings, strength=0.5)))[-1]
+    refused = list(engine.generate(request_from_settings(first.settings, strength=0.5)))[-1]
     assert (refused.code, "strength" in refused.message) == ("bad_request", True)
     engine.close()
 

@@ -14,7 +14,7 @@ from apps.commands.generate import Machine, run
 from apps.commands.given_options import make_options
 from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
-from apps.service.metadata import read_picture, repeat
+from apps.service.metadata import read_picture, request_from_settings
 from apps.service.outpaint import soft_mask
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.sessions import Sessions
@@ -39,7 +39,7 @@ def world(tmp_path_factory):
     """A studio, a server and a command line, each with a pipeline of its own of the same weights."""
     out = tmp_path_factory.mktemp("everywhere")
     with pytest.MonkeyPatch.context() as patch:
-        load = lambda self, source, device, setup: tiny_text_to_image_pipeline()  # noqa: E731
+        load = lambda self, source, device, load_options: tiny_text_to_image_pipeline()  # noqa: E731
         patch.setattr(engine_module.Engine, "_load_pipeline", load)
         engine = engine_module.Engine({"stickers": "stickers"}, out, device="cpu")
         engine.model().result(60)
@@ -87,7 +87,7 @@ def test_the_file_is_enough(world, tmp_path, name):
     assert read_picture(tmp_path / "cli.png") == settings
 
     with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
-        job = client.post("/v1/jobs", content=repeat(settings).model_dump_json()).json()["id"]
+        job = client.post("/v1/jobs", content=request_from_settings(settings).model_dump_json()).json()["id"]
         assert engine.stream(job).wait_closed(60)
         row = client.get(f"/v1/jobs/{job}").json()["pictures"][0]
         with Image.open(io.BytesIO(client.get(row["url"]).content)) as image:

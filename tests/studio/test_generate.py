@@ -27,7 +27,7 @@ from tests.studio.fakes import FakePipeline
 @pytest.fixture
 def fake(monkeypatch):
     pipe = FakePipeline()
-    monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, setup: pipe)
+    monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, load_options: pipe)
     return pipe
 
 

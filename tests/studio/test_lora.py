@@ -17,7 +17,7 @@ from apps.commands.given_options import make_options
 from apps.service import engine as engine_module
 from apps.service.engine import Engine, Failed, Picture, TextToImageRequest
 from apps.service.lora import LoraError, find_loras
-from apps.service.metadata import read_picture, repeat
+from apps.service.metadata import read_picture, request_from_settings
 from apps.service.option_values import Lora
 from apps.studio.album import Shown
 from apps.studio.generation_handlers import GenerationHandlers
@@ -106,14 +106,14 @@ def test_the_settings_hold_its_name_hash_and_scale_and_repeat_the_picture(engine
     settings = read_picture(first.path)
     content = (folder / "ink.safetensors").read_bytes()
     assert settings.lora == Lora(name="ink", scale=0.5, sha256=hashlib.sha256(content).hexdigest())
-    second = painted(engine, repeat(settings))[0]
+    second = painted(engine, request_from_settings(settings))[0]
     assert second.image.tobytes() == first.image.tobytes()
 
 
 def test_another_file_of_the_same_name_is_refused(engine):
     settings = painted(engine, ask("ink"))[0].metadata
     forged = settings.model_copy(update={"lora": Lora(name="ink", sha256="0" * 64)})
-    last = list(engine.generate(repeat(forged)))[-1]
+    last = list(engine.generate(request_from_settings(forged)))[-1]
     assert (last.code, "its content differs" in last.message) == ("bad_request", True)
 
 
@@ -157,7 +157,7 @@ def test_folders_are_checked(tmp_path, folder):
 def test_on_the_command_line(folder, tmp_path, monkeypatch):
     logging.getLogger("apps").setLevel(logging.CRITICAL)
     monkeypatch.setattr(
-        engine_module.Engine, "_load_pipeline", lambda self, source, device, setup: tiny_text_to_image_pipeline()
+        engine_module.Engine, "_load_pipeline", lambda self, source, device, load_options: tiny_text_to_image_pipeline()
     )
     cpu, first, second = Machine(device="cpu"), tmp_path / "a.png", tmp_path / "b.png"
     run(make_options(prompt="a red apple", steps=2, lora=folder / "ink.safetensors", lora_scale=0.5), first, cpu)

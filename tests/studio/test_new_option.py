@@ -36,7 +36,7 @@ from apps.commands.options import complete, asked
 from apps.service.engine import Done, Engine
 from apps.service.events import Picture
 from apps.service.grid import Axis, plan, read_axis
-from apps.service.metadata import read_picture, repeat
+from apps.service.metadata import read_picture, request_from_settings
 from apps.service.prompt_file import PromptLine, request_fields
 from apps.service.requests import TextToImageRequest
 from apps.studio.app import build_page
@@ -68,7 +68,7 @@ picture = generate(TextToImageRequest(prompt="a fox", steps=2, height=64, width=
 found["argument"] = pipe.seen
 settings = read_picture(picture.path)
 found["recorded"] = settings.sharpness
-generate(repeat(settings))
+generate(request_from_settings(settings))
 found["repeated"] = pipe.seen
 default = generate(TextToImageRequest(prompt="a fox", steps=2, height=64, width=64))
 found["default"] = default.metadata.sharpness

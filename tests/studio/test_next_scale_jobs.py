@@ -50,7 +50,7 @@ def classes(monkeypatch):
     """A class model instead of what is loaded, and the rows of each of its passes."""
     pipe, rows = of_classes(), []
     pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, setup: pipe)
+    monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, load_options: pipe)
     return rows
 
 

@@ -130,8 +130,8 @@ def test_what_has_no_meaning_is_named(fake):
     told = answer.json()["warnings"]
     assert [one.partition(":")[0] for one in told] == list(ignored)
     assert all(name in answer.headers["warning"] for name in ignored)
-    usual = {"background": "auto", "quality": "standard", "moderation": "auto", "size": None, "n": None}
-    plain = fake[0].post("/v1/images/generations", json={**SHORT, **usual})
+    default_options = {"background": "auto", "quality": "standard", "moderation": "auto", "size": None, "n": None}
+    plain = fake[0].post("/v1/images/generations", json={**SHORT, **default_options})
     assert plain.status_code == 200
     assert "warnings" not in plain.json()
     assert "warning" not in plain.headers

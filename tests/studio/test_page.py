@@ -28,6 +28,7 @@ from apps.studio import following as following_module
 from apps.studio import views
 from apps.studio.album import Shown
 from apps.studio.app import build_page
+from apps.studio.controls import CONTROLS
 from apps.studio.examples import FAVOURITES, example_prompts
 from apps.studio.following import restated
 from apps.studio.forms import AUTO, CUSTOM, FIXED, RANDOM, read_mask, read_size, settings_to_form, size_choices
@@ -45,7 +46,7 @@ from tests.studio.fakes import FakePipeline
 
 TAB = SimpleNamespace(session_hash="one tab", username=None)
 ENGLISH = Strings("en")
-PAGE = {
+PAGE = {name: one.option.control.start for name, one in CONTROLS.items()} | {
     "mode": "text", "prompt": "a fox", "negative_prompt": "", "model": "fake",
     "shape": "64x64", "width": 96, "height": 64,
     "steps": 4, "guidance": 4.0, "seed_mode": FIXED, "seed": 3, "num_images": 1, "batch_size": 1, "style": "",
@@ -431,7 +432,7 @@ def test_pictures_of_classes(tmp_path, mode):
     assert first.settings.label == 1
     if mode == "scales":
         assert any('class="scales"' in changes.get("stage", "") for changes in told)
-        assert "KV window" in first.report
+        assert "KV cache window" in first.report
     shown = settings_to_form(parse(first.settings.model_dump_json()))
     assert shown.pop("mode") == mode
     again = pictures(generate(studio, **{**settings, **shown}))[0]

@@ -20,9 +20,9 @@ from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
 from apps.service.defaults import fit_size
 from apps.service.engine import Engine
-from apps.service.metadata import read_picture, repeat
+from apps.service.metadata import read_picture, request_from_settings
 from apps.service.option_values import Expand
-from apps.service.outpaint import blend, grown, lay_out, soft_mask, touched
+from apps.service.outpaint import blend, expanded_size, mask_of, pad_for_outpainting, soft_mask
 from apps.service.requests import REQUEST
 from apps.studio import views
 from apps.studio.generation_handlers import GenerationHandlers
@@ -70,7 +70,7 @@ def pixels(path):
 def test_a_canvas_of_the_grown_size_keeps_every_pixel(size, shares):
     expand = Expand(**dict(zip(Expand.model_fields, shares, strict=True)))
     picture = noise(*size)
-    laid = lay_out(picture, None, grown(size, expand), expand, keep_shape=True)
+    laid = pad_for_outpainting(picture, None, expanded_size(size, expand), expand, keep_shape=True)
     kept = np.asarray(laid.mask) == 0
     assert kept.sum() == size[0] * size[1]
     assert (np.asarray(laid.image)[kept].reshape(size[1], size[0], 3) == np.asarray(picture)).all()
@@ -110,7 +110,7 @@ def test_a_soft_edge_blends_and_all_beyond_it_stays_to_the_last_bit():
     expected = np.asarray(original) * (1 - share) + np.asarray(result) * share
     assert np.abs(blended - expected).max() <= 1
     assert len(set(np.unique(alpha)) - {0, 255}) >= 4
-    assert (np.asarray(touched(alpha)) > 0).tolist() == (np.asarray(alpha) > 0).tolist()
+    assert (np.asarray(mask_of(alpha)) > 0).tolist() == (np.asarray(alpha) > 0).tolist()
     hard = soft_mask(middle(40, 30))
     assert set(np.unique(hard)) == {0, 255}
     assert hard.tobytes() == middle(40, 30).tobytes()
@@ -126,11 +126,11 @@ def test_the_edge_of_a_mask_is_checked():
 
 def test_a_canvas_of_another_shape_squeezes_nothing():
     wide, mask = noise(96, 48), middle(96, 48)
-    laid = lay_out(wide, mask, (64, 64), None, keep_shape=True)
+    laid = pad_for_outpainting(wide, mask, (64, 64), None, keep_shape=True)
     free = np.asarray(laid.mask) == 255
     assert np.concatenate([free[:16], free[-16:]]).all()  # 96 x 48 fits as 64 x 32
     assert free[16:48].mean() == pytest.approx(0.25)  # the part that was marked
-    stretched = lay_out(wide, mask, (64, 64), None, keep_shape=False)
+    stretched = pad_for_outpainting(wide, mask, (64, 64), None, keep_shape=False)
     assert (np.asarray(stretched.mask) == 255).mean() == pytest.approx(0.25)
     assert laid.image.size == stretched.image.size == (64, 64)
 
@@ -195,7 +195,7 @@ def world(request, tmp_path_factory):
     make, wish = CASES[request.param]
     out = tmp_path_factory.mktemp("parts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, setup: make())
+        patch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, load_options: make())
         engine = Engine({"stickers-var": "stickers-var"}, out, device="cpu")
         model = engine.model().result(60)
         sessions = Sessions(None)
@@ -249,7 +249,7 @@ def test_what_is_kept_is_kept_and_the_file_paints_it_again(world, tmp_path, kind
     run(make_options(), tmp_path / "cli.png", Machine(device="cpu"), settings=first.path)
     assert (pixels(tmp_path / "cli.png") == found).all()
     with httpx.Client(base_url=world.address, trust_env=False, timeout=30) as client:
-        job = client.post("/v1/jobs", content=repeat(settings).model_dump_json()).json()["id"]
+        job = client.post("/v1/jobs", content=request_from_settings(settings).model_dump_json()).json()["id"]
         assert world.engine.stream(job).wait_closed(30)
         row = client.get(f"/v1/jobs/{job}").json()["pictures"][0]
         assert (pixels(io.BytesIO(client.get(row["url"]).content)) == found).all()
@@ -275,7 +275,7 @@ def test_the_page_says_what_fits_the_model(world):
 
 
 def test_the_command_line_grows_and_edits(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, setup: of_entries())
+    monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, load_options: of_entries())
     noise(48, 48).save(tmp_path / "in.png")
     middle(48, 48).save(tmp_path / "mask.png")
     wishes = make_options(prompt="a fox", image=tmp_path / "in.png", expand="right=0.3333,bottom=0.3333", seed=2)

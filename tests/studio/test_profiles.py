@@ -15,18 +15,20 @@ from apps.api.app import create_app
 from apps.commands.generate import Machine, run
 from apps.commands.given_options import make_options
 from apps.service import compute_profiles as profiles
+from apps.service.acceleration import accelerated
 from apps.service.compute_profiles import (
     NO_ACCELERATOR,
     PROFILES,
-    Setup,
+    LoadOptions,
     UnavailableError,
-    attending,
+    load_options_of,
     memory_profiles,
-    setup_of,
 )
 from apps.service.engine import Done, Engine, Failed, Picture, TextToImageRequest
 from apps.service.grid import plan, read_axis
-from apps.service.metadata import read_picture, repeat, save_picture
+from apps.service.metadata import read_picture, request_from_settings, save_picture
+from apps.service.option_values import Acceleration
+from apps.service.request_error import RequestError
 from apps.studio.forms import form_to_request, settings_to_form
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.panels import memory_note
@@ -87,7 +89,7 @@ def test_a_jobs_attention_is_gone_with_it(engine):
     watch(engine.model().result(60).pipe, seen)
     first = generate(engine, ask(attention=MATH))
     assert {name for _, name in seen} == {MATH}
-    assert "attention _native_math" in first.report
+    assert "attention backend _native_math" in first.report
     seen.clear()
     plain = generate(engine, ask())
     assert {name for _, name in seen} == {None}
@@ -136,7 +138,7 @@ def test_processors_get_back_what_they_had():
 
 
 def test_a_network_without_such_a_switch_is_refused():
-    with pytest.raises(UnavailableError, match="can't be chosen"), attending(SimpleNamespace(components={}), MATH):
+    with pytest.raises(RequestError, match="attention"), accelerated(SimpleNamespace(), Acceleration(attention=MATH)):
         pass
 
 
@@ -158,7 +160,7 @@ def test_a_number_format_is_recorded_and_paints_the_same_again(engine, folder, t
     single, half = generate(engine, ask()), generate(engine, ask(dtype="bfloat16"))
     assert (single.metadata.dtype, half.metadata.dtype) == ("float32", "bfloat16")
     assert half.image.tobytes() != single.image.tobytes()
-    again = generate(engine, repeat(read_picture(half.path)))
+    again = generate(engine, request_from_settings(read_picture(half.path)))
     assert again.image.tobytes() == half.image.tobytes()
     assert generate(engine, ask()).image.tobytes() == single.image.tobytes()  # its weights are not the rounded ones
     run(make_options(model=str(folder)), tmp_path / "cli.png", Machine(device="cpu"), settings=half.path)
@@ -187,10 +189,15 @@ def test_profiles_of_a_machine_without_an_accelerator(engine):
 
 
 def test_profiles_choose_what_is_loaded():
-    usual = Setup(torch.bfloat16, "group")
-    assert setup_of(ask(), usual) == usual
-    assert setup_of(ask(memory="fast", dtype="float32"), usual) == Setup(torch.float32, "none")
-    assert [setup_of(ask(memory=name), usual).offload for name in PROFILES] == ["none", "none", "model", "sequential"]
+    default_options = LoadOptions(torch.bfloat16, "group")
+    assert load_options_of(ask(), default_options) == default_options
+    assert load_options_of(ask(memory="fast", dtype="float32"), default_options) == LoadOptions(torch.float32, "none")
+    assert [load_options_of(ask(memory=name), default_options).offload for name in PROFILES] == [
+        "none",
+        "none",
+        "model",
+        "sequential",
+    ]
 
 
 def test_tiles_are_switched_on_for_one_job(tmp_path, monkeypatch):
@@ -204,9 +211,9 @@ def test_tiles_are_switched_on_for_one_job(tmp_path, monkeypatch):
     )
     tiled = generate(engine, ask(memory="tiles"))
     assert seen == [(True, True)]
-    assert "decoded in tiles" in tiled.report
+    assert "decodes in tiles" in tiled.report
     assert tiled.metadata.memory == "tiles"
-    assert generate(engine, repeat(tiled.metadata)).image.tobytes() == tiled.image.tobytes()
+    assert generate(engine, request_from_settings(tiled.metadata)).image.tobytes() == tiled.image.tobytes()
     generate(engine, ask())
     assert seen == [(True, True), (True, True), (False, False)]
     engine.close()
@@ -214,7 +221,7 @@ def test_tiles_are_switched_on_for_one_job(tmp_path, monkeypatch):
 
 def test_a_decoder_without_tiles_is_refused(engine):
     failed = list(engine.generate(ask(memory="tiles")))[-1]
-    assert (failed.code, "knows no tiles" in failed.message) == ("bad_request", True)
+    assert (failed.code, "can't decode in tiles" in failed.message) == ("bad_request", True)
 
 
 # ----------------------------------------------------------------- page, grid, API, CLI

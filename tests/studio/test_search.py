@@ -45,7 +45,7 @@ def test_the_history_of_the_built_in_model_can_be_compressed_at_once(tmp_path, c
     )
     run(wishes, tmp_path / "fox.png", json_output=True)
     (row,) = json.loads(capsys.readouterr().out)["pictures"]
-    assert row["report"].startswith("KV scalekv: 2")
+    assert row["report"].startswith("KV cache scalekv: 2")
     assert (row["kv_policy"], row["kv_budget"], row["temperature"]) == ("scalekv", 0.25, 1.2)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from apps.service.engine import Done, Engine, Failed, Picture, Step, Stopped, TextToImageRequest
 from apps.service.job_store import JobStore, StoredPicture, StoreInUseError
 from apps.service.limits import ServerLimits
-from apps.service.metadata import read_picture, repeat
+from apps.service.metadata import read_picture, request_from_settings
 from tests.studio.fakes import FakePipeline
 from tests.studio.killed import JOBS, PICTURES, STEPS
 
@@ -47,7 +47,7 @@ def test_the_line_survives_kill_9(tmp_path):
     for name in sorted(files)[:3]:  # and what was generated in pieces is what is generated in one go
         settings = read_picture(tmp_path / name)
         assert settings.steps == STEPS
-        again = next(event for event in engine.generate(repeat(settings)) if isinstance(event, Picture))
+        again = next(event for event in engine.generate(request_from_settings(settings)) if isinstance(event, Picture))
         with Image.open(tmp_path / name) as image:
             assert image.tobytes() == again.image.tobytes()
     assert not list(tmp_path.glob(".*.part"))
@@ -147,7 +147,9 @@ def test_finish_now_keeps_the_picture_and_can_be_repeated(tmp_path):
     assert isinstance(events[-1], Done)
     (picture,) = (event for event in events if isinstance(event, Picture))
     assert picture.metadata.finish_after == 4  # the step that ran when it was asked
-    again = next(event for event in engine.generate(repeat(picture.metadata)) if isinstance(event, Picture))
+    again = next(
+        event for event in engine.generate(request_from_settings(picture.metadata)) if isinstance(event, Picture)
+    )
     assert again.image.tobytes() == picture.image.tobytes()
     engine.close()
 

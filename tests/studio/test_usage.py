@@ -52,7 +52,7 @@ def no_model(monkeypatch):
 @pytest.fixture
 def fake(monkeypatch):
     pipe = FakePipeline()
-    monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, setup: pipe)
+    monkeypatch.setattr(engine_module.Engine, "_load_pipeline", lambda self, source, device, load_options: pipe)
     return pipe
 
 

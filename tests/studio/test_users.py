@@ -70,7 +70,7 @@ def test_users_paint_and_see_their_own(served):
 def test_a_queue_is_changed_by_its_owner_only(served):
     """Whatever session a browser says it is: the user of the request counts, and a watcher changes nothing."""
     generation = GenerationHandlers(served.engine, ENGLISH, Sessions(served.table))
-    served.pipe.step_seconds = 0.02
+    served.pipe.step_seconds = 0.1
     generation.generate({**PAGE, "steps": 150}, tab("bob"))
     for seed in (50, 60):
         generation.generate({**PAGE, "seed": seed}, tab("bob"))

@@ -1,4 +1,4 @@
-"""The scorer: what near misses change, and that the export is a reward by name."""
+"""The scorer: what hard negatives change, and that the export is a reward by name."""
 
 import json
 
@@ -10,12 +10,12 @@ from transformers import SiglipConfig, SiglipModel
 from apps.stickers.scene import SceneMix, SceneSampler
 from apps.stickers.sprites import load_sprites
 from apps.stickers.vocabulary import STARTER
+from apps.training.attention_init import init_siglip_attention
 from apps.training.config import ConfigError
-from apps.training.look_around import look_around
+from apps.training.hard_negatives import drop_object, hard_negative
 from apps.training.loop import Trainer
-from apps.training.near_misses import near_miss
 from apps.training.task import load_config
-from apps.training.tasks.contrastive import blotch, botch, without_one
+from apps.training.tasks.contrastive import corrupt_box, corrupt_tokens
 from dit.tokenizers import MultiScaleVQ
 from sampling.rewards import ClipReward
 from tests.training.helpers import assert_resumes_exactly
@@ -42,7 +42,7 @@ kind = "contrastive"
 [data]
 resolution = 32
 tokenizer_captions = 50
-validation_scenes = 4
+validation_examples = 4
 
 [model]
 max_length = 16
@@ -72,7 +72,7 @@ def configured(tmp_path):
 def test_resume_is_bit_identical_and_the_export_is_a_reward(configured):
     folder = assert_resumes_exactly(configured, 2)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert {"near_pair", "retrieved_single"} <= set(log[-1])
+    assert {"hard_negatives_pair", "retrieval_single"} <= set(log[-1])
 
     reward = ClipReward(folder / "export")
     pictures = torch.rand(2, 3, 32, 32)
@@ -85,27 +85,27 @@ def test_resume_is_bit_identical_and_the_export_is_a_reward(configured):
     assert torch.equal(pixels, -torch.ones(1, 3, 32, 32)), "the export must see pictures as training did"
 
 
-def test_captions_may_be_read_before_any_picture_is_seen(configured):
-    trainer = Trainer(configured("first", "task.reading_first=2"))
+def test_the_first_steps_may_see_captions_only(configured):
+    trainer = Trainer(configured("first", "task.text_only_steps=2"))
     assert "pixel_values" not in trainer.task.batch(1)
     assert "pixel_values" in trainer.task.batch(2)
     before = {name: weight.clone() for name, weight in trainer.task.clip.named_parameters()}
     loss, values = trainer.task.loss(trainer.task.batch(0))
     loss.backward()
-    assert set(values) == {"misread_text", "unclear_text"}
+    assert set(values) == {"probe_text", "probe_words"}
     moved = {name for name, weight in trainer.task.clip.named_parameters() if weight.grad.abs().max() > 0}
     assert {name.split(".")[0] for name in moved} == {"text_model"}
     trainer.run()
     assert not torch.equal(trainer.task.clip.vision_model.head.probe, before["vision_model.head.probe"])
 
 
-def test_at_first_each_head_looks_at_a_neighbour():
+def test_at_first_each_head_attends_to_a_neighbour():
     size = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     text = {**size, "vocab_size": 300, "max_position_embeddings": 40, "projection_size": 128, "pad_token_id": 0}
     vision = {**size, "image_size": 128, "patch_size": 16}
     torch.manual_seed(0)
     clip = SiglipModel(SiglipConfig(text_config=text | {"bos_token_id": 1, "eos_token_id": 1}, vision_config=vision))
-    look_around(clip)
+    init_siglip_attention(clip)
     clip.set_attn_implementation("eager")
     with torch.no_grad():
         words = clip.text_model(torch.randint(1, 300, (5, 40)), output_attentions=True).attentions
@@ -119,21 +119,21 @@ def test_at_first_each_head_looks_at_a_neighbour():
         assert torch.equal(steps.median(-1).values, torch.tensor([-1, 1, -8, 8]).expand(5, 4)), "left, right, up, down"
 
 
-def test_reading_first_needs_the_losses_that_read(configured):
-    with pytest.raises(ConfigError, match="reading_weight must be more than 0"):
-        configured("no", "task.reading_first=2", "task.reading_weight=0")
-    trainer = Trainer(configured("plain", "task.reading_weight=0"))
+def test_steps_without_images_need_the_probes(configured):
+    with pytest.raises(ConfigError, match="probe_weight must be more than 0"):
+        configured("no", "task.text_only_steps=2", "task.probe_weight=0")
+    trainer = Trainer(configured("plain", "task.probe_weight=0"))
     assert set(trainer.task.modules()) == {"clip"}
 
 
-def test_botched_pictures_differ_from_some_scale_on_in_a_box():
+def test_images_corrupted_in_a_box_differ_from_some_scale_on_in_a_box():
     grids = ((1, 1), (2, 2), (4, 4), (8, 8))
     codes = [torch.arange(3)[:, None].expand(3, rows * columns) for rows, columns in grids]
     rng, firsts = np.random.default_rng(0), set()
     for _ in range(40):
-        spoilt = botch(codes, grids, rng)
+        corrupted = corrupt_box(codes, grids, rng)
         changed = [
-            (one != other).any(0).unflatten(0, grid) for one, other, grid in zip(codes, spoilt, grids, strict=True)
+            (one != other).any(0).unflatten(0, grid) for one, other, grid in zip(codes, corrupted, grids, strict=True)
         ]
         assert not changed[0].any(), "the coarsest token is the whole picture"
         finest = changed[-1]
@@ -141,16 +141,16 @@ def test_botched_pictures_differ_from_some_scale_on_in_a_box():
         assert torch.equal(finest, rows[:, None] & columns)
         assert 0.05 < finest.float().mean() < 0.5
         firsts.add(next(scale for scale, one in enumerate(changed) if one.any()))
-        assert all(set(one.unique().tolist()) <= {0, 1, 2} for one in spoilt)
+        assert all(set(one.unique().tolist()) <= {0, 1, 2} for one in corrupted)
     assert len(firsts) > 1
 
 
-def test_blotched_pictures_differ_in_a_few_tokens():
+def test_images_corrupted_in_tokens_differ_in_a_few():
     codes = [torch.arange(3)[:, None].expand(3, size * size) + 10 * size for size in (1, 2, 4, 8)]
-    spoilt = blotch(codes, np.random.default_rng(0))
-    assert torch.equal(spoilt[0], codes[0]), "the coarsest token is the whole picture"
-    assert 0.02 < (spoilt[-1] != codes[-1]).float().mean() < 0.2
-    for one, other in zip(spoilt, codes, strict=True):
+    corrupted = corrupt_tokens(codes, np.random.default_rng(0))
+    assert torch.equal(corrupted[0], codes[0]), "the coarsest token is the whole picture"
+    assert 0.02 < (corrupted[-1] != codes[-1]).float().mean() < 0.2
+    for one, other in zip(corrupted, codes, strict=True):
         assert set(one.unique().tolist()) <= set(other.unique().tolist()), "tokens stay at their scale"
 
 
@@ -159,28 +159,30 @@ def test_a_scene_may_lack_a_sticker_and_says_what_it_did():
     sampler = SceneSampler(sheet, STARTER)
     for index in range(20):
         scene = sampler.scene(0, index)
-        lacking = without_one(scene, rng)
+        lacking = drop_object(scene, rng)
         assert len(lacking.placements) == len(scene.placements) - 1
         assert set(lacking.placements) < set(scene.placements)
         assert (lacking.sprites, lacking.count, lacking.relation) == (scene.sprites, scene.count, scene.relation)
 
 
-def test_pictures_are_shown_coarse_and_botched(configured, tmp_path):
+def test_images_are_shown_coarse_and_corrupted(configured, tmp_path):
     vae = MultiScaleVQ(scales=(1, 2, 4), latent_channels=4, vocab_size=16, vit=VIT)
     vae.save_pretrained(tmp_path / "vae")
     trainer = Trainer(
-        configured("shown", f'data.vae="{tmp_path / "vae"}"', "data.half_painted=0.5", "data.botched=0.75")
+        configured(
+            "shown", f'data.vae="{tmp_path / "vae"}"', "data.coarse_fraction=0.5", "data.corrupted_fraction=0.75"
+        )
     )
     batch = trainer.task.batch(0)
     assert batch["pixel_values"].shape == (7, 3, 32, 32)
     assert batch["input_ids"].shape == (8, 16)
     loss, values = trainer.task.loss(batch)
     assert loss.isfinite()
-    assert {"right", "right_captions", "misread_picture", "unclear_picture"} <= set(values)
+    assert {"accuracy_images", "accuracy_captions", "probe_image", "probe_patches"} <= set(values)
 
 
 @pytest.mark.parametrize("kind", ["single", "pair", "count"])
-def test_a_near_miss_differs_in_one_thing(kind):
+def test_a_hard_negative_differs_in_one_thing(kind):
     sheet, rng = load_sprites(), np.random.default_rng(0)
     sampler = SceneSampler(
         sheet, STARTER, mix=SceneMix(**{name: float(name == kind) for name in ("single", "pair", "count")})
@@ -188,7 +190,7 @@ def test_a_near_miss_differs_in_one_thing(kind):
     changed = set()
     for index in range(60):
         scene = sampler.scene(0, index)
-        other = near_miss(scene, rng, sampler.sprites)
+        other = hard_negative(scene, rng, sampler.sprites)
         differ = [
             name
             for name in ("sprites", "background", "relation", "count")

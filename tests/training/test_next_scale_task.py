@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apps.commands import evaluate
-from apps.training.code_usage import CodeUsage
+from apps.training.codebook_usage import CodebookUsage
 from apps.training.loop import Trainer, train
 from apps.training.task import load_config
 from dit.tokenizers import MultiScaleBSQ, MultiScaleVQ, ViTAutoencoder
@@ -43,8 +43,8 @@ ssim_weight = 0.0
 
 [data]
 resolution = 32
-validation_scenes = 24
-calibration_scenes = 32
+validation_examples = 24
+calibration_images = 32
 
 [model]
 scales = [1, 2, 4]
@@ -67,7 +67,7 @@ vae = "VAE"
 resolution = 32
 pool_size = 48
 tokenizer_captions = 50
-validation_scenes = 4
+validation_examples = 4
 
 [[data.stages]]
 until_step = 2
@@ -148,9 +148,9 @@ def test_a_tokenizer_starts_from_an_autoencoder(configured, folders, tmp_path, q
 
 
 def test_clusters_say_more_than_random_codes(configured, folders):
-    trainer = Trainer(configured("tokenizer", f'data.init_from="{folders / "vit"}"', "data.calibration_scenes=128"))
+    trainer = Trainer(configured("tokenizer", f'data.init_from="{folders / "vit"}"', "data.calibration_images=128"))
     vae = trainer.task.vae.eval()
-    features = torch.cat([vae.features(images) for images in trainer.task._fresh_images()]).detach()
+    features = torch.cat([vae.features(images) for images in trainer.task._calibration()]).detach()
 
     @torch.no_grad()
     def error():
@@ -248,7 +248,7 @@ def _text(batch):
 
 def test_noise_changes_what_is_seen_and_not_what_is_asked(configured):
     task = Trainer(configured("next_scale", "task.token_noise=1.0")).task
-    tokens = task.pool.latents[:8].long()
+    tokens = task.latents[:8].long()
     noisy = task._teach(tokens, None, torch.Generator().manual_seed(0))
     clean = task._teach(tokens, None, None)
     assert torch.equal(noisy["tokens"], clean["tokens"])
@@ -287,7 +287,7 @@ def test_entropies_reward_sure_and_varied_choices():
 
 
 def test_usage_counts(tmp_path):
-    usage = CodeUsage(2, 4)
+    usage = CodebookUsage(2, 4)
     usage.add([torch.tensor([[0]]), torch.tensor([[0, 1, 1, 1]])])
     summary = usage.summary()
     assert summary["tokens"] == 5
@@ -296,7 +296,7 @@ def test_usage_counts(tmp_path):
     assert summary["perplexity"] == pytest.approx(float((-(share * share.log()).sum()).exp()))
     usage.plot(tmp_path / "usage.png")
     assert (tmp_path / "usage.png").stat().st_size > 500
-    bits = CodeUsage(1, 6, bits=True)
+    bits = CodebookUsage(1, 6, bits=True)
     bits.add([torch.tensor([[[0, 1, 0], [1, 1, 0]]])])
     assert bits.summary()["tokens"] == 2
     assert bits.summary()["bit_entropy"] == pytest.approx(1 / 3)

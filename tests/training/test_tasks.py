@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apps.stickers.scene import Placement, combinations, is_held_out
-from apps.stickers.sprites import load_sprites
+from apps.stickers.scene import Placement, Scene, combinations, is_held_out
 from apps.training.config import ConfigError
-from apps.training.latent_pool import LatentPool, pool_scenes
+from apps.training.data.base import BatchAddress
+from apps.training.data.config import Stage
+from apps.training.data.stickers import ScenePool, StickerData, StickerSettings, box_mask, read_vocabulary
+from apps.training.image_grid import save_grid
 from apps.training.loop import Trainer, train
-from apps.training.scenes import Scene, SceneMix, box_mask, read_vocabulary, save_grid
 from apps.training.task import load_config
 from apps.training.tasks.autoencoder import psnr, reconstruction_loss, ssim
 from apps.training.tokenizer import train_tokenizer
@@ -42,8 +43,8 @@ kind = "autoencoder"
 [data]
 resolution = 32
 vocabulary_fraction = 0.5
-validation_scenes = 24
-calibration_scenes = 64
+validation_examples = 24
+calibration_images = 64
 
 [model]
 latent_channels = 4
@@ -65,7 +66,7 @@ vae = "VAE"
 resolution = 32
 pool_size = 48
 tokenizer_captions = 50
-validation_scenes = 4
+validation_examples = 4
 
 [[data.stages]]
 until_step = 2
@@ -140,7 +141,7 @@ def test_resume_is_bit_identical(configured, tmp_path, kind, optimizer):
 
 
 def test_autoencoder_exports_calibrated_statistics(configured, tmp_path):
-    trainer = Trainer(configured("autoencoder", "data.calibration_scenes=512"))
+    trainer = Trainer(configured("autoencoder", "data.calibration_images=512"))
     trainer.run()
     vae = ViTAutoencoder.from_pretrained(tmp_path / "runs/tiny/export/vae").eval()
     stored = load_file(tmp_path / "runs/tiny/export/vae/diffusion_pytorch_model.safetensors")
@@ -230,7 +231,7 @@ def test_batches_are_pure_and_follow_the_stages(configured):
     for index, kind in [(0, "single"), (1, "single"), (2, "pair"), (3, "pair"), (4, "count"), (9, "count")]:
         first, second = task.batch(index), task.batch(index)
         assert all(torch.equal(first[name], second[name]) for name in first)
-        rows = (first["latents"][:, None] == task.pool.latents.float()[None]).flatten(2).all(dim=2)
+        rows = (first["latents"][:, None] == task.latents.float()[None]).flatten(2).all(dim=2)
         assert all(task.pool.scenes[int(row.nonzero()[0])].kind == kind for row in rows)
     assert not torch.equal(task.batch(0)["noise"], task.batch(1)["noise"])
 
@@ -254,16 +255,16 @@ def test_latent_cache_is_reused_and_keyed_by_the_scenes(configured, tmp_path):
 
 
 def test_pool_keeps_to_the_training_split_and_the_jitter():
-    sheet = load_sprites()
-    scenes, levels = pool_scenes(sheet, read_vocabulary("starter"), SceneMix(), [0.0, 1.0], 60, seed=0)
-    assert not any(is_held_out(*each) for scene in scenes for each in combinations(scene, sheet))
-    pool = LatentPool(scenes, levels, torch.arange(60.0))
-    drawn = pool.draw(np.random.default_rng(0), 200, (1, 1, 0), jitter=0.5)
-    assert (levels[drawn] == 0).all()
-    assert {scenes[row].kind for row in drawn} == {"single", "pair"}
-    singles = LatentPool([scene for scene in scenes if scene.kind == "single"], levels, torch.arange(60.0))
+    data, address = StickerData(StickerSettings(), 32), BatchAddress(0, 0, 200)
+    pool = data.pool(60, [Stage(until_step=1, jitter=0), Stage(until_step=2, jitter=1)], seed=0)
+    assert not any(is_held_out(*each) for scene in pool.scenes for each in combinations(scene, data.sheet))
+    calm = Stage(until_step=1, single=1, pair=1, count=0, jitter=0.5)
+    drawn = pool.draw(address, np.random.default_rng(0), calm)
+    assert (drawn % 2 == 0).all(), "the jitter levels take turns"
+    assert {pool.scenes[row].kind for row in drawn} == {"single", "pair"}
+    singles = ScenePool([scene for scene in pool.scenes if scene.kind == "single"], np.zeros(60), data)
     with pytest.raises(ValueError, match="no pair scene"):
-        singles.draw(np.random.default_rng(0), 5, (0, 1, 0), jitter=1.0)
+        singles.draw(address, np.random.default_rng(0), Stage(until_step=1, single=0, pair=1, count=0))
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from apps.service.reports import TEXTS, report_text
+from pipelines.acceleration import AccelerationError, PartReport
+from pipelines.acceleration.texts import render
 
 FOLDER = Path(__file__).parent
 
@@ -32,6 +37,20 @@ class Strings:
         """
         text = self._strings[key]
         return text.format(**values) if values else text
+
+    def report(self, parts: Iterable[PartReport]) -> str:
+        """Return what accelerators did as one line in the page's language."""
+        return report_text(parts, self._report_texts())
+
+    def refusal(self, error: AccelerationError) -> str:
+        """Return why an acceleration is refused."""
+        return render(error.key, error.values, self._report_texts())
+
+    def _report_texts(self) -> Mapping[str, str]:
+        """Return the sentences of `apps.service.reports`; English stands there."""
+        if self.language == "en":
+            return TEXTS
+        return json.loads((FOLDER / "reports" / f"{self.language}.json").read_text(encoding="utf-8"))
 
     def __contains__(self, key: str) -> bool:
         return key in self._strings

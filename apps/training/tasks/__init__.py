@@ -3,9 +3,11 @@
 TASKS: dict[str, str] = {
     "autoencoder": "apps.training.tasks.autoencoder:AutoencoderTask",
     "contrastive": "apps.training.tasks.contrastive:ContrastiveTask",
-    "foresight": "apps.training.tasks.foresight:ForesightTask",
     "multi_scale_tokenizer": "apps.training.tasks.multi_scale_tokenizer:MultiScaleTokenizerTask",
     "next_scale": "apps.training.tasks.next_scale:NextScaleTask",
-    "text_reading": "apps.training.tasks.text_reading:TextReadingTask",
+    "text_encoder_pretraining": "apps.training.tasks.text_encoder_pretraining:TextEncoderPretrainingTask",
     "text_to_image": "apps.training.tasks.text_to_image:TextToImageTask",
+    "value_model": "apps.training.tasks.value_model:ValueModelTask",
 }
+OLD_NAMES = {"foresight": "value_model", "text_reading": "text_encoder_pretraining"}
+"""Names that tasks had; they stay valid in configuration files."""

@@ -1,4 +1,4 @@
-"""Trains `ViTAutoencoder` on images of the sticker world.
+"""Training of `ViTAutoencoder` on images.
 
 The loss is Charbonnier plus structural similarity; Gaussian noise of random strength on the code makes the decoder
 forgive the small errors that a generator will make (arXiv:2009.14794 does it for compression; most latent diffusion
@@ -17,18 +17,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from apps.training.config import Section, TaskSection, TrainConfig
+from apps.training.data import open_data
+from apps.training.data.config import DataSection
 from apps.training.export import save_component
-from apps.training.scenes import (
-    VALIDATION_SEED,
-    SceneMix,
-    SceneSampler,
-    box_mask,
-    load_sprites,
-    read_vocabulary,
-    render,
-    save_grid,
-    scene_series,
-)
+from apps.training.image_grid import save_grid
 from apps.training.task import TaskContext
 from dit.tokenizers import ViTAutoencoder
 from dit.tokenizers.base import fit_linear_preview
@@ -51,28 +43,23 @@ class AutoencoderSection(TaskSection):
     squared_weight: float = Field(default=0.0, ge=0)
 
 
-class AutoencoderData(Section):
+class AutoencoderData(DataSection):
     """The `[data]` section.
 
     Attributes:
         init_from: Folder of an exported autoencoder that the run starts from; `[model]` is then not used.
         resolution: Side of the images in pixels.
-        vocabulary: `starter`, `all`, or a text file with one sticker name a line.
-        vocabulary_fraction: Share of the scenes drawn from the vocabulary; the rest comes from all stickers.
-        single, pair, count: Relative frequencies of the kinds of scenes.
-        validation_scenes: Held-out scenes that are measured.
-        calibration_scenes: Fresh scenes that the statistics of the code and the preview map are fitted to.
+        vocabulary_fraction: Stickers: share of the scenes drawn from the vocabulary; the rest comes from all stickers.
+        validation_examples: Held-out images that are measured.
+        calibration_images: Images that the statistics of the code and the preview map are fitted to.
     """
 
+    sticker_fields: ClassVar[frozenset[str]] = DataSection.sticker_fields | {"vocabulary_fraction"}
     init_from: Path | None = None
     resolution: int = Field(default=128, ge=16)
-    vocabulary: str = "starter"
     vocabulary_fraction: float = Field(default=1.0, ge=0, le=1)
-    single: float = Field(default=0.5, ge=0)
-    pair: float = Field(default=0.3, ge=0)
-    count: float = Field(default=0.2, ge=0)
-    validation_scenes: int = Field(default=128, ge=1)
-    calibration_scenes: int = Field(default=512, ge=2)
+    validation_examples: int = Field(default=128, ge=1)
+    calibration_images: int = Field(default=512, ge=2)
 
 
 class AutoencoderModel(Section):
@@ -106,28 +93,20 @@ class AutoencoderConfig(TrainConfig):
 
 
 class AutoencoderTask:
-    """Learns to code and decode scenes. See `apps.training.task.Task`."""
+    """Train an autoencoder. See `apps.training.task.Task`."""
 
     config_class: ClassVar[type[TrainConfig]] = AutoencoderConfig
-    smoke: ClassVar[tuple[str, ...]] = ("data.validation_scenes=24", "data.calibration_scenes=16")
+    smoke: ClassVar[tuple[str, ...]] = ("data.validation_examples=24", "data.calibration_images=16")
 
     def __init__(self, config: AutoencoderConfig, context: TaskContext) -> None:
         self.config, self.context = config, context
-        data = config.data
-        self.sheet = load_sprites()
-        vocabulary = read_vocabulary(data.vocabulary)
-        mix = SceneMix(single=data.single, pair=data.pair, count=data.count)
-        from_vocabulary = round(data.vocabulary_fraction * config.run.batch_size)
-        self.samplers = [
-            (SceneSampler(self.sheet, vocabulary, mix=mix), from_vocabulary),
-            (SceneSampler(self.sheet, mix=mix), config.run.batch_size - from_vocabulary),
-        ]
+        with context.main_process_first():  # the first process checks the files and lists them for the others
+            self.data = open_data(config.data, config.data.resolution, config.run.folder, quiet=context.rank > 0)
         self.vae: Any = self._network()
-        held_out = SceneSampler(self.sheet, vocabulary, split="heldout_combination", mix=mix)
-        self.validation_scenes = scene_series([(held_out, data.validation_scenes)], VALIDATION_SEED, 0)
+        self.held_out = self.data.held_out(config.data.validation_examples)
 
     def _network(self) -> ViTAutoencoder:
-        """A new autoencoder, or that of `init_from`, with the encoder frozen if only the decoder is trained."""
+        """Return a new autoencoder, or that of `init_from`, with the encoder frozen if only the decoder is trained."""
         start, model = self.config.data.init_from, self.config.model
         if start is not None:
             vae = ViTAutoencoder.from_pretrained(start, torch_dtype=torch.float32)
@@ -139,16 +118,15 @@ class AutoencoderTask:
         return vae
 
     def modules(self) -> dict[str, nn.Module]:
-        """The autoencoder."""
+        """Return the autoencoder."""
         return {"vae": self.vae}
 
     def batch(self, index: int) -> dict[str, Any]:
-        """Images of fresh scenes, `images` (B, 3, H, W) in [-1, 1]."""
-        scenes = scene_series(self.samplers, self.config.run.seed, index * self.context.world_size + self.context.rank)
-        return {"images": render(scenes, self.sheet, self.config.data.resolution)}
+        """Return `images` (B, 3, H, W) in [-1, 1]."""
+        return {"images": self.data.images(self.context.address(self.config.run, index))}
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Charbonnier plus weighted `1 - SSIM` of the images decoded from noisy codes."""
+        """Return Charbonnier plus weighted `1 - SSIM` of the images decoded from noisy codes."""
         images = batch["images"]  # (B, 3, H, W)
         if self.config.task.train == "decoder":
             self.vae.latent_norm.eval()
@@ -160,53 +138,50 @@ class AutoencoderTask:
             return reconstruction_loss(decoded.float(), images, task.ssim_weight, task.squared_weight)
 
     def validate(self) -> dict[str, float]:
-        """PSNR of held-out scenes (peak 2, since images span [-1, 1]): whole images, and inside sticker boxes."""
+        """Return the PSNR of held-out images (peak 2, since images span [-1, 1])."""
         return self.measure(self._calibrated())
 
     def measure(self, vae: Any) -> dict[str, float]:
-        """`psnr` and `psnr_boxes` of an autoencoder on the held-out scenes."""
-        resolution = self.config.data.resolution
+        """Return `psnr` of an autoencoder on the held-out images, and `psnr_boxes` inside the boxes of stickers."""
         whole, boxes, pixels, box_pixels = 0.0, 0.0, 0, 0
-        for start in range(0, len(self.validation_scenes), 32):
-            scenes = self.validation_scenes[start : start + 32]
-            images = render(scenes, self.sheet, resolution).to(self.context.device)  # (B, 3, H, W)
+        for start in range(0, len(self.held_out), 32):
+            rows = range(start, min(start + 32, len(self.held_out)))
+            images = self.held_out.images(rows).to(self.context.device)  # (B, 3, H, W)
             decoded = vae.decode(vae.encode(images).latent).sample.float().clamp(-1, 1)  # (B, 3, H, W)
             error = (decoded - images).square().mean(dim=1, keepdim=True)  # (B, 1, H, W)
-            mask = box_mask(scenes, resolution).to(error.device)  # (B, 1, H, W)
             whole, pixels = whole + float(error.sum()), pixels + error.numel()
-            boxes, box_pixels = boxes + float(error[mask].sum()), box_pixels + int(mask.sum())
-        return {"psnr": psnr(whole / pixels), "psnr_boxes": psnr(boxes / box_pixels)}
+            mask = self.held_out.regions(rows)  # (B, 1, H, W)
+            if mask is not None:
+                mask = mask.to(error.device)
+                boxes, box_pixels = boxes + float(error[mask].sum()), box_pixels + int(mask.sum())
+        values = {"psnr": psnr(whole / pixels)}
+        return values | {"psnr_boxes": psnr(boxes / box_pixels)} if box_pixels else values
 
     def preview(self, path: Path) -> None:
-        """Rows of held-out scenes, each above its reconstruction."""
+        """Write rows of held-out images, each above its reconstruction."""
         vae: Any = self._calibrated()
-        images = render(self.validation_scenes[:24], self.sheet, self.config.data.resolution).to(self.context.device)
+        images = self.held_out.images(range(min(24, len(self.held_out)))).to(self.context.device)
         decoded = vae.decode(vae.encode(images).latent).sample.float()  # (B, 3, H, W)
         rows = zip(images.split(8), decoded.split(8), strict=True)
-        save_grid(torch.cat([part for pair in rows for part in pair]), path, columns=8)
+        save_grid(torch.cat([part for pair in rows for part in pair]), path, columns=min(8, len(images)))
 
     def export(self, folder: Path) -> None:
-        """Writes `vae/`, its code statistics and preview map fitted to fresh scenes."""
+        """Write `vae/`, its code statistics and preview map fitted to calibration images."""
         vae: Any = self._calibrated()
-        pairs = [(vae.normalize_latents(vae.encode(images).latent).float(), images) for images in self._fresh_images()]
+        pairs = [(vae.normalize_latents(vae.encode(images).latent).float(), images) for images in self._calibration()]
         latents, images = (torch.cat(parts) for parts in zip(*pairs, strict=True))  # (S, C, h, w), (S, 3, H, W)
         cell = math.isqrt(vae.preview_factors.shape[0] // 3)
         vae.preview_factors.copy_(fit_linear_preview(latents, images, cell))
         save_component(vae, folder / "vae")
 
-    def _fresh_images(self) -> Iterator[Tensor]:
-        """Images that are in no batch, 64 at a time, (64, 3, H, W)."""
-        count, size = self.config.data.calibration_scenes, self.config.run.batch_size
-        scenes = [
-            scene for index in range(math.ceil(count / size))
-            for scene in scene_series(self.samplers, VALIDATION_SEED + 1, index)
-        ]  # fmt: skip
-        for start in range(0, count, 64):
-            part = scenes[start : min(start + 64, count)]
-            yield render(part, self.sheet, self.config.data.resolution).to(self.context.device)
+    def _calibration(self) -> Iterator[Tensor]:
+        """Yield the calibration images on the device, at most 64 at a time."""
+        count, size = self.config.data.calibration_images, self.config.run.batch_size
+        for images in self.data.calibration_images(count, size):
+            yield images.to(self.context.device)
 
     def _calibrated(self) -> ViTAutoencoder:
-        """A copy whose code statistics are measured anew: those of training lag behind, and belong to other weights."""
+        """Return a copy whose code statistics are measured anew: those of training lag behind the weights."""
         vae = copy.deepcopy(self.vae).eval()
         if self.config.task.train == "decoder":
             return vae
@@ -214,20 +189,20 @@ class AutoencoderTask:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over the batches
         norm.train()
-        for images in self._fresh_images():
+        for images in self._calibration():
             vae.encode(images)
         norm.eval()
         return vae
 
     def _latent_norm(self, vae: Any) -> nn.BatchNorm1d:
-        """Where the statistics of the code are."""
+        """Return the layer that holds the statistics of the code."""
         return vae.latent_norm
 
 
 def reconstruction_loss(
     decoded: Tensor, images: Tensor, ssim_weight: float, squared_weight: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Charbonnier (a smooth L1, eps 1e-3) plus `ssim_weight * (1 - SSIM)` plus `squared_weight * MSE`.
+    """Compute Charbonnier (a smooth L1, eps 1e-3) plus `ssim_weight * (1 - SSIM)` plus `squared_weight * MSE`.
 
     Args:
         decoded: (B, 3, H, W) float32.
@@ -251,7 +226,7 @@ def reconstruction_loss(
 
 
 def ssim(first: Tensor, second: Tensor, window: int = 7, stride: int = 1, data_range: float = 2.0) -> Tensor:
-    """Mean structural similarity (Wang et al. 2004) with a uniform window, without padding.
+    """Compute the mean structural similarity (Wang et al. 2004) with a uniform window, without padding.
 
     Args:
         first: (B, C, H, W).
@@ -274,5 +249,5 @@ def ssim(first: Tensor, second: Tensor, window: int = 7, stride: int = 1, data_r
 
 
 def psnr(mean_squared_error: float) -> float:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1]."""
+    """Return the peak signal-to-noise ratio in dB of images in [-1, 1]."""
     return 10 * math.log10(4 / max(mean_squared_error, 1e-10))

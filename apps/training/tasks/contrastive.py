@@ -1,7 +1,7 @@
-"""Trains a tiny CLIP (arXiv 2103.00020) on images and captions of the sticker world, as a reward for searches.
+"""Training of a small CLIP (arXiv 2103.00020) on images and captions of the sticker world, as a reward for searches.
 
-Each image must find its caption among those of the batch and among near misses: captions of scenes that differ from
-its own in one thing, as a relation turned round. Each caption must find its image, also among botched ones: those
+Each image must find its caption among those of the batch and among hard negatives: captions of scenes that differ from
+its own in one thing, such as the opposite relation. Each caption must find its image, also among corrupted ones: those
 that lack a sticker or hold tokens of other images. And images may be coarse: a search judges them half generated.
 
 The towers are SigLIP's (arXiv 2303.15343). CLIP's text tower reads forwards only, and learned "a left of b" no better
@@ -10,7 +10,6 @@ than by guessing in 2,000 steps: where it reads "a" it cannot know that a relati
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -22,88 +21,85 @@ from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from apps.stickers.captions import caption
+from apps.training.attention_init import init_siglip_attention
 from apps.training.autoencoders import load_autoencoder
 from apps.training.config import Section, TaskSection, TrainConfig
+from apps.training.data.config import CaptionedData
+from apps.training.data.stickers import Scene, StickerData, StickerSettings
 from apps.training.export import save_component
-from apps.training.look_around import look_around
-from apps.training.near_misses import near_miss, riddles, solved
-from apps.training.scene_facts import QUESTIONS, SPOTS, answers, misreading
-from apps.training.scene_reader import SceneReader
-from apps.training.scenes import (
-    Scene,
-    SceneMix,
-    SceneSampler,
-    load_sprites,
-    read_vocabulary,
-    render,
-    save_grid,
-    scene_series,
-)
+from apps.training.hard_negatives import drop_object, hard_negative, hard_negative_sets, retrieval_accuracy
+from apps.training.image_grid import save_grid
+from apps.training.scene_labels import ATTRIBUTES, SLOTS, probe_loss, scene_labels
+from apps.training.scene_probe import SceneProbe
 from apps.training.task import TaskContext
-from apps.training.text_encoder import TextModel, caption_corpus, caption_tokenizer, tokenize
+from apps.training.text_encoder import TextModel, caption_tokenizer, tokenize
 from dit.layers.scales import Grid
 from dit.tokenizers import MultiScaleVQ
 
-MIN_SCALES = 3  # of a half-generated image
-TEMPERATURE = 0.07  # of the contrast at the start
-READER_SCALE = 8.0  # of the unit vectors that the reader sees
+MIN_SCALES = 3  # of a coarse image
+TEMPERATURE = 0.07  # of the contrastive loss at the start
+PROBE_SCALE = 8.0  # of the unit vectors that the probe sees
 
 
 class ContrastiveSection(TaskSection):
     """The `[task]` section.
 
     Attributes:
-        near_misses: Whether the captions of near misses compete too.
-        reading_weight: Weight of extra losses: light heads, thrown away afterwards, must tell what stands where, how
-            often, on what. One asks the vector of an image and that of a caption alike, two the states of patches and
-            words below. They say directly what the contrast rewards late: which sticker is where.
-        reading_first: Steps in which only captions are read: they cost a fraction of those with images, and images
-            then find captions that are understood. Without extra losses there can be none.
+        hard_negatives: Whether the captions of hard negatives compete too.
+        probe_weight: Weight of auxiliary losses: small heads, thrown away afterwards, predict what stands where, how
+            often, on what. One predicts it from the embedding of an image and from that of a caption alike, two from
+            the states of patches and words below. They reward early what the contrast rewards late: which sticker is
+            where.
+        text_only_steps: Steps at the start in which only captions are seen: they cost a fraction of those with images,
+            and images then find captions that are understood. Needs the auxiliary losses.
     """
 
+    renamed: ClassVar[dict[str, str]] = {
+        "near_misses": "hard_negatives",
+        "reading_weight": "probe_weight",
+        "reading_first": "text_only_steps",
+    }
     kind: Literal["contrastive"]
-    near_misses: bool = True
-    reading_weight: float = Field(default=0.5, ge=0)
-    reading_first: int = Field(default=0, ge=0)
+    hard_negatives: bool = True
+    probe_weight: float = Field(default=0.5, ge=0)
+    text_only_steps: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _can_read(self) -> Self:
-        if self.reading_first and not self.reading_weight:
-            raise ValueError(f"reading_first is {self.reading_first}, so reading_weight must be more than 0")
+    def _check(self) -> Self:
+        if self.text_only_steps and not self.probe_weight:
+            raise ValueError(
+                f"task.text_only_steps is {self.text_only_steps}, so task.probe_weight must be more than 0"
+            )
         return self
 
 
-class ContrastiveData(Section):
-    """The `[data]` section.
+class ContrastiveData(CaptionedData):
+    """The `[data]` section; the task needs scenes whose truth is known.
 
     Attributes:
         tokenizer: Folder of the tokenizer of captions; unset trains one.
-        vae: Folder of a multi-scale tokenizer; some images are then generated by its first few scales.
-        half_painted: Share of these images.
-        botched: Share of the images that are shown spoilt too.
+        vae: Folder of a multi-scale tokenizer; some images are then decoded from its first few scales.
+        coarse_fraction: Share of these images.
+        corrupted_fraction: Share of the images that are shown corrupted too.
         resolution: Side of the images in pixels.
-        vocabulary: `starter`, `all`, or a text file with one sticker name a line.
-        single, pair, count: Relative frequencies of the kinds of scenes.
-        size_words: Share of the single stickers drawn small or large.
-        synonyms: Probability that a caption calls a sticker by one of its keywords.
         tokenizer_captions: Captions that a new tokenizer is trained on.
-        validation_scenes: Held-out scenes of each kind.
+        validation_examples: Held-out scenes of each kind.
     """
 
+    renamed: ClassVar[dict[str, str]] = CaptionedData.renamed | {
+        "half_painted": "coarse_fraction",
+        "botched": "corrupted_fraction",
+    }
+    kind: Literal["stickers"] = "stickers"
     tokenizer: Path | None = None
     vae: Path | None = None
-    half_painted: float = Field(default=0.5, ge=0, le=1)
-    botched: float = Field(default=0.25, ge=0, le=1)
+    coarse_fraction: float = Field(default=0.5, ge=0, le=1)
+    corrupted_fraction: float = Field(default=0.25, ge=0, le=1)
     resolution: int = Field(default=128, ge=16)
-    vocabulary: str = "starter"
     single: float = Field(default=0.35, ge=0)
     pair: float = Field(default=0.45, ge=0)
-    count: float = Field(default=0.2, ge=0)
-    size_words: float = Field(default=0.4, ge=0, le=1)
-    synonyms: float = Field(default=0.15, ge=0, le=1)
     tokenizer_captions: int = Field(default=20_000, ge=2)
-    validation_scenes: int = Field(default=64, ge=1)
+    validation_examples: int = Field(default=64, ge=1)
 
 
 class TowerModel(Section):
@@ -119,10 +115,10 @@ class ContrastiveModel(Section):
     """The `[model]` section; see `transformers.SiglipModel`.
 
     Attributes:
-        patch_size: side of an image's patches in pixels.
-        max_length: tokens of a caption; shorter ones are padded, longer ones cut.
-        vision, language: the towers; vectors are as wide as that of images.
-        text: the tokenizer, if a new one is trained.
+        patch_size: Side of an image's patches in pixels.
+        max_length: Tokens of a caption; shorter ones are padded, longer ones cut.
+        vision, language: The towers; embeddings have the width of the vision tower.
+        text: The tokenizer, if a new one is trained.
     """
 
     patch_size: int = 16
@@ -141,39 +137,32 @@ class ContrastiveConfig(TrainConfig):
 
 
 class ContrastiveTask:
-    """Learns which caption belongs to which image. See `apps.training.task.Task`."""
+    """Train a CLIP-like scorer. See `apps.training.task.Task`."""
 
     config_class: ClassVar[type[TrainConfig]] = ContrastiveConfig
-    smoke: ClassVar[tuple[str, ...]] = ("data.tokenizer_captions=200", "data.validation_scenes=4")
+    smoke: ClassVar[tuple[str, ...]] = ("data.tokenizer_captions=200", "data.validation_examples=4")
 
     def __init__(self, config: ContrastiveConfig, context: TaskContext) -> None:
         self.config, self.context = config, context
         data = config.data
-        self.sheet = load_sprites()
-        self.vocabulary = read_vocabulary(data.vocabulary)
-        self.mix = SceneMix(single=data.single, pair=data.pair, count=data.count, size_words=data.size_words)
-        self.sampler = SceneSampler(self.sheet, self.vocabulary, mix=self.mix)
-        self.painter: Any = None if data.vae is None else load_autoencoder(data.vae)
-        if self.painter is not None and not isinstance(self.painter, MultiScaleVQ):
+        self.data = StickerData(StickerSettings.of(data), data.resolution)
+        self.vae: Any = None if data.vae is None else load_autoencoder(data.vae)
+        if self.vae is not None and not isinstance(self.vae, MultiScaleVQ):
             raise ValueError(f"data.vae = {str(data.vae)!r} is no multi-scale tokenizer; unset it or give one")
         with context.main_process_first():
             self.tokenizer = caption_tokenizer(
                 data.tokenizer or config.run.folder / "tokenizer",
                 config.model.text,
-                lambda: caption_corpus(self.vocabulary, self.mix, data.tokenizer_captions, config.run.seed),
+                lambda: self.data.corpus(data.tokenizer_captions, config.run.seed),
             )
         self.tokenizer.model_max_length = config.model.max_length
         self.clip = self._network()
-        self.entries = {self.sheet.index(name): entry for entry, name in enumerate(self.vocabulary, 1)}
-        names = len(SPOTS) * (1 + len(self.vocabulary))
-        language = config.model.language
-        self.reader_of_words = SceneReader(language.hidden_size, len(self.vocabulary), language.num_attention_heads)
-        vision = config.model.vision
-        self.reader_of_patches = SceneReader(vision.hidden_size, len(self.vocabulary), vision.num_attention_heads)
-        self.reader = nn.Linear(config.model.vision.hidden_size, names + sum(QUESTIONS.values()))
-        self.riddles = riddles(
-            self.sheet, self.vocabulary, data.size_words, data.synonyms, data.validation_scenes, data.resolution
-        )
+        names = len(self.data.vocabulary)
+        language, vision = config.model.language, config.model.vision
+        self.word_probe = SceneProbe(language.hidden_size, names, language.num_attention_heads)
+        self.patch_probe = SceneProbe(vision.hidden_size, names, vision.num_attention_heads)
+        self.embedding_probe = nn.Linear(vision.hidden_size, len(SLOTS) * (1 + names) + sum(ATTRIBUTES.values()))
+        self.hard_negatives = hard_negative_sets(self.data, data.validation_examples)
 
     def _network(self) -> SiglipModel:
         model, tokenizer = self.config.model, self.tokenizer
@@ -193,150 +182,147 @@ class ContrastiveTask:
         }
         clip = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
         clip.logit_scale.data.fill_(math.log(1 / TEMPERATURE))
-        look_around(clip)
+        init_siglip_attention(clip)
         return clip
 
     def modules(self) -> dict[str, nn.Module]:
-        """The CLIP, and the heads of the extra losses."""
-        if not self.config.task.reading_weight:
+        """Return the CLIP and the heads of the auxiliary losses, under the names that checkpoints have."""
+        if not self.config.task.probe_weight:
             return {"clip": self.clip}
         return {
             "clip": self.clip,
-            "reader": self.reader,
-            "reader_of_words": self.reader_of_words,
-            "reader_of_patches": self.reader_of_patches,
+            "reader": self.embedding_probe,
+            "reader_of_words": self.word_probe,
+            "reader_of_patches": self.patch_probe,
         }
 
     def batch(self, index: int) -> dict[str, Any]:
-        """Images of fresh scenes, their captions, and captions of near misses behind them."""
-        run = self.config.run
-        number = index * self.context.world_size + self.context.rank
-        rng = np.random.default_rng((run.seed, index, self.context.rank))
-        scenes = scene_series([(self.sampler, run.batch_size)], run.seed, number)
-        told = [*scenes, *(near_miss(scene, rng, self.sampler.sprites) for scene in scenes)]
-        if not self.config.task.near_misses:
-            told = scenes
-        facts = {f"true_{name}": one for name, one in answers(told, self.entries).items()}
-        if index < self.config.task.reading_first:
-            return {**self._tell(told, rng), **facts}
-        return {"pixel_values": self._paint(scenes, rng), **self._tell(told, rng), **facts}
+        """Return images of new scenes, their captions, captions of hard negatives behind them, and labels."""
+        address = self.context.address(self.config.run, index)
+        rng = address.rng()
+        scenes = self.data.scenes(address)
+        negatives = [hard_negative(scene, rng, self.data.sampler.sprites) for scene in scenes]
+        captioned = [*scenes, *negatives] if self.config.task.hard_negatives else scenes
+        labels = {f"label_{name}": one for name, one in scene_labels(captioned, self.data.entries).items()}
+        if index < self.config.task.text_only_steps:
+            return {**self._captions(captioned, rng), **labels}
+        return {"pixel_values": self._images(scenes, rng), **self._captions(captioned, rng), **labels}
 
     @torch.no_grad()
-    def _paint(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
-        """Shows scenes as a search sees them.
+    def _images(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
+        """Return images of scenes as a search sees them.
 
         Args:
             scenes: B scenes.
-            rng: picks.
+            rng: Source of the random numbers.
 
         Returns:
-            Their images in [-1, 1], the first ones generated by the first scales of their tokens; behind them botched
-            images of the very first scenes: a third lacks a sticker, see `botch` and `blotch` for the others;
-            (B + botched, 3, H, W).
+            Images in [-1, 1], the first ones decoded from the first scales of their tokens; behind them corrupted
+            images of the very first scenes: a third lacks a sticker, a third has a box and a third single tokens of
+            other images; (B + corrupted, 3, H, W).
         """
         data = self.config.data
-        images = render(scenes, self.sheet, data.resolution)  # (B, 3, H, W)
-        count, wrong = round(data.half_painted * len(images)), round(data.botched * len(images))
-        if self.painter is None or not (count or wrong):
+        images = self.data.render(scenes)  # (B, 3, H, W)
+        coarse, wrong = round(data.coarse_fraction * len(images)), round(data.corrupted_fraction * len(images))
+        if self.vae is None or not (coarse or wrong):
             return images
-        grids = self.painter.grids
+        # Encode what is shown coarse or corrupted, and the scenes that lack a sticker, up to some scale.
+        grids, encoded = self.vae.grids, max(coarse, wrong)
         scales = int(rng.integers(min(MIN_SCALES, len(grids)), len(grids) + 1))
-        lacking = [without_one(scene, rng) for scene in scenes[: wrong // 3]]
-        shown = [images[: max(count, wrong)], *([render(lacking, self.sheet, data.resolution)] if lacking else [])]
-        codes = self.painter.quantize(torch.cat(shown)).indices[:scales]  # S x (b, N)
-        true, lacking_codes = (
-            [one[part] for one in codes] for part in (slice(0, wrong), slice(max(count, wrong), None))
-        )
-        boxes, spots = botch(true, grids, rng), blotch(true, rng)
+        lacking = [drop_object(scene, rng) for scene in scenes[: wrong // 3]]
+        shown = [images[:encoded], *([self.data.render(lacking)] if lacking else [])]
+        codes = self.vae.quantize(torch.cat(shown)).indices[:scales]  # S x (b, N)
+        true, lacking_codes = ([one[part] for one in codes] for part in (slice(0, wrong), slice(encoded, None)))
+        # Corrupt the tokens, and decode everything together.
+        boxes, single = corrupt_box(true, grids, rng), corrupt_tokens(true, rng)
         half = len(lacking) + (wrong - len(lacking)) // 2
-        painted = [
-            torch.cat([one[:count], none, box[len(lacking) : half], spot[half:]])
-            for one, none, box, spot in zip(codes, lacking_codes, boxes, spots, strict=True)
+        tokens = [
+            torch.cat([one[:coarse], without, box[len(lacking) : half], few[half:]])
+            for one, without, box, few in zip(codes, lacking_codes, boxes, single, strict=True)
         ]
-        pictures = self.painter.decode(self.painter.indices_to_latents(painted)).sample.clamp(-1, 1)  # (b, 3, H, W)
-        return torch.cat([pictures[:count], images[count:], pictures[count:]])
+        decoded = self.vae.decode(self.vae.indices_to_latents(tokens)).sample.clamp(-1, 1)  # (b, 3, H, W)
+        return torch.cat([decoded[:coarse], images[coarse:], decoded[coarse:]])
 
-    def _tell(self, scenes: list[Scene], rng: np.random.Generator) -> dict[str, Tensor]:
-        synonyms = self.config.data.synonyms
-        captions = [caption(one, self.sheet, rng, synonyms=synonyms, vocabulary=self.vocabulary) for one in scenes]
+    def _captions(self, scenes: list[Scene], rng: np.random.Generator) -> dict[str, Tensor]:
+        """Return `input_ids` of captions of scenes, (B, L)."""
+        captions = [self.data.caption(scene, rng) for scene in scenes]
         tokens = tokenize(self.tokenizer, captions, length=self.config.model.max_length)
         return {"input_ids": tokens["input_ids"]}
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """InfoNCE both ways (arXiv 2103.00020, figure 3).
+        """Return InfoNCE both ways (arXiv 2103.00020, figure 3).
 
-        Near misses compete for the images only, botched images for the captions only.
+        Hard negatives compete for the images only, corrupted images for the captions only.
         """
-        shown = {name: one for name, one in batch.items() if name in ("pixel_values", "input_ids")}
-        facts = {name.removeprefix("true_"): one for name, one in batch.items() if name not in shown}
+        inputs = {name: one for name, one in batch.items() if name in ("pixel_values", "input_ids")}
+        labels = {name.removeprefix("label_"): one for name, one in batch.items() if name not in inputs}
         if "pixel_values" not in batch:
-            return self._read(batch, facts)
-        out = self.clip(**shown, output_hidden_states=True)
-        scores = out.logits_per_image.float()  # (B + botched, B) or (B + botched, 2B)
+            return self._text_only_loss(batch, labels)
+        out = self.clip(**inputs, output_hidden_states=True)
+        scores = out.logits_per_image.float()  # (B + corrupted, B) or (B + corrupted, 2B)
         size = self.config.run.batch_size
         true = torch.arange(size, device=scores.device)  # (B,)
-        pictures, captions = scores[:size], scores[:, :size].T  # a row each
-        loss = (F.cross_entropy(pictures, true) + F.cross_entropy(captions, true)) / 2
+        images, captions = scores[:size], scores[:, :size].T  # a row each
+        loss = (F.cross_entropy(images, true) + F.cross_entropy(captions, true)) / 2
         values = {
-            "right": (pictures.argmax(1) == true).float().mean(),
-            "right_captions": (captions.argmax(1) == true).float().mean(),
+            "accuracy_images": (images.argmax(1) == true).float().mean(),
+            "accuracy_captions": (captions.argmax(1) == true).float().mean(),
         }
-        if self.config.task.reading_weight:
-            own = {name: one[:size] for name, one in facts.items()}
+        if self.config.task.probe_weight:
+            own = {name: one[:size] for name, one in labels.items()}
             words, patches = out.text_model_output.hidden_states[-2], out.vision_model_output.hidden_states[-2][:size]
-            read = {
-                "misread_text": self._misread(out.text_embeds, facts),
-                "misread_picture": self._misread(out.image_embeds[:size], own),
-                "unclear_text": self._unclear(self.reader_of_words, words, self._is_word(batch["input_ids"]), facts),
-                "unclear_picture": self._unclear(self.reader_of_patches, patches, None, own),
+            probes = {
+                "probe_text": self._embedding_loss(out.text_embeds, labels),
+                "probe_image": self._embedding_loss(out.image_embeds[:size], own),
+                "probe_words": self._states_loss(self.word_probe, words, self._is_word(batch["input_ids"]), labels),
+                "probe_patches": self._states_loss(self.patch_probe, patches, None, own),
             }
-            loss = loss + self.config.task.reading_weight * torch.stack(list(read.values())).sum()
-            values |= {name: one.detach() for name, one in read.items()}
+            loss = loss + self.config.task.probe_weight * torch.stack(list(probes.values())).sum()
+            values |= {name: one.detach() for name, one in probes.items()}
         return loss, values
 
-    def _read(self, batch: dict[str, Any], facts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch without images."""
-        told = self.clip.text_model(batch["input_ids"], output_hidden_states=True)
-        words = self._unclear(self.reader_of_words, told.hidden_states[-2], self._is_word(batch["input_ids"]), facts)
-        misread = self._misread(F.normalize(told.pooler_output, dim=-1), facts)
-        resting = [self.clip.logit_scale, self.clip.logit_bias, *self.clip.vision_model.parameters()]
-        resting += self.reader_of_patches.parameters()
-        idle = torch.stack([weight.sum() for weight in resting]).sum()  # processes want all weights to take part
-        return words + misread + 0 * idle, {"misread_text": misread.detach(), "unclear_text": words.detach()}
+    def _text_only_loss(self, batch: dict[str, Any], labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a batch without images."""
+        out = self.clip.text_model(batch["input_ids"], output_hidden_states=True)
+        words = self._states_loss(self.word_probe, out.hidden_states[-2], self._is_word(batch["input_ids"]), labels)
+        embedding = self._embedding_loss(F.normalize(out.pooler_output, dim=-1), labels)
+        unused = [self.clip.logit_scale, self.clip.logit_bias, *self.clip.vision_model.parameters()]
+        unused += self.patch_probe.parameters()
+        idle = torch.stack([weight.sum() for weight in unused]).sum()  # DDP wants a gradient of every weight
+        return words + embedding + 0 * idle, {"probe_text": embedding.detach(), "probe_words": words.detach()}
 
     def _is_word(self, tokens: Tensor) -> Tensor:
         padding: Any = self.tokenizer.pad_token_id
         return tokens != padding  # (B, L)
 
-    def _misread(self, vectors: Tensor, facts: dict[str, Tensor]) -> Tensor:
-        """Cross-entropies of what the head tells from unit vectors (B, F), summed over its questions."""
-        logits = self.reader(READER_SCALE * vectors).float()  # (B, R)
-        count = len(SPOTS) * (1 + len(self.vocabulary))
-        names = logits[:, :count].unflatten(1, (len(SPOTS), -1))  # (B, 6, 1 + names)
-        rest = dict(zip(QUESTIONS, logits[:, count:].split(list(QUESTIONS.values()), dim=1), strict=True))
-        return misreading({"names": names, **rest}, facts)
+    def _embedding_loss(self, vectors: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Return the loss of the probe of unit vectors (B, F)."""
+        logits = self.embedding_probe(PROBE_SCALE * vectors).float()  # (B, R)
+        count = len(SLOTS) * (1 + len(self.data.vocabulary))
+        names = logits[:, :count].unflatten(1, (len(SLOTS), -1))  # (B, 6, 1 + names)
+        rest = dict(zip(ATTRIBUTES, logits[:, count:].split(list(ATTRIBUTES.values()), dim=1), strict=True))
+        return probe_loss({"names": names, **rest}, labels)
 
-    def _unclear(self, reader: SceneReader, states: Tensor, mask: Tensor | None, facts: dict[str, Tensor]) -> Tensor:
-        """Cross-entropies of what a head tells from states (B, L, D), summed over its questions."""
+    def _states_loss(self, probe: SceneProbe, states: Tensor, mask: Tensor | None, labels: dict[str, Tensor]) -> Tensor:
+        """Return the loss of a probe of states (B, L, D)."""
         everywhere = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
-        return misreading(reader(states, everywhere), facts)
+        return probe_loss(probe(states, everywhere), labels)
 
     def validate(self) -> dict[str, float]:
-        """Shares of held-out images that find their caption, see `apps.training.near_misses`."""
-        values = {}
-        for kind, riddle in self.riddles.items():
-            tokens = tokenize(self.tokenizer, riddle.captions, length=self.config.model.max_length)["input_ids"]
-            device = self.context.device
-            told = self.clip(input_ids=tokens.to(device), pixel_values=riddle.pictures.to(device))
-            values |= {f"{name}_{kind}": share for name, share in solved(told.logits_per_image).items()}
+        """Return shares of held-out images that find their caption, see `apps.training.hard_negatives`."""
+        values, device = {}, self.context.device
+        for kind, each in self.hard_negatives.items():
+            tokens = tokenize(self.tokenizer, each.captions, length=self.config.model.max_length)["input_ids"]
+            out = self.clip(input_ids=tokens.to(device), pixel_values=each.images.to(device))
+            values |= {f"{name}_{kind}": share for name, share in retrieval_accuracy(out.logits_per_image).items()}
         return values
 
     def preview(self, path: Path) -> None:
-        """Shows held-out images; there is nothing to generate."""
-        save_grid(torch.cat([riddle.pictures[:8] for riddle in self.riddles.values()]), path, 8)
+        """Write held-out images; there is nothing to generate."""
+        save_grid(torch.cat([each.images[:8] for each in self.hard_negatives.values()]), path, 8)
 
     def export(self, folder: Path) -> None:
-        """Writes the model with its tokenizer and image processor, as transformers' Auto classes load it."""
+        """Write the model with its tokenizer and image processor, as transformers' Auto classes load it."""
         save_component(self.clip, folder)
         self.tokenizer.save_pretrained(folder)
         side = self.config.data.resolution
@@ -348,44 +334,38 @@ class ContrastiveTask:
         ).save_pretrained(folder)
 
 
-def botch(codes: list[Tensor], grids: Sequence[Grid], rng: np.random.Generator) -> list[Tensor]:
-    """Swaps the tokens in a box, from some scale on, with those of the next image of the batch.
+def corrupt_box(codes: list[Tensor], grids: Sequence[Grid], rng: np.random.Generator) -> list[Tensor]:
+    """Replace the tokens in a box, from some scale on, by those of the next image of the batch.
 
     Args:
-        codes: tokens of the first scales, (B, N) each; they stay as they are.
-        grids: rows and columns of the scales.
-        rng: picks box and scale.
+        codes: Tokens of the first scales, (B, N) each; they stay as they are.
+        grids: Rows and columns of the scales.
+        rng: Picks box and scale.
     """
     start = int(rng.integers(1, max(len(codes) - 1, 2)))
     side = rng.uniform(0.3, 0.6, size=2)
     top, left = rng.uniform(0, 1 - side)
-    spoilt = []
+    corrupted = []
     for scale, one in enumerate(codes):
         height, width = grids[scale]
         down, across = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
         rows, columns = (down > top) & (down < top + side[0]), (across > left) & (across < left + side[1])
         inside = (rows[:, None] & columns).flatten() & (scale >= start)  # (N,)
-        spoilt.append(torch.where(inside.to(one.device), one.roll(1, 0), one))  # (B, N)
-    return spoilt
+        corrupted.append(torch.where(inside.to(one.device), one.roll(1, 0), one))  # (B, N)
+    return corrupted
 
 
-def blotch(codes: list[Tensor], rng: np.random.Generator) -> list[Tensor]:
-    """Swaps single tokens, here and there, with those of other images of the batch: what drawing hot looks like.
+def corrupt_tokens(codes: list[Tensor], rng: np.random.Generator) -> list[Tensor]:
+    """Replace single tokens by those of other images of the batch, as sampling at a high temperature does.
 
     Args:
-        codes: tokens of the first scales, (B, N) each; they stay as they are.
-        rng: picks images and places.
+        codes: Tokens of the first scales, (B, N) each; they stay as they are.
+        rng: Picks images and positions.
     """
-    spoilt = []
+    corrupted = []
     for scale, one in enumerate(codes):
         share = rng.uniform(0.02, 0.2, size=(len(one), 1)) * (scale > 0)  # (B, 1)
         swapped = torch.from_numpy(rng.random(one.shape) < share).to(one.device)  # (B, N)
         others = torch.from_numpy(rng.permuted(one.cpu().numpy().reshape(-1)).reshape(one.shape)).to(one.device)
-        spoilt.append(torch.where(swapped, others, one))  # (B, N)
-    return spoilt
-
-
-def without_one(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene lacking one of its stickers; what it says stays."""
-    lost = int(rng.integers(len(scene.placements)))
-    return replace(scene, placements=(*scene.placements[:lost], *scene.placements[lost + 1 :]))
+        corrupted.append(torch.where(swapped, others, one))  # (B, N)
+    return corrupted

@@ -1,8 +1,8 @@
-"""Trains the tokenizers of next-scale models: `MultiScaleVQ` or `MultiScaleBSQ` around a `ViTAutoencoder`.
+"""Training of the tokenizers of next-scale models: `MultiScaleVQ` or `MultiScaleBSQ` around a `ViTAutoencoder`.
 
-Images are coded, quantised scale by scale and decoded; gradients pass the quantizer straight through. Codes that are
-hardly used are moved to where the batch needs some. It may start from a trained continuous autoencoder: its codes are
-clustered, and the networks only have to learn to live with what clusters can say.
+Images are encoded, quantized scale by scale and decoded; gradients pass the quantizer straight through. Codes that are
+hardly used are moved to residuals of the batch. It may start from a trained continuous autoencoder: its latents are
+clustered, and the networks only adapt to the error of quantization.
 """
 
 from pathlib import Path
@@ -12,11 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from apps.training.code_usage import CodeUsage
+from apps.training.codebook_usage import CodebookUsage
 from apps.training.config import TrainConfig
 from apps.training.export import save_component
-from apps.training.grow import deeper_decoder
-from apps.training.scenes import render
+from apps.training.net2net import deeper_decoder
 from apps.training.tasks.autoencoder import (
     AutoencoderConfig,
     AutoencoderModel,
@@ -38,10 +37,10 @@ class TokenizerSection(AutoencoderSection):
     """The `[task]` section.
 
     Attributes:
-        quantizer_weight: weight of `dit.tokenizers.losses.residual_loss`.
-        commitment: how strongly features are pulled towards their codes.
-        entropy_weight: weight of the entropy terms; 0 leaves them out.
-        revive_below: a code used less often than this share of the mean is moved to a random residual of the batch.
+        quantizer_weight: Weight of `dit.tokenizers.losses.residual_loss`.
+        commitment: How strongly features are pulled towards their codes.
+        entropy_weight: Weight of the entropy terms; 0 leaves them out.
+        revive_below: A code used less often than this share of the mean is moved to a random residual of the batch.
     """
 
     latent_noise: float = Field(default=0.0, ge=0)
@@ -73,13 +72,13 @@ class TokenizerConfig(AutoencoderConfig):
 
 
 class MultiScaleTokenizerTask(AutoencoderTask):
-    """Learns to say scenes in tokens. See `apps.training.task.Task`."""
+    """Train a multi-scale tokenizer. See `apps.training.task.Task`."""
 
     config: TokenizerConfig
     config_class: ClassVar[type[TrainConfig]] = TokenizerConfig
 
     def _network(self) -> Any:
-        """A new tokenizer, one around the networks of a trained autoencoder, or the trained one of `init_from`."""
+        """Return a new tokenizer, one around a trained autoencoder's networks, or the trained one of `init_from`."""
         start = self.config.data.init_from
         settings: Any = {} if start is None else ViTAutoencoder.load_config(start)
         kind = settings.get("_class_name")
@@ -101,7 +100,7 @@ class MultiScaleTokenizerTask(AutoencoderTask):
         return vae
 
     def _deepened(self, vae: Any) -> Any:
-        """The same tokenizer, with the decoder's layers that `[model]` names, if it names any."""
+        """Return the same tokenizer, with the decoder's layers that `[model]` names, if it names any."""
         named = self.config.model.model_dump(include=self.config.model.model_fields_set & DECODER_SIZES)
         if not named:
             return vae
@@ -115,11 +114,11 @@ class MultiScaleTokenizerTask(AutoencoderTask):
 
     @torch.no_grad()
     def _cluster(self, vae: Any) -> None:
-        """Puts the codes where the features of fresh scenes are: k-means over what all scales have to code.
+        """Initialize the codebook by k-means over the residuals that all scales have to code.
 
         The coarse scales' residuals depend on the codes, so assignments and means alternate over whole passes.
         """
-        features = torch.cat([vae.eval().features(images) for images in self._fresh_images()])  # (S, C, H, W)
+        features = torch.cat([vae.eval().features(images) for images in self._calibration()])  # (S, C, H, W)
         rows = features.permute(0, 2, 3, 1).flatten(0, 2)  # (M, C)
         rng = torch.Generator().manual_seed(self.config.run.seed)
         codes = vae.quantizer.codebook.weight  # (V, C)
@@ -133,11 +132,11 @@ class MultiScaleTokenizerTask(AutoencoderTask):
             sums = torch.zeros_like(codes).index_add_(0, chosen, rows)  # (V, C)
             codes[counts > 0] = (sums / counts[:, None])[counts > 0]
             small = counts < MIN_CLUSTER
-        vae.quantizer.hits.fill_(1.0)  # all are in use until proven otherwise
+        vae.quantizer.hits.fill_(1.0)  # in use until counted otherwise
         vae.train()
 
     def _around(self, trained: ViTAutoencoder | None) -> Any:
-        """A tokenizer with new codes around a trained autoencoder's networks, or around new ones."""
+        """Return a tokenizer with new codes around a trained autoencoder's networks, or around new ones."""
         model = self.config.model
         if trained is None:
             own = {"quantizer", "scales", "vocab_size", "num_phis", "phi_ratio", "latent_channels"}
@@ -160,7 +159,7 @@ class MultiScaleTokenizerTask(AutoencoderTask):
                 vit=vit,
             )
             nn.init.normal_(vae.quantizer.codebook.weight)
-            for phi in vae.quantizer.phis:  # the identity: there is nothing to repair yet
+            for phi in vae.quantizer.phis:  # the identity: nothing to correct yet
                 nn.init.dirac_(phi.weight)
                 nn.init.zeros_(phi.bias)
         if trained is not None:
@@ -168,7 +167,7 @@ class MultiScaleTokenizerTask(AutoencoderTask):
         return vae
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction error, and how far the scales' sums are from the features."""
+        """Return the reconstruction error, and how far the scales' sums are from the features."""
         images, task = batch["images"], self.config.task  # (B, 3, H, W)
         if task.train == "decoder":
             self.vae.backbone.latent_norm.eval()
@@ -182,7 +181,7 @@ class MultiScaleTokenizerTask(AutoencoderTask):
         return error + loss, {**parts, **values}
 
     def _quantize(self, features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Quantised features (B, C, H, W) with gradients to the features, the quantizer's loss, and log values."""
+        """Return quantized features (B, C, H, W) with gradients to the features, the quantizer's loss, log values."""
         task = self.config.task
         if isinstance(self.vae, MultiScaleVQ) and task.train == "all":
             self._revive(features)
@@ -210,7 +209,7 @@ class MultiScaleTokenizerTask(AutoencoderTask):
 
     @torch.no_grad()
     def _count(self, indices: list[Tensor]) -> Tensor:
-        """Updates the running use of each code at each scale; returns the share that is hardly used."""
+        """Update the running use of each code at each scale and return the share that is hardly used."""
         hits = self.vae.quantizer.hits  # (S, V)
         for row, tokens in zip(hits, indices, strict=True):
             count = torch.bincount(tokens.flatten(), minlength=len(row))  # (V,)
@@ -218,13 +217,13 @@ class MultiScaleTokenizerTask(AutoencoderTask):
         return self._is_dead(hits).float().mean()
 
     def _is_dead(self, hits: Tensor) -> Tensor:
-        """Which codes (V,) are used less than the given share of the mean."""
+        """Tell which codes (V,) are used less than the given share of the mean."""
         total = hits.sum(0)  # (V,)
         return total < self.config.task.revive_below * total.mean()
 
     @torch.no_grad()
     def _revive(self, features: Tensor) -> None:
-        """Moves hardly used codes to residuals of the batch. All processes see the same `hits`, so all take part."""
+        """Move hardly used codes to residuals of the batch. All processes see the same `hits`, so all take part."""
         quantizer = self.vae.quantizer
         is_new = bool((quantizer.hits == 0).all())  # before the first step nothing has been used
         dead = torch.ones_like(quantizer.hits[0], dtype=torch.bool) if is_new else self._is_dead(quantizer.hits)  # (V,)
@@ -239,28 +238,28 @@ class MultiScaleTokenizerTask(AutoencoderTask):
             torch.distributed.broadcast(chosen, 0)
         quantizer.codebook.weight[dead] = chosen
         mean = quantizer.hits.sum(0).mean() if not is_new else torch.ones(())
-        quantizer.hits[:, dead] = mean / len(quantizer.hits)  # alive until proven otherwise
+        quantizer.hits[:, dead] = mean / len(quantizer.hits)  # in use until counted otherwise
 
     def validate(self) -> dict[str, float]:
-        """PSNR as of an autoencoder, and how the codes of the same scenes are used; the run's folder has a plot."""
+        """Return PSNR, and how the codes of the same images are used; plot that in the run's folder."""
         vae = self._calibrated()
         usage = self.usage(vae)
         usage.plot(self.config.run.folder / "code_usage.png")
         return {**self.measure(vae), **usage.summary()}
 
-    def usage(self, vae: Any) -> CodeUsage:
-        """Counts the codes of the held-out scenes."""
+    def usage(self, vae: Any) -> CodebookUsage:
+        """Count the codes of the held-out images."""
         is_bits = isinstance(vae, MultiScaleBSQ)
         codes = 2 * vae.latent_channels * vae.config.patchify**2 if is_bits else vae.config.vocab_size
-        usage = CodeUsage(len(vae.grids), codes, is_bits)
-        for start in range(0, len(self.validation_scenes), 32):
-            part = self.validation_scenes[start : start + 32]
-            images = render(part, self.sheet, self.config.data.resolution).to(self.context.device)  # (b, 3, H, W)
+        usage = CodebookUsage(len(vae.grids), codes, is_bits)
+        for start in range(0, len(self.held_out), 32):
+            rows = range(start, min(start + 32, len(self.held_out)))
+            images = self.held_out.images(rows).to(self.context.device)  # (b, 3, H, W)
             usage.add(vae.quantize(images).indices)
         return usage
 
     def export(self, folder: Path) -> None:
-        """Writes `vae/`, its code statistics fitted to fresh scenes."""
+        """Write `vae/`, its code statistics fitted to calibration images."""
         save_component(self._calibrated(), folder / "vae")
 
     def _latent_norm(self, vae: Any) -> nn.BatchNorm1d:

@@ -1,4 +1,4 @@
-"""Trains `NextScaleTransformer` (and, if it is new, its T5 text encoder) to generate captions scale by scale.
+"""Training of `NextScaleTransformer` (and, if it is new, its T5 text encoder) on the tokens of images.
 
 Like `TextToImageTask`, whose data and captions it shares, but images are tokens: the network sees the true image of
 all coarser scales and is asked for every token of every scale at once (teacher forcing, arXiv 2404.02905). Stages may
@@ -12,8 +12,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from apps.training.config import Section, TaskSection, TrainConfig
-from apps.training.latent_pool import KINDS, Encode, encode_tokens
-from apps.training.tasks.text_to_image import Stage, TextToImageData, TextToImageTask
+from apps.training.data.base import Examples
+from apps.training.data.config import Stage
+from apps.training.latent_cache import Encode, encode_tokens
+from apps.training.tasks.text_to_image import TextToImageData, TextToImageTask, captions_of
 from apps.training.text_encoder import TextModel, tokenize
 from dit.layers.positions import fourier_positions
 from dit.layers.scales import token_counts
@@ -29,11 +31,11 @@ class NextScaleSection(TaskSection):
     Attributes:
         caption_dropout: Share of the captions replaced by the empty one.
         text_dropout: Share of the texts replaced by the network's own 'no text', for guidance.
-        token_noise: Share of the tokens that the network sees replaced by random ones, so that it learns to generate on
+        token_noise: Share of the tokens that the network sees replaced by random ones, so that it learns to go on
             after a mistake; drawn anew for each image, between 0 and this.
         scale_weight: A scale of N tokens weighs N to this power in the loss: 1 is the plain mean over tokens, 0.5 lets
             the few coarse tokens count for more, as Infinity does (arXiv 2412.04431, code).
-        guidance_scale, temperature, top_k, top_p: How previews are drawn; exported as the pipeline's defaults.
+        guidance_scale, temperature, top_k, top_p: How previews are sampled; exported as the pipeline's defaults.
     """
 
     kind: Literal["next_scale"]
@@ -95,7 +97,7 @@ class NextScaleConfig(TrainConfig):
 
 
 class NextScaleTask(TextToImageTask):
-    """Learns to generate captions in tokens. See `apps.training.task.Task`."""
+    """Train a next-scale transformer. See `apps.training.task.Task`."""
 
     config: NextScaleConfig  # type: ignore[assignment]
     config_class: ClassVar[type[TrainConfig]] = NextScaleConfig
@@ -103,20 +105,21 @@ class NextScaleTask(TextToImageTask):
     smoke: ClassVar[tuple[str, ...]] = TextToImageTask.smoke[:-1]
 
     def batch(self, index: int) -> dict[str, Any]:
-        """Tokens of scenes of the present stage, what the network may see of them, and fresh captions."""
+        """Return tokens of examples, what the network may see of them, and fresh captions."""
         rng, rows, captions = self._draw(index)
+        step = self.context.address(self.config.run, index).step
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        batch = self._teach(self.pool.latents[rows].long(), self._stage(index).scales, generator)
+        batch = self._teach(self.latents[rows].long(), self._stage(step).scales, generator)
         return {**batch, **tokenize(self.tokenizer, captions)}
 
     @torch.no_grad()
     def _teach(self, tokens: Tensor, scales: int | None, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Targets and inputs of the first scales.
+        """Return targets and inputs of the first scales.
 
         Args:
-            tokens: of all scales, (B, L) or (B, L, d).
-            scales: how many scales to train on; None is all.
-            generator: draws the mistakes in the inputs; None makes none.
+            tokens: Of all scales, (B, L) or (B, L, d).
+            scales: How many scales to train on; None is all.
+            generator: Draws the mistakes in the inputs; None makes none.
 
         Returns:
             `tokens` of these scales, and `inputs` (B, L' - 1, C).
@@ -132,7 +135,7 @@ class NextScaleTask(TextToImageTask):
         return {"tokens": tokens[:, :length], "inputs": self.vae.teacher_inputs(known).cpu()}
 
     def _disturb(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        """Replaces some tokens by random ones (bits by their opposites); tokens (B, L) or (B, L, d)."""
+        """Replace some tokens by random ones (bits by their opposites); tokens (B, L) or (B, L, d)."""
         if self.config.task.token_noise == 0:
             return tokens
         share = self.config.task.token_noise * torch.rand(len(tokens), generator=generator)  # (B,)
@@ -142,15 +145,15 @@ class NextScaleTask(TextToImageTask):
         return torch.where(wrong, torch.randint(codes, tokens.shape, generator=generator), tokens)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted cross-entropy over the scales, and the plain one of the first and the last scale for the log."""
+        """Return the weighted cross-entropy over the scales; log the plain one of the first and the last scale."""
         each = self._cross_entropies(batch)  # (B, S)
         ends = each.detach().mean(0)  # (S,)
         return self._weigh(each).mean(), {"first": ends[0], "last": ends[-1]}
 
     def validate(self) -> dict[str, float]:
-        """The loss of held-out scenes by kind, and the cross-entropy of each scale (nats a token)."""
+        """Return the loss of held-out examples by kind, and the cross-entropy of each scale (nats a token)."""
         values, every = {}, []
-        for kind, batch in zip(KINDS, self._validation, strict=True):
+        for kind, batch in self._validation.items():
             each = self._cross_entropies({name: one.to(self.context.device) for name, one in batch.items()})  # (B, S)
             values[f"loss_{kind}"] = float(self._weigh(each).mean())
             every.append(each.mean(0))
@@ -158,11 +161,11 @@ class NextScaleTask(TextToImageTask):
         return {"loss": sum(values.values()) / len(values), **values, **scales}
 
     def _losses(self, batch: dict[str, Any]) -> Tensor:
-        """Loss of each sample, (B,)."""
+        """Return the loss of each sample, (B,)."""
         return self._weigh(self._cross_entropies(batch))
 
     def _cross_entropies(self, batch: dict[str, Any]) -> Tensor:
-        """Mean cross-entropy of each sample's tokens at each scale, (B, S)."""
+        """Return the mean cross-entropy of each sample's tokens at each scale, (B, S)."""
         counts, length = token_counts(self.vae.grids), batch["tokens"].shape[1]
         scales = next(number for number in range(1, len(counts) + 1) if sum(counts[:number]) == length)
         states = self.text_encoder(
@@ -177,19 +180,19 @@ class NextScaleTask(TextToImageTask):
         return next_scale_loss(logits, batch["tokens"], counts[:scales])
 
     def _weigh(self, each: Tensor) -> Tensor:
-        """From the scales' losses (B, S) to one a sample, (B,)."""
+        """Return the weighted mean of the scales' losses (B, S) for each sample, (B,)."""
         counts = torch.tensor(token_counts(self.vae.grids)[: each.shape[1]], device=each.device)  # (S,)
         weights = counts.float() ** self.config.task.scale_weight  # (S,)
         return each @ (weights / weights.sum())
 
-    def _validation_batch(self, number: int) -> dict[str, Tensor]:
-        """The fixed batch of kind `number`."""
-        captions = self._validation_captions(KINDS[number], self.config.data.validation_scenes)
-        batch = self._teach(self._held_out_latents(number).long(), None, None)
+    def _validation_batch(self, number: int, examples: Examples) -> dict[str, Tensor]:
+        """Return the fixed batch of the held-out examples of kind `number`."""
+        captions = captions_of(examples, len(examples))
+        batch = self._teach(self.encode(examples, self.vae, self.context.device).long(), None, None)
         return {**batch, **tokenize(self.tokenizer, captions)}
 
     def _transformer(self) -> NextScaleTransformer:  # type: ignore[override]
-        """A new transformer, or the one of `init_from`, in float32."""
+        """Return a new transformer, or the one of `init_from`, in float32."""
         start, vae = self.config.data.init_from, self.vae
         if start is not None:
             return NextScaleTransformer.from_pretrained(start / "transformer", torch_dtype=torch.float32)
@@ -207,15 +210,15 @@ class NextScaleTask(TextToImageTask):
             **self.config.model.model_dump(exclude={"text"}),
         )
         if transformer.pos_embed is not None:
-            _start_from_waves(transformer)
+            _init_positions(transformer)
         return transformer
 
     def _preview_settings(self) -> dict[str, Any]:
-        """Arguments of the pipeline's call."""
+        """Return arguments of the pipeline's call."""
         return self._defaults()
 
     def _defaults(self) -> dict[str, Any]:
-        """How the trained pipeline draws tokens."""
+        """Return how the trained pipeline samples tokens."""
         return self.config.task.model_dump(include={"guidance_scale", "temperature", "top_k", "top_p"})
 
     def _pipeline(self, transformer: Any, text_encoder: Any, vae: Any) -> Any:
@@ -231,8 +234,8 @@ class NextScaleTask(TextToImageTask):
 
 
 @torch.no_grad()
-def _start_from_waves(transformer: NextScaleTransformer) -> None:
-    """Starts learned positions as random mixtures of waves of the place, so that scales know of each other's places."""
+def _init_positions(transformer: NextScaleTransformer) -> None:
+    """Initialize learned positions as random mixtures of waves of the coordinates, which all scales share."""
     waves = torch.cat([fourier_positions(grid, WAVES) for grid in transformer.grids])  # (L, 4 W)
     mix = torch.randn(waves.shape[1], transformer.hidden_size) / waves.shape[1] ** 0.5  # (4 W, D)
     transformer.pos_embed.copy_(waves @ mix * transformer.pos_embed.std() * 2)  # type: ignore[union-attr]

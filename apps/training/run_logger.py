@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar with ETA, `log.jsonl`, and TensorBoard events if asked for."""
+"""The log of a run: a progress bar with ETA, `log.jsonl`, and TensorBoard events if asked for."""
 
 import json
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-class Journal:
-    """Progress and log of one run; silent on all but the first process.
+class RunLogger:
+    """Log one run; silent on all but the first process.
 
     Args:
         folder: Folder of the run; `log.jsonl` is appended to.
         total_steps: Length of the progress bar.
         step: Steps already taken; later lines of the log belong to a part that is being repeated and are dropped.
-        active: Whether this is the process that speaks.
+        active: Whether this is the process that logs.
         tensorboard: Also write TensorBoard events.
     """
 
@@ -37,7 +37,7 @@ class Journal:
         if active:
             self._drop_after(step)
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "RunLogger":
         self.progress.start()
         return self
 
@@ -46,16 +46,16 @@ class Journal:
         if self.events is not None:
             self.events.close()
 
-    def say(self, message: str) -> None:
-        """Shows one line above the progress bar."""
+    def message(self, message: str) -> None:
+        """Show one line above the progress bar."""
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar."""
+        """Move the progress bar."""
         self.progress.update(self.bar, completed=step)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Adds one line to the log: `{"kind": ..., "step": ..., **values}`."""
+        """Add one line to the log: `{"kind": ..., "step": ..., **values}`."""
         if not self.active:
             return
         entry = {"kind": kind, "step": step, **{name: float(f"{value:.6g}") for name, value in values.items()}}
@@ -66,7 +66,7 @@ class Journal:
             brief = f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s"
             self.progress.update(self.bar, description=brief)
         if kind != "train" or not self.console.is_terminal:
-            self.say(f"step {step} {kind}: {shown}")
+            self.message(f"step {step} {kind}: {shown}")
         if self.events is not None:
             for name, value in values.items():
                 self.events.add_scalar(f"{kind}/{name}", value, step)

@@ -1,4 +1,4 @@
-"""Makes a trained decoder deeper without changing what it generates (after Net2Net, arXiv 1511.05641).
+"""Deeper decoders that start out computing what the trained one does (after Net2Net, arXiv 1511.05641).
 
 A new layer starts with a last matrix of zeros, so its residual branch adds nothing until training says otherwise.
 """
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from dit.tokenizers import ViTAutoencoder
 
-SILENT = ("attn.to_out.0.", "ff.net.2.", "conv2.")
+ZERO_INIT = ("attn.to_out.0.", "ff.net.2.", "conv2.")
 """Last layers of the residual branches."""
 
 
 def deeper_decoder(
     trained: ViTAutoencoder, decoder_layers: int, refiner_layers: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The settings and weights of an autoencoder that decodes as `trained` does, with room to learn more.
+    """Return settings and weights of a deeper autoencoder that decodes as `trained` does.
 
     Args:
-        trained: has at most as many layers.
-        decoder_layers: transformer blocks of the decoder; new ones come last.
-        refiner_layers: residual pairs of convolutions behind them; new ones come last.
+        trained: Has at most as many layers.
+        decoder_layers: Transformer blocks of the decoder; new ones come last.
+        refiner_layers: Residual pairs of convolutions behind them; new ones come last.
 
     Returns:
         Arguments of a `ViTAutoencoder`, and its weights.
@@ -39,14 +39,14 @@ def deeper_decoder(
     if trained.refiner is None and refiner_layers > config["refiner_layers"]:
         raise ValueError(f"refiner_layers = {refiner_layers}, but the trained model has no refiner")
     grown = ViTAutoencoder(**config | wanted)
-    weights = _moved(trained.state_dict(), config["refiner_layers"], refiner_layers)
+    weights = _renumbered(trained.state_dict(), config["refiner_layers"], refiner_layers)
     for name, weight in grown.state_dict().items():
         if name not in weights:
-            is_silent = any(part in name for part in SILENT)
-            weights[name] = torch.zeros_like(weight) if is_silent else weight
+            is_last = any(part in name for part in ZERO_INIT)
+            weights[name] = torch.zeros_like(weight) if is_last else weight
     return config | wanted, weights
 
 
-def _moved(weights: Mapping[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
-    """The weights with the refiner's last convolution, number `old` of its list, as number `new`."""
+def _renumbered(weights: Mapping[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
+    """Return the weights with the refiner's last convolution, number `old` of its list, as number `new`."""
     return {name.replace(f"refiner.{old}.", f"refiner.{new}."): weight for name, weight in weights.items()}

@@ -1,4 +1,4 @@
-"""How a tokenizer's codes are used: shares, perplexities, and an image of them."""
+"""How often the codes of a tokenizer are used: shares, perplexities, and a plot."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ PANEL = (260, 150)  # width and height of one scale's plot, pixels
 MARGIN = 18
 
 
-class CodeUsage:
-    """Counts codes, scale by scale.
+class CodebookUsage:
+    """Count codes, scale by scale.
 
     Args:
-        num_scales: scales S.
-        num_codes: codes V; for tokens of d bits it is 2 d, and bit i counts as code 2 i or 2 i + 1.
-        bits: whether tokens are rows of bits.
+        num_scales: Scales S.
+        num_codes: Codes V; for tokens of d bits it is 2 d, and bit i counts as code 2 i or 2 i + 1.
+        bits: Whether tokens are rows of bits.
     """
 
     def __init__(self, num_scales: int, num_codes: int, bits: bool = False) -> None:
@@ -33,7 +33,7 @@ class CodeUsage:
             count += torch.bincount(tokens.flatten().cpu(), minlength=len(count))
 
     def summary(self) -> dict[str, float]:
-        """What was counted in a few figures.
+        """Summarize the counts.
 
         Returns:
             `tokens`; for codes `used`, the share that occurs at all, and `perplexity`, the number of equally likely
@@ -47,10 +47,10 @@ class CodeUsage:
         return {"tokens": float(total.sum()), "used": used, "perplexity": perplexity}
 
     def plot(self, path: Path) -> None:
-        """Draws a panel for each scale: its codes from the most to the least frequent (logarithmic), with figures."""
+        """Draw a panel for each scale: its codes from the most to the least frequent (logarithmic), with figures."""
         width, height = PANEL
-        picture = Image.new("RGB", (width, height * len(self.counts)), "white")
-        draw = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (width, height * len(self.counts)), "white")
+        draw = ImageDraw.Draw(image)
         for scale, count in enumerate(self.counts):
             top, bottom = scale * height + MARGIN + 12, (scale + 1) * height - MARGIN
             shares = (count / count.sum().clamp(min=1)).sort(descending=True).values  # (V,)
@@ -63,10 +63,10 @@ class CodeUsage:
             used, perplexity = float((count > 0).double().mean()), float(_entropy(count).exp())
             title = f"scale {scale + 1}: {100 * used:.1f} % used, perplexity {perplexity:.0f} of {len(count)}"
             draw.text((MARGIN, top - 16), title, fill="black")
-        picture.save(path)
+        image.save(path)
 
 
 def _entropy(counts: Tensor) -> Tensor:
-    """Entropy in nats over the last axis of counts."""
+    """Return the entropy in nats over the last axis of counts."""
     p = counts / counts.sum(-1, keepdim=True).clamp(min=1)  # (..., V)
     return -torch.xlogy(p, p).sum(-1)
