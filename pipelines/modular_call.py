@@ -275,7 +275,7 @@ class ModularCall:
         """Refuse guidance where a cache could not tell its branches apart.
 
         Raises:
-            ValueError: something is attached to a network that computes them one by one, and can't be told which it is.
+            ValueError: something is attached to a network that computes them one by one, and can't know which it is.
         """
         networks = [one for name, one in self.pipe.components.items() if name.startswith("transformer") and one]
         mute = [one for one in networks if not hasattr(one, "cache_context") and attachments(one)]

@@ -264,7 +264,7 @@ class SearchResult:
 
 
 class ScaleSearch:
-    """A search for one prompt: call `before` ahead of each scale and `finish` after the last.
+    """A search for one prompt: call `select_candidates` ahead of each scale and `finish` after the last.
 
     Args:
         config: how to search.
@@ -293,7 +293,7 @@ class ScaleSearch:
         self.selections: list[Selection] = []
         self._history = torch.zeros(self.schedule.batch_sizes[0], 0)  # rewards so far, (B, looks)
 
-    def before(self, state: ScaleState, scale: int) -> None:
+    def select_candidates(self, state: ScaleState, scale: int) -> None:
         """Select candidates, if the schedule says so ahead of this scale."""
         is_cluster = scale in self.schedule.cluster
         if not is_cluster and scale not in self.schedule.resample:

@@ -30,10 +30,10 @@ class LayerContext:
     """The attention layer that is computing.
 
     Args:
-        index: place among the layers of the same kind of its network, in the order of execution, from 0.
+        index: position among the layers of the same kind of its network, in the order of execution, from 0.
         count: how many layers of this kind the network has.
         name: normalised name; in a pipeline with several networks it begins with the component's.
-        kind: who looks at whom, one of `dit.runtime.families.tokens.Kind`.
+        kind: what attends to what, one of `dit.runtime.families.tokens.Kind`.
         axes: what axes of the grid one sequence runs over.
         heads: which of the layer's heads the query, key and value of this call are; None means all.
     """
@@ -59,7 +59,7 @@ def layer_scope(layer: LayerContext | None) -> Iterator[None]:
     """Set the layer of all attention calls made inside the `with` block.
 
     Args:
-        layer: the place of the calls; None for calls outside of the layers.
+        layer: the layer of the calls; None for calls outside of the layers.
     """
     token = _CURRENT.set(layer)
     try:

@@ -1,6 +1,6 @@
 """Replace linear layers by other modules and restore the same layers: for quantizers and LoRA.
 
-A converter says what replaces one layer; which layers, their places in the network, several places of one layer,
+A converter says what replaces one layer; which layers, their parents in the network, several parents of one layer,
 layers under adapters and the way back are the same for all converters and stand here.
 """
 
@@ -66,7 +66,7 @@ class LinearConversion:
         chosen: which layers; None means all.
 
     Attributes:
-        converted: the replacements by normalised name; a layer that stands in several places has one for all.
+        converted: the replacements by normalised name; a layer that has several parents has one for all.
 
     Raises:
         ValueError: no layer was converted, or one is offloaded by a hook, which would stay behind with it.
@@ -128,7 +128,7 @@ class LinearConversion:
 
     @staticmethod
     def _swap(changes: list[tuple[LinearSlot, nn.Module, nn.Module]]) -> None:
-        """Check that every place holds the old module, then set the new ones."""
+        """Check that every slot holds the old module, then set the new ones."""
         for slot, old, _ in changes:
             if slot.parent._modules.get(slot.child) is not old:
                 raise ValueError(f"{slot.name} was replaced by someone else meanwhile; undo that first, then try again")
@@ -171,7 +171,7 @@ def linear_slots(model: nn.Module) -> Iterator[LinearSlot]:
         model: the network, wrapped or not.
 
     Yields:
-        The places, in the order of `named_modules()`.
+        The slots, in the order of `named_modules()`.
     """
     bare = unwrap(model)
     added: set[nn.Module] = set()  # what adapters add beside their base layer

@@ -26,7 +26,7 @@ class StateKey(NamedTuple):
 
 
 class StateStore:
-    """A dictionary of tensors that knows its run, its size and its place.
+    """A dictionary of tensors that knows its run, its size and its device.
 
     Values are tensors or tuples, lists and dicts of them. Every access inside `step_scope` of a new run first
     drops what the previous run left.

@@ -7,7 +7,7 @@
     print(acceleration.report().text())
 
 `parts` are the values, `switch` and `on_*` apply one part each, `conflicts` says what cannot go together, `report` and
-`texts` what is told of it. Names are looked up when they are used.
+`texts` the sentences of its reports. Names are imported on first use.
 """
 
 from importlib import import_module

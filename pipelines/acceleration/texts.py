@@ -84,7 +84,7 @@ def render(key: str, values: Mapping[str, Any], texts: Mapping[str, str] = ENGLI
     Args:
         key: of the table.
         values: what its text is filled with.
-        texts: sentences by key, with places like Python's `str.format`.
+        texts: sentences by key, with placeholders like Python's `str.format`.
 
     Raises:
         KeyError: the table lacks the key.

@@ -24,7 +24,7 @@ def clear_loading_errors(source: str | Path, culprit: Callable[[], str | Path | 
 
     Args:
         source: what is read, for the message.
-        culprit: finds out which part of it is to blame, if that can be told.
+        culprit: finds out which part of it is to blame, if that can be known.
 
     Raises:
         ValueError: for all that is neither an OSError, a lack of memory nor a missing package.

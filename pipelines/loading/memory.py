@@ -132,7 +132,7 @@ def release(error: BaseException) -> None:
     The traceback itself stays readable; only the variables of its finished frames are dropped.
 
     Args:
-        error: caught, and about to be raised again or told.
+        error: caught, and about to be raised again or reported.
     """
     seen: set[int] = set()
     chain: list[BaseException | None] = [error]

@@ -74,7 +74,7 @@ def check_network(
         found: its class.
         config: content of its config.json.
         stored: what its weight files hold.
-        exact: for pipelines of ours: refuse weights that have no place in the network too.
+        exact: for pipelines of ours: refuse weights that the network lacks too.
 
     Raises:
         ValueError: the configuration is wrong, or of another network than the weights.

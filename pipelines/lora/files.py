@@ -317,7 +317,7 @@ def _place(written: str, layers: Mapping[str, nn.Module]) -> str | None:
 
 
 def _misfit(lora: LoraFile, unknown: list[str], layers: Mapping[str, nn.Module]) -> str:
-    """Say which keys have no place, and which layers there are."""
+    """Describe which keys fit no layer, and which layers there are."""
     kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in layers))
     some = ", ".join(unknown[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")
     share = "none" if len(unknown) == len(lora.tensors) else "only a part"
@@ -371,7 +371,7 @@ def _diffusers_tensors(placed: Mapping[str, _Layer]) -> dict[str, Tensor]:
 
 
 def _peft_config(lora: LoraFile, placed: Mapping[str, _Layer]) -> dict[str, Any]:
-    """Make PEFT's configuration: the rank and the alpha of every layer, whoever told them."""
+    """Make PEFT's configuration: the rank and the alpha of every layer, whichever source has them."""
     kind = lora.config.get("peft_type", "LORA")
     if kind != "LORA":
         raise LoraFileError(f"{lora.name}: its configuration says peft_type={kind!r}, expected 'LORA'.")

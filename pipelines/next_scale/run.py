@@ -236,7 +236,7 @@ class _Scales:
             return False
         pipe._current_timestep, pipe._guidance_scale = torch.tensor(scale), self.guidance[scale]
         if self.search is not None:
-            self.search.before(state, scale)
+            self.search.select_candidates(state, scale)
         if self.run.applied is not None:
             self._accelerate(state, self.run.applied, scale)
         self.peak = max(self.peak, state.cache.peak_nbytes)

@@ -185,7 +185,7 @@ def test_latents_condition_and_cache_move_together(method: str) -> None:
         finish_now = False
 
         def begin_scale(self, state: ScaleState, scale: int) -> bool:
-            search.before(state, scale)
+            search.select_candidates(state, scale)
             return True
 
         def end_scale(self, state: ScaleState, scale: int, indices: torch.Tensor) -> None:

@@ -109,7 +109,7 @@ def _kinds(attention: dict[str, nn.Module], takes: object) -> dict[str, Kind]:
 
 
 def _is_cross(module: nn.Module) -> bool:
-    """Return whether keys come from elsewhere: said by the layer, or told by the widths of its projections."""
+    """Return whether keys come from another sequence: declared by the layer, or shown by its projections' widths."""
     said = getattr(module, "is_cross_attention", None)
     if said is not None:
         return bool(said)
