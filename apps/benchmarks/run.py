@@ -160,11 +160,9 @@ def _write(report: dict[str, Any], output: Path) -> None:
     elif "model" in report:
         own = {name: value for name, value in report.items() if name not in ("benchmark", "model")}
         held = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
-        others = (
-            held.get("models", {})
-            if OLD_NAMES.get(str(held.get("benchmark")), held.get("benchmark")) == report["benchmark"]
-            else {}
-        )
+        before = held.get("benchmark")
+        is_same = OLD_NAMES.get(before, before) == report["benchmark"]
+        others = held.get("models", {}) if is_same else {}
         report = {"benchmark": report["benchmark"], "models": {**others, report["model"]: own}}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """`tessera generate --batch`: work through a file of prompts, skip what is done, go on after a failure.
 
-`apps.service.prompt_file` reads the file, for the page too. The name of an image follows from its line and from the command line's options, so a second run finds what the first one has done, and a changed line is
-generated anew.
+`apps.service.prompt_file` reads the file, for the page too. The name of an image follows from its line and from the
+options of the command line, so a second run finds what the first one has done, and a changed line is generated anew.
 """
 
 from __future__ import annotations
