@@ -289,7 +289,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="paint (an image and its parts), start (imports), costs (single operations), cache, cache-time and "
+            help="image (an image and its parts), start (imports), costs (single operations), cache, cache-time and "
             "cache-transfer (step caches), kv, shortcuts and search (what next-scale models lose by forgetting and "
             "skipping, and gain by searching), or released (our VAR beside a clone of its authors' code)."
         ),

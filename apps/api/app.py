@@ -99,7 +99,7 @@ def _add_errors(app: FastAPI) -> None:
     """Give every error the same form."""
 
     @app.exception_handler(StarletteHTTPException)
-    async def told(request: Request, error: StarletteHTTPException) -> JSONResponse:
+    async def http_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
         detail: Any = error.detail
         code = CODES.get(error.status_code, "refused")
         body = detail if isinstance(detail, dict) else error_body(code, str(detail))
@@ -234,8 +234,8 @@ def _add_read_routes(app: FastAPI) -> None:
             streams.check(user.name)
         except TooManyStreamsError as error:
             raise HTTPException(429, error_body("too_many_streams", str(error)), {"Retry-After": "5"}) from error
-        told = streams.read(job, user.name, after)
-        return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        events = streams.read(job, user.name, after)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.get("/v1/jobs/{job_id}/pictures/{place}")
     def picture(job_id: JobId, place: Place, user: Viewer, engine: ServerEngine) -> FileResponse:

@@ -1,4 +1,4 @@
-"""End a server without cutting its connections: open event streams are told that it ends, and finish their answers.
+"""End a server without cutting its connections: open event streams are informed that it ends, and finish their answers.
 
 Uvicorn waits for open requests and then cancels them, which every layer of an application reports as an error. An
 event stream, such as the one that each open page holds, never ends by itself.
@@ -17,7 +17,7 @@ DISCONNECTED = {"type": "http.disconnect"}
 
 
 class EndingApp:
-    """An application that can be told to end its streams; the outermost layer of a server.
+    """An application that can be asked to end its streams; the outermost layer of a server.
 
     Args:
         app: what comes behind.
@@ -101,7 +101,7 @@ class EndingServer(uvicorn.Server):
 
     Args:
         config: of uvicorn; its application is `app`.
-        app: told when the server ends.
+        app: informed when the server ends.
     """
 
     def __init__(self, config: uvicorn.Config, app: EndingApp) -> None:

@@ -119,9 +119,9 @@ def event_message(job_id: str, event: Event) -> tuple[str, dict[str, Any]]:  # n
         case ModelLoading(model):
             return "loading", {"model": model}
         case Step():
-            told = {name: getattr(event, name) for name in ("step", "steps", "picture", "pictures", "strip")}
+            fields = {name: getattr(event, name) for name in ("step", "steps", "picture", "pictures", "strip")}
             preview = None if event.preview is None else f"data:image/png;base64,{encode_png(event.preview)}"
-            return "step", {**told, "eta": round(event.eta, 3), "preview": preview}
+            return "step", {**fields, "eta": round(event.eta, 3), "preview": preview}
         case Picture():
             settings = event.metadata.model_dump(mode="json")
             row = _result(job_id, _place(event), event.seconds, settings, event.report)

@@ -152,8 +152,8 @@ class VariationRequest(ImagesRequest):
 
     def warnings(self) -> list[str]:
         """Name the fields that have no effect, and what was put instead of a prompt."""
-        told = [] if self.prompt else [f"prompt: none was sent, {VARIATION_PROMPT!r} was used"]
-        return [*super().warnings(), *told]
+        defaults_used = [] if self.prompt else [f"prompt: none was sent, {VARIATION_PROMPT!r} was used"]
+        return [*super().warnings(), *defaults_used]
 
 
 # ------------------------------------------------------------------------------- routes
@@ -345,8 +345,10 @@ async def _answer(asked: _Asked, user: User, engine: Engine, request: Request) -
     stream, ignored = await run_in_threadpool(engine.stream, job_id), body.warnings()
     headers = {"Warning": f'299 tessera "{"; ".join(ignored)}"'} if ignored else {}  # latin-1, so without the notes
     if body.stream:
-        told = _told(asked, engine, job_id, stream)
-        return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store", **headers})
+        events = _stream_events(asked, engine, job_id, stream)
+        return StreamingResponse(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-store", **headers}
+        )
     while not stream.is_closed:
         if await request.is_disconnected():
             await run_in_threadpool(engine.stop, job_id)
@@ -403,7 +405,7 @@ def encode(image: Image.Image, form: str) -> str:
 # ------------------------------------------------------------------------------ streams
 
 
-async def _told(asked: _Asked, engine: Engine, job_id: str, stream: EventStream) -> AsyncIterator[str]:
+async def _stream_events(asked: _Asked, engine: Engine, job_id: str, stream: EventStream) -> AsyncIterator[str]:
     """Stream previews and images; who leaves stops the work."""
     partial, after = _Partial(asked.body.partial_images or 0), 0
     pictures: list[Picture] = []

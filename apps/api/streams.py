@@ -117,9 +117,9 @@ class JobStreams:
         job, folder = self._engine.job(job_id), self._engine.output_dir
         rows: list[StoredPicture] = self._engine.pictures(job_id)
         there = [one for one in rows if folder is not None and (folder / one.name).is_file()]
-        told = [stored_picture_message(one) for one in there]
-        told.append(event_message(job_id, self._engine.last_event(job)))
-        return [server_sent(number, *message) for number, message in enumerate(told, 1)]
+        messages = [stored_picture_message(one) for one in there]
+        messages.append(event_message(job_id, self._engine.last_event(job)))
+        return [server_sent(number, *message) for number, message in enumerate(messages, 1)]
 
     async def _follow(self, job_id: str, stream: EventStream, seen: int) -> AsyncIterator[bytes]:
         broadcast = self._broadcasts.get(job_id)

@@ -19,7 +19,7 @@ from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConf
 from sampling.schedulers import FlowMatchAB2Scheduler
 from sampling.step_cache import Profile, StepCache
 
-Paint = Callable[..., Any]
+Generate = Callable[..., Any]
 MODULES = [r"transformer_blocks\.\d+\.(attn|ff)"]
 
 
@@ -80,11 +80,11 @@ def _enabled(config: Any) -> Callable[[Any], AbstractContextManager[Any]]:
     return lambda pipe: _enable(config, pipe)
 
 
-def magnitudes_by_diffusers(pipe: Any, prompt: str, steps: int, paint: Paint) -> list[float]:
+def magnitudes_by_diffusers(pipe: Any, prompt: str, steps: int, generate: Generate) -> list[float]:
     """Magnitude ratios as diffusers calibrates them: it prints them, so they are read off its output."""
     calibration = _enable(MagCacheConfig(num_inference_steps=steps, calibrate=True), pipe)
     with contextlib.redirect_stdout(io.StringIO()) as printed, calibration:
-        paint([prompt], [0])
+        generate([prompt], [0])
     lists = re.findall(r"\[([\d., e+-]+)\]", printed.getvalue())
     if not lists:
         raise ValueError("diffusers' MagCache printed no ratios at the end of its calibration")

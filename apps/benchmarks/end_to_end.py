@@ -1,4 +1,4 @@
-"""`tessera bench paint`: how long an image takes at the default settings, and its parts.
+"""`tessera bench generate`: how long an image takes at the default settings, and its parts.
 
 A denoiser's parts are one forward pass and the decoder; those of a next-scale model all its scales, which differ in
 size, and the decoder.
@@ -23,7 +23,7 @@ CLASS = 0
 Work = Callable[[], object]
 
 
-def bench_paint(asked: Asked) -> dict[str, Any]:
+def bench_image(asked: Asked) -> dict[str, Any]:
     """Times an image at the pipeline's defaults, and its parts."""
     name = asked.model or "stickers"
     begun = time.perf_counter()
@@ -45,7 +45,7 @@ def medians(comparison: Comparison) -> dict[str, float]:
     return {name: round(timing.wall_median, 4) for name, timing in comparison.timings.items()}
 
 
-def _paint(pipe: Any, output_type: str = "pil") -> Any:
+def _generate(pipe: Any, output_type: str = "pil") -> Any:
     """One image of a fixed seed, or its latents (1, C, h, w)."""
     asked = CLASS if "label" in info_of(pipe).arguments else PROMPT
     return pipe(asked, generator=torch.Generator().manual_seed(0), output_type=output_type).images
@@ -57,7 +57,7 @@ def _passes(pipe: Any) -> tuple[dict[str, Any], dict[str, Work]]:
     hook = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append({"args": args, "kwargs": kwargs}), with_kwargs=True
     )
-    latents = _paint(pipe, "latent")
+    latents = _generate(pipe, "latent")
     hook.remove()
 
     @torch.inference_mode()
@@ -65,18 +65,18 @@ def _passes(pipe: Any) -> tuple[dict[str, Any], dict[str, Work]]:
         pipe.transformer(*calls[0]["args"], **calls[0]["kwargs"])
 
     facts = {"steps": len(calls), "gflops_per_pass": round(count_flops(step) / 1e9, 3)}
-    return facts, {"picture": lambda: _paint(pipe), "forward pass": step, "decoder": _decoding(pipe, latents)}
+    return facts, {"picture": lambda: _generate(pipe), "forward pass": step, "decoder": _decoding(pipe, latents)}
 
 
 def _scales(pipe: NextScalePipeline) -> tuple[dict[str, Any], dict[str, Work]]:
     """What a next-scale model does, and what to time of it: condition, passes and draws of all scales are one part."""
-    latents = _paint(pipe, "latent")
+    latents = _generate(pipe, "latent")
 
     def scales() -> None:
-        _paint(pipe, "latent")
+        _generate(pipe, "latent")
 
     facts = {"scales": pipe.num_timesteps, "gflops_of_all_scales": round(count_flops(scales) / 1e9, 3)}
-    return facts, {"picture": lambda: _paint(pipe), "all scales": scales, "decoder": _decoding(pipe, latents)}
+    return facts, {"picture": lambda: _generate(pipe), "all scales": scales, "decoder": _decoding(pipe, latents)}
 
 
 def _decoding(pipe: Any, latents: torch.Tensor) -> Work:

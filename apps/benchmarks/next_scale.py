@@ -138,11 +138,11 @@ def memory_table() -> list[dict[str, Any]]:
 def quality_table(subject: Subject) -> list[dict[str, Any]]:
     """Each policy at each budget beside the full cache, on common seeds."""
     subject.calibrate()
-    exact = subject.paint()
+    exact = subject.generate()
     rows = [{"policy": "full", "budget": 1.0, "psnr": None, "recall": subject.recall(exact)}]
     for budget in BUDGETS:
         for policy in COMPRESSING:
-            pictures = subject.paint(kv_policy=policy, kv_budget=budget, kv_observe=OBSERVE)
+            pictures = subject.generate(kv_policy=policy, kv_budget=budget, kv_observe=OBSERVE)
             found = [min(psnr(one, other), MOST_DECIBEL) for one, other in zip(pictures, exact, strict=True)]
             rows.append(
                 {
@@ -152,7 +152,7 @@ def quality_table(subject: Subject) -> list[dict[str, Any]]:
                     "recall": subject.recall(pictures),
                 }
             )
-    pictures = subject.paint(kv_dtype="int8")
+    pictures = subject.generate(kv_dtype="int8")
     found = [min(psnr(one, other), MOST_DECIBEL) for one, other in zip(pictures, exact, strict=True)]
     rows.append(
         {"policy": "int8", "budget": 1.0, "psnr": round(statistics.mean(found), 3), "recall": subject.recall(pictures)}
@@ -170,15 +170,15 @@ def bench_shortcuts(asked: Asked) -> dict[str, Any]:
         ValueError: no model was named.
     """
     if asked.model is None:
-        raise UsageError("name the model to paint with: tessera bench shortcuts MODEL")
+        raise UsageError("name the model to generate with: tessera bench shortcuts MODEL")
     subject = Subject.load(asked, "single")
-    exact = subject.paint()
+    exact = subject.generate()
     rows: list[dict[str, Any]] = [
         {"setting": "exact", "tokens": 1.0, "seconds": 1.0, "psnr": None, "recall": subject.recall(exact)}
     ]
     for name, settings in SHORTCUTS.items():
         spent: list[dict[str, Any]] = []
-        pictures = subject.paint(reports=spent, acceleration=ScaleAcceleration(**settings, measure_drift=True))
+        pictures = subject.generate(reports=spent, acceleration=ScaleAcceleration(**settings, measure_drift=True))
         found = [min(psnr(one, other), MOST_DECIBEL) for one, other in zip(pictures, exact, strict=True)]
         seconds, plain = (sum(report[key] for report in spent) for key in ("seconds", "exact_seconds"))
         rows.append(
@@ -221,11 +221,11 @@ def sampling(subject: Subject) -> dict[str, dict[str, Any]]:
     details of the fine scales; hot in the coarse two thirds, which decide what stands where, images vary most.
     """
     if not isinstance(subject.pipe, NextScaleTextToImagePipeline):
-        return {"as the model paints": {}}
+        return {"as the model generates": {}}
     settings: Any = subject.pipe.config
     scales = len(subject.pipe.transformer.grids)
     return {
-        "as the model paints": {},
+        "as the model generates": {},
         f"all scales unguided, temperature {ALL_SCALES_TEMPERATURE:g}": hot_all_scales(),
         f"coarse scales unguided, temperature {HOT:g}": hot_coarse_scales(
             scales, HOT, {**DEFAULTS, **settings.defaults}
@@ -242,7 +242,7 @@ def search_table(subject: Subject, ceiling: float | None, way: Mapping[str, Any]
         way: how tokens are drawn: arguments of the pipeline's call.
     """
     counts = token_counts(subject.pipe.transformer.grids)
-    single = subject.right(subject.paint(**way))  # (P,)
+    single = subject.right(subject.generate(**way))  # (P,)
     rows: list[dict[str, Any]] = [{"method": "single", "cost": 1.0, **_closed(single, single, ceiling)}]
     for cost in COSTS:
         for method in ("best_of", "tts"):
@@ -250,7 +250,7 @@ def search_table(subject: Subject, ceiling: float | None, way: Mapping[str, Any]
                 continue
             spent: list[float] = []
             config = TTSConfig.for_cost(cost, counts, method=method)
-            right = subject.right(subject.paint(spent, search=config, **way))  # (P,)
+            right = subject.right(subject.generate(spent, search=config, **way))  # (P,)
             rows.append({"method": method, "cost": round(statistics.mean(spent), 3), **_closed(right, single, ceiling)})
     return [*rows, {"method": "judge's ceiling", "cost": None, "recall": ceiling, "of the gap": None, "+-": None}]
 
@@ -331,7 +331,7 @@ class Subject:
         generators = [torch.Generator().manual_seed(10_000 + i) for i in range(len(self.others))]
         self.pipe.calibrate_kv(list(self.others), generator=generators, observe=OBSERVE)
 
-    def paint(
+    def generate(
         self, spent: list[float] | None = None, reports: list[dict[str, Any]] | None = None, **options: Any
     ) -> torch.Tensor:
         """Generate all prompts, each with a seed of its own, (B, 3, H, W) in [0, 1].

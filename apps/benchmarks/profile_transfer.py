@@ -63,7 +63,7 @@ def bench_transfer(model: str, repeats: int, device: str | None, dtype: str | No
         dtype: of the weights.
         prompts: how many are generated for each figure.
     """
-    told = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True)
     pipe = load_for_command(model, device, dtype)
     usual = {"num_inference_steps": 28, "guidance_scale": 4.0}
     learned = [request.prompt for request in draw(pipe, 3, 1_000_003)]
@@ -82,7 +82,7 @@ def bench_transfer(model: str, repeats: int, device: str | None, dtype: str | No
         for budget in BUDGETS:
             row = {"change": name, "budget": budget, **_compare(pipe, wanted, settings, budget, carried, own)}
             rows.append(row)
-            told.print(str(row), highlight=False)
+            console.print(str(row), highlight=False)
         pipe.scheduler = before
     return {
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
@@ -103,11 +103,11 @@ def _compare(
 ) -> dict[str, float]:
     """PSNR to the uncached run with the carried profile, with its own, and with evenly spaced steps."""
 
-    def paint() -> torch.Tensor:
+    def generate() -> torch.Tensor:
         noise = [torch.Generator().manual_seed(TEST_SEED + i) for i in range(len(prompts))]
         return pipe(prompt=prompts, generator=noise, output_type="pt", **settings).images.float().cpu()
 
-    uncached = paint()
+    uncached = generate()
     steps = settings["num_inference_steps"]
     count = sum(own.mask((), budget))
     evenly = {round(i * (steps - 1) / (count - 1)) for i in range(count)}
@@ -119,5 +119,5 @@ def _compare(
     found = {}
     for name, cache in caches.items():
         with cache.attach(pipe):
-            found[f"{name}_db"] = round(mean_psnr(paint(), uncached), 2)
+            found[f"{name}_db"] = round(mean_psnr(generate(), uncached), 2)
     return found

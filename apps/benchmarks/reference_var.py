@@ -47,13 +47,13 @@ def bench_released(asked: Asked) -> dict[str, Any]:
     with released_code(folder) as models:
         vae, var = random_weights(models, depth, scales)
         candidates: dict[str, Callable[[], Any]] = {
-            "released, float32": lambda: paint_released(var, torch.float32, GUIDANCE),
-            "released, bfloat16 autocast": lambda: paint_released(var, torch.bfloat16, GUIDANCE),
+            "released, float32": lambda: generate_released(var, torch.float32, GUIDANCE),
+            "released, bfloat16 autocast": lambda: generate_released(var, torch.bfloat16, GUIDANCE),
         }
         for dtype in (torch.float32, torch.bfloat16):
             pipe, name = ours(var, vae, dtype, scales), str(dtype).removeprefix("torch.")
-            candidates[f"ours, {name}"] = lambda pipe=pipe: paint_ours(pipe, GUIDANCE)
-            candidates[f"ours, {name}, no guidance"] = lambda pipe=pipe: paint_ours(pipe, 0.0)
+            candidates[f"ours, {name}"] = lambda pipe=pipe: generate_ours(pipe, GUIDANCE)
+            candidates[f"ours, {name}, no guidance"] = lambda pipe=pipe: generate_ours(pipe, 0.0)
         difference = relative_error(candidates["ours, float32"](), candidates["released, float32"]())
         timed = measure(candidates, asked.repeats)
     rows = []
@@ -115,14 +115,14 @@ def ours(var: nn.Module, vae: nn.Module, dtype: torch.dtype, scales: tuple[int, 
     return pipe
 
 
-def paint_ours(pipe: Any, guidance: float) -> Tensor:
+def generate_ours(pipe: Any, guidance: float) -> Tensor:
     """An image (1, 3, H, W) in [0, 1]."""
     generator = torch.Generator().manual_seed(SEED)
     return pipe([LABEL], cfg=guidance, top_k=TOP_K, top_p=TOP_P, generator=generator, output_type="pt").images
 
 
 @torch.inference_mode()
-def paint_released(var: Any, dtype: torch.dtype, guidance: float) -> Tensor:
+def generate_released(var: Any, dtype: torch.dtype, guidance: float) -> Tensor:
     """An image (1, 3, H, W) in [0, 1]."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         return var.autoregressive_infer_cfg(

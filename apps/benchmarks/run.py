@@ -1,6 +1,6 @@
 """`tessera bench`: how fast things are here, measured in turns, with what they were measured on.
 
-`tessera bench paint` times an image at the default settings and its parts; a file may hold several models.
+`tessera bench generate` times an image at the default settings and its parts; a file may hold several models.
 `tessera bench costs` times single operations, for solvers that weigh one way of computing against another.
 `tessera bench start` times importing the library beside importing diffusers alone, in fresh processes.
 `tessera bench released` times our VAR beside its authors' code.
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apps.benchmarks.costs import bench_costs
-from apps.benchmarks.end_to_end import bench_paint, medians
+from apps.benchmarks.end_to_end import bench_image, medians
 from apps.benchmarks.next_scale import Asked, bench_kv, bench_search, bench_shortcuts, show_tables
 from apps.benchmarks.reference_var import bench_released
 from apps.benchmarks.runs import add_run, has_ratios
@@ -70,6 +70,7 @@ def run(
     Raises:
         ValueError: an unknown benchmark.
     """
+    what = OLD_NAMES.get(what, what)
     if what not in BENCHMARKS:
         raise UsageError(f"no benchmark {what!r}: choose one of {', '.join(BENCHMARKS)}")
     if output is not None:
@@ -132,7 +133,7 @@ def bench_cache_time(asked: Asked) -> dict[str, Any]:
 
 
 BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
-    "paint": bench_paint,
+    "image": bench_image,
     "start": bench_start,
     "costs": bench_costs,
     "cache": bench_cache,
@@ -143,6 +144,9 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "search": bench_search,
     "released": bench_released,
 }
+
+OLD_NAMES = {"paint": "image"}
+"""Benchmarks by their names in earlier versions."""
 
 
 def _in_fresh_process(code: str) -> Callable[[], object]:
@@ -156,7 +160,9 @@ def _write(report: dict[str, Any], output: Path) -> None:
     elif "model" in report:
         own = {name: value for name, value in report.items() if name not in ("benchmark", "model")}
         held = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
-        others = held.get("models", {}) if held.get("benchmark") == report["benchmark"] else {}
+        before = held.get("benchmark")
+        is_same = OLD_NAMES.get(before, before) == report["benchmark"]
+        others = held.get("models", {}) if is_same else {}
         report = {"benchmark": report["benchmark"], "models": {**others, report["model"]: own}}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -55,7 +55,7 @@ class Workload:
     guidance: float
     batch_size: int = 32
 
-    def paint(self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> torch.Tensor:
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None) -> torch.Tensor:
         """Generate prompts: (B, 3, H, W) in [0, 1]."""
         settings = {"num_inference_steps": steps or self.steps, "guidance_scale": self.guidance, "output_type": "pt"}
         pictures = []
@@ -65,10 +65,10 @@ class Workload:
             pictures.append(self.pipe(prompt=list(prompts[part]), generator=noise, **settings).images.float().cpu())
         return torch.cat(pictures)
 
-    def paint_all(self, steps: int | None = None) -> torch.Tensor:
+    def generate_all(self, steps: int | None = None) -> torch.Tensor:
         """Generate the test prompts."""
         prompts = [request.prompt for request in self.requests]
-        return self.paint(prompts, [TEST_SEED + i for i in range(len(prompts))], steps)
+        return self.generate(prompts, [TEST_SEED + i for i in range(len(prompts))], steps)
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[], tuple[float, float]]]:
@@ -106,7 +106,7 @@ def bench_cache(
         prompts: how many are generated.
         steps: of the uncached run; None is the pipeline's default, 28.
     """
-    told = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True)
     smoke = repeats == 1
     pipe = load_for_command(model, device, dtype)
     work = Workload(pipe, draw(pipe, 4 if smoke else prompts, 7), steps or (8 if smoke else 28), 4.0)
@@ -116,7 +116,7 @@ def bench_cache(
     uncached, whole = _painted(work, Candidate("uncached", {}, nullcontext))
     finest = _painted(work, cache_rivals.reference(24 if smoke else 84))[0]
     for rival in cache_rivals.missing():
-        told.print(f"[yellow]not compared with {rival}[/]")
+        console.print(f"[yellow]not compared with {rival}[/]")
     rows = []
     for candidate in _candidates(work, profiles, learned[0], smoke):
         pictures, found = _painted(work, candidate)
@@ -134,7 +134,7 @@ def bench_cache(
         row = rows[-1]
         if candidate.method.startswith("tessera"):
             row["judge"] = judged(work.requests, pictures)
-        told.print(f"{row['method']} {row['settings']}: cost {row['cost']}, {row['to_uncached_db']} dB, "
+        console.print(f"{row['method']} {row['settings']}: cost {row['cost']}, {row['to_uncached_db']} dB, "
                    f"{row['to_reference_db']} dB to the reference", highlight=False)  # fmt: skip
     return {
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
@@ -157,7 +157,7 @@ def bench_cache(
 def _candidates(work: Workload, profiles: Sequence[Profile], prompt: str, smoke: bool) -> list[Candidate]:
     steps = work.steps
     counts = sorted({round(cost * steps) for cost in (*COSTS, 0.2)})
-    magnitudes = cache_rivals.magnitudes_by_diffusers(work.pipe, prompt, steps, work.paint)
+    magnitudes = cache_rivals.magnitudes_by_diffusers(work.pipe, prompt, steps, work.generate)
     groups = [
         *(cache_rivals.ours(profile, [count / steps for count in counts]) for profile in profiles),
         cache_rivals.of_diffusers(magnitudes, steps),
@@ -172,7 +172,7 @@ def _painted(work: Workload, candidate: Candidate) -> tuple[torch.Tensor, tuple[
     with ExitStack() as stack:
         cost = stack.enter_context(work.counting())
         stack.enter_context(candidate.on(work.pipe))
-        return work.paint_all(candidate.steps), cost()
+        return work.generate_all(candidate.steps), cost()
 
 
 def mean_psnr(pictures: torch.Tensor, reference: torch.Tensor) -> float:

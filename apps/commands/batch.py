@@ -1,8 +1,7 @@
 """`tessera generate --batch`: work through a file of prompts, skip what is done, go on after a failure.
 
-How a file is read is told in `apps.service.prompt_file`, which the page uses too. The name of an image follows from its
-line and from the command line's options, so a second run finds what the first one has done, and a changed line is
-generated anew.
+`apps.service.prompt_file` reads the file, for the page too. The name of an image follows from its line and from the
+options of the command line, so a second run finds what the first one has done, and a changed line is generated anew.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from apps.commands.generate import DEFAULT_MODEL, Machine, follow, make_request
+from apps.commands.generate import DEFAULT_MODEL, DeviceOptions, follow, make_request
 from apps.commands.given_options import GenerateOptions, make_options
 from apps.commands.options import check_options, read_line
 from apps.commands.outputs import picture_paths, save
@@ -67,7 +66,7 @@ def run_batch(
     file: Path,
     folder: Path,
     common: GenerateOptions,
-    machine: Machine | None = None,
+    device_options: DeviceOptions | None = None,
     json_output: bool = False,
     keep_settings: bool = True,
     sidecar: bool = False,
@@ -78,7 +77,7 @@ def run_batch(
         file: JSONL or text.
         folder: receives the images; created if absent.
         common: for all lines that don't say otherwise.
-        machine: where to compute.
+        device_options: where to compute.
         json_output: print one JSON object a line instead of text.
         keep_settings: whether the files carry their settings.
         sidecar: whether a JSON file beside each one does.
@@ -88,15 +87,15 @@ def run_batch(
         UsageError: a line or a common setting isn't understood, or the folder can't be written; then nothing has been
             generated.
     """
-    machine, source = machine or Machine(), common.model or DEFAULT_MODEL
+    device_options, source = device_options or DeviceOptions(), common.model or DEFAULT_MODEL
     with checking():
         lines = list(read_lines(file, common))
         check_folder(folder)
-        check_sources([source], machine.base)
+        check_sources([source], device_options.base)
         rehearsed = check_options(common.changed(prompt=EXAMPLE), source)
         for line in lines:
             _rehearse(line, source)
-        opened = machine.fitted(common.value("memory")).engine(source, common.lora)
+        opened = device_options.for_memory_profile(common.value("memory")).engine(source, common.lora)
     with no_repetition(), closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
             if rehearsed is not None:
@@ -105,13 +104,13 @@ def run_batch(
         folder.mkdir(parents=True, exist_ok=True)
         console, failed = Console(soft_wrap=True), 0
         for line in lines:
-            row = _paint(line, folder, engine, Console(stderr=True, quiet=json_output), keep_settings, sidecar)
+            row = _generate_line(line, folder, engine, Console(stderr=True, quiet=json_output), keep_settings, sidecar)
             failed += row["state"] == "failed"
             if json_output:
                 console.print(json.dumps(row), markup=False, highlight=False)
             else:
-                told = row.get("error") or ", ".join(row["paths"])
-                console.print(f"line {line.number}: {row['state']}  {told}", markup=False, highlight=False)
+                named = row.get("error") or ", ".join(row["paths"])
+                console.print(f"line {line.number}: {row['state']}  {named}", markup=False, highlight=False)
     if failed:
         raise BatchError(f"{failed} of {len(lines)} lines failed; run the same command again to try only those.")
 
@@ -128,8 +127,8 @@ def read_lines(file: Path, common: GenerateOptions) -> Iterator[Line]:
         said = _typed(line.number, values)
         said |= {key: file.parent / said[key] for key in ("image", "mask") if said.get(key) is not None}
         options = common.changed(**said)
-        told = {key: value for key, value in options.model_dump().items() if key in NAMING or value is not None}
-        content = json.dumps(told, sort_keys=True, default=str)
+        named = {key: value for key, value in options.model_dump().items() if key in NAMING or value is not None}
+        content = json.dumps(named, sort_keys=True, default=str)
         yield Line(line.number, options, f"{line.number:05d}-{_digest(content)}")
 
 
@@ -161,10 +160,10 @@ def _digest(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
-def _paint(
+def _generate_line(
     line: Line, folder: Path, engine: Engine, console: Console, keep_settings: bool, sidecar: bool
 ) -> dict[str, Any]:
-    """Generate one line unless it is done; returns what is told of it."""
+    """Generate one line unless it is done; returns what is reported of it."""
     row: dict[str, Any] = {"line": line.number, "prompt": line.options.prompt, "state": "done"}
     try:
         request = make_request(line.options, engine)

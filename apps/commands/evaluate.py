@@ -58,7 +58,7 @@ class Report:
         ceiling: shares of right readings of fresh renders, by set, then metric.
         autoencoder: the same after a round trip, and in dB `psnr_in_boxes` (mean over images,
             as papers report it) and `psnr_in_boxes_pooled` (of the squared error of all images together).
-        painted: shares of right images by set, then metric.
+        scores: shares of right images by set, then metric.
         inpainted: of the set "inpaint": shares of masked stickers that are the ones asked for (`masked`, and by kind
             of scene), of images with every pixel outside the mask as before (`kept`), and the `ceiling` of the judge.
         seconds_per_picture: generating time, without loading and judging.
@@ -70,7 +70,7 @@ class Report:
     vocabulary: int
     ceiling: dict[str, dict[str, float]] = field(default_factory=dict)
     autoencoder: dict[str, Any] = field(default_factory=dict)
-    painted: dict[str, dict[str, float]] = field(default_factory=dict)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
     inpainted: dict[str, float] = field(default_factory=dict)
     seconds_per_picture: float | None = None
 
@@ -158,7 +158,7 @@ def call_settings(pipe: Any, steps: int | None, guidance: float | None) -> tuple
     if info.steps is not None:
         return info.steps if steps is None else steps, float(scale)
     if steps is not None:
-        raise UsageError(f"{type(pipe).__name__} paints scale by scale and takes no --steps; leave it out")
+        raise UsageError(f"{type(pipe).__name__} generates scale by scale and takes no --steps; leave it out")
     return None, float(scale)
 
 
@@ -168,7 +168,7 @@ def picture_side(pipe: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Examiner:
+class Evaluator:
     """Measures one model.
 
     Attributes:
@@ -208,7 +208,7 @@ class Examiner:
         scenes = [request.scene for name in names for request in self.requests(SETS[name])]
         return box_psnr(scenes, self.sheet, resolution, through)
 
-    def painted(self, name: str, generate: Generate) -> dict[str, float]:
+    def scores(self, name: str, generate: Generate) -> dict[str, float]:
         """Scores what the model generates for one set."""
         requests = self.requests(SETS[name])
         first = self.seed + SEEDS_PER_SET * (1 + list(SETS).index(name))
@@ -223,7 +223,7 @@ class Examiner:
         tasks = draw_tasks(self.prompts, self.sheet, self.vocabulary, self.seed)
         tick = self._tick("inpaint")
 
-        def paint(
+        def inpaint(
             prompts: Sequence[str], pictures: torch.Tensor, masks: torch.Tensor, seeds: Sequence[int]
         ) -> torch.Tensor:
             noise = [torch.Generator().manual_seed(self.seed + seed) for seed in seeds]
@@ -231,11 +231,11 @@ class Examiner:
             if steps is not None:  # next-scale models have neither steps nor a strength
                 settings |= {"num_inference_steps": steps, "strength": 1.0}
             given = {"image": ((pictures + 1) / 2).clamp(0, 1), "mask_image": masks.float()}
-            painted = pipe(list(prompts), generator=noise, output_type="pt", **given, **settings).images
-            tick(len(painted))
-            return painted.float().cpu() * 2 - 1
+            scores = pipe(list(prompts), generator=noise, output_type="pt", **given, **settings).images
+            tick(len(scores))
+            return scores.float().cpu() * 2 - 1
 
-        found = list(evaluate_inpainting(tasks, self.sheet, self.judge, paint, resolution, self.batch_size))
+        found = list(evaluate_inpainting(tasks, self.sheet, self.judge, inpaint, resolution, self.batch_size))
         readings = self.judge.read(render([task.after for task in tasks], self.sheet, resolution))
         ceiling = [is_painted(task, reading) for task, reading in zip(tasks, readings, strict=True)]
         result = {"masked": _share(right for right, _ in found), "kept": _share(kept for _, kept in found)}
@@ -297,7 +297,7 @@ def run(
     if unknown:
         known = ", ".join((*SETS, INPAINT))
         raise UsageError(f"no such set of prompts: {', '.join(sorted(unknown))}; choose from {known}")
-    told = Console(stderr=True, quiet=json_output)
+    console = Console(stderr=True, quiet=json_output)
     folder = output or Path("outputs") / f"evaluate-{Path(model).name}"
     check_folder(folder)
     if vocabulary is not None:
@@ -311,14 +311,14 @@ def run(
     settings = {"prompts": prompts, "steps": num_steps, "guidance": scale, "seed": seed, "batch_size": batch_size}
     report = Report(model, settings, describe_machine(torch.device(pipe.device), pipe.transformer.dtype), len(names))
     sheet = load_sprites()
-    with _progress(told) as progress:
+    with _progress(console) as progress:
         judge = Judge(sheet, pipe.device)
-        examiner = Examiner(sheet, names, judge, prompts, seed, batch_size, progress)
+        evaluator = Evaluator(sheet, names, judge, prompts, seed, batch_size, progress)
         if sets != [INPAINT]:
             chosen = tuple(name for name in sets or SETS if name != INPAINT)
-            examine(pipe, examiner, chosen, painter(pipe, num_steps, scale), report, folder)
+            examine(pipe, evaluator, chosen, painter(pipe, num_steps, scale), report, folder)
         if INPAINT in sets:
-            report.inpainted = examiner.inpainted(pipe, num_steps, scale, _resolution(pipe))
+            report.inpainted = evaluator.inpainted(pipe, num_steps, scale, _resolution(pipe))
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     console = Console()
     if json_output:
@@ -330,21 +330,21 @@ def run(
 
 
 def examine(
-    pipe: Any, examiner: Examiner, sets: Sequence[str], generate: Generate, report: Report, folder: Path
+    pipe: Any, evaluator: Evaluator, sets: Sequence[str], generate: Generate, report: Report, folder: Path
 ) -> None:
     """Fills a report, and writes the contact sheet into `folder`."""
     resolution = picture_side(pipe)
     through = round_trip(pipe.vae)
-    report.ceiling = examiner.ceiling(resolution, lambda pictures: pictures, "fresh renders")
-    report.autoencoder = dict(examiner.ceiling(resolution, through, "after a round trip"))
-    report.autoencoder |= examiner.box_psnr(resolution, through)
+    report.ceiling = evaluator.ceiling(resolution, lambda pictures: pictures, "fresh renders")
+    report.autoencoder = dict(evaluator.ceiling(resolution, through, "after a round trip"))
+    report.autoencoder |= evaluator.box_psnr(resolution, through)
     start = time.perf_counter()
-    pictures, prompts = examiner.sheet_pictures(generate)
+    pictures, prompts = evaluator.sheet_pictures(generate)
     report.seconds_per_picture = (time.perf_counter() - start) / len(prompts)
     sheet = contact_sheet(pictures, prompts, f"tessera: {Path(report.model).name}", _subtitle(report))
     sheet.save(folder / "contact_sheet.png", optimize=True)
     for name in sets:
-        report.painted[name] = examiner.painted(name, generate)
+        report.scores[name] = evaluator.scores(name, generate)
 
 
 def show(report: Report, console: Console) -> None:
@@ -352,14 +352,14 @@ def show(report: Report, console: Console) -> None:
     if report.inpainted:
         rows = ", ".join(f"{name} {_percent(share)}" for name, share in report.inpainted.items())
         console.print(f"inpaint, {report.settings['prompts']} prompts: {rows}")
-    if not report.painted:
+    if not report.scores:
         return
     title = f"{Path(report.model).name}: {report.vocabulary} stickers, {report.settings['prompts']} prompts each"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("prompts", overflow="fold")
-    for column in ("metric", "painted", "colour", "ceiling", "round trip"):
+    for column in ("metric", "score", "colour", "ceiling", "round trip"):
         table.add_column(column, no_wrap=True, justify="left" if column == "metric" else "right")
-    for name, found in report.painted.items():
+    for name, found in report.scores.items():
         for metric in (metric for metric in found if metric != "colour"):
             limits = [_percent(part[SETS[name].kind][metric]) for part in (report.ceiling, report.autoencoder)]
             main = metric == SETS[name].metric

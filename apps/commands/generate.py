@@ -34,7 +34,7 @@ from apps.service.requests import AnyRequest
 from apps.service.uploads import read_upload
 from apps.service.usage import UsageError, checking
 
-__all__ = ["Machine", "follow", "make_request", "run"]
+__all__ = ["DeviceOptions", "follow", "make_request", "run"]
 
 DEFAULT_MODEL = "stickers"
 USAGE_CODES = ("bad_request", "unknown_model")
@@ -42,7 +42,7 @@ USAGE_CODES = ("bad_request", "unknown_model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class DeviceOptions:
     """Where and how to compute; see `apps.service.engine.Engine`."""
 
     device: str = "auto"
@@ -59,7 +59,7 @@ class Machine:
         loras = {} if lora is None else one_lora(lora)
         return Engine(name_models([model]), None, self.device, self.dtype, self.offload, self.base, loras=loras)
 
-    def fitted(self, memory: MemoryName | None) -> Machine:
+    def for_memory_profile(self, memory: MemoryName | None) -> DeviceOptions:
         """Return it as a memory profile wants it from the start, so that no model is loaded in another way first.
 
         Raises:
@@ -77,7 +77,7 @@ class Machine:
 def run(
     options: GenerateOptions,
     output: Path | None = None,
-    machine: Machine | None = None,
+    device_options: DeviceOptions | None = None,
     settings: Path | None = None,
     json_output: bool = False,
     keep_settings: bool = True,
@@ -90,7 +90,7 @@ def run(
         output: PNG or WebP file to write; several images get -0, -1, ... before the ending. Of a model that makes
             clips it receives some frames side by side, and the clip goes beside it as MP4; a name with `.mp4` receives
             the clip alone. An existing file is replaced. None is tessera.png, or the next name like it that is free.
-        machine: where to compute.
+        device_options: where to compute.
         settings: image, clip or JSON file whose settings are taken.
         json_output: print one JSON object instead of text and a progress bar.
         keep_settings: whether the files carry their settings.
@@ -104,49 +104,52 @@ def run(
         ImportError: an optional package is missing.
         KeyboardInterrupt: Ctrl-C; no broken file is left.
     """
-    told, machine = Console(stderr=True, quiet=json_output), machine or Machine()
+    console, device_options = Console(stderr=True, quiet=json_output), device_options or DeviceOptions()
     with checking(ValueError, FileNotFoundError):
-        taken = None if settings is None else read_settings(settings)
-        source = options.model or (DEFAULT_MODEL if taken is None else named_model(taken))
+        recorded = None if settings is None else read_settings(settings)
+        source = options.model or (DEFAULT_MODEL if recorded is None else named_model(recorded))
         check_output(output or DEFAULT_OUTPUT, sidecar)
-        check_sources([source], machine.base)
-        rehearsed = check_options(options, source, taken)
-        memory = options.value("memory") or (None if taken is None else taken.memory)
-        opened = machine.fitted(memory).engine(source, options.lora)
+        check_sources([source], device_options.base)
+        rehearsed = check_options(options, source, recorded)
+        memory = options.value("memory") or (None if recorded is None else recorded.memory)
+        opened = device_options.for_memory_profile(memory).engine(source, options.lora)
     with no_repetition(), closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
             if rehearsed is not None:
                 check_request(rehearsed, engine.devices)
-            request = make_request(options, engine, taken, settings)
+            request = make_request(options, engine, recorded, settings)
             if output is not None and is_clip(output) and engine.model().result().frames is None:
                 raise UsageError(f"The model {source!r} makes images, not clips; write to a '.png' file.")
-        paths = iter(_output_paths(output, 1 if request.pick is not None else request.num_images, told, sidecar))
-        with closing(follow(engine.generate(request), told)) as pictures:
+        paths = iter(_output_paths(output, 1 if request.pick is not None else request.num_images, console, sidecar))
+        with closing(follow(engine.generate(request), console)) as pictures:
             written = [(save(picture, next(paths), keep_settings, sidecar), picture) for picture in pictures]
-    if taken is not None:
-        told_differences(taken, written[0][1].metadata, told)
+    if recorded is not None:
+        warn_differences(recorded, written[0][1].metadata, console)
     report(written, json_output)
 
 
-def _output_paths(output: Path | None, num: int, told: Console, sidecar: bool) -> list[Path]:
+def _output_paths(output: Path | None, num: int, console: Console, sidecar: bool) -> list[Path]:
     """Name the files; without a name asked for, one that no file has."""
     if output is not None:
         return picture_paths(output, num, sidecar)
     free = free_output(num)
     if free != DEFAULT_OUTPUT:
-        told.print(f"[yellow]note[/yellow] {DEFAULT_OUTPUT} is kept; writing {free}", highlight=False)
+        console.print(f"[yellow]note[/yellow] {DEFAULT_OUTPUT} is kept; writing {free}", highlight=False)
     return picture_paths(free, num)
 
 
 def make_request(
-    options: GenerateOptions, engine: Engine, taken: PictureSettings | None = None, settings: Path | None = None
+    options: GenerateOptions,
+    engine: Engine,
+    recorded: PictureSettings | None = None,
+    settings: Path | None = None,
 ) -> AnyRequest:
     """Turn options into a request.
 
     Args:
         options: what was said.
         engine: has one model, and receives the images to start from.
-        taken: settings of an image, for all that was not said.
+        recorded: settings of an image, for all that was not said.
         settings: the file they came from; images it was made from are looked for beside it.
 
     Raises:
@@ -155,27 +158,27 @@ def make_request(
     """
     values = asked(options)
     files = {
-        "lora": _lora(options, engine, None if taken is None else taken.lora),
-        "image": _hand_in(options.image, taken.image if taken else None, settings, engine),
-        "mask": _hand_in(options.mask, taken.mask if taken else None, settings, engine),
+        "lora": _lora(options, engine, None if recorded is None else recorded.lora),
+        "image": _upload(options.image, recorded.image if recorded else None, settings, engine),
+        "mask": _upload(options.mask, recorded.mask if recorded else None, settings, engine),
     }
     values |= {name: value for name, value in files.items() if value is not None}
-    if taken is not None:
-        return complete_again(values, options.prompt, taken, engine.models[0])
+    if recorded is not None:
+        return complete_again(values, options.prompt, recorded, engine.models[0])
     return complete(values, options.prompt, task_of(values, engine.model().result().tasks[0]))
 
 
-def _lora(options: GenerateOptions, engine: Engine, taken: Lora | None) -> Lora | None:
+def _lora(options: GenerateOptions, engine: Engine, recorded: Lora | None) -> Lora | None:
     """Find out which LoRA file is asked for, and how much of it: the one named, or the one of an image's settings.
 
     Raises:
         ValueError: a scale without a file, or settings whose file isn't named or is another one.
     """
     scale = {} if options.lora_scale is None else {"scale": options.lora_scale}
-    if taken is not None and engine.loras in ((), (taken.name,)):
+    if recorded is not None and engine.loras in ((), (recorded.name,)):
         if not engine.loras:
-            raise ValueError(f"The settings ask for the LoRA file {taken.name!r}; name it with --lora.")
-        return Lora.model_validate({**taken.model_dump(), **scale})
+            raise ValueError(f"The settings ask for the LoRA file {recorded.name!r}; name it with --lora.")
+        return Lora.model_validate({**recorded.model_dump(), **scale})
     if not engine.loras:
         if scale:
             raise UsageError("--lora-scale is for a LoRA file; name one with --lora.")
@@ -183,7 +186,7 @@ def _lora(options: GenerateOptions, engine: Engine, taken: Lora | None) -> Lora 
     return Lora.model_validate({"name": engine.loras[0], **scale})
 
 
-def _hand_in(file: Path | None, wanted: str | None, settings: Path | None, engine: Engine) -> str | None:
+def _upload(file: Path | None, wanted: str | None, settings: Path | None, engine: Engine) -> str | None:
     """Hand in an image to start from: the file named, or the one that settings ask for, kept beside their image."""
     if file is not None:
         return engine.uploads.add(read_upload(file.read_bytes()))
@@ -192,15 +195,15 @@ def _hand_in(file: Path | None, wanted: str | None, settings: Path | None, engin
     kept = settings.parent / STATE_FOLDER / "uploads" / f"{wanted}.png"
     if not kept.is_file():
         raise UsageError(
-            f"{settings.name} was painted from a picture that isn't beside it; name it with --image (and --mask)."
+            f"{settings.name} was generated from an image that isn't beside it; name it with --image (and --mask)."
         )
     return engine.uploads.add(read_upload(kept.read_bytes()))
 
 
-def told_differences(taken: PictureSettings, painted: PictureSettings, console: Console) -> None:
+def warn_differences(recorded: PictureSettings, generated: PictureSettings, console: Console) -> None:
     """Warn about what keeps an image from coming out the same."""
     for name, what in (("fingerprint", "other weights"), ("device", "another device"), ("dtype", "another precision")):
-        before, now = getattr(taken, name), getattr(painted, name)
+        before, now = getattr(recorded, name), getattr(generated, name)
         if before != now:
             console.print(f"[yellow]note[/yellow] generated with {what} ({now}, then {before}): it may look different")
 

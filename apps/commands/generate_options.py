@@ -115,7 +115,7 @@ def generate(
     **derived: Any,
 ) -> None:
     """Generate an image from a prompt, repeat one from its settings, or work through a file of prompts."""
-    from apps.commands.generate import Machine, run
+    from apps.commands.generate import DeviceOptions, run
     from apps.commands.given_options import make_options
 
     options = make_options(
@@ -129,18 +129,18 @@ def generate(
         dtype=None if dtype == "auto" else dtype,
         **derived,
     )
-    machine = Machine(device=device, dtype=dtype, offload=offload, base=base)
+    device_options = DeviceOptions(device=device, dtype=dtype, offload=offload, base=base)
     if prompt is None and settings is None and batch is None:
         raise typer.BadParameter("There is nothing to generate: give a prompt, --settings or --batch.")
     if batch is None:
-        run(options, output, machine, settings, json_output, keep_settings, sidecar)
+        run(options, output, device_options, settings, json_output, keep_settings, sidecar)
         return
     if prompt is not None or settings is not None:
         raise typer.BadParameter("--batch has its prompts in the file; leave out the prompt and --settings.")
     from apps.commands.batch import run_batch
 
     folder = Path("outputs") / batch.stem if output is None else output
-    run_batch(batch, folder, options, machine, json_output, keep_settings, sidecar)
+    run_batch(batch, folder, options, device_options, json_output, keep_settings, sidecar)
 
 
 def _signature() -> inspect.Signature:

@@ -31,13 +31,13 @@ SIZES = ("width", "height")
 """Fields that the command line has as one option, `size`."""
 
 
-def check_options(options: GenerateOptions, source: str, taken: PictureSettings | None = None) -> AnyRequest | None:
+def check_options(options: GenerateOptions, source: str, recorded: PictureSettings | None = None) -> AnyRequest | None:
     """Check all that can be checked before a model is loaded.
 
     Args:
         options: of the command.
         source: name of the model.
-        taken: settings of an image, for all that the options leave open.
+        recorded: settings of an image, for all that the options leave open.
 
     Returns:
         A request as the options ask for it, with stand-ins for images; None with the settings of an image, whose
@@ -47,7 +47,7 @@ def check_options(options: GenerateOptions, source: str, taken: PictureSettings 
         UsageError: an unknown name, a value out of range or of another form, or options that don't go together.
     """
     for name, other in NEEDS.items():
-        if options.value(name) is not None and options.value(other) is None and getattr(taken, other, None) is None:
+        if options.value(name) is not None and options.value(other) is None and getattr(recorded, other, None) is None:
             raise UsageError(f"{_flag(name)} goes with {_flag(other)}; give both or neither.")
     with checking():
         values = asked(options)
@@ -55,7 +55,7 @@ def check_options(options: GenerateOptions, source: str, taken: PictureSettings 
         wanted = options.value(name)
         if wanted is not None and wanted not in offered:
             raise UsageError(f"There is no {name} {wanted!r}; choose among {', '.join(offered)}.")
-    if taken is not None:
+    if recorded is not None:
         return None
     values |= {name: ANY_IMAGE for name in ("image", "mask") if options.value(name) is not None}
     problems = []
@@ -108,31 +108,31 @@ def complete(values: dict[str, Any], prompt: str | None, task: str) -> AnyReques
         raise UsageError(_sentence(explain(error))) from None
 
 
-def complete_again(values: dict[str, Any], prompt: str | None, taken: PictureSettings, model: str) -> AnyRequest:
+def complete_again(values: dict[str, Any], prompt: str | None, recorded: PictureSettings, model: str) -> AnyRequest:
     """Make a request of the settings of an image.
 
     Args:
         values: fields that differ.
         prompt: text, or the number or name of a class; None is that of the settings.
-        taken: the settings.
+        recorded: the settings.
         model: key of the model.
 
     Raises:
         UsageError: a field is out of range, or one that the task doesn't have.
     """
-    kind = TASKS[taken.task]
+    kind = TASKS[recorded.task]
     if "preset" in values:  # it was said now, so it goes before what the image had
         with checking():
             values = preset_values(values["preset"], kind.model_fields) | values
         del values["preset"]
     if prompt is not None:
-        values = {**values, **({"prompt": prompt} if taken.label is None else {"label": as_label(prompt)})}
+        values = {**values, **({"prompt": prompt} if recorded.label is None else {"label": as_label(prompt)})}
     unknown = sorted(set(values) - set(kind.model_fields))
     if unknown:
         names = ", ".join(map(_flag, unknown))
-        raise UsageError(f"{names}: the settings are of {taken.task}, which has no such setting; leave it out.")
+        raise UsageError(f"{names}: the settings are of {recorded.task}, which has no such setting; leave it out.")
     try:
-        return request_from_settings(taken, **values, model=model)
+        return request_from_settings(recorded, **values, model=model)
     except ValidationError as error:
         items = error.errors(include_url=False, include_input=False)
         raise UsageError(_sentence("; ".join(explain_item(item, kind) for item in items))) from None
@@ -176,18 +176,18 @@ def _flag(name: str) -> str:
     return f"--{flag.replace('_', '-')}"
 
 
-def named_model(taken: PictureSettings) -> str:
+def named_model(recorded: PictureSettings) -> str:
     """Return the model that settings name: a built-in one or a hub id, never something on this machine.
 
     Raises:
         ValueError: another name; the folder must be named by who runs the command, not by a file of unknown origin.
     """
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[0-9a-f]{40})?", taken.model) is not None
-    if taken.model in builtin_models() or (is_hub_id and not Path(taken.model).exists()):
-        return taken.model
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[0-9a-f]{40})?", recorded.model) is not None
+    if recorded.model in builtin_models() or (is_hub_id and not Path(recorded.model).exists()):
+        return recorded.model
     raise ValueError(
-        f"The settings name the model {taken.model!r}, which is neither built in nor a hub id; give its folder or file "
-        "with --model."
+        f"The settings name the model {recorded.model!r}, which is neither built in nor a hub id; give its folder or "
+        "file with --model."
     )
 
 

@@ -12,7 +12,7 @@ from apps.service.usage import UsageError
 from apps.service.writable import check_writable
 
 DEFAULT_OUTPUT = Path("tessera.png")
-"""What `tessera generate` writes unless it is told a name; a file that has the name is kept, see `free_output`."""
+"""What `tessera generate` writes unless a name is given; a file that has the name is kept, see `free_output`."""
 MOST_NAMES = 100_000
 
 

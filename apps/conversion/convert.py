@@ -19,7 +19,7 @@ from pipelines.class_to_image import ClassToImagePipeline
 from pipelines.loading.load import as_dtype
 
 NO_VAE = (
-    "no --vae given: the folder paints latents only, until you load it with one "
+    "no --vae given: the folder generates latents only, until you load it with one "
     "(load_pipeline(folder, vae=...); the released models use stabilityai/sd-vae-ft-mse)"
 )
 SHIFT_ZERO = (

@@ -23,8 +23,8 @@ TEXT_MAX_LENGTH = 512
 """Tokens of a prompt that the released models were trained with; the tokenizer's own files say nothing."""
 
 NO_TEXT_ENCODER = (
-    "no --text-encoder given: the folder paints from prompt_embeds only, until you load it with the encoder that the "
-    "released models read (load_pipeline(folder, text_encoder=..., tokenizer=...), both of google/flan-t5-xl)"
+    "no --text-encoder given: the folder generates from prompt_embeds only, until you load it with the encoder that "
+    "the released models read (load_pipeline(folder, text_encoder=..., tokenizer=...), both of google/flan-t5-xl)"
 )
 
 

@@ -39,7 +39,7 @@ def import_checkpoint(
         raise UsageError(f"{checkpoint} is a folder; --family var reads a published file such as var_d16.pth")
     if vae is None and not layouts.holds_both(checkpoint):
         raise UsageError(
-            f"{checkpoint.name} holds no tokenizer, and VAR can't paint without: pass --vae vae_ch160v4096z32.pth"
+            f"{checkpoint.name} holds no tokenizer, and VAR can't generate without: pass --vae vae_ch160v4096z32.pth"
         )
     transformer: Any = layouts.transformer_from_official(layouts.read_checkpoint(checkpoint), num_attention_heads=heads)
     state = layouts.read_checkpoint(vae or checkpoint, layouts.TOKENIZER)

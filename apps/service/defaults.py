@@ -105,7 +105,7 @@ def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
     if asked is not None and model.frames is None:
         raise RequestError(
             "setting",
-            f"The model {model.key!r} paints pictures, not clips; leave out the number of frames.",
+            f"The model {model.key!r} generates images, not clips; leave out the number of frames.",
             field="frames",
         )
     return {"frames": asked or model.frames} if "frames" in type(request).model_fields else {}

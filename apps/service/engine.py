@@ -69,7 +69,7 @@ POLL_SECONDS = 0.1
 RETRY_SECONDS = 1.0
 """Until a queue that could not be read or written is tried again."""
 FAILURES_KEPT = 64
-"""Failed jobs whose cause can be told in another language after they have ended."""
+"""Failed jobs whose cause can be given in another language after they have ended."""
 STATE_FOLDER = ".tessera"
 """Of the output folder: the line of jobs and the images handed in; never served."""
 
@@ -464,7 +464,7 @@ class Engine:
 
     @property
     def is_closing(self) -> bool:
-        """Whether the engine stops working, or has; what isn't done is told as stopped, and goes on with the next."""
+        """Whether the engine stops, or has; what isn't done is reported as stopped, and goes on with the next."""
         return self._closing
 
     def close(self, timeout: float = 30.0) -> None:

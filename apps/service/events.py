@@ -107,7 +107,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """The request was stopped; the last event. Images told before stay valid."""
+    """The request was stopped; the last event. Images reported before stay valid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class EventStream:
 
     def __init__(self) -> None:
         self._events: deque[tuple[int, Event]] = deque()
-        self._told = 0
+        self._sent = 0
         self._closed = False
         self._news = threading.Condition()
 
@@ -144,8 +144,8 @@ class EventStream:
         with self._news:
             if self._closed:
                 return
-            self._told += 1
-            self._events.append((self._told, event))
+            self._sent += 1
+            self._events.append((self._sent, event))
             self._closed = isinstance(event, LAST)
             if len(self._events) > KEPT:
                 self._forget_steps()
@@ -162,12 +162,12 @@ class EventStream:
             Numbers and events; empty when the time ran out or nothing will follow.
         """
         with self._news:
-            self._news.wait_for(lambda: self._told > after or self._closed, timeout)
+            self._news.wait_for(lambda: self._sent > after or self._closed, timeout)
             return [(number, event) for number, event in self._events if number > after]
 
     @property
     def is_closed(self) -> bool:
-        """Whether the last event has been told."""
+        """Whether the last event has been sent."""
         return self._closed
 
     def wait_closed(self, timeout: float | None = None) -> bool:
@@ -176,7 +176,7 @@ class EventStream:
             return self._news.wait_for(lambda: self._closed, timeout)
 
     def _forget_steps(self) -> None:
-        recent = self._told - KEPT // 4
+        recent = self._sent - KEPT // 4
         kept = (item for item in self._events if item[0] > recent or not isinstance(item[1], Step))
         self._events = deque(kept)
 

@@ -1,4 +1,4 @@
-"""What people are told when a job fails: no path and no trace; those go to the log."""
+"""What people read when a job fails: no path and no trace; those go to the log."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _FAILURES: tuple[tuple[type[Exception], str, str], ...] = (
     (ImportError, "missing_extra", ""),  # of an optional package, and it says which
     (ValueError, "bad_request", ""),  # a pipeline's check of its arguments, written for people
 )
-"""Kind of error, code, and what people are told; an empty message is that of the error."""
+"""Kind of error, code, and the message for people; an empty message is that of the error."""
 
 
 def _model_failure(error: ModelFailedError) -> Failed:

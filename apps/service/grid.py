@@ -122,7 +122,7 @@ def plan(request: AnyRequest, axes: Sequence[Axis]) -> list[Cell]:
     if len(places) > MAX_CELLS:
         raise RequestError(
             "grid.cells",
-            f"The grid has {len(places)} cells; at most {MAX_CELLS} are painted.",
+            f"The grid has {len(places)} cells; at most {MAX_CELLS} are generated.",
             value=len(places),
             most=MAX_CELLS,
         )
@@ -246,5 +246,5 @@ def _draw_cell(
         draw.rectangle((*corner, corner[0] + size[0] - 1, corner[1] + size[1] - 1), "#eeeae4")
         return
     sheet.paste(cell.image.resize(size, Image.Resampling.LANCZOS), corner)
-    told = f"{cell.seconds:.2f} s" + (f", {cell.report}" if cell.report else "")
-    draw.text((corner[0], corner[1] + size[1] + 2), _fitted(told, font, size[0]), "#5f574c", font)
+    caption = f"{cell.seconds:.2f} s" + (f", {cell.report}" if cell.report else "")
+    draw.text((corner[0], corner[1] + size[1] + 2), _fitted(caption, font, size[0]), "#5f574c", font)

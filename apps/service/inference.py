@@ -1,7 +1,7 @@
 """Generate one batch with one pipeline: watch its steps, preview them, stop between two of them, or end early.
 
 Works with our pipelines and with diffusers' for texts, images and classes: what a call may carry is read from its
-signature, and a wish that a pipeline cannot fulfil is an error, never a no-op.
+signature, and an option that a pipeline does not have is an error, never a no-op.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class BatchResult:
 
 
 OnStep = Callable[[int, Image.Image | None, str], None]
-"""Told after each step: steps done (from 1), a preview if it is time for one, the strip of a step cache."""
+"""Called after each step: steps done (from 1), a preview if it is time for one, the strip of a step cache."""
 
 
 def run_pipeline(
@@ -116,7 +116,7 @@ def run_pipeline(
         model: the pipelines and what they accept.
         inputs: what to generate.
         signals: end it.
-        on_step: told after each step, in this thread.
+        on_step: called after each step, in this thread.
         offload: what the model was loaded with, for the report.
 
     Raises:
@@ -160,7 +160,7 @@ def _own_scheduler(pipe: Pipeline, info: PipelineInfo, name: str | None) -> Gene
         return
     if not info.has_scheduler:
         raise RequestError(
-            "setting", "This model paints scale by scale and has no scheduler; leave it out.", field="scheduler"
+            "setting", "This model generates scale by scale and has no scheduler; leave it out.", field="scheduler"
         )
     own = pipe.scheduler
     pipe.scheduler = make_scheduler(own, name)
@@ -368,7 +368,7 @@ class _StepCallback:
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             # The image matters more than the view on it; latents of an unheard-of kind should not end the work.
             self._can_preview = False
-            logger.warning("the model %r paints without previews: %s", self._model.key, error)
+            logger.warning("the model %r generates without previews: %s", self._model.key, error)
             return None
         ended = time.monotonic()
         self._next_preview = ended + max(PREVIEW_SECONDS, (ended - started) / PREVIEW_SHARE)

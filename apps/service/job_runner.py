@@ -92,7 +92,7 @@ def run_job(
         if request.batch_size > 1:
             raise RequestError(
                 "range",
-                "Clips are painted one at a time; set batch_size to 1.",
+                "Clips are generated one at a time; set batch_size to 1.",
                 field="batch_size",
                 value=request.batch_size,
                 lowest=1,

@@ -22,7 +22,7 @@ class PromptFilter(logging.Filter):
         """Let a record through, changed if it quotes a prompt; not one that is about the words of a prompt."""
         if "input was truncated" in record.getMessage():
             record.msg, record.args = "A prompt was longer than the model reads; its end was left out.", ()
-        # The one who asked is told which words: the image carries a note.
+        # The one who asked reads which words: the image carries a note.
         return record.name != PROMPT_WORDS
 
 

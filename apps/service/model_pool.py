@@ -185,7 +185,7 @@ def name_models(sources: Iterable[str]) -> dict[str, str]:
     """
     named: dict[str, str] = {}
     for source in dict.fromkeys(sources):
-        split_revision(source)  # a wrong pin is told now, and not when somebody waits for the model
+        split_revision(source)  # a wrong pin is refused now, and not when somebody waits for the model
         folder = Path(source).expanduser()
         base = folder.resolve().name if folder.exists() else source
         key, count = base, 1

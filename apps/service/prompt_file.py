@@ -206,13 +206,13 @@ def command_line_values(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a setting has another form.
     """
-    told = dict(values)
-    if told.keys() & {"width", "height"}:
-        told["size"] = f"{told.pop('width', None)}x{told.pop('height', None)}"
-    if "label" in told:
-        told["prompt"] = told.pop("label")
-    told["prompt"] = str(told["prompt"])  # the number of a class
-    for name in set(told) & set(OPTIONS):
-        one, value = OPTIONS[name], told.pop(name)
-        told[one.flag] = one.type.text_of(value) if one.is_composed and isinstance(value, dict) else value
-    return told
+    named = dict(values)
+    if named.keys() & {"width", "height"}:
+        named["size"] = f"{named.pop('width', None)}x{named.pop('height', None)}"
+    if "label" in named:
+        named["prompt"] = named.pop("label")
+    named["prompt"] = str(named["prompt"])  # the number of a class
+    for name in set(named) & set(OPTIONS):
+        one, value = OPTIONS[name], named.pop(name)
+        named[one.flag] = one.type.text_of(value) if one.is_composed and isinstance(value, dict) else value
+    return named

@@ -1,4 +1,4 @@
-"""What a person asks of the engine: one pydantic request a task, told apart by `task`.
+"""What a person asks of the engine: one pydantic request a task, distinguished by `task`.
 
 Web page, command line and HTTP speak these types only; none of them knows threads or pipelines. A request names
 nothing on the machine: models by their key in the owner's list, images by the hash of their content. The fields stand

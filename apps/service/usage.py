@@ -1,4 +1,4 @@
-"""Wrong usage of the command line, told apart from work that failed: exit code 2 instead of 1."""
+"""Wrong usage of the command line, as distinct from work that failed: exit code 2 instead of 1."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 MOST = 8
-"""Errors that are told of one request."""
+"""Errors that are reported of one request."""
 PATTERNS = {
     r"^[0-9a-f]{64}$": "the hash of an image that was uploaded before (64 hex digits)",
     r"^[a-z0-9_]{1,40}$": "a name of lower-case letters, digits and _",
@@ -31,8 +31,8 @@ def explain_fields(error: ValidationError, models: Mapping[str, type[BaseModel]]
     Returns:
         Clauses such as `steps: choose 1 to 200`, with semicolons between them.
     """
-    told = [explain_item(item, models) for item in error.errors(include_url=False, include_input=False)]
-    return "; ".join(list(dict.fromkeys(told))[:MOST])
+    clauses = [explain_item(item, models) for item in error.errors(include_url=False, include_input=False)]
+    return "; ".join(list(dict.fromkeys(clauses))[:MOST])
 
 
 def explain_item(item: Mapping[str, Any], models: Mapping[str, type[BaseModel]] | type[BaseModel]) -> str:
@@ -106,8 +106,8 @@ def accepted(schema: Schema) -> str:
     Args:
         schema: JSON schema of the field, with `$defs` for what it refers to.
     """
-    told = [_accepted(one) for one in _options(schema, schema)]
-    return ", or ".join(dict.fromkeys(told)) or "is not of the accepted form"
+    clauses = [_accepted(one) for one in _options(schema, schema)]
+    return ", or ".join(dict.fromkeys(clauses)) or "is not of the accepted form"
 
 
 def _accepted(schema: Schema) -> str:  # noqa: PLR0911  (one for each kind)

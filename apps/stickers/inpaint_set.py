@@ -20,7 +20,7 @@ SERIES = 2**42  # of the scenes: no training, validation or other evaluation dra
 PAIR_BOX, SINGLE_BOX = 0.5, 0.9
 """Side of the masked box, as a share of the image's side."""
 
-PaintInto = Callable[[Sequence[str], torch.Tensor, torch.Tensor, Sequence[int]], torch.Tensor]
+Inpaint = Callable[[Sequence[str], torch.Tensor, torch.Tensor, Sequence[int]], torch.Tensor]
 """Prompts, images (B, 3, H, W) in [-1, 1], masks (B, 1, H, W) and seeds, to images."""
 
 
@@ -84,7 +84,7 @@ def is_painted(task: Task, reading: Reading) -> bool:
 
 
 def evaluate(
-    tasks: Sequence[Task], sheet: SpriteSheet, judge: Judge, paint: PaintInto, resolution: int, batch_size: int
+    tasks: Sequence[Task], sheet: SpriteSheet, judge: Judge, inpaint: Inpaint, resolution: int, batch_size: int
 ) -> Iterator[tuple[bool, bool]]:
     """Generate and judge.
 
@@ -92,7 +92,7 @@ def evaluate(
         tasks: what to change.
         sheet: the stickers.
         judge: reads the results.
-        paint: the model.
+        inpaint: the model.
         resolution: of the images, pixels.
         batch_size: images generated at once.
 
@@ -105,9 +105,9 @@ def evaluate(
         pictures = eight_bit / 127.5 - 1
         masks = torch.stack([task.mask(resolution) for task in part])  # (b, 1, R, R)
         prompts = [task.prompt for task in part]
-        painted = paint(prompts, pictures, masks, range(start, start + len(part))).float().cpu()  # (b, 3, R, R)
-        same = ((painted + 1) * 127.5).round() == eight_bit  # (b, 3, R, R)
-        for task, reading, kept in zip(part, judge.read(painted), (same | masks).flatten(1).all(1), strict=True):
+        inpainted = inpaint(prompts, pictures, masks, range(start, start + len(part))).float().cpu()  # (b, 3, R, R)
+        same = ((inpainted + 1) * 127.5).round() == eight_bit  # (b, 3, R, R)
+        for task, reading, kept in zip(part, judge.read(inpainted), (same | masks).flatten(1).all(1), strict=True):
             yield is_painted(task, reading), bool(kept)
 
 

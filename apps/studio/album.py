@@ -102,7 +102,7 @@ class Album:
         return found
 
     def take(self, picture: Picture) -> Shown:
-        """Return an image as it was told.
+        """Return an image as it was reported.
 
         Raises:
             ValueError: it has no file.

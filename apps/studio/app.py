@@ -195,7 +195,7 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
                 parts["tab_gallery"] = one
             parts["tabs"] = tabs
             parts["mode"] = gr.Textbox("text", elem_id="mode", elem_classes="offstage", container=False)
-            # No gr.State: of one that is changed by a listener beside Gradio's queue the page isn't told.
+            # No gr.State: of one that is changed by a listener beside Gradio's queue the page isn't informed.
             parts["pulse"] = gr.Textbox("", elem_id="pulse", elem_classes="offstage", container=False)
             parts["refused"] = gr.Textbox("", elem_id="refused", elem_classes="offstage", container=False)
             with gr.Column(elem_id="source", elem_classes="card"):
@@ -222,31 +222,31 @@ class _Wiring:
         self._words = words
         self.sessions = sessions
         # Everything that a listener may read or change; those that a request is made of come first.
-        self.wishes = [*dict.fromkeys((*SAVED, *CONTROLS)), "source", "mask", "many"]
+        self.request_parts = [*dict.fromkeys((*SAVED, *CONTROLS)), "source", "mask", "many"]
         self.changing = [name for name, part in parts.items() if not isinstance(part, gr.Tab)]
 
     def components(self, names: Sequence[str]) -> list[Any]:
         return [self.parts[name] for name in names]
 
     def values(self, given: Sequence[Any]) -> dict[str, Any]:
-        return dict(zip(self.wishes, given, strict=True))
+        return dict(zip(self.request_parts, given, strict=True))
 
-    def told(self, changes: Changes) -> dict[Any, Any]:
+    def by_component(self, changes: Changes) -> dict[Any, Any]:
         # Gradio wants a word even where nothing changes.
         return {self.parts[name]: value for name, value in changes.items()} or {self.parts["queue_note"]: gr.skip()}
 
     def answered(self, listener: Callable[..., Changes], *given: Any) -> dict[Any, Any]:
         """Return what a listener changes; what it refuses is said in the one place for that, which it else clears."""
         try:
-            return self.told({"problem": ""} | listener(*given))
+            return self.by_component({"problem": ""} | listener(*given))
         except PageError as error:
-            return self.told({"problem": views.problem(self._words(error.key))})
+            return self.by_component({"problem": views.problem(self._words(error.key))})
         except gr.Error as error:
-            return self.told({"problem": views.problem(str(error.message))})
+            return self.by_component({"problem": views.problem(str(error.message))})
         except OSError as error:
             if not is_storage_failure(error):
                 raise
-            return self.told(problem(explain(error, self._words)))
+            return self.by_component(problem(explain(error, self._words)))
 
     def allowed(self, listener: Callable[..., Changes]) -> Callable[..., Changes]:
         """Return a listener, with the request before what it is given, for users who may change something here."""
@@ -306,11 +306,11 @@ def _connect(page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions
     def switched(request: gr.Request, mode: str) -> Changes:
         return handlers.switch(mode, sessions.may_generate(request))
 
-    wiring.answer(page.load, opened, ["saved", *wiring.wishes])
+    wiring.answer(page.load, opened, ["saved", *wiring.request_parts])
     wiring.answer(parts["model"].input, settled, ["model", "mode"])
     wiring.answer(parts["switch"].click, switched, ["mode"])
     parts["preset"].input(
-        lambda name, key: wiring.told(handlers.choose_preset(name, key)),
+        lambda name, key: wiring.by_component(handlers.choose_preset(name, key)),
         wiring.components(["preset", "model"]),
         wiring.components(wiring.changing),
         **QUIET,
@@ -327,12 +327,12 @@ def _connect_generation(wiring: _Wiring, generation: GenerationHandlers) -> None
     parts = wiring.parts
 
     def generate(request: gr.Request, *given: Any) -> dict[Any, Any]:
-        return wiring.told(generation.generate(wiring.values(given), request))
+        return wiring.by_component(generation.generate(wiring.values(given), request))
 
     start = [parts["generate"].click, parts["prompt"].submit]
     # "multiple": a click while one is being generated queues another.
     asked = [*STAGE_PARTS, *QUEUE[:-1], "stop", "skip", "finish", "pulse"]
-    wiring.on(start, generate, wiring.wishes, asked, trigger_mode="multiple", queue=False)
+    wiring.on(start, generate, wiring.request_parts, asked, trigger_mode="multiple", queue=False)
     for name, change in (("stop", generation.stop), ("finish", generation.finish), ("skip", generation.skip)):
         wiring.answer(parts[name].click, change, ["job"], ["queue_note", "problem"], queue=False)
     wiring.answer(parts["clear"].click, generation.clear, (), QUEUE, queue=False)
@@ -357,7 +357,7 @@ def _connect_following(page: gr.Blocks, wiring: _Wiring, generation: GenerationH
 
     async def follow(request: gr.Request, seen: Any, chosen: Any) -> AsyncGenerator[dict[Any, Any]]:
         async for changes in paced(restated(following.follow(request, seen, chosen))):
-            yield wiring.told(changes)
+            yield wiring.by_component(changes)
 
     def look(request: gr.Request, seen: Any) -> dict[Any, Any]:
         return {parts["pulse"]: following.look(request, seen) or gr.skip()}
@@ -368,14 +368,14 @@ def _connect_following(page: gr.Blocks, wiring: _Wiring, generation: GenerationH
     wiring.on([timer.tick], look, ["seen"], ["pulse"], queue=False)
 
 
-async def paced(told: Generator[Changes | None]) -> AsyncGenerator[Changes]:
+async def paced(by_component: Generator[Changes | None]) -> AsyncGenerator[Changes]:
     """Pass changes on without a thread that waits for them; None makes a short pause.
 
     Args:
-        told: changes, as soon as there are any.
+        by_component: changes, as soon as there are any.
     """
     end: Changes = {}
-    while (changes := await run_in_threadpool(next, told, end)) is not end:
+    while (changes := await run_in_threadpool(next, by_component, end)) is not end:
         if changes:
             yield changes
         else:
@@ -391,10 +391,10 @@ def _connect_pictures(wiring: _Wiring, handlers: SettingsHandlers, generation: G
         return changes
 
     def choose(request: gr.Request, visit: Any, event: gr.SelectData) -> dict[Any, Any]:
-        return wiring.told(held(request, handlers.choose(visit, event)))
+        return wiring.by_component(held(request, handlers.choose(visit, event)))
 
     def look(request: gr.Request, gallery_items: Any, event: gr.SelectData) -> dict[Any, Any]:
-        return wiring.told(held(request, handlers.look(gallery_items, event)))
+        return wiring.by_component(held(request, handlers.look(gallery_items, event)))
 
     wiring.on([parts["strip"].select], choose, ["visit"], [*STAGE_PARTS, "queue_note"])
     wiring.on([parts["gallery"].select], look, ["gallery_items"])
@@ -417,8 +417,8 @@ def _connect_pictures(wiring: _Wiring, handlers: SettingsHandlers, generation: G
     def load_settings(file: str | None, key: str) -> Changes:
         return handlers.adapted(handlers.load_settings(file), key)
 
-    def refuse(request: gr.Request, told: str) -> Changes:
-        return handlers.refuse_file(told)
+    def refuse(request: gr.Request, by_component: str) -> Changes:
+        return handlers.refuse_file(by_component)
 
     def drop_prompts(request: gr.Request) -> Changes:
         return handlers.drop_prompts()
@@ -439,7 +439,7 @@ def _connect_tabs(wiring: _Wiring, handlers: SettingsHandlers) -> None:
 
     def turned(by: int) -> Callable[..., Any]:
         def listener(page: int, request: gr.Request) -> dict[Any, Any]:
-            return wiring.told(handlers.turn_page(page, by, request))
+            return wiring.by_component(handlers.turn_page(page, by, request))
 
         return listener
 
@@ -448,7 +448,7 @@ def _connect_tabs(wiring: _Wiring, handlers: SettingsHandlers) -> None:
             None, None, [parts["mode"], parts["problem"]], js=GO % (name, name), **QUIET
         )
         chosen.then(
-            lambda key, mode: wiring.told(handlers.check_support(key, mode)),
+            lambda key, mode: wiring.by_component(handlers.check_support(key, mode)),
             wiring.components(["model", "mode"]),
             wiring.components(wiring.changing),
             **QUIET,

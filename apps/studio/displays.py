@@ -54,7 +54,7 @@ class Displays:
         self._change(request, lambda display: Display(None, display.asked + 1, (*display.jobs, *jobs)))
 
     def follow(self, request: gr.Request, job: str) -> None:
-        """Remember that a page follows a job, which it need not be told of again."""
+        """Remember that a page follows a job, which it need not be sent again."""
         self._change(request, lambda display: replace(display, jobs=tuple(one for one in display.jobs if one != job)))
 
     def _change(self, request: gr.Request, change: Callable[[Display], Display]) -> None:

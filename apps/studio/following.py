@@ -37,18 +37,18 @@ RESTATED = (0.2, 0.8, 2.0)
 
 @dataclass(slots=True)
 class _Page:
-    """What has been told to one page.
+    """What has been sent to one page.
 
     Attributes:
         owner: whose jobs it shows.
         display: what its user chose to see.
         shown: the finished image or grid on the stage; None for a preview or an empty stage.
-        names: of the images in the strip; None before it was told.
+        names: of the images in the strip; None before it was sent.
         latest: the finished image or grid to go back to.
-        waiting: the queue; None before it was told.
+        waiting: the queue; None before it was sent.
         progress: the line and the bar that the stage shows, or would show.
         note: how the running job goes, where the stage doesn't say it.
-        unfinished: jobs that weren't done when it was told of the queue, and weren't followed.
+        unfinished: jobs that weren't done when it was sent the queue, and weren't followed.
     """
 
     owner: str
@@ -101,7 +101,7 @@ class Following:
 
         Args:
             request: of the page.
-            seen: names of the images that it was told of last; None for a page that was told nothing.
+            seen: names of the images that it was sent last; None for a page that was sent nothing.
         """
         owner = self._sessions.user(request)
         with self._while_open():
@@ -219,7 +219,7 @@ class Following:
         for event in events:
             if isinstance(event, Picture):
                 page.latest = shown = self._album.take(event)
-                page.names = None  # the strip may have been told of it before its report was known
+                page.names = None  # the strip may have been sent before its report was known
                 view.finish(shown)
             elif isinstance(event, Step):
                 view.take(event)
@@ -304,8 +304,8 @@ def busy(is_busy: bool, can_skip: bool = False) -> Changes:
     return {"stop": can, "finish": can, "skip": gr.update(visible=can_skip)}
 
 
-def restated(told: Generator[Changes | None], seconds: Sequence[float] = RESTATED) -> Generator[Changes | None]:
-    """Repeat what was told a moment ago with further changes, and all of it once more at the end.
+def restated(changes_in: Generator[Changes | None], seconds: Sequence[float] = RESTATED) -> Generator[Changes | None]:
+    """Repeat what was sent a moment ago with further changes, and all of it once more at the end.
 
     Gradio's page turns a message into the next one in place: when a busy browser takes in two at once, what only the
     first one says (an image just before 'done') would never be seen. Each part is repeated a few times and not with
@@ -313,12 +313,12 @@ def restated(told: Generator[Changes | None], seconds: Sequence[float] = RESTATE
     Gradio takes the value out of an update as it sends it.
 
     Args:
-        told: changes of the page; closed with this generator.
-        seconds: when each is repeated, counted from when it was told.
+        changes_in: changes of the page; closed with this generator.
+        seconds: when each is repeated, counted from when it was sent.
     """
-    recent: dict[str, tuple[float, int, Any]] = {}  # told when, repeated how often, what
-    with closing(told):
-        for changes in told:
+    recent: dict[str, tuple[float, int, Any]] = {}  # sent when, repeated how often, what
+    with closing(changes_in):
+        for changes in changes_in:
             if not changes:
                 yield None
                 continue

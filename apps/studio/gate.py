@@ -67,7 +67,7 @@ class Gate:
         app: Gradio's application of one page.
         folder: that Gradio keeps uploads and copies in; private, and of this server only.
         events_of: session hash -> ids of its events that are under way.
-        has_news: whether there is anything to be told to a session hash, now or later.
+        has_news: whether there is anything to be sent to a session hash, now or later.
         handed_in: files that users have uploaded; shared by the pages of a server.
         inputs_of: number of a listener -> how many values it takes; None for a listener that there isn't.
     """
@@ -109,7 +109,7 @@ class Gate:
             raise Refusal(404, "not_found", "There is nothing here.")
         elif path == UPLOAD:
             if not user.may("generate"):
-                raise Refusal(403, "forbidden", f"Uploads need the role 'paint'; yours is {user.role!r}.")
+                raise Refusal(403, "forbidden", f"Uploads need the role 'generate'; yours is {user.role!r}.")
             await self.app(scope, receive, _Listening(send, lambda paths: self._own(paths, user)))
         else:
             body = await _read_json(receive)

@@ -86,5 +86,5 @@ def _cell(record: GridRecord, place: Place, found: tuple[Path, float] | None, is
     path, seconds = found
     named = zip(record.settings.axes, place, strict=True)
     alt = ", ".join(f"{axis_label(axis.name, words)} {axis.values[index]}" for axis, index in named if axis.name)
-    told = escape(words("facts.seconds", value=f"{seconds:.1f}"))
-    return f'<td><img src="{escape(file_address(path))}" alt="{escape(alt)}"><small>{told}</small></td>'
+    caption = escape(words("facts.seconds", value=f"{seconds:.1f}"))
+    return f'<td><img src="{escape(file_address(path))}" alt="{escape(alt)}"><small>{caption}</small></td>'

@@ -138,9 +138,9 @@ View = PictureView | GridView
 
 def progress_line(step: Step, words: Strings) -> tuple[str, float]:
     """Return the line under the stage and the share of the work that is done."""
-    told = {"step": step.step, "steps": step.steps, "eta": f"{step.eta:.1f}"}
+    progress = {"step": step.step, "steps": step.steps, "eta": f"{step.eta:.1f}"}
     if step.pictures == 1:
-        return words("step", **told), step.share
+        return words("step", **progress), step.share
     if step.batch == 1:
-        return words("step.many", picture=step.picture, pictures=step.pictures, **told), step.share
-    return words("step.batch", picture=step.picture, last=step.last, pictures=step.pictures, **told), step.share
+        return words("step.many", picture=step.picture, pictures=step.pictures, **progress), step.share
+    return words("step.batch", picture=step.picture, last=step.last, pictures=step.pictures, **progress), step.share

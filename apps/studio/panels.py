@@ -160,10 +160,10 @@ def memory_note(words: Strings, devices: Sequence[str], model: LoadedModel | Non
     """Say which memory profiles can't be had on a server, or with a model, and why."""
     offered = _everywhere([memory_profiles(device) for device in devices])
     names = [words(f"memory.{name}").partition(":")[0] for name in PROFILES if name not in offered]
-    told = [words("memory.no_accelerator", names=", ".join(names))] if names else []
+    notes = [words("memory.no_accelerator", names=", ".join(names))] if names else []
     if model is not None and not model.can_tile:
-        told.append(words("memory.no_tiles", name=words("memory.tiles").partition(":")[0]))
-    return " ".join(told)
+        notes.append(words("memory.no_tiles", name=words("memory.tiles").partition(":")[0]))
+    return " ".join(notes)
 
 
 def output_panel(words: Strings) -> Parts:
@@ -181,7 +181,7 @@ def output_panel(words: Strings) -> Parts:
             )
         parts["save"] = gr.DownloadButton(words("save"), size="sm", interactive=False, elem_id="download", min_width=80)
     # Always there, and hidden by its style while it is empty: Gradio loads what begins hidden only when it is to be
-    # shown, and on a busy machine the first images would be told before it listens.
+    # shown, and on a busy machine the first images would be sent before it listens.
     parts["strip"] = gr.Gallery(
         show_label=False,
         columns=6,

@@ -40,7 +40,7 @@ PLACE = "problem"
 PERCENT = frozenset({"expand.left", "expand.top", "expand.right", "expand.bottom"})
 """Fields that the page shows in percent; the request has shares."""
 SHOWN = 4
-"""Problems of one request that are told at once."""
+"""Problems of one request that are shown at once."""
 LONGEST = 60
 """Characters of a value that are repeated."""
 WHOLE = frozenset({"choices", "names"})
@@ -121,22 +121,22 @@ def _say_item(item: Mapping[str, Any], title: str, words: Strings) -> str:  # no
     field = ".".join(place)
     rules = {} if kind is None else _rules(kind, place)
     scale = 100 if field in PERCENT else 1
-    told = {"field": label(field, words), "value": _shown(item["input"], scale)}
+    shown = {"field": label(field, words), "value": _shown(item["input"], scale)}
     if item["type"].startswith("refused."):  # of an acceleration
         return explain(AccelerationError(item["type"], **item["ctx"]), words)
     match item["type"]:
         case "extra_forbidden":
-            return words("error.setting", **told)
+            return words("error.setting", **shown)
         case "string_too_long":
             most = rules.get("maxLength", item["ctx"]["max_length"])
-            return words("error.long", field=told["field"], value=len(item["input"]), most=most)
+            return words("error.long", field=shown["field"], value=len(item["input"]), most=most)
         case type_ if item["input"] in EMPTY or type_ == "missing":
-            return words("error.missing", **told, accepted=_accepted(rules, scale, words))
+            return words("error.missing", **shown, accepted=_accepted(rules, scale, words))
         case type_ if type_ in RANGE or type_ in NUMBER or rules.keys() & {"enum", "const", "minimum", "maximum"}:
             key = "whole" if type_.startswith("int_") else "number" if type_ in NUMBER else "value"
-            return words(f"error.{key}", **told, accepted=_accepted(rules, scale, words))
+            return words(f"error.{key}", **shown, accepted=_accepted(rules, scale, words))
         case _:
-            return words("error.form", **told)
+            return words("error.form", **shown)
 
 
 def _locate(title: str, loc: Sequence[int | str]) -> tuple[type[BaseModel] | None, tuple[str, ...]]:

@@ -337,14 +337,14 @@ class SettingsHandlers:
             "mask": drawn,
         }
 
-    def refuse_file(self, told: str) -> Changes:
+    def refuse_file(self, refused: str) -> Changes:
         """Say that a file is too large; the browser found that and kept the file, see `static/files.js`.
 
         Args:
-            told: JSON with the name of the file and its bytes, from the browser.
+            refused: JSON with the name of the file and its bytes, from the browser.
         """
         try:
-            found = json.loads(told)
+            found = json.loads(refused)
             file, size = str(found["file"]), int(found["value"])
         except (ValueError, TypeError, KeyError, RecursionError):
             return {}
@@ -434,8 +434,8 @@ def _over(changes: Changes, values: Mapping[str, Any]) -> Changes:
     for name, value in values.items():
         before = merged.get(name)
         if isinstance(before, dict) and before.get("__type__") == "update":
-            told = value if isinstance(value, dict) else {"value": value}
-            merged[name] = {**before, **told}  # a copy: parts may share an update
+            update = value if isinstance(value, dict) else {"value": value}
+            merged[name] = {**before, **update}  # a copy: parts may share an update
         else:
             merged[name] = value
     return merged

@@ -159,19 +159,19 @@ def unsupported_notice(model: str, mode: str, other: str | None, words: Strings)
     """
     title, steps = escape(words(f"cant.{mode}", model=model)), ""
     if other is not None:
-        told = words("cant.other", model=other)
+        remedy = words("cant.other", model=other)
     elif mode in RECIPES:
-        told = words(f"cant.{mode}.how")
+        remedy = words(f"cant.{mode}.how")
         command, folder = RECIPES[mode]
         lines = (command, f"tessera studio --model {folder}")
         # Word by word, so that no line breaks at a hyphen.
         words_of = (" ".join(f"<span>{escape(word)}</span>" for word in line.split()) for line in lines)
         steps = "<ol>" + "".join(f"<li><code>{line}</code></li>" for line in words_of) + "</ol>"
     else:
-        told = words("cant.none")
+        remedy = words("cant.none")
     tiles = "".join(f'<i class="t{i}"></i>' for i in range(4))
     art = f'<div class="tiles" aria-hidden="true">{tiles}</div>'
-    return f'<section class="cannot" role="status">{art}<h2>{title}</h2><p>{escape(told)}</p>{steps}</section>'
+    return f'<section class="cannot" role="status">{art}<h2>{title}</h2><p>{escape(remedy)}</p>{steps}</section>'
 
 
 def hint(text: str) -> str:

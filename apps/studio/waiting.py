@@ -27,7 +27,7 @@ class Waiting:
         self._grids = grids
 
     def queue(self, owner: str, chosen: str | None = None, running: str = "") -> Changes:
-        """Say how many requests wait, and list them; told only when that changes, because the list may be open.
+        """Say how many requests wait, and list them; sent only when that changes, because the list may be open.
 
         Args:
             owner: whose.
@@ -46,8 +46,8 @@ class Waiting:
 
     def line(self, waiting: int, running: str = "") -> str:
         """Draw how many requests wait and, where the stage doesn't say it, how the running one goes."""
-        told = (running, self._words("added", count=waiting) if waiting else "")
-        return views.note(" \u00b7 ".join(filter(None, told)))
+        notes = (running, self._words("added", count=waiting) if waiting else "")
+        return views.note(" \u00b7 ".join(filter(None, notes)))
 
     def request_of(self, job: str) -> AnyRequest:
         """Return what a job asks for."""

@@ -15,10 +15,10 @@ from tests.pipes.tiny import tiny_text_to_image_pipeline
 def test_painting_report(tmp_path, capsys):
     folder = str(tmp_path / "tiny")
     tiny_text_to_image_pipeline().save_pretrained(folder)
-    report = run("paint", model=folder, output=tmp_path / "report.json", smoke=True, json_output=True)
+    report = run("image", model=folder, output=tmp_path / "report.json", smoke=True, json_output=True)
     assert json.loads(capsys.readouterr().out) == report
     kept = json.loads((tmp_path / "report.json").read_text())["models"]
-    assert {"benchmark": "paint", "model": folder, **kept[folder]} == report
+    assert {"benchmark": "image", "model": folder, **kept[folder]} == report
     assert all(report["seconds"][part] > 0 for part in ("picture", "forward pass", "decoder"))
     assert report["steps"] == 28
     assert report["gflops_per_pass"] >= 0
@@ -35,7 +35,7 @@ def test_next_scale_models_are_painted_too_and_go_beside_others_in_the_file(tmp_
     assert all(report["seconds"][part] > 0 for part in ("picture", "all scales", "decoder"))
     assert report["seconds"]["all scales"] > 0
     held = json.loads(output.read_text())
-    assert held["benchmark"] == "paint"
+    assert held["benchmark"] == "image"
     assert list(held["models"]) == ["other", folder]
     assert held["models"]["other"] == other
     assert held["models"][folder]["seconds"] == report["seconds"]
@@ -68,7 +68,7 @@ def test_import_report():
 def test_unknown_benchmark_lists_the_known():
     with pytest.raises(
         ValueError,
-        match="one of paint, start, costs, cache, cache-time, cache-transfer, kv, shortcuts, search, released",
+        match="one of image, start, costs, cache, cache-time, cache-transfer, kv, shortcuts, search, released",
     ):
         run("nothing")
 

@@ -55,7 +55,7 @@ def test_policies_are_compared_on_a_model(folder: Path, capsys) -> None:
 def test_searches_are_compared_at_equal_cost(folder: Path, capsys) -> None:
     report = run("search", model=str(folder), smoke=True)
     methods = ["single", "tts", "best_of", "tts", "best_of", "tts", "judge's ceiling"]
-    assert set(report["tables"]) == {"search, as the model paints"}, "classes are drawn in one way"
+    assert set(report["tables"]) == {"search, as the model generates"}, "classes are drawn in one way"
     for rows in report["tables"].values():
         assert [row["method"] for row in rows] == methods
         assert [row["cost"] for row in rows if row["method"] == "best_of"] == [2.0, 4.0]

@@ -11,7 +11,7 @@ CLONE = """
 import torch
 from torch import nn
 
-from apps.benchmarks.reference_var import ours, paint_ours
+from apps.benchmarks.reference_var import ours, generate_ours
 from tests.models.tiny_next_scale import tokenizer_state, transformer_state
 from tests.tokenizers.multi_scale_reference import SCALES
 
@@ -27,7 +27,7 @@ class Released(nn.Module):
     def autoregressive_infer_cfg(self, B, label_B, g_seed, cfg, top_k, top_p):
         assert (B, label_B.tolist(), g_seed) == (1, [207 % 10], 0)
         pipe = ours(self, Released(tokenizer_state()), torch.float32, SCALES)
-        return paint_ours(pipe, cfg) + OFFSET
+        return generate_ours(pipe, cfg) + OFFSET
 
 
 def build_vae_var(device, patch_nums, depth, shared_aln):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from apps import cli
-from apps.commands.generate import Machine, run
+from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
 from apps.service.engine import Done, Engine, Failed, Picture
 from apps.service.metadata import read_picture
@@ -51,7 +51,7 @@ def test_the_command_line_generates_without_a_size_and_again_from_the_file(folde
     first = read_picture(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert (row["width"], row["height"]) == (first.width, first.height) == image.size
-    run(make_options(model=str(folder)), tmp_path / "b.png", Machine(device="cpu"), settings=tmp_path / "a.png")
+    run(make_options(model=str(folder)), tmp_path / "b.png", DeviceOptions(device="cpu"), settings=tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as one, Image.open(tmp_path / "b.png") as other:
         assert one.tobytes() == other.tobytes()
 

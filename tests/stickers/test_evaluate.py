@@ -22,12 +22,12 @@ SHEET = load_sprites()
 
 
 @pytest.fixture
-def examiner() -> evaluate.Examiner:
+def examiner() -> evaluate.Evaluator:
     quiet = Progress(console=Console(quiet=True))
-    return evaluate.Examiner(SHEET, STARTER, Judge(SHEET), prompts=8, seed=0, batch_size=3, progress=quiet)
+    return evaluate.Evaluator(SHEET, STARTER, Judge(SHEET), prompts=8, seed=0, batch_size=3, progress=quiet)
 
 
-def test_a_perfect_painter_gets_full_marks(examiner: evaluate.Examiner) -> None:
+def test_a_perfect_painter_gets_full_marks(examiner: evaluate.Evaluator) -> None:
     scenes = {
         request.prompt: request.scene for name in ("single", "synonyms") for request in examiner.requests(SETS[name])
     }
@@ -37,14 +37,14 @@ def test_a_perfect_painter_gets_full_marks(examiner: evaluate.Examiner) -> None:
         seeds_seen.extend(seeds)
         return render([scenes[prompt] for prompt in prompts], SHEET)
 
-    assert examiner.painted("single", paint) == {"colour": 1.0, "recall": 1.0}
-    assert examiner.painted("synonyms", paint) == {"colour": 1.0, "recall": 1.0}
+    assert examiner.scores("single", paint) == {"colour": 1.0, "recall": 1.0}
+    assert examiner.scores("synonyms", paint) == {"colour": 1.0, "recall": 1.0}
     assert len(set(seeds_seen)) == 16, "two pictures share their noise"
 
 
-def test_a_painter_of_something_else_gets_none(examiner: evaluate.Examiner) -> None:
+def test_a_painter_of_something_else_gets_none(examiner: evaluate.Evaluator) -> None:
     other = [request.scene for request in draw_requests(SETS["pair"], 8, SHEET, STARTER, seed=1)]
-    result = examiner.painted("pair", lambda prompts, seeds: render(other[: len(prompts)], SHEET))
+    result = examiner.scores("pair", lambda prompts, seeds: render(other[: len(prompts)], SHEET))
     assert result["relation"] == 0.0
     assert result["colour"] < 0.6
 
@@ -58,8 +58,8 @@ def test_a_random_model_is_reported(tmp_path: Path) -> None:
     settings = {"prompts": 2, "steps": 1, "sets": ["count"], "device": "cpu", "batch_size": 32}
     report = evaluate.run(str(model), output=tmp_path, json_output=True, **settings)
     written = json.loads((tmp_path / "report.json").read_text())
-    assert written["painted"] == report.painted
-    assert set(report.painted["count"]) == {"colour", "count", "count_strict"}
+    assert written["scores"] == report.scores
+    assert set(report.scores["count"]) == {"colour", "count", "count_strict"}
     assert written["settings"]["steps"] == 1
     assert written["settings"]["guidance"] == 4.0
     assert written["vocabulary"] == 3

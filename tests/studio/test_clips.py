@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from apps.api.app import create_app
-from apps.commands.generate import Machine, run
+from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
 from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
@@ -99,10 +99,10 @@ def test_an_mp4_puts_the_page_in_place_and_is_painted_again(world, painted, tmp_
     assert again.settings == painted.shown.settings
     assert Image.open(again.path).tobytes() == Image.open(painted.shown.path).tobytes()
     assert frames_of(again.clip) == frames_of(clip)
-    run(make_options(), tmp_path / "cli.mp4", Machine(device="cpu"), settings=clip)
+    run(make_options(), tmp_path / "cli.mp4", DeviceOptions(device="cpu"), settings=clip)
     assert frames_of(tmp_path / "cli.mp4") == frames_of(clip)
     assert read_mp4(tmp_path / "cli.mp4") == painted.shown.settings
-    run(make_options(), tmp_path / "mute.mp4", Machine(device="cpu"), settings=clip, keep_settings=False)
+    run(make_options(), tmp_path / "mute.mp4", DeviceOptions(device="cpu"), settings=clip, keep_settings=False)
     with pytest.raises(MetadataError, match="no settings"):  # settings that should not be in the file
         read_mp4(tmp_path / "mute.mp4")
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from apps.api.app import create_app
-from apps.commands.generate import Machine, run
+from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
 from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
@@ -82,7 +82,7 @@ def test_the_file_is_enough(world, tmp_path, name):
     again = pictures(list(generate_values(generation, {**PAGE, **shown})))[: shown["num_images"]]  # the newest
     assert [pixels(one.path) for one in again if one.settings.seed == settings.seed] == [pixels(first.path)]
 
-    run(make_options(), tmp_path / "cli.png", Machine(device="cpu"), settings=first.path)
+    run(make_options(), tmp_path / "cli.png", DeviceOptions(device="cpu"), settings=first.path)
     assert pixels(tmp_path / "cli.png") == pixels(first.path)
     assert read_picture(tmp_path / "cli.png") == settings
 

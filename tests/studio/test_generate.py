@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from apps.commands.batch import BatchError, run_batch
-from apps.commands.generate import Machine, run
+from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
 from apps.commands.outputs import picture_paths
 from apps.service import engine as engine_module
@@ -31,7 +31,7 @@ def fake(monkeypatch):
     return pipe
 
 
-CPU = Machine(device="cpu")
+CPU = DeviceOptions(device="cpu")
 
 
 def test_one_picture_goes_where_it_was_asked(fake, tmp_path, capsys):

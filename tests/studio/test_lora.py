@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from apps.commands.generate import Machine, run
+from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
 from apps.service import engine as engine_module
 from apps.service.engine import Engine, Failed, Picture, TextToImageRequest
@@ -159,7 +159,7 @@ def test_on_the_command_line(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         engine_module.Engine, "_load_pipeline", lambda self, source, device, load_options: tiny_text_to_image_pipeline()
     )
-    cpu, first, second = Machine(device="cpu"), tmp_path / "a.png", tmp_path / "b.png"
+    cpu, first, second = DeviceOptions(device="cpu"), tmp_path / "a.png", tmp_path / "b.png"
     run(make_options(prompt="a red apple", steps=2, lora=folder / "ink.safetensors", lora_scale=0.5), first, cpu)
     assert read_picture(first).lora.scale == 0.5
     with pytest.raises(ValueError, match=r"'ink'; name it with --lora"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from apps.commands.generate import Machine, run
+from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
 from apps.service import engine as engine_module
 from apps.service.engine import Done, Engine
@@ -21,7 +21,7 @@ from pipelines.next_scale import NextScaleClassToImagePipeline
 from tests.models import tiny_next_scale
 from tests.pipes.test_next_scale_text import of_bits, of_entries
 
-CPU = Machine(device="cpu")
+CPU = DeviceOptions(device="cpu")
 
 
 def of_classes():

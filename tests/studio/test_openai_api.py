@@ -330,7 +330,7 @@ def test_a_large_file_in_a_body_that_is_taken(tiny):
     assert (large.status_code, error_of(large)["param"]) == (422, "image")
 
 
-def test_what_a_model_can_not_do_is_told(fake, tmp_path):
+def test_what_a_model_can_not_do_is_stream_events(fake, tmp_path):
     answer = edit(fake[0], "variations")
     assert (answer.status_code, error_of(answer)["code"], error_of(answer)["param"]) == (422, "unsupported", "model")
     assert "image to image" in error_of(answer)["message"]
@@ -423,7 +423,7 @@ def test_a_stream_that_is_broken_off_while_the_server_ends_touches_no_closed_que
     stream = SimpleNamespace(is_closed=False, read=lambda after: [])
 
     async def read_and_leave():
-        told = openai._told(asked, SimpleNamespace(is_closing=True, stop=refuse), "job", stream)
+        told = openai._stream_events(asked, SimpleNamespace(is_closing=True, stop=refuse), "job", stream)
         reading = asyncio.ensure_future(anext(told))
         await asyncio.sleep(0.1)
         reading.cancel()

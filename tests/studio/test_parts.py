@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from apps.api.app import create_app
-from apps.commands.generate import Machine, run
+from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
 from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
@@ -246,7 +246,7 @@ def test_what_is_kept_is_kept_and_the_file_paints_it_again(world, tmp_path, kind
     assert (pixels(again.path) == found).all()
     assert read_picture(again.path) == settings
 
-    run(make_options(), tmp_path / "cli.png", Machine(device="cpu"), settings=first.path)
+    run(make_options(), tmp_path / "cli.png", DeviceOptions(device="cpu"), settings=first.path)
     assert (pixels(tmp_path / "cli.png") == found).all()
     with httpx.Client(base_url=world.address, trust_env=False, timeout=30) as client:
         job = client.post("/v1/jobs", content=request_from_settings(settings).model_dump_json()).json()["id"]
@@ -279,17 +279,17 @@ def test_the_command_line_grows_and_edits(tmp_path, monkeypatch, capsys):
     noise(48, 48).save(tmp_path / "in.png")
     middle(48, 48).save(tmp_path / "mask.png")
     wishes = make_options(prompt="a fox", image=tmp_path / "in.png", expand="right=0.3333,bottom=0.3333", seed=2)
-    run(wishes, tmp_path / "grown.png", Machine(device="cpu"), json_output=True)
+    run(wishes, tmp_path / "grown.png", DeviceOptions(device="cpu"), json_output=True)
     assert json.loads(capsys.readouterr().out)["pictures"][0]["expand"]["right"] == 0.3333
     assert (pixels(tmp_path / "grown.png")[:48, :48] == pixels(tmp_path / "in.png")).all()
     run(make_options(prompt="a fox", image=tmp_path / "in.png", mask=tmp_path / "mask.png"), tmp_path / "b.png",
-        Machine(device="cpu"))  # fmt: skip
+        DeviceOptions(device="cpu"))  # fmt: skip
     assert read_picture(tmp_path / "b.png").task == "next_scale_text"
     soft = make_options(prompt="a fox", image=tmp_path / "in.png", mask=tmp_path / "mask.png", mask_grow=2, mask_blur=4)
-    run(soft, tmp_path / "soft.png", Machine(device="cpu"))
+    run(soft, tmp_path / "soft.png", DeviceOptions(device="cpu"))
     assert (read_picture(tmp_path / "soft.png").mask_grow, read_picture(tmp_path / "soft.png").mask_blur) == (2, 4)
     with pytest.raises(ValueError, match="can't do image to image"):
-        run(make_options(prompt="a fox", image=tmp_path / "in.png"), tmp_path / "c.png", Machine(device="cpu"))
+        run(make_options(prompt="a fox", image=tmp_path / "in.png"), tmp_path / "c.png", DeviceOptions(device="cpu"))
     with pytest.raises(ValueError, match="strength"):
         run(make_options(prompt="a fox", image=tmp_path / "in.png", mask=tmp_path / "mask.png", strength=0.5),
-            tmp_path / "c.png", Machine(device="cpu"))  # fmt: skip
+            tmp_path / "c.png", DeviceOptions(device="cpu"))  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from apps.api.app import create_app
-from apps.commands.generate import Machine, run
+from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
 from apps.service import compute_profiles as profiles
 from apps.service.acceleration import accelerated
@@ -163,11 +163,16 @@ def test_a_number_format_is_recorded_and_paints_the_same_again(engine, folder, t
     again = generate(engine, request_from_settings(read_picture(half.path)))
     assert again.image.tobytes() == half.image.tobytes()
     assert generate(engine, ask()).image.tobytes() == single.image.tobytes()  # its weights are not the rounded ones
-    run(make_options(model=str(folder)), tmp_path / "cli.png", Machine(device="cpu"), settings=half.path)
+    run(make_options(model=str(folder)), tmp_path / "cli.png", DeviceOptions(device="cpu"), settings=half.path)
     assert read_picture(tmp_path / "cli.png").dtype == "bfloat16"
     with Image.open(tmp_path / "cli.png") as image:
         assert image.tobytes() == half.image.tobytes()
-    run(make_options(model=str(folder), dtype="float32"), tmp_path / "b.png", Machine(device="cpu"), settings=half.path)
+    run(
+        make_options(model=str(folder), dtype="float32"),
+        tmp_path / "b.png",
+        DeviceOptions(device="cpu"),
+        settings=half.path,
+    )
     with Image.open(tmp_path / "b.png") as image:
         assert image.tobytes() == single.image.tobytes()
 
@@ -286,7 +291,9 @@ def test_the_api_tells_and_refuses(engine):
 
 
 def test_the_command_line_loads_a_model_once_and_for_its_profile():
-    assert Machine(device="cpu").fitted("low").offload == "none"  # the engine says that it can't be had
-    assert Machine(device="cpu").fitted(None).offload == "none"
+    assert (
+        DeviceOptions(device="cpu").for_memory_profile("low").offload == "none"
+    )  # the engine says that it can't be had
+    assert DeviceOptions(device="cpu").for_memory_profile(None).offload == "none"
     with pytest.raises(ValueError, match="leave out --offload"):
-        Machine(device="cpu", offload="model").fitted("fast")
+        DeviceOptions(device="cpu", offload="model").for_memory_profile("fast")
