@@ -325,7 +325,7 @@ def test_offload(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.key == "refused.offload"
     monkeypatch.setattr("pipelines.acceleration.on_memory.check_offload", lambda *_: None)
     if mode == "sequential":  # diffusers says cpu:0, which accelerate takes for another device than cpu
-        monkeypatch.setattr("pipelines.acceleration.on_memory.place", offload_each_layer)
+        monkeypatch.setattr("pipelines.acceleration.on_memory.apply_offload", offload_each_layer)
     offload = {"mode": mode, "device": "cpu"}
     for name in ("text", "dit") if mode == "sequential" else ("text", "sd3"):
         _, fast, report = check(name, {"offload": offload})

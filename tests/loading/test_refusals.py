@@ -306,20 +306,20 @@ CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate
 def test_nothing_stays_half_loaded(saved, monkeypatch, kind):
     """All components are in memory when it fails, held by the frames of the error's own traceback."""
     loaded = []
-    place = load.place
+    apply_offload = load.apply_offload
 
     def fail(pipe, *rest):
         loaded.extend(weakref.ref(part) for part in pipe.components.values() if isinstance(part, torch.nn.Module))
         raise kind(CPU_IS_FULL)
 
-    monkeypatch.setattr(load, "place", fail)
+    monkeypatch.setattr(load, "apply_offload", fail)
     with pytest.raises(
         NotEnoughMemoryError, match=r"Loading pipe ran out of memory: one step needs 2\.5 GiB more"
     ) as told:
         load_pipeline(saved, device="cpu")
     assert len(loaded) == 3
     assert [part() for part in loaded if part() is not None] == [], told
-    monkeypatch.setattr(load, "place", place)
+    monkeypatch.setattr(load, "apply_offload", apply_offload)
     assert load_pipeline(saved, device="cpu").transformer is not None
 
 

@@ -143,7 +143,7 @@ def test_names_and_counts(pipe: NextScaleClassToImagePipeline, tmp_path: Path) -
         ({"kv_policy": "half"}, "'full'"),
         ({"output_type": "jpg"}, "output_type"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
-        ({"generator": [torch.Generator()]}, "1 generators for 2 pictures"),
+        ({"generator": [torch.Generator()]}, "1 generators for 2 images"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
     ],
 )

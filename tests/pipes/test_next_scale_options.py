@@ -206,7 +206,7 @@ def test_pruned_tokens_come_from_an_earlier_scale(pipe: NextScaleClassToImagePip
         ({}, "leaves nothing out"),
         ({"skip_last": -1}, "skip_last is -1"),
         ({"refine_from": 2}, "belong together"),
-        ({"skip_last": 1, "prune_layers": (0.5, 0.5)}, "rising shares"),
+        ({"skip_last": 1, "prune_layers": (0.5, 0.5)}, "rising fractions"),
     ],
 )
 def test_impossible_accelerations_are_refused(arguments: dict, message: str) -> None:

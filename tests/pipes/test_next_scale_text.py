@@ -239,7 +239,7 @@ def test_without_a_text_encoder_states_are_asked_for(tmp_path: Path) -> None:
         ({"kv_policy": "half"}, "'full'"),
         ({"output_type": "jpg"}, "output_type"),
         ({"aspect_ratio": 20.0}, "aspect_ratio"),
-        ({"generator": [seeded()] * 2}, "2 generators for 1 pictures"),
+        ({"generator": [seeded()] * 2}, "2 generators for 1 images"),
         ({"max_sequence_length": 100}, "reads 1 to"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 3, 7)}, "width 7"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 3, 16), "prompt_attention_mask": torch.zeros(1, 3)}, "token"),

@@ -329,7 +329,7 @@ BAD = {
     "latents": ({"latents": torch.zeros(1, 4, 5, 4)}, ValueError, "height=40 is not usable"),
     "latent channels": ({"latents": torch.zeros(1, 3, 4, 4)}, ValueError, r"shape \(1, 4, 4, 4\)"),
     "latent nan": ({"latents": torch.full((1, 4, 4, 4), float("nan"))}, ValueError, "finite"),
-    "generators": ({"generator": [seeded(), seeded()]}, ValueError, "2 generators for 1 pictures"),
+    "generators": ({"generator": [seeded(), seeded()]}, ValueError, "2 generators for 1 images"),
     "seed": ({"generator": 7}, TypeError, "torch.Generator"),
     "output": ({"output_type": "jpeg"}, ValueError, "output_type='jpeg' is unknown"),
     "callback": ({"callback_on_step_end_tensor_inputs": ["foo"]}, ValueError, r"\['foo'\], which are not on offer"),
@@ -337,7 +337,7 @@ BAD = {
     "image type": ({"image": "cat.png"}, TypeError, "image must be a PIL image"),
     "image ints": ({"image": np.zeros((8, 8, 3), dtype=np.uint8)}, TypeError, "float array"),
     "image range": ({"image": np.full((8, 8, 3), 255.0)}, ValueError, "divide 8-bit values by 255"),
-    "images": ({"image": [Image.new("RGB", (8, 8))] * 2}, ValueError, "2 images for 1 pictures"),
+    "images": ({"image": [Image.new("RGB", (8, 8))] * 2}, ValueError, "2 images for 1 output images"),
     "no images": ({"image": []}, TypeError, "image must be"),
     "interval": ({"guidance_interval": (0.9, 0.1)}, ValueError, "guidance interval"),
 }

@@ -65,7 +65,7 @@ def test_shares_are_whole_percents_up_to_the_largest() -> None:
     assert shares == draw_flip_shares(2000, 0.3, seeded())
     with pytest.raises(ValueError, match="0 to 1"):
         draw_flip_shares(3, 1.5)
-    with pytest.raises(ValueError, match="at most a fraction"):
+    with pytest.raises(ValueError, match="at most a share"):
         self_correct(tokenizer("wide"), features_of("wide"), [0.1] * 8)
     with pytest.raises(ValueError, match=r"shape \(2, 6, 3, 3\)"):
         self_correct(tokenizer("wide"), features_of("wide")[..., :3, :3], [])
