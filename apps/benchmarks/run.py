@@ -160,7 +160,7 @@ def _write(report: dict[str, Any], output: Path) -> None:
     elif "model" in report:
         own = {name: value for name, value in report.items() if name not in ("benchmark", "model")}
         held = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
-        before = held.get("benchmark")
+        before = str(held.get("benchmark"))
         is_same = OLD_NAMES.get(before, before) == report["benchmark"]
         others = held.get("models", {}) if is_same else {}
         report = {"benchmark": report["benchmark"], "models": {**others, report["model"]: own}}

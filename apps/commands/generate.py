@@ -24,13 +24,14 @@ from apps.commands.options import (
 )
 from apps.commands.outputs import DEFAULT_OUTPUT, check_output, free_output, is_clip, picture_paths, save
 from apps.service.compute_profiles import PROFILES, check_request, memory_profiles
-from apps.service.engine import STATE_FOLDER, Engine, Event, Failed, ModelLoading, Picture, Step, resolve_device
+from apps.service.engine import Engine, Event, Failed, ModelLoading, Picture, Step, resolve_device
 from apps.service.logs import no_repetition
 from apps.service.lora import one_lora
 from apps.service.metadata import PictureSettings
 from apps.service.model_pool import check_sources, name_models
 from apps.service.option_values import Lora, MemoryName
 from apps.service.requests import AnyRequest
+from apps.service.stored_images import STATE_FOLDER
 from apps.service.uploads import read_upload
 from apps.service.usage import UsageError, checking
 

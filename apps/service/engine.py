@@ -11,7 +11,6 @@ follow, stop, finish or move a job.
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import threading
@@ -19,11 +18,10 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from apps.service.compute_profiles import LoadOptions, check_request, load_options_of
 from apps.service.devices import resolve_device, resolve_dtype
@@ -33,14 +31,13 @@ from apps.service.inference import CancelSignals, StopRequestedError
 from apps.service.job_runner import QueuedJob, WorkerContext, run_job
 from apps.service.job_store import JobStore, QueueFullError, StoredJob, StoredPicture, StoreError
 from apps.service.limits import ServerLimits
+from apps.service.live_job import LiveJob, restore_job
 from apps.service.logs import no_loading_bars
 from apps.service.lora import resolve_lora
-from apps.service.media import clip_of
-from apps.service.metadata import parse
 from apps.service.model_pool import LoadedModel, ModelPool, Pipeline, tasks_on_disk
 from apps.service.option_values import Lora
-from apps.service.reports import decode_reports
-from apps.service.requests import REQUEST, AnyRequest, TextToImageRequest
+from apps.service.requests import AnyRequest, TextToImageRequest
+from apps.service.stored_images import state_folder, stored_picture_event
 from apps.service.uploads import UploadStore
 from apps.service.worker_state import Health, Worker, problems
 from pipelines.loading.memory import is_out_of_memory, release
@@ -70,20 +67,6 @@ RETRY_SECONDS = 1.0
 """Until a queue that could not be read or written is tried again."""
 FAILURES_KEPT = 64
 """Failed jobs whose cause can be given in another language after they have ended."""
-STATE_FOLDER = ".tessera"
-"""Of the output folder: the line of jobs and the images handed in; never served."""
-
-
-@dataclass(eq=False, slots=True)
-class _LiveJob:
-    """A job that waits or runs."""
-
-    queued: QueuedJob
-    stop: threading.Event
-    finish: threading.Event = field(default_factory=threading.Event)
-    skip: threading.Event = field(default_factory=threading.Event)
-    stream: EventStream = field(default_factory=EventStream)
-    told_ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,19 +122,19 @@ class Engine:
             ModelPool(models, _loader(self, name, load), self.limits.loaded_models, one)
             for name, one in zip(names, setups, strict=True)
         ]
-        state = _state_folder(output_dir)
+        state = state_folder(output_dir)
         self._store = JobStore(None if state is None else state / "jobs.sqlite")
         self.uploads = UploadStore(None if state is None else state / "uploads", self._store)
         self._devices = [
             _Device(WorkerContext(name, one.dtype, self._store, self.uploads, output_dir, self._loras), pool)
             for name, one, pool in zip(names, setups, shelves, strict=True)
         ]
-        self._live: dict[str, _LiveJob] = {}
+        self._live: dict[str, LiveJob] = {}
         self._failed: dict[str, Failed] = {}  # the newest, with their causes, which the record doesn't keep
         self._moved = threading.Condition()  # guards _live; notified when there is work
         self._closing = False
         for stored in self._store.recover(self.limits.attempts):
-            self._revive(stored)
+            self._restore(stored)
         self._workers = [Worker(one.context.device) for one in self._devices]
         for worker, one in zip(self._workers, self._devices, strict=True):
             worker.thread = threading.Thread(target=self._serve, args=(worker, one), name="worker", daemon=True)
@@ -247,8 +230,8 @@ class Engine:
             stored = self._store.add(
                 job_id, owner, seeded.model_dump_json(), self.limits.queue, self.limits.queue_per_user
             )
-            self._live[job_id] = _LiveJob(QueuedJob(job_id, stored.created, seeded), stop or threading.Event())
-            self._tell_places()
+            self._live[job_id] = LiveJob(QueuedJob(job_id, stored.created, seeded), stop or threading.Event())
+            self._notify_positions()
             self._moved.notify_all()
         return job_id
 
@@ -274,7 +257,7 @@ class Engine:
         stream = EventStream()
         for picture in self._store.pictures(job_id):
             if self.output_dir is not None and (self.output_dir / picture.name).is_file():
-                stream.tell(_picture_again(picture, self.output_dir))
+                stream.tell(stored_picture_event(picture, self.output_dir))
         stream.tell(self._failed.get(job_id) or self.last_event(stored))
         return stream
 
@@ -324,7 +307,7 @@ class Engine:
         job.finish.set()
         return True
 
-    def _running(self, job_id: str) -> _LiveJob | None:
+    def _running(self, job_id: str) -> LiveJob | None:
         """The live job of this name if it is being generated."""
         stored = self.job(job_id)
         with self._moved:
@@ -365,7 +348,7 @@ class Engine:
         with self._moved:
             moved = self._store.move(job_id, position)
             if moved:
-                self._tell_places()
+                self._notify_positions()
         return moved
 
     def waiting(self, owner: str) -> list[str]:
@@ -499,7 +482,7 @@ class Engine:
             self._end(job, last)
             worker.job = None
 
-    def _next(self) -> _LiveJob | None:
+    def _next(self) -> LiveJob | None:
         """Wait for a job and take it; None when the engine closes."""
         said = ""
         with self._moved:
@@ -519,13 +502,13 @@ class Engine:
                     self._moved.wait(RETRY_SECONDS)  # not for ever: a submission may have found the disk full
                     continue
                 if stored.id not in self._live:
-                    self._revive(stored)
+                    self._restore(stored)
                 if (job := self._live.get(stored.id)) is not None:
-                    self._tell_places()
+                    self._notify_positions()
                     return job
         return None
 
-    def _run(self, job: _LiveJob, worker: Worker, device: _Device) -> Event:
+    def _run(self, job: LiveJob, worker: Worker, device: _Device) -> Event:
         """Work on a job; whatever happens becomes its last event."""
         started = time.monotonic()
 
@@ -549,7 +532,7 @@ class Engine:
             return failure_of(error)
         return Done(time.monotonic() - started)
 
-    def _wait_for_model(self, job: _LiveJob, device: _Device) -> LoadedModel:
+    def _wait_for_model(self, job: LiveJob, device: _Device) -> LoadedModel:
         key = job.queued.request.model or self.models[0]
         future = device.pool.get(key, load_options_of(job.queued.request, device.pool.default_options))
         if not future.done():
@@ -564,7 +547,7 @@ class Engine:
             except Exception as error:
                 raise ModelFailedError(key) from error
 
-    def _end(self, job: _LiveJob, last: Event) -> None:
+    def _end(self, job: LiveJob, last: Event) -> None:
         """Record how a job ended and tell it; on closing, put it back instead. Tries again until it is on disk."""
         said = ""
         while True:
@@ -593,16 +576,16 @@ class Engine:
         else:
             self._store.end(job_id, "done" if isinstance(last, Done) else "stopped")
 
-    def _forget(self, job: _LiveJob, last: Event) -> None:
+    def _forget(self, job: LiveJob, last: Event) -> None:
         """Tell the last event of a job and its new place to those behind; the lock is held."""
         self._live.pop(job.queued.id, None)
         if isinstance(last, Failed):
             self._failed = dict([*self._failed.items(), (job.queued.id, last)][-FAILURES_KEPT:])
         job.stream.tell(last)
         if not self._closing:
-            self._tell_places()
+            self._notify_positions()
 
-    def _tell_places(self) -> None:
+    def _notify_positions(self) -> None:
         """Tell each waiting job its place where that has changed; the lock is held."""
         try:
             places = self._store.ahead()
@@ -614,22 +597,15 @@ class Engine:
             if job is None:
                 continue
             # The worker is about to take one that has nobody before it, which then needs no word about waiting.
-            if ahead != job.told_ahead and ahead >= len(self._devices):
+            if ahead != job.reported_ahead and ahead >= len(self._devices):
                 job.stream.tell(Queued(ahead))
-            job.told_ahead = ahead
+            job.reported_ahead = ahead
 
-    def _revive(self, stored: StoredJob) -> None:
-        """Put a job of an earlier process back into the line."""
-        try:
-            request = REQUEST.validate_json(stored.request)
-        except ValueError:  # of another version
-            logger.error("the job %s can't be read any more", stored.id)  # without the error: it quotes the prompt
-            self._store.end(stored.id, "failed", "bad_request", "This was asked of another version of tessera.")
-            return
-        if request.model not in self.models:
-            self._store.end(stored.id, "failed", "unknown_model", f"The model {request.model!r} isn't here any more.")
-            return
-        self._live[stored.id] = _LiveJob(QueuedJob(stored.id, stored.created, request), threading.Event())
+    def _restore(self, stored: StoredJob) -> None:
+        """Put a job of an earlier process back into the queue."""
+        job = restore_job(stored, self._store, self.models)
+        if job is not None:
+            self._live[stored.id] = job
 
     def _load_pipeline(self, source: str, device: str, load_options: LoadOptions) -> Pipeline:
         # Here and not above: diffusers and transformers take seconds to import, and a server should answer before.
@@ -648,22 +624,3 @@ def _loader(
     if load is not None:
         return lambda source, load_options: load(source)
     return lambda source, load_options: engine._load_pipeline(source, device, load_options)
-
-
-def _state_folder(output_dir: Path | None) -> Path | None:
-    """Return the folder of what an engine remembers, readable by its owner only."""
-    if output_dir is None:
-        return None
-    folder = output_dir / STATE_FOLDER
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
-
-
-def _picture_again(stored: StoredPicture, folder: Path) -> Picture:
-    """Tell of an image on record; a clip by its image alone."""
-    path, settings = folder / stored.name, parse(stored.settings)
-    with Image.open(path, formats=["PNG", "WEBP"]) as image:
-        image.load()
-        clip, notes = clip_of(path, settings), tuple(json.loads(stored.notes))
-        reports = decode_reports(stored.reports)
-        return Picture(path, settings.seed, settings, image, stored.seconds, None, clip, stored.report, notes, reports)

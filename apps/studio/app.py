@@ -15,11 +15,12 @@ from starlette.routing import Mount
 
 from apps.api.tokens import TokenTable
 from apps.service import limits
-from apps.service.engine import STATE_FOLDER, Engine
+from apps.service.engine import Engine
 from apps.service.failures import is_storage_failure
 from apps.service.limits import ServerLimits
 from apps.service.lora import find_loras
 from apps.service.model_pool import name_models
+from apps.service.stored_images import STATE_FOLDER
 from apps.studio import panels, views
 from apps.studio.controls import CONTROLS, Parts
 from apps.studio.examples import EXAMPLES

@@ -16,10 +16,11 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from apps.service.engine import STATE_FOLDER, Engine
+from apps.service.engine import Engine
 from apps.service.grid import Filled, compose, mosaic
 from apps.service.job_store import StoredPicture
 from apps.service.sheet import GridSettings, save_sheet
+from apps.service.stored_images import STATE_FOLDER
 
 logger = logging.getLogger(__name__)
 
