@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipelines.base import TesseraPipeline
     from pipelines.class_to_image import ClassToImagePipeline
-    from pipelines.info import PipelineInfo
-    from pipelines.inspection import info_of
+    from pipelines.info.inspection import info_of
+    from pipelines.info.record import PipelineInfo
     from pipelines.loading.load import builtin_models, load_pipeline
     from pipelines.next_scale import NextScaleClassToImagePipeline, NextScaleTextToImagePipeline
     from pipelines.text_to_image import TextToImagePipeline
@@ -40,11 +40,11 @@ _MODULE_OF = {
     "ClassToImagePipeline": "pipelines.class_to_image",
     "NextScaleClassToImagePipeline": "pipelines.next_scale",
     "NextScaleTextToImagePipeline": "pipelines.next_scale",
-    "PipelineInfo": "pipelines.info",
+    "PipelineInfo": "pipelines.info.record",
     "TesseraPipeline": "pipelines.base",
     "TextToImagePipeline": "pipelines.text_to_image",
     "builtin_models": "pipelines.loading.load",
-    "info_of": "pipelines.inspection",
+    "info_of": "pipelines.info.inspection",
     "load_pipeline": "pipelines.loading.load",
     "observe": "sampling.observe",
 }

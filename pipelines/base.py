@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from dit.tokenizers import VisualTokenizer, as_visual_tokenizer
-from pipelines.checks import check_generators, check_side
-from pipelines.info import PipelineInfo, tiles
+from pipelines.info.record import PipelineInfo, tiles
+from pipelines.inputs.checks import check_generators, check_side
 from pipelines.loading.errors import clear_loading_errors
 from pipelines.loading.model_index import component_entries, is_own, resolve_components
 from pipelines.loading.sources import check_folder, find_culprit, read_index

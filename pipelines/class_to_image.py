@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pipelines.base import OUTPUT_TYPES, TesseraPipeline
 from pipelines.call_defaults import takes_call_defaults
-from pipelines.checks import check_choice, check_count, check_generators, check_number
-from pipelines.info import PipelineInfo, class_table
-from pipelines.labels import Label, label_ids, names_of
+from pipelines.info.record import PipelineInfo, class_table
+from pipelines.inputs.checks import check_choice, check_count, check_generators, check_number
+from pipelines.inputs.labels import Label, label_ids, names_of
 from pipelines.lora.mixin import TransformerLoraMixin
 from sampling.denoise import Denoiser, State, denoise
 from sampling.guidance import classifier_free_guidance

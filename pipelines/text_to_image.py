@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipelines.base import OUTPUT_TYPES
 from pipelines.call_defaults import takes_call_defaults
-from pipelines.checks import check_choice, check_count, check_generators, check_number, check_sigmas
-from pipelines.conditioning import TextConditionedPipeline
-from pipelines.info import PipelineInfo
-from pipelines.inpaint import InpaintRegion, MaskInput, fill_in, read_mask
+from pipelines.info.record import PipelineInfo
+from pipelines.inputs.checks import check_choice, check_count, check_generators, check_number, check_sigmas
+from pipelines.inputs.conditioning import TextConditionedPipeline
+from pipelines.inputs.inpaint import InpaintRegion, MaskInput, fill_in, read_mask
 from pipelines.lora.mixin import TransformerLoraMixin
 from sampling.denoise import Denoiser, State, denoise
 from sampling.guidance import classifier_free_guidance, in_interval
@@ -175,7 +175,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             guidance_rescale: 0 to 1, see `sampling.guidance.rescale_to`.
             guidance_interval: lowest and highest sigma with guidance (arXiv 2404.07724); None is all.
             mask_image: with `image`: generate where it is white, keep every other pixel as it is, see
-                `pipelines.inpaint`. `strength` is how much of what was there is changed; 1 forgets it.
+                `pipelines.inputs.inpaint`. `strength` is how much of what was there is changed; 1 forgets it.
 
         Returns:
             The images; none when the run was interrupted (then `pipe.interrupted` is True).

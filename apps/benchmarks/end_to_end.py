@@ -14,7 +14,7 @@ from apps.benchmarks.next_scale import Asked
 from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
 from dit.runtime.timing import Comparison, count_flops, measure
-from pipelines.inspection import info_of
+from pipelines.info.inspection import info_of
 from pipelines.next_scale.base import NextScalePipeline
 
 PROMPT = "a red apple on a yellow background"

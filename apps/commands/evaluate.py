@@ -31,7 +31,7 @@ from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, s
 from apps.training.data.stickers import box_mask, read_vocabulary
 from apps.training.tasks.autoencoder import psnr
 from dit.tokenizers import as_visual_tokenizer
-from pipelines.inspection import info_of
+from pipelines.info.inspection import info_of
 
 Generate = Callable[[Sequence[str], Sequence[int]], torch.Tensor]
 """Prompts and a seed for each, to images `(B, 3, H, W)` in [-1, 1]."""

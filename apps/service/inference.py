@@ -25,7 +25,7 @@ from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, AnyRequest
 from apps.service.schedulers import make_scheduler
 from pipelines.acceleration import AccelerationConfig, AccelerationHandle, PartReport
-from pipelines.info import PipelineInfo
+from pipelines.info.record import PipelineInfo
 
 logger = logging.getLogger(__name__)
 

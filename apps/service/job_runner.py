@@ -175,7 +175,7 @@ def _keep(inputs: BatchInputs, result: BatchResult) -> BatchResult:
     """After inpainting, lay what is kept over the result, which pipelines of diffusers change a little."""
     if inputs.image is None or inputs.mask is None:
         return result
-    from pipelines.inpaint import keep_pixels
+    from pipelines.inputs.inpaint import keep_pixels
 
     for frames in result.pictures:
         if inputs.alpha is None:
@@ -247,7 +247,7 @@ def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
     """
     if not model.info_for(request.task).knows_words:
         return ()
-    from pipelines.words import describe_unknown
+    from pipelines.inputs.words import describe_unknown
 
     texts = [getattr(request, name, None) for name in ("prompt", "negative_prompt")]
     said = describe_unknown(model.pipe_for(request.task).unknown_words([text for text in texts if text]))

@@ -11,7 +11,7 @@ from rich.logging import RichHandler
 
 LIBRARIES = ("diffusers", "transformers")
 """Packages whose loggers write by themselves."""
-PROMPT_WORDS = "pipelines.words"
+PROMPT_WORDS = "pipelines.inputs.words"
 """Logger of warnings that name words of prompts."""
 
 

@@ -111,7 +111,7 @@ def lora_applied(pipe: Any, lora: Lora | None, loras: Mapping[str, Path]) -> Gen
     if lora is None:
         yield
         return
-    from pipelines.inspection import info_of
+    from pipelines.info.inspection import info_of
 
     if not info_of(pipe).can_load_lora:
         raise LoraError("lora.takes", "This model takes no LoRA files; leave it out.")

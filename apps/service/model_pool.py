@@ -21,7 +21,7 @@ from apps.service.compute_profiles import LoadOptions
 from apps.service.request_error import RequestError
 from apps.service.schedulers import scheduler_names
 from apps.service.usage import UsageError, checking
-from pipelines.info import PipelineInfo
+from pipelines.info.record import PipelineInfo
 from pipelines.loading.hub_id import split_revision
 from pipelines.loading.memory import release
 
@@ -232,8 +232,8 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
     Raises:
         ValueError: it generates neither from a prompt nor from a class.
     """
-    from pipelines.fingerprint import fingerprint
-    from pipelines.inspection import info_of, pipelines_by_task
+    from pipelines.info.fingerprint import fingerprint
+    from pipelines.info.inspection import info_of, pipelines_by_task
 
     pipes = pipelines_by_task(pipe)
     if not pipes:
@@ -265,7 +265,7 @@ def tasks_on_disk(source: str) -> tuple[str, ...]:
     Returns:
         The tasks of its pipeline; empty for what is no folder here, or none that can be read.
     """
-    from pipelines.inspection import tasks_in
+    from pipelines.info.inspection import tasks_in
     from pipelines.loading.load import PRETRAINED, builtin_models
 
     folder = PRETRAINED / source if source in builtin_models() else Path(source)

@@ -12,7 +12,7 @@ from pathlib import Path
 from apps.stickers import captions
 from apps.stickers.scene import COLOURS
 from apps.stickers.sprites import SpriteSheet, load_sprites
-from pipelines.words import split_words, write_words
+from pipelines.inputs.words import split_words, write_words
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.forms import FIXED, RANDOM, size_choices
 from apps.studio.strings import Strings
 from pipelines import builtin_models
-from pipelines.info import FALLBACK_SIDE
+from pipelines.info.record import FALLBACK_SIDE
 
 BUILTIN_SIDE = 128
 """Side that the controls show until the model is loaded, for built-in models; pixels."""

@@ -38,7 +38,7 @@ def unknown_words(source: str, prompt: str) -> tuple[str, ...]:
     Raises:
         ValueError: the file is too large, empty, or no UTF-8 text.
     """
-    from pipelines import words
+    from pipelines.inputs import words
 
     return words.unknown_words(prompt, words.read_words(_folder(source)))
 

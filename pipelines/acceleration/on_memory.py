@@ -13,7 +13,7 @@ from dit.runtime import diffusers_compat
 from pipelines.acceleration.parts import DecoderTilingPart, OffloadPart
 from pipelines.acceleration.report import PartReport, Reason
 from pipelines.acceleration.switch import Switch, Undo
-from pipelines.info import tiles
+from pipelines.info.record import tiles
 from pipelines.loading.offload import apply_offload, check_offload
 
 _MISSING = object()

@@ -102,7 +102,7 @@ def load_pipeline(
 
     Returns:
         The pipeline on its device. A modular pipeline keeps the call of diffusers, `pipe(prompt=..., output="images")`;
-        `pipelines.modular_call.ModularCall(pipe)` has the standard one, with step callbacks and an interrupt.
+        `pipelines.info.modular_call.ModularCall(pipe)` has the standard one, with step callbacks and an interrupt.
 
     Raises:
         FileNotFoundError: no such model, folder, file or repository, or files are missing in it.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dit.runtime.onednn import use_onednn
-from pipelines.checks import check_choice
+from pipelines.inputs.checks import check_choice
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, and whoever checks a setting needs none of it
     from diffusers import DiffusionPipeline

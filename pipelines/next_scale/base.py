@@ -17,8 +17,8 @@ from dit.cache import POLICIES, KVCalibrator, KVProfile, KVReport
 from dit.runtime.metrics import psnr, relative_error
 from dit.tokenizers.multi_scale_bsq import MultiScaleBSQ
 from pipelines.base import TesseraPipeline
-from pipelines.info import PipelineInfo
-from pipelines.inpaint import read_mask
+from pipelines.info.record import PipelineInfo
+from pipelines.inputs.inpaint import read_mask
 from pipelines.lora.mixin import TransformerLoraMixin
 from pipelines.next_scale.inpaint import InpaintTokens
 from pipelines.next_scale.options import Callback, Images, NextScaleOutput, ScaleOptions, ScaleTask

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pipelines.base import OUTPUT_TYPES
 from pipelines.call_defaults import takes_call_defaults
-from pipelines.checks import check_choice, check_count, check_generators, check_number
-from pipelines.info import PipelineInfo, class_table
-from pipelines.inpaint import MaskInput
-from pipelines.labels import Label, label_ids, names_of
+from pipelines.info.record import PipelineInfo, class_table
+from pipelines.inputs.checks import check_choice, check_count, check_generators, check_number
+from pipelines.inputs.inpaint import MaskInput
+from pipelines.inputs.labels import Label, label_ids, names_of
 from pipelines.next_scale.base import NextScalePipeline, check_pair
 from pipelines.next_scale.options import (
     SCALE_ARGUMENTS,

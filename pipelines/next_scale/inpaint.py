@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit.layers.scales import Grid
-from pipelines.inpaint import fill_in
+from pipelines.inputs.inpaint import fill_in
 
 
 @dataclass(frozen=True)

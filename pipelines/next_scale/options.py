@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dit.cache import KV_DTYPES, POLICIES
 from dit.layers.scales import Grid
-from pipelines.checks import check_choice, check_count, check_number
-from pipelines.inpaint import MaskInput
+from pipelines.inputs.checks import check_choice, check_count, check_number
+from pipelines.inputs.inpaint import MaskInput
 from sampling.inference_search import SearchResult, TTSConfig
 from sampling.scale_acceleration import ScaleAcceleration
 from sampling.tokens import Generators

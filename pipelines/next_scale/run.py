@@ -17,7 +17,7 @@ from torch import Tensor
 from dit.cache import KVReport, ScaleKVCache
 from dit.layers.scales import token_counts
 from pipelines.base import TesseraPipeline
-from pipelines.checks import check_number
+from pipelines.inputs.checks import check_number
 from pipelines.loading.weight_values import is_finite
 from pipelines.next_scale.inpaint import InpaintTokens
 from pipelines.next_scale.options import Callback, ScaleOptions, ScaleTask, needs_unconditional

@@ -16,10 +16,10 @@ from dit.layers.resolutions import NUM_SCALES, SCALE_SCHEDULES, nearest_ratio, p
 from dit.layers.scales import Grid
 from pipelines.base import OUTPUT_TYPES
 from pipelines.call_defaults import takes_call_defaults
-from pipelines.checks import check_choice, check_count, check_generators, check_number
-from pipelines.conditioning import TextConditionedPipeline, text_limit
-from pipelines.info import PipelineInfo
-from pipelines.inpaint import MaskInput
+from pipelines.info.record import PipelineInfo
+from pipelines.inputs.checks import check_choice, check_count, check_generators, check_number
+from pipelines.inputs.conditioning import TextConditionedPipeline, text_limit
+from pipelines.inputs.inpaint import MaskInput
 from pipelines.next_scale.base import NextScalePipeline, check_pair
 from pipelines.next_scale.options import (
     SCALE_ARGUMENTS,

@@ -18,9 +18,9 @@ from apps.service.media import read_mp4
 from apps.service.metadata import read_picture
 from apps.service.requests import ImageToImageRequest, InpaintRequest
 from pipelines import load_pipeline
-from pipelines.inspection import info_of, pipelines_by_task, tasks_in
+from pipelines.info.inspection import info_of, pipelines_by_task, tasks_in
+from pipelines.info.modular_call import ModularCall
 from pipelines.loading.modular import CODE, INDEX
-from pipelines.modular_call import ModularCall
 from sampling.step_cache import StepCache
 from tests.families.modular import tiny_modular
 

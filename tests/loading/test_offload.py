@@ -12,7 +12,7 @@ import torch
 from apps.service.engine import Done, Engine, Step, Stopped, TextToImageRequest
 from dit.tokenizers import vit_autoencoder
 from pipelines import load_pipeline
-from pipelines.fingerprint import fingerprint
+from pipelines.info.fingerprint import fingerprint
 from pipelines.loading.offload import apply_offload, check_offload
 from pipelines.previews import preview
 from tests.families.tiny import tiny_call, tiny_pipeline

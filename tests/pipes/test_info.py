@@ -11,8 +11,8 @@ import pytest
 from apps.service.model_pool import inspect_model
 from dit.cache import POLICIES
 from pipelines.base import TesseraPipeline
-from pipelines.info import TASKS, PipelineInfo
-from pipelines.inspection import info_of, pipelines_by_task, tasks_in, tasks_of
+from pipelines.info.inspection import info_of, pipelines_by_task, tasks_in, tasks_of
+from pipelines.info.record import TASKS, PipelineInfo
 from pipelines.next_scale import NextScaleClassToImagePipeline
 from tests.families.tiny import image_vae, tiny_pipeline
 from tests.models import tiny_next_scale

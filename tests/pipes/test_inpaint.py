@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.inpaint import InpaintRegion, fill_in, keep_pixels, read_mask, touched_cells
+from pipelines.inputs.inpaint import InpaintRegion, fill_in, keep_pixels, read_mask, touched_cells
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 

@@ -348,7 +348,7 @@ def test_kept_tokens_are_the_originals_at_every_scale(pipe: NextScaleClassToImag
     pixels = pipe.image_processor.preprocess(original)
     mask = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
     mask[..., :32] = True
-    from pipelines.inpaint import fill_in
+    from pipelines.inputs.inpaint import fill_in
 
     expected = pipe.vae.quantize(fill_in(pixels, mask)).indices
     first = pipe.vae.accumulate(pipe.vae.start_latents(1), expected[0], 0)

@@ -123,7 +123,7 @@ def test_padding_is_invisible(pipe):
 
 
 def test_long_prompts_warn_once_and_are_cut(pipe, caplog, monkeypatch):
-    monkeypatch.setattr("pipelines.conditioning.logger.warning", seen := Recorder())
+    monkeypatch.setattr("pipelines.inputs.conditioning.logger.warning", seen := Recorder())
     long = paint(pipe, prompt="a red apple " * 40)
     assert len(seen.calls) == 1
     assert "the model reads 24" in seen.calls[0]

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
+from pipelines.inputs.words import WORDS_FILE, describe_unknown, read_words, split_words, write_words
 from pipelines.text_to_image import TextToImagePipeline
-from pipelines.words import WORDS_FILE, describe_unknown, read_words, split_words, write_words
 from tests.pipes.tiny import tiny_components, tiny_text_to_image_pipeline
 
 KNOWN = frozenset({"a", "red", "apple", "on"})
@@ -19,7 +19,7 @@ def taught():
 
 
 def warnings(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "pipelines.words"]
+    return [record.getMessage() for record in caplog.records if record.name == "pipelines.inputs.words"]
 
 
 def generate(pipe, *prompts, **options):
@@ -27,7 +27,7 @@ def generate(pipe, *prompts, **options):
 
 
 def test_one_warning_a_call_names_the_words(taught, caplog):
-    with caplog.at_level(logging.WARNING, "pipelines.words"):
+    with caplog.at_level(logging.WARNING, "pipelines.inputs.words"):
         generate(taught, ["a red apple", "a teal apple on teal"], negative_prompt="Blurry", num_images_per_prompt=2)
     (said,) = warnings(caplog)
     assert "'teal', 'blurry'" in said
@@ -35,7 +35,7 @@ def test_one_warning_a_call_names_the_words(taught, caplog):
 
 
 def test_nothing_is_said_without_unknown_words_or_without_a_vocabulary(taught, caplog):
-    with caplog.at_level(logging.WARNING, "pipelines.words"):
+    with caplog.at_level(logging.WARNING, "pipelines.inputs.words"):
         generate(taught, "A red apple, on a red apple!")
         generate(taught, "a red apple", negative_prompt="blurry", guidance_scale=1.0)  # which is not read
         generate(tiny_text_to_image_pipeline(), "a teal apple")

@@ -8,8 +8,8 @@ from apps.stickers.known_words import known_words, plural_forms
 from apps.stickers.prompt_sets import SETS, draw_requests, sheet_requests
 from apps.studio.vocabulary import read_vocabulary
 from apps.studio.vocabulary import unknown_words as unknown_to
+from pipelines.inputs.words import read_words, unknown_words
 from pipelines.loading.load import PRETRAINED
-from pipelines.words import read_words, unknown_words
 
 MODELS = ("stickers", "stickers-var")
 

@@ -9,7 +9,7 @@ CHILD = """
 import logging
 from apps.service.logs import set_up
 set_up()
-logging.getLogger("pipelines.words").warning("The model was not trained on the words 'hunter2'.")
+logging.getLogger("pipelines.inputs.words").warning("The model was not trained on the words 'hunter2'.")
 logging.getLogger("apps.service.engine").warning("a job failed")
 """
 

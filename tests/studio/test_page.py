@@ -39,7 +39,7 @@ from apps.studio.settings_handlers import SAVED, SettingsHandlers
 from apps.studio.strings import FOLDER, Strings, languages
 from apps.studio.tabs.classes import read_label
 from apps.studio.vocabulary import read_vocabulary
-from pipelines.inspection import pipelines_by_task
+from pipelines.info.inspection import pipelines_by_task
 from tests.models import tiny_next_scale
 from tests.pipes.test_class_to_image import tiny_pipeline
 from tests.studio.fakes import FakePipeline

@@ -33,7 +33,7 @@ from apps.studio.problems import explain, explain_failure
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.strings import Strings
-from pipelines import words
+from pipelines.inputs import words
 from tests.studio.fakes import FakePipeline
 from tests.studio.serving import client_of, png, serving_page
 

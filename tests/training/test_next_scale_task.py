@@ -12,7 +12,7 @@ from apps.training.task import load_config
 from dit.tokenizers import MultiScaleBSQ, MultiScaleVQ, ViTAutoencoder
 from dit.tokenizers.losses import bit_entropy, code_entropy, residual_loss, straight_through
 from pipelines import load_pipeline
-from pipelines.inspection import info_of
+from pipelines.info.inspection import info_of
 from sampling.objectives import next_scale_loss
 from tests.training.helpers import assert_resumes_exactly
 

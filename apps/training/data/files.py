@@ -22,7 +22,7 @@ from torch import Tensor
 from apps.training.config import ConfigError
 from apps.training.data.base import VALIDATION_SEED, BatchAddress, DataError
 from apps.training.data.decode import CLIP_SUFFIXES, Fit, has_clip_reader, read_frames, to_square
-from pipelines.words import split_words, write_words
+from pipelines.inputs.words import split_words, write_words
 
 CHUNK = 64  # images that are yielded at once
 CACHE_BYTES = 512 * 2**20  # of decoded images that are kept in memory

@@ -20,7 +20,7 @@ from apps.stickers.sprites import SpriteSheet, load_sprites
 from apps.stickers.vocabulary import STARTER
 from apps.training.config import ConfigError, Section
 from apps.training.data.base import VALIDATION_SEED, BatchAddress
-from pipelines.words import write_words
+from pipelines.inputs.words import write_words
 
 KINDS = ("single", "pair", "count")
 CHUNK = 64  # images that are rendered at once

@@ -1,7 +1,7 @@
 """`PipelineInfo` of diffusers' pipelines, derived from their call, components and configurations.
 
 diffusers' pipelines declare nothing about themselves, so everything here is read off names that they have in common.
-It is the only place that does so: whoever needs to know something of a pipeline asks `pipelines.inspection.info_of`.
+It is the only place that does so: whoever needs to know something of a pipeline asks `info_of`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
-from pipelines.info import FALLBACK_FPS, FALLBACK_FRAMES, FALLBACK_SIDE, Callback, Guidance, PipelineInfo, class_table
-from pipelines.info import tiles as can_tile
+from pipelines.info.record import (
+    FALLBACK_FPS,
+    FALLBACK_FRAMES,
+    FALLBACK_SIDE,
+    Callback,
+    Guidance,
+    PipelineInfo,
+    class_table,
+)
+from pipelines.info.record import tiles as can_tile
 from pipelines.previews import can_preview, is_flow
 
 logger = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from dit.runtime.hooks import attachments
-from pipelines.diffusers_info import ARGUMENTS, default_frames, default_side, network_config, side_multiple
-from pipelines.info import FALLBACK_FPS, Guidance, PipelineInfo, tiles
+from pipelines.info.diffusers_info import ARGUMENTS, default_frames, default_side, network_config, side_multiple
+from pipelines.info.record import FALLBACK_FPS, Guidance, PipelineInfo, tiles
 from pipelines.previews import can_preview, is_flow, predict_x0
 
 logger = logging.getLogger(__name__)

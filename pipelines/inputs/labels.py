@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.checks import check_count
+from pipelines.inputs.checks import check_count
 
 Label = int | str
 """A class number, or one of its names."""

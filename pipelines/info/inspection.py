@@ -8,11 +8,11 @@ from typing import Any
 from diffusers import ModularPipeline
 
 from pipelines.base import TesseraPipeline
-from pipelines.diffusers_info import call_tasks, diffusers_info, related_pipelines
-from pipelines.info import PipelineInfo
+from pipelines.info.diffusers_info import call_tasks, diffusers_info, related_pipelines
+from pipelines.info.modular_call import ModularCall, tasks_of_blocks
+from pipelines.info.record import PipelineInfo
 from pipelines.loading.modular import empty_pipeline, is_modular, read_modular_index
 from pipelines.loading.sources import pipeline_class, read_index
-from pipelines.modular_call import ModularCall, tasks_of_blocks
 
 
 def info_of(pipe: Any) -> PipelineInfo:

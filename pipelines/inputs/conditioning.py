@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipelines.base import TesseraPipeline
-from pipelines.checks import check_prompts
+from pipelines.inputs.checks import check_prompts
+from pipelines.inputs.words import KnownWordsMixin
 from pipelines.loading.errors import clear_loading_errors
-from pipelines.words import KnownWordsMixin
 
 logger = logging.get_logger(__name__)
 
@@ -24,7 +24,7 @@ LONGEST = 512
 class TextConditionedPipeline(KnownWordsMixin, TesseraPipeline):
     """A pipeline with the components `tokenizer`, `text_encoder` and `transformer`, which can read prompts.
 
-    Words of a prompt that the model was not trained on are named in one warning a call, see `pipelines.words`.
+    Words of a prompt that the model was not trained on are named in one warning a call, see `pipelines.inputs.words`.
     """
 
     def encode_prompt(
