@@ -13,7 +13,7 @@ from dit import __version__
 
 
 def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Describes hardware, versions and the commit of the checkout.
+    """Describe hardware, versions and the commit of the checkout.
 
     Args:
         device: where the measured model ran.
@@ -43,7 +43,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that runs, or None outside one."""
+    """Return the commit of the checkout that runs, or None outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -94,7 +94,7 @@ def _fail(message: str, status: int) -> int:
 
 
 def pip_command(extras: list[str], choice: Choice, pip: tuple[int, int]) -> list[str]:
-    """The command line of pip; its own settings, files and PIP_* variables, hold beside it.
+    """Return the command line of pip; its own settings, files and PIP_* variables, hold beside it.
 
     Args:
         extras: of pyproject.toml.
@@ -164,7 +164,7 @@ def _installed() -> int:
 
 
 def remedy(errors: str) -> str:
-    """What to do about what pip wrote to stderr."""
+    """Return what to do about what pip wrote to stderr."""
     return next((advice for sign, advice in REMEDIES.items() if sign in errors), REMEDY)
 
 

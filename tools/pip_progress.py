@@ -18,7 +18,7 @@ _UNITS = {"bytes": 1, "B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3}
 
 
 def normalized(name: str) -> str:
-    """The name of a package as indexes compare it."""
+    """Return the name of a package as indexes compare it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -73,7 +73,7 @@ class Progress:
         return ""
 
     def waiting(self, installed: int) -> str:
-        """What is going on while pip says nothing.
+        """Return what is going on while pip says nothing.
 
         Args:
             installed: packages that are in place by now.
@@ -85,7 +85,7 @@ class Progress:
         return f"resolving versions: {len(self.found)} of about {max(self.total, len(self.found))} packages"
 
     def summary(self, seconds: float) -> str:
-        """What was done in all.
+        """Return what was done in all.
 
         Args:
             seconds: how long it took.

@@ -131,7 +131,7 @@ def _overridden(override: str) -> Choice:
 
 
 def without_password(url: str) -> str:
-    """The URL without the user and password that private indexes carry."""
+    """Return the URL without the user and password that private indexes carry."""
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 

@@ -41,7 +41,7 @@ class Candidate:
 
 
 def ours(profile: Profile, budgets: Sequence[float]) -> list[Candidate]:
-    """The budget preset, on the region that the profile is of."""
+    """Return the budget preset, on the region that the profile is of."""
     caches = {budget: StepCache.preset("budget", budget=budget, profile=profile) for budget in budgets}
     name = f"tessera budget, {profile.region}"
     return [Candidate(name, {"budget": round(budget, 4)}, cache.attach) for budget, cache in caches.items()]
@@ -177,5 +177,5 @@ def _with_scheduler(make: Callable[[Any], Any]) -> Callable[[Any], AbstractConte
 
 
 def reference(steps: int = 84) -> Candidate:
-    """A run of so many steps that the solver hardly matters."""
+    """Return the image of so many steps that the solver hardly matters."""
     return Candidate("reference, AB2", {"steps": steps}, _with_scheduler(FlowMatchAB2Scheduler.from_config), steps)

@@ -38,7 +38,7 @@ def bench_costs(asked: Asked) -> dict[str, Any]:
 
 @torch.no_grad()
 def _layer_row(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
-    """Times a linear layer (rows, width in, width out) both ways."""
+    """Time a linear layer (rows, width in, width out) both ways."""
     rows, inner, outer = shape
     draw = torch.Generator().manual_seed(0)
     x, bias = torch.randn(rows, inner, generator=draw), torch.randn(outer, generator=draw)
@@ -55,7 +55,7 @@ def _layer_row(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
 
 
 def _row(cost: Cost) -> dict[str, Any]:
-    """A measurement as people read it; giga operations are multiply-adds, or numbers of elementwise work."""
+    """Return a measurement as people read it; giga operations are multiply-adds, or numbers of elementwise work."""
     return {
         "operation": cost.operation,
         "shape": "x".join(map(str, cost.shape)),

@@ -24,7 +24,7 @@ Work = Callable[[], object]
 
 
 def bench_image(asked: Asked) -> dict[str, Any]:
-    """Times an image at the pipeline's defaults, and its parts."""
+    """Time an image at the pipeline's defaults, and its parts."""
     name = asked.model or "stickers"
     begun = time.perf_counter()
     pipe = load_for_command(name, asked.device, asked.dtype)
@@ -52,7 +52,7 @@ def _generate(pipe: Any, output_type: str = "pil") -> Any:
 
 
 def _passes(pipe: Any) -> tuple[dict[str, Any], dict[str, Work]]:
-    """What a denoiser does, and what to time of it."""
+    """Return what a denoiser does, and what to time of it."""
     calls: list[dict[str, Any]] = []
     hook = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append({"args": args, "kwargs": kwargs}), with_kwargs=True
@@ -69,7 +69,7 @@ def _passes(pipe: Any) -> tuple[dict[str, Any], dict[str, Work]]:
 
 
 def _scales(pipe: NextScalePipeline) -> tuple[dict[str, Any], dict[str, Work]]:
-    """What a next-scale model does, and what to time of it: condition, passes and draws of all scales are one part."""
+    """Return what a next-scale model does, and what to time of it: all scales are one part."""
     latents = _generate(pipe, "latent")
 
     def scales() -> None:

@@ -88,7 +88,7 @@ class Asked:
 
 
 def bench_kv(asked: Asked) -> dict[str, Any]:
-    """Counts bytes for released sizes; compares policies on a model if one is named."""
+    """Count bytes for released sizes; compare policies on a model if one is named."""
     report: dict[str, Any] = {"machine": describe_machine(torch.device("cpu"), torch.float32)}
     report["tables"] = {"memory": memory_table()}
     if asked.model is not None:
@@ -164,7 +164,7 @@ def quality_table(subject: Subject) -> list[dict[str, Any]]:
 
 
 def bench_shortcuts(asked: Asked) -> dict[str, Any]:
-    """What skipped scales, pruned tokens and dropped guidance save, and what they cost the image.
+    """Measure what skipped scales, pruned tokens and dropped guidance save, and what they cost the image.
 
     Raises:
         ValueError: no model was named.
@@ -198,7 +198,7 @@ def bench_shortcuts(asked: Asked) -> dict[str, Any]:
 
 
 def bench_search(asked: Asked) -> dict[str, Any]:
-    """Compares one image, the best of N and TTS-VAR by the judge, which no search sees.
+    """Compare one image, the best of N and TTS-VAR by the judge, which no search sees.
 
     Raises:
         ValueError: no model was named, or it comes without a scorer.
@@ -364,7 +364,7 @@ class Subject:
         return None if right is None else round(float(right.mean()), 4)
 
     def ceiling(self) -> float | None:
-        """What the judge says of fresh renders."""
+        """Return what the judge says of fresh renders."""
         if self.judge is None or self.scenes is None:
             return None
         side = self.pipe.transformer.grids[-1][0] * self.pipe.vae_scale_factor
@@ -378,7 +378,7 @@ def _shown(pictures: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def show_tables(report: dict[str, Any], console: Console) -> None:
-    """Prints the tables of a report."""
+    """Print the tables of a report."""
     machine = report["machine"]
     for title, rows in report["tables"].items():
         columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -32,7 +32,7 @@ ROOMS = ("models", "dist", "utils")
 
 
 def bench_released(asked: Asked) -> dict[str, Any]:
-    """Times an image of VAR-d16 by both codes, in float32 and bfloat16, with and without guidance.
+    """Time an image of VAR-d16 by both codes, in float32 and bfloat16, with and without guidance.
 
     Raises:
         ValueError: no clone of the released code was named.
@@ -71,7 +71,7 @@ def bench_released(asked: Asked) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def released_code(folder: Path) -> Iterator[Any]:
-    """The released package `models`, for a while: it changes torch's initialisation and takes common names."""
+    """Return the released package `models`, for a while: it changes torch's initialisation and takes common names."""
     layers = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Conv1d, nn.ConvTranspose1d, nn.ConvTranspose2d)
     layers += (nn.BatchNorm2d, nn.SyncBatchNorm)
     resets = {layer: vars(layer).get("reset_parameters") for layer in layers}
@@ -90,7 +90,7 @@ def released_code(folder: Path) -> Iterator[Any]:
 
 
 def random_weights(models: Any, depth: int, scales: tuple[int, ...]) -> tuple[nn.Module, Any]:
-    """The released tokenizer and transformer; the first is left uninitialised by its authors, so it gets weights."""
+    """Return the released tokenizer and transformer; the first gets weights, as it is left uninitialised."""
     torch.manual_seed(SEED)
     with contextlib.redirect_stdout(io.StringIO()):
         vae, var = models.build_vae_var(device="cpu", patch_nums=scales, depth=depth, shared_aln=False)
@@ -116,14 +116,14 @@ def ours(var: nn.Module, vae: nn.Module, dtype: torch.dtype, scales: tuple[int, 
 
 
 def generate_ours(pipe: Any, guidance: float) -> Tensor:
-    """An image (1, 3, H, W) in [0, 1]."""
+    """Return an image (1, 3, H, W) in [0, 1]."""
     generator = torch.Generator().manual_seed(SEED)
     return pipe([LABEL], cfg=guidance, top_k=TOP_K, top_p=TOP_P, generator=generator, output_type="pt").images
 
 
 @torch.inference_mode()
 def generate_released(var: Any, dtype: torch.dtype, guidance: float) -> Tensor:
-    """An image (1, 3, H, W) in [0, 1]."""
+    """Return an image (1, 3, H, W) in [0, 1]."""
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         return var.autoregressive_infer_cfg(
             1, torch.tensor([LABEL]), g_seed=SEED, cfg=guidance, top_k=TOP_K, top_p=TOP_P

@@ -51,7 +51,7 @@ def run(
     smoke: bool = False,
     json_output: bool = False,
 ) -> dict[str, Any]:
-    """Runs a benchmark, prints it, and writes it as JSON if asked.
+    """Run a benchmark, print it, and write it as JSON if asked.
 
     Args:
         what: a key of `BENCHMARKS`.
@@ -99,7 +99,7 @@ def run(
 
 
 def bench_start(asked: Asked) -> dict[str, Any]:
-    """Times imports in fresh processes."""
+    """Time imports in fresh processes."""
     comparison = measure({name: _in_fresh_process(code) for name, code in IMPORTS.items()}, asked.repeats)
     ours, theirs = comparison.timings["diffusers + pipelines"], comparison.timings["diffusers"]
     added = statistics.median(a - b for a, b in zip(ours.wall, theirs.wall, strict=True))
@@ -111,7 +111,7 @@ def bench_start(asked: Asked) -> dict[str, Any]:
 
 
 def bench_cache(asked: Asked) -> dict[str, Any]:
-    """Compares step caches with rivals; see `apps.benchmarks.step_cache`."""
+    """Compare step caches with rivals; see `apps.benchmarks.step_cache`."""
     from apps.benchmarks import step_cache as implementation
 
     model = asked.model or "stickers"
@@ -126,7 +126,7 @@ def bench_transfer(asked: Asked) -> dict[str, Any]:
 
 
 def bench_cache_time(asked: Asked) -> dict[str, Any]:
-    """Times what a step cache saves; see `apps.benchmarks.step_cache`."""
+    """Time what a step cache saves; see `apps.benchmarks.step_cache`."""
     from apps.benchmarks import step_cache as implementation
 
     return implementation.bench_time(asked.model or "stickers", asked.repeats, asked.device, asked.dtype)

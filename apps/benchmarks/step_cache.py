@@ -96,7 +96,7 @@ def draw(pipe: Any, count: int, seed: int) -> list[Request]:
 def bench_cache(
     model: str, repeats: int, device: str | None, dtype: str | None, prompts: int = 64, steps: int | None = None
 ) -> dict[str, Any]:
-    """Compares.
+    """Compare.
 
     Args:
         model: built-in name, or a folder with a vocabulary.

@@ -97,7 +97,7 @@ def answers(
 def shares(
     scenes: Sequence[Scene], pictures: Iterable[torch.Tensor], judge: Judge, tick: Tick = lambda _: None
 ) -> dict[str, float]:
-    """The share of right answers for each metric, see `answers`."""
+    """Return the share of right answers for each metric, see `answers`."""
     return {metric: sum(right) / len(right) for metric, right in answers(scenes, pictures, judge, tick).items()}
 
 
@@ -119,7 +119,7 @@ def box_psnr(scenes: Sequence[Scene], sheet: SpriteSheet, resolution: int, throu
 
 
 def round_trip(vae: Any) -> Through:
-    """Returns a function that encodes and decodes images; they stay on the CPU at either end."""
+    """Return a function that encodes and decodes images; they stay on the CPU at either end."""
     tokenizer = as_visual_tokenizer(vae)
     weight = next(vae.parameters())
 
@@ -132,7 +132,7 @@ def round_trip(vae: Any) -> Through:
 
 
 def painter(pipe: Any, steps: int | None, guidance: float) -> Generate:
-    """Returns a function that generates with a text-to-image pipeline; `steps` is None where steps can't be chosen."""
+    """Return a function that generates with a text-to-image pipeline; `steps` is None where steps can't be chosen."""
     settings = {"guidance_scale": guidance, "output_type": "pt"}
     if steps is not None:
         settings["num_inference_steps"] = steps
@@ -146,7 +146,7 @@ def painter(pipe: Any, steps: int | None, guidance: float) -> Generate:
 
 
 def call_settings(pipe: Any, steps: int | None, guidance: float | None) -> tuple[int | None, float]:
-    """The steps and the guidance of a call: those given, else the pipeline's own.
+    """Return the steps and the guidance of a call: those given, else the pipeline's own.
 
     Next-scale pipelines have no steps to choose, and keep the guidance that suits the model in their configuration.
 
@@ -203,7 +203,7 @@ class Evaluator:
         return result
 
     def box_psnr(self, resolution: int, through: Through) -> dict[str, float]:
-        """Returns the PSNR inside sticker boxes of scenes with held-out combinations."""
+        """Return the PSNR inside sticker boxes of scenes with held-out combinations."""
         names = ("heldout_single", "heldout_pair")
         scenes = [request.scene for name in names for request in self.requests(SETS[name])]
         return box_psnr(scenes, self.sheet, resolution, through)
@@ -245,7 +245,7 @@ class Evaluator:
         return {**result, "ceiling": _share(ceiling)}
 
     def sheet_pictures(self, generate: Generate) -> tuple[torch.Tensor, list[str]]:
-        """Generates the fixed prompts of the contact sheet: `(64, 3, H, W)`, and the prompts."""
+        """Generate the fixed prompts of the contact sheet: `(64, 3, H, W)`, and the prompts."""
         prompts = [request.prompt for request in sheet_requests(self.sheet, self.vocabulary)]
         tick = self._tick("contact sheet", len(prompts))
         parts = []
@@ -274,7 +274,7 @@ def run(
     dtype: str = "auto",
     json_output: bool = False,
 ) -> Report:
-    """Evaluates a text-to-image model of the sticker world.
+    """Evaluate a text-to-image model of the sticker world.
 
     Args:
         model: built-in name, folder or hub id.
@@ -332,7 +332,7 @@ def run(
 def examine(
     pipe: Any, evaluator: Evaluator, sets: Sequence[str], generate: Generate, report: Report, folder: Path
 ) -> None:
-    """Fills a report, and writes the contact sheet into `folder`."""
+    """Fill a report, and write the contact sheet into `folder`."""
     resolution = picture_side(pipe)
     through = round_trip(pipe.vae)
     report.ceiling = evaluator.ceiling(resolution, lambda pictures: pictures, "fresh renders")
@@ -348,7 +348,7 @@ def examine(
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints a report as a table."""
+    """Print a report as a table."""
     if report.inpainted:
         rows = ", ".join(f"{name} {_percent(share)}" for name, share in report.inpainted.items())
         console.print(f"inpaint, {report.settings['prompts']} prompts: {rows}")
@@ -387,7 +387,7 @@ def _percent(share: float) -> str:
 
 
 def _vocabulary_file(pipe: Any, model: str) -> Path:
-    """Returns the vocabulary that a model's folder holds."""
+    """Return the vocabulary that a model's folder holds."""
     path = Path(pipe.name_or_path) / "vocabulary.txt"
     if not path.is_file():
         raise UsageError(f"{model} has no vocabulary.txt: pass --vocabulary starter, all, or a file of sticker names")

@@ -73,7 +73,7 @@ def write_state(state: Mapping[str, Tensor], output: Path, nest: str | None = No
 
 
 def component_folder(folder: Path, name: str) -> Path:
-    """The folder of a component, given its own folder or the pipeline's."""
+    """Return the folder of a component, given its own folder or the pipeline's."""
     found = folder / name if (folder / name).is_dir() else folder
     if not (found / "config.json").is_file():
         raise UsageError(f"{folder} holds neither config.json nor {name}/config.json; pass a model's folder")
@@ -107,7 +107,7 @@ def read_component(source: Path, kinds: Sequence[type[ModelMixin]], family: str,
 
 @contextmanager
 def staged_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when all went well and vanishes otherwise."""
+    """Return a folder beside `output` that takes its place when all went well and vanishes otherwise."""
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:

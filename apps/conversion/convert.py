@@ -148,7 +148,7 @@ def export(family: str, source: Path, output: Path, dtype: str = "auto") -> DiT:
 
 
 def released_scheduler(model: DiT) -> SchedulerMixin:
-    """The scheduler that a model was released with.
+    """Return the scheduler that a model was released with.
 
     Args:
         model: a DiT (respaced DDPM over linear betas, arXiv 2212.09748) or a SiT (the flow's ODE by Euler steps).
@@ -167,7 +167,7 @@ def released_scheduler(model: DiT) -> SchedulerMixin:
 
 
 def _class_names(folder: Path) -> dict[int, str] | None:
-    """The class names that diffusers' DiTPipeline keeps in its index."""
+    """Return the class names that diffusers' DiTPipeline keeps in its index."""
     index = folder / "model_index.json"
     names = json.loads(index.read_text()).get("id2label") if index.is_file() else None
     return {int(label): name for label, name in names.items()} if names else None

@@ -308,7 +308,7 @@ class Engine:
         return True
 
     def _running(self, job_id: str) -> LiveJob | None:
-        """The live job of this name if it is being generated."""
+        """Return the live job of this name if it is being generated."""
         stored = self.job(job_id)
         with self._moved:
             return self._live.get(job_id) if stored.state == "running" else None

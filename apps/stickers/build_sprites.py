@@ -38,7 +38,7 @@ class Annotation:
 
 
 def read_annotations(path: Path = ANNOTATIONS) -> list[Annotation]:
-    """Reads the characters that have a text-to-speech name, in the file's order."""
+    """Read the characters that have a text-to-speech name, in the file's order."""
     names: dict[str, str] = {}
     keywords: dict[str, tuple[str, ...]] = {}
     for element in ElementTree.parse(path).getroot().iter("annotation"):
@@ -92,7 +92,7 @@ def fit(picture: Image.Image, side: int = SIDE) -> np.ndarray:
 
 
 def thumbnail(sprite: np.ndarray, side: int = 32) -> np.ndarray:
-    """Returns a sprite's premultiplied RGBA mean over `side` x `side` cells, flat, in [0, 1]."""
+    """Return a sprite's premultiplied RGBA mean over `side` x `side` cells, flat, in [0, 1]."""
     values = sprite.astype(np.float32) / 255
     values[..., :3] *= values[..., 3:]
     step = SIDE // side
@@ -135,7 +135,7 @@ def collect(font_path: Path = FONT, annotations: Path = ANNOTATIONS) -> tuple[li
 
 
 def write(annotations: list[Annotation], pictures: list[np.ndarray], folder: Path = DATA, quality: int = 80) -> None:
-    """Writes the sheet (`COLUMNS` sprites a row, WebP with alpha) and the table of names."""
+    """Write the sheet (`COLUMNS` sprites a row, WebP with alpha) and the table of names."""
     rows = -(-len(pictures) // COLUMNS)
     sheet = np.zeros((rows * SIDE, COLUMNS * SIDE, 4), np.uint8)
     for i, picture in enumerate(pictures):

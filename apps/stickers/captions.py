@@ -152,7 +152,7 @@ RESERVED = frozenset((*COLOURS, *_SCENE_WORDS.split()))
 
 
 def with_article(name: str) -> str:
-    """Puts "a" or "an" before a name, by its first letter."""
+    """Put "a" or "an" before a name, by its first letter."""
     return f"{'an' if name[0] in 'aeiou' and not name.startswith(('uni', 'eu', 'one', 'u.')) else 'a'} {name}"
 
 
@@ -174,7 +174,7 @@ def _unique_keywords(sheet: SpriteSheet, vocabulary: tuple[str, ...]) -> dict[st
 
 
 def unique_keywords(sheet: SpriteSheet, vocabulary: Sequence[str] | None = None) -> dict[str, tuple[str, ...]]:
-    """Finds the words that stand for one sticker only.
+    """Find the words that stand for one sticker only.
 
     Args:
         sheet: the stickers with their CLDR keywords.

@@ -51,7 +51,7 @@ def contact_sheet(
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Breaks a text into at most `LINES` lines of `width` pixels, at spaces."""
+    """Break a text into at most `LINES` lines of `width` pixels, at spaces."""
     letters = max(1, int(width / font.getlength("abcdefghij") * 10) + 2)
     while letters > 1:
         lines = textwrap.wrap(text, letters, max_lines=LINES, placeholder=" ...")

@@ -43,7 +43,7 @@ class Task:
     prompt: str
 
     def mask(self, resolution: int) -> torch.Tensor:
-        """The masked box, (1, resolution, resolution), bool."""
+        """Return the masked box, (1, resolution, resolution), bool."""
         centre = (torch.arange(resolution) + 0.5) / resolution
         x, y = (0.5, 0.5) if self.after.kind == "single" else (_cell(self.masked.x), _cell(self.masked.y))
         across, down = ((centre - middle).abs() <= self.side / 2 for middle in (x, y))  # (R,)
@@ -112,7 +112,7 @@ def evaluate(
 
 
 def _cell(place: float) -> float:
-    """The middle of the half, or of the whole, that a centre stands in."""
+    """Return the middle of the half, or of the whole, that a centre stands in."""
     return 0.5 if abs(place - 0.5) < 0.1 else 0.25 if place < 0.5 else 0.75
 
 

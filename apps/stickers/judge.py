@@ -67,7 +67,7 @@ class Reading:
 
 
 def moments(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns centres x, y and spreads of masks `(N, H, W)`, as fractions of the side; 0 where a mask is empty."""
+    """Return centres x, y and spreads of masks `(N, H, W)`, as fractions of the side; 0 where a mask is empty."""
     side = mask.shape[-1]
     place = (torch.arange(side, device=mask.device) + 0.5) / side  # (W,)
     mass = mask.sum((1, 2)).clamp(min=1e-6)  # (N,)
@@ -78,7 +78,7 @@ def moments(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def visible(difference: torch.Tensor) -> torch.Tensor:
-    """Returns how clearly each pixel differs from the background, in [0, 1]: `(N, 3, H, W)` to `(N, H, W)`."""
+    """Return how clearly each pixel differs from the background, in [0, 1]: `(N, 3, H, W)` to `(N, H, W)`."""
     return ((difference.square().sum(1).sqrt() - 0.08) / 0.25).clamp(0, 1)
 
 
@@ -114,7 +114,7 @@ def blurred(pictures: torch.Tensor, deviation: float) -> torch.Tensor:
 
 
 def emptiest_line(profile: torch.Tensor) -> torch.Tensor:
-    """Finds where to cut: `(N, side)` amounts on each line to `(N,)` the first line behind the cut."""
+    """Find where to cut: `(N, side)` amounts on each line to `(N,)` the first line behind the cut."""
     side = profile.shape[1]
     padded = functional.pad(profile, (1, 0))
     between = padded[:, 1:] + padded[:, :-1]  # (N, side): what lies on both sides of the line before each index
@@ -148,7 +148,7 @@ def cut(difference: torch.Tensor) -> torch.Tensor:
 
 
 def template_slopes(drawn: torch.Tensor) -> torch.Tensor:
-    """Returns how templates `(N, K, 3, h, w)` change along x, y and the logarithm of the size, `(N, K, 3, 3 h w)`."""
+    """Return how templates `(N, K, 3, h, w)` change along x, y and the logarithm of the size, `(N, K, 3, 3 h w)`."""
     down, across = torch.gradient(drawn, dim=(3, 4))  # (N, K, 3, h, w) a sample
     height, width = drawn.shape[-2:]
     x = torch.arange(width, device=drawn.device) - (width - 1) / 2  # (w,)
@@ -175,7 +175,7 @@ class Judge:
 
     @torch.inference_mode()
     def read(self, images: torch.Tensor | Sequence[Image.Image], batch_size: int = 8) -> list[Reading]:
-        """Reads images of any square size.
+        """Read images of any square size.
 
         Args:
             images: `(B, 3, H, W)` in [-1, 1], or B Pillow images.
@@ -202,14 +202,14 @@ class Judge:
         return (small.clamp(-1, 1) + 1) / 2
 
     def background(self, canvas: torch.Tensor) -> torch.Tensor:
-        """Reads the background colours of `(B, 3, H, W)` images in [0, 1]: `(B,)` indices."""
+        """Read the background colours of `(B, 3, H, W)` images in [0, 1]: `(B,)` indices."""
         edges = (canvas[..., 0], canvas[..., -1], canvas[..., 0, :], canvas[..., -1, :])
         border = torch.cat(edges, dim=-1).mT  # (B, 4 * side, 3)
         nearest = torch.cdist(border, self.colours.expand(len(border), -1, -1)).argmin(-1)  # (B, 4 * side)
         return functional.one_hot(nearest, len(self.colours)).sum(1).argmax(1)  # (B,)
 
     def _drawn(self, templates: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-        """Puts `(..., 4, 40, 40)` templates on the colours of `background` `(...)`, less these: `(..., 3, 40, 40)`."""
+        """Put `(..., 4, 40, 40)` templates on the colours of `background` `(...)`, less these: `(..., 3, 40, 40)`."""
         return templates[..., :3, :, :] - templates[..., 3:, :, :] * self.colours[background][..., None, None]
 
     def _standard_frame(self, background: int) -> tuple[torch.Tensor, ...]:
@@ -232,7 +232,7 @@ class Judge:
         return self._standard[background]
 
     def _candidates(self, parts: torch.Tensor, background: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Finds for each part the stickers that look most like it, and where they'd have to stand.
+        """Find for each part the stickers that look most like it, and where they'd have to stand.
 
         Args:
             parts: `(N, 3, 64, 64)` differences from the background, zero outside the part.
@@ -264,7 +264,7 @@ class Judge:
     def _refine(
         self, parts: torch.Tensor, background: torch.Tensor, chosen: torch.Tensor, places: torch.Tensor, steps: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Moves stickers to where they explain most, by Gauss-Newton steps on x, y and the logarithm of the size.
+        """Move stickers to where they explain most, by Gauss-Newton steps on x, y and the logarithm of the size.
 
         Args:
             parts: `(N, 3, 64, 64)`.
@@ -325,7 +325,7 @@ class Judge:
         gains: list[float],
         energies: list[float],
     ) -> Reading:
-        """Takes the layout that explains most, each sticker beyond the first at its price."""
+        """Take the layout that explains most, each sticker beyond the first at its price."""
         total = energies[first]
         if total < FAINT * 3 * CANVAS**2:
             return Reading(background, (), 0.0)
@@ -340,7 +340,7 @@ class Judge:
 
 
 def score(scene: Scene, reading: Reading) -> dict[str, bool]:
-    """Compares what was read with what was asked for.
+    """Compare what was read with what was asked for.
 
     Returns:
         "colour" (the background), and by the kind of scene

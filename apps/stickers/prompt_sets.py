@@ -91,7 +91,7 @@ def draw_requests(
 
 
 def sheet_requests(sheet: SpriteSheet, vocabulary: Sequence[str]) -> list[Request]:
-    """Picks the 64 fixed prompts of the contact sheet: 40 singles, 16 pairs, 8 counts, in plain words."""
+    """Pick the 64 fixed prompts of the contact sheet: 40 singles, 16 pairs, 8 counts, in plain words."""
     names = _endless(vocabulary)
     requests = []
     for i in range(SHEET_PROMPTS):

@@ -17,19 +17,19 @@ def _pixels_on(sheet: SpriteSheet, device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=4)
 def background_colours(device: torch.device | str = "cpu") -> torch.Tensor:
-    """Returns the colours of `BACKGROUNDS`, `(10, 3)` float32 in [0, 1]."""
+    """Return the colours of `BACKGROUNDS`, `(10, 3)` float32 in [0, 1]."""
     return torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32, device=device) / 255
 
 
 def premultiplied(pixels: torch.Tensor) -> torch.Tensor:
-    """Turns uint8 RGBA with straight alpha, `(N, 4, H, W)`, into float32 with premultiplied alpha in [0, 1]."""
+    """Turn uint8 RGBA with straight alpha, `(N, 4, H, W)`, into float32 with premultiplied alpha in [0, 1]."""
     values = pixels.float() / 255
     values[:, :3] *= values[:, 3:]
     return values
 
 
 def resampling_weights(start: torch.Tensor, length: torch.Tensor, source: int, target: int) -> torch.Tensor:
-    """Builds the matrices that draw `source` samples over a stretch of a line of `target` pixels.
+    """Build the matrices that draw `source` samples over a stretch of a line of `target` pixels.
 
     Each is a triangle filter: linear interpolation when enlarging, widened to the source's step when reducing, so
     that nothing aliases. Beyond the stretch the source counts as zero, so edges fade out over one pixel.
@@ -79,7 +79,7 @@ def draw_sprites(
 def render(
     scenes: Sequence[Scene], sheet: SpriteSheet, resolution: int = 128, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Renders scenes.
+    """Render scenes.
 
     Args:
         scenes: B scenes.

@@ -137,7 +137,7 @@ def is_held_out(name: str, colour: str, place: str) -> bool:
 
 
 def combinations(scene: Scene, sheet: SpriteSheet) -> list[tuple[str, str, str]]:
-    """Lists the (name, colour, place) combinations that a scene holds."""
+    """List the (name, colour, place) combinations that a scene holds."""
     colour = COLOURS[scene.background]
     if scene.kind == "pair" and scene.relation is not None:
         places: tuple[str, ...] = PLACES[scene.relation]
@@ -147,7 +147,7 @@ def combinations(scene: Scene, sheet: SpriteSheet) -> list[tuple[str, str, str]]
 
 
 def generator(seed: int, index: int) -> np.random.Generator:
-    """Returns the random generator of scene `index` of the endless series `seed`: a pure function of both."""
+    """Return the random generator of scene `index` of the endless series `seed`: a pure function of both."""
     return np.random.default_rng((seed, index))
 
 
@@ -185,7 +185,7 @@ class SceneSampler:
         self.mix = mix or SceneMix()
 
     def scene(self, seed: int, index: int) -> Scene:
-        """Returns scene `index` of the series `seed`; the same whatever was drawn before."""
+        """Return scene `index` of the series `seed`; the same whatever was drawn before."""
         return self.draw(generator(seed, index))
 
     def draw(self, rng: int | np.random.Generator) -> Scene:

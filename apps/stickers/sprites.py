@@ -37,7 +37,7 @@ class SpriteSheet:
         return len(self.names)
 
     def index(self, name: str) -> int:
-        """Returns the number of the sticker called `name`.
+        """Return the number of the sticker called `name`.
 
         Raises:
             KeyError: there is no such sticker; the message offers some that contain one of its words.
@@ -51,7 +51,7 @@ class SpriteSheet:
 
 @functools.cache
 def load_sprites() -> SpriteSheet:
-    """Decodes the shipped sheet (once a process; about 95 MB of memory)."""
+    """Decode the shipped sheet (once a process; about 95 MB of memory)."""
     table = json.loads((DATA / "names.json").read_text(encoding="ascii"))
     with Image.open(DATA / "sprites.webp") as image:
         sheet = np.asarray(image.convert("RGBA"))  # (rows * 128, 40 * 128, 4)

@@ -31,7 +31,7 @@ STARTER: tuple[str, ...] = tuple(
 
 
 def check(sheet: SpriteSheet, vocabulary: Sequence[str], threshold: float = 0.1) -> list[tuple[str, str, float]]:
-    """Lists what in a vocabulary is easily taken for something else.
+    """List what in a vocabulary is easily taken for something else.
 
     Args:
         sheet: all the stickers.
