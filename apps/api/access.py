@@ -9,7 +9,8 @@ from fastapi import Depends, HTTPException, Request
 from apps.api.messages import error_body
 from apps.api.tokens import Role, User
 from apps.service.compute_profiles import UnavailableError
-from apps.service.engine import Engine, UnknownModelError
+from apps.service.engine import Engine
+from apps.service.failures import UnknownModelError
 from apps.service.job_store import QueueFullError
 from apps.service.lora import LoraError
 from apps.service.requests import AnyRequest

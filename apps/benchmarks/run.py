@@ -28,7 +28,7 @@ from apps.benchmarks.next_scale import Asked, bench_kv, bench_search, bench_shor
 from apps.benchmarks.reference_var import bench_released
 from apps.benchmarks.runs import add_run, has_ratios
 from apps.environment import describe_machine
-from apps.service.engine import resolve_device
+from apps.service.devices import resolve_device
 from apps.service.usage import UsageError, checking
 from apps.service.writable import check_writable
 from dit.runtime.timing import measure

@@ -24,7 +24,9 @@ from apps.commands.options import (
 )
 from apps.commands.outputs import DEFAULT_OUTPUT, check_output, free_output, is_clip, picture_paths, save
 from apps.service.compute_profiles import PROFILES, check_request, memory_profiles
-from apps.service.engine import Engine, Event, Failed, ModelLoading, Picture, Step, resolve_device
+from apps.service.devices import resolve_device
+from apps.service.engine import Engine
+from apps.service.events import Event, Failed, ModelLoading, Picture, Step
 from apps.service.logs import no_repetition
 from apps.service.lora import one_lora
 from apps.service.metadata import PictureSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from apps.service.engine import resolve_device, resolve_dtype
+from apps.service.devices import resolve_device, resolve_dtype
 from apps.service.logs import no_loading_bars
 from apps.service.model_pool import check_sources
 from apps.service.usage import checking

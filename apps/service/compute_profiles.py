@@ -31,7 +31,7 @@ class UnavailableError(RequestError):
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class MemoryProfile:
     """What a memory profile does.
 
     Attributes:
@@ -43,11 +43,11 @@ class Profile:
     tiles: bool = False
 
 
-PROFILES: dict[MemoryName, Profile] = {
-    "fast": Profile(),
-    "tiles": Profile(tiles=True),
-    "balanced": Profile(offload="model"),
-    "low": Profile(offload="sequential", tiles=True),
+PROFILES: dict[MemoryName, MemoryProfile] = {
+    "fast": MemoryProfile(),
+    "tiles": MemoryProfile(tiles=True),
+    "balanced": MemoryProfile(offload="model"),
+    "low": MemoryProfile(offload="sequential", tiles=True),
 }
 """From fast to frugal: everything resident; the same with a decoder that works in tiles; one component on the device at
 a time; each layer when it runs, and tiles."""

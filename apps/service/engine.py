@@ -19,13 +19,14 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from apps.service.compute_profiles import LoadOptions, check_request, load_options_of
 from apps.service.devices import resolve_device, resolve_dtype
-from apps.service.events import Done, Event, EventStream, Failed, ModelLoading, Picture, Queued, Step, Stopped
+from apps.service.events import Done, Event, EventStream, Failed, ModelLoading, Queued, Stopped
 from apps.service.failures import ModelFailedError, UnknownModelError, failure_of
 from apps.service.inference import CancelSignals, StopRequestedError
 from apps.service.job_runner import QueuedJob, WorkerContext, run_job
@@ -36,28 +37,12 @@ from apps.service.logs import no_loading_bars
 from apps.service.lora import resolve_lora
 from apps.service.model_pool import LoadedModel, ModelPool, Pipeline, tasks_on_disk
 from apps.service.option_values import Lora
-from apps.service.requests import AnyRequest, TextToImageRequest
+from apps.service.requests import AnyRequest
 from apps.service.stored_images import state_folder, stored_picture_event
 from apps.service.uploads import UploadStore
 from apps.service.worker_state import Health, Worker, problems
 from pipelines.loading.memory import is_out_of_memory, release
 from pipelines.loading.offload import check_offload
-
-__all__ = [
-    "Done",
-    "Engine",
-    "Event",
-    "Failed",
-    "ModelLoading",
-    "Picture",
-    "Queued",
-    "Step",
-    "Stopped",
-    "TextToImageRequest",
-    "UnknownModelError",
-    "resolve_device",
-    "resolve_dtype",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +103,8 @@ class Engine:
         self.devices = tuple(names)
         self.output_dir = output_dir
         self._loras = dict(loras or {})
-        shelves = [
-            ModelPool(models, _loader(self, name, load), self.limits.loaded_models, one)
+        pools = [
+            ModelPool(models, partial(self._load, load, name), self.limits.loaded_models, one)
             for name, one in zip(names, setups, strict=True)
         ]
         state = state_folder(output_dir)
@@ -127,7 +112,7 @@ class Engine:
         self.uploads = UploadStore(None if state is None else state / "uploads", self._store)
         self._devices = [
             _Device(WorkerContext(name, one.dtype, self._store, self.uploads, output_dir, self._loras), pool)
-            for name, one, pool in zip(names, setups, shelves, strict=True)
+            for name, one, pool in zip(names, setups, pools, strict=True)
         ]
         self._live: dict[str, LiveJob] = {}
         self._failed: dict[str, Failed] = {}  # the newest, with their causes, which the record doesn't keep
@@ -209,13 +194,7 @@ class Engine:
         """
         key = self.models[0] if request.model is None else request.model
         if key not in self.models:
-            raise UnknownModelError(
-                "choice",
-                f"There is no such model here; choose among {', '.join(self.models)}.",
-                field="model",
-                value=key,
-                choices=", ".join(self.models),
-            )
+            raise UnknownModelError(key, self.models)
         check_request(request, self.devices)
         for name in (getattr(request, "image", None), getattr(request, "mask", None)):
             if name is not None:
@@ -607,6 +586,9 @@ class Engine:
         if job is not None:
             self._live[stored.id] = job
 
+    def _load(self, load: Callable[[str], Pipeline] | None, device: str, source: str, options: LoadOptions) -> Pipeline:
+        return self._load_pipeline(source, device, options) if load is None else load(source)
+
     def _load_pipeline(self, source: str, device: str, load_options: LoadOptions) -> Pipeline:
         # Here and not above: diffusers and transformers take seconds to import, and a server should answer before.
         from pipelines import load_pipeline
@@ -616,11 +598,3 @@ class Engine:
             return load_pipeline(
                 source, device=device, dtype=load_options.dtype, offload=load_options.offload, base=base
             )
-
-
-def _loader(
-    engine: Engine, device: str, load: Callable[[str], Pipeline] | None
-) -> Callable[[str, LoadOptions], Pipeline]:
-    if load is not None:
-        return lambda source, load_options: load(source)
-    return lambda source, load_options: engine._load_pipeline(source, device, load_options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Sequence
 
 from apps.service.events import Failed
 from apps.service.job_store import QueueFullError, StoreError
@@ -14,7 +15,17 @@ logger = logging.getLogger(__name__)
 
 
 class UnknownModelError(RequestError):
-    """A request names a model that is not offered."""
+    """A request names a model that is not offered.
+
+    Args:
+        key: the name.
+        models: those that are.
+    """
+
+    def __init__(self, key: str, models: Sequence[str]) -> None:
+        names = ", ".join(models)
+        message = f"There is no such model here; choose among {names}."
+        super().__init__("choice", message, field="model", value=key, choices=names)
 
 
 class ModelFailedError(Exception):

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 import pipelines
-from apps.service.engine import Engine, Picture
+from apps.service.engine import Engine
+from apps.service.events import Picture
 from apps.service.requests import NextScaleTextRequest
 from apps.stickers.captions import caption
 from apps.stickers.judge import Judge, score

@@ -9,7 +9,8 @@ from PIL import Image
 from apps import cli
 from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
-from apps.service.engine import Done, Engine, Failed, Picture
+from apps.service.engine import Engine
+from apps.service.events import Done, Failed, Picture
 from apps.service.metadata import read_picture
 from apps.service.requests import ClassToImageRequest
 from pipelines import load_pipeline

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from apps import cli
-from apps.service.engine import Done, Engine, Failed, Picture, Step, Stopped, TextToImageRequest
+from apps.service.engine import Engine
+from apps.service.events import Done, Failed, Picture, Step, Stopped
 from apps.service.media import read_mp4
 from apps.service.metadata import read_picture
+from apps.service.requests import TextToImageRequest
 from pipelines import load_pipeline
 from pipelines.previews import preview
 from tests.families.tiny import tiny_call

@@ -15,7 +15,9 @@ import faulthandler
 faulthandler.dump_traceback_later(150, exit=True)
 import json, logging, resource, sys
 import psutil, torch
-from apps.service.engine import Done, Engine, Failed, TextToImageRequest
+from apps.service.engine import Engine
+from apps.service.requests import TextToImageRequest
+from apps.service.events import Done, Failed
 from pipelines import load_pipeline
 from pipelines.loading.memory import NotEnoughMemoryError
 from pipelines.loading.weight_files import read_header

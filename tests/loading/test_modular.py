@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from apps import cli
-from apps.service.engine import Done, Engine, Failed, Picture, Step, Stopped, TextToImageRequest
+from apps.service.engine import Engine
+from apps.service.events import Done, Failed, Picture, Step, Stopped
 from apps.service.media import read_mp4
 from apps.service.metadata import read_picture
-from apps.service.requests import ImageToImageRequest, InpaintRequest
+from apps.service.requests import ImageToImageRequest, InpaintRequest, TextToImageRequest
 from pipelines import load_pipeline
 from pipelines.info.inspection import info_of, pipelines_by_task, tasks_in
 from pipelines.info.modular_call import ModularCall

@@ -9,7 +9,9 @@ import threading
 import pytest
 import torch
 
-from apps.service.engine import Done, Engine, Step, Stopped, TextToImageRequest
+from apps.service.engine import Engine
+from apps.service.events import Done, Step, Stopped
+from apps.service.requests import TextToImageRequest
 from dit.tokenizers import vit_autoencoder
 from pipelines import load_pipeline
 from pipelines.info.fingerprint import fingerprint

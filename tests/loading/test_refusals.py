@@ -341,7 +341,9 @@ def test_every_way_of_running_out_of_memory_is_known():
 
 
 def test_the_engine_tells_why_a_model_did_not_load(saved, monkeypatch):
-    from apps.service.engine import Engine, Failed, TextToImageRequest
+    from apps.service.engine import Engine
+    from apps.service.events import Failed
+    from apps.service.requests import TextToImageRequest
 
     engine = Engine({"tiny": str(saved)}, device="cpu")
     monkeypatch.setattr(memory, "free_memory", lambda device: 50_000)

@@ -11,8 +11,9 @@ import threading
 import time
 from pathlib import Path
 
-from apps.service.engine import Engine, TextToImageRequest
+from apps.service.engine import Engine
 from apps.service.limits import ServerLimits
+from apps.service.requests import TextToImageRequest
 from tests.studio.fakes import FakePipeline
 
 JOBS, PICTURES, STEPS = 4, 3, 3

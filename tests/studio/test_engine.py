@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apps.service.engine import Done, Engine, Failed, ModelLoading, Picture, Queued, Step, Stopped, TextToImageRequest
+from apps.service.engine import Engine
+from apps.service.events import Done, Failed, ModelLoading, Picture, Queued, Step, Stopped
 from apps.service.limits import ServerLimits
 from apps.service.metadata import read_picture
+from apps.service.requests import TextToImageRequest
 from tests.studio.fakes import FakePipeline, ForeignPipeline
 
 

@@ -15,13 +15,14 @@ from pydantic import ValidationError
 from apps.api.messages import event_message, picture_row, server_sent
 from apps.commands.generate import report as tell
 from apps.service.acceleration import accelerated, reports_on
-from apps.service.engine import Engine, Picture, TextToImageRequest
+from apps.service.engine import Engine
+from apps.service.events import Picture
 from apps.service.job_store import JobStore, StoredPicture
 from apps.service.metadata import read_picture, request_from_settings
 from apps.service.option_values import Acceleration, StepCache
 from apps.service.reports import TEXTS, report_text
 from apps.service.request_error import RequestError
-from apps.service.requests import NextScaleTextRequest, explain
+from apps.service.requests import NextScaleTextRequest, TextToImageRequest, explain
 from apps.studio.problems import explain as page_explain
 from apps.studio.strings import Strings, languages
 from apps.studio.views import details

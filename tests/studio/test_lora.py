@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
 from apps.service import engine as engine_module
-from apps.service.engine import Engine, Failed, Picture, TextToImageRequest
+from apps.service.engine import Engine
+from apps.service.events import Failed, Picture
 from apps.service.lora import LoraError, find_loras
 from apps.service.metadata import read_picture, request_from_settings
 from apps.service.option_values import Lora
+from apps.service.requests import TextToImageRequest
 from apps.studio.album import Shown
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.problems import PLACE

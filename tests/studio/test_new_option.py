@@ -33,7 +33,8 @@ from apps.cli import main
 from apps.commands.batch import read_lines
 from apps.commands.given_options import make_options
 from apps.commands.options import complete, asked
-from apps.service.engine import Done, Engine
+from apps.service.engine import Engine
+from apps.service.events import Done
 from apps.service.events import Picture
 from apps.service.grid import Axis, plan, read_axis
 from apps.service.metadata import read_picture, request_from_settings

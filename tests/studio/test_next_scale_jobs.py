@@ -12,8 +12,8 @@ from PIL import Image
 from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
 from apps.service import engine as engine_module
-from apps.service.engine import Done, Engine
-from apps.service.events import Picture
+from apps.service.engine import Engine
+from apps.service.events import Done, Picture
 from apps.service.metadata import parse, read_picture
 from apps.service.requests import NextScaleClassRequest, NextScaleTextRequest
 from pipelines import load_pipeline

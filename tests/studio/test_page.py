@@ -17,7 +17,8 @@ from PIL import Image
 
 from apps.commands.serve import check_host, check_port
 from apps.service import limits
-from apps.service.engine import Done, Engine
+from apps.service.engine import Engine
+from apps.service.events import Done
 from apps.service.grid import Axis, Filled, compose, plan, read_axis
 from apps.service.metadata import parse, save_picture
 from apps.service.model_pool import inspect_model

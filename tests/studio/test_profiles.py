@@ -24,11 +24,13 @@ from apps.service.compute_profiles import (
     load_options_of,
     memory_profiles,
 )
-from apps.service.engine import Done, Engine, Failed, Picture, TextToImageRequest
+from apps.service.engine import Engine
+from apps.service.events import Done, Failed, Picture
 from apps.service.grid import plan, read_axis
 from apps.service.metadata import read_picture, request_from_settings, save_picture
 from apps.service.option_values import Acceleration
 from apps.service.request_error import RequestError
+from apps.service.requests import TextToImageRequest
 from apps.studio.forms import form_to_request, settings_to_form
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.panels import memory_note

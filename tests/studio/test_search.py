@@ -9,7 +9,8 @@ from PIL import Image
 
 from apps.commands.generate import run
 from apps.commands.given_options import make_options
-from apps.service.engine import Engine, Picture, Step
+from apps.service.engine import Engine
+from apps.service.events import Picture, Step
 from apps.service.media import candidate_sheet
 from apps.service.metadata import read_picture
 from apps.service.requests import REQUEST

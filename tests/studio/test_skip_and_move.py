@@ -6,8 +6,10 @@ import threading
 
 import pytest
 
-from apps.service.engine import Done, Engine, Picture, Queued, Step, TextToImageRequest
+from apps.service.engine import Engine
+from apps.service.events import Done, Picture, Queued, Step
 from apps.service.job_store import JobStore
+from apps.service.requests import TextToImageRequest
 from tests.studio.fakes import FakePipeline, ForeignPipeline
 
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from apps.service.engine import Done, Engine, Failed, Picture, Step, Stopped, TextToImageRequest
+from apps.service.engine import Engine
+from apps.service.events import Done, Failed, Picture, Step, Stopped
 from apps.service.job_store import JobStore, StoredPicture, StoreInUseError
 from apps.service.limits import ServerLimits
 from apps.service.metadata import read_picture, request_from_settings
+from apps.service.requests import TextToImageRequest
 from tests.studio.fakes import FakePipeline
 from tests.studio.killed import JOBS, PICTURES, STEPS
 
