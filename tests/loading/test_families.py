@@ -168,7 +168,7 @@ def test_wishes_that_would_be_ignored_are_refused(family, engine):
         reason = "negative prompt"
     elif family in PICTURES:
         failed = list(engine.generate(ask(family, frames=9)))[-1]
-        reason = "pictures, not clips"
+        reason = "not clips"
     else:
         pytest.skip("a clip takes all of it")
     assert isinstance(failed, Failed)

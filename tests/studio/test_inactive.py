@@ -85,12 +85,12 @@ def test_a_step_cache_that_skips_says_how_many(engine, caplog):
 
 
 def test_steps_that_cannot_be_found_are_the_reason(engine, monkeypatch):
-    from sampling import resolve
+    from sampling import step_tracker
 
     def unknown(*given, **more):
-        raise resolve._Unknown("the timestep is not in the scheduler's table")
+        raise step_tracker._StepNotFound("the timestep is not in the scheduler's table")
 
-    monkeypatch.setattr(resolve.StepTracker, "_resolve", unknown)
+    monkeypatch.setattr(step_tracker.StepTracker, "_resolve", unknown)
     _, picture = painted(engine, step_cache=StepCache(preset="taylorseer", amount=3))
     assert "not in the scheduler's table" in picture.report
 
