@@ -156,20 +156,29 @@ SERVED = (
 how the process was started."""
 
 
+def _refuse_unserved(config: AccelerationConfig) -> None:
+    """Refuse parts that a request may not have, and names of files.
+
+    Raises:
+        RequestError: it names them.
+    """
+    refused = sorted({*config.files(), *(set(config.parts) - set(SERVED))})
+    if refused:
+        choices = ", ".join(SERVED)
+        raise RequestError(
+            "acceleration.part",
+            f"a request can't have {', '.join(refused)}; it can have {choices}, without names of files.",
+            names=", ".join(refused),
+            choices=choices,
+        )
+
+
 class Acceleration(AccelerationConfig):
     """Ways to be faster as one value, as far as a request may ask for them: no files, nothing of the process."""
 
     @model_validator(mode="after")
     def _check_served(self) -> Self:
-        refused = sorted({*self.files(), *(set(self.parts) - set(SERVED))})
-        if refused:
-            raise RequestError(
-                "acceleration.part",
-                f"acceleration: a request can't have {', '.join(refused)}; it can have {', '.join(SERVED)}, "
-                "without names of files.",
-                names=", ".join(refused),
-                choices=", ".join(SERVED),
-            )
+        _refuse_unserved(self)
         return self
 
     @model_serializer
@@ -194,6 +203,7 @@ class Acceleration(AccelerationConfig):
                 f'acceleration: {error}; write a JSON object such as {{"step_cache": "budget=0.35"}}.',
             ) from error
         try:
+            _refuse_unserved(AccelerationConfig.from_dict(values))
             return cls.from_dict(values)
         except AccelerationError as error:
             raise RequestError("acceleration", f"acceleration: {error}", cause=error) from error

@@ -112,7 +112,7 @@ class BaseRequest(SharedOptions, RunOptions):
         return self if self.seed is not None else self.model_copy(update={"seed": secrets.randbelow(2**32)})
 
 
-class DenoisingRequest(DenoisingOptions, BaseRequest):
+class DenoisingRequest(BaseRequest, DenoisingOptions):
     """What all tasks with a denoising loop share."""
 
     @model_validator(mode="after")

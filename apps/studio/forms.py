@@ -14,7 +14,7 @@ from apps.service.metadata import PictureSettings
 from apps.service.model_pool import LoadedModel
 from apps.service.option_values import Lora, StepCache
 from apps.service.request_error import RequestError
-from apps.service.requests import TASKS, AnyRequest
+from apps.service.requests import OPTIONS, SHORT_FOR, TASKS, AnyRequest
 from apps.service.uploads import UploadError, read_upload
 from apps.studio import controls
 from apps.studio.page_values import PageError, Values, filled
@@ -43,7 +43,16 @@ def form_to_request(values: Values, tasks: tuple[str, ...], overrides: Mapping[s
     kind = TASKS[task]
     fields = {**controls.to_fields(values, (*controls.SHARED, *tab.places)), **_composed(values), **tab.fields(values)}
     known = {name: value for name, value in fields.items() if name in kind.model_fields}
+    known |= dict.fromkeys(_decided_by_acceleration(known) & known.keys())
     return kind.model_validate({**known, **(overrides or {})})
+
+
+def _decided_by_acceleration(fields: Mapping[str, Any]) -> set[str]:
+    """Return the options that a part of the acceleration decides, of those whose controls always hold a value."""
+    parts = getattr(fields.get("acceleration"), "parts", {})
+    keeps_all = fields.get("kv_policy") in (None, OPTIONS["kv_policy"].option.idle)
+    decided = {"few_step": {"steps", "guidance"}, "kv_cache": set(SHORT_FOR["kv_cache"]) if keeps_all else set()}
+    return set().union(*(names for part, names in decided.items() if part in parts))
 
 
 def _composed(values: Values) -> dict[str, Any]:

@@ -23,10 +23,12 @@ from apps.service.option_values import Acceleration, StepCache
 from apps.service.reports import TEXTS, report_text
 from apps.service.request_error import RequestError
 from apps.service.requests import NextScaleTextRequest, TextToImageRequest, explain
+from apps.studio.forms import form_to_request
 from apps.studio.problems import explain as page_explain
 from apps.studio.strings import Strings, languages
 from apps.studio.views import details
 from tests.families.tiny import tiny_call, tiny_pipeline
+from tests.studio.test_page import PAGE
 
 ASK = {"prompt": "a red apple", "steps": 4, "seed": 5, "width": 64, "height": 64}
 
@@ -194,3 +196,14 @@ def test_what_a_request_can_not_accelerate_is_refused(asked, word):
     assert "/etc" not in explain(caught.value)
     for language in languages():
         assert page_explain(caught.value, Strings(language))
+
+
+def test_the_page_leaves_out_what_its_acceleration_decides():
+    page = {**PAGE, "mode": "scales", "acceleration": '{"kv_cache": {"policy": "scalekv", "budget": 0.2}}'}
+    request = form_to_request(page, ("next_scale_text",))
+    assert (request.kv_policy, request.kv_budget, request.kv_dtype) == (None, None, None)
+    assert request.acceleration.kv_cache.policy == "scalekv"
+    with pytest.raises(ValueError, match="kv_policy"):  # somebody chose another one
+        form_to_request({**page, "kv_policy": "window"}, ("next_scale_text",))
+    few = form_to_request({**PAGE, "acceleration": '{"few_step": "flux-hyper"}'}, ("text_to_image",))
+    assert (few.steps, few.guidance) == (None, None)  # of the preset

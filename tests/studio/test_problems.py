@@ -87,7 +87,7 @@ def _raised() -> dict[str, set[str]]:
     for path in Path(apps.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
-            if name in NAMES_OF_ERRORS and len(node.args) == 2:
+            if name in NAMES_OF_ERRORS and len(node.args) == 2 and not isinstance(node.args[0], ast.Name):
                 first = node.args[0]
                 keys = [first.body, first.orelse] if isinstance(first, ast.IfExp) else [first]
                 for key in keys:

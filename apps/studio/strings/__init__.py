@@ -44,7 +44,8 @@ class Strings:
 
     def refusal(self, error: AccelerationError) -> str:
         """Return why an acceleration is refused."""
-        return render(error.key, error.values, self._report_texts())
+        text = render(error.key, error.values, self._report_texts())
+        return text[:1].upper() + text[1:]
 
     def _report_texts(self) -> Mapping[str, str]:
         """Return the sentences of `apps.service.reports`; English stands there."""
