@@ -1,7 +1,7 @@
 """What a request leaves open, resolved in one place: by its preset, by the option's default, by the model's.
 
 The prompt is put into its style here too. Data type and offload are not options of a call but of how a model is loaded,
-see `apps.service.compute_profiles.setup_of`.
+see `apps.service.compute_profiles.load_options_of`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The models a server offers: loaded on first use, one after another, the least recently used one put back.
 
-Callers name a model by its key in a list that the server's owner wrote; where it comes from stays with the shelf.
+Callers name a model by its key in a list that the server's owner wrote; where it comes from stays with the pool.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LoadedModel(PipelineInfo):
     Its `tasks` are those of all of them; whatever else `PipelineInfo` says is of the first.
 
     Attributes:
-        key: its name on the shelf.
+        key: its name in the server's list.
         pipes: the pipeline of each task; they share their weights.
         infos: what each of them is and can do, by task.
         fingerprint: hash of structure and weights, 16 hex digits.
@@ -130,7 +130,7 @@ class ModelPool:
             load_options: what it is loaded for; None is the usual.
 
         Raises:
-            KeyError: not on the shelf.
+            KeyError: not in the server's list.
         """
         if key not in self._sources:
             raise KeyError(key)
@@ -226,7 +226,7 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
     """Find out what a pipeline is and can do, and which others work on its weights.
 
     Args:
-        key: its name on the shelf.
+        key: its name in the server's list.
         pipe: a pipeline of ours or of diffusers.
 
     Raises:
