@@ -246,7 +246,7 @@ def _add_read_routes(app: FastAPI) -> None:
     def clip(job_id: JobId, place: Place, user: Viewer, engine: ServerEngine) -> FileResponse:
         path = _file(engine, user, job_id, place).with_suffix(".mp4")
         if not limits.inside(path, path.parent).is_file():
-            raise HTTPException(404, error_body("not_found", "There is no clip of this picture."))
+            raise HTTPException(404, error_body("not_found", "There is no clip of this image."))
         return FileResponse(path, media_type="video/mp4")
 
 
@@ -259,10 +259,10 @@ def _file(engine: Engine, user: User, job_id: str, place: int) -> Path:
     _job(engine, user, job_id)
     found = next((one for one in engine.pictures(job_id) if one.place == place), None)
     if found is None or engine.output_dir is None:
-        raise HTTPException(404, error_body("not_found", "There is no such picture."))
+        raise HTTPException(404, error_body("not_found", "There is no such image."))
     path = limits.inside(engine.output_dir / found.name, engine.output_dir)
     if not path.is_file():
-        raise HTTPException(410, error_body("gone", "The picture's file has been removed."))
+        raise HTTPException(410, error_body("gone", "The image's file has been removed."))
     return path
 
 

@@ -367,9 +367,9 @@ def show(report: Report, console: Console) -> None:
             table.add_row(title, metric, _percent(found[metric]), colour, *limits)
     console.print(table)
     mean, pooled = (report.autoencoder[name] for name in ("psnr_in_boxes", "psnr_in_boxes_pooled"))
-    console.print(f"autoencoder: {mean:.2f} dB inside sticker boxes (mean over pictures; {pooled:.2f} dB pooled)")
+    console.print(f"autoencoder: {mean:.2f} dB inside sticker boxes (mean over images; {pooled:.2f} dB pooled)")
     if report.seconds_per_picture is not None:
-        console.print(f"painting: {report.seconds_per_picture:.3f} s a picture on {report.machine['device']}")
+        console.print(f"generation: {report.seconds_per_picture:.3f} s an image on {report.machine['device']}")
 
 
 def _resolution(pipe: Any) -> int:

@@ -266,8 +266,8 @@ def _which(event: Step) -> str:
     if event.pictures == 1:
         return ""
     if event.batch == 1:
-        return f" (picture {event.picture} of {event.pictures})"
-    return f" (pictures {event.picture} to {event.last} of {event.pictures})"
+        return f" (image {event.picture} of {event.pictures})"
+    return f" (images {event.picture} to {event.last} of {event.pictures})"
 
 
 def report(written: list[tuple[list[Path], Picture]], json_output: bool) -> None:

@@ -18,6 +18,8 @@ from apps.service.panels import COUNT, EDITING, FILES, OUTPUT, PROMPT, SAMPLING,
 
 PANELS = ("", PROMPT, FILES, COUNT, SAMPLING, SCALES, EDITING, SPEED, OUTPUT)
 """Panels of the help, in order; the argument stands in none."""
+MOST_SHOWN = 10_000
+"""Bounds beyond this are no help."""
 
 
 def generate(
@@ -165,7 +167,9 @@ def _accepted(one: DeclaredOption) -> str:
     """Say what an option takes; requests check it, so that it is refused with one message everywhere."""
     if one.choices and one.choices[0] not in one.option.help:
         return f" ({', '.join(one.choices)})"
-    return "" if one.low is None or one.high is None else f" ({one.low:g} to {one.high:g})"
+    if one.high is None or one.high > MOST_SHOWN:
+        return ""
+    return f" (up to {one.high:g})" if one.low is None else f" ({one.low:g} to {one.high:g})"
 
 
 def _panel(one: inspect.Parameter) -> str:

@@ -100,7 +100,7 @@ def complete(values: dict[str, Any], prompt: str | None, task: str) -> AnyReques
         UsageError: a field is missing, out of range, or one that the task doesn't have.
     """
     if prompt is None:
-        raise UsageError("There is nothing to generate: give a prompt, or --settings with a picture.")
+        raise UsageError("There is nothing to generate: give a prompt, or --settings with an image.")
     subject = {"label": as_label(prompt)} if task in ("class_to_image", "next_scale_class") else {"prompt": prompt}
     try:
         return REQUEST.validate_python({"seed": DEFAULT_SEED, **values, **subject, "task": task})

@@ -24,7 +24,7 @@ NO_VAE = (
 )
 SHIFT_ZERO = (
     "read from diffusers' layout: the timestep frequencies are those of the released DiT (10000^(-i/128), "
-    "shift 0); diffusers' own class uses 10000^(-i/127), so its pictures differ"
+    "shift 0); diffusers' own class uses 10000^(-i/127), so its images differ"
 )
 
 

@@ -58,7 +58,7 @@ def import_checkpoint(
     check_new_folder(output)
     if vae is None and (checkpoint.is_dir() or layouts.TRAINER_TOKENIZER not in trainer_parts(checkpoint)):
         raise UsageError(
-            f"{checkpoint.name} holds no tokenizer of pictures: pass --vae infinity_vae_d32_reg.pth (or the one that "
+            f"{checkpoint.name} holds no image tokenizer: pass --vae infinity_vae_d32_reg.pth (or the one that "
             "belongs to your transformer)"
         )
     scales = layouts.square_scales(resolution)
@@ -120,4 +120,4 @@ def export(source: Path, output: Path, dtype: str = "auto") -> tuple[ModelMixin,
     if not model.config.bitwise:
         raise UsageError(f"{source} predicts entries of a codebook, which no Infinity does; use --family var")
     write_state(layouts.transformer_to_official(model), output)
-    return model, [f"the tokenizer of pictures is exported from {source / 'vae'} in the same way"]
+    return model, [f"the image tokenizer is exported from {source / 'vae'} in the same way"]

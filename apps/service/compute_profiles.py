@@ -81,8 +81,10 @@ def check_request(request: AnyRequest, devices: Sequence[str]) -> None:
     for device in devices:
         if request.memory is not None:
             _refuse("memory profile", "memory", request.memory, memory_profiles(device))
-        if request.attention is not None:
-            _refuse("attention backend", "attention", request.attention, attention_backends(device))
+        part = None if request.acceleration is None else request.acceleration.attention
+        backend = request.attention if part is None else part.backend
+        if backend is not None:
+            _refuse("attention backend", "attention", backend, attention_backends(device))
 
 
 def _refuse(what: str, field: str, name: str, found: dict[str, str]) -> None:

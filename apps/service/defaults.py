@@ -34,12 +34,14 @@ def resolve_defaults(request: AnyRequest, model: LoadedModel, uploads: UploadSto
     accepted = model.accepts(request.task)
     fields = type(request).model_fields
     values: dict[str, Any] = {"model": model.key, "style": None, "preset": None}
+    decided = {name for part in _parts(request) for name in SHORT_FOR.get(part, ())}
+    if "few_step" in _parts(request):
+        decided.add("step_cache")  # which a few-step preset can't have
     # 1. the preset, for what the request doesn't say itself
     if request.preset is not None:
-        preset = preset_values(request.preset, fields)
+        preset = {n: value for n, value in preset_values(request.preset, fields).items() if n not in decided}
         request = request.model_copy(update={n: value for n, value in preset.items() if getattr(request, n) is None})
     # 2. the default of the option, else of the model; not of what a part of its acceleration decides
-    decided = {name for part in _parts(request) for name in SHORT_FOR.get(part, ())}
     for name in fields:
         if getattr(request, name) is None and name not in decided:
             values[name] = default_of(name, model, accepted)

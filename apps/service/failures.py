@@ -58,7 +58,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _FAILURES: tuple[tuple[type[Exception], str, str], ...] = (
     (QueueFullError, "queue_full", ""),
     (UnknownModelError, "unknown_model", ""),
-    (TimeoutError, "too_slow", "This took longer than the server allows; ask for fewer or smaller pictures."),
+    (TimeoutError, "too_slow", "This took longer than the server allows; ask for fewer or smaller images."),
     (ImportError, "missing_extra", ""),  # of an optional package, and it says which
     (ValueError, "bad_request", ""),  # a pipeline's check of its arguments, written for people
 )

@@ -150,7 +150,7 @@ def output_folder(folder: Path) -> Path:
         if broad.is_relative_to(real):
             raise ValueError(
                 f"{folder} is too broad for an output folder: the studio would show all of it. "
-                f"Choose a folder for pictures alone, such as {folder / 'outputs'}."
+                f"Choose a folder for images alone, such as {folder / 'outputs'}."
             )
     real.mkdir(parents=True, exist_ok=True)
     return real

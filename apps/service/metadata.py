@@ -96,7 +96,12 @@ class PictureSettings(NextScaleOptions, ClipOptions, StepOptions, SharedOptions)
             return data
         changed: dict[str, Any] = {"schema_version": 4}
         guidance = data.get("guidance")
-        if data.get("task") == "next_scale_class" and isinstance(guidance, int | float) and guidance >= 0:
+        if (
+            data.get("task") == "next_scale_class"
+            and isinstance(guidance, int | float)
+            and not isinstance(guidance, bool)
+            and guidance >= 0
+        ):
             changed["guidance"] = guidance + 1
         return {**data, **changed}
 
@@ -231,7 +236,7 @@ def read_picture(path: Path) -> PictureSettings:
             text = image.info.get(CHUNK) if image.format == "PNG" else image.getexif().get(DESCRIPTION)
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's three ways to say "no PNG"
         raise MetadataError(
-            "settings.form", f"{path.name!r} is not a readable PNG or WebP picture.", file=path.name
+            "settings.form", f"{path.name!r} is not a readable PNG or WebP image.", file=path.name
         ) from error
     except Image.DecompressionBombError as error:
         raise MetadataError(

@@ -238,7 +238,7 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
     pipes = pipelines_by_task(pipe)
     if not pipes:
         raise ValueError(
-            f"{type(pipe).__name__} takes neither a prompt nor a class; the model {key!r} can't be asked for a picture."
+            f"{type(pipe).__name__} takes neither a prompt nor a class; the model {key!r} can't be asked for an image."
         )
     infos = {id(one): info_of(one) for one in pipes.values()}
     for one in pipes.values():

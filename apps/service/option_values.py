@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 
 from apps.service.request_error import RequestError
 from pipelines.acceleration.config import AccelerationConfig
-from pipelines.acceleration.parts import MAIN_PARAMETERS
+from pipelines.acceleration.parts import MAIN_PARAMETERS, StepCachePart
 from pipelines.acceleration.texts import AccelerationError
 
 ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -70,7 +71,9 @@ class StepCache(BaseModel):
     @classmethod
     def text_of(cls, parts: Mapping[str, Any]) -> str:
         """Write parts of any kind as the text that `from_text` reads, or refuses."""
-        preset, amount = str(parts.get("preset")), parts.get("amount")
+        preset, amount = parts.get("preset"), parts.get("amount")
+        if not isinstance(preset, str):
+            raise ValueError("a step cache needs the name of a preset")
         return preset if amount is None else f"{preset}:{MAIN_PARAMETERS.get(preset, 'amount')}={amount}"
 
 
@@ -142,18 +145,10 @@ class Expand(BaseModel):
         return ",".join(f"{side}={share}" for side, share in parts.items())
 
 
-SERVED = (
-    "few_step",
-    "attention",
-    "step_cache",
-    "guidance_cache",
-    "kv_cache",
-    "next_scale",
-    "decoder_tiling",
-    "compile",
-)
+SERVED = ("few_step", "attention", "step_cache", "guidance_cache", "kv_cache", "next_scale", "decoder_tiling")
 """Parts of an acceleration that a request may have. Offload belongs to how a model is loaded (`memory`), parallelism to
-how the process was started."""
+how the process was started, and compiling can't be stopped and changes the whole process."""
+BACKEND_NAME = re.compile(r"[a-z0-9_]{1,40}")
 
 
 def _refuse_unserved(config: AccelerationConfig) -> None:
@@ -171,6 +166,37 @@ def _refuse_unserved(config: AccelerationConfig) -> None:
             names=", ".join(refused),
             choices=choices,
         )
+    if config.attention is not None and BACKEND_NAME.fullmatch(config.attention.backend) is None:
+        raise RequestError("form", "acceleration.attention is no name of a backend.", field="attention", value="")
+    if config.step_cache is not None:
+        _check_step_cache(config.step_cache)
+
+
+def _check_step_cache(part: StepCachePart) -> None:
+    """Refuse what a request may not set: patterns, ratios and the like can cost any time, and types differ by preset.
+
+    Raises:
+        RequestError: another preset or parameter than those that anybody can use, or a value out of range.
+    """
+    main = MAIN_PARAMETERS.get(part.preset)
+    if main is None or set(part.params) - {main}:
+        offered = ", ".join(f"{name} ({key})" for name, key in MAIN_PARAMETERS.items())
+        raise RequestError(
+            "acceleration.step_cache",
+            f"acceleration.step_cache: a request can have a preset with its main parameter alone: {offered}.",
+            choices=offered,
+        )
+    if main in part.params:
+        amount = part.params[main]
+        is_number = isinstance(amount, int | float) and not isinstance(amount, bool)
+        is_whole = main != "every" or isinstance(amount, int)
+        if not is_number or not 0 < amount <= 100 or not is_whole:
+            what = "a whole number" if main == "every" else "a number"
+            raise RequestError(
+                "acceleration.amount",
+                f"acceleration.step_cache: {main} must be {what} above 0, up to 100.",
+                names=main,
+            )
 
 
 class Acceleration(AccelerationConfig):

@@ -13,12 +13,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from apps.service import limits
 from apps.service.option_text import parse_size
 from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, TASKS
+from apps.service.validation import explain_fields
 
 MAX_BYTES = 16 * 2**20
 MAX_LINES = 100_000
@@ -167,7 +168,9 @@ def request_fields(line: PromptLine) -> dict[str, Any]:
 
 def line_error(number: int, key: str, error: Exception) -> PromptFileError:
     """Return the error of a line that holds what a request doesn't take."""
-    return PromptFileError("file.value", f"Line {number}, {key}: {error}", line=number, key=key, cause=error)
+    kind = next((one for one in TASKS.values() if key in one.model_fields), None)
+    said = explain_fields(error, kind or _field_model()) if isinstance(error, ValidationError) else str(error)
+    return PromptFileError("file.value", f"Line {number}, {key}: {said}", line=number, key=key, cause=error)
 
 
 def _translate(key: str, value: Any) -> dict[str, Any]:
@@ -180,7 +183,12 @@ def _translate(key: str, value: Any) -> dict[str, Any]:
     one = _BY_FLAG.get(key) or OPTIONS.get(key)
     if one is None:
         return {key: value}
-    return {one.name: one.from_text(value) if isinstance(value, str) and one.is_composed else value}
+    return {one.name: one.from_text(str(value)) if one.is_composed and _is_text(value) else value}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is written as text, or as a number that is short for it."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 _BY_FLAG = {one.flag: one for one in OPTIONS.values()}
@@ -206,7 +214,10 @@ def command_line_values(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a setting has another form.
     """
-    named = dict(values)
+    named = {name: value for name, value in values.items() if value is not None}  # null is open
+    for name, one in OPTIONS.items():
+        if one.flag != name and {name, one.flag} <= named.keys():
+            raise ValueError(f"{one.flag} and {name} are the same setting; give one of them.")
     if named.keys() & {"width", "height"}:
         named["size"] = f"{named.pop('width', None)}x{named.pop('height', None)}"
     if "label" in named:

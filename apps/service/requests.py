@@ -30,6 +30,7 @@ from apps.service.options import (
 )
 from apps.service.request_error import RequestError
 from apps.service.validation import explain_fields
+from pipelines.acceleration.conflicts import SCALES, STEPS
 
 
 def _filled(text: str) -> str:
@@ -85,6 +86,12 @@ class BaseRequest(SharedOptions, RunOptions):
     def _check_acceleration(self) -> Self:
         """Refuse a way to be faster that is asked for twice."""
         parts = {} if self.acceleration is None else self.acceleration.parts
+        foreign = STEPS if isinstance(self, NextScaleRequest) else SCALES
+        names = ", ".join(name for name in parts if name in foreign)
+        if names:
+            raise RequestError(
+                "acceleration.task", f"acceleration: {names} can't be had for this task; leave it out.", names=names
+            )
         for part, names in SHORT_FOR.items():
             said = [name for name in names if getattr(self, name, None) is not None]
             if part in parts and said:

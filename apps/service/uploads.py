@@ -82,7 +82,7 @@ def _decode(data: Source) -> Image.Image:
     if size > limits.MAX_UPLOAD_BYTES:
         raise UploadError(
             "upload.bytes",
-            f"The picture has {size} bytes; at most {limits.MAX_UPLOAD_BYTES} are taken.",
+            f"The image has {size} bytes; at most {limits.MAX_UPLOAD_BYTES} are taken.",
             value=size,
             most=limits.MAX_UPLOAD_BYTES,
         )
@@ -93,7 +93,7 @@ def _decode(data: Source) -> Image.Image:
                 if max(image.size) > limits.MAX_UPLOAD_SIDE:  # a strip takes far longer to decode than its pixels say
                     raise UploadError(
                         "upload.side",
-                        f"The picture has {image.width} x {image.height} pixels; at most "
+                        f"The image has {image.width} x {image.height} pixels; at most "
                         f"{limits.MAX_UPLOAD_SIDE} along a side are taken.",
                         value=f"{image.width} x {image.height}",
                         most=limits.MAX_UPLOAD_SIDE,
@@ -101,7 +101,7 @@ def _decode(data: Source) -> Image.Image:
                 if image.width * image.height > limits.MAX_UPLOAD_PIXELS:
                     raise UploadError(
                         "upload.pixels",
-                        f"The picture has {image.width} x {image.height} pixels; at most "
+                        f"The image has {image.width} x {image.height} pixels; at most "
                         f"{limits.MAX_UPLOAD_PIXELS} pixels are taken.",
                         value=f"{image.width} x {image.height}",
                         most=limits.MAX_UPLOAD_PIXELS,
@@ -113,10 +113,10 @@ def _decode(data: Source) -> Image.Image:
     except Image.DecompressionBombError as error:
         most = limits.MAX_UPLOAD_PIXELS
         raise UploadError(
-            "upload.claims", f"The picture claims too many pixels; at most {most} are taken.", most=most
+            "upload.claims", f"The image claims too many pixels; at most {most} are taken.", most=most
         ) from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise UploadError("upload.form", "This is no picture that can be read; hand in PNG, JPEG or WebP.") from error
+        raise UploadError("upload.form", "This is no image that can be read; upload PNG, JPEG or WebP.") from error
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -275,5 +275,5 @@ class UploadStore:
 
 
 def _absent(name: str) -> UploadError:
-    message = f"The picture {name[:12]}... has not been handed in here, or long ago; hand it in again."
+    message = f"The image {name[:12]}... has not been uploaded here, or long ago; upload it again."
     return UploadError("upload.missing", message, value=f"{name[:12]}...")

@@ -31,7 +31,7 @@ def contact_sheet(
         ValueError: there are more or fewer captions than images, or none.
     """
     if len(pictures) != len(captions) or not captions:
-        raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: give one caption for each picture")
+        raise ValueError(f"{len(pictures)} images and {len(captions)} captions: give one caption for each image")
     rows = -(-len(captions) // columns)
     step = (tile + GAP, tile + GAP + LINES * LINE_HEIGHT + 6)
     sheet = Image.new("RGB", (GAP + columns * step[0], HEADER + rows * step[1]), PAPER)

@@ -195,7 +195,7 @@ class Judge:
             arrays = [np.array(image.convert("RGB"), dtype=np.float32) for image in images]
             images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-            raise ValueError(f"pictures have shape {tuple(images.shape)}: give (B, 3, H, H) in [-1, 1]")
+            raise ValueError(f"images have shape {tuple(images.shape)}: give (B, 3, H, H) in [-1, 1]")
         images = images.to(self.device, torch.float32)
         side = (CANVAS, CANVAS)
         small = functional.interpolate(images, size=side, mode="bilinear", antialias=True, align_corners=False)

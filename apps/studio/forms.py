@@ -106,7 +106,7 @@ def read_mask(text: str) -> Image.Image:
     try:
         data = base64.b64decode(str(text).removeprefix(MASK_HEAD), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UploadError("mask.form", "The mask is no picture.") from error
+        raise UploadError("mask.form", "The mask is no image.") from error
     return read_upload(data).convert("L").point([0] * 128 + [255] * 128)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -337,6 +338,6 @@ def _check_json(params: dict[str, Any]) -> None:
     plain = (str, int, float, bool, type(None))
     for name, value in params.items():
         values = value if isinstance(value, list | tuple) else [value]
-        if not all(isinstance(one, plain) for one in values):
-            raise ValueError(f"{name} is a {type(value).__name__}; use a number, a word or a list of them "
+        if not all(isinstance(one, plain) and (not isinstance(one, float) or math.isfinite(one)) for one in values):
+            raise ValueError(f"{name} is a {type(value).__name__}; use a finite number, a word or a list of them "
                              "(profiles are saved to a file, which is named here)")  # fmt: skip

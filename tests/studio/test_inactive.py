@@ -185,6 +185,17 @@ def test_one_acceleration_is_recorded_repeated_and_reported(engine):
         ({"acceleration": {"offload": "model"}}, "offload"),
         ({"acceleration": {"quantization": "int8"}}, "quantization"),
         ({"acceleration": {"caching": True}}, "caching"),
+        ({"acceleration": {"compile": True}}, "compile"),
+        ({"acceleration": {"attention": "../../etc/passwd"}}, "attention"),
+        ({"acceleration": {"kv_cache": "scalekv"}}, "kv_cache"),
+        # a pattern that takes minutes to match, and values that a mechanism would only trip over
+        (
+            {"acceleration": {"step_cache": {"preset": "taylorseer", "params": {"patterns": ["(\\w+)+!"]}}}},
+            "taylorseer",
+        ),
+        ({"acceleration": {"step_cache": {"preset": "magcache", "params": {"ratios": ["a"]}}}}, "fbcache"),
+        ({"acceleration": {"step_cache": {"preset": "speca", "params": {"base": -5}}}}, "base"),
+        ({"acceleration": {"step_cache": {"preset": "taylorseer", "params": {"every": 10**400}}}}, "every"),
         ({"acceleration": {"attention": "flex"}, "attention": "native"}, "attention"),
         ({"acceleration": {"step_cache": "fora"}, "step_cache": {"preset": "fora"}}, "step_cache"),
     ],
@@ -196,6 +207,22 @@ def test_what_a_request_can_not_accelerate_is_refused(asked, word):
     assert "/etc" not in explain(caught.value)
     for language in languages():
         assert page_explain(caught.value, Strings(language))
+
+
+@pytest.mark.parametrize("value", ["x", None, True, float("nan"), float("inf"), [0.1], 1e300])
+def test_parameters_of_another_type_are_refused_and_not_tripped_over(value):
+    cache = {"preset": "fbcache", "params": {"threshold": value}}
+    with pytest.raises(ValidationError):
+        TextToImageRequest(**ASK, acceleration={"step_cache": cache})
+
+
+def test_a_preset_leaves_alone_what_the_acceleration_decides(engine):
+    _, picture = painted(engine, preset="draft", acceleration={"step_cache": "taylorseer:every=2"})
+    kept = picture.metadata
+    assert (kept.step_cache, kept.steps) == (None, 4)
+    assert kept.acceleration.step_cache.preset == "taylorseer"
+    again = next(event for event in engine.generate(request_from_settings(kept)) if isinstance(event, Picture))
+    assert again.image.tobytes() == picture.image.tobytes()
 
 
 def test_the_page_leaves_out_what_its_acceleration_decides():

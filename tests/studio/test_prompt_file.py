@@ -67,12 +67,12 @@ def test_a_line_carries_fields_of_a_request_under_both_names():
 @pytest.mark.parametrize(
     ("row", "key", "said"),
     [
-        ('{"prompt": "x", "steps": 0}', "steps", "greater than or equal to 1"),
+        ('{"prompt": "x", "steps": 0}', "steps", "choose 1 to 200"),
         ('{"prompt": "x", "size": "97x64"}', "size", "multiple of 8"),
         ('{"prompt": "x", "width": 97, "height": 64}', "width", "multiple of 8"),
         ('{"prompt": "x", "cache": "magic"}', "cache", "magic"),
         ('{"prompt": " "}', "prompt", "empty"),
-        ('{"prompt": "x", "mask": "/etc/passwd"}', "mask", "pattern"),
+        ('{"prompt": "x", "mask": "/etc/passwd"}', "mask", "hash"),
     ],
 )
 def test_a_value_out_of_range_refuses_the_file_with_line_and_key(row, key, said):
