@@ -261,6 +261,7 @@ def test_a_grid_survives_a_reload_and_can_be_read(server, pages, width):
     page.evaluate("document.body.classList.add('dark')")
     dark = page.evaluate("getComputedStyle(document.querySelector('.grid-view th[scope=row]')).backgroundColor")
     assert max(map(int, re.findall(r"\d+", dark)[:3])) < 80
+    page.wait_for_function("[...document.querySelectorAll('.grid-view img')].every(one => one.complete)")
     broken = page.eval_on_selector_all(".grid-view img", "all => all.filter(one => !one.naturalWidth).length")
     assert broken == 0
     page.screenshot(path=str(server.folder / f"grid-{width}.png"), full_page=True)
