@@ -125,5 +125,5 @@ def test_contact_sheets_need_a_caption_for_each_picture() -> None:
         pictures, ["one", "two words", "a very long caption that never fits " * 5], "t", "s", columns=2
     )
     assert sheet.size == contact_sheet(pictures, ["a", "b", "c"], "t", "s", columns=2).size
-    with pytest.raises(ValueError, match="one caption for each picture"):
+    with pytest.raises(ValueError, match="one caption for each image"):
         contact_sheet(pictures, ["one"], "t", "s")
