@@ -27,8 +27,8 @@ from apps.api.access import Creator, ServerEngine, Viewer, enqueue, model_row
 from apps.api.guards import BodyLimits, Guard
 from apps.api.logins import LoginTable
 from apps.api.messages import CODES, MoveRequest, error_body, job_row
+from apps.api.schema import files, takes, takes_file
 from apps.api.schema import openapi as openapi_of
-from apps.api.schema import takes, takes_file
 from apps.api.streams import JobStreams, TooManyStreamsError
 from apps.api.tokens import TokenTable, User
 from apps.service import limits
@@ -237,12 +237,14 @@ def _add_read_routes(app: FastAPI) -> None:
         events = streams.read(job, user.name, after)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    @app.get("/v1/jobs/{job_id}/pictures/{place}")
+    @app.get(
+        "/v1/jobs/{job_id}/pictures/{place}", response_class=FileResponse, responses=files("image/png", "image/webp")
+    )
     def picture(job_id: JobId, place: Place, user: Viewer, engine: ServerEngine) -> FileResponse:
         path = _file(engine, user, job_id, place)
         return FileResponse(path, media_type=MEDIA_TYPES[path.suffix])
 
-    @app.get("/v1/jobs/{job_id}/clips/{place}")
+    @app.get("/v1/jobs/{job_id}/clips/{place}", response_class=FileResponse, responses=files("video/mp4"))
     def clip(job_id: JobId, place: Place, user: Viewer, engine: ServerEngine) -> FileResponse:
         path = _file(engine, user, job_id, place).with_suffix(".mp4")
         if not limits.inside(path, path.parent).is_file():

@@ -50,6 +50,11 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 """What a route says of its answer that is a stream where the request asks for one; JSON is documented beside it."""
 
 
+def files(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    """Return what a route says of its answer that is a file of one of some media types."""
+    return {200: {"description": "The file.", "content": {name: {} for name in media_types}}}
+
+
 def openapi(app: FastAPI, public: Collection[str] = ()) -> dict[str, Any]:
     """Return the schema of a server, complete in itself.
 
