@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 LOCAL = User(name="local", role="admin", salt="0" * 32, digest="0" * 64)
 """Who asks, on a server without tokens, which listens on this machine only."""
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 OWN_SITES = ("same-origin", "none")
 """Values of `Sec-Fetch-Site` that are no other page's; `none` is an address typed in."""
 API = "/v1"

@@ -130,11 +130,6 @@ def cookie_values(cookies: str) -> list[str]:
     return [value.strip() for name, _, value in pairs if name.strip() == COOKIE and value.strip()][:MOST_VALUES]
 
 
-def cookie_value(cookies: str) -> str | None:
-    """Read our cookie from a `Cookie` header; None if it isn't there, and the first one of several."""
-    return next(iter(cookie_values(cookies)), None)
-
-
 def _key(value: str) -> str:
     """Return what a session is stored under: a copy of the table is of no use to sign in."""
     return hashlib.sha256(value.encode("utf-8", errors="replace")).hexdigest()

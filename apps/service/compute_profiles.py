@@ -23,7 +23,6 @@ FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 NETWORKS = ("transformer", "transformer_2", "unet")
 """Components whose attention a backend is chosen for; text encoders and decoders keep their own."""
 NO_ACCELERATOR = "it moves weights between the CPU and an accelerator, and there is none here"
-NO_TILES = "the decoder of this model knows no tiles"
 
 
 class UnavailableError(RequestError):

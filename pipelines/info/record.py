@@ -133,14 +133,6 @@ def tiles(vae: nn.Module | None) -> bool:
     return isinstance(getattr(vae, "use_tiling", None), bool)
 
 
-def tile_size(vae: nn.Module) -> tuple[int | None, int | None]:
-    """Return width and height in pixels of the tiles of an autoencoder; None where it doesn't say."""
-    square = getattr(vae, "tile_sample_min_size", None)
-    square = square[0] if isinstance(square, list | tuple) else square
-    width, height = (getattr(vae, f"tile_sample_min_{side}", None) or square for side in ("width", "height"))
-    return width, height
-
-
 def class_table(count: int, ids: Mapping[str, int]) -> dict[int, str]:
     """Return the name of each class by number.
 

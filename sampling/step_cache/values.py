@@ -123,11 +123,6 @@ def _sum(tensors: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor
     return total.to(first.dtype)
 
 
-def is_alike(one: Values, other: Values) -> bool:
-    """Return whether two sets of tensors have the same shapes, dtypes and devices."""
-    return signature(one) == signature(other)
-
-
 def signature(value: Any) -> tuple:
     """Return shapes, dtypes and devices of all tensors in a value, and its booleans."""
     if isinstance(value, Tensor):
