@@ -5,13 +5,15 @@
 
 from apps.stickers.captions import caption, unique_keywords
 from apps.stickers.renderer import render
-from apps.stickers.scene import BACKGROUNDS, COLOURS, Placement, Scene, SceneMix, SceneSampler, generator
+from apps.stickers.scene import BACKGROUNDS, BASIC_COLOURS, COLOURS, Placement, Scene, SceneMix, SceneSampler, generator
 from apps.stickers.sprites import SpriteSheet, load_sprites
-from apps.stickers.vocabulary import STARTER
+from apps.stickers.vocabulary import COMMON, STARTER
 
 __all__ = [
     "BACKGROUNDS",
+    "BASIC_COLOURS",
     "COLOURS",
+    "COMMON",
     "STARTER",
     "Placement",
     "Scene",

@@ -140,6 +140,22 @@ def _relation_phrasings(relation: str) -> dict[str, tuple[str, ...]]:
 
 
 PAIR: dict[str, dict[str, tuple[str, ...]]] = {relation: _relation_phrasings(relation) for relation in RELATION_WORDS}
+# Other words for the colours; a caption uses one as often as it uses a keyword in place of a name.
+COLOUR_WORDS: dict[str, tuple[str, ...]] = {
+    "blue": ("royal blue",),
+    "green": ("dark green",),
+    "pink": ("light pink",),
+    "gray": ("grey",),
+    "purple": ("violet",),
+    "navy": ("navy blue", "dark blue"),
+    "cyan": ("turquoise", "aqua", "sky blue", "light blue"),
+    "lime": ("light green", "lime green"),
+    "maroon": ("dark red", "burgundy", "crimson"),
+    "beige": ("tan",),
+    "lavender": ("lilac", "light purple"),
+    "magenta": ("fuchsia", "hot pink"),
+    "mint": ("mint green",),
+}
 SIZE_WORDS = {"small": ("small", "tiny"), "large": ("large", "big")}
 NUMBERS = {2: ("two", "2"), 3: ("three", "3"), 4: ("four", "4")}
 NAMELESS_WHITE = 0.3  # share of the white scenes whose caption says nothing of the background
@@ -148,7 +164,8 @@ NAMELESS_WHITE = 0.3  # share of the white scenes whose caption says nothing of 
 _SCENE_WORDS = """grey zero one two three four five six seven eight nine ten 0 1 2 3 4 5 6 7 8 9 10 left right above
 below over under underneath top bottom up down on of small large tiny big sticker stickers background emoji picture
 drawing color colour single group set copy copies"""
-RESERVED = frozenset((*COLOURS, *_SCENE_WORDS.split()))
+_OTHER_COLOURS = [word for words in COLOUR_WORDS.values() for word in words if " " not in word]
+RESERVED = frozenset((*COLOURS, *_OTHER_COLOURS, *_SCENE_WORDS.split()))
 
 
 def with_article(name: str) -> str:
@@ -194,6 +211,7 @@ def caption(
     phrasing: Phrasing = "train",
     synonyms: float = 0.15,
     vocabulary: Sequence[str] | None = None,
+    colour_words: bool = False,
 ) -> str:
     """Says a scene in words.
 
@@ -204,6 +222,7 @@ def caption(
         phrasing: "train", or "heldout" for phrasings that training never uses (their words all occur in training).
         synonyms: probability that a sticker goes by one of its unique keywords, where it has any.
         vocabulary: the names among which keywords must be unique; None takes all.
+        colour_words: whether a colour goes by another word for it as often as a sticker by a keyword.
 
     Raises:
         ValueError: the phrasing is unknown.
@@ -231,6 +250,9 @@ def caption(
     colour = COLOURS[scene.background]
     if colour == "white" and rng.random() < NAMELESS_WHITE:
         return subject
+    others = COLOUR_WORDS.get(colour, ()) if colour_words else ()
+    if others and rng.random() < synonyms:
+        colour = pick(others)
     frame = pick(FRAMES[phrasing])
     return frame.replace("a {c}", with_article(colour)).format(x=subject, c=colour)
 

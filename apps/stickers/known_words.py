@@ -6,11 +6,11 @@
 import argparse
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from apps.stickers import captions
-from apps.stickers.scene import COLOURS
+from apps.stickers.scene import BASIC_COLOURS, COLOURS
 from apps.stickers.sprites import SpriteSheet, load_sprites
 from pipelines.inputs.words import split_words, write_words
 
@@ -29,12 +29,15 @@ IRREGULAR_PLURALS = {
 ARTICLES = ("a", "an", "the")
 
 
-def known_words(sheet: SpriteSheet, vocabulary: Sequence[str]) -> tuple[str, ...]:
+def known_words(
+    sheet: SpriteSheet, vocabulary: Sequence[str], colours: Sequence[str] = BASIC_COLOURS
+) -> tuple[str, ...]:
     """List the words of all captions of scenes with the stickers of a vocabulary.
 
     Args:
         sheet: the stickers with their keywords.
         vocabulary: names of the stickers.
+        colours: names of the backgrounds; other words for them count if any is beyond the basic ones.
 
     Returns:
         Words of names and of keywords that stand for one name only, with their plurals, and those of the phrasings,
@@ -47,7 +50,7 @@ def known_words(sheet: SpriteSheet, vocabulary: Sequence[str]) -> tuple[str, ...
     names = [text for name in vocabulary for text in (name, *keywords[name])]
     said = [word for text in names for word in split_words(text)]
     plurals = [form for text in names for form in plural_forms(split_words(text.split(" of ")[0])[-1])]
-    grammar = [word for text in _phrasings() for word in split_words(re.sub(r"\{\w+\}", " ", text))]
+    grammar = [word for text in _phrasings(colours) for word in split_words(re.sub(r"\{\w+\}", " ", text))]
     return tuple(sorted({*said, *plurals, *grammar, *ARTICLES}))
 
 
@@ -64,13 +67,21 @@ def plural_forms(word: str) -> tuple[str, ...]:
     return (f"{word}s", f"{word}es") if word.endswith("o") else (f"{word}s",)
 
 
-def _phrasings() -> Iterator[str]:
-    """All texts that captions are made of, apart from stickers' names."""
+def known_colours(words: Collection[str]) -> tuple[str, ...]:
+    """List the backgrounds whose names are among a model's words."""
+    return tuple(colour for colour in COLOURS if colour in words)
+
+
+def _phrasings(colours: Sequence[str]) -> Iterator[str]:
+    """Yield all texts that captions are made of, apart from stickers' names."""
     for table in (captions.FRAMES, captions.SINGLE, captions.COUNT, *captions.PAIR.values()):
         for phrasings in table.values():
             yield from phrasings
-    for words in (*captions.SIZE_WORDS.values(), *captions.NUMBERS.values(), COLOURS):
+    for words in (*captions.SIZE_WORDS.values(), *captions.NUMBERS.values(), colours):
         yield from words
+    if set(colours) - set(BASIC_COLOURS):
+        for colour in colours:
+            yield from captions.COLOUR_WORDS.get(colour, ())
 
 
 def main() -> None:

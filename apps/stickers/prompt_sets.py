@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from apps.stickers.captions import NUMBERS, Phrasing, caption, unique_keywords, with_article
-from apps.stickers.scene import COLOURS, RELATIONS, Kind, Scene, SceneMix, SceneSampler, Split, generator
+from apps.stickers.scene import BASIC_COLOURS, COLOURS, RELATIONS, Kind, Scene, SceneMix, SceneSampler, Split, generator
 from apps.stickers.sprites import SpriteSheet
 
 SCENE_SERIES = 2**41  # series of the scenes asked for: no training run and no validation draws from it
@@ -60,7 +60,12 @@ class Request:
 
 
 def draw_requests(
-    prompts: PromptSet, count: int, sheet: SpriteSheet, vocabulary: Sequence[str], seed: int
+    prompts: PromptSet,
+    count: int,
+    sheet: SpriteSheet,
+    vocabulary: Sequence[str],
+    seed: int,
+    colours: Sequence[str] = BASIC_COLOURS,
 ) -> list[Request]:
     """Draws what to ask for: the same requests for the same arguments.
 
@@ -70,6 +75,7 @@ def draw_requests(
         sheet: the stickers.
         vocabulary: names of the stickers that may be asked for.
         seed: of the scenes and their captions.
+        colours: names of the backgrounds that may be asked for.
 
     Raises:
         ValueError: synonyms are wanted, but fewer than two names have any.
@@ -80,7 +86,7 @@ def draw_requests(
         names = [name for name in names if keywords[name]]
         if len(names) < 2:
             raise ValueError(f"{len(names)} names of the vocabulary have a keyword of their own: leave out this set")
-    sampler = SceneSampler(sheet, names, split=prompts.split, mix=prompts.mix)
+    sampler = SceneSampler(sheet, names, split=prompts.split, mix=prompts.mix, colours=colours)
     requests = []
     for i in range(count):
         rng = generator(SCENE_SERIES + seed, i)
@@ -96,7 +102,7 @@ def sheet_requests(sheet: SpriteSheet, vocabulary: Sequence[str]) -> list[Reques
     requests = []
     for i in range(SHEET_PROMPTS):
         row, column = divmod(i, 8)
-        background = (3 * i + 4 * row) % len(COLOURS)
+        background = (3 * i + 4 * row) % len(BASIC_COLOURS)
         name = next(names)
         sprites: tuple[int, ...] = (sheet.index(name),)
         if column in (2, 6):

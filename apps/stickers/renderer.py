@@ -61,11 +61,24 @@ def draw_sprites(
     Returns:
         `(N, 4, R, R)` float32, premultiplied RGBA in [0, 1].
     """
-    device = torch.device(device)
-    columns = torch.tensor([(p.x, p.y, p.size) for p in placements], dtype=torch.float32, device=device)  # (N, 3)
-    x, y, size = (columns * resolution).unbind(1)  # (N,) pixels
-    sprites = torch.tensor([p.sprite for p in placements], device=device)  # (N,)
-    picture = premultiplied(_pixels_on(sheet, device)[sprites])  # (N, 4, 128, 128)
+    places = torch.tensor([(p.x, p.y, p.size) for p in placements], dtype=torch.float32, device=device)  # (N, 3)
+    return draw_at(torch.tensor([p.sprite for p in placements], device=device), places, sheet, resolution)
+
+
+def draw_at(sprites: torch.Tensor, places: torch.Tensor, sheet: SpriteSheet, resolution: int) -> torch.Tensor:
+    """Draw stickers, each on its own transparent canvas.
+
+    Args:
+        sprites: `(N,)` numbers in the sheet.
+        places: `(N, 3)` x, y and size, as fractions of the image's side.
+        sheet: the stickers.
+        resolution: side R of the canvases, in pixels.
+
+    Returns:
+        `(N, 4, R, R)` float32, premultiplied RGBA in [0, 1].
+    """
+    x, y, size = (places * resolution).unbind(1)  # (N,) pixels
+    picture = premultiplied(_pixels_on(sheet, sprites.device)[sprites])  # (N, 4, 128, 128)
     # Halve while that keeps at least one sample a pixel: the filter's reach stays short, and the products small.
     largest, side = float(size.max()), SIDE
     while side >= 2 * largest and side % 2 == 0:

@@ -1,7 +1,7 @@
 """What an image of the sticker world holds, apart from how it is drawn and how it is said.
 
 A scene is one of three kinds: a single sticker (small, large or of no named size), a pair of different stickers in a
-relation, or two to four copies of one sticker. Each stands on one of ten plain backgrounds.
+relation, or two to four copies of one sticker. Each stands on a plain background.
 
 Some combinations of a sticker, a colour and a place are held out: a stable hash of their names picks about 5 % of
 them, training scenes never contain one, and scenes of the split "heldout_combination" contain at least one.
@@ -17,7 +17,7 @@ import numpy as np
 
 from apps.stickers.sprites import SpriteSheet
 
-# Plain sRGB values, at least 75 (Euclidean, of 255) apart from one another.
+# Plain sRGB values, at least 60 (Euclidean, of 255) apart from one another; the first ten, at least 75.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
@@ -29,8 +29,19 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "gray": (128, 128, 128),
     "purple": (130, 45, 170),
     "orange": (245, 135, 25),
+    "teal": (0, 130, 130),
+    "navy": (15, 25, 90),
+    "brown": (135, 85, 45),
+    "cyan": (70, 205, 230),
+    "lime": (160, 225, 60),
+    "maroon": (110, 10, 35),
+    "beige": (225, 205, 160),
+    "lavender": (185, 165, 240),
+    "magenta": (230, 45, 150),
+    "mint": (165, 235, 195),
 }
 COLOURS = tuple(BACKGROUNDS)
+BASIC_COLOURS = COLOURS[:10]
 RELATIONS = ("left of", "right of", "above", "below")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SIZES: dict[str | None, tuple[float, float]] = {"small": (0.45, 0.60), None: (0.60, 0.80), "large": (0.80, 0.95)}
@@ -159,10 +170,11 @@ class SceneSampler:
         vocabulary: names of the stickers to draw from; None takes all.
         split: "train" never holds a held-out combination, "heldout_combination" always does, "all" doesn't care.
         mix: frequencies of the kinds of scenes.
+        colours: names of the backgrounds to draw from.
 
     Raises:
         KeyError: a name of the vocabulary isn't in the sheet.
-        ValueError: the vocabulary is too small for pairs, or has repeated names, or the split is unknown.
+        ValueError: the vocabulary is too small for pairs, or has repeated names, or the split or a colour is unknown.
     """
 
     def __init__(
@@ -172,6 +184,7 @@ class SceneSampler:
         *,
         split: Split = "train",
         mix: SceneMix | None = None,
+        colours: Sequence[str] = BASIC_COLOURS,
     ) -> None:
         names = sheet.names if vocabulary is None else tuple(vocabulary)
         if len(names) < 2 or len(set(names)) < len(names):
@@ -179,8 +192,12 @@ class SceneSampler:
             raise ValueError(f"the vocabulary has {len(names)} names, {different} different: give 2 or more, once each")
         if split not in ("train", "heldout_combination", "all"):
             raise ValueError(f"split is {split!r}: give 'train', 'heldout_combination' or 'all'")
+        unknown = [colour for colour in colours if colour not in BACKGROUNDS]
+        if unknown or not colours:
+            raise ValueError(f"colours are {tuple(colours)}: give one or more of {', '.join(COLOURS)}")
         self.sheet = sheet
         self.sprites = tuple(sheet.index(name) for name in names)
+        self.backgrounds = tuple(COLOURS.index(colour) for colour in colours)
         self.split = split
         self.mix = mix or SceneMix()
 
@@ -208,7 +225,7 @@ class SceneSampler:
         word = ("small", "large")[rng.integers(2)] if rng.random() < self.mix.size_words else None
         sprite = int(rng.choice(self.sprites))
         placement = self._place(rng, sprite, CENTRES[1][0], SIZES[word], 0.04)
-        return Scene("single", (placement,), int(rng.integers(len(COLOURS))), (sprite,), size_word=word)
+        return Scene("single", (placement,), self._background(rng), (sprite,), size_word=word)
 
     def _pair(self, rng: np.random.Generator) -> Scene:
         first, second = (int(sprite) for sprite in rng.choice(self.sprites, 2, replace=False))
@@ -217,13 +234,16 @@ class SceneSampler:
             self._place(rng, sprite, centre, PART_SIZE, 0.02)
             for sprite, centre in zip((first, second), CENTRES[relation], strict=True)
         )
-        return Scene("pair", placements, int(rng.integers(len(COLOURS))), (first, second), relation, count=2)
+        return Scene("pair", placements, self._background(rng), (first, second), relation, count=2)
 
     def _count(self, rng: np.random.Generator) -> Scene:
         count = int(rng.integers(2, 5))
         sprite = int(rng.choice(self.sprites))
         placements = tuple(self._place(rng, sprite, centre, PART_SIZE, 0.02) for centre in CENTRES[count])
-        return Scene("count", placements, int(rng.integers(len(COLOURS))), (sprite,), count=count)
+        return Scene("count", placements, self._background(rng), (sprite,), count=count)
+
+    def _background(self, rng: np.random.Generator) -> int:
+        return self.backgrounds[int(rng.integers(len(self.backgrounds)))]
 
     def _place(
         self,

@@ -1,4 +1,4 @@
-"""The stickers that a small model learns first."""
+"""Which stickers a small model learns: 128 to start with, 256 that are common."""
 
 from collections.abc import Sequence
 
@@ -23,11 +23,31 @@ evergreen tree, four leaf clover"""
 _THINGS = """red heart, crown, umbrella, guitar, soccer ball, basketball, balloon, wrapped gift, key, light bulb,
 alarm clock, camera, television, bell, anchor, gem stone, trophy"""
 
-STARTER: tuple[str, ...] = tuple(
-    " ".join(name.split())
-    for group in (_ANIMALS, _FOOD, _VEHICLES, _FACES, _PLACES, _THINGS)
-    for name in group.split(",")
-)
+_MORE_ANIMALS = """wolf, raccoon, horse face, gorilla, deer, rhinoceros, hippopotamus, hamster, kangaroo, sloth,
+otter, skunk, peacock, dragon face, t-rex, sauropod, seal, blowfish, squid, shrimp, spiral shell, llama, turkey, eagle,
+teddy bear"""
+_MORE_FOOD = """green apple, tangerine, kiwi fruit, coconut, tomato, blueberries, hot pepper, cucumber, onion, garlic,
+pancakes, waffle, bacon, sandwich, rice ball, spaghetti, chocolate bar, candy, honey pot, hot beverage, teapot,
+cocktail glass, bubble tea, pie, fried shrimp"""
+_MORE_VEHICLES = """ambulance, police car, delivery truck, racing car, motor scooter, motorcycle, skateboard, canoe,
+speedboat, flying saucer, roller skate"""
+_MORE_PLACES = """church, desert island, sun, ringed planet, cloud, fire, droplet, snowflake, snowman, high voltage,
+rose, maple leaf, cherry blossom, hibiscus, christmas tree"""
+_MORE_FACES = """smiling face with heart-eyes, cowboy hat face, partying face, nerd face, ogre, alien monster,
+santa claus"""
+_MORE_THINGS = """violin, trumpet, drum, saxophone, kite, puzzle piece, artist palette, crystal ball, dress, t-shirt,
+sunglasses, top hat, high-heeled shoe, running shoe, backpack, gloves, scissors, hammer, axe, shield, magnet,
+telescope, microscope, telephone, laptop, radio, candle, books, pencil, hourglass done, bomb, locked, money bag, chair,
+megaphone, headphone, microphone, tennis, baseball, american football, boxing glove, game die, pool 8 ball, bullseye,
+watch"""
+
+
+def _names(*groups: str) -> tuple[str, ...]:
+    return tuple(" ".join(name.split()) for group in groups for name in group.split(","))
+
+
+STARTER = _names(_ANIMALS, _FOOD, _VEHICLES, _FACES, _PLACES, _THINGS)
+COMMON = STARTER + _names(_MORE_ANIMALS, _MORE_FOOD, _MORE_VEHICLES, _MORE_PLACES, _MORE_FACES, _MORE_THINGS)
 
 
 def check(sheet: SpriteSheet, vocabulary: Sequence[str], threshold: float = 0.1) -> list[tuple[str, str, float]]:

@@ -22,6 +22,7 @@ from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 
 from apps.training import checkpoint as checkpoints
+from apps.training.compile import compile_blocks, uncompiled
 from apps.training.config import TrainConfig
 from apps.training.ema import MovingAverage
 from apps.training.optimizer import make_optimizer
@@ -89,6 +90,8 @@ class Trainer:
         set_seed(options.seed)  # the same weights on every process
         new_task: Any = task_class(config.task.kind)
         self.task: Task = new_task(config, self._context())
+        if options.compile:
+            compile_blocks(self.task.modules())
         self.model = self.accelerator.prepare(LossModule(self.task))
         modules = self.task.modules()
         parameters = checkpoints.trained_parameters(modules)
@@ -268,7 +271,7 @@ class Trainer:
         """Swap in the averaged weights, in evaluation mode without gradients; restore the random states afterwards."""
         self.model.eval()
         states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 (the global state)
-        with self.ema.applied(), torch.no_grad(), self.accelerator.autocast():
+        with self.ema.applied(), torch.no_grad(), self.accelerator.autocast(), uncompiled():
             yield
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])  # noqa: NPY002

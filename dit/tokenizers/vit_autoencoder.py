@@ -92,7 +92,7 @@ class ViTAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, VisualTok
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ViTBlock", "ConvBlock"]
-    _repeated_blocks = ["ViTBlock"]
+    _repeated_blocks = ["ViTBlock", "ConvBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "latent_norm", "norm"]
     _keep_in_fp32_modules = ["latent_norm"]
 

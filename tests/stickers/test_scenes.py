@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apps.stickers import BACKGROUNDS, COLOURS, STARTER, Scene, SceneMix, SceneSampler, load_sprites
+from apps.stickers import (
+    BACKGROUNDS,
+    BASIC_COLOURS,
+    COLOURS,
+    COMMON,
+    STARTER,
+    Scene,
+    SceneMix,
+    SceneSampler,
+    load_sprites,
+)
 from apps.stickers.scene import CENTRES, PART_SIZE, SIZES, combinations, is_held_out
 from apps.stickers.vocabulary import check
 
@@ -118,9 +128,19 @@ def test_without_jitter_scenes_are_centred() -> None:
 
 def test_backgrounds_are_well_apart() -> None:
     values = np.array(list(BACKGROUNDS.values()), dtype=float)
-    distance = np.linalg.norm(values[:, None] - values, axis=-1) + 1e3 * np.eye(10)
-    assert len(values) == 10
-    assert distance.min() >= 75
+    distance = np.linalg.norm(values[:, None] - values, axis=-1) + 1e3 * np.eye(20)
+    assert COLOURS[:10] == BASIC_COLOURS
+    assert distance[:10, :10].min() >= 75
+    assert distance.min() >= 60
+
+
+def test_scenes_have_the_colours_asked_for() -> None:
+    sampler = SceneSampler(SHEET, STARTER, colours=("teal", "navy"))
+    assert {COLOURS[sampler.scene(0, index).background] for index in range(40)} == {"teal", "navy"}
+    basic = SceneSampler(SHEET, STARTER)
+    assert {COLOURS[basic.scene(0, index).background] for index in range(200)} == set(BASIC_COLOURS)
+    with pytest.raises(ValueError, match=r"colours are \('azure',\): give one or more of white"):
+        SceneSampler(SHEET, STARTER, colours=("azure",))
 
 
 def test_the_sheet_and_the_starter_vocabulary() -> None:
@@ -128,6 +148,9 @@ def test_the_sheet_and_the_starter_vocabulary() -> None:
     assert len(set(SHEET.names)) == len(SHEET) == len(SHEET.pixels)
     assert not any("button" in name or "skin tone" in name for name in SHEET.names)
     assert len(STARTER) == len(set(STARTER)) == 128
+    assert len(COMMON) == len(set(COMMON)) == 256
+    assert COMMON[:128] == STARTER
+    assert set(COMMON) <= set(SHEET.names)
     assert check(SHEET, STARTER, threshold=0.1) == []
     assert check(SHEET, ["cat face", "grinning face"], threshold=0.1)[0][:2] == (
         "grinning face",

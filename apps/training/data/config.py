@@ -38,11 +38,12 @@ class DataSection(Section):
         fit: How an image becomes a square of `resolution` pixels: `crop` scales the shorter side and keeps the centre,
             `pad` scales the longer side and adds white, `stretch` ignores the aspect ratio.
         held_out_fraction: Share of the files that is kept for validation, at least one; chosen by a hash of the name.
-        vocabulary: Stickers: `starter`, `all`, or a text file with one sticker name a line.
+        vocabulary: Stickers: `starter`, `common`, `all`, or a text file with one sticker name a line.
+        colours: Stickers: `basic` draws ten backgrounds, `all` every one, by other words for them too.
         single, pair, count: Stickers: relative frequencies of the kinds of scenes.
     """
 
-    sticker_fields: ClassVar[frozenset[str]] = frozenset({"vocabulary", "single", "pair", "count"})
+    sticker_fields: ClassVar[frozenset[str]] = frozenset({"vocabulary", "colours", "single", "pair", "count"})
     renamed: ClassVar[dict[str, str]] = {
         "validation_scenes": "validation_examples",
         "calibration_scenes": "calibration_images",
@@ -53,6 +54,7 @@ class DataSection(Section):
     fit: Literal["crop", "pad", "stretch"] = "crop"
     held_out_fraction: float = Field(default=0.05, gt=0, lt=1)
     vocabulary: str = "starter"
+    colours: Literal["basic", "all"] = "basic"
     single: float = Field(default=0.5, ge=0)
     pair: float = Field(default=0.3, ge=0)
     count: float = Field(default=0.2, ge=0)

@@ -15,9 +15,9 @@ from apps.stickers import renderer
 from apps.stickers.captions import caption
 from apps.stickers.known_words import known_words
 from apps.stickers.renderer import render
-from apps.stickers.scene import Scene, SceneMix, SceneSampler
+from apps.stickers.scene import BASIC_COLOURS, COLOURS, Scene, SceneMix, SceneSampler
 from apps.stickers.sprites import SpriteSheet, load_sprites
-from apps.stickers.vocabulary import STARTER
+from apps.stickers.vocabulary import COMMON, STARTER
 from apps.training.config import ConfigError, Section
 from apps.training.data.base import VALIDATION_SEED, BatchAddress
 from pipelines.inputs.words import write_words
@@ -31,7 +31,8 @@ class StickerSettings:
     """The settings of a `[data]` section that choose scenes and captions; see `apps.training.data.config`.
 
     Attributes:
-        vocabulary: `starter`, `all`, or a text file with one sticker name a line.
+        vocabulary: `starter`, `common`, `all`, or a text file with one sticker name a line.
+        colours: `basic` is ten backgrounds, `all` is every one, by other words too.
         single, pair, count: Relative frequencies of the kinds of scenes.
         size_words: Share of the single stickers drawn small or large.
         synonyms: Probability that a caption calls a sticker by one of its keywords.
@@ -39,6 +40,7 @@ class StickerSettings:
     """
 
     vocabulary: str = "starter"
+    colours: str = "basic"
     single: float = 0.5
     pair: float = 0.3
     count: float = 0.2
@@ -157,8 +159,10 @@ class StickerData:
         self.resolution = resolution
         self.sheet = load_sprites()
         self.vocabulary = read_vocabulary(settings.vocabulary)
-        self.sampler = SceneSampler(self.sheet, self.vocabulary, mix=settings.mix())
-        self.every_sticker = SceneSampler(self.sheet, mix=settings.mix())
+        self.colour_words = settings.colours == "all"
+        self.colours = COLOURS if self.colour_words else BASIC_COLOURS
+        self.sampler = SceneSampler(self.sheet, self.vocabulary, mix=settings.mix(), colours=self.colours)
+        self.every_sticker = SceneSampler(self.sheet, mix=settings.mix(), colours=self.colours)
         self.entries = {self.sheet.index(name): entry for entry, name in enumerate(self.vocabulary, 1)}
 
     def images(self, address: BatchAddress) -> Tensor:
@@ -176,7 +180,10 @@ class StickerData:
     def pool(self, size: int, stages: Sequence[Any], seed: int) -> ScenePool:
         """Draw the scenes of a pool; the jitter levels of the stages take turns."""
         jitters = sorted({stage.jitter for stage in stages})
-        samplers = [SceneSampler(self.sheet, self.vocabulary, mix=self.settings.mix(jitter=each)) for each in jitters]
+        samplers = [
+            SceneSampler(self.sheet, self.vocabulary, mix=self.settings.mix(jitter=each), colours=self.colours)
+            for each in jitters
+        ]
         scenes = [samplers[index % len(jitters)].scene(seed, index) for index in range(size)]
         return ScenePool(scenes, np.array([jitters[index % len(jitters)] for index in range(size)]), self)
 
@@ -193,7 +200,7 @@ class StickerData:
         rng = np.random.default_rng((seed, VALIDATION_SEED))
         samplers = self.sampler, self.every_sticker
         scenes = (samplers[index % 2].scene(VALIDATION_SEED + 2, index) for index in range(count))
-        return [caption(scene, self.sheet, rng, synonyms=0.3) for scene in scenes]
+        return [caption(scene, self.sheet, rng, synonyms=0.3, colour_words=self.colour_words) for scene in scenes]
 
     def captions(self, count: int, seed: int) -> tuple[str, ...]:
         """Draw captions of new scenes."""
@@ -203,7 +210,7 @@ class StickerData:
     def write_vocabulary(self, folder: Path) -> None:
         """Write the names of the stickers to `vocabulary.txt`, and all words of their captions to `words.txt`."""
         (folder / "vocabulary.txt").write_text("".join(name + "\n" for name in self.vocabulary))
-        write_words(known_words(self.sheet, self.vocabulary), folder)
+        write_words(known_words(self.sheet, self.vocabulary, self.colours), folder)
 
     # What only data whose truth is known has.
 
@@ -223,10 +230,17 @@ class StickerData:
 
     def caption(self, scene: Scene, rng: np.random.Generator) -> str:
         """Draw a caption of a scene."""
-        return caption(scene, self.sheet, rng, synonyms=self.settings.synonyms, vocabulary=self.vocabulary)
+        return caption(
+            scene,
+            self.sheet,
+            rng,
+            synonyms=self.settings.synonyms,
+            vocabulary=self.vocabulary,
+            colour_words=self.colour_words,
+        )
 
     def _held_out(self, mix: SceneMix, count: int) -> SceneExamples:
-        sampler = SceneSampler(self.sheet, self.vocabulary, split="heldout_combination", mix=mix)
+        sampler = SceneSampler(self.sheet, self.vocabulary, split="heldout_combination", mix=mix, colours=self.colours)
         return SceneExamples([sampler.scene(VALIDATION_SEED, index) for index in range(count)], self)
 
 
@@ -234,7 +248,7 @@ def read_vocabulary(name: str) -> tuple[str, ...]:
     """Return the sticker names that `data.vocabulary` means.
 
     Args:
-        name: `starter`, `all`, or the path of a text file with one name a line.
+        name: `starter`, `common`, `all`, or the path of a text file with one name a line.
 
     Raises:
         ConfigError: If it is neither a known word nor a file, or names a sticker that does not exist.
@@ -242,10 +256,14 @@ def read_vocabulary(name: str) -> tuple[str, ...]:
     sheet: SpriteSheet = load_sprites()
     if name == "starter":
         return STARTER
+    if name == "common":
+        return COMMON
     if name == "all":
         return sheet.names
     if not Path(name).is_file():
-        raise ConfigError(f"data.vocabulary = {name!r}: expected starter, all, or a text file with one name a line")
+        raise ConfigError(
+            f"data.vocabulary = {name!r}: expected starter, common, all, or a text file with one name a line"
+        )
     names = tuple(line.strip() for line in Path(name).read_text().splitlines() if line.strip())
     try:
         for each in names:

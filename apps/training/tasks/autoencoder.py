@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from apps.perceptual.st_lpips import ShiftTolerantLPIPS, load_st_lpips
 from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.data import open_data
 from apps.training.data.config import DataSection
@@ -33,6 +34,9 @@ class AutoencoderSection(TaskSection):
         latent_noise: Largest standard deviation of the noise on the code, which has unit variance.
         ssim_weight: Weight of `1 - SSIM` beside the Charbonnier loss.
         squared_weight: Weight of the mean squared error beside it: higher PSNR, softer images.
+        perceptual_weight: Weight of ST-LPIPS (arXiv:2207.13686) beside it: sharper images. It costs more than the
+            network itself, so only a part of each image is compared.
+        perceptual_crop: Side in pixels of the square, at a random place, that ST-LPIPS compares.
         train: `all`, or `decoder`: the encoder and its statistics stay as they are (the second stage of ViTok,
             arXiv:2501.09755), so that a generator trained on its codes still fits.
     """
@@ -41,6 +45,8 @@ class AutoencoderSection(TaskSection):
     latent_noise: float = Field(default=0.1, ge=0)
     ssim_weight: float = Field(default=0.1, ge=0)
     squared_weight: float = Field(default=0.0, ge=0)
+    perceptual_weight: float = Field(default=0.0, ge=0)
+    perceptual_crop: int = Field(default=64, ge=32)
 
 
 class AutoencoderData(DataSection):
@@ -103,6 +109,7 @@ class AutoencoderTask:
         with context.main_process_first():  # the first process checks the files and lists them for the others
             self.data = open_data(config.data, config.data.resolution, config.run.folder, quiet=context.rank > 0)
         self.vae: Any = self._network()
+        self.perceptual = load_st_lpips(context.device) if config.task.perceptual_weight else None
         self.held_out = self.data.held_out(config.data.validation_examples)
 
     def _network(self) -> ViTAutoencoder:
@@ -133,9 +140,17 @@ class AutoencoderTask:
         latent = self.vae.encode(images, return_dict=False)[0]  # (B, C, h, w)
         scale = self.config.task.latent_noise * torch.rand(len(latent), 1, 1, 1, device=latent.device)
         decoded = self.vae.decode(latent + scale * torch.randn_like(latent), return_dict=False)[0]  # (B, 3, H, W)
+        return self._image_loss(decoded, images)
+
+    def _image_loss(self, decoded: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of decoded images (B, 3, H, W) and its parts for the log."""
+        task = self.config.task
         with torch.autocast(images.device.type, enabled=False):
-            task = self.config.task
-            return reconstruction_loss(decoded.float(), images, task.ssim_weight, task.squared_weight)
+            loss, parts = reconstruction_loss(decoded.float(), images, task.ssim_weight, task.squared_weight)
+        if self.perceptual is None:
+            return loss, parts
+        distance = perceptual_loss(self.perceptual, decoded, images, task.perceptual_crop)
+        return loss + task.perceptual_weight * distance, {**parts, "perceptual": distance.detach()}
 
     def validate(self) -> dict[str, float]:
         """Return the PSNR of held-out images (peak 2, since images span [-1, 1])."""
@@ -197,6 +212,24 @@ class AutoencoderTask:
     def _latent_norm(self, vae: Any) -> nn.BatchNorm1d:
         """Return the layer that holds the statistics of the code."""
         return vae.latent_norm
+
+
+def perceptual_loss(network: ShiftTolerantLPIPS, decoded: Tensor, images: Tensor, side: int) -> Tensor:
+    """Return the mean ST-LPIPS distance of one random square of all images.
+
+    Args:
+        network: Frozen.
+        decoded: (B, 3, H, W) in [-1, 1].
+        images: Targets, the same shape.
+        side: Of the square in pixels; cut down to that of the images.
+    """
+    height, width = images.shape[-2:]
+    top = int(torch.randint(max(height - side, 0) + 1, ()))
+    left = int(torch.randint(max(width - side, 0) + 1, ()))
+    window = (..., slice(top, top + side), slice(left, left + side))
+    with torch.no_grad():
+        target = network.features(images[window])
+    return network.distance(network.features(decoded[window]), target).mean()
 
 
 def reconstruction_loss(

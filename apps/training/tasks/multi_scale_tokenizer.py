@@ -21,7 +21,6 @@ from apps.training.tasks.autoencoder import (
     AutoencoderModel,
     AutoencoderSection,
     AutoencoderTask,
-    reconstruction_loss,
 )
 from dit.tokenizers import MultiScaleBSQ, MultiScaleVQ, ViTAutoencoder
 from dit.tokenizers.losses import bit_entropy, code_entropy, residual_loss, straight_through
@@ -176,8 +175,7 @@ class MultiScaleTokenizerTask(AutoencoderTask):
             latent, loss, values = self._quantize(features)
         scale = task.latent_noise * torch.rand(len(latent), 1, 1, 1, device=latent.device)
         decoded: Tensor = self.vae.decode(latent + scale * torch.randn_like(latent)).sample  # (B, 3, H, W)
-        with torch.autocast(images.device.type, enabled=False):
-            error, parts = reconstruction_loss(decoded.float(), images, task.ssim_weight, task.squared_weight)
+        error, parts = self._image_loss(decoded, images)
         return error + loss, {**parts, **values}
 
     def _quantize(self, features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

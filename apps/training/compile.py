@@ -1,0 +1,38 @@
+"""Compiles the repeated blocks of the networks that are trained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def compile_blocks(modules: Mapping[str, nn.Module]) -> int:
+    """Compile in place what each network calls its `_repeated_blocks`; names and weights stay as they are.
+
+    Blocks alone are compiled, since one compiled block serves all of them and shapes around it may vary.
+
+    Args:
+        modules: The trained networks by name.
+
+    Returns:
+        How many blocks were compiled; networks that name no repeated blocks stay as they are.
+    """
+    count = 0
+    for network in modules.values():
+        names = tuple(getattr(network, "_repeated_blocks", None) or ())
+        for block in network.modules():
+            if type(block).__name__ in names and not _is_frozen(block):
+                compiled: Any = block
+                compiled.compile()
+                count += 1
+    return count
+
+
+def uncompiled() -> Any:
+    """Return a context in which compiled blocks run as written: what runs once isn't worth compiling."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def _is_frozen(block: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in block.parameters())
