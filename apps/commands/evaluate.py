@@ -1,7 +1,8 @@
 """`tessera evaluate`: generate many prompts and let the exact judge read the images.
 
 Every figure stands beside its ceiling: first the judge reads freshly drawn scenes, then the same scenes after a round
-trip through the model's autoencoder, and only then what the model generated.
+trip through the model's autoencoder, and only then what the model generated. How well images are drawn is measured on
+the generated images and after the round trip too.
 """
 
 import json
@@ -18,8 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from apps.commands.image_quality import ImageQuality
 from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
+from apps.perceptual import load_st_lpips
 from apps.service.usage import UsageError, checking
 from apps.service.writable import check_folder
 from apps.stickers import Scene, SpriteSheet, load_sprites, render
@@ -27,11 +30,14 @@ from apps.stickers.contact_sheet import contact_sheet
 from apps.stickers.inpaint_set import draw_tasks, is_painted
 from apps.stickers.inpaint_set import evaluate as evaluate_inpainting
 from apps.stickers.judge import Judge, score
+from apps.stickers.known_words import known_colours
 from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, sheet_requests
+from apps.stickers.scene import BASIC_COLOURS
 from apps.training.data.stickers import box_mask, read_vocabulary
 from apps.training.tasks.autoencoder import psnr
 from dit.tokenizers import as_visual_tokenizer
 from pipelines.info.inspection import info_of
+from pipelines.inputs.words import read_words
 
 Generate = Callable[[Sequence[str], Sequence[int]], torch.Tensor]
 """Prompts and a seed for each, to images `(B, 3, H, W)` in [-1, 1]."""
@@ -41,6 +47,7 @@ Tick = Callable[[int], None]
 """Told after each batch how many images it had."""
 
 CEILING_SETS = ("single", "pair", "count")
+"""Sets whose scenes are also read fresh and after a round trip, and whose images are measured."""
 INPAINT = "inpaint"
 """The set of images to be changed; it is generated only when it is asked for."""
 SEEDS_PER_SET = 100_000  # every set's images have noise of their own
@@ -59,6 +66,9 @@ class Report:
         autoencoder: the same after a round trip, and in dB `psnr_in_boxes` (mean over images,
             as papers report it) and `psnr_in_boxes_pooled` (of the squared error of all images together).
         scores: shares of right images by set, then metric.
+        fidelity: of the sets in `CEILING_SETS`: `psnr` (dB), `ssim` and `psnr_worst_tenth` to the best-fitting
+            renderings at 64 x 64 pixels, of `generated` images and of a `round_trip` through the autoencoder.
+        perceptual: of the same images, the mean distance `st_lpips` to the best-fitting renderings.
         inpainted: of the set "inpaint": shares of masked stickers that are the ones asked for (`masked`, and by kind
             of scene), of images with every pixel outside the mask as before (`kept`), and the `ceiling` of the judge.
         seconds_per_picture: generating time, without loading and judging.
@@ -71,6 +81,8 @@ class Report:
     ceiling: dict[str, dict[str, float]] = field(default_factory=dict)
     autoencoder: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    fidelity: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    perceptual: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     inpainted: dict[str, float] = field(default_factory=dict)
     seconds_per_picture: float | None = None
 
@@ -99,6 +111,18 @@ def shares(
 ) -> dict[str, float]:
     """Return the share of right answers for each metric, see `answers`."""
     return {metric: sum(right) / len(right) for metric, right in answers(scenes, pictures, judge, tick).items()}
+
+
+def measured(
+    requests: Sequence[Request], pictures: Iterable[torch.Tensor], quality: ImageQuality
+) -> Iterator[torch.Tensor]:
+    """Measure images of requests, batch by batch, and hand them on."""
+    start = 0
+    for batch in pictures:
+        part = requests[start : start + len(batch)]
+        quality.add(batch, [request.scene for request in part], [request.prompt for request in part])
+        start += len(batch)
+        yield batch
 
 
 def box_psnr(scenes: Sequence[Scene], sheet: SpriteSheet, resolution: int, through: Through) -> dict[str, float]:
@@ -179,6 +203,7 @@ class Evaluator:
         seed: of scenes and noise.
         batch_size: images generated at once.
         progress: shows what goes on.
+        colours: names of the backgrounds that the model knows.
     """
 
     sheet: SpriteSheet
@@ -188,17 +213,23 @@ class Evaluator:
     seed: int
     batch_size: int
     progress: Progress
+    colours: Sequence[str] = BASIC_COLOURS
 
     def requests(self, prompts: PromptSet) -> list[Request]:
         """Draws the requests of a set."""
-        return draw_requests(prompts, self.prompts, self.sheet, self.vocabulary, self.seed)
+        return draw_requests(prompts, self.prompts, self.sheet, self.vocabulary, self.seed, self.colours)
 
-    def ceiling(self, resolution: int, through: Through, title: str) -> dict[str, dict[str, float]]:
-        """Scores fresh renders after `through` has changed them, by set."""
+    def ceiling(
+        self, resolution: int, through: Through, title: str, quality: dict[str, ImageQuality] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Scores fresh renders after `through` has changed them, by set; measures them too if `quality` is given."""
         result = {}
         for name in CEILING_SETS:
-            scenes = [request.scene for request in self.requests(SETS[name])]
+            requests = self.requests(SETS[name])
+            scenes = [request.scene for request in requests]
             pictures = (through(render(part, self.sheet, resolution)) for part in batches(scenes, 32))
+            if quality is not None:
+                pictures = measured(requests, pictures, quality[name])
             result[name] = shares(scenes, pictures, self.judge, self._tick(f"{title}, {SETS[name].title}"))
         return result
 
@@ -208,14 +239,16 @@ class Evaluator:
         scenes = [request.scene for name in names for request in self.requests(SETS[name])]
         return box_psnr(scenes, self.sheet, resolution, through)
 
-    def scores(self, name: str, generate: Generate) -> dict[str, float]:
-        """Scores what the model generates for one set."""
+    def scores(self, name: str, generate: Generate, quality: ImageQuality | None = None) -> dict[str, float]:
+        """Scores what the model generates for one set; measures it too if `quality` is given."""
         requests = self.requests(SETS[name])
         first = self.seed + SEEDS_PER_SET * (1 + list(SETS).index(name))
         pictures = (
             generate([requests[i].prompt for i in part], [first + i for i in part])
             for part in batches(range(len(requests)), self.batch_size)
         )
+        if quality is not None:
+            pictures = measured(requests, pictures, quality)
         return shares([request.scene for request in requests], pictures, self.judge, self._tick(SETS[name].title))
 
     def inpainted(self, pipe: Any, steps: int | None, guidance: float, resolution: int) -> dict[str, float]:
@@ -306,6 +339,7 @@ def run(
     pipe = load_for_command(model, device, dtype)
     with checking():
         names = read_vocabulary(vocabulary or str(_vocabulary_file(pipe, model)))
+        colours = known_colours(read_words(pipe.name_or_path) or BASIC_COLOURS)
     folder.mkdir(parents=True, exist_ok=True)
     num_steps, scale = call_settings(pipe, steps, guidance)
     settings = {"prompts": prompts, "steps": num_steps, "guidance": scale, "seed": seed, "batch_size": batch_size}
@@ -313,7 +347,7 @@ def run(
     sheet = load_sprites()
     with _progress(console) as progress:
         judge = Judge(sheet, pipe.device)
-        evaluator = Evaluator(sheet, names, judge, prompts, seed, batch_size, progress)
+        evaluator = Evaluator(sheet, names, judge, prompts, seed, batch_size, progress, colours)
         if sets != [INPAINT]:
             chosen = tuple(name for name in sets or SETS if name != INPAINT)
             examine(pipe, evaluator, chosen, painter(pipe, num_steps, scale), report, folder)
@@ -332,11 +366,13 @@ def run(
 def examine(
     pipe: Any, evaluator: Evaluator, sets: Sequence[str], generate: Generate, report: Report, folder: Path
 ) -> None:
-    """Fill a report, and write the contact sheet into `folder`."""
+    """Fill a report, and write the contact sheets into `folder`."""
     resolution = picture_side(pipe)
     through = round_trip(pipe.vae)
+    network = load_st_lpips()
     report.ceiling = evaluator.ceiling(resolution, lambda pictures: pictures, "fresh renders")
-    report.autoencoder = dict(evaluator.ceiling(resolution, through, "after a round trip"))
+    tripped = {name: ImageQuality(evaluator.sheet, network) for name in CEILING_SETS}
+    report.autoencoder = dict(evaluator.ceiling(resolution, through, "after a round trip", tripped))
     report.autoencoder |= evaluator.box_psnr(resolution, through)
     start = time.perf_counter()
     pictures, prompts = evaluator.sheet_pictures(generate)
@@ -344,7 +380,14 @@ def examine(
     sheet = contact_sheet(pictures, prompts, f"tessera: {Path(report.model).name}", _subtitle(report))
     sheet.save(folder / "contact_sheet.png", optimize=True)
     for name in sets:
-        report.scores[name] = evaluator.scores(name, generate)
+        quality = ImageQuality(evaluator.sheet, network) if name in CEILING_SETS else None
+        report.scores[name] = evaluator.scores(name, generate, quality)
+        if quality is not None:
+            both = {"generated": quality, "round_trip": tripped[name]}
+            report.fidelity[name] = {key: one.fidelity() for key, one in both.items()}
+            report.perceptual[name] = {key: one.perceptual() for key, one in both.items()}
+            title = f"{Path(report.model).name}: {SETS[name].title}"
+            quality.worst_sheet(title).save(folder / f"worst_{name}.png", optimize=True)
 
 
 def show(report: Report, console: Console) -> None:
@@ -368,8 +411,20 @@ def show(report: Report, console: Console) -> None:
     console.print(table)
     mean, pooled = (report.autoencoder[name] for name in ("psnr_in_boxes", "psnr_in_boxes_pooled"))
     console.print(f"autoencoder: {mean:.2f} dB inside sticker boxes (mean over images; {pooled:.2f} dB pooled)")
+    for name, found in report.fidelity.items():
+        console.print(f"{SETS[name].title}: {_quality(found, report.perceptual[name])}")
     if report.seconds_per_picture is not None:
         console.print(f"generation: {report.seconds_per_picture:.3f} s an image on {report.machine['device']}")
+
+
+def _quality(fidelity: dict[str, dict[str, float]], perceptual: dict[str, dict[str, float]]) -> str:
+    """Say how near images come to their best-fitting renderings, beside the round trip."""
+    made, tripped = fidelity["generated"], fidelity["round_trip"]
+    looks = " against ".join(f"{perceptual[key]['st_lpips']:.3f}" for key in ("generated", "round_trip"))
+    return (
+        f"fidelity {made['psnr']:.2f} dB (worst tenth {made['psnr_worst_tenth']:.2f}), SSIM {made['ssim']:.3f}, "
+        f"against {tripped['psnr']:.2f} dB and {tripped['ssim']:.3f} after a round trip; ST-LPIPS {looks}"
+    )
 
 
 def _resolution(pipe: Any) -> int:

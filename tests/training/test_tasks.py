@@ -270,7 +270,7 @@ def test_pool_keeps_to_the_training_split_and_the_jitter():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.vocabulary=starters", "starter, all, or a text file"),
+        ("data.vocabulary=starters", "starter, common, all, or a text file"),
         ("data.stages=[{until_step=5}, {until_step=3}]", "ascending order"),
         ("data.vae=nowhere", "no config.json"),
         ("data.stages=[{until_steps=5}]", "did you mean 'until_step'?"),
