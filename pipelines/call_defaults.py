@@ -42,8 +42,11 @@ def has_call_defaults(pipe: Any) -> bool:
 
 
 def call_defaults(pipe: Any) -> Mapping[str, Any]:
-    """Return the arguments that calls of a pipeline take where the caller names none."""
-    return vars(pipe).get(_ATTRIBUTE, {})
+    """Return the arguments that calls of a pipeline take where the caller names none: the model's own, then added ones.
+
+    A pipeline keeps the settings that suit its model in its configuration, as `defaults`.
+    """
+    return {**(pipe.config.get("defaults") or {}), **vars(pipe).get(_ATTRIBUTE, {})}
 
 
 @contextmanager

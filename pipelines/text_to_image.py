@@ -30,7 +30,8 @@ ImageInput = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.nda
 Images = list[Image.Image] | np.ndarray | Tensor
 
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 28, 4.0
-"""Of a call that names none."""
+DEFAULTS: Mapping[str, Any] = {"num_inference_steps": DEFAULT_STEPS, "guidance_scale": DEFAULT_GUIDANCE}
+"""Of a call that names none, of a model that has none of its own."""
 
 
 class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
@@ -44,6 +45,10 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         tokenizer: its tokenizer.
         vae: autoencoder, one of `dit.tokenizers` or of diffusers.
         scheduler: a flow-matching scheduler, e.g. `FlowMatchEulerDiscreteScheduler`.
+        defaults: settings of a call that suit this model, by the names of `DEFAULTS`.
+
+    Raises:
+        ValueError: an unknown name among the defaults.
 
     Example:
         >>> from pipelines import load_pipeline
@@ -83,8 +88,13 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         tokenizer: PreTrainedTokenizerBase,
         vae: ModelMixin,
         scheduler: SchedulerMixin,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        unknown = sorted(set(defaults or {}) - set(DEFAULTS))
+        if unknown:
+            raise ValueError(f"defaults name {unknown}; expected some of {sorted(DEFAULTS)}")
+        self.register_to_config(defaults=dict(defaults or {}))
         self.register_modules(
             transformer=transformer,
             text_encoder=text_encoder,
@@ -98,12 +108,14 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
     def info(self) -> PipelineInfo:
         """Return what this pipeline is and can do."""
         rows, columns = self._default_cells()
+        own: dict[str, Any] = {**DEFAULTS, **self.config["defaults"]}
         return self._declare(
             height=rows * self.vae_scale_factor,
             width=columns * self.vae_scale_factor,
             multiple=self.pixels_per_token,
-            steps=DEFAULT_STEPS,
-            guidance=DEFAULT_GUIDANCE,
+            defaults=own,
+            steps=int(own["num_inference_steps"]),
+            guidance=float(own["guidance_scale"]),
             has_scheduler=self.scheduler is not None,
             can_load_lora=True,
             knows_words=True,

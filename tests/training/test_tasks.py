@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from apps.perceptual import load_st_lpips
 from apps.stickers.scene import Placement, Scene, combinations, is_held_out
 from apps.training.config import ConfigError
 from apps.training.data.base import BatchAddress
@@ -15,7 +16,7 @@ from apps.training.data.stickers import ScenePool, StickerData, StickerSettings,
 from apps.training.image_grid import save_grid
 from apps.training.loop import Trainer, train
 from apps.training.task import load_config
-from apps.training.tasks.autoencoder import psnr, reconstruction_loss, ssim
+from apps.training.tasks.autoencoder import perceptual_loss, psnr, reconstruction_loss, ssim
 from apps.training.tokenizer import train_tokenizer
 from dit.tokenizers import ViTAutoencoder
 from dit.tokenizers.base import linear_preview
@@ -318,6 +319,33 @@ def test_ssim_equals_the_slow_formula():
     assert ssim(images, images) == pytest.approx(1.0, abs=1e-5)
     loss, parts = reconstruction_loss(other, images, 0.5)
     assert loss == pytest.approx(float(parts["charbonnier"] + 0.5 * (1 - parts["ssim"])))
+
+
+def test_perceptual_loss_compares_one_square_and_reaches_the_decoded_images():
+    network = load_st_lpips()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 48, 40, generator=generator) * 2 - 1
+    decoded = images.clone()
+    decoded[..., 24:, :] *= -1
+    decoded.requires_grad_()
+    torch.manual_seed(0)
+    assert perceptual_loss(network, images, images, 32) == 0
+    whole = perceptual_loss(network, decoded, images, 64)  # larger than the images: all of them
+    assert whole.item() == pytest.approx(network(decoded, images).mean().item())
+    perceptual_loss(network, decoded, images, 32).backward()
+    touched = decoded.grad.abs().sum((0, 1)) > 0  # (48, 40)
+    assert touched.any()
+    assert touched.any(1).sum() <= 32
+    assert touched.any(0).sum() <= 32
+
+
+def test_autoencoder_trains_with_the_perceptual_loss(configured):
+    settings = ("task.perceptual_weight=0.5", "task.perceptual_crop=32", "run.steps=2", "run.validate_every=0")
+    trainer = Trainer(configured("autoencoder", *settings))
+    loss, parts = trainer.task.loss(trainer.task.batch(0))
+    expected = parts["charbonnier"] + 0.5 * parts["perceptual"] + 0.1 * (1 - parts["ssim"])
+    assert loss.item() == pytest.approx(expected.item())
+    assert trainer.run() == "finished"
 
 
 def test_psnr_of_a_constant_error():
