@@ -7,6 +7,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteSchedule
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
+from pipelines.text_to_image import TextToImagePipeline
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 PROMPT = "a red apple"
@@ -355,3 +356,17 @@ def test_missing_text_encoder_is_named(pipe):
     without = type(pipe)(**{**pipe.components, "text_encoder": None, "tokenizer": None})
     with pytest.raises(ValueError, match="no text encoder to read prompt with: pass prompt_embeds"):
         without(PROMPT, num_inference_steps=1)
+
+
+def test_a_model_keeps_the_steps_and_guidance_that_suit_it(tmp_path):
+    pipe = tiny_text_to_image_pipeline()
+    own = TextToImagePipeline(**pipe.components, defaults={"num_inference_steps": 2, "guidance_scale": 1.5})
+    own.save_pretrained(tmp_path)
+    loaded = TextToImagePipeline.from_pretrained(tmp_path)
+    assert (loaded.info().steps, loaded.info().guidance) == (2, 1.5)
+    assert (pipe.info().steps, pipe.info().guidance) == (28, 4.0)
+    unnamed = loaded(PROMPT, generator=seeded(), output_type="pt").images
+    assert torch.equal(unnamed, paint(loaded, num_inference_steps=2, guidance_scale=1.5))
+    assert not torch.equal(unnamed, paint(loaded, num_inference_steps=3))
+    with pytest.raises(ValueError, match=r"defaults name \['steps'\]; expected some of"):
+        TextToImagePipeline(**pipe.components, defaults={"steps": 2})

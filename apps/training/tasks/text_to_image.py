@@ -38,7 +38,7 @@ class TextToImageSection(TaskSection):
         sigma_shift: Moves the noise levels towards noise if above 1.
         caption_dropout: Share of the captions replaced by the empty one, for guidance.
         scheduler_shift: Shift of the exported scheduler.
-        preview_steps, preview_guidance: How previews are sampled.
+        preview_steps, preview_guidance: How previews are sampled; exported as the defaults of the pipeline.
     """
 
     kind: Literal["text_to_image"]
@@ -268,12 +268,14 @@ class TextToImageTask:
     def _pipeline(self, transformer: Any, text_encoder: Any, vae: Any) -> Any:
         from pipelines.text_to_image import TextToImagePipeline
 
+        task = self.config.task
         return TextToImagePipeline(
             transformer=transformer,
             text_encoder=text_encoder,
             tokenizer=self.tokenizer,
             vae=vae,
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=self.config.task.scheduler_shift),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=task.scheduler_shift),
+            defaults={"num_inference_steps": task.preview_steps, "guidance_scale": task.preview_guidance},
         )
 
 
