@@ -34,7 +34,7 @@ from apps.stickers.known_words import known_colours
 from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, sheet_requests
 from apps.stickers.scene import BASIC_COLOURS
 from apps.training.data.stickers import box_mask, read_vocabulary
-from apps.training.tasks.autoencoder import psnr
+from apps.training.image_losses import psnr
 from dit.tokenizers import as_visual_tokenizer
 from pipelines.info.inspection import info_of
 from pipelines.inputs.words import read_words

@@ -14,9 +14,9 @@ from apps.training.data.base import BatchAddress
 from apps.training.data.config import Stage
 from apps.training.data.stickers import ScenePool, StickerData, StickerSettings, box_mask, read_vocabulary
 from apps.training.image_grid import save_grid
+from apps.training.image_losses import perceptual_loss, psnr, reconstruction_loss, ssim
 from apps.training.loop import Trainer, train
 from apps.training.task import load_config
-from apps.training.tasks.autoencoder import perceptual_loss, psnr, reconstruction_loss, ssim
 from apps.training.tokenizer import train_tokenizer
 from dit.tokenizers import ViTAutoencoder
 from dit.tokenizers.base import linear_preview

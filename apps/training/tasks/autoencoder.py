@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from apps.perceptual.st_lpips import ShiftTolerantLPIPS, load_st_lpips
+from apps.perceptual.st_lpips import load_st_lpips
 from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.data import open_data
-from apps.training.data.config import DataSection
+from apps.training.data.config import CaptionedData
+from apps.training.data.stickers import StickerData
 from apps.training.export import save_component
+from apps.training.generated_pairs import GeneratedPairs, cached_pairs, load_generator
 from apps.training.image_grid import save_grid
+from apps.training.image_losses import perceptual_loss, psnr, reconstruction_loss
 from apps.training.task import TaskContext
 from dit.tokenizers import ViTAutoencoder
 from dit.tokenizers.base import fit_linear_preview
@@ -37,6 +39,7 @@ class AutoencoderSection(TaskSection):
         perceptual_weight: Weight of ST-LPIPS (arXiv:2207.13686) beside it: sharper images. It costs more than the
             network itself, so only a part of each image is compared.
         perceptual_crop: Side in pixels of the square, at a random place, that ST-LPIPS compares.
+        generated_fraction: Share of a batch that is decoded from latents of `data.generated_from`.
         train: `all`, or `decoder`: the encoder and its statistics stay as they are (the second stage of ViTok,
             arXiv:2501.09755), so that a generator trained on its codes still fits.
     """
@@ -47,9 +50,10 @@ class AutoencoderSection(TaskSection):
     squared_weight: float = Field(default=0.0, ge=0)
     perceptual_weight: float = Field(default=0.0, ge=0)
     perceptual_crop: int = Field(default=64, ge=32)
+    generated_fraction: float = Field(default=0.5, ge=0, le=1)
 
 
-class AutoencoderData(DataSection):
+class AutoencoderData(CaptionedData):
     """The `[data]` section.
 
     Attributes:
@@ -58,14 +62,25 @@ class AutoencoderData(DataSection):
         vocabulary_fraction: Stickers: share of the scenes drawn from the vocabulary; the rest comes from all stickers.
         validation_examples: Held-out images that are measured.
         calibration_images: Images that the statistics of the code and the preview map are fitted to.
+        generated_from: Stickers: folder of a pipeline with this autoencoder's encoder. A decoder that is trained alone
+            then also learns to show what the pipeline generates as it was meant; see
+            `apps.training.generated_pairs`.
+        generated_images: Stickers: how many images are generated for that.
+        size_words, synonyms: Stickers: see `CaptionedData`; of the captions of generated images.
     """
 
-    sticker_fields: ClassVar[frozenset[str]] = DataSection.sticker_fields | {"vocabulary_fraction"}
+    sticker_fields: ClassVar[frozenset[str]] = CaptionedData.sticker_fields | {
+        "vocabulary_fraction",
+        "generated_from",
+        "generated_images",
+    }
     init_from: Path | None = None
     resolution: int = Field(default=128, ge=16)
     vocabulary_fraction: float = Field(default=1.0, ge=0, le=1)
     validation_examples: int = Field(default=128, ge=1)
     calibration_images: int = Field(default=512, ge=2)
+    generated_from: Path | None = None
+    generated_images: int = Field(default=6000, ge=1)
 
 
 class AutoencoderModel(Section):
@@ -95,6 +110,8 @@ class AutoencoderConfig(TrainConfig):
     def _check(self) -> "AutoencoderConfig":
         if self.task.train == "decoder" and self.data.init_from is None:
             raise ValueError('task.train = "decoder" needs an encoder to fit: give data.init_from')
+        if self.task.train != "decoder" and self.data.generated_from is not None:
+            raise ValueError('data.generated_from needs task.train = "decoder": its latents fit one encoder only')
         return self
 
 
@@ -111,6 +128,17 @@ class AutoencoderTask:
         self.vae: Any = self._network()
         self.perceptual = load_st_lpips(context.device) if config.task.perceptual_weight else None
         self.held_out = self.data.held_out(config.data.validation_examples)
+        with context.main_process_first():
+            self.pairs = self._generated_pairs()
+
+    def _generated_pairs(self) -> GeneratedPairs | None:
+        """Return what the pipeline of `generated_from` makes, if there is one."""
+        data = self.config.data
+        if data.generated_from is None:
+            return None
+        assert isinstance(self.data, StickerData), "the configuration has checked that the data are stickers"
+        pipe = load_generator(data.generated_from, self.context.device)
+        return cached_pairs(pipe, self.data, data.generated_images, self.config.run.seed, self.config.run.output)
 
     def _network(self) -> ViTAutoencoder:
         """Return a new autoencoder, or that of `init_from`, with the encoder frozen if only the decoder is trained."""
@@ -129,18 +157,32 @@ class AutoencoderTask:
         return {"vae": self.vae}
 
     def batch(self, index: int) -> dict[str, Any]:
-        """Return `images` (B, 3, H, W) in [-1, 1]."""
-        return {"images": self.data.images(self.context.address(self.config.run, index))}
+        """Return `images` (B, 3, H, W) in [-1, 1]; with generated pairs also `generated` latents of the first ones."""
+        address = self.context.address(self.config.run, index)
+        images = self.data.images(address)  # (B, 3, H, W)
+        count = 0 if self.pairs is None else round(self.config.task.generated_fraction * len(images))
+        if self.pairs is None or count == 0:
+            return {"images": images}
+        assert isinstance(self.data, StickerData)
+        rows = address.rng().integers(len(self.pairs), size=count).tolist()
+        targets = self.data.render(self.pairs.scenes(rows))  # (G, 3, H, W)
+        return {"images": torch.cat([targets, images[count:]]), "generated": self.pairs.latents[rows].float()}
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return Charbonnier plus weighted `1 - SSIM` of the images decoded from noisy codes."""
         images = batch["images"]  # (B, 3, H, W)
         if self.config.task.train == "decoder":
             self.vae.latent_norm.eval()
-        latent = self.vae.encode(images, return_dict=False)[0]  # (B, C, h, w)
-        scale = self.config.task.latent_noise * torch.rand(len(latent), 1, 1, 1, device=latent.device)
-        decoded = self.vae.decode(latent + scale * torch.randn_like(latent), return_dict=False)[0]  # (B, 3, H, W)
+        generated = batch.get("generated", images.new_empty(0))  # (G, C, h, w)
+        latent = self.vae.encode(images[len(generated) :], return_dict=False)[0]  # (B - G, C, h, w)
+        decoded = self.vae.decode(self._disturbed(latent, generated), return_dict=False)[0]  # (B, 3, H, W)
         return self._image_loss(decoded, images)
+
+    def _disturbed(self, latent: Tensor, generated: Tensor) -> Tensor:
+        """Add noise of random strength to the latents of images, and put generated ones before them."""
+        scale = self.config.task.latent_noise * torch.rand(len(latent), 1, 1, 1, device=latent.device)
+        noisy = latent + scale * torch.randn_like(latent)  # (B - G, C, h, w)
+        return torch.cat([generated.to(noisy.dtype), noisy]) if len(generated) else noisy
 
     def _image_loss(self, decoded: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of decoded images (B, 3, H, W) and its parts for the log."""
@@ -212,75 +254,3 @@ class AutoencoderTask:
     def _latent_norm(self, vae: Any) -> nn.BatchNorm1d:
         """Return the layer that holds the statistics of the code."""
         return vae.latent_norm
-
-
-def perceptual_loss(network: ShiftTolerantLPIPS, decoded: Tensor, images: Tensor, side: int) -> Tensor:
-    """Return the mean ST-LPIPS distance of one random square of all images.
-
-    Args:
-        network: Frozen.
-        decoded: (B, 3, H, W) in [-1, 1].
-        images: Targets, the same shape.
-        side: Of the square in pixels; cut down to that of the images.
-    """
-    height, width = images.shape[-2:]
-    top = int(torch.randint(max(height - side, 0) + 1, ()))
-    left = int(torch.randint(max(width - side, 0) + 1, ()))
-    window = (..., slice(top, top + side), slice(left, left + side))
-    with torch.no_grad():
-        target = network.features(images[window])
-    return network.distance(network.features(decoded[window]), target).mean()
-
-
-def reconstruction_loss(
-    decoded: Tensor, images: Tensor, ssim_weight: float, squared_weight: float = 0.0
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute Charbonnier (a smooth L1, eps 1e-3) plus `ssim_weight * (1 - SSIM)` plus `squared_weight * MSE`.
-
-    Args:
-        decoded: (B, 3, H, W) float32.
-        images: Targets in [-1, 1], the same shape.
-        ssim_weight: 0 leaves the second term out.
-        squared_weight: 0 leaves the third term out.
-
-    Returns:
-        The loss and its parts for the log.
-    """
-    squared = (decoded - images).square()  # (B, 3, H, W)
-    loss = (squared + 1e-6).sqrt().mean()
-    parts = {"charbonnier": loss.detach()}
-    if ssim_weight:
-        similarity = ssim(decoded, images, stride=4)  # every window would cost as much as the network
-        loss, parts["ssim"] = loss + ssim_weight * (1 - similarity), similarity.detach()
-    if squared_weight:
-        mean = squared.mean()
-        loss, parts["squared"] = loss + squared_weight * mean, mean.detach()
-    return loss, parts
-
-
-def ssim(first: Tensor, second: Tensor, window: int = 7, stride: int = 1, data_range: float = 2.0) -> Tensor:
-    """Compute the mean structural similarity (Wang et al. 2004) with a uniform window, without padding.
-
-    Args:
-        first: (B, C, H, W).
-        second: The same shape.
-        window: Side of the window in pixels.
-        stride: Pixels from one window to the next.
-        data_range: Largest minus smallest possible value.
-
-    Returns:
-        A scalar, 1 for equal images.
-    """
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    maps = torch.stack([first, second, first * first, second * second, first * second])  # (5, B, C, H, W)
-    means = F.avg_pool2d(maps.flatten(0, 2), window, stride).unflatten(0, maps.shape[:3])  # (5, B, C, h, w)
-    mean1, mean2, square1, square2, product = means.unbind(0)  # (B, C, h, w)
-    variance1, variance2 = square1 - mean1**2, square2 - mean2**2
-    covariance = product - mean1 * mean2
-    numerator = (2 * mean1 * mean2 + c1) * (2 * covariance + c2)
-    return (numerator / ((mean1**2 + mean2**2 + c1) * (variance1 + variance2 + c2))).mean()
-
-
-def psnr(mean_squared_error: float) -> float:
-    """Return the peak signal-to-noise ratio in dB of images in [-1, 1]."""
-    return 10 * math.log10(4 / max(mean_squared_error, 1e-10))

@@ -170,11 +170,11 @@ class MultiScaleTokenizerTask(AutoencoderTask):
         images, task = batch["images"], self.config.task  # (B, 3, H, W)
         if task.train == "decoder":
             self.vae.backbone.latent_norm.eval()
-        features = self.vae.features(images).float()  # (B, C, H, W)
+        generated = batch.get("generated", images.new_empty(0))  # (G, C, H, W)
+        features = self.vae.features(images[len(generated) :]).float()  # (B - G, C, H, W)
         with torch.autocast(images.device.type, enabled=False):
             latent, loss, values = self._quantize(features)
-        scale = task.latent_noise * torch.rand(len(latent), 1, 1, 1, device=latent.device)
-        decoded: Tensor = self.vae.decode(latent + scale * torch.randn_like(latent)).sample  # (B, 3, H, W)
+        decoded: Tensor = self.vae.decode(self._disturbed(latent, generated)).sample  # (B, 3, H, W)
         error, parts = self._image_loss(decoded, images)
         return error + loss, {**parts, **values}
 
