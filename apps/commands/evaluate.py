@@ -19,10 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from apps.commands.image_quality import ImageQuality
+from apps.commands.image_quality import ImageQuality, PretrainedEyes
 from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
-from apps.perceptual import load_st_lpips
 from apps.service.usage import UsageError, checking
 from apps.service.writable import check_folder
 from apps.stickers import Scene, SpriteSheet, load_sprites, render
@@ -68,7 +67,8 @@ class Report:
         scores: shares of right images by set, then metric.
         fidelity: of the sets in `CEILING_SETS`: `psnr` (dB), `ssim` and `psnr_worst_tenth` to the best-fitting
             renderings at 64 x 64 pixels, of `generated` images and of a `round_trip` through the autoencoder.
-        perceptual: of the same images, the mean distance `st_lpips` to the best-fitting renderings.
+        perceptual: of the same images, what networks say that the project did not train; see
+            `ImageQuality.perceptual`.
         inpainted: of the set "inpaint": shares of masked stickers that are the ones asked for (`masked`, and by kind
             of scene), of images with every pixel outside the mask as before (`kept`), and the `ceiling` of the judge.
         seconds_per_picture: generating time, without loading and judging.
@@ -369,9 +369,9 @@ def examine(
     """Fill a report, and write the contact sheets into `folder`."""
     resolution = picture_side(pipe)
     through = round_trip(pipe.vae)
-    network = load_st_lpips()
+    eyes = PretrainedEyes(evaluator.sheet)
     report.ceiling = evaluator.ceiling(resolution, lambda pictures: pictures, "fresh renders")
-    tripped = {name: ImageQuality(evaluator.sheet, network) for name in CEILING_SETS}
+    tripped = {name: ImageQuality(evaluator.sheet, eyes) for name in CEILING_SETS}
     report.autoencoder = dict(evaluator.ceiling(resolution, through, "after a round trip", tripped))
     report.autoencoder |= evaluator.box_psnr(resolution, through)
     start = time.perf_counter()
@@ -380,7 +380,7 @@ def examine(
     sheet = contact_sheet(pictures, prompts, f"tessera: {Path(report.model).name}", _subtitle(report))
     sheet.save(folder / "contact_sheet.png", optimize=True)
     for name in sets:
-        quality = ImageQuality(evaluator.sheet, network) if name in CEILING_SETS else None
+        quality = ImageQuality(evaluator.sheet, eyes) if name in CEILING_SETS else None
         report.scores[name] = evaluator.scores(name, generate, quality)
         if quality is not None:
             both = {"generated": quality, "round_trip": tripped[name]}
@@ -421,9 +421,12 @@ def _quality(fidelity: dict[str, dict[str, float]], perceptual: dict[str, dict[s
     """Say how near images come to their best-fitting renderings, beside the round trip."""
     made, tripped = fidelity["generated"], fidelity["round_trip"]
     looks = " against ".join(f"{perceptual[key]['st_lpips']:.3f}" for key in ("generated", "round_trip"))
+    recall = ""
+    if "nearest_recall" in perceptual["generated"]:
+        recall = "; second judge " + " against ".join(_percent(one["nearest_recall"]) for one in perceptual.values())
     return (
         f"fidelity {made['psnr']:.2f} dB (worst tenth {made['psnr_worst_tenth']:.2f}), SSIM {made['ssim']:.3f}, "
-        f"against {tripped['psnr']:.2f} dB and {tripped['ssim']:.3f} after a round trip; ST-LPIPS {looks}"
+        f"against {tripped['psnr']:.2f} dB and {tripped['ssim']:.3f} after a round trip; ST-LPIPS {looks}{recall}"
     )
 
 

@@ -7,20 +7,56 @@ the best-fitting rendering of what was asked for (`apps.stickers.fidelity`), pix
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import fmean
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from apps.perceptual import ShiftTolerantLPIPS
+from apps.perceptual import (
+    EfficientNetLite0,
+    NearestStickerJudge,
+    ShiftTolerantLPIPS,
+    frechet_distance,
+    image_features,
+    load_efficientnet_lite0,
+    load_st_lpips,
+    perceptual_distance,
+)
 from apps.stickers import Scene, SpriteSheet, render
 from apps.stickers.contact_sheet import contact_sheet
 from apps.stickers.fidelity import measure_fidelity
 
 WORST_SHOWN = 32
 WORST_SHARE = 0.1
-CHUNK = 8  # images that the perceptual network sees at once
+CHUNK = 8  # images that a network sees at once
+
+
+class PretrainedEyes:
+    """The networks that look at images; each is loaded when it is first asked for.
+
+    Args:
+        sheet: The stickers that the second judge knows.
+    """
+
+    def __init__(self, sheet: SpriteSheet) -> None:
+        self.sheet = sheet
+
+    @cached_property
+    def distance(self) -> ShiftTolerantLPIPS:
+        """Measures how different two images look."""
+        return load_st_lpips()
+
+    @cached_property
+    def features(self) -> EfficientNetLite0:
+        """Describes images."""
+        return load_efficientnet_lite0()
+
+    @cached_property
+    def judge(self) -> NearestStickerJudge:
+        """Reads which sticker a single one is."""
+        return NearestStickerJudge(self.sheet)
 
 
 @dataclass
@@ -29,17 +65,21 @@ class ImageQuality:
 
     Attributes:
         sheet: The stickers.
-        network: Measures the perceptual distance; None leaves it out.
+        eyes: Networks that look at the images; None leaves out what needs them.
         psnr, ssim: Of each image, to its best-fitting rendering; see `Fidelity`.
         distances: ST-LPIPS of each image to it.
+        features: Of EfficientNet-lite0, of all images and of their renderings, batch by batch.
+        recognised: Whether the second judge takes each single sticker for the right one.
         worst: The worst images so far with their renderings, a heap by falling PSNR.
     """
 
     sheet: SpriteSheet
-    network: ShiftTolerantLPIPS | None = None
+    eyes: PretrainedEyes | None = None
     psnr: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
     distances: list[float] = field(default_factory=list)
+    features: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
+    recognised: list[bool] = field(default_factory=list)
     worst: list[tuple[float, int, str, Tensor, Tensor]] = field(default_factory=list)
 
     @torch.inference_mode()
@@ -63,9 +103,17 @@ class ImageQuality:
         else:
             self.psnr += found.psnr
         self.ssim += found.ssim
-        if self.network is not None:
-            for some, others in zip(images.split(CHUNK), drawn.split(CHUNK), strict=True):
-                self.distances += self.network(some.clamp(-1, 1), others.clamp(-1, 1)).tolist()
+        if self.eyes is not None:
+            self._look(self.eyes, images.clamp(-1, 1), drawn.clamp(-1, 1), scenes)
+
+    def _look(self, eyes: PretrainedEyes, images: Tensor, drawn: Tensor, scenes: Sequence[Scene]) -> None:
+        """Have the networks look at images and their best-fitting renderings, (B, 3, H, H) each."""
+        self.distances += perceptual_distance(images, drawn, CHUNK, eyes.distance).tolist()
+        for found, some in zip(self.features, (images, drawn), strict=True):
+            found.append(image_features(some, CHUNK, eyes.features))  # (B, 152)
+        if scenes[0].kind == "single":
+            sprites = eyes.judge.read(images).sprites.tolist()
+            self.recognised += [scene.sprites == (sprite,) for scene, sprite in zip(scenes, sprites, strict=True)]
 
     def fidelity(self) -> dict[str, float]:
         """Return the mean `psnr` (dB) and `ssim`, and `psnr_worst_tenth`, the mean of the worst tenth of the images."""
@@ -77,8 +125,19 @@ class ImageQuality:
         }
 
     def perceptual(self) -> dict[str, float]:
-        """Return the mean `st_lpips` distance, 0 for equal images; empty without a network."""
-        return {"st_lpips": fmean(self.distances)} if self.distances else {}
+        """Return what the networks say; empty without them.
+
+        Returns:
+            `st_lpips`, the mean distance to the best-fitting renderings (0 for equal images); `frechet_lite0`, the
+            Frechet distance of the images' features from those of the renderings (from two images on); of single
+            stickers `nearest_recall`, the share that the second judge takes for the right one.
+        """
+        if not self.distances:
+            return {}
+        values = {"st_lpips": fmean(self.distances)}
+        if len(self.distances) > 1:
+            values["frechet_lite0"] = frechet_distance(*(torch.cat(found) for found in self.features))
+        return values | ({"nearest_recall": fmean(self.recognised)} if self.recognised else {})
 
     def worst_sheet(self, title: str) -> Image.Image:
         """Draw the worst images, worst first, each beside its best-fitting rendering.
