@@ -23,6 +23,7 @@ SMALLEST = 21  # side in pixels below which the third blur's mirrored border wou
 # Mean and deviation of photographs in [-1, 1], which the network was trained with.
 MEAN = (-0.030, -0.088, -0.188)
 DEVIATION = (0.458, 0.448, 0.450)
+BINOMIAL, PAIR = (0.25, 0.5, 0.25), (0.5, 0.5)
 TINY = 1e-10  # added to the length of a pixel's activations, as in LPIPS
 
 
@@ -38,10 +39,51 @@ def blur_and_halve(images: Tensor) -> Tensor:
         (B, C, (H + 1) // 2 + 1, (W + 1) // 2 + 1).
     """
     channels = images.shape[1]
-    line = torch.tensor((0.25, 0.5, 0.25), dtype=images.dtype, device=images.device)
+    line = torch.tensor(BINOMIAL, dtype=images.dtype, device=images.device)
     kernel = torch.outer(line, line).expand(channels, 1, 3, 3)  # (C, 1, 3, 3)
     padded = functional.pad(images, (2, 2, 2, 2), mode="reflect")  # (B, C, H + 4, W + 4)
     return functional.conv2d(padded, kernel, stride=2, groups=channels)
+
+
+def convolve_blur_and_halve(images: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """Return `blur_and_halve(convolution(images))`, faster: both in one convolution of stride 2.
+
+    A convolution, then a blur, is a convolution with the blurred kernel; only at the mirrored border it is another one.
+    There the first output repeats the second, since both blur the same three values, and so does the last if their
+    number is odd. If it is even, the last blurs the last two values by (1, 1) / 2.
+
+    Args:
+        images: (B, C, H, W), H and W at least 21.
+        convolution: Of stride 1, with a padding on all sides.
+    """
+    height, width = images.shape[2:]
+    (kernel, _), (border, _) = convolution.kernel_size, convolution.padding
+    padded = functional.pad(images, [int(border)] * 4)  # (B, C, H + 2 p, W + 2 p)
+    odd = [(side + 2 * int(border) - kernel + 1) % 2 for side in (height, width)]
+
+    def part(last_row: bool, last_column: bool) -> Tensor:
+        rows, columns = (PAIR if last else BINOMIAL for last in (last_row, last_column))
+        weight = _blurred_kernel(_blurred_kernel(convolution.weight, rows).mT, columns).mT
+        source = padded[:, :, -kernel - 1 :] if last_row else padded
+        source = source[..., -kernel - 1 :] if last_column else source
+        return functional.conv2d(source, weight, convolution.bias, stride=2)
+
+    def line(last_row: bool) -> Tensor:
+        inner = part(last_row, False)  # (B, C', h, w)
+        last = inner[..., -1:] if odd[1] else part(last_row, True)  # (B, C', h, 1)
+        return torch.cat([inner[..., :1], inner, last], dim=3)
+
+    inner = line(False)
+    last = inner[:, :, -1:] if odd[0] else line(True)  # (B, C', 1, w)
+    return torch.cat([inner[:, :, :1], inner, last], dim=2)
+
+
+def _blurred_kernel(weight: Tensor, taps: tuple[float, ...]) -> Tensor:
+    """Convolve kernels (O, C, h, w) with a line of taps along h: (O, C, h + taps - 1, w)."""
+    reach = len(taps) - 1
+    return torch.stack(
+        [tap * functional.pad(weight, (0, 0, place, reach - place)) for place, tap in enumerate(taps)]
+    ).sum(0)
 
 
 class ShiftTolerantLPIPS(nn.Module):
@@ -115,14 +157,13 @@ class ShiftTolerantLPIPS(nn.Module):
         scaled = (_at_least_float32(images) - self.mean) / self.deviation  # (B, 3, H, W)
         # Twice as fast on a CPU with the channels last.
         hidden = scaled.to(self.heads[0].dtype).contiguous(memory_format=torch.channels_last)
-        maps = []
-        for depth, convolution in enumerate(self.trunk):
-            if depth in (1, 2):
+        first, *others = (module for module in self.trunk if isinstance(module, nn.Conv2d))
+        hidden = functional.relu(convolve_blur_and_halve(hidden, first))  # (B, 64, about H / 2, W / 2)
+        maps = [hidden]
+        for depth, convolution in enumerate(others):
+            if depth < 2:
                 hidden = blur_and_halve(functional.max_pool2d(hidden, 3, stride=1))  # (B, C, about h / 2, w / 2)
-            hidden = convolution(hidden)  # (B, C, h, w)
-            if depth == 0:
-                hidden = blur_and_halve(hidden)  # (B, 64, about H / 2, W / 2)
-            hidden = functional.relu(hidden)
+            hidden = functional.relu(convolution(hidden))  # (B, C, h, w)
             maps.append(hidden)
         return tuple(maps)
 

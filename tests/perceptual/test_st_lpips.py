@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from apps.perceptual import ShiftTolerantLPIPS, load_st_lpips, perceptual_distance
-from apps.perceptual.st_lpips import blur_and_halve
+from apps.perceptual.st_lpips import blur_and_halve, convolve_blur_and_halve
 from apps.stickers import SceneMix, SceneSampler, load_sprites, render
 from tests.perceptual.waves import wave
 
@@ -85,6 +85,17 @@ def test_blur_and_halve_is_the_binomial_filter() -> None:
     mirrored = [4, 1, *line.tolist(), 25, 16]
     means = [(mirrored[i] + 2 * mirrored[i + 1] + mirrored[i + 2]) / 4 for i in range(0, 9, 2)]
     assert blur_and_halve(image)[0, 1, 2].tolist() == pytest.approx(means)
+
+
+@pytest.mark.parametrize(("height", "width"), [(21, 22), (30, 33), (64, 64), (37, 41)])
+def test_one_convolution_equals_two(network: ShiftTolerantLPIPS, height: int, width: int) -> None:
+    """In float64, values and gradients: whatever the parities of the sides."""
+    convolution = torch.nn.Conv2d(3, 64, 11, padding=2).double()
+    convolution.load_state_dict(network.trunk[0].state_dict())
+    image = wave(height, width, 9.0).double().requires_grad_()
+    results = [convolve_blur_and_halve(image, convolution), blur_and_halve(convolution(image))]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(result.square().sum(), image)[0] for result in results))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 20, 64), (1, 1, 64, 64), (3, 64, 64)])
