@@ -20,7 +20,7 @@ from torch import Tensor
 
 from apps.stickers.fidelity import measure_fidelity
 from apps.stickers.scene import Placement, Scene
-from apps.training.data.base import VALIDATION_SEED
+from apps.training.data.base import VALIDATION_SEED, TrainingData
 from apps.training.data.stickers import StickerData
 from dit.runtime.artifacts import model_fingerprint
 
@@ -38,18 +38,28 @@ class GeneratedPairs:
         placements: Sprite, x, y and size of each sticker, (P, 4, 4) float32; a sprite of -1 is none.
         backgrounds: (P,) int64.
         fidelity: PSNR of the generated image to its target in dB, (P,).
+        data: Renders the targets.
     """
 
     latents: Tensor
     placements: Tensor
     backgrounds: Tensor
     fidelity: Tensor
+    data: StickerData
 
     def __len__(self) -> int:
         return len(self.latents)
 
-    def scenes(self, rows: Sequence[int]) -> list[Scene]:
-        """Return the scenes to render as targets; only places and backgrounds of them mean anything."""
+    def images(self, rows: Sequence[int]) -> Tensor:
+        """Render targets, (B, 3, R, R) in [-1, 1]."""
+        return self.data.render(self._scenes(rows))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all but the data."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def _scenes(self, rows: Sequence[int]) -> list[Scene]:
+        """Return scenes to render; only places and backgrounds of them mean anything."""
         found = []
         for row in rows:
             stickers = [one for one in self.placements[row].tolist() if one[0] >= 0]
@@ -103,20 +113,26 @@ def generate_pairs(pipe: Any, data: StickerData, count: int, seed: int, quiet: b
     right = whole["fidelity"] >= LEAST_FIDELITY  # (P,)
     if not right.any():
         raise ValueError(f"none of {count} generated images is within {LEAST_FIDELITY:g} dB of what was asked for")
-    return GeneratedPairs(**{name: one[right] for name, one in whole.items()})
+    return GeneratedPairs(**{name: one[right] for name, one in whole.items()}, data=data)
 
 
-def cached_pairs(pipe: Any, data: StickerData, count: int, seed: int, folder: Path) -> GeneratedPairs:
-    """Return generated pairs, kept in a file of `folder` whose name is a hash of all that they depend on."""
+def cached_pairs(pipe: Any, data: TrainingData, count: int, seed: int, folder: Path) -> GeneratedPairs:
+    """Return generated pairs, kept in a file of `folder` whose name is a hash of all that they depend on.
+
+    Raises:
+        TypeError: The data are not stickers, of which alone the best rendering is known.
+    """
+    if not isinstance(data, StickerData):
+        raise TypeError(f"generated pairs need stickers, got {type(data).__name__}: set data.kind = 'stickers'")
     known = [model_fingerprint(part) for part in (pipe.transformer, pipe.vae, pipe.text_encoder)]
     depends = repr((known, dict(pipe.config.get("defaults") or {}), data.settings, data.resolution, count, seed))
     path = folder / f"pairs-{hashlib.sha256(depends.encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        save_file(dict(vars(generate_pairs(pipe, data, count, seed))), temporary)
+        save_file(generate_pairs(pipe, data, count, seed).tensors(), temporary)
         temporary.rename(path)
-    return GeneratedPairs(**load_file(path))
+    return GeneratedPairs(**load_file(path), data=data)
 
 
 def _table(scene: Scene) -> Tensor:

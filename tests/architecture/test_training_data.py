@@ -5,8 +5,9 @@ import ast
 from tests.architecture.sources import ROOT, parse, python_files
 
 TRAINING = ROOT / "apps" / "training"
-# The data itself; labels of scenes, which probes predict; captions that are nearly right.
-STICKER_WORLD = {"data/stickers.py", "scene_labels.py", "hard_negatives.py"}
+# The data itself; labels of scenes, which probes predict; captions that are nearly right; what a generated image should
+# have been.
+STICKER_WORLD = {"data/stickers.py", "scene_labels.py", "hard_negatives.py", "generated_pairs.py"}
 # These two predict what a scene holds or tell nearly right captions apart, which needs scenes whose truth is known;
 # the value model also reports how well it still tells them apart, if its captions are those of stickers.
 ABOUT_SCENES = {"tasks/contrastive.py", "tasks/text_encoder_pretraining.py", "tasks/value_model.py"}

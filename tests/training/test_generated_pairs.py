@@ -38,7 +38,7 @@ def test_targets_are_the_best_renderings_and_wrong_images_have_none() -> None:
     pairs = generate_pairs(PerfectPipe(), DATA, 12, seed=7, quiet=True)
     assert len(pairs) == 9
     assert pairs.fidelity.min() > 35
-    targets = render(pairs.scenes(range(9)), DATA.sheet, 128)
+    targets = pairs.images(range(9))
     error = (targets - pairs.latents.float()).square().mean((1, 2, 3))
     assert error.max() < 2e-3
     assert np.isin(pairs.placements[..., 0].numpy(), [-1, *DATA.sampler.sprites]).all()

@@ -19,7 +19,6 @@ from apps.perceptual.st_lpips import load_st_lpips
 from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.data import open_data
 from apps.training.data.config import CaptionedData
-from apps.training.data.stickers import StickerData
 from apps.training.export import save_component
 from apps.training.generated_pairs import GeneratedPairs, cached_pairs, load_generator
 from apps.training.image_grid import save_grid
@@ -133,12 +132,11 @@ class AutoencoderTask:
 
     def _generated_pairs(self) -> GeneratedPairs | None:
         """Return what the pipeline of `generated_from` makes, if there is one."""
-        data = self.config.data
+        data, run = self.config.data, self.config.run
         if data.generated_from is None:
             return None
-        assert isinstance(self.data, StickerData), "the configuration has checked that the data are stickers"
         pipe = load_generator(data.generated_from, self.context.device)
-        return cached_pairs(pipe, self.data, data.generated_images, self.config.run.seed, self.config.run.output)
+        return cached_pairs(pipe, self.data, data.generated_images, run.seed, run.output)
 
     def _network(self) -> ViTAutoencoder:
         """Return a new autoencoder, or that of `init_from`, with the encoder frozen if only the decoder is trained."""
@@ -163,9 +161,8 @@ class AutoencoderTask:
         count = 0 if self.pairs is None else round(self.config.task.generated_fraction * len(images))
         if self.pairs is None or count == 0:
             return {"images": images}
-        assert isinstance(self.data, StickerData)
         rows = address.rng().integers(len(self.pairs), size=count).tolist()
-        targets = self.data.render(self.pairs.scenes(rows))  # (G, 3, H, W)
+        targets = self.pairs.images(rows)  # (G, 3, H, W)
         return {"images": torch.cat([targets, images[count:]]), "generated": self.pairs.latents[rows].float()}
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
