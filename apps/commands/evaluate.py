@@ -30,7 +30,7 @@ from apps.stickers.inpaint_set import draw_tasks, is_painted
 from apps.stickers.inpaint_set import evaluate as evaluate_inpainting
 from apps.stickers.judge import Judge, score
 from apps.stickers.known_words import known_colours
-from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, sheet_requests
+from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, further_sheet_requests, sheet_requests
 from apps.stickers.scene import BASIC_COLOURS
 from apps.training.data.stickers import box_mask, read_vocabulary
 from apps.training.image_losses import psnr
@@ -277,9 +277,12 @@ class Evaluator:
             result |= {f"masked_{kind}": _share(rows)} if rows else {}
         return {**result, "ceiling": _share(ceiling)}
 
-    def sheet_pictures(self, generate: Generate) -> tuple[torch.Tensor, list[str]]:
-        """Generate the fixed prompts of the contact sheet: `(64, 3, H, W)`, and the prompts."""
-        prompts = [request.prompt for request in sheet_requests(self.sheet, self.vocabulary)]
+    def sheet_pictures(
+        self, generate: Generate, requests: Sequence[Request] | None = None
+    ) -> tuple[torch.Tensor, list[str]]:
+        """Generate the prompts of a contact sheet, the fixed ones by default: `(64, 3, H, W)`, and the prompts."""
+        requests = sheet_requests(self.sheet, self.vocabulary) if requests is None else requests
+        prompts = [request.prompt for request in requests]
         tick = self._tick("contact sheet", len(prompts))
         parts = []
         for part in batches(range(len(prompts)), self.batch_size):
@@ -379,6 +382,10 @@ def examine(
     report.seconds_per_picture = (time.perf_counter() - start) / len(prompts)
     sheet = contact_sheet(pictures, prompts, f"tessera: {Path(report.model).name}", _subtitle(report))
     sheet.save(folder / "contact_sheet.png", optimize=True)
+    further = further_sheet_requests(evaluator.sheet, evaluator.vocabulary, evaluator.colours)
+    if further:
+        sheet = contact_sheet(*evaluator.sheet_pictures(generate, further), "further stickers and colours", "")
+        sheet.save(folder / "contact_sheet_further.png", optimize=True)
     for name in sets:
         quality = ImageQuality(evaluator.sheet, eyes) if name in CEILING_SETS else None
         report.scores[name] = evaluator.scores(name, generate, quality)

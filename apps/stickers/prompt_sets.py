@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from apps.stickers.captions import NUMBERS, Phrasing, caption, unique_keywords, with_article
 from apps.stickers.scene import BASIC_COLOURS, COLOURS, RELATIONS, Kind, Scene, SceneMix, SceneSampler, Split, generator
 from apps.stickers.sprites import SpriteSheet
+from apps.stickers.vocabulary import STARTER
 
 SCENE_SERIES = 2**41  # series of the scenes asked for: no training run and no validation draws from it
 SHEET_PROMPTS = 64
@@ -97,12 +98,31 @@ def draw_requests(
 
 
 def sheet_requests(sheet: SpriteSheet, vocabulary: Sequence[str]) -> list[Request]:
-    """Pick the 64 fixed prompts of the contact sheet: 40 singles, 16 pairs, 8 counts, in plain words."""
+    """Pick the 64 fixed prompts of the contact sheet: 40 singles, 16 pairs, 8 counts, in plain words.
+
+    They name starter stickers and basic colours, so that sheets of different models show the same; a model that lacks
+    a starter sticker is asked for those that it knows.
+    """
+    return _sheet(sheet, STARTER if set(STARTER) <= set(vocabulary) else vocabulary, BASIC_COLOURS)
+
+
+def further_sheet_requests(
+    sheet: SpriteSheet, vocabulary: Sequence[str], colours: Sequence[str] = BASIC_COLOURS
+) -> list[Request]:
+    """Pick 64 prompts for what a model knows beyond the starter stickers and the basic colours; none if nothing."""
+    if not set(STARTER) < set(vocabulary):
+        return []
+    further = [name for name in vocabulary if name not in STARTER]
+    return _sheet(sheet, further, [colour for colour in colours if colour not in BASIC_COLOURS] or BASIC_COLOURS)
+
+
+def _sheet(sheet: SpriteSheet, vocabulary: Sequence[str], colours: Sequence[str]) -> list[Request]:
     names = _endless(vocabulary)
     requests = []
     for i in range(SHEET_PROMPTS):
         row, column = divmod(i, 8)
-        background = (3 * i + 4 * row) % len(BASIC_COLOURS)
+        colour = colours[(3 * i + 4 * row) % len(colours)]
+        background = COLOURS.index(colour)
         name = next(names)
         sprites: tuple[int, ...] = (sheet.index(name),)
         if column in (2, 6):
@@ -117,7 +137,6 @@ def sheet_requests(sheet: SpriteSheet, vocabulary: Sequence[str]) -> list[Reques
             word = {3: "large", 7: "small"}.get(column)
             scene = Scene("single", (), background, sprites, size_word=word)
             subject = with_article(f"{word} {name}" if word else name)
-        colour = COLOURS[background]
         where = f"{with_article(colour)} background" if scene.kind == "single" else colour  # short enough to be read
         requests.append(Request(scene, f"{subject} on {where}"))
     return requests

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from apps.commands import evaluate
-from apps.stickers import STARTER, load_sprites, render, unique_keywords
+from apps.stickers import BASIC_COLOURS, COLOURS, COMMON, STARTER, load_sprites, render, unique_keywords
 from apps.stickers.contact_sheet import contact_sheet
 from apps.stickers.judge import Judge
-from apps.stickers.prompt_sets import SETS, draw_requests, sheet_requests
+from apps.stickers.prompt_sets import SETS, draw_requests, further_sheet_requests, sheet_requests
 from apps.stickers.scene import combinations, is_held_out
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
@@ -117,6 +117,19 @@ def test_the_fixed_prompts_stay_fixed() -> None:
         "a sushi left of a fire engine on pink",
     ]
     assert len(sheet_requests(SHEET, STARTER[:5])) == 64
+    assert sheet_requests(SHEET, COMMON) == requests, "a larger vocabulary shows the same prompts"
+
+
+def test_further_prompts_show_what_the_fixed_ones_cannot() -> None:
+    assert further_sheet_requests(SHEET, STARTER) == []
+    assert further_sheet_requests(SHEET, STARTER[:9]) == []
+    requests = further_sheet_requests(SHEET, COMMON, COLOURS)
+    assert len({request.prompt for request in requests}) == 64
+    starters = {SHEET.index(name) for name in STARTER}
+    assert not any(starters & set(request.scene.sprites) for request in requests)
+    assert {COLOURS[request.scene.background] for request in requests} == set(COLOURS[10:])
+    basic = further_sheet_requests(SHEET, COMMON)
+    assert {COLOURS[request.scene.background] for request in basic} == set(BASIC_COLOURS)
 
 
 def test_contact_sheets_need_a_caption_for_each_picture() -> None:
