@@ -239,14 +239,14 @@ def evaluate(
             "--output",
             "-o",
             file_okay=False,
-            help="Folder for the report and the contact sheet.",
+            help="Folder for the report and the contact sheets.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
     vocabulary: Annotated[
         str | None,
         typer.Option(
-            help="starter, all, or a file with one sticker name a line; the model's own if absent.",
+            help="starter, common, all, or a file with one sticker name a line; the model's own if absent.",
             rich_help_panel=MEASURED,
         ),
     ] = None,
@@ -265,7 +265,7 @@ def evaluate(
     dtype: Precision = "auto",
     json_output: Json = False,
 ) -> None:
-    """Generate many prompts and let the exact judge read the images."""
+    """Generate many prompts, let the exact judge read the images, and measure how well they are drawn."""
     from apps.commands.evaluate import run
 
     run(

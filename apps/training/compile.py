@@ -10,7 +10,8 @@ from torch import nn
 def compile_blocks(modules: Mapping[str, nn.Module]) -> int:
     """Compile in place what each network calls its `_repeated_blocks`; names and weights stay as they are.
 
-    Blocks alone are compiled, since one compiled block serves all of them and shapes around it may vary.
+    Blocks alone are compiled, since one compiled block serves all of them and shapes around it may vary. Each shape is
+    compiled for itself: on a CPU code for any shape is slower, so batches should have few lengths.
 
     Args:
         modules: The trained networks by name.
@@ -24,7 +25,7 @@ def compile_blocks(modules: Mapping[str, nn.Module]) -> int:
         for block in network.modules():
             if type(block).__name__ in names and not _is_frozen(block):
                 compiled: Any = block
-                compiled.compile()
+                compiled.compile(dynamic=False)
                 count += 1
     return count
 

@@ -68,10 +68,12 @@ def load_text_encoder(folder: Path) -> tuple[T5EncoderModel, PreTrainedTokenizer
     return encoder, AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str], length: int | None = None) -> dict[str, Tensor]:
-    """Return `input_ids` and `attention_mask`, both (B, L), with L the given length, else a multiple of 4."""
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, captions: list[str], length: int | None = None, multiple: int = 4
+) -> dict[str, Tensor]:
+    """Return `input_ids` and `attention_mask`, both (B, L), with L the given length, else a multiple of `multiple`."""
     padding: dict[str, Any] = (
-        {"padding": True, "pad_to_multiple_of": 4}
+        {"padding": True, "pad_to_multiple_of": multiple}
         if length is None
         else {"padding": "max_length", "max_length": length}
     )

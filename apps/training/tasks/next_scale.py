@@ -110,7 +110,7 @@ class NextScaleTask(TextToImageTask):
         step = self.context.address(self.config.run, index).step
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         batch = self._teach(self.latents[rows].long(), self._stage(step).scales, generator)
-        return {**batch, **tokenize(self.tokenizer, captions)}
+        return {**batch, **self._tokenize(captions)}
 
     @torch.no_grad()
     def _teach(self, tokens: Tensor, scales: int | None, generator: torch.Generator | None) -> dict[str, Tensor]:

@@ -154,8 +154,12 @@ class TextToImageTask:
             "sigmas": logit_normal_sigmas(
                 len(latents), task.sigma_mean, task.sigma_std, task.sigma_shift, generator
             ),  # (B,)
-            **tokenize(self.tokenizer, captions),
+            **self._tokenize(captions),
         }
+
+    def _tokenize(self, captions: list[str]) -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask`, both (B, L); of few lengths if blocks are compiled for each."""
+        return tokenize(self.tokenizer, captions, multiple=8 if self.config.run.compile else 4)
 
     def _draw(self, index: int) -> tuple[np.random.Generator, Tensor, list[str]]:
         """Draw batch `index`: the generator to go on with, rows of the pool (B,), and a caption for each."""
