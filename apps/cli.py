@@ -383,7 +383,7 @@ def calibrate_cache(
 @app.command()
 def convert(
     family: Annotated[
-        Literal["dit", "sit", "var", "infinity"],
+        Literal["dit", "sit", "var", "infinity", "realesrgan"],
         typer.Option(
             help="Model family of the checkpoint.",
             rich_help_panel=CHECKPOINT,
@@ -393,7 +393,7 @@ def convert(
         Path,
         typer.Option(
             exists=True,
-            help="Published file or folder, a diffusers DiT folder, or a folder of ours.",
+            help="Published file (.pth, .safetensors, a wheel) or folder, a diffusers DiT folder, or a folder of ours.",
             rich_help_panel=CHECKPOINT,
         ),
     ],

@@ -1,4 +1,4 @@
-"""Pipelines with the standard call of diffusers, and `load_pipeline`.
+"""Pipelines with the standard call of diffusers, `load_pipeline`, and `load_upscaler` for the step behind them.
 
 Names are imported on first use, so that `import pipelines` costs nothing.
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from pipelines.info.inspection import info_of
     from pipelines.info.record import PipelineInfo
     from pipelines.loading.load import builtin_models, load_pipeline
+    from pipelines.loading.upscaler import builtin_upscalers, load_upscaler
     from pipelines.next_scale import NextScaleClassToImagePipeline, NextScaleTextToImagePipeline
     from pipelines.text_to_image import TextToImagePipeline
+    from pipelines.upscaling import Upscaler
     from sampling.observe import observe
 
 __all__ = [
@@ -30,9 +32,12 @@ __all__ = [
     "PipelineInfo",
     "TesseraPipeline",
     "TextToImagePipeline",
+    "Upscaler",
     "builtin_models",
+    "builtin_upscalers",
     "info_of",
     "load_pipeline",
+    "load_upscaler",
     "observe",
 ]
 
@@ -43,9 +48,12 @@ _MODULE_OF = {
     "PipelineInfo": "pipelines.info.record",
     "TesseraPipeline": "pipelines.base",
     "TextToImagePipeline": "pipelines.text_to_image",
+    "Upscaler": "pipelines.upscaling",
     "builtin_models": "pipelines.loading.load",
+    "builtin_upscalers": "pipelines.loading.upscaler",
     "info_of": "pipelines.info.inspection",
     "load_pipeline": "pipelines.loading.load",
+    "load_upscaler": "pipelines.loading.upscaler",
     "observe": "sampling.observe",
 }
 

@@ -1,4 +1,4 @@
-"""`tessera convert`: published DiT, SiT, VAR and Infinity checkpoints to folders that load here, and back."""
+"""`tessera convert`: published DiT, SiT, VAR, Infinity and Real-ESRGAN weights to folders that load here, and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from rich.console import Console
 
 from apps.conversion import infinity as convert_infinity
+from apps.conversion import realesrgan as convert_realesrgan
 from apps.conversion import var as convert_var
 from apps.conversion.atomic_io import check_new_file, check_new_folder, component_folder, staged_folder, write_state
 from apps.service.usage import UsageError
@@ -43,7 +44,7 @@ def run(
     """Convert a checkpoint and say what was made.
 
     Args:
-        family: "dit", "sit", "var" (see `apps.conversion.var`) or "infinity" (see `apps.conversion.infinity`).
+        family: "dit", "sit", or one with a module of its name in `apps.conversion`: "var", "infinity", "realesrgan".
         checkpoint: a published file (.pt or .safetensors, bare or a trainer's {model, ema, opt, args}), or the
             folder of a diffusers DiT; with `to_official`, a folder of ours.
         output: folder to write, new or empty; with `to_official`, a new .pt or .safetensors file.
@@ -60,7 +61,7 @@ def run(
         ValueError: an unknown family or layout, tensors that don't fit, or an output that exists.
         OSError: a file can't be read or written.
     """
-    families = (*sorted(layouts.OBJECTIVES), "var", "infinity")
+    families = (*sorted(layouts.OBJECTIVES), "var", "infinity", "realesrgan")
     if family not in families:
         raise UsageError(f"--family {family} is not known; use one of {', '.join(families)}")
     if text_encoder is not None and (family != "infinity" or to_official):
@@ -73,6 +74,12 @@ def run(
             convert_infinity.export(checkpoint, output, dtype)
             if to_official
             else convert_infinity.import_checkpoint(checkpoint, output, vae, dtype, weights, text_encoder, resolution)
+        )
+    elif family == "realesrgan":
+        model, notes = (
+            convert_realesrgan.export(checkpoint, output, dtype)
+            if to_official
+            else convert_realesrgan.import_checkpoint(checkpoint, output, dtype)
         )
     elif family == "var":
         model, notes = (

@@ -49,6 +49,9 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
 FIRST_FRAME = {"LTXPipeline": "LTXImageToVideoPipeline"}
 """Pipelines of clips from text, and those over the same weights that take a first frame; `AutoPipeline` knows none."""
 
+LATENT_FACTORS = {"StableDiffusionLatentUpscalePipeline": 2}
+"""Pipelines that enlarge the latents of an image -> by how much."""
+
 FALLBACK_MULTIPLE = 8
 """Pixels a latent cell of a pipeline that doesn't say."""
 
@@ -174,6 +177,23 @@ def finishes_on_interrupt(pipe: Any) -> bool:
 
 def _has_switch(pipe: Any, name: str) -> bool:
     return isinstance(getattr(type(pipe), name, None), property)
+
+
+def upscale_factor(pipe: Any) -> int | None:
+    """Return how many pixels a side a pipeline makes of one of the image that it is given.
+
+    Args:
+        pipe: of diffusers, with an `image` that it enlarges.
+
+    Returns:
+        The factor; None where it shows only by running.
+    """
+    if type(pipe).__name__ in LATENT_FACTORS:
+        return LATENT_FACTORS[type(pipe).__name__]
+    decoder = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+    levels = getattr(getattr(decoder, "config", None), "block_out_channels", None)
+    is_known = type(pipe).__name__ in ("StableDiffusionUpscalePipeline", "LDMSuperResolutionPipeline")
+    return 2 ** (len(levels) - 1) if is_known and levels else None  # its latents have the size of the image
 
 
 # ------------------------------------------------------------------- sizes and classes

@@ -9,6 +9,7 @@ OWN_PACKAGES = ("dit", "sampling", "pipelines", "apps")
 
 COMPONENT_MODULES = frozenset(
     {
+        "dit.models.compact_upscaler",
         "dit.models.dit",
         "dit.models.next_scale",
         "dit.models.text_dit",

@@ -34,6 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "patch_size_t": (1, 64),
     "scales": (1, 1024),
     "num_phis": (1, 100),
+    "factor": (1, 16),
     "ff_ratio": (1e-3, 64),
     "phi_ratio": (-1, 2),
     "class_dropout_prob": (0, 1),
