@@ -24,6 +24,7 @@ from apps.commands.shared_options import (
     LoraFolder,
     ModelName,
     Offered,
+    OfferedUpscalers,
     Offload,
     PictureFolder,
     Port,
@@ -104,6 +105,7 @@ def studio(
     ] = True,
     auth_file: AuthFile = None,
     lora: LoraFolder = None,
+    upscaler: OfferedUpscalers = None,
 ) -> None:
     """Start the studio: a web page that generates what you describe."""
     _serve(
@@ -118,6 +120,7 @@ def studio(
         output_dir=output,
         auth_file=auth_file,
         lora=lora,
+        upscalers=upscaler or [],
     )
 
 
@@ -146,6 +149,7 @@ def serve(
     ] = True,
     auth_file: AuthFile = None,
     lora: LoraFolder = None,
+    upscaler: OfferedUpscalers = None,
 ) -> None:
     """Serve the HTTP API (under /v1) and the studio."""
     _serve(
@@ -162,20 +166,23 @@ def serve(
         page=page,
         auth_file=auth_file,
         lora=lora,
+        upscalers=upscaler or [],
     )
 
 
-def _serve(*, models: list[str], output_dir: Path, base: str | None, **settings: Any) -> None:
+def _serve(*, models: list[str], output_dir: Path, base: str | None, upscalers: list[str], **settings: Any) -> None:
     """Start a server, once the names of its models and its folder are checked."""
     from apps.commands.serve import run
-    from apps.service.model_pool import check_sources
+    from apps.service.model_pool import check_sources, check_upscaler
     from apps.service.usage import checking
     from apps.service.writable import check_folder
 
     check_folder(output_dir)
     check_sources(models, base)
+    for name in upscalers:
+        check_upscaler(name)
     with checking():  # every ValueError there is about an option
-        run(models=models, output_dir=output_dir, base=base, **settings)
+        run(models=models, output_dir=output_dir, base=base, upscalers=upscalers, **settings)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Enlarge finished images and clips: a step behind any pipeline.
 
-An `Upscaler` holds either a network that runs once (`CompactUpscaler`), which is applied tile by tile and frame by frame
-in bounded memory, or a pipeline of diffusers whose call takes an image and gives a larger one, such as
+An `Upscaler` holds either a network that runs once (`CompactUpscaler`), applied tile by tile and frame by frame in
+bounded memory, or a pipeline of diffusers whose call takes an image and gives a larger one, such as
 `StableDiffusionUpscalePipeline` and `StableDiffusionLatentUpscalePipeline`. `load_upscaler` finds one by its name.
 
 Example:
@@ -14,7 +14,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,7 +60,8 @@ class Upscaler:
         self.name = name or type(model).__name__
         self.network: CompactUpscaler | None = model if isinstance(model, CompactUpscaler) else None
         if self.network is not None:
-            self.network.eval().to(memory_format=torch.channels_last)  # a sixth faster on a CPU
+            network: Any = self.network.eval()
+            network.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
             return
         parameters = call_parameters(type(model)) if callable(model) else frozenset()
         others = [one for one in NO_UPSCALER if one in parameters]
@@ -143,28 +144,30 @@ class Upscaler:
             raise ValueError(f"tile is {tile}: choose a whole number from 1, such as {TILE}.")
         if self.network is not None and options:
             raise TypeError(f"{self.name} is a network and takes no {', '.join(options)}: leave it out.")
-        found: Any = images
-        if isinstance(found, list | tuple) and not all(isinstance(one, Image.Image) for one in found):
-            again = [self(one, scale, prompt=prompt, generator=generator, tile=tile, on_chunk=on_chunk, **options)
-                     for one in found]  # fmt: skip
-            return type(found)(again)
         work = _Work(self, scale, tile, on_chunk or _nothing, prompt, generator, options)
-        if isinstance(found, Image.Image):
-            return work.pictures([found])[0]
-        if isinstance(found, list | tuple):
-            if not found:
+        result: Any = self._enlarge(images, work)
+        return result
+
+    def _enlarge(self, images: Any, work: _Work) -> Any:
+        """Enlarge images of any kind, those of nested lists one list after another."""
+        if isinstance(images, Image.Image):
+            return work.pictures([images])[0]
+        if isinstance(images, list | tuple):
+            if not images:
                 raise ValueError("images is an empty list: pass at least one image.")
-            return type(found)(work.pictures(found))
-        if isinstance(found, np.ndarray):
-            if not 3 <= found.ndim or found.shape[-1] != 3:
-                raise ValueError(f"images has the shape {found.shape}: pass an array (..., H, W, 3).")
-            planes = work.planes(torch.from_numpy(np.ascontiguousarray(np.moveaxis(found, -1, -3))))
-            result: Any = np.ascontiguousarray(np.moveaxis(planes.numpy(), -3, -1)).astype(found.dtype, copy=False)
-            return result
-        if isinstance(found, Tensor):
-            result = work.planes(found)
-            return result
-        raise TypeError(f"images is a {type(found).__name__}: pass PIL images, an array or a tensor, or lists of them.")
+            if all(isinstance(one, Image.Image) for one in images):
+                return type(images)(work.pictures(images))
+            return type(images)(self._enlarge(one, replace(work)) for one in images)
+        if isinstance(images, np.ndarray):
+            if images.ndim < 3 or images.shape[-1] != 3:
+                raise ValueError(f"images has the shape {images.shape}: pass an array (..., H, W, 3).")
+            planes = work.planes(torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3))))
+            return np.ascontiguousarray(np.moveaxis(planes.numpy(), -3, -1))
+        if isinstance(images, Tensor):
+            return work.planes(images)
+        raise TypeError(
+            f"images is a {type(images).__name__}: pass PIL images, an array or a tensor, or lists of them."
+        )
 
 
 def _nothing(done: int, count: int) -> None:

@@ -15,6 +15,7 @@ from apps.service.job_store import QueueFullError
 from apps.service.lora import LoraError
 from apps.service.requests import AnyRequest
 from apps.service.uploads import UploadError
+from apps.service.upscaling import UnknownUpscalerError
 
 
 def _user(request: Request) -> User:
@@ -56,6 +57,8 @@ def enqueue(engine: Engine, wanted: AnyRequest, user: User) -> str:
         raise HTTPException(404, error_body("unknown_model", str(error))) from error
     except LoraError as error:
         raise HTTPException(404, error_body("unknown_lora", str(error))) from error
+    except UnknownUpscalerError as error:
+        raise HTTPException(404, error_body("unknown_upscaler", str(error), "upscaler")) from error
     except UploadError as error:
         raise HTTPException(422, error_body("unknown_picture", str(error))) from error
     except UnavailableError as error:

@@ -191,6 +191,10 @@ def _add_read_routes(app: FastAPI) -> None:
     def loras(user: Viewer, engine: ServerEngine) -> dict[str, Any]:
         return {"object": "list", "data": [{"id": name, "object": "lora"} for name in engine.loras]}
 
+    @app.get("/v1/upscalers")
+    def upscalers(user: Viewer, engine: ServerEngine) -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "upscaler"} for name in engine.upscalers.names]}
+
     @app.get("/v1/profiles")
     def profiles(user: Viewer, engine: ServerEngine) -> dict[str, Any]:
         """Tell what a request may choose, and why something can't be had here (null for what can)."""

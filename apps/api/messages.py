@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from apps.service.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped
+from apps.service.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped, Upscaling
 from apps.service.job_store import StoredJob, StoredPicture
 
 STATUS = {"queue_full": 429, "unknown_model": 404, "too_slow": 504, "out_of_memory": 507, "bad_request": 422}
@@ -122,6 +122,8 @@ def event_message(job_id: str, event: Event) -> tuple[str, dict[str, Any]]:  # n
             fields = {name: getattr(event, name) for name in ("step", "steps", "picture", "pictures", "strip")}
             preview = None if event.preview is None else f"data:image/png;base64,{encode_png(event.preview)}"
             return "step", {**fields, "eta": round(event.eta, 3), "preview": preview}
+        case Upscaling():
+            return "upscaling", {name: getattr(event, name) for name in ("done", "count", "picture", "pictures")}
         case Picture():
             settings = event.metadata.model_dump(mode="json")
             row = _result(job_id, _place(event), event.seconds, settings, event.report)

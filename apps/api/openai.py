@@ -30,7 +30,7 @@ from apps.service.engine import Engine
 from apps.service.events import Event, EventStream, Failed, Picture, Step
 from apps.service.option_text import as_label
 from apps.service.option_values import SchedulerName
-from apps.service.options import NegativePrompt
+from apps.service.options import NegativePrompt, Upscale, UpscalerName
 from apps.service.requests import TASKS, AnyRequest, Prompt
 from apps.service.uploads import UploadError
 from apps.service.validation import explain_fields
@@ -72,6 +72,8 @@ class ImagesRequest(BaseModel):
         steps: denoising steps.
         guidance: guidance scale.
         scheduler: name of a scheduler.
+        upscale: by how much the finished images are enlarged; `size` is that before.
+        upscaler: key of an upscaler.
         background: not used, as the others of `IGNORED`.
         quality: not used.
         style: not used.
@@ -95,6 +97,8 @@ class ImagesRequest(BaseModel):
     steps: int | None = Field(default=None, ge=1, le=limits.MAX_STEPS)
     guidance: float | None = Field(default=None, ge=0, le=limits.MAX_GUIDANCE)
     scheduler: SchedulerName | None = None
+    upscale: Upscale = None
+    upscaler: UpscalerName = None
     background: Any = None
     quality: Any = None
     style: Any = None
@@ -105,7 +109,7 @@ class ImagesRequest(BaseModel):
 
     def values(self) -> dict[str, Any]:
         """Return the fields of an engine's request that are set."""
-        same = ("model", "seed", "negative_prompt", "steps", "guidance", "scheduler")
+        same = ("model", "seed", "negative_prompt", "steps", "guidance", "scheduler", "upscale", "upscaler")
         width, height = (None, None) if self.size in (None, "auto") else map(int, str(self.size).split("x"))
         said = {name: getattr(self, name) for name in same} | {"num_images": self.n, "width": width, "height": height}
         said["file_format"] = "webp" if self.output_format == "webp" else None

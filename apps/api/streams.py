@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 from apps.api.messages import event_message, server_sent, stored_picture_message
 from apps.service.engine import Engine
-from apps.service.events import EventStream, Failed, Step
+from apps.service.events import EventStream, Failed, Step, Upscaling
 from apps.service.job_store import StoredJob, StoredPicture
+from apps.service.stored_images import last_event
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class JobStreams:
         rows: list[StoredPicture] = self._engine.pictures(job_id)
         there = [one for one in rows if folder is not None and (folder / one.name).is_file()]
         messages = [stored_picture_message(one) for one in there]
-        messages.append(event_message(job_id, self._engine.last_event(job)))
+        messages.append(event_message(job_id, last_event(job)))
         return [server_sent(number, *message) for number, message in enumerate(messages, 1)]
 
     async def _follow(self, job_id: str, stream: EventStream, seen: int) -> AsyncIterator[bytes]:
@@ -153,8 +154,8 @@ class JobStreams:
                 was_closed = stream.is_closed
                 events = stream.read(seen)
                 if events or was_closed:
-                    steps = [number for number, event in events if isinstance(event, Step)][-KEPT_STEPS:]
-                    kept = [one for one in events if not isinstance(one[1], Step) or one[0] in steps]
+                    steps = [number for number, event in events if isinstance(event, Step | Upscaling)][-KEPT_STEPS:]
+                    kept = [one for one in events if not isinstance(one[1], Step | Upscaling) or one[0] in steps]
                     encoded = await loop.run_in_executor(self._encoders, _encode, job_id, kept)
                     seen = events[-1][0] if events else seen
                     broadcast.add(encoded, was_closed)
@@ -168,7 +169,7 @@ class JobStreams:
 
 def _encode(job_id: str, events: list) -> list[_Message]:
     return [
-        _Message(number, isinstance(event, Step), server_sent(number, *event_message(job_id, event)))
+        _Message(number, isinstance(event, Step | Upscaling), server_sent(number, *event_message(job_id, event)))
         for number, event in events
     ]
 

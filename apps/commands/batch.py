@@ -23,7 +23,7 @@ from apps.commands.outputs import picture_paths, save
 from apps.service.compute_profiles import check_request
 from apps.service.engine import Engine
 from apps.service.logs import no_repetition
-from apps.service.model_pool import check_sources
+from apps.service.model_pool import check_sources, check_upscaler
 from apps.service.prompt_file import command_line_values, parse_lines, read_text
 from apps.service.requests import OPTIONS
 from apps.service.usage import UsageError, checking
@@ -31,7 +31,7 @@ from apps.service.writable import check_folder
 
 EXAMPLE = "1"
 """Stands for the prompts of the lines when their common settings are checked: a text, and the number of a class."""
-FROM_LINE = set(make_options().model_dump()) - {"model", "lora"}
+FROM_LINE = set(make_options().model_dump()) - {"model", "lora", "upscaler"}
 """Names of the command line that a line may have."""
 RENAMED = {"width", "height", "label", *(name for name, one in OPTIONS.items() if one.flag != name)}
 """Fields of a request that have other names on the command line."""
@@ -92,10 +92,13 @@ def run_batch(
         lines = list(read_lines(file, common))
         check_folder(folder)
         check_sources([source], device_options.base)
+        check_upscaler(common.value("upscaler"))
         rehearsed = check_options(common.changed(prompt=EXAMPLE), source)
         for line in lines:
             _rehearse(line, source)
-        opened = device_options.for_memory_profile(common.value("memory")).engine(source, common.lora)
+        opened = device_options.for_memory_profile(common.value("memory")).engine(
+            source, common.lora, common.value("upscaler")
+        )
     with no_repetition(), closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
             if rehearsed is not None:

@@ -19,6 +19,7 @@ from apps.commands.options import (
     complete,
     complete_again,
     named_model,
+    named_upscaler,
     read_settings,
     task_of,
 )
@@ -26,11 +27,11 @@ from apps.commands.outputs import DEFAULT_OUTPUT, check_output, free_output, is_
 from apps.service.compute_profiles import PROFILES, check_request, memory_profiles
 from apps.service.devices import resolve_device
 from apps.service.engine import Engine
-from apps.service.events import Event, Failed, ModelLoading, Picture, Step
+from apps.service.events import Event, Failed, ModelLoading, Picture, Step, Upscaling
 from apps.service.logs import no_repetition
 from apps.service.lora import one_lora
 from apps.service.metadata import PictureSettings
-from apps.service.model_pool import check_sources, name_models
+from apps.service.model_pool import check_sources, check_upscaler, name_models
 from apps.service.option_values import Lora, MemoryName
 from apps.service.requests import AnyRequest
 from apps.service.stored_images import STATE_FOLDER
@@ -53,14 +54,24 @@ class DeviceOptions:
     offload: str = "none"
     base: str | None = None
 
-    def engine(self, model: str, lora: Path | None = None) -> Engine:
-        """Make an engine for one model, and one LoRA file if there is one.
+    def engine(self, model: str, lora: Path | None = None, upscaler: str | None = None) -> Engine:
+        """Make an engine for one model, and one LoRA file and one upscaler (else the built-in ones) if they are named.
 
         Raises:
-            ValueError: that is none.
+            ValueError: the file is no LoRA, or the upscaler's commit none.
         """
         loras = {} if lora is None else one_lora(lora)
-        return Engine(name_models([model]), None, self.device, self.dtype, self.offload, self.base, loras=loras)
+        upscalers = None if upscaler is None else name_models([upscaler])
+        return Engine(
+            name_models([model]),
+            None,
+            self.device,
+            self.dtype,
+            self.offload,
+            self.base,
+            loras=loras,
+            upscalers=upscalers,
+        )
 
     def for_memory_profile(self, memory: MemoryName | None) -> DeviceOptions:
         """Return it as a memory profile wants it from the start, so that no model is loaded in another way first.
@@ -113,9 +124,11 @@ def run(
         source = options.model or (DEFAULT_MODEL if recorded is None else named_model(recorded))
         check_output(output or DEFAULT_OUTPUT, sidecar)
         check_sources([source], device_options.base)
+        upscaler = options.value("upscaler") or (None if recorded is None else named_upscaler(recorded, options))
+        check_upscaler(upscaler)
         rehearsed = check_options(options, source, recorded)
         memory = options.value("memory") or (None if recorded is None else recorded.memory)
-        opened = device_options.for_memory_profile(memory).engine(source, options.lora)
+        opened = device_options.for_memory_profile(memory).engine(source, options.lora, upscaler)
     with no_repetition(), closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
             if rehearsed is not None:
@@ -166,6 +179,8 @@ def make_request(
         "mask": _upload(options.mask, recorded.mask if recorded else None, settings, engine),
     }
     values |= {name: value for name, value in files.items() if value is not None}
+    if "upscaler" in values:  # named by its place, which requests don't know
+        values["upscaler"] = engine.upscalers.names[0]
     if recorded is not None:
         return complete_again(values, options.prompt, recorded, engine.models[0])
     return complete(values, options.prompt, task_of(values, engine.model().result().tasks[0]))
@@ -205,9 +220,14 @@ def _upload(file: Path | None, wanted: str | None, settings: Path | None, engine
 
 def warn_differences(recorded: PictureSettings, generated: PictureSettings, console: Console) -> None:
     """Warn about what keeps an image from coming out the same."""
-    for name, what in (("fingerprint", "other weights"), ("device", "another device"), ("dtype", "another precision")):
+    for name, what in (
+        ("fingerprint", "other weights"),
+        ("device", "another device"),
+        ("dtype", "another precision"),
+        ("upscaler_fingerprint", "another upscaler"),
+    ):
         before, now = getattr(recorded, name), getattr(generated, name)
-        if before != now:
+        if before != now and None not in (before, now):  # asked for with or without upscaling, it is no surprise
             console.print(f"[yellow]note[/yellow] generated with {what} ({now}, then {before}): it may look different")
 
 
@@ -242,6 +262,9 @@ def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
                         total=1,
                         left=f"{event.eta:.1f} s left",
                     )
+                case Upscaling(done, count):
+                    pieces = f" ({done} of {count})" if count > 1 else ""
+                    progress.update(task, description=f"upscaling{pieces}", completed=event.share, total=1, left="")
                 case Picture(notes=notes):
                     for note in (one for one in notes if one not in noted):
                         console.print(f"[yellow]warning[/yellow] {escape(note)}", highlight=False, soft_wrap=True)

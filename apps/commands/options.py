@@ -19,7 +19,7 @@ from apps.service.requests import OPTIONS, REQUEST, TASKS, AnyRequest, explain
 from apps.service.styles import load_styles
 from apps.service.usage import UsageError, checking
 from apps.service.validation import explain_item
-from pipelines import builtin_models
+from pipelines import builtin_models, builtin_upscalers
 
 DEFAULT_SEED = 0
 """The same words give the same image, unless a seed is given."""
@@ -27,6 +27,7 @@ ANY_IMAGE = "0" * 64
 """Stands for an image that is read later."""
 FIRST_TASKS = ("text_to_image", "class_to_image", "next_scale_text", "next_scale_class")
 """What a model may do first, if its folder doesn't tell."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[0-9a-f]{40})?")
 SIZES = ("width", "height")
 """Fields that the command line has as one option, `size`."""
 
@@ -182,12 +183,29 @@ def named_model(recorded: PictureSettings) -> str:
     Raises:
         ValueError: another name; the folder must be named by who runs the command, not by a file of unknown origin.
     """
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[0-9a-f]{40})?", recorded.model) is not None
+    is_hub_id = HUB_ID.fullmatch(recorded.model) is not None
     if recorded.model in builtin_models() or (is_hub_id and not Path(recorded.model).exists()):
         return recorded.model
     raise ValueError(
         f"The settings name the model {recorded.model!r}, which is neither built in nor a hub id; give its folder or "
         "file with --model."
+    )
+
+
+def named_upscaler(recorded: PictureSettings, options: GenerateOptions) -> str | None:
+    """Return the upscaler that settings name, if it is needed: a built-in one or a hub id; see `named_model`.
+
+    Raises:
+        ValueError: another name.
+    """
+    name = recorded.upscaler
+    if name is None or options.value("upscale") == 1:
+        return None
+    if name in builtin_upscalers() or (HUB_ID.fullmatch(name) is not None and not Path(name).exists()):
+        return name
+    raise ValueError(
+        f"The settings name the upscaler {name!r}, which is neither built in nor a hub id; give its folder with "
+        "--upscaler, or --upscale 1 for the image as it was before."
     )
 
 

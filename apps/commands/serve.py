@@ -46,6 +46,7 @@ def run(
     page: bool = True,
     auth_file: Path | None = None,
     lora: Path | None = None,
+    upscalers: list[str] | None = None,
 ) -> None:
     """Serve until Ctrl-C; what is unfinished then goes on at the next start.
 
@@ -63,6 +64,7 @@ def run(
         page: serve the web page.
         auth_file: users and their tokens; None lets everybody in who can reach the address.
         lora: folder of LoRA files to offer.
+        upscalers: offered besides the built-in ones: folders or hub ids.
 
     Raises:
         ValueError: other machines could reach it without a token, there is no model, or the output folder is in use.
@@ -89,7 +91,7 @@ def run(
 
             set_up()
             tokens = None if auth_file is None else TokenTable(auth_file)
-            engine = build_engine(models, output_dir, device, dtype, offload, base, lora)
+            engine = build_engine(models, output_dir, device, dtype, offload, base, lora, upscalers)
             engine.model().add_done_callback(lambda _: hide_prompts())  # the libraries are imported then
             app = create_app(engine, tokens, _names(host), api, uploads=UPLOADS, forms=FORMS, scratch=private)
             if page:

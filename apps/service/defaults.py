@@ -7,7 +7,7 @@ see `apps.service.compute_profiles.load_options_of`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from apps.service import limits
@@ -51,6 +51,7 @@ def resolve_defaults(request: AnyRequest, model: LoadedModel, uploads: UploadSto
     # 3. what depends on several fields
     values |= _size(request, model, uploads)
     values |= _frames(request, model)
+    values |= _upscale(request, values, model)
     values |= _texts(request)
     return request.model_copy(update={name: value for name, value in values.items() if name in fields})
 
@@ -111,6 +112,23 @@ def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
             field="frames",
         )
     return {"frames": asked or model.frames} if "frames" in type(request).model_fields else {}
+
+
+def _upscale(request: AnyRequest, values: Mapping[str, Any], model: LoadedModel) -> dict[str, int | None]:
+    """Settle by how much the image is enlarged: None for not at all.
+
+    Args:
+        request: what was asked.
+        values: what has been settled, the size and the number of frames among it.
+        model: gives the size if the request has none.
+
+    Raises:
+        RequestError: the result would be too large.
+    """
+    scale = None if request.upscale == 1 else request.upscale
+    size = values.get("width") or model.width, values.get("height") or model.side
+    limits.check_upscaled(*size, scale, values.get("frames"))
+    return {"upscale": scale}
 
 
 def _size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> dict[str, int | None]:

@@ -38,8 +38,9 @@ from apps.service.lora import resolve_lora
 from apps.service.model_pool import LoadedModel, ModelPool, Pipeline, tasks_on_disk
 from apps.service.option_values import Lora
 from apps.service.requests import AnyRequest
-from apps.service.stored_images import state_folder, stored_picture_event
+from apps.service.stored_images import last_event, state_folder, stored_picture_event
 from apps.service.uploads import UploadStore
+from apps.service.upscaling import UpscalerPool
 from apps.service.worker_state import Health, Worker, problems
 from pipelines.loading.memory import is_out_of_memory, release
 from pipelines.loading.offload import check_offload
@@ -73,6 +74,7 @@ class Engine:
         offload: `none`, `model`, `group`, `sequential`: what of a model waits on the CPU, see `load_pipeline`.
         base: for models that are single files with a transformer only: where everything else comes from.
         loras: name -> LoRA file (safetensors); requests choose by name.
+        upscalers: name -> built-in name, folder or hub id, the first one is the default; None for the built-in ones.
         server_limits: length of the line, time limit, models in memory.
         load: turns a source into a pipeline whatever the setup; for tests and special loaders.
 
@@ -91,6 +93,7 @@ class Engine:
         base: str | None = None,
         *,
         loras: Mapping[str, Path] | None = None,
+        upscalers: Mapping[str, str] | None = None,
         server_limits: ServerLimits | None = None,
         load: Callable[[str], Pipeline] | None = None,
     ) -> None:
@@ -102,7 +105,7 @@ class Engine:
         self.base = base
         self.devices = tuple(names)
         self.output_dir = output_dir
-        self._loras = dict(loras or {})
+        self._loras, self.upscalers = dict(loras or {}), UpscalerPool(upscalers)
         pools = [
             ModelPool(models, partial(self._load, load, name), self.limits.loaded_models, one)
             for name, one in zip(names, setups, strict=True)
@@ -111,7 +114,9 @@ class Engine:
         self._store = JobStore(None if state is None else state / "jobs.sqlite")
         self.uploads = UploadStore(None if state is None else state / "uploads", self._store)
         self._devices = [
-            _Device(WorkerContext(name, one.dtype, self._store, self.uploads, output_dir, self._loras), pool)
+            _Device(
+                WorkerContext(name, one.dtype, self._store, self.uploads, output_dir, self._loras, self.upscalers), pool
+            )
             for name, one, pool in zip(names, setups, pools, strict=True)
         ]
         self._live: dict[str, LiveJob] = {}
@@ -189,6 +194,7 @@ class Engine:
             UploadError: it names an image that was not handed in.
             UnavailableError: this machine hasn't the memory profile or the attention backend that it asks for.
             LoraError: it names a LoRA file that is not offered, or was another one.
+            UnknownUpscalerError: it names an upscaler that is not offered.
             QueueFullError: as many wait as may.
             StoreError: the queue can't be written.
         """
@@ -196,6 +202,7 @@ class Engine:
         if key not in self.models:
             raise UnknownModelError(key, self.models)
         check_request(request, self.devices)
+        self.upscalers.check(request)
         for name in (getattr(request, "image", None), getattr(request, "mask", None)):
             if name is not None:
                 self.uploads.check(name, owner)
@@ -237,15 +244,8 @@ class Engine:
         for picture in self._store.pictures(job_id):
             if self.output_dir is not None and (self.output_dir / picture.name).is_file():
                 stream.tell(stored_picture_event(picture, self.output_dir))
-        stream.tell(self._failed.get(job_id) or self.last_event(stored))
+        stream.tell(self._failed.get(job_id) or last_event(stored))
         return stream
-
-    @staticmethod
-    def last_event(stored: StoredJob) -> Event:
-        """Return the last event of a job that has ended."""
-        if stored.state == "failed":
-            return Failed(stored.code, stored.message)
-        return Done((stored.ended or stored.created) - stored.created) if stored.state == "done" else Stopped()
 
     def stop(self, job_id: str) -> None:
         """Stop a job within one step, or take it out of the line; nothing happens to one that has ended.

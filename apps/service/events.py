@@ -69,6 +69,25 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Upscaling:
+    """A finished image, or clip, is being enlarged.
+
+    Attributes:
+        done: pieces of the work (tiles of images or frames) that are done.
+        count: pieces.
+        picture: which image, from 1.
+        pictures: how many images were asked for.
+        share: how much of the request is done, 0 to 1, enlarging left out.
+    """
+
+    done: int
+    count: int
+    picture: int
+    pictures: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class Picture:
     """An image is done.
 
@@ -126,7 +145,7 @@ class Failed:
     cause: Exception | None = None
 
 
-Event = Queued | ModelLoading | Step | Picture | Done | Stopped | Failed
+Event = Queued | ModelLoading | Step | Upscaling | Picture | Done | Stopped | Failed
 LAST = (Done, Stopped, Failed)
 
 
@@ -177,7 +196,7 @@ class EventStream:
 
     def _forget_steps(self) -> None:
         recent = self._sent - KEPT // 4
-        kept = (item for item in self._events if item[0] > recent or not isinstance(item[1], Step))
+        kept = (item for item in self._events if item[0] > recent or not isinstance(item[1], Step | Upscaling))
         self._events = deque(kept)
 
     def __iter__(self) -> Iterator[Event]:

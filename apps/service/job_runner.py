@@ -18,7 +18,7 @@ from PIL import Image
 
 from apps.service.compute_profiles import LoadOptions, load_options_of
 from apps.service.defaults import resolve_defaults
-from apps.service.events import Event, Picture, Step
+from apps.service.events import Event, ModelLoading, Picture, Step, Upscaling
 from apps.service.inference import BatchInputs, BatchResult, CancelSignals, SkipRequestedError, run_pipeline
 from apps.service.job_store import JobStore, StoredPicture
 from apps.service.lora import lora_applied, resolve_lora
@@ -30,6 +30,7 @@ from apps.service.reports import encode_reports, report_text
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
 from apps.service.uploads import UploadStore
+from apps.service.upscaling import UpscalerPool, UpscaleStep
 from pipelines.acceleration import PartReport
 
 
@@ -44,6 +45,7 @@ class WorkerContext:
         uploads: images handed in.
         output_dir: receives the files; None hands images over in memory only.
         loras: LoRA files by name.
+        upscalers: that requests may choose.
     """
 
     device: str
@@ -52,6 +54,7 @@ class WorkerContext:
     uploads: UploadStore
     output_dir: Path | None
     loras: Mapping[str, Path] = field(default_factory=dict)
+    upscalers: UpscalerPool = field(default_factory=UpscalerPool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ def run_job(
             )
     if request.lora is not None:
         request = request.model_copy(update={"lora": resolve_lora(request.lora, context.loras)})
+    request = request.model_copy(update={"upscaler": context.upscalers.name_for(request)})
     pipe = model.pipe_for(request.task)
     with lora_applied(pipe, request.lora, context.loras):
         _run_batches(queued, request, model, context, signals, tell, load_options.offload)
@@ -130,19 +134,36 @@ def _run_batches(
         signals.skip.clear()  # one that came too late for its image should not hit the next
         try:
             result = _keep(inputs, run_pipeline(model, inputs, signals, clock.step, offload))
+            seconds = (time.monotonic() - begun) / len(result.pictures)
+            upscale = _upscale_step(request, context, signals, tell)
+            for i, frames in enumerate(result.pictures):
+                if request.pick not in (None, i):
+                    continue
+                settings, since = _settings(inputs, i, model, context, result, frames), time.monotonic()
+                if upscale is not None:
+                    settings = settings.model_copy(update={"upscaler_fingerprint": upscale.loaded.fingerprint})
+                    frames = upscale.run(inputs, i, frames, clock.upscaling(i))
+                place, took = first + i if request.pick is None else 0, seconds + time.monotonic() - since
+                notes = notes_on(request, model)
+                tell(_finish(queued, place, model, context, settings, frames, took, result.reports, notes))
         except SkipRequestedError:
             context.store.add_skipped(queued.id, range(first, first + len(seeds)))
             clock.drop(time.monotonic() - begun)
             continue
-        seconds = (time.monotonic() - begun) / len(result.pictures)
-        for i, frames in enumerate(result.pictures):
-            if request.pick in (None, i):
-                settings = _settings(inputs, i, model, context, result, frames)
-                place = first + i if request.pick is None else 0
-                notes = notes_on(request, model)
-                tell(_finish(queued, place, model, context, settings, frames, seconds, result.reports, notes))
         if result.ended_after is not None and signals.finish.is_set():
             return
+
+
+def _upscale_step(
+    request: AnyRequest, context: WorkerContext, signals: CancelSignals, tell: Callable[[Event], None]
+) -> UpscaleStep | None:
+    """Return what enlarges the images of a request, loaded now if it isn't; None if nothing does."""
+    if request.upscale is None or request.upscaler is None:
+        return None
+    if not context.upscalers.is_loaded(request.upscaler, context.device):
+        tell(ModelLoading(request.upscaler))
+    loaded = context.upscalers.get(request.upscaler, context.device)
+    return UpscaleStep(request.upscale, loaded, context.uploads, signals)
 
 
 # ------------------------------------------------------------------------ inputs
@@ -339,6 +360,15 @@ class _StepClock:
         self._steps = steps
         self._first = place + 1
         self._size = size
+
+    def upscaling(self, index: int) -> Callable[[int, int], None]:
+        """Return what tells that an image of the batch is being enlarged; its index counts from 0."""
+        picture, share = self._first + index, (self._first - 1 + self._size) / self._images
+
+        def told(done: int, count: int) -> None:
+            self._tell(Upscaling(done, count, min(picture, self._images), self._images, min(share, 1.0)))
+
+        return told
 
     def step(self, step: int, preview: Image.Image | None, strip: str = "") -> None:
         done = (self._batch - 1 - self._skipped) * self._steps + step

@@ -5,6 +5,7 @@ Widgets can be by-passed by anyone who can send an HTTP request, so nothing else
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,12 @@ MAX_MASK_GROW = 128
 """Pixels that the mask of inpainting may grow on every side."""
 MAX_MASK_BLUR = 64
 """Pixels that the soft edge of a mask may be wide."""
+MAX_UPSCALE = 4
+"""Pixels a side that an upscaler may make of one."""
+MAX_UPSCALED_PIXELS = 4_096 * 4_096
+"""Of an upscaled image, or frame; not more than of an image handed in, so that one can be started from."""
+MAX_UPSCALED_CLIP = 2**27
+"""Pixels of all frames of an upscaled clip together, which are in memory at once (400 MB)."""
 MAX_UPLOAD_BYTES = 20 * 1_024 * 1_024
 MAX_UPLOAD_PIXELS = 4_096 * 4_096
 MAX_UPLOAD_SIDE = 16_384
@@ -115,6 +122,36 @@ def check_size(height: int, width: int) -> None:
             pixels=height * width,
             most=MAX_PIXELS,
         )
+
+
+def check_upscaled(width: int, height: int, upscale: int | None, frames: int | None = None) -> None:
+    """Check the size of what an upscaler would give.
+
+    Args:
+        width: pixels before.
+        height: pixels before.
+        upscale: pixels a side of a pixel; None for no upscaling.
+        frames: of a clip; None for an image.
+
+    Raises:
+        RequestError: too many pixels; it says how far this size can be upscaled.
+    """
+    area, count = width * height, frames or 1
+    most = MAX_UPSCALED_PIXELS if count == 1 else min(MAX_UPSCALED_PIXELS, MAX_UPSCALED_CLIP // count)
+    scale = upscale or 1
+    if scale == 1 or area * scale**2 <= most:
+        return
+    highest = max(math.isqrt(most // area), 1)
+    of_frames = "" if count == 1 else f" in {count} frames"
+    raise RequestError(
+        "upscaled",
+        f"upscale is {scale}, which makes {area * scale**2} pixels of {width} x {height}{of_frames}, and at most "
+        f"{most} are accepted; choose 1 to {highest}, or a smaller size.",
+        field="upscale",
+        value=scale,
+        lowest=1,
+        highest=highest,
+    )
 
 
 def inside(path: Path, root: Path) -> Path:

@@ -52,8 +52,8 @@ class PictureSettings(NextScaleOptions, ClipOptions, StepOptions, SharedOptions)
         prompt: the text that was generated; empty for an image of a class.
         negative_prompt: the text that was kept away from.
         seed: of this image's noise, drawn on the CPU in float32.
-        height: pixels.
-        width: pixels.
+        height: pixels, before upscaling.
+        width: pixels, before upscaling.
         fps: frames a second of a clip.
         model: name of the model in the list it was chosen from; never a path.
         fingerprint: hash of the model's structure and weights, 16 hex digits.
@@ -66,6 +66,7 @@ class PictureSettings(NextScaleOptions, ClipOptions, StepOptions, SharedOptions)
         label: number or name of the class.
         batch_size: images that were generated at once.
         pick: which of them this is.
+        upscaler_fingerprint: hash of the upscaler's weights, 16 hex digits; None if nothing was upscaled.
     """
 
     schema_version: Literal[1, 2, 3, 4] = 4
@@ -87,6 +88,13 @@ class PictureSettings(NextScaleOptions, ClipOptions, StepOptions, SharedOptions)
     label: ClassLabel | None = None
     batch_size: int = Field(default=1, ge=1, le=limits.MAX_BATCH)
     pick: int | None = Field(default=None, ge=0, lt=limits.MAX_BATCH)
+    upscaler_fingerprint: str | None = Field(default=None, pattern=r"^[0-9a-f]{16}$")
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """Width and height of the image, or of a clip's frames, as it was written: upscaled, if it was."""
+        scale = self.upscale or 1
+        return self.width * scale, self.height * scale
 
     @model_validator(mode="before")
     @classmethod
@@ -131,6 +139,8 @@ def request_from_settings(settings: PictureSettings, **changes: Any) -> AnyReque
         if settings.acceleration is not None and part in settings.acceleration.parts:
             values |= dict.fromkeys(names)
     known = {name: value for name, value in {**values, **changes}.items() if name in kind.model_fields}
+    if known.get("upscale") in (None, 1) and "upscaler" not in changes:  # nothing is upscaled this time
+        known["upscaler"] = None
     return kind.model_validate(known)
 
 

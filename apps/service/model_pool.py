@@ -222,6 +222,29 @@ def check_sources(sources: Collection[str], base: str | None = None) -> None:
             )
 
 
+def check_upscaler(source: str | None) -> None:
+    """Refuse names that no upscaler can have; whether the Hub has a repository is found out by loading it.
+
+    Args:
+        source: built-in name, folder or hub id; None for the built-in one.
+
+    Raises:
+        UsageError: neither built in, nor a folder here, nor of the form of a hub id.
+    """
+    from pipelines import builtin_upscalers
+
+    if source is None:
+        return
+    with checking():
+        split_revision(source)
+    named = source in builtin_upscalers() or Path(source).expanduser().is_dir()
+    if not named and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[0-9a-fA-F]{40})?", source) is None:
+        raise UsageError(
+            f"There is no upscaler {source!r}; name a folder that exists, a hub id such as user/repository, or a "
+            f"built-in upscaler: {', '.join(builtin_upscalers())}."
+        )
+
+
 def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
     """Find out what a pipeline is and can do, and which others work on its weights.
 

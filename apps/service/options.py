@@ -34,7 +34,7 @@ from apps.service.option_values import (
     SearchMethod,
     StepCache,
 )
-from apps.service.panels import COUNT, EDITING, PROMPT, SAMPLING, SCALES, SPEED
+from apps.service.panels import COUNT, EDITING, OUTPUT, PROMPT, SAMPLING, SCALES, SPEED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +121,28 @@ NegativePrompt = Annotated[
         panel=PROMPT,
         argument="negative_prompt",
         control=Control(kind="text", place="advanced", start=""),
+    ),
+]
+Upscale = Annotated[
+    int | None,
+    Field(ge=1, le=limits.MAX_UPSCALE),
+    Option(
+        help="Enlarge the finished image or clip: pixels a side of a pixel; 1 leaves it as it is.",
+        panel=OUTPUT,
+        idle=1,
+        is_axis=False,
+        control=Control(kind="radio", place="count", start=1, off=1),
+    ),
+]
+UpscalerName = Annotated[
+    str | None,
+    Field(max_length=200),
+    Option(
+        help="With --upscale: built-in name, folder or hub id of an upscaler; realesr-animevideov3 if absent.",
+        panel=OUTPUT,
+        needs="upscale",
+        is_axis=False,
+        control=Control(kind="choice", place="advanced", start="", off=""),
     ),
 ]
 ClassLabel = Annotated[
@@ -270,6 +292,8 @@ class SharedOptions(OptionGroup):
             control=Control(kind="text", place="advanced", start="", off=""),
         ),
     ] = None
+    upscale: Upscale = None
+    upscaler: UpscalerName = None
     lora: Annotated[Lora | None, Option(help="LoRA file of the server's list to put on the model.", is_axis=False)] = (
         None
     )

@@ -83,6 +83,18 @@ class BaseRequest(SharedOptions, RunOptions):
         return self
 
     @model_validator(mode="after")
+    def _check_upscale(self) -> Self:
+        """Refuse an upscaler that would do nothing, and a size that would become too large."""
+        if self.upscaler is not None and self.upscale in (None, 1):
+            raise RequestError(
+                "upscaler", "upscaler says who enlarges; give upscale too, 2 to 4, or leave upscaler out."
+            )
+        width, height = getattr(self, "width", None), getattr(self, "height", None)
+        if width is not None and height is not None:
+            limits.check_upscaled(width, height, self.upscale, getattr(self, "frames", None))
+        return self
+
+    @model_validator(mode="after")
     def _check_acceleration(self) -> Self:
         """Refuse a way to be faster that is asked for twice."""
         parts = {} if self.acceleration is None else self.acceleration.parts

@@ -1,4 +1,4 @@
-"""What an output folder keeps beside its images, and images on record as events."""
+"""What an output folder keeps beside its images, and what is on record as events: images, and how jobs ended."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from apps.service.events import Picture
-from apps.service.job_store import StoredPicture
+from apps.service.events import Done, Event, Failed, Picture, Stopped
+from apps.service.job_store import StoredJob, StoredPicture
 from apps.service.media import clip_of
 from apps.service.metadata import parse
 from apps.service.reports import decode_reports
@@ -24,6 +24,13 @@ def state_folder(output_dir: Path | None) -> Path | None:
     folder = output_dir / STATE_FOLDER
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def last_event(stored: StoredJob) -> Event:
+    """Return the last event of a job that has ended."""
+    if stored.state == "failed":
+        return Failed(stored.code, stored.message)
+    return Done((stored.ended or stored.created) - stored.created) if stored.state == "done" else Stopped()
 
 
 def stored_picture_event(stored: StoredPicture, folder: Path) -> Picture:

@@ -37,7 +37,7 @@ from apps.studio.stage import Changes
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
 from apps.studio.theme import BRUSH, CSS, FILES, LANGUAGE, SCRIPT, theme
-from pipelines import builtin_models
+from pipelines import builtin_models, builtin_upscalers
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every listener: the page is no API, and it draws its own progress."""
@@ -84,6 +84,7 @@ def build_engine(
     offload: str = "none",
     base: str | None = None,
     lora: Path | None = None,
+    upscalers: Sequence[str] | None = None,
 ) -> Engine:
     """Create the engine of a server and start to load its default model.
 
@@ -96,7 +97,10 @@ def build_engine(
         raise ValueError("No built-in model is installed; name one with --model: a pipeline folder or a hub id.")
     folder = limits.output_folder(output_dir)
     loras = {} if lora is None else find_loras(lora)
-    engine = Engine(sources, folder, device, dtype, offload, base, loras=loras, server_limits=ServerLimits())
+    named = name_models([*builtin_upscalers(), *(upscalers or ())])
+    engine = Engine(
+        sources, folder, device, dtype, offload, base, loras=loras, upscalers=named, server_limits=ServerLimits()
+    )
     engine.model()  # so that it is there when the first prompt comes
     return engine
 

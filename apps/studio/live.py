@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from apps.service.events import Step
+from apps.service.events import Step, Upscaling
 from apps.studio import grid_view, views
 from apps.studio.album import Finished, Shown
 from apps.studio.grids import Cells, GridRecord, Grids, Place
@@ -56,7 +56,7 @@ class PictureView:
         """Whether to redraw: always, because pages ask a few times a second."""
         return True
 
-    def progress(self, step: Step) -> tuple[str, float]:
+    def progress(self, step: Step | Upscaling) -> tuple[str, float]:
         """Return the line under the stage and the share of the work that is done."""
         return progress_line(step, self.words)
 
@@ -111,10 +111,13 @@ class GridView:
         self.next_redraw = time.monotonic() + REDRAW_SECONDS
         return True
 
-    def progress(self, step: Step) -> tuple[str, float]:
+    def progress(self, step: Step | Upscaling) -> tuple[str, float]:
         """Return the line under the stage and the share of the work that is done."""
         number, count = self.number, len(self.record.jobs)
-        note = self.words("cell", number=number, count=count, step=step.step, steps=step.steps)
+        if isinstance(step, Upscaling):
+            note = self.words("cell.upscaling", number=number, count=count)
+        else:
+            note = self.words("cell", number=number, count=count, step=step.step, steps=step.steps)
         return note, (number - 1 + step.share) / count
 
     @property
@@ -136,8 +139,13 @@ class GridView:
 View = PictureView | GridView
 
 
-def progress_line(step: Step, words: Strings) -> tuple[str, float]:
+def progress_line(step: Step | Upscaling, words: Strings) -> tuple[str, float]:
     """Return the line under the stage and the share of the work that is done."""
+    if isinstance(step, Upscaling):
+        of_frames = "upscaling" if step.count == 1 else "upscaling.pieces"
+        key = of_frames if step.pictures == 1 else "upscaling.many"
+        places = {name: getattr(step, name) for name in ("done", "count", "picture", "pictures")}
+        return words(key, **places), step.share
     progress = {"step": step.step, "steps": step.steps, "eta": f"{step.eta:.1f}"}
     if step.pictures == 1:
         return words("step", **progress), step.share

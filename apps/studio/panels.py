@@ -92,8 +92,17 @@ def settings_panel(engine: Engine, words: Strings) -> Parts:
         parts["seed"] = fields.Number(
             0, precision=0, minimum=0, maximum=limits.MAX_SEED, label=words("seed.value"), elem_id="seed", min_width=100
         )
-    parts |= controls.lay_out("count", words)
+    parts |= controls.lay_out("count", words, besides=("upscale",))
+    off = (words("upscale.off"), 1)
+    scales = [off, *((f"{scale}\u00d7", scale) for scale in range(2, limits.MAX_UPSCALE + 1))]
+    parts["upscale"] = controls.build("upscale", words, choices=scales, value=usual_upscale(engine, engine.models[0]))
     return parts | _advanced(engine, words)
+
+
+def usual_upscale(engine: Engine, key: str) -> int:
+    """Return by how much the page enlarges the images of a model at first: those of the built-in ones are small."""
+    is_builtin = key in engine.models and engine.source(key) in builtin_models()
+    return limits.MAX_UPSCALE if is_builtin and engine.upscalers.names else 1
 
 
 def _advanced(engine: Engine, words: Strings) -> Parts:
@@ -128,6 +137,9 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
             loras = [(words("lora.none"), ""), *engine.loras]
             parts["lora"] = fields.Dropdown(loras, value="", label=words("lora"), filterable=False, elem_id="lora")
             parts["lora_scale"] = fields.Slider(-2, 2, 1, step=0.05, label=words("lora.scale"), elem_id="lora-scale")
+        upscalers = [(words("machine.usual"), ""), *engine.upscalers.names]
+        is_shown = len(engine.upscalers.names) > 1
+        parts["upscaler"] = controls.build("upscaler", words, choices=upscalers, visible=is_shown)
         parts |= controls.lay_out("advanced", words, besides=parts)
     parts["settings_file"] = gr.UploadButton(words("load_settings"), size="sm", elem_id="settings-file")
     return parts

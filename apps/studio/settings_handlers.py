@@ -36,7 +36,7 @@ from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.forms import FIXED, least_side, request_to_form, settings_to_form, size_choices
 from apps.studio.generation_handlers import GenerationHandlers
-from apps.studio.panels import attention_choices, machine_choices, memory_note
+from apps.studio.panels import attention_choices, machine_choices, memory_note, usual_upscale
 from apps.studio.problems import explain, problem
 from apps.studio.sessions import LOCAL, Sessions
 from apps.studio.stage import Changes
@@ -108,6 +108,7 @@ class SettingsHandlers:
             for name, value in ((RENAMED.get(name, name), value) for name, value in saved.items())
             if name in SAVED
             and (name != "lora" or value in offered)
+            and (name != "upscaler" or value in ("", *self._engine.upscalers.names))
             and (name not in machine or value in ("", *machine[name]))
             and isinstance(value, str | int | float)
             and len(str(value)) <= limits.MAX_PROMPT_CHARS
@@ -159,6 +160,7 @@ class SettingsHandlers:
             "search": gr.update(value="", visible=model.can_search),
             "candidates": gr.update(visible=model.can_search),
             **_sampling_controls(model),
+            "upscale": gr.update(value=usual_upscale(self._engine, key)),
             "attention": gr.update(choices=attention_choices(self._words, self._engine.devices)),
             "memory_note": views.hint(memory_note(self._words, self._engine.devices, model)),
             "words": views.vocabulary(names, key, self._words),
@@ -296,7 +298,8 @@ class SettingsHandlers:
 
     def _as_here(self, changes: Changes, model: str | None) -> Changes:
         """Leave out of the values of controls what can't be had here."""
-        for name, found in machine_choices(self._engine.devices).items():
+        upscalers = {"upscaler": [*self._engine.upscalers.names]}
+        for name, found in (machine_choices(self._engine.devices) | upscalers).items():
             if changes.get(name) and changes[name] not in found:
                 gr.Warning(self._words(f"{name}.missing", name=changes[name]))
                 changes[name] = ""

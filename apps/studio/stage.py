@@ -67,7 +67,7 @@ class Stage:
         if isinstance(shown, ShownSheet):
             cells = self._grids.files(shown.record)
             return grid_view.stage(shown.record, cells, self._words, note=note, share=share)
-        size = (shown.settings.width, shown.settings.height)
+        size = shown.settings.shown_size
         clip = None if shown.clip is None else views.file_address(shown.clip)
         # By address and not as a data URI: Gradio keeps every message of a page that doesn't read.
         address, named = views.file_address(shown.path), shown.settings.prompt or str(shown.settings.label)

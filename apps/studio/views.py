@@ -98,7 +98,8 @@ def details(settings: PictureSettings, seconds: float, words: Strings, report: s
     """Draw the facts about one image as small tags."""
     facts = [
         words("facts.seed", value=settings.seed),
-        f"{settings.width} \u00d7 {settings.height}",
+        " \u00d7 ".join(map(str, settings.shown_size)),
+        words("facts.upscaled", value=settings.upscale) if settings.upscale else "",
         words("facts.frames", value=settings.frames, fps=f"{settings.fps:g}")
         if settings.frames and settings.fps
         else "",

@@ -50,9 +50,7 @@ class CompactUpscaler(Typed, ModelMixin, ConfigMixin):
     _repeated_blocks = ["ConvBlock"]
 
     @register_to_config
-    def __init__(
-        self, in_channels: int = 3, hidden_channels: int = 64, num_layers: int = 16, factor: int = 4
-    ) -> None:
+    def __init__(self, in_channels: int = 3, hidden_channels: int = 64, num_layers: int = 16, factor: int = 4) -> None:
         super().__init__()
         sizes = {"in_channels": in_channels, "hidden_channels": hidden_channels, "factor": factor}
         for name, size in sizes.items():

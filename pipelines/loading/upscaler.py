@@ -45,9 +45,9 @@ def load_upscaler(
     Files are checked as `load_pipeline` checks them: safetensors only, classes of a list, sizes before weights.
 
     Args:
-        name: a built-in upscaler (see `builtin_upscalers`), the folder of a `CompactUpscaler` or of a pipeline, or a Hub
-            id of either, which `user/repository@COMMIT` pins. A built-in name wins over a folder; write `./name` for
-            the folder.
+        name: a built-in upscaler (see `builtin_upscalers`), the folder of a `CompactUpscaler` or of a pipeline, or a
+            Hub id of either, which `user/repository@COMMIT` pins. A built-in name wins over a folder; write `./name`
+            for the folder.
         device: where it runs; None is CUDA, MPS or the CPU, in this order.
         dtype: of the weights; None is float32 for a network, which is small, and what `load_pipeline` takes for a
             pipeline.
@@ -100,9 +100,9 @@ def _network_folder(name: str, revision: str | None) -> Path | None:
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         is_network = (folder / CONFIG).is_file() and not (folder / INDEX).is_file()
         if not is_network and not folder.exists() and "/" not in name:
-            names = ", ".join(builtin_upscalers())
             raise FileNotFoundError(
-                f"No upscaler is called {name!r}: pass a folder, a Hub id 'user/repository', or a built-in name: {names}."
+                f"No upscaler is called {name!r}: pass a folder, a Hub id 'user/repository', or a built-in name: "
+                f"{', '.join(builtin_upscalers())}."
             )
         return folder if is_network else None
     repository, commit = split_revision(name)
@@ -118,4 +118,5 @@ def _network_folder(name: str, revision: str | None) -> Path | None:
 
 def _holds_network(folder: Path) -> bool:
     """Whether a folder is that of a network that enlarges images."""
-    return not (folder / INDEX).is_file() and read_object(folder / CONFIG).get("_class_name") == CompactUpscaler.__name__
+    class_name = read_object(folder / CONFIG).get("_class_name")
+    return class_name == CompactUpscaler.__name__ and not (folder / INDEX).is_file()
