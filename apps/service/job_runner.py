@@ -122,6 +122,7 @@ def _run_batches(
     done = {picture.place for picture in context.store.pictures(queued.id)} | context.store.skipped(queued.id)
     wanted = 1 if request.pick is not None else request.num_images
     batches = request.batches()
+    upscale = _upscale_step(request, context, signals, tell)
     clock = _StepClock(tell, len(batches), wanted)
     for number, seeds in enumerate(batches):
         first = number * request.batch_size
@@ -135,7 +136,6 @@ def _run_batches(
         try:
             result = _keep(inputs, run_pipeline(model, inputs, signals, clock.step, offload))
             seconds = (time.monotonic() - begun) / len(result.pictures)
-            upscale = _upscale_step(request, context, signals, tell)
             for i, frames in enumerate(result.pictures):
                 if request.pick not in (None, i):
                     continue
@@ -157,12 +157,20 @@ def _run_batches(
 def _upscale_step(
     request: AnyRequest, context: WorkerContext, signals: CancelSignals, tell: Callable[[Event], None]
 ) -> UpscaleStep | None:
-    """Return what enlarges the images of a request, loaded now if it isn't; None if nothing does."""
+    """Return what enlarges the images of a request; None if nothing does.
+
+    It is loaded now if it isn't, so that what it can't do is found out before anything is generated.
+
+    Raises:
+        ModelFailedError: it could not be loaded.
+        RequestError: it can't enlarge by so much.
+    """
     if request.upscale is None or request.upscaler is None:
         return None
     if not context.upscalers.is_loaded(request.upscaler, context.device):
         tell(ModelLoading(request.upscaler))
     loaded = context.upscalers.get(request.upscaler, context.device)
+    loaded.check_scale(request.upscale)
     return UpscaleStep(request.upscale, loaded, context.uploads, signals)
 
 

@@ -56,6 +56,23 @@ class LoadedUpscaler:
     enlarge: Upscaler
     fingerprint: str
 
+    def check_scale(self, scale: int) -> None:
+        """Refuse a scale that is more than the upscaler can do.
+
+        Raises:
+            RequestError: it says how much that is.
+        """
+        factor = self.enlarge.factor
+        if factor is not None and scale > factor:
+            raise RequestError(
+                "range",
+                f"upscale is {scale}; choose 1 to {factor}, which is what {self.name!r} can do.",
+                field="upscale",
+                value=scale,
+                lowest=1,
+                highest=factor,
+            )
+
 
 class UpscalerPool:
     """The upscalers that a server offers; each device keeps the one that it used last in memory.
@@ -170,19 +187,9 @@ class UpscaleStep:
             StopRequestedError: `stop` was set.
             SkipRequestedError: `skip` was set.
             TimeoutError: the deadline passed.
-            RequestError: the upscaler can't do this scale, or the result would be too large.
+            RequestError: the result would be too large.
         """
         limits.check_upscaled(*frames[0].size, self.scale, len(frames))
-        factor = self.loaded.enlarge.factor
-        if factor is not None and self.scale > factor:
-            raise RequestError(
-                "range",
-                f"upscale is {self.scale}; choose 1 to {factor}, which is what {self.loaded.name!r} can do.",
-                field="upscale",
-                value=self.scale,
-                lowest=1,
-                highest=factor,
-            )
 
         def on_chunk(done: int, count: int) -> None:
             check_signals(self.signals)
