@@ -187,7 +187,7 @@ def test_what_is_no_upscaler_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="expected a CompactUpscaler"):
         load_upscaler(PRETRAINED / "stickers" / "transformer")
     with pytest.raises(TypeError, match="strength"):
-        load_upscaler("./pipelines/pretrained/stickers", device="cpu")
+        load_upscaler(PRETRAINED / "stickers", device="cpu")
     tiny_network().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "CompactUpscaler", "factor": 4000000}')
     with pytest.raises(ValueError, match="factor"):
