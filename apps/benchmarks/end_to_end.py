@@ -1,7 +1,7 @@
 """`tessera bench generate`: how long an image takes at the default settings, and its parts.
 
 A denoiser's parts are one forward pass and the decoder; those of a next-scale model all its scales, which differ in
-size, and the decoder.
+size, and the decoder. Enlarging the image is no part of it: it is timed beside it.
 """
 
 import time
@@ -14,6 +14,7 @@ from apps.benchmarks.next_scale import Asked
 from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
 from dit.runtime.timing import Comparison, count_flops, measure
+from pipelines import builtin_upscalers, load_upscaler
 from pipelines.info.inspection import info_of
 from pipelines.next_scale.base import NextScalePipeline
 
@@ -31,7 +32,7 @@ def bench_image(asked: Asked) -> dict[str, Any]:
     loading = time.perf_counter() - begun
     parts = _scales if isinstance(pipe, NextScalePipeline) else _passes
     facts, works = parts(pipe)
-    comparison = measure(works, asked.repeats)
+    comparison = measure({**works, "upscaling by 4": _upscaling(pipe)}, asked.repeats)
     return {
         "model": name,
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
@@ -77,6 +78,16 @@ def _scales(pipe: NextScalePipeline) -> tuple[dict[str, Any], dict[str, Work]]:
 
     facts = {"scales": pipe.num_timesteps, "gflops_of_all_scales": round(count_flops(scales) / 1e9, 3)}
     return facts, {"picture": lambda: _generate(pipe), "all scales": scales, "decoder": _decoding(pipe, latents)}
+
+
+def _upscaling(pipe: Any) -> Work:
+    """Return the step that enlarges an image of the pipeline with the built-in upscaler."""
+    upscaler, images = load_upscaler(builtin_upscalers()[0], device=pipe.device), _generate(pipe)
+
+    def enlarge() -> None:
+        upscaler(images, 4)
+
+    return enlarge
 
 
 def _decoding(pipe: Any, latents: torch.Tensor) -> Work:

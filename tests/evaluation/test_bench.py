@@ -19,7 +19,7 @@ def test_painting_report(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == report
     kept = json.loads((tmp_path / "report.json").read_text())["models"]
     assert {"benchmark": "image", "model": folder, **kept[folder]} == report
-    assert all(report["seconds"][part] > 0 for part in ("picture", "forward pass", "decoder"))
+    assert all(report["seconds"][part] > 0 for part in ("picture", "forward pass", "decoder", "upscaling by 4"))
     assert report["steps"] == 28
     assert report["gflops_per_pass"] >= 0
     assert report["machine"]["dtype"] == "float32"

@@ -178,7 +178,7 @@ def test_a_browser_plays_it(world, tmp_path):
         note_says(page, "Done", 120)
         page.wait_for_function("document.querySelector('#stage video')?.readyState >= 2")
         video = "document.querySelector('#stage video')"
-        assert page.evaluate(f"[{video}.videoWidth, {video}.videoHeight]") == [64, 32]
+        assert page.evaluate(f"[{video}.videoWidth, {video}.videoHeight]") == [256, 128]  # upscaled, as built-in models
         assert page.evaluate(f"{video}.duration") == pytest.approx(9 / 16, abs=0.07)
         page.wait_for_function(f"{video}.currentTime > 0")
         address = page.evaluate(f"{video}.currentSrc")

@@ -511,6 +511,7 @@ def test_every_string_is_used_and_every_use_has_one(root):
         "seed.",
         "memory.",
         "attention.",
+        "upscaler.",
         "expand.",
         "error.",
         "failed.",

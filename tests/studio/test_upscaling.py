@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import av
@@ -22,7 +26,7 @@ from apps.service.defaults import fit_size
 from apps.service.engine import Engine
 from apps.service.events import Done, Failed, Picture, Step, Stopped, Upscaling
 from apps.service.grid import AXES
-from apps.service.metadata import read_picture, request_from_settings
+from apps.service.metadata import read_picture, request_from_settings, save_sidecar
 from apps.service.requests import InpaintRequest, TextToImageRequest
 from apps.service.upscaling import UnknownUpscalerError
 from apps.service.usage import UsageError
@@ -39,6 +43,7 @@ from tests.pipes.tiny_upscalers import tiny_latent_upscale_pipeline, tiny_networ
 from tests.studio.fakes import FakePipeline
 from tests.studio.test_api import ASK, serving
 from tests.studio.test_page import PAGE, generate_values, pictures
+from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, PROJECT, note_says, open_page, wait_for_address
 
 CPU = DeviceOptions(device="cpu")
 WORDS = Strings("en")
@@ -209,10 +214,8 @@ def test_a_pipeline_of_diffusers_takes_the_same_place(tmp_path, monkeypatch):
     monkeypatch.setattr(StableDiffusionLatentUpscalePipeline, "__call__", in_two_steps)
     pipe, sources = FakePipeline(), {"latent": str(tmp_path / "latent")}
     engine = Engine({"fake": "x"}, device="cpu", load=lambda source: pipe, upscalers=sources)
-    shown = [
-        next(one for one in engine.generate(ask(upscale=2, seed=seed)) if isinstance(one, Picture))
-        for seed in (3, 3, 4)
-    ]
+    jobs = [engine.generate(ask(upscale=2, seed=seed)) for seed in (3, 3, 4)]
+    shown = [next(event for event in job if isinstance(event, Picture)) for job in jobs]
     refused = list(engine.generate(ask(upscale=4)))[-1]
     engine.close()
     assert shown[0].image.size == (128, 96)
@@ -391,6 +394,16 @@ def test_starting_from_an_enlarged_image_stays_at_the_models_size(page, world):
     assert fit_size((512, 512), model) == (128, 128)
 
 
+def test_an_upscaler_that_is_not_here_is_left_out_with_a_warning(page, world, monkeypatch):
+    said = []
+    monkeypatch.setattr("apps.studio.settings_handlers.gr.Warning", said.append)
+    shown = pictures(list(generate_values(page.generation, {**PAGE, "upscale": 2})))[0]
+    foreign = shown.settings.model_copy(update={"upscaler": "of-somebody"})
+    changes = page.handlers.load_settings(str(save_sidecar(foreign, world.out / "foreign.png")))
+    assert (changes["upscaler"], changes["upscale"]) == ("", 2)
+    assert "of-somebody" in said[0]
+
+
 def test_cells_of_a_grid_are_of_one_size(page, world):
     """Upscaling is no axis, so that the cells differ in what is compared only."""
     assert not {"upscale", "upscaler"} & AXES.keys()
@@ -407,3 +420,51 @@ def test_the_line_under_the_stage_says_it(language):
     assert len({text for text, _ in lines}) == 3
     assert all(word in lines[1][0] for word in ("3", "16"))
     assert [share for _, share in lines] == [0.5] * 3
+
+
+@pytest.mark.browser
+def test_a_browser_shows_the_enlarged_image_of_a_built_in_model(tmp_path):
+    """The switch is on when the page opens; turned off, the image comes as the model makes it."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no chromium here; apt-get install --no-install-recommends chromium")
+    with built_in_studio(tmp_path) as address, sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(120_000)
+        errors = []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        open_page(page, address)
+        assert page.locator("#upscale input:checked").get_attribute("value") == "4"
+        page.fill("#prompt textarea", "a penguin left of a rocket on purple")
+        for scale, side in ((4, 512), (1, 128)):
+            page.locator(f"#upscale input[value='{scale}']").check()
+            page.evaluate("document.querySelector('#stage .note').textContent = ''")
+            page.click("#generate")
+            note_says(page, "Done", 120)
+            shown = "document.querySelector('#stage .frame img')"
+            page.wait_for_function(f"{shown}?.naturalWidth === {side}")
+            assert f"{side} \u00d7 {side}" in page.inner_text("#details")
+            page.screenshot(path=tmp_path / f"page-{scale}.png", full_page=True)
+            assert page.evaluate(f"{shown}.getBoundingClientRect().width") > 300  # shown large either way
+        sizes = sorted(Image.open(file).size for file in (tmp_path / "out").glob("*.png"))
+        assert sizes == [(128, 128), (512, 512)]
+        assert errors == []
+        browser.close()
+
+
+@contextmanager
+def built_in_studio(folder):
+    """Serve the page with the built-in models in a process of its own; yields its address."""
+    log = folder / "log"
+    command = [sys.executable, "-m", "apps", "studio", "--port", "0", "--no-browser", "--device", "cpu"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--output", str(folder / "out")], stdout=file, stderr=subprocess.STDOUT, cwd=PROJECT
+        )
+    try:
+        yield wait_for_address(process, log)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+    assert "Traceback" not in log.read_text()
