@@ -97,6 +97,18 @@ def test_progress_is_told_and_work_can_be_ended(upscaler: Upscaler) -> None:
         upscaler([noise(), noise()], tile=8, on_chunk=end)
 
 
+def test_several_images_at_once_give_what_each_gives_alone(upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As accelerators work: images of one size go through the network together."""
+    images = [noise(seed=seed) for seed in range(3)] + [noise(8, 20)]
+    alone, told = upscaler(images, 2), []
+    monkeypatch.setattr("pipelines.upscaling._Work._together", lambda self, height, width: 2)
+    together = upscaler(images, 2, tile=8, on_chunk=lambda done, count: told.append((done, count)))
+    differences = [np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in zip(alone, together, strict=True)]
+    assert max(differences) <= 1  # a last bit may round the other way
+    assert [done for done, _ in told] == [0, 2, 4, 6, 8, 9, 10, 11, 12, 13, 14, 15]
+    assert told[-1] == (15, 15)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
