@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from apps.training.config import ConfigError
+
 
 def compile_blocks(modules: Mapping[str, nn.Module]) -> int:
     """Compile in place what each network calls its `_repeated_blocks`; names and weights stay as they are.
@@ -18,8 +20,13 @@ def compile_blocks(modules: Mapping[str, nn.Module]) -> int:
 
     Returns:
         How many blocks were compiled; networks that name no repeated blocks stay as they are.
+
+    Raises:
+        ConfigError: A block is on the CPU, and there is no C++ compiler.
     """
     count = 0
+    if any(parameter.device.type == "cpu" for network in modules.values() for parameter in network.parameters()):
+        _require_compiler()
     for network in modules.values():
         names = tuple(getattr(network, "_repeated_blocks", None) or ())
         for block in network.modules():
@@ -33,6 +40,24 @@ def compile_blocks(modules: Mapping[str, nn.Module]) -> int:
 def uncompiled() -> Any:
     """Return a context in which compiled blocks run as written: what runs once isn't worth compiling."""
     return torch.compiler.set_stance("force_eager")
+
+
+def _require_compiler() -> None:
+    """Fail now rather than at the first step, with a remedy.
+
+    Raises:
+        ConfigError: There is no C++ compiler.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError(
+            "run.compile = true needs a C++ compiler on a CPU: install g++ (or name one in the environment variable "
+            "CXX), or pass --set run.compile=false"
+        ) from error
 
 
 def _is_frozen(block: nn.Module) -> bool:

@@ -1,8 +1,11 @@
 """`run.compile`: the repeated blocks are compiled, and the run trains, resumes and exports as without it."""
 
+import pytest
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 
 from apps.training.compile import compile_blocks, uncompiled
+from apps.training.config import ConfigError
 from dit.models.text_dit import TextDiT
 
 
@@ -11,6 +14,13 @@ def network() -> TextDiT:
     return TextDiT(in_channels=2, sample_size=4, num_layers=2, num_attention_heads=2, attention_head_dim=16, text_dim=8)
 
 
+@pytest.fixture
+def without_compiler(monkeypatch) -> None:
+    """Let blocks be marked for compiling where there is no compiler: nothing here is compiled."""
+    monkeypatch.setattr("apps.training.compile._require_compiler", lambda: None)
+
+
+@pytest.mark.usefixtures("without_compiler")
 def test_only_trained_blocks_are_compiled_and_names_stay() -> None:
     trained, frozen, other = network(), network().requires_grad_(False), torch.nn.Linear(2, 2)
     names = list(trained.state_dict())
@@ -20,6 +30,16 @@ def test_only_trained_blocks_are_compiled_and_names_stay() -> None:
     assert all(block._compiled_call_impl is None for block in frozen.transformer_blocks)
 
 
+def test_a_missing_compiler_is_said_before_the_first_step(monkeypatch) -> None:
+    def missing() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    with pytest.raises(ConfigError, match=r"run\.compile = true needs a C\+\+ compiler.*run\.compile=false"):
+        compile_blocks({"model": network()})
+
+
+@pytest.mark.usefixtures("without_compiler")
 def test_what_runs_once_is_not_compiled() -> None:
     plain, compiled = network(), network()
     for model in (plain, compiled):
