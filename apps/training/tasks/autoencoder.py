@@ -118,7 +118,11 @@ class AutoencoderTask:
     """Train an autoencoder. See `apps.training.task.Task`."""
 
     config_class: ClassVar[type[TrainConfig]] = AutoencoderConfig
-    smoke: ClassVar[tuple[str, ...]] = ("data.validation_examples=24", "data.calibration_images=16")
+    smoke: ClassVar[tuple[str, ...]] = (
+        "data.validation_examples=24",
+        "data.calibration_images=16",
+        "data.generated_images=8",
+    )
 
     def __init__(self, config: AutoencoderConfig, context: TaskContext) -> None:
         self.config, self.context = config, context
