@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from apps.commands.image_quality import ImageQuality, PretrainedEyes
+from apps.commands.image_quality import ImageQuality, PretrainedNetworks
 from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
 from apps.service.usage import UsageError, checking
@@ -67,7 +67,7 @@ class Report:
         scores: shares of right images by set, then metric.
         fidelity: of the sets in `CEILING_SETS`: `psnr` (dB), `ssim` and `psnr_worst_tenth` to the best-fitting
             renderings at 64 x 64 pixels, of `generated` images and of a `round_trip` through the autoencoder.
-        perceptual: of the same images, what networks say that the project did not train; see
+        perceptual: of the same images, measures by networks that the project did not train; see
             `ImageQuality.perceptual`.
         inpainted: of the set "inpaint": shares of masked stickers that are the ones asked for (`masked`, and by kind
             of scene), of images with every pixel outside the mask as before (`kept`), and the `ceiling` of the judge.
@@ -372,9 +372,9 @@ def examine(
     """Fill a report, and write the contact sheets into `folder`."""
     resolution = picture_side(pipe)
     through = round_trip(pipe.vae)
-    eyes = PretrainedEyes(evaluator.sheet)
+    networks = PretrainedNetworks(evaluator.sheet)
     report.ceiling = evaluator.ceiling(resolution, lambda pictures: pictures, "fresh renders")
-    tripped = {name: ImageQuality(evaluator.sheet, eyes) for name in CEILING_SETS}
+    tripped = {name: ImageQuality(evaluator.sheet, networks) for name in CEILING_SETS}
     report.autoencoder = dict(evaluator.ceiling(resolution, through, "after a round trip", tripped))
     report.autoencoder |= evaluator.box_psnr(resolution, through)
     start = time.perf_counter()
@@ -387,7 +387,7 @@ def examine(
         sheet = contact_sheet(*evaluator.sheet_pictures(generate, further), "further stickers and colours", "")
         sheet.save(folder / "contact_sheet_further.png", optimize=True)
     for name in sets:
-        quality = ImageQuality(evaluator.sheet, eyes) if name in CEILING_SETS else None
+        quality = ImageQuality(evaluator.sheet, networks) if name in CEILING_SETS else None
         report.scores[name] = evaluator.scores(name, generate, quality)
         if quality is not None:
             both = {"generated": quality, "round_trip": tripped[name]}

@@ -1,7 +1,8 @@
 """How well images of the sticker world are drawn: fidelity, and distances by networks that the project did not train.
 
 The exact judge of `apps.stickers.judge` asks whether an image holds what was asked for. Here images are compared with
-the best-fitting rendering of what was asked for (`apps.stickers.fidelity`), pixel by pixel and as people see them.
+the best-fitting rendering of what was asked for (`apps.stickers.fidelity`), pixel by pixel and by the features of
+pretrained networks.
 """
 
 import heapq
@@ -33,8 +34,8 @@ WORST_SHARE = 0.1
 CHUNK = 8  # images that a network sees at once
 
 
-class PretrainedEyes:
-    """The networks that look at images; each is loaded when it is first asked for.
+class PretrainedNetworks:
+    """The networks that measure images; each is loaded when it is first asked for.
 
     Args:
         sheet: The stickers that the second judge knows.
@@ -65,7 +66,7 @@ class ImageQuality:
 
     Attributes:
         sheet: The stickers.
-        eyes: Networks that look at the images; None leaves out what needs them.
+        networks: Measure the images; None leaves out what needs them.
         psnr, ssim: Of each image, to its best-fitting rendering; see `Fidelity`.
         distances: ST-LPIPS of each image to it.
         features: Of EfficientNet-lite0, of all images and of their renderings, batch by batch.
@@ -74,7 +75,7 @@ class ImageQuality:
     """
 
     sheet: SpriteSheet
-    eyes: PretrainedEyes | None = None
+    networks: PretrainedNetworks | None = None
     psnr: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
     distances: list[float] = field(default_factory=list)
@@ -103,16 +104,16 @@ class ImageQuality:
         else:
             self.psnr += found.psnr
         self.ssim += found.ssim
-        if self.eyes is not None:
-            self._look(self.eyes, images.clamp(-1, 1), drawn.clamp(-1, 1), scenes)
+        if self.networks is not None:
+            self._measure(self.networks, images.clamp(-1, 1), drawn.clamp(-1, 1), scenes)
 
-    def _look(self, eyes: PretrainedEyes, images: Tensor, drawn: Tensor, scenes: Sequence[Scene]) -> None:
-        """Have the networks look at images and their best-fitting renderings, (B, 3, H, H) each."""
-        self.distances += perceptual_distance(images, drawn, CHUNK, eyes.distance).tolist()
+    def _measure(self, networks: PretrainedNetworks, images: Tensor, drawn: Tensor, scenes: Sequence[Scene]) -> None:
+        """Compare images with their best-fitting renderings by the networks, (B, 3, H, H) each."""
+        self.distances += perceptual_distance(images, drawn, CHUNK, networks.distance).tolist()
         for found, some in zip(self.features, (images, drawn), strict=True):
-            found.append(image_features(some, CHUNK, eyes.features))  # (B, 152)
+            found.append(image_features(some, CHUNK, networks.features))  # (B, 152)
         if scenes[0].kind == "single":
-            sprites = eyes.judge.read(images).sprites.tolist()
+            sprites = networks.judge.read(images).sprites.tolist()
             self.recognised += [scene.sprites == (sprite,) for scene, sprite in zip(scenes, sprites, strict=True)]
 
     def fidelity(self) -> dict[str, float]:
@@ -125,7 +126,7 @@ class ImageQuality:
         }
 
     def perceptual(self) -> dict[str, float]:
-        """Return what the networks say; empty without them.
+        """Return what the networks measure; empty without them.
 
         Returns:
             `st_lpips`, the mean distance to the best-fitting renderings (0 for equal images); `frechet_lite0`, the

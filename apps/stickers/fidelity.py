@@ -23,7 +23,9 @@ REACH = 8  # pixels of the canvas that the first search looks away from a sticke
 STEPS = 6  # Gauss-Newton steps on place and size
 SINGLE_SIZES = (0.36, 1.0)  # of stickers that stand alone, as fractions of the side
 PART_SIZES = (PART_SIZE[0] - 0.1, PART_SIZE[1] + 0.1)
-PROBE = 0.25  # pixels of the canvas by which a derivative moves a sticker
+PROBE = 0.25 / CANVAS  # by which a derivative moves or enlarges a sticker, as a fraction of the side
+FARTHEST_MOVE = 0.05  # of a step, as a fraction of the side
+FIRST_DAMPING = 1e-3  # as a share of the mean squared slope
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def fit_scenes(images: Tensor, scenes: Sequence[Scene], sheet: SpriteSheet) -> l
     """Place every sticker of each scene where it explains the image best.
 
     Each is searched for around its regular place, over integer shifts and some sizes, then moved by Gauss-Newton
-    steps (Lucas and Kanade, 1981). Stickers of one scene hardly overlap, so each is fitted by itself.
+    steps (Lucas and Kanade, 1981), damped. Stickers of one scene hardly overlap, so each is fitted by itself.
 
     Args:
         images: (B, 3, H, H) in [-1, 1].
@@ -149,29 +151,36 @@ def _coarse(
 
 
 def _refine(seen: Tensor, sprites: Tensor, colours: Tensor, places: Tensor, sheet: SpriteSheet) -> Tensor:
-    """Move stickers (P, 3) by Gauss-Newton steps on the error inside their own templates; keep the best place."""
-    probe = PROBE / CANVAS
-    best, best_error = places, torch.full((len(places),), torch.inf)
-    for step in range(STEPS + 1):
-        drawn = _drawn(sprites, colours, places, sheet)  # (P, 3, 64, 64)
-        # Other stickers of the image are no error of this one: only the gain counts, as in the judge.
-        error = drawn.square().sum((1, 2, 3)) - 2 * (seen * drawn).sum((1, 2, 3))  # (P,)
-        better = error < best_error
-        best_error, best = torch.where(better, error, best_error), torch.where(better[:, None], places, best)
-        if step == STEPS:
-            return best
+    """Move stickers (P, 3) by damped Gauss-Newton steps; a step that makes the fit worse is taken back and damped more.
+
+    The error of a sticker is -(2 <D, T> - |T|^2), the gain of the judge: other stickers of the image don't count.
+    """
+    drawn = _drawn(sprites, colours, places, sheet)  # (P, 3, 64, 64)
+    error = _error(seen, drawn)  # (P,)
+    damping = torch.full_like(error, FIRST_DAMPING)  # (P,)
+    for _ in range(STEPS):
         slopes = torch.stack(
-            [
-                (_drawn(sprites, colours, places + probe * axis, sheet) - drawn).flatten(1) / probe
-                for axis in torch.eye(3)
-            ],
+            [(_drawn(sprites, colours, places + PROBE * axis, sheet) - drawn).flatten(1) for axis in torch.eye(3)],
             dim=1,
-        )  # (P, 3, 12288)
-        support = (drawn.abs().sum(1, keepdim=True) > 0).float()  # (P, 1, 64, 64)
+        )  # (P, 3, 12288) a probe
+        support = (drawn != 0).any(1, keepdim=True)  # (P, 1, 64, 64)
         rest = ((seen - drawn) * support).flatten(1)  # (P, 12288)
         normal = slopes @ slopes.mT  # (P, 3, 3)
-        damping = 1e-3 * normal.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(3) + 1e-6 * torch.eye(3)
-        move = torch.linalg.solve(normal + damping, slopes @ rest[..., None])[..., 0]  # (P, 3)
-        places = best + (move if step == 0 else torch.where(better[:, None], move, move / 2)).clamp(-0.05, 0.05)
-        places[:, 2].clamp_(0.1, 1.2)
-    return best
+        scale = normal.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-6)  # (P,)
+        damped = normal + (damping * scale)[:, None, None] * torch.eye(3)
+        move = torch.linalg.solve(damped, slopes @ rest[..., None])[..., 0] * PROBE  # (P, 3)
+        tried = places + move.clamp(-FARTHEST_MOVE, FARTHEST_MOVE)
+        tried[:, 2].clamp_(0.1, 1.2)
+        tried_drawn = _drawn(sprites, colours, tried, sheet)  # (P, 3, 64, 64)
+        tried_error = _error(seen, tried_drawn)  # (P,)
+        better = tried_error < error  # (P,)
+        places = torch.where(better[:, None], tried, places)
+        drawn = torch.where(better[:, None, None, None], tried_drawn, drawn)
+        error = torch.where(better, tried_error, error)
+        damping = torch.where(better, damping / 4, damping * 8)
+    return places
+
+
+def _error(seen: Tensor, drawn: Tensor) -> Tensor:
+    """Return |T|^2 - 2 <D, T> of differences D from the background and templates T, (P, 3, 64, 64) each: (P,)."""
+    return drawn.square().sum((1, 2, 3)) - 2 * (seen * drawn).sum((1, 2, 3))

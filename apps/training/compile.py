@@ -1,5 +1,8 @@
 """Compiles the repeated blocks of the networks that are trained."""
 
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,16 +51,12 @@ def _require_compiler() -> None:
     Raises:
         ConfigError: There is no C++ compiler.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
+    if shutil.which(name) is None:
         raise ConfigError(
-            "run.compile = true needs a C++ compiler on a CPU: install g++ (or name one in the environment variable "
-            "CXX), or pass --set run.compile=false"
-        ) from error
+            f"run.compile = true needs a C++ compiler on a CPU, and there is no {name}: install it (or name one in the "
+            "environment variable CXX), or pass --set run.compile=false"
+        )
 
 
 def _is_frozen(block: nn.Module) -> bool:

@@ -51,8 +51,8 @@ class RunConfig(Section):
         checkpoints_total_limit: How many checkpoints are kept.
         max_minutes: Wall time of this slice; the run then saves, exports and ends, to be resumed later.
         num_threads: CPU threads of torch; unset leaves torch's choice.
-        compile: Compile the repeated blocks with torch.compile (on a CPU it needs a C++ compiler): about 1.4 times as
-            fast on two cores, after a minute of compiling.
+        compile: Compile the repeated blocks with torch.compile: faster steps after a minute of compiling. On a CPU it
+            needs a C++ compiler.
         tensorboard: Also write TensorBoard events (needs the `train` extra).
     """
 

@@ -1,4 +1,4 @@
-"""Generated latents beside the images they should have been: what a decoder learns to forgive.
+"""Generated latents beside the images they should have been, for training a decoder to correct them.
 
 A generator's latents differ from those of any image, and a decoder that has only seen encoded images shows each
 difference as a fault. The target of a generated latent is the rendering that fits its image best
@@ -20,12 +20,14 @@ from torch import Tensor
 
 from apps.stickers.fidelity import measure_fidelity
 from apps.stickers.scene import Placement, Scene
+from apps.training.config import ConfigError
 from apps.training.data.base import VALIDATION_SEED, TrainingData
 from apps.training.data.stickers import StickerData
 from dit.runtime.artifacts import model_fingerprint
 
 CHUNK = 32  # images that are generated at once
 MOST_STICKERS = 4  # of a scene
+SAME_CODES = 0.01  # share of the energy of codes by which those of one encoder may differ
 LEAST_FIDELITY = 16.0  # dB below which an image shows something else, and its best rendering is no target
 
 
@@ -69,12 +71,43 @@ class GeneratedPairs:
 
 
 def load_generator(folder: Path, device: torch.device) -> Any:
-    """Load the pipeline of a folder in float32, without progress bars."""
+    """Load the pipeline of a folder in float32, without progress bars.
+
+    Raises:
+        ConfigError: The folder holds none.
+    """
     from pipelines import load_pipeline
 
+    if not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"data.generated_from = {str(folder)!r} has no model_index.json; give the folder of a pipeline"
+        )
     pipe: Any = load_pipeline(str(folder), device=device, dtype="float32")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@torch.no_grad()
+def check_encoder(pipe: Any, vae: Any, images: Tensor) -> None:
+    """Refuse a generator that was trained on the codes of another encoder.
+
+    Args:
+        pipe: The generator with its own autoencoder.
+        vae: The autoencoder whose decoder is trained.
+        images: (B, 3, H, W) to compare the codes of.
+
+    Raises:
+        ConfigError: The codes differ by more than rounding of weights to half precision does.
+    """
+    was_training = vae.training
+    vae.eval()
+    own, other = vae.encode(images).latent.float(), pipe.vae.encode(images).latent.float()  # (B, C, h, w)
+    vae.train(was_training)
+    if own.shape != other.shape or (own - other).square().mean() > SAME_CODES * own.square().mean():
+        raise ConfigError(
+            "data.generated_from holds a pipeline that was trained on the codes of another encoder than that of "
+            "data.init_from: give the pipeline that was trained on this autoencoder"
+        )
 
 
 @torch.no_grad()
@@ -89,7 +122,7 @@ def generate_pairs(pipe: Any, data: StickerData, count: int, seed: int, quiet: b
         quiet: Without a progress bar.
 
     Raises:
-        ValueError: All images show something else.
+        ConfigError: All images show something else.
     """
     rng = np.random.default_rng((seed, VALIDATION_SEED))
     parts: list[dict[str, Tensor]] = []
@@ -112,7 +145,10 @@ def generate_pairs(pipe: Any, data: StickerData, count: int, seed: int, quiet: b
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     right = whole["fidelity"] >= LEAST_FIDELITY  # (P,)
     if not right.any():
-        raise ValueError(f"none of {count} generated images is within {LEAST_FIDELITY:g} dB of what was asked for")
+        raise ConfigError(
+            f"data.generated_from: none of {count} generated images is within {LEAST_FIDELITY:g} dB of what was asked "
+            "for; give a pipeline that is trained"
+        )
     return GeneratedPairs(**{name: one[right] for name, one in whole.items()}, data=data)
 
 
@@ -121,6 +157,7 @@ def cached_pairs(pipe: Any, data: TrainingData, count: int, seed: int, folder: P
 
     Raises:
         TypeError: The data are not stickers, of which alone the best rendering is known.
+        ConfigError: See `generate_pairs`.
     """
     if not isinstance(data, StickerData):
         raise TypeError(f"generated pairs need stickers, got {type(data).__name__}: set data.kind = 'stickers'")

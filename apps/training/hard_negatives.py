@@ -6,30 +6,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apps.stickers.scene import COLOURS, INVERSE, Scene
+from apps.stickers.scene import INVERSE, Scene, SceneSampler
 from apps.training.data.base import VALIDATION_SEED
 from apps.training.data.stickers import StickerData
 
 NEGATIVES_PER_SCENE = 3  # of each held-out scene
 
 
-def hard_negative(scene: Scene, rng: np.random.Generator, sprites: tuple[int, ...]) -> Scene:
+def hard_negative(scene: Scene, rng: np.random.Generator, sampler: SceneSampler) -> Scene:
     """Change one thing in what a scene says: a relation, a number, a sticker or the background.
 
     Args:
         scene: Stays as it is; the placements of the copy are those of the original and mean nothing.
         rng: Picks what to change.
-        sprites: Numbers of the stickers to choose others from.
+        sampler: Has the stickers and the backgrounds to choose others from.
     """
     if scene.kind == "pair" and scene.relation is not None and rng.random() < 0.6:
         return replace(scene, relation=INVERSE[scene.relation])
     if scene.kind == "count" and rng.random() < 0.5:
         return replace(scene, count=int(rng.choice([count for count in (2, 3, 4) if count != scene.count])))
     if rng.random() < 0.3:
-        step = int(rng.integers(1, len(COLOURS)))
-        return replace(scene, background=(scene.background + step) % len(COLOURS))
+        step = int(rng.integers(1, len(sampler.backgrounds)))
+        place = sampler.backgrounds.index(scene.background) + step
+        return replace(scene, background=sampler.backgrounds[place % len(sampler.backgrounds)])
     position = int(rng.integers(len(scene.sprites)))
-    others = [sprite for sprite in sprites if sprite not in scene.sprites]
+    others = [sprite for sprite in sampler.sprites if sprite not in scene.sprites]
     changed = [*scene.sprites]
     changed[position] = int(rng.choice(others))
     return replace(scene, sprites=tuple(changed))
@@ -64,9 +65,7 @@ def hard_negative_sets(data: StickerData, count: int) -> dict[str, HardNegativeS
     made = {}
     for kind, examples in data.held_out_groups(count).items():
         rng, scenes = np.random.default_rng(VALIDATION_SEED), examples.scenes
-        negatives = [
-            hard_negative(scene, rng, data.sampler.sprites) for _ in range(NEGATIVES_PER_SCENE) for scene in scenes
-        ]
+        negatives = [hard_negative(scene, rng, data.sampler) for _ in range(NEGATIVES_PER_SCENE) for scene in scenes]
         captions = [data.caption(scene, rng) for scene in (*scenes, *negatives)]
         made[kind] = HardNegativeSet(data.render(scenes), captions)
     return made

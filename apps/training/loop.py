@@ -271,7 +271,8 @@ class Trainer:
         """Swap in the averaged weights, in evaluation mode without gradients; restore the random states afterwards."""
         self.model.eval()
         states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 (the global state)
-        with self.ema.applied(), torch.no_grad(), self.accelerator.autocast(), uncompiled():
+        plainly = uncompiled() if self.options.compile else contextlib.nullcontext()
+        with self.ema.applied(), torch.no_grad(), self.accelerator.autocast(), plainly:
             yield
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])  # noqa: NPY002

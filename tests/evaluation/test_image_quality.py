@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from apps.commands.image_quality import ImageQuality, PretrainedEyes
+from apps.commands.image_quality import ImageQuality, PretrainedNetworks
 from apps.stickers import STARTER, SceneMix, SceneSampler, load_sprites, render
 
 SHEET = load_sprites()
 SCENES = [SceneSampler(SHEET, STARTER, mix=SceneMix(1, 0, 0)).scene(3, index) for index in range(8)]
-EYES = PretrainedEyes(SHEET)
+NETWORKS = PretrainedNetworks(SHEET)
 
 
 def blurred(images: torch.Tensor) -> torch.Tensor:
@@ -18,7 +18,7 @@ def blurred(images: torch.Tensor) -> torch.Tensor:
 
 def test_spoiled_images_are_worse_by_every_measure() -> None:
     images = render(SCENES, SHEET, 128)
-    exact, spoiled = ImageQuality(SHEET, EYES), ImageQuality(SHEET, EYES)
+    exact, spoiled = ImageQuality(SHEET, NETWORKS), ImageQuality(SHEET, NETWORKS)
     for part in (slice(0, 5), slice(5, 8)):
         exact.add(images[part], SCENES[part])
         spoiled.add(blurred(images[part]), SCENES[part])

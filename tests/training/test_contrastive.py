@@ -190,7 +190,7 @@ def test_a_hard_negative_differs_in_one_thing(kind):
     changed = set()
     for index in range(60):
         scene = sampler.scene(0, index)
-        other = hard_negative(scene, rng, sampler.sprites)
+        other = hard_negative(scene, rng, sampler)
         differ = [
             name
             for name in ("sprites", "background", "relation", "count")

@@ -83,6 +83,19 @@ def test_a_decoder_trains_on_generated_latents(configured, vae_folder, generator
     assert torch.equal(kept.latents, trainer.task.pairs.latents)
 
 
+def test_a_generator_of_other_codes_is_refused(configured, vae_folder, generator_folder, tmp_path) -> None:  # noqa: F811
+    from dit.tokenizers import ViTAutoencoder
+
+    other = ViTAutoencoder.from_pretrained(vae_folder)
+    torch.nn.init.normal_(other.to_latent.weight, generator=torch.Generator().manual_seed(3))
+    other.save_pretrained(generator_folder / "vae")
+    settings = (f'data.init_from="{vae_folder}"', "task.train=decoder", f'data.generated_from="{generator_folder}"')
+    with pytest.raises(ConfigError, match="codes of another encoder"):
+        Trainer(configured("autoencoder", *settings))
+    with pytest.raises(ConfigError, match=r"has no model_index\.json"):
+        Trainer(configured("autoencoder", *settings[:2], f'data.generated_from="{tmp_path}"'))
+
+
 def test_generated_latents_fit_one_encoder_only(configured) -> None:  # noqa: F811
     with pytest.raises(ConfigError, match=r'generated_from needs task\.train = "decoder"'):
         configured("autoencoder", 'data.generated_from="somewhere"')

@@ -8,6 +8,7 @@ uses a KL term to the same end).
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +21,7 @@ from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.data import open_data
 from apps.training.data.config import CaptionedData
 from apps.training.export import save_component
-from apps.training.generated_pairs import GeneratedPairs, cached_pairs, load_generator
+from apps.training.generated_pairs import GeneratedPairs, cached_pairs, check_encoder, load_generator
 from apps.training.image_grid import save_grid
 from apps.training.image_losses import perceptual_loss, psnr, reconstruction_loss
 from apps.training.task import TaskContext
@@ -49,7 +50,7 @@ class AutoencoderSection(TaskSection):
     squared_weight: float = Field(default=0.0, ge=0)
     perceptual_weight: float = Field(default=0.0, ge=0)
     perceptual_crop: int = Field(default=64, ge=32)
-    generated_fraction: float = Field(default=0.5, ge=0, le=1)
+    generated_fraction: float = Field(default=0.5, ge=0, lt=1)
 
 
 class AutoencoderData(CaptionedData):
@@ -140,6 +141,7 @@ class AutoencoderTask:
         if data.generated_from is None:
             return None
         pipe = load_generator(data.generated_from, self.context.device)
+        check_encoder(pipe, self.vae, self.held_out.images(range(min(4, len(self.held_out)))).to(self.context.device))
         return cached_pairs(pipe, self.data, data.generated_images, run.seed, run.output)
 
     def _network(self) -> ViTAutoencoder:
@@ -161,13 +163,15 @@ class AutoencoderTask:
     def batch(self, index: int) -> dict[str, Any]:
         """Return `images` (B, 3, H, W) in [-1, 1]; with generated pairs also `generated` latents of the first ones."""
         address = self.context.address(self.config.run, index)
-        images = self.data.images(address)  # (B, 3, H, W)
-        count = 0 if self.pairs is None else round(self.config.task.generated_fraction * len(images))
-        if self.pairs is None or count == 0:
-            return {"images": images}
+        if self.pairs is None:
+            return {"images": self.data.images(address)}
+        count = min(round(self.config.task.generated_fraction * address.size), address.size - 1)
         rows = address.rng().integers(len(self.pairs), size=count).tolist()
+        others = self.data.images(replace(address, size=address.size - count))  # (B - G, 3, H, W)
+        if count == 0:
+            return {"images": others}
         targets = self.pairs.images(rows)  # (G, 3, H, W)
-        return {"images": torch.cat([targets, images[count:]]), "generated": self.pairs.latents[rows].float()}
+        return {"images": torch.cat([targets, others]), "generated": self.pairs.latents[rows].float()}
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return Charbonnier plus weighted `1 - SSIM` of the images decoded from noisy codes."""

@@ -201,7 +201,7 @@ class ContrastiveTask:
         address = self.context.address(self.config.run, index)
         rng = address.rng()
         scenes = self.data.scenes(address)
-        negatives = [hard_negative(scene, rng, self.data.sampler.sprites) for scene in scenes]
+        negatives = [hard_negative(scene, rng, self.data.sampler) for scene in scenes]
         captioned = [*scenes, *negatives] if self.config.task.hard_negatives else scenes
         labels = {f"label_{name}": one for name, one in scene_labels(captioned, self.data.entries).items()}
         if index < self.config.task.text_only_steps:
