@@ -418,23 +418,31 @@ def show(report: Report, console: Console) -> None:
     console.print(table)
     mean, pooled = (report.autoencoder[name] for name in ("psnr_in_boxes", "psnr_in_boxes_pooled"))
     console.print(f"autoencoder: {mean:.2f} dB inside sticker boxes (mean over images; {pooled:.2f} dB pooled)")
-    for name, found in report.fidelity.items():
-        console.print(f"{SETS[name].title}: {_quality(found, report.perceptual[name])}")
+    if report.fidelity:
+        console.print(_quality_table(report))
     if report.seconds_per_picture is not None:
         console.print(f"generation: {report.seconds_per_picture:.3f} s an image on {report.machine['device']}")
 
 
-def _quality(fidelity: dict[str, dict[str, float]], perceptual: dict[str, dict[str, float]]) -> str:
-    """Say how near images come to their best-fitting renderings, beside the round trip."""
-    made, tripped = fidelity["generated"], fidelity["round_trip"]
-    looks = " against ".join(f"{perceptual[key]['st_lpips']:.3f}" for key in ("generated", "round_trip"))
-    recall = ""
-    if "nearest_recall" in perceptual["generated"]:
-        recall = "; second judge " + " against ".join(_percent(one["nearest_recall"]) for one in perceptual.values())
-    return (
-        f"fidelity {made['psnr']:.2f} dB (worst tenth {made['psnr_worst_tenth']:.2f}), SSIM {made['ssim']:.3f}, "
-        f"against {tripped['psnr']:.2f} dB and {tripped['ssim']:.3f} after a round trip; ST-LPIPS {looks}{recall}"
-    )
+def _quality_table(report: Report) -> Table:
+    """Show how near images come to their best-fitting renderings, a row for each set and for its round trip."""
+    table = Table(title="distance to the best-fitting rendering", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("images", no_wrap=True)
+    for column in ("dB", "worst 10 %", "SSIM", "ST-LPIPS", "Frechet", "judge 2"):
+        table.add_column(column, no_wrap=True, justify="right")
+    for name, both in report.fidelity.items():
+        for kind, fidelity in both.items():
+            seen = report.perceptual[name][kind]
+            table.add_row(
+                name if kind == "generated" else "  round trip",
+                f"{fidelity['psnr']:.2f}",
+                f"{fidelity['psnr_worst_tenth']:.2f}",
+                f"{fidelity['ssim']:.3f}",
+                f"{seen['st_lpips']:.3f}",
+                f"{seen['frechet_lite0']:.0f}" if "frechet_lite0" in seen else "",
+                _percent(seen["nearest_recall"]) if "nearest_recall" in seen else "",
+            )
+    return table
 
 
 def _resolution(pipe: Any) -> int:
