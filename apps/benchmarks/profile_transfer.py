@@ -12,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 
-from apps.benchmarks.step_cache import CALIBRATION_SEED, TEST_SEED, draw, mean_psnr
+from apps.benchmarks.step_cache import CALIBRATION_SEED, STEPS, TEST_SEED, draw, mean_psnr, own_guidance
 from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
 from sampling.schedulers import FlowMatchAB2Scheduler
@@ -26,7 +26,7 @@ REGION = "blocks"
 
 @dataclass(frozen=True)
 class Change:
-    """What differs from the profile's calibration (28 steps, guidance 4, 128 pixels, shift 3, Euler, all kinds).
+    """What differs from the calibration (28 steps, the model's guidance, 128 pixels, shift 3, Euler, all kinds).
 
     Args:
         settings: arguments of the calls.
@@ -42,8 +42,8 @@ class Change:
 CHANGES = {
     "nothing": Change(),
     "prompts: pairs only, calibrated on single stickers": Change(kind="pair"),
-    "guidance 2": Change({"guidance_scale": 2.0}),
-    "guidance 7": Change({"guidance_scale": 7.0}),
+    "guidance 1.5": Change({"guidance_scale": 1.5}),
+    "guidance 4": Change({"guidance_scale": 4.0}),
     "20 steps": Change({"num_inference_steps": 20}),
     "50 steps": Change({"num_inference_steps": 50}),
     "192 x 192 pixels": Change({"height": 192, "width": 192}),
@@ -65,7 +65,7 @@ def bench_transfer(model: str, repeats: int, device: str | None, dtype: str | No
     """
     console = Console(stderr=True, soft_wrap=True)
     pipe = load_for_command(model, device, dtype)
-    usual = {"num_inference_steps": 28, "guidance_scale": 4.0}
+    usual = {"num_inference_steps": STEPS, "guidance_scale": own_guidance(pipe)}
     learned = [request.prompt for request in draw(pipe, 3, 1_000_003)]
     base = _calibrate(pipe, learned, usual)
     single = [request.prompt for request in draw(pipe, 9, 1_000_003) if request.scene.kind == "single"]

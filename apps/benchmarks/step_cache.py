@@ -29,6 +29,7 @@ from apps.stickers.prompt_sets import SETS, Request, draw_requests
 from apps.training.data.stickers import read_vocabulary
 from dit.runtime.metrics import psnr
 from dit.runtime.timing import measure
+from pipelines import info_of
 from sampling.step_cache import Profile, StepCache, calibrate_budget
 
 REGIONS = ("blocks", "output")
@@ -36,6 +37,7 @@ REGIONS = ("blocks", "output")
 KINDS = ("single", "pair", "count")
 CALIBRATION_SEED, TEST_SEED = 9_000_000, 1_000
 COSTS = (0.5, 0.35, 0.25)
+STEPS = 28
 SLACK = 0.018
 """How far above a cost a candidate may be and still count as reaching it: half a step of 28."""
 
@@ -104,12 +106,12 @@ def bench_cache(
         device: where to run.
         dtype: of the weights.
         prompts: how many are generated.
-        steps: of the uncached run; None is the pipeline's default, 28.
+        steps: of the uncached run; None is 28, more than built-in models need, so that there is something to skip.
     """
     console = Console(stderr=True, soft_wrap=True)
     smoke = repeats == 1
     pipe = load_for_command(model, device, dtype)
-    work = Workload(pipe, draw(pipe, 4 if smoke else prompts, 7), steps or (8 if smoke else 28), 4.0)
+    work = Workload(pipe, draw(pipe, 4 if smoke else prompts, 7), steps or (8 if smoke else STEPS), own_guidance(pipe))
     learned = [request.prompt for request in draw(pipe, 4, 1_000_003)]
     settings: dict[str, Any] = {"seed": CALIBRATION_SEED, "guidance_scale": work.guidance}
     profiles = [calibrate_budget(pipe, learned, work.steps, region=region, **settings) for region in REGIONS]
@@ -175,6 +177,11 @@ def _painted(work: Workload, candidate: Candidate) -> tuple[torch.Tensor, tuple[
         return work.generate_all(candidate.steps), cost()
 
 
+def own_guidance(pipe: Any) -> float:
+    """Return the guidance that a pipeline uses where a call names none."""
+    return float(info_of(pipe).defaults["guidance_scale"])
+
+
 def mean_psnr(pictures: torch.Tensor, reference: torch.Tensor) -> float:
     """Mean over the images; equal ones count as 100 dB."""
     values = [min(psnr(one, other), 100.0) for one, other in zip(pictures, reference, strict=True)]
@@ -212,7 +219,7 @@ def bench_time(model: str, repeats: int, device: str | None, dtype: str | None) 
         dtype: of the weights.
     """
     pipe = load_for_command(model, device, dtype)
-    work = Workload(pipe, draw(pipe, 16, 7), 8 if repeats == 1 else 28, 4.0)
+    work = Workload(pipe, draw(pipe, 16, 7), 8 if repeats == 1 else STEPS, own_guidance(pipe))
     learned = [request.prompt for request in draw(pipe, 4, 1_000_003)]
     profile = calibrate_budget(
         pipe, learned, work.steps, region=REGIONS[0], seed=CALIBRATION_SEED, guidance_scale=work.guidance
