@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from apps.stickers import SceneSampler, caption, load_sprites, unique_keywords
-from apps.stickers.known_words import known_words, plural_forms
+from apps.stickers.known_words import known_colours, known_words, plural_forms
 from apps.stickers.prompt_sets import SETS, draw_requests, sheet_requests
 from apps.studio.vocabulary import read_vocabulary
 from apps.studio.vocabulary import unknown_words as unknown_to
@@ -16,7 +16,9 @@ MODELS = ("stickers", "stickers-var")
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_stored_words_are_those_of_the_vocabulary(model):
-    assert read_words(PRETRAINED / model) == frozenset(known_words(load_sprites(), read_vocabulary(model)))
+    stored = read_words(PRETRAINED / model)
+    assert len(known_colours(stored)) == (20 if model == "stickers" else 10)
+    assert stored == frozenset(known_words(load_sprites(), read_vocabulary(model), known_colours(stored)))
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -30,8 +32,8 @@ def test_no_evaluation_prompt_has_an_unknown_word(name):
 
 def test_no_training_caption_has_an_unknown_word():
     sheet, names = load_sprites(), read_vocabulary("stickers")
-    sampler, rng = SceneSampler(sheet, names), np.random.default_rng(3)
     known = read_words(PRETRAINED / "stickers")
+    sampler, rng = SceneSampler(sheet, names, colours=known_colours(known)), np.random.default_rng(3)
     for number in range(2000):
         text = caption(sampler.scene(0, number), sheet, rng, synonyms=0.5, vocabulary=names)
         assert unknown_words(text, known) == (), text
@@ -45,27 +47,28 @@ def test_names_plurals_and_keywords_are_known():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "unknown"),
+    ("prompt", "unknown", "before"),
     [
-        ("three crabs on teal", ("teal",)),
-        ("a photo of a dragon", ("photo", "dragon")),
-        ("a wizard riding a fox", ("wizard", "riding")),
-        ("five cats on turquoise", ("five", "turquoise")),
-        ("7 apples", ("7",)),
-        ("a fox in the snow, oil painting", ("snow", "oil", "painting")),
-        ("a cat wearing a hat", ("wearing", "hat")),
-        ("Portrait of an astronaut", ("portrait", "astronaut")),
-        ("a pizza inside a box", ("inside",)),
-        ("a whale behind a ship", ("behind",)),
-        ("a fox and a fox's den", ("fox's", "den")),
-        ("ein Fuchs auf Blau", ("ein", "fuchs", "auf", "blau")),
-        ("\u4e09\u53ea\u8783\u87f9 on red", ("\u4e09\u53ea\u8783\u87f9",)),
-        ("\U0001f980 on red", ("\U0001f980",)),
+        ("three crabs on teal", (), ("teal",)),
+        ("a photo of a dragon", ("photo",), ("photo", "dragon")),
+        ("a wizard riding a fox", ("wizard", "riding"), None),
+        ("five cats on turquoise", ("five",), ("five", "turquoise")),
+        ("7 apples", ("7",), None),
+        ("a fox in the snow, oil painting", ("snow", "oil"), ("snow", "oil", "painting")),
+        ("a cat wearing a hat", ("wearing",), ("wearing", "hat")),
+        ("Portrait of an astronaut", ("portrait", "astronaut"), None),
+        ("a pizza inside a box", ("inside",), None),
+        ("a whale behind a ship", ("behind",), None),
+        ("a fox and a fox's den", ("fox's", "den"), None),
+        ("ein Fuchs auf Blau", ("ein", "fuchs", "auf", "blau"), None),
+        ("\u4e09\u53ea\u8783\u87f9 on red", ("\u4e09\u53ea\u8783\u87f9",), None),
+        ("\U0001f980 on red", ("\U0001f980",), None),
     ],
 )
-def test_words_that_were_never_trained_are_named(prompt, unknown):
+def test_words_that_were_never_trained_are_named(prompt, unknown, before):
+    """`stickers-var` knows the 128 stickers and ten colours of before."""
     assert unknown_to("stickers", prompt) == unknown
-    assert unknown_to("stickers-var", prompt) == unknown
+    assert unknown_to("stickers-var", prompt) == (unknown if before is None else before)
 
 
 def test_plural_forms():

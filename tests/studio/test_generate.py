@@ -203,15 +203,15 @@ def test_ctrl_c_leaves_130_and_no_file(tmp_path):
 
 
 def test_unknown_words_of_the_prompt_are_told(tmp_path, capsys):
-    run(make_options(prompt="three crabs on teal", model="stickers", steps=1, num=2), tmp_path / "a.png", CPU)
+    run(make_options(prompt="three crabs on plaid", model="stickers", steps=1, num=2), tmp_path / "a.png", CPU)
     told = capsys.readouterr()
     assert told.err.count("warning") == 1
-    assert "'teal'" in told.err
+    assert "'plaid'" in told.err
     assert "crabs" not in told.err
-    run(make_options(prompt="a crab on teal", model="stickers", steps=1), tmp_path / "b.png", CPU, json_output=True)
+    run(make_options(prompt="a crab on plaid", model="stickers", steps=1), tmp_path / "b.png", CPU, json_output=True)
     told = capsys.readouterr()
     (note,) = json.loads(told.out)["pictures"][0]["notes"]
-    assert "'teal'" in note
+    assert "'plaid'" in note
     assert told.err == ""
     run(make_options(prompt="three crabs on blue", model="stickers", steps=1), tmp_path / "c.png", CPU)
     assert "warning" not in capsys.readouterr().err
