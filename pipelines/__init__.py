@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from pipelines.class_to_image import ClassToImagePipeline
     from pipelines.info.inspection import info_of
     from pipelines.info.record import PipelineInfo
+    from pipelines.inputs.video_mask import VideoMask
     from pipelines.loading.load import builtin_models, load_pipeline
     from pipelines.loading.upscaler import builtin_upscalers, load_upscaler
     from pipelines.next_scale import NextScaleClassToImagePipeline, NextScaleTextToImagePipeline
     from pipelines.text_to_image import TextToImagePipeline
+    from pipelines.text_to_video import TextToVideoPipeline
     from pipelines.upscaling import Upscaler
+    from pipelines.video_completion import VideoCompletionPipeline
     from sampling.observe import observe
 
 __all__ = [
@@ -32,7 +35,10 @@ __all__ = [
     "PipelineInfo",
     "TesseraPipeline",
     "TextToImagePipeline",
+    "TextToVideoPipeline",
     "Upscaler",
+    "VideoCompletionPipeline",
+    "VideoMask",
     "builtin_models",
     "builtin_upscalers",
     "info_of",
@@ -48,7 +54,10 @@ _MODULE_OF = {
     "PipelineInfo": "pipelines.info.record",
     "TesseraPipeline": "pipelines.base",
     "TextToImagePipeline": "pipelines.text_to_image",
+    "TextToVideoPipeline": "pipelines.text_to_video",
     "Upscaler": "pipelines.upscaling",
+    "VideoCompletionPipeline": "pipelines.video_completion",
+    "VideoMask": "pipelines.inputs.video_mask",
     "builtin_models": "pipelines.loading.load",
     "builtin_upscalers": "pipelines.loading.upscaler",
     "info_of": "pipelines.info.inspection",

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipelines.base import OUTPUT_TYPES
 from pipelines.call_defaults import takes_call_defaults
+from pipelines.flow_text import DEFAULT_GUIDANCE, DEFAULT_STEPS, DEFAULTS, FlowTextPipeline
 from pipelines.info.record import PipelineInfo
 from pipelines.inputs.checks import check_choice, check_count, check_generators, check_number, check_sigmas
-from pipelines.inputs.conditioning import TextConditionedPipeline
 from pipelines.inputs.inpaint import InpaintRegion, MaskInput, fill_in, read_mask
-from pipelines.lora.mixin import TransformerLoraMixin
-from sampling.denoise import Denoiser, State, denoise
-from sampling.guidance import classifier_free_guidance, in_interval
+from pipelines.inputs.pixels import ImageInput, read_pixels
 from sampling.timesteps import set_timesteps
 
-ImageInput = Image.Image | np.ndarray | Tensor | list[Image.Image] | list[np.ndarray] | list[Tensor]
 Images = list[Image.Image] | np.ndarray | Tensor
 
-DEFAULT_STEPS, DEFAULT_GUIDANCE = 28, 4.0
-DEFAULTS: Mapping[str, Any] = {"num_inference_steps": DEFAULT_STEPS, "guidance_scale": DEFAULT_GUIDANCE}
-"""Of a call that names none, of a model that has none of its own."""
 
-
-class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
+class TextToImagePipeline(FlowTextPipeline):
     """Generate images from text with a flow-matching transformer.
 
     LoRA files of the transformer load and save through `load_lora_weights` and `save_lora_weights`.
@@ -70,40 +59,12 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         "batch_size": "num_images_per_prompt",
         "seed": "generator",
     }
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs: ClassVar[list[str]] = [
         "latents",
         "denoised_latents",
         "prompt_embeds",
         "negative_prompt_embeds",
     ]
-    _attention_kwargs: dict[str, Any] | None = None
-    _guidance_rescale: float = 0.0
-    _guidance_interval: tuple[float, float] | None = None
-
-    def __init__(
-        self,
-        transformer: ModelMixin,
-        text_encoder: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        vae: ModelMixin,
-        scheduler: SchedulerMixin,
-        defaults: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        unknown = sorted(set(defaults or {}) - set(DEFAULTS))
-        if unknown:
-            raise ValueError(f"defaults name {unknown}; expected some of {sorted(DEFAULTS)}")
-        self.register_to_config(defaults=dict(defaults or {}))
-        self.register_modules(
-            transformer=transformer,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            vae=vae,
-            scheduler=scheduler,
-        )
-        self.vae_scale_factor = 8 if vae is None else self.visual_tokenizer.spatial_compression_ratio
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_convert_rgb=True)
 
     def info(self) -> PipelineInfo:
         """Return what this pipeline is and can do."""
@@ -120,11 +81,6 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             can_load_lora=True,
             knows_words=True,
         )
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
-        """What the running call passes on to the transformer, e.g. `{"scale": 0.5}` for LoRAs."""
-        return self._attention_kwargs
 
     @takes_call_defaults
     @torch.no_grad()
@@ -246,7 +202,7 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
             generator,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
-            kept,
+            None if kept is None else kept.blend,
         )  # (B, C, h, w)
         if self._interrupted or latents is None:
             images: Any = []
@@ -260,11 +216,6 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
 
     # -------------------------------------------------------------------- sizes
 
-    @property
-    def pixels_per_token(self) -> int:
-        """Pixels that one token of the transformer covers along a side."""
-        return self.vae_scale_factor * self.transformer.config.patch_size
-
     def _resolve_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
         """Fill in the size: that of the latents, else that of the training; then check it."""
         rows, columns = self._default_cells() if latents is None else latents.shape[-2:]
@@ -272,12 +223,6 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
         width = columns * self.vae_scale_factor if width is None else width
         self.check_size(height, width, self.pixels_per_token)
         return height, width
-
-    def _default_cells(self) -> tuple[int, int]:
-        """Return rows and columns of the latents that the transformer was trained on."""
-        cells = self.transformer.config.sample_size
-        rows, columns = cells if isinstance(cells, list | tuple) else (cells, cells)
-        return int(rows), int(columns)
 
     # ------------------------------------------------------------------ latents
 
@@ -372,98 +317,10 @@ class TextToImagePipeline(TextConditionedPipeline, TransformerLoraMixin):
 
     def _read_pixels(self, image: ImageInput, height: int, width: int) -> Tensor:
         """Read and resize images: (P, 3, H, W) in [-1, 1]."""
-        is_batch = isinstance(image, list | tuple) or (isinstance(image, Tensor | np.ndarray) and image.ndim == 4)
-        images = list(image) if is_batch else [image]  # type: ignore[arg-type]
-        for one in images or [None]:
-            if not isinstance(one, Image.Image) and not _is_float_array(one):
-                raise TypeError(
-                    "image must be a PIL image, a float array or tensor in [0, 1], or a list of them, "
-                    f"got {type(one).__name__}."
-                )
-        flat: Any = [_on_white(one) if isinstance(one, Image.Image) else one for one in images]
-        pixels = self.image_processor.preprocess(flat, height, width)  # (P, 3, H, W) in [-1, 1]
-        if not pixels.abs().max() <= 1.001:
-            raise ValueError("image has values outside [0, 1] (or NaN): divide 8-bit values by 255.")
-        return pixels.to(self._execution_device, torch.float32)
+        return read_pixels(image, height, width, self.image_processor).to(self._execution_device, torch.float32)
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         """Encode pixels (P, 3, H, W) to normalised latents (P, C, h, w), float32."""
         tokenizer = self.visual_tokenizer
         latents = tokenizer.encode(pixels.to(self._execution_device, self.vae.dtype), return_dict=False)[0]
         return tokenizer.normalize_latents(latents).float()  # (P, C, h, w)
-
-    # --------------------------------------------------------------------- loop
-
-    def _denoise(
-        self,
-        tensors: dict[str, Any],
-        mask: Tensor,
-        timesteps: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-        callback: Callable[..., dict[str, Tensor] | None] | None,
-        callback_inputs: Sequence[str],
-        kept: InpaintRegion | None = None,
-    ) -> Tensor | None:
-        """Take the latents through the timesteps; all arithmetic outside the transformer is float32.
-
-        Returns:
-            (B, C, h, w); None if the run was interrupted.
-        """
-        step_arguments = {}
-        if "generator" in inspect.signature(self.scheduler.step).parameters:
-            step_arguments["generator"] = list(generator) if isinstance(generator, tuple) else generator
-        # Attention without a mask is faster; asked once, not every step.
-        shown = None if bool(mask.all()) else mask
-        model = Denoiser(
-            network=self.transformer,
-            guides=lambda sigma: self.do_classifier_free_guidance and in_interval(sigma, self._guidance_interval),
-            predict=partial(self._velocity, shown),
-            guide=lambda uncond, cond: classifier_free_guidance(
-                cond, uncond, self._guidance_scale, self._guidance_rescale
-            ),
-            estimate=self._estimate,
-            restore=None if kept is None else kept.blend,
-        )
-        with self._steps(timesteps, callback, callback_inputs) as control:
-            return denoise(tensors, timesteps, self.scheduler, model, control, step_arguments)
-
-    def _velocity(self, mask: Tensor | None, state: State, timestep: Tensor, guides: bool) -> Tensor:
-        """Predict the velocity (B, C, h, w); with guidance (2B, C, h, w), the negative prompts first."""
-        latents, text = state["latents"], state["prompt_embeds"]  # (B, C, h, w), (B, L, Dt)
-        if guides:
-            negative = state["negative_prompt_embeds"]  # (B, L, Dt)
-            if negative is None:
-                raise ValueError(
-                    f"_guidance_scale={self._guidance_scale:g} was set during a call that began without guidance: "
-                    "begin it with guidance_scale above 1, so that the negative prompt is encoded."
-                )
-            latents, text = torch.cat([latents, latents]), torch.cat([negative, text])  # (2B, ...)
-        # Left out, not None: FasterCache of diffusers halves all arguments of this name.
-        masked = {} if mask is None else {"encoder_attention_mask": mask[-len(latents) :]}
-        return self.transformer(
-            latents.to(self.transformer.dtype),
-            encoder_hidden_states=text,
-            timestep=timestep.expand(len(latents)),
-            attention_kwargs=self._attention_kwargs,
-            return_dict=False,
-            **masked,
-        )[0].float()
-
-    def _estimate(self, output: Any, velocity: Tensor, latents: Tensor, timestep: Tensor) -> Tensor:
-        """Follow the velocity to the data in one step: the present estimate of the result, (B, C, h, w)."""
-        sigma = timestep / self.scheduler.config.num_train_timesteps
-        return latents - sigma * velocity
-
-
-def _is_float_array(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return value.is_floating_point()
-    return isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """Composite an image with transparency on white; PIL alone would turn it black."""
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return image
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

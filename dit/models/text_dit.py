@@ -3,10 +3,13 @@
 One stream: text tokens and latent patches are concatenated and share every weight, as U-ViT-like text-to-image
 models do (arXiv 2412.12391 finds this to scale better than cross-attention). Modulation is adaLN-single
 (PixArt-alpha, arXiv 2310.00426), queries and keys are RMS-normalised (arXiv 2302.05442), positions are rotary over
-(frame, row, column). An image is a video of one frame, so the same class makes clips.
+(frame, row, column). An image is a video of one frame, so the same class makes clips: with full attention over all
+frames, or factorised into attention over time and attention within a frame, as video transformers do (Latte, arXiv
+2401.03048; VDT, arXiv 2305.13311). Both begin at the weights of an image model.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -28,6 +31,7 @@ from dit.runtime._typing import Typed
 from dit.runtime.diffusers_compat import registered_block
 
 TEXT_PERIOD = 100.0  # longest period of the text position embedding, in tokens
+CLIP_FREQUENCIES, CLIP_PERIOD = 32, 200.0  # of the embedding of a clip's frame rate and length
 
 
 @registered_block
@@ -39,10 +43,15 @@ class TextDiTBlock(nn.Module):
         num_heads: attention heads K.
         inner_size: width of the MLP.
         activation: see `FeedForward`.
+        factorised: attend over time first, then within each frame, instead of over all tokens.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, inner_size: int, activation: str) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, inner_size: int, activation: str, factorised: bool = False
+    ) -> None:
         super().__init__()
+        self.norm_time = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False) if factorised else None
+        self.attn_time = SelfAttention(hidden_size, num_heads, qk_norm=True) if factorised else None
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attn = SelfAttention(hidden_size, num_heads, qk_norm=True)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
@@ -55,6 +64,8 @@ class TextDiTBlock(nn.Module):
         temb: Tensor,
         image_rotary_emb: Rotary,
         attention_mask: Tensor | None = None,
+        num_frames: int = 1,
+        text_tokens: int = 0,
     ) -> Tensor:
         """Run the block.
 
@@ -63,16 +74,53 @@ class TextDiTBlock(nn.Module):
             temb: modulation shared by all blocks, (B, 6, D).
             image_rotary_emb: (cos, sin), each (L + N, E).
             attention_mask: bool, (B, L + N).
+            num_frames: latent frames T that the N latent tokens belong to, frame by frame.
+            text_tokens: L.
 
         Returns:
             (B, L + N, D).
         """
         table = self.scale_shift_table.to(temb.dtype) + temb  # (B, 6, D)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table[:, :, None].unbind(1)  # (B, 1, D) each
-        attended = self.attn(modulate(self.norm1(hidden_states), shift_a, scale_a), attention_mask, image_rotary_emb)
+        if self.attn_time is not None and num_frames > 1:
+            hidden_states = self._attend_over_time(hidden_states, image_rotary_emb, num_frames, text_tokens)
+        normed = modulate(self.norm1(hidden_states), shift_a, scale_a)  # (B, L + N, D)
+        if self.attn_time is None or num_frames == 1:
+            attended = self.attn(normed, attention_mask, image_rotary_emb)  # (B, L + N, D)
+        else:
+            attended = self._attend_within_frames(normed, image_rotary_emb, attention_mask, num_frames, text_tokens)
         hidden_states = hidden_states + gate_a * attended  # (B, L + N, D)
         fed = self.ff(modulate(self.norm2(hidden_states), shift_f, scale_f))
         return hidden_states + gate_f * fed  # (B, L + N, D)
+
+    def _attend_over_time(self, hidden_states: Tensor, rotary: Rotary, num_frames: int, text_tokens: int) -> Tensor:
+        """Let each place of the image attend to the same place in all frames, (B, L + N, D)."""
+        if self.attn_time is None or self.norm_time is None:
+            return hidden_states
+        text, image = hidden_states[:, :text_tokens], hidden_states[:, text_tokens:]  # (B, L, D), (B, N, D)
+        area = image.shape[1] // num_frames  # S
+        tokens = image.unflatten(1, (num_frames, area)).transpose(1, 2).flatten(0, 1)  # (B S, T, D)
+        cos, sin = (part[text_tokens::area] for part in rotary)  # (T, E): times; rows and columns are those of a corner
+        tokens = tokens + self.attn_time(self.norm_time(tokens), None, (cos, sin))  # (B S, T, D)
+        image = tokens.unflatten(0, (-1, area)).transpose(1, 2).flatten(1, 2)  # (B, N, D)
+        return torch.cat([text, image], dim=1)  # (B, L + N, D)
+
+    def _attend_within_frames(
+        self, normed: Tensor, rotary: Rotary, mask: Tensor | None, num_frames: int, text_tokens: int
+    ) -> Tensor:
+        """Let text and each frame attend to each other; the text gets the mean over frames, (B, L + N, D)."""
+        batch, length, area = len(normed), text_tokens, (normed.shape[1] - text_tokens) // num_frames
+        joint = _beside_each_frame(normed, length, num_frames).flatten(0, 1)  # (B T, L + S, D)
+        cos, sin = (_beside_each_frame(part[None], length, num_frames)[0].repeat(batch, 1, 1) for part in rotary)
+        shown = None if mask is None else mask[:, : length + area].repeat_interleave(num_frames, dim=0)  # (B T, L + S)
+        attended = self.attn(joint, shown, (cos, sin)).unflatten(0, (batch, num_frames))  # (B, T, L + S, D)
+        return torch.cat([attended[:, :, :length].mean(dim=1), attended[:, :, length:].flatten(1, 2)], dim=1)
+
+
+def _beside_each_frame(tokens: Tensor, length: int, num_frames: int) -> Tensor:
+    """Put the text beside each frame's tokens: (B, L + T S, D) to (B, T, L + S, D)."""
+    text = tokens[:, None, :length].expand(-1, num_frames, -1, -1)  # (B, T, L, D)
+    return torch.cat([text, tokens[:, length:].unflatten(1, (num_frames, -1))], dim=2)
 
 
 class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
@@ -95,8 +143,12 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         text_position_frequencies: frequencies of the text token's position embedding, added to its state; 0: none, and
             trusts the text encoder to tell "a left of b" from "b left of a".
         sample_size: latent side of an image of the default size.
+        space_time: how the tokens of a clip attend: "full", or "factorised": each place over time, then within frames.
+        clip_conditioning: whether the network is told a clip's frame rate and number of latent frames.
     """
 
+    later_settings: ClassVar[Mapping[str, Any]] = {"space_time": "full", "clip_conditioning": False}
+    """Settings that came later and their neutral values, which fingerprints leave out."""
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TextDiTBlock"]
     _repeated_blocks = ["TextDiTBlock"]
@@ -120,8 +172,12 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         coordinate_frequencies: int = 4,
         text_position_frequencies: int = 32,
         sample_size: int = 8,
+        space_time: str = "full",
+        clip_conditioning: bool = False,
     ) -> None:
         super().__init__()
+        if space_time not in ("full", "factorised"):
+            raise ValueError(f"space_time={space_time!r} is unknown: choose 'full' or 'factorised'")
         hidden_size = num_attention_heads * attention_head_dim
         self.out_channels = out_channels or in_channels
         self.patch = (patch_size_t, patch_size, patch_size)
@@ -140,10 +196,14 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         )
         self.pooled_embedder = nn.Sequential(Linear(text_dim, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
         self.time_embed = TimestepEmbedding(hidden_size)
+        self.clip_embed = Linear(2 * CLIP_FREQUENCIES, hidden_size) if clip_conditioning else None
         self.adaln_single = AdaLNSingle(hidden_size)
         inner_size = int(ff_ratio * hidden_size / 16 + 0.5) * 16  # a multiple of 16 keeps the kernels aligned
         self.transformer_blocks: Any = nn.ModuleList(
-            [TextDiTBlock(hidden_size, num_attention_heads, inner_size, activation) for _ in range(num_layers)]
+            [
+                TextDiTBlock(hidden_size, num_attention_heads, inner_size, activation, space_time == "factorised")
+                for _ in range(num_layers)
+            ]
         )
         self.norm_out = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.scale_shift_table = modulation_table(2, hidden_size)
@@ -167,8 +227,12 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         nn.init.zeros_(self.adaln_single.linear.weight)
         if self.text_position_embed is not None:
             nn.init.zeros_(self.text_position_embed.weight)
+        if self.clip_embed is not None:
+            nn.init.zeros_(self.clip_embed.weight)
         for block in self.transformer_blocks:
             nn.init.zeros_(block.scale_shift_table)
+            if block.attn_time is not None:  # a clip begins as images of their own
+                nn.init.zeros_(block.attn_time.to_out[0].weight)
         nn.init.zeros_(self.proj_out.weight)
 
     @apply_lora_scale("attention_kwargs")
@@ -180,6 +244,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         encoder_attention_mask: Tensor | None = None,
         attention_kwargs: dict | None = None,
         return_dict: bool = True,
+        frame_rate: Tensor | float | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the velocity.
 
@@ -190,6 +255,8 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
             encoder_attention_mask: bool, (B, L), True for real tokens; None if all are.
             attention_kwargs: `{"scale": s}` scales attached LoRAs.
             return_dict: whether to wrap the result.
+            frame_rate: frames a second, (B,) or one for all; networks with `clip_conditioning` need it for clips and
+                take images without.
 
         Returns:
             The velocity, of the shape of `hidden_states` but for the channels.
@@ -207,6 +274,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         image = self._embed_latents(latents, grid)  # (B, N, D)
         text = self._embed_text(encoder_hidden_states)  # (B, L, D)
         condition = self._embed_condition(timestep, encoder_hidden_states, encoder_attention_mask)  # (B, D)
+        condition = condition + self._embed_clip(grid[0], frame_rate, condition)  # (B, D)
         temb = self.adaln_single(condition)  # (B, 6, D)
         rotary = self._rotary(grid, length, latents.device)
         mask = _joint_mask(encoder_attention_mask, image.shape[1])  # (B, L + N)
@@ -215,9 +283,9 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         tokens = torch.cat([text, image], dim=1)  # (B, L + N, D)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, temb, rotary, mask)
+                tokens = self._gradient_checkpointing_func(block, tokens, temb, rotary, mask, grid[0], length)
             else:
-                tokens = block(tokens, temb, rotary, mask)  # (B, L + N, D)
+                tokens = block(tokens, temb, rotary, mask, grid[0], length)  # (B, L + N, D)
 
         # head: the image's tokens, modulated norm, projection, patches back to a latent
         image = tokens[:, length:]  # (B, N, D)
@@ -263,6 +331,18 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
             weight = mask.to(text.dtype)[:, :, None]  # (B, L, 1)
             pooled = (text * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)  # (B, text_dim)
         return self.time_embed(timestep, text.dtype) + self.pooled_embedder(pooled)  # (B, D)
+
+    def _embed_clip(self, num_frames: int, frame_rate: Tensor | float | None, condition: Tensor) -> Tensor | float:
+        """Embed what a clip's motion depends on: (B, D), or 0 for networks that are not told."""
+        if self.clip_embed is None:
+            return 0.0
+        if frame_rate is None and num_frames > 1:
+            raise ValueError("this network is told the frame rate of clips: pass frame_rate, in frames a second")
+        rate = torch.as_tensor(0.0 if frame_rate is None else frame_rate, device=condition.device).float().reshape(-1)
+        rates = rate.expand(len(condition)) if len(rate) == 1 else rate  # (B,)
+        lengths = torch.full_like(rates, num_frames)
+        features = [sinusoidal_embedding(one, CLIP_FREQUENCIES, CLIP_PERIOD) for one in (rates, lengths)]
+        return self.clip_embed(torch.cat(features, dim=-1).to(condition.dtype))  # (B, D)
 
     def _rotary(self, grid: tuple[int, ...], length: int, device: torch.device) -> Rotary:
         positions = grid_positions(grid, device)  # (N, 3)

@@ -131,7 +131,12 @@ def model_fingerprint(model: nn.Module) -> tuple[str, str]:
     settings: Any = getattr(bare, "config", {})
     if hasattr(settings, "to_dict"):  # a model of transformers
         settings = settings.to_dict()
-    config = {key: value for key, value in dict(settings).items() if not key.startswith("_")}
+    later: Any = getattr(bare, "later_settings", {})  # those that came after networks were measured change nothing
+    config = {
+        key: value
+        for key, value in dict(settings).items()
+        if not key.startswith("_") and (key not in later or value != later[key])
+    }
     shapes, values = [], []
     for name, parameter in sorted((layer_key(name), parameter) for name, parameter in bare.named_parameters()):
         if any(part.startswith(_ADAPTERS) for part in name.split(".")):

@@ -27,6 +27,8 @@ PIPELINE_MODULES = {
     "NextScaleClassToImagePipeline": "pipelines.next_scale",
     "NextScaleTextToImagePipeline": "pipelines.next_scale",
     "TextToImagePipeline": "pipelines.text_to_image",
+    "TextToVideoPipeline": "pipelines.text_to_video",
+    "VideoCompletionPipeline": "pipelines.video_completion",
 }
 """Our pipeline classes by the `_class_name` of a `model_index.json`; other names are diffusers' business."""
 

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig
 
 from dit.models.text_dit import TextDiT
+from dit.runtime.artifacts import model_fingerprint
 from tests.models.text_dit_reference import reference
 
 SMALL = {"in_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 12}
@@ -41,15 +42,19 @@ def inputs(shape=(2, 4, 8, 6), length=5):
         ((2, 4, 8, 6), {}),
         ((2, 4, 3, 4, 6), {}),
         ((2, 4, 2, 4, 4), {"patch_size_t": 2, "patch_size": 1, "rope_theta": 10_000.0}),
+        ((2, 4, 3, 4, 6), {"space_time": "factorised"}),
+        ((2, 4, 8, 6), {"space_time": "factorised", "clip_conditioning": True}),
+        ((2, 4, 3, 4, 4), {"clip_conditioning": True}),
     ],
 )
 def test_equals_the_slow_reference(shape, changes):
     model, given = small_model(**changes), inputs(shape)
     latents = given["hidden_states"].unsqueeze(2) if len(shape) == 4 else given["hidden_states"]
     text, mask = given["encoder_hidden_states"], given["encoder_attention_mask"]
-    expected = reference(model, latents, text, given["timestep"], mask)
+    told = {"frame_rate": 12.0} if model.config.clip_conditioning else {}
+    expected = reference(model, latents, text, given["timestep"], mask, **told)
     with torch.no_grad():
-        sample = model(**given).sample
+        sample = model(**given, **told).sample
     assert sample.shape == shape
     got = sample.unsqueeze(2) if len(shape) == 4 else sample
     assert (got - expected).norm() / expected.norm() < 1e-5
@@ -181,3 +186,45 @@ def test_the_order_of_the_text_matters():
         same = blind(**{**given, "encoder_hidden_states": swapped}).sample
         torch.testing.assert_close(blind(**given).sample, same, rtol=1e-5, atol=1e-6)
     assert (plain - turned).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("space_time", ["full", "factorised"])
+def test_a_network_of_clips_begins_at_the_weights_of_images(space_time):
+    """What it has more is neutral: a clip's frames are images of their own then, and single images stay the same."""
+    images = small_model()
+    clips = TextDiT(**SMALL, space_time=space_time, clip_conditioning=True).eval()
+    missing, unexpected = clips.load_state_dict(images.state_dict(), strict=False)
+    assert not unexpected
+    assert all("attn_time" in name or "clip_embed" in name for name in missing)
+    given = inputs()
+    with torch.no_grad():
+        assert torch.equal(images(**given).sample, clips(**given, frame_rate=8.0).sample)
+        if space_time == "factorised":
+            still = {**given, "hidden_states": given["hidden_states"][:, :, None].repeat(1, 1, 3, 1, 1)}
+            places = clips(**still, frame_rate=8.0).sample
+            assert places.shape == (2, 4, 3, 8, 6)
+
+
+def test_the_network_is_told_the_frame_rate():
+    model, given = small_model(clip_conditioning=True), inputs((2, 4, 3, 4, 6))
+    with torch.no_grad():
+        slow, fast = (model(**given, frame_rate=rate).sample for rate in (6.0, 24.0))
+        mixed = model(**given, frame_rate=torch.tensor([6.0, 24.0])).sample
+    assert not torch.allclose(slow, fast, atol=1e-3)
+    assert torch.allclose(mixed, torch.stack([slow[0], fast[1]]), atol=1e-5)
+    with pytest.raises(ValueError, match="pass frame_rate, in frames a second"):
+        model(**given)
+
+
+def test_later_settings_at_their_neutral_values_are_no_part_of_a_fingerprint():
+    model = small_model()
+    before = model_fingerprint(model)
+    model.register_to_config(space_time="factorised")
+    assert model_fingerprint(model) != before
+    model._internal_dict = type(model.config)({k: v for k, v in model.config.items() if k not in model.later_settings})
+    assert model_fingerprint(model) == before  # as a network was that had never heard of them
+
+
+def test_an_unknown_way_to_attend_is_named():
+    with pytest.raises(ValueError, match="space_time='spatial' is unknown: choose 'full' or 'factorised'"):
+        TextDiT(**SMALL, space_time="spatial")

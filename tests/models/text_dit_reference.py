@@ -8,14 +8,16 @@ from torch import Tensor
 from dit.models.text_dit import TextDiT
 
 
-def reference(model: TextDiT, latents: Tensor, text: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+def reference(
+    model: TextDiT, latents: Tensor, text: Tensor, timestep: Tensor, mask: Tensor, frame_rate: float = 0.0
+) -> Tensor:
     """The velocity of one image or clip a row; latents (B, C, T, H, W), text (B, L, Dt), mask (B, L)."""
     state = {name: value.double() for name, value in model.state_dict().items()}
     rows = zip(latents.double(), text.double(), timestep.double(), mask, strict=True)
-    return torch.stack([_one(model.config, state, *row) for row in rows])
+    return torch.stack([_one(model.config, state, *row, frame_rate) for row in rows])
 
 
-def _one(config, state, latent: Tensor, text: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+def _one(config, state, latent: Tensor, text: Tensor, t: Tensor, mask: Tensor, frame_rate: float) -> Tensor:
     heads, width = config.num_attention_heads, config.attention_head_dim
     p, pt = config.patch_size, config.patch_size_t
     grid = (latent.shape[1] // pt, latent.shape[2] // p, latent.shape[3] // p)
@@ -44,13 +46,30 @@ def _one(config, state, latent: Tensor, text: Tensor, t: Tensor, mask: Tensor) -
     condition = _linear(state, "time_embed.linear_2", _silu(_linear(state, "time_embed.linear_1", waves)))
     pooled = _linear(state, "pooled_embedder.0", text.mean(0))
     condition = condition + _linear(state, "pooled_embedder.2", _silu(pooled))
+    if config.clip_conditioning:
+        waves = []
+        for value in (frame_rate, grid[0]):
+            angles = [value * 200 ** (-i / 16) for i in range(16)]
+            waves += [math.cos(v) for v in angles] + [math.sin(v) for v in angles]
+        condition = condition + _linear(state, "clip_embed", torch.tensor(waves, dtype=torch.float64))
     shared = _linear(state, "adaln_single.linear", _silu(condition)).reshape(6, -1)
 
     for index in range(config.num_layers):
         name = f"transformer_blocks.{index}"
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = shared + state[f"{name}.scale_shift_table"]
+        over_time = config.space_time == "factorised" and grid[0] > 1
+        if over_time:
+            x = _over_time(state, f"{name}.attn_time", x, positions, len(text), heads, width, config.rope_theta)
         y = torch.stack([_layer_norm(row) * (1 + scale_a) + shift_a for row in x])
-        x = x + gate_a * _attention(state, f"{name}.attn", y, positions, heads, width, config.rope_theta)
+        groups = [[n for n, place in enumerate(positions) if n < len(text) or place[0] == a] for a in range(grid[0])]
+        attended = torch.zeros_like(x)
+        for group in groups if over_time else [list(range(len(x)))]:
+            found = _attention(
+                state, f"{name}.attn", y[group], [positions[n] for n in group], heads, width, config.rope_theta
+            )
+            for n, row in zip(group, found, strict=True):
+                attended[n] += row / (len(groups) if over_time and n < len(text) else 1)
+        x = x + gate_a * attended
         y = torch.stack([_layer_norm(row) * (1 + scale_f) + shift_f for row in x])
         value, gate = _linear(state, f"{name}.ff.net.0.proj", y).chunk(2, dim=-1)
         x = x + gate_f * _linear(state, f"{name}.ff.net.2", value * _silu(gate))
@@ -61,6 +80,18 @@ def _one(config, state, latent: Tensor, text: Tensor, t: Tensor, mask: Tensor) -
         patch = _linear(state, "proj_out", _layer_norm(row) * (1 + scale) + shift).reshape(pt, p, p, -1)
         out[:, a * pt : (a + 1) * pt, b * p : (b + 1) * p, c * p : (c + 1) * p] = patch.permute(3, 0, 1, 2)
     return out
+
+
+def _over_time(
+    state, name: str, x: Tensor, positions: list, length: int, heads: int, width: int, theta: float
+) -> Tensor:
+    """Every place of the frame attends to itself in all frames."""
+    x = x.clone()
+    for place in {position[1:] for position in positions[length:]}:
+        rows = [n for n, position in enumerate(positions) if n >= length and position[1:] == place]
+        y = torch.stack([_layer_norm(x[n]) for n in rows])
+        x[rows] = x[rows] + _attention(state, name, y, [(positions[n][0], 0, 0) for n in rows], heads, width, theta)
+    return x
 
 
 def _attention(state, name: str, x: Tensor, positions: list, heads: int, width: int, theta: float) -> Tensor:

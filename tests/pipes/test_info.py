@@ -7,6 +7,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
+from PIL import Image
 
 from apps.service.model_pool import inspect_model
 from dit.cache import POLICIES
@@ -14,11 +15,13 @@ from pipelines.base import TesseraPipeline
 from pipelines.info.inspection import info_of, pipelines_by_task, tasks_in, tasks_of
 from pipelines.info.record import TASKS, PipelineInfo
 from pipelines.next_scale import NextScaleClassToImagePipeline
+from pipelines.video_completion import VideoCompletionPipeline
 from tests.families.tiny import image_vae, tiny_pipeline
 from tests.models import tiny_next_scale
 from tests.pipes.test_class_to_image import tiny_pipeline as class_pipeline
 from tests.pipes.test_next_scale_text import of_bits, of_entries
 from tests.pipes.tiny import tiny_text_to_image_pipeline
+from tests.pipes.tiny_video import tiny_video_pipeline
 
 RECORDED = json.loads((Path(__file__).parent / "recorded_info.json").read_text())
 """What was found out about pipelines before there was `PipelineInfo`."""
@@ -29,8 +32,14 @@ def of_classes():
     return NextScaleClassToImagePipeline(tiny_next_scale.transformer(), tiny_next_scale.tokenizer(), id2label=names)
 
 
+def of_known_clips():
+    return VideoCompletionPipeline(**tiny_video_pipeline().components)
+
+
 OURS = {
     "text": tiny_text_to_image_pipeline,
+    "clips": tiny_video_pipeline,
+    "known clips": of_known_clips,
     "classes": class_pipeline,
     "next-scale classes": of_classes,
     "next-scale text, bits": of_bits,
@@ -41,6 +50,18 @@ OURS = {
 @pytest.fixture(scope="module", params=OURS)
 def pipe(request):
     return OURS[request.param]()
+
+
+def what_is_asked(info: PipelineInfo) -> dict:
+    """Return the arguments that a call needs."""
+    asked = {"class_labels": 1} if info.labels else {"prompt": "a red apple"}
+    return asked | ({"video": {0: Image.new("RGB", (32, 32))}, "num_frames": 3} if "video" in info.parameters else {})
+
+
+def images_of(output, info: PipelineInfo) -> list:
+    """Return the images, or the frames of the only clip."""
+    made = getattr(output, info.output)
+    return made[0] if info.output == "frames" and len(made) else made
 
 
 def test_every_pipeline_of_ours_is_here():
@@ -62,7 +83,8 @@ def test_declared_arguments_are_those_of_the_call(pipe):
     assert {"steps", "strength"}.isdisjoint(info.arguments) or info.steps is not None
     assert ("label" in info.arguments) == bool(info.labels)
     assert ("prompt" in info.arguments) == ("negative_prompt" in info.arguments) == info.knows_words
-    needs = {"inpaint": {"image", "mask"}, "image_to_image": {"image", "strength"}}
+    begins = {"image"} if info.output == "frames" else {"image", "strength"}  # a clip's first frame stays as it is
+    needs = {"inpaint": {"image", "mask"}, "image_to_image": begins}
     for task, fields_ in needs.items():
         assert task not in info.tasks or fields_ <= info.arguments.keys()
     assert info.kv_policies == (tuple(POLICIES) if "kv_policy" in info.arguments else ())
@@ -80,13 +102,13 @@ def test_declared_defaults_are_those_of_the_call(pipe):
 def test_declared_sizes_are_what_comes_out(pipe):
     info = info_of(pipe)
     steps = {} if info.steps is None else {"num_inference_steps": 1}
-    asked = {"class_labels": 1} if info.labels else {"prompt": "a red apple"}
-    image = pipe(**asked, **steps).images[0]
+    asked = what_is_asked(info)
+    image = images_of(pipe(**asked, **steps), info)[0]
     assert image.size == (info.width, info.height) == (info.sizes[0] if info.sizes else image.size)
     assert info.width % info.multiple == info.height % info.multiple == 0
     if not info.sizes:
         larger = {"height": info.height + info.multiple, "width": info.width}
-        assert pipe(**asked, **steps, **larger).images[0].size == (info.width, info.height + info.multiple)
+        assert images_of(pipe(**asked, **steps, **larger), info)[0].size == (info.width, info.height + info.multiple)
         with pytest.raises(ValueError, match="multiple"):
             pipe(**asked, **steps, height=info.height + info.multiple // 2, width=info.width)
 
@@ -94,7 +116,7 @@ def test_declared_sizes_are_what_comes_out(pipe):
 def test_declared_abilities_are_there(pipe):
     info = info_of(pipe)
     steps, told = ({} if info.steps is None else {"num_inference_steps": 3}), []
-    asked = {"class_labels": 1} if info.labels else {"prompt": "a red apple"}
+    asked = what_is_asked(info)
 
     def watch(pipe, step, timestep, tensors):
         told.append(sorted(tensors))
@@ -106,7 +128,7 @@ def test_declared_abilities_are_there(pipe):
     )
     assert told == [sorted(info.callback_tensors)]
     assert info.can_interrupt
-    assert len(output.images) == 0
+    assert len(images_of(output, info)) == 0
     assert info.finish == "switch"
     assert isinstance(type(pipe).finish_now, property)
     assert info.preview == "own"
@@ -114,7 +136,8 @@ def test_declared_abilities_are_there(pipe):
     assert info.can_load_lora == hasattr(pipe, "load_lora_weights")
     assert info.has_scheduler == ("scheduler" in pipe.components)
     assert info.can_batch
-    assert len(pipe(**asked, **steps, num_images_per_prompt=2).images) == 2
+    twice = {info.arguments["batch_size"]: 2}
+    assert len(getattr(pipe(**asked, **steps, **twice), info.output)) == 2
     assert len(info.grids) == (0 if info.steps is not None else pipe.num_timesteps)
 
 
