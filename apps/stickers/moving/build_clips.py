@@ -12,9 +12,10 @@ import json
 import logging
 import tarfile
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def read_frames(data: bytes) -> np.ndarray:
 
 
 def _clean(frame: np.ndarray) -> np.ndarray:
-    """Makes what is nearly transparent or nearly opaque wholly so, which also compresses better."""
+    """Make what is nearly transparent or nearly opaque wholly so, which also compresses better."""
     alpha = frame[..., 3]
     alpha[alpha <= VISIBLE] = 0
     alpha[alpha >= 255 - VISIBLE] = 255
@@ -117,10 +118,14 @@ def collect(folder: Path, characters: Mapping[str, str]) -> dict[str, np.ndarray
     return clips
 
 
-def write(clips: Mapping[str, np.ndarray], words: list[dict[str, str]], keywords: Mapping[str, list[str]]) -> None:
+def write(clips: Mapping[str, np.ndarray], words: Sequence[Mapping[str, Any]]) -> None:
     """Write the sheet (one clip a row, WebP with alpha), and the table of names, words and measurements.
 
     Measured is what the sheet holds after compression.
+
+    Args:
+        clips: `(16, 72, 72, 4)` uint8 for each name.
+        words: the rows of `verbs.json`: "name", "verb", "noun" where that isn't the name, "also" other words for it.
     """
     rows = [np.concatenate(list(clips[row["name"]]), axis=1) for row in words]  # each (72, 16 * 72, 4)
     image = Image.fromarray(np.concatenate(rows))
@@ -133,8 +138,8 @@ def write(clips: Mapping[str, np.ndarray], words: list[dict[str, str]], keywords
         frames = sheet[number * SIDE : (number + 1) * SIDE].reshape(SIDE, LENGTH, SIDE, 4).transpose(1, 3, 0, 2)
         motion = asdict(measure(torch.from_numpy(frames.copy())))
         motion = {key: round(value, 4) if isinstance(value, float) else value for key, value in motion.items()}
-        noun = row.get("noun", row["name"])
-        about = {"name": row["name"], "noun": noun, "verb": row["verb"], "keywords": keywords[row["name"]]}
+        name = row["name"]
+        about = {"name": name, "noun": row.get("noun", name), "verb": row["verb"], "also": row.get("also", [])}
         lines.append(json.dumps(about | motion))
     (DATA / "clips.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="ascii")
 
@@ -146,9 +151,10 @@ def main() -> None:
     folder = parser.parse_args().folder
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     words = json.loads((DATA / "verbs.json").read_text(encoding="ascii"))
-    table = {row["name"]: row for row in json.loads((DATA / "names.json").read_text(encoding="ascii"))}
-    clips = collect(folder, {row["name"]: table[row["name"]]["characters"] for row in words})
-    write(clips, words, {name: table[name]["keywords"] for name in clips})
+    table = json.loads((DATA / "names.json").read_text(encoding="ascii"))
+    characters = {row["name"]: row["characters"] for row in table}
+    clips = collect(folder, {row["name"]: characters[row["name"]] for row in words})
+    write(clips, words)
     logger.info("%d clips, %.2f MiB", len(clips), (DATA / "clips.webp").stat().st_size / 2**20)
 
 

@@ -20,7 +20,7 @@ class ClipSheet:
 
     Attributes:
         names: C names, lower case, unique; each is also the name of a still sticker.
-        keywords: for each clip other words for it, as CLDR lists them (they may be shared by several clips).
+        also: for each clip other names for it, which stand for no other; many have none.
         nouns: who or what moves, where the name already says how ("person" for "person running"); else the name.
         verbs: what it does, in one to four words with a present participle ("flapping its wings").
         loops: whether the clip closes: its first frame may follow its last.
@@ -31,7 +31,7 @@ class ClipSheet:
     """
 
     names: tuple[str, ...]
-    keywords: tuple[tuple[str, ...], ...]
+    also: tuple[tuple[str, ...], ...]
     nouns: tuple[str, ...]
     verbs: tuple[str, ...]
     loops: tuple[bool, ...]
@@ -68,7 +68,7 @@ def load_clips() -> ClipSheet:
     tiles = sheet.reshape(len(table), SIDE, LENGTH, SIDE, 4).transpose(0, 2, 4, 1, 3)  # (C, 16, 4, 72, 72)
     return ClipSheet(
         names=tuple(row["name"] for row in table),
-        keywords=tuple(tuple(row["keywords"]) for row in table),
+        also=tuple(tuple(row["also"]) for row in table),
         nouns=tuple(row["noun"] for row in table),
         verbs=tuple(row["verb"] for row in table),
         loops=tuple(row["loops"] for row in table),
