@@ -3,9 +3,10 @@
 The judge never sees the prompt. It reads
 
 1. the background: which colour most pixels at the border of all frames are nearest to;
-2. in the clip as a whole, in its upper and lower and in its left and right halves: which stored frame of which clip
-   each image shows best (`matching.FrameMatcher`, all clips compete), standing upright or turned as a scene turns it;
-3. the halves or the whole, whichever is explained better, each sticker beyond the first at a small price;
+2. how well the clip as a whole, its upper and lower, and its left and right halves are explained by one sticker each
+   (in some frames): the way that explains it best is taken, each sticker beyond the first at a small price;
+3. in each frame of each part, which stored frame of which clip it shows best (`matching.FrameMatcher`, all clips
+   compete), standing upright or turned as a scene turns it;
 4. the clip that most frames of a part show;
 5. how it is played: for each way that this clip can be played, an even track is fitted to all frames together, and the
    way whose rendering, frame by frame in time, is nearest to the clip is taken;
@@ -34,6 +35,8 @@ FULL_TURN = sum(TURN) / 2
 FULL_GROWTH = math.log(2.1)
 LEAST_MOTION = 0.45  # of a whole path, growth or turn, below which a sticker counts as staying
 LAYOUTS = ((0,), (1, 2), (3, 4))  # the whole; top and bottom; left and right
+GLANCES = 5  # frames by which the halves or the whole are chosen
+UNTURNABLE = 10.0  # price of turning what can't be seen to turn, as a share of the energy
 
 
 @dataclass(frozen=True)
@@ -113,20 +116,45 @@ class ClipJudge:
         if difference.square().mean() < FAINT:
             return ClipReading(background, (), _flicker(difference))
         parts = _parts(difference)  # (5, T, 3, 64, 64)
-        found = [_Part(self, part, background, period) for part in parts]
-        total = parts[0].square().sum()
-
-        def left_over(layout: Sequence[int]) -> float:
-            shares = (found[i].unexplained * parts[i].square().sum() / total for i in layout)
-            return float(sum(shares)) + PRICE * (len(layout) - 1)
-
-        layout = min(LAYOUTS, key=left_over)
+        layout = self._layout(parts, background)
         rest, stickers = difference, []
         for i in layout:
-            sticker, drawn = found[i].read(clip.shape[-1])
+            sticker, drawn = _Part(self, parts[i], background, period).read(clip.shape[-1])
             stickers.append(sticker)
             rest = rest - drawn
         return ClipReading(background, tuple(stickers), _flicker(rest))
+
+    def _layout(self, parts: Tensor, background: int) -> tuple[int, ...]:
+        """Choose the whole or two halves of `(5, T, 3, H, W)`, by what stickers leave over of a few frames."""
+        frames = torch.linspace(0, parts.shape[1] - 1, min(GLANCES, parts.shape[1])).round().long()
+        glances = parts[:, frames]  # (5, G, 3, H, W)
+        energy = glances.square().sum((1, 2, 3, 4))  # (5,)
+        left_over = [float(self._match(part, frames, parts.shape[1], background)[0].mean(0).min()) for part in glances]
+
+        def price(layout: Sequence[int]) -> float:
+            return sum(left_over[i] * float(energy[i] / energy[0]) for i in layout) + PRICE * (len(layout) - 1)
+
+        return min(LAYOUTS, key=price)
+
+    def _match(self, part: Tensor, frames: Tensor, length: int, background: int) -> tuple[Tensor, Seen, Tensor]:
+        """Compare some frames of a part with all clips, upright, and turned clockwise and anticlockwise.
+
+        Args:
+            part: `(F, 3, H, W)` differences from the background.
+            frames: `(F,)` their numbers.
+            length: number of frames of the clip.
+            background: index into `BACKGROUNDS`.
+
+        Returns:
+            Least errors `(F, 3, C)`, what is seen, and the angles `(F, 3)`.
+        """
+        turn = frames.to(self.device) * (FULL_TURN / (length - 1))
+        angles = torch.stack([torch.zeros_like(turn), turn, -turn], dim=1)  # (F, 3)
+        seen = see(part)
+        errors = self.matcher.errors(seen, background, angles).amin(3)  # (F, 3, C)
+        unturnable = torch.tensor([not turnable for turnable in self.sheet.turnable], device=self.device)
+        errors[:, 1:] += UNTURNABLE * unturnable
+        return errors, seen, angles
 
     def _background(self, canvas: Tensor) -> int:
         """Read the background of `(T, 3, H, W)` frames in [0, 1], by the borders of all of them."""
@@ -136,34 +164,22 @@ class ClipJudge:
 
 
 class _Part:
-    """One part of a clip: its differences from the background, `(T, 3, 64, 64)`, and what they show."""
+    """One part of a clip: its differences from the background, `(T, 3, 64, 64)`, and which clip they show."""
 
     def __init__(self, judge: ClipJudge, difference: Tensor, background: int, period: int) -> None:
         self.judge, self.difference, self.background = judge, difference, background
-        sheet, frames = judge.sheet, len(difference)
-        self.seen: Seen = see(difference)
-        turn = torch.linspace(0, FULL_TURN, frames, device=difference.device)
-        self.angles = torch.stack([torch.zeros_like(turn), turn, -turn], dim=1)  # (T, 3)
-        errors = judge.matcher.errors(self.seen, background, self.angles)  # (T, 3, C, 16)
-        # How the sticker is turned must fit all frames; which clip, each frame says.
-        ways = (_least(errors, 3).values.mean(0) + self._unturnable(sheet)).min(1)  # over C: (3,)
-        self.turned = int(ways.values.argmin())
-        self.unexplained = float(ways.values[self.turned])
-        votes = _least(errors[:, self.turned], 2).values.argmin(1)  # (T,)
-        counts = votes.bincount(minlength=len(sheet))  # (C,)
-        tie = _least(errors[:, self.turned], 2).values.mean(0)  # (C,)
-        self.clip = int((counts - tie / tie.max().clamp(min=1e-6) / 2).argmax())
-        self.agreement = float(counts[self.clip]) / frames
+        sheet, length = judge.sheet, len(difference)
+        errors, self.seen, self.angles = judge._match(difference, torch.arange(length), length, background)
+        # How the sticker is turned must fit all frames; which clip it is, each frame says for itself.
+        self.turned = int(errors.mean(0).amin(1).argmin())
+        own = errors[:, self.turned]  # (T, C)
+        votes = own.argmin(1).bincount(minlength=len(sheet))  # (C,)
+        self.clip = int((votes - 0.5 * own.mean(0).clamp(max=1)).argmax())  # of as many votes, the nearer one
+        self.agreement = float(votes[self.clip]) / length
         self.ways = [
-            (motion, source_frames(motion, sheet.loops[self.clip], frames, period))
+            (motion, source_frames(motion, sheet.loops[self.clip], length, period))
             for motion in sheet.motions[self.clip]
         ]
-
-    @staticmethod
-    def _unturnable(sheet: ClipSheet) -> Tensor:
-        """Return a price, `(3, C)`, for turning what can't be seen to turn."""
-        turnable = torch.tensor(sheet.turnable)
-        return torch.stack([torch.zeros(len(sheet)), ~turnable * 10.0, ~turnable * 10.0])
 
     def _guess(self, frames: Sequence[int]) -> Tensor:
         """Guess x, y, logarithm of the size, degrees, `(T, 4)`, from what the centre and spread should be."""
@@ -207,10 +223,6 @@ class _Part:
         return sticker, drawn
 
 
-def _least(errors: Tensor, dim: int) -> torch.return_types.min:
-    return errors.min(dim)
-
-
 def _parts(difference: Tensor) -> Tensor:
     """Cut a clip `(T, 3, H, W)` into the whole, top, bottom, left, right: `(5, T, 3, H, W)`, zero beyond each."""
     mask = visible(difference).sum(0)  # (H, W)
@@ -229,7 +241,11 @@ def _flicker(rest: Tensor) -> float:
 def scene_motion(change: Tensor) -> SceneMotion:
     """Name the scene motion by how x, y, the logarithm of the size and the angle change from the first to the last."""
     x, y, growth, turn = change.tolist()
-    strength = {"moves": math.hypot(x, y) / FULL_PATH, "grows": abs(growth) / FULL_GROWTH, "turns": abs(turn) / FULL_TURN}
+    strength = {
+        "moves": math.hypot(x, y) / FULL_PATH,
+        "grows": abs(growth) / FULL_GROWTH,
+        "turns": abs(turn) / FULL_TURN,
+    }
     kind = max(strength, key=lambda name: strength[name])
     if strength[kind] < LEAST_MOTION:
         return "stays"

@@ -1,8 +1,8 @@
 """Which frame of which clip an image shows, at any place, size and angle: compared with all of them at once.
 
 An image is brought to a standard place and size by its centre of mass and its spread, as the judge of still stickers
-does it, and sampled on circles around that centre. There a turn is a shift along the circles, so that Fourier
-transforms along them compare it with every stored frame at every angle (24 of them) by products alone.
+does it, and sampled on circles around that centre. There a turn is a shift along the circles, by steps of 15 degrees, so
+that one product of matrices compares many images at the angles where they may stand with all stored frames.
 """
 
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ class Seen:
     """Images on circles.
 
     Attributes:
-        spectra: `(N, 30, 13)` complex, of the circles of all radii and channels.
+        circles: `(N, 30, 24)` the circles of all radii and channels, clockwise from the right.
         energy: `(N,)` squared colour differences summed over the circles; infinite where there is nothing to be seen.
         place: `(N, 3)` centre x, y and spread of what is seen, as fractions of the image's side.
     """
 
-    spectra: Tensor
+    circles: Tensor
     energy: Tensor
     place: Tensor
 
@@ -48,7 +48,7 @@ def see(difference: Tensor) -> Seen:
     circles = (circles * length.sqrt()).flatten(1, 2)  # (N, 30, 24)
     energy = circles.square().sum((1, 2))  # (N,)
     energy = torch.where(spread < FAINT_SPREAD, torch.inf, energy)
-    return Seen(torch.fft.rfft(circles, dim=-1), energy, torch.stack([x, y, spread], dim=1))
+    return Seen(circles, energy, torch.stack([x, y, spread], dim=1))
 
 
 class FrameMatcher:
@@ -75,7 +75,7 @@ class FrameMatcher:
             frame = (CELLS + 2 * MARGIN) / CELLS
             place = seen.place * frame
             place[:, :2] -= (frame - 1) / 2
-            self._stored[background] = Seen(seen.spectra, seen.energy, place)
+            self._stored[background] = Seen(seen.circles, seen.energy, place)
         return self._stored[background]
 
     def errors(self, seen: Seen, background: int, angles: Tensor) -> Tensor:
@@ -90,12 +90,16 @@ class FrameMatcher:
             `(N, K, C, 16)` squared differences, as shares of the image's energy.
         """
         stored = self.stored(background)
-        product = torch.einsum("nck,mck->nmk", seen.spectra, stored.spectra.conj())  # (N, C * 16, 13)
-        likeness = torch.fft.irfft(product, ANGLES)  # (N, C * 16, 24)
         step = (angles * (ANGLES / 360)).round().long()  # (N, K)
-        near = (step[..., None] + torch.arange(-1, 2, device=step.device)) % ANGLES  # (N, K, 3)
-        index = near.flatten(1)[:, None].expand(-1, likeness.shape[1], -1)  # (N, C * 16, 3 K)
-        best = likeness.gather(2, index).unflatten(2, (-1, 3)).amax(3)  # (N, C * 16, K)
+        near = (step[..., None] + torch.arange(-1, 2, device=step.device)).flatten(1)  # (N, 3 K)
+        point = (near[..., None] + torch.arange(ANGLES, device=step.device)) % ANGLES  # (N, 3 K, 24) turned back
+        upright = (
+            seen.circles[:, None]
+            .expand(-1, near.shape[1], -1, -1)
+            .gather(3, point[:, :, None].expand(-1, -1, seen.circles.shape[1], -1))
+        )  # (N, 3 K, 30, 24)
+        likeness = upright.flatten(2) @ stored.circles.flatten(1).T  # (N, 3 K, C * 16)
+        best = likeness.unflatten(1, (-1, 3)).amax(2)  # (N, K, C * 16)
         own = torch.where(seen.energy.isinf(), 1.0, seen.energy)[:, None, None]
-        error = (own + stored.energy[None, :, None] - 2 * best) / own.clamp(min=1e-6)  # (N, C * 16, K)
-        return error.mT.unflatten(2, (len(self.sheet), LENGTH))
+        error = (own + stored.energy - 2 * best) / own.clamp(min=1e-6)  # (N, K, C * 16)
+        return error.unflatten(2, (len(self.sheet), LENGTH))

@@ -110,5 +110,3 @@ def render_clip(
         drawn = draw_frames(pictures, places, resolution)  # (T, 4, R, R)
         canvas = drawn[:, :3] + canvas * (1 - drawn[:, 3:])
     return canvas.mul_(2).sub_(1)
-
-

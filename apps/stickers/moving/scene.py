@@ -180,11 +180,15 @@ class ClipSceneSampler:
         self.mix = mix or ClipMix()
         self.turnable = tuple(clip for clip in self.clips if sheet.turnable[clip])
         if self.mix.turns > 0 and not self.turnable:
-            raise ValueError(f"turns is {self.mix.turns}, but none of the {len(names)} names can turn: give 0 or others")
+            raise ValueError(
+                f"turns is {self.mix.turns}, but none of the {len(names)} names can turn: give 0 or others"
+            )
         for clip in self.clips:
             if not any(getattr(self.mix, motion) > 0 for motion in sheet.motions[clip]):
                 able = ", ".join(sheet.motions[clip])
-                raise ValueError(f"{sheet.names[clip]!r} can only be {able}: give one of these in the mix, or leave it out")
+                raise ValueError(
+                    f"{sheet.names[clip]!r} can only be {able}: give one of these in the mix, or leave it out"
+                )
 
     def scene(self, seed: int, index: int) -> ClipScene:
         """Return scene `index` of the series `seed`; the same whatever was drawn before."""
@@ -205,7 +209,9 @@ class ClipSceneSampler:
             held_out = any(is_held_out(*combination) for combination in combinations(scene, self.sheet))
             if self.split == "all" or held_out == (self.split == "heldout_combination"):
                 return scene
-        raise RuntimeError(f"no scene of split {self.split!r} with these {len(self.clips)} clips and {motion!r}: add some")
+        raise RuntimeError(
+            f"no scene of split {self.split!r} with these {len(self.clips)} clips and {motion!r}: add some"
+        )
 
     def _pick(self, rng: np.random.Generator, names: Sequence[str]) -> str:
         """Pick one of several fields of the mix by their frequencies."""
