@@ -268,10 +268,7 @@ def score_clip(scene: ClipScene, reading: ClipReading) -> dict[str, bool]:
     """
     found = reading.stickers
     identity = sorted(one.clip for one in found) == sorted(sticker.clip for sticker in scene.stickers)
-    if scene.kind == "single":
-        motion = [one.motion for one in found] == [scene.motion]
-    else:
-        motion = _passes(scene, found)
+    motion = [one.motion for one in found] == [scene.motion] if scene.kind == "single" else _passes(scene, found)
     played = {sticker.clip: sticker.own for sticker in scene.stickers}
     own = identity and all(one.own == played[one.clip] for one in found)
     results = {"colour": reading.background == scene.background, "identity": identity, "motion": motion, "own": own}

@@ -1,8 +1,8 @@
 """Which frame of which clip an image shows, at any place, size and angle: compared with all of them at once.
 
 An image is brought to a standard place and size by its centre of mass and its spread, as the judge of still stickers
-does it, and sampled on circles around that centre. There a turn is a shift along the circles, by steps of 15 degrees, so
-that one product of matrices compares many images at the angles where they may stand with all stored frames.
+does it, and sampled on circles around that centre. There a turn is a shift along the circles, by steps of 15 degrees,
+so that one product of matrices compares many images at the angles where they may stand with all stored frames.
 """
 
 from dataclasses import dataclass
