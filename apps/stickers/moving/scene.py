@@ -10,7 +10,7 @@ names picks about 5 % of them, training scenes never contain one, scenes of the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from apps.stickers.scene import BACKGROUNDS, BASIC_COLOURS, COLOURS, Split, gene
 Direction = Literal["left", "right", "up", "down"]
 SceneMotion = Literal["stays", "left", "right", "up", "down", "grows", "shrinks", "clockwise", "anticlockwise"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+Kind = Literal["stays", "moves", "grows", "shrinks", "turns"]
+Name = TypeVar("Name", bound=str)
 SCENE_MOTIONS: tuple[SceneMotion, ...] = get_args(SceneMotion)
 TURNS: tuple[SceneMotion, ...] = ("clockwise", "anticlockwise")
 STEP: dict[Direction, tuple[float, float]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -102,7 +104,8 @@ class ClipMix:
     Attributes:
         single, passing: relative frequencies of one sticker and of two.
         stays, moves, grows, shrinks, turns: of the scene motions of one sticker.
-        animated, still, slow, fast, backwards: of its own motions; one that a clip can't show counts as zero.
+        animated, still, slow, fast, backwards: of its own motions; one that a clip can't show counts as zero. Two
+            stickers that pass each other are always animated.
         jitter: scales the spread of places, sizes, paths and turns; 0 always gives the middle of each.
     """
 
@@ -198,14 +201,11 @@ class ClipSceneSampler:
         """Draws one scene from a generator, or from a fresh one of the given seed."""
         rng = np.random.default_rng(rng)
         # Kinds and motions are drawn before anything is rejected, so that rejections don't change the mix.
-        if self._pick(rng, ("single", "passing")) == "passing":
-            motion = DIRECTIONS[rng.integers(4)]
-            draw = self._passing
-        else:
-            motion = self._motion(rng)
-            draw = self._single
+        passing = self._pick(rng, ("single", "passing")) == "passing"
+        direction = DIRECTIONS[rng.integers(4)]
+        motion = direction if passing else self._motion(rng)
         for _ in range(10_000):
-            scene = draw(rng, motion)
+            scene = self._passing(rng, direction) if passing else self._single(rng, motion)
             held_out = any(is_held_out(*combination) for combination in combinations(scene, self.sheet))
             if self.split == "all" or held_out == (self.split == "heldout_combination"):
                 return scene
@@ -213,13 +213,14 @@ class ClipSceneSampler:
             f"no scene of split {self.split!r} with these {len(self.clips)} clips and {motion!r}: add some"
         )
 
-    def _pick(self, rng: np.random.Generator, names: Sequence[str]) -> str:
+    def _pick(self, rng: np.random.Generator, names: Sequence[Name]) -> Name:
         """Pick one of several fields of the mix by their frequencies."""
         weights = np.array([getattr(self.mix, name) for name in names])
         return names[rng.choice(len(names), p=weights / weights.sum())]
 
     def _motion(self, rng: np.random.Generator) -> SceneMotion:
-        kind = self._pick(rng, ("stays", "moves", "grows", "shrinks", "turns"))
+        kinds: tuple[Kind, ...] = ("stays", "moves", "grows", "shrinks", "turns")
+        kind = self._pick(rng, kinds)
         if kind == "moves":
             return DIRECTIONS[rng.integers(4)]
         return TURNS[rng.integers(2)] if kind == "turns" else kind
