@@ -63,7 +63,7 @@ def test_the_own_motion_can_be_read_back(seed: int, phrasing: str) -> None:
     elif own == "animated":
         assert not any(said.values()) or verb not in text
         assert scene.motion != "stays" or verb in text
-        assert not words(text.replace("still", "still", 1)) & set(STILL_WORDS)
+        assert not words(text) & set(STILL_WORDS)
     else:
         assert verb in text
         assert [motion for motion, is_said in said.items() if is_said] == [own]
@@ -90,7 +90,7 @@ def test_a_pair_can_be_read_back(seed: int, phrasing: str) -> None:
     assert not any(moves[d] for d in OPPOSITE if d not in (scene.motion, OPPOSITE[scene.motion]))
     # Whoever stands last before a direction moves there.
     for match in re.finditer(r"(?:moving|going|sliding) (?:to the )?(left|right|up|down)(?:wards)?", text):
-        before = [name for name in re.findall(r"first|second", text[: match.start()])][-1]
+        before = re.findall(r"first|second", text[: match.start()])[-1]
         assert match[1] == (scene.motion if before == "first" else OPPOSITE[scene.motion]), text
 
 
@@ -119,7 +119,8 @@ def test_held_out_captions_are_never_training_captions() -> None:
 
 
 def test_one_scene_is_said_in_many_ways_and_by_other_names() -> None:
-    scene = next(s for s in (EVEN.scene(0, i) for i in range(500)) if SHEET.names[s.stickers[0].clip] == "honeybee")
+    bees = ClipSceneSampler(SHEET, ["honeybee", "fox"], split="all")
+    scene = next(s for s in map(bees.draw, range(100)) if [SHEET.names[one.clip] for one in s.stickers] == ["honeybee"])
     said = {clip_caption(scene, SHEET, generator(1, i), synonyms=0.0) for i in range(100)}
     assert len(said) > 60
     others = [clip_caption(scene, SHEET, generator(1, i), synonyms=1.0) for i in range(20)]

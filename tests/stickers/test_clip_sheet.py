@@ -96,8 +96,8 @@ def test_measured_motion_is_that_of_known_clips() -> None:
     assert turning.rotation == pytest.approx(150, abs=10)
     assert not turning.turnable
     assert measure(bars([-i * 10.0 for i in range(16)])).rotation == pytest.approx(-150, abs=10)
-    moving = measure(bars([0.0] * 16, shift=0.15))
-    assert moving.shift == pytest.approx(0.15, abs=0.01)
+    moving = measure(bars([0.0] * 16, shift=12 / SIDE))
+    assert moving.shift == pytest.approx(12 / SIDE, abs=0.005)
     assert moving.turnable
     assert not moving.loops
     assert measure(bars([0.0] * 16, size=1.4)).growth == pytest.approx(1.96, abs=0.1)
