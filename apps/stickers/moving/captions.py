@@ -109,26 +109,27 @@ SIDE_WORDS: dict[str, tuple[str, ...]] = {
 }
 PLACE_WORDS = {"above": "at the top", "below": "at the bottom", "left of": "on the left", "right of": "on the right"}
 # {p} moves as {d} says, at the place {t}, on the side {r} of {q}; {q} moves as {e} says, at the place {u}.
+# Named again, they are {s} and {o}.
 PASSING: dict[str, tuple[str, ...]] = {
     "train": (
         "{p} {d} {r} {q} {e}",
         "{p} {d} {r} {q} {e}",
         "{p} {d} {r} {q} that is {e}",
         "{p} that is {d} {r} {q} that is {e}",
-        "{p} passing {q}, {p} {d} {t}, {q} {e} {u}",
-        "{p} and {q} passing each other, {p} {d} {t}",
-        "{p} and {q} passing each other, {q} {e} {u}",
+        "{p} passing {q}, {s} {d} {t}, {o} {e} {u}",
+        "{p} and {q} passing each other, {s} {d} {t}",
+        "{p} and {q} passing each other, {o} {e} {u}",
         "{p} {t} {d}, {q} {u} {e}",
         "{p} {t} {d} and {q} {u} {e}",
         "{p} {d} {t}, {q} {e} {u}",
         "{p} {d} {t} and {q} {e} {u}",
-        "{p} {d} while {q} is {e}, {p} {r} {q}",
-        "{p} {r} {q}, {p} {d} and {q} {e}",
+        "{p} {d} while {q} is {e}, {s} {r} {o}",
+        "{p} {r} {q}, {s} {d} and {o} {e}",
     ),
     "heldout": (
         "{p} {d} {t} while {q} is {e} {u}",
         "{p} {t} that is {d}, {q} {u} that is {e}",
-        "{p} and {q} passing each other, {p} {t} {d}",
+        "{p} and {q} passing each other, {s} {t} {d}",
     ),
 }
 SILENT = 0.35  # share of the animated clips with a scene motion whose own motion goes without saying
@@ -203,13 +204,15 @@ def _single(
 
 def _passing(scene: ClipScene, names: Sequence[str], article: str, phrasing: Phrasing, pick: Pick) -> str:
     """Say who passes whom, from the side of either."""
-    first, second = (_with_article(article, name) for name in names)
+    first, second = names
     side, direction = scene.side or "above", scene.motion
     if pick(("first", "second")) == "second":
         first, second, side, direction = second, first, INVERSE[side], _opposite(direction)
     return pick(PASSING[phrasing]).format(
-        p=first,
-        q=second,
+        p=_with_article(article, first),
+        q=_with_article(article, second),
+        s=f"the {first}",
+        o=f"the {second}",
         d=pick(MOVES[direction][:PLAIN]),
         e=pick(MOVES[_opposite(direction)][:PLAIN]),
         r=pick(SIDE_WORDS[side]),
