@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apps.stickers import COLOURS, generator
-from apps.stickers.captions import FRAMES
+from apps.stickers.captions import FRAMES, Phrasing
 from apps.stickers.moving import ClipMix, ClipScene, ClipSceneSampler, clip_caption, load_clips
 from apps.stickers.moving.captions import ACTIONS, ALONE, IN_ADDITION, MOVES, PACES, PASSING, STILL_WORDS, WRAPS
 from apps.stickers.moving.scene import OPPOSITE
@@ -38,7 +38,7 @@ def without_names(text: str, scene: ClipScene) -> str:
 
 
 @given(seed=seeds, phrasing=phrasings)
-def test_a_caption_names_who_and_the_colour(seed: int, phrasing: str) -> None:
+def test_a_caption_names_who_and_the_colour(seed: int, phrasing: Phrasing) -> None:
     scene = SAMPLER.draw(seed)
     text = clip_caption(scene, SHEET, generator(seed, 1), phrasing, synonyms=0.0)
     assert text == text.lower()
@@ -53,7 +53,7 @@ def test_a_caption_names_who_and_the_colour(seed: int, phrasing: str) -> None:
 
 
 @given(seed=seeds, phrasing=phrasings)
-def test_the_own_motion_can_be_read_back(seed: int, phrasing: str) -> None:
+def test_the_own_motion_can_be_read_back(seed: int, phrasing: Phrasing) -> None:
     scene = EVEN.draw(seed)
     own, verb = scene.stickers[0].own, SHEET.verbs[scene.stickers[0].clip]
     text = clip_caption(scene, SHEET, generator(seed, 2), phrasing, synonyms=0.0)
@@ -70,7 +70,7 @@ def test_the_own_motion_can_be_read_back(seed: int, phrasing: str) -> None:
 
 
 @given(seed=seeds, phrasing=phrasings)
-def test_the_scene_motion_can_be_read_back(seed: int, phrasing: str) -> None:
+def test_the_scene_motion_can_be_read_back(seed: int, phrasing: Phrasing) -> None:
     scene = EVEN.draw(seed)
     text = clip_caption(scene, SHEET, generator(seed, 3), phrasing, synonyms=0.0)
     rest = without_names(text, scene).replace(SHEET.verbs[scene.stickers[0].clip], "*")
@@ -79,7 +79,7 @@ def test_the_scene_motion_can_be_read_back(seed: int, phrasing: str) -> None:
 
 
 @given(seed=seeds, phrasing=phrasings)
-def test_a_pair_can_be_read_back(seed: int, phrasing: str) -> None:
+def test_a_pair_can_be_read_back(seed: int, phrasing: Phrasing) -> None:
     scene = PAIRS.draw(seed)
     first, second = (SHEET.names[sticker.clip] for sticker in scene.stickers)
     text = clip_caption(scene, SHEET, generator(seed, 4), phrasing, synonyms=0.0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from apps.stickers.moving import ClipMix, ClipScene, ClipSceneSampler, load_clips
 from apps.stickers.moving.renderer import poses
-from apps.stickers.moving.scene import OPPOSITE, SIDES, STEP, TURNS, combinations
+from apps.stickers.moving.scene import OPPOSITE, SIDES, STEP, TURNS, SceneMotion, combinations
 from apps.stickers.scene import is_held_out
 
 SHEET = load_clips()
@@ -34,7 +34,7 @@ def test_every_scene_is_well_formed(seed: int, index: int) -> None:
 @given(seed=seeds)
 def test_tracks_do_what_the_motion_says(seed: int) -> None:
     scene = WIDE.scene(seed, 0)
-    moves = [scene.motion] if scene.kind == "single" else [scene.motion, OPPOSITE[scene.motion]]
+    moves: list[SceneMotion] = [scene.motion] if scene.kind == "single" else [scene.motion, OPPOSITE[scene.motion]]
     for sticker, motion in zip(scene.stickers, moves, strict=True):
         start, end = sticker.start, sticker.end
         dx, dy = STEP.get(motion, (0, 0))

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from apps.stickers.captions import FRAMES, NAMELESS_WHITE, Phrasing, Pick, with_article
-from apps.stickers.moving.clips import ClipSheet
-from apps.stickers.moving.playback import OwnMotion
+from apps.stickers.moving.clips import ClipSheet, OwnMotion
 from apps.stickers.moving.scene import OPPOSITE, ClipScene, Direction, MovingSticker, SceneMotion
 from apps.stickers.scene import COLOURS, INVERSE
 

@@ -3,6 +3,7 @@
 import functools
 import json
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from apps.stickers.sprites import DATA
 
 SIDE = 72  # pixels of a frame
 LENGTH = 16  # frames of a clip
+OwnMotion = Literal["animated", "still", "slow", "fast", "backwards"]  # how a clip is played
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class ClipSheet:
     nouns: tuple[str, ...]
     verbs: tuple[str, ...]
     loops: tuple[bool, ...]
-    motions: tuple[tuple[str, ...], ...]
+    motions: tuple[tuple[OwnMotion, ...], ...]
     turnable: tuple[bool, ...]
     pixels: torch.Tensor
     _position: dict[str, int] = field(init=False, repr=False)

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from apps.stickers.judge import CANVAS, FAINT, PRICE, emptiest_line, visible
-from apps.stickers.moving.clips import LENGTH, ClipSheet
+from apps.stickers.moving.clips import LENGTH, ClipSheet, OwnMotion
 from apps.stickers.moving.matching import FrameMatcher, Seen, see
-from apps.stickers.moving.playback import OwnMotion, source_frames
+from apps.stickers.moving.playback import source_frames
 from apps.stickers.moving.scene import OPPOSITE, PATH, STEP, TURN, ClipScene, Pose, SceneMotion
 from apps.stickers.moving.tracking import draw_differences, fit_even_tracks, fit_freely
 from apps.stickers.renderer import premultiplied
@@ -176,7 +176,7 @@ class _Part:
         votes = own.argmin(1).bincount(minlength=len(sheet))  # (C,)
         self.clip = int((votes - 0.5 * own.mean(0).clamp(max=1)).argmax())  # of as many votes, the nearer one
         self.agreement = float(votes[self.clip]) / length
-        self.ways = [
+        self.ways: list[tuple[OwnMotion, list[int]]] = [
             (motion, source_frames(motion, sheet.loops[self.clip], length, period))
             for motion in sheet.motions[self.clip]
         ]

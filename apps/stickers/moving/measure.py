@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from apps.stickers.moving.clips import LENGTH
-from apps.stickers.moving.playback import OWN_MOTIONS, OwnMotion, source_frames
+from apps.stickers.moving.clips import LENGTH, OwnMotion
+from apps.stickers.moving.playback import OWN_MOTIONS, source_frames
 from apps.stickers.renderer import premultiplied
 
 CLOSING = 1.25  # a clip closes if the step from its last to its first frame is at most so many times its largest other

@@ -1,10 +1,9 @@
 """How a clip's own motion is played: forwards, backwards, at half or double speed, or not at all."""
 
-from typing import Literal, get_args
+from typing import get_args
 
-from apps.stickers.moving.clips import LENGTH
+from apps.stickers.moving.clips import LENGTH, OwnMotion
 
-OwnMotion = Literal["animated", "still", "slow", "fast", "backwards"]
 OWN_MOTIONS: tuple[OwnMotion, ...] = get_args(OwnMotion)
 SPEEDS: dict[OwnMotion, float] = {"animated": 1.0, "still": 0.0, "slow": 0.5, "fast": 2.0, "backwards": -1.0}
 

@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
-from apps.stickers.moving.clips import ClipSheet
-from apps.stickers.moving.playback import OWN_MOTIONS, OwnMotion
+from apps.stickers.moving.clips import ClipSheet, OwnMotion
+from apps.stickers.moving.playback import OWN_MOTIONS
 from apps.stickers.scene import BACKGROUNDS, BASIC_COLOURS, COLOURS, Split, generator, is_held_out
 
 Direction = Literal["left", "right", "up", "down"]
@@ -25,10 +25,10 @@ Kind = Literal["stays", "moves", "grows", "shrinks", "turns"]
 Name = TypeVar("Name", bound=str)
 SCENE_MOTIONS: tuple[SceneMotion, ...] = get_args(SceneMotion)
 TURNS: tuple[SceneMotion, ...] = ("clockwise", "anticlockwise")
-STEP: dict[Direction, tuple[float, float]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-OPPOSITE: dict[Direction, Direction] = {"left": "right", "right": "left", "up": "down", "down": "up"}
+STEP: dict[SceneMotion, tuple[float, float]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+OPPOSITE: dict[SceneMotion, Direction] = {"left": "right", "right": "left", "up": "down", "down": "up"}
 # Where the second sticker of a pair may stand to the first while it passes.
-SIDES: dict[Direction, tuple[str, str]] = {
+SIDES: dict[SceneMotion, tuple[str, str]] = {
     "left": ("above", "below"),
     "right": ("above", "below"),
     "up": ("left of", "right of"),
