@@ -13,6 +13,7 @@ COMPONENT_MODULES = frozenset(
         "dit.models.dit",
         "dit.models.next_scale",
         "dit.models.text_dit",
+        "dit.tokenizers.causal_video",
         "dit.tokenizers.multi_scale_bsq",
         "dit.tokenizers.multi_scale_vq",
         "dit.tokenizers.vit_autoencoder",
