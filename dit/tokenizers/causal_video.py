@@ -209,7 +209,9 @@ class CausalVideoAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, V
         return self.decode(latent, return_dict, num_frames=sample.shape[2] if sample.ndim == 5 else None)
 
     def num_latent_frames(self, num_frames: int) -> int:
-        """Return the latent frames of a clip of `num_frames` frames."""
+        """Return the latent frames of a clip of `num_frames` frames, at least 1."""
+        if num_frames < 1:
+            raise ValueError(f"num_frames is {num_frames}, expected at least 1; an image is a clip of one frame")
         return 1 + -(-(num_frames - 1) // self.temporal_compression_ratio)
 
     def encode_chunk(
