@@ -16,6 +16,7 @@ COMPONENT_MODULES = frozenset(
         "dit.tokenizers.causal_video",
         "dit.tokenizers.multi_scale_bsq",
         "dit.tokenizers.multi_scale_vq",
+        "dit.tokenizers.st_vae",
         "dit.tokenizers.vit_autoencoder",
         "sampling.schedulers.flow_match_ab2",
         "sampling.schedulers.flow_match_sde",
