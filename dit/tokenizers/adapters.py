@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from dit.tokenizers.base import TokenizerOutput, VisualTokenizer
 
-WHOLE_GROUPS = ("AutoencoderKLAllegro", "AutoencoderKLCogVideoX", "AutoencoderVidTok")
-"""Classes of diffusers that also take clips of k t frames; causal ones take 1 + k t, and lose frames of others."""
+WHOLE_GROUPS = {"AutoencoderKLAllegro": 1, "AutoencoderKLCogVideoX": 2, "AutoencoderVidTok": 1}
+"""Classes of diffusers that also take clips without a first frame by itself, and how many latent frames go together.
+
+CogVideoX computes two at a time, and of an odd number in between it gives back more frames than there were.
+"""
 
 
 class DiffusersTokenizer(VisualTokenizer):
@@ -43,7 +46,7 @@ class DiffusersTokenizer(VisualTokenizer):
         """Encode pixels; see `VisualTokenizer.encode`.
 
         Raises:
-            ValueError: a clip of a length that the model would cut.
+            ValueError: a clip that would come back with another number of frames.
         """
         added_frame = self._takes_video and x.ndim == 4
         if x.ndim == 5:
@@ -78,14 +81,16 @@ class DiffusersTokenizer(VisualTokenizer):
         return float(config.get("shift_factor") or 0.0), float(config.get("scaling_factor") or 1.0)
 
     def _check_length(self, frames: int) -> None:
-        """Refuse a clip of which the model would silently drop frames."""
-        ratio, name = self.temporal_compression_ratio, type(self.model).__name__
-        whole = frames % ratio == 0 and name in WHOLE_GROUPS
-        if self._takes_video and not whole and (frames - 1) % ratio:
-            shorter = (frames - 1) // ratio * ratio + 1
+        """Refuse a clip that would come back with another number of frames."""
+        name = type(self.model).__name__
+        group = self.temporal_compression_ratio * WHOLE_GROUPS.get(name, 1)
+        rests = (0, 1) if name in WHOLE_GROUPS else (1,)
+        if self._takes_video and group > 1 and frames % group not in rests:
+            shorter = max((frames - 1) // group, 0) * group + 1
+            accepted = f"1 + {group} k or {group} k" if name in WHOLE_GROUPS else f"1 + {group} k"
             raise ValueError(
-                f"a clip of {frames} frames doesn't fit {name}, which takes 1 + {ratio} k; pass {shorter} frames, or "
-                f"repeat the last one up to {shorter + ratio}"
+                f"a clip of {frames} frames doesn't fit {name}, which takes {accepted}; pass {shorter} frames, or "
+                f"repeat the last one up to {shorter + group}"
             )
 
     def normalize_latents(self, z: Tensor) -> Tensor:
