@@ -11,6 +11,7 @@ The weights have the names and shapes of diffusers' `AutoencoderKLCogVideoX`. Th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,13 +78,13 @@ class STAutoencoder(Typed, AutoencoderKLCogVideoX, ModelMixin):
         use_post_quant_conv: bool = False,
         invert_scale_latents: bool = False,
     ) -> None:
-        super().__init__(
-            in_channels, out_channels, down_block_types, up_block_types, block_out_channels, latent_channels,
-            layers_per_block, act_fn, norm_eps, norm_num_groups, temporal_compression_ratio, sample_height,
-            sample_width, scaling_factor, shift_factor, latents_mean, latents_std, force_upcast, use_quant_conv,
-            use_post_quant_conv, invert_scale_latents,
-        )  # fmt: skip
-        for block in self.decoder.up_blocks:
+        sizes: Any = (in_channels, out_channels, down_block_types, up_block_types, block_out_channels, latent_channels)
+        norms: Any = (layers_per_block, act_fn, norm_eps, norm_num_groups, temporal_compression_ratio)
+        scale: Any = (sample_height, sample_width, scaling_factor, shift_factor, latents_mean, latents_std)
+        rest: Any = (force_upcast, use_quant_conv, use_post_quant_conv, invert_scale_latents)
+        super().__init__(*sizes, *norms, *scale, *rest)
+        blocks: Any = self.decoder.up_blocks
+        for block in blocks:
             if block.upsamplers is not None:
                 block.upsamplers = nn.ModuleList([_of_ours(old) for old in block.upsamplers])
         self.num_sample_frames_batch_size = self.num_latent_frames_batch_size = AT_ONCE
@@ -106,9 +107,9 @@ class STAutoencoder(Typed, AutoencoderKLCogVideoX, ModelMixin):
     def _decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         frames = (self.tile_sample_min_num_frames - 1) // self.config.temporal_compression_ratio + 1
         if self.use_tiling and _exceeds(z, (frames, self.tile_latent_min_height, self.tile_latent_min_width)):
-            sample = _in_chunks(z, frames, lambda part: super(STAutoencoder, self).tiled_decode(part).sample)
+            sample = _in_chunks(z, frames, lambda part: super(STAutoencoder, self).tiled_decode(part, False)[0])
         else:
-            sample = super()._decode(z).sample  # (B, 3, T, H, W)
+            sample = super()._decode(z, return_dict=False)[0]  # (B, 3, T, H, W)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
