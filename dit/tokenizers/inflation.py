@@ -1,0 +1,76 @@
+"""An autoencoder of clips that starts with the weights of one of images."""
+
+from typing import Any
+
+import torch
+
+from dit.tokenizers.causal_video import CausalVideoAutoencoder
+from dit.tokenizers.vit_autoencoder import ViTAutoencoder
+
+SAME_AS_IMAGES = (
+    "in_channels",
+    "patch_size",
+    "encoder_dim",
+    "decoder_dim",
+    "attention_head_dim",
+    "ff_ratio",
+    "refiner_channels",
+    "refiner_layers",
+    "refiner_patch",
+    "rope_theta",
+)
+"""Settings in which a `CausalVideoAutoencoder` that starts from a `ViTAutoencoder` can't differ from it."""
+
+MAY_GROW = ("latent_channels", "encoder_layers", "decoder_layers")
+"""Settings in which it may be larger."""
+
+
+def from_image_autoencoder(vae: ViTAutoencoder, **config: Any) -> CausalVideoAutoencoder:
+    """Return a new autoencoder of clips that starts with the weights of one of images.
+
+    Images are encoded and decoded as by `vae`, up to the order of sums, and so is the first frame of a clip. A group of
+    frames is encoded as the image that is their mean, and decoded as that image four times. The decoder now also sees
+    the latent frame before: where a clip stands still it finds there what it finds in its own frame. Further blocks
+    start as the identity, and further latent channels unread.
+
+    Args:
+        vae: a trained autoencoder of images; it is not changed.
+        config: arguments of `CausalVideoAutoencoder` that differ from those of `vae`.
+
+    Returns:
+        The autoencoder, in the dtype, on the device and in the mode of `vae`.
+
+    Raises:
+        ValueError: `config` changes what weights of images can't be turned into.
+    """
+    given = {name: vae.config[name] for name in (*SAME_AS_IMAGES, *MAY_GROW)}
+    for name, value in config.items():
+        grows = name in MAY_GROW
+        if name in given and not (value == given[name] or (grows and value > given[name])):
+            raise ValueError(
+                f"{name} is {value}, but the weights of this image autoencoder need {given[name]}"
+                f"{' or more' if grows else ''}; leave {name} out, or train a CausalVideoAutoencoder from the start"
+            )
+    model: Any = CausalVideoAutoencoder(**{"sample_size": vae.config.sample_size, **given, **config})
+    _take_over(model, vae)
+    model = model.to(vae.device).train(vae.training)
+    return model if vae.dtype == model.dtype else model.to(vae.dtype)
+
+
+@torch.no_grad()
+def _take_over(model: CausalVideoAutoencoder, vae: ViTAutoencoder) -> None:
+    """Copy the weights of an image autoencoder, inflated along time."""
+    frames, given = model.config.temporal_patch_size, dict(vae.state_dict())
+    given["patch_embed.weight"] = given["patch_embed.weight"].repeat(1, frames) / frames
+    for name in ("to_pixels.weight", "to_pixels.bias"):
+        given[name] = given[name].repeat(frames, *[1] * (given[name].ndim - 1))
+    factors = given.pop("preview_factors")  # (48, C + 1)
+    channels = factors.shape[1] - 1
+    model.preview_factors[:, :channels], model.preview_factors[:, -1] = factors[:, :-1], factors[:, -1]
+    model.from_latent.weight[:, channels:] = 0
+    for name, own in model.state_dict().items():  # views of the weights
+        if name in given:
+            value = given[name]
+            own[tuple(slice(size) for size in value.shape)] = value.to(own.device, own.dtype)
+        elif name.endswith(("attn.to_out.0.weight", "attn.to_out.0.bias", "ff.net.2.weight", "ff.net.2.bias")):
+            own.zero_()  # a block that the image autoencoder doesn't have
