@@ -51,6 +51,29 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(self.act(self.linear_1(sinusoidal)))  # (B, D)
 
 
+class LabelEmbedding(nn.Module):
+    """A table of class vectors; its last row stands for 'no class' where labels are dropped in training.
+
+    Args:
+        num_classes: labels 0 ... num_classes - 1.
+        hidden_size: model width D.
+        dropout_prob: fraction of labels replaced by 'no class' in training mode; 0 leaves the extra row out.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+        self.table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Map labels (B,) to vectors (B, D)."""
+        if self.training and self.dropout_prob > 0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob  # (B,)
+            labels = labels.masked_fill(dropped, self.num_classes)  # (B,)
+        return self.table(labels)  # (B, D)
+
+
 def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
     """Cut a latent video into patches, row by row.
 

@@ -28,6 +28,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "coordinate_frequencies": (0, 1024),
     "text_position_frequencies": (0, 1024),
     "num_classes": (1, 10**7),
+    "default_label": (0, 10**7),
     "vocab_size": (1, 10**7),
     "sample_size": (1, 8192),
     "patch_size": (1, 256),
