@@ -12,6 +12,7 @@ COMPONENT_MODULES = frozenset(
         "dit.models.compact_upscaler",
         "dit.models.dit",
         "dit.models.next_scale",
+        "dit.models.space_time_dit",
         "dit.models.text_dit",
         "dit.tokenizers.multi_scale_bsq",
         "dit.tokenizers.multi_scale_vq",
