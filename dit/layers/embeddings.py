@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit.layers.linear import Linear
@@ -72,6 +73,24 @@ class LabelEmbedding(nn.Module):
             dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob  # (B,)
             labels = labels.masked_fill(dropped, self.num_classes)  # (B,)
         return self.table(labels)  # (B, D)
+
+
+class TextProjection(nn.Module):
+    """Two linear layers from a text encoder's width to the model's (PixArt-alpha, arXiv 2310.00426).
+
+    Args:
+        text_dim: width Dt of the text states.
+        hidden_size: model width D.
+    """
+
+    def __init__(self, text_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(text_dim, hidden_size)
+        self.linear_2 = Linear(hidden_size, hidden_size)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Map (B, L, Dt) to (B, L, D)."""
+        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))  # (B, L, D)
 
 
 def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
