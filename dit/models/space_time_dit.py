@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from dit.layers.attention import SelfAttention
 from dit.layers.embeddings import LabelEmbedding, TimestepEmbedding, unpatchify
 from dit.layers.feed_forward import FeedForward
+from dit.layers.frames import along_time, frame_by_frame, within_frames
 from dit.layers.linear import Linear
 from dit.layers.modulation import AdaLNZero, modulate
 from dit.layers.positions import sincos_1d, sincos_2d
@@ -58,16 +59,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     **{f"Latte-{size}/{patch}": {**_sized(size), "patch_size": patch} for size in _SIZES for patch in (2, 4, 8)},
 }
 """Configurations by their published names, for example "VDT-L/2" and "Latte-XL/2"."""
-
-
-def within_frames(hidden_states: Tensor, num_frames: int) -> Tensor:
-    """Fold frames into the batch: (B, T S, D) to (B T, S, D)."""
-    return hidden_states.unflatten(1, (num_frames, -1)).flatten(0, 1)
-
-
-def along_time(hidden_states: Tensor, num_frames: int) -> Tensor:
-    """Fold the places of a frame into the batch: (B, T S, D) to (B S, T, D)."""
-    return hidden_states.unflatten(1, (num_frames, -1)).transpose(1, 2).flatten(0, 1)
 
 
 @registered_block
@@ -131,7 +122,7 @@ class SpaceTimeBlock(nn.Module):
         """Let each place of the frame attend to itself in all frames, (B, T S, D)."""
         assert self.temporal_attn is not None, "only blocks over time come here"
         attended = self.temporal_attn(along_time(normed, num_frames))  # (B S, T, D)
-        return attended.unflatten(0, (len(normed), -1)).transpose(1, 2).reshape(normed.shape)  # (B, T S, D)
+        return frame_by_frame(attended, len(normed))  # (B, T S, D)
 
 
 class SpaceTimeDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):

@@ -43,6 +43,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "rope_theta": (1, 1e9),
     "norm_eps": (0, 0.1),
     "time_scale": (1e-6, 1e6),
+    "space_scale": (1e-6, 1e6),
+    "text_dropout_prob": (0, 1),
 }
 """Accepted values of the settings of our networks; other whole numbers are from 1 to `LARGEST`."""
 
