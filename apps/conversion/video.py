@@ -1,4 +1,4 @@
-"""`tessera convert --family vdt` or `latte`: published networks for clips to folders of ours, and back."""
+"""`tessera convert --family vdt`, `latte`, `pt_dit` or `mvdit`: published networks for clips to ours, and back."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from apps.conversion.atomic_io import check_new_file, check_new_folder, read_component, staged_folder, write_state
 from apps.service.usage import UsageError
-from dit.convert import space_time_dit
+from dit.convert import mvdit, pt_dit, space_time_dit
 from dit.convert.dit import read_checkpoint
+from dit.models.mvdit import MVDiT
+from dit.models.pt_dit import PTDiT
 from dit.models.space_time_dit import SpaceTimeDiT
 from pipelines.loading.load import as_dtype
 
@@ -27,7 +29,7 @@ class VideoLayout:
         network: our class.
         from_official: from a state dict and the number of heads (None: as published) to the model.
         to_official: from the model to a state dict.
-        belongs: from a model to the family that it belongs to, where several share the class.
+        belongs: from a model to the family that it belongs to; several may share the class.
         assumed: what the files don't show and is taken as released; "" if they show everything.
     """
 
@@ -48,7 +50,21 @@ def _space_time(family: str) -> VideoLayout:
     )
 
 
-LAYOUTS: Mapping[str, VideoLayout] = MappingProxyType({"vdt": _space_time("vdt"), "latte": _space_time("latte")})
+LAYOUTS: Mapping[str, VideoLayout] = MappingProxyType(
+    {
+        "vdt": _space_time("vdt"),
+        "latte": _space_time("latte"),
+        "pt_dit": VideoLayout(
+            PTDiT,
+            pt_dit.from_official,
+            pt_dit.to_official,
+            lambda model: "pt_dit",
+            "windows of 8 x 8 tokens with one proxy each were taken, as of the released 1B model: no file shows them. "
+            "For others call dit.convert.pt_dit.from_official(state, window_size=...)",
+        ),
+        "mvdit": VideoLayout(MVDiT, mvdit.from_official, mvdit.to_official, lambda model: "mvdit"),
+    }
+)
 """The families by their names on the command line."""
 
 
