@@ -390,7 +390,7 @@ def calibrate_cache(
 @app.command()
 def convert(
     family: Annotated[
-        Literal["dit", "sit", "var", "infinity", "realesrgan", "st_vae"],
+        Literal["dit", "sit", "var", "infinity", "realesrgan", "st_vae", "vdt", "latte", "pt_dit", "mvdit"],
         typer.Option(
             help="Model family of the checkpoint.",
             rich_help_panel=CHECKPOINT,

@@ -1,4 +1,4 @@
-"""`tessera convert`: published weights of six families to folders that load here, and back."""
+"""`tessera convert`: published weights to folders that load here, and back; `run` lists the families."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from apps.conversion import infinity as convert_infinity
 from apps.conversion import realesrgan as convert_realesrgan
 from apps.conversion import st_vae as convert_st_vae
 from apps.conversion import var as convert_var
+from apps.conversion import video as convert_video
 from apps.conversion.atomic_io import check_new_file, check_new_folder, component_folder, staged_folder, write_state
 from apps.service.usage import UsageError
 from dit.convert import dit as layouts
@@ -45,8 +46,8 @@ def run(
     """Convert a checkpoint and say what was made.
 
     Args:
-        family: "dit", "sit", or one with a module of its name in `apps.conversion`: "var", "infinity", "realesrgan",
-            "st_vae".
+        family: "dit", "sit", one with a module of its name in `apps.conversion` ("var", "infinity", "realesrgan",
+            "st_vae"), or a network for clips, a key of `apps.conversion.video.LAYOUTS`.
         checkpoint: a published file (.pt or .safetensors, bare or a trainer's {model, ema, opt, args}), or the
             folder of a diffusers DiT; with `to_official`, a folder of ours.
         output: folder to write, new or empty; with `to_official`, a new .pt or .safetensors file.
@@ -63,7 +64,11 @@ def run(
         ValueError: an unknown family or layout, tensors that don't fit, or an output that exists.
         OSError: a file can't be read or written.
     """
-    families = (*sorted(layouts.OBJECTIVES), "var", "infinity", "realesrgan", "st_vae")
+    families = (
+        *sorted(layouts.OBJECTIVES),
+        *("var", "infinity", "realesrgan", "st_vae"),
+        *convert_video.LAYOUTS,
+    )
     if family not in families:
         raise UsageError(f"--family {family} is not known; use one of {', '.join(families)}")
     if text_encoder is not None and (family != "infinity" or to_official):
@@ -94,6 +99,12 @@ def run(
             convert_var.export(checkpoint, output, dtype)
             if to_official
             else convert_var.import_checkpoint(checkpoint, output, vae, dtype, heads)
+        )
+    elif family in convert_video.LAYOUTS:
+        model, notes = (
+            convert_video.export(family, checkpoint, output, dtype)
+            if to_official
+            else convert_video.import_checkpoint(family, checkpoint, output, vae, dtype, weights, heads)
         )
     elif to_official:
         model = export(family, checkpoint, output, dtype)

@@ -46,26 +46,52 @@ def official_rules(num_layers: int, grid: int, hidden_size: int) -> tuple[Rule, 
         grid: tokens along one side of the stored position table.
         hidden_size: model width D.
     """
-    rules: list[Rule] = [
+    return (
         Drop("pos_embed", lambda: sincos_2d(grid, grid, hidden_size)[None], atol=POSITION_DRIFT),
+        Rename("y_embedder.embedding_table.weight", "label_embed.table.weight"),
+        *ends_rules(),
+        *(rule for i in range(num_layers) for rule in block_rules(f"blocks.{i}", f"transformer_blocks.{i}")),
+    )
+
+
+def ends_rules() -> tuple[Rule, ...]:
+    """Return the rules of what stands before and behind the blocks; networks that grew out of DiT share them."""
+    return (
         *affine(Rename, "x_embedder.proj", "patch_embed"),
         *affine(Rename, "t_embedder.mlp.0", "time_embed.linear_1"),
         *affine(Rename, "t_embedder.mlp.2", "time_embed.linear_2"),
-        Rename("y_embedder.embedding_table.weight", "label_embed.table.weight"),
         *affine(Rename, "final_layer.adaLN_modulation.1", "modulation_out.linear"),
         *affine(Rename, "final_layer.linear", "proj_out"),
-    ]
-    for i in range(num_layers):
-        theirs, ours = f"blocks.{i}", f"transformer_blocks.{i}"
-        qkv = tuple(f"{ours}.attn.to_{part}" for part in "qkv")
-        rules += [
-            *affine(Split, f"{theirs}.attn.qkv", qkv),
-            *affine(Rename, f"{theirs}.attn.proj", f"{ours}.attn.to_out.0"),
-            *affine(Rename, f"{theirs}.mlp.fc1", f"{ours}.ff.net.0.proj"),
-            *affine(Rename, f"{theirs}.mlp.fc2", f"{ours}.ff.net.2"),
-            *affine(Rename, f"{theirs}.adaLN_modulation.1", f"{ours}.modulation.linear"),
-        ]
-    return tuple(rules)
+    )
+
+
+def attention_rules(theirs: str, ours: str) -> tuple[Rule, ...]:
+    """Return the rules of an attention layer with fused projections.
+
+    Args:
+        theirs: its official name.
+        ours: its name here.
+    """
+    return (
+        *affine(Split, f"{theirs}.qkv", tuple(f"{ours}.to_{part}" for part in "qkv")),
+        *affine(Rename, f"{theirs}.proj", f"{ours}.to_out.0"),
+    )
+
+
+def block_rules(theirs: str, ours: str, attention: str = "attn") -> tuple[Rule, ...]:
+    """Return the rules of a DiT block.
+
+    Args:
+        theirs: its official name.
+        ours: its name here.
+        attention: how its attention is called here; officially it is always "attn".
+    """
+    return (
+        *attention_rules(f"{theirs}.attn", f"{ours}.{attention}"),
+        *affine(Rename, f"{theirs}.mlp.fc1", f"{ours}.ff.net.0.proj"),
+        *affine(Rename, f"{theirs}.mlp.fc2", f"{ours}.ff.net.2"),
+        *affine(Rename, f"{theirs}.adaLN_modulation.1", f"{ours}.modulation.linear"),
+    )
 
 
 def diffusers_rules(num_layers: int) -> tuple[Rule, ...]:
@@ -110,7 +136,7 @@ def read_checkpoint(path: str | Path, weights: str = "ema") -> dict[str, Tensor]
         weights: which weights of a trainer's checkpoint {model, ema, opt, args} to take: "ema" or "model".
 
     Returns:
-        Tensors by key, on the CPU.
+        Tensors by key, on the CPU, without the prefix that data parallelism leaves.
 
     Raises:
         ValueError: another suffix, no such weights in the file, or a value that is not a tensor.
@@ -130,10 +156,12 @@ def read_checkpoint(path: str | Path, weights: str = "ema") -> dict[str, Tensor]
         if weights not in content:
             raise ValueError(f"{path.name} holds {sorted(content)}, not {weights!r}; choose one of them")
         content = content[weights]
+    content = content.get("state_dict", content)  # what trainers of other projects call it
     odd = [key for key, value in content.items() if not isinstance(value, Tensor)]
     if odd:
         raise ValueError(f"{path.name} is not a state dict: {odd[0]!r} is no tensor; expected names and tensors")
-    return dict(content)
+    prefix = "module." if content and all(key.startswith("module.") for key in content) else ""
+    return {key.removeprefix(prefix): value for key, value in content.items()}
 
 
 def infer_config(state: Mapping[str, Tensor], num_attention_heads: int | None = None) -> dict[str, Any]:

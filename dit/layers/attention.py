@@ -123,3 +123,71 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
     ) -> Tensor:
         """Attend; `SelfAttnProcessor` lists the shapes."""
         return self.processor(self, hidden_states, attention_mask, image_rotary_emb)
+
+
+class CrossAttnProcessor(AttnProcessor):
+    """Project, attend to another sequence, project back. Replaceable through `set_attn_processor`."""
+
+    def __call__(
+        self,
+        attn: "CrossAttention",
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend to another sequence.
+
+        Args:
+            attn: the layer that owns the projections.
+            hidden_states: (B, N, D).
+            encoder_hidden_states: (B, M, D).
+            attention_mask: bool, (B, M), True for tokens that may be attended to; `never_empty` keeps it well defined.
+
+        Returns:
+            (B, N, D).
+        """
+        query = split_heads(attn.to_q(hidden_states), attn.heads)  # (B, N, K, E)
+        key = split_heads(attn.to_k(encoder_hidden_states), attn.heads)  # (B, M, K, E)
+        value = split_heads(attn.to_v(encoder_hidden_states), attn.heads)  # (B, M, K, E)
+        return self.project_back(attn, self.attend(query, key, value, attention_mask))  # (B, N, D)
+
+
+class CrossAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention to another sequence of the same width.
+
+    Args:
+        hidden_size: model width D.
+        num_heads: heads K; D must be a multiple.
+        bias: whether the projections of query, key and value have a bias.
+    """
+
+    processor: Any  # diffusers lists only its own
+    _default_processor_cls: Any = CrossAttnProcessor
+    _available_processors = [CrossAttnProcessor]
+    _supports_qkv_fusion = False
+    is_cross_attention = True
+
+    def __init__(self, hidden_size: int, num_heads: int, *, bias: bool = True) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"a width of {hidden_size} can't be split into {num_heads} heads; use a divisor of it")
+        self.heads = num_heads
+        self.to_q = Linear(hidden_size, hidden_size, bias=bias)
+        self.to_k = Linear(hidden_size, hidden_size, bias=bias)
+        self.to_v = Linear(hidden_size, hidden_size, bias=bias)
+        self.to_out = nn.ModuleList([Linear(hidden_size, hidden_size), nn.Identity()])
+        self.set_processor(self._default_processor_cls())
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend; `CrossAttnProcessor` lists the shapes."""
+        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask)
+
+
+def never_empty(mask: Tensor | None) -> Tensor | None:
+    """Make a mask of keys (B, M) bool; a sample without a key sees all of them: a softmax over none is undefined."""
+    if mask is None:
+        return None
+    mask = mask.bool()
+    return mask | ~mask.any(dim=1, keepdim=True)  # (B, M)

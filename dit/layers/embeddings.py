@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit.layers.linear import Linear
@@ -49,6 +50,47 @@ class TimestepEmbedding(nn.Module):
         """Embed `timestep` (B,) as (B, D) in `dtype`."""
         sinusoidal = sinusoidal_embedding(timestep, self.frequency_size).to(dtype)  # (B, F)
         return self.linear_2(self.act(self.linear_1(sinusoidal)))  # (B, D)
+
+
+class LabelEmbedding(nn.Module):
+    """A table of class vectors; its last row stands for 'no class' where labels are dropped in training.
+
+    Args:
+        num_classes: labels 0 ... num_classes - 1.
+        hidden_size: model width D.
+        dropout_prob: fraction of labels replaced by 'no class' in training mode; 0 leaves the extra row out.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+        self.table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Map labels (B,) to vectors (B, D)."""
+        if self.training and self.dropout_prob > 0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob  # (B,)
+            labels = labels.masked_fill(dropped, self.num_classes)  # (B,)
+        return self.table(labels)  # (B, D)
+
+
+class TextProjection(nn.Module):
+    """Two linear layers from a text encoder's width to the model's (PixArt-alpha, arXiv 2310.00426).
+
+    Args:
+        text_dim: width Dt of the text states.
+        hidden_size: model width D.
+    """
+
+    def __init__(self, text_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(text_dim, hidden_size)
+        self.linear_2 = Linear(hidden_size, hidden_size)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Map (B, L, Dt) to (B, L, D)."""
+        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))  # (B, L, D)
 
 
 def patchify(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:

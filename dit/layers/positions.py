@@ -1,4 +1,4 @@
-"""Token positions: fixed 2-D sinusoidal tables, rotary embeddings over n axes, Fourier features."""
+"""Token positions: fixed sinusoidal tables over 1 to 3 axes, rotary embeddings over n axes, Fourier features."""
 
 import math
 from collections.abc import Sequence
@@ -24,22 +24,44 @@ def sincos_1d(positions: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)  # (N, dim)
 
 
-def sincos_2d(height: int, width: int, dim: int) -> Tensor:
+def sincos_2d(height: int, width: int, dim: int, scale: float = 1.0) -> Tensor:
     """Return the fixed position table of DiT (arXiv 2212.09748): half the width for the column, half for the row.
 
     Args:
         height: token rows.
         width: token columns.
         dim: width of the table, a multiple of 4.
+        scale: tokens a unit of position; larger for grids that are finer than those trained on.
 
     Returns:
         (height * width, dim), float32, in row-major order.
     """
     if dim % 4:
         raise ValueError(f"the position table's width must be a multiple of 4, got {dim}")
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    table = torch.cat([sincos_1d(columns.flatten(), dim // 2), sincos_1d(rows.flatten(), dim // 2)], dim=1)
-    return table.float()  # (H W, dim)
+    # along each axis alone: a large grid has many more tokens than rows and columns
+    columns = sincos_1d(torch.arange(width) / scale, dim // 2).expand(height, -1, -1)  # (H, W, dim/2)
+    rows = sincos_1d(torch.arange(height) / scale, dim // 2)[:, None].expand(-1, width, -1)  # (H, W, dim/2)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()  # (H W, dim)
+
+
+def sincos_3d(frames: int, height: int, width: int, dim: int, scale: float = 1.0) -> Tensor:
+    """Return a fixed position table over (frame, row, column), a quarter of the width for the frame.
+
+    Args:
+        frames: frames T.
+        height: token rows.
+        width: token columns.
+        dim: width of the table, a multiple of 16.
+        scale: tokens a unit of position in rows and columns.
+
+    Returns:
+        (frames * height * width, dim), float32, in row-major order.
+    """
+    if dim % 16:
+        raise ValueError(f"the position table's width must be a multiple of 16, got {dim}")
+    space = sincos_2d(height, width, dim - dim // 4, scale).expand(frames, -1, -1)  # (T, H W, 3 dim/4)
+    time = sincos_1d(torch.arange(frames), dim // 4).float()[:, None].expand(-1, height * width, -1)  # (T, H W, dim/4)
+    return torch.cat([time, space], dim=-1).flatten(0, 1)  # (T H W, dim)
 
 
 def grid_positions(grid: Sequence[int], device: torch.device | None = None) -> Tensor:

@@ -19,10 +19,10 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from dit.layers.attention import SelfAttention
-from dit.layers.embeddings import TimestepEmbedding, unpatchify
+from dit.layers.embeddings import LabelEmbedding, TimestepEmbedding, unpatchify
 from dit.layers.feed_forward import FeedForward
 from dit.layers.linear import Linear
-from dit.layers.modulation import modulate
+from dit.layers.modulation import AdaLNZero, modulate
 from dit.layers.positions import sincos_2d
 from dit.runtime._typing import Typed
 from dit.runtime.diffusers_compat import registered_block, with_halved_input
@@ -47,50 +47,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     for patch_size in (2, 4, 8)
 }
 """Configurations by their published names, for example "DiT-XL/2" and "SiT-B/4"."""
-
-
-class AdaLNZero(nn.Module):
-    """A block's own projection of the condition to `count` vectors.
-
-    It is zero at first, so that a block starts as the identity.
-
-    Args:
-        hidden_size: model width D.
-        count: how many vectors of width D.
-    """
-
-    def __init__(self, hidden_size: int, count: int) -> None:
-        super().__init__()
-        self.count = count
-        self.act = nn.SiLU()
-        self.linear = Linear(hidden_size, count * hidden_size)
-
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """Map the condition (B, D) to `count` vectors, each (B, 1, D)."""
-        return self.linear(self.act(condition))[:, None].chunk(self.count, dim=-1)  # count x (B, 1, D)
-
-
-class LabelEmbedding(nn.Module):
-    """A table of class vectors; its last row stands for 'no class' where labels are dropped in training.
-
-    Args:
-        num_classes: labels 0 ... num_classes - 1.
-        hidden_size: model width D.
-        dropout_prob: fraction of labels replaced by 'no class' in training mode; 0 leaves the extra row out.
-    """
-
-    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.dropout_prob = dropout_prob
-        self.table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """Map labels (B,) to vectors (B, D)."""
-        if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob  # (B,)
-            labels = labels.masked_fill(dropped, self.num_classes)  # (B,)
-        return self.table(labels)  # (B, D)
 
 
 @registered_block

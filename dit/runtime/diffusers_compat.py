@@ -196,14 +196,15 @@ def _restore_attributes(things: Iterable[Any], names: Iterable[str]) -> Generato
 Block = TypeVar("Block", bound=type[nn.Module])
 
 
-def registered_block(block: Block) -> Block:
+def registered_block(block: Block, text_index: int | None = None) -> Block:
     """Register a block class with diffusers, so that its FirstBlockCache and MagCache work on networks of such blocks.
 
     A class decorator. diffusers' own `register` would import all of its transformers first; they are registered at the
     first look-up as always.
 
     Args:
-        block: its forward takes `hidden_states` and returns them, and nothing else.
+        block: its forward takes `hidden_states` and returns them: alone, or first in a tuple.
+        text_index: where in the tuple the text's stream `encoder_hidden_states` is, for blocks that change it too.
 
     Returns:
         The class itself.
@@ -211,7 +212,9 @@ def registered_block(block: Block) -> Block:
     Raises:
         DiffusersChangedError: diffusers moved its registry.
     """
-    metadata = _private("diffusers.hooks._helpers", "TransformerBlockMetadata")(return_hidden_states_index=0)
+    metadata = _private("diffusers.hooks._helpers", "TransformerBlockMetadata")(
+        return_hidden_states_index=0, return_encoder_hidden_states_index=text_index
+    )
     metadata._cls = block  # as `register` does
     _private("diffusers.hooks._helpers", "TransformerBlockRegistry._registry")[block] = metadata
     return block

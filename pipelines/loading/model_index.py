@@ -11,7 +11,10 @@ COMPONENT_MODULES = frozenset(
     {
         "dit.models.compact_upscaler",
         "dit.models.dit",
+        "dit.models.mvdit",
         "dit.models.next_scale",
+        "dit.models.pt_dit",
+        "dit.models.space_time_dit",
         "dit.models.text_dit",
         "dit.tokenizers.causal_video",
         "dit.tokenizers.multi_scale_bsq",

@@ -28,6 +28,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "coordinate_frequencies": (0, 1024),
     "text_position_frequencies": (0, 1024),
     "num_classes": (1, 10**7),
+    "default_label": (0, 10**7),
     "vocab_size": (1, 10**7),
     "sample_size": (1, 8192),
     "patch_size": (1, 256),
@@ -42,6 +43,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "rope_theta": (1, 1e9),
     "norm_eps": (0, 0.1),
     "time_scale": (1e-6, 1e6),
+    "space_scale": (1e-6, 1e6),
+    "text_dropout_prob": (0, 1),
 }
 """Accepted values of the settings of our networks; other whole numbers are from 1 to `LARGEST`."""
 

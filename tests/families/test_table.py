@@ -13,6 +13,7 @@ import pipelines.class_to_image
 import pipelines.text_to_image
 from dit.runtime.families import FAMILIES, Family, family, family_of, is_attention
 from dit.runtime.state import named_layers
+from tests.families.bare import BARE_NAMES, bare_inputs
 from tests.families.networks import tiny_transformer
 from tests.families.record import recorded
 
@@ -32,7 +33,8 @@ def test_the_table_is_complete() -> None:
     wanted = (
         "flux flux2 sd3 pixart dit sana lumina2 qwen_image z_image hunyuan_dit wan hunyuan_video cogvideox mochi ltx"
     )
-    assert {*wanted.split(), "latte", "text_dit", "class_dit"} == {row.name for row in FAMILIES}
+    own = ("text_dit", "class_dit", *BARE_NAMES)
+    assert {*wanted.split(), "latte", *own} == {row.name for row in FAMILIES}
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
@@ -58,7 +60,7 @@ class TestRow:
             for name in ("ClassToImagePipeline", "TextToImagePipeline")
             if hasattr(module, name)
         }
-        assert row.pipelines
+        assert bool(row.pipelines) != (row.name in BARE_NAMES)
         for listed in row.pipelines:
             cls = ours[listed.name] if row.package != "diffusers" else getattr(diffusers, listed.name)
             annotation = str(cls.__init__.__annotations__["transformer"])
@@ -146,13 +148,18 @@ def _cases() -> list[tuple[Family, dict, dict]]:
     picture = {"image_dim": 16, "added_kv_proj_dim": 24}
     states = {"encoder_hidden_states": torch.randn(1, 512, 16), "encoder_hidden_states_image": torch.randn(1, 7, 16)}
     cases = [(row, UNGROUPED.get(row.name, {}), {}) for row in FAMILIES]
-    return [*cases, (family("wan"), picture, states)]
+    return [
+        *cases,
+        (family("wan"), picture, states),
+        (family("space_time_dit"), {"arrangement": "temporal_first"}, {}),
+    ]
 
 
 @pytest.mark.parametrize(("row", "overrides", "changed"), [pytest.param(*case, id=case[0].name) for case in _cases()])
 def test_folding_leaves_the_result(row: Family, overrides: dict, changed: dict) -> None:
     """Each group is exact, and scaling only its consumers is not."""
-    inputs = _double({**recorded(row.name)[1][0].inputs, **changed})
+    called = bare_inputs(row.name) if row.name in BARE_NAMES else recorded(row.name)[1][0].inputs
+    inputs = _double({**called, **changed})
     model = tiny_transformer(row, **overrides).double()
     modules = modules_of(model)
     with torch.no_grad():

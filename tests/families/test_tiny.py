@@ -9,6 +9,7 @@ import torch
 
 from dit.runtime.families import FAMILIES
 from dit.runtime.timing import count_flops
+from tests.families.bare import BARE_NAMES
 from tests.families.tiny import BUILDERS, CALLS, TINY_NAMES, VARIANTS, tiny_call, tiny_pipeline
 
 ALL = (*TINY_NAMES, *VARIANTS)
@@ -20,7 +21,7 @@ def paint(pipe: Any, name: str) -> torch.Tensor:
 
 
 def test_every_row_has_a_pipeline_and_a_call() -> None:
-    assert tuple(row.name for row in FAMILIES) == TINY_NAMES
+    assert tuple(row.name for row in FAMILIES) == (*TINY_NAMES, *BARE_NAMES)
     assert set(ALL) == set(BUILDERS) == set(CALLS)
 
 

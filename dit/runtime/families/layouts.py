@@ -1,6 +1,8 @@
 """Token layouts of each kind of transformer: functions of (bare model, named inputs)."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +36,14 @@ def patched(
         return TokenLayout(grid, text_length(inputs), text)
 
     return layout
+
+
+def windowed(model: nn.Module, inputs: Inputs) -> TokenLayout:
+    """Read latents (B, C, H, W) or (B, C, T, H, W) of a network that attends within windows and to their averages."""
+    layout = patched("separate")(model, inputs)
+    window, proxies = model.config.window_size, model.config.proxies_per_window
+    count = math.prod(-(-size // side) for size, side in zip(layout.grid, window, strict=True))  # incomplete ones too
+    return replace(layout, window=math.prod(window), proxies=count * math.prod(proxies))
 
 
 def patch_of(config: Any, size: str = "patch_size", size_t: str | None = None) -> Patch:

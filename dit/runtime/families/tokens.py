@@ -7,8 +7,9 @@ Kind = Literal["self", "joint", "cross", "text", "unknown"]
 """Who looks at whom: image among itself, image and text among each other, image at text, text among itself;
 "unknown" only where the network is not in the table and its structure doesn't tell."""
 
-Axes = Literal["thw", "hw", "t"]
-"""Which axes of the grid one sequence runs over; the others are folded into the batch."""
+Axes = Literal["thw", "hw", "t", "window", "proxies", "thw_to_proxies"]
+"""Which axes of the grid one sequence runs over; the others are folded into the batch. "window": the tokens of one
+window of the grid; "proxies": averages of such windows; "thw_to_proxies": queries are all tokens, keys the averages."""
 
 TextPosition = Literal["before", "after", "separate", "none", "unknown"]
 """Where text tokens stand in a joint sequence; "separate": they are only keys of cross-attention."""
@@ -27,6 +28,8 @@ class TokenLayout:
         extra: tokens right behind the grid that are not of the generated image: a reference image, or padding.
         text_lengths: text tokens of each sample in the batch, where the network drops the padding sample by sample.
         padded_text_length: text tokens that the refiners of the text still see, where the joint sequence has fewer.
+        window: tokens of a window, padding included, in networks that attend within windows; else 0.
+        proxies: averages of windows that stand for all tokens, in networks that have them; else 0.
     """
 
     grid: tuple[int, int, int]
@@ -35,6 +38,8 @@ class TokenLayout:
     extra: int = 0
     text_lengths: tuple[int, ...] = ()
     padded_text_length: int | None = None
+    window: int = 0
+    proxies: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -85,10 +90,12 @@ class TokenLayout:
         """
         frames, rows, columns = self.grid
         text = self.text_length if sample is None else self._text_of(sample)
-        image_tokens = {"thw": self.num_tokens + self.extra, "hw": rows * columns, "t": frames}[axes]
+        whole = self.num_tokens + self.extra
+        sizes = {"thw": whole, "hw": rows * columns, "t": frames, "window": self.window, "proxies": self.proxies}
+        image_tokens = whole if axes == "thw_to_proxies" else sizes[axes]
         match kind:
             case "self":
-                return image_tokens, image_tokens
+                return image_tokens, self.proxies if axes == "thw_to_proxies" else image_tokens
             case "joint":
                 length = image_tokens + (text if self.in_sequence else 0)
                 return length, length

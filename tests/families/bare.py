@@ -1,0 +1,26 @@
+"""Calls of networks of ours that no pipeline runs yet."""
+
+from typing import Any
+
+import torch
+
+from dit.runtime.families import FAMILIES
+
+BARE_NAMES = tuple(row.name for row in FAMILIES if not row.pipelines)
+"""Rows without a pipeline."""
+
+
+def bare_inputs(name: str) -> dict[str, Any]:
+    """Return named inputs of a call of `tiny_transformer(name)`: a batch of two, not square, with padded text.
+
+    Args:
+        name: one of `BARE_NAMES`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 3, 4, 8, generator=generator)
+    inputs = {"hidden_states": latents, "timestep": torch.tensor([10.0, 900.0])}
+    if name == "space_time_dit":
+        return {**inputs, "class_labels": torch.tensor([1, 10])}
+    text = torch.randn(2, 5, 16, generator=generator)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    return {**inputs, "encoder_hidden_states": text, "encoder_attention_mask": mask}
