@@ -44,7 +44,7 @@ class VideoCompletionPipeline(TextToVideoPipeline):
 
     @takes_call_defaults
     @torch.no_grad()
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # takes a clip in the place of two images
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,

@@ -352,8 +352,9 @@ _WRITABLE = ("generate", "predict", "backward", "interpolate", "keyframes", "box
 def _number(tree: ast.expr, text: str) -> int | float:
     """Return a number of the text, which may be negative."""
     sign, tree = (-1, tree.operand) if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub) else (1, tree)
-    if isinstance(tree, ast.Constant) and type(tree.value) in (int, float):
-        return sign * tree.value
+    value = tree.value if isinstance(tree, ast.Constant) else None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return sign * value
     raise ValueError(f"arguments of the mask {text!r:.80} must be numbers: {GRAMMAR}")
 
 
