@@ -79,13 +79,13 @@ class Windows:
         """
         if not self.is_padded and not any(self.shift):
             return None
-        unshifted = Windows(self.grid, self.window)
+        frames, rows, columns = (count * side for count, side in zip(self.counts, self.window, strict=True))
+        padded = Windows((frames, rows, columns), self.window)
         labels = self.split(self._real(device))  # (G, n)
-        sides = [count * side for count, side in zip(self.counts, self.window, strict=True)]
-        for axis, (side, by) in enumerate(zip(sides, self.shift, strict=True)):
-            wrapped = (torch.arange(side, device=device) >= side - by).view([-1 if a == axis else 1 for a in range(3)])
-            padded = Windows((sides[0], sides[1], sides[2]), unshifted.window)
-            labels = labels + padded.split(wrapped.expand(sides).reshape(1, -1).long()) * 2 ** (axis + 1)  # (G, n)
+        for axis, (size, by) in enumerate(zip(padded.grid, self.shift, strict=True)):
+            wrapped = torch.arange(size, device=device) >= size - by  # what the roll brought to the end
+            wrapped = wrapped.view([-1 if a == axis else 1 for a in range(3)]).expand(padded.grid)  # (T', H', W')
+            labels = labels + padded.split(wrapped.reshape(1, -1).long()) * 2 ** (axis + 1)  # (G, n)
         return labels[:, :, None] == labels[:, None, :]  # (G, n, n)
 
     def pool(self, tokens: Tensor, groups: Sizes) -> tuple[Tensor, Tensor | None]:

@@ -35,6 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 2,
         "attention_head_dim": 8,
         "num_classes": 10,
+        "text_dim": 5 * 16,
     },
     "pt_dit": {
         "sample_size": 8,
