@@ -41,7 +41,8 @@ def patched(
 def windowed(model: nn.Module, inputs: Inputs) -> TokenLayout:
     """Read latents (B, C, H, W) or (B, C, T, H, W) of a network that attends within windows and to their averages."""
     layout = patched("separate")(model, inputs)
-    window, proxies = model.config.window_size, model.config.proxies_per_window
+    config: Any = model.config
+    window, proxies = config.window_size, config.proxies_per_window
     count = math.prod(-(-size // side) for size, side in zip(layout.grid, window, strict=True))  # incomplete ones too
     return replace(layout, window=math.prod(window), proxies=count * math.prod(proxies))
 
