@@ -499,8 +499,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (ValueError, OSError, a missing extra, too little memory) with 1; any other error is a defect and keeps its
             trace.
     """
+    from apps.allocator import keep_freed_memory
     from apps.service.usage import UsageError
 
+    keep_freed_memory()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
