@@ -44,9 +44,12 @@ def has_call_defaults(pipe: Any) -> bool:
 def call_defaults(pipe: Any) -> Mapping[str, Any]:
     """Return the arguments that calls of a pipeline take where the caller names none: the model's own, then added ones.
 
-    A pipeline keeps the settings that suit its model in its configuration, as `defaults`.
+    A pipeline keeps the settings that suit its model in its configuration, as `defaults`; its class may name some that
+    its calls don't take, as `defaults_left_out`.
     """
-    return {**(pipe.config.get("defaults") or {}), **vars(pipe).get(_ATTRIBUTE, {})}
+    left_out = getattr(type(pipe), "defaults_left_out", ())
+    own = {name: value for name, value in (pipe.config.get("defaults") or {}).items() if name not in left_out}
+    return {**own, **vars(pipe).get(_ATTRIBUTE, {})}
 
 
 @contextmanager

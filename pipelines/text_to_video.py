@@ -1,108 +1,36 @@
-"""Text to video by flow matching, with the call of diffusers' pipelines; long clips come in windows, as a stream.
-
-A clip longer than the model was trained on is generated window by window. The last frames of a window are encoded
-anew as the known beginning of the next one, so that every window looks to the model like a clip of its own, memory
-doesn't grow with the length, and finished frames can be shown while later ones are made.
-"""
+"""Text to video by flow matching, with the call of diffusers' pipelines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from diffusers.utils import BaseOutput
-from PIL import Image
 from torch import Tensor
 
-from pipelines.base import OUTPUT_TYPES
-from pipelines.call_defaults import call_defaults, takes_call_defaults
-from pipelines.flow_text import DEFAULT_GUIDANCE, DEFAULT_STEPS, FlowTextPipeline
-from pipelines.info.record import PipelineInfo
-from pipelines.inputs.checks import check_choice, check_count, check_generators, check_number, check_sigmas
-from pipelines.inputs.known_clip import KnownClip, known_latents, read_known_clip
-from pipelines.inputs.pixels import ImageInput, read_pixels
+from pipelines.call_defaults import takes_call_defaults
+from pipelines.flow_text import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from pipelines.flow_video import (
+    CALL_ARGUMENTS,
+    DEFAULT_FRAME_RATE,
+    DEFAULT_FRAMES,
+    DEFAULT_OVERLAP,
+    DEFAULT_WINDOW,
+    Callback,
+    FlowVideoPipeline,
+    Frames,
+    VideoCall,
+    VideoPipelineOutput,
+)
+from pipelines.inputs.known_clip import KnownClip
+from pipelines.inputs.pixels import ImageInput
 from pipelines.inputs.video_mask import VideoMask
-from pipelines.inputs.windows import PromptSchedule, Window, plan_windows, read_schedule, reuse_noise
-from sampling.timesteps import set_timesteps
-
-DEFAULT_FRAMES, DEFAULT_FRAME_RATE = 16, 8.0
-DEFAULT_WINDOW, DEFAULT_OVERLAP = 21, 5
-MAX_FRAMES = 4096
-
-Frames = list[list[Image.Image]] | np.ndarray | Tensor
-Callback = Callable[..., dict[str, Tensor] | None]
 
 
-@dataclass
-class VideoPipelineOutput(BaseOutput):
-    """What a call gives.
-
-    Attributes:
-        frames: B clips: lists of PIL images, an array (B, T, H, W, 3) or a tensor (B, T, 3, H, W) in [0, 1], or latents
-            (B, C, T', h, w).
-    """
-
-    frames: Frames
-
-
-@dataclass(frozen=True, slots=True)
-class VideoChunk:
-    """Frames that are finished.
-
-    Attributes:
-        start: index of the first one.
-        frames: of B clips, (B, T, 3, H, W) in [0, 1], float32, on the CPU.
-        latents: of the window that made them, (B, C, T', h, w).
-    """
-
-    start: int
-    frames: Tensor
-    latents: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoCall:
-    """The arguments of a call; see `TextToVideoPipeline.__call__`."""
-
-    prompt: str | list[str] | None = None
-    negative_prompt: str | list[str] | None = None
-    image: ImageInput | None = None
-    last_image: ImageInput | None = None
-    height: int | None = None
-    width: int | None = None
-    num_frames: int = DEFAULT_FRAMES
-    frame_rate: float = DEFAULT_FRAME_RATE
-    num_inference_steps: int = DEFAULT_STEPS
-    sigmas: Sequence[float] | None = None
-    guidance_scale: float = DEFAULT_GUIDANCE
-    num_videos_per_prompt: int = 1
-    generator: torch.Generator | list[torch.Generator] | None = None
-    latents: Tensor | None = None
-    prompt_embeds: Tensor | None = None
-    prompt_attention_mask: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
-    negative_prompt_attention_mask: Tensor | None = None
-    prompt_schedule: Sequence[tuple[int, str]] | None = None
-    window_frames: int = DEFAULT_WINDOW
-    window_overlap: int = DEFAULT_OVERLAP
-    attention_kwargs: dict[str, Any] | None = None
-    callback_on_step_end: Callback | None = None
-    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
-    max_sequence_length: int | None = None
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] | None = None
-    video: Any = None
-    mask: VideoMask | None = None
-
-
-class TextToVideoPipeline(FlowTextPipeline):
+class TextToVideoPipeline(FlowVideoPipeline):
     """Generate clips from text, and from their first and last image, with a flow-matching transformer.
 
-    Args: see `FlowTextPipeline`; `defaults` may also name `num_frames`, `frame_rate`, `window_frames` and
-        `window_overlap`.
+    Args: see `FlowVideoPipeline`.
 
     Example:
         >>> from pipelines import load_pipeline
@@ -112,52 +40,7 @@ class TextToVideoPipeline(FlowTextPipeline):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("text_to_image", "image_to_image")
-    call_arguments: ClassVar[Mapping[str, str]] = {
-        "prompt": "prompt",
-        "negative_prompt": "negative_prompt",
-        "height": "height",
-        "width": "width",
-        "frames": "num_frames",
-        "steps": "num_inference_steps",
-        "guidance": "guidance_scale",
-        "image": "image",
-        "batch_size": "num_videos_per_prompt",
-        "seed": "generator",
-    }
-    default_names: ClassVar[tuple[str, ...]] = (
-        *FlowTextPipeline.default_names,
-        "num_frames",
-        "frame_rate",
-        "window_frames",
-        "window_overlap",
-    )
-    _callback_tensor_inputs: ClassVar[list[str]] = [
-        "latents",
-        "denoised_latents",
-        "prompt_embeds",
-        "negative_prompt_embeds",
-    ]
-    _num_windows: int = 1
-
-    def info(self) -> PipelineInfo:
-        """Return what this pipeline is and can do."""
-        rows, columns = self._default_cells()
-        own: dict[str, Any] = {"num_inference_steps": DEFAULT_STEPS, "guidance_scale": DEFAULT_GUIDANCE}
-        own |= {"num_frames": DEFAULT_FRAMES, "frame_rate": DEFAULT_FRAME_RATE, **self.config["defaults"]}
-        return self._declare(
-            height=rows * self.vae_scale_factor,
-            width=columns * self.vae_scale_factor,
-            multiple=self.pixels_per_token,
-            defaults=own,
-            steps=int(own["num_inference_steps"]),
-            guidance=float(own["guidance_scale"]),
-            frames=int(own["num_frames"]),
-            fps=float(own["frame_rate"]),
-            output="frames",
-            has_scheduler=self.scheduler is not None,
-            can_load_lora=True,
-            knows_words=True,
-        )
+    call_arguments: ClassVar[Mapping[str, str]] = {**CALL_ARGUMENTS, "image": "image"}
 
     @takes_call_defaults
     @torch.no_grad()
@@ -235,221 +118,10 @@ class TextToVideoPipeline(FlowTextPipeline):
             TypeError: an argument has a wrong type.
             ValueError: an argument is out of range; the message says what is accepted.
         """
-        given = {name: value for name, value in locals().items() if name in VideoCall.__dataclass_fields__}
-        return self._collect(VideoCall(**given), output_type, return_dict)
-
-    def stream(self, prompt: str | list[str] | None = None, **options: Any) -> Generator[VideoChunk]:
-        """Generate a clip and yield its frames as they are finished, window by window.
-
-        Args:
-            prompt: what to generate.
-            **options: see `__call__`; not `output_type`, `return_dict`.
-
-        Yields:
-            The frames in order, each once.
-        """
-        unknown = sorted(set(options) - set(VideoCall.__dataclass_fields__))
-        if unknown:
-            raise TypeError(
-                f"stream() takes no {', '.join(unknown)}; it takes what a call takes but the output's form."
-            )
-        yield from self._chunks(VideoCall(prompt=prompt, **{**call_defaults(self), **options}))
-
-    # -------------------------------------------------------------------- windows
-
-    def _collect(self, call: VideoCall, output_type: str, return_dict: bool) -> VideoPipelineOutput | tuple[Frames]:
-        """Run a call to its end and bring its frames into the wanted form."""
-        check_choice("output_type", output_type, OUTPUT_TYPES)
-        if output_type == "latent" and call.num_frames > call.window_frames:
-            raise ValueError(
-                f'output_type="latent" with num_frames={call.num_frames}: only a clip of one window has latents; pass '
-                f"at most window_frames={call.window_frames} frames."
-            )
-        chunks = list(self._chunks(call))
-        if self._interrupted or not chunks:
-            frames: Any = []
-        elif output_type == "latent":
-            frames = chunks[0].latents
-        else:
-            clips = torch.cat([chunk.frames for chunk in chunks], dim=1)  # (B, T, 3, H, W)
-            frames = clips if output_type == "pt" else clips.permute(0, 1, 3, 4, 2).numpy()
-            if output_type == "pil":
-                frames = [self.image_processor.numpy_to_pil(clip) for clip in frames]
-        return VideoPipelineOutput(frames=frames) if return_dict else (frames,)
-
-    @torch.no_grad()
-    def _chunks(self, call: VideoCall) -> Generator[VideoChunk]:
-        """Generate the windows of a clip, one after the other."""
-        self._begin(call)
-        height, width = self._resolve_size(call.height, call.width)
-        windows = plan_windows(call.num_frames, call.window_frames, call.window_overlap)
-        schedule = None
-        if call.prompt_schedule is not None:
-            schedule = read_schedule(call.prompt_schedule, call.num_frames)
-        known = self._known_clip(call, height, width)  # (1, 3, T, H, W)
-        self._num_windows = len(windows)
-        noise = last = None
-        for window in windows:
-            text = self._encode_text(call, schedule, window)
-            noise = self._noise(call, len(text["prompt_embeds"]), windows[0], height, width) if noise is None else noise
-            part = _spread(known.part(window.start, window.stop), len(noise))
-            part = part if last is None else part.with_beginning(last[:, :, -window.known :])
-            latents = self._run_window(call, window, text, noise, part, height, width)  # (B, C, T', h, w)
-            if latents is None:
-                break
-            pixels = part.composite(self.decode_latents(latents)[:, :, : window.length])  # (B, 3, T, H, W)
-            last = pixels[:, :, -call.window_overlap :].clone()
-            frames = (pixels[:, :, window.known :] / 2 + 0.5).clamp(0, 1).transpose(1, 2).cpu()  # (B, T, 3, H, W)
-            yield VideoChunk(window.start + window.known, frames, latents)
-            if self._finish_now:
-                break
-        self.maybe_free_model_hooks()
-
-    def _begin(self, call: VideoCall) -> None:
-        """Check a call, and remember what the loop asks for."""
-        self._interrupt = self._interrupted = self._finish_now = False
-        self.check_callback_inputs(call.callback_on_step_end_tensor_inputs)
-        self.check_parts("transformer", "vae")
-        check_count("num_inference_steps", call.num_inference_steps, 1, 1000)
-        check_count("num_videos_per_prompt", call.num_videos_per_prompt, 1, 1024)
-        check_count("num_frames", call.num_frames, 1, MAX_FRAMES)
-        check_count("window_frames", call.window_frames, 2, MAX_FRAMES)
-        check_number("frame_rate", call.frame_rate, 0.1, 240.0)
-        check_number("guidance_scale", call.guidance_scale, 0.0, 100.0)
-        check_number("guidance_rescale", call.guidance_rescale, 0.0, 1.0)
-        if call.sigmas is not None:
-            check_sigmas(call.sigmas)
-        self._guidance_scale, self._guidance_rescale = call.guidance_scale, call.guidance_rescale
-        self._guidance_interval, self._attention_kwargs = call.guidance_interval, call.attention_kwargs
-        told = self.transformer.config.get("clip_conditioning", False)
-        self._network_arguments = {"frame_rate": call.frame_rate} if told else {}
-
-    def _resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Fill in the size that the model was trained on, and check it."""
-        rows, columns = self._default_cells()
-        height = rows * self.vae_scale_factor if height is None else height
-        width = columns * self.vae_scale_factor if width is None else width
-        self.check_size(height, width, self.pixels_per_token)
-        return height, width
-
-    def _encode_text(self, call: VideoCall, schedule: PromptSchedule | None, window: Window) -> dict[str, Any]:
-        """Return the text of a window: states (B, L, Dt) of both sides, and their mask (B, L) or (2B, L)."""
-        prompt = call.prompt
-        if schedule is not None:
-            if prompt is not None or call.prompt_embeds is not None:
-                raise ValueError("Pass either prompt or prompt_schedule, got both.")
-            prompt = schedule.at(window)
-        embeds, mask, negative, negative_mask = self.encode_prompt(
-            prompt,
-            call.negative_prompt,
-            self.do_classifier_free_guidance,
-            call.num_videos_per_prompt,
-            self._execution_device,
-            call.prompt_embeds,
-            call.prompt_attention_mask,
-            call.negative_prompt_embeds,
-            call.negative_prompt_attention_mask,
-            call.max_sequence_length,
-        )
-        joint = mask if negative_mask is None else torch.cat([negative_mask, mask])
-        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "mask": joint}
-
-    # -------------------------------------------------------------------- latents
-
-    def latent_frames(self, num_frames: int) -> int:
-        """Return how many latent frames a clip has: one for its first frame, one for each further group."""
-        return 1 + -(-(num_frames - 1) // self.visual_tokenizer.temporal_compression_ratio)
-
-    @property
-    def _sees_known(self) -> bool:
-        """Whether the transformer was trained to complete clips: it sees one channel more, see `KnownLatents`."""
-        return self.transformer.config.in_channels == self.transformer.out_channels + 1
-
-    def _noise(self, call: VideoCall, count: int, first: Window, height: int, width: int) -> Tensor:
-        """Return the noise of the first window, (B, C, T', h, w), drawn or given and checked."""
-        check_generators(call.generator, count)
-        f = self.vae_scale_factor
-        shape = (self.transformer.out_channels, self.latent_frames(first.length), height // f, width // f)
-        noise = self.prepare_noise(shape, count, call.generator) if call.latents is None else call.latents
-        if noise.shape != (count, *shape) or not torch.isfinite(noise).all():
-            raise ValueError(
-                f"latents must be finite and of shape {(count, *shape)} (clips, channels, latent frames, height / {f}, "
-                f"width / {f}), got {tuple(noise.shape)}."
-            )
-        return noise.to(self._execution_device, torch.float32)
+        return self._collect(self._settled(locals()), output_type, return_dict)
 
     def _known_clip(self, call: VideoCall, height: int, width: int) -> KnownClip:
         """Return what the caller gives of the clip, (1, 3, T, H, W)."""
         given = {0: call.image, call.num_frames - 1: call.last_image}
         video = {frame: image for frame, image in given.items() if image is not None}
         return self._read_known(video, VideoMask.generate(), call, height, width)
-
-    def _read_known(self, video: Any, mask: VideoMask, call: VideoCall, height: int, width: int) -> KnownClip:
-        """Read a clip, or frames of it, and its mask."""
-
-        def read(frames: list[Any]) -> Tensor:
-            return read_pixels(frames, height, width, self.image_processor)  # (T, 3, H, W)
-
-        return read_known_clip(video, mask, call.num_frames, height, width, read)
-
-    def encode_clip(self, pixels: Tensor) -> Tensor:
-        """Encode pixels (B, 3, T, H, W) in [-1, 1] to normalised latents (B, C, T', h, w), float32."""
-        tokenizer, ratio = self.visual_tokenizer, self.visual_tokenizer.temporal_compression_ratio
-        missing = -(pixels.shape[2] - 1) % ratio
-        last = pixels[:, :, -1:].expand(-1, -1, missing, -1, -1)  # a last group of frames may be incomplete
-        pixels = torch.cat([pixels, last], dim=2)  # (B, 3, 1 + ratio (T' - 1), H, W)
-        latents = tokenizer.encode(pixels.to(self._execution_device, self.vae.dtype), return_dict=False)[0]
-        return tokenizer.normalize_latents(latents).float()  # (B, C, T', h, w)
-
-    def _run_window(
-        self,
-        call: VideoCall,
-        window: Window,
-        text: dict[str, Any],
-        noise: Tensor,
-        part: KnownClip,
-        height: int,
-        width: int,
-    ) -> Tensor | None:
-        """Denoise one window: (B, C, T', h, w); None if the run was interrupted."""
-        noise = reuse_noise(noise, window, self.latent_frames(window.length))  # (B, C, T', h, w)
-        ratio = self.visual_tokenizer.temporal_compression_ratio
-        known = known_latents(part, noise, ratio, self.encode_clip, self._sees_known)
-        timesteps = set_timesteps(
-            self.scheduler,
-            call.num_inference_steps,
-            num_tokens=noise.shape[2] * height * width // self.pixels_per_token**2,
-            device=noise.device,
-            sigmas=call.sigmas,
-        )
-        return self._denoise(
-            {"latents": noise, **{name: text[name] for name in ("prompt_embeds", "negative_prompt_embeds")}},
-            text["mask"],
-            timesteps,
-            call.generator,
-            _counting_on(call.callback_on_step_end, window.index * len(timesteps)),
-            call.callback_on_step_end_tensor_inputs,
-            None if part.is_empty else known.blend,
-            known.compose if self._sees_known else None,
-        )
-
-    @property
-    def num_timesteps(self) -> int:
-        """Number of steps of the running (or last) call, in all its windows."""
-        return self._num_timesteps * self._num_windows
-
-
-def _counting_on(callback: Callback | None, before: int) -> Callback | None:
-    """Have a callback count the steps of a window on from those of the windows before it."""
-    if callback is None or before == 0:
-        return callback
-
-    def counted(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        return callback(pipe, before + step, timestep, tensors)
-
-    return counted
-
-
-def _spread(clip: KnownClip, count: int) -> KnownClip:
-    """Repeat what is known for all clips of a batch."""
-    return replace(clip, pixels=clip.pixels.expand(count, -1, -1, -1, -1))

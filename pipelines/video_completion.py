@@ -10,21 +10,22 @@ from torch import Tensor
 
 from pipelines.call_defaults import takes_call_defaults
 from pipelines.flow_text import DEFAULT_GUIDANCE, DEFAULT_STEPS
-from pipelines.inputs.known_clip import KnownClip, VideoInput
-from pipelines.inputs.video_mask import VideoMask
-from pipelines.text_to_video import (
+from pipelines.flow_video import (
+    CALL_ARGUMENTS,
     DEFAULT_FRAME_RATE,
     DEFAULT_OVERLAP,
     DEFAULT_WINDOW,
     Callback,
+    FlowVideoPipeline,
     Frames,
-    TextToVideoPipeline,
     VideoCall,
     VideoPipelineOutput,
 )
+from pipelines.inputs.known_clip import KnownClip, VideoInput
+from pipelines.inputs.video_mask import VideoMask
 
 
-class VideoCompletionPipeline(TextToVideoPipeline):
+class VideoCompletionPipeline(FlowVideoPipeline):
     """Predict, interpolate, animate, inpaint and extend clips; what is known comes out bit by bit as it was.
 
     A transformer that was trained for it sees the known part without noise, and where it is; any other one is steered
@@ -37,14 +38,13 @@ class VideoCompletionPipeline(TextToVideoPipeline):
         >>> between = pipe("a fox", video={0: first, -1: last}, num_frames=16).frames[0]
     """
 
-    call_arguments: ClassVar[Mapping[str, str]] = {
-        name: argument for name, argument in TextToVideoPipeline.call_arguments.items() if name != "image"
-    }
+    call_arguments: ClassVar[Mapping[str, str]] = CALL_ARGUMENTS
     tasks: ClassVar[tuple[str, ...]] = ("text_to_image",)
+    defaults_left_out: ClassVar[tuple[str, ...]] = ("num_frames",)  # a clip that is given has its own length
 
     @takes_call_defaults
     @torch.no_grad()
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # takes a clip in the place of two images
+    def __call__(
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -118,15 +118,19 @@ class VideoCompletionPipeline(TextToVideoPipeline):
             TypeError: an argument has a wrong type.
             ValueError: an argument is out of range, or there is no frame to complete.
         """
+        return self._collect(self._settled(locals()), output_type, return_dict)
+
+    def _settled(self, arguments: Mapping[str, Any]) -> VideoCall:
+        """Return the call that arguments ask for, its length and its mask settled."""
+        video, num_frames = arguments.get("video"), arguments.get("num_frames")
         if video is None or len(video) == 0:
             raise ValueError("video is missing: pass the clip to complete, or single frames of it by index.")
         if num_frames is None:
             if isinstance(video, Mapping):
                 raise ValueError("num_frames is missing: single frames don't tell how long the clip is to be.")
             num_frames = len(video)
-        region = _read_mask(mask)
-        given = {name: value for name, value in locals().items() if name in VideoCall.__dataclass_fields__}
-        return self._collect(VideoCall(**{**given, "mask": region}), output_type, return_dict)
+        mask = _read_mask(arguments.get("mask"))
+        return super()._settled({**arguments, "num_frames": num_frames, "mask": mask})
 
     def _known_clip(self, call: VideoCall, height: int, width: int) -> KnownClip:
         """Return what the caller gives of the clip, (1, 3, T, H, W)."""

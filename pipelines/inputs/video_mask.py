@@ -168,7 +168,7 @@ class VideoMask:
             return f"({self.operands[0]} {self.kind} {self.operands[1]})"
         if self.kind == "~":
             return f"~{self.operands[0]}"
-        shown = "..." if self.kind == "inpaint" else ", ".join(f"{value:g}" for value in self.arguments)
+        shown = "..." if self.kind == "inpaint" else ", ".join(map(repr, self.arguments))
         return f"{self.kind}({shown})"
 
     @classmethod

@@ -225,6 +225,29 @@ def test_single_frames_by_index_and_errors():
                 pipe("a cat", **options, **STEPS)
 
 
+def test_completion_streams_and_keeps_the_length_of_the_clip():
+    """Though the model has a length of its own, which calls take that name none."""
+    pipe = VideoCompletionPipeline(
+        **tiny_video_pipeline(sees_known=True).components, defaults={"num_frames": 4, "num_inference_steps": 2}
+    )
+    pipe.set_progress_bar_config(disable=True)
+    given, call = colourful(9), {"window_frames": 6, "window_overlap": 2}
+    whole = pipe("a cat", video=given, mask="predict(2)", generator=seeded(), output_type="pt", **call).frames
+    chunks = list(pipe.stream("a cat", video=given, mask="predict(2)", generator=seeded(), **call))
+    assert whole.shape[1] == 9
+    assert torch.equal(torch.cat([chunk.frames for chunk in chunks], dim=1), whole)
+
+
+def test_a_stream_that_is_left_frees_the_hooks(pipe, monkeypatch):
+    freed = []
+    monkeypatch.setattr(type(pipe), "maybe_free_model_hooks", lambda self: freed.append(1))
+    stream = pipe.stream("a cat", num_frames=20, window_frames=8, window_overlap=3, **STEPS)
+    next(stream)
+    assert freed == []
+    stream.close()
+    assert freed == [1]
+
+
 def test_it_says_what_it_is_and_saves_and_loads(tmp_path):
     pipe = tiny_video_pipeline(sees_known=True, num_frames=12, frame_rate=6.0, num_inference_steps=3)
     info = info_of(pipe)

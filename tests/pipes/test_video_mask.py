@@ -98,6 +98,16 @@ def test_text_of_strangers_is_refused_with_the_reason(text, problem):
         VideoMask.parse(text)
 
 
+def test_large_numbers_of_strangers_stay_as_they_are():
+    assert str(VideoMask.parse("keyframes(1234567)")) == "keyframes(1234567)"
+    huge = "1" + 350 * "0"
+    with pytest.raises(ValueError, match="leaves none to generate"):
+        VideoMask.parse(f"predict({huge})").resolve(*SIZE)
+    with pytest.raises(ValueError, match="whole numbers"):
+        VideoMask.parse("predict(1e999)")
+    assert str(VideoMask.parse("box(0.1234567891, 0, 1, 1)")) == "box(0.1234567891, 0, 1, 1, 0.0, 1.0)"
+
+
 def test_a_mask_that_does_not_fit_a_clip_says_so():
     with pytest.raises(ValueError, match="leaves none to generate: at most 5"):
         VideoMask.predict(6).resolve(*SIZE)
