@@ -11,7 +11,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -162,6 +162,26 @@ def generator(seed: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, index))
 
 
+def check_drawn(names: Sequence[str], split: str, colours: Sequence[str]) -> None:
+    """Check what scenes are drawn from.
+
+    Args:
+        names: of stickers.
+        split: of the combinations.
+        colours: of backgrounds.
+
+    Raises:
+        ValueError: there are fewer than two names, or one twice; the split or a colour is unknown.
+    """
+    if len(names) < 2 or len(set(names)) < len(names):
+        different = len(set(names))
+        raise ValueError(f"the vocabulary has {len(names)} names, {different} different: give 2 or more, once each")
+    if split not in get_args(Split):
+        raise ValueError(f"split is {split!r}: give 'train', 'heldout_combination' or 'all'")
+    if not colours or not BACKGROUNDS.keys() >= set(colours):
+        raise ValueError(f"colours are {tuple(colours)}: give one or more of {', '.join(COLOURS)}")
+
+
 class SceneSampler:
     """Draws scenes.
 
@@ -187,14 +207,7 @@ class SceneSampler:
         colours: Sequence[str] = BASIC_COLOURS,
     ) -> None:
         names = sheet.names if vocabulary is None else tuple(vocabulary)
-        if len(names) < 2 or len(set(names)) < len(names):
-            different = len(set(names))
-            raise ValueError(f"the vocabulary has {len(names)} names, {different} different: give 2 or more, once each")
-        if split not in ("train", "heldout_combination", "all"):
-            raise ValueError(f"split is {split!r}: give 'train', 'heldout_combination' or 'all'")
-        unknown = [colour for colour in colours if colour not in BACKGROUNDS]
-        if unknown or not colours:
-            raise ValueError(f"colours are {tuple(colours)}: give one or more of {', '.join(COLOURS)}")
+        check_drawn(names, split, colours)
         self.sheet = sheet
         self.sprites = tuple(sheet.index(name) for name in names)
         self.backgrounds = tuple(COLOURS.index(colour) for colour in colours)

@@ -2,8 +2,9 @@
 
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,8 +15,40 @@ SIDE = 128  # pixels of a sprite
 COLUMNS = 40  # sprites in a row of the sheet
 
 
+class NamedSheet:
+    """What sheets of stickers share: each has a name of its own.
+
+    Attributes:
+        what: what the sheet holds, for messages.
+        table: file of its names.
+    """
+
+    what: ClassVar[str]
+    table: ClassVar[str]
+    names: tuple[str, ...]
+
+    @functools.cached_property
+    def _position(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index(self, name: str) -> int:
+        """Return the number of what is called `name`.
+
+        Raises:
+            KeyError: there is no such name; the message offers some that contain one of its words.
+        """
+        if name not in self._position:
+            words = [word for word in name.split() if len(word) > 2]
+            near = [other for other in self.names if any(word in other.split() for word in words)][:5]
+            raise KeyError(f"no {self.what} is called {name!r}; names near it: {near}; all are in {DATA / self.table}")
+        return self._position[name]
+
+
 @dataclass(frozen=True, eq=False)
-class SpriteSheet:
+class SpriteSheet(NamedSheet):
     """All stickers.
 
     Attributes:
@@ -25,28 +58,11 @@ class SpriteSheet:
             side is 128 px.
     """
 
+    what: ClassVar[str] = "sticker"
+    table: ClassVar[str] = "names.json"
     names: tuple[str, ...]
     keywords: tuple[tuple[str, ...], ...]
     pixels: torch.Tensor
-    _position: dict[str, int] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_position", {name: i for i, name in enumerate(self.names)})
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def index(self, name: str) -> int:
-        """Return the number of the sticker called `name`.
-
-        Raises:
-            KeyError: there is no such sticker; the message offers some that contain one of its words.
-        """
-        if name not in self._position:
-            words = [word for word in name.split() if len(word) > 2]
-            near = [other for other in self.names if any(word in other.split() for word in words)][:5]
-            raise KeyError(f"no sticker is called {name!r}; names near it: {near}; all are in {DATA / 'names.json'}")
-        return self._position[name]
 
 
 @functools.cache

@@ -2,14 +2,14 @@
 
 import functools
 import json
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from apps.stickers.sprites import DATA
+from apps.stickers.sprites import DATA, NamedSheet
 
 SIDE = 72  # pixels of a frame
 LENGTH = 16  # frames of a clip
@@ -17,7 +17,7 @@ OwnMotion = Literal["animated", "still", "slow", "fast", "backwards"]  # how a c
 
 
 @dataclass(frozen=True, eq=False)
-class ClipSheet:
+class ClipSheet(NamedSheet):
     """All moving stickers.
 
     Attributes:
@@ -32,6 +32,8 @@ class ClipSheet:
             what is visible in any of a clip's frames is centred, and its longer side is 72 px.
     """
 
+    what: ClassVar[str] = "clip"
+    table: ClassVar[str] = "clips.json"
     names: tuple[str, ...]
     also: tuple[tuple[str, ...], ...]
     nouns: tuple[str, ...]
@@ -40,25 +42,6 @@ class ClipSheet:
     motions: tuple[tuple[OwnMotion, ...], ...]
     turnable: tuple[bool, ...]
     pixels: torch.Tensor
-    _position: dict[str, int] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_position", {name: i for i, name in enumerate(self.names)})
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def index(self, name: str) -> int:
-        """Return the number of the clip called `name`.
-
-        Raises:
-            KeyError: there is no such clip; the message offers some that contain one of its words.
-        """
-        if name not in self._position:
-            words = [word for word in name.split() if len(word) > 2]
-            near = [other for other in self.names if any(word in other.split() for word in words)][:5]
-            raise KeyError(f"no clip is called {name!r}; names near it: {near}; all are in {DATA / 'clips.json'}")
-        return self._position[name]
 
 
 @functools.cache

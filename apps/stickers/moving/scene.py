@@ -16,7 +16,7 @@ import numpy as np
 
 from apps.stickers.moving.clips import ClipSheet, OwnMotion
 from apps.stickers.moving.playback import OWN_MOTIONS
-from apps.stickers.scene import BACKGROUNDS, BASIC_COLOURS, COLOURS, Split, generator, is_held_out
+from apps.stickers.scene import BASIC_COLOURS, COLOURS, Split, check_drawn, generator, is_held_out
 
 Direction = Literal["left", "right", "up", "down"]
 SceneMotion = Literal["stays", "left", "right", "up", "down", "grows", "shrinks", "clockwise", "anticlockwise"]
@@ -169,13 +169,7 @@ class ClipSceneSampler:
         colours: Sequence[str] = BASIC_COLOURS,
     ) -> None:
         names = sheet.names if names is None else tuple(names)
-        if len(names) < 2 or len(set(names)) < len(names):
-            raise ValueError(f"names are {len(names)}, {len(set(names))} different: give 2 or more, once each")
-        if split not in get_args(Split):
-            raise ValueError(f"split is {split!r}: give 'train', 'heldout_combination' or 'all'")
-        unknown = [colour for colour in colours if colour not in BACKGROUNDS]
-        if unknown or not colours:
-            raise ValueError(f"colours are {tuple(colours)}: give one or more of {', '.join(COLOURS)}")
+        check_drawn(names, split, colours)
         self.sheet = sheet
         self.clips = tuple(sheet.index(name) for name in names)
         self.backgrounds = tuple(COLOURS.index(colour) for colour in colours)
