@@ -581,7 +581,7 @@ def test_presets_set_their_controls_and_none_the_models_own(studio):
     presets = load_presets()
     assert {"draft", "fine"} <= set(presets)
     draft = studio.handlers.choose_preset("draft", "fake")
-    assert draft == {"steps": 8, "guidance": 4.0, "scheduler": "", "step_cache": "budget", "cache_amount": 0.5}
+    assert draft == {"steps": 6, "guidance": 4.0, "scheduler": "", "step_cache": "budget", "cache_amount": 0.5}
     assert studio.handlers.choose_preset("fine", "fake")["step_cache"] == ""
     assert studio.handlers.choose_preset("", "fake")["steps"] == 28
 

@@ -13,7 +13,7 @@ from apps.studio.page_values import Values
 from apps.studio.strings import Strings
 from apps.studio.tabs.base import Tab
 
-STARTS = (("steps", "4, 8, 12"), ("guidance", "1, 2, 4"), ("", ""))
+STARTS = (("steps", "4, 6, 8"), ("guidance", "1, 2, 4"), ("", ""))
 """What the axes hold at first: something that works."""
 
 
