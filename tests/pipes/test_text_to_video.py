@@ -5,8 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dit.runtime.families import family_of
 from pipelines import TextToVideoPipeline, VideoCompletionPipeline, VideoMask, info_of, load_pipeline
 from pipelines.inputs.windows import plan_windows, read_schedule, reuse_noise
+from pipelines.step_cache import attach_cache
 from tests.pipes.tiny_video import tiny_video_pipeline
 
 STEPS = {"num_inference_steps": 2}
@@ -153,6 +155,19 @@ def test_a_schedule_changes_the_clip_from_its_window_on(pipe):
     assert not torch.equal(plain[:, 13:], mixed[:, 13:])
     with pytest.raises(ValueError, match="either prompt or prompt_schedule"):
         pipe("a cat", prompt_schedule=[(0, "a dog")], **call)
+
+
+def test_a_step_cache_forecasts_in_every_window(pipe):
+    call = {"num_frames": 20, "window_frames": 8, "window_overlap": 3, "num_inference_steps": 6, "output_type": "pt"}
+    plain = pipe("a cat", generator=seeded(), **call).frames
+    with attach_cache(pipe, "taylorseer:every=2") as cache:
+        cached = pipe("a cat", generator=seeded(), **call).frames
+        found = cache.report()
+    assert 0 < found["cost"] < 1
+    assert not torch.equal(cached, plain)
+    assert (cached - plain).abs().max() < 0.2
+    assert torch.equal(pipe("a cat", generator=seeded(), **call).frames, plain)  # and leaves without a trace
+    assert family_of(pipe.transformer).branches(pipe) is family_of(pipe.transformer).branches("TextToImagePipeline")
 
 
 def test_interruption_and_finishing(pipe):

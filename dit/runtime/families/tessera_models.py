@@ -24,9 +24,15 @@ TEXT_DIT = Family(
     name="text_dit",
     transformer="TextDiT",
     package="dit.models.text_dit",
-    pipelines=(PipelineRow("TextToImagePipeline", UNCOND_FIRST),),
+    pipelines=tuple(
+        PipelineRow(name, UNCOND_FIRST)
+        for name in ("TextToImagePipeline", "TextToVideoPipeline", "VideoCompletionPipeline")
+    ),
     block_lists=(BlockList("transformer_blocks", "joint"),),
-    attention=(AttentionPattern(r"transformer_blocks\.\d+\.attn", "joint"),),
+    attention=(
+        AttentionPattern(r"transformer_blocks\.\d+\.attn", "joint"),
+        AttentionPattern(r"transformer_blocks\.\d+\.attn_time", "self", "t"),
+    ),
     layout=patched("before", size_t="patch_size_t"),
     skip=(
         "patch_embed",
@@ -34,6 +40,7 @@ TEXT_DIT = Family(
         "context_embedder",
         "pooled_embedder",
         "time_embed",
+        "clip_embed",
         "adaln_single",
         "norm_out",
         "proj_out",
