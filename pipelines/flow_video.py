@@ -22,7 +22,8 @@ from pipelines.call_defaults import call_defaults
 from pipelines.flow_text import DEFAULT_GUIDANCE, DEFAULT_STEPS, FlowTextPipeline
 from pipelines.info.record import PipelineInfo
 from pipelines.inputs.checks import check_choice, check_count, check_generators, check_number, check_sigmas
-from pipelines.inputs.known_clip import KnownClip, known_latents, read_known_clip
+from pipelines.inputs.known_clip import KnownClip, read_known_clip
+from pipelines.inputs.known_latents import known_latents
 from pipelines.inputs.pixels import ImageInput, read_pixels
 from pipelines.inputs.video_mask import VideoMask
 from pipelines.inputs.windows import PromptSchedule, Window, plan_windows, read_schedule, reuse_noise
@@ -283,8 +284,9 @@ class FlowVideoPipeline(FlowTextPipeline):
 
     @property
     def _sees_known(self) -> bool:
-        """Whether the transformer was trained to complete clips: it sees one channel more, see `KnownLatents`."""
-        return self.transformer.config.in_channels == self.transformer.out_channels + 1
+        """Whether the transformer was trained to complete clips; see `pipelines.inputs.known_latents`."""
+        ratio = self.visual_tokenizer.temporal_compression_ratio
+        return self.transformer.config.in_channels == 2 * self.transformer.out_channels + ratio
 
     def _noise(self, call: VideoCall, count: int, first: Window, height: int, width: int) -> Tensor:
         """Return the noise of the first window, (B, C, T', h, w), drawn or given and checked."""
@@ -333,7 +335,7 @@ class FlowVideoPipeline(FlowTextPipeline):
         """Denoise one window: (B, C, T', h, w); None if the run was interrupted."""
         noise = reuse_noise(noise, window, self.latent_frames(window.length))  # (B, C, T', h, w)
         ratio = self.visual_tokenizer.temporal_compression_ratio
-        known = known_latents(part, noise, ratio, self.encode_clip, self._sees_known)
+        known = known_latents(part, noise, ratio, self.encode_clip)
         timesteps = set_timesteps(
             self.scheduler,
             call.num_inference_steps,
@@ -349,7 +351,7 @@ class FlowVideoPipeline(FlowTextPipeline):
             _counting_on(call.callback_on_step_end, window.index * len(timesteps)),
             call.callback_on_step_end_tensor_inputs,
             None if part.is_empty else known.blend,
-            known.compose if self._sees_known else None,
+            known.beside if self._sees_known else None,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""What is known of a clip: pixels that stay, and how they enter the denoising loop."""
+"""What is known of a clip: pixels that stay as they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.inputs.inpaint import fill_in
-from pipelines.inputs.video_mask import VideoMask, latent_mask
+from pipelines.inputs.video_mask import VideoMask
 
 VideoInput = Sequence[Image.Image] | np.ndarray | Tensor | Mapping[int, Image.Image]
 """A clip: PIL images, an array (T, H, W, 3) or a tensor (T, 3, H, W) in [0, 1]; or single frames by index."""
@@ -73,61 +73,6 @@ class KnownClip:
         """Replace the known pixels of a decoded clip (B, 3, T, H, W) by the given ones."""
         mask = self.mask.transpose(0, 1)[None].to(pixels.device)  # (1, 1, T, H, W)
         return torch.where(mask, pixels, self.pixels.to(pixels))
-
-
-@dataclass(frozen=True, slots=True)
-class KnownLatents:
-    """What a run knows of its latents.
-
-    Attributes:
-        latents: of the known pixels, (B, C, T', h, w).
-        cells: where to generate, (1, 1, T', h, w), bool.
-        noise: of the run, (B, C, T', h, w).
-        has_channel: whether the transformer was trained to see what is known, with a channel that says where.
-    """
-
-    latents: Tensor
-    cells: Tensor
-    noise: Tensor
-    has_channel: bool
-
-    def blend(self, latents: Tensor, sigma: float | Tensor) -> Tensor:
-        """Replace the known cells of latents (B, C, T', h, w) by the known at noise level `sigma`, 0 to 1."""
-        return torch.where(self.cells, latents, torch.lerp(self.latents, self.noise, sigma))
-
-    def compose(self, latents: Tensor) -> Tensor:
-        """Return what the transformer sees: clean known cells and a channel that is 1 where it generates.
-
-        VDT (arXiv 2305.13311, equation 4) shows known cells without noise, all else as it is; the channel is ours.
-
-        Args:
-            latents: noisy, (B, C, T', h, w).
-
-        Returns:
-            (B, C + 1, T', h, w), or `latents` for a transformer without the channel.
-        """
-        if not self.has_channel:
-            return latents
-        shown = torch.where(self.cells, latents, self.latents)  # (B, C, T', h, w)
-        channel = self.cells.to(latents).expand(len(latents), -1, -1, -1, -1)  # (B, 1, T', h, w)
-        return torch.cat([shown, channel], dim=1)
-
-
-def known_latents(
-    clip: KnownClip, noise: Tensor, ratio: int, encode: Callable[[Tensor], Tensor], has_channel: bool
-) -> KnownLatents:
-    """Encode what is known of a clip.
-
-    Args:
-        clip: the known part.
-        noise: of the run, (B, C, T', h, w).
-        ratio: frames of a latent frame.
-        encode: pixels (B, 3, T, H, W) in [-1, 1] to normalised latents (B, C, T', h, w).
-        has_channel: see `KnownLatents`.
-    """
-    cells = latent_mask(clip.mask, ratio, *noise.shape[-2:]).transpose(0, 1)[None].to(noise.device)  # (1, 1, T', h, w)
-    latents = torch.zeros_like(noise) if bool(cells.all()) else encode(clip.filled()).to(noise)
-    return KnownLatents(latents, cells, noise, has_channel)
 
 
 def read_known_clip(

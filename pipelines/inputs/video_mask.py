@@ -214,30 +214,6 @@ GRAMMAR = (
 )
 
 
-def latent_mask(mask: Tensor, ratio: int, rows: int, columns: int) -> Tensor:
-    """Return which latent cells are generated, because the mask touches any of their pixels.
-
-    The first frame has a latent frame of its own, and each further one stands for `ratio` frames, as in causal video
-    autoencoders; a last group may be incomplete.
-
-    Args:
-        mask: of the pixels, (T, 1, H, W), bool.
-        ratio: frames of a latent frame.
-        rows: of the latents.
-        columns: of the latents.
-
-    Returns:
-        (1 + ceil((T - 1) / ratio), 1, rows, columns), bool.
-    """
-    touched = F.adaptive_max_pool2d(mask.float(), (rows, columns)) > 0  # (T, 1, h, w)
-    first, rest = touched[:1], touched[1:]
-    if len(rest) == 0:
-        return first
-    missing = -len(rest) % ratio
-    rest = torch.cat([rest, rest.new_zeros(missing, *rest.shape[1:])])  # (ratio (T' - 1), 1, h, w)
-    return torch.cat([first, rest.unflatten(0, (-1, ratio)).any(dim=1)])  # (T', 1, h, w)
-
-
 # -------------------------------------------------------------------------- resolving
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipelines import VideoMask
-from pipelines.inputs.video_mask import MAX_TEXT, latent_mask
+from pipelines.inputs.video_mask import MAX_TEXT
 
 SIZE = (6, 8, 10)
 
@@ -52,20 +52,6 @@ def test_boxes_margins_and_mask_clips():
     assert VideoMask.inpaint(clip).resolve(*SIZE).sum() == 4
     assert VideoMask.inpaint(clip[2]).resolve(*SIZE).sum() == 6 * 4
     assert VideoMask.box(0.5, 0.5, 0.501, 0.501).resolve(*SIZE).sum() == 6  # at least a pixel
-
-
-def test_latent_cells_know_only_what_all_their_pixels_know():
-    mask = VideoMask.predict(3).resolve(9, 8, 8)
-    assert latent_mask(mask, 4, 2, 2).flatten(1).any(dim=1).tolist() == [False, True, True]
-    assert latent_mask(mask, 1, 2, 2).flatten(1).any(dim=1).tolist() == [False] * 3 + [True] * 6
-    assert latent_mask(VideoMask.predict(5).resolve(9, 8, 8), 4, 2, 2).flatten(1).any(dim=1).tolist() == [
-        False,
-        False,
-        True,
-    ]
-    assert latent_mask(VideoMask.keyframes(0).resolve(8, 8, 8), 4, 2, 2).shape == (3, 1, 2, 2)  # an incomplete group
-    corner = VideoMask.box(0, 0, 0.25, 0.25).resolve(1, 8, 8)
-    assert latent_mask(corner, 4, 2, 2).flatten().tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def tiny_video_pipeline(seed: int = 0, *, sees_known: bool = False, **defaults: 
 
     Args:
         seed: of the weights.
-        sees_known: whether the transformer has the channel for what is known.
+        sees_known: whether the transformer is shown what is known.
         **defaults: of the pipeline's calls.
     """
     parts = tiny_components(seed)
@@ -22,7 +22,7 @@ def tiny_video_pipeline(seed: int = 0, *, sees_known: bool = False, **defaults: 
         config = {name: value for name, value in config.items() if not name.startswith("_")}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            transformer = TextDiT(**{**config, "in_channels": 5, "out_channels": 4})
+            transformer = TextDiT(**{**config, "in_channels": 2 * 4 + 1, "out_channels": 4})
             for parameter in transformer.parameters():
                 nn.init.normal_(parameter, std=0.1)
         parts["transformer"] = transformer.eval()
