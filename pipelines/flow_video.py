@@ -244,7 +244,8 @@ class FlowVideoPipeline(FlowTextPipeline):
         self._guidance_scale, self._guidance_rescale = call.guidance_scale, call.guidance_rescale
         self._guidance_interval, self._attention_kwargs = call.guidance_interval, call.attention_kwargs
         told = self.transformer.config.get("clip_conditioning", False)
-        self._network_arguments = {"frame_rate": call.frame_rate} if told else {}
+        length = self.latent_frames(call.num_frames)  # of the whole clip: windows share its pace
+        self._network_arguments = {"frame_rate": call.frame_rate, "clip_frames": float(length)} if told else {}
 
     def _resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Fill in the size that the model was trained on, and check it."""

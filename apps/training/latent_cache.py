@@ -31,7 +31,7 @@ def encode_latents(examples: Examples, vae: nn.Module, device: torch.device, qui
     """
     tokenizer = as_visual_tokenizer(vae)
     parts = []
-    for images in _chunks(examples, quiet):  # (b, 3, H, W)
+    for images in chunks(examples, quiet):  # (b, 3, H, W)
         encoded = tokenizer.encode(images.to(device), return_dict=False)[0]
         parts.append(tokenizer.normalize_latents(encoded).to("cpu", torch.float16))  # (b, C, h, w)
     return torch.cat(parts)
@@ -45,7 +45,7 @@ def encode_tokens(examples: Examples, vae: Any, device: torch.device, quiet: boo
         Codebook entries (P, L), or bits (P, L, d); int16 on the CPU.
     """
     parts = []
-    for images in _chunks(examples, quiet):  # (b, 3, H, W)
+    for images in chunks(examples, quiet):  # (b, 3, H, W)
         parts.append(torch.cat(vae.quantize(images.to(device)).indices, dim=1).to("cpu", torch.int16))  # (b, L[, d])
     return torch.cat(parts)
 
@@ -77,8 +77,8 @@ def cached_latents(
     return load_file(path)["latents"]
 
 
-def _chunks(examples: Examples, quiet: bool) -> Iterator[Tensor]:
-    """Yield the images of all examples, at most `CHUNK` at a time."""
-    starts = range(0, len(examples), CHUNK)
+def chunks(examples: Examples, quiet: bool, size: int = CHUNK) -> Iterator[Tensor]:
+    """Yield the images (or clips) of all examples, at most `size` at a time, with a progress bar unless `quiet`."""
+    starts = range(0, len(examples), size)
     for start in track(starts, "encoding images", console=Console(stderr=True), disable=quiet):
-        yield examples.images(range(start, min(start + CHUNK, len(examples))))
+        yield examples.images(range(start, min(start + size, len(examples))))

@@ -1,6 +1,7 @@
-"""Deeper decoders that start out computing what the trained one does (after Net2Net, arXiv 1511.05641).
+"""Larger networks that start out computing what the trained one does (after Net2Net, arXiv 1511.05641).
 
-A new layer starts with a last matrix of zeros, so its residual branch adds nothing until training says otherwise.
+A new layer starts with a last matrix of zeros, so its residual branch adds nothing until training says otherwise; what
+a network newly sees starts with weights of zero.
 """
 
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit.models.text_dit import TextDiT
 from dit.tokenizers import ViTAutoencoder
 
 ZERO_INIT = ("attn.to_out.0.", "ff.net.2.", "conv2.")
@@ -50,3 +52,25 @@ def deeper_decoder(
 def _renumbered(weights: Mapping[str, Tensor], old: int, new: int) -> dict[str, Tensor]:
     """Return the weights with the refiner's last convolution, number `old` of its list, as number `new`."""
     return {name.replace(f"refiner.{old}.", f"refiner.{new}."): weight for name, weight in weights.items()}
+
+
+def clip_transformer(trained: TextDiT, ratio: int, **config: Any) -> TextDiT:
+    """Return a transformer of clips that generates images as `trained` does.
+
+    Args:
+        trained: Of images, or of clips.
+        ratio: Frames of a latent frame, so many channels say what is known; see `pipelines.inputs.known_latents`.
+        **config: Settings of the new one beyond those of `trained`, such as `space_time`.
+    """
+    channels = trained.out_channels
+    settings = {name: value for name, value in trained.config.items() if name[0] != "_"} | config
+    grown = TextDiT(**settings | {"in_channels": 2 * channels + ratio, "out_channels": channels})
+    weights = trained.state_dict()
+    seen = weights["patch_embed.weight"].unflatten(1, (-1, trained.config.in_channels))  # (D, P, C)
+    new = torch.zeros(*seen.shape[:2], grown.config.in_channels)  # (D, P, 2 C + R)
+    new[..., : seen.shape[-1]] = seen
+    weights["patch_embed.weight"] = new.flatten(1)
+    missing = grown.load_state_dict(weights, strict=False)
+    if missing.unexpected_keys:
+        raise ValueError(f"the trained transformer has layers that the new one lacks: {missing.unexpected_keys[:3]}")
+    return grown

@@ -27,7 +27,7 @@ from apps.training.config import (
     with_new_names,
 )
 from apps.training.data.base import BatchAddress
-from apps.training.data.config import DataSection
+from apps.training.data.config import SourceSection
 from apps.training.tasks import OLD_NAMES, TASKS
 
 
@@ -110,8 +110,8 @@ def task_class(kind: str) -> type[Task]:
 def rehearsal(config: TrainConfig) -> tuple[str, ...]:
     """Return overrides that shrink the data of a configuration, for a rehearsal of its run."""
     data, unused = getattr(config, "data", None), set()
-    if isinstance(data, DataSection) and data.kind != "stickers":
-        unused = {f"data.{name}" for name in data.sticker_fields}
+    if isinstance(data, SourceSection) and data.kind != data.world:
+        unused = {f"data.{name}" for name in data.world_fields}
     return tuple(each for each in task_class(config.task.kind).smoke if each.partition("=")[0] not in unused)
 
 

@@ -144,7 +144,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
             trusts the text encoder to tell "a left of b" from "b left of a".
         sample_size: latent side of an image of the default size.
         space_time: how the tokens of a clip attend: "full", or "factorised": each place over time, then within frames.
-        clip_conditioning: whether the network is told a clip's frame rate and number of latent frames.
+        clip_conditioning: whether the network is told a clip's frame rate and length in latent frames.
     """
 
     later_settings: ClassVar[Mapping[str, Any]] = {"space_time": "full", "clip_conditioning": False}
@@ -245,6 +245,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         attention_kwargs: dict | None = None,
         return_dict: bool = True,
         frame_rate: Tensor | float | None = None,
+        clip_frames: Tensor | float | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the velocity.
 
@@ -257,6 +258,8 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
             return_dict: whether to wrap the result.
             frame_rate: frames a second, (B,) or one for all; networks with `clip_conditioning` need it for clips and
                 take images without.
+            clip_frames: latent frames of the whole clip that these are a part of, (B,) or one for all; for networks with
+                `clip_conditioning`. None is the number of latent frames given.
 
         Returns:
             The velocity, of the shape of `hidden_states` but for the channels.
@@ -274,7 +277,7 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         image = self._embed_latents(latents, grid)  # (B, N, D)
         text = self._embed_text(encoder_hidden_states)  # (B, L, D)
         condition = self._embed_condition(timestep, encoder_hidden_states, encoder_attention_mask)  # (B, D)
-        condition = condition + self._embed_clip(grid[0], frame_rate, condition)  # (B, D)
+        condition = condition + self._embed_clip(grid[0], frame_rate, clip_frames, condition)  # (B, D)
         temb = self.adaln_single(condition)  # (B, 6, D)
         rotary = self._rotary(grid, length, latents.device)
         mask = _joint_mask(encoder_attention_mask, image.shape[1])  # (B, L + N)
@@ -332,16 +335,23 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
             pooled = (text * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)  # (B, text_dim)
         return self.time_embed(timestep, text.dtype) + self.pooled_embedder(pooled)  # (B, D)
 
-    def _embed_clip(self, num_frames: int, frame_rate: Tensor | float | None, condition: Tensor) -> Tensor | float:
+    def _embed_clip(
+        self,
+        num_frames: int,
+        frame_rate: Tensor | float | None,
+        clip_frames: Tensor | float | None,
+        condition: Tensor,
+    ) -> Tensor | float:
         """Embed what a clip's motion depends on: (B, D), or 0 for networks that are not told."""
         if self.clip_embed is None:
             return 0.0
         if frame_rate is None and num_frames > 1:
             raise ValueError("this network is told the frame rate of clips: pass frame_rate, in frames a second")
-        rate = torch.as_tensor(0.0 if frame_rate is None else frame_rate, device=condition.device).float().reshape(-1)
-        rates = rate.expand(len(condition)) if len(rate) == 1 else rate  # (B,)
-        lengths = torch.full_like(rates, num_frames)
-        features = [sinusoidal_embedding(one, CLIP_FREQUENCIES, CLIP_PERIOD) for one in (rates, lengths)]
+        rate, length = (0.0 if frame_rate is None else frame_rate), (num_frames if clip_frames is None else clip_frames)
+        features = []
+        for value in (rate, length):
+            values = torch.as_tensor(value, device=condition.device).float().reshape(-1)  # (B,) or (1,)
+            features.append(sinusoidal_embedding(values, CLIP_FREQUENCIES, CLIP_PERIOD).expand(len(condition), -1))
         return self.clip_embed(torch.cat(features, dim=-1).to(condition.dtype))  # (B, D)
 
     def _rotary(self, grid: tuple[int, ...], length: int, device: torch.device) -> Rotary:

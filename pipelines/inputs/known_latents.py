@@ -70,7 +70,7 @@ def frames_shown(known: Tensor, ratio: int) -> Tensor:
     Returns:
         (..., R, T', h, w), bool. The first latent frame has the same value in all R channels.
     """
-    groups = _groups(known, ratio)  # (..., T', R, h, w)
+    groups = group_frames(known, ratio)  # (..., T', R, h, w)
     later = groups.flip(-3).cumsum(-3).flip(-3)  # known frames from each one on
     chosen = groups.all(dim=-3, keepdim=True) | (groups & (later == 1))
     return chosen.transpose(-4, -3)
@@ -94,8 +94,16 @@ def known_latents(clip: KnownClip, noise: Tensor, ratio: int, encode: Callable[[
     return KnownLatents(torch.where(any_shown, latents, 0.0), shown, noise)
 
 
-def _groups(frames: Tensor, ratio: int) -> Tensor:
-    """Group frames (..., T, h, w) as latent frames hold them: (..., T', R, h, w), the first one repeated."""
+def group_frames(frames: Tensor, ratio: int) -> Tensor:
+    """Group frames as the latent frames of a causal video autoencoder hold them.
+
+    Args:
+        frames: (..., T, h, w).
+        ratio: R, frames of a latent frame after the first.
+
+    Returns:
+        (..., T', R, h, w): the first frame R times, then R frames each; the last frame fills up the last group.
+    """
     first, rest = frames[..., :1, :, :], frames[..., 1:, :, :]
     missing = -rest.shape[-3] % ratio
     last = frames[..., -1:, :, :]
@@ -117,7 +125,7 @@ def _stilled(pixels: Tensor, cells: Tensor, ratio: int) -> Tensor:
     size = pixels.shape[-2] // cells.shape[-2], pixels.shape[-1] // cells.shape[-1]
     known = cells.repeat_interleave(size[0], dim=-2).repeat_interleave(size[1], dim=-1).to(pixels.device)  # (T, H, W)
     chosen = frames_shown(known, ratio)  # (R, T', H, W)
-    groups = _groups(pixels, ratio)  # (B, 3, T', R, H, W)
+    groups = group_frames(pixels, ratio)  # (B, 3, T', R, H, W)
     last = chosen.float().argmax(dim=0)[None, None, :, None]  # (1, 1, T', 1, H, W): the one frame that is shown
     still = groups.gather(3, last.expand(*groups.shape[:3], 1, -1, -1))  # (B, 3, T', 1, H, W)
     groups = torch.where(chosen.all(dim=0)[:, None], groups, still)

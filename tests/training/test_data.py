@@ -227,7 +227,10 @@ def test_clips_give_frames_or_name_the_extra(tmp_path, monkeypatch):
     row = list(every).index("clip.mp4")
     middle = examples.images([row])  # (1, 3, 32, 32)
     assert float(middle.mean()) == pytest.approx(6 * 20 / 127.5 - 1, abs=0.03)
-    clips = examples.clips([row, list(every).index("a.png")], 4)  # (2, 3, 4, 32, 32)
+    moving = type(data.train)(list(every.values()), 32, "crop", frames=4, frame_rate=12)
+    clips = moving.images([row, list(every).index("a.png")])  # (2, 3, 4, 32, 32)
+    assert (moving.lengths == 4).all()
+    assert moving.fingerprint() != examples.fingerprint()
     assert clips.shape == (2, 3, 4, 32, 32)
     shades = (clips[0].mean((0, 2, 3)) + 1) * 127.5 / 20
     assert shades.tolist() == pytest.approx([1, 4, 7, 10], abs=0.3)

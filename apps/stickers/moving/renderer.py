@@ -79,6 +79,7 @@ def render_clip(
     resolution: int = 96,
     period: int = LENGTH,
     device: torch.device | str = "cpu",
+    part: tuple[int, int] | None = None,
 ) -> Tensor:
     """Render a scene.
 
@@ -90,6 +91,7 @@ def render_clip(
         resolution: side of the square frames, in pixels.
         period: frames in which an own motion is played once at its own speed (`playback.source_frames`).
         device: where to draw; the sheet is copied there once.
+        part: draw only the frames from the first number to below the second; None draws all.
 
     Returns:
         `(T, 3, resolution, resolution)` float32 in [-1, 1].
@@ -99,14 +101,17 @@ def render_clip(
     """
     if resolution < 1:
         raise ValueError(f"resolution is {resolution}: give the side of the frames in pixels, 1 or more")
+    start, stop = part or (0, num_frames)
+    if part is not None and not 0 <= start < stop <= num_frames:
+        raise ValueError(f"part is {part} of {num_frames} frames: give a first frame and a later one to stop before")
     device = torch.device(device)
     pixels = _pixels_on(sheet, device)
     canvas = background_colours(device)[scene.background]  # (3,)
-    canvas = canvas[None, :, None, None].repeat(num_frames, 1, resolution, resolution)  # (T, 3, R, R)
+    canvas = canvas[None, :, None, None].repeat(stop - start, 1, resolution, resolution)  # (T, 3, R, R)
     for sticker in scene.stickers:
-        frames = source_frames(sticker.own, sheet.loops[sticker.clip], num_frames, period)
+        frames = source_frames(sticker.own, sheet.loops[sticker.clip], num_frames, period)[start:stop]
         pictures = premultiplied(pixels[sticker.clip, frames])  # (T, 4, 72, 72)
-        places = torch.tensor(poses(sticker, num_frames), dtype=torch.float32, device=device)  # (T, 4)
+        places = torch.tensor(poses(sticker, num_frames)[start:stop], dtype=torch.float32, device=device)  # (T, 4)
         drawn = draw_frames(pictures, places, resolution)  # (T, 4, R, R)
         canvas = drawn[:, :3] + canvas * (1 - drawn[:, 3:])
     return canvas.mul_(2).sub_(1)

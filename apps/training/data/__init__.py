@@ -1,12 +1,12 @@
-"""Training data: the sticker world, a folder of images or clips, or a list of files (`[data] kind = ...`)."""
+"""Training data: the still or moving sticker world, a folder of images or clips, or a list of files (`[data] kind`)."""
 
 from pathlib import Path
 
 from apps.training.data.base import TrainingData
-from apps.training.data.config import DataSection
+from apps.training.data.config import ClipSection, SourceSection
 
 
-def open_data(section: DataSection, resolution: int, folder: Path, quiet: bool = False) -> TrainingData:
+def open_data(section: SourceSection, resolution: int, folder: Path, quiet: bool = False) -> TrainingData:
     """Open what the `[data]` section of a configuration names.
 
     Args:
@@ -22,6 +22,10 @@ def open_data(section: DataSection, resolution: int, folder: Path, quiet: bool =
         from apps.training.data.stickers import StickerData, StickerSettings
 
         return StickerData(StickerSettings.of(section), resolution)
+    if section.kind == "moving_stickers":
+        from apps.training.data.moving_stickers import MovingStickerData, MovingStickerSettings
+
+        return MovingStickerData(MovingStickerSettings.of(section), resolution)
     from apps.training.data.files import FileData, usable_entries
 
     if section.kind == "images":
@@ -35,4 +39,5 @@ def open_data(section: DataSection, resolution: int, folder: Path, quiet: bool =
         assert section.file is not None, "the section has checked it"
         source, entries = f"data.file = {str(section.file)!r}", list_lines(section.file, section.folder)
     used = usable_entries(source, entries, folder / "data.json", quiet)
-    return FileData(source, used, resolution, section.fit, section.held_out_fraction)
+    clips = (section.num_frames, section.frame_rates[0]) if isinstance(section, ClipSection) else ()
+    return FileData(source, used, resolution, section.fit, section.held_out_fraction, *clips)

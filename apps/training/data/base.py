@@ -3,7 +3,8 @@
 A batch has an address: the seed of the run and the number of the batch. Everything that the data draws is a pure
 function of that address, so a resumed run sees the batches that an uninterrupted one would have seen.
 
-Images are float32 in [-1, 1], square, `resolution` pixels a side.
+Images are float32 in [-1, 1], square, `resolution` pixels a side. Data of clips gives (B, 3, T, R, R) wherever data of
+images gives (B, 3, R, R).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,6 +90,22 @@ class ExamplePool(Examples, Protocol):
             Row numbers, (B,).
         """
         ...
+
+
+class ClipPool(ExamplePool, Protocol):
+    """Clips that are encoded ahead; all rows of a batch have the same length.
+
+    Attributes:
+        lengths: Frames of each example, (P,); those beyond repeat its last one.
+        starts: Number of an example's first frame in its whole clip, (P,).
+        spans: Frames of the whole clip that an example is an excerpt of, (P,).
+        frame_rates: Frames a second, (P,).
+    """
+
+    lengths: np.ndarray
+    starts: np.ndarray
+    spans: np.ndarray
+    frame_rates: np.ndarray
 
 
 class TrainingData(Protocol):

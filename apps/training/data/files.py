@@ -53,27 +53,34 @@ class FileExamples:
         entries: Files that can be decoded.
         resolution: Side R of the images in pixels.
         fit: How an image becomes a square, see `apps.training.data.decode.to_square`.
+        frames: T, for clips of as many frames, spread evenly over each file (an image stands still); None for images,
+            of a clip the frame in the middle.
+        frame_rate: Of clips, frames a second.
+
+    Attributes:
+        lengths, starts, spans, frame_rates: See `apps.training.data.base.ClipPool`.
     """
 
-    def __init__(self, entries: Sequence[Entry], resolution: int, fit: Fit) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], resolution: int, fit: Fit, frames: int | None = None, frame_rate: float = 0.0
+    ) -> None:
         self.entries = entries
         self.resolution = resolution
         self.fit: Fit = fit
+        self.frames, self.frame_rate = frames, frame_rate
+        self.lengths = self.spans = np.full(len(entries), frames or 1)
+        self.starts = np.zeros(len(entries), dtype=np.int64)
+        self.frame_rates = np.full(len(entries), frame_rate)
         self.decoded: dict[int, Tensor] = {}
-        self.room = CACHE_BYTES // (3 * resolution**2)
+        self.room = CACHE_BYTES // (3 * resolution**2 * (frames or 1))
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def images(self, rows: Sequence[int]) -> Tensor:
-        """Decode some of the files, (B, 3, R, R); of a clip the frame in the middle."""
-        pixels = torch.stack([self._decode(int(row)) for row in rows])  # (B, 3, R, R)
+        """Decode some of the files, (B, 3, R, R) or (B, 3, T, R, R)."""
+        pixels = torch.stack([self._decode(int(row)) for row in rows])  # (B, 3, R, R) or (B, 3, T, R, R)
         return pixels.float() / 127.5 - 1
-
-    def clips(self, rows: Sequence[int], frames: int) -> Tensor:
-        """Decode some of the files as clips, (B, 3, T, R, R), their T frames spread evenly; an image stands still."""
-        pixels = [torch.stack(self._read(self.entries[row], frames), dim=1) for row in rows]  # B x (3, T, R, R)
-        return torch.stack(pixels).float() / 127.5 - 1
 
     def regions(self, rows: Sequence[int]) -> None:
         """Return None: no part of these images is measured apart."""
@@ -86,12 +93,16 @@ class FileExamples:
     def fingerprint(self) -> str:
         """Hash names, sizes and times of the files, and how they become squares."""
         stamps = [(entry.name, *_stamp(entry.path)) for entry in self.entries]
-        return hashlib.sha256(repr((stamps, self.resolution, self.fit)).encode()).hexdigest()
+        clips = (
+            [self.frames] if self.frames else []
+        )  # images keep the fingerprints that they had before there were clips
+        return hashlib.sha256(repr((stamps, self.resolution, self.fit, *clips)).encode()).hexdigest()
 
     def _decode(self, row: int) -> Tensor:
         pixels = self.decoded.get(row)
         if pixels is None:
-            (pixels,) = self._read(self.entries[row], 1)
+            found = self._read(self.entries[row], self.frames or 1)
+            pixels = torch.stack(found, dim=1) if self.frames else found[0]
             if len(self.decoded) < self.room:
                 self.decoded[row] = pixels
         return pixels
@@ -144,23 +155,32 @@ class FileData:
         resolution: Side R of the images in pixels.
         fit: How an image becomes a square.
         held_out_fraction: Share of the files kept for validation, at least one file.
+        frames, frame_rate: See `FileExamples`.
 
     Raises:
         ConfigError: If there are fewer than two files, or none to train on has a positive weight.
     """
 
     def __init__(
-        self, source: str, entries: Sequence[Entry], resolution: int, fit: Fit, held_out_fraction: float
+        self,
+        source: str,
+        entries: Sequence[Entry],
+        resolution: int,
+        fit: Fit,
+        held_out_fraction: float,
+        frames: int | None = None,
+        frame_rate: float = 0.0,
     ) -> None:
         if len(entries) < 2:
             raise ConfigError(f"{source} has {len(entries)} usable files; give at least 2, one of them to validate on")
         self.resolution = resolution
         self.fit: Fit = fit
+        self.frames, self.frame_rate = frames, frame_rate
         # By a hash of the name: which files are held out does not depend on the order of a listing.
         ranked = sorted(entries, key=lambda entry: hashlib.blake2b(entry.name.encode()).digest())
         count = min(max(1, round(held_out_fraction * len(ranked))), len(ranked) - 1)
         self.validation, train = ranked[:count], sorted(ranked[count:], key=lambda entry: entry.name)
-        self.train = FilePool([entry for entry in train if entry.weight > 0], resolution, fit)
+        self.train = FilePool([entry for entry in train if entry.weight > 0], resolution, fit, frames, frame_rate)
         if not len(self.train):
             raise ConfigError(f"{source}: all files to train on have weight 0; give at least one a positive weight")
 
@@ -182,7 +202,7 @@ class FileData:
 
     def held_out(self, count: int) -> FileExamples:
         """Return the first of the files kept for validation."""
-        return FileExamples(self.validation[:count], self.resolution, self.fit)
+        return FileExamples(self.validation[:count], self.resolution, self.fit, self.frames, self.frame_rate)
 
     def held_out_groups(self, count: int) -> dict[str, FileExamples]:
         """Return the files kept for validation as one group."""

@@ -69,7 +69,7 @@ class AutoencoderData(CaptionedData):
         size_words, synonyms: Stickers: see `CaptionedData`; of the captions of generated images.
     """
 
-    sticker_fields: ClassVar[frozenset[str]] = CaptionedData.sticker_fields | {
+    world_fields: ClassVar[frozenset[str]] = CaptionedData.world_fields | {
         "vocabulary_fraction",
         "generated_from",
         "generated_images",
@@ -185,7 +185,8 @@ class AutoencoderTask:
 
     def _disturbed(self, latent: Tensor, generated: Tensor) -> Tensor:
         """Add noise of random strength to the latents of images, and put generated ones before them."""
-        scale = self.config.task.latent_noise * torch.rand(len(latent), 1, 1, 1, device=latent.device)
+        shape = (len(latent), *[1] * (latent.ndim - 1))
+        scale = self.config.task.latent_noise * torch.rand(shape, device=latent.device)
         noisy = latent + scale * torch.randn_like(latent)  # (B - G, C, h, w)
         return torch.cat([generated.to(noisy.dtype), noisy]) if len(generated) else noisy
 
@@ -196,8 +197,13 @@ class AutoencoderTask:
             loss, parts = reconstruction_loss(decoded.float(), images, task.ssim_weight, task.squared_weight)
         if self.perceptual is None:
             return loss, parts
-        distance = perceptual_loss(self.perceptual, decoded, images, task.perceptual_crop)
+        distance = self._perceptual_distance(decoded, images)
         return loss + task.perceptual_weight * distance, {**parts, "perceptual": distance.detach()}
+
+    def _perceptual_distance(self, decoded: Tensor, images: Tensor) -> Tensor:
+        """Return the mean ST-LPIPS of decoded images (B, 3, H, W)."""
+        assert self.perceptual is not None, "asked for with a weight only"
+        return perceptual_loss(self.perceptual, decoded, images, self.config.task.perceptual_crop)
 
     def validate(self) -> dict[str, float]:
         """Return the PSNR of held-out images (peak 2, since images span [-1, 1])."""

@@ -30,8 +30,8 @@ from sampling.objectives import flow_matching_loss, interpolate, logit_normal_gr
 PREVIEW_ROWS, PREVIEW_COLUMNS = 4, 8
 
 
-class TextToImageSection(TaskSection):
-    """The `[task]` section.
+class FlowSection(TaskSection):
+    """What the `[task]` sections of generators that are trained by flow matching share.
 
     Attributes:
         sigma_mean, sigma_std: Of the logit of the noise levels.
@@ -41,7 +41,6 @@ class TextToImageSection(TaskSection):
         preview_steps, preview_guidance: How previews are sampled; exported as the defaults of the pipeline.
     """
 
-    kind: Literal["text_to_image"]
     sigma_mean: float = 0.0
     sigma_std: float = Field(default=1.0, gt=0)
     sigma_shift: float = Field(default=1.0, gt=0)
@@ -51,35 +50,36 @@ class TextToImageSection(TaskSection):
     preview_guidance: float = Field(default=4.0, ge=0)
 
 
-class TextToImageData(CaptionedData):
-    """The `[data]` section.
+class TextToImageSection(FlowSection):
+    """The `[task]` section; see `FlowSection`."""
+
+    kind: Literal["text_to_image"]
+
+
+class GeneratorData(Section):
+    """What the `[data]` sections of generators share.
 
     Attributes:
         vae: Folder of the frozen autoencoder; may be left out with `init_from`, whose one is taken then.
         init_from: Pipeline folder whose weights and tokenizer the run starts from; `[model]` is then not used.
         text_from: Folder with `text_encoder/` and `tokenizer/` to use instead of new ones (or of those of
             `init_from`), e.g. the export of a `text_encoder_pretraining` run; the encoder then stays as it is.
-        resolution: Side of the images in pixels.
         pool_size: Stickers: scenes encoded ahead. Of files, all are.
         stages: The curriculum.
         tokenizer_captions: Captions that the tokenizer is trained on.
         validation_examples: Held-out examples of each kind that the loss is measured on.
     """
 
-    sticker_fields: ClassVar[frozenset[str]] = CaptionedData.sticker_fields | {"pool_size"}
     vae: Path | None = None
     init_from: Path | None = None
     text_from: Path | None = None
-    resolution: int = Field(default=128, ge=16)
     pool_size: int = Field(default=60_000, ge=8)
-    single: float = Field(default=0.4, ge=0)
-    pair: float = Field(default=0.4, ge=0)
-    stages: list[Stage] = Field(default=[Stage(until_step=1)], min_length=1)
+    stages: list[Any] = []
     tokenizer_captions: int = Field(default=20_000, ge=2)
     validation_examples: int = Field(default=128, ge=1)
 
     @model_validator(mode="after")
-    def _check(self) -> "TextToImageData":
+    def _check(self) -> "GeneratorData":
         if self.vae is None and self.init_from is None:
             raise ValueError(
                 "data.vae is missing: give the folder of a trained autoencoder, e.g. export/vae of its run"
@@ -88,6 +88,20 @@ class TextToImageData(CaptionedData):
         if steps != sorted(set(steps)):
             raise ValueError(f"data.stages end at steps {steps}: put them in ascending order")
         return self
+
+
+class TextToImageData(GeneratorData, CaptionedData):
+    """The `[data]` section; see `GeneratorData`.
+
+    Attributes:
+        resolution: Side of the images in pixels.
+    """
+
+    world_fields: ClassVar[frozenset[str]] = CaptionedData.world_fields | {"pool_size"}
+    resolution: int = Field(default=128, ge=16)
+    single: float = Field(default=0.4, ge=0)
+    pair: float = Field(default=0.4, ge=0)
+    stages: list[Stage] = Field(default=[Stage(until_step=1)], min_length=1)
 
 
 class TextToImageModel(Section):

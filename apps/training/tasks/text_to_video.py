@@ -1,0 +1,255 @@
+"""Training of `TextDiT` on clips by flow matching: text to video, and the completion of clips that are known in part.
+
+Like `TextToImageTask`, whose networks and captions it shares. A share of the batches shows single frames as images; of
+a share of the clips something is known (VDT, arXiv 2305.13311), which the network sees beside the noisy latents.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import diffusers
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from apps.training.clip_latents import check_stills, encode_clips, known_of, split_latents
+from apps.training.clip_masks import draw_known
+from apps.training.config import TrainConfig
+from apps.training.data.base import ClipPool, Examples
+from apps.training.data.config import ClipSection, ClipStage
+from apps.training.image_grid import save_grid
+from apps.training.latent_cache import Encode
+from apps.training.net2net import clip_transformer
+from apps.training.task import TaskContext
+from apps.training.tasks.text_to_image import (
+    FlowSection,
+    GeneratorData,
+    TextToImageModel,
+    TextToImageTask,
+    captions_of,
+)
+from apps.training.text_encoder import tokenize
+from dit.models.text_dit import TextDiT
+from dit.tokenizers import as_visual_tokenizer
+from pipelines.inputs.known_latents import beside, frames_shown
+from sampling.objectives import flow_matching_loss, interpolate, logit_normal_grid, logit_normal_sigmas
+
+PREVIEW_CLIPS, PREVIEW_COLUMNS = 8, 8
+OVERLAP = 5  # frames that windows of long clips share
+
+
+class TextToVideoSection(FlowSection):
+    """The `[task]` section; see `FlowSection`.
+
+    Attributes:
+        known_fraction: Share of the clips of which something is known, see `apps.training.clip_masks`.
+        preview_frames: Frames of previews; exported as the default of the pipeline.
+    """
+
+    kind: Literal["text_to_video"]
+    known_fraction: float = Field(default=0.35, ge=0, le=1)
+    preview_frames: int = Field(default=16, ge=2)
+
+
+class TextToVideoData(GeneratorData, ClipSection):
+    """The `[data]` section; see `GeneratorData` and `ClipSection`. `num_frames` is the longest window that is learned.
+
+    Attributes:
+        resolution: Side of the frames in pixels.
+    """
+
+    world_fields: ClassVar[frozenset[str]] = ClipSection.world_fields | {"pool_size"}
+    resolution: int = Field(default=96, ge=16)
+    num_frames: int = Field(default=21, ge=2)
+    pool_size: int = Field(default=20_000, ge=8)
+    stages: list[ClipStage] = Field(default=[ClipStage(until_step=1)], min_length=1)
+    validation_examples: int = Field(default=64, ge=1)
+
+
+class TextToVideoModel(TextToImageModel):
+    """The `[model]` section; see `TextDiT`. With `init_from` only `space_time` counts."""
+
+    patch_size: int = 1
+    space_time: Literal["full", "factorised"] = "full"
+
+
+class TextToVideoConfig(TrainConfig):
+    """A whole configuration of this task."""
+
+    task: TextToVideoSection
+    data: TextToVideoData
+    model: TextToVideoModel = TextToVideoModel()
+
+
+class TextToVideoTask(TextToImageTask):
+    """Train a text-to-video diffusion transformer. See `apps.training.task.Task`."""
+
+    config: TextToVideoConfig  # type: ignore[assignment]
+    config_class: ClassVar[type[TrainConfig]] = TextToVideoConfig
+    encode: ClassVar[Encode] = staticmethod(encode_clips)
+    smoke: ClassVar[tuple[str, ...]] = (*TextToImageTask.smoke, "data.pool_size=16")
+    pool: ClipPool  # type: ignore[assignment]
+
+    def __init__(self, config: TextToVideoConfig, context: TaskContext) -> None:
+        super().__init__(config, context)  # type: ignore[arg-type]
+        if config.task.known_fraction:
+            check_stills(self.vae)
+
+    @property
+    def ratio(self) -> int:
+        """Frames of a latent frame."""
+        return as_visual_tokenizer(self.vae).temporal_compression_ratio
+
+    def batch(self, index: int) -> dict[str, Any]:
+        """Return latents of clips of one length (or single frames), what is known, captions, noise and its levels."""
+        task, address = self.config.task, self.context.address(self.config.run, index)
+        rng, rows, captions = self._draw(index)
+        shared = np.random.default_rng((address.seed, address.step, 4))  # all processes draw the same kind of batch
+        is_image = shared.random() < self._stage(address.step).image_fraction
+        frames = 1 if is_image else int(self.pool.lengths[rows[0]])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        clips = self._known(self.latents[rows].float(), self.pool.starts[rows.numpy()], frames, rng)
+        latents = clips["latents"]  # (B, C, T', h, w)
+        return {
+            **clips,
+            "noise": torch.randn(latents.shape, generator=generator),  # (B, C, T', h, w)
+            "sigmas": logit_normal_sigmas(
+                len(latents), task.sigma_mean, task.sigma_std, task.sigma_shift, generator
+            ),  # (B,)
+            **self._timing(self.pool, rows.numpy(), frames),
+            **self._tokenize(captions),
+        }
+
+    def _known(self, encoded: Tensor, starts: np.ndarray, frames: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Cut encoded clips to some frames and draw what is known of them.
+
+        Args:
+            encoded: See `encode_clips`, (B, C, T' + T, h, w).
+            starts: Where the clips begin in longer ones, (B,).
+            frames: Of the batch; 1 takes the first frames as images.
+            rng: Source of the random numbers.
+
+        Returns:
+            `latents` and `known` (B, C, T', h, w), `shown` (B, R, T', h, w).
+        """
+        latents, stills = split_latents(encoded, self.config.data.num_frames, self.ratio)
+        latents, stills = latents[:, :, : self._latent_frames(frames)], stills[:, :, :frames]
+        fraction, side = self.config.task.known_fraction, latents.shape[-1]
+        starts = starts if frames > 1 else np.zeros_like(starts)
+        known = torch.cat([draw_known(1, frames, side, int(start), rng, fraction) for start in starts])  # (B, T, h, w)
+        shown = frames_shown(known, self.ratio)  # (B, R, T', h, w)
+        return {"latents": latents, "shown": shown, "known": known_of(latents, stills, shown, self.ratio)}
+
+    def _timing(self, examples: Any, rows: np.ndarray, frames: int) -> dict[str, Tensor]:
+        """Return `frame_rate` and `clip_frames` of a batch, both (B,)."""
+        rates = torch.from_numpy(examples.frame_rates[rows]).float()
+        spans = [1 if frames == 1 else self._latent_frames(int(span)) for span in examples.spans[rows]]
+        return {
+            "frame_rate": rates if frames > 1 else torch.zeros_like(rates),
+            "clip_frames": torch.tensor(spans, dtype=torch.float32),
+        }
+
+    def _latent_frames(self, frames: int) -> int:
+        return 1 + -(-(frames - 1) // self.ratio)
+
+    def _losses(self, batch: dict[str, Any]) -> Tensor:
+        """Return the loss of each clip, (B,)."""
+        states = self.text_encoder(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).last_hidden_state  # (B, L, Dt)
+        noisy = interpolate(batch["latents"], batch["noise"], batch["sigmas"])  # (B, C, T', h, w)
+        predicted = self.transformer(
+            beside(noisy, batch["shown"], batch["known"]),
+            encoder_hidden_states=states,
+            timestep=1000 * batch["sigmas"],
+            encoder_attention_mask=batch["attention_mask"].bool(),
+            frame_rate=batch["frame_rate"],
+            clip_frames=batch["clip_frames"],
+        ).sample  # (B, C, T', h, w)
+        return flow_matching_loss(predicted, batch["latents"], batch["noise"])
+
+    def validate(self) -> dict[str, float]:
+        """Return the loss of held-out clips, by kind, once with nothing known and once with a mix of masks."""
+        values = {}
+        for kind, batch in self._validation.items():
+            moved = {name: tensor.to(self.context.device) for name, tensor in batch.items()}
+            values[f"loss_{kind}_completed"] = float(self._losses(moved).mean())
+            nothing = {name: torch.zeros_like(moved[name]) for name in ("shown", "known")}
+            values[f"loss_{kind}"] = float(self._losses({**moved, **nothing}).mean())
+        return {"loss": sum(values.values()) / len(values), **values}
+
+    def preview(self, path: Path) -> None:
+        """Generate clips of held-out captions, one a row, some of their frames; write captions to `prompts.txt`."""
+        pipe = self._pipeline(self.transformer, self.text_encoder, self.vae)
+        pipe.set_progress_bar_config(disable=True)
+        prompts = self._preview_prompts()
+        (path.parent / "prompts.txt").write_text("".join(text + "\n" for text in prompts))
+        clips = pipe(
+            prompts,
+            **self._preview_settings(),
+            generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
+            output_type="pt",
+        ).frames  # (B, T, 3, H, W) in [0, 1]
+        shown = torch.linspace(0, clips.shape[1] - 1, PREVIEW_COLUMNS).long()
+        save_grid(clips[:, shown].flatten(0, 1).float() * 2 - 1, path, PREVIEW_COLUMNS)
+
+    def _preview_prompts(self) -> list[str]:
+        """Return held-out captions, those of each kind in turns."""
+        groups = [captions_of(each, PREVIEW_CLIPS) for each in self.data.held_out_groups(PREVIEW_CLIPS).values()]
+        return [groups[row % len(groups)][row // len(groups)] for row in range(min(PREVIEW_CLIPS, len(groups[0])))]
+
+    def _validation_batch(self, number: int, examples: Examples) -> dict[str, Tensor]:
+        """Return the fixed batch of the held-out clips of kind `number`."""
+        task, clips = self.config.task, cast(ClipPool, examples)
+        encoded = self.encode(examples, self.vae, self.context.device).float()
+        frames = int(clips.lengths[0])
+        rows = np.flatnonzero(clips.lengths == frames)
+        rng = np.random.default_rng(number)
+        batch = self._known(encoded[rows], np.zeros(len(rows), dtype=np.int64), frames, rng)
+        shape = batch["latents"].shape
+        return {
+            **batch,
+            "noise": torch.randn(shape, generator=torch.Generator().manual_seed(number)),
+            "sigmas": logit_normal_grid(shape[0], task.sigma_mean, task.sigma_std, task.sigma_shift),  # (B,)
+            **self._timing(clips, rows, frames),
+            **tokenize(self.tokenizer, captions_of(examples, len(rows))),
+        }
+
+    def _transformer(self) -> TextDiT:
+        """Return a new transformer, or one of clips that starts from that of `init_from`, in float32."""
+        start, model = self.config.data.init_from, self.config.model
+        if start is not None:
+            trained = TextDiT.from_pretrained(start / "transformer", torch_dtype=torch.float32)
+            if trained.config.in_channels == 2 * trained.out_channels + self.ratio:
+                return trained
+            return clip_transformer(trained, self.ratio, space_time=model.space_time, clip_conditioning=True)
+        channels, side = self.latents.shape[1], self.latents.shape[-1]
+        return TextDiT(
+            in_channels=2 * channels + self.ratio,
+            out_channels=channels,
+            sample_size=side,
+            text_dim=self.text_encoder.config.d_model,
+            clip_conditioning=True,
+            **model.model_dump(exclude={"text"}),
+        )
+
+    def _pipeline(self, transformer: Any, text_encoder: Any, vae: Any) -> Any:
+        from pipelines.text_to_video import TextToVideoPipeline
+
+        task, data = self.config.task, self.config.data
+        return TextToVideoPipeline(
+            transformer=transformer,
+            text_encoder=text_encoder,
+            tokenizer=self.tokenizer,
+            vae=vae,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=task.scheduler_shift),
+            defaults={
+                "num_inference_steps": task.preview_steps,
+                "guidance_scale": task.preview_guidance,
+                "num_frames": task.preview_frames,
+                "frame_rate": data.frame_rates[0],
+                "window_frames": data.num_frames,
+                "window_overlap": min(OVERLAP, data.num_frames - 1),
+            },
+        )
