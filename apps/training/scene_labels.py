@@ -13,7 +13,7 @@ from torch import Tensor
 from apps.stickers.scene import BACKGROUNDS, CENTRES, PART_SIZE, PLACES, RELATIONS, SIZES, Placement, Scene
 
 SLOTS = ("left", "right", "top", "bottom", "alone", "several")  # where a caption can put a sticker
-ATTRIBUTES = {"background": len(BACKGROUNDS), "count": 5, "size": len(SIZES)}
+ATTRIBUTES: Mapping[str, int] = {"background": len(BACKGROUNDS), "count": 5, "size": len(SIZES)}
 
 
 def scene_labels(scenes: list[Scene], entries: dict[int, int]) -> dict[str, Tensor]:
@@ -41,18 +41,18 @@ def probe_loss(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Te
     """Sum the cross-entropies of a probe over slots and attributes.
 
     Args:
-        logits: "names" (B, 6, 1 + names), the attributes (B, classes).
+        logits: "names" (B, S, 1 + names), the attributes (B, classes).
         labels: See `scene_labels`.
     """
     names = F.cross_entropy(logits["names"].float().flatten(0, 1), labels["names"].flatten())
-    rest = [F.cross_entropy(logits[name].float(), labels[name]) for name in ATTRIBUTES]
-    return len(SLOTS) * names + torch.stack(rest).sum()
+    rest = [F.cross_entropy(one.float(), labels[name]) for name, one in logits.items() if name != "names"]
+    return labels["names"].shape[1] * names + torch.stack(rest).sum()
 
 
 def all_correct(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
     """Tell for each scene whether all labels are predicted correctly, (B,)."""
     correct = (logits["names"].argmax(-1) == labels["names"]).all(1)  # (B,)
-    for name in ATTRIBUTES:
+    for name in logits.keys() - {"names"}:
         correct = correct & (logits[name].argmax(-1) == labels[name])
     return correct
 

@@ -8,9 +8,11 @@ TRAINING = ROOT / "apps" / "training"
 # The data itself; labels of scenes, which probes predict; captions that are nearly right; what a generated image should
 # have been.
 STICKER_WORLD = {"data/stickers.py", "scene_labels.py", "hard_negatives.py", "generated_pairs.py"}
+STICKER_WORLD |= {"data/moving_stickers.py", "clip_labels.py"}
 # These two predict what a scene holds or tell nearly right captions apart, which needs scenes whose truth is known;
 # the value model also reports how well it still tells them apart, if its captions are those of stickers.
 ABOUT_SCENES = {"tasks/contrastive.py", "tasks/text_encoder_pretraining.py", "tasks/value_model.py"}
+ABOUT_SCENES |= {"tasks/clip_text_pretraining.py"}
 
 
 def imports(path) -> set[str]:
@@ -42,4 +44,5 @@ def test_only_the_data_and_what_is_about_scenes_import_the_sticker_world() -> No
 
 def test_only_tasks_about_scenes_import_what_knows_scenes() -> None:
     names = ("apps.training.data.stickers", "apps.training.scene_labels", "apps.training.hard_negatives")
+    names += ("apps.training.data.moving_stickers", "apps.training.clip_labels")
     assert importers(names, "tasks") == ABOUT_SCENES

@@ -8,6 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from apps.stickers.moving import ClipMix, ClipSceneSampler, load_clips
+from apps.stickers.moving.scene import SCENE_MOTIONS, STEP
+from apps.training.clip_labels import ATTRIBUTES, SLOTS, clip_labels, draw_labels
 from apps.training.clip_latents import encode_clips, known_of, split_latents
 from apps.training.clip_masks import draw_known
 from apps.training.config import ConfigError
@@ -15,7 +18,9 @@ from apps.training.data.base import BatchAddress
 from apps.training.data.moving_stickers import MovingStickerData, MovingStickerSettings
 from apps.training.loop import Trainer, train
 from apps.training.net2net import clip_transformer
+from apps.training.scene_labels import all_correct
 from apps.training.task import load_config, rehearsal
+from apps.training.text_encoder import load_text_encoder
 from dit.models.text_dit import TextDiT
 from dit.tokenizers import CausalVideoAutoencoder, ViTAutoencoder
 from pipelines import VideoCompletionPipeline, load_pipeline
@@ -78,6 +83,22 @@ validation_examples = 2
 num_layers = 1
 num_attention_heads = 2
 attention_head_dim = 16
+
+[model.text]
+vocab_size = 300
+d_model = 16
+d_kv = 8
+d_ff = 16
+num_layers = 1
+num_heads = 2
+"""
+CLIP_TEXT = """
+[task]
+kind = "clip_text_pretraining"
+
+[data]
+tokenizer_captions = 200
+validation_examples = 8
 
 [model.text]
 vocab_size = 300
@@ -209,6 +230,42 @@ def test_the_mix_of_masks_holds_every_task():
     assert not known.all(dim=(1, 2, 3)).any()
     assert draw_known(20, 9, 4, 3, rng, 0.0)[:, 0].all()
     assert not draw_known(50, 1, 4, 0, rng, 1.0).all(dim=(1, 2, 3)).any()
+
+
+# ------------------------------------------------------------------------------- text
+
+
+def test_labels_say_who_is_where_and_how_it_moves():
+    sheet = load_clips()
+    entries = {clip: clip + 1 for clip in range(len(sheet.names))}
+    scenes = [ClipSceneSampler(sheet, mix=ClipMix(passing=0.6)).scene(0, index) for index in range(60)]
+    labels = clip_labels(scenes, entries)
+    for row, scene in enumerate(scenes):
+        names = dict(zip(SLOTS, labels["names"][row].tolist(), strict=True))
+        assert sum(map(bool, names.values())) == len(scene.stickers)
+        motion = SCENE_MOTIONS[int(labels["motion"][row])]
+        first = scene.stickers[0]
+        assert names[scene.side or "alone"] == entries[first.clip]
+        if scene.side is not None:  # what moves as the label says stands above or to the left
+            upper = scene.stickers[0 if scene.side in ("above", "left of") else 1]
+            dx, dy = STEP[motion]
+            assert (upper.end.x - upper.start.x) * dx + (upper.end.y - upper.start.y) * dy > 0.3
+        else:
+            assert motion == scene.motion
+    exact = {name: torch.nn.functional.one_hot(labels[name], size).float() for name, size in ATTRIBUTES.items()}
+    exact["names"] = torch.nn.functional.one_hot(labels["names"], len(entries) + 1).float()
+    drawn = draw_labels(exact, entries, sheet, 48)  # (B, 3, 48, 96)
+    for row, scene in enumerate(scenes[:8]):
+        if scene.motion == "left":
+            assert (drawn[row, :, :, :48] - drawn[row, :, :, 48:]).abs().mean() > 0.02
+    assert all(bool(all_correct(exact, labels)[row]) for row in range(60))
+
+
+def test_captions_of_clips_are_learned_and_resume_exactly(configured):
+    folder = assert_resumes_exactly(lambda name: configured(CLIP_TEXT, output=name), 4)
+    encoder, tokenizer = load_text_encoder(folder / "export")
+    assert tokenizer("a fox moving left on teal").input_ids[-1] == tokenizer.eos_token_id
+    assert encoder.config.d_model == 16
 
 
 # ------------------------------------------------------------------------------ tasks

@@ -7,6 +7,7 @@ were right after 1,000 steps of the generator; one trained together with its enc
 generator needs must then be in the states, and the encoder can be frozen (as those of most text-to-image models are).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.data.base import VALIDATION_SEED
 from apps.training.data.config import CaptionedData
-from apps.training.data.stickers import Scene, SceneExamples, StickerData, StickerSettings
+from apps.training.data.stickers import StickerData, StickerSettings
 from apps.training.export import save_component
 from apps.training.image_grid import save_grid
 from apps.training.scene_labels import all_correct, predicted_scenes, probe_loss, scene_labels
@@ -76,7 +77,7 @@ class TextEncoderPretrainingTask:
     def __init__(self, config: TextEncoderPretrainingConfig, context: TaskContext) -> None:
         self.config, self.context = config, context
         data = config.data
-        self.data = StickerData(StickerSettings.of(data), PREVIEW_SIDE)
+        self.data: Any = self._open()
         if data.init_from is not None:
             self.text_encoder, self.tokenizer = load_text_encoder(data.init_from)
         else:
@@ -87,8 +88,23 @@ class TextEncoderPretrainingTask:
                     lambda: self.data.corpus(data.tokenizer_captions, config.run.seed),
                 )
             self.text_encoder = new_text_encoder(config.model.text, self.tokenizer)
-        settings = self.text_encoder.config
-        self.probe = SceneProbe(settings.d_model, len(self.data.vocabulary), settings.num_heads)
+        self.probe = self._probe(self.text_encoder.config)
+
+    def _open(self) -> Any:
+        """Return the data."""
+        return StickerData(StickerSettings.of(self.config.data), PREVIEW_SIDE)
+
+    def _probe(self, settings: Any) -> SceneProbe:
+        """Return the head, for an encoder with these settings."""
+        return SceneProbe(settings.d_model, len(self.data.vocabulary), settings.num_heads)
+
+    def _labels(self, scenes: Sequence[Any]) -> dict[str, Tensor]:
+        """Return what the head is to predict of scenes."""
+        return scene_labels(list(scenes), self.data.entries)
+
+    def _scenes(self, examples: Any) -> list[Any]:
+        """Return the scenes of held-out examples."""
+        return list(examples.scenes)
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the encoder and the head that probes it, under the names that checkpoints have."""
@@ -130,8 +146,9 @@ class TextEncoderPretrainingTask:
         save_component(self.text_encoder, folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
-    def _encode(self, scenes: list[Scene], captions: list[str]) -> dict[str, Tensor]:
-        return {**tokenize(self.tokenizer, captions), **scene_labels(scenes, self.data.entries)}
+    def _encode(self, scenes: Sequence[Any], captions: list[str]) -> dict[str, Tensor]:
+        """Return a batch: tokens, their mask, and what the head is to predict."""
+        return {**tokenize(self.tokenizer, captions), **self._labels(scenes)}
 
     def _predict(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         states = self.text_encoder(
@@ -140,9 +157,9 @@ class TextEncoderPretrainingTask:
         logits = self.probe(states, batch["attention_mask"].bool())
         return {name: tensor.float() for name, tensor in logits.items()}
 
-    def _held_out_batch(self, examples: SceneExamples) -> tuple[dict[str, Tensor], list[str]]:
+    def _held_out_batch(self, examples: Any) -> tuple[dict[str, Tensor], list[str]]:
         """Return held-out scenes as a batch on the device, and their captions."""
         rng = np.random.default_rng(VALIDATION_SEED)
         captions = [examples.caption(row, rng) for row in range(len(examples))]
-        batch = self._encode(list(examples.scenes), captions)
+        batch = self._encode(self._scenes(examples), captions)
         return {name: tensor.to(self.context.device) for name, tensor in batch.items()}, captions
