@@ -237,7 +237,9 @@ def evaluate(
     sets: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Generate only this set of prompts, e.g. single. May be repeated.", rich_help_panel=MEASURED
+            "--set",
+            help="Generate only this set of prompts, e.g. single, or of clips moving or predict. May be repeated.",
+            rich_help_panel=MEASURED,
         ),
     ] = None,
     output: Annotated[
@@ -272,7 +274,7 @@ def evaluate(
     dtype: Precision = "auto",
     json_output: Json = False,
 ) -> None:
-    """Generate many prompts, let the exact judge read the images, and measure how well they are drawn."""
+    """Generate many prompts, let the exact judge read the images or clips, and measure how well they are drawn."""
     from apps.commands.evaluate import run
 
     run(

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from apps.commands.evaluate_clips import ClipReport, run_clips, show_clips
 from apps.commands.image_quality import ImageQuality, PretrainedNetworks
 from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
@@ -30,6 +31,9 @@ from apps.stickers.inpaint_set import draw_tasks, is_painted
 from apps.stickers.inpaint_set import evaluate as evaluate_inpainting
 from apps.stickers.judge import Judge, score
 from apps.stickers.known_words import known_colours
+from apps.stickers.moving import load_clips
+from apps.stickers.moving.completion_set import COMPLETION_MASKS
+from apps.stickers.moving.prompt_sets import CLIP_SETS
 from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, further_sheet_requests, sheet_requests
 from apps.stickers.scene import BASIC_COLOURS
 from apps.training.data.stickers import box_mask, read_vocabulary
@@ -49,6 +53,7 @@ CEILING_SETS = ("single", "pair", "count")
 """Sets whose scenes are also read fresh and after a round trip, and whose images are measured."""
 INPAINT = "inpaint"
 """The set of images to be changed; it is generated only when it is asked for."""
+CLIPS_AT_ONCE = 8
 SEEDS_PER_SET = 100_000  # every set's images have noise of their own
 
 
@@ -309,13 +314,14 @@ def run(
     device: str = "auto",
     dtype: str = "auto",
     json_output: bool = False,
-) -> Report:
-    """Evaluate a text-to-image model of the sticker world.
+) -> Report | ClipReport:
+    """Evaluate a model of the still or the moving sticker world.
 
     Args:
         model: built-in name, folder or hub id.
         prompts: prompts of each set.
-        sets: keys of `SETS` to generate, or "inpaint"; all but that one if empty.
+        sets: keys of `SETS` to generate, or "inpaint"; all but that one if empty. Of models of clips: keys of
+            `CLIP_SETS` and `COMPLETION_MASKS`.
         output: folder for `report.json` and `contact_sheet.png`; `outputs/evaluate-MODEL` if None.
         steps: denoising steps; None is the pipeline's default.
         guidance: guidance scale; None is the pipeline's default.
@@ -329,10 +335,7 @@ def run(
     Raises:
         ValueError: an unknown set, or a model without a vocabulary when none is given.
     """
-    unknown = set(sets) - {*SETS, INPAINT}
-    if unknown:
-        known = ", ".join((*SETS, INPAINT))
-        raise UsageError(f"no such set of prompts: {', '.join(sorted(unknown))}; choose from {known}")
+    _check_sets(sets, (*SETS, INPAINT, *CLIP_SETS, *COMPLETION_MASKS))
     console = Console(stderr=True, quiet=json_output)
     folder = output or Path("outputs") / f"evaluate-{Path(model).name}"
     check_folder(folder)
@@ -340,11 +343,25 @@ def run(
         with checking():
             read_vocabulary(vocabulary)
     pipe = load_for_command(model, device, dtype)
+    moves = info_of(pipe).output == "frames"
+    _check_sets(sets, (*CLIP_SETS, *COMPLETION_MASKS) if moves else (*SETS, INPAINT))
     with checking():
         names = read_vocabulary(vocabulary or str(_vocabulary_file(pipe, model)))
+        unmoved = sorted(set(names) - set(load_clips().names)) if moves else []
+        if unmoved:
+            raise UsageError(f"the vocabulary names {', '.join(unmoved[:5])}, which no clip shows; leave them out")
         colours = known_colours(read_words(pipe.name_or_path) or BASIC_COLOURS)
     folder.mkdir(parents=True, exist_ok=True)
     num_steps, scale = call_settings(pipe, steps, guidance)
+    if moves:
+        pipe.set_progress_bar_config(disable=True)
+        with _progress(console) as progress:
+            options = {"prompts": prompts, "sets": sets, "steps": num_steps, "guidance": scale, "seed": seed}
+            found = run_clips(
+                pipe, model, names, progress, folder, **options, batch_size=min(batch_size, CLIPS_AT_ONCE)
+            )
+        _tell(found, lambda console: show_clips(found, console), folder, json_output)
+        return found
     settings = {"prompts": prompts, "steps": num_steps, "guidance": scale, "seed": seed, "batch_size": batch_size}
     report = Report(model, settings, describe_machine(torch.device(pipe.device), pipe.transformer.dtype), len(names))
     sheet = load_sprites()
@@ -357,13 +374,25 @@ def run(
         if INPAINT in sets:
             report.inpainted = evaluator.inpainted(pipe, num_steps, scale, _resolution(pipe))
     (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    _tell(report, lambda console: show(report, console), folder, json_output)
+    return report
+
+
+def _check_sets(sets: Sequence[str], known: Sequence[str]) -> None:
+    """Raise a `UsageError` for a set of prompts that there isn't."""
+    unknown = set(sets) - set(known)
+    if unknown:
+        raise UsageError(f"no such set of prompts: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+
+
+def _tell(report: Any, show: Callable[[Console], None], folder: Path, json_output: bool) -> None:
+    """Print a report and where it is."""
     console = Console()
     if json_output:
         console.print_json(data=asdict(report))
     else:
-        show(report, console)
+        show(console)
         console.print(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-    return report
 
 
 def examine(
