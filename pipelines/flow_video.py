@@ -150,6 +150,7 @@ class FlowVideoPipeline(FlowTextPipeline):
             output="frames",
             has_scheduler=self.scheduler is not None,
             can_load_lora=True,
+            can_stream=True,
             knows_words=True,
         )
 
@@ -169,6 +170,11 @@ class FlowVideoPipeline(FlowTextPipeline):
                 f"stream() takes no {', '.join(unknown)}; it takes what a call takes but the output's form."
             )
         yield from self._chunks(self._settled({"prompt": prompt, **call_defaults(self), **options}))
+
+    def num_windows(self, num_frames: int) -> int:
+        """Return in how many parts a clip of as many frames is generated, by the model's own windows."""
+        own = {"window_frames": DEFAULT_WINDOW, "window_overlap": DEFAULT_OVERLAP, **self.config["defaults"]}
+        return len(plan_windows(num_frames, own["window_frames"], own["window_overlap"]))
 
     # -------------------------------------------------------------------- windows
 

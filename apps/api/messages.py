@@ -10,8 +10,9 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from apps.service.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped, Upscaling
+from apps.service.events import ClipPart, Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped, Upscaling
 from apps.service.job_store import StoredJob, StoredPicture
+from apps.service.media import clip_uri
 
 STATUS = {"queue_full": 429, "unknown_model": 404, "too_slow": 504, "out_of_memory": 507, "bad_request": 422}
 """HTTP status of a failure; 500 for the others."""
@@ -122,6 +123,8 @@ def event_message(job_id: str, event: Event) -> tuple[str, dict[str, Any]]:  # n
             fields = {name: getattr(event, name) for name in ("step", "steps", "picture", "pictures", "strip")}
             preview = None if event.preview is None else f"data:image/png;base64,{encode_png(event.preview)}"
             return "step", {**fields, "eta": round(event.eta, 3), "preview": preview}
+        case ClipPart(start, frames, total, fps):
+            return "part", {"start": start, "frames": len(frames), "total": total, "clip": clip_uri(frames, fps)}
         case Upscaling():
             return "upscaling", {name: getattr(event, name) for name in ("done", "count", "picture", "pictures")}
         case Picture():

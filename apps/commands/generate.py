@@ -27,7 +27,7 @@ from apps.commands.outputs import DEFAULT_OUTPUT, check_output, free_output, is_
 from apps.service.compute_profiles import PROFILES, check_request, memory_profiles
 from apps.service.devices import resolve_device
 from apps.service.engine import Engine
-from apps.service.events import Event, Failed, ModelLoading, Picture, Step, Upscaling
+from apps.service.events import ClipPart, Event, Failed, ModelLoading, Picture, Step, Upscaling
 from apps.service.logs import no_repetition
 from apps.service.lora import one_lora
 from apps.service.metadata import PictureSettings
@@ -262,6 +262,8 @@ def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
                         total=1,
                         left=f"{event.eta:.1f} s left",
                     )
+                case ClipPart(start, frames, total):
+                    progress.update(task, description=f"{start + len(frames)} of {total} frames are finished")
                 case Upscaling(done, count):
                     pieces = f" ({done} of {count})" if count > 1 else ""
                     progress.update(task, description=f"upscaling{pieces}", completed=event.share, total=1, left="")

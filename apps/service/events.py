@@ -69,6 +69,23 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class ClipPart:
+    """Frames of a clip are finished while later ones are still generated.
+
+    Attributes:
+        start: number of the first one, from 0.
+        frames: the new ones, RGB.
+        total: frames of the whole clip.
+        fps: frames a second.
+    """
+
+    start: int
+    frames: tuple[Image.Image, ...]
+    total: int
+    fps: float
+
+
+@dataclass(frozen=True, slots=True)
 class Upscaling:
     """A finished image, or clip, is being enlarged.
 
@@ -145,7 +162,7 @@ class Failed:
     cause: Exception | None = None
 
 
-Event = Queued | ModelLoading | Step | Upscaling | Picture | Done | Stopped | Failed
+Event = Queued | ModelLoading | Step | ClipPart | Upscaling | Picture | Done | Stopped | Failed
 LAST = (Done, Stopped, Failed)
 
 

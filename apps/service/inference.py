@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -107,8 +108,17 @@ OnStep = Callable[[int, Image.Image | None, str], None]
 """Called after each step: steps done (from 1), a preview if it is time for one, the strip of a step cache."""
 
 
+OnPart = Callable[[int, list[Image.Image]], None]
+"""Called with finished frames of a clip of which later ones are still generated: number of the first, the frames."""
+
+
 def run_pipeline(
-    model: LoadedModel, inputs: BatchInputs, signals: CancelSignals, on_step: OnStep, offload: str = "none"
+    model: LoadedModel,
+    inputs: BatchInputs,
+    signals: CancelSignals,
+    on_step: OnStep,
+    offload: str = "none",
+    on_part: OnPart | None = None,
 ) -> BatchResult:
     """Generate one batch of images, or one clip.
 
@@ -118,6 +128,7 @@ def run_pipeline(
         signals: end it.
         on_step: called after each step, in this thread.
         offload: what the model was loaded with, for the report.
+        on_part: called for parts of a clip, in this thread, by models that finish clips part by part.
 
     Raises:
         StopRequestedError: `stop` was set.
@@ -132,7 +143,7 @@ def run_pipeline(
         watch = _StepCallback(model, info, pipe, inputs, signals, on_step, acceleration)
         try:
             with watch.attached(arguments):
-                output = pipe(**arguments)
+                output = pipe(**arguments) if on_part is None else _streamed(pipe, info, arguments, on_part)
         except BaseException:
             pipe.maybe_free_model_hooks()  # the pipeline's last line, which a stop or an error has skipped
             raise
@@ -146,6 +157,20 @@ def run_pipeline(
         raise SkipRequestedError
     pictures = [list(output.frames[0])] if info.output == "frames" else [[image] for image in output.images]
     return BatchResult(pictures, watch.ended_after, used, reports)
+
+
+def _streamed(pipe: Any, info: PipelineInfo, arguments: dict[str, Any], on_part: OnPart) -> Any:
+    """Generate a clip part by part, if the pipeline can; return what its call would have returned."""
+    if not info.can_stream:
+        return pipe(**arguments)
+    frames: list[Image.Image] = []
+    total = int(arguments.get(info.frames_argument) or info.frames or 0)
+    for chunk in pipe.stream(**{name: value for name, value in arguments.items() if name != "output_type"}):
+        new = pipe.image_processor.numpy_to_pil(chunk.frames[0].permute(0, 2, 3, 1).numpy())
+        frames += new
+        if len(frames) < total:
+            on_part(chunk.start, new)
+    return SimpleNamespace(frames=[frames])
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from PIL import Image
 
 from apps.service.compute_profiles import LoadOptions, load_options_of
 from apps.service.defaults import resolve_defaults
-from apps.service.events import Event, ModelLoading, Picture, Step, Upscaling
+from apps.service.events import ClipPart, Event, ModelLoading, Picture, Step, Upscaling
 from apps.service.inference import BatchInputs, BatchResult, CancelSignals, SkipRequestedError, run_pipeline
 from apps.service.job_store import JobStore, StoredPicture
 from apps.service.lora import lora_applied, resolve_lora
@@ -134,7 +134,8 @@ def _run_batches(
         clock.begin(_step_count(request, model), first, 1 if request.pick is not None else len(seeds))
         signals.skip.clear()  # one that came too late for its image should not hit the next
         try:
-            result = _keep(inputs, run_pipeline(model, inputs, signals, clock.step, offload))
+            parts = _tell_parts(request, model, tell)
+            result = _keep(inputs, run_pipeline(model, inputs, signals, clock.step, offload, parts))
             seconds = (time.monotonic() - begun) / len(result.pictures)
             for i, frames in enumerate(result.pictures):
                 if request.pick not in (None, i):
@@ -152,6 +153,16 @@ def _run_batches(
             continue
         if result.ended_after is not None and signals.finish.is_set():
             return
+
+
+def _tell_parts(
+    request: AnyRequest, model: LoadedModel, tell: Callable[[Event], None]
+) -> Callable[[int, list[Image.Image]], None] | None:
+    """Return what tells that frames of a clip are finished; None for images."""
+    if model.frames is None:
+        return None
+    total = getattr(request, "frames", None) or model.frames
+    return lambda start, frames: tell(ClipPart(start, tuple(frames), total, model.fps))
 
 
 def _upscale_step(
@@ -218,7 +229,11 @@ def _step_count(request: AnyRequest, model: LoadedModel) -> int:
     """Return how many steps a batch takes, as far as that is known beforehand."""
     steps = getattr(request, "steps", None) or len(model.grids) or 1
     strength = getattr(request, "strength", None) or 1.0
-    return min(max(round(steps * strength), 1), getattr(request, "finish_after", None) or steps)
+    count = max(round(steps * strength), 1)
+    if model.frames is not None and model.info_for(request.task).can_stream:
+        pipe: Any = model.pipe_for(request.task)
+        count *= pipe.num_windows(getattr(request, "frames", None) or model.frames)
+    return min(count, getattr(request, "finish_after", None) or count)
 
 
 # ------------------------------------------------------------------------ finishing

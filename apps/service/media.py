@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import math
 import uuid
 from collections.abc import Sequence
@@ -66,6 +68,19 @@ def contact_strip(frames: Sequence[Image.Image], count: int = STILLS) -> Image.I
     for i, frame in enumerate(shown):
         strip.paste(frame, (i * width, 0))
     return strip
+
+
+def clip_uri(frames: Sequence[Image.Image], fps: float) -> str:
+    """Return frames as the data URI of an animated WebP file, which browsers play as an image.
+
+    Args:
+        frames: RGB images of one size.
+        fps: frames a second.
+    """
+    buffer, (first, *rest) = io.BytesIO(), frames
+    options = {"duration": round(1000 / fps), "loop": 0, "quality": 85, "method": 0}
+    first.save(buffer, format="WEBP", save_all=True, append_images=rest, **options)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def candidate_sheet(images: Sequence[Image.Image], most: int = 16) -> Image.Image:

@@ -18,7 +18,7 @@ import gradio as gr
 
 from apps.service.defaults import open_size
 from apps.service.engine import Engine
-from apps.service.events import Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped, Upscaling
+from apps.service.events import ClipPart, Done, Event, Failed, ModelLoading, Picture, Queued, Step, Stopped, Upscaling
 from apps.service.requests import AnyRequest
 from apps.service.uploads import UploadError
 from apps.studio.album import Album, Finished
@@ -223,11 +223,13 @@ class Following:
                 view.finish(shown)
             elif isinstance(event, Step):
                 view.take(event)
+            elif isinstance(event, ClipPart):
+                view.take_part(event)
         match events[-1] if events else None:
             case Picture():
                 return self._draw(page, view, "", None)
-            case (Step() | Upscaling()) as step if view.is_due():
-                return self._draw(page, view, *view.progress(step))
+            case (Step() | Upscaling() | ClipPart()) as step if view.is_due():
+                return self._draw(page, view, *(page.progress if isinstance(step, ClipPart) else view.progress(step)))
             case Queued(ahead):
                 return self._draw(page, view, self._words("waiting", ahead=ahead), 0.0)
             case ModelLoading(model):

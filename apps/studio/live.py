@@ -5,13 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from apps.service.events import Step, Upscaling
+from PIL import Image
+
+from apps.service.events import ClipPart, Step, Upscaling
+from apps.service.media import clip_uri
 from apps.studio import grid_view, views
 from apps.studio.album import Finished, Shown
 from apps.studio.grids import Cells, GridRecord, Grids, Place
 from apps.studio.stage import Stage
 from apps.studio.strings import Strings
 
+SHOWN_FRAMES = 64
+"""Frames of an unfinished clip that are shown, the newest ones: browsers get all of them with each part."""
 REDRAW_SECONDS = 1.0
 """A grid is redrawn no faster than this, but for a cell that is finished."""
 
@@ -29,6 +34,7 @@ class PictureView:
         preview: the newest one.
         strip: what a step cache did.
         scales: the scales so far, as data URIs.
+        frames: finished ones of a clip of which later ones are still generated.
     """
 
     size: tuple[int, int]
@@ -39,18 +45,24 @@ class PictureView:
     preview: str | None = None
     strip: str = ""
     scales: tuple[str, ...] = ()
+    frames: tuple[Image.Image, ...] = ()
 
     def take(self, step: Step) -> None:
         """Take in a step."""
         self.strip = step.strip
-        if step.preview is not None:
+        if step.preview is not None and not self.frames:  # what is finished shows more than a preview of what isn't
             self.preview, self.shown = views.preview_uri(step.preview), None
             if self.is_by_scales:
                 self.scales = (() if step.step == 1 else self.scales) + (self.preview,)
 
+    def take_part(self, part: ClipPart) -> None:
+        """Take in finished frames of a clip, which then plays while the others are generated."""
+        self.frames = (*(self.frames if part.start else ()), *part.frames)[-SHOWN_FRAMES:]
+        self.preview, self.shown = clip_uri(self.frames, part.fps), None
+
     def finish(self, shown: Shown) -> None:
         """Take in a finished image."""
-        self.shown = shown
+        self.shown, self.frames = shown, ()
 
     def is_due(self) -> bool:
         """Whether to redraw: always, because pages ask a few times a second."""
@@ -99,6 +111,9 @@ class GridView:
 
     def take(self, step: Step) -> None:
         """Take in a step; a grid shows whole cells only."""
+
+    def take_part(self, part: ClipPart) -> None:
+        """Take in finished frames; a grid shows whole cells only."""
 
     def finish(self, shown: Shown) -> None:
         """Take in a finished cell, which is on record already."""

@@ -64,6 +64,8 @@ class PipelineInfo:
         can_tile: its decoder can work tile by tile.
         can_search: it comes with a scorer that chooses among candidates.
         can_load_lora: it takes LoRA files.
+        can_stream: its method `stream` yields the frames of a clip as they are finished, and `num_windows` tells in how
+            many parts.
         knows_words: `unknown_words` tells which words of a prompt it was not trained on.
         kv_policies: what its cache of keys and values can keep; empty without such a cache.
     """
@@ -95,6 +97,7 @@ class PipelineInfo:
     can_tile: bool = False
     can_search: bool = False
     can_load_lora: bool = False
+    can_stream: bool = False
     knows_words: bool = False
     kv_policies: tuple[str, ...] = ()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import shutil
 from types import SimpleNamespace
 
@@ -11,13 +13,16 @@ import pytest
 from PIL import Image
 
 from apps.api.app import create_app
+from apps.api.messages import event_message
 from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
 from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
 from apps.service.engine import Engine
+from apps.service.events import ClipPart, Picture, Step
 from apps.service.media import read_mp4
 from apps.service.metadata import MetadataError, request_from_settings
+from apps.service.requests import TextToImageRequest
 from apps.studio import views
 from apps.studio.app import mount
 from apps.studio.generation_handlers import GenerationHandlers
@@ -25,6 +30,7 @@ from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.strings import Strings
 from tests.families.tiny import tiny_pipeline
+from tests.pipes.tiny_video import tiny_video_pipeline
 from tests.studio.test_page import PAGE, TAB, generate_values, pictures
 from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, note_says, open_page
 
@@ -194,3 +200,61 @@ def test_a_browser_plays_it(world, tmp_path):
         assert errors == []
         assert [url for url in requests if not url.startswith((world.address, "data:", "blob:"))] == []
         browser.close()
+
+
+# ------------------------------------------------------------------ long clips, part by part
+
+
+@pytest.fixture(scope="module")
+def long_world(tmp_path_factory):
+    """A tiny model that makes a clip of 20 frames in three windows, behind the page."""
+    out = tmp_path_factory.mktemp("long")
+    settings = {"num_frames": 20, "window_frames": 8, "window_overlap": 2, "num_inference_steps": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            engine_module.Engine,
+            "_load_pipeline",
+            lambda self, source, device, load_options: tiny_video_pipeline(**settings),
+        )
+        engine = Engine({"stickers": "stickers"}, out, device="cpu")
+        engine.model().result(60)
+        generation = GenerationHandlers(engine, WORDS, Sessions(None))
+        yield SimpleNamespace(engine=engine, out=out, generation=generation)
+        engine.close()
+
+
+def test_finished_frames_come_before_later_ones_are_begun(long_world):
+    told = list(long_world.engine.generate(TextToImageRequest(prompt="a red apple", seed=3)))
+    kinds = [type(event).__name__ for event in told if isinstance(event, Step | ClipPart | Picture)]
+    assert kinds == ["Step"] * 2 + ["ClipPart"] + ["Step"] * 2 + ["ClipPart"] + ["Step"] * 2 + ["Picture"]
+    parts = [event for event in told if isinstance(event, ClipPart)]
+    assert [(part.start, len(part.frames), part.total) for part in parts] == [(0, 8, 20), (8, 6, 20)]
+    steps = [event for event in told if isinstance(event, Step)]
+    assert [(step.step, step.steps) for step in steps] == [(number, 6) for number in range(1, 7)]
+    (picture,) = (event for event in told if isinstance(event, Picture))
+    assert len(picture.clip.frames) == 20
+    shown = [frame for part in parts for frame in part.frames]
+    assert [frame.tobytes() for frame in shown] == [frame.tobytes() for frame in picture.clip.frames[:14]]
+    assert len(frames_of(picture.video)) == 20
+
+
+def test_the_page_plays_what_is_finished(long_world):
+    ask = {**PAGE, "model": "stickers", "prompt": "a red apple", "shape": "32x32", "frames": 20, "steps": 2}
+    told = [changes["stage"] for changes in generate_values(long_world.generation, ask) if "stage" in changes]
+    playing = [number for number, stage in enumerate(told) if "data:image/webp" in stage]
+    assert playing
+    assert "<video" not in told[playing[0]]
+    assert "<video" in told[-1]
+    assert "data:image/webp" not in told[-1]
+
+
+def test_parts_are_events_of_the_api():
+    frames = tuple(Image.new("RGB", (8, 8), (20 * shade, 0, 0)) for shade in range(3))
+    name, data = event_message("job", ClipPart(5, frames, 20, 8.0))
+    assert (name, data["start"], data["frames"], data["total"]) == ("part", 5, 3, 20)
+    kind, _, encoded = data["clip"].partition(";base64,")
+    assert kind == "data:image/webp"
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as clip:
+        assert clip.n_frames == 3
+        clip.load()
+        assert clip.info["duration"] == 125
