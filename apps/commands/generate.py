@@ -32,7 +32,7 @@ from apps.service.logs import no_repetition
 from apps.service.lora import one_lora
 from apps.service.metadata import PictureSettings
 from apps.service.model_pool import check_sources, check_upscaler, name_models
-from apps.service.option_values import Lora, MemoryName
+from apps.service.option_values import PICTURE_FIELDS, Lora, MemoryName
 from apps.service.requests import AnyRequest
 from apps.service.stored_images import STATE_FOLDER
 from apps.service.uploads import read_upload
@@ -102,8 +102,9 @@ def run(
     Args:
         options: what to generate; they go before `settings`.
         output: PNG or WebP file to write; several images get -0, -1, ... before the ending. Of a model that makes
-            clips it receives some frames side by side, and the clip goes beside it as MP4; a name with `.mp4` receives
-            the clip alone. An existing file is replaced. None is tessera.png, or the next name like it that is free.
+            clips a PNG receives some frames side by side, and the clip goes beside it as MP4; `.mp4`, `.gif` and
+            `.webp` receive the clip alone. An existing file is replaced. None is tessera.png, or the next name like it
+            that is free.
         device_options: where to compute.
         settings: image, clip or JSON file whose settings are taken.
         json_output: print one JSON object instead of text and a progress bar.
@@ -175,8 +176,10 @@ def make_request(
     values = asked(options)
     files = {
         "lora": _lora(options, engine, None if recorded is None else recorded.lora),
-        "image": _upload(options.image, recorded.image if recorded else None, settings, engine),
-        "mask": _upload(options.mask, recorded.mask if recorded else None, settings, engine),
+        **{
+            name: _upload(options.value(name), getattr(recorded, name, None), settings, engine)
+            for name in PICTURE_FIELDS
+        },
     }
     values |= {name: value for name, value in files.items() if value is not None}
     if "upscaler" in values:  # named by its place, which requests don't know
@@ -213,7 +216,8 @@ def _upload(file: Path | None, wanted: str | None, settings: Path | None, engine
     kept = settings.parent / STATE_FOLDER / "uploads" / f"{wanted}.png"
     if not kept.is_file():
         raise UsageError(
-            f"{settings.name} was generated from an image that isn't beside it; name it with --image (and --mask)."
+            f"{settings.name} was generated from an image that isn't beside it; name it with --image (and --mask, "
+            "--last-image)."
         )
     return engine.uploads.add(read_upload(kept.read_bytes()))
 

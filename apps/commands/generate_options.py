@@ -78,6 +78,10 @@ def generate(
             exists=True, dir_okay=False, help="Start from this image; a clip begins with it.", rich_help_panel=EDITING
         ),
     ] = None,
+    last_image: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A clip ends with this image.", rich_help_panel=EDITING),
+    ] = None,
     mask: Annotated[
         Path | None,
         typer.Option(
@@ -92,7 +96,7 @@ def generate(
         typer.Option(
             "--output",
             "-o",
-            help="PNG, WebP or MP4 file to write; a file that exists is replaced. A folder with --batch.",
+            help="PNG, WebP, MP4 or GIF file to write; a file that exists is replaced. A folder with --batch.",
             show_default="tessera.png, or the next name that is free",
             rich_help_panel=OUTPUT,
         ),
@@ -126,6 +130,7 @@ def generate(
         size=size,
         image=image,
         mask=mask,
+        last_image=last_image,
         lora=lora,
         lora_scale=lora_scale,
         dtype=None if dtype == "auto" else dtype,

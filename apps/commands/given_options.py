@@ -21,6 +21,7 @@ class GenerateOptions(BaseModel):
         model: built-in name, folder, single file or hub id.
         size: `128`, or `WIDTHxHEIGHT` such as `160x128`.
         image: file of an image to start from.
+        last_image: file of an image that a clip ends with.
         mask: file of a mask, white where to generate.
         dtype: data type of the weights.
         lora: file of a LoRA.
@@ -34,6 +35,7 @@ class GenerateOptions(BaseModel):
     size: str | None = None
     image: Path | None = None
     mask: Path | None = None
+    last_image: Path | None = None
     dtype: str | None = None
     lora: Path | None = None
     lora_scale: float | None = None

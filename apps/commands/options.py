@@ -9,12 +9,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from apps.commands.given_options import DERIVED, NEEDS, GenerateOptions, command_type, make_options
-from apps.commands.outputs import is_clip
 from apps.service.media import read_mp4
 from apps.service.metadata import PictureSettings, read_picture, read_sidecar, request_from_settings
 from apps.service.model_pool import tasks_on_disk
 from apps.service.named_settings import load_presets, preset_values
 from apps.service.option_text import as_label, parse_size
+from apps.service.option_values import PICTURE_FIELDS
 from apps.service.requests import OPTIONS, REQUEST, TASKS, AnyRequest, explain
 from apps.service.styles import load_styles
 from apps.service.usage import UsageError, checking
@@ -58,7 +58,7 @@ def check_options(options: GenerateOptions, source: str, recorded: PictureSettin
             raise UsageError(f"There is no {name} {wanted!r}; choose among {', '.join(offered)}.")
     if recorded is not None:
         return None
-    values |= {name: ANY_IMAGE for name in ("image", "mask") if options.value(name) is not None}
+    values |= {name: ANY_IMAGE for name in PICTURE_FIELDS if options.value(name) is not None}
     problems = []
     for first in tasks_on_disk(source)[:1] or FIRST_TASKS:
         try:
@@ -220,4 +220,4 @@ def read_settings(file: Path) -> PictureSettings:
         raise FileNotFoundError(f"No file {str(file)!r} to take the settings from.")
     if file.suffix.lower() == ".json":
         return read_sidecar(file)
-    return read_mp4(file) if is_clip(file) else read_picture(file)
+    return read_mp4(file) if file.suffix.lower() == ".mp4" else read_picture(file)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from apps.service.events import Picture
 from apps.service.media import save_mp4
-from apps.service.metadata import FORMATS, save_picture, save_sidecar, sidecar_path
+from apps.service.metadata import ANIMATIONS, FORMATS, save_animation, save_picture, save_sidecar, sidecar_path
 from apps.service.usage import UsageError
 from apps.service.writable import check_writable
 
@@ -17,8 +17,8 @@ MOST_NAMES = 100_000
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a name is that of a clip."""
-    return path.suffix.lower() == ".mp4"
+    """Whether a name is that of a clip, and can't be that of an image."""
+    return path.suffix.lower() in (".mp4", ".gif")
 
 
 def check_output(output: Path, sidecar: bool = False) -> None:
@@ -29,12 +29,12 @@ def check_output(output: Path, sidecar: bool = False) -> None:
         sidecar: whether a JSON file goes beside it.
 
     Raises:
-        UsageError: neither a PNG, a WebP nor an MP4 name, or not writable.
+        UsageError: neither a PNG, a WebP, an MP4 nor a GIF name, or not writable.
     """
-    if output.suffix.lower() not in (*FORMATS, ".mp4"):
+    if output.suffix.lower() not in (*FORMATS, *ANIMATIONS, ".mp4"):
         raise UsageError(
             f"{str(output)!r}: images are written as PNG or WebP, which keep their settings; use '.png' "
-            "('.mp4' for clips)."
+            "('.mp4', '.gif' or '.webp' for clips)."
         )
     check_writable(output)
     if sidecar:
@@ -93,7 +93,8 @@ def save(picture: Picture, path: Path, keep_settings: bool = True, sidecar: bool
 
     Args:
         picture: generated.
-        path: PNG or WebP file, or MP4 file for a clip.
+        path: PNG or WebP file; of a clip PNG receives some frames side by side, and the clip goes beside it as MP4, and
+            MP4, GIF and WebP receive the clip itself.
         keep_settings: whether the image carries its settings.
         sidecar: whether a JSON file beside it does.
 
@@ -106,10 +107,13 @@ def save(picture: Picture, path: Path, keep_settings: bool = True, sidecar: bool
     written = []
     settings = picture.metadata if keep_settings else None
     try:
-        if not is_clip(path):
-            written.append(save_picture(picture.image, path, settings))
-        if picture.clip is not None:
-            written.append(save_mp4(picture.clip, path.with_suffix(".mp4"), settings))
+        if picture.clip is not None and path.suffix.lower() in ANIMATIONS:
+            written.append(save_animation(picture.clip.frames, picture.clip.fps, path, settings))
+        else:
+            if not is_clip(path):
+                written.append(save_picture(picture.image, path, settings))
+            if picture.clip is not None:
+                written.append(save_mp4(picture.clip, path.with_suffix(".mp4"), settings))
         if sidecar:
             written.append(save_sidecar(picture.metadata, path))
     except OSError as error:

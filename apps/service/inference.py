@@ -22,6 +22,7 @@ from torch import Tensor
 from apps.service.acceleration import accelerated, config_of, reports_on, search_argument, timeline
 from apps.service.media import candidate_sheet
 from apps.service.model_pool import LoadedModel, Pipeline
+from apps.service.option_values import parse_timeline
 from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, AnyRequest
 from apps.service.schedulers import make_scheduler
@@ -55,6 +56,7 @@ class BatchInputs:
         request: with the model's defaults filled in.
         seeds: of the noise, one an image.
         image: to start from, of the size of the request.
+        last_image: that a clip ends with, of the size of the request.
         mask: where to generate, of the size of the request.
         alpha: how much of the result shows, of the size of the request; None for all of it on the mask.
     """
@@ -62,6 +64,7 @@ class BatchInputs:
     request: AnyRequest
     seeds: tuple[int, ...]
     image: Image.Image | None = None
+    last_image: Image.Image | None = None
     mask: Image.Image | None = None
     alpha: Image.Image | None = None
 
@@ -214,8 +217,9 @@ def _arguments(model: LoadedModel, inputs: BatchInputs) -> dict[str, Any]:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in inputs.seeds]
     given = {name: inputs.field(field) for field, name in names.items() if field not in ("seed", "search")}
     several = len(generators) if len(generators) > 1 else None
-    given |= {"image": inputs.image, "mask_image": inputs.mask, "num_images_per_prompt": several}
-    given |= _class_labels(model, inputs)
+    given |= {"image": inputs.image, "last_image": inputs.last_image, "mask_image": inputs.mask}
+    given |= {"num_images_per_prompt": several}
+    given |= _class_labels(model, inputs) | _prompt_schedule(inputs)
     arguments = {name: value for name, value in given.items() if value not in (None, "")}
     if inputs.image is not None:  # it has the size already, and some pipelines take the size from it
         arguments = {name: value for name, value in arguments.items() if name in accepts or name not in _SIDES}
@@ -236,6 +240,14 @@ def _arguments(model: LoadedModel, inputs: BatchInputs) -> dict[str, Any]:
 
 
 _SIDES = ("height", "width")
+
+
+def _prompt_schedule(inputs: BatchInputs) -> dict[str, Any]:
+    """Return the prompts of a clip by their first frames, which take the place of the prompt."""
+    timeline = inputs.field("timeline")
+    if timeline is None:
+        return {}
+    return {"prompt": None, "prompt_schedule": [(0, inputs.field("prompt")), *parse_timeline(timeline)]}
 
 
 def _class_labels(model: LoadedModel, inputs: BatchInputs) -> dict[str, Any]:

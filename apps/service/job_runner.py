@@ -25,6 +25,7 @@ from apps.service.lora import lora_applied, resolve_lora
 from apps.service.media import Clip, contact_strip, require_video, save_mp4
 from apps.service.metadata import PictureSettings, save_picture, save_sidecar
 from apps.service.model_pool import LoadedModel
+from apps.service.option_values import parse_timeline
 from apps.service.outpaint import blend, mask_of, pad_for_outpainting, soft_mask
 from apps.service.reports import encode_reports, report_text
 from apps.service.request_error import RequestError
@@ -190,17 +191,17 @@ def _upscale_step(
 
 def _batch_inputs(request: AnyRequest, seeds: tuple[int, ...], model: LoadedModel, uploads: UploadStore) -> BatchInputs:
     """Fetch the images that a request names, laid out at the size of the request."""
-    name = getattr(request, "image", None)
-    if name is None:
-        return BatchInputs(request=request, seeds=seeds)
     width, height = getattr(request, "width", None), getattr(request, "height", None)
     size = (width or model.width, height or model.side)
-    picture = uploads.get(name)
-    if "mask" not in type(request).model_fields:
-        same = picture.size == size
-        return BatchInputs(
-            request=request, seeds=seeds, image=picture if same else picture.resize(size, Image.Resampling.LANCZOS)
-        )
+
+    def fetch(field: str) -> Image.Image | None:
+        name = getattr(request, field, None)
+        picture = None if name is None else uploads.get(name)
+        return picture if picture is None or picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+
+    if getattr(request, "image", None) is None or "mask" not in type(request).model_fields:
+        return BatchInputs(request=request, seeds=seeds, image=fetch("image"), last_image=fetch("last_image"))
+    picture = uploads.get(getattr(request, "image"))  # noqa: B009
     mask, expand = getattr(request, "mask"), getattr(request, "expand")  # noqa: B009
     keep_shape = expand is not None or bool(model.sizes)
     padded = pad_for_outpainting(picture, None if mask is None else uploads.get(mask), size, expand, keep_shape)
@@ -294,6 +295,8 @@ def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
     from pipelines.inputs.words import describe_unknown
 
     texts = [getattr(request, name, None) for name in ("prompt", "negative_prompt")]
+    timeline = getattr(request, "timeline", None)
+    texts += [prompt for _, prompt in parse_timeline(timeline)] if timeline else []
     said = describe_unknown(model.pipe_for(request.task).unknown_words([text for text in texts if text]))
     return (said,) if said else ()
 

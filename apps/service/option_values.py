@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
 
+from apps.service import limits
 from apps.service.request_error import RequestError
 from pipelines.acceleration.config import AccelerationConfig
 from pipelines.acceleration.parts import MAIN_PARAMETERS, StepCachePart
@@ -16,6 +18,8 @@ from pipelines.acceleration.texts import AccelerationError
 
 ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """Hash of an image's pixels, see `apps.service.uploads`."""
+PICTURE_FIELDS = ("image", "mask", "last_image")
+"""Fields of requests that name uploaded images."""
 SchedulerName = Literal["euler", "heun", "sde", "dpm++", "unipc", "ddim", "ddpm"]
 """Choices of `apps.service.schedulers`."""
 KvPolicy = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,40}$")]
@@ -30,6 +34,41 @@ SearchMethod = Literal["best_of", "tts", "beam"]
 FileFormat = Literal["png", "webp"]
 Label = Annotated[int, Field(ge=0, le=10**6)] | Annotated[str, Field(min_length=1, max_length=200)]
 """Number or name of a class."""
+
+
+def parse_timeline(text: str) -> tuple[tuple[int, str], ...]:
+    """Read later prompts of a clip: `16: a dolphin leaping | 32: a fox winking`, or each on a line of its own.
+
+    Args:
+        text: of a request.
+
+    Returns:
+        First frames and prompts, in order.
+
+    Raises:
+        RequestError: another form; frames that don't rise from 1.
+    """
+    entries = []
+    for part in re.split(r"[|\n]", text):
+        match = re.fullmatch(r"\s*([0-9]{1,6})\s*:\s*(\S.*?)\s*", part)
+        if match is None:
+            message = f"timeline holds {part.strip()[:40]!r}; write FRAME: PROMPT, such as 16: a dolphin leaping."
+            raise RequestError("timeline", message, field="timeline", value=part.strip()[:40])
+        entries.append((int(match[1]), match[2]))
+    frames = [0, *(frame for frame, _ in entries)]
+    if any(before >= after for before, after in pairwise(frames)):
+        message = f"timeline names the frames {frames[1:]}; write them in rising order, the first one above 0."
+        raise RequestError("timeline.order", message, field="timeline")
+    return tuple(entries)
+
+
+def _checked_timeline(text: str) -> str:
+    """Return the usual spelling of a timeline."""
+    return " | ".join(f"{frame}: {prompt}" for frame, prompt in parse_timeline(text))
+
+
+Timeline = Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARS), AfterValidator(_checked_timeline)]
+"""Later prompts of a clip, see `parse_timeline`."""
 
 
 class StepCache(BaseModel):

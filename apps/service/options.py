@@ -33,6 +33,7 @@ from apps.service.option_values import (
     SchedulerName,
     SearchMethod,
     StepCache,
+    Timeline,
 )
 from apps.service.panels import COUNT, EDITING, OUTPUT, PROMPT, SAMPLING, SCALES, SPEED
 
@@ -361,6 +362,19 @@ class ClipOptions(OptionGroup):
             panel=COUNT,
             is_axis=False,
             control=Control(kind="number", place="count", off=None, is_hidden=True),
+        ),
+    ] = None
+    last_image: Annotated[
+        ImageId | None, Option(help="Hash of an uploaded image that a clip ends with.", is_axis=False)
+    ] = None
+    timeline: Annotated[
+        Timeline | None,
+        Option(
+            help="Later prompts of a clip and the frames they begin at: '16: a dolphin leaping | 32: a fox winking'.",
+            panel=PROMPT,
+            argument="prompt_schedule",
+            is_axis=False,
+            control=Control(kind="text", place="advanced", start="", off="", is_hidden=True),
         ),
     ] = None
 

@@ -111,6 +111,7 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
         parts: Parts = {
             "preset": fields.Dropdown(presets, value="", label=words("preset"), filterable=False, elem_id="preset"),
             "negative_prompt": controls.build("negative_prompt", words),
+            "timeline": controls.build("timeline", words),
         }
         with gr.Row():
             styles = [(words("style.none"), ""), *load_styles()]

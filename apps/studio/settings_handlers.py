@@ -151,12 +151,13 @@ class SettingsHandlers:
             **self._step_controls(model),
             **({} if model.guidance is None else {"guidance": gr.update(value=model.guidance)}),
             "frames": gr.update(value=model.frames, visible=model.frames is not None),
+            "timeline": gr.update(value="", visible=_takes(model, "text_to_image", "prompt_schedule")),
             "scheduler": gr.update(choices=[own, *model.schedulers], value="", visible=bool(model.schedulers)),
             "label": gr.update(choices=labels),
             "scale_label": gr.update(choices=labels, visible=bool(labels)),
             "inpaint_label": gr.update(choices=labels, visible=bool(labels) and "next_scale_class" in model.tasks),
             "repaint": gr.update(visible="inpaint" in model.tasks),
-            "strength": gr.update(visible=_takes_strength(model)),
+            "strength": gr.update(visible=_takes(model, "image_to_image", "strength")),
             "search": gr.update(value="", visible=model.can_search),
             "candidates": gr.update(visible=model.can_search),
             **_sampling_controls(model),
@@ -458,8 +459,9 @@ def _sampling_controls(model: LoadedModel) -> Changes:
     return changes
 
 
-def _takes_strength(model: LoadedModel) -> bool:
-    return "image_to_image" in model.tasks and "strength" in model.accepts("image_to_image")
+def _takes(model: LoadedModel, task: str, argument: str) -> bool:
+    """Whether a model does a task, and its pipeline's call has an argument."""
+    return task in model.tasks and argument in model.accepts(task)
 
 
 def _read(path: Path) -> PictureSettings:

@@ -258,8 +258,8 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
             return_dict: whether to wrap the result.
             frame_rate: frames a second, (B,) or one for all; networks with `clip_conditioning` need it for clips and
                 take images without.
-            clip_frames: latent frames of the whole clip that these are a part of, (B,) or one for all; for networks with
-                `clip_conditioning`. None is the number of latent frames given.
+            clip_frames: latent frames of the whole clip that these are a part of, (B,) or one for all; for networks
+                with `clip_conditioning`. None is the number of latent frames given.
 
         Returns:
             The velocity, of the shape of `hidden_states` but for the channels.

@@ -9,20 +9,25 @@ from types import SimpleNamespace
 
 import av
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
 from apps.api.app import create_app
 from apps.api.messages import event_message
+from apps.commands.batch import read_lines
 from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
+from apps.commands.options import read_settings
+from apps.commands.outputs import save
 from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
 from apps.service.engine import Engine
 from apps.service.events import ClipPart, Picture, Step
 from apps.service.media import read_mp4
 from apps.service.metadata import MetadataError, request_from_settings
-from apps.service.requests import TextToImageRequest
+from apps.service.requests import ImageToImageRequest, TextToImageRequest
+from apps.service.uploads import UploadError
 from apps.studio import views
 from apps.studio.app import mount
 from apps.studio.generation_handlers import GenerationHandlers
@@ -258,3 +263,82 @@ def test_parts_are_events_of_the_api():
         assert clip.n_frames == 3
         clip.load()
         assert clip.info["duration"] == 125
+
+
+def test_a_timeline_changes_the_prompt_of_later_windows(long_world):
+    def frames(**more):
+        told = long_world.engine.generate(TextToImageRequest(prompt="a red apple", seed=3, **more))
+        return next(event for event in told if isinstance(event, Picture))
+
+    plain, changed = frames(), frames(timeline="12: a green pear\n18: a boat")
+    assert changed.metadata.timeline == "12: a green pear | 18: a boat"
+    same = [a.tobytes() == b.tobytes() for a, b in zip(plain.clip.frames, changed.clip.frames, strict=True)]
+    assert all(same[:14])  # windows begin at frames 0, 8 and 14
+    assert not any(same[14:])
+    again = next(
+        event
+        for event in long_world.engine.generate(request_from_settings(read_mp4(changed.video)))
+        if isinstance(event, Picture)
+    )
+    assert frames_of(again.video) == frames_of(changed.video)
+    told = list(long_world.engine.generate(TextToImageRequest(prompt="a red apple", timeline="40: a boat")))
+    assert "frame 40 of a clip of 20" in told[-1].message
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("a boat", "write FRAME: PROMPT"), ("8: a | 8: b", "rising order"), ("0: a", "rising order"), ("3: ", "FRAME")],
+)
+def test_timelines_of_another_form_are_refused(text, problem):
+    with pytest.raises(ValueError, match=problem):
+        TextToImageRequest(prompt="a red apple", timeline=text)
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_animations_play_for_ever_and_carry_their_settings(ending, tmp_path, long_world):
+    told = long_world.engine.generate(TextToImageRequest(prompt="a red apple", seed=3))
+    picture = next(event for event in told if isinstance(event, Picture))
+    (path,) = save(picture, tmp_path / f"clip.{ending}")
+    assert read_settings(path) == picture.metadata
+    with Image.open(path) as clip:
+        assert clip.n_frames == 20
+        assert clip.info["loop"] == 0
+        clip.seek(1)
+        clip.load()
+        assert clip.info["duration"] == pytest.approx(125, abs=5)
+        error = np.abs(np.asarray(clip.convert("RGB"), float) - np.asarray(picture.clip.frames[1], float)).mean()
+    assert error < 20  # 256 colours a frame, or lossy compression
+    (bare,) = save(picture, tmp_path / f"bare.{ending}", keep_settings=False)
+    with pytest.raises(MetadataError, match="carries no settings"):
+        read_settings(bare)
+    assert sorted(one.name for one in tmp_path.iterdir()) == [f"bare.{ending}", f"clip.{ending}"]
+
+
+def test_what_a_gif_says_is_checked(tmp_path):
+    for comment in (b"{broken", b"{" + b"9" * 70_000, "{\u00ff".encode("latin-1"), b"hello"):
+        Image.new("P", (8, 8)).save(tmp_path / "a.gif", comment=comment)
+        with pytest.raises(MetadataError):
+            read_settings(tmp_path / "a.gif")
+
+
+def test_a_clip_begins_and_ends_with_images(long_world, tmp_path):
+    first, last = (Image.new("RGB", (32, 32), colour) for colour in ("teal", "orange"))
+    names = [long_world.engine.uploads.add(image) for image in (first, last)]
+    told = list(
+        long_world.engine.generate(
+            ImageToImageRequest(prompt="a red apple", image=names[0], last_image=names[1], seed=3, frames=9)
+        )
+    )
+    picture = next(event for event in told if isinstance(event, Picture))
+    assert picture.clip.frames[0].tobytes() == first.tobytes()
+    assert picture.clip.frames[-1].tobytes() == last.tobytes()
+    assert picture.metadata.last_image == names[1]
+    with pytest.raises(UploadError):
+        long_world.engine.submit(TextToImageRequest(prompt="a red apple", last_image="0" * 64))
+
+
+def test_files_of_prompts_name_last_images_beside_them(tmp_path):
+    Image.new("RGB", (32, 32), "orange").save(tmp_path / "end.png")
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "a red apple", "last_image": "end.png", "frames": 9}\n')
+    (line,) = read_lines(tmp_path / "lines.jsonl", make_options())
+    assert line.options.last_image == tmp_path / "end.png"
