@@ -211,6 +211,7 @@ class FlowVideoPipeline(FlowTextPipeline):
         schedule = None
         if call.prompt_schedule is not None:
             schedule = read_schedule(call.prompt_schedule, call.num_frames)
+            schedule.check(windows)
         known = self._known_clip(call, height, width)  # (1, 3, T, H, W)
         self._num_windows = len(windows)
         noise = last = None
@@ -225,7 +226,7 @@ class FlowVideoPipeline(FlowTextPipeline):
                 if latents is None:
                     break
                 pixels = part.composite(self.decode_latents(latents)[:, :, : window.length])  # (B, 3, T, H, W)
-                last = pixels[:, :, -call.window_overlap :].clone()
+                last = pixels
                 frames = (pixels[:, :, window.known :] / 2 + 0.5).clamp(0, 1).transpose(1, 2).cpu()  # (B, T, 3, H, W)
                 yield VideoChunk(window.start + window.known, frames, latents)
                 if self._finish_now:
@@ -251,7 +252,8 @@ class FlowVideoPipeline(FlowTextPipeline):
         self._guidance_interval, self._attention_kwargs = call.guidance_interval, call.attention_kwargs
         told = self.transformer.config.get("clip_conditioning", False)
         length = self.latent_frames(call.num_frames)  # of the whole clip: windows share its pace
-        self._network_arguments = {"frame_rate": call.frame_rate, "clip_frames": float(length)} if told else {}
+        rate = call.frame_rate if call.num_frames > 1 else 0.0  # an image has none
+        self._network_arguments = {"frame_rate": rate, "clip_frames": float(length)} if told else {}
 
     def _resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Fill in the size that the model was trained on, and check it."""

@@ -23,11 +23,14 @@ from torch import Tensor
 from apps.environment import describe_machine
 from apps.stickers.contact_sheet import contact_sheet
 from apps.stickers.moving import ClipJudge, ClipScene, ClipSheet, load_clips, render_clip, score_clip
+from apps.stickers.moving.clips import LENGTH
 from apps.stickers.moving.completion_set import COMPLETION_MASKS, Completed, evaluate_completion
 from apps.stickers.moving.prompt_sets import CLIP_SETS, ClipRequest, background_names, draw_clip_requests, sheet_prompts
 from apps.stickers.scene import BASIC_COLOURS
+from apps.training.data.moving_stickers import LOOP_SECONDS
 from dit.tokenizers import as_visual_tokenizer
 from pipelines.info.inspection import info_of
+from pipelines.inputs.video_mask import VideoMask
 from pipelines.inputs.words import read_words
 from pipelines.video_completion import VideoCompletionPipeline
 
@@ -50,7 +53,7 @@ class ClipReport:
         vocabulary: number of moving stickers asked for; all of the sheet compete in the judge.
         ceiling: shares of right readings of fresh renders by set, then metric, and their mean `flicker`.
         autoencoder: the same after a round trip, and `psnr` in dB (mean over clips).
-        scores: the same of generated clips; `flicker_ratio` is to fresh renders of the same scenes.
+        scores: the same of generated clips; `flicker_ratio` is to fresh renders of the same kind.
         completion: by task: `track_error` (pixels of 64 x 64 frames, mean and median), and `kept`, the share of clips
             of which every known frame is as it was.
         seconds_per_clip: generating time, without loading and judging.
@@ -67,13 +70,15 @@ class ClipReport:
     seconds_per_clip: float | None = None
 
 
-def read_clips(scenes: Sequence[ClipScene], clips: Iterable[Tensor], judge: ClipJudge, tick: Any) -> dict[str, float]:
+def read_clips(
+    scenes: Sequence[ClipScene], clips: Iterable[Tensor], judge: ClipJudge, tick: Any, period: int = LENGTH
+) -> dict[str, float]:
     """Let the judge read clips, batch by batch: the share of right answers for each metric, and the mean flicker."""
     right: dict[str, list[bool]] = defaultdict(list)
     flicker: list[float] = []
     remaining = iter(scenes)
     for batch in clips:  # (b, T, 3, R, R)
-        for reading in judge.read(batch):
+        for reading in judge.read(batch, period):
             flicker.append(reading.flicker)
             for metric, value in score_clip(next(remaining), reading).items():
                 right[metric].append(value)
@@ -97,6 +102,7 @@ class ClipEvaluator:
         seed: of scenes and noise.
         batch_size: clips generated at once.
         progress: shows what goes on.
+        period: frames in which an own motion is played once.
     """
 
     sheet: ClipSheet
@@ -109,6 +115,7 @@ class ClipEvaluator:
     seed: int
     batch_size: int
     progress: Progress
+    period: int = LENGTH
 
     def requests(self, name: str) -> list[ClipRequest]:
         """Draw the requests of a set."""
@@ -121,12 +128,13 @@ class ClipEvaluator:
         def clips() -> Iterable[Tensor]:
             for start in range(0, len(scenes), self.batch_size):
                 part = scenes[start : start + self.batch_size]
-                fresh = torch.stack([render_clip(one, self.sheet, self.num_frames, self.resolution) for one in part])
+                size = (self.num_frames, self.resolution, self.period)
+                fresh = torch.stack([render_clip(one, self.sheet, *size) for one in part])
                 made = fresh if through is None else through(fresh)
                 errors.extend((made - fresh).square().mean(dim=(1, 2, 3, 4)).tolist())
                 yield made
 
-        found = read_clips(scenes, clips(), self.judge, self.tick(f"{CLIP_SETS[name].title}, {title}"))
+        found = read_clips(scenes, clips(), self.judge, self.tick(f"{CLIP_SETS[name].title}, {title}"), self.period)
         psnr = [10 * float(np.log10(4 / max(error, 1e-10))) for error in errors]
         return found if through is None else {**found, "psnr": sum(psnr) / len(psnr)}
 
@@ -141,7 +149,9 @@ class ClipEvaluator:
             )
             for start in range(0, len(requests), self.batch_size)
         )
-        return read_clips([one.scene for one in requests], clips, self.judge, self.tick(CLIP_SETS[name].title))
+        return read_clips(
+            [one.scene for one in requests], clips, self.judge, self.tick(CLIP_SETS[name].title), self.period
+        )
 
     def completed(self, pipe: Any, kind: str, settings: dict[str, Any]) -> dict[str, float]:
         """Score how the model completes clips; see `apps.stickers.moving.completion_set`."""
@@ -170,6 +180,7 @@ class ClipEvaluator:
                 seed=self.seed,
                 batch_size=self.batch_size,
                 colours=self.colours,
+                period=self.period,
             )
         )
         errors = [one.track_error for one in found]
@@ -219,7 +230,17 @@ def run_clips(
     judge = ClipJudge(sheet, pipe.device)
     frames = int(info.frames or 16)
     evaluator = ClipEvaluator(
-        sheet, names, colours, judge, prompts, frames, int(info.height), seed, batch_size, progress
+        sheet,
+        names,
+        colours,
+        judge,
+        prompts,
+        frames,
+        int(info.height),
+        seed,
+        batch_size,
+        progress,
+        round(LOOP_SECONDS * float(info.fps or 8)),
     )
     settings = {"prompts": prompts, "frames": frames, "steps": steps, "guidance": guidance, "seed": seed}
     settings |= {"batch_size": batch_size}
@@ -233,7 +254,15 @@ def run_clips(
         clips = pipe(list(prompts), num_frames=frames, generator=noise, **call).frames  # (B, T, 3, R, R) in [0, 1]
         return clips.float().cpu() * 2 - 1
 
-    for name in CEILING_SETS:
+    chosen = [name for name in sets or CLIP_SETS if name in CLIP_SETS]
+    tasks = [kind for kind in sets or COMPLETION_MASKS if kind in COMPLETION_MASKS]
+    for kind in tasks:  # before any work is spent
+        VideoMask.parse(COMPLETION_MASKS[kind]).resolve(frames, 1, 1)
+
+    def save() -> None:
+        (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+
+    for name in CEILING_SETS if chosen else ():
         report.ceiling[name] = evaluator.rendered(name, None, "fresh renders")
         report.autoencoder[name] = evaluator.rendered(name, _round_trip(pipe.vae), "after a round trip")
     start = time.perf_counter()
@@ -241,13 +270,14 @@ def run_clips(
     clips = _sheet_clips(texts, generate, seed, batch_size, evaluator.tick("contact sheet", len(texts)))
     report.seconds_per_clip = (time.perf_counter() - start) / len(texts)
     save_sheet(clips, texts, Path(model).name, float(info.fps or 8), folder / "contact_sheet.webp")
-    for name in (one for one in sets or CLIP_SETS if one in CLIP_SETS):
+    for name in chosen:
         found = evaluator.generated(name, generate)
         fresh = report.ceiling["passing" if CLIP_SETS[name].kind == "passing" else "moving"]["flicker"]
         report.scores[name] = {**found, "flicker_ratio": found["flicker"] / fresh}
-    for kind in (one for one in sets or COMPLETION_MASKS if one in COMPLETION_MASKS):
+        save()
+    for kind in tasks:
         report.completion[kind] = evaluator.completed(pipe, kind, call)
-    (folder / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        save()
     return report
 
 

@@ -266,8 +266,8 @@ def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
                         total=1,
                         left=f"{event.eta:.1f} s left",
                     )
-                case ClipPart(start, frames, total):
-                    progress.update(task, description=f"{start + len(frames)} of {total} frames are finished")
+                case ClipPart(total=total):
+                    progress.update(task, description=f"{event.done} of {total} frames are finished")
                 case Upscaling(done, count):
                     pieces = f" ({done} of {count})" if count > 1 else ""
                     progress.update(task, description=f"upscaling{pieces}", completed=event.share, total=1, left="")

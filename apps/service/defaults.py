@@ -13,6 +13,7 @@ from typing import Any
 from apps.service import limits
 from apps.service.model_pool import LoadedModel
 from apps.service.named_settings import preset_values
+from apps.service.option_values import parse_timeline, write_timeline
 from apps.service.outpaint import expanded_size
 from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, SHORT_FOR, AnyRequest
@@ -98,8 +99,12 @@ def _texts(request: AnyRequest) -> dict[str, str]:
         raise RequestError(
             "setting", "Styles are for prompts; leave the style out for an image of a class.", field="style"
         )
-    prompt, negative = apply_style(request.style, prompt, negative)
-    return {"prompt": prompt, "negative_prompt": negative}
+    styled, negative = apply_style(request.style, prompt, negative)
+    timeline = getattr(request, "timeline", None)
+    if timeline is None:
+        return {"prompt": styled, "negative_prompt": negative}
+    later = [(frame, apply_style(request.style, text, "")[0]) for frame, text in parse_timeline(timeline)]
+    return {"prompt": styled, "negative_prompt": negative, "timeline": write_timeline(later)}
 
 
 def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:

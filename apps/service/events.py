@@ -84,6 +84,16 @@ class ClipPart:
     total: int
     fps: float
 
+    @property
+    def done(self) -> int:
+        """Frames of the clip that are finished."""
+        return self.start + len(self.frames)
+
+    @property
+    def share(self) -> float:
+        """How much of the clip is finished, 0 to 1."""
+        return self.done / self.total
+
 
 @dataclass(frozen=True, slots=True)
 class Upscaling:

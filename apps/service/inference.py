@@ -244,10 +244,10 @@ _SIDES = ("height", "width")
 
 def _prompt_schedule(inputs: BatchInputs) -> dict[str, Any]:
     """Return the prompts of a clip by their first frames, which take the place of the prompt."""
-    timeline = inputs.field("timeline")
-    if timeline is None:
+    later = inputs.field("timeline")
+    if later is None:
         return {}
-    return {"prompt": None, "prompt_schedule": [(0, inputs.field("prompt")), *parse_timeline(timeline)]}
+    return {"prompt": None, "prompt_schedule": [(0, inputs.field("prompt")), *parse_timeline(later)]}
 
 
 def _class_labels(model: LoadedModel, inputs: BatchInputs) -> dict[str, Any]:

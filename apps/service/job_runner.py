@@ -323,7 +323,8 @@ def _settings(
             "seed": inputs.seeds[place],
             "width": frames[0].width,
             "height": frames[0].height,
-            "frames": None if model.frames is None else len(frames),
+            # A clip that was ended early has fewer frames than its pace was set for.
+            "frames": None if model.frames is None else len(frames) if ended is None else inputs.field("frames"),
             "fps": None if model.frames is None else model.fps,
             "fingerprint": model.fingerprint,
             "sampler": inputs.field("scheduler"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -50,11 +50,13 @@ def parse_timeline(text: str) -> tuple[tuple[int, str], ...]:
     """
     entries = []
     for part in re.split(r"[|\n]", text):
-        match = re.fullmatch(r"\s*([0-9]{1,6})\s*:\s*(\S.*?)\s*", part)
-        if match is None:
+        number, colon, prompt = (one.strip() for one in part.partition(":"))
+        if not (number or colon):  # an empty line
+            continue
+        if not (prompt and re.fullmatch(r"[0-9]{1,6}", number)):
             message = f"timeline holds {part.strip()[:40]!r}; write FRAME: PROMPT, such as 16: a dolphin leaping."
             raise RequestError("timeline", message, field="timeline", value=part.strip()[:40])
-        entries.append((int(match[1]), match[2]))
+        entries.append((int(number), prompt))
     frames = [0, *(frame for frame, _ in entries)]
     if any(before >= after for before, after in pairwise(frames)):
         message = f"timeline names the frames {frames[1:]}; write them in rising order, the first one above 0."
@@ -62,12 +64,17 @@ def parse_timeline(text: str) -> tuple[tuple[int, str], ...]:
     return tuple(entries)
 
 
-def _checked_timeline(text: str) -> str:
+def write_timeline(entries: Sequence[tuple[int, str]]) -> str:
     """Return the usual spelling of a timeline."""
-    return " | ".join(f"{frame}: {prompt}" for frame, prompt in parse_timeline(text))
+    return " | ".join(f"{frame}: {prompt}" for frame, prompt in entries)
 
 
-Timeline = Annotated[str, Field(max_length=limits.MAX_PROMPT_CHARS), AfterValidator(_checked_timeline)]
+def _checked_timeline(text: str) -> str:
+    return write_timeline(parse_timeline(text))
+
+
+_Length = Field(min_length=1, max_length=limits.MAX_PROMPT_CHARS)
+Timeline = Annotated[str, _Length, AfterValidator(_checked_timeline), _Length]
 """Later prompts of a clip, see `parse_timeline`."""
 
 

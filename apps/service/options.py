@@ -315,11 +315,8 @@ class StepOptions(OptionGroup):
     ] = None
     finish_after: Annotated[
         int | None,
-        Field(ge=1, le=limits.MAX_STEPS),
-        Option(
-            help="End after so many steps, with the image as it is then.",
-            panel=SAMPLING,
-        ),
+        Field(ge=1, le=limits.MAX_STEPS * limits.MAX_FRAMES),
+        Option(help="End after so many steps, with the image as it is then.", panel=SAMPLING),
     ] = None
     step_cache: Annotated[
         StepCache | None,

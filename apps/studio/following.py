@@ -229,7 +229,7 @@ class Following:
             case Picture():
                 return self._draw(page, view, "", None)
             case (Step() | Upscaling() | ClipPart()) as step if view.is_due():
-                return self._draw(page, view, *(page.progress if isinstance(step, ClipPart) else view.progress(step)))
+                return self._draw(page, view, *view.progress(step))
             case Queued(ahead):
                 return self._draw(page, view, self._words("waiting", ahead=ahead), 0.0)
             case ModelLoading(model):

@@ -35,6 +35,9 @@ class PictureView:
         strip: what a step cache did.
         scales: the scales so far, as data URIs.
         frames: finished ones of a clip of which later ones are still generated.
+        picture: that is being generated, from 1.
+        is_new_part: whether frames have been finished since the stage was drawn.
+        fps: frames a second of the clip.
     """
 
     size: tuple[int, int]
@@ -46,10 +49,15 @@ class PictureView:
     strip: str = ""
     scales: tuple[str, ...] = ()
     frames: tuple[Image.Image, ...] = ()
+    picture: int = 0
+    is_new_part: bool = False
+    fps: float = 8.0
 
     def take(self, step: Step) -> None:
         """Take in a step."""
-        self.strip = step.strip
+        self.strip, self.is_new_part = step.strip, False
+        if step.picture != self.picture:
+            self.picture, self.frames = step.picture, ()
         if step.preview is not None and not self.frames:  # what is finished shows more than a preview of what isn't
             self.preview, self.shown = views.preview_uri(step.preview), None
             if self.is_by_scales:
@@ -58,17 +66,17 @@ class PictureView:
     def take_part(self, part: ClipPart) -> None:
         """Take in finished frames of a clip, which then plays while the others are generated."""
         self.frames = (*(self.frames if part.start else ()), *part.frames)[-SHOWN_FRAMES:]
-        self.preview, self.shown = clip_uri(self.frames, part.fps), None
+        self.fps, self.shown, self.is_new_part = part.fps, None, True
 
     def finish(self, shown: Shown) -> None:
         """Take in a finished image."""
         self.shown, self.frames = shown, ()
 
     def is_due(self) -> bool:
-        """Whether to redraw: always, because pages ask a few times a second."""
-        return True
+        """Whether to redraw: always, because pages ask a few times a second; a clip that plays only for new frames."""
+        return not self.frames or self.is_new_part
 
-    def progress(self, step: Step | Upscaling) -> tuple[str, float]:
+    def progress(self, step: Step | ClipPart | Upscaling) -> tuple[str, float]:
         """Return the line under the stage and the share of the work that is done."""
         return progress_line(step, self.words)
 
@@ -76,12 +84,13 @@ class PictureView:
         """Draw the stage."""
         if self.shown is not None:
             return self.stage.draw(self.shown, note, share, self.strip, self.scales)
+        picture = clip_uri(self.frames, self.fps) if self.frames else self.preview
         return views.stage(
-            self.preview,
+            picture,
             size=self.size,
             note=note,
             share=share,
-            is_preview=self.preview is not None,
+            is_preview=picture is not None and not self.frames,
             strip=self.strip,
             scales=self.scales,
         )
@@ -126,11 +135,13 @@ class GridView:
         self.next_redraw = time.monotonic() + REDRAW_SECONDS
         return True
 
-    def progress(self, step: Step | Upscaling) -> tuple[str, float]:
+    def progress(self, step: Step | ClipPart | Upscaling) -> tuple[str, float]:
         """Return the line under the stage and the share of the work that is done."""
         number, count = self.number, len(self.record.jobs)
         if isinstance(step, Upscaling):
             note = self.words("cell.upscaling", number=number, count=count)
+        elif isinstance(step, ClipPart):
+            return self.words("part", done=step.done, total=step.total), (number - 1 + step.share) / count
         else:
             note = self.words("cell", number=number, count=count, step=step.step, steps=step.steps)
         return note, (number - 1 + step.share) / count
@@ -154,8 +165,10 @@ class GridView:
 View = PictureView | GridView
 
 
-def progress_line(step: Step | Upscaling, words: Strings) -> tuple[str, float]:
+def progress_line(step: Step | ClipPart | Upscaling, words: Strings) -> tuple[str, float]:
     """Return the line under the stage and the share of the work that is done."""
+    if isinstance(step, ClipPart):
+        return words("part", done=step.done, total=step.total), step.share
     if isinstance(step, Upscaling):
         of_frames = "upscaling" if step.count == 1 else "upscaling.pieces"
         key = of_frames if step.pictures == 1 else "upscaling.many"

@@ -75,7 +75,7 @@ def draw_labels(logits: Mapping[str, Tensor], entries: Mapping[int, int], sheet:
     for row, names in enumerate(found["names"]):
         motion, own = SCENE_MOTIONS[found["motion"][row]], OWN[found["own"][row]]
         stickers = tuple(
-            _sticker(clips[entry], slot, motion if slot == _first(slot) else OPPOSITE.get(motion, motion), own)
+            _sticker(clips[entry], slot, motion if slot == _first(slot) else _opposite(motion), own)
             for slot, entry in zip(SLOTS, names, strict=True)
             if entry
         )
@@ -83,6 +83,12 @@ def draw_labels(logits: Mapping[str, Tensor], entries: Mapping[int, int], sheet:
         frames = render_clip(scene, sheet, 16, resolution)  # (T, 3, R, R)
         drawn.append(torch.cat([frames[0], frames[-1]], dim=-1))
     return torch.stack(drawn)
+
+
+def _opposite(motion: SceneMotion) -> SceneMotion:
+    """Return the motion of the other one of a pair; what isn't a direction stays as it is."""
+    other: SceneMotion | None = OPPOSITE.get(motion)
+    return other or motion
 
 
 def _first(slot: str) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from apps.training.config import ConfigError
 from apps.training.data.base import Examples
 from apps.training.latent_cache import chunks
-from dit.tokenizers import as_visual_tokenizer
+from dit.tokenizers import CausalVideoAutoencoder, as_visual_tokenizer
 from pipelines.inputs.known_latents import group_frames
 
 CHUNK = 16  # clips that are encoded at once
@@ -64,14 +64,16 @@ def known_of(latents: Tensor, stills: Tensor, shown: Tensor, ratio: int) -> Tens
 
 
 def check_stills(vae: Any) -> None:
-    """Check that a frame's latents don't depend on the frames before it, so that masks can be drawn after encoding.
+    """Check that latent frames are encoded on their own, so that what is known can be drawn after encoding.
 
     Raises:
-        ConfigError: They do.
+        ConfigError: They depend on the frames before them.
     """
-    is_framewise = as_visual_tokenizer(vae).temporal_compression_ratio == 1
-    if not is_framewise and vae.config.get("encoder_window") != 1:
+    looks_back = vae.config.get("encoder_window", 1) != 1
+    is_framewise = isinstance(vae, CausalVideoAutoencoder) or as_visual_tokenizer(vae).temporal_compression_ratio == 1
+    if looks_back or not is_framewise:
         raise ConfigError(
-            f"task.known_fraction needs an autoencoder whose latent frames are encoded on their own, and data.vae is a "
-            f"{type(vae).__name__} that looks back: use a CausalVideoAutoencoder with encoder_window = 1, or set 0"
+            f"data.vae is a {type(vae).__name__} whose latent frames depend on those before them, so clips that are "
+            "known in part can't be encoded ahead: use a CausalVideoAutoencoder with encoder_window = 1, or set "
+            "task.known_fraction = 0 and data.lengths of at most data.num_frames"
         )

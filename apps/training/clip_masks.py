@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CONTINUED = 5  # frames that windows of long clips take over from the one before
+from pipelines.flow_video import DEFAULT_OVERLAP
+
 SPATIAL = 0.2  # share of the masks that hide a region of all frames
 
 
@@ -25,13 +26,24 @@ def draw_known(count: int, frames: int, side: int, start: int, rng: np.random.Ge
     known = torch.zeros(count, frames, side, side, dtype=torch.bool)
     for clip in known:
         if start > 0:
-            clip[: CONTINUED if rng.random() < 0.8 else int(rng.integers(1, frames))] = True
+            clip[: _overlap(frames) if rng.random() < 0.8 else int(rng.integers(1, frames))] = True
         elif rng.random() < fraction:
             if frames == 1 or rng.random() < SPATIAL:
                 _show_around(clip, rng)
             else:
                 clip[_known_frames(frames, rng)] = True
     return known
+
+
+def is_spatial(known: Tensor) -> Tensor:
+    """Tell of which clips (B, T, h, w) regions are known, and not whole frames: bool, (B,)."""
+    some, whole = known.any(dim=(2, 3)), known.all(dim=(2, 3))  # (B, T)
+    return (some != whole).any(dim=1)
+
+
+def _overlap(frames: int) -> int:
+    """Return how many frames a window of a long clip takes over from the one before it."""
+    return min(DEFAULT_OVERLAP, frames - 1)
 
 
 def _show_around(clip: Tensor, rng: np.random.Generator) -> None:
@@ -47,7 +59,7 @@ def _known_frames(frames: int, rng: np.random.Generator) -> list[int]:
     """Draw the frames that are known: the first, the last, every n-th, both ends, one, or some."""
     task = ("predict", "backward", "interpolate", "ends", "first", "one", "some")[rng.integers(7)]
     if task in ("predict", "backward"):
-        count = CONTINUED if rng.random() < 0.5 else int(rng.integers(1, frames))
+        count = _overlap(frames) if rng.random() < 0.5 else int(rng.integers(1, frames))
         return list(range(frames))[:count] if task == "predict" else list(range(frames))[-count:]
     if task == "interpolate":
         return list(range(0, frames, int(rng.integers(2, 9))))

@@ -63,7 +63,7 @@ def clip_transformer(trained: TextDiT, ratio: int, **config: Any) -> TextDiT:
         **config: Settings of the new one beyond those of `trained`, such as `space_time`.
     """
     channels = trained.out_channels
-    settings = {name: value for name, value in trained.config.items() if name[0] != "_"} | config
+    settings: dict[str, Any] = {name: value for name, value in trained.config.items() if name[0] != "_"} | config
     grown = TextDiT(**settings | {"in_channels": 2 * channels + ratio, "out_channels": channels})
     weights = trained.state_dict()
     seen = weights["patch_embed.weight"].unflatten(1, (-1, trained.config.in_channels))  # (D, P, C)

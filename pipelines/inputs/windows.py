@@ -18,7 +18,7 @@ class Window:
         index: number of the window.
         start: index of its first frame in the clip.
         stop: index behind its last one.
-        known: how many of its first frames the windows before it have made.
+        known: how many of its first frames the window before it has made.
     """
 
     index: int
@@ -41,7 +41,8 @@ def plan_windows(num_frames: int, length: int, overlap: int) -> list[Window]:
         overlap: frames that a window shares with the one before it, below `length`.
 
     Returns:
-        The windows in order; the last one may be shorter.
+        The windows in order. All have the same length, which models know best, so the last one may share more frames
+        with the one before it; only of a clip shorter than a window it is shorter.
 
     Raises:
         ValueError: `overlap` is not below `length`, or below 1.
@@ -50,8 +51,8 @@ def plan_windows(num_frames: int, length: int, overlap: int) -> list[Window]:
         raise ValueError(f"window_overlap={overlap} is out of range: expected 1 to {length - 1} (window_frames - 1).")
     windows = [Window(0, 0, min(length, num_frames), 0)]
     while windows[-1].stop < num_frames:
-        start = windows[-1].stop - overlap
-        windows.append(Window(len(windows), start, min(start + length, num_frames), overlap))
+        start = min(windows[-1].stop - overlap, num_frames - length)
+        windows.append(Window(len(windows), start, start + length, windows[-1].stop - start))
     return windows
 
 
@@ -86,8 +87,28 @@ class PromptSchedule:
 
     def at(self, window: Window) -> str:
         """Return the prompt in force at the middle of a window's new frames."""
+        return self.entries[self._index(window)][1]
+
+    def check(self, windows: Sequence[Window]) -> None:
+        """Check that each prompt is in force in some window: a window has one prompt.
+
+        Raises:
+            ValueError: a prompt never is; the message says at which frames another prompt may begin.
+        """
+        used = {self._index(window) for window in windows}
+        for number, (frame, prompt) in enumerate(self.entries):
+            if number not in used:
+                begin = [window.start + window.known for window in windows]
+                raise ValueError(
+                    f"The prompt {prompt[:40]!r} from frame {frame} on would never be seen: this clip is generated in "
+                    f"parts that begin at the frames {begin}, each with one prompt. Let one prompt begin at each of "
+                    "them at most, or make the clip longer."
+                )
+
+    def _index(self, window: Window) -> int:
+        """Return the number of the prompt in force at the middle of a window's new frames."""
         middle = (window.start + window.known + window.stop - 1) / 2
-        return [prompt for frame, prompt in self.entries if frame <= middle][-1]
+        return max(number for number, (frame, _) in enumerate(self.entries) if frame <= middle)
 
 
 def read_schedule(entries: Sequence[tuple[int, str]], num_frames: int) -> PromptSchedule:

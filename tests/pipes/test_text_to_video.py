@@ -77,7 +77,7 @@ def test_windows_cover_every_frame_once():
         windows = plan_windows(frames, 21, 5)
         new = [frame for window in windows for frame in range(window.start + window.known, window.stop)]
         assert new == list(range(frames))
-        assert all(window.length <= 21 and window.length > window.known for window in windows)
+        assert all(window.length == min(frames, 21) and window.length > window.known for window in windows)
     assert len(plan_windows(64, 21, 5)) == 4
     with pytest.raises(ValueError, match="window_overlap=21 is out of range: expected 1 to 20"):
         plan_windows(64, 21, 21)

@@ -22,11 +22,14 @@ from apps.commands.options import read_settings
 from apps.commands.outputs import save
 from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
+from apps.service.defaults import resolve_defaults
 from apps.service.engine import Engine
 from apps.service.events import ClipPart, Picture, Step
 from apps.service.media import read_mp4
 from apps.service.metadata import MetadataError, request_from_settings
+from apps.service.option_values import parse_timeline
 from apps.service.requests import ImageToImageRequest, TextToImageRequest
+from apps.service.styles import load_styles
 from apps.service.uploads import UploadError
 from apps.studio import views
 from apps.studio.app import mount
@@ -249,6 +252,8 @@ def test_the_page_plays_what_is_finished(long_world):
     playing = [number for number, stage in enumerate(told) if "data:image/webp" in stage]
     assert playing
     assert "<video" not in told[playing[0]]
+    assert not any('class="preview"' in told[number] for number in playing)  # previews are blurred
+    assert "8 of 20 frames are finished" in told[playing[0]]
     assert "<video" in told[-1]
     assert "data:image/webp" not in told[-1]
 
@@ -270,8 +275,8 @@ def test_a_timeline_changes_the_prompt_of_later_windows(long_world):
         told = long_world.engine.generate(TextToImageRequest(prompt="a red apple", seed=3, **more))
         return next(event for event in told if isinstance(event, Picture))
 
-    plain, changed = frames(), frames(timeline="12: a green pear\n18: a boat")
-    assert changed.metadata.timeline == "12: a green pear | 18: a boat"
+    plain, changed = frames(), frames(timeline="12: a green pear\n")
+    assert changed.metadata.timeline == "12: a green pear"
     same = [a.tobytes() == b.tobytes() for a, b in zip(plain.clip.frames, changed.clip.frames, strict=True)]
     assert all(same[:14])  # windows begin at frames 0, 8 and 14
     assert not any(same[14:])
@@ -283,11 +288,41 @@ def test_a_timeline_changes_the_prompt_of_later_windows(long_world):
     assert frames_of(again.video) == frames_of(changed.video)
     told = list(long_world.engine.generate(TextToImageRequest(prompt="a red apple", timeline="40: a boat")))
     assert "frame 40 of a clip of 20" in told[-1].message
+    unseen = TextToImageRequest(prompt="a red apple", timeline="12: a green pear | 18: a boat")
+    told = list(long_world.engine.generate(unseen))
+    assert "would never be seen" in told[-1].message
+    assert "[0, 8, 14]" in told[-1].message
+
+
+def test_a_style_holds_for_later_prompts_too(long_world):
+    style = next(iter(load_styles()))
+    request = TextToImageRequest(prompt="a red apple", timeline="12: a pear\n\n 14:  a boat ", style=style)
+    settled = resolve_defaults(request, long_world.engine.model().result(), long_world.engine.uploads)
+    later = [prompt for _, prompt in parse_timeline(settled.timeline)]
+    assert [settled.prompt.replace("a red apple", text) for text in ("a pear", "a boat")] == later
+
+
+def test_a_clip_that_is_ended_early_is_recorded_with_the_frames_asked_for(long_world):
+    told = list(long_world.engine.generate(TextToImageRequest(prompt="a red apple", seed=3, finish_after=3)))
+    picture = next(event for event in told if isinstance(event, Picture))
+    assert len(picture.clip.frames) == 14  # two windows, the second one ended after its first step
+    assert (picture.metadata.frames, picture.metadata.finish_after) == (20, 3)
+    told = long_world.engine.generate(request_from_settings(picture.metadata))
+    again = next(event for event in told if isinstance(event, Picture))
+    assert frames_of(again.video) == frames_of(picture.video)
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("a boat", "write FRAME: PROMPT"), ("8: a | 8: b", "rising order"), ("0: a", "rising order"), ("3: ", "FRAME")],
+    [
+        ("a boat", "write FRAME: PROMPT"),
+        ("8: a | 8: b", "rising order"),
+        ("0: a", "rising order"),
+        ("3: ", "FRAME"),
+        ("|", "at least 1"),
+        ("1: " + "a" * 1999, "2000"),
+        (": a", "FRAME"),
+    ],
 )
 def test_timelines_of_another_form_are_refused(text, problem):
     with pytest.raises(ValueError, match=problem):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apps.stickers.moving.clips import ClipSheet
+from apps.stickers.moving.clips import LENGTH, ClipSheet
 from apps.stickers.moving.judge import CANVAS, ClipJudge
 from apps.stickers.moving.prompt_sets import CLIP_SETS, ClipRequest, draw_clip_requests
 from apps.stickers.moving.renderer import poses, render_clip
@@ -46,6 +46,7 @@ def evaluate_completion(
     seed: int = 0,
     batch_size: int = 8,
     colours: Sequence[str],
+    period: int = LENGTH,
 ) -> Iterator[Completed]:
     """Complete rendered clips of single stickers, and measure each.
 
@@ -61,13 +62,15 @@ def evaluate_completion(
         seed: of scenes and noise.
         batch_size: clips completed at once.
         colours: names of the backgrounds.
+        period: frames in which an own motion is played once.
     """
     text = COMPLETION_MASKS[kind]
     generated = VideoMask.parse(text).resolve(num_frames, 1, 1).flatten()  # (T,)
     requests = draw_clip_requests(CLIP_SETS["moving"], count, sheet, vocabulary, seed, colours)
     for start in range(0, count, batch_size):
         part = requests[start : start + batch_size]
-        clips = torch.stack([render_clip(one.scene, sheet, num_frames, resolution) for one in part])  # (B, T, 3, R, R)
+        drawn = [render_clip(one.scene, sheet, num_frames, resolution, period) for one in part]
+        clips = torch.stack(drawn)  # (B, T, 3, R, R)
         given = ((clips.clamp(-1, 1) + 1) * 127.5).round()  # what a person would give: whole levels
         clips = given / 127.5 - 1
         seeds = [seed + start + row for row in range(len(part))]
@@ -75,12 +78,12 @@ def evaluate_completion(
         levels = ((made.clamp(-1, 1) + 1) * 127.5).round()
         for request, clip, level, known in zip(part, made, levels, given, strict=True):
             kept = bool(torch.equal(level[~generated], known[~generated]))
-            yield Completed(_track_error(request, clip, generated, judge), kept)
+            yield Completed(_track_error(request, clip, generated, judge, period), kept)
 
 
-def _track_error(request: ClipRequest, clip: Tensor, generated: Tensor, judge: ClipJudge) -> float:
+def _track_error(request: ClipRequest, clip: Tensor, generated: Tensor, judge: ClipJudge, period: int) -> float:
     """Return the mean distance of the read track of a clip (T, 3, R, R) from the true one, in generated frames."""
-    reading = judge.read(clip[None])[0]
+    reading = judge.read(clip[None], period)[0]
     sticker = request.scene.stickers[0]
     if [one.clip for one in reading.stickers] != [sticker.clip]:
         return CANVAS / 2

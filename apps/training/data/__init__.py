@@ -39,5 +39,7 @@ def open_data(section: SourceSection, resolution: int, folder: Path, quiet: bool
         assert section.file is not None, "the section has checked it"
         source, entries = f"data.file = {str(section.file)!r}", list_lines(section.file, section.folder)
     used = usable_entries(source, entries, folder / "data.json", quiet)
-    clips = (section.num_frames, section.frame_rates[0]) if isinstance(section, ClipSection) else ()
-    return FileData(source, used, resolution, section.fit, section.held_out_fraction, *clips)
+    frames = rate = None
+    if isinstance(section, ClipSection):
+        frames, rate = section.num_frames, section.frame_rates[0]
+    return FileData(source, used, resolution, section.fit, section.held_out_fraction, frames, rate or 0.0)

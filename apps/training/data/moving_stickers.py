@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apps.stickers.moving import renderer
+from apps.stickers import renderer as still_renderer
+from apps.stickers.moving import playback, renderer
 from apps.stickers.moving.captions import clip_caption
 from apps.stickers.moving.clips import ClipSheet, load_clips
 from apps.stickers.moving.known_words import known_words
@@ -24,6 +25,7 @@ from pipelines.inputs.words import write_words
 
 CHUNK = 16  # clips that are rendered at once
 LOOP_SECONDS = 2.0  # in which an own motion is played once at its own speed
+BEGINNINGS = 1 / 3  # share of the excerpts that are their clips' beginnings
 TIMING_SERIES = 2**43  # series of the random numbers that choose frame rates and excerpts
 
 
@@ -108,7 +110,9 @@ class ExcerptExamples:
         """Hash the excerpts, the stickers' frames and the code that renders them."""
         settings = (list(self.excerpts), self.data.resolution, self.data.settings.num_frames)
         digest = hashlib.sha256(repr(settings).encode())
-        digest.update(inspect.getsource(renderer).encode())
+        for module in (renderer, playback, still_renderer):
+            digest.update(inspect.getsource(module).encode())
+        digest.update(repr((LOOP_SECONDS, self.data.sheet.loops)).encode())
         digest.update(self.data.sheet.pixels.numpy().tobytes())
         return digest.hexdigest()
 
@@ -227,10 +231,12 @@ class MovingStickerData:
         return torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)]).transpose(0, 1)
 
     def _excerpt(self, scene: ClipScene, rng: np.random.Generator) -> Excerpt:
-        span = self.lengths[rng.integers(len(self.lengths))]
+        span = self.lengths[int(rng.integers(len(self.lengths)))]
         length = min(span, self.settings.num_frames)
-        rate = self.settings.frame_rates[rng.integers(len(self.settings.frame_rates))]
-        return Excerpt(scene, rate, span, int(rng.integers(span - length + 1)), length)
+        rate = self.settings.frame_rates[int(rng.integers(len(self.settings.frame_rates)))]
+        begins = rng.random() < BEGINNINGS  # nothing is known of a clip's beginning, so it must be seen often enough
+        start = 0 if begins else int(rng.integers(span - length + 1))
+        return Excerpt(scene, rate, span, start, length)
 
     def _held_out(self, mix: ClipMix, count: int) -> ExcerptExamples:
         sampler = ClipSceneSampler(

@@ -180,8 +180,13 @@ class AutoencoderTask:
             self.vae.latent_norm.eval()
         generated = batch.get("generated", images.new_empty(0))  # (G, C, h, w)
         latent = self.vae.encode(images[len(generated) :], return_dict=False)[0]  # (B - G, C, h, w)
-        decoded = self.vae.decode(self._disturbed(latent, generated), return_dict=False)[0]  # (B, 3, H, W)
+        decoded = self._decode(self.vae, self._disturbed(latent, generated), images)  # (B, 3, H, W)
         return self._image_loss(decoded, images)
+
+    def _decode(self, vae: Any, latent: Tensor, images: Tensor) -> Tensor:
+        """Decode latents to the shape of `images`."""
+        del images
+        return vae.decode(latent, return_dict=False)[0]
 
     def _disturbed(self, latent: Tensor, generated: Tensor) -> Tensor:
         """Add noise of random strength to the latents of images, and put generated ones before them."""
@@ -215,7 +220,7 @@ class AutoencoderTask:
         for start in range(0, len(self.held_out), 32):
             rows = range(start, min(start + 32, len(self.held_out)))
             images = self.held_out.images(rows).to(self.context.device)  # (B, 3, H, W)
-            decoded = vae.decode(vae.encode(images).latent).sample.float().clamp(-1, 1)  # (B, 3, H, W)
+            decoded = self._decode(vae, vae.encode(images).latent, images).float().clamp(-1, 1)  # (B, 3, H, W)
             error = (decoded - images).square().mean(dim=1, keepdim=True)  # (B, 1, H, W)
             whole, pixels = whole + float(error.sum()), pixels + error.numel()
             mask = self.held_out.regions(rows)  # (B, 1, H, W)

@@ -141,6 +141,7 @@ class TextToImageTask:
         own = data.vae or (data.init_from and data.init_from / "vae")
         assert own is not None, "the configuration has checked that one of both is there"
         self.vae: Any = load_autoencoder(own).to(context.device)
+        self._check_autoencoder()
         with context.main_process_first():  # the first process writes the files that the others read
             self.data = open_data(data, data.resolution, run.folder, quiet=context.rank > 0)
             self.pool = self.data.pool(data.pool_size, data.stages, run.seed)
@@ -151,6 +152,9 @@ class TextToImageTask:
             name: self._validation_batch(number, examples)
             for number, (name, examples) in enumerate(self.data.held_out_groups(data.validation_examples).items())
         }
+
+    def _check_autoencoder(self) -> None:
+        """Refuse an autoencoder that the task can't use, before anything is encoded."""
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the transformer and its text encoder."""

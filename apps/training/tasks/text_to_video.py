@@ -14,14 +14,13 @@ from pydantic import Field
 from torch import Tensor
 
 from apps.training.clip_latents import check_stills, encode_clips, known_of, split_latents
-from apps.training.clip_masks import draw_known
-from apps.training.config import TrainConfig
+from apps.training.clip_masks import draw_known, is_spatial
+from apps.training.config import ConfigError, TrainConfig
 from apps.training.data.base import ClipPool, Examples
 from apps.training.data.config import ClipSection, ClipStage
 from apps.training.image_grid import save_grid
 from apps.training.latent_cache import Encode
 from apps.training.net2net import clip_transformer
-from apps.training.task import TaskContext
 from apps.training.tasks.text_to_image import (
     FlowSection,
     GeneratorData,
@@ -32,11 +31,12 @@ from apps.training.tasks.text_to_image import (
 from apps.training.text_encoder import tokenize
 from dit.models.text_dit import TextDiT
 from dit.tokenizers import as_visual_tokenizer
-from pipelines.inputs.known_latents import beside, frames_shown
+from pipelines.flow_video import DEFAULT_OVERLAP
+from pipelines.inputs.known_clip import KnownClip
+from pipelines.inputs.known_latents import beside, frames_shown, known_latents
 from sampling.objectives import flow_matching_loss, interpolate, logit_normal_grid, logit_normal_sigmas
 
 PREVIEW_CLIPS, PREVIEW_COLUMNS = 8, 8
-OVERLAP = 5  # frames that windows of long clips share
 
 
 class TextToVideoSection(FlowSection):
@@ -91,9 +91,10 @@ class TextToVideoTask(TextToImageTask):
     smoke: ClassVar[tuple[str, ...]] = (*TextToImageTask.smoke, "data.pool_size=16")
     pool: ClipPool  # type: ignore[assignment]
 
-    def __init__(self, config: TextToVideoConfig, context: TaskContext) -> None:
-        super().__init__(config, context)  # type: ignore[arg-type]
-        if config.task.known_fraction:
+    def _check_autoencoder(self) -> None:
+        """Refuse an autoencoder with which what is known of clips can't be encoded ahead."""
+        data = self.config.data
+        if self.config.task.known_fraction or max(data.lengths, default=0) > data.num_frames:
             check_stills(self.vae)
 
     @property
@@ -109,7 +110,7 @@ class TextToVideoTask(TextToImageTask):
         is_image = shared.random() < self._stage(address.step).image_fraction
         frames = 1 if is_image else int(self.pool.lengths[rows[0]])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        clips = self._known(self.latents[rows].float(), self.pool.starts[rows.numpy()], frames, rng)
+        clips = self._known(self.pool, rows.numpy(), self.latents[rows].float(), frames, rng)
         latents = clips["latents"]  # (B, C, T', h, w)
         return {
             **clips,
@@ -121,25 +122,59 @@ class TextToVideoTask(TextToImageTask):
             **self._tokenize(captions),
         }
 
-    def _known(self, encoded: Tensor, starts: np.ndarray, frames: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def _known(
+        self,
+        clips: ClipPool,
+        rows: np.ndarray,
+        encoded: Tensor,
+        frames: int,
+        rng: np.random.Generator,
+        fraction: float | None = None,
+    ) -> dict[str, Tensor]:
         """Cut encoded clips to some frames and draw what is known of them.
 
         Args:
+            clips: Where they come from.
+            rows: Their numbers there, (B,).
             encoded: See `encode_clips`, (B, C, T' + T, h, w).
-            starts: Where the clips begin in longer ones, (B,).
             frames: Of the batch; 1 takes the first frames as images.
             rng: Source of the random numbers.
+            fraction: Share of the clips of which something is known; None is that of the task.
 
         Returns:
             `latents` and `known` (B, C, T', h, w), `shown` (B, R, T', h, w).
         """
         latents, stills = split_latents(encoded, self.config.data.num_frames, self.ratio)
         latents, stills = latents[:, :, : self._latent_frames(frames)], stills[:, :, :frames]
-        fraction, side = self.config.task.known_fraction, latents.shape[-1]
-        starts = starts if frames > 1 else np.zeros_like(starts)
-        known = torch.cat([draw_known(1, frames, side, int(start), rng, fraction) for start in starts])  # (B, T, h, w)
-        shown = frames_shown(known, self.ratio)  # (B, R, T', h, w)
-        return {"latents": latents, "shown": shown, "known": known_of(latents, stills, shown, self.ratio)}
+        side, fraction = latents.shape[-1], self.config.task.known_fraction if fraction is None else fraction
+        starts = clips.starts[rows] if frames > 1 else np.zeros_like(rows)
+        cells = torch.cat([draw_known(1, frames, side, int(start), rng, fraction) for start in starts])  # (B, T, h, w)
+        shown = frames_shown(cells, self.ratio)  # (B, R, T', h, w)
+        known = known_of(latents, stills, shown, self.ratio)
+        for row in is_spatial(cells).nonzero().flatten().tolist():
+            known[row] = self._encode_known(clips, int(rows[row]), cells[row], latents[row])
+        return {"latents": latents, "shown": shown, "known": known}
+
+    @torch.no_grad()
+    def _encode_known(self, clips: ClipPool, row: int, cells: Tensor, latents: Tensor) -> Tensor:
+        """Encode a clip of which regions are known, as pipelines do: what is hidden must leave no trace.
+
+        Args:
+            clips: Where it comes from.
+            row: Its number there.
+            cells: What is known, (T, h, w).
+            latents: Of the clip, (C, T', h, w).
+        """
+        pixels = clips.images([row])[:, :, : len(cells)]  # (1, 3, T, H, W)
+        size = pixels.shape[-1] // cells.shape[-1]
+        known = cells.repeat_interleave(size, dim=-2).repeat_interleave(size, dim=-1)  # (T, H, W)
+        tokenizer = as_visual_tokenizer(self.vae)
+
+        def encode(filled: Tensor) -> Tensor:
+            encoded = tokenizer.encode(filled.to(self.context.device), return_dict=False)[0]
+            return tokenizer.normalize_latents(encoded).float().cpu()
+
+        return known_latents(KnownClip(pixels, ~known[:, None]), latents[None], self.ratio, encode).latents[0]
 
     def _timing(self, examples: Any, rows: np.ndarray, frames: int) -> dict[str, Tensor]:
         """Return `frame_rate` and `clip_frames` of a batch, both (B,)."""
@@ -167,10 +202,15 @@ class TextToVideoTask(TextToImageTask):
             frame_rate=batch["frame_rate"],
             clip_frames=batch["clip_frames"],
         ).sample  # (B, C, T', h, w)
-        return flow_matching_loss(predicted, batch["latents"], batch["noise"])
+        loss = flow_matching_loss(predicted, batch["latents"], batch["noise"])  # (B,)
+        if self.transformer.training and batch["latents"].shape[2] == 1:
+            # Images don't pass the attention over time, and processes wait for the gradient of every parameter.
+            unused = [one.sum() for name, one in self.transformer.named_parameters() if "_time." in name]
+            loss = loss + 0.0 * sum(unused, loss.new_zeros(()))
+        return loss
 
     def validate(self) -> dict[str, float]:
-        """Return the loss of held-out clips, by kind, once with nothing known and once with a mix of masks."""
+        """Return the loss of held-out clips, by kind, once with nothing known and once with a mask for each clip."""
         values = {}
         for kind, batch in self._validation.items():
             moved = {name: tensor.to(self.context.device) for name, tensor in batch.items()}
@@ -206,7 +246,7 @@ class TextToVideoTask(TextToImageTask):
         frames = int(clips.lengths[0])
         rows = np.flatnonzero(clips.lengths == frames)
         rng = np.random.default_rng(number)
-        batch = self._known(encoded[rows], np.zeros(len(rows), dtype=np.int64), frames, rng)
+        batch = self._known(clips, rows, encoded[rows], frames, rng, fraction=1.0)
         shape = batch["latents"].shape
         return {
             **batch,
@@ -221,9 +261,17 @@ class TextToVideoTask(TextToImageTask):
         start, model = self.config.data.init_from, self.config.model
         if start is not None:
             trained = TextDiT.from_pretrained(start / "transformer", torch_dtype=torch.float32)
-            if trained.config.in_channels == 2 * trained.out_channels + self.ratio:
+            own = trained.config.space_time
+            if trained.config.in_channels == 2 * trained.out_channels + self.ratio and own == model.space_time:
                 return trained
-            return clip_transformer(trained, self.ratio, space_time=model.space_time, clip_conditioning=True)
+            if own == "factorised":
+                raise ConfigError(
+                    f"model.space_time = {model.space_time!r}, but data.init_from is factorised: set that"
+                )
+            side, space_time = self.latents.shape[-1], model.space_time
+            return clip_transformer(
+                trained, self.ratio, space_time=space_time, clip_conditioning=True, sample_size=side
+            )
         channels, side = self.latents.shape[1], self.latents.shape[-1]
         return TextDiT(
             in_channels=2 * channels + self.ratio,
@@ -250,6 +298,6 @@ class TextToVideoTask(TextToImageTask):
                 "num_frames": task.preview_frames,
                 "frame_rate": data.frame_rates[0],
                 "window_frames": data.num_frames,
-                "window_overlap": min(OVERLAP, data.num_frames - 1),
+                "window_overlap": min(DEFAULT_OVERLAP, data.num_frames - 1),
             },
         )

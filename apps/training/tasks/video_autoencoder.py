@@ -15,6 +15,7 @@ from apps.training.image_grid import save_grid
 from apps.training.tasks.autoencoder import AutoencoderSection, AutoencoderTask
 from dit.tokenizers import CausalVideoAutoencoder, ViTAutoencoder, from_image_autoencoder
 from dit.tokenizers.base import fit_linear_preview
+from pipelines.inputs.known_latents import group_frames
 
 PREVIEW_CLIPS, PREVIEW_FRAMES = 6, 8
 
@@ -23,7 +24,7 @@ class VideoAutoencoderSection(AutoencoderSection):
     """The `[task]` section; see `AutoencoderSection`.
 
     Attributes:
-        perceptual_frames: Frames of each clip, at random, that ST-LPIPS compares.
+        perceptual_frames: So many frames a clip, at random among those of a batch, are compared by ST-LPIPS.
     """
 
     perceptual_frames: int = Field(default=4, ge=1)
@@ -111,7 +112,8 @@ class VideoAutoencoderTask(AutoencoderTask):
         Raises:
             ConfigError: It is neither of clips nor of images.
         """
-        kind = ViTAutoencoder.load_config(start)["_class_name"]
+        settings: Any = ViTAutoencoder.load_config(start)
+        kind = settings["_class_name"]
         if kind == "CausalVideoAutoencoder":
             return CausalVideoAutoencoder.from_pretrained(start, torch_dtype=torch.float32)
         if kind == "ViTAutoencoder":
@@ -120,6 +122,10 @@ class VideoAutoencoderTask(AutoencoderTask):
         raise ConfigError(
             f"data.init_from = {str(start)!r} holds a {kind}: expected a CausalVideoAutoencoder or a ViTAutoencoder"
         )
+
+    def _decode(self, vae: Any, latent: Tensor, images: Tensor) -> Tensor:
+        """Decode latents to clips as long as `images`, (B, 3, T, H, W)."""
+        return vae.decode(latent, num_frames=images.shape[2], return_dict=False)[0]
 
     def _image_loss(self, decoded: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of decoded clips (B, 3, T, H, W) and its parts for the log."""
@@ -146,7 +152,7 @@ class VideoAutoencoderTask(AutoencoderTask):
         latents, frames = [], []
         for clips in self._calibration():  # (B, 3, T, H, W)
             latents.append(vae.encode(clips).latent.transpose(1, 2).flatten(0, 1))  # (B T', C, h, w)
-            last = clips[:, :, :: vae.temporal_compression_ratio]  # each latent frame is shown by its last frame
+            last = group_frames(clips, vae.temporal_compression_ratio)[:, :, :, -1]  # each latent frame's last frame
             frames.append(last.transpose(1, 2).flatten(0, 1))  # (B T', 3, H, W)
         cell = math.isqrt(vae.preview_factors.shape[0] // 3)
         vae.preview_factors.copy_(fit_linear_preview(torch.cat(latents), torch.cat(frames), cell))
