@@ -17,7 +17,7 @@ MODELS = ("stickers", "stickers-var")
 @pytest.mark.parametrize("model", MODELS)
 def test_the_stored_words_are_those_of_the_vocabulary(model):
     stored = read_words(PRETRAINED / model)
-    assert len(known_colours(stored)) == (20 if model == "stickers" else 10)
+    assert len(known_colours(stored)) == 20
     assert stored == frozenset(known_words(load_sprites(), read_vocabulary(model), known_colours(stored)))
 
 
@@ -47,28 +47,27 @@ def test_names_plurals_and_keywords_are_known():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "unknown", "before"),
+    ("prompt", "unknown"),
     [
-        ("three crabs on teal", (), ("teal",)),
-        ("a photo of a dragon", ("photo",), ("photo", "dragon")),
-        ("a wizard riding a fox", ("wizard", "riding"), None),
-        ("five cats on turquoise", ("five",), ("five", "turquoise")),
-        ("7 apples", ("7",), None),
-        ("a fox in the snow, oil painting", ("snow", "oil"), ("snow", "oil", "painting")),
-        ("a cat wearing a hat", ("wearing",), ("wearing", "hat")),
-        ("Portrait of an astronaut", ("portrait", "astronaut"), None),
-        ("a pizza inside a box", ("inside",), None),
-        ("a whale behind a ship", ("behind",), None),
-        ("a fox and a fox's den", ("fox's", "den"), None),
-        ("ein Fuchs auf Blau", ("ein", "fuchs", "auf", "blau"), None),
-        ("\u4e09\u53ea\u8783\u87f9 on red", ("\u4e09\u53ea\u8783\u87f9",), None),
-        ("\U0001f980 on red", ("\U0001f980",), None),
+        ("three crabs on teal", ()),
+        ("a photo of a dragon", ("photo",)),
+        ("a wizard riding a fox", ("wizard", "riding")),
+        ("five cats on turquoise", ("five",)),
+        ("7 apples", ("7",)),
+        ("a fox in the snow, oil painting", ("snow", "oil")),
+        ("a cat wearing a hat", ("wearing",)),
+        ("Portrait of an astronaut", ("portrait", "astronaut")),
+        ("a pizza inside a box", ("inside",)),
+        ("a whale behind a ship", ("behind",)),
+        ("a fox and a fox's den", ("fox's", "den")),
+        ("ein Fuchs auf Blau", ("ein", "fuchs", "auf", "blau")),
+        ("\u4e09\u53ea\u8783\u87f9 on red", ("\u4e09\u53ea\u8783\u87f9",)),
+        ("\U0001f980 on red", ("\U0001f980",)),
     ],
 )
-def test_words_that_were_never_trained_are_named(prompt, unknown, before):
-    """`stickers-var` knows the 128 stickers and ten colours of before."""
-    assert unknown_to("stickers", prompt) == unknown
-    assert unknown_to("stickers-var", prompt) == (unknown if before is None else before)
+def test_words_that_were_never_trained_are_named(prompt, unknown):
+    for model in MODELS:
+        assert unknown_to(model, prompt) == unknown
 
 
 def test_plural_forms():
