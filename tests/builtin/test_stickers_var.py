@@ -35,8 +35,8 @@ def seeds(*numbers):
     return [torch.Generator().manual_seed(number) for number in numbers]
 
 
-def scenes_of(kind, count):
-    names = (FOLDER / "vocabulary.txt").read_text().splitlines()
+def scenes_of(kind, count, names=None):
+    names = names or (FOLDER / "vocabulary.txt").read_text().splitlines()
     mix = SceneMix(**{name: float(name == kind) for name in ("single", "pair", "count")})
     sampler = SceneSampler(load_sprites(), names, mix=mix)
     return [sampler.scene(2**42, index) for index in range(count)], sampler, names
@@ -48,8 +48,8 @@ def test_it_is_listed_and_small():
 
 
 def test_its_scorer_chooses_among_candidates(pipe):
-    """It knows stickers, numbers and colours; which of two stands left it does not, see the card."""
-    scenes = scenes_of("single", 12)[0]
+    """It knows the starter stickers, numbers and colours; which of two stands left it does not, see the card."""
+    scenes = scenes_of("single", 12, STARTER)[0]
     sheet = load_sprites()
     pictures = render(scenes, sheet, 128) / 2 + 0.5
     reward = as_reward(pipe.scorer)
