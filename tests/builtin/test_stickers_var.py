@@ -16,6 +16,7 @@ from apps.stickers.judge import Judge, score
 from apps.stickers.renderer import render
 from apps.stickers.scene import SceneMix, SceneSampler
 from apps.stickers.sprites import load_sprites
+from apps.stickers.vocabulary import STARTER
 from pipelines import builtin_models, load_pipeline
 from sampling.inference_search import TTSConfig
 from sampling.rewards import as_reward
