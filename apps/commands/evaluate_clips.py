@@ -226,7 +226,7 @@ def run_clips(
         batch_size: clips generated at once.
     """
     info, sheet = info_of(pipe), load_clips()
-    colours = background_names(read_words(pipe.name_or_path)) or BASIC_COLOURS
+    colours = background_names(read_words(pipe.name_or_path) or ()) or BASIC_COLOURS
     judge = ClipJudge(sheet, pipe.device)
     frames = int(info.frames or 16)
     evaluator = ClipEvaluator(
@@ -311,7 +311,7 @@ def save_sheet(clips: Tensor, prompts: Sequence[str], title: str, rate: float, p
         for frame in range(clips.shape[1])
     ]
     first, *rest = [frame.convert("RGB") for frame in frames]
-    options = {"duration": round(1000 / rate), "loop": 0, "quality": SHEET_QUALITY, "method": 6}
+    options: dict[str, Any] = {"duration": round(1000 / rate), "loop": 0, "quality": SHEET_QUALITY, "method": 6}
     first.save(path, save_all=True, append_images=rest, **options)
 
 

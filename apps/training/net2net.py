@@ -64,7 +64,8 @@ def clip_transformer(trained: TextDiT, ratio: int, **config: Any) -> TextDiT:
     """
     channels = trained.out_channels
     settings: dict[str, Any] = {name: value for name, value in trained.config.items() if name[0] != "_"} | config
-    grown = TextDiT(**settings | {"in_channels": 2 * channels + ratio, "out_channels": channels})
+    settings.update(in_channels=2 * channels + ratio, out_channels=channels)
+    grown = TextDiT(**settings)
     weights = trained.state_dict()
     seen = weights["patch_embed.weight"].unflatten(1, (-1, trained.config.in_channels))  # (D, P, C)
     new = torch.zeros(*seen.shape[:2], grown.config.in_channels)  # (D, P, 2 C + R)

@@ -1,6 +1,6 @@
 """What a model of clips is asked to generate when it is judged."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -94,6 +94,6 @@ def sheet_prompts(sheet: ClipSheet, vocabulary: Sequence[str]) -> list[str]:
     return prompts
 
 
-def background_names(words: Sequence[str]) -> tuple[str, ...]:
+def background_names(words: Collection[str]) -> tuple[str, ...]:
     """List the backgrounds whose names are among a model's words."""
     return tuple(colour for colour in COLOURS if colour in words)
