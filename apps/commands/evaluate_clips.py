@@ -155,7 +155,8 @@ class ClipEvaluator:
 
     def completed(self, pipe: Any, kind: str, settings: dict[str, Any]) -> dict[str, float]:
         """Score how the model completes clips; see `apps.stickers.moving.completion_set`."""
-        tick, completion = self.tick(kind), VideoCompletionPipeline.from_pipe(pipe)
+        tick = self.tick(kind)
+        completion: Any = VideoCompletionPipeline.from_pipe(pipe)  # a call may return a tuple too
         completion.set_progress_bar_config(disable=True)
 
         def complete(prompts: Sequence[str], clips: Tensor, mask: str, seeds: Sequence[int]) -> Tensor:
