@@ -5,6 +5,22 @@ from safetensors.torch import load_file
 
 from apps.training.loop import Trainer, train
 
+TINY_RUN = """
+[run]
+name = "tiny"
+steps = 6
+batch_size = 4
+log_every = 3
+validate_every = 3
+preview_every = 6
+save_every = 3
+num_threads = 1
+
+[optimizer]
+learning_rate = 1e-3
+warmup_steps = 2
+"""
+"""A run of six steps, for configurations that add task, data and model."""
 FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "random-0.safetensors")
 
 

@@ -20,23 +20,8 @@ from apps.training.task import load_config
 from apps.training.tokenizer import train_tokenizer
 from dit.tokenizers import ViTAutoencoder
 from dit.tokenizers.base import linear_preview
-from tests.training.helpers import assert_resumes_exactly
+from tests.training.helpers import TINY_RUN, assert_resumes_exactly
 
-COMMON = """
-[run]
-name = "tiny"
-steps = 6
-batch_size = 4
-log_every = 3
-validate_every = 3
-preview_every = 6
-save_every = 3
-num_threads = 1
-
-[optimizer]
-learning_rate = 1e-3
-warmup_steps = 2
-"""
 AUTOENCODER = """
 [task]
 kind = "autoencoder"
@@ -124,7 +109,7 @@ def configured(tmp_path, vae_folder):
     def load(kind, *overrides, output="runs"):
         text = {"autoencoder": AUTOENCODER, "text_to_image": TEXT_TO_IMAGE.replace("VAE", str(vae_folder))}[kind]
         path = tmp_path / f"{kind}.toml"
-        path.write_text(COMMON + text)
+        path.write_text(TINY_RUN + text)
         return load_config(path, [f'run.output="{tmp_path / output}"', *overrides])
 
     return load
@@ -389,7 +374,7 @@ def test_smoke_rehearses_beside_the_run(tmp_path, vae_folder):
     from apps.commands.train import run
 
     path = tmp_path / "real.toml"
-    path.write_text((COMMON + TEXT_TO_IMAGE).replace("VAE", str(vae_folder)))
+    path.write_text((TINY_RUN + TEXT_TO_IMAGE).replace("VAE", str(vae_folder)))
     run(path, [f'run.output="{tmp_path}"'], smoke=True)
     state = json.loads((tmp_path / "tiny-smoke/checkpoint-000002/state.json").read_text())
     assert state["config"]["data"]["pool_size"] == 64

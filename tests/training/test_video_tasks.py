@@ -27,23 +27,8 @@ from pipelines import VideoCompletionPipeline, load_pipeline
 from pipelines.inputs.known_clip import KnownClip
 from pipelines.inputs.known_latents import frames_shown, known_latents
 from pipelines.inputs.words import split_words
-from tests.training.helpers import assert_resumes_exactly
+from tests.training.helpers import TINY_RUN, assert_resumes_exactly
 
-COMMON = """
-[run]
-name = "tiny"
-steps = 6
-batch_size = 4
-log_every = 3
-validate_every = 3
-preview_every = 6
-save_every = 3
-num_threads = 1
-
-[optimizer]
-learning_rate = 1e-3
-warmup_steps = 2
-"""
 AUTOENCODER = """
 [task]
 kind = "video_autoencoder"
@@ -127,7 +112,7 @@ def configured(tmp_path, vae):
 
     def load(text, *overrides, more="", output="runs"):
         path = tmp_path / "video.toml"
-        path.write_text(COMMON + text.replace("{vae}", str(vae)).replace("{more}", more))
+        path.write_text(TINY_RUN + text.replace("{vae}", str(vae)).replace("{more}", more))
         return load_config(path, [f'run.output="{tmp_path / output}"', *overrides])
 
     return load

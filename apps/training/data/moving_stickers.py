@@ -14,13 +14,14 @@ from torch import Tensor
 from apps.stickers import renderer as still_renderer
 from apps.stickers.moving import playback, renderer
 from apps.stickers.moving.captions import clip_caption
-from apps.stickers.moving.clips import ClipSheet, load_clips
+from apps.stickers.moving.clips import load_clips
 from apps.stickers.moving.known_words import known_words
 from apps.stickers.moving.renderer import render_clip
 from apps.stickers.moving.scene import ClipMix, ClipScene, ClipSceneSampler
 from apps.stickers.scene import BASIC_COLOURS, COLOURS, generator
-from apps.training.config import ConfigError, Section
+from apps.training.config import Section
 from apps.training.data.base import VALIDATION_SEED, BatchAddress
+from apps.training.data.stickers import read_names
 from pipelines.inputs.words import write_words
 
 CHUNK = 16  # clips that are rendered at once
@@ -144,7 +145,8 @@ class MovingStickerData:
         self.settings = settings
         self.resolution = resolution
         self.sheet = load_clips()
-        self.vocabulary = _read_vocabulary(settings.vocabulary, self.sheet)
+        name = settings.vocabulary
+        self.vocabulary = self.sheet.names if name == "all" else read_names(name, self.sheet, "all")
         self.colours = COLOURS if settings.colours == "all" else BASIC_COLOURS
         self.lengths = tuple(settings.lengths) or (settings.num_frames,)
         self.sampler = ClipSceneSampler(self.sheet, self.vocabulary, mix=settings.mix(), colours=self.colours)
@@ -246,22 +248,3 @@ class MovingStickerData:
         rate = self.settings.frame_rates[0]
         scenes = [sampler.scene(VALIDATION_SEED, index) for index in range(count)]
         return ExcerptExamples([Excerpt(scene, rate, length, 0, length) for scene in scenes], self)
-
-
-def _read_vocabulary(name: str, sheet: ClipSheet) -> tuple[str, ...]:
-    """Return the names that `data.vocabulary` means.
-
-    Raises:
-        ConfigError: If it is neither `all` nor a file, or names a clip that does not exist.
-    """
-    if name == "all":
-        return sheet.names
-    if not Path(name).is_file():
-        raise ConfigError(f"data.vocabulary = {name!r}: expected all, or a text file with one name a line")
-    names = tuple(line.strip() for line in Path(name).read_text().splitlines() if line.strip())
-    try:
-        for each in names:
-            sheet.index(each)
-    except KeyError as error:
-        raise ConfigError(f"data.vocabulary = {name!r}: {error.args[0]}") from error
-    return names

@@ -16,7 +16,7 @@ from apps.stickers.captions import caption
 from apps.stickers.known_words import known_words
 from apps.stickers.renderer import render
 from apps.stickers.scene import BASIC_COLOURS, COLOURS, Scene, SceneMix, SceneSampler
-from apps.stickers.sprites import SpriteSheet, load_sprites
+from apps.stickers.sprites import NamedSheet, SpriteSheet, load_sprites
 from apps.stickers.vocabulary import COMMON, STARTER
 from apps.training.config import ConfigError, Section
 from apps.training.data.base import VALIDATION_SEED, BatchAddress
@@ -260,10 +260,22 @@ def read_vocabulary(name: str) -> tuple[str, ...]:
         return COMMON
     if name == "all":
         return sheet.names
+    return read_names(name, sheet, "starter, common, all")
+
+
+def read_names(name: str, sheet: NamedSheet, words: str) -> tuple[str, ...]:
+    """Return the names of a file that `data.vocabulary` means.
+
+    Args:
+        name: Path of a text file with one name a line.
+        sheet: What the names have to be in.
+        words: What might stand there instead, for the message.
+
+    Raises:
+        ConfigError: There is no such file, or it names what is not in the sheet.
+    """
     if not Path(name).is_file():
-        raise ConfigError(
-            f"data.vocabulary = {name!r}: expected starter, common, all, or a text file with one name a line"
-        )
+        raise ConfigError(f"data.vocabulary = {name!r}: expected {words}, or a text file with one name a line")
     names = tuple(line.strip() for line in Path(name).read_text().splitlines() if line.strip())
     try:
         for each in names:

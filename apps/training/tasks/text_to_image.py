@@ -207,17 +207,17 @@ class TextToImageTask:
 
     def preview(self, path: Path) -> None:
         """Generate held-out captions, those of the first kind on the most rows; write them to `prompts.txt`."""
+        images = self._previewed(path).images  # (B, 3, H, W) in [0, 1]
+        save_grid(images.float() * 2 - 1, path, PREVIEW_COLUMNS)
+
+    def _previewed(self, path: Path) -> Any:
+        """Generate the prompts of a preview, and write them beside it."""
         pipe = self._pipeline(self.transformer, self.text_encoder, self.vae)
         pipe.set_progress_bar_config(disable=True)
         prompts = self._preview_prompts()
         (path.parent / "prompts.txt").write_text("".join(text + "\n" for text in prompts))
-        images = pipe(
-            prompts,
-            **self._preview_settings(),
-            generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
-            output_type="pt",
-        ).images  # (B, 3, H, W) in [0, 1]
-        save_grid(images.float() * 2 - 1, path, PREVIEW_COLUMNS)
+        noise = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+        return pipe(prompts, **self._preview_settings(), generator=noise, output_type="pt")
 
     def _preview_prompts(self) -> list[str]:
         """Return held-out captions for a grid: a row of each kind, and as many rows more of the first."""
@@ -290,14 +290,18 @@ class TextToImageTask:
     def _pipeline(self, transformer: Any, text_encoder: Any, vae: Any) -> Any:
         from pipelines.text_to_image import TextToImagePipeline
 
+        return self._assembled(TextToImagePipeline, transformer, text_encoder, vae)
+
+    def _assembled(self, kind: Any, transformer: Any, text_encoder: Any, vae: Any, **defaults: Any) -> Any:
+        """Return a pipeline of flow matching of a class, with the defaults of previews and further ones."""
         task = self.config.task
-        return TextToImagePipeline(
+        return kind(
             transformer=transformer,
             text_encoder=text_encoder,
             tokenizer=self.tokenizer,
             vae=vae,
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=task.scheduler_shift),
-            defaults={"num_inference_steps": task.preview_steps, "guidance_scale": task.preview_guidance},
+            defaults={"num_inference_steps": task.preview_steps, "guidance_scale": task.preview_guidance, **defaults},
         )
 
 

@@ -7,7 +7,6 @@ a share of the clips something is known (VDT, arXiv 2305.13311), which the netwo
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-import diffusers
 import numpy as np
 import torch
 from pydantic import Field
@@ -221,16 +220,7 @@ class TextToVideoTask(TextToImageTask):
 
     def preview(self, path: Path) -> None:
         """Generate clips of held-out captions, one a row, some of their frames; write captions to `prompts.txt`."""
-        pipe = self._pipeline(self.transformer, self.text_encoder, self.vae)
-        pipe.set_progress_bar_config(disable=True)
-        prompts = self._preview_prompts()
-        (path.parent / "prompts.txt").write_text("".join(text + "\n" for text in prompts))
-        clips = pipe(
-            prompts,
-            **self._preview_settings(),
-            generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
-            output_type="pt",
-        ).frames  # (B, T, 3, H, W) in [0, 1]
+        clips = self._previewed(path).frames  # (B, T, 3, H, W) in [0, 1]
         shown = torch.linspace(0, clips.shape[1] - 1, PREVIEW_COLUMNS).long()
         save_grid(clips[:, shown].flatten(0, 1).float() * 2 - 1, path, PREVIEW_COLUMNS)
 
@@ -285,19 +275,14 @@ class TextToVideoTask(TextToImageTask):
     def _pipeline(self, transformer: Any, text_encoder: Any, vae: Any) -> Any:
         from pipelines.text_to_video import TextToVideoPipeline
 
-        task, data = self.config.task, self.config.data
-        return TextToVideoPipeline(
-            transformer=transformer,
-            text_encoder=text_encoder,
-            tokenizer=self.tokenizer,
-            vae=vae,
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=task.scheduler_shift),
-            defaults={
-                "num_inference_steps": task.preview_steps,
-                "guidance_scale": task.preview_guidance,
-                "num_frames": task.preview_frames,
-                "frame_rate": data.frame_rates[0],
-                "window_frames": data.num_frames,
-                "window_overlap": min(DEFAULT_OVERLAP, data.num_frames - 1),
-            },
+        data = self.config.data
+        return self._assembled(
+            TextToVideoPipeline,
+            transformer,
+            text_encoder,
+            vae,
+            num_frames=self.config.task.preview_frames,
+            frame_rate=data.frame_rates[0],
+            window_frames=data.num_frames,
+            window_overlap=min(DEFAULT_OVERLAP, data.num_frames - 1),
         )
