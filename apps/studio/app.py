@@ -45,9 +45,9 @@ GO = "(...all) => { window.tessera.go('%s'); return ['%s', '']; }"
 """Open a tab; what was said about a request of another one goes away."""
 STATES = {
     "visit": [], "chosen": None, "many": [], "gallery_items": [], "source": None, "page": 0,
-    "job": None, "seen": None,
+    "job": None, "seen": None, "fitted": None,
 }  # fmt: skip
-"""What the page remembers while it is open."""
+"""What the page remembers while it is open; `fitted` is the model whose defaults its controls show."""
 STAGE_PARTS = (
     "stage", "details", "chosen", "save", "reuse_seed", "reuse_settings", "start_from", "inpaint_it", "problem",
 )  # fmt: skip
@@ -227,7 +227,7 @@ class _Wiring:
         self._words = words
         self.sessions = sessions
         # Everything that a listener may read or change; those that a request is made of come first.
-        self.request_parts = [*dict.fromkeys((*SAVED, *CONTROLS)), "source", "mask", "many"]
+        self.request_parts = [*dict.fromkeys((*SAVED, *CONTROLS)), "source", "mask", "many", "fitted"]
         self.changing = [name for name, part in parts.items() if not isinstance(part, gr.Tab)]
 
     def components(self, names: Sequence[str]) -> list[Any]:

@@ -23,6 +23,8 @@ from apps.studio.tabs import TABS
 
 AUTO, CUSTOM = "auto", "custom"
 RANDOM, FIXED = "random", "fixed"
+MODELS_OWN = {"steps", "guidance", "temperature", "top_k", "top_p"}
+"""Fields whose controls show the model's own defaults, once it is loaded."""
 MASK_HEAD = "data:image/png;base64,"
 
 
@@ -44,6 +46,10 @@ def form_to_request(values: Values, tasks: tuple[str, ...], overrides: Mapping[s
     fields = {**controls.to_fields(values, (*controls.SHARED, *tab.places)), **_composed(values), **tab.fields(values)}
     known = {name: value for name, value in fields.items() if name in kind.model_fields}
     known |= dict.fromkeys(_decided_by_acceleration(known) & known.keys())
+    if (
+        values.get("fitted", values["model"]) != values["model"]
+    ):  # the controls show no defaults yet, or another model's
+        known = {name: value for name, value in known.items() if name not in MODELS_OWN}
     return kind.model_validate({**known, **(overrides or {})})
 
 

@@ -146,6 +146,7 @@ class SettingsHandlers:
         choices = size_choices(self._words, model.side, model.width, model.multiple, model.sizes)
         own = (self._words("scheduler.own"), "")
         return {
+            "fitted": key,
             "shape": gr.update(choices=choices, value=choices[0][1]),
             **sides,
             **self._step_controls(model),

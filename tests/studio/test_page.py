@@ -32,7 +32,17 @@ from apps.studio.app import build_page
 from apps.studio.controls import CONTROLS
 from apps.studio.examples import FAVOURITES, example_prompts
 from apps.studio.following import restated
-from apps.studio.forms import AUTO, CUSTOM, FIXED, RANDOM, read_mask, read_size, settings_to_form, size_choices
+from apps.studio.forms import (
+    AUTO,
+    CUSTOM,
+    FIXED,
+    RANDOM,
+    form_to_request,
+    read_mask,
+    read_size,
+    settings_to_form,
+    size_choices,
+)
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
@@ -631,3 +641,15 @@ def test_hosts_and_ports():
         with pytest.raises(OSError, match=f"Port {port}"):
             check_port("127.0.0.1", port)
     assert check_port("127.0.0.1", 0) > 0
+
+
+def test_controls_that_do_not_fit_the_model_yet_leave_it_its_defaults():
+    """Who generates before the page has heard of the model's defaults gets them, and not what stood there at first."""
+    values = {**PAGE, "steps": 28, "guidance": 4.0}
+    fitted = form_to_request({**values, "fitted": "fake"}, ("text_to_image",))
+    assert (fitted.steps, fitted.guidance) == (28, 4.0)
+    for early in (None, "another"):
+        request = form_to_request({**values, "fitted": early}, ("text_to_image",))
+        assert (request.steps, request.guidance, request.seed) == (None, None, 3)
+        request = form_to_request({**values, "mode": "scales", "fitted": early}, ("next_scale_text",))
+        assert (request.temperature, request.top_k, request.top_p, request.guidance) == (None,) * 4
