@@ -16,8 +16,8 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
     """Have glibc keep up to 128 MiB of freed memory, instead of giving it back to the system at once.
 
     Every block of a transformer frees tensors of some megabytes and allocates as many again. By default glibc returns
-    them to the system in between, which then clears each page anew: half a million page faults, two fifths of the time,
-    for 16 images of the built-in model on one thread. Tensors above 32 MiB are given back as before.
+    them to the system in between, which then clears each page anew, page fault by page fault. Tensors above 32 MiB are
+    given back as before.
 
     It acts on the whole process, so a program calls it when it starts; the packages never do.
 
