@@ -123,8 +123,9 @@ def event_message(job_id: str, event: Event) -> tuple[str, dict[str, Any]]:  # n
             fields = {name: getattr(event, name) for name in ("step", "steps", "picture", "pictures", "strip")}
             preview = None if event.preview is None else f"data:image/png;base64,{encode_png(event.preview)}"
             return "step", {**fields, "eta": round(event.eta, 3), "preview": preview}
-        case ClipPart(start, frames, total, fps):
-            return "part", {"start": start, "frames": len(frames), "total": total, "clip": clip_uri(frames, fps)}
+        case ClipPart(start, frames):
+            fields = {name: getattr(event, name) for name in ("total", "picture", "pictures")}
+            return "part", {"start": start, "frames": len(frames), **fields, "clip": clip_uri(frames, event.fps)}
         case Upscaling():
             return "upscaling", {name: getattr(event, name) for name in ("done", "count", "picture", "pictures")}
         case Picture():

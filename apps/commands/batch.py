@@ -24,7 +24,7 @@ from apps.service.compute_profiles import check_request
 from apps.service.engine import Engine
 from apps.service.logs import no_repetition
 from apps.service.model_pool import check_sources, check_upscaler
-from apps.service.option_values import PICTURE_FIELDS
+from apps.service.option_values import IMAGE_FIELDS
 from apps.service.prompt_file import command_line_values, parse_lines, read_text
 from apps.service.requests import OPTIONS
 from apps.service.usage import UsageError, checking
@@ -129,7 +129,7 @@ def read_lines(file: Path, common: GenerateOptions) -> Iterator[Line]:
     for line in parse_lines(read_text(file.read_bytes(), file.name), file.name, known):
         values = command_line_values(line.values)
         said = _typed(line.number, values)
-        said |= {key: file.parent / said[key] for key in PICTURE_FIELDS if said.get(key) is not None}
+        said |= {key: file.parent / said[key] for key in IMAGE_FIELDS if said.get(key) is not None}
         options = common.changed(**said)
         named = {key: value for key, value in options.model_dump().items() if key in NAMING or value is not None}
         content = json.dumps(named, sort_keys=True, default=str)

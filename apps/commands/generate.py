@@ -32,7 +32,7 @@ from apps.service.logs import no_repetition
 from apps.service.lora import one_lora
 from apps.service.metadata import PictureSettings
 from apps.service.model_pool import check_sources, check_upscaler, name_models
-from apps.service.option_values import PICTURE_FIELDS, Lora, MemoryName
+from apps.service.option_values import IMAGE_FIELDS, Lora, MemoryName
 from apps.service.requests import AnyRequest
 from apps.service.stored_images import STATE_FOLDER
 from apps.service.uploads import read_upload
@@ -177,8 +177,7 @@ def make_request(
     files = {
         "lora": _lora(options, engine, None if recorded is None else recorded.lora),
         **{
-            name: _upload(options.value(name), getattr(recorded, name, None), settings, engine)
-            for name in PICTURE_FIELDS
+            name: _upload(options.value(name), getattr(recorded, name, None), settings, engine) for name in IMAGE_FIELDS
         },
     }
     values |= {name: value for name, value in files.items() if value is not None}

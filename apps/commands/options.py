@@ -14,7 +14,7 @@ from apps.service.metadata import PictureSettings, read_picture, read_sidecar, r
 from apps.service.model_pool import tasks_on_disk
 from apps.service.named_settings import load_presets, preset_values
 from apps.service.option_text import as_label, parse_size
-from apps.service.option_values import PICTURE_FIELDS
+from apps.service.option_values import IMAGE_FIELDS
 from apps.service.requests import OPTIONS, REQUEST, TASKS, AnyRequest, explain
 from apps.service.styles import load_styles
 from apps.service.usage import UsageError, checking
@@ -58,7 +58,7 @@ def check_options(options: GenerateOptions, source: str, recorded: PictureSettin
             raise UsageError(f"There is no {name} {wanted!r}; choose among {', '.join(offered)}.")
     if recorded is not None:
         return None
-    values |= {name: ANY_IMAGE for name in PICTURE_FIELDS if options.value(name) is not None}
+    values |= {name: ANY_IMAGE for name in IMAGE_FIELDS if options.value(name) is not None}
     problems = []
     for first in tasks_on_disk(source)[:1] or FIRST_TASKS:
         try:

@@ -86,7 +86,7 @@ def refusing() -> Generator[None]:
         raise RequestError("acceleration", str(error), cause=error) from error
 
 
-def timeline(handle: AccelerationHandle) -> str:
+def step_strip(handle: AccelerationHandle) -> str:
     """Return a letter for each step so far: C computed, a dot forecast; empty without a step cache."""
     mechanism = handle.mechanism("step_cache")
     branches = [] if mechanism is None else list(mechanism.decisions().values())

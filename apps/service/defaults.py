@@ -104,7 +104,13 @@ def _texts(request: AnyRequest) -> dict[str, str]:
     if timeline is None:
         return {"prompt": styled, "negative_prompt": negative}
     later = [(frame, apply_style(request.style, text, "")[0]) for frame, text in parse_timeline(timeline)]
-    return {"prompt": styled, "negative_prompt": negative, "timeline": write_timeline(later)}
+    written = write_timeline(later)
+    if len(written) > limits.MAX_PROMPT_CHARS:
+        message = (
+            f"The timeline has {len(written)} characters in this style, and at most {limits.MAX_PROMPT_CHARS} are read."
+        )
+        raise RequestError("timeline.long", message, field="timeline", value=len(written), most=limits.MAX_PROMPT_CHARS)
+    return {"prompt": styled, "negative_prompt": negative, "timeline": written}
 
 
 def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:

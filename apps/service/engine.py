@@ -36,7 +36,7 @@ from apps.service.live_job import LiveJob, restore_job
 from apps.service.logs import no_loading_bars
 from apps.service.lora import resolve_lora
 from apps.service.model_pool import LoadedModel, ModelPool, Pipeline, tasks_on_disk
-from apps.service.option_values import PICTURE_FIELDS, Lora
+from apps.service.option_values import IMAGE_FIELDS, Lora
 from apps.service.requests import AnyRequest
 from apps.service.stored_images import last_event, state_folder, stored_picture_event
 from apps.service.uploads import UploadStore
@@ -203,7 +203,7 @@ class Engine:
             raise UnknownModelError(key, self.models)
         check_request(request, self.devices)
         self.upscalers.check(request)
-        for name in (getattr(request, field, None) for field in PICTURE_FIELDS):
+        for name in (getattr(request, field, None) for field in IMAGE_FIELDS):
             if name is not None:
                 self.uploads.check(name, owner)
         if request.lora is not None:  # with its hash, so that no other file slips in while it waits

@@ -74,15 +74,19 @@ class ClipPart:
 
     Attributes:
         start: number of the first one, from 0.
-        frames: the new ones, RGB.
+        frames: small views of the new ones, RGB.
         total: frames of the whole clip.
         fps: frames a second.
+        picture: which clip, from 1.
+        pictures: how many clips were asked for.
     """
 
     start: int
     frames: tuple[Image.Image, ...]
     total: int
     fps: float
+    picture: int = 1
+    pictures: int = 1
 
     @property
     def done(self) -> int:
@@ -91,8 +95,8 @@ class ClipPart:
 
     @property
     def share(self) -> float:
-        """How much of the clip is finished, 0 to 1."""
-        return self.done / self.total
+        """How much of the request is done, 0 to 1."""
+        return (self.picture - 1 + self.done / self.total) / self.pictures
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apps.service.acceleration import accelerated, config_of, reports_on, search_argument, timeline
+from apps.service.acceleration import accelerated, config_of, reports_on, search_argument, step_strip
 from apps.service.media import candidate_sheet
 from apps.service.model_pool import LoadedModel, Pipeline
 from apps.service.option_values import parse_timeline
@@ -111,8 +111,8 @@ OnStep = Callable[[int, Image.Image | None, str], None]
 """Called after each step: steps done (from 1), a preview if it is time for one, the strip of a step cache."""
 
 
-OnPart = Callable[[int, list[Image.Image]], None]
-"""Called with finished frames of a clip of which later ones are still generated: number of the first, the frames."""
+OnPart = Callable[[int, int, list[Image.Image]], None]
+"""Called with finished frames of a clip while later ones are generated: number of the first, number of all, frames."""
 
 
 def run_pipeline(
@@ -172,7 +172,7 @@ def _streamed(pipe: Any, info: PipelineInfo, arguments: dict[str, Any], on_part:
         new = pipe.image_processor.numpy_to_pil(chunk.frames[0].permute(0, 2, 3, 1).numpy())
         frames += new
         if len(frames) < total:
-            on_part(chunk.start, new)
+            on_part(chunk.start, total, new)
     return SimpleNamespace(frames=[frames])
 
 
@@ -371,7 +371,7 @@ class _StepCallback:
         latents = tensors.get(self.tensor)
         wants_end = self._signals.finish.is_set() or step + 1 == self._finish_after
         replaced = self._end_early(pipe, step, latents) if wants_end and self._info.can_finish else {}
-        self._on_step(step + 1, self._preview(latents), timeline(self._acceleration))
+        self._on_step(step + 1, self._preview(latents), step_strip(self._acceleration))
         return replaced
 
     def legacy_callback(self, step: int, timestep: Tensor, latents: Tensor) -> None:

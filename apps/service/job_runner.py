@@ -34,6 +34,9 @@ from apps.service.uploads import UploadStore
 from apps.service.upscaling import UpscalerPool, UpscaleStep
 from pipelines.acceleration import PartReport
 
+PART_SIDE = 256
+"""Pixels of the longer side of frames that are shown while later ones are generated."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
@@ -135,7 +138,7 @@ def _run_batches(
         clock.begin(_step_count(request, model), first, 1 if request.pick is not None else len(seeds))
         signals.skip.clear()  # one that came too late for its image should not hit the next
         try:
-            parts = _tell_parts(request, model, tell)
+            parts = None if model.frames is None else functools.partial(clock.part, model.fps)
             result = _keep(inputs, run_pipeline(model, inputs, signals, clock.step, offload, parts))
             seconds = (time.monotonic() - begun) / len(result.pictures)
             for i, frames in enumerate(result.pictures):
@@ -154,16 +157,6 @@ def _run_batches(
             continue
         if result.ended_after is not None and signals.finish.is_set():
             return
-
-
-def _tell_parts(
-    request: AnyRequest, model: LoadedModel, tell: Callable[[Event], None]
-) -> Callable[[int, list[Image.Image]], None] | None:
-    """Return what tells that frames of a clip are finished; None for images."""
-    if model.frames is None:
-        return None
-    total = getattr(request, "frames", None) or model.frames
-    return lambda start, frames: tell(ClipPart(start, tuple(frames), total, model.fps))
 
 
 def _upscale_step(
@@ -396,6 +389,13 @@ class _StepClock:
             self._tell(Upscaling(done, count, min(picture, self._images), self._images, min(share, 1.0)))
 
         return told
+
+    def part(self, fps: float, start: int, total: int, frames: list[Image.Image]) -> None:
+        """Tell that frames of a clip are finished, by small views of them: the whole clip comes with its result."""
+        small = tuple(frame.copy() for frame in frames)
+        for frame in small:
+            frame.thumbnail((PART_SIDE, PART_SIDE))
+        self._tell(ClipPart(start, small, total, fps, self._first, self._images))
 
     def step(self, step: int, preview: Image.Image | None, strip: str = "") -> None:
         done = (self._batch - 1 - self._skipped) * self._steps + step

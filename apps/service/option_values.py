@@ -18,7 +18,7 @@ from pipelines.acceleration.texts import AccelerationError
 
 ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """Hash of an image's pixels, see `apps.service.uploads`."""
-PICTURE_FIELDS = ("image", "mask", "last_image")
+IMAGE_FIELDS = ("image", "mask", "last_image")
 """Fields of requests that name uploaded images."""
 SchedulerName = Literal["euler", "heun", "sde", "dpm++", "unipc", "ddim", "ddpm"]
 """Choices of `apps.service.schedulers`."""

@@ -228,7 +228,7 @@ class Following:
         match events[-1] if events else None:
             case Picture():
                 return self._draw(page, view, "", None)
-            case (Step() | Upscaling() | ClipPart()) as step if view.is_due():
+            case (Step() | Upscaling() | ClipPart()) as step if view.is_due(step):
                 return self._draw(page, view, *view.progress(step))
             case Queued(ahead):
                 return self._draw(page, view, self._words("waiting", ahead=ahead), 0.0)

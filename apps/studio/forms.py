@@ -46,11 +46,15 @@ def form_to_request(values: Values, tasks: tuple[str, ...], overrides: Mapping[s
     fields = {**controls.to_fields(values, (*controls.SHARED, *tab.places)), **_composed(values), **tab.fields(values)}
     known = {name: value for name, value in fields.items() if name in kind.model_fields}
     known |= dict.fromkeys(_decided_by_acceleration(known) & known.keys())
-    if (
-        values.get("fitted", values["model"]) != values["model"]
-    ):  # the controls show no defaults yet, or another model's
-        known = {name: value for name, value in known.items() if name not in MODELS_OWN}
+    if values.get("fitted", values["model"]) != values["model"]:  # the controls don't show this model's defaults yet
+        known = {name: value for name, value in known.items() if name not in MODELS_OWN or value != _start(name)}
     return kind.model_validate({**known, **(overrides or {})})
+
+
+def _start(name: str) -> Any:
+    """Return what the control of a field shows before a model is loaded."""
+    control = OPTIONS[name].option.control
+    return None if control is None else control.start
 
 
 def _decided_by_acceleration(fields: Mapping[str, Any]) -> set[str]:

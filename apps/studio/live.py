@@ -36,8 +36,8 @@ class PictureView:
         scales: the scales so far, as data URIs.
         frames: finished ones of a clip of which later ones are still generated.
         picture: that is being generated, from 1.
-        is_new_part: whether frames have been finished since the stage was drawn.
         fps: frames a second of the clip.
+        playing: the frames as an animation, once it was drawn; empty before.
     """
 
     size: tuple[int, int]
@@ -50,12 +50,12 @@ class PictureView:
     scales: tuple[str, ...] = ()
     frames: tuple[Image.Image, ...] = ()
     picture: int = 0
-    is_new_part: bool = False
     fps: float = 8.0
+    playing: str = ""
 
     def take(self, step: Step) -> None:
         """Take in a step."""
-        self.strip, self.is_new_part = step.strip, False
+        self.strip = step.strip
         if step.picture != self.picture:
             self.picture, self.frames = step.picture, ()
         if step.preview is not None and not self.frames:  # what is finished shows more than a preview of what isn't
@@ -66,15 +66,15 @@ class PictureView:
     def take_part(self, part: ClipPart) -> None:
         """Take in finished frames of a clip, which then plays while the others are generated."""
         self.frames = (*(self.frames if part.start else ()), *part.frames)[-SHOWN_FRAMES:]
-        self.fps, self.shown, self.is_new_part = part.fps, None, True
+        self.fps, self.picture, self.playing, self.shown = part.fps, part.picture, "", None
 
     def finish(self, shown: Shown) -> None:
         """Take in a finished image."""
         self.shown, self.frames = shown, ()
 
-    def is_due(self) -> bool:
-        """Whether to redraw: always, because pages ask a few times a second; a clip that plays only for new frames."""
-        return not self.frames or self.is_new_part
+    def is_due(self, step: Step | ClipPart | Upscaling) -> bool:
+        """Whether to redraw: always, because pages ask a few times a second; but steps let a clip play on."""
+        return not (self.frames and isinstance(step, Step))
 
     def progress(self, step: Step | ClipPart | Upscaling) -> tuple[str, float]:
         """Return the line under the stage and the share of the work that is done."""
@@ -84,7 +84,9 @@ class PictureView:
         """Draw the stage."""
         if self.shown is not None:
             return self.stage.draw(self.shown, note, share, self.strip, self.scales)
-        picture = clip_uri(self.frames, self.fps) if self.frames else self.preview
+        if self.frames and not self.playing:
+            self.playing = clip_uri(self.frames, self.fps)
+        picture = self.playing if self.frames else self.preview
         return views.stage(
             picture,
             size=self.size,
@@ -128,8 +130,9 @@ class GridView:
         """Take in a finished cell, which is on record already."""
         self.cells, self.next_redraw = self.grids.files(self.record), 0.0
 
-    def is_due(self) -> bool:
+    def is_due(self, step: Step | ClipPart | Upscaling) -> bool:
         """Whether to redraw: seldom, because a table of images takes a browser longer than one."""
+        del step
         if time.monotonic() < self.next_redraw:
             return False
         self.next_redraw = time.monotonic() + REDRAW_SECONDS

@@ -271,6 +271,8 @@ class SettingsHandlers:
         if refused is not None:
             return refused
         changes = self._as_here(settings_to_form(settings), settings.model)
+        if settings.last_image is not None:
+            gr.Warning(self._words("last_image.missing"))
         mode = changes.pop("mode")
         mask = changes.pop("mask", None)
         if settings.image is not None:

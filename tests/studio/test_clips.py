@@ -22,18 +22,20 @@ from apps.commands.options import read_settings
 from apps.commands.outputs import save
 from apps.commands.serve import _start, check_port
 from apps.service import engine as engine_module
+from apps.service import job_runner
 from apps.service.defaults import resolve_defaults
 from apps.service.engine import Engine
-from apps.service.events import ClipPart, Picture, Step
+from apps.service.events import ClipPart, Picture, Step, Upscaling
 from apps.service.media import read_mp4
 from apps.service.metadata import MetadataError, request_from_settings
 from apps.service.option_values import parse_timeline
 from apps.service.requests import ImageToImageRequest, TextToImageRequest
-from apps.service.styles import load_styles
+from apps.service.styles import apply_style, load_styles
 from apps.service.uploads import UploadError
 from apps.studio import views
 from apps.studio.app import mount
 from apps.studio.generation_handlers import GenerationHandlers
+from apps.studio.live import PictureView
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.strings import Strings
@@ -258,6 +260,37 @@ def test_the_page_plays_what_is_finished(long_world):
     assert "data:image/webp" not in told[-1]
 
 
+def test_an_unfinished_clip_lets_steps_pass_and_shows_its_upscaling():
+    view = PictureView((32, 32), WORDS, None, None)
+    frames = tuple(Image.new("RGB", (32, 32), (20 * shade, 0, 0)) for shade in range(3))
+    step, part = Step(2, 6, 2, 2, None, 1.0), ClipPart(0, frames, 9, 8.0, 2, 2)
+    assert part.share == pytest.approx((1 + 3 / 9) / 2)
+    assert view.is_due(step)
+    view.take_part(part)
+    assert [view.is_due(one) for one in (step, part, Upscaling(0, 4, 2, 2, 1.0))] == [False, True, True]
+    drawn = view.draw("", 0.5)
+    assert "data:image/webp" in drawn
+    assert view.draw("", 0.6).count(view.playing) == 1  # encoded once
+    view.take(Step(1, 6, 1, 2, frames[0], 1.0))  # another clip: what was finished of the one before is gone
+    assert view.is_due(step)
+    assert "data:image/png" in view.draw("", 0.1)
+
+
+def test_parts_are_small_views(long_world, monkeypatch):
+    monkeypatch.setattr(job_runner, "PART_SIDE", 8)
+    told = list(long_world.engine.generate(TextToImageRequest(prompt="a red apple", seed=3)))
+    assert {frame.size for event in told if isinstance(event, ClipPart) for frame in event.frames} == {(8, 8)}
+    assert next(event for event in told if isinstance(event, Picture)).clip.frames[0].size == (32, 32)
+
+
+def test_a_timeline_that_grows_too_long_in_a_style_is_refused_before_anything_is_generated(long_world):
+    style = max(load_styles(), key=lambda name: len(apply_style(name, "", "")[0]))
+    timeline = " | ".join(f"{frame}: {'a boat ' * 14}" for frame in range(1, 19))
+    told = list(long_world.engine.generate(TextToImageRequest(prompt="a", timeline=timeline, style=style)))
+    assert not any(isinstance(event, Step) for event in told)
+    assert "characters in this style" in told[-1].message
+
+
 def test_parts_are_events_of_the_api():
     frames = tuple(Image.new("RGB", (8, 8), (20 * shade, 0, 0)) for shade in range(3))
     name, data = event_message("job", ClipPart(5, frames, 20, 8.0))
@@ -350,6 +383,9 @@ def test_animations_play_for_ever_and_carry_their_settings(ending, tmp_path, lon
 
 
 def test_what_a_gif_says_is_checked(tmp_path):
+    Image.new("P", (8, 8)).save(tmp_path / "a.gif", comment=b"{" + b"9" * 9_000_000)  # Pillow alone takes some seconds
+    with pytest.raises(MetadataError):
+        read_settings(tmp_path / "a.gif")
     for comment in (b"{broken", b"{" + b"9" * 70_000, "{\u00ff".encode("latin-1"), b"hello"):
         Image.new("P", (8, 8)).save(tmp_path / "a.gif", comment=comment)
         with pytest.raises(MetadataError):

@@ -36,6 +36,7 @@ from apps.studio.forms import (
     AUTO,
     CUSTOM,
     FIXED,
+    MODELS_OWN,
     RANDOM,
     form_to_request,
     read_mask,
@@ -645,9 +646,11 @@ def test_hosts_and_ports():
 
 def test_controls_that_do_not_fit_the_model_yet_leave_it_its_defaults():
     """Who generates before the page has heard of the model's defaults gets them, and not what stood there at first."""
-    values = {**PAGE, "steps": 28, "guidance": 4.0}
+    values = PAGE | {name: CONTROLS[name].option.control.start for name in MODELS_OWN}
     fitted = form_to_request({**values, "fitted": "fake"}, ("text_to_image",))
     assert (fitted.steps, fitted.guidance) == (28, 4.0)
+    said = form_to_request({**values, "fitted": None, "steps": 50}, ("text_to_image",))
+    assert (said.steps, said.guidance) == (50, None)  # what a person has set stays
     for early in (None, "another"):
         request = form_to_request({**values, "fitted": early}, ("text_to_image",))
         assert (request.steps, request.guidance, request.seed) == (None, None, 3)

@@ -31,6 +31,21 @@ def train_until(config, step):
     assert trainer.run() == "time"
 
 
+def assert_learns(task, steps=20):
+    """Asserts that some steps on one batch lower its loss, and that every trained parameter has a gradient."""
+    parameters = [one for module in task.modules().values() for one in module.parameters() if one.requires_grad]
+    optimizer, batch, losses = torch.optim.Adam(parameters, 3e-3), task.batch(0), []
+    for _ in range(steps):
+        torch.manual_seed(0)
+        loss, _ = task.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(float(loss))
+        optimizer.step()
+    assert all(one.grad is not None for one in parameters)
+    assert losses[-1] < 0.95 * losses[0], losses
+
+
 def assert_equal_checkpoints(one, other):
     """Asserts that two checkpoints hold the same bits."""
     for name in FILES:

@@ -27,7 +27,7 @@ from pipelines import VideoCompletionPipeline, load_pipeline
 from pipelines.inputs.known_clip import KnownClip
 from pipelines.inputs.known_latents import frames_shown, known_latents
 from pipelines.inputs.words import split_words
-from tests.training.helpers import TINY_RUN, assert_resumes_exactly
+from tests.training.helpers import TINY_RUN, assert_learns, assert_resumes_exactly
 
 AUTOENCODER = """
 [task]
@@ -271,7 +271,7 @@ def test_labels_say_who_is_where_and_how_it_moves():
     assert all(bool(all_correct(exact, labels)[row]) for row in range(60))
 
 
-def test_captions_of_clips_are_learned_and_resume_exactly(configured):
+def test_the_text_encoder_resumes_exactly_and_exports(configured):
     folder = assert_resumes_exactly(lambda name: configured(CLIP_TEXT, output=name), 4)
     encoder, tokenizer = load_text_encoder(folder / "export")
     assert tokenizer("a fox moving left on teal").input_ids[-1] == tokenizer.eos_token_id
@@ -322,6 +322,18 @@ def test_text_to_video_resumes_exactly_and_exports(configured):
     first = Image.new("RGB", (32, 32), "teal")
     clip = completion("a fox", video={0: first}, num_frames=5, num_inference_steps=1).frames[0]
     assert np.array_equal(np.asarray(clip[0]), np.asarray(first))
+
+
+@pytest.mark.parametrize("text", [CLIP_TEXT, AUTOENCODER, TEXT_TO_VIDEO])
+def test_some_steps_lower_the_loss(configured, text):
+    assert_learns(Trainer(configured(text)).task)
+
+
+@pytest.mark.parametrize("images", [0.0, 1.0])
+def test_every_parameter_has_a_gradient_with_images_too(configured, images):
+    """Several processes wait for all of them."""
+    stages = f"stages = [{{until_step = 9, image_fraction = {images}}}]"
+    assert_learns(Trainer(configured(TEXT_TO_VIDEO, 'model.space_time="factorised"', more=stages)).task)
 
 
 def test_batches_are_pure_and_of_all_kinds(configured):
