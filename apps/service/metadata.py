@@ -1,8 +1,8 @@
 """The settings that reproduce an image, written into its PNG, WebP or GIF file and read back as untrusted text.
 
 A PNG carries one `tessera` text chunk, a WebP the EXIF description, a GIF a comment: JSON of `PictureSettings`. Reading
-trusts nothing: the text is capped, parsed as JSON and checked against the schema; it can name neither a path nor a class
-to load.
+trusts nothing: the text is capped, parsed as JSON and checked against the schema; it can name neither a path nor a
+class to load.
 """
 
 from __future__ import annotations
