@@ -66,7 +66,7 @@ def test_a_random_model_is_reported(tmp_path: Path) -> None:
     assert written["machine"]["dtype"] == "float32"
     assert min(written["ceiling"]["single"].values()) == 1.0
     assert 0 < written["autoencoder"]["psnr_in_boxes"] < 40
-    assert Image.open(tmp_path / "contact_sheet.png").size[0] > 1000
+    assert Image.open(tmp_path / "contact_sheet.webp").size[0] > 1000
     table = Console(record=True, width=100, file=io.StringIO())
     evaluate.show(report, table)
     text = table.export_text()
