@@ -70,7 +70,7 @@ def enqueue(engine: Engine, wanted: AnyRequest, user: User) -> str:
 def model_row(engine: Engine, key: str) -> dict[str, Any]:
     """Describe a model; of one that isn't loaded only the name, and what its folder tells, is known."""
     row: dict[str, Any] = {"id": key, "object": "model", "created": 0, "owned_by": "local"}
-    row["tasks"] = list(engine.tasks(key))
+    row["tasks"] = list(engine.abilities(key).tasks)
     future = engine.model(key) if key == engine.models[0] else engine.loaded(key)
     if future is None or not future.done() or future.exception() is not None:
         return row

@@ -315,7 +315,7 @@ def _subject(task: str, prompt: str) -> dict[str, Any]:
 def _first_task(engine: Engine, model: str | None) -> str:
     """Return what a model does first, as far as that is known; an unknown name is refused when it is submitted."""
     key = engine.models[0] if model is None else model
-    tasks = engine.tasks(key) if key in engine.models else ()
+    tasks = engine.abilities(key).tasks if key in engine.models else ()
     return tasks[0] if tasks else "text_to_image"
 
 
@@ -326,7 +326,7 @@ def _check_task(engine: Engine, model: str | None, task: str) -> None:
         HTTPException: 422.
     """
     key = engine.models[0] if model is None else model
-    tasks = engine.tasks(key) if key in engine.models else ()
+    tasks = engine.abilities(key).tasks if key in engine.models else ()
     if tasks and task not in tasks:
         able = ", ".join(one.replace("_", " ") for one in tasks)
         hint = " Send a mask to change a part of an image." if tasks[0].startswith("next_scale") else ""

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from apps.commands.given_options import DERIVED, NEEDS, GenerateOptions, command_type, make_options
 from apps.service.media import read_mp4
 from apps.service.metadata import PictureSettings, read_picture, read_sidecar, request_from_settings
-from apps.service.model_pool import tasks_on_disk
+from apps.service.model_pool import abilities_on_disk
 from apps.service.named_settings import load_presets, preset_values
 from apps.service.option_text import as_label, parse_size
 from apps.service.option_values import IMAGE_FIELDS
@@ -60,7 +60,7 @@ def check_options(options: GenerateOptions, source: str, recorded: PictureSettin
         return None
     values |= {name: ANY_IMAGE for name in IMAGE_FIELDS if options.value(name) is not None}
     problems = []
-    for first in tasks_on_disk(source)[:1] or FIRST_TASKS:
+    for first in abilities_on_disk(source).tasks[:1] or FIRST_TASKS:
         try:
             return complete(values, options.prompt, task_of(values, first))
         except UsageError as error:

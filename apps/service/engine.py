@@ -35,7 +35,7 @@ from apps.service.limits import ServerLimits
 from apps.service.live_job import LiveJob, restore_job
 from apps.service.logs import no_loading_bars
 from apps.service.lora import resolve_lora
-from apps.service.model_pool import LoadedModel, ModelPool, Pipeline, tasks_on_disk
+from apps.service.model_pool import Abilities, LoadedModel, ModelPool, Pipeline, abilities_on_disk
 from apps.service.option_values import IMAGE_FIELDS, Lora
 from apps.service.requests import AnyRequest
 from apps.service.stored_images import last_event, state_folder, stored_picture_event
@@ -152,12 +152,12 @@ class Engine:
         """Return the future of a model if it is loaded or being loaded, else None."""
         return self._devices[0].pool.get_if_loaded(key)
 
-    def tasks(self, key: str) -> tuple[str, ...]:
+    def abilities(self, key: str) -> Abilities:
         """Return what a model can be asked for, as far as that is known without loading it."""
         future = self.loaded(key)
         if future is not None and future.done() and future.exception() is None:
-            return future.result().tasks
-        return tasks_on_disk(self.source(key))
+            return future.result().abilities
+        return abilities_on_disk(self.source(key))
 
     def source(self, key: str) -> str:
         """Return the built-in name, folder or hub id behind a key (for the owner's eyes only)."""

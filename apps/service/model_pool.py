@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from apps.service import limits
 from apps.service.compute_profiles import LoadOptions
@@ -29,6 +29,18 @@ logger = logging.getLogger(__name__)
 
 Pipeline = Any
 """Any `DiffusionPipeline` that generates; its class is unknown until runtime, and its import takes seconds."""
+
+
+class Abilities(NamedTuple):
+    """What a model can be asked for.
+
+    Attributes:
+        tasks: of its pipeline; empty if that is not known.
+        output: "images" or "frames" (clips); empty if that is not known.
+    """
+
+    tasks: tuple[str, ...] = ()
+    output: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +67,11 @@ class LoadedModel(PipelineInfo):
     def pipe(self) -> Pipeline:
         """The pipeline of the first task."""
         return next(iter(self.pipes.values()))
+
+    @property
+    def abilities(self) -> Abilities:
+        """What it can be asked for."""
+        return Abilities(self.tasks, self.output)
 
     @property
     def side(self) -> int:
@@ -279,23 +296,23 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
     )
 
 
-def tasks_on_disk(source: str) -> tuple[str, ...]:
+def abilities_on_disk(source: str) -> Abilities:
     """Return what a model can be asked for, as far as its folder tells before anything is loaded.
 
     Args:
         source: built-in name, folder, file or hub id.
 
     Returns:
-        The tasks of its pipeline; empty for what is no folder here, or none that can be read.
+        What its pipeline can; nothing for what is no folder here, or none that can be read.
     """
-    from pipelines.info.inspection import tasks_in
+    from pipelines.info.inspection import makes_clips_in, tasks_in
     from pipelines.loading.load import PRETRAINED, builtin_models
 
     folder = PRETRAINED / source if source in builtin_models() else Path(source)
     if not folder.is_dir():
-        return ()
+        return Abilities()
     try:
-        return tasks_in(folder)
+        return Abilities(tasks_in(folder), "frames" if makes_clips_in(folder) else "images")
     except (OSError, ValueError) as error:
         logger.info("%s doesn't tell what it can do: %s", source, error)
-        return ()
+        return Abilities()

@@ -52,7 +52,6 @@ class Control:
         step: between two numbers.
         choices: of a `choice`, if the type of the option doesn't name them.
         off: what it shows for an option that is not set; ... if nothing stands for that.
-        is_hidden: shown only once a model is loaded that has the option.
     """
 
     kind: Literal["slider", "number", "choice", "radio", "checkbox", "text"]
@@ -64,7 +63,6 @@ class Control:
     step: float | None = None
     choices: tuple[str, ...] = ()
     off: Any = ...
-    is_hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,7 +356,7 @@ class ClipOptions(OptionGroup):
             help="Frames of a clip; the model's default if absent.",
             panel=COUNT,
             is_axis=False,
-            control=Control(kind="number", place="count", off=None, is_hidden=True),
+            control=Control(kind="number", place="video", off=None),
         ),
     ] = None
     last_image: Annotated[
@@ -371,7 +369,7 @@ class ClipOptions(OptionGroup):
             panel=PROMPT,
             argument="prompt_schedule",
             is_axis=False,
-            control=Control(kind="text", place="advanced", start="", off="", is_hidden=True),
+            control=Control(kind="text", place="video", start="", off=""),
         ),
     ] = None
 

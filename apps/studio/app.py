@@ -36,6 +36,7 @@ from apps.studio.settings_handlers import SAVED, SettingsHandlers
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
+from apps.studio.tabs.video import ENDS
 from apps.studio.theme import BRUSH, CSS, FILES, LANGUAGE, SCRIPT, theme
 from pipelines import builtin_models, builtin_upscalers
 
@@ -45,11 +46,13 @@ GO = "(...all) => { window.tessera.go('%s'); return ['%s', '']; }"
 """Open a tab; what was said about a request of another one goes away."""
 STATES = {
     "visit": [], "chosen": None, "many": [], "gallery_items": [], "source": None, "page": 0,
+    "first_image": None, "last_image": None,
     "job": None, "seen": None, "fitted": None,
 }  # fmt: skip
 """What the page remembers while it is open; `fitted` is the model whose defaults its controls show."""
 STAGE_PARTS = (
-    "stage", "details", "chosen", "save", "reuse_seed", "reuse_settings", "start_from", "inpaint_it", "problem",
+    "stage", "details", "chosen", "save", "reuse_seed", "reuse_settings", "start_from", "inpaint_it", "animate_it",
+    "problem",
 )  # fmt: skip
 """What the stage shows, and what acts on it."""
 QUEUE = ("queue_note", "clear", "order", "waiting", "problem")
@@ -227,7 +230,7 @@ class _Wiring:
         self._words = words
         self.sessions = sessions
         # Everything that a listener may read or change; those that a request is made of come first.
-        self.request_parts = [*dict.fromkeys((*SAVED, *CONTROLS)), "source", "mask", "many", "fitted"]
+        self.request_parts = [*dict.fromkeys((*SAVED, *CONTROLS)), "source", "mask", *ENDS, "many", "fitted"]
         self.changing = [name for name, part in parts.items() if not isinstance(part, gr.Tab)]
 
     def components(self, names: Sequence[str]) -> list[Any]:
@@ -410,6 +413,22 @@ def _connect_pictures(wiring: _Wiring, handlers: SettingsHandlers, generation: G
     def inpaint_it(request: gr.Request, chosen: Any) -> Changes:
         return handlers.send(chosen, "inpaint", wiring.sessions.submitter(request))
 
+    def animate_it(request: gr.Request, chosen: Any) -> Changes:
+        return handlers.send(chosen, "video", wiring.sessions.submitter(request))
+
+    def end_taken(end: str) -> Callable[..., Changes]:
+        def take_end(request: gr.Request, file: str | None) -> Changes:
+            return handlers.take_end(end, file, wiring.sessions.submitter(request))
+
+        take_end.__name__ = f"take_{end}"  # by which Gradio knows it
+        return take_end
+
+    def end_dropped(end: str) -> Callable[..., Changes]:
+        def drop_end(request: gr.Request) -> Changes:
+            return handlers.drop_end(end)
+
+        return drop_end
+
     def take_source(request: gr.Request, file: str | None) -> Changes:
         return handlers.take_source(file, wiring.sessions.submitter(request))
 
@@ -434,6 +453,10 @@ def _connect_pictures(wiring: _Wiring, handlers: SettingsHandlers, generation: G
     answer(parts["inpaint_it"].click, inpaint_it, ["chosen"])
     answer(parts["settings_file"].upload, allowed(load_settings), ["settings_file", "model"])
     answer(parts["source_file"].upload, take_source, ["source_file"])
+    answer(parts["animate_it"].click, animate_it, ["chosen"])
+    for end in ENDS:
+        answer(parts[f"{end}_file"].upload, end_taken(end), [f"{end}_file"])
+        answer(parts[f"{end}_drop"].click, end_dropped(end))
     answer(parts["many_file"].upload, allowed(handlers.take_prompts), ["many_file"])
     answer(parts["many_drop"].click, drop_prompts)
     answer(parts["refused"].change, refuse, ["refused"], [PLACE], queue=False)

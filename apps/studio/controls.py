@@ -36,7 +36,7 @@ def build(name: str, words: Strings, option: DeclaredOption | None = None, **mor
     control = one.option.control
     if control is None:
         raise ValueError(f"The option {one.name!r} has no control; declare one in apps/service/options.py.")
-    common = {"label": words(one.label), "elem_id": name.replace("_", "-"), "visible": not control.is_hidden, **more}
+    common = {"label": words(one.label), "elem_id": name.replace("_", "-"), **more}
     low: Any = one.low if control.low is None else control.low
     high: Any = one.high if control.high is None else control.high
     match control.kind:

@@ -41,8 +41,7 @@ def form_to_request(values: Values, tasks: tuple[str, ...], overrides: Mapping[s
         ValueError: something is out of range, or overridden though the task has no such field.
     """
     tab = TABS.get(values["mode"], TABS["text"])
-    task = next((task for task in tab.tasks if task in tasks), tab.tasks[0])
-    kind = TASKS[task]
+    kind = TASKS[tab.task(values, tasks)]
     fields = {**controls.to_fields(values, (*controls.SHARED, *tab.places)), **_composed(values), **tab.fields(values)}
     known = {name: value for name, value in fields.items() if name in kind.model_fields}
     known |= dict.fromkeys(_decided_by_acceleration(known) & known.keys())
@@ -212,6 +211,8 @@ def tab_of(settings: PictureSettings) -> str:
     """Return the tab that generates what an image is."""
     if settings.task.startswith("next_scale"):
         return "scales" if settings.image is None else "inpaint"
+    if settings.frames is not None:
+        return "video"
     return next(name for name, tab in TABS.items() if settings.task in tab.tasks)
 
 

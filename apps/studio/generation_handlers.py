@@ -190,7 +190,7 @@ class GenerationHandlers:
             PromptFileError: the task has no such setting, or doesn't take it.
         """
         model = line.values.get("model", values["model"])
-        tasks = self._engine.tasks(model) if model in self._engine.models else ()
+        tasks = self._engine.abilities(model).tasks if model in self._engine.models else ()
         try:
             return form_to_request(values, tasks, request_fields(line))
         except PromptFileError:

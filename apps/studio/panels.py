@@ -111,7 +111,6 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
         parts: Parts = {
             "preset": fields.Dropdown(presets, value="", label=words("preset"), filterable=False, elem_id="preset"),
             "negative_prompt": controls.build("negative_prompt", words),
-            "timeline": controls.build("timeline", words),
         }
         with gr.Row():
             styles = [(words("style.none"), ""), *load_styles()]
@@ -188,7 +187,7 @@ def output_panel(words: Strings) -> Parts:
         "details": gr.HTML("", elem_id="details", js_on_load=None),
     }
     with gr.Row(elem_id="use"):
-        for name in ("reuse_seed", "reuse_settings", "start_from", "inpaint_it"):
+        for name in ("reuse_seed", "reuse_settings", "start_from", "inpaint_it", "animate_it"):
             parts[name] = gr.Button(
                 words(name), size="sm", interactive=False, elem_id=name.replace("_", "-"), min_width=80
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from apps.service import limits
 from apps.service.defaults import default_of
@@ -42,6 +43,7 @@ from apps.studio.sessions import LOCAL, Sessions
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings
 from apps.studio.tabs import TABS, grid
+from apps.studio.tabs.video import ENDS
 from apps.studio.vocabulary import read_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ SAVED = (
     "mode", "prompt", "model", "shape", "width", "height", "seed_mode", "seed", "lora", "lora_scale", "step_cache",
     "cache_amount", "repaint", "grow_left", "grow_top", "grow_right", "grow_bottom", "inpaint_label", "label",
     "scale_label", "grid_x", "grid_x_values", "grid_y", "grid_y_values", "grid_z", "grid_z_values",
-    *(name for name, one in controls.CONTROLS.items() if one.option.control and not one.option.control.is_hidden),
+    *(name for name, one in controls.CONTROLS.items() if one.option.control),
 )  # fmt: skip
 """What the browser remembers, by name; images are not among it."""
 RENAMED = {"negative": "negative_prompt", "count": "num_images"}
@@ -132,7 +134,7 @@ class SettingsHandlers:
             logger.warning("the model %r did not load: %s", key, error)
             return problem(self._words("model_failed", model=key))
         names = read_vocabulary(self._engine.source(key))
-        prompts = example_prompts(names, EXAMPLES)
+        prompts = example_prompts(names, EXAMPLES, clips=model.output == "frames")
         chips = {
             f"chip_{i}": gr.update(value=prompts[i] if i < len(prompts) else "", visible=i < len(prompts))
             for i in range(EXAMPLES)
@@ -145,14 +147,17 @@ class SettingsHandlers:
         }
         choices = size_choices(self._words, model.side, model.width, model.multiple, model.sizes)
         own = (self._words("scheduler.own"), "")
+        fitting = _fitting_tab(mode, model)
         return {
+            **(self._go(fitting) if fitting != mode else {}),
             "fitted": key,
             "shape": gr.update(choices=choices, value=choices[0][1]),
             **sides,
             **self._step_controls(model),
             **({} if model.guidance is None else {"guidance": gr.update(value=model.guidance)}),
-            "frames": gr.update(value=model.frames, visible=model.frames is not None),
+            "frames": gr.update(value=model.frames),
             "timeline": gr.update(value="", visible=_takes(model, "text_to_image", "prompt_schedule")),
+            **_end_controls(model),
             "scheduler": gr.update(choices=[own, *model.schedulers], value="", visible=bool(model.schedulers)),
             "label": gr.update(choices=labels),
             "scale_label": gr.update(choices=labels, visible=bool(labels)),
@@ -167,7 +172,7 @@ class SettingsHandlers:
             "memory_note": views.hint(memory_note(self._words, self._engine.devices, model)),
             "words": views.vocabulary(names, key, self._words),
             **chips,
-            **self.check_support(key, mode),
+            **self.check_support(key, fitting),
         }
 
     def adapted(self, changes: Changes, key: str, may_load: bool = True) -> Changes:
@@ -190,12 +195,12 @@ class SettingsHandlers:
     def check_support(self, key: str, mode: str) -> Changes:
         """Say whether a model can do what a tab asks for, and offer one that can."""
         model = self._loaded(key)
-        if mode not in TABS or model is None or set(TABS[mode].tasks) & set(model.tasks):
+        if mode not in TABS or model is None or TABS[mode].can_be_done(model.abilities):
             return {"need": "", "switch": gr.update(visible=False)}
         other = self._find_capable_model(mode)
         label = "" if other is None else self._words("cant.switch", model=other)
         return {
-            "need": views.unsupported_notice(key, mode, other, self._words),
+            "need": views.unsupported_notice(key, mode, other, self._words, model.output == "frames"),
             "switch": gr.update(value=label, visible=other is not None),
         }
 
@@ -206,8 +211,8 @@ class SettingsHandlers:
 
     def _find_capable_model(self, mode: str) -> str | None:
         """Return the first model that can do what a tab asks for."""
-        tasks = set(TABS[mode].tasks) if mode in TABS else set()
-        return next((name for name in self._engine.models if tasks & set(self._engine.tasks(name))), None)
+        models = self._engine.models if mode in TABS else ()
+        return next((name for name in models if TABS[mode].can_be_done(self._engine.abilities(name))), None)
 
     def _loaded(self, key: str) -> LoadedModel | None:
         future = self._engine.loaded(key) if isinstance(key, str) else None  # a page may hand over anything
@@ -271,15 +276,16 @@ class SettingsHandlers:
         if refused is not None:
             return refused
         changes = self._as_here(settings_to_form(settings), settings.model)
-        if settings.last_image is not None:
-            gr.Warning(self._words("last_image.missing"))
         mode = changes.pop("mode")
         mask = changes.pop("mask", None)
-        if settings.image is not None:
-            try:
+        try:
+            if mode == "video":
+                for name in ENDS:
+                    changes |= self._end(name, changes.get(name))
+            elif settings.image is not None:
                 changes |= self._source(settings.image, mask)
-            except UploadError as error:
-                return problem(explain(error, self._words))
+        except UploadError as error:
+            return problem(explain(error, self._words))
         return {**changes, **self._go(mode)}
 
     def _apply_grid(self, settings: GridSettings) -> Changes:
@@ -331,16 +337,49 @@ class SettingsHandlers:
         if not isinstance(chosen, Shown):
             return {}
         name, _ = self._engine.uploads.receive(chosen.path, owner)
-        return {**self._source(name), **self._go(mode)}
+        shown = self._end("first_image", name) if mode == "video" else self._source(name)
+        return {**shown, **self._go(mode)}
+
+    def take_end(self, end: str, file: str | None, owner: str = LOCAL) -> Changes:
+        """Begin or end clips with an image that was handed in.
+
+        Args:
+            end: which of `ENDS`.
+            file: of the image; None changes nothing.
+            owner: who hands it in.
+        """
+        if not file:
+            return {}
+        try:
+            name, _ = self._engine.uploads.receive(Path(file), owner)
+        except UploadError as error:
+            return problem(explain(error, self._words))
+        return self._end(end, name)
+
+    def drop_end(self, end: str) -> Changes:
+        """Forget the image that clips begin or end with; `end` is one of `ENDS`."""
+        return self._end(end, None)
+
+    def _end(self, end: str, name: str | None) -> Changes:
+        picture = None if name is None else views.preview_uri(self._shown(name))
+        return {
+            end: name,
+            f"{end}_view": views.end_image(end, self._words, picture),
+            f"{end}_drop": gr.update(visible=name is not None),
+        }
+
+    def _shown(self, name: str) -> Image.Image:
+        """Return an image that was handed in, as small as the page shows it."""
+        image = self._engine.uploads.get(name)
+        image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        return image
 
     def _source(self, name: str, mask: str | None = None) -> Changes:
-        image = self._engine.uploads.get(name)
-        size = image.size
-        image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        size = self._engine.uploads.size(name)
         drawn = "" if mask is None else views.preview_uri(self._engine.uploads.get(mask))
         return {
             "source": name,
-            "source_view": views.source(self._words, views.preview_uri(image), size, drawn),
+            "source_view": views.source(self._words, views.preview_uri(self._shown(name)), size, drawn),
             "mask": drawn,
         }
 
@@ -460,6 +499,22 @@ def _sampling_controls(model: LoadedModel) -> Changes:
         if one.type in (int, float) and not option.needs and isinstance(default, int | float):
             changes[name] = gr.update(visible=True, value=default)
     return changes
+
+
+def _end_controls(model: LoadedModel) -> Changes:
+    """Offer the images that a clip begins and ends with, where the model's calls have them."""
+    takes = {
+        "first_image": _takes(model, "image_to_image", "image"),
+        "last_image": any("last_image" in info.parameters for info in model.infos.values()),
+    }
+    return {f"{name}_file": gr.update(interactive=takes[name]) for name in ENDS}
+
+
+def _fitting_tab(mode: str, model: LoadedModel) -> str:
+    """Return the tab to open for a model that is chosen: clips and images of texts have one each."""
+    if mode in ("text", "image") and model.output == "frames":
+        return "video"
+    return "text" if mode == "video" and model.output != "frames" else mode
 
 
 def _takes(model: LoadedModel, task: str, argument: str) -> bool:

@@ -84,6 +84,7 @@ class Stage:
             "reuse_settings": can,
             "start_from": gr.update(interactive=is_picture),
             "inpaint_it": gr.update(interactive=is_picture),
+            "animate_it": gr.update(interactive=is_picture),
         }
 
     def strip(self, recent: Sequence[Finished]) -> Changes:

@@ -145,11 +145,13 @@ RECIPES = {
     "classes": ("tessera convert --family dit --checkpoint DiT-XL-2-256x256.pt -o models/dit", "models/dit"),
     "scales": ("tessera convert --family var --checkpoint var_d16.pth --vae vae_ch160v4096z32.pth -o models/var",
                "models/var"),
+    "video": ("", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
 }  # fmt: skip
-"""How to get a model for a tab that no model here can do: what to run first, and the folder to start with then."""
+"""How to get a model for a tab that no model here can do: what to run first, if anything, and
+what to start with then."""
 
 
-def unsupported_notice(model: str, mode: str, other: str | None, words: Strings) -> str:
+def unsupported_notice(model: str, mode: str, other: str | None, words: Strings, makes_clips: bool = False) -> str:
     """Draw what stands in a tab that the chosen model can't do.
 
     Args:
@@ -157,14 +159,16 @@ def unsupported_notice(model: str, mode: str, other: str | None, words: Strings)
         mode: the tab.
         other: a model that can; None if there is none here.
         words: of the page.
+        makes_clips: whether the model does.
     """
-    title, steps = escape(words(f"cant.{mode}", model=model)), ""
+    reason = "clips" if makes_clips and mode in ("text", "image") else mode
+    title, steps = escape(words(f"cant.{reason}", model=model)), ""
     if other is not None:
         remedy = words("cant.other", model=other)
     elif mode in RECIPES:
         remedy = words(f"cant.{mode}.how")
         command, folder = RECIPES[mode]
-        lines = (command, f"tessera studio --model {folder}")
+        lines = [line for line in (command, f"tessera studio --model {folder}") if line]
         # Word by word, so that no line breaks at a hyphen.
         words_of = (" ".join(f"<span>{escape(word)}</span>" for word in line.split()) for line in lines)
         steps = "<ol>" + "".join(f"<li><code>{line}</code></li>" for line in words_of) + "</ol>"
@@ -197,6 +201,20 @@ def source(words: Strings, picture: str | None = None, size: tuple[int, int] = (
         f'<div class="brush" style="--w:{width};--h:{height}"><img class="{crisp}" src="{picture}" alt="">'
         f'<canvas width="{width}" height="{height}" data-mask="{mask}"></canvas></div>'
     )
+
+
+def end_image(name: str, words: Strings, picture: str | None = None) -> str:
+    """Draw the image that clips begin or end with.
+
+    Args:
+        name: key of what it is called.
+        words: of the page.
+        picture: data URI; None draws a place to drop one.
+    """
+    title = escape(words(name))
+    inside = f"<p>{escape(words('end.none'))}</p>" if picture is None else f'<img src="{picture}" alt="{title}">'
+    empty = " empty" if picture is None else ""
+    return f'<figure class="end-image{empty}"><figcaption>{title}</figcaption>{inside}</figure>'
 
 
 def brush_tools(words: Strings) -> str:

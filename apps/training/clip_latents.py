@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apps.training.config import ConfigError
 from apps.training.data.base import Examples
@@ -15,7 +15,7 @@ CHUNK = 16  # clips that are encoded at once
 
 
 @torch.no_grad()
-def encode_clips(examples: Examples, vae: nn.Module, device: torch.device, quiet: bool = True) -> Tensor:
+def encode_clips(examples: Examples, vae: Any, device: torch.device, quiet: bool = True) -> Tensor:
     """Encode the clips of all examples, and each of their frames as if the clip stood still there.
 
     Returns:
@@ -31,7 +31,9 @@ def encode_clips(examples: Examples, vae: nn.Module, device: torch.device, quiet
     parts = []
     for clips in chunks(examples, quiet, CHUNK):  # (b, 3, T, H, W)
         latents = encode(clips)  # (b, C, T', h, w)
-        if tokenizer.temporal_compression_ratio > 1:
+        if getattr(vae, "stacked", 1) > 1:
+            latents = torch.cat([latents, vae.stills(latents, clips.shape[2])], dim=2)
+        elif tokenizer.temporal_compression_ratio > 1:
             frames = encode(clips.transpose(1, 2).flatten(0, 1))  # (b T, C, h, w)
             stills = frames.unflatten(0, clips.shape[::2][:2]).transpose(1, 2)  # (b, C, T, h, w)
             latents = torch.cat([latents, stills], dim=2)

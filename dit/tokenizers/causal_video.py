@@ -37,6 +37,10 @@ class CausalVideoAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, V
     Clips of more than `tile_sample_min_num_frames` frames are computed in chunks of as many where no gradient is asked
     for, with the same result; set `use_temporal_tiling` to False to compute them at once.
 
+    With `frame_codes` each frame is coded by itself, as by an autoencoder of images, and the codes of a group of frames
+    are stacked as channels. The generator then has as few tokens, and what moves is drawn as sharply as what doesn't;
+    its latents have `temporal_patch_size` times the channels of an image's code.
+
     Args:
         in_channels: colour channels.
         latent_channels: code channels C; a frame of side S becomes (C, S / patch_size, S / patch_size).
@@ -56,6 +60,8 @@ class CausalVideoAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, V
         refiner_patch: pixels that one position of the convolutions generates along a side.
         rope_theta: base of the spatial rotary frequencies.
         sample_size: side of the frames it was trained on.
+        frame_codes: whether each frame is coded by itself. Blocks then see `encoder_window` and `decoder_window` frames
+            instead of latent frames.
 
     Raises:
         ValueError: sizes that don't divide each other, or a window without a frame.
@@ -87,6 +93,7 @@ class CausalVideoAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, V
         refiner_patch: int = 4,
         rope_theta: float = 100.0,
         sample_size: int = 96,
+        frame_codes: bool = False,
     ) -> None:
         super().__init__()
         if refiner_patch < 1 or patch_size % refiner_patch:
@@ -101,30 +108,38 @@ class CausalVideoAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, V
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1, the frame itself")
-        self.patch = (temporal_patch_size, patch_size, patch_size)
-        self.patch_embed = Linear(in_channels * temporal_patch_size * patch_size**2, encoder_dim)
+        if frame_codes and latent_channels % temporal_patch_size:
+            raise ValueError(
+                f"latent_channels is {latent_channels}, expected a multiple of temporal_patch_size "
+                f"{temporal_patch_size}: with frame_codes the frames of a group share the channels"
+            )
+        self.stacked = temporal_patch_size if frame_codes else 1  # codes in the channels of a latent frame
+        frames = temporal_patch_size // self.stacked  # of a code
+        code_channels = latent_channels // self.stacked
+        self.patch = (frames, patch_size, patch_size)
+        self.patch_embed = Linear(in_channels * frames * patch_size**2, encoder_dim)
         self.encoder_blocks = nn.ModuleList(
             [FrameWindowBlock(encoder_dim, encoder_dim // attention_head_dim, ff_ratio) for _ in range(encoder_layers)]
         )
         self.encoder_norm = nn.LayerNorm(encoder_dim, eps=1e-6)
-        self.to_latent = Linear(encoder_dim, latent_channels)
-        self.latent_norm = nn.BatchNorm1d(latent_channels, affine=False, momentum=0.01)
+        self.to_latent = Linear(encoder_dim, code_channels)
+        self.latent_norm = nn.BatchNorm1d(code_channels, affine=False, momentum=0.01)
 
-        self.from_latent = Linear(latent_channels, decoder_dim)
+        self.from_latent = Linear(code_channels, decoder_dim)
         self.decoder_blocks = nn.ModuleList(
             [FrameWindowBlock(decoder_dim, decoder_dim // attention_head_dim, ff_ratio) for _ in range(decoder_layers)]
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         if refiner_channels:
             scale = patch_size // refiner_patch
-            self.to_pixels = Linear(decoder_dim, temporal_patch_size * refiner_channels * scale**2)
+            self.to_pixels = Linear(decoder_dim, frames * refiner_channels * scale**2)
             self.refiner = nn.Sequential(
                 *[ConvBlock(refiner_channels) for _ in range(refiner_layers)],
                 nn.Conv2d(refiner_channels, in_channels * refiner_patch**2, 3, padding=1),
                 nn.PixelShuffle(refiner_patch),
             )
         else:
-            self.to_pixels = Linear(decoder_dim, temporal_patch_size * in_channels * patch_size**2)
+            self.to_pixels = Linear(decoder_dim, frames * in_channels * patch_size**2)
             self.refiner = None
         self.register_buffer("preview_factors", torch.zeros(3 * PREVIEW_CELL**2, latent_channels + 1))
         self.gradient_checkpointing = False
@@ -248,12 +263,12 @@ class CausalVideoAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, V
         if whole == 0:
             shape = (x.shape[0], self.latent_channels, 0, *(side // self.config.patch_size for side in x.shape[-2:]))
             return x.new_zeros(shape), EncoderState(memory, waiting)
-        grid = (whole // group, x.shape[3] // self.patch[1], x.shape[4] // self.patch[2])
+        grid = (whole // self.patch[0], x.shape[3] // self.patch[1], x.shape[4] // self.patch[2])
         tokens = self.patch_embed(patchify(x[:, :, :whole], self.patch)).unflatten(1, (grid[0], -1))  # (B, T', N, De)
         tokens, memory = self._run(self.encoder_blocks, tokens, grid[1:], self.config.encoder_window, memory)
         tokens = self.to_latent(self.encoder_norm(tokens)).flatten(1, 2)  # (B, T' N, C)
         latent = self._normalize(tokens.float().transpose(1, 2)).to(tokens.dtype)  # (B, C, T' N)
-        return latent.unflatten(-1, grid), EncoderState(memory, waiting)
+        return self._stack(latent.unflatten(-1, grid)), EncoderState(memory, waiting)
 
     def decode_chunk(self, z: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
         """Decode the next latent frames of a clip.
@@ -273,15 +288,16 @@ class CausalVideoAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, V
             raise ValueError(f"latents have the shape {tuple(z.shape)}, expected {expected}; pass what encode gave")
         if state is not None:
             check_same_clip(z, state.latent)
-        grid = tuple(z.shape[2:])
-        tokens = self.from_latent(z.flatten(2).transpose(1, 2)).unflatten(1, (grid[0], -1))  # (B, T', N, Dd)
+        codes = self._unstack(z)  # (B, C, T', H, W)
+        grid = tuple(codes.shape[2:])
+        tokens = self.from_latent(codes.flatten(2).transpose(1, 2)).unflatten(1, (grid[0], -1))  # (B, T', N, Dd)
         memory = () if state is None else state.memory
         tokens, memory = self._run(self.decoder_blocks, tokens, grid[1:], self.config.decoder_window, memory)
         tokens = self.to_pixels(self.decoder_norm(tokens)).flatten(1, 2)  # (B, T' N, P)
         scale = self.config.patch_size if self.refiner is None else self.config.patch_size // self.config.refiner_patch
         frames = unpatchify(tokens, grid, (self.patch[0], scale, scale))  # (B, R, 4 T', H/r, W/r)
         if state is None:
-            frames = frames[:, :, self.patch[0] - 1 :]  # of the first group only its last frame is one of the clip
+            frames = frames[:, :, self.config.temporal_patch_size - 1 :]  # of the first group the last frame counts
         if self.refiner is not None:
             pixels = self.refiner(frames.transpose(1, 2).flatten(0, 1))  # (B T, 3, H p, W p)
             frames = pixels.unflatten(0, (len(z), -1)).transpose(1, 2)
@@ -329,6 +345,24 @@ class CausalVideoAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, V
         if num_frames is not None and given < num_frames:
             raise ValueError(f"num_frames is {num_frames}, but the chunks hold {given} frames; pass at most {given}")
 
+    def stills(self, latent: Tensor, num_frames: int) -> Tensor:
+        """Return what each frame of a clip is encoded as where the clip stands still there, without encoding it.
+
+        Args:
+            latent: of a clip, (B, C, T', h, w), of a model with `frame_codes`.
+            num_frames: frames T of the clip.
+
+        Returns:
+            (B, C, T, h, w).
+
+        Raises:
+            ValueError: the model has no codes of single frames.
+        """
+        if self.stacked == 1:
+            raise ValueError("frame_codes is off, so frames have no codes of their own; encode each frame by itself")
+        first = self.stacked - 1  # the first frame fills its group
+        return self._unstack(latent)[:, :, first : first + num_frames].repeat(1, self.stacked, 1, 1, 1)
+
     def _encode(self, clip: Tensor) -> Tensor:
         """Encode a clip (B, 3, T, H, W) at once, or in chunks if it is long."""
         frames = self.tile_sample_min_num_frames
@@ -347,6 +381,14 @@ class CausalVideoAutoencoder(Typed, ModelMixin, AutoencoderMixin, ConfigMixin, V
         """Return whether a clip is long, and chunks can't change anything: neither gradients nor batch statistics."""
         long = self.use_temporal_tiling and frames > self.tile_sample_min_num_frames
         return long and not torch.is_grad_enabled() and not self.latent_norm.training
+
+    def _stack(self, codes: Tensor) -> Tensor:
+        """Stack the codes of each group as channels, frame by frame: (B, C, T, H, W) to (B, R C, T / R, H, W)."""
+        return codes.unflatten(2, (-1, self.stacked)).permute(0, 3, 1, 2, 4, 5).flatten(1, 2)
+
+    def _unstack(self, latent: Tensor) -> Tensor:
+        """Undo `_stack`: (B, R C, T, H, W) to (B, C, R T, H, W)."""
+        return latent.unflatten(1, (self.stacked, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
 
     def _check_frames(self, x: Tensor, least: int) -> None:
         colours, side = self.config.in_channels, self.config.patch_size

@@ -15,7 +15,6 @@ SAME_AS_IMAGES = (
     "attention_head_dim",
     "ff_ratio",
     "refiner_channels",
-    "refiner_layers",
     "refiner_patch",
     "rope_theta",
 )
@@ -24,14 +23,23 @@ SAME_AS_IMAGES = (
 MAY_GROW = ("latent_channels", "encoder_layers", "decoder_layers")
 """Settings in which it may be larger."""
 
+MAY_SHRINK = ("decoder_layers", "refiner_layers")
+"""Settings in which it may be smaller: the last layers are left out."""
+
+
+DEFAULT_GROUP = 4
+"""Frames of a latent frame of a `CausalVideoAutoencoder` that isn't told otherwise."""
+
 
 def from_image_autoencoder(vae: ViTAutoencoder, **config: Any) -> CausalVideoAutoencoder:
     """Return a new autoencoder of clips that starts with the weights of one of images.
 
     Images are encoded and decoded as by `vae`, up to the order of sums, and so is the first frame of a clip. A group of
-    frames is encoded as the image that is their mean, and decoded as that image four times. The decoder now also sees
+    frames is encoded as the image that is their mean, and decoded as that image four times (with `frame_codes`, each
+    frame as the image that it is). The decoder now also sees
     the latent frame before: where a clip stands still it finds there what it finds in its own frame. Further blocks
-    start as the identity, and further latent channels unread.
+    start as the identity, and further latent channels unread. With fewer layers than `vae` has it decodes other images
+    than that until it is trained.
 
     Args:
         vae: a trained autoencoder of images; it is not changed.
@@ -43,13 +51,18 @@ def from_image_autoencoder(vae: ViTAutoencoder, **config: Any) -> CausalVideoAut
     Raises:
         ValueError: `config` changes what weights of images can't be turned into.
     """
-    given = {name: vae.config[name] for name in (*SAME_AS_IMAGES, *MAY_GROW)}
+    given = {name: vae.config[name] for name in dict.fromkeys((*SAME_AS_IMAGES, *MAY_GROW, *MAY_SHRINK))}
+    if config.get("frame_codes"):
+        given["latent_channels"] *= config.get("temporal_patch_size", DEFAULT_GROUP)
     for name, value in config.items():
-        grows = name in MAY_GROW
-        if name in given and not (value == given[name] or (grows and value > given[name])):
+        if name not in given or value == given[name]:
+            continue
+        grows, shrinks = name in MAY_GROW, name in MAY_SHRINK
+        if (value > given[name] and not grows) or (value < given[name] and not shrinks):
+            also = " or more" if grows else " or less" if shrinks else ""
             raise ValueError(
-                f"{name} is {value}, but the weights of this image autoencoder need {given[name]}"
-                f"{' or more' if grows else ''}; leave {name} out, or train a CausalVideoAutoencoder from the start"
+                f"{name} is {value}, but the weights of this image autoencoder need {given[name]}{also}; leave {name} "
+                "out, or train a CausalVideoAutoencoder from the start"
             )
     model: Any = CausalVideoAutoencoder(**{"sample_size": vae.config.sample_size, **given, **config})
     _take_over(model, vae)
@@ -60,7 +73,11 @@ def from_image_autoencoder(vae: ViTAutoencoder, **config: Any) -> CausalVideoAut
 @torch.no_grad()
 def _take_over(model: CausalVideoAutoencoder, vae: ViTAutoencoder) -> None:
     """Copy the weights of an image autoencoder, inflated along time."""
-    frames, given = model.config.temporal_patch_size, dict(vae.state_dict())
+    frames, given = model.patch[0], dict(vae.state_dict())
+    # The convolution that makes the pixels stands behind all layers.
+    last, own_last = vae.config.refiner_layers, model.config.refiner_layers
+    for name in [name for name in given if name.startswith(f"refiner.{last}.")]:
+        given[name.replace(f".{last}.", f".{own_last}.", 1)] = given.pop(name)
     given["patch_embed.weight"] = given["patch_embed.weight"].repeat(1, frames) / frames
     for name in ("to_pixels.weight", "to_pixels.bias"):
         given[name] = given[name].repeat(frames, *[1] * (given[name].ndim - 1))

@@ -134,6 +134,11 @@ def call_tasks(pipeline: type) -> tuple[str, ...]:
     return ("text_to_image", *(task for task, needs in others.items() if needs <= accepts))
 
 
+def makes_clips(pipeline: type) -> bool:
+    """Return whether the call of a pipeline class takes a number of frames."""
+    return not call_parameters(pipeline).isdisjoint(ARGUMENTS["frames"])
+
+
 def find_guidance(pipe: Any, parameters: frozenset[str], defaults: Mapping[str, Any]) -> tuple[str | None, Guidance]:
     """Return what the call names its guidance scale, and what that does.
 

@@ -8,8 +8,8 @@ from typing import Any
 from diffusers import ModularPipeline
 
 from pipelines.base import TesseraPipeline
-from pipelines.info.diffusers_info import call_tasks, diffusers_info, related_pipelines
-from pipelines.info.modular_call import ModularCall, tasks_of_blocks
+from pipelines.info.diffusers_info import call_tasks, diffusers_info, makes_clips, related_pipelines
+from pipelines.info.modular_call import ModularCall, makes_clips_of_blocks, tasks_of_blocks
 from pipelines.info.record import PipelineInfo
 from pipelines.loading.modular import empty_pipeline, is_modular, read_modular_index
 from pipelines.loading.sources import pipeline_class, read_index
@@ -50,6 +50,21 @@ def tasks_in(folder: Path) -> tuple[str, ...]:
     if is_modular(folder):
         return tasks_of_blocks(empty_pipeline(read_modular_index(folder)).blocks)
     return tasks_of(pipeline_class(read_index(folder)))
+
+
+def makes_clips_in(folder: Path) -> bool:
+    """Return whether a saved pipeline makes clips, by its index alone.
+
+    Args:
+        folder: of a pipeline of ours or of diffusers, standard or modular.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it holds no pipeline that is known here.
+    """
+    if is_modular(folder):
+        return makes_clips_of_blocks(empty_pipeline(read_modular_index(folder)).blocks)
+    return makes_clips(pipeline_class(read_index(folder)))
 
 
 def pipelines_by_task(pipe: Any) -> dict[str, Any]:

@@ -417,6 +417,12 @@ def tasks_of_blocks(blocks: ModularPipelineBlocks) -> tuple[str, ...]:
     return tuple(task for task, given in TASK_INPUTS.items() if is_able(given))
 
 
+def makes_clips_of_blocks(blocks: ModularPipelineBlocks) -> bool:
+    """Return whether the result of a modular pipeline is clips."""
+    names = [one.name for one in blocks.outputs]
+    return next((OUTPUTS[name] for name in OUTPUTS if name in names), None) == "frames"
+
+
 def find_loops(block: Any) -> Iterator[LoopSequentialPipelineBlocks]:
     """Yield the loops in a tree of blocks, without those inside of other loops."""
     if isinstance(block, LoopSequentialPipelineBlocks):

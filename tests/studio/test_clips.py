@@ -45,7 +45,10 @@ from tests.studio.test_page import PAGE, TAB, generate_values, pictures
 from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, note_says, open_page
 
 WORDS = Strings("en")
-ASK = {**PAGE, "model": "stickers", "prompt": "a red apple", "shape": "64x32", "frames": 9, "steps": 2, "guidance": 1.0}
+ASK = {
+    **PAGE, "mode": "video", "model": "stickers", "prompt": "a red apple", "shape": "64x32", "frames": 9, "steps": 2,
+    "guidance": 1.0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,7 @@ def test_an_mp4_puts_the_page_in_place_and_is_painted_again(world, painted, tmp_
     clip = painted.shown.clip
     assert read_mp4(clip) == painted.shown.settings
     shown = {key: value for key, value in world.handlers.load_settings(str(clip)).items() if key in PAGE}
-    assert (shown["frames"], shown["steps"], shown["mode"]) == (9, 2, "text")
+    assert (shown["frames"], shown["steps"], shown["mode"]) == (9, 2, "video")
     again = pictures(list(generate_values(world.generation, {**PAGE, **shown})))[0]
     assert again.settings == painted.shown.settings
     assert Image.open(again.path).tobytes() == Image.open(painted.shown.path).tobytes()
@@ -149,19 +152,25 @@ def test_a_clip_begins_with_a_picture(tmp_path):
     sessions = Sessions(None)
     generation = GenerationHandlers(engine, WORDS, sessions)
     handlers = SettingsHandlers(engine, WORDS, sessions, generation)
-    assert handlers.load_model_controls("stickers", "image")["strength"]["visible"] is False
-    red = engine.uploads.add(Image.new("RGB", (64, 32), (200, 30, 30)))
-    ask = {**ASK, "mode": "image", "source": red}
+    opened = handlers.load_model_controls("stickers", "image")
+    assert (opened["mode"], opened["need"]) == ("video", "")  # where models of clips are at home
+    assert (opened["first_image_file"]["interactive"], opened["last_image_file"]["interactive"]) == (True, False)
+    Image.new("RGB", (64, 32), (200, 30, 30)).save(tmp_path / "red.png")
+    taken = handlers.take_end("first_image", str(tmp_path / "red.png"))
+    assert "<img" in taken["first_image_view"]
+    assert handlers.drop_end("first_image")["first_image"] is None
+    ask = {**ASK, "first_image": taken["first_image"]}
     first = pictures(list(generate_values(generation, ask)))[0]
     assert (first.settings.task, first.settings.frames, first.settings.strength) == ("image_to_image", 9, None)
     assert first.clip is not None
     other = engine.uploads.add(Image.new("RGB", (64, 32), (30, 30, 200)))
-    assert frames_of(pictures(list(generate_values(generation, {**ask, "source": other})))[0].clip) != frames_of(
+    assert frames_of(pictures(list(generate_values(generation, {**ask, "first_image": other})))[0].clip) != frames_of(
         first.clip
     )
     shown = {key: value for key, value in handlers.load_settings(str(first.clip)).items() if key in PAGE}
     again = pictures(list(generate_values(generation, {**PAGE, **shown})))[0]
     assert frames_of(again.clip) == frames_of(first.clip)
+    assert "makes clips" in handlers.check_support("stickers", "text")["need"]
     refused = list(engine.generate(request_from_settings(first.settings, strength=0.5)))[-1]
     assert (refused.code, "strength" in refused.message) == ("bad_request", True)
     engine.close()
@@ -249,7 +258,7 @@ def test_finished_frames_come_before_later_ones_are_begun(long_world):
 
 
 def test_the_page_plays_what_is_finished(long_world):
-    ask = {**PAGE, "model": "stickers", "prompt": "a red apple", "shape": "32x32", "frames": 20, "steps": 2}
+    ask = {**ASK, "shape": "32x32", "frames": 20}
     told = [changes["stage"] for changes in generate_values(long_world.generation, ask) if "stage" in changes]
     playing = [number for number, stage in enumerate(told) if "data:image/webp" in stage]
     assert playing
@@ -325,6 +334,29 @@ def test_a_timeline_changes_the_prompt_of_later_windows(long_world):
     told = list(long_world.engine.generate(unseen))
     assert "would never be seen" in told[-1].message
     assert "[0, 8, 14]" in told[-1].message
+
+
+def test_the_page_holds_both_ends_of_a_clip_and_its_later_prompts(long_world):
+    """What a clip begins and ends with, and its timeline, go from the page into the file, and back."""
+    ends = {
+        name: long_world.engine.uploads.add(Image.new("RGB", (32, 32), colour))
+        for name, colour in (("first_image", "red"), ("last_image", "blue"))
+    }
+    handlers = SettingsHandlers(long_world.engine, WORDS, Sessions(None), long_world.generation)
+    opened = handlers.load_model_controls("stickers", "video")
+    assert (opened["frames"]["value"], opened["timeline"]["visible"]) == (20, True)
+    assert opened["last_image_file"]["interactive"] is True
+    ask = {**ASK, "shape": "32x32", "frames": 20, "timeline": "12: a pear", **ends}
+    shown = pictures(list(generate_values(long_world.generation, ask)))[0]
+    settings = shown.settings
+    assert (settings.task, settings.image, settings.last_image) == ("image_to_image", *ends.values())
+    assert settings.timeline == "12: a pear"
+    back = handlers.load_settings(str(shown.clip))
+    assert (back["mode"], back["first_image"], back["last_image"]) == ("video", *ends.values())
+    assert "<img" in back["last_image_view"]
+    kept = {name: value for name, value in back.items() if name in PAGE}
+    again = pictures(list(generate_values(long_world.generation, {**PAGE, **kept})))[0]
+    assert frames_of(again.clip) == frames_of(shown.clip)
 
 
 def test_a_style_holds_for_later_prompts_too(long_world):

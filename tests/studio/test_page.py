@@ -69,7 +69,7 @@ PAGE = {name: one.option.control.start for name, one in CONTROLS.items()} | {
     "label": None, "scale_label": None, "top_k": 900, "top_p": 0.95, "temperature": 1, "smooth": False,
     "kv_policy": "full", "kv_budget": 0.1, "kv_dtype": "auto", "search": "", "candidates": 4, "grid_x": "steps",
     "grid_x_values": "2, 3", "grid_y": "", "grid_y_values": "", "grid_z": "", "grid_z_values": "", "source": None,
-    "mask": "", "many": [], "frames": None,
+    "mask": "", "first_image": None, "last_image": None, "many": [], "frames": None,
 }  # fmt: skip
 
 
@@ -382,7 +382,7 @@ def test_a_tab_that_a_model_cannot_do_offers_one_that_can(tmp_path):
     engine.model("stickers").result(60)
     sessions = Sessions(None)
     handlers = SettingsHandlers(engine, ENGLISH, sessions, GenerationHandlers(engine, ENGLISH, sessions))
-    assert engine.tasks("stickers-var") == ("next_scale_text",)
+    assert engine.abilities("stickers-var").tasks == ("next_scale_text",)
     changes = handlers.check_support("stickers", "scales")
     assert changes["switch"] == gr.update(value="Use stickers-var", visible=True)
     assert "not scale by scale" in changes["need"]

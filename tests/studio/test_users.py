@@ -106,12 +106,14 @@ def test_who_may_only_look_changes_nothing_through_the_page(served, tmp_path):
     page = build_page(served.engine, ENGLISH, Sessions(served.table))
     Image.new("RGB", (8, 8), "red").save(tmp_path / "picture.png")
     (tmp_path / "prompts.txt").write_text("a fox")
-    given = {"take_source": "picture.png", "load_settings": "picture.png", "take_prompts": "prompts.txt"}
+    given = {
+        "take_source": "picture.png", "take_first_image": "picture.png", "take_last_image": "picture.png",
+        "load_settings": "picture.png", "take_prompts": "prompts.txt",
+    }  # fmt: skip
     problem = next(block for block in page.blocks.values() if block.elem_id == "problem")
-    asked = [
-        fn for fn in page.fns.values() if fn.name in (*given, "start_from", "inpaint_it", "settled", "stop", "clear")
-    ]
-    assert len(asked) == 8
+    changing = (*given, "start_from", "inpaint_it", "animate_it", "settled", "stop", "clear")
+    asked = [fn for fn in page.fns.values() if fn.name in changing]
+    assert len(asked) == len(changing)
     for fn in asked:
         values = [str(tmp_path / given[fn.name])] if fn.name in given else [None] * len(fn.inputs)
         if fn.name == "settled":

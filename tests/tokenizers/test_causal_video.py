@@ -51,10 +51,11 @@ def test_frames_become_one_and_groups_of_four(frames, latent_frames, refiner):
     assert (vae.temporal_compression_ratio, vae.spatial_compression_ratio, vae.latent_channels) == (4, 8, 4)
 
 
+@pytest.mark.parametrize("frame_codes", [False, True])
 @pytest.mark.parametrize("windows", [(1, 2), (2, 1), (3, 3)])
 @pytest.mark.parametrize("frames", [1, 5, 16, 17, 33])
-def test_chunks_change_nothing(frames, windows):
-    vae = autoencoder(encoder_window=windows[0], decoder_window=windows[1])
+def test_chunks_change_nothing(frames, windows, frame_codes):
+    vae = autoencoder(encoder_window=windows[0], decoder_window=windows[1], frame_codes=frame_codes)
     x = clip(frames, batch=2)
     with torch.no_grad():
         z = vae.encode(x).latent
@@ -275,6 +276,41 @@ def test_starts_from_an_autoencoder_of_images():
         from_image_autoencoder(images, decoder_dim=64)
     with pytest.raises(ValueError, match=r"latent_channels is 2, .* need 4 or more"):
         from_image_autoencoder(images, latent_channels=2)
+
+
+def test_starts_from_an_autoencoder_of_images_with_fewer_layers():
+    torch.manual_seed(0)
+    images = ViTAutoencoder(**{**IMAGES, "refiner_channels": 8, "refiner_layers": 3, "decoder_layers": 3}).eval()
+    vae = from_image_autoencoder(images, refiner_layers=1, decoder_layers=2)
+    assert torch.equal(vae.refiner[1].weight, images.refiner[3].weight)  # the convolution that makes the pixels
+    assert torch.equal(vae.refiner[0].conv1.weight, images.refiner[0].conv1.weight)
+    given, left_out = dict(images.named_parameters()), ("refiner.", "decoder_blocks.2.")
+    kept = [name for name, own in vae.named_parameters() if name in given and torch.equal(own, given[name])]
+    same = {name for name in given if not name.startswith((*left_out, "patch_embed.", "to_pixels."))}
+    assert same <= set(kept)
+    with pytest.raises(ValueError, match=r"refiner_layers is 4, .* need 3 or less"):
+        from_image_autoencoder(images, refiner_layers=4)
+
+
+def test_frame_codes_are_those_of_the_autoencoder_of_images():
+    torch.manual_seed(0)
+    images = ViTAutoencoder(**IMAGES).train()
+    images.encode(clip(1, batch=4)[:, :, 0])
+    images.eval()
+    vae = from_image_autoencoder(images, frame_codes=True, decoder_window=1)
+    assert (vae.latent_channels, vae.latent_norm.num_features) == (16, 4)
+    x = clip(6, batch=2)
+    with torch.no_grad():
+        latent, codes = vae.encode(x).latent, images.encode(x).latent  # (2, 16, 3, 2, 3), (2, 4, 6, 2, 3)
+        # The first frame fills its group, the last one is repeated to fill its.
+        shown = [0, 0, 0, 0, 1, 2, 3, 4, 5, 5, 5, 5]
+        stacked = codes[:, :, shown].unflatten(2, (3, 4)).permute(0, 3, 1, 2, 4, 5).flatten(1, 2)
+        torch.testing.assert_close(latent, stacked, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vae.decode(latent, num_frames=6).sample, images(x).sample, rtol=1e-4, atol=1e-5)
+        frames = vae.encode(x.transpose(1, 2).flatten(0, 1)).latent.unflatten(0, (2, 6)).transpose(1, 2)
+        torch.testing.assert_close(vae.stills(latent, 6), frames, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="frame_codes is off"):
+        autoencoder().stills(torch.zeros(1, 4, 1, 2, 3), 1)
 
 
 def test_a_still_clip_costs_little_more_than_the_image():

@@ -133,12 +133,12 @@
     mask.src = target.dataset.mask;
   }).observe(document, { childList: true, subtree: true });
 
-  // Dropping a file onto the source hands it to the button that chooses one.
-  const zone = (event) => event.target.closest?.("#source");
+  // Dropping a file onto the source, or onto an end of a clip, hands it to the button that chooses one there.
+  const zone = (event) => event.target.closest?.("#source, #ends .end");
   document.addEventListener("dragover", (event) => { if (zone(event)) event.preventDefault(); });
   document.addEventListener("drop", (event) => {
-    const input = document.querySelector("#source-file input[type=file]") ?? document.querySelector("input[type=file][data-testid]");
-    if (!zone(event) || !input || !event.dataTransfer.files.length) return;
+    const input = zone(event)?.querySelector("input[type=file]");
+    if (!input || !event.dataTransfer.files.length) return;
     event.preventDefault();
     input.files = event.dataTransfer.files;
     input.dispatchEvent(new Event("change", { bubbles: true }));

@@ -15,7 +15,8 @@
   // The kinds of files that dialogs offer. Not set in Gradio, which would refuse others in English, and in another place
   // than everything else; the listeners refuse them.
   const KINDS = {
-    "#prompt-file": ".txt,.jsonl", "#source": ".png,.jpg,.jpeg,.webp", "#settings": ".png,.webp,.mp4,.json",
+    "#prompt-file": ".txt,.jsonl", "#source": ".png,.jpg,.jpeg,.webp", "#ends": ".png,.jpg,.jpeg,.webp",
+    "#settings": ".png,.webp,.mp4,.json",
   };
   const offer = () => {
     for (const [place, kinds] of Object.entries(KINDS))

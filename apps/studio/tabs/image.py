@@ -25,4 +25,4 @@ def _show(settings: PictureSettings) -> dict[str, object]:
     return {"source": settings.image}
 
 
-TAB = Tab("image", ("image_to_image",), _build, _fields, _show, has_source=True, places=("image",))
+TAB = Tab("image", ("image_to_image",), _build, _fields, _show, has_source=True, output="images", places=("image",))

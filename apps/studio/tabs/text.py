@@ -4,4 +4,11 @@ from __future__ import annotations
 
 from apps.studio.tabs.base import Tab
 
-TAB = Tab("text", ("text_to_image", "next_scale_text"), lambda words: {}, lambda values: {}, lambda settings: {})
+TAB = Tab(
+    "text",
+    ("text_to_image", "next_scale_text"),
+    lambda words: {},
+    lambda values: {},
+    lambda settings: {},
+    output="images",
+)

@@ -35,7 +35,7 @@ class VideoAutoencoderData(ClipSection):
 
     Attributes:
         init_from: Folder of an exported autoencoder that the run starts from: of clips, or of images
-            (`ViTAutoencoder`), to which `[model]` adds what only one of clips has.
+            (`ViTAutoencoder`), with whose weights `[model]` has to agree, see `from_image_autoencoder`.
         resolution: Side of the frames in pixels.
         validation_examples: Held-out clips that are measured.
         calibration_images: Clips that the statistics of the code and the preview map are fitted to.
@@ -64,10 +64,7 @@ class VideoAutoencoderModel(Section):
     refiner_channels: int = 32
     refiner_layers: int = 2
     refiner_patch: int = 4
-
-
-CLIP_SETTINGS = {"temporal_patch_size", "encoder_window", "decoder_window"}
-"""What an autoencoder of clips has beyond one of images."""
+    frame_codes: bool = False
 
 
 class VideoAutoencoderConfig(TrainConfig):
@@ -118,7 +115,10 @@ class VideoAutoencoderTask(AutoencoderTask):
             return CausalVideoAutoencoder.from_pretrained(start, torch_dtype=torch.float32)
         if kind == "ViTAutoencoder":
             image = ViTAutoencoder.from_pretrained(start, torch_dtype=torch.float32)
-            return from_image_autoencoder(image, **self.config.model.model_dump(include=CLIP_SETTINGS))
+            try:
+                return from_image_autoencoder(image, **self.config.model.model_dump())
+            except ValueError as error:
+                raise ConfigError(f"data.init_from = {str(start)!r}: {error}") from error
         raise ConfigError(
             f"data.init_from = {str(start)!r} holds a {kind}: expected a CausalVideoAutoencoder or a ViTAutoencoder"
         )
