@@ -219,6 +219,10 @@ class TesseraPipeline(DiffusionPipeline):
             **own,
         )
 
+    def related(self) -> dict[str, Any]:
+        """Return pipelines over the same components for further tasks, by task."""
+        return {}
+
     # ------------------------------------------------------------- running call
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Previews of unfinished latents for every pipeline, at a fraction of the time of a denoising step.
 
-diffusers' pipelines hand their latents to step callbacks in several forms: as a grid, as a clip with the frames before
-or after the channels, or packed into a sequence of tokens. All become a grid here, which a linear map
+diffusers' pipelines hand their latents to step callbacks in several forms: as a grid, as a clip with the channels after
+or before the frames or last, or packed into a sequence of tokens. All become a grid here, which a linear map
 turns into colours. Our own tokenizers decode small latents instead, see `VisualTokenizer.preview`.
 """
 
@@ -44,7 +44,7 @@ def preview(
 
     Args:
         pipe: a pipeline of ours or of diffusers that `can_preview`.
-        latents: (B, C, H, W), (B, C, T, H, W), (B, T, C, H, W) or packed (B, N, C'), any float dtype.
+        latents: (B, C, H, W), (B, C, T, H, W), (B, T, C, H, W), (B, T, H, W, C) or packed (B, N, C'), any float dtype.
         height: of the image, pixels.
         width: of the image, pixels.
         num_frames: of the clip, if it is one.
@@ -82,8 +82,12 @@ def unpack_latents(
     """
     if latents.ndim == 4:
         return latents
-    channels = as_visual_tokenizer(pipe.vae).latent_channels
+    tokenizer = as_visual_tokenizer(pipe.vae)
+    channels, across = tokenizer.latent_channels, tokenizer.spatial_compression_ratio
     if latents.ndim == 5:
+        cells = (height // across, width // across)
+        if latents.shape[2:4] == cells != latents.shape[3:]:  # Kandinsky's, behind which a condition may follow
+            return latents.movedim(4, 1)[:, :channels]  # (B, C, T, H, W)
         frames_first = latents.shape[1] != channels and latents.shape[2] == channels
         return latents.transpose(1, 2) if frames_first else latents  # (B, C, T, H, W)
     if latents.ndim != 3:

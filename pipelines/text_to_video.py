@@ -25,6 +25,7 @@ from pipelines.flow_video import (
 from pipelines.inputs.known_clip import KnownClip
 from pipelines.inputs.pixels import ImageInput
 from pipelines.inputs.video_mask import VideoMask
+from pipelines.video_completion import VideoCompletionPipeline
 
 
 class TextToVideoPipeline(FlowVideoPipeline):
@@ -41,6 +42,10 @@ class TextToVideoPipeline(FlowVideoPipeline):
 
     tasks: ClassVar[tuple[str, ...]] = ("text_to_image", "image_to_image")
     call_arguments: ClassVar[Mapping[str, str]] = {**CALL_ARGUMENTS, "image": "image"}
+
+    def related(self) -> dict[str, Any]:
+        """Return the pipeline that completes clips with the same components."""
+        return {"video_completion": VideoCompletionPipeline.from_pipe(self)}
 
     @takes_call_defaults
     @torch.no_grad()

@@ -39,7 +39,7 @@ class VideoCompletionPipeline(FlowVideoPipeline):
     """
 
     call_arguments: ClassVar[Mapping[str, str]] = CALL_ARGUMENTS
-    tasks: ClassVar[tuple[str, ...]] = ("text_to_image",)
+    tasks: ClassVar[tuple[str, ...]] = ("video_completion",)
     defaults_left_out: ClassVar[tuple[str, ...]] = ("num_frames",)  # a clip that is given has its own length
 
     @takes_call_defaults

@@ -36,6 +36,7 @@ from apps.service.compute_profiles import FORMATS, attention_backends, memory_pr
 from apps.service.engine import Engine
 from apps.service.job_store import StoredJob, StoreError
 from apps.service.requests import REQUEST, explain
+from apps.service.uploaded_clips import receive_clip
 from apps.service.uploads import UploadError
 from apps.service.validation import explain_fields
 
@@ -46,7 +47,12 @@ MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp", ".mp4": "video/mp4"}
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\.(png|webp|mp4)")
 PUBLIC = ("/v1/health",)
 """Paths that need no token."""
-UPLOADS = {"/v1/pictures": limits.MAX_UPLOAD_BYTES, **dict.fromkeys(openai.UPLOAD_PATHS, openai.MAX_FORM_BYTES)}
+CLIP_TYPES = ("video/mp4", "video/webm", "image/gif", "image/webp")
+UPLOADS = {
+    "/v1/pictures": limits.MAX_UPLOAD_BYTES,
+    "/v1/clips": limits.MAX_UPLOAD_BYTES,
+    **dict.fromkeys(openai.UPLOAD_PATHS, openai.MAX_FORM_BYTES),
+}
 """Paths whose bodies are files, and how many bytes each takes."""
 
 
@@ -304,6 +310,17 @@ def _add_write_routes(app: FastAPI) -> None:
             except UploadError as error:
                 raise HTTPException(422, error_body("bad_picture", str(error))) from error
         return {"id": name, "width": width, "height": height}
+
+    @app.post("/v1/clips", status_code=201, openapi_extra=takes_file(*CLIP_TYPES))
+    async def hand_in_clip(user: Creator, engine: ServerEngine, request: Request) -> dict[str, Any]:
+        async with spooled(request) as file:
+            try:
+                loop, decoder = asyncio.get_running_loop(), request.app.state.decoder
+                taken = loop.run_in_executor(decoder, receive_clip, engine.uploads, file, user.name)
+                name, frames, (width, height) = await taken
+            except UploadError as error:
+                raise HTTPException(422, error_body("bad_picture", str(error))) from error
+        return {"id": name, "frames": frames, "width": width, "height": height}
 
     @app.post("/v1/jobs", status_code=202, openapi_extra=takes(REQUEST))
     async def submit(user: Creator, engine: ServerEngine, request: Request) -> dict[str, Any]:

@@ -23,7 +23,16 @@ from apps.commands.options import (
     read_settings,
     task_of,
 )
-from apps.commands.outputs import DEFAULT_OUTPUT, check_output, free_output, is_clip, picture_paths, save
+from apps.commands.outputs import (
+    DEFAULT_OUTPUT,
+    check_audio,
+    check_output,
+    free_output,
+    is_clip,
+    picture_paths,
+    save,
+    with_sound,
+)
 from apps.service.compute_profiles import PROFILES, check_request, memory_profiles
 from apps.service.devices import resolve_device
 from apps.service.engine import Engine
@@ -35,6 +44,7 @@ from apps.service.model_pool import check_sources, check_upscaler, name_models
 from apps.service.option_values import IMAGE_FIELDS, Lora, MemoryName
 from apps.service.requests import AnyRequest
 from apps.service.stored_images import STATE_FOLDER
+from apps.service.uploaded_clips import receive_clip
 from apps.service.uploads import read_upload
 from apps.service.usage import UsageError, checking
 
@@ -96,6 +106,7 @@ def run(
     json_output: bool = False,
     keep_settings: bool = True,
     sidecar: bool = False,
+    audio: str | None = None,
 ) -> None:
     """Generate and write the images, each with the settings that reproduce it.
 
@@ -110,6 +121,7 @@ def run(
         json_output: print one JSON object instead of text and a progress bar.
         keep_settings: whether the files carry their settings.
         sidecar: whether a JSON file beside each one does.
+        audio: file whose sound clips get in place of their own, or `apps.service.sound.SILENT`.
 
     Raises:
         UsageError: an unknown name, a setting out of range, settings that don't go together, a file that can't be
@@ -124,6 +136,7 @@ def run(
         recorded = None if settings is None else read_settings(settings)
         source = options.model or (DEFAULT_MODEL if recorded is None else named_model(recorded))
         check_output(output or DEFAULT_OUTPUT, sidecar)
+        check_audio(audio, output)
         check_sources([source], device_options.base)
         upscaler = options.value("upscaler") or (None if recorded is None else named_upscaler(recorded, options))
         check_upscaler(upscaler)
@@ -137,9 +150,12 @@ def run(
             request = make_request(options, engine, recorded, settings)
             if output is not None and is_clip(output) and engine.model().result().frames is None:
                 raise UsageError(f"The model {source!r} makes images, not clips; write to a '.png' file.")
+            if audio is not None and engine.model().result().frames is None:
+                raise UsageError(f"The model {source!r} makes images, not clips; leave out --audio.")
         paths = iter(_output_paths(output, 1 if request.pick is not None else request.num_images, console, sidecar))
         with closing(follow(engine.generate(request), console)) as pictures:
-            written = [(save(picture, next(paths), keep_settings, sidecar), picture) for picture in pictures]
+            heard = (with_sound(picture, audio) for picture in pictures)
+            written = [(save(picture, next(paths), keep_settings, sidecar), picture) for picture in heard]
     if recorded is not None:
         warn_differences(recorded, written[0][1].metadata, console)
     report(written, json_output)
@@ -177,9 +193,13 @@ def make_request(
     files = {
         "lora": _lora(options, engine, None if recorded is None else recorded.lora),
         **{
-            name: _upload(options.value(name), getattr(recorded, name, None), settings, engine) for name in IMAGE_FIELDS
+            name: _upload(options.value(name), getattr(recorded, name, None), settings, engine)
+            for name in IMAGE_FIELDS
+            if name != "video" or options.video is None
         },
     }
+    if options.video is not None:
+        files["video"], files["video_frames"], _ = receive_clip(engine.uploads, options.video)
     values |= {name: value for name, value in files.items() if value is not None}
     if "upscaler" in values:  # named by its place, which requests don't know
         values["upscaler"] = engine.upscalers.names[0]
@@ -216,7 +236,7 @@ def _upload(file: Path | None, wanted: str | None, settings: Path | None, engine
     if not kept.is_file():
         raise UsageError(
             f"{settings.name} was generated from an image that isn't beside it; name it with --image (and --mask, "
-            "--last-image)."
+            "--last-image, --video)."
         )
     return engine.uploads.add(read_upload(kept.read_bytes()))
 

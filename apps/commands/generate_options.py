@@ -13,7 +13,7 @@ import typer
 
 from apps.commands.given_options import DERIVED, command_type
 from apps.commands.shared_options import BASE_HELP, Device, Json, Offload, Precision
-from apps.service.options import DeclaredOption
+from apps.service.declared import DeclaredOption
 from apps.service.panels import COUNT, EDITING, FILES, OUTPUT, PROMPT, SAMPLING, SCALES, SPEED
 
 PANELS = ("", PROMPT, FILES, COUNT, SAMPLING, SCALES, EDITING, SPEED, OUTPUT)
@@ -82,6 +82,15 @@ def generate(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="A clip ends with this image.", rich_help_panel=EDITING),
     ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Complete this clip (MP4, WebM, GIF, WebP): see --video-mask; with more --frames than it has, go on.",
+            rich_help_panel=EDITING,
+        ),
+    ] = None,
     mask: Annotated[
         Path | None,
         typer.Option(
@@ -117,6 +126,13 @@ def generate(
             rich_help_panel=OUTPUT,
         ),
     ] = False,
+    audio: Annotated[
+        str | None,
+        typer.Option(
+            help="Sound of the clip: an audio file, or 'silent'; what the model itself makes is replaced.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     json_output: Json = False,
     **derived: Any,
 ) -> None:
@@ -131,6 +147,7 @@ def generate(
         image=image,
         mask=mask,
         last_image=last_image,
+        video=video,
         lora=lora,
         lora_scale=lora_scale,
         dtype=None if dtype == "auto" else dtype,
@@ -140,10 +157,12 @@ def generate(
     if prompt is None and settings is None and batch is None:
         raise typer.BadParameter("There is nothing to generate: give a prompt, --settings or --batch.")
     if batch is None:
-        run(options, output, device_options, settings, json_output, keep_settings, sidecar)
+        run(options, output, device_options, settings, json_output, keep_settings, sidecar, audio)
         return
     if prompt is not None or settings is not None:
         raise typer.BadParameter("--batch has its prompts in the file; leave out the prompt and --settings.")
+    if audio is not None:
+        raise typer.BadParameter("--audio is for one clip; leave out --batch.")
     from apps.commands.batch import run_batch
 
     folder = Path("outputs") / batch.stem if output is None else output

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, create_model
 
-from apps.service.options import DeclaredOption
+from apps.service.declared import DeclaredOption
 from apps.service.requests import OPTIONS
 
 
@@ -22,6 +22,7 @@ class GenerateOptions(BaseModel):
         size: `128`, or `WIDTHxHEIGHT` such as `160x128`.
         image: file of an image to start from.
         last_image: file of an image that a clip ends with.
+        video: file of a clip to complete.
         mask: file of a mask, white where to generate.
         dtype: data type of the weights.
         lora: file of a LoRA.
@@ -36,6 +37,7 @@ class GenerateOptions(BaseModel):
     image: Path | None = None
     mask: Path | None = None
     last_image: Path | None = None
+    video: Path | None = None
     dtype: str | None = None
     lora: Path | None = None
     lora_scale: float | None = None
@@ -52,7 +54,7 @@ class GenerateOptions(BaseModel):
 DERIVED = {one.flag: one for one in OPTIONS.values() if one.option.panel}
 """Options that the command line has as requests have them, by their names there."""
 NEEDS = {
-    **{one.flag: one.option.needs for one in DERIVED.values() if one.option.needs in {"image", *DERIVED}},
+    **{one.flag: one.option.needs for one in DERIVED.values() if one.option.needs in {"image", "video", *DERIVED}},
     "mask": "image",
 }
 """Options that mean nothing without another one."""

@@ -59,6 +59,7 @@ def check_options(options: GenerateOptions, source: str, recorded: PictureSettin
     if recorded is not None:
         return None
     values |= {name: ANY_IMAGE for name in IMAGE_FIELDS if options.value(name) is not None}
+    values |= {"video_frames": 1} if "video" in values else {}
     problems = []
     for first in abilities_on_disk(source).tasks[:1] or FIRST_TASKS:
         try:
@@ -86,6 +87,8 @@ def task_of(values: dict[str, Any], first: str) -> str:
     """Return the task of a request: by the images that it starts from, else what its model does first."""
     if "mask" in values or "expand" in values:  # next-scale models change parts of images in the tasks they have
         return first if first.startswith("next_scale") else "inpaint"
+    if "video" in values:
+        return "video_completion"
     return "image_to_image" if "image" in values else first
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from apps.service.events import Picture
 from apps.service.media import save_mp4
 from apps.service.metadata import ANIMATIONS, FORMATS, save_animation, save_picture, save_sidecar, sidecar_path
-from apps.service.usage import UsageError
+from apps.service.sound import read_sound
+from apps.service.usage import UsageError, checking
 from apps.service.writable import check_writable
 
 DEFAULT_OUTPUT = Path("tessera.png")
@@ -39,6 +41,31 @@ def check_output(output: Path, sidecar: bool = False) -> None:
     check_writable(output)
     if sidecar:
         check_writable(sidecar_path(output))
+
+
+def check_audio(audio: str | None, output: Path | None) -> None:
+    """Refuse a sound that can't be read, or a file that can't hold any.
+
+    Args:
+        audio: see `with_sound`.
+        output: the file asked for.
+
+    Raises:
+        UsageError: no such sound, or a GIF or WebP name.
+    """
+    if audio is None:
+        return
+    if output is not None and output.suffix.lower() in ANIMATIONS:
+        raise UsageError(f"{str(output)!r} can't hold sound; write to a '.mp4' file, or leave out --audio.")
+    with checking():
+        read_sound(audio, 0.1)
+
+
+def with_sound(picture: Picture, audio: str | None) -> Picture:
+    """Return a clip with the sound of a file, or `apps.service.sound.SILENT`; with its own if none is named."""
+    if audio is None or picture.clip is None:
+        return picture
+    return replace(picture, clip=replace(picture.clip, sound=read_sound(audio, picture.clip.seconds)))
 
 
 def picture_paths(output: Path, num: int, sidecar: bool = False) -> list[Path]:

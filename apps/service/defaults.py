@@ -122,7 +122,10 @@ def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
             f"The model {model.key!r} generates images, not clips; leave out the number of frames.",
             field="frames",
         )
-    return {"frames": asked or model.frames} if "frames" in type(request).model_fields else {}
+    given = getattr(request, "video_frames", None)
+    if given is not None and getattr(request, "video_mask", None) is None and asked is None:
+        given = None  # all of it is kept, so that the model's own length is what can be meant
+    return {"frames": asked or given or model.frames} if "frames" in type(request).model_fields else {}
 
 
 def _upscale(request: AnyRequest, values: Mapping[str, Any], model: LoadedModel) -> dict[str, int | None]:

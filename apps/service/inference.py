@@ -26,6 +26,7 @@ from apps.service.option_values import parse_timeline
 from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, AnyRequest
 from apps.service.schedulers import make_scheduler
+from apps.service.sound import Sound, sound_of
 from pipelines.acceleration import AccelerationConfig, AccelerationHandle, PartReport
 from pipelines.info.record import PipelineInfo
 
@@ -57,6 +58,7 @@ class BatchInputs:
         seeds: of the noise, one an image.
         image: to start from, of the size of the request.
         last_image: that a clip ends with, of the size of the request.
+        video: frames of a clip that is completed, of the size of the request.
         mask: where to generate, of the size of the request.
         alpha: how much of the result shows, of the size of the request; None for all of it on the mask.
     """
@@ -65,6 +67,7 @@ class BatchInputs:
     seeds: tuple[int, ...]
     image: Image.Image | None = None
     last_image: Image.Image | None = None
+    video: tuple[Image.Image, ...] = ()
     mask: Image.Image | None = None
     alpha: Image.Image | None = None
 
@@ -99,12 +102,14 @@ class BatchResult:
         ended_after: steps done, if it was ended early; else None.
         scheduler: the one that was used.
         reports: what each accelerator did; those that did nothing say why.
+        sound: of a clip, by models that make some.
     """
 
     pictures: list[list[Image.Image]]
     ended_after: int | None
     scheduler: Any
     reports: tuple[PartReport, ...] = ()
+    sound: Sound | None = None
 
 
 OnStep = Callable[[int, Image.Image | None, str], None]
@@ -159,7 +164,7 @@ def run_pipeline(
     if signals.skip.is_set():
         raise SkipRequestedError
     pictures = [list(output.frames[0])] if info.output == "frames" else [[image] for image in output.images]
-    return BatchResult(pictures, watch.ended_after, used, reports)
+    return BatchResult(pictures, watch.ended_after, used, reports, sound_of(pipe, output))
 
 
 def _streamed(pipe: Any, info: PipelineInfo, arguments: dict[str, Any], on_part: OnPart) -> Any:
@@ -219,7 +224,7 @@ def _arguments(model: LoadedModel, inputs: BatchInputs) -> dict[str, Any]:
     several = len(generators) if len(generators) > 1 else None
     given |= {"image": inputs.image, "last_image": inputs.last_image, "mask_image": inputs.mask}
     given |= {"num_images_per_prompt": several}
-    given |= _class_labels(model, inputs) | _prompt_schedule(inputs)
+    given |= _class_labels(model, inputs) | _prompt_schedule(inputs) | _given_video(inputs)
     arguments = {name: value for name, value in given.items() if value not in (None, "")}
     if inputs.image is not None:  # it has the size already, and some pipelines take the size from it
         arguments = {name: value for name, value in arguments.items() if name in accepts or name not in _SIDES}
@@ -248,6 +253,18 @@ def _prompt_schedule(inputs: BatchInputs) -> dict[str, Any]:
     if later is None:
         return {}
     return {"prompt": None, "prompt_schedule": [(0, inputs.field("prompt")), *parse_timeline(later)]}
+
+
+def _given_video(inputs: BatchInputs) -> dict[str, Any]:
+    """Return the clip to complete, cut to the frames asked for; what a longer one has beyond it is generated."""
+    if not inputs.video:
+        return {}
+    given, frames, mask = len(inputs.video), inputs.field("frames"), inputs.field("video_mask")
+    if frames <= given:
+        return {"video": list(inputs.video[:frames])}
+    beyond = f"predict({given})"
+    filled = [*inputs.video, *[inputs.video[-1]] * (frames - given)]
+    return {"video": filled, "mask": beyond if mask is None else f"({mask}) | {beyond}"}
 
 
 def _class_labels(model: LoadedModel, inputs: BatchInputs) -> dict[str, Any]:
@@ -395,7 +412,8 @@ class _StepCallback:
 
     def _preview(self, latents: Tensor | None) -> Image.Image | None:
         """Show the latents if the model can and if it's time again."""
-        before, self._before = self._before, latents
+        # A copy, because some pipelines (Kandinsky 5) change their latents in place.
+        before, self._before = self._before, None if latents is None else latents.clone()
         started = time.monotonic()
         is_early = started < self._next_preview and not self._shows_all
         if latents is None or not self._can_preview or is_early:

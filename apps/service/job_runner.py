@@ -30,9 +30,9 @@ from apps.service.outpaint import blend, mask_of, pad_for_outpainting, soft_mask
 from apps.service.reports import encode_reports, report_text
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
+from apps.service.uploaded_clips import split_frames
 from apps.service.uploads import UploadStore
 from apps.service.upscaling import UpscalerPool, UpscaleStep
-from pipelines.acceleration import PartReport
 
 PART_SIDE = 256
 """Pixels of the longer side of frames that are shown while later ones are generated."""
@@ -150,7 +150,7 @@ def _run_batches(
                     frames = upscale.run(inputs, i, frames, clock.upscaling(i))
                 place, took = first + i if request.pick is None else 0, seconds + time.monotonic() - since
                 notes = notes_on(request, model)
-                tell(_finish(queued, place, model, context, settings, frames, took, result.reports, notes))
+                tell(_finish(queued, place, model, context, settings, frames, took, result, notes))
         except SkipRequestedError:
             context.store.add_skipped(queued.id, range(first, first + len(seeds)))
             clock.drop(time.monotonic() - begun)
@@ -193,7 +193,10 @@ def _batch_inputs(request: AnyRequest, seeds: tuple[int, ...], model: LoadedMode
         return picture if picture is None or picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
     if getattr(request, "image", None) is None or "mask" not in type(request).model_fields:
-        return BatchInputs(request=request, seeds=seeds, image=fetch("image"), last_image=fetch("last_image"))
+        video = _video(request, size, uploads)
+        return BatchInputs(
+            request=request, seeds=seeds, image=fetch("image"), last_image=fetch("last_image"), video=video
+        )
     picture = uploads.get(getattr(request, "image"))  # noqa: B009
     mask, expand = getattr(request, "mask"), getattr(request, "expand")  # noqa: B009
     keep_shape = expand is not None or bool(model.sizes)
@@ -203,6 +206,15 @@ def _batch_inputs(request: AnyRequest, seeds: tuple[int, ...], model: LoadedMode
         return BatchInputs(request=request, seeds=seeds, image=padded.image, mask=padded.mask)
     alpha = soft_mask(padded.mask, grow, blur)
     return BatchInputs(request=request, seeds=seeds, image=padded.image, mask=mask_of(alpha), alpha=alpha)
+
+
+def _video(request: AnyRequest, size: tuple[int, int], uploads: UploadStore) -> tuple[Image.Image, ...]:
+    """Fetch the frames of the clip that a request names; frames that have the size stay as they are."""
+    name, count = getattr(request, "video", None), getattr(request, "video_frames", None)
+    if name is None or count is None:
+        return ()
+    frames = split_frames(uploads.get(name), count)
+    return tuple(one if one.size == size else one.resize(size, Image.Resampling.LANCZOS) for one in frames)
 
 
 def _keep(inputs: BatchInputs, result: BatchResult) -> BatchResult:
@@ -241,11 +253,11 @@ def _finish(
     settings: PictureSettings,
     frames: list[Image.Image],
     seconds: float,
-    reports: tuple[PartReport, ...],
+    result: BatchResult,
     notes: tuple[str, ...],
 ) -> Picture:
     """Write an image, or a clip and an image of some of its frames; then it counts."""
-    clip = None if model.frames is None else Clip(tuple(frames), model.fps)
+    clip = None if model.frames is None else Clip(tuple(frames), model.fps, result.sound)
     image = frames[0] if clip is None else contact_strip(frames)
     path = video = None
     if context.output_dir is not None:
@@ -257,7 +269,7 @@ def _finish(
             save_sidecar(settings, path)
         video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), written)
     name = "" if path is None else path.name
-    report = report_text(reports)
+    report = report_text(result.reports)
     context.store.add_picture(
         StoredPicture(
             queued.id,
@@ -267,10 +279,10 @@ def _finish(
             seconds,
             report,
             json.dumps(notes),
-            encode_reports(reports),
+            encode_reports(result.reports),
         )
     )
-    return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes, reports)
+    return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes, result.reports)
 
 
 def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:

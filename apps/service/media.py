@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from apps.service.metadata import MetadataError, PictureSettings, parse
+from apps.service.sound import Sound, add_track, fill_track
 
 STILLS = 4
 """Frames that the still image of a clip shows side by side."""
@@ -30,10 +31,17 @@ class Clip:
     Attributes:
         frames: RGB images of one size.
         fps: frames a second.
+        sound: what is heard meanwhile; None for a clip without a track.
     """
 
     frames: tuple[Image.Image, ...]
     fps: float
+    sound: Sound | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it plays."""
+        return len(self.frames) / self.fps
 
 
 def require_video() -> None:
@@ -131,9 +139,12 @@ def save_mp4(clip: Clip, path: Path, settings: PictureSettings | None) -> Path:
             stream.width, stream.height = clip.frames[0].size
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": QUALITY}
+            track = None if clip.sound is None else add_track(file, clip.sound)
             for image in clip.frames:
                 file.mux(stream.encode(av.VideoFrame.from_image(image.convert("RGB"))))
             file.mux(stream.encode())
+            if clip.sound is not None:
+                fill_track(file, track, clip.sound, clip.seconds)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -22,10 +22,12 @@ from apps.service import limits
 from apps.service.option_values import SchedulerName
 from apps.service.options import (
     ClassLabel,
-    ClipOptions,
+    ClipLength,
+    CompletionOptions,
     NegativePrompt,
     NextScaleOptions,
     SharedOptions,
+    SourceClip,
     StepOptions,
     Strength,
 )
@@ -43,11 +45,12 @@ ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
 Scalar = bool | int | float | str | None
 ShortText = Annotated[str, Field(max_length=200)]
 Task = Literal[
-    "text_to_image", "image_to_image", "inpaint", "class_to_image", "next_scale_class", "next_scale_text"
+    "text_to_image", "image_to_image", "inpaint", "video_completion", "class_to_image", "next_scale_class",
+    "next_scale_text",
 ]  # fmt: skip
 
 
-class PictureSettings(NextScaleOptions, ClipOptions, StepOptions, SharedOptions):
+class PictureSettings(NextScaleOptions, CompletionOptions, StepOptions, SharedOptions):
     """Everything needed to generate one image again: the options that it inherits, and what stands here.
 
     Attributes:
@@ -69,6 +72,8 @@ class PictureSettings(NextScaleOptions, ClipOptions, StepOptions, SharedOptions)
         sampler: the scheduler that was chosen instead of the model's own.
         strength: how much of the image was changed.
         label: number or name of the class.
+        video: hash of the clip that was completed.
+        video_frames: frames of that.
         batch_size: images that were generated at once.
         pick: which of them this is.
         upscaler_fingerprint: hash of the upscaler's weights, 16 hex digits; None if nothing was upscaled.
@@ -91,6 +96,8 @@ class PictureSettings(NextScaleOptions, ClipOptions, StepOptions, SharedOptions)
     sampler: SchedulerName | None = None
     strength: Strength = None
     label: ClassLabel | None = None
+    video: SourceClip | None = None
+    video_frames: ClipLength | None = None
     batch_size: int = Field(default=1, ge=1, le=limits.MAX_BATCH)
     pick: int | None = Field(default=None, ge=0, lt=limits.MAX_BATCH)
     upscaler_fingerprint: str | None = Field(default=None, pattern=r"^[0-9a-f]{16}$")

@@ -18,8 +18,8 @@ from pipelines.acceleration.texts import AccelerationError
 
 ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """Hash of an image's pixels, see `apps.service.uploads`."""
-IMAGE_FIELDS = ("image", "mask", "last_image")
-"""Fields of requests that name uploaded images."""
+IMAGE_FIELDS = ("image", "mask", "last_image", "video")
+"""Fields of requests that name uploaded images; of a clip that of its frames, see `apps.service.uploaded_clips`."""
 SchedulerName = Literal["euler", "heun", "sde", "dpm++", "unipc", "ddim", "ddpm"]
 """Choices of `apps.service.schedulers`."""
 KvPolicy = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,40}$")]
@@ -76,6 +76,21 @@ def _checked_timeline(text: str) -> str:
 _Length = Field(min_length=1, max_length=limits.MAX_PROMPT_CHARS)
 Timeline = Annotated[str, _Length, AfterValidator(_checked_timeline), _Length]
 """Later prompts of a clip, see `parse_timeline`."""
+
+
+def _checked_video_mask(text: str) -> str:
+    """Refuse a text that says no mask, see `pipelines.VideoMask.parse`."""
+    from pipelines.inputs.video_mask import VideoMask
+
+    try:
+        VideoMask.parse(text)
+    except ValueError as error:
+        raise RequestError("video_mask", str(error), field="video_mask", value=text[:40]) from error
+    return text.strip()
+
+
+VideoMaskText = Annotated[str, Field(min_length=1, max_length=400), AfterValidator(_checked_video_mask)]
+"""Which part of a clip is generated, such as `predict(8)`."""
 
 
 class StepCache(BaseModel):

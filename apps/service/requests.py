@@ -13,10 +13,13 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from apps.service import limits
+from apps.service.declared import declared_options
 from apps.service.option_values import Expand, ImageId
 from apps.service.options import (
     ClassLabel,
+    ClipLength,
     ClipOptions,
+    CompletionOptions,
     Control,
     DenoisingOptions,
     MaskOptions,
@@ -25,8 +28,8 @@ from apps.service.options import (
     Option,
     RunOptions,
     SharedOptions,
+    SourceClip,
     Strength,
-    declared_options,
 )
 from apps.service.request_error import RequestError
 from apps.service.validation import explain_fields
@@ -187,6 +190,29 @@ class InpaintRequest(MaskOptions, DenoisingRequest):
         return self
 
 
+class VideoCompletionRequest(CompletionOptions, DenoisingRequest):
+    """Ask for what is missing of a clip; every pixel that is kept comes out as it was.
+
+    A clip that is to be longer than what is given goes on from there. Without a mask all that isn't given is generated.
+    """
+
+    task: Literal["video_completion"] = "video_completion"
+    prompt: Prompt
+    negative_prompt: NegativePrompt = ""
+    video: SourceClip
+    video_frames: ClipLength
+
+    @model_validator(mode="after")
+    def _check_missing(self) -> Self:
+        if self.video_mask is None and self.frames is not None and self.frames <= self.video_frames:
+            raise RequestError(
+                "video_mask.missing",
+                f"all {self.video_frames} frames are given; say by video_mask what to generate, such as predict(8), or "
+                "ask for more frames.",
+            )
+        return self
+
+
 class ClassToImageRequest(DenoisingRequest):
     """Ask for images of a class."""
 
@@ -229,6 +255,7 @@ AnyRequest = (
     TextToImageRequest
     | ImageToImageRequest
     | InpaintRequest
+    | VideoCompletionRequest
     | ClassToImageRequest
     | NextScaleClassRequest
     | NextScaleTextRequest
@@ -241,6 +268,7 @@ TASKS: dict[str, type[AnyRequest]] = {
     "text_to_image": TextToImageRequest,
     "image_to_image": ImageToImageRequest,
     "inpaint": InpaintRequest,
+    "video_completion": VideoCompletionRequest,
     "class_to_image": ClassToImageRequest,
     "next_scale_class": NextScaleClassRequest,
     "next_scale_text": NextScaleTextRequest,

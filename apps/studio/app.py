@@ -36,7 +36,7 @@ from apps.studio.settings_handlers import SAVED, SettingsHandlers
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
-from apps.studio.tabs.video import ENDS
+from apps.studio.tabs.video import ENDS, SOURCES
 from apps.studio.theme import BRUSH, CSS, FILES, LANGUAGE, SCRIPT, theme
 from pipelines import builtin_models, builtin_upscalers
 
@@ -46,7 +46,7 @@ GO = "(...all) => { window.tessera.go('%s'); return ['%s', '']; }"
 """Open a tab; what was said about a request of another one goes away."""
 STATES = {
     "visit": [], "chosen": None, "many": [], "gallery_items": [], "source": None, "page": 0,
-    "first_image": None, "last_image": None,
+    "first_image": None, "last_image": None, "video": None, "video_frames": None,
     "job": None, "seen": None, "fitted": None,
 }  # fmt: skip
 """What the page remembers while it is open; `fitted` is the model whose defaults its controls show."""
@@ -230,7 +230,15 @@ class _Wiring:
         self._words = words
         self.sessions = sessions
         # Everything that a listener may read or change; those that a request is made of come first.
-        self.request_parts = [*dict.fromkeys((*SAVED, *CONTROLS)), "source", "mask", *ENDS, "many", "fitted"]
+        self.request_parts = [
+            *dict.fromkeys((*SAVED, *CONTROLS)),
+            "source",
+            "mask",
+            *SOURCES,
+            "video_frames",
+            "many",
+            "fitted",
+        ]
         self.changing = [name for name, part in parts.items() if not isinstance(part, gr.Tab)]
 
     def components(self, names: Sequence[str]) -> list[Any]:
@@ -429,6 +437,12 @@ def _connect_pictures(wiring: _Wiring, handlers: SettingsHandlers, generation: G
 
         return drop_end
 
+    def take_clip(request: gr.Request, file: str | None) -> Changes:
+        return handlers.take_clip(file, wiring.sessions.submitter(request))
+
+    def drop_clip(request: gr.Request) -> Changes:
+        return handlers.drop_clip()
+
     def take_source(request: gr.Request, file: str | None) -> Changes:
         return handlers.take_source(file, wiring.sessions.submitter(request))
 
@@ -457,6 +471,8 @@ def _connect_pictures(wiring: _Wiring, handlers: SettingsHandlers, generation: G
     for end in ENDS:
         answer(parts[f"{end}_file"].upload, end_taken(end), [f"{end}_file"])
         answer(parts[f"{end}_drop"].click, end_dropped(end))
+    answer(parts["video_file"].upload, take_clip, ["video_file"])
+    answer(parts["video_drop"].click, drop_clip)
     answer(parts["many_file"].upload, allowed(handlers.take_prompts), ["many_file"])
     answer(parts["many_drop"].click, drop_prompts)
     answer(parts["refused"].change, refuse, ["refused"], [PLACE], queue=False)

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from apps.service import limits
-from apps.service.options import DeclaredOption
+from apps.service.declared import DeclaredOption
 from apps.service.requests import OPTIONS
 from apps.studio import fields
 from apps.studio.page_values import Values, filled

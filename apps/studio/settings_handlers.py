@@ -16,7 +16,7 @@ from apps.service import limits
 from apps.service.defaults import default_of
 from apps.service.engine import Engine
 from apps.service.lora import LoraError
-from apps.service.media import read_mp4
+from apps.service.media import contact_strip, read_mp4
 from apps.service.metadata import PictureSettings, read_picture, read_sidecar, request_from_settings
 from apps.service.model_pool import LoadedModel
 from apps.service.named_settings import load_presets, unknown_preset
@@ -31,6 +31,7 @@ from apps.service.prompt_file import (
     request_fields,
 )
 from apps.service.sheet import GridSettings, read_sheet
+from apps.service.uploaded_clips import join_frames, read_frames, receive_clip, split_frames
 from apps.service.uploads import UploadError
 from apps.studio import controls, views
 from apps.studio.album import Finished, Shown, ShownSheet
@@ -52,6 +53,8 @@ PAGE = 24
 """Images on a page of the gallery."""
 PROMPT_FILES = (".txt", ".jsonl")
 """Endings of files of prompts; a table would be read as prompts, line by line."""
+CONTINUED = 5
+"""Frames at the end of a clip that a clip which continues it begins with."""
 SHOWN_SIDE = 1_024
 """Of an image to start from, as the page shows it, pixels; jobs use all of it."""
 SAVED = (
@@ -282,6 +285,7 @@ class SettingsHandlers:
             if mode == "video":
                 for name in ENDS:
                     changes |= self._end(name, changes.get(name))
+                changes |= self._clip(changes.get("video"), changes.get("video_frames"))
             elif settings.image is not None:
                 changes |= self._source(settings.image, mask)
         except UploadError as error:
@@ -336,6 +340,10 @@ class SettingsHandlers:
         """Start from the image on the stage, in one of the tabs that start from an image."""
         if not isinstance(chosen, Shown):
             return {}
+        if chosen.clip is not None:  # a new clip goes on where it ends
+            end = read_frames(chosen.clip)[-CONTINUED:]
+            name = self._engine.uploads.add(join_frames(end), owner)
+            return self._clip(name, len(end)) | {"video_mask": ""} | self._go("video")
         name, _ = self._engine.uploads.receive(chosen.path, owner)
         shown = self._end("first_image", name) if mode == "video" else self._source(name)
         return {**shown, **self._go(mode)}
@@ -359,6 +367,33 @@ class SettingsHandlers:
     def drop_end(self, end: str) -> Changes:
         """Forget the image that clips begin or end with; `end` is one of `ENDS`."""
         return self._end(end, None)
+
+    def take_clip(self, file: str | None, owner: str = LOCAL) -> Changes:
+        """Complete a clip that was handed in; None changes nothing."""
+        if not file:
+            return {}
+        try:
+            name, frames, _ = receive_clip(self._engine.uploads, Path(file), owner)
+        except UploadError as error:
+            return problem(explain(error, self._words))
+        return self._clip(name, frames)
+
+    def drop_clip(self) -> Changes:
+        """Forget the clip that is completed."""
+        return self._clip(None, None) | {"video_mask": ""}
+
+    def _clip(self, name: str | None, frames: int | None) -> Changes:
+        picture = None
+        if name is not None and frames is not None:
+            strip = contact_strip(split_frames(self._engine.uploads.get(name), frames))
+            strip.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+            picture = views.preview_uri(strip)
+        return {
+            "video": name,
+            "video_frames": frames,
+            "video_view": views.end_image("video", self._words, picture),
+            "video_drop": gr.update(visible=name is not None),
+        }
 
     def _end(self, end: str, name: str | None) -> Changes:
         picture = None if name is None else views.preview_uri(self._shown(name))
@@ -502,12 +537,14 @@ def _sampling_controls(model: LoadedModel) -> Changes:
 
 
 def _end_controls(model: LoadedModel) -> Changes:
-    """Offer the images that a clip begins and ends with, where the model's calls have them."""
+    """Offer the images that a clip begins and ends with, and a clip to complete, where the model's calls have them."""
     takes = {
         "first_image": _takes(model, "image_to_image", "image"),
         "last_image": any("last_image" in info.parameters for info in model.infos.values()),
     }
-    return {f"{name}_file": gr.update(interactive=takes[name]) for name in ENDS}
+    takes["video"] = "video_completion" in model.tasks
+    offered = {f"{name}_file": gr.update(interactive=can) for name, can in takes.items()}
+    return {**offered, "video_mask": gr.update(visible=takes["video"])}
 
 
 def _fitting_tab(mode: str, model: LoadedModel) -> str:

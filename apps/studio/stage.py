@@ -84,7 +84,10 @@ class Stage:
             "reuse_settings": can,
             "start_from": gr.update(interactive=is_picture),
             "inpaint_it": gr.update(interactive=is_picture),
-            "animate_it": gr.update(interactive=is_picture),
+            "animate_it": gr.update(
+                value=self._words("animate_it" if is_picture or not isinstance(shown, Shown) else "continue_it"),
+                interactive=isinstance(shown, Shown),
+            ),
         }
 
     def strip(self, recent: Sequence[Finished]) -> Changes:

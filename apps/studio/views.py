@@ -212,7 +212,11 @@ def end_image(name: str, words: Strings, picture: str | None = None) -> str:
         picture: data URI; None draws a place to drop one.
     """
     title = escape(words(name))
-    inside = f"<p>{escape(words('end.none'))}</p>" if picture is None else f'<img src="{picture}" alt="{title}">'
+    inside = (
+        f"<p>{escape(words('video.none' if name == 'video' else 'end.none'))}</p>"
+        if picture is None
+        else f'<img src="{picture}" alt="{title}">'
+    )
     empty = " empty" if picture is None else ""
     return f'<figure class="end-image{empty}"><figcaption>{title}</figcaption>{inside}</figure>'
 

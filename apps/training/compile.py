@@ -1,5 +1,6 @@
 """Compiles the repeated blocks of the networks that are trained."""
 
+import inspect
 import os
 import shutil
 import sys
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from apps.training.config import ConfigError
+
+MOST_SHAPES = 64
+"""A block is compiled for so many shapes; others run as written. Clips have three lengths or so, captions more."""
 
 
 def compile_blocks(modules: Mapping[str, nn.Module]) -> int:
@@ -35,9 +39,14 @@ def compile_blocks(modules: Mapping[str, nn.Module]) -> int:
         for block in network.modules():
             if type(block).__name__ in names and not _is_frozen(block):
                 compiled: Any = block
-                compiled.compile(dynamic=False)
+                compiled.compile(dynamic=False, **_limit())
                 count += 1
     return count
+
+
+def _limit() -> dict[str, int]:
+    """Return the argument with which a block is compiled for more shapes than torch's 8, where torch has it."""
+    return {"recompile_limit": MOST_SHAPES} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 
 
 def uncompiled() -> Any:

@@ -248,7 +248,9 @@ def side_multiple(pipe: Any, packs: bool = False) -> int:
     """
     patch = getattr(network_config(pipe), "patch_size", None) or 1
     across = int(patch) if isinstance(patch, int) else int(patch[-1])  # (t, h, w) of some networks of clips
-    if across == 1 and (packs or hasattr(pipe, "_pack_latents")):
+    pack = getattr(pipe, "_pack_latents", None)
+    is_silent = pack is not None and "patch_size" not in inspect.signature(pack).parameters  # LTX packs by the config
+    if across == 1 and (packs or is_silent):
         across = 2  # pipelines that pack 2 x 2 cells into a token keep silent about it in the config
     return math.lcm((latent_scale(pipe) or FALLBACK_MULTIPLE) * across, FALLBACK_MULTIPLE)
 

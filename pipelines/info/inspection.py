@@ -82,4 +82,6 @@ def pipelines_by_task(pipe: Any) -> dict[str, Any]:
         return dict.fromkeys(pipe.info().tasks, pipe)
     tasks = tasks_of(type(pipe))
     found = dict.fromkeys(tasks, pipe)
+    if isinstance(pipe, TesseraPipeline):
+        return found | pipe.related()
     return found | related_pipelines(pipe) if tasks == ("text_to_image",) else found

@@ -49,11 +49,13 @@ class ModularOutput:
     Attributes:
         images: generated images; None for clips, and empty for a call that was interrupted.
         frames: generated clips, each a list of images; None for images.
+        audio: what is heard with them, by pipelines that make sound.
         state: of the pipeline at the end, with everything else that its blocks made.
     """
 
     images: list[Image.Image] | None
     frames: list[list[Image.Image]] | None
+    audio: Any
     state: PipelineState
 
 
@@ -230,9 +232,8 @@ class ModularCall:
         with self._guided_by(guidance):
             self._run(blocks, state)
         made: Any = [] if self.interrupt else state.get(result)
-        if "audio" in state.values and not self.interrupt:
-            logger.warning("%s made sound too; it is in the output's state only", type(self.pipe).__name__)
-        return ModularOutput(*((made, None) if OUTPUTS[result] == "images" else (None, made)), state=state)
+        images, frames = (made, None) if OUTPUTS[result] == "images" else (None, made)
+        return ModularOutput(images, frames, None if self.interrupt else state.get("audio"), state=state)
 
     def _run(self, block: Any, state: PipelineState) -> None:
         """Run a block, and those within it one by one, until the call is interrupted."""

@@ -12,8 +12,17 @@ from typing import Any, Literal
 
 from torch import nn
 
-TASKS = ("text_to_image", "image_to_image", "inpaint", "class_to_image", "next_scale_text", "next_scale_class")
-"""All tasks; clips are made by `text_to_image`, and by `image_to_image` those that begin with an image."""
+TASKS = (
+    "text_to_image",
+    "image_to_image",
+    "inpaint",
+    "video_completion",
+    "class_to_image",
+    "next_scale_text",
+    "next_scale_class",
+)
+"""All tasks; clips are made by `text_to_image`, by `image_to_image` those that begin with an image, and by
+`video_completion` those of which a part is given."""
 
 FALLBACK_SIDE = 512
 """Side in pixels for a pipeline that doesn't say its own."""

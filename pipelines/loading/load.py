@@ -19,6 +19,7 @@ from pipelines.loading.hub_id import split_revision
 from pipelines.loading.memory import check_memory, explain_out_of_memory, is_out_of_memory, release
 from pipelines.loading.modular import check_modular, fetch_any, is_modular, read_modular
 from pipelines.loading.offload import apply_offload, check_offload
+from pipelines.loading.processors import plain_tokenizers
 from pipelines.loading.single_file import (
     DENOISERS,
     check_counts_of,
@@ -248,7 +249,9 @@ def _read_folder(folder: Path, loader: type[DiffusionPipeline], request: _Reques
     if issubclass(loader, TesseraPipeline):
         return loader.read_checked(folder, **arguments)
     with clear_loading_errors(folder, partial(find_culprit, folder)):
-        pipe = DiffusionPipeline.from_pretrained(str(folder), **arguments)
+        tokenizers = plain_tokenizers(folder, loader, arguments)
+        pipe = DiffusionPipeline.from_pretrained(str(folder), **arguments, **dict.fromkeys(tokenizers))
+        pipe.register_modules(**tokenizers)
     check_loaded(pipe, folder)
     return pipe
 

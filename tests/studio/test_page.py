@@ -69,7 +69,8 @@ PAGE = {name: one.option.control.start for name, one in CONTROLS.items()} | {
     "label": None, "scale_label": None, "top_k": 900, "top_p": 0.95, "temperature": 1, "smooth": False,
     "kv_policy": "full", "kv_budget": 0.1, "kv_dtype": "auto", "search": "", "candidates": 4, "grid_x": "steps",
     "grid_x_values": "2, 3", "grid_y": "", "grid_y_values": "", "grid_z": "", "grid_z_values": "", "source": None,
-    "mask": "", "first_image": None, "last_image": None, "many": [], "frames": None,
+    "mask": "", "first_image": None, "last_image": None, "video": None, "video_frames": None, "many": [],
+    "frames": None,
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@
   // The kinds of files that dialogs offer. Not set in Gradio, which would refuse others in English, and in another place
   // than everything else; the listeners refuse them.
   const KINDS = {
-    "#prompt-file": ".txt,.jsonl", "#source": ".png,.jpg,.jpeg,.webp", "#ends": ".png,.jpg,.jpeg,.webp",
+    "#prompt-file": ".txt,.jsonl", "#source": ".png,.jpg,.jpeg,.webp", "#ends": ".png,.jpg,.jpeg,.webp,.mp4,.webm,.gif",
     "#settings": ".png,.webp,.mp4,.json",
   };
   const offer = () => {

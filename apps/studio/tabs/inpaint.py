@@ -10,8 +10,8 @@ from typing import Any
 
 import gradio as gr
 
+from apps.service.declared import declared_options
 from apps.service.metadata import PictureSettings
-from apps.service.options import declared_options
 from apps.service.requests import InpaintRequest
 from apps.studio import controls, fields
 from apps.studio.page_values import PageError, Values, filled

@@ -1,4 +1,4 @@
-"""Video: text to clip, with a first and a last frame if there are any, and later prompts."""
+"""Video: text to clip, with a first and a last frame if there are any, later prompts, and clips to complete."""
 
 from __future__ import annotations
 
@@ -15,23 +15,28 @@ from apps.studio.tabs.base import Tab
 
 ENDS = ("first_image", "last_image")
 """The images that a clip begins and ends with, as the page names them."""
+SOURCES = (*ENDS, "video")
+"""What a clip is made from: its ends, and a clip that is completed."""
 
 
 def _build(words: Strings) -> dict[str, gr.components.Component]:
     parts: dict[str, Any] = {}
     with gr.Row(elem_id="ends"):
-        for name in ENDS:
+        for name in SOURCES:
             with gr.Column(elem_classes="end", min_width=120):
                 parts[f"{name}_view"] = gr.HTML(views.end_image(name, words), js_on_load=None)
                 with gr.Row(elem_classes="end-buttons"):
+                    choose = words("video.choose" if name == "video" else "source.choose")
                     parts[f"{name}_file"] = gr.UploadButton(
-                        words("source.choose"), size="sm", elem_id=f"{name.replace('_', '-')}-file", min_width=80
+                        choose, size="sm", elem_id=f"{name.replace('_', '-')}-file", min_width=80
                     )
                     parts[f"{name}_drop"] = gr.Button(words("end.drop"), size="sm", visible=False, min_width=60)
     return parts | controls.lay_out("video", words)
 
 
 def _task_of(values: Values, able: Collection[str]) -> str:
+    if values["video"]:
+        return "video_completion"
     if values["first_image"]:
         return "image_to_image"
     if able and "text_to_image" not in able:
@@ -40,16 +45,27 @@ def _task_of(values: Values, able: Collection[str]) -> str:
 
 
 def _fields(values: Values) -> dict[str, object]:
+    if values["video"]:
+        if values["first_image"] or values["last_image"]:
+            raise PageError("video.ends")
+        return {"video": values["video"], "video_frames": values["video_frames"]}
+    if values["video_mask"]:
+        raise PageError("video.missing")
     return {"image": values["first_image"], "last_image": values["last_image"]}
 
 
 def _show(settings: PictureSettings) -> dict[str, object]:
-    return {"first_image": settings.image, "last_image": settings.last_image}
+    return {
+        "first_image": settings.image,
+        "last_image": settings.last_image,
+        "video": settings.video,
+        "video_frames": settings.video_frames,
+    }
 
 
 TAB = Tab(
     "video",
-    ("text_to_image", "image_to_image"),
+    ("text_to_image", "image_to_image", "video_completion"),
     _build,
     _fields,
     _show,

@@ -128,6 +128,7 @@ class TextToImageTask:
 
     config_class: ClassVar[type[TrainConfig]] = TextToImageConfig
     encode: ClassVar[Encode] = staticmethod(encode_latents)
+    caption_multiple: ClassVar[int] = 8  # of which the lengths of captions are, where blocks are compiled
     smoke: ClassVar[tuple[str, ...]] = (
         "data.pool_size=64",
         "data.tokenizer_captions=200",
@@ -177,7 +178,7 @@ class TextToImageTask:
 
     def _tokenize(self, captions: list[str]) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask`, both (B, L); of few lengths if blocks are compiled for each."""
-        return tokenize(self.tokenizer, captions, multiple=8 if self.config.run.compile else 4)
+        return tokenize(self.tokenizer, captions, multiple=self.caption_multiple if self.config.run.compile else 4)
 
     def _draw(self, index: int) -> tuple[np.random.Generator, Tensor, list[str]]:
         """Draw batch `index`: the generator to go on with, rows of the pool (B,), and a caption for each."""

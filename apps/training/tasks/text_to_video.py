@@ -87,6 +87,7 @@ class TextToVideoTask(TextToImageTask):
     config: TextToVideoConfig  # type: ignore[assignment]
     config_class: ClassVar[type[TrainConfig]] = TextToVideoConfig
     encode: ClassVar[Encode] = staticmethod(encode_clips)
+    caption_multiple: ClassVar[int] = 16  # each comes with several lengths of clips
     smoke: ClassVar[tuple[str, ...]] = (*TextToImageTask.smoke, "data.pool_size=16")
     pool: ClipPool  # type: ignore[assignment]
 

@@ -1,0 +1,181 @@
+"""Clips that people hand in: decoded, checked, and kept as one image of all frames below each other.
+
+So a clip has a name as images have (see `apps.service.uploads`), and its frames come back as they were, bit by bit.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageSequence
+
+from apps.service import limits
+from apps.service.media import require_video
+from apps.service.uploads import Source, UploadError, UploadStore, flatten
+
+CODECS = frozenset({"h264", "hevc", "mpeg4", "vp8", "vp9", "av1", "libdav1d"})
+"""Codecs that are read of clips of unknown origin."""
+CONTAINERS = ("mp4", "webm")
+MAX_PIXELS = 2**27
+"""Of all frames of a clip: 400 MB as they are decoded."""
+
+
+def receive_clip(uploads: UploadStore, data: Source, owner: str = "local") -> tuple[str, int, tuple[int, int]]:
+    """Decode a clip of unknown origin and keep it.
+
+    Args:
+        uploads: where it is kept.
+        data: the file, or its content: MP4, WebM, GIF or animated WebP.
+        owner: who hands it in.
+
+    Returns:
+        The hash of the image of its frames, their number, and their width and height.
+
+    Raises:
+        UploadError: too large, or no clip.
+        ImportError: PyAV is not installed.
+    """
+    with uploads.decoding:
+        frames = read_frames(data)
+        return uploads.add(join_frames(frames), owner), len(frames), frames[0].size
+
+
+def read_frames(data: Source) -> list[Image.Image]:
+    """Decode a clip of unknown origin.
+
+    Args:
+        data: see `receive_clip`.
+
+    Returns:
+        Its frames, RGB; of longer clips the first `limits.MAX_FRAMES`.
+
+    Raises:
+        UploadError: too large, or no clip.
+        ImportError: PyAV is not installed.
+    """
+    with _opened(data) as file:
+        size = file.seek(0, io.SEEK_END)
+        if size > limits.MAX_UPLOAD_BYTES:
+            raise UploadError(
+                "upload.bytes",
+                f"The clip has {size} bytes; at most {limits.MAX_UPLOAD_BYTES} are taken.",
+                value=size,
+                most=limits.MAX_UPLOAD_BYTES,
+            )
+        file.seek(0)
+        beginning = file.read(16)
+        file.seek(0)
+        is_animation = beginning.startswith((b"GIF8", b"RIFF"))
+        return _animation(file) if is_animation else _video(file)
+
+
+def join_frames(frames: list[Image.Image]) -> Image.Image:
+    """Return one image of frames of one size below each other; see `split_frames`."""
+    width, height = frames[0].size
+    joined = Image.new("RGB", (width, height * len(frames)))
+    for i, frame in enumerate(frames):
+        joined.paste(frame, (0, i * height))
+    return joined
+
+
+def split_frames(joined: Image.Image, count: int) -> list[Image.Image]:
+    """Return the frames that `join_frames` joined.
+
+    Raises:
+        UploadError: the image isn't one of so many frames.
+    """
+    height, rest = divmod(joined.height, count)
+    if rest or height == 0:
+        raise _no_clip()
+    return [joined.crop((0, i * height, joined.width, (i + 1) * height)) for i in range(count)]
+
+
+@contextmanager
+def _opened(data: Source) -> Iterator[Any]:
+    if isinstance(data, bytes):
+        yield io.BytesIO(data)
+    elif isinstance(data, Path):
+        with data.open("rb") as file:
+            yield file
+    else:
+        yield data
+
+
+def _animation(file: Any) -> list[Image.Image]:
+    try:
+        with Image.open(file, formats=["GIF", "WEBP"]) as image:
+            _check_size(*image.size, min(getattr(image, "n_frames", 1), limits.MAX_FRAMES))
+            frames = []
+            for frame in ImageSequence.Iterator(image):
+                frames.append(flatten(frame.copy()))
+                if len(frames) == limits.MAX_FRAMES:
+                    break
+            return frames
+    except UploadError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise _no_clip() from error
+
+
+def _video(file: Any) -> list[Image.Image]:
+    require_video()
+    import av
+
+    for form in CONTAINERS:
+        file.seek(0)
+        try:
+            with av.open(file, format=form) as container:
+                stream = container.streams.video[0]
+                if stream.codec_context.name not in CODECS:
+                    raise _no_clip()
+                _check_size(stream.width, stream.height, 1)
+                return _decoded(container, stream)
+        except (IndexError, av.FFmpegError, ValueError, OSError) as error:
+            if isinstance(error, UploadError):
+                raise
+    raise _no_clip()
+
+
+def _decoded(container: Any, stream: Any) -> list[Image.Image]:
+    """Decode the frames of a video, each of the size that it said at first."""
+    frames: list[Image.Image] = []
+    for frame in container.decode(stream):
+        if (frame.width, frame.height) != (stream.width, stream.height):
+            raise _no_clip()
+        _check_size(frame.width, frame.height, len(frames) + 1)
+        frames.append(frame.to_image())
+        if len(frames) == limits.MAX_FRAMES:
+            break
+    if not frames:
+        raise _no_clip()
+    return frames
+
+
+def _check_size(width: int, height: int, frames: int) -> None:
+    """Refuse clips that take too much memory, before they are decoded.
+
+    Raises:
+        UploadError: the clip is too large.
+    """
+    if max(width, height) > limits.MAX_SIDE:
+        raise UploadError(
+            "upload.side",
+            f"The clip has {width} x {height} pixels; at most {limits.MAX_SIDE} along a side are taken.",
+            value=f"{width} x {height}",
+            most=limits.MAX_SIDE,
+        )
+    if width * height * frames > MAX_PIXELS:
+        raise UploadError(
+            "upload.pixels",
+            f"The clip has more than {MAX_PIXELS} pixels in all its frames; send fewer or smaller frames.",
+            value=f"{width} x {height} x {frames}",
+            most=MAX_PIXELS,
+        )
+
+
+def _no_clip() -> UploadError:
+    return UploadError("upload.clip", "This is no clip that can be read; send MP4 (H.264), WebM, GIF or animated WebP.")
