@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from apps import cli
 from apps.service.engine import Engine
 from apps.service.events import Picture, Step
 from apps.service.media import read_mp4
@@ -92,6 +93,20 @@ def test_a_folder_says_what_it_can_and_makes_the_same_clip(world, tmp_path):
     engine.close()
     first, loaded_first = (np.stack(clip.frames).astype(int) for clip in (picture_of(world.told).clip, picture.clip))
     assert np.abs(first - loaded_first).max() <= 2  # memory laid out in another way rounds otherwise
+
+
+def test_the_command_line_drives_a_folder(world, tmp_path, capsys):
+    world.pipe.save_pretrained(tmp_path / "model")
+    width, height = SIZES[world.name]
+    words = ["generate", "a red apple", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "out.mp4")]
+    options = ["--steps", "2", "--seed", "1", "--size", f"{width}x{height}", "--frames", str(FRAMES), "--device", "cpu"]
+    with pytest.raises(SystemExit) as left:
+        cli.main([*words, *options, "--json"])
+    assert left.value.code == 0
+    assert str(tmp_path / "out.mp4") in json.loads(capsys.readouterr().out)["pictures"][0]["paths"]
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        assert len(file.streams.audio) == (world.name == "ltx2")
+        assert len(list(file.decode(video=0))) == FRAMES
 
 
 def test_only_ltx2_is_heard(world):
