@@ -164,7 +164,9 @@ def run_pipeline(
     if signals.skip.is_set():
         raise SkipRequestedError
     pictures = [list(output.frames[0])] if info.output == "frames" else [[image] for image in output.images]
-    return BatchResult(pictures, watch.ended_after, used, reports, sound_of(pipe, output))
+    # Only the frames of a clip that is ended early are led to their end; its sound is noise still.
+    sound = sound_of(pipe, output) if watch.ended_after is None else None
+    return BatchResult(pictures, watch.ended_after, used, reports, sound)
 
 
 def _streamed(pipe: Any, info: PipelineInfo, arguments: dict[str, Any], on_part: OnPart) -> Any:

@@ -46,7 +46,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
 }
 """Field of a request -> what calls of diffusers name it; guidance is settled by `find_guidance`."""
 
-FIRST_FRAME = {"LTXPipeline": "LTXImageToVideoPipeline"}
+FIRST_FRAME = {"LTXPipeline": "LTXImageToVideoPipeline", "LTX2Pipeline": "LTX2ImageToVideoPipeline"}
 """Pipelines of clips from text, and those over the same weights that take a first frame; `AutoPipeline` knows none."""
 
 LATENT_FACTORS = {"StableDiffusionLatentUpscalePipeline": 2}
@@ -284,6 +284,11 @@ def network_config(pipe: Any) -> Any:
 # ------------------------------------------------------------------ related pipelines
 
 
+def is_offloaded(pipe: Any) -> bool:
+    """Return whether parts of a pipeline are moved to the device only while they run."""
+    return any(hasattr(part, "_hf_hook") for part in getattr(pipe, "components", {}).values())
+
+
 def related_pipelines(pipe: Any) -> dict[str, Any]:
     """Make the pipelines of diffusers that change images with the same components, where it has any.
 
@@ -293,8 +298,7 @@ def related_pipelines(pipe: Any) -> dict[str, Any]:
     Returns:
         Task -> pipeline.
     """
-    hooked = any(hasattr(part, "_hf_hook") for part in getattr(pipe, "components", {}).values())
-    if not isinstance(pipe, DiffusionPipeline) or hooked:  # what is offloaded is hooked for one pipeline only
+    if not isinstance(pipe, DiffusionPipeline):
         return {}
     name = type(pipe).__name__
     if name in FIRST_FRAME:

@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import ModularPipeline
 
 from pipelines.base import TesseraPipeline
-from pipelines.info.diffusers_info import call_tasks, diffusers_info, makes_clips, related_pipelines
+from pipelines.info.diffusers_info import call_tasks, diffusers_info, is_offloaded, makes_clips, related_pipelines
 from pipelines.info.modular_call import ModularCall, makes_clips_of_blocks, tasks_of_blocks
 from pipelines.info.record import PipelineInfo
 from pipelines.loading.modular import empty_pipeline, is_modular, read_modular_index
@@ -82,6 +82,8 @@ def pipelines_by_task(pipe: Any) -> dict[str, Any]:
         return dict.fromkeys(pipe.info().tasks, pipe)
     tasks = tasks_of(type(pipe))
     found = dict.fromkeys(tasks, pipe)
+    if is_offloaded(pipe):  # its parts are hooked for one pipeline only
+        return found
     if isinstance(pipe, TesseraPipeline):
         return found | pipe.related()
     return found | related_pipelines(pipe) if tasks == ("text_to_image",) else found

@@ -78,7 +78,8 @@ def test_declared_arguments_are_those_of_the_call(pipe):
     info, call = info_of(pipe), inspect.signature(type(pipe).__call__).parameters
     assert info.parameters == call.keys() - {"self"}
     assert set(info.arguments.values()) <= info.parameters
-    assert info.tasks == type(pipe).tasks == tuple(pipelines_by_task(pipe))
+    assert info.tasks == type(pipe).tasks
+    assert (*info.tasks, *pipe.related()) == tuple(pipelines_by_task(pipe))
     assert set(info.tasks) <= set(TASKS)
     assert {"steps", "strength"}.isdisjoint(info.arguments) or info.steps is not None
     assert ("label" in info.arguments) == bool(info.labels)
@@ -88,6 +89,16 @@ def test_declared_arguments_are_those_of_the_call(pipe):
     for task, fields_ in needs.items():
         assert task not in info.tasks or fields_ <= info.arguments.keys()
     assert info.kv_policies == (tuple(POLICIES) if "kv_policy" in info.arguments else ())
+
+
+def test_a_pipeline_of_clips_completes_them_too_with_the_same_components():
+    pipe = tiny_video_pipeline()
+    completing = pipelines_by_task(pipe)["video_completion"]
+    assert type(completing) is VideoCompletionPipeline
+    assert completing.transformer is pipe.transformer
+    assert info_of(completing).tasks == ("video_completion",)
+    pipe.transformer._hf_hook = object()  # what is offloaded is hooked for one pipeline only
+    assert tuple(pipelines_by_task(pipe)) == pipe.tasks
 
 
 def test_declared_defaults_are_those_of_the_call(pipe):
