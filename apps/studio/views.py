@@ -71,7 +71,7 @@ def stage(
         alt: says what the image shows; a preview needs none, because the line tells how it goes.
     """
     width, height = size
-    inner = _empty_mosaic(busy=share is not None)
+    inner, film = _empty_mosaic(busy=share is not None), ""
     if picture is not None:
         kind = "preview" if is_preview else "crisp" if max(size) <= PIXEL_SIDE else "smooth"
         inner = f'<img class="{kind}" src="{picture}" alt="{escape(alt)}">'
@@ -80,13 +80,14 @@ def stage(
             f'<video src="{escape(clip)}" poster="{picture}" controls loop muted autoplay playsinline>'
             f'<img class="strip" src="{picture}" alt="{escape(alt)}"></video>'
         )
+        film = f'<div class="film" data-clip="{escape(clip)}"></div>'  # filled by studio.js
     bar = "" if share is None else f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div>'
     steps = "".join(f'<i class="{"computed" if letter == "C" else "forecast"}"></i>' for letter in strip)
     steps = f'<div class="steps" aria-label="{strip}">{steps}</div>' if steps else ""
     seen = "".join(f'<img src="{uri}" alt="{i + 1}">' for i, uri in enumerate(scales))
     seen = f'<div class="scales">{seen}</div>' if seen else ""
     frame = f'<div class="frame" style="--w:{width};--h:{height}">{inner}{bar}</div>'
-    return f'{frame}{steps}{seen}<p role="status" class="note">{escape(note)}</p>'
+    return f'{frame}{film}{steps}{seen}<p role="status" class="note">{escape(note)}</p>'
 
 
 def problem(text: str) -> str:

@@ -206,6 +206,9 @@ def test_a_browser_plays_it(world, tmp_path):
         assert page.evaluate(f"[{video}.videoWidth, {video}.videoHeight]") == [256, 128]  # upscaled, as built-in models
         assert page.evaluate(f"{video}.duration") == pytest.approx(9 / 16, abs=0.07)
         page.wait_for_function(f"{video}.currentTime > 0")
+        page.wait_for_function("document.querySelectorAll('#stage .film button canvas').length === 8")
+        page.click("#stage .film button:nth-child(5)")
+        page.wait_for_function(f"{video}.paused && Math.abs({video}.currentTime - {video}.duration * 4.5 / 8) < 0.02")
         address = page.evaluate(f"{video}.currentSrc")
         assert address.startswith(f"{world.address}/outputs/")
         newest = max(world.out.glob("*.mp4"), key=lambda file: file.stat().st_mtime)

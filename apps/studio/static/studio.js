@@ -39,8 +39,32 @@
     }
   };
 
+  // Frames of a clip side by side under it; a click shows that one. Drawn from a second copy, so that the clip plays on.
+  const begun = new WeakSet();
+  const film = async () => {
+    const place = document.querySelector("#stage .film");
+    if (!place || begun.has(place)) return;
+    begun.add(place);
+    const video = Object.assign(document.createElement("video"), { muted: true, preload: "auto", src: place.dataset.clip });
+    const until = (event) => new Promise((resolve) => video.addEventListener(event, resolve, { once: true }));
+    await until("loadeddata");
+    const count = 8, height = 96, width = Math.round(height * video.videoWidth / video.videoHeight);
+    for (let i = 0; i < count && place.isConnected; i++) {
+      const time = video.duration * (i + 0.5) / count, seen = until("seeked");
+      video.currentTime = time;
+      await seen;
+      const frame = Object.assign(document.createElement("canvas"), { width, height });
+      frame.getContext("2d").drawImage(video, 0, 0, width, height);
+      const button = Object.assign(document.createElement("button"), { type: "button", ariaLabel: `${time.toFixed(2)} s` });
+      button.dataset.time = time;
+      button.append(frame);
+      place.append(button);
+    }
+  };
+
   new MutationObserver(() => {
     name();
+    film();
     const problem = document.querySelector("#problem .problem"), text = problem?.textContent ?? "";
     if (text && text !== said) bring(problem, "center");
     said = text;
@@ -69,6 +93,11 @@
   document.addEventListener("click", (event) => {
     const word = event.target.closest(".word");
     if (word) addWord(word.textContent);
+    const still = event.target.closest(".film button"), clip = document.querySelector("#stage video");
+    if (still && clip) {
+      clip.pause();
+      clip.currentTime = Number(still.dataset.time);
+    }
     if (event.target.closest(".night")) {
       localStorage.setItem("tessera-dark", root.classList.toggle("dark") ? "1" : "0");
     }
