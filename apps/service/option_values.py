@@ -54,7 +54,7 @@ def parse_timeline(text: str) -> tuple[tuple[int, str], ...]:
         if not (number or colon):  # an empty line
             continue
         if not (prompt and re.fullmatch(r"[0-9]{1,6}", number)):
-            message = f"timeline holds {part.strip()[:40]!r}; write FRAME: PROMPT, such as 16: a dolphin leaping."
+            message = "a part of the timeline is not understood; write FRAME: PROMPT, such as 16: a dolphin leaping."
             raise RequestError("timeline", message, field="timeline", value=part.strip()[:40])
         entries.append((int(number), prompt))
     frames = [0, *(frame for frame, _ in entries)]
@@ -85,7 +85,11 @@ def _checked_video_mask(text: str) -> str:
     try:
         VideoMask.parse(text)
     except ValueError as error:
-        raise RequestError("video_mask", str(error), field="video_mask", value=text[:40]) from error
+        message = (
+            "video_mask is not understood; write for example predict(8), interpolate(4), keyframes(0, -1) or "
+            "box(0.5, 0, 1, 1)."
+        )
+        raise RequestError("video_mask", message, field="video_mask", value=text[:40]) from error
     return text.strip()
 
 

@@ -98,7 +98,7 @@ def test_a_clip_goes_on_beyond_what_is_given(world):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"video_mask": "explode(3)"}, "explode"),
+        ({"video_mask": "explode(3)"}, "video_mask is not understood"),
         ({"frames": 8}, "all 8 frames are given"),
         ({"video_frames": 0}, "video_frames"),
         ({"video": "../../etc/passwd"}, "video"),

@@ -51,7 +51,7 @@ def said(words: Strings, **values: object) -> str:
         ({"scheduler": "magic"}, "scheduler", ("magic", "euler", "ddpm")),
         ({"step_cache": "fora", "cache_amount": -5}, "step_cache.amount", ("-5", "0", "100")),
         ({"lora": "x", "lora_scale": 9}, "lora.scale", ("9", "-4", "4")),
-        ({"frames": 1000}, "frames", ("1000", "1", "257")),
+        ({"mode": "video", "frames": 1000}, "frames", ("1000", "1", "257")),
         ({"dtype": "float8"}, "dtype", ("float8", "bfloat16")),
         ({"file_format": "gif"}, "file_format", ("gif", "png", "webp")),
         ({"negative_prompt": "x" * 3000}, "negative_prompt", ("3000", "2000")),
