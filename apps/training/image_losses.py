@@ -53,17 +53,6 @@ def reconstruction_loss(
     return loss, parts
 
 
-def difference_loss(decoded: Tensor, clips: Tensor) -> Tensor:
-    """Return Charbonnier of how the error changes from frame to frame, which is seen as flicker.
-
-    Args:
-        decoded: (B, 3, T, H, W) float32.
-        clips: Targets in [-1, 1], the same shape.
-    """
-    error = decoded - clips  # (B, 3, T, H, W)
-    return (error.diff(dim=2).square() + 1e-6).sqrt().mean()
-
-
 def ssim(first: Tensor, second: Tensor, window: int = 7, stride: int = 1, data_range: float = 2.0) -> Tensor:
     """Compute the mean structural similarity (Wang et al. 2004) with a uniform window, without padding.
 

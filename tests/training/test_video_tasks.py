@@ -16,7 +16,6 @@ from apps.training.clip_masks import draw_known, is_spatial
 from apps.training.config import ConfigError
 from apps.training.data.base import BatchAddress
 from apps.training.data.moving_stickers import MovingStickerData, MovingStickerSettings
-from apps.training.image_losses import difference_loss
 from apps.training.loop import Trainer, train
 from apps.training.net2net import clip_transformer
 from apps.training.scene_labels import all_correct
@@ -289,18 +288,6 @@ def test_the_autoencoder_resumes_exactly_and_exports(configured):
     with torch.no_grad():
         assert vae.decode(vae.encode(clip).latent, num_frames=9).sample.shape == clip.shape
     assert vae.preview_factors.any()
-
-
-def test_flicker_counts_and_an_error_that_stands_still_does_not(configured):
-    clips = torch.rand(2, 3, 5, 8, 8) * 2 - 1
-    steady = difference_loss(clips + 0.1, clips)
-    blinking = difference_loss(clips + 0.1 * torch.tensor([1, -1, 1, -1, 1.0])[:, None, None], clips)
-    assert float(steady) == pytest.approx(1e-3)
-    assert float(blinking) == pytest.approx(0.2, rel=1e-3)
-    loss, parts = Trainer(configured(AUTOENCODER, "task.difference_weight=2.0")).task.loss(
-        Trainer(configured(AUTOENCODER)).task.batch(0)
-    )
-    assert float(loss) >= 2 * float(parts["difference"]) > 0
 
 
 def test_the_autoencoder_starts_from_one_of_images(configured, tmp_path):

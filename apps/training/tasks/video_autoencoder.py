@@ -12,7 +12,6 @@ from apps.training.config import ConfigError, Section, TrainConfig
 from apps.training.data.config import ClipSection
 from apps.training.export import save_component
 from apps.training.image_grid import save_grid
-from apps.training.image_losses import difference_loss
 from apps.training.tasks.autoencoder import AutoencoderSection, AutoencoderTask
 from dit.tokenizers import CausalVideoAutoencoder, ViTAutoencoder, from_image_autoencoder
 from dit.tokenizers.base import fit_linear_preview
@@ -26,11 +25,9 @@ class VideoAutoencoderSection(AutoencoderSection):
 
     Attributes:
         perceptual_frames: So many frames a clip, at random among those of a batch, are compared by ST-LPIPS.
-        difference_weight: Weight of the change of the error from frame to frame beside the rest: less flicker.
     """
 
     perceptual_frames: int = Field(default=4, ge=1)
-    difference_weight: float = Field(default=0.0, ge=0)
 
 
 class VideoAutoencoderData(ClipSection):
@@ -132,13 +129,7 @@ class VideoAutoencoderTask(AutoencoderTask):
 
     def _image_loss(self, decoded: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of decoded clips (B, 3, T, H, W) and its parts for the log."""
-        loss, parts = super()._image_loss(*(clip.transpose(1, 2).flatten(0, 1) for clip in (decoded, images)))
-        weight = self.config.task.difference_weight  # type: ignore[attr-defined]
-        if not weight or images.shape[2] == 1:
-            return loss, parts
-        with torch.autocast(images.device.type, enabled=False):
-            difference = difference_loss(decoded.float(), images)
-        return loss + weight * difference, {**parts, "difference": difference.detach()}
+        return super()._image_loss(*(clip.transpose(1, 2).flatten(0, 1) for clip in (decoded, images)))
 
     def _perceptual_distance(self, decoded: Tensor, images: Tensor) -> Tensor:
         """Return the mean ST-LPIPS of some frames of decoded clips (B T, 3, H, W)."""
