@@ -137,6 +137,15 @@ def shoot(camera: Camera) -> None:
     camera.take("inpaint")
 
     camera.start_again()
+    camera.open("video")
+    page.click("#switch")
+    page.locator("#first-image-file").wait_for()
+    camera.generate("a snake flicking its tongue on blue", 5)
+    page.wait_for_function("document.querySelectorAll('#stage .film canvas').length === 8")
+    page.click("#stage .film button:nth-child(4)")  # a frame of its own, so that another run gives the same image
+    camera.take("video")
+
+    camera.start_again()
     camera.open("classes")
     page.locator(".cannot").wait_for()
     camera.take("class")
