@@ -45,7 +45,10 @@ class TextToVideoPipeline(FlowVideoPipeline):
 
     def related(self) -> dict[str, Any]:
         """Return the pipeline that completes clips with the same components."""
-        return {"video_completion": VideoCompletionPipeline.from_pipe(self)}
+        # Not by `from_pipe`, which casts the components, and both pipelines share them, to float32.
+        completing = VideoCompletionPipeline(**self.components, defaults=self.config["defaults"])
+        completing.register_to_config(_name_or_path=self.name_or_path)
+        return {"video_completion": completing}
 
     @takes_call_defaults
     @torch.no_grad()

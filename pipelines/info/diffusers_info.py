@@ -289,6 +289,12 @@ def is_offloaded(pipe: Any) -> bool:
     return any(hasattr(part, "_hf_hook") for part in getattr(pipe, "components", {}).values())
 
 
+def _over_same_parts(kind: type, pipe: Any) -> Any:
+    """Make a pipeline of another class with the components of one; `from_pipe` would cast them to float32."""
+    given = {**pipe.config, **pipe.components}
+    return kind(**{name: given[name] for name in inspect.signature(kind).parameters if name in given})
+
+
 def related_pipelines(pipe: Any) -> dict[str, Any]:
     """Make the pipelines of diffusers that change images with the same components, where it has any.
 
@@ -302,7 +308,7 @@ def related_pipelines(pipe: Any) -> dict[str, Any]:
         return {}
     name = type(pipe).__name__
     if name in FIRST_FRAME:
-        return {"image_to_image": getattr(diffusers, FIRST_FRAME[name]).from_pipe(pipe)}
+        return {"image_to_image": _over_same_parts(getattr(diffusers, FIRST_FRAME[name]), pipe)}
     # Imported here because it imports every pipeline of diffusers, which takes seconds and warns about torchvision.
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 

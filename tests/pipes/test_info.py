@@ -7,6 +7,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from PIL import Image
 
 from apps.service.model_pool import inspect_model
@@ -97,8 +98,18 @@ def test_a_pipeline_of_clips_completes_them_too_with_the_same_components():
     assert type(completing) is VideoCompletionPipeline
     assert completing.transformer is pipe.transformer
     assert info_of(completing).tasks == ("video_completion",)
+    pipe.transformer.to(torch.bfloat16)
+    pipelines_by_task(pipe)
+    assert pipe.transformer.dtype == torch.bfloat16
     pipe.transformer._hf_hook = object()  # what is offloaded is hooked for one pipeline only
     assert tuple(pipelines_by_task(pipe)) == pipe.tasks
+
+
+def test_pipelines_over_the_same_weights_leave_their_dtype_as_it_is():
+    pipe = tiny_pipeline("ltx")
+    pipe.transformer.to(torch.bfloat16)
+    assert "image_to_image" in pipelines_by_task(pipe)
+    assert pipe.transformer.dtype == torch.bfloat16
 
 
 def test_declared_defaults_are_those_of_the_call(pipe):
