@@ -48,6 +48,7 @@ class TextToVideoPipeline(FlowVideoPipeline):
         # Not by `from_pipe`, which casts the components, and both pipelines share them, to float32.
         completing = VideoCompletionPipeline(**self.components, defaults=self.config["defaults"])
         completing.register_to_config(_name_or_path=self.name_or_path)
+        completing.known_words = self.known_words
         return {"video_completion": completing}
 
     @takes_call_defaults

@@ -94,10 +94,12 @@ def test_declared_arguments_are_those_of_the_call(pipe):
 
 def test_a_pipeline_of_clips_completes_them_too_with_the_same_components():
     pipe = tiny_video_pipeline()
+    pipe.known_words = frozenset({"a", "fox"})
     completing = pipelines_by_task(pipe)["video_completion"]
     assert type(completing) is VideoCompletionPipeline
     assert completing.transformer is pipe.transformer
     assert info_of(completing).tasks == ("video_completion",)
+    assert completing.unknown_words("a fox zzz") == ("zzz",)
     pipe.transformer.to(torch.bfloat16)
     pipelines_by_task(pipe)
     assert pipe.transformer.dtype == torch.bfloat16
