@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -328,25 +328,34 @@ class SettingsHandlers:
 
     def take_source(self, file: str | None, owner: str = LOCAL) -> Changes:
         """Start from an image that was handed in."""
+        return self._received(file, lambda path: self._source(self._engine.uploads.receive(path, owner)[0]))
+
+    def _received(self, file: str | Path | None, take: Callable[[Path], Changes]) -> Changes:
+        """Take a file that was handed in, or say why it can't be used; None changes nothing."""
         if not file:
             return {}
         try:
-            name, _ = self._engine.uploads.receive(Path(file), owner)
+            return take(Path(file))
         except UploadError as error:
             return problem(explain(error, self._words))
-        return self._source(name)
 
     def send(self, chosen: Finished | None, mode: str, owner: str = LOCAL) -> Changes:
-        """Start from the image on the stage, in one of the tabs that start from an image."""
+        """Start from the image on the stage in a tab that starts from an image, or go on where its clip ends."""
         if not isinstance(chosen, Shown):
             return {}
-        if chosen.clip is not None:  # a new clip goes on where it ends
-            end = read_frames(chosen.clip)[-CONTINUED:]
+
+        def go_on(clip: Path) -> Changes:
+            end = read_frames(clip)[-CONTINUED:]
             name = self._engine.uploads.add(join_frames(end), owner)
             return self._clip(name, len(end)) | {"video_mask": ""} | self._go("video")
-        name, _ = self._engine.uploads.receive(chosen.path, owner)
-        shown = self._end("first_image", name) if mode == "video" else self._source(name)
-        return {**shown, **self._go(mode)}
+
+        def start(image: Path) -> Changes:
+            name, _ = self._engine.uploads.receive(image, owner)
+            shown = self._end("first_image", name) if mode == "video" else self._source(name)
+            return {**shown, **self._go(mode)}
+
+        clip = chosen.clip
+        return self._received(chosen.path, start) if clip is None else self._received(clip, go_on)
 
     def take_end(self, end: str, file: str | None, owner: str = LOCAL) -> Changes:
         """Begin or end clips with an image that was handed in.
@@ -356,13 +365,7 @@ class SettingsHandlers:
             file: of the image; None changes nothing.
             owner: who hands it in.
         """
-        if not file:
-            return {}
-        try:
-            name, _ = self._engine.uploads.receive(Path(file), owner)
-        except UploadError as error:
-            return problem(explain(error, self._words))
-        return self._end(end, name)
+        return self._received(file, lambda path: self._end(end, self._engine.uploads.receive(path, owner)[0]))
 
     def drop_end(self, end: str) -> Changes:
         """Forget the image that clips begin or end with; `end` is one of `ENDS`."""
@@ -370,13 +373,7 @@ class SettingsHandlers:
 
     def take_clip(self, file: str | None, owner: str = LOCAL) -> Changes:
         """Complete a clip that was handed in; None changes nothing."""
-        if not file:
-            return {}
-        try:
-            name, frames, _ = receive_clip(self._engine.uploads, Path(file), owner)
-        except UploadError as error:
-            return problem(explain(error, self._words))
-        return self._clip(name, frames)
+        return self._received(file, lambda path: self._clip(*receive_clip(self._engine.uploads, path, owner)[:2]))
 
     def drop_clip(self) -> Changes:
         """Forget the clip that is completed."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers import ModularPipeline
 
@@ -13,6 +14,8 @@ from pipelines.info.modular_call import ModularCall, makes_clips_of_blocks, task
 from pipelines.info.record import PipelineInfo
 from pipelines.loading.modular import empty_pipeline, is_modular, read_modular_index
 from pipelines.loading.sources import pipeline_class, read_index
+
+Said = TypeVar("Said")
 
 
 def info_of(pipe: Any) -> PipelineInfo:
@@ -38,33 +41,30 @@ def tasks_of(pipeline: type) -> tuple[str, ...]:
 
 
 def tasks_in(folder: Path) -> tuple[str, ...]:
-    """Return what a saved pipeline can be asked for, by its index alone.
-
-    Args:
-        folder: of a pipeline of ours or of diffusers, standard or modular.
-
-    Raises:
-        OSError: it can't be read.
-        ValueError: it holds no pipeline that is known here.
-    """
-    if is_modular(folder):
-        return tasks_of_blocks(empty_pipeline(read_modular_index(folder)).blocks)
-    return tasks_of(pipeline_class(read_index(folder)))
+    """Return what a saved pipeline can be asked for, by its index alone; see `_said_by_index`."""
+    return _said_by_index(folder, tasks_of_blocks, tasks_of)
 
 
 def makes_clips_in(folder: Path) -> bool:
-    """Return whether a saved pipeline makes clips, by its index alone.
+    """Return whether a saved pipeline makes clips, by its index alone; see `_said_by_index`."""
+    return _said_by_index(folder, makes_clips_of_blocks, makes_clips)
+
+
+def _said_by_index(folder: Path, of_blocks: Callable[[Any], Said], of_class: Callable[[type], Said]) -> Said:
+    """Return what the index of a saved pipeline says.
 
     Args:
         folder: of a pipeline of ours or of diffusers, standard or modular.
+        of_blocks: reads it of the blocks of a modular one.
+        of_class: reads it of the class of a standard one.
 
     Raises:
         OSError: it can't be read.
         ValueError: it holds no pipeline that is known here.
     """
     if is_modular(folder):
-        return makes_clips_of_blocks(empty_pipeline(read_modular_index(folder)).blocks)
-    return makes_clips(pipeline_class(read_index(folder)))
+        return of_blocks(empty_pipeline(read_modular_index(folder)).blocks)
+    return of_class(pipeline_class(read_index(folder)))
 
 
 def pipelines_by_task(pipe: Any) -> dict[str, Any]:
