@@ -47,7 +47,7 @@ MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp", ".mp4": "video/mp4"}
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\.(png|webp|mp4)")
 PUBLIC = ("/v1/health",)
 """Paths that need no token."""
-CLIP_TYPES = ("video/mp4", "video/webm", "image/gif", "image/webp")
+CLIP_TYPES = ("video/mp4", "video/webm", "image/gif")
 UPLOADS = {
     "/v1/pictures": limits.MAX_UPLOAD_BYTES,
     "/v1/clips": limits.MAX_UPLOAD_BYTES,

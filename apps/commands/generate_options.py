@@ -87,7 +87,7 @@ def generate(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="Complete this clip (MP4, WebM, GIF, WebP): see --video-mask; with more --frames than it has, go on.",
+            help="Complete this clip (MP4, WebM, GIF): see --video-mask; with more --frames than it has, go on.",
             rich_help_panel=EDITING,
         ),
     ] = None,

@@ -16,7 +16,7 @@ from apps.service.named_settings import preset_values
 from apps.service.option_values import parse_timeline, write_timeline
 from apps.service.outpaint import expanded_size
 from apps.service.request_error import RequestError
-from apps.service.requests import OPTIONS, SHORT_FOR, AnyRequest
+from apps.service.requests import OPTIONS, SHORT_FOR, AnyRequest, VideoCompletionRequest
 from apps.service.styles import apply_style
 from apps.service.uploads import UploadStore
 
@@ -122,10 +122,15 @@ def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
             f"The model {model.key!r} generates images, not clips; leave out the number of frames.",
             field="frames",
         )
-    given = getattr(request, "video_frames", None)
-    if given is not None and getattr(request, "video_mask", None) is None and asked is None:
-        given = None  # all of it is kept, so that the model's own length is what can be meant
-    return {"frames": asked or given or model.frames} if "frames" in type(request).model_fields else {}
+    if "frames" not in type(request).model_fields:
+        return {}
+    if not isinstance(request, VideoCompletionRequest) or model.frames is None:
+        return {"frames": asked or model.frames}
+    if request.video_mask is not None:
+        return {"frames": asked or request.video_frames}
+    frames = asked or model.frames  # all that is given is kept, so that the clip can only become longer
+    request.check_missing(frames)
+    return {"frames": frames}
 
 
 def _upscale(request: AnyRequest, values: Mapping[str, Any], model: LoadedModel) -> dict[str, int | None]:

@@ -261,12 +261,15 @@ def _given_video(inputs: BatchInputs) -> dict[str, Any]:
     """Return the clip to complete, cut to the frames asked for; what a longer one has beyond it is generated."""
     if not inputs.video:
         return {}
+    from pipelines.inputs.video_mask import VideoMask
+
     given, frames, mask = len(inputs.video), inputs.field("frames"), inputs.field("video_mask")
     if frames <= given:
         return {"video": list(inputs.video[:frames])}
-    beyond = f"predict({given})"
-    filled = [*inputs.video, *[inputs.video[-1]] * (frames - given)]
-    return {"video": filled, "mask": beyond if mask is None else f"({mask}) | {beyond}"}
+    width, height = inputs.video[0].size
+    kept = torch.zeros(given, height, width) if mask is None else VideoMask.parse(mask).resolve(given, height, width)
+    region = torch.cat([kept.reshape(given, height, width).float(), torch.ones(frames - given, height, width)])
+    return {"video": [*inputs.video, *[inputs.video[-1]] * (frames - given)], "mask": region}  # mask (T, H, W)
 
 
 def _class_labels(model: LoadedModel, inputs: BatchInputs) -> dict[str, Any]:

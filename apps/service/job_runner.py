@@ -213,7 +213,7 @@ def _video(request: AnyRequest, size: tuple[int, int], uploads: UploadStore) -> 
     name, count = getattr(request, "video", None), getattr(request, "video_frames", None)
     if name is None or count is None:
         return ()
-    frames = split_frames(uploads.get(name), count)
+    frames = split_frames(uploads.get(name), count)[: getattr(request, "frames", None)]
     return tuple(one if one.size == size else one.resize(size, Image.Resampling.LANCZOS) for one in frames)
 
 

@@ -204,13 +204,18 @@ class VideoCompletionRequest(CompletionOptions, DenoisingRequest):
 
     @model_validator(mode="after")
     def _check_missing(self) -> Self:
-        if self.video_mask is None and self.frames is not None and self.frames <= self.video_frames:
+        if self.frames is not None:
+            self.check_missing(self.frames)
+        return self
+
+    def check_missing(self, frames: int) -> None:
+        """Refuse a clip of so many frames if all of them are given."""
+        if self.video_mask is None and frames <= self.video_frames:
             raise RequestError(
                 "video_mask.missing",
                 f"all {self.video_frames} frames are given; say by video_mask what to generate, such as predict(8), or "
                 "ask for more frames.",
             )
-        return self
 
 
 class ClassToImageRequest(DenoisingRequest):

@@ -6,22 +6,23 @@ So a clip has a name as images have (see `apps.service.uploads`), and its frames
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageSequence
+from PIL import Image
 
 from apps.service import limits
 from apps.service.media import require_video
-from apps.service.uploads import Source, UploadError, UploadStore, flatten
+from apps.service.uploads import Source, UploadError, UploadStore
 
-CODECS = frozenset({"h264", "hevc", "mpeg4", "vp8", "vp9", "av1", "libdav1d"})
+CODECS = frozenset({"h264", "hevc", "mpeg4", "vp8", "vp9", "av1", "libdav1d", "gif"})
 """Codecs that are read of clips of unknown origin."""
-CONTAINERS = ("mp4", "webm")
-MAX_PIXELS = 2**27
-"""Of all frames of a clip: 400 MB as they are decoded."""
+CONTAINERS = ("mp4", "webm", "gif")
+MAX_PIXELS = 2**25
+"""Of all frames of a clip: 134 MB as they are decoded, a few times that while they are kept."""
 
 
 def receive_clip(uploads: UploadStore, data: Source, owner: str = "local") -> tuple[str, int, tuple[int, int]]:
@@ -29,15 +30,14 @@ def receive_clip(uploads: UploadStore, data: Source, owner: str = "local") -> tu
 
     Args:
         uploads: where it is kept.
-        data: the file, or its content: MP4, WebM, GIF or animated WebP.
+        data: the file, or its content: MP4, WebM or GIF.
         owner: who hands it in.
 
     Returns:
         The hash of the image of its frames, their number, and their width and height.
 
     Raises:
-        UploadError: too large, or no clip.
-        ImportError: PyAV is not installed.
+        UploadError: too large, no clip, or PyAV is not installed.
     """
     with uploads.decoding:
         frames = read_frames(data)
@@ -54,8 +54,7 @@ def read_frames(data: Source) -> list[Image.Image]:
         Its frames, RGB; of longer clips the first `limits.MAX_FRAMES`.
 
     Raises:
-        UploadError: too large, or no clip.
-        ImportError: PyAV is not installed.
+        UploadError: too large, no clip, or PyAV is not installed.
     """
     with _opened(data) as file:
         size = file.seek(0, io.SEEK_END)
@@ -67,10 +66,24 @@ def read_frames(data: Source) -> list[Image.Image]:
                 most=limits.MAX_UPLOAD_BYTES,
             )
         file.seek(0)
-        beginning = file.read(16)
-        file.seek(0)
-        is_animation = beginning.startswith((b"GIF8", b"RIFF"))
-        return _animation(file) if is_animation else _video(file)
+        return _video(file)
+
+
+def last_frames(clip: Path, count: int) -> list[Image.Image]:
+    """Return the last frames of a clip that was made here, of whatever size and length.
+
+    Raises:
+        UploadError: it can't be read any more.
+    """
+    require_video()
+    import av
+
+    try:
+        with av.open(str(clip), format="mp4") as container:
+            frames = deque(container.decode(video=0), maxlen=count)
+            return [frame.to_image() for frame in frames]
+    except (OSError, av.FFmpegError) as error:
+        raise _no_clip() from error
 
 
 def join_frames(frames: list[Image.Image]) -> Image.Image:
@@ -105,24 +118,11 @@ def _opened(data: Source) -> Iterator[Any]:
         yield data
 
 
-def _animation(file: Any) -> list[Image.Image]:
-    try:
-        with Image.open(file, formats=["GIF", "WEBP"]) as image:
-            _check_size(*image.size, min(getattr(image, "n_frames", 1), limits.MAX_FRAMES))
-            frames = []
-            for frame in ImageSequence.Iterator(image):
-                frames.append(flatten(frame.copy()))
-                if len(frames) == limits.MAX_FRAMES:
-                    break
-            return frames
-    except UploadError:
-        raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise _no_clip() from error
-
-
 def _video(file: Any) -> list[Image.Image]:
-    require_video()
+    try:
+        require_video()
+    except ImportError as error:
+        raise UploadError("upload.clip", str(error)) from error
     import av
 
     for form in CONTAINERS:
@@ -130,8 +130,12 @@ def _video(file: Any) -> list[Image.Image]:
         try:
             with av.open(file, format=form) as container:
                 stream = container.streams.video[0]
-                if stream.codec_context.name not in CODECS:
+                codec = stream.codec_context
+                if codec is None or codec.name not in CODECS:
                     raise _no_clip()
+                # What a frame says of its size within the stream goes before what the container says.
+                codec.options = {"max_pixels": str(limits.MAX_SIDE**2)}
+                codec.thread_count = 1
                 _check_size(stream.width, stream.height, 1)
                 return _decoded(container, stream)
         except (IndexError, av.FFmpegError, ValueError, OSError) as error:
@@ -178,4 +182,4 @@ def _check_size(width: int, height: int, frames: int) -> None:
 
 
 def _no_clip() -> UploadError:
-    return UploadError("upload.clip", "This is no clip that can be read; send MP4 (H.264), WebM, GIF or animated WebP.")
+    return UploadError("upload.clip", "This is no clip that can be read; send MP4 (H.264), WebM or GIF.")

@@ -211,7 +211,7 @@ def tab_of(settings: PictureSettings) -> str:
     """Return the tab that generates what an image is."""
     if settings.task.startswith("next_scale"):
         return "scales" if settings.image is None else "inpaint"
-    if settings.frames is not None:
+    if settings.frames is not None and settings.task in TABS["video"].tasks:
         return "video"
     return next(name for name, tab in TABS.items() if settings.task in tab.tasks)
 

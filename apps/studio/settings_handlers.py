@@ -31,7 +31,7 @@ from apps.service.prompt_file import (
     request_fields,
 )
 from apps.service.sheet import GridSettings, read_sheet
-from apps.service.uploaded_clips import join_frames, read_frames, receive_clip, split_frames
+from apps.service.uploaded_clips import join_frames, last_frames, receive_clip, split_frames
 from apps.service.uploads import UploadError
 from apps.studio import controls, views
 from apps.studio.album import Finished, Shown, ShownSheet
@@ -345,7 +345,7 @@ class SettingsHandlers:
             return {}
 
         def go_on(clip: Path) -> Changes:
-            end = read_frames(clip)[-CONTINUED:]
+            end = last_frames(clip, CONTINUED)
             name = self._engine.uploads.add(join_frames(end), owner)
             return self._clip(name, len(end)) | {"video_mask": ""} | self._go("video")
 

@@ -1,6 +1,7 @@
 """Clips that are completed: handed in, kept where they are known, from the page, over HTTP and in commands."""
 
 import io
+from contextlib import suppress
 from types import SimpleNamespace
 
 import httpx
@@ -118,14 +119,34 @@ def test_clips_of_unknown_origin(world, tmp_path):
     assert len(name) == 64
     FRAMES[0].save(tmp_path / "clip.gif", save_all=True, append_images=FRAMES[1:], duration=125)
     assert len(read_frames((tmp_path / "clip.gif").read_bytes())) == 8
-    FRAMES[0].save(tmp_path / "clip.webp", save_all=True, append_images=FRAMES[1:], duration=125, lossless=True)
-    assert same(read_frames(io.BytesIO((tmp_path / "clip.webp").read_bytes())), FRAMES) == [True] * 8
     for hostile in (b"", b"no clip", b"GIF89a" + b"\0" * 40, video.read_bytes()[:200], b"RIFF" + b"\0" * 30):
         with pytest.raises(UploadError, match="no clip"):
             read_frames(hostile)
     wide = save_mp4(Clip((Image.new("RGB", (limits.MAX_SIDE + 2, 16)),), 8.0), tmp_path / "wide.mp4", None)
     with pytest.raises(UploadError, match="along a side"):
         read_frames(wide)
+
+
+def test_a_clip_that_is_given_whole_needs_a_mask_or_more_frames(world):
+    told = list(world.engine.generate(VideoCompletionRequest(prompt="a", video=world.name, video_frames=8)))
+    assert "all 8 frames are given" in told[-1].message  # the model's own length is 8 too
+
+
+def test_a_mask_is_of_what_is_given_whatever_the_length(world):
+    ask = {"prompt": "a", "video": world.name, "video_frames": 8, "frames": 14, "seed": 1}
+    clip = made(world, VideoCompletionRequest(**ask, video_mask="backward(3)")).clip
+    assert same(clip.frames[:8], FRAMES) == [False] * 5 + [True] * 3
+
+
+def test_a_stream_without_a_decoder_and_a_growing_gif_are_refused(tmp_path):
+    video = save_mp4(Clip(tuple(FRAMES), 8.0), tmp_path / "clip.mp4", None)
+    with pytest.raises(UploadError, match="no clip"):
+        read_frames(video.read_bytes().replace(b"avc1", b"zzzz"))
+    gif = io.BytesIO()
+    FRAMES[0].save(gif, "GIF", save_all=True, append_images=FRAMES[1:3])
+    for end in (b"!", b",\0\0", b"!\xf9\x01\0\0", b"!\xfe\x01a\0" * 1000):
+        with suppress(UploadError):
+            assert {one.size for one in read_frames(gif.getvalue()[:-1] + end)} == {(32, 32)}
 
 
 def test_the_page_completes_and_continues_clips(world, tmp_path):
