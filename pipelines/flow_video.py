@@ -67,7 +67,7 @@ class VideoChunk:
 
     Attributes:
         start: index of the first one.
-        frames: of B clips, (B, T, 3, H, W) in [0, 1], float32, on the CPU.
+        frames: of B clips, (B, T, 3, H, W) in [0, 1], float32, on the CPU; none if only latents were asked for.
         latents: of the window that made them, (B, C, T', h, w).
     """
 
@@ -190,7 +190,7 @@ class FlowVideoPipeline(FlowTextPipeline):
                 f'output_type="latent" with num_frames={call.num_frames}: only a clip of one window has latents; pass '
                 f"at most window_frames={call.window_frames} frames."
             )
-        chunks = list(self._chunks(call))
+        chunks = list(self._chunks(call, decode=output_type != "latent"))
         if self._interrupted or not chunks:
             frames: Any = []
         elif output_type == "latent":
@@ -203,8 +203,8 @@ class FlowVideoPipeline(FlowTextPipeline):
         return VideoPipelineOutput(frames=frames) if return_dict else (frames,)
 
     @torch.no_grad()
-    def _chunks(self, call: VideoCall) -> Generator[VideoChunk]:
-        """Generate the windows of a clip, one after the other."""
+    def _chunks(self, call: VideoCall, decode: bool = True) -> Generator[VideoChunk]:
+        """Generate the windows of a clip, one after the other; without decoding, a single one, which has no frames."""
         self._begin(call)
         height, width = self._resolve_size(call.height, call.width)
         windows = plan_windows(call.num_frames, call.window_frames, call.window_overlap)
@@ -224,6 +224,9 @@ class FlowVideoPipeline(FlowTextPipeline):
                 part = part if last is None else part.with_beginning(last[:, :, -window.known :])
                 latents = self._run_window(call, window, text, noise, part, height, width)  # (B, C, T', h, w)
                 if latents is None:
+                    break
+                if not decode:
+                    yield VideoChunk(0, latents.new_zeros(len(latents), 0, 3, height, width), latents)
                     break
                 pixels = part.composite(self.decode_latents(latents)[:, :, : window.length])  # (B, 3, T, H, W)
                 last = pixels

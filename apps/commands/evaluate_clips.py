@@ -25,6 +25,7 @@ from apps.stickers.contact_sheet import contact_sheet
 from apps.stickers.moving import ClipJudge, ClipScene, ClipSheet, load_clips, render_clip, score_clip
 from apps.stickers.moving.clips import LENGTH
 from apps.stickers.moving.completion_set import COMPLETION_MASKS, Completed, evaluate_completion
+from apps.stickers.moving.judge import frame_change
 from apps.stickers.moving.prompt_sets import CLIP_SETS, ClipRequest, background_names, draw_clip_requests, sheet_prompts
 from apps.stickers.scene import BASIC_COLOURS
 from apps.training.data.moving_stickers import LOOP_SECONDS
@@ -51,9 +52,11 @@ class ClipReport:
         settings: prompts of each set, frames, steps, guidance, seed, batch size.
         machine: where, and with which versions.
         vocabulary: number of moving stickers asked for; all of the sheet compete in the judge.
-        ceiling: shares of right readings of fresh renders by set, then metric, and their mean `flicker`.
+        ceiling: shares of right readings of fresh renders by set, then metric, and their mean `flicker` and
+            `unexplained` change from frame to frame (`apps.stickers.moving.judge.ClipReading`).
         autoencoder: the same after a round trip, and `psnr` in dB (mean over clips).
-        scores: the same of generated clips; `flicker_ratio` is to fresh renders of the same kind.
+        scores: the same of generated clips; `flicker_ratio` is to fresh renders of the same scenes, `unexplained_ratio`
+            to those of the same kind.
         completion: by task: `track_error` (pixels of 64 x 64 frames, mean and median), and `kept`, the share of clips
             of which every known frame is as it was.
         seconds_per_clip: generating time, without loading and judging.
@@ -73,18 +76,18 @@ class ClipReport:
 def read_clips(
     scenes: Sequence[ClipScene], clips: Iterable[Tensor], judge: ClipJudge, tick: Any, period: int = LENGTH
 ) -> dict[str, float]:
-    """Let the judge read clips, batch by batch: the share of right answers for each metric, and the mean flicker."""
+    """Let the judge read clips, batch by batch: the share of right answers for each metric, and means of change."""
     right: dict[str, list[bool]] = defaultdict(list)
-    flicker: list[float] = []
+    changes: dict[str, list[float]] = defaultdict(list)
     remaining = iter(scenes)
     for batch in clips:  # (b, T, 3, R, R)
         for reading in judge.read(batch, period):
-            flicker.append(reading.flicker)
+            changes["flicker"].append(reading.flicker)
+            changes["unexplained"].append(reading.unexplained)
             for metric, value in score_clip(next(remaining), reading).items():
                 right[metric].append(value)
         tick(len(batch))
-    shares = {metric: sum(values) / len(values) for metric, values in right.items()}
-    return {**shares, "flicker": sum(flicker) / len(flicker)}
+    return {name: sum(values) / len(values) for name, values in (*right.items(), *changes.items())}
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,12 @@ class ClipEvaluator:
         found = read_clips(scenes, clips(), self.judge, self.tick(f"{CLIP_SETS[name].title}, {title}"), self.period)
         psnr = [10 * float(np.log10(4 / max(error, 1e-10))) for error in errors]
         return found if through is None else {**found, "psnr": sum(psnr) / len(psnr)}
+
+    def rendered_flicker(self, name: str) -> float:
+        """Return the mean flicker of fresh renders of a set."""
+        size = (self.num_frames, self.resolution, self.period)
+        changes = [frame_change(render_clip(one.scene, self.sheet, *size)) for one in self.requests(name)]
+        return sum(changes) / len(changes)
 
     def generated(self, name: str, generate: GenerateClips) -> dict[str, float]:
         """Score what the model generates for one set."""
@@ -273,8 +282,12 @@ def run_clips(
     save_sheet(clips, texts, Path(model).name, float(info.fps or 8), folder / "contact_sheet.webp")
     for name in chosen:
         found = evaluator.generated(name, generate)
-        fresh = report.ceiling["passing" if CLIP_SETS[name].kind == "passing" else "moving"]["flicker"]
-        report.scores[name] = {**found, "flicker_ratio": found["flicker"] / fresh}
+        fresh = report.ceiling["passing" if CLIP_SETS[name].kind == "passing" else "moving"]
+        report.scores[name] = {
+            **found,
+            "flicker_ratio": found["flicker"] / evaluator.rendered_flicker(name),
+            "unexplained_ratio": found["unexplained"] / fresh["unexplained"],
+        }
         save()
     for kind in tasks:
         report.completion[kind] = evaluator.completed(pipe, kind, call)
@@ -294,7 +307,9 @@ def show_clips(report: ClipReport, console: Console) -> None:
         for number, metric in enumerate(("identity", "motion", "own", "colour", "all")):
             limits = [f"{100 * part[kind][metric]:.1f} %" for part in (report.ceiling, report.autoencoder)]
             table.add_row("" if number else CLIP_SETS[name].title, metric, f"{100 * found[metric]:.1f} %", *limits)
-        table.add_row("", "flicker", f"{found['flicker_ratio']:.2f} x", "1.00 x", "")
+        for metric in ("flicker", "unexplained"):
+            fresh, decoded = (part[kind][metric] for part in (report.ceiling, report.autoencoder))
+            table.add_row("", metric, f"{found[f'{metric}_ratio']:.2f} x", "1.00 x", f"{decoded / fresh:.2f} x")
     console.print(table)
     for kind, found in report.completion.items():
         console.print(

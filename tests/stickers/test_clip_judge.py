@@ -74,11 +74,17 @@ def test_tracks_are_read_exactly_and_in_pixels(readings: dict[str, ClipReading])
         assert read.error < 0.02
 
 
-def test_flicker_is_change_that_no_motion_explains(judge: ClipJudge, readings: dict[str, ClipReading]) -> None:
+def test_motion_explains_the_change_of_a_rendering_not_blinking(
+    judge: ClipJudge, readings: dict[str, ClipReading]
+) -> None:
     clip = render_clip(LEFT, SHEET)
-    assert readings["left"].flicker < 0.005
+    assert readings["left"].unexplained < 0.005
+    assert readings["left"].flicker > 2 * readings["left"].unexplained
     blinking = clip + 0.1 * torch.tensor([1.0, -1.0]).repeat(8)[:, None, None, None]
-    assert judge.read(blinking[None])[0].flicker > 0.05
+    blinking = blinking.clamp(-1, 1)
+    reading = judge.read(blinking[None])[0]
+    assert reading.unexplained > 0.05
+    assert reading.flicker == pytest.approx(float((blinking[1:] - blinking[:-1]).abs().mean()) / 2, rel=1e-5)
 
 
 def test_a_jumping_sticker_has_a_rough_track(judge: ClipJudge) -> None:
@@ -89,7 +95,7 @@ def test_a_jumping_sticker_has_a_rough_track(judge: ClipJudge) -> None:
 
 def test_empty_clips_hold_nothing(judge: ClipJudge) -> None:
     reading = judge.read(torch.full((1, 4, 3, 64, 64), 1.0))[0]
-    assert reading == ClipReading(COLOURS.index("white"), (), 0.0)
+    assert reading == ClipReading(COLOURS.index("white"), (), 0.0, 0.0)
     assert not score_clip(LEFT, reading)["identity"]
 
 
@@ -111,7 +117,7 @@ def read_sticker(clip: int, own: str = "animated", motion: str = "left", y: floa
 
 def test_scores_of_singles() -> None:
     dolphin = LEFT.stickers[0].clip
-    right = ClipReading(RED, (read_sticker(dolphin),), 0.0)
+    right = ClipReading(RED, (read_sticker(dolphin),), 0.0, 0.0)
     assert all(score_clip(LEFT, right).values())
     still = score_clip(LEFT, replace(right, stickers=(read_sticker(dolphin, own="still"),)))
     assert still == {"colour": True, "identity": True, "motion": True, "own": False, "all": False}
@@ -125,13 +131,13 @@ def test_scores_of_singles() -> None:
 def test_scores_of_pairs() -> None:
     lobster, penguin = (sticker.clip for sticker in PASSING.stickers)
     top, bottom = read_sticker(lobster, motion="right"), read_sticker(penguin, motion="left", y=70.0)
-    assert all(score_clip(PASSING, ClipReading(RED, (top, bottom), 0.0)).values())
+    assert all(score_clip(PASSING, ClipReading(RED, (top, bottom), 0.0, 0.0)).values())
     swapped = (read_sticker(penguin, motion="left"), read_sticker(lobster, motion="right", y=70.0))
-    scores = score_clip(PASSING, ClipReading(RED, swapped, 0.0))
+    scores = score_clip(PASSING, ClipReading(RED, swapped, 0.0, 0.0))
     assert (scores["identity"], scores["motion"]) == (True, False)
     same_way = (top, replace(bottom, motion="right"))
-    assert not score_clip(PASSING, ClipReading(RED, same_way, 0.0))["motion"]
-    assert not score_clip(PASSING, ClipReading(RED, (top,), 0.0))["motion"]
+    assert not score_clip(PASSING, ClipReading(RED, same_way, 0.0, 0.0))["motion"]
+    assert not score_clip(PASSING, ClipReading(RED, (top,), 0.0, 0.0))["motion"]
 
 
 def test_scene_motions_are_named_by_their_strongest_part() -> None:

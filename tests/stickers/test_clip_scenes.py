@@ -2,13 +2,14 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from apps.stickers.moving import ClipMix, ClipScene, ClipSceneSampler, load_clips
 from apps.stickers.moving.renderer import poses
-from apps.stickers.moving.scene import OPPOSITE, SIDES, STEP, TURNS, SceneMotion, combinations
+from apps.stickers.moving.scene import OPPOSITE, SIDES, STAYING_SIZE, STEP, TURNS, SceneMotion, combinations
 from apps.stickers.scene import is_held_out
 
 SHEET = load_clips()
@@ -86,6 +87,20 @@ def test_mixes_are_kept() -> None:
     assert {still.scene(1, i).stickers[0].start for i in range(20)} == {still.scene(2, 0).stickers[0].start}
 
 
+def test_a_high_jitter_power_keeps_most_scenes_near_the_middle() -> None:
+    def sizes(power: float) -> np.ndarray:
+        mix = ClipMix(jitter=1.0, jitter_power=power, passing=0, moves=0, grows=0, shrinks=0, turns=0)
+        sampler = ClipSceneSampler(SHEET, mix=mix)
+        return np.array([sampler.scene(0, index).stickers[0].start.size for index in range(400)])
+
+    even, near = (
+        np.abs(sizes(power) - sum(STAYING_SIZE) / 2) / (STAYING_SIZE[1] - STAYING_SIZE[0]) for power in (1, 3)
+    )
+    assert np.median(even) == pytest.approx(0.25, abs=0.04)
+    assert np.median(near) == pytest.approx(0.0625, abs=0.02)  # 0.5 * 0.5^3
+    assert near.max() == pytest.approx(0.5, abs=0.03)
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="2 or more, once each"):
         ClipSceneSampler(SHEET, ["dolphin", "dolphin"])
@@ -97,6 +112,8 @@ def test_wrong_arguments_are_refused() -> None:
         ClipSceneSampler(SHEET, colours=["blurple"])
     with pytest.raises(ValueError, match="none of the 2 names can turn"):
         ClipSceneSampler(SHEET, ["cyclone", "dolphin"])
+    with pytest.raises(ValueError, match=r"jitter_power is 0\.5: give a number of 1 or more"):
+        ClipMix(jitter_power=0.5)
     with pytest.raises(ValueError, match="jitter is 2"):
         ClipMix(jitter=2)
     with pytest.raises(ValueError, match="not all zero"):

@@ -65,7 +65,9 @@ def test_a_model_of_still_clips_shows_no_motion(evaluator, sheet):
     staying = np.mean([scene.motion == "stays" for scene in drawn.values()])
     assert found["motion"] == pytest.approx(staying)
     assert found["identity"] == 1.0
-    assert found["flicker"] < 1e-3
+    assert found["flicker"] == 0
+    assert found["unexplained"] < 1e-3
+    assert evaluator.rendered_flicker("moving") > 0.005
 
 
 def test_a_round_trip_is_measured(evaluator):

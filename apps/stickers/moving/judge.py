@@ -11,7 +11,8 @@ The judge never sees the prompt. It reads
 5. how it is played: for each way that this clip can be played, an even track is fitted to all frames together, and the
    way whose rendering, frame by frame in time, is nearest to the clip is taken;
 6. the scene motion, by the two ends of that track;
-7. the exact track, each frame fitted on its own, its roughness, and the clip's flicker.
+7. the exact track, each frame fitted on its own, its roughness, and how much of the clip's change from frame to frame
+   no rendering explains.
 """
 
 import math
@@ -69,13 +70,16 @@ class ClipReading:
     Attributes:
         background: index into `BACKGROUNDS`.
         stickers: none, one, or two.
-        flicker: mean absolute change from frame to frame, of colours in [0, 1], of what the renderings on the exact
-            tracks leave over. Motion that the renderings follow is no flicker, nor is an error that stands still.
+        flicker: mean absolute difference of neighbouring frames, of colours in [0, 1] (temporal flickering of VBench,
+            arXiv 2311.17982). It holds all motion, so it says something beside that of a rendering of the same scene.
+        unexplained: the same of what the renderings on the exact tracks leave over. Motion that they follow doesn't
+            count, nor does an error that stands still; one that moves along with a sticker does.
     """
 
     background: int
     stickers: tuple[ReadSticker, ...]
     flicker: float
+    unexplained: float
 
 
 class ClipJudge:
@@ -108,13 +112,13 @@ class ClipJudge:
         return [self._read(clip.to(self.device, torch.float32), period) for clip in clips]
 
     def _read(self, clip: Tensor, period: int) -> ClipReading:
-        side = (CANVAS, CANVAS)
+        flicker, side = frame_change(clip), (CANVAS, CANVAS)
         canvas = functional.interpolate(clip, size=side, mode="bilinear", antialias=True, align_corners=False)
         canvas = (canvas.clamp(-1, 1) + 1) / 2  # (T, 3, 64, 64)
         background = self._background(canvas)
         difference = canvas - self.colours[background][:, None, None]  # (T, 3, 64, 64)
         if difference.square().mean() < FAINT:
-            return ClipReading(background, (), _flicker(difference))
+            return ClipReading(background, (), flicker, _change(difference))
         parts = _parts(difference)  # (5, T, 3, 64, 64)
         layout = self._layout(parts, background)
         rest, stickers = difference, []
@@ -122,7 +126,7 @@ class ClipJudge:
             sticker, drawn = _Part(self, parts[i], background, period).read(clip.shape[-1])
             stickers.append(sticker)
             rest = rest - drawn
-        return ClipReading(background, tuple(stickers), _flicker(rest))
+        return ClipReading(background, tuple(stickers), flicker, _change(rest))
 
     def _layout(self, parts: Tensor, background: int) -> tuple[int, ...]:
         """Choose the whole or two halves of `(5, T, 3, H, W)`, by what stickers leave over of a few frames."""
@@ -233,9 +237,14 @@ def _parts(difference: Tensor) -> Tensor:
     return torch.stack([difference * part for part in (whole, top, ~top, left, ~left)])
 
 
-def _flicker(rest: Tensor) -> float:
-    """Return the mean absolute change of `(T, 3, H, W)` from frame to frame."""
-    return float((rest[1:] - rest[:-1]).abs().mean())
+def frame_change(clip: Tensor) -> float:
+    """Return the mean absolute difference, of colours in [0, 1], of neighbouring frames `(T, 3, H, W)` in [-1, 1]."""
+    return _change(clip.clamp(-1, 1) / 2)
+
+
+def _change(frames: Tensor) -> float:
+    """Return the mean absolute difference of neighbouring frames of `(T, 3, H, W)`."""
+    return float((frames[1:] - frames[:-1]).abs().mean())
 
 
 def scene_motion(change: Tensor) -> SceneMotion:

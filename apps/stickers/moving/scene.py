@@ -8,6 +8,7 @@ Some combinations of a sticker, a colour and a scene motion are held out, as in 
 names picks about 5 % of them, training scenes never contain one, scenes of the split "heldout_combination" always do.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar, get_args
@@ -107,6 +108,7 @@ class ClipMix:
         animated, still, slow, fast, backwards: of its own motions; one that a clip can't show counts as zero. Two
             stickers that pass each other are always animated.
         jitter: scales the spread of places, sizes, paths and turns; 0 always gives the middle of each.
+        jitter_power: of how they are spread: 1 is evenly, 3 has most of them near the middle.
     """
 
     single: float = 0.85
@@ -122,6 +124,7 @@ class ClipMix:
     fast: float = 0.08
     backwards: float = 0.08
     jitter: float = 0.3
+    jitter_power: float = 1.0
 
     def __post_init__(self) -> None:
         groups = (
@@ -135,6 +138,8 @@ class ClipMix:
                 raise ValueError(f"{', '.join(names)} are {weights}: give frequencies >= 0 that are not all zero")
         if not 0 <= self.jitter <= 1:
             raise ValueError(f"jitter is {self.jitter}: give a number from 0 to 1")
+        if self.jitter_power < 1:
+            raise ValueError(f"jitter_power is {self.jitter_power}: give a number of 1 or more")
 
 
 def combinations(scene: ClipScene, sheet: ClipSheet) -> list[tuple[str, str, str]]:
@@ -224,7 +229,10 @@ class ClipSceneSampler:
 
     def _within(self, rng: np.random.Generator, limits: tuple[float, float]) -> float:
         low, high = limits
-        return (low + high) / 2 + (high - low) * (float(rng.random()) - 0.5) * self.mix.jitter
+        offset = float(rng.random()) - 0.5
+        if self.mix.jitter_power != 1:
+            offset = math.copysign(abs(2 * offset) ** self.mix.jitter_power / 2, offset)
+        return (low + high) / 2 + (high - low) * offset * self.mix.jitter
 
     def _background(self, rng: np.random.Generator) -> int:
         return self.backgrounds[int(rng.integers(len(self.backgrounds)))]

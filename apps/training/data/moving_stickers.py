@@ -41,6 +41,7 @@ class MovingStickerSettings:
     colours: str = "basic"
     passing: float = 0.15
     jitter: float = 0.3
+    jitter_power: float = 1.0
     synonyms: float = 0.15
 
     @classmethod
@@ -51,7 +52,7 @@ class MovingStickerSettings:
     def mix(self, passing: float | None = None) -> ClipMix:
         """Return how often each kind of motion is drawn; `passing` replaces the share of two that pass each other."""
         share = self.passing if passing is None else passing
-        return ClipMix(single=1 - share, passing=share, jitter=self.jitter)
+        return ClipMix(single=1 - share, passing=share, jitter=self.jitter, jitter_power=self.jitter_power)
 
 
 @dataclass(frozen=True)
