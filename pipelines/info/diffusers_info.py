@@ -16,15 +16,8 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
-from pipelines.info.record import (
-    FALLBACK_FPS,
-    FALLBACK_FRAMES,
-    FALLBACK_SIDE,
-    Callback,
-    Guidance,
-    PipelineInfo,
-    class_table,
-)
+from pipelines.info.clip_defaults import ClipDefaults, clip_defaults_of, default_fps, default_frames
+from pipelines.info.record import FALLBACK_SIDE, Callback, Guidance, PipelineInfo, class_table
 from pipelines.info.record import tiles as can_tile
 from pipelines.previews import can_preview, is_flow
 
@@ -76,7 +69,7 @@ def diffusers_info(pipe: Any) -> PipelineInfo:
     height, width = (default_side(pipe, name, defaults) for name in ("height", "width"))
     is_sized = "class_labels" in parameters and {"height", "width"}.isdisjoint(parameters)
     ids = class_ids(pipe) if "class_labels" in parameters else {}
-    frames = arguments.get("frames")
+    frames, clips = arguments.get("frames"), clip_defaults(pipe)
     return PipelineInfo(
         tasks=call_tasks(type(pipe)),
         arguments=arguments,
@@ -90,8 +83,8 @@ def diffusers_info(pipe: Any) -> PipelineInfo:
         steps=steps if isinstance(steps, int) else None,
         guidance=float(guidance) if isinstance(guidance, int | float) else None,
         guidance_kind=kind,
-        frames=None if frames is None else default_frames(pipe, defaults.get(frames)),
-        fps=float(defaults.get("frame_rate") or FALLBACK_FPS),
+        frames=None if frames is None else default_frames(defaults.get(frames), network_config(pipe), clips),
+        fps=default_fps(defaults, clips),
         output="images" if frames is None else "frames",
         labels=class_table(count_classes(pipe), ids) if "class_labels" in parameters else {},
         label_ids=ids,
@@ -255,12 +248,9 @@ def side_multiple(pipe: Any, packs: bool = False) -> int:
     return math.lcm((latent_scale(pipe) or FALLBACK_MULTIPLE) * across, FALLBACK_MULTIPLE)
 
 
-def default_frames(pipe: Any, default: object) -> int:
-    """Return how many frames a pipeline was made for: the default of its call, else what its network says."""
-    if isinstance(default, int):
-        return default
-    stored = getattr(network_config(pipe), "sample_frames", None)
-    return stored if isinstance(stored, int) else FALLBACK_FRAMES
+def clip_defaults(pipe: Any) -> ClipDefaults | None:
+    """Return what is known of the clips of a pipeline's family; None for one that isn't listed."""
+    return clip_defaults_of(type(pipe), getattr(pipe, "config", None), network_config(pipe))
 
 
 def count_classes(pipe: Any) -> int:

@@ -26,8 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from dit.runtime.hooks import attachments
-from pipelines.info.diffusers_info import ARGUMENTS, default_frames, default_side, network_config, side_multiple
-from pipelines.info.record import FALLBACK_FPS, Guidance, PipelineInfo, tiles
+from pipelines.info.clip_defaults import default_fps, default_frames
+from pipelines.info.diffusers_info import ARGUMENTS, clip_defaults, default_side, network_config, side_multiple
+from pipelines.info.record import Guidance, PipelineInfo, tiles
 from pipelines.previews import can_preview, is_flow, predict_x0
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ class ModularCall:
         scale, kind = self._guidance(inputs)
         if kind != "none":
             arguments["guidance"] = "guidance_scale"
-        frames = arguments.get("frames")
+        frames = defaults.get(arguments.get("frames", "")) or self._says("default_num_frames")
+        clips = clip_defaults(self.pipe)
         is_clip = self._result() == "videos"
         scheduler, steps = self.scheduler, defaults.get("num_inference_steps")
         has_flow = scheduler is not None and is_flow(self)  # type: ignore[arg-type]  it asks for the scheduler only
@@ -132,10 +134,8 @@ class ModularCall:
             steps=steps if isinstance(steps, int) else None,
             guidance=scale,
             guidance_kind=kind,
-            frames=default_frames(self, defaults.get(frames or "") or self._says("default_num_frames"))
-            if is_clip
-            else None,
-            fps=float(defaults.get("frame_rate") or defaults.get("fps") or self._says("fps") or FALLBACK_FPS),
+            frames=default_frames(frames, network_config(self), clips) if is_clip else None,
+            fps=default_fps({**defaults, "fps": defaults.get("fps") or self._says("fps")}, clips),
             output="frames" if is_clip else "images",
             callback="step_end" if has_loop else "none",
             callback_tensors=CALLBACK_TENSORS if has_loop else (),

@@ -23,6 +23,7 @@ from pipelines import load_pipeline, previews
 from tests.families.tiny_video_families import BUILDERS, SOUND_RATE
 
 SIZES = {"wan22": (64, 32), "hunyuan_video15": (64, 32), "ltx2": (128, 64), "kandinsky5": (64, 32)}
+RATES = {"wan22": 16, "hunyuan_video15": 24, "ltx2": 24, "kandinsky5": 24}
 FRAMES = 9
 
 
@@ -59,8 +60,10 @@ def test_a_clip_is_made_and_made_again_from_its_file(world):
     assert len(picture.clip.frames) == FRAMES
     assert {frame.size for frame in picture.clip.frames} == {SIZES[world.name]}
     with av.open(str(picture.video)) as file:
+        assert file.streams.video[0].average_rate == RATES[world.name]
         assert len(list(file.decode(video=0))) == FRAMES
     settings = read_mp4(picture.video)
+    assert settings.fps == RATES[world.name]
     assert (settings.frames, settings.steps, settings.seed) == (FRAMES, 2, 1)
     again = picture_of(list(world.engine.generate(request_from_settings(settings))))
     assert pixels(again.clip) == pixels(picture.clip)
