@@ -2,7 +2,8 @@
 
 A clip longer than the model was trained on is generated window by window. The last frames of a window are encoded
 anew as the known beginning of the next one, so that every window looks to the model like a clip of its own, memory
-doesn't grow with the length, and finished frames can be shown while later ones are made.
+doesn't grow with the length, and finished frames can be shown while later ones are made. Causal transformers make a
+clip chunk by chunk instead, see `pipelines.rolling_video`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pipelines.inputs.known_latents import known_latents
 from pipelines.inputs.pixels import ImageInput, read_pixels
 from pipelines.inputs.video_mask import VideoMask
 from pipelines.inputs.windows import PromptSchedule, Window, plan_windows, read_schedule, reuse_noise
+from pipelines.rolling_video import RollingRun, plan_chunks
 from sampling.timesteps import set_timesteps
 
 DEFAULT_FRAMES, DEFAULT_FRAME_RATE = 16, 8.0
@@ -173,6 +175,8 @@ class FlowVideoPipeline(FlowTextPipeline):
 
     def num_windows(self, num_frames: int) -> int:
         """Return in how many parts a clip of as many frames is generated, by the model's own windows."""
+        if self._is_causal:
+            return len(self._plan_chunks(num_frames))
         own = {"window_frames": DEFAULT_WINDOW, "window_overlap": DEFAULT_OVERLAP, **self.config["defaults"]}
         return len(plan_windows(num_frames, own["window_frames"], own["window_overlap"]))
 
@@ -185,7 +189,7 @@ class FlowVideoPipeline(FlowTextPipeline):
     def _collect(self, call: VideoCall, output_type: str, return_dict: bool) -> VideoPipelineOutput | tuple[Frames]:
         """Run a call to its end and bring its frames into the wanted form."""
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        if output_type == "latent" and call.num_frames > call.window_frames:
+        if output_type == "latent" and call.num_frames > call.window_frames and not self._is_causal:
             raise ValueError(
                 f'output_type="latent" with num_frames={call.num_frames}: only a clip of one window has latents; pass '
                 f"at most window_frames={call.window_frames} frames."
@@ -207,11 +211,11 @@ class FlowVideoPipeline(FlowTextPipeline):
         """Generate the windows of a clip, one after the other; without decoding, a single one, which has no frames."""
         self._begin(call)
         height, width = self._resolve_size(call.height, call.width)
+        if self._is_causal:
+            yield from self._rolled(call, height, width, decode)
+            return
         windows = plan_windows(call.num_frames, call.window_frames, call.window_overlap)
-        schedule = None
-        if call.prompt_schedule is not None:
-            schedule = read_schedule(call.prompt_schedule, call.num_frames)
-            schedule.check(windows)
+        schedule = _schedule(call, windows)
         known = self._known_clip(call, height, width)  # (1, 3, T, H, W)
         self._num_windows = len(windows)
         noise = last = None
@@ -222,7 +226,7 @@ class FlowVideoPipeline(FlowTextPipeline):
                     noise = self._noise(call, len(text["prompt_embeds"]), windows[0], height, width)
                 part = _spread(known.part(window.start, window.stop), len(noise))
                 part = part if last is None else part.with_beginning(last[:, :, -window.known :])
-                latents = self._run_window(call, window, text, noise, part, height, width)  # (B, C, T', h, w)
+                latents = self._run_window(call, window, text, noise, part)  # (B, C, T', h, w)
                 if latents is None:
                     break
                 if not decode:
@@ -236,6 +240,49 @@ class FlowVideoPipeline(FlowTextPipeline):
                     break
         finally:  # a stream may be left before its end
             self.maybe_free_model_hooks()
+
+    def _rolled(self, call: VideoCall, height: int, width: int, decode: bool) -> Generator[VideoChunk]:
+        """Generate the chunks of a clip with a causal transformer."""
+        chunks = self._plan_chunks(call.num_frames)
+        schedule = _schedule(call, chunks)
+        run = RollingRun(self, call, (height, width), chunks)
+        self._num_windows, done = max(run.num_runs, 1), len(chunks) - run.num_runs
+        self._network_arguments = {**self._network_arguments, "memory": run.memory}
+        text: dict[str, Any] = {}
+        made = []
+        try:
+            for chunk in chunks:
+                if schedule is not None or not text:
+                    text = self._encode_text(call, schedule, chunk)
+
+                def denoise(noise: Tensor, text: dict[str, Any] = text, chunk: Window = chunk) -> Tensor | None:
+                    return self._run_loop(call, noise, text, chunk.index - done)
+
+                latents = run.latents(chunk, text, denoise)  # (B, C, T', h, w)
+                if latents is None:
+                    break
+                if decode:
+                    frames = (run.pixels(chunk, latents) / 2 + 0.5).clamp(0, 1).transpose(1, 2).cpu()  # (B, T, 3, H, W)
+                    yield VideoChunk(chunk.start, frames, latents)
+                else:
+                    made.append(latents)
+                if self._finish_now:
+                    break
+            if made:
+                latents = torch.cat(made, dim=2)
+                yield VideoChunk(0, latents.new_zeros(len(latents), 0, 3, height, width), latents)
+        finally:  # a stream may be left before its end
+            self._network_arguments = {}
+            self.maybe_free_model_hooks()
+
+    def _plan_chunks(self, num_frames: int) -> list[Window]:
+        ratio = self.visual_tokenizer.temporal_compression_ratio
+        return plan_chunks(num_frames, ratio, self.transformer.config.chunk_frames)
+
+    @property
+    def _is_causal(self) -> bool:
+        """Whether the transformer makes clips chunk by chunk."""
+        return self.transformer.config.get("space_time") == "causal"
 
     def _begin(self, call: VideoCall) -> None:
         """Check a call, and remember what the loop asks for."""
@@ -341,17 +388,28 @@ class FlowVideoPipeline(FlowTextPipeline):
         text: dict[str, Any],
         noise: Tensor,
         part: KnownClip,
-        height: int,
-        width: int,
     ) -> Tensor | None:
         """Denoise one window: (B, C, T', h, w); None if the run was interrupted."""
         noise = reuse_noise(noise, window, self.latent_frames(window.length))  # (B, C, T', h, w)
         ratio = self.visual_tokenizer.temporal_compression_ratio
         known = known_latents(part, noise, ratio, self.encode_clip)
+        restore = None if part.is_empty else known.blend
+        return self._run_loop(call, noise, text, window.index, restore, known.beside if self._sees_known else None)
+
+    def _run_loop(
+        self,
+        call: VideoCall,
+        noise: Tensor,
+        text: dict[str, Any],
+        index: int,
+        restore: Callable[[Tensor, float], Tensor] | None = None,
+        compose: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor | None:
+        """Denoise part `index` of a clip: (B, C, T', h, w); None if the run was interrupted."""
         timesteps = set_timesteps(
             self.scheduler,
             call.num_inference_steps,
-            num_tokens=noise.shape[2] * height * width // self.pixels_per_token**2,
+            num_tokens=noise[0, 0].numel() // self.transformer.config.patch_size**2,
             device=noise.device,
             sigmas=call.sigmas,
         )
@@ -360,16 +418,39 @@ class FlowVideoPipeline(FlowTextPipeline):
             text["mask"],
             timesteps,
             call.generator,
-            _counting_on(call.callback_on_step_end, window.index * len(timesteps)),
+            _counting_on(call.callback_on_step_end, index * len(timesteps)),
             call.callback_on_step_end_tensor_inputs,
-            None if part.is_empty else known.blend,
-            known.beside if self._sees_known else None,
+            restore,
+            compose,
         )
+
+    def decode_next(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Decode the next latents of a clip, for autoencoders that do so in chunks.
+
+        Args:
+            latents: normalised, (B, C, T', h, w).
+            state: what the chunk before returned; None at the start of a clip.
+
+        Returns:
+            Pixels, (B, 3, T, H, W), about [-1, 1], float32, and the state to go on with.
+        """
+        normal = self.visual_tokenizer.denormalize_latents(latents).to(self.vae.dtype)
+        pixels, state = self.vae.decode_chunk(normal, state)
+        return pixels.float(), state
 
     @property
     def num_timesteps(self) -> int:
         """Number of steps of the running (or last) call, in all its windows."""
         return self._num_timesteps * self._num_windows
+
+
+def _schedule(call: VideoCall, parts: Sequence[Window]) -> PromptSchedule | None:
+    """Return the prompts of the parts of a clip, if the call gives several."""
+    if call.prompt_schedule is None:
+        return None
+    schedule = read_schedule(call.prompt_schedule, call.num_frames)
+    schedule.check(parts)
+    return schedule
 
 
 def _counting_on(callback: Callback | None, before: int) -> Callback | None:

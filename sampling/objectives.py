@@ -62,18 +62,40 @@ def logit_normal_grid(batch_size: int, mean: float = 0.0, std: float = 1.0, shif
     return shift_sigmas(torch.sigmoid(mean + std * normal), shift)
 
 
+def sigmas_after_clean_frames(levels: Tensor, clean_share: float, generator: torch.Generator | None = None) -> Tensor:
+    """Draw noise levels of the chunks of clips that are made one after the other.
+
+    Each chunk has a level of its own (Diffusion Forcing, arXiv 2407.01392, algorithm 1); of a share of the clips the
+    first chunks, a random number of them, are clean, as they are when a clip is made.
+
+    Args:
+        levels: drawn for each chunk, (B, N) in (0, 1).
+        clean_share: share of the clips that begin with clean chunks, 0 to 1.
+        generator: source of the random numbers; on the CPU.
+
+    Returns:
+        (B, N); 0 where a chunk is clean, which the last one never is.
+    """
+    batch, chunks = levels.shape
+    clean = (torch.rand(batch, generator=generator) * chunks).long()  # (B,) in 0 ... N - 1
+    clean = torch.where(torch.rand(batch, generator=generator) < clean_share, clean, 0)
+    return torch.where(torch.arange(chunks) < clean[:, None], 0.0, levels)
+
+
 def interpolate(data: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     """Put samples on the straight line between data and noise.
 
     Args:
         data: (B, ...).
         noise: standard normal, the same shape.
-        sigmas: (B,) in [0, 1].
+        sigmas: (B,) in [0, 1]; or of parts of a sample, with as many dimensions as `data`.
 
     Returns:
         `(1 - sigma) * data + sigma * noise`, the shape of `data`.
     """
-    sigmas = sigmas.reshape(-1, *[1] * (data.ndim - 1)).to(data.dtype)  # (B, 1, ...)
+    if sigmas.ndim != data.ndim:
+        sigmas = sigmas.reshape(-1, *[1] * (data.ndim - 1))  # (B, 1, ...)
+    sigmas = sigmas.to(data.dtype)
     return (1 - sigmas) * data + sigmas * noise  # (B, ...)
 
 
@@ -96,19 +118,23 @@ def data_from_velocity(sample: Tensor, predicted: Tensor, sigmas: Tensor) -> Ten
     return sample - sigmas.reshape(-1, *[1] * (sample.ndim - 1)).to(sample.dtype) * predicted
 
 
-def flow_matching_loss(predicted: Tensor, data: Tensor, noise: Tensor) -> Tensor:
+def flow_matching_loss(predicted: Tensor, data: Tensor, noise: Tensor, weights: Tensor | None = None) -> Tensor:
     """Compute the mean squared error of the velocity, for each sample and in float32.
 
     Args:
         predicted: velocity, (B, ...), any float dtype.
         data: (B, ...).
         noise: (B, ...).
+        weights: of the parts of a sample, broadcastable to (B, ...), not all zero; None weighs all alike.
 
     Returns:
         (B,) float32.
     """
-    error = predicted.float() - velocity(data.float(), noise.float())  # (B, ...)
-    return error.square().flatten(1).mean(dim=1)  # (B,)
+    error = (predicted.float() - velocity(data.float(), noise.float())).square()  # (B, ...)
+    if weights is None:
+        return error.flatten(1).mean(dim=1)  # (B,)
+    weights = weights.float().expand_as(error)
+    return (error * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1)  # (B,)
 
 
 def next_scale_loss(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> Tensor:

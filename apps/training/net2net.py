@@ -54,22 +54,23 @@ def _renumbered(weights: Mapping[str, Tensor], old: int, new: int) -> dict[str, 
     return {name.replace(f"refiner.{old}.", f"refiner.{new}."): weight for name, weight in weights.items()}
 
 
-def clip_transformer(trained: TextDiT, ratio: int, **config: Any) -> TextDiT:
+def clip_transformer(trained: TextDiT, shown_channels: int, **config: Any) -> TextDiT:
     """Return a transformer of clips that generates images as `trained` does.
 
     Args:
         trained: Of images, or of clips.
-        ratio: Frames of a latent frame, so many channels say what is known; see `pipelines.inputs.known_latents`.
+        shown_channels: Channels beside the noisy ones that show what is known; see `pipelines.inputs.known_latents`.
+            Those of `trained` that go beyond are left out.
         **config: Settings of the new one beyond those of `trained`, such as `space_time`.
     """
     channels = trained.out_channels
     settings: dict[str, Any] = {name: value for name, value in trained.config.items() if name[0] != "_"} | config
-    settings.update(in_channels=2 * channels + ratio, out_channels=channels)
+    settings.update(in_channels=channels + shown_channels, out_channels=channels)
     grown = TextDiT(**settings)
     weights = trained.state_dict()
     seen = weights["patch_embed.weight"].unflatten(1, (-1, trained.config.in_channels))  # (D, P, C)
-    new = torch.zeros(*seen.shape[:2], grown.config.in_channels)  # (D, P, 2 C + R)
-    new[..., : seen.shape[-1]] = seen
+    new = torch.zeros(*seen.shape[:2], grown.config.in_channels)  # (D, P, C + shown)
+    new[..., : seen.shape[-1]] = seen[..., : new.shape[-1]]
     weights["patch_embed.weight"] = new.flatten(1)
     missing = grown.load_state_dict(weights, strict=False)
     if missing.unexpected_keys:

@@ -10,6 +10,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from dit.attention import attention
+from dit.layers.frame_memory import LayerMemory
 from dit.layers.linear import Linear
 from dit.layers.norms import RMSNorm
 from dit.layers.positions import Rotary, apply_rotary
@@ -62,14 +63,16 @@ class SelfAttnProcessor(AttnProcessor):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
+        memory: LayerMemory | None = None,
     ) -> Tensor:
         """Attend among all tokens.
 
         Args:
             attn: the layer that owns the projections.
             hidden_states: (B, N, D).
-            attention_mask: bool, (B, N), True for tokens that may be attended to.
+            attention_mask: bool, (B, N), True for tokens that may be attended to; or of pairs, (B, 1, N, M + N).
             image_rotary_emb: (cos, sin), each (N, E).
+            memory: keys and values of M tokens that are attended to as well.
 
         Returns:
             (B, N, D).
@@ -82,6 +85,8 @@ class SelfAttnProcessor(AttnProcessor):
             value = attn.to_v(hidden_states)  # (B, N, D)
         query, key, value = (split_heads(x, attn.heads) for x in (query, key, value))  # (B, N, K, E)
         query, key = apply_rotary_qk(attn.norm_q(query), attn.norm_k(key), image_rotary_emb, value.dtype)
+        if memory is not None:
+            key, value = memory.extend(key, value)  # (B, M + N, K, E)
         return self.project_back(attn, self.attend(query, key, value, attention_mask))  # (B, N, D)
 
 
@@ -120,9 +125,12 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
+        memory: LayerMemory | None = None,
     ) -> Tensor:
         """Attend; `SelfAttnProcessor` lists the shapes."""
-        return self.processor(self, hidden_states, attention_mask, image_rotary_emb)
+        if memory is None:  # other processors may know none
+            return self.processor(self, hidden_states, attention_mask, image_rotary_emb)
+        return self.processor(self, hidden_states, attention_mask, image_rotary_emb, memory=memory)
 
 
 class CrossAttnProcessor(AttnProcessor):

@@ -4,8 +4,10 @@ One stream: text tokens and latent patches are concatenated and share every weig
 models do (arXiv 2412.12391 finds this to scale better than cross-attention). Modulation is adaLN-single
 (PixArt-alpha, arXiv 2310.00426), queries and keys are RMS-normalised (arXiv 2302.05442), positions are rotary over
 (frame, row, column). An image is a video of one frame, so the same class makes clips: with full attention over all
-frames, or factorised into attention over time and attention within a frame, as video transformers do (Latte, arXiv
-2401.03048; VDT, arXiv 2305.13311). Both begin at the weights of an image model.
+frames, factorised into attention over time and attention within a frame, as video transformers do (Latte, arXiv
+2401.03048; VDT, arXiv 2305.13311), or causal in time: frames see only what came before, at noise levels of their own
+(Diffusion Forcing, arXiv 2407.01392), so that clips of any length are made chunk by chunk. All begin at the weights of
+an image model.
 """
 
 from collections.abc import Mapping
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from dit.layers.attention import SelfAttention
 from dit.layers.embeddings import TimestepEmbedding, patchify, sinusoidal_embedding, unpatchify
 from dit.layers.feed_forward import FeedForward
+from dit.layers.frame_memory import FrameMemory, LayerMemory, causal_mask, sees_frames
 from dit.layers.linear import Linear
 from dit.layers.modulation import AdaLNSingle, modulate, modulation_table
 from dit.layers.positions import Rotary, fourier_positions, grid_positions, rotary_embedding
@@ -66,27 +69,30 @@ class TextDiTBlock(nn.Module):
         attention_mask: Tensor | None = None,
         num_frames: int = 1,
         text_tokens: int = 0,
+        memory: LayerMemory | None = None,
     ) -> Tensor:
         """Run the block.
 
         Args:
             hidden_states: text and latent tokens, (B, L + N, D).
-            temb: modulation shared by all blocks, (B, 6, D).
+            temb: modulation shared by all blocks, (B, 6, D); or of each token, (B, L + N, 6, D).
             image_rotary_emb: (cos, sin), each (L + N, E).
-            attention_mask: bool, (B, L + N).
+            attention_mask: bool, (B, L + N); or of pairs, (B, 1, L + N, M + L + N).
             num_frames: latent frames T that the N latent tokens belong to, frame by frame.
             text_tokens: L.
+            memory: keys and values of frames before these, M tokens.
 
         Returns:
             (B, L + N, D).
         """
-        table = self.scale_shift_table.to(temb.dtype) + temb  # (B, 6, D)
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table[:, :, None].unbind(1)  # (B, 1, D) each
+        table = self.scale_shift_table.to(temb.dtype) + temb  # (B, 6, D) or (B, L + N, 6, D)
+        table = table[:, None] if temb.ndim == 3 else table
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table.unbind(2)  # (B, 1, D) or (B, L + N, D) each
         if self.attn_time is not None and num_frames > 1:
             hidden_states = self._attend_over_time(hidden_states, image_rotary_emb, num_frames, text_tokens)
         normed = modulate(self.norm1(hidden_states), shift_a, scale_a)  # (B, L + N, D)
         if self.attn_time is None or num_frames == 1:
-            attended = self.attn(normed, attention_mask, image_rotary_emb)  # (B, L + N, D)
+            attended = self.attn(normed, attention_mask, image_rotary_emb, memory)  # (B, L + N, D)
         else:
             attended = self._attend_within_frames(normed, image_rotary_emb, attention_mask, num_frames, text_tokens)
         hidden_states = hidden_states + gate_a * attended  # (B, L + N, D)
@@ -143,11 +149,19 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         text_position_frequencies: frequencies of the text token's position embedding, added to its state; 0: none, and
             trusts the text encoder to tell "a left of b" from "b left of a".
         sample_size: latent side of an image of the default size.
-        space_time: how the tokens of a clip attend: "full", or "factorised": each place over time, then within frames.
+        space_time: how the tokens of a clip attend: "full"; "factorised": each place over time, then within frames; or
+            "causal": frames to themselves and those before, see `dit.layers.frame_memory`.
         clip_conditioning: whether the network is told a clip's frame rate and length in latent frames.
+        chunk_frames: "causal": latent frames, after the first one, that see each other and are made together.
+        window_frames: "causal": latent frames before its chunk that a frame sees.
     """
 
-    later_settings: ClassVar[Mapping[str, Any]] = {"space_time": "full", "clip_conditioning": False}
+    later_settings: ClassVar[Mapping[str, Any]] = {
+        "space_time": "full",
+        "clip_conditioning": False,
+        "chunk_frames": 1,
+        "window_frames": 8,
+    }
     """Settings that came later and their neutral values, which fingerprints leave out."""
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TextDiTBlock"]
@@ -174,10 +188,17 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         sample_size: int = 8,
         space_time: str = "full",
         clip_conditioning: bool = False,
+        chunk_frames: int = 1,
+        window_frames: int = 8,
     ) -> None:
         super().__init__()
-        if space_time not in ("full", "factorised"):
-            raise ValueError(f"space_time={space_time!r} is unknown: choose 'full' or 'factorised'")
+        if space_time not in ("full", "factorised", "causal"):
+            raise ValueError(f"space_time={space_time!r} is unknown: choose 'full', 'factorised' or 'causal'")
+        for name, value in (("chunk_frames", chunk_frames), ("window_frames", window_frames)):
+            if value < 1:
+                raise ValueError(f"{name}={value} is out of range: expected at least 1 latent frame")
+        if space_time == "causal" and patch_size_t != 1:
+            raise ValueError(f"patch_size_t={patch_size_t}: causal attention needs patches of one latent frame")
         hidden_size = num_attention_heads * attention_head_dim
         self.out_channels = out_channels or in_channels
         self.patch = (patch_size_t, patch_size, patch_size)
@@ -246,13 +267,14 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         return_dict: bool = True,
         frame_rate: Tensor | float | None = None,
         clip_frames: Tensor | float | None = None,
+        memory: FrameMemory | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the velocity.
 
         Args:
             hidden_states: noisy latents, (B, C, H, W) or (B, C, T, H, W).
             encoder_hidden_states: text states, (B, L, text_dim).
-            timestep: 1000 * sigma, (B,) or a scalar, in [0, 1000].
+            timestep: 1000 * sigma, (B,) or a scalar, in [0, 1000]; for causal networks also of each frame, (B, T).
             encoder_attention_mask: bool, (B, L), True for real tokens; None if all are.
             attention_kwargs: `{"scale": s}` scales attached LoRAs.
             return_dict: whether to wrap the result.
@@ -260,14 +282,19 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
                 take images without.
             clip_frames: latent frames of the whole clip that these are a part of, (B,) or one for all; for networks
                 with `clip_conditioning`. None is the number of latent frames given.
+            memory: of the frames before these, for causal networks; see `remember`. None begins a clip.
 
         Returns:
             The velocity, of the shape of `hidden_states` but for the channels.
 
         Raises:
-            ValueError: if the latents or the text have a shape that the model can't take.
+            ValueError: if the latents or the text have a shape that the model can't take, or a network that isn't
+                causal is given a memory.
         """
         self._check(hidden_states, encoder_hidden_states)
+        is_causal = self.config.space_time == "causal"
+        if memory is not None and not is_causal:
+            raise ValueError(f"memory is given, but space_time is {self.config.space_time!r}: only 'causal' takes one")
         is_image = hidden_states.ndim == 4
         latents = hidden_states.unsqueeze(2) if is_image else hidden_states  # (B, C, T, H, W)
         grid = tuple(size // p for size, p in zip(latents.shape[2:], self.patch, strict=True))
@@ -276,27 +303,76 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         # embed latents, text and condition
         image = self._embed_latents(latents, grid)  # (B, N, D)
         text = self._embed_text(encoder_hidden_states)  # (B, L, D)
+        if is_causal:  # the text, at noise level 0, and each frame have a condition of their own
+            timestep = _frame_timesteps(timestep, len(latents), grid[0])  # (B, 1 + T)
         condition = self._embed_condition(timestep, encoder_hidden_states, encoder_attention_mask)  # (B, D)
         condition = condition + self._embed_clip(grid[0], frame_rate, clip_frames, condition)  # (B, D)
         temb = self.adaln_single(condition)  # (B, 6, D)
-        rotary = self._rotary(grid, length, latents.device)
-        mask = _joint_mask(encoder_attention_mask, image.shape[1])  # (B, L + N)
+        first = 0 if memory is None else memory.next_frame
+        rotary = self._rotary(grid, length, latents.device, first)
+        if is_causal:
+            mask = self._causal_mask(encoder_attention_mask, length, grid, memory, latents.device)
+            condition, temb = (_of_tokens(part, length, grid) for part in (condition, temb))  # (B, L + N, ...)
+        else:
+            mask = _joint_mask(encoder_attention_mask, image.shape[1])  # (B, L + N)
 
         # blocks: joint attention of text and image
         tokens = torch.cat([text, image], dim=1)  # (B, L + N, D)
-        for block in self.transformer_blocks:
+        for index, block in enumerate(self.transformer_blocks):
+            kept = () if memory is None else (memory.layers[index],)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, temb, rotary, mask, grid[0], length)
+                tokens = self._gradient_checkpointing_func(block, tokens, temb, rotary, mask, grid[0], length, *kept)
             else:
-                tokens = block(tokens, temb, rotary, mask, grid[0], length)  # (B, L + N, D)
+                tokens = block(tokens, temb, rotary, mask, grid[0], length, *kept)  # (B, L + N, D)
 
         # head: the image's tokens, modulated norm, projection, patches back to a latent
         image = tokens[:, length:]  # (B, N, D)
-        shift, scale = (self.scale_shift_table.to(condition.dtype) + condition[:, None]).chunk(2, dim=1)  # (B, 1, D)
+        condition = condition[:, length:] if is_causal else condition[:, None]  # (B, N, D) or (B, 1, D)
+        shift, scale = (self.scale_shift_table.to(condition.dtype) + condition[:, :, None]).unbind(2)
         image = self.proj_out(modulate(self.norm_out(image), shift, scale))  # (B, N, P)
         sample = unpatchify(image, grid, self.patch)  # (B, C, T, H, W)
         sample = sample.squeeze(2) if is_image else sample
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def new_memory(self) -> FrameMemory:
+        """Return the memory of a clip that begins, for causal networks."""
+        return FrameMemory(len(self.transformer_blocks), self.config.window_frames)
+
+    @torch.no_grad()
+    def remember(
+        self, memory: FrameMemory, hidden_states: Tensor, encoder_hidden_states: Tensor, **options: Any
+    ) -> None:
+        """Add finished frames to a memory, so that the frames that follow see them.
+
+        Args:
+            memory: of the frames before these.
+            hidden_states: latents without noise, (B, C, T, H, W).
+            encoder_hidden_states: text states, (B, L, text_dim).
+            **options: see `forward`; not `timestep`.
+        """
+        memory.record(True, encoder_hidden_states.shape[1])
+        try:
+            timestep = torch.zeros((), device=hidden_states.device)
+            self(hidden_states, encoder_hidden_states, timestep, memory=memory, return_dict=False, **options)
+        finally:
+            memory.record(False)
+        height, width = (side // self.config.patch_size for side in hidden_states.shape[-2:])
+        memory.advance(hidden_states.shape[2], height * width)
+
+    def _causal_mask(
+        self,
+        text_mask: Tensor | None,
+        length: int,
+        grid: tuple[int, ...],
+        memory: FrameMemory | None,
+        device: torch.device,
+    ) -> Tensor:
+        """Return what text and frames see of kept frames, text and frames: (B, 1, L + N, M + L + N)."""
+        first, before = (0, 0) if memory is None else (memory.next_frame, memory.frames)
+        frames = torch.arange(first, first + grid[0], device=device)
+        kept = torch.arange(first - before, first, device=device)
+        sees = sees_frames(frames, torch.cat([kept, frames]), self.config.chunk_frames, self.config.window_frames)
+        return causal_mask(text_mask, length, frames, kept, grid[1] * grid[2], sees)
 
     def _check(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None:
         shape = tuple(hidden_states.shape)
@@ -315,7 +391,10 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         tokens = self.patch_embed(patchify(latents, self.patch))  # (B, N, D)
         if self.coordinate_embed is None:
             return tokens
-        features = fourier_positions(grid, self.config.coordinate_frequencies, latents.device)  # (N, 6 F)
+        causal = self.config.space_time == "causal"  # then where a frame stands in a part of a clip says nothing
+        within = (1, *grid[1:]) if causal else grid
+        features = fourier_positions(within, self.config.coordinate_frequencies, latents.device)  # (N, 6 F)
+        features = features.repeat(grid[0], 1) if causal else features
         return tokens + self.coordinate_embed(features.to(tokens.dtype))  # (B, N, D)
 
     def _embed_text(self, states: Tensor) -> Tensor:
@@ -327,13 +406,15 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         return text + self.text_position_embed(features.to(text.dtype))  # (B, L, D)
 
     def _embed_condition(self, timestep: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        timestep = timestep.reshape(-1).expand(text.shape[0])  # (B,)
+        timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1).expand(text.shape[0])  # (B,) or (B, 1 + T)
         if mask is None:
             pooled = text.mean(dim=1)  # (B, text_dim)
         else:
             weight = mask.to(text.dtype)[:, :, None]  # (B, L, 1)
             pooled = (text * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)  # (B, text_dim)
-        return self.time_embed(timestep, text.dtype) + self.pooled_embedder(pooled)  # (B, D)
+        pooled = self.pooled_embedder(pooled)  # (B, D)
+        levels = self.time_embed(timestep.flatten(), text.dtype).unflatten(0, timestep.shape)  # (B, D) or (B, 1 + T, D)
+        return levels + (pooled if levels.ndim == 2 else pooled[:, None])
 
     def _embed_clip(
         self,
@@ -352,10 +433,12 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         for value in (rate, length):
             values = torch.as_tensor(value, device=condition.device).float().reshape(-1)  # (B,) or (1,)
             features.append(sinusoidal_embedding(values, CLIP_FREQUENCIES, CLIP_PERIOD).expand(len(condition), -1))
-        return self.clip_embed(torch.cat(features, dim=-1).to(condition.dtype))  # (B, D)
+        embedded = self.clip_embed(torch.cat(features, dim=-1).to(condition.dtype))  # (B, D)
+        return embedded if condition.ndim == 2 else embedded[:, None]
 
-    def _rotary(self, grid: tuple[int, ...], length: int, device: torch.device) -> Rotary:
+    def _rotary(self, grid: tuple[int, ...], length: int, device: torch.device, first: int = 0) -> Rotary:
         positions = grid_positions(grid, device)  # (N, 3)
+        positions[:, 0] += first
         # Text stands at the origin of the image; `_embed_text` says where it stands in the sentence.
         positions = torch.cat([positions.new_zeros(length, 3), positions])  # (L + N, 3)
         return rotary_embedding(positions, self.axes_dims, self.config.rope_theta)
@@ -373,3 +456,17 @@ def _joint_mask(text_mask: Tensor | None, num_image_tokens: int) -> Tensor | Non
         return None
     text_mask = text_mask.bool()
     return torch.cat([text_mask, text_mask.new_ones(text_mask.shape[0], num_image_tokens)], dim=1)
+
+
+def _frame_timesteps(timestep: Tensor, batch: int, num_frames: int) -> Tensor:
+    """Return the timesteps of the text, 0, and of each frame: (B, 1 + T)."""
+    if timestep.ndim == 2 and timestep.shape != (batch, num_frames):
+        raise ValueError(f"timestep has shape {tuple(timestep.shape)}: expected (B,) or ({batch}, {num_frames})")
+    levels = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1).expand(batch, num_frames)  # (B, T)
+    return torch.cat([torch.zeros_like(levels[:, :1]), levels], dim=1)
+
+
+def _of_tokens(values: Tensor, length: int, grid: tuple[int, ...]) -> Tensor:
+    """Give each token the value of its frame, or of the text: (B, 1 + T, ...) to (B, L + N, ...)."""
+    counts = torch.tensor([length] + [grid[1] * grid[2]] * grid[0], device=values.device)
+    return values.repeat_interleave(counts, dim=1, output_size=length + grid[0] * grid[1] * grid[2])

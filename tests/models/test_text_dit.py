@@ -226,5 +226,5 @@ def test_later_settings_at_their_neutral_values_are_no_part_of_a_fingerprint():
 
 
 def test_an_unknown_way_to_attend_is_named():
-    with pytest.raises(ValueError, match="space_time='spatial' is unknown: choose 'full' or 'factorised'"):
+    with pytest.raises(ValueError, match="space_time='spatial' is unknown: choose 'full', 'factorised' or 'causal'"):
         TextDiT(**SMALL, space_time="spatial")

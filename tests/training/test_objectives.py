@@ -11,6 +11,7 @@ from sampling.objectives import (
     logit_normal_grid,
     logit_normal_sigmas,
     shift_sigmas,
+    sigmas_after_clean_frames,
     velocity,
 )
 
@@ -62,3 +63,26 @@ def test_shift_is_that_of_diffusers():
     assert torch.allclose(shift_sigmas(sigmas, 3.0), scheduler.sigmas, atol=1e-5)
     with pytest.raises(ValueError, match="above 0"):
         shift_sigmas(sigmas, 0.0)
+
+
+def test_clips_begin_with_clean_chunks_and_end_with_noise():
+    levels = torch.rand(4000, 4, generator=torch.Generator().manual_seed(0)) + 0.1
+    drawn = sigmas_after_clean_frames(levels, 0.5, torch.Generator().manual_seed(1))
+    clean = (drawn == 0).sum(dim=1)  # (B,)
+    assert torch.equal(drawn == 0, torch.arange(4) < clean[:, None])
+    assert torch.equal(drawn[drawn > 0], levels[drawn > 0])
+    shares = clean.bincount(minlength=5).float() / len(clean)
+    assert torch.allclose(shares, torch.tensor([0.625, 0.125, 0.125, 0.125, 0.0]), atol=0.03)
+    assert torch.equal(sigmas_after_clean_frames(levels, 0.0), levels)
+
+
+def test_parts_of_a_sample_have_levels_and_weights_of_their_own():
+    data, noise = torch.randn(2, 3, 4, 2), torch.randn(2, 3, 4, 2)
+    sigmas = torch.tensor([[0.0, 0.5, 1.0, 0.25]] * 2)[:, None, :, None]
+    mixed = interpolate(data, noise, sigmas)
+    for part, sigma in enumerate((0.0, 0.5, 1.0, 0.25)):
+        alone = interpolate(data[:, :, part], noise[:, :, part], torch.full((2,), sigma))
+        assert torch.allclose(mixed[:, :, part], alone)
+    predicted = torch.randn(2, 3, 4, 2)
+    weighted = flow_matching_loss(predicted, data, noise, sigmas > 0)
+    assert torch.allclose(weighted, flow_matching_loss(predicted[:, :, 1:], data[:, :, 1:], noise[:, :, 1:]), atol=1e-6)

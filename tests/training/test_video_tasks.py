@@ -336,6 +336,47 @@ def test_every_parameter_has_a_gradient_with_images_too(configured, images):
     assert_learns(Trainer(configured(TEXT_TO_VIDEO, 'model.space_time="factorised"', more=stages)).task)
 
 
+CAUSAL = ('model.space_time="causal"', "model.chunk_frames=2", "task.known_fraction=0", "data.lengths=[7, 9]")
+
+
+def test_a_causal_network_learns_and_generates_chunk_by_chunk(configured, tmp_path):
+    task = Trainer(configured(TEXT_TO_VIDEO, *CAUSAL, more="stages = [{until_step = 9, image_fraction = 0.0}]")).task
+    assert task.transformer.config.in_channels == 4
+    seen = torch.cat([task.batch(index)["sigmas"] for index in range(12)])  # (B, T')
+    assert seen.shape[1] == 3
+    assert torch.equal(seen[:, 1], seen[:, 2])  # a chunk has one level
+    assert 0.2 < (seen[:, 0] == 0).float().mean() < 0.8
+    assert (seen[:, -1] > 0).all()
+    assert set(task.validate()) == {"loss", "loss_single", "loss_passing"}
+    assert_learns(task)
+    task.export(tmp_path / "export")
+    pipe = load_pipeline(str(tmp_path / "export"))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.num_windows(30) == 5
+    assert pipe("a fox", num_inference_steps=1, num_frames=30, output_type="pt").frames.shape == (1, 30, 3, 32, 32)
+
+
+def test_a_causal_network_starts_from_one_of_full_attention(configured, tmp_path):
+    full = Trainer(configured(TEXT_TO_VIDEO))
+    full.task.export(tmp_path / "full")
+    causal = Trainer(configured(TEXT_TO_VIDEO, f'data.init_from="{tmp_path / "full"}"', *CAUSAL)).task.transformer
+    assert (causal.config.space_time, causal.config.chunk_frames, causal.config.in_channels) == ("causal", 2, 4)
+    seen = full.task.transformer.patch_embed.weight.unflatten(1, (-1, 12))[..., :4].flatten(1)
+    torch.testing.assert_close(causal.patch_embed.weight, seen, rtol=0.01, atol=0.01)  # saved in half precision
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.known_fraction=0.5", r"task.known_fraction = 0.5, but model.space_time is 'causal'"),
+        ("data.lengths=[7, 25]", r"data.lengths has 25, more than data.num_frames = 9"),
+    ],
+)
+def test_what_a_causal_network_cannot_learn_is_named(configured, override, message):
+    with pytest.raises(ConfigError, match=message):
+        configured(TEXT_TO_VIDEO, *CAUSAL, override)
+
+
 def test_batches_are_pure_and_of_all_kinds(configured):
     task = Trainer(configured(TEXT_TO_VIDEO, more="stages = [{until_step = 9, image_fraction = 0.4}]")).task
     shapes = set()
@@ -358,7 +399,7 @@ def test_clips_start_from_an_image_transformer():
     image = TextDiT(in_channels=4, patch_size=2, num_layers=1, num_attention_heads=2, attention_head_dim=16, text_dim=8)
     for parameter in image.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    clips = clip_transformer(image, 4, space_time="factorised", clip_conditioning=True)
+    clips = clip_transformer(image, 8, space_time="factorised", clip_conditioning=True)
     text, time = torch.randn(1, 3, 8), torch.tensor([300.0])
     latents = torch.randn(1, 4, 4, 4)
     beside = torch.cat([latents, torch.randn(1, 8, 4, 4)], dim=1)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from apps.training.clip_latents import check_stills, encode_clips, known_of, split_latents
@@ -28,14 +28,22 @@ from apps.training.tasks.text_to_image import (
     captions_of,
 )
 from apps.training.text_encoder import tokenize
+from dit.layers.frame_memory import chunk_spans
 from dit.models.text_dit import TextDiT
 from dit.tokenizers import as_visual_tokenizer
 from pipelines.flow_video import DEFAULT_OVERLAP
 from pipelines.inputs.known_clip import KnownClip
 from pipelines.inputs.known_latents import beside, frames_shown, known_latents
-from sampling.objectives import flow_matching_loss, interpolate, logit_normal_grid, logit_normal_sigmas
+from sampling.objectives import (
+    flow_matching_loss,
+    interpolate,
+    logit_normal_grid,
+    logit_normal_sigmas,
+    sigmas_after_clean_frames,
+)
 
 PREVIEW_CLIPS, PREVIEW_COLUMNS = 8, 8
+CLEAN_SHARE = 0.5  # of the clips of causal networks, whose first chunks are clean
 
 
 class TextToVideoSection(FlowSection):
@@ -67,10 +75,16 @@ class TextToVideoData(GeneratorData, ClipSection):
 
 
 class TextToVideoModel(TextToImageModel):
-    """The `[model]` section; see `TextDiT`. With `init_from` only `space_time` counts."""
+    """The `[model]` section; see `TextDiT`. With `init_from` only what says how clips attend counts."""
 
     patch_size: int = 1
-    space_time: Literal["full", "factorised"] = "full"
+    space_time: Literal["full", "factorised", "causal"] = "full"
+    chunk_frames: int = Field(default=1, ge=1)
+    window_frames: int = Field(default=8, ge=1)
+
+    def attention(self) -> dict[str, Any]:
+        """Return the settings that say how the frames of clips attend."""
+        return self.model_dump(include={"space_time", "chunk_frames", "window_frames"})
 
 
 class TextToVideoConfig(TrainConfig):
@@ -79,6 +93,23 @@ class TextToVideoConfig(TrainConfig):
     task: TextToVideoSection
     data: TextToVideoData
     model: TextToVideoModel = TextToVideoModel()
+
+    @model_validator(mode="after")
+    def _check_causal(self) -> "TextToVideoConfig":
+        if self.model.space_time != "causal":
+            return self
+        if self.task.known_fraction:
+            raise ValueError(
+                f"task.known_fraction = {self.task.known_fraction}, but model.space_time is 'causal': such a "
+                "network is shown nothing beside its frames, set it to 0"
+            )
+        longest = max(self.data.lengths, default=0)
+        if longest > self.data.num_frames:
+            raise ValueError(
+                f"data.lengths has {longest}, more than data.num_frames = {self.data.num_frames}: a causal network "
+                "learns clips from their first frame on; leave out what is longer, or raise data.num_frames"
+            )
+        return self
 
 
 class TextToVideoTask(TextToImageTask):
@@ -104,7 +135,7 @@ class TextToVideoTask(TextToImageTask):
 
     def batch(self, index: int) -> dict[str, Any]:
         """Return latents of clips of one length (or single frames), what is known, captions, noise and its levels."""
-        task, address = self.config.task, self.context.address(self.config.run, index)
+        address = self.context.address(self.config.run, index)
         rng, rows, captions = self._draw(index)
         shared = np.random.default_rng((address.seed, address.step, 4))  # all processes draw the same kind of batch
         is_image = shared.random() < self._stage(address.step).image_fraction
@@ -115,9 +146,7 @@ class TextToVideoTask(TextToImageTask):
         return {
             **clips,
             "noise": torch.randn(latents.shape, generator=generator),  # (B, C, T', h, w)
-            "sigmas": logit_normal_sigmas(
-                len(latents), task.sigma_mean, task.sigma_std, task.sigma_shift, generator
-            ),  # (B,)
+            "sigmas": self._sigmas(len(latents), latents.shape[2], generator),  # (B,) or (B, T')
             **self._timing(self.pool, rows.numpy(), frames),
             **self._tokenize(captions),
         }
@@ -176,6 +205,21 @@ class TextToVideoTask(TextToImageTask):
 
         return known_latents(KnownClip(pixels, ~known[:, None]), latents[None], self.ratio, encode).latents[0]
 
+    @property
+    def _is_causal(self) -> bool:
+        return self.transformer.config.space_time == "causal"
+
+    def _sigmas(self, batch: int, frames: int, generator: torch.Generator) -> Tensor:
+        """Draw noise levels: of clips, (B,); for causal networks of latent frames, by chunks, (B, T')."""
+        task = self.config.task
+        settings = (task.sigma_mean, task.sigma_std, task.sigma_shift, generator)
+        if not self._is_causal:
+            return logit_normal_sigmas(batch, *settings)  # (B,)
+        spans = chunk_spans(frames, self.transformer.config.chunk_frames)
+        levels = logit_normal_sigmas(batch * len(spans), *settings).unflatten(0, (batch, -1))  # (B, chunks)
+        levels = sigmas_after_clean_frames(levels, CLEAN_SHARE, generator)
+        return levels.repeat_interleave(torch.tensor([stop - start for start, stop in spans]), dim=1)  # (B, T')
+
     def _timing(self, examples: Any, rows: np.ndarray, frames: int) -> dict[str, Tensor]:
         """Return `frame_rate` and `clip_frames` of a batch, both (B,)."""
         rates = torch.from_numpy(examples.frame_rates[rows]).float()
@@ -193,16 +237,20 @@ class TextToVideoTask(TextToImageTask):
         states = self.text_encoder(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).last_hidden_state  # (B, L, Dt)
-        noisy = interpolate(batch["latents"], batch["noise"], batch["sigmas"])  # (B, C, T', h, w)
+        sigmas = batch["sigmas"]  # (B,) or (B, T')
+        of_frames = sigmas[:, None, :, None, None] if sigmas.ndim == 2 else sigmas
+        noisy = interpolate(batch["latents"], batch["noise"], of_frames)  # (B, C, T', h, w)
         predicted = self.transformer(
-            beside(noisy, batch["shown"], batch["known"]),
+            noisy if self._is_causal else beside(noisy, batch["shown"], batch["known"]),
             encoder_hidden_states=states,
-            timestep=1000 * batch["sigmas"],
+            timestep=1000 * sigmas,
             encoder_attention_mask=batch["attention_mask"].bool(),
             frame_rate=batch["frame_rate"],
             clip_frames=batch["clip_frames"],
         ).sample  # (B, C, T', h, w)
-        loss = flow_matching_loss(predicted, batch["latents"], batch["noise"])  # (B,)
+        # Clean frames hold no noise that could be predicted.
+        weights = of_frames > 0 if sigmas.ndim == 2 else None
+        loss = flow_matching_loss(predicted, batch["latents"], batch["noise"], weights)  # (B,)
         if self.transformer.training and batch["latents"].shape[2] == 1:
             # Images don't pass the attention over time, and processes wait for the gradient of every parameter.
             unused = [one.sum() for name, one in self.transformer.named_parameters() if "_time." in name]
@@ -210,7 +258,12 @@ class TextToVideoTask(TextToImageTask):
         return loss
 
     def validate(self) -> dict[str, float]:
-        """Return the loss of held-out clips, by kind, once with nothing known and once with a mask for each clip."""
+        """Return the loss of held-out clips, by kind, once with nothing known and once with a mask for each clip.
+
+        Causal networks, which are shown no masks, are measured once, on clips of one noise level.
+        """
+        if self._is_causal:
+            return super().validate()
         values = {}
         for kind, batch in self._validation.items():
             moved = {name: tensor.to(self.context.device) for name, tensor in batch.items()}
@@ -253,25 +306,29 @@ class TextToVideoTask(TextToImageTask):
         if start is not None:
             trained = TextDiT.from_pretrained(start / "transformer", torch_dtype=torch.float32)
             own = trained.config.space_time
-            if trained.config.in_channels == 2 * trained.out_channels + self.ratio and own == model.space_time:
+            shown = 0 if model.space_time == "causal" else self._known_channels(trained.out_channels)
+            same = all(trained.config[name] == value for name, value in model.attention().items())
+            if trained.config.in_channels == trained.out_channels + shown and same:
                 return trained
-            if own == "factorised":
+            if own == "factorised" and model.space_time != own:
                 raise ConfigError(
                     f"model.space_time = {model.space_time!r}, but data.init_from is factorised: set that"
                 )
-            side, space_time = self.latents.shape[-1], model.space_time
-            return clip_transformer(
-                trained, self.ratio, space_time=space_time, clip_conditioning=True, sample_size=side
-            )
+            settings = {"clip_conditioning": True, "sample_size": self.latents.shape[-1], **model.attention()}
+            return clip_transformer(trained, shown, **settings)
         channels, side = self.latents.shape[1], self.latents.shape[-1]
         return TextDiT(
-            in_channels=2 * channels + self.ratio,
+            in_channels=channels + (0 if model.space_time == "causal" else self._known_channels(channels)),
             out_channels=channels,
             sample_size=side,
             text_dim=self.text_encoder.config.d_model,
             clip_conditioning=True,
             **model.model_dump(exclude={"text"}),
         )
+
+    def _known_channels(self, channels: int) -> int:
+        """Return the channels that a network sees beside C noisy ones; see `pipelines.inputs.known_latents`."""
+        return channels + self.ratio
 
     def _pipeline(self, transformer: Any, text_encoder: Any, vae: Any) -> Any:
         from pipelines.text_to_video import TextToVideoPipeline
