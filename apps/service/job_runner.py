@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -19,10 +20,17 @@ from PIL import Image
 from apps.service.compute_profiles import LoadOptions, load_options_of
 from apps.service.defaults import resolve_defaults
 from apps.service.events import ClipPart, Event, ModelLoading, Picture, Step, Upscaling
-from apps.service.inference import BatchInputs, BatchResult, CancelSignals, SkipRequestedError, run_pipeline
+from apps.service.inference import (
+    BatchInputs,
+    BatchResult,
+    CancelSignals,
+    SkipRequestedError,
+    StopRequestedError,
+    run_pipeline,
+)
 from apps.service.job_store import JobStore, StoredPicture
 from apps.service.lora import lora_applied, resolve_lora
-from apps.service.media import Clip, contact_strip, require_video, save_mp4
+from apps.service.media import Clip, ClipWriter, contact_strip, require_video, save_mp4
 from apps.service.metadata import PictureSettings, save_picture, save_sidecar
 from apps.service.model_pool import LoadedModel
 from apps.service.option_values import parse_timeline
@@ -138,8 +146,9 @@ def _run_batches(
         clock.begin(_step_count(request, model), first, 1 if request.pick is not None else len(seeds))
         signals.skip.clear()  # one that came too late for its image should not hit the next
         try:
-            parts = None if model.frames is None else functools.partial(clock.part, model.fps)
-            result = _keep(inputs, run_pipeline(model, inputs, signals, clock.step, offload, parts))
+            with _GrowingClip(_growing_path(queued, first, request, model, context), model.fps, clock.part) as parts:
+                on_part = None if model.frames is None else parts.add
+                result = _keep(inputs, run_pipeline(model, inputs, signals, clock.step, offload, on_part))
             seconds = (time.monotonic() - begun) / len(result.pictures)
             for i, frames in enumerate(result.pictures):
                 if request.pick not in (None, i):
@@ -261,8 +270,7 @@ def _finish(
     image = frames[0] if clip is None else contact_strip(frames)
     path = video = None
     if context.output_dir is not None:
-        # The name follows from the job, so that a second attempt replaces what the first one left.
-        name = f"{datetime.fromtimestamp(queued.created):%Y%m%d-%H%M%S}-{settings.seed}-{queued.id}-{place}"
+        name = _file_name(queued, place, settings.seed)
         written = settings if queued.request.keep_settings else None
         path = save_picture(image, context.output_dir / f"{name}.{queued.request.file_format}", written)
         if queued.request.sidecar:
@@ -361,6 +369,55 @@ def _versions() -> dict[str, str]:
 
     packages = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     return {"tessera": __version__, **packages}
+
+
+def _growing_path(
+    queued: QueuedJob, place: int, request: AnyRequest, model: LoadedModel, context: WorkerContext
+) -> Path | None:
+    """Return where the finished parts of a clip are written while it is made; None for one of a single part."""
+    if context.output_dir is None or model.frames is None or not model.info_for(request.task).can_stream:
+        return None
+    return context.output_dir / f"{_file_name(queued, place, 'partial')}.mp4"
+
+
+def _file_name(queued: QueuedJob, place: int, mark: int | str) -> str:
+    """Return a file's name without its suffix; it follows from the job, so a second attempt replaces the first."""
+    return f"{datetime.fromtimestamp(queued.created):%Y%m%d-%H%M%S}-{mark}-{queued.id}-{place}"
+
+
+class _GrowingClip:
+    """Writes the finished parts of a clip to a file that players can open, and passes them on.
+
+    The file is removed when the clip was made, or is wanted no longer. What else ends the work leaves it behind.
+
+    Args:
+        path: of the file, which is written from the first part on; None writes none.
+        fps: frames a second.
+        tell: receives what `add` does, with `fps` first.
+    """
+
+    def __init__(self, path: Path | None, fps: float | None, tell: Callable[..., None]) -> None:
+        self._path, self._fps, self._tell = path, fps or 1.0, tell
+        self._open = contextlib.ExitStack()
+        self._writer: ClipWriter | None = None
+
+    def add(self, start: int, total: int, frames: list[Image.Image]) -> None:
+        """Take frames of a clip of `total` frames, the first of which has the index `start`."""
+        self._tell(self._fps, start, total, frames)
+        if self._path is None:
+            return
+        if self._writer is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = self._open.enter_context(ClipWriter(self._path, self._fps, fragmented=True))
+        self._writer.append(frames)
+
+    def __enter__(self) -> _GrowingClip:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._open.close()
+        if self._path is not None and (kind is None or issubclass(kind, (SkipRequestedError, StopRequestedError))):
+            self._path.unlink(missing_ok=True)
 
 
 class _StepClock:

@@ -7,10 +7,11 @@ import importlib.util
 import io
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -110,6 +111,73 @@ def candidate_sheet(images: Sequence[Image.Image], most: int = 16) -> Image.Imag
     return sheet
 
 
+class ClipWriter:
+    """Writes an MP4 file frame after frame, as they come; a context manager, at whose end the file is complete.
+
+    Args:
+        path: the file; an existing one is replaced.
+        fps: frames a second.
+        settings: what reproduces the clip, stored as the file's comment; None leaves it out.
+        sound: what is heard; None writes no track.
+        fragmented: write a file that players can open while it grows, whose end may be missing.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        fps: float,
+        settings: PictureSettings | None = None,
+        sound: Sound | None = None,
+        *,
+        fragmented: bool = False,
+    ) -> None:
+        require_video()
+        import av
+
+        # A fragment for each frame, written at once, makes each frame watchable.
+        flags = "frag_every_frame+empty_moov+default_base_moof" if fragmented else "faststart"
+        options = {"movflags": flags, "flush_packets": "1"} if fragmented else {"movflags": flags}
+        self._file = av.open(str(path), "w", format="mp4", options=options)
+        if settings is not None:
+            self._file.metadata["comment"] = settings.model_dump_json()
+        self._fps, self._sound, self._fragmented = fps, sound, fragmented
+        self._stream: Any = None
+        self._track: Any = None
+        self.frames = 0
+
+    def append(self, frames: Iterable[Image.Image]) -> None:
+        """Encode frames of one size; width and height even, as H.264 wants them."""
+        import av
+
+        for image in frames:
+            stream = self._stream = self._stream or self._begin(image.size)
+            self._file.mux(stream.encode(av.VideoFrame.from_image(image.convert("RGB"))))
+            self.frames += 1
+
+    def _begin(self, size: tuple[int, int]) -> Any:
+        stream = self._file.add_stream("libx264", rate=Fraction(self._fps).limit_denominator(1000))
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": QUALITY}
+        if self._fragmented:  # no frame waits for later ones
+            stream.options |= {"tune": "zerolatency"}
+        self._track = None if self._sound is None else add_track(self._file, self._sound)
+        return stream
+
+    def __enter__(self) -> ClipWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Complete the file; after an error, close it as it is."""
+        try:
+            if self._stream is not None:
+                self._file.mux(self._stream.encode())
+                if kind is None and self._sound is not None:
+                    fill_track(self._file, self._track, self._sound, self.frames / self._fps)
+        finally:
+            self._file.close()
+
+
 def save_mp4(clip: Clip, path: Path, settings: PictureSettings | None) -> Path:
     """Write a clip with its settings; the file appears complete or not at all.
 
@@ -126,25 +194,12 @@ def save_mp4(clip: Clip, path: Path, settings: PictureSettings | None) -> Path:
         ImportError: PyAV is not installed.
     """
     require_video()
-    import av
-
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"{path.name!r} is no MP4 name; clips are written as '.mp4'.")
     partial = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as file:
-            if settings is not None:
-                file.metadata["comment"] = settings.model_dump_json()
-            stream = file.add_stream("libx264", rate=Fraction(clip.fps).limit_denominator(1000))
-            stream.width, stream.height = clip.frames[0].size
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": QUALITY}
-            track = None if clip.sound is None else add_track(file, clip.sound)
-            for image in clip.frames:
-                file.mux(stream.encode(av.VideoFrame.from_image(image.convert("RGB"))))
-            file.mux(stream.encode())
-            if clip.sound is not None:
-                fill_track(file, track, clip.sound, clip.seconds)
+        with ClipWriter(partial, clip.fps, settings, clip.sound) as writer:
+            writer.append(clip.frames)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -260,6 +260,41 @@ def test_finished_frames_come_before_later_ones_are_begun(long_world):
     assert len(frames_of(picture.video)) == 20
 
 
+def partial_files(world):
+    return list(world.engine.output_dir.glob("*-partial-*.mp4"))
+
+
+def test_finished_frames_can_be_watched_in_a_file_while_later_ones_are_made(long_world, monkeypatch):
+    seen = []
+
+    class Watched(job_runner.ClipWriter):
+        def append(self, frames):
+            super().append(frames)
+            seen.extend(len(frames_of(file)) for file in partial_files(long_world))
+
+    monkeypatch.setattr(job_runner, "ClipWriter", Watched)
+    told = list(long_world.engine.generate(TextToImageRequest(prompt="a red apple", seed=3)))
+    assert seen == [7, 13]  # of 8 and 14: the last one is written when its duration is known, with the next
+    (picture,) = (event for event in told if isinstance(event, Picture))
+    assert len(frames_of(picture.video)) == 20
+    assert partial_files(long_world) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "left"), [(job_runner.StopRequestedError(), []), (RuntimeError("out of memory"), [8])]
+)
+def test_what_was_finished_is_left_when_the_work_breaks_not_when_it_is_stopped(long_world, monkeypatch, error, left):
+    def broken(model, inputs, signals, on_step, offload, on_part):
+        on_part(0, 20, [Image.new("RGB", (32, 32), "teal")] * 8)
+        raise error
+
+    monkeypatch.setattr(job_runner, "run_pipeline", broken)
+    list(long_world.engine.generate(TextToImageRequest(prompt="a red apple", seed=4)))
+    assert [len(frames_of(file)) for file in partial_files(long_world)] == left
+    for file in partial_files(long_world):
+        file.unlink()
+
+
 def test_the_page_plays_what_is_finished(long_world):
     ask = {**ASK, "shape": "32x32", "frames": 20}
     told = [changes["stage"] for changes in generate_values(long_world.generation, ask) if "stage" in changes]
