@@ -17,6 +17,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from pipelines.info.clip_defaults import ClipDefaults, clip_defaults_of, default_fps, default_frames
+from pipelines.info.guider_call import guided_call, guider_scale
 from pipelines.info.record import FALLBACK_SIDE, Callback, Guidance, PipelineInfo, class_table
 from pipelines.info.record import tiles as can_tile
 from pipelines.previews import can_preview, is_flow
@@ -45,6 +46,9 @@ FIRST_FRAME = {"LTXPipeline": "LTXImageToVideoPipeline", "LTX2Pipeline": "LTX2Im
 LATENT_FACTORS = {"StableDiffusionLatentUpscalePipeline": 2}
 """Pipelines that enlarge the latents of an image -> by how much."""
 
+WIDE = (16, 9)
+"""Width : height of clips of pipelines that only say how many pixels they have."""
+
 FALLBACK_MULTIPLE = 8
 """Pixels a latent cell of a pipeline that doesn't say."""
 
@@ -53,9 +57,13 @@ def diffusers_info(pipe: Any) -> PipelineInfo:
     """Find out what a pipeline is and can do.
 
     Args:
-        pipe: a pipeline of diffusers, or any object with a call like theirs.
+        pipe: a pipeline of diffusers, or any object with a call like theirs. One that holds its guidance scale in a
+            component is asked for what `guided_call` makes of it.
     """
+    pipe = guided_call(pipe)
     defaults = call_defaults(type(pipe))
+    if defaults.get("guidance_scale") is None and (scale := guider_scale(pipe)) is not None:
+        defaults["guidance_scale"] = scale
     parameters = call_parameters(type(pipe))
     arguments = {
         name: next(one for one in names if one in parameters)
@@ -200,14 +208,15 @@ def upscale_factor(pipe: Any) -> int | None:
 def default_side(pipe: Any, name: str, defaults: Mapping[str, Any]) -> int:
     """Return the height or width in pixels that a pipeline was made for.
 
-    That is the default of its call, else its sample size in latents times its scale.
+    That is the default of its call, else what its call finds for its shape and area, else its sample size in latents
+    times its scale.
 
     Args:
         pipe: a pipeline.
         name: "height" or "width".
         defaults: of its call.
     """
-    pixels = (defaults.get(name), getattr(pipe, f"default_{name}", None))
+    pixels = (defaults.get(name), getattr(pipe, f"default_{name}", None), _side_of_shape(pipe, name))
     config = network_config(pipe)
     cells = (
         getattr(pipe, "default_sample_size", None),
@@ -217,6 +226,16 @@ def default_side(pipe: Any, name: str, defaults: Mapping[str, Any]) -> int:
     scale = latent_scale(pipe) or 0
     sides = [*pixels, *(value * scale for value in cells if isinstance(value, int))]
     return next((side for side in sides if isinstance(side, int) and side > 0), FALLBACK_SIDE)
+
+
+def _side_of_shape(pipe: Any, name: str) -> int | None:
+    """Return the height or width that HunyuanVideo-1.5 finds in a call without them; None for others."""
+    find = getattr(getattr(pipe, "video_processor", None), "calculate_default_height_width", None)
+    target = getattr(pipe, "target_size", None)
+    if find is None or not isinstance(target, int):
+        return None
+    across, down = getattr(pipe, "default_aspect_ratio", WIDE)  # that from a first frame has the frame's
+    return int(find(down, across, target)[("height", "width").index(name)])
 
 
 def latent_scale(pipe: Any) -> int | None:

@@ -10,6 +10,7 @@ from diffusers import ModularPipeline
 
 from pipelines.base import TesseraPipeline
 from pipelines.info.diffusers_info import call_tasks, diffusers_info, is_offloaded, makes_clips, related_pipelines
+from pipelines.info.guider_call import guided_call
 from pipelines.info.modular_call import ModularCall, makes_clips_of_blocks, tasks_of_blocks
 from pipelines.info.record import PipelineInfo
 from pipelines.loading.modular import empty_pipeline, is_modular, read_modular_index
@@ -80,6 +81,7 @@ def pipelines_by_task(pipe: Any) -> dict[str, Any]:
         pipe = ModularCall(pipe)
     if isinstance(pipe, ModularCall):
         return dict.fromkeys(pipe.info().tasks, pipe)
+    pipe = guided_call(pipe)
     tasks = tasks_of(type(pipe))
     found = dict.fromkeys(tasks, pipe)
     if is_offloaded(pipe):  # its parts are hooked for one pipeline only

@@ -28,6 +28,7 @@ from torch import Tensor
 from dit.runtime.hooks import attachments
 from pipelines.info.clip_defaults import default_fps, default_frames
 from pipelines.info.diffusers_info import ARGUMENTS, clip_defaults, default_side, network_config, side_multiple
+from pipelines.info.guider_call import guider_scale, guiders_of, scaled_guider
 from pipelines.info.record import Guidance, PipelineInfo, tiles
 from pipelines.previews import can_preview, is_flow, predict_x0
 
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 OUTPUTS = {"images": "images", "videos": "frames"}
 """What modular pipelines name their results -> what the outputs of standard pipelines name them."""
-GUIDERS = ("guider", "guider_2")
-"""Components that hold the guidance scale of pipelines whose call takes none."""
 CALLBACK_ARGUMENTS = ("callback_on_step_end", "callback_on_step_end_tensor_inputs")
 CALLBACK_TENSORS = ("latents",)
 
@@ -158,17 +157,8 @@ class ModularCall:
             is_distilled = getattr(network_config(self), "guidance_embeds", False) is True
             kind: Guidance = "distilled" if is_distilled else "classifier_free"
             return float(scale) if isinstance(scale, int | float) else None, kind
-        first = next(iter(self._guiders().values()), None)
-        if first is None:
-            return None, "none"
-        is_on = first.config.get("enabled", True)
-        return float(first.config["guidance_scale"]) if is_on else 1.0, "classifier_free"
-
-    def _guiders(self) -> dict[str, Any]:
-        """Return the components that hold a guidance scale, by name."""
-        components = self.pipe.components
-        guiders = {name: components[name] for name in GUIDERS if components.get(name) is not None}
-        return {name: guider for name, guider in guiders.items() if "guidance_scale" in guider.config}
+        scale = guider_scale(self.pipe)
+        return scale, "none" if scale is None else "classifier_free"
 
     def _result(self) -> str:
         """Return the name of the pipeline's result among the outputs of its blocks.
@@ -253,15 +243,12 @@ class ModularCall:
     @contextmanager
     def _guided_by(self, scale: float | None) -> Generator[None]:
         """Have the guiders guide by a scale for one call, None is their own, and name the branches of guidance."""
-        before = self._guiders()
+        before = guiders_of(self.pipe)
         if scale is not None and not before:
             raise ValueError(f"{type(self.pipe).__name__} has no guidance scale; leave guidance_scale out.")
         with ExitStack() as branch:
             for name, guider in before.items():
-                other = copy(guider)  # `guider.new` logs a warning at each call
-                if scale is not None:
-                    other.guidance_scale = scale
-                    other.enable()  # it is off in distilled models
+                other = copy(guider) if scale is None else scaled_guider(guider, scale)
                 if other.num_conditions > 1:
                     self._check_branches()
                     _name_branches(other, branch)

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pipelines.base import TesseraPipeline
+from pipelines.info.guider_call import guided_call
 from pipelines.loading.errors import clear_loading_errors
 from pipelines.loading.hub_id import split_revision
 from pipelines.loading.memory import check_memory, explain_out_of_memory, is_out_of_memory, release
@@ -104,6 +105,7 @@ def load_pipeline(
     Returns:
         The pipeline on its device. A modular pipeline keeps the call of diffusers, `pipe(prompt=..., output="images")`;
         `pipelines.info.modular_call.ModularCall(pipe)` has the standard one, with step callbacks and an interrupt.
+        The call of one that holds its guidance scale in a component (HunyuanVideo-1.5) takes `guidance_scale` too.
 
     Raises:
         FileNotFoundError: no such model, folder, file or repository, or files are missing in it.
@@ -131,7 +133,7 @@ def load_pipeline(
     )
     read = _plan(name, base, config, request)
     try:
-        return apply_offload(read(), target, offload)
+        return guided_call(apply_offload(read(), target, offload))
     except Exception as error:
         release(error)
         if is_out_of_memory(error):

@@ -89,7 +89,7 @@ def test_a_folder_says_what_it_can_and_makes_the_same_clip(world, tmp_path):
     assert found.output == "frames"
     assert "text_to_image" in found.tasks
     loaded = load_pipeline(tmp_path / "model", device="cpu")
-    assert type(loaded) is type(world.pipe)
+    assert isinstance(loaded, type(world.pipe))
     engine = Engine({"tiny": "tiny"}, tmp_path / "out", device="cpu", load=lambda source: loaded)
     picture = picture_of(list(engine.generate(make_request(world.name))))
     assert engine.model().result(60).fingerprint == world.engine.model().result(60).fingerprint
