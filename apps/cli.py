@@ -299,8 +299,9 @@ def bench(
         str,
         typer.Argument(
             help="image (an image and its parts), start (imports), costs (single operations), cache, cache-time and "
-            "cache-transfer (step caches), kv, shortcuts and search (what next-scale models lose by forgetting and "
-            "skipping, and gain by searching), or released (our VAR beside a clone of its authors' code)."
+            "cache-transfer (step caches), clips (a step cache on clips, and long ones), kv, shortcuts and search (what "
+            "next-scale models lose by forgetting and skipping, and gain by searching), or released (our VAR beside a "
+            "clone of its authors' code)."
         ),
     ],
     name: Annotated[

@@ -317,10 +317,11 @@ def _add_write_routes(app: FastAPI) -> None:
             try:
                 loop, decoder = asyncio.get_running_loop(), request.app.state.decoder
                 taken = loop.run_in_executor(decoder, receive_clip, engine.uploads, file, user.name)
-                name, frames, (width, height) = await taken
+                clip = await taken
             except UploadError as error:
                 raise HTTPException(422, error_body("bad_picture", str(error))) from error
-        return {"id": name, "frames": frames, "width": width, "height": height}
+        width, height = clip.size
+        return {"id": clip.name, "frames": clip.frames, "width": width, "height": height, "notes": list(clip.notes)}
 
     @app.post("/v1/jobs", status_code=202, openapi_extra=takes(REQUEST))
     async def submit(user: Creator, engine: ServerEngine, request: Request) -> dict[str, Any]:

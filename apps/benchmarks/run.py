@@ -7,6 +7,7 @@
 `tessera bench cache` compares step caches and fewer steps at equal cost, with rivals in the same run, and draws them
 beside the JSON file; `tessera bench cache-time` times what ours saves; `tessera bench cache-transfer` carries a profile
 to other prompts, sizes, guidance and schedulers.
+`tessera bench clips` measures a step cache on clips, and the time and memory of longer ones.
 """
 
 import json
@@ -132,6 +133,13 @@ def bench_cache_time(asked: Asked) -> dict[str, Any]:
     return implementation.bench_time(asked.model or "stickers", asked.repeats, asked.device, asked.dtype)
 
 
+def bench_clips(asked: Asked) -> dict[str, Any]:
+    """Measure clips; see `apps.benchmarks.clips`."""
+    from apps.benchmarks import clips as implementation
+
+    return implementation.bench_clips(asked)
+
+
 BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "image": bench_image,
     "start": bench_start,
@@ -139,6 +147,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "cache": bench_cache,
     "cache-time": bench_cache_time,
     "cache-transfer": bench_transfer,
+    "clips": bench_clips,
     "kv": bench_kv,
     "shortcuts": bench_shortcuts,
     "search": bench_search,

@@ -199,7 +199,8 @@ def make_request(
         },
     }
     if options.video is not None:
-        files["video"], files["video_frames"], _ = receive_clip(engine.uploads, options.video)
+        clip = receive_clip(engine.uploads, options.video)
+        files["video"], files["video_frames"] = clip.name, clip.frames
     values |= {name: value for name, value in files.items() if value is not None}
     if "upscaler" in values:  # named by its place, which requests don't know
         values["upscaler"] = engine.upscalers.names[0]

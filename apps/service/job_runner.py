@@ -38,7 +38,7 @@ from apps.service.outpaint import blend, mask_of, pad_for_outpainting, soft_mask
 from apps.service.reports import encode_reports, report_text
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
-from apps.service.uploaded_clips import split_frames
+from apps.service.uploaded_clips import cut_note, split_frames
 from apps.service.uploads import UploadStore
 from apps.service.upscaling import UpscalerPool, UpscaleStep
 
@@ -158,7 +158,7 @@ def _run_batches(
                     settings = settings.model_copy(update={"upscaler_fingerprint": upscale.loaded.fingerprint})
                     frames = upscale.run(inputs, i, frames, clock.upscaling(i))
                 place, took = first + i if request.pick is None else 0, seconds + time.monotonic() - since
-                notes = notes_on(request, model)
+                notes = notes_on(request, model, context.uploads)
                 tell(_finish(queued, place, model, context, settings, frames, took, result, notes))
         except SkipRequestedError:
             context.store.add_skipped(queued.id, range(first, first + len(seeds)))
@@ -293,16 +293,24 @@ def _finish(
     return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes, result.reports)
 
 
-def notes_on(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
-    """Say what keeps images from being what was asked for: words that the model was not trained on.
+def notes_on(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> tuple[str, ...]:
+    """Say what keeps images from being what was asked for.
 
     Args:
         request: filled in, see `apps.service.defaults`.
         model: generates.
+        uploads: the clip to complete, of which the end may be missing.
 
     Returns:
-        A sentence each; none for a model with an open vocabulary.
+        A sentence each.
     """
+    video = getattr(request, "video", None)
+    is_cut = video is not None and uploads.is_cut(video)
+    return (*_notes_on_words(request, model), *((cut_note(),) if is_cut else ()))
+
+
+def _notes_on_words(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
+    """Name the words that a model was not trained on; none for a model with an open vocabulary."""
     if not model.info_for(request.task).knows_words:
         return ()
     from pipelines.inputs.words import describe_unknown

@@ -9,6 +9,8 @@ import io
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,24 @@ MAX_PIXELS = 2**25
 """Of all frames of a clip: 134 MB as they are decoded, a few times that while they are kept."""
 
 
-def receive_clip(uploads: UploadStore, data: Source, owner: str = "local") -> tuple[str, int, tuple[int, int]]:
+@dataclass(frozen=True, slots=True)
+class ReceivedClip:
+    """A clip that was handed in.
+
+    Attributes:
+        name: hash of the image of its frames.
+        frames: their number.
+        size: their width and height.
+        notes: what of it was left out, a sentence each, as images have them, see `apps.service.events.Picture`.
+    """
+
+    name: str
+    frames: int
+    size: tuple[int, int]
+    notes: tuple[str, ...] = ()
+
+
+def receive_clip(uploads: UploadStore, data: Source, owner: str = "local") -> ReceivedClip:
     """Decode a clip of unknown origin and keep it.
 
     Args:
@@ -34,24 +53,31 @@ def receive_clip(uploads: UploadStore, data: Source, owner: str = "local") -> tu
         owner: who hands it in.
 
     Returns:
-        The hash of the image of its frames, their number, and their width and height.
+        What was kept.
 
     Raises:
         UploadError: too large, no clip, or PyAV is not installed.
     """
     with uploads.decoding:
-        frames = read_frames(data)
-        return uploads.add(join_frames(frames), owner), len(frames), frames[0].size
+        frames, is_cut = read_clip(data)
+        name = uploads.add(join_frames(frames), owner, is_cut=is_cut)
+        return ReceivedClip(name, len(frames), frames[0].size, (cut_note(),) if is_cut else ())
 
 
-def read_frames(data: Source) -> list[Image.Image]:
+def cut_note() -> str:
+    """Say that a clip was too long to be kept whole."""
+    most = limits.MAX_FRAMES
+    return f"The clip that was handed in is longer than {most} frames; the first {most} are used."
+
+
+def read_clip(data: Source) -> tuple[list[Image.Image], bool]:
     """Decode a clip of unknown origin.
 
     Args:
         data: see `receive_clip`.
 
     Returns:
-        Its frames, RGB; of longer clips the first `limits.MAX_FRAMES`.
+        Its frames, RGB, and whether more follow; of longer clips there are the first `limits.MAX_FRAMES`.
 
     Raises:
         UploadError: too large, no clip, or PyAV is not installed.
@@ -118,7 +144,7 @@ def _opened(data: Source) -> Iterator[Any]:
         yield data
 
 
-def _video(file: Any) -> list[Image.Image]:
+def _video(file: Any) -> tuple[list[Image.Image], bool]:
     try:
         require_video()
     except ImportError as error:
@@ -144,19 +170,28 @@ def _video(file: Any) -> list[Image.Image]:
     raise _no_clip()
 
 
-def _decoded(container: Any, stream: Any) -> list[Image.Image]:
-    """Decode the frames of a video, each of the size that it said at first."""
+def _decoded(container: Any, stream: Any) -> tuple[list[Image.Image], bool]:
+    """Decode the frames of a video, each of the size that it said at first, and find out whether more follow."""
     frames: list[Image.Image] = []
-    for frame in container.decode(stream):
+    decoding = container.decode(stream)
+    for frame in islice(decoding, limits.MAX_FRAMES):
         if (frame.width, frame.height) != (stream.width, stream.height):
             raise _no_clip()
         _check_size(frame.width, frame.height, len(frames) + 1)
         frames.append(frame.to_image())
-        if len(frames) == limits.MAX_FRAMES:
-            break
     if not frames:
         raise _no_clip()
-    return frames
+    return frames, len(frames) == limits.MAX_FRAMES and _goes_on(decoding)
+
+
+def _goes_on(decoding: Iterator[Any]) -> bool:
+    """Return whether frames follow; what can't be decoded counts as some, because nothing of it is kept."""
+    import av
+
+    try:
+        return next(decoding, None) is not None
+    except av.FFmpegError:
+        return True
 
 
 def _check_size(width: int, height: int, frames: int) -> None:

@@ -161,6 +161,7 @@ class UploadStore:
         self._records = records
         self._quota = quota or limits.UploadQuota()
         self._memory: dict[str, Image.Image] = {}
+        self._cut: set[str] = set()  # of those in memory
         self.decoding = threading.Lock()  # held while an image of unknown origin is decoded
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -201,16 +202,24 @@ class UploadStore:
         with self.decoding:
             return self.add(read_mask(data, self.size(image)), owner)
 
-    def add(self, image: Image.Image, owner: str = "local") -> str:
-        """Keep an image and return its hash; what its owner has beyond the quota goes."""
+    def add(self, image: Image.Image, owner: str = "local", *, is_cut: bool = False) -> str:
+        """Keep an image and return its hash; what its owner has beyond the quota goes.
+
+        Args:
+            image: the image.
+            owner: who hands it in.
+            is_cut: it is the beginning of something longer.
+        """
         rgb = flatten(image)
         name = picture_id(rgb)
         if self._folder is None:
             self._memory[name] = rgb
+            (self._cut.add if is_cut else self._cut.discard)(name)
             return name
-        file = self._file(name)
+        file, mark = self._file(name), self._cut_mark(name)
         if not file.is_file():
             save_picture(rgb, file, None, is_fast=True)
+        mark.touch() if is_cut else mark.unlink(missing_ok=True)
         if self._records is not None:
             self._records.use_upload(name, owner, file.stat().st_size)
             self._tidy(owner)
@@ -229,6 +238,12 @@ class UploadStore:
             raise _absent(name)
         if self._records is not None:
             self._records.use_upload(name, owner, self._file(name).stat().st_size)
+
+    def is_cut(self, name: str) -> bool:
+        """Return whether an image is the beginning of something longer, as it was handed in last."""
+        if self._folder is None:
+            return name in self._cut
+        return NAME.fullmatch(name) is not None and self._cut_mark(name).exists()
 
     def size(self, name: str) -> tuple[int, int]:
         """Return width and height of an image, without decoding it.
@@ -264,6 +279,9 @@ class UploadStore:
         assert self._folder is not None
         return self._folder / f"{name}.png"
 
+    def _cut_mark(self, name: str) -> Path:
+        return self._file(name).with_suffix(".cut")
+
     def _tidy(self, owner: str) -> None:
         """Remove what an owner has beyond the quota, and what was not used for long."""
         if self._records is None:
@@ -272,6 +290,7 @@ class UploadStore:
         for name in self._records.stale_uploads(owner, quota.pictures, quota.bytes, quota.seconds):
             if self._records.drop_upload(name, owner):
                 self._file(name).unlink(missing_ok=True)
+                self._cut_mark(name).unlink(missing_ok=True)
 
 
 def _absent(name: str) -> UploadError:

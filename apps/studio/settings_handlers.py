@@ -373,14 +373,19 @@ class SettingsHandlers:
 
     def take_clip(self, file: str | None, owner: str = LOCAL) -> Changes:
         """Complete a clip that was handed in; None changes nothing."""
-        return self._received(file, lambda path: self._clip(*receive_clip(self._engine.uploads, path, owner)[:2]))
+
+        def take(path: Path) -> Changes:
+            clip = receive_clip(self._engine.uploads, path, owner)
+            return self._clip(clip.name, clip.frames)
+
+        return self._received(file, take)
 
     def drop_clip(self) -> Changes:
         """Forget the clip that is completed."""
         return self._clip(None, None) | {"video_mask": ""}
 
     def _clip(self, name: str | None, frames: int | None) -> Changes:
-        picture = None
+        picture, is_cut = None, name is not None and self._engine.uploads.is_cut(name)
         if name is not None and frames is not None:
             strip = contact_strip(split_frames(self._engine.uploads.get(name), frames))
             strip.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
@@ -388,7 +393,9 @@ class SettingsHandlers:
         return {
             "video": name,
             "video_frames": frames,
-            "video_view": views.end_image("video", self._words, picture),
+            "video_view": views.end_image(
+                "video", self._words, picture, self._words("video.cut", most=limits.MAX_FRAMES) if is_cut else ""
+            ),
             "video_drop": gr.update(visible=name is not None),
         }
 

@@ -8,7 +8,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from apps.service import limits
 from apps.service.engine import Engine
+from apps.service.uploaded_clips import cut_note
 from apps.studio import grid_view, views
 from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.grids import Grids
@@ -129,12 +131,15 @@ class Stage:
 
     def _notes(self, shown: Shown) -> Sequence[str]:
         """Return the notes on an image, in the language of the page where the model's list of words is at hand."""
+        others = tuple(note for note in shown.notes if note != cut_note())
+        cut = (self._words("video.cut", most=limits.MAX_FRAMES),) if others != shown.notes else ()
         try:
             text = f"{shown.settings.prompt} {shown.settings.negative_prompt}"
-            unknown = unknown_words(self._engine.source(shown.settings.model), text) if shown.notes else ()
+            unknown = unknown_words(self._engine.source(shown.settings.model), text) if others else ()
         except (KeyError, ValueError):  # the model isn't here any more, or its list can't be read
             unknown = ()
-        return (self._words("facts.unknown", words=", ".join(unknown[:MAX_NAMED])),) if unknown else shown.notes
+        said = (self._words("facts.unknown", words=", ".join(unknown[:MAX_NAMED])),) if unknown else others
+        return (*said, *cut)
 
 
 def _file(shown: Finished) -> str:

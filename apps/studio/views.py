@@ -204,13 +204,14 @@ def source(words: Strings, picture: str | None = None, size: tuple[int, int] = (
     )
 
 
-def end_image(name: str, words: Strings, picture: str | None = None) -> str:
+def end_image(name: str, words: Strings, picture: str | None = None, note: str = "") -> str:
     """Draw the image that clips begin or end with.
 
     Args:
         name: key of what it is called.
         words: of the page.
         picture: data URI; None draws a place to drop one.
+        note: what of it was left out.
     """
     title = escape(words(name))
     inside = (
@@ -219,7 +220,7 @@ def end_image(name: str, words: Strings, picture: str | None = None) -> str:
         else f'<img src="{picture}" alt="{title}">'
     )
     empty = " empty" if picture is None else ""
-    return f'<figure class="end-image{empty}"><figcaption>{title}</figcaption>{inside}</figure>'
+    return f'<figure class="end-image{empty}"><figcaption>{title}</figcaption>{inside}{hint(note)}</figure>'
 
 
 def brush_tools(words: Strings) -> str:

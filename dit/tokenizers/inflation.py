@@ -70,14 +70,48 @@ def from_image_autoencoder(vae: ViTAutoencoder, **config: Any) -> CausalVideoAut
     return model if vae.dtype == model.dtype else model.to(vae.dtype)
 
 
+def lighter_decoder(vae: CausalVideoAutoencoder, decoder_layers: int, refiner_layers: int) -> CausalVideoAutoencoder:
+    """Return an autoencoder of clips with the weights of another, whose decoder lacks its last layers.
+
+    It encodes as `vae` does. It decodes otherwise until its decoder is trained.
+
+    Args:
+        vae: a trained autoencoder of clips; it is not changed.
+        decoder_layers: blocks of the decoder, at most those of `vae`.
+        refiner_layers: residual pairs of convolutions, at most those of `vae`.
+
+    Returns:
+        The autoencoder, in the dtype, on the device and in the mode of `vae`; `vae` itself if nothing is left out.
+
+    Raises:
+        ValueError: `vae` has fewer layers.
+    """
+    asked = {"decoder_layers": decoder_layers, "refiner_layers": refiner_layers}
+    for name, value in asked.items():
+        if not 1 <= value <= vae.config[name]:
+            raise ValueError(f"{name} is {value}, but the trained autoencoder has {vae.config[name]}: give 1 to that")
+    if all(vae.config[name] == value for name, value in asked.items()):
+        return vae
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    model: Any = CausalVideoAutoencoder(**{**config, **asked})
+    model = model.to(device=vae.device, dtype=vae.dtype).train(vae.training)
+    given = dict(vae.state_dict())
+    _renumber_refiner(given, vae.config.refiner_layers, refiner_layers)
+    model.load_state_dict({name: given[name] for name in model.state_dict()})
+    return model
+
+
+def _renumber_refiner(weights: dict[str, torch.Tensor], last: int, own_last: int) -> None:
+    """Move the convolution that makes the pixels, which stands behind all layers, from place `last` to `own_last`."""
+    for name in [name for name in weights if name.startswith(f"refiner.{last}.")]:
+        weights[name.replace(f".{last}.", f".{own_last}.", 1)] = weights.pop(name)
+
+
 @torch.no_grad()
 def _take_over(model: CausalVideoAutoencoder, vae: ViTAutoencoder) -> None:
     """Copy the weights of an image autoencoder, inflated along time."""
     frames, given = model.patch[0], dict(vae.state_dict())
-    # The convolution that makes the pixels stands behind all layers.
-    last, own_last = vae.config.refiner_layers, model.config.refiner_layers
-    for name in [name for name in given if name.startswith(f"refiner.{last}.")]:
-        given[name.replace(f".{last}.", f".{own_last}.", 1)] = given.pop(name)
+    _renumber_refiner(given, vae.config.refiner_layers, model.config.refiner_layers)
     given["patch_embed.weight"] = given["patch_embed.weight"].repeat(1, frames) / frames
     for name in ("to_pixels.weight", "to_pixels.bias"):
         given[name] = given[name].repeat(frames, *[1] * (given[name].ndim - 1))

@@ -6,10 +6,12 @@ import pytest
 
 from apps.benchmarks.run import run
 from apps.benchmarks.runs import add_run, has_ratios
+from apps.service.usage import UsageError
 from dit.runtime.cost_model import load_costs
 from pipelines import NextScaleClassToImagePipeline
 from tests.models.tiny_next_scale import tokenizer, transformer
 from tests.pipes.tiny import tiny_text_to_image_pipeline
+from tests.pipes.tiny_video import tiny_video_pipeline
 
 
 def test_painting_report(tmp_path, capsys):
@@ -86,3 +88,24 @@ def test_a_report_keeps_the_runs_of_other_days_and_their_range():
     assert len(held["runs"]) == 3
     assert held["ranges"][0] == {"of": "ours", "ratio": "of released", "from": 0.6, "to": 0.9, "runs": 3}
     assert add_run(report(0.8), {"benchmark": "costs"})["ranges"][0]["runs"] == 1
+
+
+def test_clips_report_what_a_cache_saves_and_what_length_costs(tmp_path, capsys):
+    folder = str(tmp_path / "tiny")
+    tiny_video_pipeline(num_frames=4, window_frames=4, window_overlap=1, num_inference_steps=6).save_pretrained(folder)
+    report = run("clips", model=folder, output=tmp_path / "clips.json", smoke=True)
+    cache, length = report["tables"].values()
+    assert cache[0]["times faster"] > 0
+    assert "clips" not in cache[0], "the judge knows no clips of this model"
+    assert [(row["frames"], row["parts"]) for row in length] == [("4", 1), ("8", 3)]
+    assert length[0]["times the seconds"] == length[0]["times the memory"] == 1.0
+    assert length[0]["first frames after, %"] > length[1]["first frames after, %"] > 0
+    assert 100 < length[1]["peak memory, MiB"] < 10_000
+    kept = json.loads((tmp_path / "clips.json").read_text())
+    assert {(row["of"], row["ratio"]) for row in kept["ranges"]} == {
+        ("0.35", "times faster"), ("4", "times the seconds"), ("8", "times the seconds"), ("4", "times the memory"),
+        ("8", "times the memory"),
+    }  # fmt: skip
+    assert "length of a clip" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="makes no clips in parts: give a text-to-video model"):
+        run("clips", model="stickers", smoke=True)

@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 from dit.layers.frame_window import window_rotary
 from dit.tokenizers import CausalVideoAutoencoder, ViTAutoencoder, as_visual_tokenizer, from_image_autoencoder
 from dit.tokenizers import causal_video as module
+from dit.tokenizers.inflation import lighter_decoder
 from pipelines.loading.model_index import COMPONENT_MODULES
 
 SMALL = {
@@ -357,3 +358,16 @@ def test_errors_name_the_remedy(call, message):
 def test_impossible_sizes_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         autoencoder(**changes)
+
+
+def test_a_lighter_decoder_keeps_the_codes_and_the_first_layers():
+    vae = autoencoder(decoder_layers=3, refiner_channels=8, refiner_layers=3)
+    light = lighter_decoder(vae, decoder_layers=2, refiner_layers=1)
+    x = clip(5)
+    assert torch.equal(light.encode(x).latent, vae.encode(x).latent)
+    assert torch.equal(light.refiner[1].weight, vae.refiner[3].weight)  # the convolution that makes the pixels
+    assert torch.equal(light.decoder_blocks[1].ff.net[2].weight, vae.decoder_blocks[1].ff.net[2].weight)
+    assert (len(light.decoder_blocks), light.config.decoder_layers, light.config.refiner_layers) == (2, 2, 1)
+    assert lighter_decoder(vae, 3, 3) is vae
+    with pytest.raises(ValueError, match="decoder_layers is 4, but the trained autoencoder has 3"):
+        lighter_decoder(vae, 4, 1)

@@ -15,6 +15,7 @@ from apps.training.image_grid import save_grid
 from apps.training.tasks.autoencoder import AutoencoderSection, AutoencoderTask
 from dit.tokenizers import CausalVideoAutoencoder, ViTAutoencoder, from_image_autoencoder
 from dit.tokenizers.base import fit_linear_preview
+from dit.tokenizers.inflation import lighter_decoder
 from pipelines.inputs.known_latents import group_frames
 
 PREVIEW_CLIPS, PREVIEW_FRAMES = 6, 8
@@ -34,8 +35,9 @@ class VideoAutoencoderData(ClipSection):
     """The `[data]` section.
 
     Attributes:
-        init_from: Folder of an exported autoencoder that the run starts from: of clips, or of images
-            (`ViTAutoencoder`), with whose weights `[model]` has to agree, see `from_image_autoencoder`.
+        init_from: Folder of an exported autoencoder that the run starts from: of clips, of which only the layers of the
+            decoder may be fewer, see `lighter_decoder`; or of images (`ViTAutoencoder`), with whose weights `[model]`
+            has to agree, see `from_image_autoencoder`.
         resolution: Side of the frames in pixels.
         validation_examples: Held-out clips that are measured.
         calibration_images: Clips that the statistics of the code and the preview map are fitted to.
@@ -112,7 +114,12 @@ class VideoAutoencoderTask(AutoencoderTask):
         settings: Any = ViTAutoencoder.load_config(start)
         kind = settings["_class_name"]
         if kind == "CausalVideoAutoencoder":
-            return CausalVideoAutoencoder.from_pretrained(start, torch_dtype=torch.float32)
+            trained = CausalVideoAutoencoder.from_pretrained(start, torch_dtype=torch.float32)
+            layers = self.config.model.model_dump(include={"decoder_layers", "refiner_layers"})
+            try:
+                return lighter_decoder(trained, **layers)
+            except ValueError as error:
+                raise ConfigError(f"data.init_from = {str(start)!r}: {error}") from error
         if kind == "ViTAutoencoder":
             image = ViTAutoencoder.from_pretrained(start, torch_dtype=torch.float32)
             try:
