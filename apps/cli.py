@@ -299,7 +299,7 @@ def bench(
         str,
         typer.Argument(
             help="image (an image and its parts), start (imports), costs (single operations), cache, cache-time and "
-            "cache-transfer (step caches), clips (a step cache on clips, and long ones), kv, shortcuts and search (what "
+            "cache-transfer (step caches), clips (a step cache on clips, long ones), kv, shortcuts and search (what "
             "next-scale models lose by forgetting and skipping, and gain by searching), or released (our VAR beside a "
             "clone of its authors' code)."
         ),

@@ -151,7 +151,7 @@ def _judged(pipe: Any, requests: Sequence[ClipRequest], clips: Tensor) -> dict[s
     judge = ClipJudge(load_clips(), pipe.device)
     period = round(LOOP_SECONDS * float(info_of(pipe).fps or 8))
     found = read_clips([one.scene for one in requests], [clips * 2 - 1], judge, lambda count: None, period)
-    return {metric: 100 * found[metric] for metric in ("identity", "motion", "own")}
+    return {metric: 100 * found[metric] for metric in ("identity", "motion", "plays", "own")}
 
 
 def _length_rows(model: str, lengths: Sequence[int], asked: Asked) -> list[dict[str, Any]]:

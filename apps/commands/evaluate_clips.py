@@ -304,7 +304,7 @@ def show_clips(report: ClipReport, console: Console) -> None:
         table.add_column(column, no_wrap=True, justify="left" if column == "metric" else "right")
     for name, found in report.scores.items():
         kind = "passing" if CLIP_SETS[name].kind == "passing" else "moving"
-        for number, metric in enumerate(("identity", "motion", "own", "colour", "all")):
+        for number, metric in enumerate(("identity", "motion", "plays", "own", "colour", "all")):
             limits = [f"{100 * part[kind][metric]:.1f} %" for part in (report.ceiling, report.autoencoder)]
             table.add_row("" if number else CLIP_SETS[name].title, metric, f"{100 * found[metric]:.1f} %", *limits)
         for metric in ("flicker", "unexplained"):

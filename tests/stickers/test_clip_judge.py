@@ -18,6 +18,7 @@ from apps.stickers.moving import (
     score_clip,
 )
 from apps.stickers.moving.judge import ReadSticker, scene_motion
+from apps.stickers.moving.playback import OWN_MOTIONS
 
 SHEET = load_clips()
 RED = COLOURS.index("red")
@@ -101,7 +102,7 @@ def test_empty_clips_hold_nothing(judge: ClipJudge) -> None:
 
 def test_the_ceiling_is_reported(judge: ClipJudge) -> None:
     report = clip_ceiling(4, 64, noise=0.05, blur=2, sheet=SHEET, judge=judge)
-    assert set(report) == {"colour", "identity", "motion", "own", "all"}
+    assert set(report) == {"colour", "identity", "motion", "plays", "own", "all"}
     assert report["colour"] == 1
     assert report["identity"] >= 0.75
     with pytest.raises(ValueError, match="num_prompts is 0"):
@@ -112,7 +113,8 @@ def test_the_ceiling_is_reported(judge: ClipJudge) -> None:
 
 def read_sticker(clip: int, own: str = "animated", motion: str = "left", y: float = 20.0) -> ReadSticker:
     track = (Pose(60.0, y, 30.0), Pose(20.0, y, 30.0))
-    return ReadSticker(clip, 1.0, own, motion, track, 0.0, 0.0)  # type: ignore[arg-type]
+    ways = {way: 0.2 if way == own else 0.5 + 0.1 * number for number, way in enumerate(OWN_MOTIONS)}
+    return ReadSticker(clip, 1.0, own, motion, track, 0.0, 0.0, ways)  # type: ignore[arg-type]
 
 
 def test_scores_of_singles() -> None:
@@ -120,7 +122,11 @@ def test_scores_of_singles() -> None:
     right = ClipReading(RED, (read_sticker(dolphin),), 0.0, 0.0)
     assert all(score_clip(LEFT, right).values())
     still = score_clip(LEFT, replace(right, stickers=(read_sticker(dolphin, own="still"),)))
-    assert still == {"colour": True, "identity": True, "motion": True, "own": False, "all": False}
+    assert still == {
+        "colour": True, "identity": True, "motion": True, "plays": False, "own": False, "all": False,
+    }  # fmt: skip
+    fast = score_clip(LEFT, replace(right, stickers=(read_sticker(dolphin, own="fast"),)))
+    assert (fast["plays"], fast["own"], fast["all"]) == (True, False, False)  # nearer to its own pace than to standing
     other = score_clip(LEFT, replace(right, stickers=(read_sticker(dolphin + 1),)))
     assert (other["identity"], other["motion"], other["own"]) == (False, True, False)
     two = score_clip(LEFT, replace(right, stickers=(read_sticker(dolphin), read_sticker(dolphin))))

@@ -16,7 +16,7 @@ The judge never sees the prompt. It reads
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,7 @@ class ReadSticker:
         track: where it is in each frame, in pixels of the frames (angles in degrees).
         roughness: root mean square of the second differences of the track's places, in pixels; 0 on an even track.
         error: squared error of the rendering on an even track, as a share of the energy of this part of the clip.
+        ways: that error for each way in which the clip can be played; `own` has the least.
     """
 
     clip: int
@@ -61,6 +62,12 @@ class ReadSticker:
     track: tuple[Pose, ...]
     roughness: float
     error: float
+    ways: Mapping[OwnMotion, float]
+
+    def plays(self, own: OwnMotion) -> bool:
+        """Tell whether it is played in this way rather than held still or played backwards."""
+        others = [self.ways[way] for way in ("still", "backwards") if way in self.ways and way != own]
+        return own in self.ways and all(self.ways[own] < error for error in others)
 
 
 @dataclass(frozen=True)
@@ -210,6 +217,7 @@ class _Part:
         guesses = torch.stack([self._guess(frames) for _, frames in self.ways])  # (M, T, 4)
         turned = self.turned > 0
         tracks, errors = fit_even_tracks(played, guesses, self.difference, colour, turned)
+        shares = (errors / self.difference.square().sum().clamp(min=1e-6)).tolist()
         best = int(errors.argmin())
         free = fit_freely(played[best], tracks[best], self.difference, colour, turned)  # (T, 4)
         drawn = draw_differences(played[best], free, colour, CANVAS)
@@ -222,7 +230,8 @@ class _Part:
             motion=scene_motion(tracks[best, -1] - tracks[best, 0]),
             track=tuple(Pose(*place) for place in places.tolist()),
             roughness=float(bends.square().sum(1).mean().sqrt()) if len(bends) else 0.0,
-            error=float(errors[best] / self.difference.square().sum().clamp(min=1e-6)),
+            error=shares[best],
+            ways={way: share for (way, _), share in zip(self.ways, shares, strict=True)},
         )
         return sticker, drawn
 
@@ -272,15 +281,18 @@ def score_clip(scene: ClipScene, reading: ClipReading) -> dict[str, bool]:
 
     Returns:
         "colour" (the background), "identity" (as many stickers as asked for, all right), "motion" (as many, and the
-        scene motion of each is right; of a pair also on which side each passes), "own" (the identity and how each is
-        played are right), and "all" of these.
+        scene motion of each is right; of a pair also on which side each passes), "plays" (the identity is right, and
+        each is played as asked for rather than held still or played backwards), "own" (of all five ways in which
+        stickers are played, each is played as asked for), and "all" of these.
     """
     found = reading.stickers
     identity = sorted(one.clip for one in found) == sorted(sticker.clip for sticker in scene.stickers)
     motion = [one.motion for one in found] == [scene.motion] if scene.kind == "single" else _passes(scene, found)
-    played = {sticker.clip: sticker.own for sticker in scene.stickers}
+    played: dict[int, OwnMotion] = {sticker.clip: sticker.own for sticker in scene.stickers}
     own = identity and all(one.own == played[one.clip] for one in found)
-    results = {"colour": reading.background == scene.background, "identity": identity, "motion": motion, "own": own}
+    plays = identity and all(one.plays(played[one.clip]) for one in found)
+    results = {"colour": reading.background == scene.background, "identity": identity, "motion": motion}
+    results |= {"plays": plays, "own": own}
     return results | {"all": all(results.values())}
 
 
