@@ -116,8 +116,8 @@ class VideoCall:
 class FlowVideoPipeline(FlowTextPipeline):
     """Base of pipelines that make clips, window by window.
 
-    Args: see `FlowTextPipeline`; `defaults` may also name `num_frames`, `frame_rate`, `window_frames` and
-        `window_overlap`.
+    Args: see `FlowTextPipeline`; `defaults` may also name `num_frames`, `frame_rate`, `window_frames`, `window_overlap`
+        and `negative_prompt`, such as one that keeps clips from standing still.
     """
 
     default_names: ClassVar[tuple[str, ...]] = (
@@ -126,6 +126,7 @@ class FlowVideoPipeline(FlowTextPipeline):
         "frame_rate",
         "window_frames",
         "window_overlap",
+        "negative_prompt",
     )
     _callback_tensor_inputs: ClassVar[list[str]] = [
         "latents",
@@ -320,9 +321,11 @@ class FlowVideoPipeline(FlowTextPipeline):
             if prompt is not None or call.prompt_embeds is not None:
                 raise ValueError("Pass either prompt or prompt_schedule, got both.")
             prompt = schedule.at(window)
+        # Given states take the place of the model's own negative prompt; of two that the caller names, one is too many.
+        is_own = call.negative_prompt == call_defaults(self).get("negative_prompt")
         embeds, mask, negative, negative_mask = self.encode_prompt(
             prompt,
-            call.negative_prompt,
+            None if is_own and call.negative_prompt_embeds is not None else call.negative_prompt,
             self.do_classifier_free_guidance,
             call.num_videos_per_prompt,
             self._execution_device,

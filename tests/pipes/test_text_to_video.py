@@ -32,6 +32,22 @@ def colourful(num_frames: int, size: int = 32) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in values]
 
 
+def test_a_model_may_have_a_negative_prompt_of_its_own():
+    own, plain = tiny_video_pipeline(negative_prompt="two red dogs"), tiny_video_pipeline()
+    call = {**STEPS, "num_frames": 5, "output_type": "pt"}
+    shown = own("a cat", generator=seeded(), **call).frames
+    named = plain("a cat", negative_prompt="two red dogs", generator=seeded(), **call).frames
+    without = plain("a cat", generator=seeded(), **call).frames
+    assert torch.equal(shown, named)
+    assert not torch.equal(shown, without)
+    assert torch.equal(own("a cat", negative_prompt="", generator=seeded(), **call).frames, without)
+    _, _, states, mask = plain.encode_prompt("a cat")
+    given = {"negative_prompt_embeds": states, "negative_prompt_attention_mask": mask}
+    assert torch.equal(own("a cat", generator=seeded(), **given, **call).frames, without)
+    with pytest.raises(ValueError, match="negative_prompt"):
+        own("a cat", negative_prompt="a boat", generator=seeded(), **given, **call)
+
+
 def test_outputs_and_sizes(pipe):
     call = {"generator": seeded(), **STEPS, "num_frames": 5}
     frames = pipe("a cat", **call).frames

@@ -52,11 +52,13 @@ class TextToVideoSection(FlowSection):
     Attributes:
         known_fraction: Share of the clips of which something is known, see `apps.training.clip_masks`.
         preview_frames: Frames of previews; exported as the default of the pipeline.
+        preview_negative_prompt: What previews steer away from; exported as the default of the pipeline too.
     """
 
     kind: Literal["text_to_video"]
     known_fraction: float = Field(default=0.35, ge=0, le=1)
     preview_frames: int = Field(default=16, ge=2)
+    preview_negative_prompt: str = ""
 
 
 class TextToVideoData(GeneratorData, ClipSection):
@@ -333,7 +335,7 @@ class TextToVideoTask(TextToImageTask):
     def _pipeline(self, transformer: Any, text_encoder: Any, vae: Any) -> Any:
         from pipelines.text_to_video import TextToVideoPipeline
 
-        data = self.config.data
+        data, negative = self.config.data, self.config.task.preview_negative_prompt
         return self._assembled(
             TextToVideoPipeline,
             transformer,
@@ -343,4 +345,5 @@ class TextToVideoTask(TextToImageTask):
             frame_rate=data.frame_rates[0],
             window_frames=data.num_frames,
             window_overlap=min(DEFAULT_OVERLAP, data.num_frames - 1),
+            **({"negative_prompt": negative} if negative else {}),
         )
