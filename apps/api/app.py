@@ -27,7 +27,7 @@ from apps.api.access import Creator, ServerEngine, Viewer, enqueue, model_row
 from apps.api.guards import BodyLimits, Guard
 from apps.api.logins import LoginTable
 from apps.api.messages import CODES, MoveRequest, error_body, job_row
-from apps.api.schema import files, takes, takes_file
+from apps.api.schema import PICTURES, files, takes, takes_file
 from apps.api.schema import openapi as openapi_of
 from apps.api.streams import JobStreams, TooManyStreamsError
 from apps.api.tokens import TokenTable, User
@@ -301,7 +301,7 @@ def _add_files(app: FastAPI) -> None:
 
 
 def _add_write_routes(app: FastAPI) -> None:
-    @app.post("/v1/pictures", status_code=201, openapi_extra=takes_file("image/png", "image/jpeg", "image/webp"))
+    @app.post("/v1/pictures", status_code=201, openapi_extra=takes_file(*PICTURES))
     async def hand_in(user: Creator, engine: ServerEngine, request: Request) -> dict[str, Any]:
         async with spooled(request) as file:
             try:

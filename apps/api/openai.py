@@ -23,7 +23,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from apps.api.access import Creator, ServerEngine, Viewer, enqueue, model_row
 from apps.api.messages import STATUS, error_body, picture_url
-from apps.api.schema import STREAMED, takes, takes_form
+from apps.api.schema import MASKS, PICTURES, STREAMED, takes, takes_form
 from apps.api.tokens import User
 from apps.service import limits
 from apps.service.engine import Engine
@@ -179,7 +179,11 @@ async def generations(user: Creator, engine: ServerEngine, request: Request) -> 
     return await _answer(_Asked(body, task, _subject(task, body.prompt), "image_generation"), user, engine, request)
 
 
-@router.post("/v1/images/edits", responses=STREAMED, openapi_extra=takes_form(EditRequest, "image", "mask"))
+@router.post(
+    "/v1/images/edits",
+    responses=STREAMED,
+    openapi_extra=takes_form(EditRequest, {"image": PICTURES, "mask": MASKS}),
+)
 async def edits(user: Creator, engine: ServerEngine, request: Request) -> Response:
     """Change the part of an image where a mask is transparent, or without a mask the whole image."""
     async with request.form(max_files=2, max_fields=40, max_part_size=MAX_FIELD_BYTES) as form:
@@ -193,7 +197,9 @@ async def edits(user: Creator, engine: ServerEngine, request: Request) -> Respon
     return await _answer(_Asked(body, task, values, "image_edit"), user, engine, request)
 
 
-@router.post("/v1/images/variations", responses=STREAMED, openapi_extra=takes_form(VariationRequest, "image"))
+@router.post(
+    "/v1/images/variations", responses=STREAMED, openapi_extra=takes_form(VariationRequest, {"image": PICTURES})
+)
 async def variations(user: Creator, engine: ServerEngine, request: Request) -> Response:
     """Make images like an image."""
     async with request.form(max_files=1, max_fields=40, max_part_size=MAX_FIELD_BYTES) as form:

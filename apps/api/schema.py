@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, TypeAdapter
 
 REFERENCE = "#/components/schemas/{model}"
+PICTURES = ("image/png", "image/jpeg", "image/webp")
+MASKS = ("image/png", "image/webp")
+"""Media types of images that may be transparent."""
 METHODS = ("get", "post", "put", "patch", "delete")
 
 
@@ -31,17 +34,22 @@ def takes_file(*kinds: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": dict.fromkeys(kinds, binary)}}
 
 
-def takes_form(model: type[BaseModel], *files: str) -> dict[str, Any]:
+def takes_form(model: type[BaseModel], files: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Return what a route says of its body that is a form.
 
     Args:
         model: of the fields.
-        *files: fields that are files; the first one must be there.
+        files: fields that are files -> media types that they take; the first one must be there.
     """
     schema = model.model_json_schema(ref_template=REFERENCE)
-    schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in files}
-    schema["required"] = [*schema.get("required", ()), files[0]]
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+    # As OpenAPI 3.1 has it. `format: binary` was that of 3.0, and generators of requests make values of it that no
+    # JSON schema can judge, which they have to do with the fields beside it.
+    part = {"type": "string", "contentMediaType": "application/octet-stream"}
+    schema["properties"] |= dict.fromkeys(files, part)
+    schema["required"] = [*schema.get("required", ()), next(iter(files))]
+    encoding = {name: {"contentType": ", ".join(kinds)} for name, kinds in files.items()}
+    content = {"multipart/form-data": {"schema": schema, "encoding": encoding}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 STREAMED: dict[int | str, dict[str, Any]] = {
