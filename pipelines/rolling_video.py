@@ -6,7 +6,7 @@ no frame is generated twice, as frames of overlapping windows are, and the memor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from dit.layers.frame_memory import FrameMemory, chunk_spans
 from pipelines.inputs.checks import check_generators
 from pipelines.inputs.known_clip import KnownClip
 from pipelines.inputs.windows import Window
-
-if TYPE_CHECKING:
-    from pipelines.flow_video import FlowVideoPipeline, VideoCall
 
 
 def plan_chunks(num_frames: int, ratio: int, chunk_frames: int) -> list[Window]:
@@ -40,8 +37,8 @@ class RollingRun:
     """A call of a pipeline whose transformer is causal.
 
     Args:
-        pipe: the pipeline.
-        call: what to generate; of the clip, at most the first frame may be known.
+        pipe: a `FlowVideoPipeline`.
+        call: a `VideoCall`; of the clip, at most the first frame may be known.
         size: height and width in pixels.
         chunks: of `plan_chunks`.
 
@@ -50,7 +47,7 @@ class RollingRun:
             can't decode in chunks.
     """
 
-    def __init__(self, pipe: FlowVideoPipeline, call: VideoCall, size: tuple[int, int], chunks: list[Window]) -> None:
+    def __init__(self, pipe: Any, call: Any, size: tuple[int, int], chunks: list[Window]) -> None:
         self.pipe, self.call, self.size, self.chunks = pipe, call, size, chunks
         self.ratio = pipe.visual_tokenizer.temporal_compression_ratio
         self.memory: FrameMemory = pipe.transformer.new_memory()

@@ -70,7 +70,7 @@ def test_import_report():
 def test_unknown_benchmark_lists_the_known():
     with pytest.raises(
         ValueError,
-        match="one of image, start, costs, cache, cache-time, cache-transfer, kv, shortcuts, search, released",
+        match="one of image, start, costs, cache, cache-time, cache-transfer, clips, kv, shortcuts, search, released",
     ):
         run("nothing")
 
