@@ -2,6 +2,7 @@
 
 from dit.runtime.families.common import adaln_zero, added_qkv, modulated, qkv, self_and_cross, value
 from dit.runtime.families.folding import Fold, Scaled
+from dit.runtime.families.layer_names import images as layer_names
 from dit.runtime.families.layouts import (
     masked_text_first,
     padded_lists,
@@ -26,6 +27,8 @@ from dit.runtime.families.schema import (
 
 FLUX = Family(
     name="flux",
+    layers=layer_names.FLUX,
+    depths=((19, 38),),
     transformer="FluxTransformer2DModel",
     pipelines=(
         PipelineRow("FluxPipeline", TWO_CALLS_EMBEDDED, "true_cfg_scale"),
@@ -68,6 +71,8 @@ FLUX = Family(
 
 FLUX2 = Family(
     name="flux2",
+    layers=layer_names.FLUX2,
+    depths=((8, 48), (5, 20), (8, 24)),
     transformer="Flux2Transformer2DModel",
     pipelines=(
         PipelineRow("Flux2Pipeline", EMBEDDED, None),
@@ -91,6 +96,8 @@ FLUX2 = Family(
 
 SD3 = Family(
     name="sd3",
+    layers=layer_names.SD3,
+    depths=((24,), (38,)),
     transformer="SD3Transformer2DModel",
     pipelines=(
         # Skip-layer guidance adds a third call a step, of the cond branch alone.
@@ -124,6 +131,8 @@ SD3 = Family(
 
 PIXART = Family(
     name="pixart",
+    layers=layer_names.PIXART,
+    depths=((28,),),
     transformer="PixArtTransformer2DModel",
     pipelines=(PipelineRow("PixArtAlphaPipeline", UNCOND_FIRST), PipelineRow("PixArtSigmaPipeline", UNCOND_FIRST)),
     block_lists=(BlockList("transformer_blocks"),),
@@ -136,6 +145,7 @@ PIXART = Family(
 
 DIT = Family(
     name="dit",
+    layers=layer_names.DIT,
     transformer="DiTTransformer2DModel",
     pipelines=(PipelineRow("DiTPipeline", COND_FIRST),),
     block_lists=(BlockList("transformer_blocks"),),
@@ -152,6 +162,8 @@ DIT = Family(
 
 SANA = Family(
     name="sana",
+    layers=layer_names.SANA,
+    depths=((20,), (28,), (60,)),
     transformer="SanaTransformer2DModel",
     pipelines=(
         PipelineRow("SanaPipeline", UNCOND_FIRST),
@@ -177,6 +189,8 @@ _LUMINA_FOLDS = (
 
 LUMINA2 = Family(
     name="lumina2",
+    layers=layer_names.LUMINA2,
+    depths=((26,),),
     transformer="Lumina2Transformer2DModel",
     pipelines=(PipelineRow("Lumina2Pipeline", TWO_CALLS),),
     block_lists=(
@@ -202,6 +216,8 @@ LUMINA2 = Family(
 
 QWEN_IMAGE = Family(
     name="qwen_image",
+    layers=layer_names.QWEN_IMAGE,
+    depths=((60,),),
     transformer="QwenImageTransformer2DModel",
     pipelines=tuple(
         PipelineRow(name, TWO_CALLS, "true_cfg_scale")
@@ -232,6 +248,8 @@ QWEN_IMAGE = Family(
 
 Z_IMAGE = Family(
     name="z_image",
+    layers=layer_names.Z_IMAGE,
+    depths=((30,),),
     transformer="ZImageTransformer2DModel",
     pipelines=(
         PipelineRow("ZImagePipeline", COND_FIRST, guidance_off=0.0),
@@ -268,6 +286,7 @@ Z_IMAGE = Family(
 
 HUNYUAN_DIT = Family(
     name="hunyuan_dit",
+    layers=layer_names.HUNYUAN_DIT,
     transformer="HunyuanDiT2DModel",
     pipelines=(
         PipelineRow("HunyuanDiTPipeline", UNCOND_FIRST),

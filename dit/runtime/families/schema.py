@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.runtime.families.folding import Fold, FoldedGroup, resolve_folds
+from dit.runtime.families.layer_names.rule import LayerNames
 from dit.runtime.families.modules import is_attention
 from dit.runtime.families.tokens import Axes, Kind, TokenLayout
 from dit.runtime.state import named_layers, unwrap
@@ -153,6 +154,8 @@ class Family:
         modulation: regular expressions of the linear layers that make shifts, scales and gates of the timestep; they
             see one token a sample, so only their weights cost.
         fold: rescalings between neighbouring layers that leave the result as it is.
+        layers: names of its linear and convolution layers, here and in the code that first published the network.
+        depths: blocks of each list that is no refiner, in their order, for every size that was published.
         lora_targets: ends of the names of layers that LoRAs usually adapt (PEFT's `target_modules`).
         latent_argument: name of the argument with the noisy latents.
         text_argument: name of the argument with the text states; None if it takes none.
@@ -171,6 +174,8 @@ class Family:
     skip: tuple[str, ...] = ()
     modulation: tuple[str, ...] = ()
     fold: tuple[Fold, ...] = ()
+    layers: tuple[LayerNames, ...] = ()
+    depths: tuple[tuple[int, ...], ...] = ()
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     package: str = "diffusers"
     latent_argument: str = "hidden_states"

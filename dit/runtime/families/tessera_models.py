@@ -4,6 +4,7 @@ from typing import Any
 
 from dit.runtime.families.common import adaln_zero, modulated, qkv, value
 from dit.runtime.families.folding import Fold, Scaled
+from dit.runtime.families.layer_names import own as layer_names
 from dit.runtime.families.layouts import patched, windowed
 from dit.runtime.families.schema import (
     UNCOND_FIRST,
@@ -22,6 +23,7 @@ def _class_timestep(config: Any) -> TimestepScale:
 
 TEXT_DIT = Family(
     name="text_dit",
+    layers=layer_names.TEXT_DIT,
     transformer="TextDiT",
     package="dit.models.text_dit",
     pipelines=tuple(
@@ -51,6 +53,7 @@ TEXT_DIT = Family(
 
 CLASS_DIT = Family(
     name="class_dit",
+    layers=layer_names.CLASS_DIT,
     transformer="DiT",
     package="dit.models.dit",
     pipelines=(PipelineRow("ClassToImagePipeline", UNCOND_FIRST),),
@@ -69,6 +72,7 @@ CLASS_DIT = Family(
 
 SPACE_TIME_DIT = Family(
     name="space_time_dit",
+    layers=layer_names.SPACE_TIME_DIT,
     transformer="SpaceTimeDiT",
     package="dit.models.space_time_dit",
     pipelines=(),
@@ -93,6 +97,7 @@ SPACE_TIME_DIT = Family(
 
 PT_DIT = Family(
     name="pt_dit",
+    layers=layer_names.PT_DIT,
     transformer="PTDiT",
     package="dit.models.pt_dit",
     pipelines=(),
@@ -119,6 +124,7 @@ PT_DIT = Family(
 
 MVDIT = Family(
     name="mvdit",
+    layers=layer_names.MVDIT,
     transformer="MVDiT",
     package="dit.models.mvdit",
     pipelines=(),

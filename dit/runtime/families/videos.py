@@ -2,6 +2,7 @@
 
 from dit.runtime.families.common import adaln_zero, added_qkv, modulated, qkv, self_and_cross, value
 from dit.runtime.families.folding import Fold, Scaled
+from dit.runtime.families.layer_names import videos as layer_names
 from dit.runtime.families.layouts import masked_text_last, patched, said_sizes
 from dit.runtime.families.schema import (
     TWO_CALLS,
@@ -15,6 +16,8 @@ from dit.runtime.families.schema import (
 
 WAN = Family(
     name="wan",
+    layers=layer_names.WAN,
+    depths=((30,), (40,)),
     transformer="WanTransformer3DModel",
     pipelines=(
         # Wan 2.2 has two transformers, of which the second takes the low noise levels.
@@ -39,6 +42,8 @@ WAN = Family(
 
 HUNYUAN_VIDEO = Family(
     name="hunyuan_video",
+    layers=layer_names.HUNYUAN_VIDEO,
+    depths=((20, 40),),
     transformer="HunyuanVideoTransformer3DModel",
     pipelines=tuple(
         PipelineRow(name, TWO_CALLS_EMBEDDED, "true_cfg_scale")
@@ -81,6 +86,8 @@ def _two_streams(norm: str) -> tuple[Scaled, ...]:
 
 COGVIDEOX = Family(
     name="cogvideox",
+    layers=layer_names.COGVIDEOX,
+    depths=((30,), (42,)),
     transformer="CogVideoXTransformer3DModel",
     pipelines=(
         PipelineRow("CogVideoXPipeline", UNCOND_FIRST),
@@ -102,6 +109,8 @@ COGVIDEOX = Family(
 
 MOCHI = Family(
     name="mochi",
+    layers=layer_names.MOCHI,
+    depths=((48,),),
     transformer="MochiTransformer3DModel",
     # The scheduler itself counts from data to noise (`invert_sigmas`).
     pipelines=(PipelineRow("MochiPipeline", UNCOND_FIRST),),
@@ -124,6 +133,8 @@ MOCHI = Family(
 
 LTX = Family(
     name="ltx",
+    layers=layer_names.LTX,
+    depths=((28,), (48,)),
     transformer="LTXVideoTransformer3DModel",
     pipelines=(
         PipelineRow("LTXPipeline", UNCOND_FIRST),
@@ -140,6 +151,7 @@ LTX = Family(
 
 LATTE = Family(
     name="latte",
+    layers=layer_names.LATTE,
     transformer="LatteTransformer3DModel",
     pipelines=(PipelineRow("LattePipeline", UNCOND_FIRST),),
     block_lists=(BlockList("transformer_blocks"), BlockList("temporal_transformer_blocks")),
