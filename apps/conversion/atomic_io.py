@@ -17,9 +17,9 @@ from torch import Tensor
 
 from apps.service.usage import UsageError
 from apps.service.writable import check_folder, check_writable
+from dit.runtime.json_files import read_object
 from pipelines.loading.components import check_component
 from pipelines.loading.errors import clear_loading_errors
-from pipelines.loading.json_files import read_object
 from pipelines.loading.load import as_dtype
 from pipelines.loading.weight_values import check_weights
 

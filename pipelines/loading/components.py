@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
+from dit.runtime.json_files import read_object
 from pipelines.loading.errors import one_line
-from pipelines.loading.json_files import read_object
 from pipelines.loading.settings import check_schedule, check_settings
 from pipelines.loading.structure import check_network, is_ours
 from pipelines.loading.weight_files import component_bytes, stored_tensors

@@ -21,9 +21,9 @@ from diffusers import ModularPipeline, ModularPipelineBlocks
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from dit.runtime.json_files import read_object
 from pipelines.loading.components import check_component
 from pipelines.loading.errors import clear_loading_errors
-from pipelines.loading.json_files import read_object
 from pipelines.loading.sources import DOWNLOAD_OPTIONS, clear_hub_errors, component_class, fetch, hub_token
 from pipelines.loading.weight_values import check_loaded
 

@@ -18,9 +18,9 @@ from diffusers import DiffusionPipeline, GGUFQuantizationConfig
 from diffusers.loaders import FromOriginalModelMixin
 
 from dit.runtime.diffusers_compat import is_missing_component, published_repository
+from dit.runtime.json_files import read_object
 from pipelines.loading.errors import clear_loading_errors, one_line
 from pipelines.loading.gguf_files import read_gguf_header
-from pipelines.loading.json_files import read_object
 from pipelines.loading.memory import is_out_of_memory
 from pipelines.loading.model_index import component_entries
 from pipelines.loading.settings import check_counts

@@ -27,9 +27,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from dit.runtime.json_files import read_object
 from pipelines.loading.components import check_component
 from pipelines.loading.errors import clear_loading_errors
-from pipelines.loading.json_files import read_object
 from pipelines.loading.model_index import PIPELINE_MODULES, component_entries, is_own, resolve_components
 from pipelines.loading.settings import check_settings
 

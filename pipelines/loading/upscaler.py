@@ -12,10 +12,10 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from dit.models.compact_upscaler import CompactUpscaler
+from dit.runtime.json_files import read_object
 from pipelines.loading.components import check_component
 from pipelines.loading.errors import clear_loading_errors
 from pipelines.loading.hub_id import split_revision
-from pipelines.loading.json_files import read_object
 from pipelines.loading.load import PRETRAINED, as_dtype, default_device, load_pipeline
 from pipelines.loading.memory import check_memory
 from pipelines.loading.sources import clear_hub_errors, hub_token

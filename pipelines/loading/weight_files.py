@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipelines.loading.json_files import read_object
+from dit.runtime.json_files import read_object
 
 # safetensors' names of number formats -> bytes, and whether loading in another dtype converts them.
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}

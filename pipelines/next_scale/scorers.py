@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import MODEL_MAPPING, AutoConfig
 
+from dit.runtime.json_files import read_object
 from pipelines.loading.errors import clear_loading_errors
-from pipelines.loading.json_files import read_object
 from pipelines.loading.structure import check_network
 from pipelines.loading.weight_files import stored_tensors
 from pipelines.loading.weight_values import check_weights

@@ -110,11 +110,27 @@ def test_names_that_a_family_knows_with_other_factor_names(tmp_path, monkeypatch
 
 
 def test_whatever_a_loader_raises_is_told_in_one_line(tmp_path):
-    """FLUX's raises a bare AssertionError where a fused layer has another size than FLUX.1's."""
+    """FLUX's lists every key that it doesn't know, in its own words."""
     pipe = tiny_pipeline("flux")
-    key = "lora_unet_single_blocks_0_linear1"
+    key = "lora_unet_single_blocks_0_linear9"
     tensors = {f"{key}.lora_down.weight": torch.ones(RANK, 32), f"{key}.lora_up.weight": torch.ones(224, RANK)}
     save_file({**tensors, f"{key}.alpha": torch.tensor(ALPHA)}, tmp_path / "ink.safetensors")
     files = {"ink": tmp_path / "ink.safetensors"}
     with pytest.raises(LoraError, match="doesn't fit this model"), lora_applied(pipe, Lora(name="ink"), files):
         pytest.fail("it was taken")
+
+
+def test_fused_layers_of_any_size_are_split(tmp_path):
+    """FLUX's own loader takes them in FLUX.1's size only; here the rows go where the network has them."""
+    pipe, merged = tiny_pipeline("flux"), tiny_pipeline("flux")
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(RANK, 32, generator=generator), torch.randn(224, RANK, generator=generator)
+    key = "lora_unet_single_blocks_0_linear1"
+    tensors = {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(ALPHA)}
+    save_file(tensors, tmp_path / "ink.safetensors")
+    block = merged.transformer.single_transformer_blocks[0]
+    layers = (block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp)
+    for layer, rows in zip(layers, b.split([32, 32, 32, 128]), strict=True):
+        layer.weight.data += ALPHA / RANK * rows @ a
+    with lora_applied(pipe, Lora(name="ink"), {"ink": tmp_path / "ink.safetensors"}):
+        torch.testing.assert_close(generate(pipe, "flux"), generate(merged, "flux"), rtol=1e-4, atol=1e-4)
