@@ -246,8 +246,9 @@ def test_a_folder_of_peft_is_read_by_peft(tmp_path):
     assert file == tmp_path / "ink-peft" / "adapter_model.safetensors"
     json.loads((file.parent / "adapter_config.json").read_text())
     bare = tiny_pipeline("flux").transformer
-    before = {name: layer.weight.clone() for name, layer in adaptable_layers(bare).items()}
-    merged = cast(Any, PeftModel.from_pretrained(bare, file.parent)).merge_and_unload()
+    weights: dict[str, Any] = dict(bare.named_parameters())
+    before = {name: weights[f"{name}.weight"].clone() for name in adaptable_layers(bare)}
+    merged = cast(Any, PeftModel).from_pretrained(bare, file.parent).merge_and_unload()
     for name, layer in adaptable_layers(merged).items():
         wanted = before[name] + (layers[name].delta().float() if name in layers else 0)
         torch.testing.assert_close(layer.weight, wanted)
