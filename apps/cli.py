@@ -483,6 +483,31 @@ def convert(
     )
 
 
+@app.command("convert-lora")
+def convert_lora(
+    file: Annotated[
+        Path,
+        typer.Argument(exists=True, help="LoRA file (.safetensors) of any dialect, or a folder with one."),
+    ],
+    to: Annotated[
+        Literal["diffusers", "peft", "comfyui", "kohya", "onetrainer"],
+        typer.Option(help="Dialect to write; docs/lora_dialects.md describes them."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write, for peft also a folder; NAME-DIALECT beside it if absent."),
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(help="Family of the model, e.g. flux, where the names of the layers leave a choice."),
+    ] = None,
+) -> None:
+    """Write a LoRA file in the dialect of another tool; no key is lost."""
+    from apps.commands.convert_lora import run
+
+    run(file, to=to, output=output, family=family)
+
+
 @app.command()
 def info(json_output: Json = False) -> None:
     """Show versions, devices, what is installed and what stands in the way."""

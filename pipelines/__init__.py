@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipelines.inputs.video_mask import VideoMask
     from pipelines.loading.load import builtin_models, load_pipeline
     from pipelines.loading.upscaler import builtin_upscalers, load_upscaler
+    from pipelines.lora.mixin import load_lora
     from pipelines.next_scale import NextScaleClassToImagePipeline, NextScaleTextToImagePipeline
     from pipelines.text_to_image import TextToImagePipeline
     from pipelines.text_to_video import TextToVideoPipeline
@@ -42,6 +43,7 @@ __all__ = [
     "builtin_models",
     "builtin_upscalers",
     "info_of",
+    "load_lora",
     "load_pipeline",
     "load_upscaler",
     "observe",
@@ -61,6 +63,7 @@ _MODULE_OF = {
     "builtin_models": "pipelines.loading.load",
     "builtin_upscalers": "pipelines.loading.upscaler",
     "info_of": "pipelines.info.inspection",
+    "load_lora": "pipelines.lora.mixin",
     "load_pipeline": "pipelines.loading.load",
     "load_upscaler": "pipelines.loading.upscaler",
     "observe": "sampling.observe",

@@ -51,12 +51,14 @@ class Lora:
         family: of the network, see `dit.lora.names.RULES`.
         layers: by diffusers' names.
         metadata: of the file, without what belongs to its dialect.
+        certain: it can be of no other family.
     """
 
     file: str
     family: str
     layers: dict[str, LoraLayer]
     metadata: dict[str, str]
+    certain: bool = True
 
 
 def convert(
@@ -127,9 +129,9 @@ def read(path: Path, to: str = "comfyui", *, family: str | None = None) -> Lora:
             fits[name] = placed
     if unknown or not fits:
         raise LoraMisfitError(_misfit(lora, unknown, misfits, family))
-    name = choose(lora, fits, lambda name: DIALECTS[to].tensors(_in_dialect(fits[name], name, to)))
+    name, certain = choose(lora, fits, lambda name: DIALECTS[to].tensors(_in_dialect(fits[name], name, to)))
     metadata = {key: value for key, value in lora.metadata.items() if key not in (METADATA_KEY, "format")}
-    return Lora(lora.name, name, fits[name], metadata)
+    return Lora(lora.name, name, fits[name], metadata, certain)
 
 
 def _place(
@@ -196,7 +198,7 @@ def write(lora: Lora, to: str, target: Path) -> Path:
         **lora.metadata,
         **file_metadata(to, lora.file, lora.layers, similar),
         "format": "pt",
-        FAMILY_KEY: lora.family,
+        **({FAMILY_KEY: lora.family} if lora.certain else {}),
     }
     config = adapter_config(lora.file, lora.layers, similar) if to == "peft" else None
     target.parent.mkdir(parents=True, exist_ok=True)

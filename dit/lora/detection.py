@@ -41,7 +41,7 @@ HINTS: tuple[tuple[str, str], ...] = (
 
 def choose(
     lora: LoraFile, fits: Mapping[str, Mapping[str, LoraLayer]], written: Callable[[str], dict[str, Tensor]]
-) -> str:
+) -> tuple[str, bool]:
     """Choose among the families that a file's names fit.
 
     In turn: what the metadata say, the number of blocks of the published networks, and whether it matters at all.
@@ -51,20 +51,23 @@ def choose(
         fits: family -> its layers by diffusers' names; at least one.
         written: makes of a family what would be written.
 
+    Returns:
+        The family, and whether it is the only one that it can be; if not, all give the same file.
+
     Raises:
         LoraFileError: several fit, and they would give different files.
     """
     names = list(fits)
     if len(names) == 1:
-        return names[0]
+        return names[0], True
     told = _told(lora)
     if told is not None and told in fits:
-        return told
+        return told, True
     deep = [name for name in names if _has_published_depth(name, fits[name])]
     if len(deep) == 1:
-        return deep[0]
+        return deep[0], True
     if _all_same(names, written):
-        return names[0]
+        return names[0], False
     raise LoraFileError(
         f"{lora.name} fits several families ({', '.join(names)}), and its layers are called differently in them. Say "
         "which one it is: family=... in Python, --family on the command line."

@@ -33,7 +33,7 @@ class TransformerLoraMixin(SanaLoraLoaderMixin):
     """Adds `load_lora_weights`, `save_lora_weights`, `set_adapters`, ... to a pipeline with a `transformer`.
 
     It is diffusers' loader for pipelines whose only adapted component is `transformer` (nothing in it is specific to
-    Sana), narrowed to safetensors files and widened to the layouts that `pipelines.lora.files` lists.
+    Sana), narrowed to safetensors files and widened to the dialects of `dit.lora`.
     """
 
     transformer: Any
@@ -69,8 +69,8 @@ class TransformerLoraMixin(SanaLoraLoaderMixin):
         """Put a LoRA file on the transformer; all of it fits, or nothing is changed.
 
         Args:
-            pretrained_model_name_or_path_or_dict: file, folder, Hub id, or the tensors themselves; in any layout of
-                `pipelines.lora.files`.
+            pretrained_model_name_or_path_or_dict: file, folder, Hub id, or the tensors themselves; in any dialect of
+                `dit.lora`.
             adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
             hotswap: as in diffusers.
             low_cpu_mem_usage: as in diffusers.
@@ -81,9 +81,45 @@ class TransformerLoraMixin(SanaLoraLoaderMixin):
             OSError: there is no such file, or the Hub doesn't give it.
             TypeError: an unknown keyword argument.
         """
-        _check_options(kwargs)
-        lora = _read(pretrained_model_name_or_path_or_dict, kwargs)
-        put_on(self, lora, adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_cpu_mem_usage)
+        load_lora(
+            self,
+            pretrained_model_name_or_path_or_dict,
+            adapter_name,
+            hotswap=hotswap,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            **kwargs,
+        )
+
+
+def load_lora(
+    pipe: Any,
+    source: str | os.PathLike | dict[str, Tensor],
+    adapter_name: str | None = None,
+    hotswap: bool = False,
+    low_cpu_mem_usage: bool = True,
+    **options: Any,
+) -> None:
+    """Put a LoRA file of any dialect on the transformer of a pipeline, of diffusers too.
+
+    Args:
+        pipe: with a `transformer` whose class takes adapters.
+        source: file, folder, Hub id, or the tensors themselves.
+        adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
+        hotswap: as in diffusers.
+        low_cpu_mem_usage: as in diffusers.
+        **options: as in diffusers' `load_lora_weights`; in a folder, `weight_name` names the file.
+
+    Raises:
+        ValueError: not safetensors, damaged, incomplete, or of another model; the message names the keys.
+        OSError: there is no such file, or the Hub doesn't give it.
+        TypeError: an unknown keyword argument, or a pipeline whose transformer takes no adapters.
+    """
+    _check_options(options)
+    if not hasattr(getattr(pipe, "transformer", None), "load_lora_adapter"):
+        raise TypeError(
+            f"{type(pipe).__name__} has no transformer that takes adapters; merge the LoRA into it instead."
+        )
+    put_on(pipe, _read(source, options), adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 def put_on(
@@ -93,7 +129,7 @@ def put_on(
 
     Args:
         pipe: with a `transformer`.
-        lora: its layers named as in that network, in any layout of `pipelines.lora.files`.
+        lora: in any dialect of `dit.lora`, its layers named as in that network or as in its original code.
         adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
         hotswap: as in diffusers.
         low_cpu_mem_usage: as in diffusers.
