@@ -205,5 +205,14 @@ def _timed(pipe: Any, frames: int, path: Path) -> Length:
             parts += 1
             first = first or time.perf_counter() - begun
     seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
-    return Length(seconds, first / seconds, peak, parts)
+    return Length(seconds, first / seconds, _peak_mib(), parts)
+
+
+def _peak_mib() -> float:
+    """Return the most memory that this process ever held, in MiB."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss of a new process begins with what the process that started it held
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
