@@ -89,11 +89,27 @@ def to_square(image: Image.Image, side: int, fit: Fit) -> Tensor:
     Returns:
         uint8, (3, R, R).
     """
+    return to_size(image, side, side, fit)
+
+
+def to_size(image: Image.Image, height: int, width: int, fit: Fit) -> Tensor:
+    """Scale an image to a rectangle.
+
+    Args:
+        image: RGB.
+        height: H of the rectangle in pixels.
+        width: W of the rectangle in pixels.
+        fit: `crop` scales the image until it covers the rectangle and keeps the centre; `pad` scales it until it lies
+            in the rectangle and adds white on two sides; `stretch` ignores the aspect ratio.
+
+    Returns:
+        uint8, (3, H, W).
+    """
     resample = Image.Resampling.LANCZOS  # widens with the scale, so that nothing aliases
     if fit == "crop":
-        image = ImageOps.fit(image, (side, side), resample)
+        image = ImageOps.fit(image, (width, height), resample)
     elif fit == "pad":
-        image = ImageOps.pad(image, (side, side), resample, color="white")
+        image = ImageOps.pad(image, (width, height), resample, color="white")
     else:
-        image = image.resize((side, side), resample)
+        image = image.resize((width, height), resample)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

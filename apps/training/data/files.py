@@ -7,7 +7,7 @@ when the data is no longer what the run began with.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -92,7 +92,7 @@ class FileExamples:
 
     def fingerprint(self) -> str:
         """Hash names, sizes and times of the files, and how they become squares."""
-        stamps = [(entry.name, *_stamp(entry.path)) for entry in self.entries]
+        stamps = [(entry.name, *file_stamp(entry.path)) for entry in self.entries]
         clips = (
             [self.frames] if self.frames else []
         )  # images keep the fingerprints that they had before there were clips
@@ -176,10 +176,7 @@ class FileData:
         self.resolution = resolution
         self.fit: Fit = fit
         self.frames, self.frame_rate = frames, frame_rate
-        # By a hash of the name: which files are held out does not depend on the order of a listing.
-        ranked = sorted(entries, key=lambda entry: hashlib.blake2b(entry.name.encode()).digest())
-        count = min(max(1, round(held_out_fraction * len(ranked))), len(ranked) - 1)
-        self.validation, train = ranked[:count], sorted(ranked[count:], key=lambda entry: entry.name)
+        self.validation, train = split_held_out(entries, held_out_fraction)
         self.train = FilePool([entry for entry in train if entry.weight > 0], resolution, fit, frames, frame_rate)
         if not len(self.train):
             raise ConfigError(f"{source}: all files to train on have weight 0; give at least one a positive weight")
@@ -230,6 +227,21 @@ class FileData:
             write_words(words, folder)
 
 
+def split_held_out(entries: Sequence[Entry], fraction: float) -> tuple[list[Entry], list[Entry]]:
+    """Split files by a hash of their names, so that the order of a listing does not matter.
+
+    Args:
+        entries: At least two.
+        fraction: Share of the first part, which gets at least one file and leaves at least one.
+
+    Returns:
+        Those held out, in the order of the hashes, and those to train on, sorted by name.
+    """
+    ranked = sorted(entries, key=lambda entry: hashlib.blake2b(entry.name.encode()).digest())
+    count = min(max(1, round(fraction * len(ranked))), len(ranked) - 1)
+    return ranked[:count], sorted(ranked[count:], key=lambda entry: entry.name)
+
+
 def usable_entries(source: str, entries: Sequence[Entry], index: Path, quiet: bool) -> list[Entry]:
     """Leave out the files that cannot be decoded, and tell which.
 
@@ -245,6 +257,28 @@ def usable_entries(source: str, entries: Sequence[Entry], index: Path, quiet: bo
     Raises:
         ConfigError: If there are clips and PyAV is not installed.
     """
+    usable = inspect_entries(source, entries, index, quiet)
+    return [entry for entry in entries if entry.name in usable]
+
+
+def inspect_entries(
+    source: str, entries: Sequence[Entry], index: Path, quiet: bool, inspect: Callable[[Path], Any] | None = None
+) -> dict[str, Any]:
+    """Decode the files, tell which cannot be decoded, and keep what was found out about the others.
+
+    Args:
+        source: The setting that named the data, for messages.
+        entries: All files.
+        index: `data.json` of the run's folder: what an earlier part of the run found; written anew.
+        quiet: Whether another process tells.
+        inspect: Decodes a file and returns facts about it, a JSON value; None only decodes it.
+
+    Returns:
+        Facts by the names of the files that can be decoded, None for all of them without `inspect`.
+
+    Raises:
+        ConfigError: If there are clips and PyAV is not installed.
+    """
     clips = [entry.name for entry in entries if entry.path.suffix.lower() in CLIP_SUFFIXES]
     if clips and not has_clip_reader():
         raise ConfigError(
@@ -253,36 +287,54 @@ def usable_entries(source: str, entries: Sequence[Entry], index: Path, quiet: bo
         )
     console = Console(stderr=True, quiet=quiet)
     before: dict[str, Any] = json.loads(index.read_text()) if index.is_file() else {}
-    known, files, skipped = before.get("files", {}), {}, {}
+    known, known_facts = before.get("files", {}), before.get("facts", {})
+    files, skipped, facts = {}, {}, {}
     for entry in track(entries, "checking files", console=console, transient=True):
         try:
-            files[entry.name] = stamp = list(_stamp(entry.path))
-            if known.get(entry.name) != stamp:
+            files[entry.name] = stamp = list(file_stamp(entry.path))
+            is_known = known.get(entry.name) == stamp
+            if inspect is not None:
+                is_known = is_known and entry.name in known_facts
+                facts[entry.name] = known_facts[entry.name] if is_known else inspect(entry.path)
+            elif not is_known:
                 read_frames(entry.path)
         except Exception as error:  # any decoder, any kind of damage: the file is named with what is wrong
             files.pop(entry.name, None)
             skipped[entry.name] = f"{type(error).__name__}: {error}"
     index.parent.mkdir(parents=True, exist_ok=True)
-    index.write_text(json.dumps({"source": source, "files": files, "skipped": skipped}, indent=1))
-    used = [entry for entry in entries if entry.name in files]
-    messages = [f"{len(used)} files, {sum(not entry.captions for entry in used)} of them without a caption"]
-    if skipped:
-        named = [f"{name} ({reason})" for name, reason in skipped.items()]
-        more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-        messages.append(
-            f"skipped {len(skipped)} broken file(s), listed in {index}: {', '.join(named[:MAX_NAMED])}{more}"
-        )
-    if before and before.get("files") != files:
-        changed = sum(known.get(name) != files.get(name) for name in {*known, *files})
-        messages.append(
-            f"{changed} file(s) differ from those that this run began with: it does not repeat its steps exactly"
-        )
+    found = {"source": source, "files": files, "skipped": skipped} | ({"facts": facts} if facts else {})
+    index.write_text(json.dumps(found, indent=1))
+    messages = [_count(entries, files), *_skipped(skipped, index), *_changed(before, files)]
     for message in messages:
         console.print(f"{source}: {message}", markup=False, highlight=False, soft_wrap=True)
-    return used
+    return {name: facts.get(name) for name in files}
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _count(entries: Sequence[Entry], files: dict[str, Any]) -> str:
+    """Say how many files can be used."""
+    used = [entry for entry in entries if entry.name in files]
+    return f"{len(used)} files, {sum(not entry.captions for entry in used)} of them without a caption"
+
+
+def _skipped(skipped: dict[str, str], index: Path) -> list[str]:
+    """Say which files cannot be decoded, if there are any."""
+    if not skipped:
+        return []
+    named = [f"{name} ({reason})" for name, reason in skipped.items()]
+    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    return [f"skipped {len(skipped)} broken file(s), listed in {index}: {', '.join(named[:MAX_NAMED])}{more}"]
+
+
+def _changed(before: dict[str, Any], files: dict[str, Any]) -> list[str]:
+    """Say how many files are not those of an earlier part of the run, if any."""
+    known = before.get("files", {})
+    if not before or before.get("files") == files:
+        return []
+    changed = sum(known.get(name) != files.get(name) for name in {*known, *files})
+    return [f"{changed} file(s) differ from those that this run began with: it does not repeat its steps exactly"]
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
     """Return size and time of a file, which change with its content."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns

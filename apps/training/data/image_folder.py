@@ -10,17 +10,18 @@ from apps.training.data.decode import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from apps.training.data.files import Entry
 
 
-def list_folder(folder: Path) -> list[Entry]:
+def list_folder(folder: Path, setting: str = "data.folder") -> list[Entry]:
     """List the images and clips of a folder, sorted by name.
 
     Args:
         folder: Searched with all its folders.
+        setting: The setting that named it, for messages.
 
     Raises:
         ConfigError: If the folder is missing or holds no image.
     """
     if not folder.is_dir():
-        raise ConfigError(f"data.folder = {str(folder)!r} is no folder; give the one that holds the images")
+        raise ConfigError(f"{setting} = {str(folder)!r} is no folder; give the one that holds the images")
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     found = [
         Entry(name.as_posix(), folder / name, _captions((folder / name).with_suffix(".txt")))
@@ -29,7 +30,7 @@ def list_folder(folder: Path) -> list[Entry]:
     ]
     if not found:
         accepted = ", ".join(sorted(IMAGE_SUFFIXES | CLIP_SUFFIXES))
-        raise ConfigError(f"data.folder = {str(folder)!r} holds no images or clips; accepted are {accepted}")
+        raise ConfigError(f"{setting} = {str(folder)!r} holds no images or clips; accepted are {accepted}")
     return found
 
 
