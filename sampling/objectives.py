@@ -137,6 +137,30 @@ def flow_matching_loss(predicted: Tensor, data: Tensor, noise: Tensor, weights: 
     return (error * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1)  # (B,)
 
 
+def frame_change_loss(predicted: Tensor, data: Tensor, noise: Tensor, stacked: int = 1) -> Tensor:
+    """Compute the mean squared error of how the velocity changes from frame to frame, halved.
+
+    Errors that all frames share cost nothing, those of single frames as much as in `flow_matching_loss`: added to that
+    loss, it has a network spend more on how things move, of which the plain loss sees little (arXiv 2502.02492,
+    section 3). What predicts the velocity best is the same with and without it.
+
+    Args:
+        predicted: velocity of clips, (B, R C, T, H, W), any float dtype.
+        data: (B, R C, T, H, W).
+        noise: (B, R C, T, H, W).
+        stacked: R, frames whose codes are stacked in the channels, one after the other.
+
+    Returns:
+        (B,) float32; zeros for clips of a single frame.
+    """
+    error = predicted.float() - velocity(data.float(), noise.float())  # (B, R C, T, H, W)
+    frames = error.unflatten(1, (stacked, -1)).permute(0, 3, 1, 2, 4, 5).flatten(1, 2)  # (B, T R, C, H, W)
+    change = frames[:, stacked:] - frames[:, stacked - 1 : -1]  # (B, T R - R, C, H, W); the first frame fills its group
+    if change.shape[1] == 0:
+        return error.new_zeros(len(error))
+    return change.square().flatten(1).mean(dim=1) / 2  # (B,)
+
+
 def next_scale_loss(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> Tensor:
     """Compute each scale's mean cross-entropy (arXiv 2404.02905, eq. 4; for bits arXiv 2412.04431, section 3.2).
 

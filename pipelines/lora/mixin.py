@@ -10,8 +10,9 @@ from typing import Any
 from diffusers.loaders import SanaLoraLoaderMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from torch import Tensor
+from torch import Tensor, nn
 
+from dit.lora.adapters import with_adapter_methods
 from dit.runtime.state import unwrap
 from pipelines.loading.sources import clear_hub_errors
 from pipelines.lora.files import (
@@ -115,10 +116,8 @@ def load_lora(
         TypeError: an unknown keyword argument, or a pipeline whose transformer takes no adapters.
     """
     _check_options(options)
-    if not hasattr(getattr(pipe, "transformer", None), "load_lora_adapter"):
-        raise TypeError(
-            f"{type(pipe).__name__} has no transformer that takes adapters; merge the LoRA into it instead."
-        )
+    if not isinstance(getattr(pipe, "transformer", None), nn.Module):
+        raise TypeError(f"{type(pipe).__name__} has no transformer that could take adapters.")
     put_on(pipe, _read(source, options), adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
@@ -137,7 +136,8 @@ def put_on(
     Raises:
         LoraFileError: damaged, incomplete, or of another network; the message names the keys.
     """
-    fitted = fit_lora(lora, unwrap(pipe.transformer))
+    network = with_adapter_methods(unwrap(pipe.transformer))
+    fitted = fit_lora(lora, network)
     pipe.transformer.load_lora_adapter(
         fitted.tensors,
         prefix=None,

@@ -120,6 +120,7 @@ class ClipSection(SourceSection):
         vocabulary: Moving stickers: `all`, or a text file with one name a line.
         colours: Moving stickers: `basic` draws ten backgrounds, `all` every one.
         passing: Moving stickers: share of the clips in which two pass each other.
+        paced: Moving stickers: share of the single ones that are played slowly, fast or backwards, a third each.
         jitter: Moving stickers: how much places, sizes and paths vary, 0 to 1.
         jitter_power: Moving stickers: 1 spreads them evenly, 3 has most of them near the middle.
         synonyms: Moving stickers: probability that a caption calls a sticker by another name.
@@ -127,7 +128,7 @@ class ClipSection(SourceSection):
 
     world: ClassVar[str] = "moving_stickers"
     world_fields: ClassVar[frozenset[str]] = frozenset(
-        {"lengths", "vocabulary", "colours", "passing", "jitter", "jitter_power", "synonyms"}
+        {"lengths", "vocabulary", "colours", "passing", "paced", "jitter", "jitter_power", "synonyms"}
     )
     kind: Literal["moving_stickers", "images", "jsonl"] = "moving_stickers"
     num_frames: int = Field(default=17, ge=2)
@@ -136,6 +137,7 @@ class ClipSection(SourceSection):
     vocabulary: str = "all"
     colours: Literal["basic", "all"] = "basic"
     passing: float = Field(default=0.15, ge=0, le=1)
+    paced: float = Field(default=0.24, ge=0, le=1)
     jitter: float = Field(default=0.3, ge=0, le=1)
     jitter_power: float = Field(default=1.0, ge=1)
     synonyms: float = Field(default=0.15, ge=0, le=1)

@@ -26,6 +26,7 @@ from pipelines.inputs.words import write_words
 
 CHUNK = 16  # clips that are rendered at once
 LOOP_SECONDS = 2.0  # in which an own motion is played once at its own speed
+ANIMATED = 0.79  # share of those at their own speed, or still, that aren't still
 BEGINNINGS = 1 / 3  # share of the excerpts that are their clips' beginnings
 TIMING_SERIES = 2**43  # series of the random numbers that choose frame rates and excerpts
 
@@ -40,6 +41,7 @@ class MovingStickerSettings:
     vocabulary: str = "all"
     colours: str = "basic"
     passing: float = 0.15
+    paced: float = 0.24
     jitter: float = 0.3
     jitter_power: float = 1.0
     synonyms: float = 0.15
@@ -52,7 +54,18 @@ class MovingStickerSettings:
     def mix(self, passing: float | None = None) -> ClipMix:
         """Return how often each kind of motion is drawn; `passing` replaces the share of two that pass each other."""
         share = self.passing if passing is None else passing
-        return ClipMix(single=1 - share, passing=share, jitter=self.jitter, jitter_power=self.jitter_power)
+        plain, pace = 1 - self.paced, self.paced / 3
+        return ClipMix(
+            single=1 - share,
+            passing=share,
+            animated=plain * ANIMATED,
+            still=plain * (1 - ANIMATED),
+            slow=pace,
+            fast=pace,
+            backwards=pace,
+            jitter=self.jitter,
+            jitter_power=self.jitter_power,
+        )
 
 
 @dataclass(frozen=True)

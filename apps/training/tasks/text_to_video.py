@@ -36,6 +36,7 @@ from pipelines.inputs.known_clip import KnownClip
 from pipelines.inputs.known_latents import beside, frames_shown, known_latents
 from sampling.objectives import (
     flow_matching_loss,
+    frame_change_loss,
     interpolate,
     logit_normal_grid,
     logit_normal_sigmas,
@@ -51,12 +52,14 @@ class TextToVideoSection(FlowSection):
 
     Attributes:
         known_fraction: Share of the clips of which something is known, see `apps.training.clip_masks`.
+        change_weight: Of `frame_change_loss`, which is added to the loss; validation doesn't count it.
         preview_frames: Frames of previews; exported as the default of the pipeline.
         preview_negative_prompt: What previews steer away from; exported as the default of the pipeline too.
     """
 
     kind: Literal["text_to_video"]
     known_fraction: float = Field(default=0.35, ge=0, le=1)
+    change_weight: float = Field(default=0.0, ge=0)
     preview_frames: int = Field(default=16, ge=2)
     preview_negative_prompt: str = ""
 
@@ -104,6 +107,11 @@ class TextToVideoConfig(TrainConfig):
             raise ValueError(
                 f"task.known_fraction = {self.task.known_fraction}, but model.space_time is 'causal': such a "
                 "network is shown nothing beside its frames, set it to 0"
+            )
+        if self.task.change_weight:
+            raise ValueError(
+                f"task.change_weight = {self.task.change_weight}, but model.space_time is 'causal': its frames have "
+                "noise levels of their own, set it to 0"
             )
         longest = max(self.data.lengths, default=0)
         if longest > self.data.num_frames:
@@ -253,6 +261,10 @@ class TextToVideoTask(TextToImageTask):
         # Clean frames hold no noise that could be predicted.
         weights = of_frames > 0 if sigmas.ndim == 2 else None
         loss = flow_matching_loss(predicted, batch["latents"], batch["noise"], weights)  # (B,)
+        if self.transformer.training and self.config.task.change_weight:
+            stacked = getattr(self.vae, "stacked", 1)
+            change = frame_change_loss(predicted, batch["latents"], batch["noise"], stacked)  # (B,)
+            loss = loss + self.config.task.change_weight * change
         if self.transformer.training and batch["latents"].shape[2] == 1:
             # Images don't pass the attention over time, and processes wait for the gradient of every parameter.
             unused = [one.sum() for name, one in self.transformer.named_parameters() if "_time." in name]

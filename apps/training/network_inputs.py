@@ -1,0 +1,137 @@
+"""What a pipeline's network is shown while it is fine-tuned: latents and recorded arguments, both kept on disk."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apps.training.config import ConfigError
+from apps.training.data.file_rows import Bucket, FileRows
+from apps.training.tensor_cache import TensorCache
+from dit.tokenizers import as_visual_tokenizer
+from pipelines.info.fingerprint import fingerprint
+from pipelines.info.inspection import info_of
+from pipelines.network_calls import (
+    CallNotUnderstood,
+    NetworkCall,
+    from_tensors,
+    learn_unguided_call,
+    pack_latents,
+    prompt_argument,
+    to_tensors,
+)
+
+MEMORY = 2**30  # bytes of each cache that are kept in memory
+FORMAT = 1  # changes when what is kept changes
+
+
+class NetworkInputs:
+    """Inputs of a pipeline's network, for images and captions.
+
+    Args:
+        pipe: The pipeline, before anything is put on its network.
+        network: Of the pipeline.
+        folder: Where the caches lie.
+        guidance: Told to networks that take the guidance scale as an input; None is the pipeline's default.
+        options: Further arguments of the pipeline's call.
+    """
+
+    def __init__(
+        self, pipe: Any, network: torch.nn.Module, folder: Path, guidance: float | None, options: dict[str, Any]
+    ) -> None:
+        self.pipe, self.network, self.info = pipe, network, info_of(pipe)
+        self.guidance, self.options = guidance, options
+        self.key = f"{FORMAT}|{type(pipe).__name__}|{fingerprint(pipe)}"
+        self.latents_cache = TensorCache(folder / "latents", MEMORY)
+        self.text_cache = TensorCache(folder / "arguments", MEMORY)
+        self.calls: dict[Bucket, NetworkCall] = {}
+        self._lock = threading.Lock()  # batches are made in a second thread
+
+    def call(self, bucket: Bucket) -> NetworkCall:
+        """Return how the network is called for frames, height and width.
+
+        Raises:
+            ConfigError: The pipeline's call isn't understood, or it refuses the size.
+        """
+        with self._lock:
+            if bucket not in self.calls:
+                frames, height, width = bucket
+                clip = frames if self.info.frames is not None else None
+                try:
+                    self.calls[bucket] = learn_unguided_call(
+                        self.pipe, height, width, clip, self.guidance, self.options
+                    )
+                except (CallNotUnderstood, ValueError) as error:
+                    raise ConfigError(
+                        f"{type(self.pipe).__name__} can't be fine-tuned on {width} x {height} pixels, {frames} "
+                        f"frames: {error}"
+                    ) from error
+            return self.calls[bucket]
+
+    def latents(self, rows: FileRows, numbers: list[int]) -> Tensor:
+        """Return the latents of rows of one bucket as the pipeline denoises them, (B, ...) float32 on the CPU."""
+        keys = [f"{self.key}|{rows.content_key(number)}" for number in numbers]  # a row may be there twice
+        wanted = dict(zip(keys, numbers, strict=True))
+        found = self.latents_cache.get_many(
+            wanted, lambda batch: self._encoded(rows, [wanted[key] for key in batch], batch)
+        )
+        return torch.stack([found[key]["latents"] for key in keys]).float()  # (B, ...)
+
+    def arguments(self, bucket: Bucket, captions: list[str]) -> list[dict[str, Any]]:
+        """Return the further arguments of the network for captions, on the CPU."""
+        options = repr((bucket, self.guidance, sorted(self.options.items())))
+        keys = [f"{self.key}|{options}|{caption}" for caption in captions]
+        wanted = dict(zip(keys, captions, strict=True))
+        found = self.text_cache.get_many(
+            wanted, lambda batch: {key: self._recorded(bucket, wanted[key]) for key in batch}
+        )
+        return [from_tensors(found[key]) for key in keys]
+
+    def prepare(self, rows: FileRows, progress: Callable[[Any], Any]) -> None:
+        """Compute all that is missing for rows and their captions, ahead of the training.
+
+        Args:
+            rows: Of files.
+            progress: Wraps what is gone through, to show it.
+        """
+        for numbers in progress(list(rows.batches(8))):
+            self.latents(rows, numbers.tolist())
+        for bucket in progress(list(rows.histogram())):
+            self.arguments(bucket, rows.captions_of_all())
+
+    @torch.no_grad()
+    def _encoded(self, rows: FileRows, numbers: list[int], keys: list[str]) -> dict[str, dict[str, Tensor]]:
+        """Encode rows one by one: some autoencoders of diffusers fail on batches."""
+        tokenizer, device = as_visual_tokenizer(self.pipe.vae), next(self.network.parameters()).device
+        found = {}
+        for key, number in zip(keys, numbers, strict=True):
+            frames, height, width = bucket = rows.bucket(number)
+            pixels = rows.pixels([number]).to(device, next(self.pipe.vae.parameters()).dtype)
+            shape = self.call(bucket).sample_shape
+            latents = self._encode(tokenizer, pixels)  # (1, C, [T,] h, w)
+            clip = frames if self.info.frames is not None else None
+            packed = pack_latents(self.pipe, latents.float().cpu(), shape, height, width, clip)  # (1, ...)
+            found[key] = {"latents": packed[0].half() if packed.abs().max() < 6e4 else packed[0]}
+        return found
+
+    def _encode(self, tokenizer: Any, pixels: Tensor) -> Tensor:
+        """Encode pixels (1, 3, [T,] H, W) to normalised latents (1, C, [T,] h, w)."""
+        if pixels.ndim == 4 and self.info.frames is not None:
+            pixels = pixels[:, :, None]  # (1, 3, 1, H, W)
+        takes_clips = any(weight.ndim == 5 for weight in self.pipe.vae.parameters()) or hasattr(self.pipe.vae, "stills")
+        if pixels.ndim == 5 and not takes_clips:  # frame by frame, e.g. Latte's
+            frames = pixels.transpose(1, 2).flatten(0, 1)  # (T, 3, H, W)
+            encoded = tokenizer.normalize_latents(tokenizer.encode(frames, return_dict=False)[0])  # (T, C, h, w)
+            return encoded.transpose(0, 1)[None]  # (1, C, T, h, w)
+        return tokenizer.normalize_latents(tokenizer.encode(pixels, return_dict=False)[0])
+
+    def _recorded(self, bucket: Bucket, caption: str) -> dict[str, Tensor]:
+        """Have the pipeline encode a caption."""
+        try:
+            name, value = prompt_argument(self.info, caption)
+        except ValueError as error:
+            raise ConfigError(f"data: {error}") from error
+        return {key: tensor.cpu() for key, tensor in to_tensors(self.call(bucket).record(**{name: value})).items()}

@@ -1,0 +1,286 @@
+"""LoRA fine-tuning of any pipeline with a transformer that denoises: ours and those of diffusers.
+
+The pipeline itself says how its network is called (`pipelines.network_calls`), its scheduler what the network predicts
+(`sampling.diffusion_targets`). What is left is short: noise on latents, a prediction, its squared error.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from apps.training.config import ConfigError, TrainConfig
+from apps.training.data.file_rows import Bucket, FileRows
+from apps.training.data.fine_tuning import FineTuningSet, open_fine_tuning
+from apps.training.image_grid import save_grid
+from apps.training.network_inputs import NetworkInputs
+from apps.training.task import TaskContext
+from apps.training.tasks.lora_config import LoraConfig
+from dit.lora.adapters import DEFAULT_FILE, add_adapter, save_adapter, with_adapter_methods
+from dit.runtime.families import UnknownFamilyError, call_family_of
+from pipelines import load_pipeline
+from pipelines.network_calls import Ragged, prompt_argument, size_arguments
+from sampling.diffusion_targets import mean_squared_error, noise_process
+
+LEVELS = 4  # noise levels at which each held-out file is measured
+ADAPTER = "default"
+PREVIEW_FRAMES = 8  # of a clip, in a preview
+
+
+class LoraTask:
+    """Train adapters on the network of a pipeline. See `apps.training.task.Task`."""
+
+    config_class: ClassVar[type[TrainConfig]] = LoraConfig
+    smoke: ClassVar[tuple[str, ...]] = ("task.validation_examples=2", "task.preview_steps=2", "task.preview_images=2")
+
+    def __init__(self, config: LoraConfig, context: TaskContext) -> None:
+        self.config, self.context = config, context
+        self.pipe = _load(config, context.device)
+        self.network = _network(self.pipe, config.model.network)
+        self.process = noise_process(self.pipe.scheduler)
+        cache = config.run.output / "cache"
+        self.inputs = NetworkInputs(self.pipe, self.network, cache, config.model.guidance, dict(config.model.options))
+        self.data = self._open_data()
+        with context.main_process_first():  # the first process writes what the others read
+            self._prepare()
+        self.adapted = self._add_adapters()
+        self._validation = self._validation_batches()
+
+    # ------------------------------------------------------------------ parts
+
+    def _open_data(self) -> FineTuningSet:
+        info, section = self.inputs.info, self.config.data
+        resolution = section.resolution or round((info.height * info.width) ** 0.5)
+        if info.sizes and section.aspect_ratio_buckets:  # it makes squares of one size and no other
+            if section.max_aspect_ratio != type(section).model_fields["max_aspect_ratio"].default:
+                raise ConfigError(
+                    f"data.max_aspect_ratio = {section.max_aspect_ratio}: {self.config.model.pretrained} makes squares "
+                    "only; remove it"
+                )
+            section = section.model_copy(update={"aspect_ratio_buckets": False})
+        if section.num_frames > 1 and info.frames is None:
+            raise ConfigError(
+                f"data.num_frames = {section.num_frames}, but {self.config.model.pretrained} makes images: set it to 1"
+            )
+        run = self.config.run.folder
+        return open_fine_tuning(section, resolution, info.multiple, run, quiet=self.context.rank > 0)
+
+    def _prepare(self) -> None:
+        """Encode files and captions that no earlier run has encoded."""
+        quiet = self.context.rank > 0
+
+        def progress(items: Any) -> Any:
+            return track(items, "encoding files and captions", console=Console(stderr=True), disable=quiet)
+
+        for rows in (self.data, self.data.held_out, self.data.class_images):
+            if rows is not None:
+                self.inputs.prepare(rows, progress)
+
+    def _add_adapters(self) -> list[str]:
+        with_adapter_methods(self.network)
+        try:
+            adapted = add_adapter(self.network, self.config.lora.settings(), ADAPTER)
+        except ValueError as error:
+            raise ConfigError(f"lora.{error}") from error
+        for parameter in self.network.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if self.config.model.gradient_checkpointing:
+            if not getattr(self.network, "_supports_gradient_checkpointing", False):
+                raise ConfigError(f"model.gradient_checkpointing: {type(self.network).__name__} can't; set it to false")
+            self.network.enable_gradient_checkpointing()
+        return adapted
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the network; only its adapters are trained."""
+        return {"transformer": self.network}
+
+    # ---------------------------------------------------------------- batches
+
+    def batch(self, index: int) -> dict[str, Any]:
+        """Return latents, noise, timesteps and the network's arguments; with class images, a second group of them."""
+        address = self.context.address(self.config.run, index)
+        groups = [self._group(self.data, address, 1.0, 0)]
+        if self.data.class_images is not None:
+            groups.append(self._group(self.data.class_images, address, self.config.task.prior_loss_weight, 1))
+        return {"groups": groups}
+
+    def _group(self, rows: FileRows, address: Any, weight: float, series: int) -> dict[str, Any]:
+        """Draw rows of one bucket, their captions, noise and timesteps: a function of the address alone."""
+        rng = np.random.default_rng((address.seed, address.number, series, 3))
+        numbers = rows.draw(address).tolist()
+        captions = [rows.caption(number, rng) for number in numbers]
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        bucket, latents = rows.bucket(numbers[0]), self.inputs.latents(rows, numbers)  # (B, ...)
+        task = self.config.task
+        return {
+            "latents": latents,
+            "noise": torch.randn(latents.shape, generator=generator),  # (B, ...)
+            "timesteps": self.process.draw_timesteps(len(numbers), task.sigma_mean, task.sigma_std, generator),  # (B,)
+            "arguments": self.inputs.arguments(bucket, captions),
+            "bucket": bucket,
+            "weight": weight,
+        }
+
+    def _validation_batches(self) -> list[dict[str, Any]]:
+        """Return each held-out file with fixed noise at evenly spread noise levels."""
+        rows, found = self.data.held_out, []
+        for number in range(min(len(rows), self.config.task.validation_examples)):
+            latents = self.inputs.latents(rows, [number]).repeat_interleave(LEVELS, dim=0)  # (K, ...)
+            bucket, caption = rows.bucket(number), rows.caption(number, np.random.default_rng(0), drop=False)
+            generator = torch.Generator().manual_seed(number)
+            found.append(
+                {
+                    "latents": latents,
+                    "noise": torch.randn(latents.shape, generator=generator),
+                    "timesteps": self.process.grid(LEVELS),
+                    "arguments": self.inputs.arguments(bucket, [caption]) * LEVELS,
+                    "bucket": bucket,
+                    "weight": 1.0,
+                }
+            )
+        return found
+
+    # ------------------------------------------------------------------- loss
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean squared error of the prediction; that of class images is added with its weight."""
+        losses = [group["weight"] * self._losses(group).mean() for group in batch["groups"]]
+        values = {"class_loss": losses[1].detach()} if len(losses) > 1 else {}
+        return torch.stack(losses).sum(), values
+
+    def _losses(self, group: dict[str, Any]) -> Tensor:
+        """Return the loss of each sample, (B,)."""
+        latents, noise, timesteps = group["latents"], group["noise"], group["timesteps"]
+        noisy = self.process.add_noise(latents, noise, timesteps)  # (B, ...)
+        predicted = self._predict(tuple(group["bucket"]), noisy, timesteps, group["arguments"])  # (B, ...)
+        return mean_squared_error(predicted, self.process.target(latents, noise, timesteps))
+
+    def _predict(self, bucket: Bucket, noisy: Tensor, timesteps: Tensor, arguments: list[dict[str, Any]]) -> Tensor:
+        """Call the network on a batch, or on sample after sample where texts of several lengths can't be joined."""
+        call = self.inputs.call(bucket)
+        try:
+            return call.predict(self.network, noisy, timesteps, arguments)
+        except Ragged:
+            parts = [
+                call.predict(self.network, noisy[row : row + 1], timesteps[row : row + 1], arguments[row : row + 1])
+                for row in range(len(noisy))
+            ]
+            return torch.cat(parts)
+
+    # ------------------------------------------------------- validate, preview
+
+    def validate(self) -> dict[str, float]:
+        """Return the mean loss of held-out files on fixed noise and timesteps."""
+        losses = [self._losses(_to(group, self.context.device)).mean() for group in self._validation]
+        return {"loss": float(torch.stack(losses).mean())}
+
+    @torch.no_grad()
+    def preview(self, path: Path) -> None:
+        """Generate the preview prompts with fixed seeds, one image each (clips: one row of frames each)."""
+        prompts = self.preview_prompts()
+        images = [
+            self.generate(prompt, self.config.task.preview_seed + number) for number, prompt in enumerate(prompts)
+        ]
+        is_clip = images[0].ndim == 4
+        rows = [_frames(one) if is_clip else one[None] for one in images]
+        side = max(row.shape[-1] for row in rows)
+        same = [nn.functional.interpolate(row, (side, side), mode="area") for row in rows]
+        save_grid(torch.cat(same) * 2 - 1, path, PREVIEW_FRAMES if is_clip else min(len(rows), 4))
+        (path.parent / "prompts.txt").write_text("\n".join(prompts) + "\n")
+
+    def preview_prompts(self) -> list[str]:
+        """Return the prompts of previews: those of the configuration, or captions of held-out files."""
+        task, rows = self.config.task, self.data.held_out
+        if task.preview_prompts:
+            return list(task.preview_prompts)
+        count = min(task.preview_images, len(rows))
+        return [rows.caption(number, np.random.default_rng(0), drop=False) for number in range(count)]
+
+    @torch.no_grad()
+    def generate(self, prompt: str, seed: int) -> Tensor:
+        """Generate one image (3, H, W), or clip (T, 3, H, W), in [0, 1] with the present adapters."""
+        info, task = self.inputs.info, self.config.task
+        frames, height, width = max(self.data.histogram().items(), key=lambda pair: pair[1])[0]
+        name, value = prompt_argument(info, prompt)
+        call = {**size_arguments(info, height, width, frames), **info.fixed, **self.config.model.options, name: value}
+        if task.preview_steps is not None and "num_inference_steps" in info.parameters:
+            call["num_inference_steps"] = task.preview_steps
+        if task.preview_guidance is not None:
+            call[info.guidance_argument] = task.preview_guidance
+        generator = torch.Generator().manual_seed(seed)
+        self.pipe.set_progress_bar_config(disable=True)
+        output = self.pipe(**call, generator=generator, output_type="np")
+        made = torch.as_tensor(np.asarray(getattr(output, info.output)[0]))  # ([T,] H, W, 3)
+        return made.movedim(-1, -3).float()
+
+    # ------------------------------------------------------------------ export
+
+    def export(self, folder: Path) -> None:
+        """Write the adapters as `pytorch_lora_weights.safetensors`."""
+        self.save_adapter(folder / DEFAULT_FILE)
+
+    def save_adapter(self, path: Path) -> Path:
+        """Write the adapters as one file (loha, lokr: one folder), with what they were trained on in its metadata."""
+        return save_adapter(self.network, path, self.config.lora.settings(), self._metadata(), ADAPTER)
+
+    def _metadata(self) -> dict[str, str]:
+        data = self.config.data
+        try:
+            family = call_family_of(self.network).name
+        except UnknownFamilyError:
+            family = ""
+        found = {
+            "lora_family": family,
+            "base_model": Path(self.config.model.pretrained).name,
+            "modelspec.title": self.config.run.name,
+            "modelspec.trigger_phrase": data.trigger,
+        }
+        return {key: value for key, value in found.items() if value}
+
+
+def _load(config: LoraConfig, device: torch.device) -> DiffusionPipeline:
+    """Load the pipeline that is fine-tuned.
+
+    Raises:
+        ConfigError: It can't be loaded.
+    """
+    model = config.model
+    try:
+        return load_pipeline(model.pretrained, device=device, dtype=model.dtype, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.pretrained = {model.pretrained!r}: {error}") from error
+
+
+def _network(pipe: Any, name: str) -> nn.Module:
+    """Return the network of a pipeline that gets adapters.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    network = getattr(pipe, name, None)
+    if not isinstance(network, nn.Module):
+        parts = ", ".join(key for key, part in pipe.components.items() if isinstance(part, nn.Module))
+        raise ConfigError(f"model.network = {name!r} is no part of {type(pipe).__name__}: give one of {parts}")
+    return network
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Return nested lists and dicts with their tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(each, device) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to(each, device) for each in value)
+    return value
+
+
+def _frames(clip: Tensor) -> Tensor:
+    """Return some frames of a clip (T, 3, H, W), evenly spread."""
+    return clip[torch.linspace(0, len(clip) - 1, PREVIEW_FRAMES).long()]

@@ -1,0 +1,115 @@
+"""Configuration of LoRA fine-tuning."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from apps.training.config import OptimizerConfig, RunConfig, Section, TaskSection, TrainConfig
+from apps.training.data.fine_tuning_config import FineTuningData
+from dit.lora.adapters import AdapterSettings, Algorithm
+
+
+class LoraRun(RunConfig):
+    """The `[run]` section, with defaults for a short run; see `RunConfig`."""
+
+    steps: int = Field(default=500, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    validate_every: int = Field(default=50, ge=0)
+    preview_every: int = Field(default=100, ge=0)
+    save_every: int = Field(default=100, ge=0)
+    checkpoints_total_limit: int = Field(default=3, ge=1)
+
+
+class LoraOptimizer(OptimizerConfig):
+    """The `[optimizer]` section, with defaults for adapters; see `OptimizerConfig`."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+
+
+class LoraTaskSection(TaskSection):
+    """The `[task]` section.
+
+    Attributes:
+        sigma_mean: Noise levels of flow models are drawn logit-normal; above 0 means more noise.
+        sigma_std: See `sigma_mean`; 0 draws them evenly.
+        prior_loss_weight: Weight of the class images of `data.class_folder`.
+        validation_examples: Held-out files that the loss is measured on, at several noise levels each.
+        preview_prompts: Prompts of previews; empty takes captions of the files.
+        preview_images: Images of a preview, if no prompts are given.
+        preview_steps: Denoising steps of previews; unset is the pipeline's default.
+        preview_guidance: Guidance scale of previews; unset is the pipeline's default.
+        preview_seed: Of the noise of previews: the same at every step.
+    """
+
+    kind: Literal["lora"]
+    sigma_mean: float = 0.0
+    sigma_std: float = Field(default=1.0, ge=0)
+    prior_loss_weight: float = Field(default=1.0, ge=0)
+    validation_examples: int = Field(default=16, ge=1)
+    preview_prompts: list[str] = []
+    preview_images: int = Field(default=4, ge=1)
+    preview_steps: int | None = Field(default=None, ge=1)
+    preview_guidance: float | None = Field(default=None, ge=0)
+    preview_seed: int = Field(default=0, ge=0)
+
+
+class LoraModel(Section):
+    """The `[model]` section: the pipeline that is fine-tuned.
+
+    Attributes:
+        pretrained: Built-in name, folder, or Hub id.
+        revision: Of a Hub id: branch, tag or commit.
+        dtype: Of the frozen weights; unset is bfloat16 on CUDA and float32 elsewhere. Adapters are always float32.
+        network: The part that gets adapters; `transformer_2` of pipelines with a second one for little noise.
+        guidance: Told to networks that take the guidance scale as an input (FLUX); unset is the pipeline's default.
+        gradient_checkpointing: Compute activations anew in the backward pass: less memory, a third more time.
+        options: Further arguments of the pipeline's call, e.g. max_sequence_length.
+    """
+
+    pretrained: str = Field(min_length=1)
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    network: str = "transformer"
+    guidance: float | None = Field(default=None, ge=0)
+    gradient_checkpointing: bool = False
+    options: dict[str, Any] = {}
+
+
+class LoraSection(Section):
+    """The `[lora]` section: the adapters; see `dit.lora.adapters.AdapterSettings`.
+
+    Attributes:
+        algorithm: `lora`, `dora` (LoRA with lengths of its own), `loha` or `lokr`.
+        rank: Of the factors: more holds more, and needs more images.
+        alpha: The update is scaled by alpha / rank; unset is the rank.
+        dropout: Of what goes into an adapter.
+        layers: `attention`, `feed_forward`, `all` (linear layers of the blocks), or names with `*` for anything.
+        rank_stabilised: Scale by alpha / sqrt(rank) instead.
+    """
+
+    algorithm: Algorithm = "lora"
+    rank: int = Field(default=8, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    layers: list[str] = Field(default=["attention"], min_length=1)
+    rank_stabilised: bool = False
+
+    def settings(self) -> AdapterSettings:
+        """Return what `dit.lora` makes of it."""
+        return AdapterSettings(**{**self.model_dump(), "layers": tuple(self.layers)})
+
+
+class LoraConfig(TrainConfig):
+    """A whole configuration of fine-tuning."""
+
+    run: LoraRun
+    optimizer: LoraOptimizer = LoraOptimizer()
+    task: LoraTaskSection
+    data: FineTuningData
+    model: LoraModel
+    lora: LoraSection = LoraSection()
