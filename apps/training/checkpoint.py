@@ -2,10 +2,11 @@
 
     checkpoint-000500/
       weights.safetensors     trained parameters (fp32) and buffers, `module/parameter`
-      ema.safetensors         their moving average
+      ema.safetensors         their moving average; empty where the optimizer keeps the average itself
       optimizer.safetensors   optimizer tensors, `module/parameter|exp_avg`
       random-0.safetensors    random states of process 0, one file per process
-      state.json              step, seconds, configuration, sizes of the files above; written last
+      state.json              step, seconds, values that the optimizer keeps for its groups of parameters,
+                              configuration, sizes of the files above; written last
 
 A folder is written as `checkpoint-000500.tmp` and renamed when complete, so that a checkpoint is whole or absent.
 """
@@ -14,7 +15,7 @@ import json
 import random
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_ABSENT = object()
 
 
 class CheckpointError(ValueError):
@@ -42,6 +44,7 @@ class TrainState:
         optimizer: The optimizer over `parameters`.
         step: Optimizer steps taken.
         seconds: Training time so far, over all slices.
+        initial_groups: What the groups of the optimizer hold at first, parameters left out.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -50,6 +53,38 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     seconds: float = 0.0
+    initial_groups: list[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.initial_groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+
+    def changed_group_values(self) -> list[dict[str, Any]]:
+        """Return what the optimizer itself has written into each of its groups, such as Prodigy's estimate `d`.
+
+        What is as it was made comes from the configuration, which may change from one slice of a run to the next; the
+        learning rate follows from the step.
+
+        Raises:
+            CheckpointError: If a value is no number, text, truth value or None, so that JSON cannot hold it exactly.
+        """
+        changed = [
+            {
+                key: value
+                for key, value in group.items()
+                if key not in ("params", "lr") and (isinstance(value, Tensor) or value != initial.get(key, _ABSENT))
+            }
+            for group, initial in zip(self.optimizer.param_groups, self.initial_groups, strict=True)
+        ]
+        for key, value in (item for values in changed for item in values.items()):
+            if not isinstance(value, int | float | str | None):
+                kind = type(value).__name__
+                raise CheckpointError(
+                    f"the optimizer keeps {key!r} of a group of parameters as {kind}; a checkpoint holds int, float, "
+                    "str, bool and None there: use another version of its package or another optimizer.name"
+                )
+        return changed
 
 
 def trained_parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -133,7 +168,7 @@ def commit(temporary: Path, state: TrainState, config: dict[str, Any], world_siz
     save_file(_contiguous({**state.parameters, **state.buffers}), temporary / "weights.safetensors")
     save_file(_contiguous(state.ema), temporary / "ema.safetensors")
     optimizer_tensors = {
-        f"{name}|{key}": torch.as_tensor(value)
+        f"{name}|{key}": _as_tensor(value)
         for name, parameter in state.parameters.items()
         for key, value in state.optimizer.state.get(parameter, {}).items()
     }
@@ -142,6 +177,7 @@ def commit(temporary: Path, state: TrainState, config: dict[str, Any], world_siz
         "step": state.step,
         "seconds": state.seconds,
         "world_size": world_size,
+        "optimizer_groups": state.changed_group_values(),
         "files": {file.name: file.stat().st_size for file in sorted(temporary.iterdir())},
         "config": config,
     }
@@ -152,19 +188,21 @@ def commit(temporary: Path, state: TrainState, config: dict[str, Any], world_siz
     return final
 
 
-def read(checkpoint: Path, state: TrainState, world_size: int) -> dict[str, Any]:
+def read(checkpoint: Path, state: TrainState, world_size: int, optimizer_name: str) -> dict[str, Any]:
     """Load a checkpoint into the networks, the moving average and the optimizer, in place.
 
     Args:
         checkpoint: A complete checkpoint folder.
         state: The state to fill; its names and shapes must be those of the checkpoint.
         world_size: Number of processes now.
+        optimizer_name: `optimizer.name` now.
 
     Returns:
         The configuration that the checkpoint was made with.
 
     Raises:
-        CheckpointError: If the checkpoint is incomplete, or made for other networks or another process count.
+        CheckpointError: If the checkpoint is incomplete, or made for other networks, another optimizer or another
+            process count.
     """
     if not is_valid(checkpoint):
         raise CheckpointError(f"{checkpoint} is missing or incomplete; use --resume latest for the newest complete one")
@@ -174,6 +212,7 @@ def read(checkpoint: Path, state: TrainState, world_size: int) -> dict[str, Any]
             f"{checkpoint} was made by {description['world_size']} processes, this run has {world_size}; "
             "resume with as many, or start anew from exported weights (data.init_from)"
         )
+    groups = _optimizer_groups(checkpoint, description, state, optimizer_name)
     _copy_into({**state.parameters, **state.buffers}, load_file(checkpoint / "weights.safetensors"), checkpoint)
     _copy_into(state.ema, load_file(checkpoint / "ema.safetensors"), checkpoint)
     state.optimizer.state.clear()
@@ -181,6 +220,8 @@ def read(checkpoint: Path, state: TrainState, world_size: int) -> dict[str, Any]
         name, _, key = full_name.rpartition("|")
         parameter = state.parameters[name]
         state.optimizer.state[parameter][key] = tensor.to(parameter.device)
+    for group, values in zip(state.optimizer.param_groups, groups, strict=True):
+        group.update(values)
     state.step, state.seconds = description["step"], description["seconds"]
     return description["config"]
 
@@ -222,6 +263,31 @@ def rotate(folder: Path, limit: int) -> None:
     """
     for path in complete_checkpoints(folder)[:-limit]:
         shutil.rmtree(path)
+
+
+def _optimizer_groups(
+    checkpoint: Path, description: dict[str, Any], state: TrainState, optimizer_name: str
+) -> list[dict[str, Any]]:
+    """Return the values that a checkpoint has for each group of the optimizer, if it is of the same optimizer."""
+    made_with = description["config"].get("optimizer", {}).get("name", optimizer_name)
+    if made_with != optimizer_name:
+        raise CheckpointError(
+            f"{checkpoint} was made with optimizer.name = {made_with!r}, this run has {optimizer_name!r}; resume with "
+            "the same, or start anew from exported weights (data.init_from)"
+        )
+    count = len(state.optimizer.param_groups)
+    groups = description.get("optimizer_groups", [{}] * count)  # absent before there were optimizers that keep values
+    if len(groups) != count:
+        raise CheckpointError(
+            f"{checkpoint} has {len(groups)} groups of parameters, the optimizer of this run has {count}; resume with "
+            "the settings of [optimizer] that it was made with"
+        )
+    return groups
+
+
+def _as_tensor(value: Any) -> Tensor:
+    # Python's floats have 64 bits, and torch would make 32 of them.
+    return torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
 
 
 def _contiguous(tensors: dict[str, Any]) -> dict[str, Tensor]:

@@ -12,9 +12,11 @@ import tomllib
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+_Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
@@ -81,34 +83,84 @@ class RunConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """The optimizer, its learning-rate schedule and the moving average of the weights.
+    """The optimizer, its learning-rate schedule and the average of the weights.
 
     Attributes:
-        name: `adamw`, or `muon`: Muon for the matrices of transformer blocks, AdamW for everything else.
-        learning_rate: Peak learning rate of AdamW.
+        name: Which optimizer.
+            `adamw`: two state tensors per parameter.
+            `muon`: Muon for the matrices of transformer blocks, AdamW for everything else.
+            `sgd_sai`: SGD with momentum, scaled once for every tensor (arXiv:2412.11768): one state tensor.
+            `prodigy`: AdamW that estimates its learning rate (arXiv:2306.06101): four state tensors. Needs the `train`
+            extra, as does
+            `schedule_free`: AdamW that averages the weights in place of a decay (arXiv:2405.15682): two state tensors.
+        learning_rate: Peak learning rate. Of `sgd_sai` it is another quantity than AdamW's (1e-2 in the published
+            code). Of `prodigy` it is a factor on the estimated one: 1 by default, from 0.1 to 10. That of
+            `schedule_free` is one to ten times AdamW's.
         muon_learning_rate: Peak learning rate of Muon, in AdamW's units (updates are scaled to AdamW's size).
         muon_leaves_out: Modules that stay with AdamW throughout, by the names that the task gives them. A T5 should:
             its scores are not scaled, and Muon's updates saturate them.
-        betas: Momenta of AdamW.
+        sgd_sai_compat: Scale `sgd_sai` as its published code does, which leaves tensors untrained whose first gradient
+            is zero; to repeat published results.
+        betas: Momenta of AdamW, `prodigy` and `schedule_free` (whose first one is how far training stays from the fast
+            weights: 0.95 or 0.98 for very long runs); `sgd_sai` has the first.
         weight_decay: Decoupled weight decay; biases, gains and other 0-D and 1-D parameters are left out.
         warmup_steps: Steps of linear warm-up.
-        schedule: `constant`; `cosine` to zero; `wsd` (warm-up, stable, decay: linear to zero at the end).
+        schedule: `constant`; `cosine` to zero; `wsd` (warm-up, stable, decay: linear to zero at the end). The default
+            of `schedule_free` is `constant`.
         decay_fraction: Share of the run that `wsd` spends decaying.
         max_grad_norm: Gradients are clipped to this norm.
-        ema_decay: Decay of the moving average; it warms up as (1 + step) / (10 + step).
+        ema_decay: Decay of the moving average; it warms up as (1 + step) / (10 + step). `schedule_free` keeps an
+            average of its own: 0 there.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    own_defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "prodigy": {"learning_rate": 1.0},
+        "schedule_free": {"schedule": "constant", "ema_decay": 0.0},
+    }
+
+    name: Literal["adamw", "muon", "sgd_sai", "prodigy", "schedule_free"] = "adamw"
     learning_rate: float = Field(gt=0)
     muon_learning_rate: float = Field(default=5e-3, gt=0)
     muon_leaves_out: list[str] = []
-    betas: tuple[float, float] = (0.9, 0.99)
+    sgd_sai_compat: bool = False
+    betas: tuple[_Momentum, _Momentum] = (0.9, 0.99)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_steps: int = Field(default=200, ge=0)
     schedule: Literal["constant", "cosine", "wsd"] = "wsd"
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_own_defaults(cls, values: Any) -> Any:
+        """Fill in the defaults of the named optimizer, so that the configuration on record is the one in effect."""
+        if not isinstance(values, dict):
+            return values
+        return {**cls.own_defaults.get(str(values.get("name")), {}), **values}
+
+    @model_validator(mode="after")
+    def _fits_the_optimizer(self) -> "OptimizerConfig":
+        """Refuse settings that the named optimizer would turn into a run that learns nothing, or would not heed."""
+        problems = []
+        if self.name == "prodigy" and not 0.1 <= self.learning_rate <= 10:
+            problems.append(
+                f"optimizer.learning_rate = {self.learning_rate} is not from 0.1 to 10: prodigy estimates the learning "
+                "rate, and this is a factor on it; set it to 1"
+            )
+        if self.name == "schedule_free" and self.ema_decay != 0:
+            problems.append(
+                f"optimizer.ema_decay = {self.ema_decay} is not 0: schedule_free keeps an average of its own; remove "
+                "ema_decay or set it to 0"
+            )
+        if self.name == "schedule_free" and self.betas[0] == 0:
+            problems.append(
+                f"optimizer.betas = {list(self.betas)}: the first must be in (0, 1) for schedule_free; 0.9 suits most "
+                "networks"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class TaskSection(Section):

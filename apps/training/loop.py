@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from apps.training import checkpoint as checkpoints
 from apps.training.compile import compile_blocks, uncompiled
 from apps.training.config import TrainConfig
-from apps.training.ema import MovingAverage
+from apps.training.ema import weight_average
 from apps.training.optimizer import make_optimizer
 from apps.training.run_logger import RunLogger
 from apps.training.schedule import learning_rate
@@ -95,8 +95,8 @@ class Trainer:
         self.model = self.accelerator.prepare(LossModule(self.task))
         modules = self.task.modules()
         parameters = checkpoints.trained_parameters(modules)
-        self.ema = MovingAverage(parameters, config.optimizer.ema_decay)
         optimizer = make_optimizer(parameters, config)
+        self.ema = weight_average(parameters, optimizer, config.optimizer)
         self.state = checkpoints.TrainState(
             parameters, checkpoints.persistent_buffers(modules), self.ema.shadow, optimizer
         )
@@ -157,13 +157,13 @@ class Trainer:
         rate = learning_rate(state.step, self.options.steps, settings)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
+        window.rate, window.norm = rate * state.optimizer.param_groups[0].get("d", 1.0), norm  # d: Prodigy's estimate
         # update the weights, and free the gradients right after
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        # update the moving average of the weights
+        # update the average of the weights
         self.ema.update(state.step)
         state.step += 1
-        window.rate, window.norm = rate, norm
 
     def _log(self, window: "MetricWindow") -> None:
         """Write the means since the last line, after a check that the loss is still finite."""
@@ -241,7 +241,7 @@ class Trainer:
         self.saved_step = self.state.step
 
     def _resume(self, path: Path) -> None:
-        checkpoints.read(path, self.state, self.accelerator.num_processes)
+        checkpoints.read(path, self.state, self.accelerator.num_processes, self.config.optimizer.name)
         checkpoints.read_random_state(path, self.accelerator.process_index)
         self.saved_step = self.state.step if path.parent == self.options.folder else -1
 
@@ -272,11 +272,13 @@ class Trainer:
         self.model.eval()
         states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 (the global state)
         plainly = uncompiled() if self.options.compile else contextlib.nullcontext()
-        with self.ema.applied(), torch.no_grad(), self.accelerator.autocast(), plainly:
-            yield
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
+        try:
+            with self.ema.applied(), torch.no_grad(), self.accelerator.autocast(), plainly:
+                yield
+        finally:  # a failed preview does not end the run
+            torch.set_rng_state(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            random.setstate(states[2])
 
     def _context(self) -> TaskContext:
         accelerator: Any = self.accelerator

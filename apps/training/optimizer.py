@@ -1,12 +1,14 @@
-"""The optimizers: fused AdamW, or Muon for the matrices of transformer blocks with AdamW for the rest."""
+"""The optimizers: fused AdamW, Muon (with AdamW for what is no matrix), SGD-SaI, Prodigy, schedule-free AdamW."""
 
-from collections.abc import Iterator, MutableMapping
+import importlib
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from apps.training.config import TrainConfig
+from apps.training.config import OptimizerConfig, TrainConfig
+from apps.training.sgd_sai import SGDSaI
 
 
 class JoinedOptimizer(torch.optim.Optimizer):
@@ -82,22 +84,42 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> 
 
     Every group has a `scale`: its learning rate is that of the schedule times this.
 
-    Muon (orthogonalised momentum, with updates scaled to the size of AdamW's, arXiv:2502.16982) takes the matrices
-    inside blocks; embeddings, heads and everything that is not a matrix stay with AdamW.
-
     Args:
         parameters: Trained parameters by name.
         config: The configuration of the run.
+
+    Returns:
+        The optimizer, ready to step.
+
+    Raises:
+        ImportError: The optimizer comes from a package that is not installed.
     """
-    settings = config.optimizer
-    if settings.name == "adamw":
-        return _adamw(list(parameters.values()), config)
+    makers = {
+        "adamw": _adamw,
+        "muon": _muon,
+        "sgd_sai": _sgd_sai,
+        "prodigy": _prodigy,
+        "schedule_free": _schedule_free,
+    }
+    return makers[config.optimizer.name](parameters, config.optimizer)
+
+
+def _adamw(parameters: dict[str, nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    groups = _groups(parameters.values(), settings)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+
+
+def _muon(parameters: dict[str, nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """Make Muon (orthogonalised momentum, with updates scaled to the size of AdamW's, arXiv:2502.16982).
+
+    It takes the matrices inside blocks; embeddings, heads and everything that is not a matrix stay with AdamW.
+    """
     inside = {
         name: p
         for name, p in parameters.items()
         if p.ndim == 2 and _is_hidden_matrix(name) and name.split("/")[0] not in settings.muon_leaves_out
     }
-    outside = [parameter for name, parameter in parameters.items() if name not in inside]
+    outside = {name: parameter for name, parameter in parameters.items() if name not in inside}
     scale = settings.muon_learning_rate / settings.learning_rate
     muon = torch.optim.Muon(
         [{"params": list(inside.values()), "scale": scale}],
@@ -105,16 +127,66 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> 
         weight_decay=settings.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    return JoinedOptimizer([muon, _adamw(outside, config)])
+    return JoinedOptimizer([muon, _adamw(outside, settings)])
 
 
-def _adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+def _sgd_sai(parameters: dict[str, nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    return SGDSaI(
+        _groups(parameters.values(), settings),
+        lr=settings.learning_rate,
+        momentum=settings.betas[0],
+        compat=settings.sgd_sai_compat,
+    )
+
+
+def _prodigy(parameters: dict[str, nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """Make Prodigy (arXiv:2306.06101) as its authors advise for diffusion models.
+
+    `safeguard_warmup` keeps the small rates of a warm-up out of the estimate of the distance to the solution, which
+    would come out too large.
+    """
+    package = _optional_package("prodigyopt", settings.name)
+    return package.Prodigy(
+        _groups(parameters.values(), settings),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        use_bias_correction=True,
+        safeguard_warmup=True,
+    )
+
+
+def _schedule_free(parameters: dict[str, nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """Make schedule-free AdamW (arXiv:2405.15682), in training mode.
+
+    The warm-up is the loop's: the same rates as of the package's own, which would come on top.
+    """
+    package = _optional_package("schedulefree", settings.name)
+    groups = _groups(parameters.values(), settings)
+    optimizer = package.AdamWScheduleFree(groups, lr=settings.learning_rate, betas=settings.betas)
+    optimizer.train()
+    return optimizer
+
+
+def _groups(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return the groups with and without weight decay, each only if it has parameters."""
+    parameters = list(parameters)
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.optimizer.weight_decay, "scale": 1.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay, "scale": 1.0},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "scale": 1.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.optimizer.learning_rate, betas=config.optimizer.betas, fused=True)
+    return [group for group in groups if group["params"]]
+
+
+def _optional_package(package: str, optimizer_name: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:  # it is there, but something that it needs is not
+            raise
+        raise ImportError(
+            f"optimizer.name = {optimizer_name!r} needs the package {package}, which is not installed: "
+            f"pip install {package}, or pip install 'tessera[train]'"
+        ) from error
 
 
 def _is_hidden_matrix(name: str) -> bool:
