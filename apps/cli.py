@@ -41,11 +41,15 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Return the command that arguments name, as click asks for it."""
         name, command, rest = super().resolve_command(ctx, args)
-        if name != "generate":
-            return name, command, rest
-        from apps.commands.generate_options import build_command
+        if name == "generate":
+            from apps.commands.generate_options import build_command
 
-        return name, build_command(), rest
+            return name, build_command(), rest
+        if name == "train-lora":
+            from apps.commands import train_lora_options
+
+            return name, train_lora_options.build_command(), train_lora_options.canonical(rest)
+        return name, command, rest
 
 
 app = typer.Typer(
@@ -223,6 +227,11 @@ def train(
     run(config_path=config, overrides=overrides or [], resume=resume, smoke=smoke)
 
 
+@app.command("train-lora")
+def train_lora() -> None:
+    """Fine-tune a model on a few images or clips of your own, by LoRA."""
+
+
 @app.command()
 def evaluate(
     model: ModelName,
@@ -299,9 +308,9 @@ def bench(
         str,
         typer.Argument(
             help="image (an image and its parts), start (imports), costs (single operations), cache, cache-time and "
-            "cache-transfer (step caches), clips (a step cache on clips, long ones), kv, shortcuts and search (what "
-            "next-scale models lose by forgetting and skipping, and gain by searching), or released (our VAR beside a "
-            "clone of its authors' code)."
+            "cache-transfer (step caches), clips (a step cache on clips, long ones), lora-style (what a LoRA learned "
+            "of a style), kv, shortcuts and search (what next-scale models lose by forgetting and skipping, and gain "
+            "by searching), or released (our VAR beside a clone of its authors' code)."
         ),
     ],
     name: Annotated[
@@ -351,6 +360,21 @@ def bench(
             rich_help_panel=MEASURED,
         ),
     ] = False,
+    lora: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            help="LoRA file, for lora-style.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = None,
+    trigger: Annotated[
+        str,
+        typer.Option(
+            help="Words behind the prompts that the LoRA was trained with.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = "",
     json_output: Json = False,
 ) -> None:
     """Time things on this machine, in turns."""
@@ -365,6 +389,8 @@ def bench(
         device=device,
         dtype=dtype,
         smoke=smoke,
+        lora=lora,
+        trigger=trigger,
         json_output=json_output,
     )
 

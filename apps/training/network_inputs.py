@@ -1,5 +1,7 @@
 """What a pipeline's network is shown while it is fine-tuned: latents and recorded arguments, both kept on disk."""
 
+import math
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +52,27 @@ class NetworkInputs:
         self.calls: dict[Bucket, NetworkCall] = {}
         self._lock = threading.Lock()  # batches are made in a second thread
 
+    def size_step(self) -> int:
+        """Return what heights and widths must be multiples of, in pixels; the pipeline's own checks are asked too."""
+        step = self.info.multiple
+        if self.info.sizes:
+            return step
+        for _ in range(3):
+            try:
+                learn_unguided_call(self.pipe, 3 * step, 5 * step, self._clip(1), self.guidance, self.options)
+            except ValueError as error:
+                wanted = re.search(r"(?:divisible by|multiple of) (\d+)", str(error))
+                if wanted is None or math.lcm(step, int(wanted[1])) == step:
+                    break  # something else is wrong with it: said when it is called at the sizes of the files
+                step = math.lcm(step, int(wanted[1]))
+            else:
+                break
+        return step
+
+    def _clip(self, frames: int) -> int | None:
+        """Return the frames of a call: None for pipelines of images."""
+        return frames if self.info.frames is not None else None
+
     def call(self, bucket: Bucket) -> NetworkCall:
         """Return how the network is called for frames, height and width.
 
@@ -59,10 +82,9 @@ class NetworkInputs:
         with self._lock:
             if bucket not in self.calls:
                 frames, height, width = bucket
-                clip = frames if self.info.frames is not None else None
                 try:
                     self.calls[bucket] = learn_unguided_call(
-                        self.pipe, height, width, clip, self.guidance, self.options
+                        self.pipe, height, width, self._clip(frames), self.guidance, self.options
                     )
                 except (CallNotUnderstood, ValueError) as error:
                     raise ConfigError(
@@ -112,8 +134,9 @@ class NetworkInputs:
             pixels = rows.pixels([number]).to(device, next(self.pipe.vae.parameters()).dtype)
             shape = self.call(bucket).sample_shape
             latents = self._encode(tokenizer, pixels)  # (1, C, [T,] h, w)
-            clip = frames if self.info.frames is not None else None
-            packed = pack_latents(self.pipe, latents.float().cpu(), shape, height, width, clip)  # (1, ...)
+            packed = pack_latents(
+                self.pipe, latents.float().cpu(), shape, height, width, self._clip(frames)
+            )  # (1, ...)
             found[key] = {"latents": packed[0].half() if packed.abs().max() < 6e4 else packed[0]}
         return found
 

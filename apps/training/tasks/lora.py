@@ -68,7 +68,7 @@ class LoraTask:
                 f"data.num_frames = {section.num_frames}, but {self.config.model.pretrained} makes images: set it to 1"
             )
         run = self.config.run.folder
-        return open_fine_tuning(section, resolution, info.multiple, run, quiet=self.context.rank > 0)
+        return open_fine_tuning(section, resolution, self.inputs.size_step(), run, quiet=self.context.rank > 0)
 
     def _prepare(self) -> None:
         """Encode files and captions that no earlier run has encoded."""
