@@ -48,12 +48,12 @@ def _flag(names: str, kind: type, key: str | None, text: str, panel: str) -> Fla
 
 
 FLAGS: tuple[Flag, ...] = (
-    _flag("model pretrained_model_name_or_path", str, "model.pretrained", "Built-in name, folder or hub id (or --pretrained_model_name_or_path).", MODEL),
+    _flag("model pretrained_model_name_or_path", str, "model.pretrained", "Built-in name, folder or hub id.", MODEL),
     _flag("revision", str, "model.revision", "Branch, tag or commit of a hub id.", MODEL),
     _flag("dtype", str, "model.dtype", "Of the frozen weights: float32, bfloat16 or float16.", MODEL),
     _flag("guidance_scale", float, "model.guidance", "Told to networks that take guidance as an input (FLUX).", MODEL),
     _flag("gradient_checkpointing", bool, "model.gradient_checkpointing", "Less memory, a third more time.", MODEL),
-    _flag("data instance_data_dir", Path, None, "Folder of files with .txt captions, or a .jsonl (or --instance_data_dir).", DATA),
+    _flag("data instance_data_dir", Path, None, "Folder of files with .txt captions, or a .jsonl.", DATA),
     _flag("instance_prompt", str, "data.caption", "Caption of every file that has none.", DATA),
     _flag("trigger", str, "data.trigger", "Words put before every caption.", DATA),
     _flag("resolution", int, "data.resolution", "Images have about this many pixels squared.", DATA),
@@ -112,7 +112,11 @@ def train_lora(
     smoke: Annotated[bool, typer.Option("--smoke", help="Rehearse: two steps.")] = False,
     **flags: Any,
 ) -> None:
-    """Fine-tune a model on a few images or clips of your own, by LoRA; Ctrl-C saves a checkpoint before it stops."""
+    """Fine-tune a model on a few images or clips of your own, by LoRA; Ctrl-C saves a checkpoint before it stops.
+
+    Flags have the names of diffusers' training scripts; --model and --data are their
+    --pretrained_model_name_or_path and --instance_data_dir, which work as well.
+    """
     from apps.commands.train_lora import run
 
     run(config, {name: value for name, value in flags.items() if value is not None}, overrides or [], dry_run, smoke)

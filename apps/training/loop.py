@@ -28,7 +28,7 @@ from apps.training.ema import weight_average
 from apps.training.optimizer import make_optimizer
 from apps.training.run_logger import RunLogger
 from apps.training.schedule import learning_rate
-from apps.training.task import Task, TaskContext, task_class
+from apps.training.task import ComparesCheckpoints, Task, TaskContext, task_class
 
 
 class TrainingDiverged(RuntimeError):
@@ -186,6 +186,8 @@ class Trainer:
         if _due(step, options.save_every):
             self._check_finite(window)
             self._save()
+        if _due(step, options.save_every) or step == options.steps:
+            self._score()
         if _due(step, options.validate_every) or (options.validate_every and step == options.steps):
             self._validate()
         if _due(step, options.preview_every) or (options.preview_every and step == options.steps):
@@ -198,6 +200,15 @@ class Trainer:
         with self._averaged():
             values = self.task.validate()
         self.logger.write("validation", self.state.step, values)
+
+    def _score(self) -> None:
+        """Keep and score the present weights, if the task compares checkpoints; processes wait for the first one."""
+        if isinstance(self.task, ComparesCheckpoints) and self.accelerator.is_main_process:
+            with self._averaged():
+                values = self.task.score(self.state.step)
+            self.logger.write("score", self.state.step, values)
+            self.logger.message(self.task.choose(self.logger.path))
+        self.accelerator.wait_for_everyone()
 
     def _preview(self) -> None:
         """Write the preview; a failure there is reported but does not end the training."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,19 @@ class Task(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write the weights that the modules now carry as diffusers-style component folders."""
+        ...
+
+
+@runtime_checkable
+class ComparesCheckpoints(Protocol):
+    """A task that keeps what it trained at every save and tells which of it is best."""
+
+    def score(self, step: int) -> dict[str, float]:
+        """Keep what the modules now carry, and return how good it is."""
+        ...
+
+    def choose(self, log: Path) -> str:
+        """Mark the best of what was kept, by the scores in `log.jsonl`, and return what to say about it."""
         ...
 
 

@@ -211,6 +211,8 @@ def _watch(pipe: Any, network: nn.Module, call: Mapping[str, Any], is_short: boo
         network.register_forward_hook(after, with_kwargs=True),
     ]
     generator = torch.Generator().manual_seed(0)
+    shown = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
     try:
         with torch.random.fork_rng(devices=[]), _replaced_step(pipe.scheduler, step):
             pipe(**call, num_inference_steps=MOST_STEPS, generator=generator, output_type="latent")
@@ -219,6 +221,7 @@ def _watch(pipe: Any, network: nn.Module, call: Mapping[str, Any], is_short: boo
     finally:
         for handle in handles:
             handle.remove()
+        pipe.set_progress_bar_config(**shown)
         if hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()
     raise CallNotUnderstood(f"{type(pipe).__name__} called its network in {len(steps)} steps, expected {STEPS}")

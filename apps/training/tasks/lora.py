@@ -14,6 +14,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from apps.perceptual.efficientnet_lite import load_efficientnet_lite0
+from apps.perceptual.measures import image_features
+from apps.training.checkpoint_choice import choose, plot_scores, read_scores, write_choice
+from apps.training.class_images import make_class_images
 from apps.training.config import ConfigError, TrainConfig
 from apps.training.data.file_rows import Bucket, FileRows
 from apps.training.data.fine_tuning import FineTuningSet, open_fine_tuning
@@ -45,11 +49,14 @@ class LoraTask:
         self.process = noise_process(self.pipe.scheduler)
         cache = config.run.output / "cache"
         self.inputs = NetworkInputs(self.pipe, self.network, cache, config.model.guidance, dict(config.model.options))
+        with context.main_process_first():
+            make_class_images(self.pipe, config, console=Console(stderr=True, quiet=context.rank > 0))
         self.data = self._open_data()
         with context.main_process_first():  # the first process writes what the others read
             self._prepare()
         self.adapted = self._add_adapters()
-        self._validation = self._validation_batches()
+        self._validation = self._fixed_batches(self.data.held_out)
+        self._training = self._fixed_batches(self.data, len(self._validation))
 
     # ------------------------------------------------------------------ parts
 
@@ -127,10 +134,10 @@ class LoraTask:
             "weight": weight,
         }
 
-    def _validation_batches(self) -> list[dict[str, Any]]:
-        """Return each held-out file with fixed noise at evenly spread noise levels."""
-        rows, found = self.data.held_out, []
-        for number in range(min(len(rows), self.config.task.validation_examples)):
+    def _fixed_batches(self, rows: FileRows, count: int | None = None) -> list[dict[str, Any]]:
+        """Return the first of the rows, each with fixed noise at evenly spread noise levels."""
+        found = []
+        for number in range(min(len(rows), count or self.config.task.validation_examples)):
             latents = self.inputs.latents(rows, [number]).repeat_interleave(LEVELS, dim=0)  # (K, ...)
             bucket, caption = rows.bucket(number), rows.caption(number, np.random.default_rng(0), drop=False)
             generator = torch.Generator().manual_seed(number)
@@ -145,6 +152,10 @@ class LoraTask:
                 }
             )
         return found
+
+    def to_device(self, batch: Any) -> Any:
+        """Return a batch on the device of the network."""
+        return _to(batch, self.context.device)
 
     # ------------------------------------------------------------------- loss
 
@@ -177,8 +188,48 @@ class LoraTask:
 
     def validate(self) -> dict[str, float]:
         """Return the mean loss of held-out files on fixed noise and timesteps."""
-        losses = [self._losses(_to(group, self.context.device)).mean() for group in self._validation]
-        return {"loss": float(torch.stack(losses).mean())}
+        return {"loss": self._fixed_loss(self._validation)}
+
+    def _fixed_loss(self, groups: list[dict[str, Any]]) -> float:
+        losses = [self._losses(_to(group, self.context.device)).mean() for group in groups]
+        return float(torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def score(self, step: int) -> dict[str, float]:
+        """Keep the adapters of a step as a file of their own and measure them, see `checkpoint_choice.Score`."""
+        self.save_adapter(self.adapter_path(step))
+        values = {"loss": self._fixed_loss(self._validation), "training_loss": self._fixed_loss(self._training)}
+        if self.config.task.score_images:
+            values["distance"] = self._distance()
+        return values
+
+    def adapter_path(self, step: int) -> Path:
+        """Return where the adapters of a step are kept."""
+        return self.config.run.folder / "loras" / f"step-{step:06d}.safetensors"
+
+    def choose(self, log: Path) -> str:
+        """Mark the best adapters: `best.json`, and a plot of all scores."""
+        scores, folder = read_scores(log), self.config.run.folder
+        choice = choose(scores, self.data.is_validated_on_training)
+        kept = self.adapter_path(choice.best.step)
+        kept = kept if kept.is_file() else kept.with_suffix("")  # loha, lokr
+        write_choice(choice, kept.relative_to(folder).as_posix(), folder / "best.json")
+        plot_scores(scores, choice.best.step, folder / "loss.png")
+        return f"best so far: {kept} ({choice.advice})"
+
+    def _distance(self) -> float:
+        """Return the mean distance of features of generated images to those of held-out images of the same captions."""
+        rows, found = self.data.held_out, []
+        network = load_efficientnet_lite0(self.context.device)
+        for number in range(min(len(rows), self.config.task.score_images)):
+            caption = rows.caption(number, np.random.default_rng(0), drop=False)
+            made = self.generate(caption, self.config.task.preview_seed + number) * 2 - 1  # ([T,] 3, H, W)
+            true = rows.pixels([number])[0]  # (3, [T,] H, W)
+            pair = [_middle(made), _middle(true.transpose(0, 1) if true.ndim == 4 else true)]  # (3, H, W) each
+            same = [nn.functional.interpolate(one[None].cpu(), (128, 128), mode="area") for one in pair]
+            one, other = image_features(torch.cat(same), network=network)  # (F,) each
+            found.append(1 - nn.functional.cosine_similarity(one, other, dim=0))
+        return float(torch.stack(found).mean())
 
     @torch.no_grad()
     def preview(self, path: Path) -> None:
@@ -279,6 +330,11 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_to(each, device) for each in value)
     return value
+
+
+def _middle(image: Tensor) -> Tensor:
+    """Return an image (3, H, W), or the frame in the middle of a clip (T, 3, H, W)."""
+    return image if image.ndim == 3 else image[len(image) // 2]
 
 
 def _frames(clip: Tensor) -> Tensor:

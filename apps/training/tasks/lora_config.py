@@ -39,6 +39,9 @@ class LoraTaskSection(TaskSection):
         sigma_std: See `sigma_mean`; 0 draws them evenly.
         prior_loss_weight: Weight of the class images of `data.class_folder`.
         validation_examples: Held-out files that the loss is measured on, at several noise levels each.
+        score_images: Held-out captions that are generated at every save, to measure how near the images come to the
+            true ones; 0 leaves that out.
+        num_class_images: Generate class images from `data.class_caption` until `data.class_folder` has as many.
         preview_prompts: Prompts of previews; empty takes captions of the files.
         preview_images: Images of a preview, if no prompts are given.
         preview_steps: Denoising steps of previews; unset is the pipeline's default.
@@ -51,6 +54,8 @@ class LoraTaskSection(TaskSection):
     sigma_std: float = Field(default=1.0, ge=0)
     prior_loss_weight: float = Field(default=1.0, ge=0)
     validation_examples: int = Field(default=16, ge=1)
+    score_images: int = Field(default=4, ge=0)
+    num_class_images: int = Field(default=0, ge=0)
     preview_prompts: list[str] = []
     preview_images: int = Field(default=4, ge=1)
     preview_steps: int | None = Field(default=None, ge=1)
