@@ -215,7 +215,8 @@ def _watch(pipe: Any, network: nn.Module, call: Mapping[str, Any], is_short: boo
     pipe.set_progress_bar_config(disable=True)
     try:
         with torch.random.fork_rng(devices=[]), _replaced_step(pipe.scheduler, step):
-            pipe(**call, num_inference_steps=MOST_STEPS, generator=generator, output_type="latent")
+            steered = {"num_inference_steps": MOST_STEPS, "generator": generator, "output_type": "latent"}
+            pipe(**{**call, **steered})
     except _Seen:
         return steps
     finally:

@@ -1,0 +1,252 @@
+"""Runs of LoRA fine-tuning: exact resume, kills, what is written, what is refused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from apps.commands.train_lora import make_config
+from apps.training import checkpoint as checkpoints
+from apps.training.checkpoint_choice import Score, choose, read_scores
+from apps.training.config import ConfigError
+from apps.training.loop import train
+from pipelines import load_lora, load_pipeline
+from tests.families.tiny import tiny_pipeline
+from tests.training.helpers import assert_equal_checkpoints, assert_resumes_exactly
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A saved pipeline of random weights."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline("text_dit").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Six captioned images of two shapes."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number, (name, colour) in enumerate([*COLOURS.items(), *list(COLOURS.items())[:2]]):
+        size = (64, 32) if number % 2 else (48, 48)
+        noise = rng.integers(-30, 30, (size[1], size[0], 3))
+        pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a {name} cat")
+    return folder
+
+
+@pytest.fixture
+def configured(model, images, tmp_path):
+    """Return a function from names of runs, flags and overrides to configurations."""
+
+    def make(name="run", *overrides, **flags):
+        given = {"data": images, "model": str(model), "output_dir": tmp_path / name, "resolution": 32, "rank": 2}
+        given |= {"max_train_steps": 6, "train_batch_size": 2, "checkpointing_steps": 3, "validation_steps": 3}
+        small = ("task.preview_steps=2", "task.preview_images=1", "task.score_images=0", "run.num_threads=1")
+        return make_config(None, _renamed(given | flags), [*small, *overrides])
+
+    return make
+
+
+def _renamed(flags):
+    """Flags by the names of their parameters: the steps and the batch size are shown under their short names."""
+    from apps.commands.train_lora_options import FLAGS
+
+    known = {name: flag.parameter for flag in FLAGS for name in flag.names}
+    return {known[name]: value for name, value in flags.items()}
+
+
+def test_resume_is_bit_identical(configured):
+    folder = assert_resumes_exactly(configured, 3)
+    assert sorted(path.name for path in (folder / "loras").iterdir()) == [
+        "step-000003.safetensors",
+        "step-000006.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("algorithm", ["dora", "loha", "lokr"])
+def test_other_adapters_resume_exactly(configured, algorithm):
+    assert_resumes_exactly(lambda name: configured(name, algorithm=algorithm), 3)
+
+
+def test_only_adapters_are_trained_and_saved(configured, model):
+    config = configured()
+    assert train(config) == "finished"
+    weights = load_file(config.run.folder / "checkpoint-000006" / "weights.safetensors")
+    trained = [name for name in weights if "lora_" in name]
+    assert trained
+    with safe_open(config.run.folder / "export" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert {name.split(".")[0] for name in file.keys()} == {"transformer"}  # noqa: SIM118
+        described = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert described["transformer.r"] == 2
+    suffixes = {path.suffix for path in config.run.folder.rglob("*") if path.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ".png", ".txt"}
+
+
+def test_export_gives_the_images_of_the_preview(configured, model):
+    config = configured("run", "optimizer.learning_rate=0.05")
+    train(config)
+    pipe = load_pipeline(model)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        return pipe(
+            "a red cat",
+            height=32,
+            width=32,
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+
+    before = draw()
+    load_lora(pipe, config.run.folder / "export")
+    assert not torch.equal(draw(), before)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(), before)
+
+
+def test_best_step_is_marked(configured):
+    config = configured("run", "optimizer.learning_rate=0.02")
+    train(config)
+    scores = read_scores(config.run.folder / "log.jsonl")
+    best = json.loads((config.run.folder / "best.json").read_text())
+    assert [score.step for score in scores] == [3, 6]
+    assert best["step"] == min(scores, key=lambda score: score.loss).step
+    assert (config.run.folder / best["file"]).is_file()
+    assert Image.open(config.run.folder / "loss.png").size == (720, 360)
+
+
+def test_overfitting_is_told_from_a_level_loss():
+    falling = [Score(1, 1.0, 1.0), Score(2, 0.8, 0.8)]
+    assert choose(falling).best.step == 2
+    rising = [*falling, Score(3, 0.9, 0.5)]
+    assert choose(rising).best.step == 2
+    assert choose(rising).is_overfitting
+    level = [*falling, Score(3, 0.805, 0.7)]
+    assert not choose(level).is_overfitting
+    assert choose(rising, is_validated_on_training=True).best.step == 3
+
+
+def test_class_images_are_made_once_and_weigh_in(configured, tmp_path):
+    folder = tmp_path / "classes"
+    flags = {"class_data_dir": folder, "class_prompt": "a cat", "num_class_images": 3}
+    config = configured("run", "model.options={height=32, width=32, num_inference_steps=2}", **flags)
+    train(config)
+    made = sorted(folder.glob("*.png"))
+    assert len(made) == 3
+    lines = [json.loads(line) for line in (config.run.folder / "log.jsonl").read_text().splitlines()]
+    assert any("class_loss" in line for line in lines)
+    stamps = [path.stat().st_mtime_ns for path in made]
+    train(configured("again", "model.options={height=32, width=32, num_inference_steps=2}", **flags))
+    assert [path.stat().st_mtime_ns for path in made] == stamps
+
+
+def test_gradient_checkpointing_gives_the_same_weights(configured):
+    plain, saving = configured("plain"), configured("saving", gradient_checkpointing=True)
+    train(plain)
+    train(saving)
+    one, other = (
+        load_file(config.run.folder / "checkpoint-000006" / "weights.safetensors") for config in (plain, saving)
+    )
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lora_layers": "nothing.of.this"}, "names no linear layer"),
+        ({"num_frames": 4}, "makes images"),
+        ({"resolution": 8}, "resolution"),
+        ({"num_class_images": 3}, "class_folder"),
+        ({"model": "stikers"}, "stickers"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_with_the_remedy(configured, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        train(configured("run", **flags))
+
+
+def test_dry_run_trains_nothing(configured):
+    from rich.console import Console
+
+    from apps.training.dry_run import report
+
+    config, console = configured(), Console(record=True, width=120)
+    estimate = report(config, console)
+    text = console.export_text()
+    assert "32" in text
+    assert "parameters are trained" in text
+    assert estimate["total"] == pytest.approx(sum(value for name, value in estimate.items() if name != "total"))
+    assert not checkpoints.complete_checkpoints(config.run.folder)
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from apps.commands.train_lora import run
+run(Path(sys.argv[1]), {"resume_from_checkpoint": sys.argv[2]} if len(sys.argv) > 2 else {}, [], False, False)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_never_loses_the_last_valid_checkpoint(configured, tmp_path):
+    config = configured("run", "run.save_every=1", "run.validate_every=0", "run.preview_every=0", max_train_steps=400)
+    file = tmp_path / "config.json"
+    file.write_text(config.model_dump_json(exclude_none=True))
+    rng, newest = random.Random(0), 0
+    for attempt in range(20):
+        resume = ["latest"] if newest else []
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, str(file), *resume], env={**os.environ, "PYTHONPATH": os.getcwd()}
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            found = checkpoints.complete_checkpoints(config.run.folder)
+            if found and checkpoints.is_valid(found[-1]) and int(found[-1].name.split("-")[1]) > newest:
+                break
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.4)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found = checkpoints.complete_checkpoints(config.run.folder)
+        assert found, f"no checkpoint after kill {attempt}"
+        step = int(found[-1].name.split("-")[1])
+        assert step >= newest
+        load_file(found[-1] / "weights.safetensors")
+        newest = step
+    assert newest > 20
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(configured, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    script = tmp_path / "run.py"
+    script.write_text(COMMAND)
+    ends = {}
+    for name, parts in {"whole": [6], "parts": [3, 6]}.items():
+        config = configured(name)
+        for number, steps in enumerate(parts):
+            part = config.model_copy(update={"run": config.run.model_copy(update={"steps": steps})})
+            file = tmp_path / f"{name}-{number}.json"
+            file.write_text(part.model_dump_json(exclude_none=True))
+            resume = ["latest"] if number else []
+            subprocess.run([*launcher, str(script), str(file), *resume], env=environment, check=True, timeout=300)
+        ends[name] = config.run.folder / "checkpoint-000006"
+    assert_equal_checkpoints(ends["whole"], ends["parts"])
