@@ -74,6 +74,9 @@ class Asked:
         device: None is the best there is.
         dtype: None suits the device.
         smoke: only to see that it runs, so nothing of it is kept.
+        lora: file of a LoRA, for benchmarks of one.
+        trigger: words of the prompt that the LoRA was trained with.
+        output: file of the report; images go beside it.
     """
 
     model: str | None
@@ -82,6 +85,9 @@ class Asked:
     device: str | None
     dtype: str | None
     smoke: bool = False
+    lora: Path | None = None
+    trigger: str = ""
+    output: Path | None = None
 
 
 # ------------------------------------------------------------------------------ kv

@@ -8,6 +8,7 @@
 beside the JSON file; `tessera bench cache-time` times what ours saves; `tessera bench cache-transfer` carries a profile
 to other prompts, sizes, guidance and schedulers.
 `tessera bench clips` measures a step cache on clips, and the time and memory of longer ones.
+`tessera bench lora-style` measures whether a LoRA teaches a style, and draws before, after and truth beside the file.
 """
 
 import json
@@ -50,6 +51,8 @@ def run(
     device: str = "auto",
     dtype: str = "auto",
     smoke: bool = False,
+    lora: Path | None = None,
+    trigger: str = "",
     json_output: bool = False,
 ) -> dict[str, Any]:
     """Run a benchmark, print it, and write it as JSON if asked.
@@ -63,6 +66,8 @@ def run(
         device: where to run; "auto" is the best there is.
         dtype: of the weights; "auto" suits the device.
         smoke: one round only, to see that it runs.
+        lora: file of a LoRA, for lora-style.
+        trigger: words of the prompt that it was trained with.
         json_output: print JSON instead of a table.
 
     Returns:
@@ -80,7 +85,8 @@ def run(
         with checking():
             resolve_device(device)
     place, precision = (None if value == "auto" else value for value in (device, dtype))
-    asked = Asked(model, 1 if smoke else repeats, min(prompts, 2) if smoke else prompts, place, precision, smoke)
+    rounds, images = (1, min(prompts, 2)) if smoke else (repeats, prompts)
+    asked = Asked(model, rounds, images, place, precision, smoke, lora, trigger, output)
     report = {"benchmark": what, **BENCHMARKS[what](asked)}
     if output is not None:
         _write(report, output)
@@ -140,6 +146,13 @@ def bench_clips(asked: Asked) -> dict[str, Any]:
     return implementation.bench_clips(asked)
 
 
+def bench_lora_style(asked: Asked) -> dict[str, Any]:
+    """Measure a LoRA of a style; see `apps.benchmarks.lora_style`."""
+    from apps.benchmarks import lora_style as implementation
+
+    return implementation.bench_lora_style(asked)
+
+
 BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "image": bench_image,
     "start": bench_start,
@@ -152,6 +165,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "shortcuts": bench_shortcuts,
     "search": bench_search,
     "released": bench_released,
+    "lora-style": bench_lora_style,
 }
 
 OLD_NAMES = {"paint": "image"}
