@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipelines.inputs.video_mask import VideoMask
     from pipelines.loading.load import builtin_models, load_pipeline
     from pipelines.loading.upscaler import builtin_upscalers, load_upscaler
-    from pipelines.lora.mixin import load_lora
+    from pipelines.lora.mixin import load_lora, unload_lora
     from pipelines.next_scale import NextScaleClassToImagePipeline, NextScaleTextToImagePipeline
     from pipelines.text_to_image import TextToImagePipeline
     from pipelines.text_to_video import TextToVideoPipeline
@@ -47,6 +47,7 @@ __all__ = [
     "load_pipeline",
     "load_upscaler",
     "observe",
+    "unload_lora",
 ]
 
 _MODULE_OF = {
@@ -67,6 +68,7 @@ _MODULE_OF = {
     "load_pipeline": "pipelines.loading.load",
     "load_upscaler": "pipelines.loading.upscaler",
     "observe": "sampling.observe",
+    "unload_lora": "pipelines.lora.mixin",
 }
 
 

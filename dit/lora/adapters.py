@@ -87,7 +87,7 @@ def adapted_layers(network: nn.Module, layers: Sequence[str]) -> list[str]:
     return [name for name in linear if name in wanted]
 
 
-def add_adapter(network: nn.Module, settings: AdapterSettings, name: str = "default") -> list[str]:
+def add_adapter(network: Any, settings: AdapterSettings, name: str = "default") -> list[str]:
     """Put new adapters on layers of a network and freeze everything else.
 
     Args:
@@ -213,4 +213,12 @@ def with_adapter_methods(network: nn.Module) -> nn.Module:
             if not name.startswith("__"):
                 is_method = hasattr(member, "__get__")
                 setattr(network, name, member.__get__(network, type(network)) if is_method else member)
+    return network
+
+
+def without_adapter_methods(network: nn.Module) -> nn.Module:
+    """Undo `with_adapter_methods`; a network whose class has them stays as it is."""
+    if not hasattr(type(network), "load_lora_adapter"):
+        for name in vars(PeftAdapterMixin):
+            network.__dict__.pop(name, None)
     return network

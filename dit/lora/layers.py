@@ -206,13 +206,13 @@ def alpha_of(lora: LoraFile, name: str, parts: LoraParts) -> float:
     Raises:
         LoraFileError: they contradict each other or the rank, or are no numbers.
     """
-    stated = _setting(lora, name, "rank_pattern", "r")
+    stated = layer_setting(lora, name, "rank_pattern", "r")
     if stated is not None and stated != parts.rank:
         raise LoraFileError(
             f"{lora.name}: its configuration gives {name} the rank {stated:g}, "
             f"but {parts.keys['down']} has {parts.rank}."
         )
-    alpha = _setting(lora, name, "alpha_pattern", "lora_alpha")
+    alpha = layer_setting(lora, name, "alpha_pattern", "lora_alpha")
     stabilised = _flag(lora, "use_rslora")
     if parts.alpha is None:
         if alpha is None:
@@ -239,11 +239,23 @@ def check_kind(lora: LoraFile) -> None:
         raise LoraFileError(f"{lora.name}: its configuration says peft_type={kind!r}, expected 'LORA'.")
 
 
-def _setting(lora: LoraFile, name: str, patterns: str, common: str) -> float | None:
-    """Return what a configuration says for one layer; None if it doesn't.
+def layer_setting(lora: LoraFile, name: str, patterns: str, common: str) -> float | None:
+    """Return what a configuration of PEFT says for one layer.
 
     PEFT takes patterns for regular expressions. Here they are names or their ends, as everybody writes them: an
     expression from a file could keep the matcher busy for years.
+
+    Args:
+        lora: the file with its configuration.
+        name: of the layer.
+        patterns: the setting that holds what differs from layer to layer, such as `rank_pattern`.
+        common: the setting for all other layers.
+
+    Returns:
+        The number; None if the configuration doesn't say.
+
+    Raises:
+        LoraFileError: it is no number from 0, or an expression.
     """
     by_pattern = lora.config.get(patterns) or {}
     if not isinstance(by_pattern, Mapping):

@@ -54,6 +54,7 @@ family; *reads original names* says whether the other names are too.
 ## What is refused
 
 - LoKr, LoHa, OFT, convolutions in Tucker form, LoRAs of embeddings: they are no product of two factors.
+  `pipelines.load_lora` puts LoHa and LoKr on a pipeline if they are a folder of PEFT's.
 - LoRAs of text encoders, and whole differences of weights (`.diff`): the message lists the keys.
 - DoRA with one magnitude for each input (LyCORIS without `wd_on_output`).
 - Files whose layers fit several families that call them differently: say `--family`. Before that, the metadata and the

@@ -1,1 +1,1 @@
-"""LoRA files: `files` reads them in all common layouts, `mixin` puts them on a pipeline's transformer."""
+"""LoRA files: `files` reads them in all common layouts, `lycoris` LoHa and LoKr, `mixin` puts them on a transformer."""

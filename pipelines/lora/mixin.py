@@ -12,18 +12,20 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
-from dit.lora.adapters import with_adapter_methods
+from dit.lora.adapters import with_adapter_methods, without_adapter_methods
 from dit.runtime.state import unwrap
 from pipelines.loading.sources import clear_hub_errors
 from pipelines.lora.files import (
     PEFT_CONFIG,
     WEIGHT_NAMES,
     LoraFile,
+    LoraFileError,
     find_lora_file,
     fit_lora,
     lacks_alpha,
     read_lora_file,
 )
+from pipelines.lora.lycoris import check_company, is_lycoris, put_lycoris
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +102,11 @@ def load_lora(
     low_cpu_mem_usage: bool = True,
     **options: Any,
 ) -> None:
-    """Put a LoRA file of any dialect on the transformer of a pipeline, of diffusers too.
+    """Put a LoRA file of any dialect, or a LoHa or LoKr of PEFT, on the transformer of a pipeline, of diffusers too.
 
     Args:
-        pipe: with a `transformer` whose class takes adapters.
-        source: file, folder, Hub id, or the tensors themselves.
+        pipe: with a `transformer`.
+        source: file, folder, Hub id, or the tensors themselves. LoHa and LoKr are folders with PEFT's configuration.
         adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
         hotswap: as in diffusers.
         low_cpu_mem_usage: as in diffusers.
@@ -113,12 +115,29 @@ def load_lora(
     Raises:
         ValueError: not safetensors, damaged, incomplete, or of another model; the message names the keys.
         OSError: there is no such file, or the Hub doesn't give it.
-        TypeError: an unknown keyword argument, or a pipeline whose transformer takes no adapters.
+        TypeError: an unknown keyword argument, or a pipeline without a transformer.
     """
     _check_options(options)
-    if not isinstance(getattr(pipe, "transformer", None), nn.Module):
-        raise TypeError(f"{type(pipe).__name__} has no transformer that could take adapters.")
+    _check_transformer(pipe)
     put_on(pipe, _read(source, options), adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def unload_lora(pipe: Any) -> None:
+    """Take all adapters off a pipeline; its weights are bit by bit what they were. Without adapters nothing changes.
+
+    Args:
+        pipe: of ours or of diffusers, also one whose class has no `unload_lora_weights`.
+
+    Raises:
+        TypeError: a pipeline without a transformer.
+    """
+    _check_transformer(pipe)
+    if hasattr(pipe, "unload_lora_weights"):
+        pipe.unload_lora_weights()
+    network: Any = unwrap(pipe.transformer)
+    if hasattr(network, "peft_config"):
+        network.unload_lora()
+    without_adapter_methods(network)
 
 
 def put_on(
@@ -128,7 +147,8 @@ def put_on(
 
     Args:
         pipe: with a `transformer`.
-        lora: in any dialect of `dit.lora`, its layers named as in that network or as in its original code.
+        lora: in any dialect of `dit.lora`, its layers named as in that network or as in its original code; or a LoHa or
+            LoKr of PEFT.
         adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
         hotswap: as in diffusers.
         low_cpu_mem_usage: as in diffusers.
@@ -137,16 +157,33 @@ def put_on(
         LoraFileError: damaged, incomplete, or of another network; the message names the keys.
     """
     network = with_adapter_methods(unwrap(pipe.transformer))
-    fitted = fit_lora(lora, network)
-    pipe.transformer.load_lora_adapter(
-        fitted.tensors,
-        prefix=None,
-        adapter_name=adapter_name,
-        metadata=fitted.config,
-        _pipeline=pipe,
-        hotswap=hotswap,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
+    try:
+        if is_lycoris(lora):
+            if hotswap:
+                raise LoraFileError(f"{lora.name} is {lora.config['peft_type']}, which can't be swapped: load it anew.")
+            put_lycoris(network, lora, adapter_name)
+            return
+        check_company(network, lora.name, "LORA")
+        fitted = fit_lora(lora, network)
+        pipe.transformer.load_lora_adapter(
+            fitted.tensors,
+            prefix=None,
+            adapter_name=adapter_name,
+            metadata=fitted.config,
+            _pipeline=pipe,
+            hotswap=hotswap,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+    except Exception:
+        if not getattr(network, "peft_config", None):
+            without_adapter_methods(network)
+        raise
+
+
+def _check_transformer(pipe: Any) -> None:
+    """Refuse a pipeline without a transformer."""
+    if not isinstance(getattr(pipe, "transformer", None), nn.Module):
+        raise TypeError(f"{type(pipe).__name__} has no transformer that could take adapters.")
 
 
 def _check_options(options: dict[str, Any]) -> None:

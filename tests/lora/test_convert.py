@@ -256,10 +256,19 @@ def test_load_lora_on_pipelines_of_diffusers(family, to, tmp_path):
         torch.testing.assert_close(delta, layer.delta().float(), atol=1e-4, rtol=1e-4)
 
 
-def test_load_lora_tells_what_takes_no_adapters(tmp_path):
-    file = write(Lora("ink", "pixart", random_lora("pixart"), {}), "diffusers", tmp_path / "ink.safetensors")
-    with pytest.raises(TypeError, match="takes adapters"):
-        load_lora(tiny_pipeline("pixart"), file)
+def test_load_lora_where_the_class_takes_no_adapters(tmp_path):
+    layers = random_lora("pixart", only="attn")
+    file = write(Lora("ink", "pixart", layers, {}), "diffusers", tmp_path / "ink.safetensors")
+    pipe = tiny_pipeline("pixart")
+    load_lora(pipe, file, "ink")
+    for name, layer in layers.items():
+        delta = pipe.transformer.get_submodule(name).get_delta_weight("ink")
+        torch.testing.assert_close(delta, layer.delta().float(), atol=1e-4, rtol=1e-4)
+
+
+def test_load_lora_tells_what_has_no_transformer():
+    with pytest.raises(TypeError, match="no transformer that could take adapters"):
+        load_lora(object(), {})
 
 
 def command(*words):
