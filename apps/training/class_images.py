@@ -41,7 +41,6 @@ def make_class_images(pipe: Any, config: LoraConfig, console: Console) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     there = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
     name, value = prompt_argument(info, caption)
-    pipe.set_progress_bar_config(disable=True)
     numbers = range(there, wanted)
     for number in track(numbers, "generating class images", console=console, disable=not numbers):
         # A seed of their own for each, so that an interrupted start makes the others as it would have.

@@ -59,7 +59,7 @@ class NetworkInputs:
             return step
         for _ in range(3):
             try:
-                learn_unguided_call(self.pipe, 3 * step, 5 * step, self._clip(1), self.guidance, self.options)
+                self._learn((1, 3 * step, 5 * step))
             except ValueError as error:
                 wanted = re.search(r"(?:divisible by|multiple of) (\d+)", str(error))
                 if wanted is None or math.lcm(step, int(wanted[1])) == step:
@@ -68,6 +68,12 @@ class NetworkInputs:
             else:
                 break
         return step
+
+    def _learn(self, bucket: Bucket) -> NetworkCall:
+        frames, height, width = bucket
+        return learn_unguided_call(
+            self.pipe, height, width, self._clip(frames), self.guidance, self.options, self.network
+        )
 
     def _clip(self, frames: int) -> int | None:
         """Return the frames of a call: None for pipelines of images."""
@@ -83,9 +89,7 @@ class NetworkInputs:
             if bucket not in self.calls:
                 frames, height, width = bucket
                 try:
-                    self.calls[bucket] = learn_unguided_call(
-                        self.pipe, height, width, self._clip(frames), self.guidance, self.options
-                    )
+                    self.calls[bucket] = self._learn(bucket)
                 except (CallNotUnderstood, ValueError) as error:
                     raise ConfigError(
                         f"{type(self.pipe).__name__} can't be fine-tuned on {width} x {height} pixels, {frames} "

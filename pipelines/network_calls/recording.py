@@ -121,7 +121,7 @@ class _Step:
     sample: Tensor
 
 
-def learn_call(pipe: Any, call: Mapping[str, Any], prompt_name: str, network: nn.Module | None = None) -> NetworkCall:
+def learn_call(pipe: Any, call: Mapping[str, Any], prompt_name: str, network: Any = None) -> NetworkCall:
     """Learn how a pipeline calls its network, by running it for two steps.
 
     Args:

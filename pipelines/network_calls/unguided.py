@@ -29,6 +29,7 @@ def learn_unguided_call(
     num_frames: int | None = None,
     guidance: float | None = None,
     options: dict[str, Any] | None = None,
+    network: Any = None,
 ) -> NetworkCall:
     """Learn how a pipeline calls its network where nothing is guided.
 
@@ -39,6 +40,7 @@ def learn_unguided_call(
         num_frames: of the clip; None for images.
         guidance: what a network that takes the guidance scale as an input is told; None is the pipeline's default.
         options: further arguments of its call.
+        network: of the pipeline; None is its `transformer`.
 
     Returns:
         See `learn_call`; `record` takes `prompt_arguments(...)`.
@@ -56,12 +58,12 @@ def learn_unguided_call(
     name, value = prompt_argument(info, "")
     call[name] = value
     try:
-        return learn_call(pipe, call, name)
+        return learn_call(pipe, call, name, network)
     except CallNotUnderstood:
         if info.guidance_kind != "classifier_free" or info.guidance_argument in (options or {}):
             raise
         # Some guide at 1 as well, e.g. Z-Image.
-        return learn_call(pipe, {**call, info.guidance_argument: 0.0}, name)
+        return learn_call(pipe, {**call, info.guidance_argument: 0.0}, name, network)
 
 
 def prompt_argument(info: PipelineInfo, caption: str) -> tuple[str, Any]:

@@ -56,7 +56,8 @@ def configured(model, images, tmp_path):
     def make(name="run", *overrides, **flags):
         given = {"data": images, "model": str(model), "output_dir": tmp_path / name, "resolution": 32, "rank": 2}
         given |= {"max_train_steps": 6, "train_batch_size": 2, "checkpointing_steps": 3, "validation_steps": 3}
-        small = ("task.preview_steps=2", "task.preview_images=1", "task.score_images=0", "run.num_threads=1")
+        small = ("task.preview_steps=2", "task.preview_images=1", "task.score_images=0")
+        small += ("run.num_threads=1", "run.log_every=1")
         return make_config(None, _renamed(given | flags), [*small, *overrides])
 
     return make

@@ -4,6 +4,7 @@ TASKS: dict[str, str] = {
     "autoencoder": "apps.training.tasks.autoencoder:AutoencoderTask",
     "clip_text_pretraining": "apps.training.tasks.clip_text_pretraining:ClipTextPretrainingTask",
     "contrastive": "apps.training.tasks.contrastive:ContrastiveTask",
+    "few_step": "apps.training.tasks.few_step:FewStepTask",
     "lora": "apps.training.tasks.lora:LoraTask",
     "multi_scale_tokenizer": "apps.training.tasks.multi_scale_tokenizer:MultiScaleTokenizerTask",
     "next_scale": "apps.training.tasks.next_scale:NextScaleTask",

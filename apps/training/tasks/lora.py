@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -19,42 +18,34 @@ from apps.perceptual.measures import image_features
 from apps.training.checkpoint_choice import choose, plot_scores, read_scores, write_choice
 from apps.training.class_images import make_class_images
 from apps.training.config import ConfigError, TrainConfig
-from apps.training.data.file_rows import Bucket, FileRows
+from apps.training.data.file_rows import FileRows
 from apps.training.data.fine_tuning import FineTuningSet, open_fine_tuning
 from apps.training.image_grid import save_grid
-from apps.training.network_inputs import NetworkInputs
 from apps.training.task import TaskContext
+from apps.training.tasks.adapters import AdapterTask
 from apps.training.tasks.lora_config import LoraConfig
-from dit.lora.adapters import DEFAULT_FILE, add_adapter, save_adapter, with_adapter_methods
-from dit.runtime.families import UnknownFamilyError, call_family_of
-from pipelines import load_pipeline
-from pipelines.network_calls import Ragged, prompt_argument, size_arguments
-from sampling.diffusion_targets import mean_squared_error, noise_process
+from pipelines.network_calls import prompt_argument, size_arguments
+from sampling.diffusion_targets import mean_squared_error
 
 LEVELS = 4  # noise levels at which each held-out file is measured
-ADAPTER = "default"
 PREVIEW_FRAMES = 8  # of a clip, in a preview
 
 
-class LoraTask:
-    """Train adapters on the network of a pipeline. See `apps.training.task.Task`."""
+class LoraTask(AdapterTask):
+    """Train adapters on images or clips. See `apps.training.task.Task`."""
 
+    config: LoraConfig
     config_class: ClassVar[type[TrainConfig]] = LoraConfig
     smoke: ClassVar[tuple[str, ...]] = ("task.validation_examples=2", "task.preview_steps=2", "task.preview_images=2")
 
     def __init__(self, config: LoraConfig, context: TaskContext) -> None:
-        self.config, self.context = config, context
-        self.pipe = _load(config, context.device)
-        self.network = _network(self.pipe, config.model.network)
-        self.process = noise_process(self.pipe.scheduler)
-        cache = config.run.output / "cache"
-        self.inputs = NetworkInputs(self.pipe, self.network, cache, config.model.guidance, dict(config.model.options))
+        super().__init__(config, context)
         with context.main_process_first():
             make_class_images(self.pipe, config, console=Console(stderr=True, quiet=context.rank > 0))
         self.data = self._open_data()
         with context.main_process_first():  # the first process writes what the others read
             self._prepare()
-        self.adapted = self._add_adapters()
+        self.adapted = self.add_adapters()
         self._validation = self._fixed_batches(self.data.held_out)
         self._training = self._fixed_batches(self.data, len(self._validation))
 
@@ -87,25 +78,6 @@ class LoraTask:
         for rows in (self.data, self.data.held_out, self.data.class_images):
             if rows is not None:
                 self.inputs.prepare(rows, progress)
-
-    def _add_adapters(self) -> list[str]:
-        with_adapter_methods(self.network)
-        try:
-            adapted = add_adapter(self.network, self.config.lora.settings(), ADAPTER)
-        except ValueError as error:
-            raise ConfigError(f"lora.{error}") from error
-        for parameter in self.network.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        if self.config.model.gradient_checkpointing:
-            if not getattr(self.network, "_supports_gradient_checkpointing", False):
-                raise ConfigError(f"model.gradient_checkpointing: {type(self.network).__name__} can't; set it to false")
-            self.network.enable_gradient_checkpointing()
-        return adapted
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Return the network; only its adapters are trained."""
-        return {"transformer": self.network}
 
     # ---------------------------------------------------------------- batches
 
@@ -153,10 +125,6 @@ class LoraTask:
             )
         return found
 
-    def to_device(self, batch: Any) -> Any:
-        """Return a batch on the device of the network."""
-        return _to(batch, self.context.device)
-
     # ------------------------------------------------------------------- loss
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -169,20 +137,8 @@ class LoraTask:
         """Return the loss of each sample, (B,)."""
         latents, noise, timesteps = group["latents"], group["noise"], group["timesteps"]
         noisy = self.process.add_noise(latents, noise, timesteps)  # (B, ...)
-        predicted = self._predict(tuple(group["bucket"]), noisy, timesteps, group["arguments"])  # (B, ...)
+        predicted = self.predict(tuple(group["bucket"]), noisy, timesteps, group["arguments"])  # (B, ...)
         return mean_squared_error(predicted, self.process.target(latents, noise, timesteps))
-
-    def _predict(self, bucket: Bucket, noisy: Tensor, timesteps: Tensor, arguments: list[dict[str, Any]]) -> Tensor:
-        """Call the network on a batch, or on sample after sample where texts of several lengths can't be joined."""
-        call = self.inputs.call(bucket)
-        try:
-            return call.predict(self.network, noisy, timesteps, arguments)
-        except Ragged:
-            parts = [
-                call.predict(self.network, noisy[row : row + 1], timesteps[row : row + 1], arguments[row : row + 1])
-                for row in range(len(noisy))
-            ]
-            return torch.cat(parts)
 
     # ------------------------------------------------------- validate, preview
 
@@ -191,7 +147,7 @@ class LoraTask:
         return {"loss": self._fixed_loss(self._validation)}
 
     def _fixed_loss(self, groups: list[dict[str, Any]]) -> float:
-        losses = [self._losses(_to(group, self.context.device)).mean() for group in groups]
+        losses = [self._losses(self.to_device(group)).mean() for group in groups]
         return float(torch.stack(losses).mean())
 
     @torch.no_grad()
@@ -265,71 +221,9 @@ class LoraTask:
         if task.preview_guidance is not None:
             call[info.guidance_argument] = task.preview_guidance
         generator = torch.Generator().manual_seed(seed)
-        self.pipe.set_progress_bar_config(disable=True)
         output = self.pipe(**call, generator=generator, output_type="np")
         made = torch.as_tensor(np.asarray(getattr(output, info.output)[0]))  # ([T,] H, W, 3)
         return made.movedim(-1, -3).float()
-
-    # ------------------------------------------------------------------ export
-
-    def export(self, folder: Path) -> None:
-        """Write the adapters as `pytorch_lora_weights.safetensors`."""
-        self.save_adapter(folder / DEFAULT_FILE)
-
-    def save_adapter(self, path: Path) -> Path:
-        """Write the adapters as one file (loha, lokr: one folder), with what they were trained on in its metadata."""
-        return save_adapter(self.network, path, self.config.lora.settings(), self._metadata(), ADAPTER)
-
-    def _metadata(self) -> dict[str, str]:
-        data = self.config.data
-        try:
-            family = call_family_of(self.network).name
-        except UnknownFamilyError:
-            family = ""
-        found = {
-            "lora_family": family,
-            "base_model": Path(self.config.model.pretrained).name,
-            "modelspec.title": self.config.run.name,
-            "modelspec.trigger_phrase": data.trigger,
-        }
-        return {key: value for key, value in found.items() if value}
-
-
-def _load(config: LoraConfig, device: torch.device) -> DiffusionPipeline:
-    """Load the pipeline that is fine-tuned.
-
-    Raises:
-        ConfigError: It can't be loaded.
-    """
-    model = config.model
-    try:
-        return load_pipeline(model.pretrained, device=device, dtype=model.dtype, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.pretrained = {model.pretrained!r}: {error}") from error
-
-
-def _network(pipe: Any, name: str) -> nn.Module:
-    """Return the network of a pipeline that gets adapters.
-
-    Raises:
-        ConfigError: There is none of that name.
-    """
-    network = getattr(pipe, name, None)
-    if not isinstance(network, nn.Module):
-        parts = ", ".join(key for key, part in pipe.components.items() if isinstance(part, nn.Module))
-        raise ConfigError(f"model.network = {name!r} is no part of {type(pipe).__name__}: give one of {parts}")
-    return network
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Return nested lists and dicts with their tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(each, device) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to(each, device) for each in value)
-    return value
 
 
 def _middle(image: Tensor) -> Tensor:

@@ -1,0 +1,147 @@
+"""What all training of adapters shares: a pipeline, adapters on its network, and the file they are written to."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from apps.training.config import ConfigError
+from apps.training.data.file_rows import Bucket
+from apps.training.network_inputs import NetworkInputs
+from apps.training.task import TaskContext
+from apps.training.tasks.lora_config import LoraModel
+from dit.lora.adapters import DEFAULT_FILE, add_adapter, save_adapter, with_adapter_methods
+from dit.runtime.families import UnknownFamilyError, call_family_of
+from pipelines import load_pipeline
+from pipelines.network_calls import Ragged
+from sampling.diffusion_targets import noise_process
+
+ADAPTER = "default"
+
+
+class AdapterTask:
+    """A pipeline whose network gets adapters; the base of tasks, see `apps.training.task.Task`.
+
+    Args:
+        config: With the sections `run`, `model` and `lora` of `lora_config`.
+        context: Where it runs.
+
+    Attributes:
+        pipe: The pipeline.
+        network: Its network.
+        process: How its data becomes noise.
+        inputs: What the network is shown.
+        adapted: Names of the layers with adapters.
+
+    Raises:
+        ConfigError: The model can't be loaded or trained.
+    """
+
+    def __init__(self, config: Any, context: TaskContext) -> None:
+        self.config, self.context = config, context
+        self.pipe: Any = load_for_training(config.model, context.device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.network: Any = _network(self.pipe, config.model.network)
+        try:
+            self.process = noise_process(self.pipe.scheduler)
+        except ValueError as error:
+            raise ConfigError(f"model.pretrained = {config.model.pretrained!r}: {error}") from error
+        cache = config.run.output / "cache"
+        self.inputs = NetworkInputs(self.pipe, self.network, cache, config.model.guidance, dict(config.model.options))
+        self.adapted: list[str] = []
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the network; only its adapters are trained."""
+        return {"transformer": self.network}
+
+    def add_adapters(self) -> list[str]:
+        """Put adapters on the network, freeze the rest, and return the names of the adapted layers."""
+        with_adapter_methods(self.network)
+        try:
+            adapted = add_adapter(self.network, self.config.lora.settings(), ADAPTER)
+        except ValueError as error:
+            raise ConfigError(f"lora.{error}") from error
+        for parameter in self.network.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if self.config.model.gradient_checkpointing:
+            if not getattr(self.network, "_supports_gradient_checkpointing", False):
+                raise ConfigError(f"model.gradient_checkpointing: {type(self.network).__name__} can't; set it to false")
+            self.network.enable_gradient_checkpointing()
+        return adapted
+
+    def to_device(self, batch: Any) -> Any:
+        """Return a batch on the device of the network."""
+        return _to(batch, self.context.device)
+
+    def predict(self, bucket: Bucket, noisy: Tensor, timesteps: Tensor, arguments: list[dict[str, Any]]) -> Tensor:
+        """Call the network on a batch, or on sample after sample where texts of several lengths can't be joined."""
+        call = self.inputs.call(bucket)
+        try:
+            return call.predict(self.network, noisy, timesteps, arguments)
+        except Ragged:
+            parts = [
+                call.predict(self.network, noisy[row : row + 1], timesteps[row : row + 1], arguments[row : row + 1])
+                for row in range(len(noisy))
+            ]
+            return torch.cat(parts)
+
+    def export(self, folder: Path) -> None:
+        """Write the adapters as `pytorch_lora_weights.safetensors`."""
+        self.save_adapter(folder / DEFAULT_FILE)
+
+    def save_adapter(self, path: Path) -> Path:
+        """Write the adapters as one file (loha, lokr: one folder), with what they were trained on in its metadata."""
+        return save_adapter(self.network, path, self.config.lora.settings(), self.metadata(), ADAPTER)
+
+    def metadata(self) -> dict[str, str]:
+        """Return what the file says of itself."""
+        try:
+            family = call_family_of(self.network).name
+        except UnknownFamilyError:
+            family = ""
+        found = {
+            "lora_family": family,
+            "base_model": Path(self.config.model.pretrained).name,
+            "modelspec.title": self.config.run.name,
+            "modelspec.trigger_phrase": getattr(self.config.data, "trigger", ""),
+        }
+        return {key: value for key, value in found.items() if value}
+
+
+def load_for_training(model: LoraModel, device: torch.device) -> DiffusionPipeline:
+    """Load the pipeline that is fine-tuned.
+
+    Raises:
+        ConfigError: It can't be loaded.
+    """
+    try:
+        return load_pipeline(model.pretrained, device=device, dtype=model.dtype, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.pretrained = {model.pretrained!r}: {error}") from error
+
+
+def _network(pipe: Any, name: str) -> nn.Module:
+    """Return the network of a pipeline that gets adapters.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    network = getattr(pipe, name, None)
+    if not isinstance(network, nn.Module):
+        parts = ", ".join(key for key, part in pipe.components.items() if isinstance(part, nn.Module))
+        raise ConfigError(f"model.network = {name!r} is no part of {type(pipe).__name__}: give one of {parts}")
+    return network
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Return nested lists and dicts with their tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(each, device) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to(each, device) for each in value)
+    return value
