@@ -1,32 +1,33 @@
 """What a fine-tuning would do, without doing it: files and their sizes, parameters, memory."""
 
 import contextlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from apps.training.checkpoint import trained_parameters
-from apps.training.data.base import BatchAddress
 from apps.training.task import TaskContext, task_class
 
 MIB = 2**20
+STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 STATES = {"adamw": 2, "muon": 2, "sgd_sai": 1, "prodigy": 4, "schedule_free": 2}
 """Optimizer -> tensors that it keeps for each parameter."""
 
 
 def report(config: Any, console: Console) -> dict[str, float]:
-    """Load the model and the files, run one forward pass, and show what a run would need.
+    """Load the model and the files, try the largest batch once, and show what a run would need.
 
     Args:
         config: Of a fine-tuning.
         console: Where to.
 
     Returns:
-        The estimate: "loaded", "adapters", "activations" and "total", MiB.
+        The estimate: "loaded", "batch" (forward and backward pass), "optimizer" and "total", MiB.
 
     Raises:
         ConfigError: As the run itself would.
@@ -44,56 +45,57 @@ def report(config: Any, console: Console) -> dict[str, float]:
     task = kind(config, context)
     parameters = trained_parameters(task.modules())
     count = sum(parameter.numel() for parameter in parameters.values())
-    loaded = _memory_now(device)
-    activations = saved_activations(task, context, BatchAddress(config.run.seed, 0, config.run.batch_size))
-    # weights are loaded already; gradients, the optimizer's tensors and the averaged weights come on top
-    adapters = 4 * count * (1 + STATES[config.optimizer.name] + 1)
-    estimate = {
-        "loaded": loaded / MIB,
-        "adapters": adapters / MIB,
-        "activations": activations / MIB,
-        "total": (loaded + adapters + activations) / MIB,
-    }
+    loaded, peak = _memory_of_a_batch(task, context)
+    kept = 4 * count * (STATES[config.optimizer.name] + 1)  # float32; also the averaged weights
+    estimate = {"loaded": loaded / MIB, "batch": (peak - loaded) / MIB, "optimizer": kept / MIB}
+    estimate["total"] = sum(estimate.values())
     console.print(_sizes(task, config))
-    layers = len(getattr(task, "adapted", ()))
-    console.print(
-        f"{count:,} parameters are trained, in {layers} layers; {config.run.steps} steps of {config.run.batch_size}"
-    )
+    layers, run = len(getattr(task, "adapted", ())), config.run
+    console.print(f"{count:,} parameters are trained, in {layers} layers; {run.steps} steps of {run.batch_size}")
     parts = ", ".join(f"{name} {value:,.0f}" for name, value in estimate.items() if name != "total")
     console.print(f"memory about {estimate['total']:,.0f} MiB on {device.type} ({parts})")
     return estimate
 
 
-def saved_activations(task: Any, context: TaskContext, address: BatchAddress) -> int:
-    """Run one forward pass of a batch and count what autograd keeps for the backward pass, bytes.
+def _memory_of_a_batch(task: Any, context: TaskContext) -> tuple[int, int]:
+    """Run a forward and a backward pass of a batch, whose gradients are thrown away.
 
-    Parameters don't count, nor does a storage that several operations keep.
+    A count of the tensors that autograd keeps would miss what is held for a moment only, and what allocators keep back.
+
+    Returns:
+        Bytes that were held before, and at most.
     """
-    owned = {
-        parameter.untyped_storage().data_ptr()
-        for module in task.modules().values()
-        for parameter in module.parameters()
-    }
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    batch = task.batch(address.index)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context.autocast():
-        loss, _ = task.loss(task.to_device(batch))
-    held = sum(kept.values())
-    del loss
-    return held
+    batch = task.to_device(task.batch(0))
+    loaded = _begin_peak(context.device)
+    with context.autocast():
+        loss, _ = task.loss(batch)
+    loss.backward()
+    for module in task.modules().values():
+        module.zero_grad(set_to_none=True)
+    return loaded, max(_peak(context.device), loaded)
 
 
-def _memory_now(device: torch.device) -> int:
+def _begin_peak(device: torch.device) -> int:
+    """Forget the highest use of memory so far, and return the present one, bytes."""
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    if CLEAR_PEAK.exists():
+        CLEAR_PEAK.write_text("5")  # proc(5): resets the peak of the resident size
     return psutil.Process().memory_info().rss
+
+
+def _peak(device: torch.device) -> int:
+    """Return the highest use of memory since `_begin_peak`, bytes; elsewhere than on Linux that of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if CLEAR_PEAK.exists():
+        (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _sizes(task: Any, config: Any) -> Table:

@@ -36,7 +36,7 @@ class FewStepSection(TaskSection):
 
     Attributes:
         student_steps: Steps of the student.
-        substeps: Steps of the model for each of them.
+        substeps: Steps of the model for each of them, by Heun's method: each asks it twice.
         guidance: Scale that the student learns to do without; unset is the pipeline's default.
         paths: How many are made.
         preview_images: Images of a preview.
@@ -45,9 +45,9 @@ class FewStepSection(TaskSection):
 
     kind: Literal["few_step"]
     student_steps: int = Field(default=4, ge=1, le=16)
-    substeps: int = Field(default=7, ge=1)
+    substeps: int = Field(default=3, ge=1)
     guidance: float | None = Field(default=None, ge=0)
-    paths: int = Field(default=4000, ge=2)
+    paths: int = Field(default=3000, ge=2)
     preview_images: int = Field(default=8, ge=1)
     preview_seed: int = Field(default=0, ge=0)
 
