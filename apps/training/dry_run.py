@@ -86,7 +86,7 @@ def _begin_peak(device: torch.device) -> int:
 
 
 def _peak(device: torch.device) -> int:
-    """Return the highest use of memory since `_begin_peak`, bytes; elsewhere than on Linux that of the whole process."""
+    """Return the highest use of memory since `_begin_peak`, bytes; of the whole process where that can't be told."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if CLEAR_PEAK.exists():
