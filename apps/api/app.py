@@ -195,7 +195,10 @@ def _add_read_routes(app: FastAPI) -> None:
 
     @app.get("/v1/loras")
     def loras(user: Viewer, engine: ServerEngine) -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "lora"} for name in engine.loras]}
+        return {
+            "object": "list",
+            "data": [{"id": name, "object": "lora"} for name in engine.lora_files.names(user.name)],
+        }
 
     @app.get("/v1/upscalers")
     def upscalers(user: Viewer, engine: ServerEngine) -> dict[str, Any]:

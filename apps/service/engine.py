@@ -34,7 +34,7 @@ from apps.service.job_store import JobStore, QueueFullError, StoredJob, StoredPi
 from apps.service.limits import ServerLimits
 from apps.service.live_job import LiveJob, restore_job
 from apps.service.logs import no_loading_bars
-from apps.service.lora import resolve_lora
+from apps.service.lora import LoraFiles, resolve_lora
 from apps.service.model_pool import Abilities, LoadedModel, ModelPool, Pipeline, abilities_on_disk
 from apps.service.option_values import IMAGE_FIELDS, Lora
 from apps.service.requests import AnyRequest
@@ -102,10 +102,9 @@ class Engine:
         setups = [LoadOptions(resolve_dtype(dtype, name), offload) for name in names]
         for name in names:
             check_offload(offload, torch.device(name))
-        self.base = base
-        self.devices = tuple(names)
-        self.output_dir = output_dir
-        self._loras, self.upscalers = dict(loras or {}), UpscalerPool(upscalers)
+        self.base, self.devices, self.output_dir = base, tuple(names), output_dir
+        self.lora_files = loras if isinstance(loras, LoraFiles) else LoraFiles(loras)
+        self.upscalers = UpscalerPool(upscalers)
         pools = [
             ModelPool(models, partial(self._load, load, name), self.limits.loaded_models, one)
             for name, one in zip(names, setups, strict=True)
@@ -115,7 +114,8 @@ class Engine:
         self.uploads = UploadStore(None if state is None else state / "uploads", self._store)
         self._devices = [
             _Device(
-                WorkerContext(name, one.dtype, self._store, self.uploads, output_dir, self._loras, self.upscalers), pool
+                WorkerContext(name, one.dtype, self._store, self.uploads, output_dir, self.lora_files, self.upscalers),
+                pool,
             )
             for name, one, pool in zip(names, setups, pools, strict=True)
         ]
@@ -165,16 +165,16 @@ class Engine:
 
     @property
     def loras(self) -> tuple[str, ...]:
-        """Names of the LoRA files that requests may choose."""
-        return tuple(self._loras)
+        """Names of the LoRA files that everybody's requests may choose; users have trained others, see `lora_files`."""
+        return self.lora_files.names()
 
-    def check_lora(self, lora: Lora) -> Lora:
-        """Return a choice of a LoRA file with the hash of its content.
+    def check_lora(self, lora: Lora, owner: str | None = None) -> Lora:
+        """Return a choice of a LoRA file, of those that a user may choose, with the hash of its content.
 
         Raises:
             LoraError: there is no such file, or it is another one than was asked for.
         """
-        return resolve_lora(lora, self._loras)
+        return resolve_lora(lora, self.lora_files.visible(owner))
 
     # ---------------------------------------------------------------------- jobs
 
@@ -207,7 +207,7 @@ class Engine:
             if name is not None:
                 self.uploads.check(name, owner)
         if request.lora is not None:  # with its hash, so that no other file slips in while it waits
-            request = request.model_copy(update={"lora": self.check_lora(request.lora)})
+            request = request.model_copy(update={"lora": self.check_lora(request.lora, owner)})
         seeded = request.with_seed().model_copy(update={"model": key})
         job_id = secrets.token_hex(8)
         with self._moved:

@@ -38,6 +38,8 @@ MAX_UPSCALED_PIXELS = 4_096 * 4_096
 MAX_UPSCALED_CLIP = 2**27
 """Pixels of all frames of an upscaled clip together, which are in memory at once (400 MB)."""
 MAX_UPLOAD_BYTES = 20 * 1_024 * 1_024
+MAX_UPLOADS_BYTES = 5 * MAX_UPLOAD_BYTES
+"""Of files that are handed in together, such as photos to train on."""
 MAX_UPLOAD_PIXELS = 4_096 * 4_096
 MAX_UPLOAD_SIDE = 16_384
 """Of an image handed in; counted before it is decoded."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Generator, Mapping
+import re
+import threading
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,66 @@ from apps.service.request_error import RequestError
 logger = logging.getLogger(__name__)
 
 ADAPTER = "tessera"
+STEP_OF_RUN = re.compile(r"-step-\d+$")
+"""Ending of the name of adapters that a run has kept on its way."""
 DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
 """Endings of the first factor of a layer's LoRA, in the dialects that are read."""
 
 
 class LoraError(RequestError):
     """A LoRA file isn't offered, is another one than asked for, or doesn't fit the model."""
+
+
+class LoraFiles(Mapping[str, Path]):
+    """The LoRA files of a server, name -> file: those of its owner, for everybody, and those that users have trained.
+
+    Args:
+        offered: those for everybody.
+    """
+
+    def __init__(self, offered: Mapping[str, Path] | None = None) -> None:
+        self._lock = threading.Lock()
+        self._offered = dict(offered or {})
+        self._trained: dict[str, tuple[Path, str]] = {}
+
+    def __getitem__(self, name: str) -> Path:
+        """Return a file, whoever it belongs to."""
+        with self._lock:
+            return self._offered[name] if name in self._offered else self._trained[name][0]
+
+    def __iter__(self) -> Iterator[str]:
+        with self._lock:
+            return iter([*self._offered, *(name for name in self._trained if name not in self._offered)])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def names(self, owner: str | None = None) -> tuple[str, ...]:
+        """Return the names for everybody, then those of a user, the newest first; of nobody for None."""
+        with self._lock:
+            own = [name for name, (_, whose) in self._trained.items() if whose == owner and name not in self._offered]
+            return (*self._offered, *own)
+
+    def visible(self, owner: str | None) -> Mapping[str, Path]:
+        """Return what a user may choose; everything for None."""
+        return self if owner is None else {name: self[name] for name in self.names(owner)}
+
+    def put(self, run: str, files: Mapping[str, Path], owner: str) -> None:
+        """Offer to a user what a run of theirs has made, in place of what it had made before.
+
+        Args:
+            run: its name, which is the first of the names or the beginning of all.
+            files: name -> file; empty takes all away.
+            owner: whose it is.
+        """
+        with self._lock:
+            others = {name: one for name, one in self._trained.items() if _run_of(name) != run}
+            self._trained = {**{name: (file, owner) for name, file in files.items()}, **others}
+
+
+def _run_of(name: str) -> str:
+    """Return the run that a name of trained adapters belongs to."""
+    return STEP_OF_RUN.sub("", name)
 
 
 def find_loras(folder: Path) -> dict[str, Path]:

@@ -1,0 +1,368 @@
+"""Fine-tuning on a server: the runs of its users, one training at a time, and the LoRA files that come of it.
+
+A run is a folder, see `apps.service.fine_tuning_run`; a training is a process, see `apps.service.fine_tuning_process`.
+All that is known of a run is read from its files, so it survives the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from apps.service import limits
+from apps.service.fine_tuning_process import (
+    INTERRUPTED,
+    CheckReport,
+    FineTuningError,
+    TrainingProcess,
+    failure_of,
+    run_check,
+)
+from apps.service.fine_tuning_run import NAME, Record, RunFolder, to_toml
+from apps.service.lora import STEP_OF_RUN, LoraFiles
+from apps.service.media import Clip, save_mp4
+from apps.service.metadata import save_picture
+from apps.service.uploaded_clips import split_frames
+from apps.service.uploads import UploadStore
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "fine-tuning"
+"""Of an output folder: the runs; never served."""
+LEAST_FILES, MOST_FILES = 2, 200
+MOST_RUNS = 40
+"""That a user may keep."""
+MOST_SIDE = 1_536
+"""Of an image to train on, pixels; larger ones are made smaller when they are written."""
+CLIP_RATE = 8.0
+"""Frames a second of the clips that are written; only their order counts in training."""
+CLOSING_SECONDS = 5.0
+"""That the end of the server waits for a training to save; it goes on saving without the server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An image or a clip to train on, which was handed in.
+
+    Attributes:
+        upload: its name in the `UploadStore`.
+        caption: what it shows; empty for the caption of all.
+        frames: of a clip; 1 for an image.
+    """
+
+    upload: str
+    caption: str = ""
+    frames: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be trained.
+
+    Attributes:
+        name: of the run.
+        model: key of the model.
+        examples: what is learnt from.
+        document: settings of `tessera train-lora` by section; where files lie is added here.
+    """
+
+    name: str
+    model: str
+    examples: Sequence[Example]
+    document: Mapping[str, Mapping[str, Any]]
+
+
+class FineTuning:
+    """The fine-tuning runs of a server.
+
+    Args:
+        output_dir: of the server; runs lie in a folder below it.
+        uploads: the images handed in.
+        loras: receives what the runs make.
+    """
+
+    def __init__(self, output_dir: Path, uploads: UploadStore, loras: LoraFiles) -> None:
+        self.root = output_dir.resolve() / FOLDER
+        self._uploads, self._loras = uploads, loras
+        self._active: tuple[str, TrainingProcess] | None = None
+        self._checking = threading.Lock()
+        self._lock = threading.RLock()  # guards the process and the records
+        for record in self.runs():
+            if record.state == "running":  # its process ended with the server that had started it
+                self._folder(record.name).change(state="stopped", reason="ft.server", message="")
+        offer_runs(output_dir, loras)
+
+    # ----------------------------------------------------------------- looking
+
+    def runs(self, owner: str | None = None) -> list[Record]:
+        """Return the runs of a user, or of all for None, the newest first."""
+        found = [record for _, record in _folders(self.root)]
+        seen = [record for record in found if owner is None or record.owner == owner]
+        return sorted(seen, key=lambda record: record.created, reverse=True)
+
+    def record(self, name: str, owner: str | None = None) -> Record:
+        """Return a run that a user may see; None sees all.
+
+        Raises:
+            FineTuningError: there is none of that name, or it is somebody else's.
+        """
+        record = self._folder(name).record() if NAME.fullmatch(name) else None
+        if record is None or owner not in (None, record.owner):
+            raise FineTuningError("ft.none", f"There is no fine-tuning run {name[:40]!r} here.", value=name[:40])
+        return record
+
+    def folder(self, name: str, owner: str | None = None) -> RunFolder:
+        """Return the folder of a run; see `record`."""
+        return self._folder(self.record(name, owner).name)
+
+    @property
+    def running(self) -> str | None:
+        """Name of the run that is trained now."""
+        with self._lock:
+            return None if self._active is None else self._active[0]
+
+    def _folder(self, name: str) -> RunFolder:
+        return RunFolder(limits.inside(self.root / name, self.root))
+
+    # ------------------------------------------------------------------ writing
+
+    def write(self, plan: Plan, owner: str) -> Record:
+        """Write the files of a run that has not been started; one that was written before is replaced.
+
+        Args:
+            plan: what is to be trained.
+            owner: who asks for it.
+
+        Raises:
+            FineTuningError: the name, the number of files or a text can't be used, or there are too many runs.
+            UploadError: a file is not here any more.
+        """
+        _check(plan)
+        with self._lock:
+            folder = self._claim(plan.name, owner)
+            shutil.rmtree(folder.data, ignore_errors=True)
+            folder.data.mkdir(parents=True)
+            folder.config.write_text(to_toml(self._document(plan, folder)), encoding="utf-8")
+            texts = plan.document.get("data", {})
+            record = Record(
+                plan.name, owner, plan.model, int(plan.document["run"]["steps"]), len(plan.examples),
+                str(texts.get("trigger") or ""), time.time(),
+            )  # fmt: skip
+            folder.write(record)
+        try:
+            for number, example in enumerate(plan.examples, 1):
+                self._write_example(folder.data / f"{number:04d}", example, owner)
+        except BaseException:  # no run with a part of its files
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
+        return record
+
+    def _claim(self, name: str, owner: str) -> RunFolder:
+        """Return the folder of a new run, or of a draft of the same user.
+
+        Raises:
+            FineTuningError: the name is taken, or there are too many runs.
+        """
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = self._folder(name)
+        if folder.path.exists():
+            record = folder.record()
+            if record is None or record.owner != owner or record.state != "draft":
+                raise FineTuningError("ft.taken", f"The name {name!r} is taken; choose another one.", value=name)
+            return folder
+        if name in self._loras:
+            raise FineTuningError("ft.taken", f"The name {name!r} is taken; choose another one.", value=name)
+        if len(self.runs(owner)) >= MOST_RUNS:
+            raise FineTuningError("ft.many", f"You have {MOST_RUNS} runs; delete one.", most=MOST_RUNS)
+        folder.path.mkdir(mode=0o700)
+        return folder
+
+    def _document(self, plan: Plan, folder: RunFolder) -> dict[str, dict[str, Any]]:
+        """Return the settings with the places of the files: a cache of its own too, so that deleting leaves nothing."""
+        document = {section: dict(values) for section, values in plan.document.items()}
+        document["run"] = {"name": plan.name, "output": str(folder.path), **document["run"]}
+        document["data"] = {"folder": str(folder.data), **document.get("data", {})}
+        return document
+
+    def _write_example(self, place: Path, example: Example, owner: str) -> None:
+        """Write an image or a clip, and its caption."""
+        self._uploads.check(example.upload, owner)
+        picture = self._uploads.get(example.upload)
+        if example.frames > 1:
+            save_mp4(Clip(tuple(map(_even, split_frames(picture, example.frames))), CLIP_RATE), _as(place, "mp4"), None)
+        else:
+            picture.thumbnail((MOST_SIDE, MOST_SIDE), Image.Resampling.LANCZOS)
+            save_picture(picture, _as(place, "png"), None, is_fast=True)
+        if example.caption:
+            _as(place, "txt").write_text(example.caption, encoding="utf-8")
+
+    # ----------------------------------------------------------------- training
+
+    def check(self, name: str, owner: str) -> CheckReport:
+        """Return what a training would do, without training; takes as long as to load the model and encode the files.
+
+        Raises:
+            FineTuningError: another check runs, or the settings can't be used.
+        """
+        folder = self.folder(name, owner)
+        if not self._checking.acquire(blocking=False):
+            raise FineTuningError("ft.checking", "Another check is running; try again when it is done.")
+        try:
+            return run_check(folder.config, folder.lock)
+        finally:
+            self._checking.release()
+
+    def train(self, plan: Plan, owner: str) -> Record:
+        """Write a run and start its training; see `write` and `start`."""
+        with self._lock:
+            self._check_idle()
+            self.write(plan, owner)
+            return self.start(plan.name, owner)
+
+    def start(self, name: str, owner: str | None) -> Record:
+        """Start the training of a run, or let it go on from its latest checkpoint.
+
+        Raises:
+            FineTuningError: there is no such run, another training runs, or this one has finished.
+        """
+        with self._lock:
+            folder, record = self.folder(name, owner), self.record(name, owner)
+            self._check_idle()
+            if record.state == "finished":
+                raise FineTuningError("ft.finished", f"{name!r} has finished; start a new run.", value=name)
+            changed = folder.change(state="running", reason="", message="") or record
+            try:
+                process = TrainingProcess(folder.config, folder.lock, folder.log, folder.has_checkpoint, self._end)
+            except OSError as error:
+                logger.error("the training of %s can't be started: %s", name, error)
+                folder.change(state="failed", reason="ft.start", message="")
+                raise FineTuningError("ft.start", "The training could not be started; the log says why.") from error
+            self._active = name, process
+            return changed
+
+    def _check_idle(self) -> None:
+        """Refuse a second training: two would take the memory and the time of both.
+
+        Raises:
+            FineTuningError: one runs.
+        """
+        if self._active is not None:
+            raise FineTuningError("ft.busy", "Another fine-tuning is running; start this one when it is done.")
+
+    def stop(self, name: str, owner: str | None) -> None:
+        """Have a training save a checkpoint and end; nothing happens to one that doesn't run."""
+        with self._lock:
+            record = self.record(name, owner)
+            if self._active is not None and self._active[0] == record.name:
+                self._active[1].stop()
+
+    def is_stopping(self, name: str) -> bool:
+        """Whether a training saves its last checkpoint."""
+        with self._lock:
+            return self._active is not None and self._active[0] == name and self._active[1].is_stopping
+
+    def delete(self, name: str, owner: str | None) -> None:
+        """Delete a run with its files: images, checkpoints and LoRAs.
+
+        Raises:
+            FineTuningError: there is no such run, or it runs.
+        """
+        with self._lock:
+            folder = self.folder(name, owner)
+            if self.running == folder.name:
+                raise FineTuningError("ft.runs", f"{name!r} is being trained; stop it first.", value=name)
+            self._loras.put(folder.name, {}, "")
+            shutil.rmtree(folder.path)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until no training runs; whether that is so within so long."""
+        with self._lock:
+            active = self._active
+        return active is None or active[1].wait(seconds)
+
+    def close(self) -> None:
+        """Stop the training; what it has learnt is in its checkpoint."""
+        with self._lock:
+            active = self._active
+        if active is not None:
+            active[1].stop()
+            active[1].wait(CLOSING_SECONDS)
+
+    def _end(self, process: TrainingProcess, code: int) -> None:
+        """Put on record how a training has ended, and offer what it has made."""
+        with self._lock:
+            if self._active is None:
+                return
+            name, _ = self._active
+            folder, self._active = self._folder(name), None
+            if code == 0:
+                folder.change(state="finished")
+            elif process.is_stopping or code == INTERRUPTED:
+                folder.change(state="stopped")
+            else:
+                said = folder.log.read_text(encoding="utf-8", errors="replace")
+                error = failure_of(said, code, folder.path)
+                logger.error("the training of %s failed: %s", name, error)
+                folder.change(state="failed", reason=error.key, message=str(error.values.get("message", "")))
+            self._loras.put(folder.name, folder.loras(), self.record(name).owner)
+
+
+def offer_runs(output_dir: Path, loras: LoraFiles) -> None:
+    """Offer what the runs of an output folder have made; before its queue goes on, whose jobs may ask for it."""
+    for folder, record in sorted(_folders(output_dir.resolve() / FOLDER), key=lambda pair: pair[1].created):
+        loras.put(folder.name, folder.loras(), record.owner)
+
+
+def _folders(root: Path) -> list[tuple[RunFolder, Record]]:
+    """Return the folders that are runs, with their records."""
+    folders = [RunFolder(path) for path in root.glob("*") if NAME.fullmatch(path.name) and not path.is_symlink()]
+    return [(folder, record) for folder in folders if (record := folder.record()) is not None]
+
+
+def _check(plan: Plan) -> None:
+    """Check what a visitor has chosen, but for the settings.
+
+    Raises:
+        FineTuningError: something of it can't be used.
+    """
+    if not NAME.fullmatch(plan.name) or STEP_OF_RUN.search(plan.name):
+        raise FineTuningError(
+            "ft.name",
+            f"The name is {plan.name[:40]!r}; choose 1 to 40 letters A to Z, digits, - and _ that begin with a letter "
+            "or a digit and don't end in -step- and a number.",
+            value=plan.name[:40],
+        )
+    count = len(plan.examples)
+    if not LEAST_FILES <= count <= MOST_FILES:
+        raise FineTuningError(
+            "ft.files",
+            f"There are {count} files; choose {LEAST_FILES} to {MOST_FILES}.",
+            value=count,
+            lowest=LEAST_FILES,
+            highest=MOST_FILES,
+        )
+    longest = max(len(example.caption) for example in plan.examples)
+    if longest > limits.MAX_PROMPT_CHARS:
+        raise FineTuningError(
+            "ft.caption",
+            f"A caption has {longest} characters; at most {limits.MAX_PROMPT_CHARS} are accepted.",
+            value=longest,
+            most=limits.MAX_PROMPT_CHARS,
+        )
+
+
+def _as(place: Path, ending: str) -> Path:
+    return place.with_name(f"{place.name}.{ending}")
+
+
+def _even(frame: Image.Image) -> Image.Image:
+    """Return a frame whose sides are even, as H.264 wants them, without its last row or column where they aren't."""
+    return frame.crop((0, 0, frame.width - frame.width % 2, frame.height - frame.height % 2))

@@ -1,0 +1,221 @@
+"""Fine-tuning in a process of its own, which ends with the server; see `apps.service.tether`.
+
+Nothing that a visitor typed is part of a command line: it names a file of settings, by a path made here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from apps.service.request_error import RequestError
+
+CODE = Path(__file__).resolve().parents[2]
+"""Folder that holds the package `apps`."""
+CHECK_SECONDS = 900.0
+"""That a check may take: it loads the model and encodes all images."""
+INTERRUPTED = 130
+ERROR = re.compile(r"^error:\s*(.+)$", re.MULTILINE)
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+ROW = re.compile(r"^\W*(\d+)\W+(\d+)\W+(\d+)\W+(\d+)\W+(\d+)\W*$", re.MULTILINE)
+PARAMETERS = re.compile(r"([\d,]+) parameters are trained, in (\d+) layers")
+MEMORY = re.compile(r"memory about ([\d,]+) MiB on (\w+)")
+LONGEST = 600
+"""Characters of a reason that are kept."""
+
+
+class FineTuningError(RequestError):
+    """A fine-tuning that can't be had as it is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Files that are brought to one size.
+
+    Attributes:
+        frames: 1 of images.
+        height: pixels.
+        width: pixels.
+        files: how many there are.
+    """
+
+    frames: int
+    height: int
+    width: int
+    files: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a fine-tuning would do, see `apps.training.dry_run`.
+
+    Attributes:
+        buckets: files by size.
+        parameters: numbers that are trained.
+        layers: of the model that get adapters.
+        memory: about so much is needed, MiB.
+        device: where, such as `cpu`.
+    """
+
+    buckets: tuple[Bucket, ...]
+    parameters: int
+    layers: int
+    memory: int
+    device: str
+
+
+class TrainingProcess:
+    """A training that runs.
+
+    Args:
+        config: file of its settings.
+        lock: file that is held while it runs.
+        log: file that receives what it says.
+        is_resumed: whether it goes on from its latest checkpoint.
+        on_end: called with its exit code, in a thread of its own.
+    """
+
+    def __init__(
+        self, config: Path, lock: Path, log: Path, is_resumed: bool, on_end: Callable[[TrainingProcess, int], None]
+    ) -> None:
+        more = ["--resume_from_checkpoint", "latest"] if is_resumed else []
+        self.is_stopping = False
+        self._on_end = on_end
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                _command(lock, ["train-lora", str(config), *more]),
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=CODE,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C in the terminal of the server reaches it through its pipe, once
+            )
+        self._waiting = threading.Thread(target=self._wait, name="fine-tuning", daemon=True)
+        self._waiting.start()
+
+    def stop(self) -> None:
+        """Have it save a checkpoint and end; it is killed if that takes longer than `tether.GRACE_SECONDS`."""
+        self.is_stopping = True
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):  # it has ended by itself
+                self._process.stdin.close()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it has ended and that is on record; whether it has within so long."""
+        self._waiting.join(seconds)
+        return not self._waiting.is_alive()
+
+    def _wait(self) -> None:
+        self._on_end(self, self._process.wait())
+
+
+def run_check(config: Path, lock: Path) -> CheckReport:
+    """Have a process report what a training would do.
+
+    Args:
+        config: file of its settings.
+        lock: file that is held meanwhile.
+
+    Raises:
+        FineTuningError: the settings can't be used, or the process failed or took too long.
+    """
+    command = _command(lock, ["train-lora", str(config), "--dry-run"])
+    # Its standard input stays open, see `tether`, because nothing is written to it.
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=CODE,
+        env=_environment(),
+        start_new_session=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    found: list[tuple[str, str]] = []
+    reader = threading.Thread(target=lambda: found.append(_read_both(process)), daemon=True)
+    reader.start()
+    reader.join(CHECK_SECONDS)
+    if reader.is_alive():
+        process.kill()
+        reader.join()
+        raise FineTuningError(
+            "ft.slow", f"The check took more than {CHECK_SECONDS:g} s; choose fewer files.", seconds=int(CHECK_SECONDS)
+        )
+    out, said = found[0]
+    code = process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+    if code != 0:
+        raise failure_of(said, code, config.parent)
+    return read_report(out)
+
+
+def _read_both(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Read what a process says until it has ended; `communicate` would close its standard input first."""
+    errors: list[str] = []
+    assert process.stdout is not None
+    assert process.stderr is not None
+    stream = process.stderr
+    other = threading.Thread(target=lambda: errors.append(stream.read()), daemon=True)
+    other.start()
+    out = process.stdout.read()
+    other.join()
+    return out, errors[0]
+
+
+def read_report(out: str) -> CheckReport:
+    """Read what `train-lora --dry-run` prints.
+
+    Raises:
+        FineTuningError: it is of another form.
+    """
+    text = ANSI.sub("", out)
+    parameters, memory = PARAMETERS.search(text), MEMORY.search(text)
+    buckets = tuple(Bucket(*map(int, row[:4])) for row in ROW.findall(text))
+    if parameters is None or memory is None or not buckets:
+        raise FineTuningError("ft.report", "The report of the check can't be read; start the training without it.")
+    return CheckReport(
+        buckets, _number(parameters[1]), int(parameters[2]), _number(memory[1]), "GPU" if memory[2] == "cuda" else "CPU"
+    )
+
+
+def failure_of(said: str, code: int, folder: Path) -> FineTuningError:
+    """Return why a process failed, without the paths of the server.
+
+    Args:
+        said: what it wrote.
+        code: its exit code.
+        folder: of the run, whose path is left out.
+    """
+    plain = ANSI.sub("", said).replace(str(folder), "").replace("  (--debug shows the trace)", "")
+    found = ERROR.findall(plain)
+    if found:
+        return FineTuningError("ft.failed", f"Fine-tuning failed: {found[-1][:LONGEST]}", message=found[-1][:LONGEST])
+    if code in (-9, 137):
+        return FineTuningError("ft.killed", "The system ended the process, often because memory ran out.")
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    last = re.sub(r"(/[^\s:'\"]+)+", "...", lines[-1])[:LONGEST] if lines else f"exit code {code}"
+    return FineTuningError("ft.failed", f"Fine-tuning failed: {last}", message=last)
+
+
+def _number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+def _command(lock: Path, arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "apps.service.tether", str(lock), *arguments]
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of the process: the server's, with an output that can be read by programs."""
+    return {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "PYTHONUNBUFFERED": "1",
+            "PYTHONIOENCODING": "utf-8"}  # fmt: skip

@@ -1,0 +1,55 @@
+"""Run a command of `python -m apps` for as long as whoever started it holds the other end of its standard input.
+
+    python -m apps.service.tether LOCK train-lora /folder/config.toml
+
+When that end is closed, on purpose or because its process has died in whatever way, the command is interrupted as by
+Ctrl-C, so that a training saves a checkpoint. Nothing here reads what comes through the pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+
+from filelock import FileLock
+
+GRACE_SECONDS = 120.0
+"""That an interrupted command has for its last step and its checkpoint; then it is ended."""
+LOCK_SECONDS = 180.0
+"""To wait for an earlier command on the same folder, which may still be saving."""
+NICENESS = 10
+"""A training yields the processor to a server that generates; alone on a machine it loses nothing."""
+ENDED = 137
+"""Exit code after `GRACE_SECONDS`, that of a killed process."""
+
+
+def main() -> None:
+    """Run the command that the arguments name, with the lock held that the first of them names.
+
+    Raises:
+        SystemExit: with the exit code of the command.
+    """
+    lock, *arguments = sys.argv[1:]
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
+    threading.Thread(target=_watch, name="tether", daemon=True).start()
+    with FileLock(lock, timeout=LOCK_SECONDS):
+        sys.argv = ["tessera", *arguments]
+        runpy.run_module("apps", run_name="__main__", alter_sys=True)
+
+
+def _watch() -> None:
+    """Wait until the pipe is closed, then interrupt this process, and end it if that takes too long."""
+    while os.read(0, 1024):  # not sys.stdin, whose lock a thread must not hold when the interpreter ends
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(GRACE_SECONDS)
+    os._exit(ENDED)
+
+
+if __name__ == "__main__":
+    main()
