@@ -17,13 +17,15 @@ from apps.api.tokens import TokenTable
 from apps.service import limits
 from apps.service.engine import Engine
 from apps.service.failures import is_storage_failure
+from apps.service.fine_tuning import FineTuning, offer_runs
 from apps.service.limits import ServerLimits
-from apps.service.lora import find_loras
+from apps.service.lora import LoraFiles, find_loras
 from apps.service.model_pool import name_models
 from apps.service.stored_images import STATE_FOLDER
-from apps.studio import panels, views
+from apps.studio import fine_tune, panels, views
 from apps.studio.controls import CONTROLS, Parts
 from apps.studio.examples import EXAMPLES
+from apps.studio.fine_tune_handlers import FineTuneHandlers
 from apps.studio.following import restated
 from apps.studio.forms import FIXED
 from apps.studio.gate import Gate
@@ -37,7 +39,7 @@ from apps.studio.stage import Changes
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS
 from apps.studio.tabs.video import ENDS, SOURCES
-from apps.studio.theme import BRUSH, CSS, FILES, LANGUAGE, SCRIPT, theme
+from apps.studio.theme import BRUSH, CAPTIONS, CSS, FILES, LANGUAGE, SCRIPT, theme
 from pipelines import builtin_models, builtin_upscalers
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -99,7 +101,8 @@ def build_engine(
     if not sources:
         raise ValueError("No built-in model is installed; name one with --model: a pipeline folder or a hub id.")
     folder = limits.output_folder(output_dir)
-    loras = {} if lora is None else find_loras(lora)
+    loras = LoraFiles(None if lora is None else find_loras(lora))
+    offer_runs(folder, loras)
     named = name_models([*builtin_upscalers(), *(upscalers or ())])
     engine = Engine(
         sources, folder, device, dtype, offload, base, loras=loras, upscalers=named, server_limits=ServerLimits()
@@ -109,8 +112,8 @@ def build_engine(
 
 
 _PREFIXES = ("", *(f"/{name}" for name in languages() if name != "en"))
-UPLOADS = {f"{prefix}/gradio_api/upload": limits.MAX_UPLOAD_BYTES + 64 * 1024 for prefix in _PREFIXES}
-"""Paths of the pages that take files, and how many bytes each takes: a file, and the form around it."""
+UPLOADS = {f"{prefix}/gradio_api/upload": limits.MAX_UPLOADS_BYTES + 256 * 1024 for prefix in _PREFIXES}
+"""Paths of the pages that take files, and how many bytes each takes: files, and the form around them."""
 FORMS = tuple(f"{prefix}/gradio_api/{path}" for prefix in _PREFIXES for path in ("queue/join", "run/predict"))
 """Paths of the pages that take what stands on them."""
 
@@ -124,8 +127,10 @@ def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> Non
         tokens: the users; the guard of the server has asked for theirs.
     """
     folder, sessions, handed_in = engine.output_dir, Sessions(tokens), HandedIn()
+    runs = None if folder is None else FineTuning(folder, engine.uploads, engine.lora_files)
+    app.state.fine_tuning = runs
     for language in reversed(languages()):  # the page at `/` last, because it answers for every address
-        page = build_page(engine, Strings(language), sessions)
+        page = build_page(engine, Strings(language), sessions, runs)
         page.queue(max_size=4 * engine.limits.queue, default_concurrency_limit=4 * engine.limits.queue, api_open=False)
         gr.mount_gradio_app(
             app,
@@ -174,17 +179,20 @@ def _guard(app: FastAPI, page: gr.Blocks, handed_in: HandedIn) -> None:
 def _head() -> str:
     """Return the scripts that run before the page is drawn."""
     language = f'<script data-languages="{" ".join(languages())}">{LANGUAGE.read_text(encoding="utf-8")}</script>'
-    files = f'<script data-most="{limits.MAX_UPLOAD_BYTES}">{FILES.read_text(encoding="utf-8")}</script>'
-    return f"{language}{files}<script>{BRUSH.read_text(encoding='utf-8')}</script>"
+    most = f'data-most="{limits.MAX_UPLOAD_BYTES}" data-together="{limits.MAX_UPLOADS_BYTES}"'
+    files = f"<script {most}>{FILES.read_text(encoding='utf-8')}</script>"
+    others = "".join(f"<script>{script.read_text(encoding='utf-8')}</script>" for script in (BRUSH, CAPTIONS))
+    return f"{language}{files}{others}"
 
 
-def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
+def build_page(engine: Engine, words: Strings, sessions: Sessions, runs: FineTuning | None = None) -> gr.Blocks:
     """Lay the page out and connect it.
 
     Args:
         engine: generates.
         words: of its language.
         sessions: who is on it.
+        runs: the fine-tuning of the server; None leaves its tab out.
     """
     other = next(name for name in languages() if name != words.language)
     with gr.Blocks(title="tessera studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
@@ -201,6 +209,11 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
                 with gr.Tab(words("tab.gallery"), id="gallery", elem_id="tab-gallery", render_children=True) as one:
                     parts |= panels.gallery_panel(words)
                 parts["tab_gallery"] = one
+                if runs is not None:
+                    label = words("tab.fine_tune")
+                    with gr.Tab(label, id="fine_tune", elem_id="tab-fine-tune", render_children=True) as one:
+                        parts |= fine_tune.build(engine, words)
+                    parts["tab_fine_tune"] = one
             parts["tabs"] = tabs
             parts["mode"] = gr.Textbox("text", elem_id="mode", elem_classes="offstage", container=False)
             # No gr.State: of one that is changed by a listener beside Gradio's queue the page isn't informed.
@@ -215,7 +228,7 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions) -> gr.Blocks:
             with gr.Column(elem_id="settings", elem_classes="card"):
                 parts |= panels.settings_panel(engine, words)
         parts["words"] = gr.HTML("", elem_id="words", js_on_load=None)
-        _connect(page, engine, words, sessions, parts)
+        _connect(page, engine, words, sessions, parts, runs)
     return page
 
 
@@ -303,7 +316,9 @@ class _Wiring:
         return self.on([trigger], answering, inputs, outputs, **more)
 
 
-def _connect(page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions, parts: Parts) -> None:
+def _connect(
+    page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions, parts: Parts, runs: FineTuning | None
+) -> None:
     """Connect controls and listeners."""
     wiring = _Wiring(parts, words, sessions)
     generation = GenerationHandlers(engine, words, sessions)
@@ -312,9 +327,11 @@ def _connect(page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions
     _connect_following(page, wiring, generation)
     _connect_pictures(wiring, handlers, generation)
     _connect_tabs(wiring, handlers)
+    if runs is not None:
+        fine_tune.connect(page, wiring, parts, words, FineTuneHandlers(engine, runs, words, sessions, handlers))
 
     def opened(request: gr.Request, saved: object, *given: Any) -> Changes:
-        return handlers.open(saved, wiring.values(given), sessions.may_generate(request))
+        return handlers.open(saved, wiring.values(given), sessions.may_generate(request), sessions.user(request))
 
     def settled(request: gr.Request, key: str, mode: str) -> Changes:
         return handlers.load_model_controls(key, mode, sessions.may_generate(request))

@@ -106,7 +106,7 @@ def usual_upscale(engine: Engine, key: str) -> int:
 
 
 def _advanced(engine: Engine, words: Strings) -> Parts:
-    with gr.Accordion(words("advanced"), open=False, elem_id="advanced"):
+    with gr.Accordion(words("advanced"), open=False, elem_id="advanced") as advanced:
         presets = [(words("preset.none"), ""), *load_presets()]
         parts: Parts = {
             "preset": fields.Dropdown(presets, value="", label=words("preset"), filterable=False, elem_id="preset"),
@@ -133,7 +133,7 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
             parts["dtype"] = controls.build("dtype", words, min_width=120)
             usual = [(words("machine.usual"), "")]  # the others come with the model: to find them takes seconds
             parts["attention"] = controls.build("attention", words, choices=usual, min_width=120)
-        with gr.Row(elem_id="lora-row", visible=bool(engine.loras)):
+        with gr.Row(elem_id="lora-row", visible=bool(engine.loras)) as parts["lora_row"]:
             loras = [(words("lora.none"), ""), *engine.loras]
             parts["lora"] = fields.Dropdown(loras, value="", label=words("lora"), filterable=False, elem_id="lora")
             parts["lora_scale"] = fields.Slider(-2, 2, 1, step=0.05, label=words("lora.scale"), elem_id="lora-scale")
@@ -141,6 +141,7 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
         is_shown = len(engine.upscalers.names) > 1
         parts["upscaler"] = controls.build("upscaler", words, choices=upscalers, visible=is_shown)
         parts |= controls.lay_out("advanced", words, besides=parts)
+    parts["advanced"] = advanced
     parts["settings_file"] = gr.UploadButton(words("load_settings"), size="sm", elem_id="settings-file")
     return parts
 

@@ -26,6 +26,22 @@ from pipelines.acceleration import AccelerationError
 LABELS = {
     **{name: one.label for name, one in OPTIONS.items()},
     **{f"expand.{side}": f"expand.{side}" for side in ("left", "top", "right", "bottom")},
+    **{
+        f"fine_tune.{name}": f"ft.{name}"
+        for name in (
+            "steps",
+            "rank",
+            "learning_rate",
+            "resolution",
+            "batch_size",
+            "caption_dropout",
+            "seed",
+            "preview_every",
+            "layers",
+            "trigger",
+            "caption",
+        )
+    },
     "lora.name": "lora",
     "lora.scale": "lora.scale",
     "lora.sha256": "lora",

@@ -86,27 +86,36 @@ class SettingsHandlers:
 
     # --------------------------------------------------------------------------- model
 
-    def open(self, saved: object, values: Mapping[str, Any], may_load: bool = True) -> Changes:
+    def open(
+        self, saved: object, values: Mapping[str, Any], may_load: bool = True, owner: str | None = None
+    ) -> Changes:
         """Fit the page to its model when it opens, then put in place what the browser remembers.
 
         Args:
             saved: what the browser remembers.
             values: of the page.
             may_load: whether its user may have a model loaded.
+            owner: its user, who may have trained LoRAs.
         """
-        remembered = self._remembered(saved)
+        remembered = self._remembered(saved, owner)
         key = remembered.get("model", values["model"])
         mode = remembered.get("mode", values["mode"])
-        changes = self.load_model_controls(key, mode, may_load)
+        changes = {**self.load_model_controls(key, mode, may_load), **self.lora_choices(owner)}
         if not remembered:
             return changes
         return {**_over(changes, {"model": key, **remembered}), **self._go(mode)}
 
-    def _remembered(self, saved: object) -> dict[str, Any]:
+    def lora_choices(self, owner: str | None) -> Changes:
+        """Offer the LoRA files that a user may choose."""
+        names = self._engine.lora_files.names(owner)
+        choices = [(self._words("lora.none"), ""), *names]
+        return {"lora": gr.update(choices=choices), "lora_row": gr.update(visible=bool(names))}
+
+    def _remembered(self, saved: object, owner: str | None = None) -> dict[str, Any]:
         """Read what the browser remembers; what doesn't fit is left out."""
         if not isinstance(saved, dict) or saved.get("model") not in self._engine.models:
             return {}
-        offered = ("", *self._engine.loras)
+        offered = ("", *self._engine.lora_files.names(owner))
         machine = machine_choices(self._engine.devices)
         return {
             name: value
@@ -426,12 +435,17 @@ class SettingsHandlers:
         """Say that a file is too large; the browser found that and kept the file, see `static/files.js`.
 
         Args:
-            refused: JSON with the name of the file and its bytes, from the browser.
+            refused: JSON with the name of the file and its bytes, or the number of files and their bytes together,
+                from the browser.
         """
         try:
             found = json.loads(refused)
-            file, size = str(found["file"]), int(found["value"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+            count, size = int(found.get("count", 1)), int(found["value"])
+            if count > 1:
+                most = limits.MAX_UPLOADS_BYTES
+                return problem(self._words("error.file.together", count=count, value=size, most=most))
+            file = str(found["file"])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return {}
         error = UploadError(
             "file.size",

@@ -1,0 +1,374 @@
+"""The listeners of the tab Fine-tune: images and captions, check, start and stop, looking at runs, and trying them."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from apps.service import limits
+from apps.service.engine import Engine
+from apps.service.fine_tuning import MOST_FILES, Example, FineTuning, Plan
+from apps.service.fine_tuning_run import Record
+from apps.service.uploaded_clips import receive_clip, split_frames
+from apps.service.uploads import UploadError
+from apps.studio import fine_tune_views as drawn
+from apps.studio import views
+from apps.studio.fine_tune_settings import clean, clean_lines, to_document
+from apps.studio.fine_tune_views import Item
+from apps.studio.page_values import PageError
+from apps.studio.problems import SHOWN, explain
+from apps.studio.sessions import Sessions
+from apps.studio.settings_handlers import SettingsHandlers
+from apps.studio.stage import Changes
+from apps.studio.strings import Strings
+from apps.training.tasks import TASKS
+
+PLACE = "ft_problem"
+"""Part of the tab that shows errors."""
+CLIPS = (".mp4", ".webm", ".gif")
+MOST_CAPTION_BYTES = 16 * 1024
+"""Of a file with a caption."""
+OPEN_SECONDS, AWAY_SECONDS = 2.0, 10.0
+"""Between two looks at a training while the tab is open, and while another one is."""
+Seen = tuple[Any, ...]
+
+
+class FineTuneHandlers:
+    """The listeners of the tab.
+
+    Args:
+        engine: of the server.
+        runs: its fine-tuning runs.
+        words: of the page.
+        sessions: who is on the page.
+        settings: puts a LoRA and a prompt in place.
+    """
+
+    def __init__(
+        self, engine: Engine, runs: FineTuning, words: Strings, sessions: Sessions, settings: SettingsHandlers
+    ) -> None:
+        self._engine, self._runs, self._words = engine, runs, words
+        self._sessions, self._settings = sessions, settings
+
+    # --------------------------------------------------------------------- who
+
+    def owner(self, request: gr.Request) -> str:
+        """Return in whose name a page trains.
+
+        Raises:
+            PageError: the user may only look, or nobody was asked who this is and the page is on another machine.
+        """
+        if not self._sessions.has_users and not _is_local(request):
+            raise PageError("ft.strangers")
+        return self._sessions.submitter(request)
+
+    def _viewer(self, request: gr.Request) -> str | None:
+        """Return whose runs a page shows; None for those of all."""
+        return self._sessions.viewer(request)
+
+    # ------------------------------------------------------------------ images
+
+    def take_files(self, request: gr.Request, files: Sequence[str] | None, items: Sequence[Item], told: str) -> Changes:
+        """Add images, clips and captions that were handed in; what can't be used is named, the others are taken."""
+        owner = self.owner(request)
+        kept = {item.upload: item for item in _told(items, told)}
+        paths = [Path(file) for file in files or ()]
+        problems: list[str] = []
+        for path in sorted((path for path in paths if path.suffix.lower() != ".txt"), key=lambda path: path.name):
+            if len(kept) >= MOST_FILES:
+                problems.append(self._words("error.ft.most", most=MOST_FILES))
+                break
+            try:
+                item = self._received(path, owner)
+                kept.setdefault(item.upload, item)
+            except UploadError as error:
+                problems.append(f"{path.name[:60]}: {explain(error, self._words)}")
+        captions, unread = _captions([path for path in paths if path.suffix.lower() == ".txt"])
+        problems += [self._words("error.ft.text", file=name[:60]) for name in unread]
+        shown = [replace(one, caption=captions.get(one.name, one.caption)) for one in kept.values()]
+        problems += [
+            self._words("error.ft.alone", file=f"{name[:60]}.txt")
+            for name in captions
+            if name not in {one.name for one in shown}
+        ]
+        return {**self._show_items(shown), PLACE: views.problem(" ".join(problems[:SHOWN]))}
+
+    def _received(self, path: Path, owner: str) -> Item:
+        """Check and keep an image or a clip.
+
+        Raises:
+            UploadError: it is neither.
+        """
+        if path.suffix.lower() in CLIPS:
+            clip = receive_clip(self._engine.uploads, path, owner)
+            first = split_frames(self._engine.uploads.get(clip.name), clip.frames)[0]
+            return Item(clip.name, path.stem, clip.frames, drawn.thumbnail(first))
+        name, _ = self._engine.uploads.receive(path, owner)
+        return Item(name, path.stem, 1, drawn.thumbnail(self._engine.uploads.get(name)))
+
+    def drop_files(self, request: gr.Request) -> Changes:
+        """Remove all images."""
+        del request
+        return self._show_items([])
+
+    def _show_items(self, items: list[Item]) -> Changes:
+        return {
+            "ft_items": items,
+            "ft_captions": "",
+            "ft_cards": drawn.cards(items, self._words),
+            "ft_drop": gr.update(visible=bool(items)),
+        }
+
+    # --------------------------------------------------------- check and train
+
+    def check(self, request: gr.Request, values: Mapping[str, Any]) -> Changes:
+        """Write the run and say what its training would do."""
+        owner = self.owner(request)
+        plan = self._plan(values)
+        self._runs.write(plan, owner)
+        found = self._runs.check(plan.name, owner)
+        run = plan.document["run"]
+        text = drawn.report(found, run["batch_size"], run["steps"], self._words)
+        return {"ft_report": text, **self.list_runs(request, plan.name)}
+
+    def start(self, request: gr.Request, values: Mapping[str, Any]) -> Changes:
+        """Write the run and start its training."""
+        owner = self.owner(request)
+        plan = self._plan(values)
+        self._runs.train(plan, owner)
+        return {"ft_report": "", "ft_name": "", **self.list_runs(request, plan.name)}
+
+    def _plan(self, values: Mapping[str, Any]) -> Plan:
+        """Read the form.
+
+        Raises:
+            FineTuningError: something on it can't be used.
+        """
+        key = values["ft_model"]
+        if key not in trainable(self._engine):
+            raise PageError("no_model")
+        items = _told(values["ft_items"], values["ft_captions"])
+        document = to_document(values, _source(self._engine, key), self._frames(key, items))
+        examples = [Example(one.upload, one.caption, one.frames) for one in items]
+        return Plan(clean(values["ft_name"]), key, examples, document)
+
+    def _frames(self, key: str, items: Sequence[Item]) -> int:
+        """Return how many frames of clips are learnt from: as many as the model makes, if the clips have them.
+
+        Raises:
+            PageError: there are clips, and the model makes images.
+        """
+        clips = [one.frames for one in items if one.frames > 1]
+        if not clips:
+            return 1
+        if self._engine.abilities(key).output == "images":
+            raise PageError("ft.no_clips")
+        model = self._engine.model(key).result(timeout=self._engine.limits.seconds)
+        return model.frames or 1
+
+    def stop(self, request: gr.Request, name: str) -> Changes:
+        """Have a training save and end."""
+        self.owner(request)
+        self._runs.stop(name, self._viewer(request))
+        return self.list_runs(request, name)
+
+    def resume(self, request: gr.Request, name: str) -> Changes:
+        """Let a training go on, or start one that was only checked."""
+        self.owner(request)
+        self._runs.start(name, self._viewer(request))
+        return self.list_runs(request, name)
+
+    def delete(self, request: gr.Request, name: str) -> Changes:
+        """Delete a run, which was confirmed."""
+        self.owner(request)
+        self._runs.delete(name, self._viewer(request))
+        return {**self.list_runs(request), **self.lora_choices(request)}
+
+    # ----------------------------------------------------------------- looking
+
+    def open(self, request: gr.Request, chosen: str | None) -> Changes:
+        """Show the runs when the tab is opened: the one that was chosen, or that runs, or the newest."""
+        if not self._may(request):
+            return {"ft_open": True, "ft_timer": gr.update(active=False)}
+        return {"ft_open": True, **self.list_runs(request, chosen)}
+
+    def leave(self, request: gr.Request) -> Changes:
+        """Look less often while another tab is open."""
+        del request
+        return {"ft_open": False, "ft_timer": gr.update(value=AWAY_SECONDS)}
+
+    def load(self, request: gr.Request) -> Changes:
+        """Keep an eye on a training when the page is loaded, so that its LoRA is offered at its end."""
+        is_mine = self._may(request) and any(one.state == "running" for one in self._runs.runs(self._viewer(request)))
+        return {"ft_timer": gr.update(value=AWAY_SECONDS, active=is_mine)}
+
+    def _may(self, request: gr.Request) -> bool:
+        try:
+            self.owner(request)
+        except PageError:
+            return False
+        return True
+
+    def list_runs(self, request: gr.Request, chosen: str | None = None) -> Changes:
+        """Show the list of runs, and one of them."""
+        records = self._runs.runs(self._viewer(request))
+        names = [record.name for record in records]
+        running = next((record.name for record in records if record.state == "running"), None)
+        name = chosen if chosen in names else running or next(iter(names), None)
+        choices = [(drawn.run_label(record, self._words), record.name) for record in records]
+        active = gr.update(value=OPEN_SECONDS, active=running is not None)
+        listed = gr.update(choices=choices, value=name, visible=bool(names))
+        return {"ft_runs": listed, "ft_timer": active, **self.show(request, name)}
+
+    def show(self, request: gr.Request, name: str | None) -> Changes:
+        """Show a run with what may be done with it."""
+        found = next((one for one in self._runs.runs(self._viewer(request)) if one.name == name), None)
+        if found is None:
+            buttons = {f"ft_{one}": gr.update(visible=False) for one in (*BUTTONS, "confirm")}
+            return {"ft_run": views.hint(self._words("ft.no_runs")), "ft_seen": None, **buttons}
+        folder = self._runs.folder(found.name)
+        is_stopping = self._runs.is_stopping(found.name)
+        return {
+            "ft_run": drawn.run(found, folder, is_stopping, self._words),
+            "ft_seen": self._signature(found),
+            **self._buttons(found, is_stopping),
+        }
+
+    def _buttons(self, record: Record, is_stopping: bool) -> Changes:
+        """Offer what may be done with a run as it is."""
+        running = record.state == "running"
+        loras = self._runs.folder(record.name).loras()
+        file = next(iter(loras.values()), None)
+        again = self._words("ft.start" if record.state == "draft" else "ft.resume")
+        return {
+            "ft_stop": gr.update(visible=running, interactive=not is_stopping),
+            "ft_resume": gr.update(value=again, visible=record.state in ("draft", "stopped", "failed")),
+            "ft_try": gr.update(visible=bool(loras) and not running),
+            "ft_download": gr.update(value=None if running or file is None else str(file),
+                                     visible=bool(loras) and not running),
+            "ft_delete": gr.update(visible=not running),
+            "ft_confirm": gr.update(visible=False),
+        }  # fmt: skip
+
+    def _signature(self, record: Record) -> Seen:
+        """Return what changes whenever a run has to be drawn anew."""
+        folder = self._runs.folder(record.name)
+        preview, best = folder.preview(), folder.best()
+        log = folder.training / "log.jsonl"
+        size = log.stat().st_size if log.is_file() else 0
+        stopping = self._runs.is_stopping(record.name)
+        return record.name, record.state, stopping, size, preview and preview[0], best and best.step
+
+    def tick(self, request: gr.Request, name: str | None, seen: Any, is_open: bool) -> Changes:
+        """Draw the chosen run anew if there is news; at the end of a training offer its LoRA."""
+        if not self._may(request):
+            return {"ft_timer": gr.update(active=False)}
+        records = self._runs.runs(self._viewer(request))
+        found = next((one for one in records if one.name == name), None)
+        if not any(one.state == "running" for one in records):  # its end
+            return {**self.list_runs(request, name), **self.lora_choices(request)}
+        if not is_open or found is None or self._signature(found) == _tuple(seen):
+            return {}
+        return self.show(request, name)
+
+    # -------------------------------------------------------------- using them
+
+    def lora_choices(self, request: gr.Request) -> Changes:
+        """Offer the LoRAs that there are now in the tabs that generate."""
+        return self._settings.lora_choices(self._sessions.user(request))
+
+    def try_it(self, request: gr.Request, name: str, key: str) -> Changes:
+        """Choose the LoRA of a run in the tab that generates, with its trigger in the prompt.
+
+        Args:
+            request: of the page.
+            name: of the run.
+            key: of the model that the page is fitted to.
+        """
+        record = self._runs.record(name, self._viewer(request))
+        user = self._sessions.user(request)
+        offered = self._engine.lora_files.names(user)
+        chosen = name if name in offered else next((one for one in offered if one.startswith(f"{name}-step-")), None)
+        if chosen is None:
+            raise PageError("ft.no_lora")
+        mode = "video" if self._engine.abilities(record.model).output == "frames" else "text"
+        changes: Changes = {"model": record.model, "mode": mode, "tabs": gr.update(selected=mode)}
+        prompt = record.trigger or next(iter(self._runs.folder(name).captions()), "").partition("\n")[0]
+        changes |= {"prompt": prompt, "lora_scale": 1}
+        adapted = self._settings.adapted(changes, key, self._sessions.may_generate(request))
+        gr.Info(self._words("ft.tried", name=chosen))
+        shown = self._settings.lora_choices(user)
+        return {**adapted, **shown, "lora": {**shown["lora"], "value": chosen}, "advanced": gr.update(open=True)}
+
+
+BUTTONS = ("stop", "resume", "try", "download", "delete")
+"""What may be done with a run, in the order of the page."""
+
+
+def trainable(engine: Engine) -> list[str]:
+    """Return the keys of the models that can be fine-tuned, as far as that is known before they are loaded."""
+    able = "lora_next_scale" in TASKS
+    kinds = {key: engine.abilities(key).tasks for key in engine.models}
+    return [key for key, tasks in kinds.items() if able or not any(task.startswith("next_scale") for task in tasks)]
+
+
+def _source(engine: Engine, key: str) -> str:
+    """Return what loads a model in another process, whose working folder is another one."""
+    source = engine.source(key)
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def _is_local(request: gr.Request) -> bool:
+    """Whether a page is open on the machine of the server."""
+    client = getattr(request, "client", None)
+    if client is None:
+        return False
+    try:
+        return ipaddress.ip_address(client.host).is_loopback
+    except ValueError:
+        return False
+
+
+def _told(items: Sequence[Item], told: object) -> list[Item]:
+    """Return images with the captions that the page has told, without those that were removed on it.
+
+    Args:
+        items: as the page has them.
+        told: JSON: name of an image -> caption, or null; from the browser, so anything may be in it.
+    """
+    try:
+        found = json.loads(told) if isinstance(told, str) and told else {}
+    except (ValueError, RecursionError):
+        found = {}
+    if not isinstance(found, dict):
+        return list(items)
+    kept = [one for one in items if found.get(one.upload, "") is not None]
+    return [replace(one, caption=clean_lines(found[one.upload])) if one.upload in found else one for one in kept]
+
+
+def _captions(paths: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
+    """Read captions: name of the file without its ending -> text; and the names of files that can't be read."""
+    found: dict[str, str] = {}
+    unread: list[str] = []
+    for path in paths:
+        with path.open("rb") as file:
+            data = file.read(MOST_CAPTION_BYTES + 1)
+        try:
+            text = clean_lines(data.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            text = None
+        if text is None or len(data) > MOST_CAPTION_BYTES or len(text) > limits.MAX_PROMPT_CHARS:
+            unread.append(path.name)
+        else:
+            found[path.stem] = text
+    return found, unread
+
+
+def _tuple(seen: Any) -> Seen:
+    return tuple(seen) if isinstance(seen, list | tuple) else ()
