@@ -222,10 +222,9 @@ class FineTuning:
 
     def train(self, plan: Plan, owner: str) -> Record:
         """Write a run and start its training; see `write` and `start`."""
-        with self._lock:
-            self._check_idle()
-            self.write(plan, owner)
-            return self.start(plan.name, owner)
+        self._check_idle()  # before anything is written
+        self.write(plan, owner)
+        return self.start(plan.name, owner)
 
     def start(self, name: str, owner: str | None) -> Record:
         """Start the training of a run, or let it go on from its latest checkpoint.
@@ -254,7 +253,7 @@ class FineTuning:
         Raises:
             FineTuningError: one runs.
         """
-        if self._active is not None:
+        if self.running is not None:
             raise FineTuningError("ft.busy", "Another fine-tuning is running; start this one when it is done.")
 
     def stop(self, name: str, owner: str | None) -> None:

@@ -66,12 +66,12 @@ class Setting:
         return min([self.most, *own])
 
     def read(self, value: object) -> float | int | None:
-        """Return what a control holds, checked.
+        """Return what a control holds, checked; 0 stands for no value where that is the default.
 
         Raises:
             FineTuningError: no number, no whole one, or out of range.
         """
-        if value is None and self.default is None:
+        if self.default is None and value in (None, 0):
             return None
         low = 0 if self.least is None else self.least
         said = {"field": f"fine_tune.{self.name}", "value": value, "lowest": f"{low:g}", "highest": f"{self.highest:g}"}
@@ -126,12 +126,11 @@ def build_settings(words: Strings) -> dict[str, Any]:
 
 def _number(name: str, one: Setting, words: Strings) -> Any:
     return fields.Number(
-        one.default,
+        0 if one.default is None else one.default,  # a browser shows 0 for no number
         label=words(f"ft.{name}"),
         precision=0 if one.is_whole else None,
-        minimum=one.least,
+        minimum=0 if one.default is None else one.least,
         maximum=one.highest,
-        placeholder=words("ft.own") if one.default is None else None,
         min_width=120,
         elem_id=f"ft-{name.replace('_', '-')}",
     )
