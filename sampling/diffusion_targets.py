@@ -138,6 +138,11 @@ def noise_process(scheduler: Any) -> NoiseProcess:
         # Schedulers whose shift depends on the size of the image shift nothing before they know it.
         shift = 1.0 if config.get("use_dynamic_shifting") else float(shift)
         return NoiseProcess("reversed_velocity" if config.get("invert_sigmas") else "velocity", count, shift)
+    if kind == "trigflow":
+        raise ValueError(
+            f"{type(scheduler).__name__} with prediction_type={kind!r} is that of a consistency model, distilled to "
+            "few steps, which noisy data alone can't train: fine-tune the model that it was distilled from"
+        )
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None or kind not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(
