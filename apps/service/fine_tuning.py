@@ -216,7 +216,7 @@ class FineTuning:
         if not self._checking.acquire(blocking=False):
             raise FineTuningError("ft.checking", "Another check is running; try again when it is done.")
         try:
-            return run_check(folder.config, folder.lock)
+            return run_check(folder.config, folder.path / "check.lock")
         finally:
             self._checking.release()
 
@@ -237,7 +237,8 @@ class FineTuning:
             self._check_idle()
             if record.state == "finished":
                 raise FineTuningError("ft.finished", f"{name!r} has finished; start a new run.", value=name)
-            changed = folder.change(state="running", reason="", message="") or record
+            first = folder.progress(record.steps).step if folder.has_checkpoint else 0
+            changed = folder.change(state="running", first=first, reason="", message="") or record
             try:
                 process = TrainingProcess(folder.config, folder.lock, folder.log, folder.has_checkpoint, self._end)
             except OSError as error:

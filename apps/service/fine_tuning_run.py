@@ -6,6 +6,7 @@ NAME/data/         images or clips, each with its caption in a .txt
 NAME/NAME/         the training's own folder: log.jsonl, previews, loras, best.json, checkpoints
 NAME/cache/        what the training has encoded
 NAME/output.log    what the training has said
+NAME/lock          held while it is trained; check.lock while it is checked
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Record:
         trigger: the words that call for what was learnt.
         created: time of day, seconds since 1970.
         state: how it stands.
+        first: step on record when the training was started last.
         reason: key of the sentence that says why it failed, without `error.`.
         message: value of that sentence; English.
     """
@@ -49,6 +51,7 @@ class Record:
     trigger: str
     created: float
     state: State = "draft"
+    first: int = 0
     reason: str = ""
     message: str = ""
 
@@ -141,19 +144,21 @@ class RunFolder:
         """Whether the training can go on from where it was."""
         return any(one.is_dir() and (one / "state.json").is_file() for one in self.training.glob("checkpoint-??????*"))
 
-    def progress(self, steps: int) -> Progress:
+    def progress(self, steps: int, first: int = 0) -> Progress:
         """Read the log of the training.
 
         Args:
             steps: of the whole training.
+            first: step at which it was started last; how fast it is since then tells how long it will take.
         """
-        lines = _lines(self.training / "log.jsonl")
-        points = tuple(Point(line["kind"], line["step"], line["loss"]) for line in lines)
-        trained = [line for line in lines if line["kind"] == "train" and line.get("seconds")]
-        if not trained:
-            return Progress(max((point.step for point in points), default=0), None, points)
-        step, seconds = trained[-1]["step"], trained[-1]["seconds"]
-        return Progress(step, (steps - step) * seconds / step, points)
+        log, config = self.training / "log.jsonl", self.training / "config.json"
+        points = tuple(Point(line["kind"], line["step"], line["loss"]) for line in _lines(log))
+        step = max((point.step for point in points), default=0)
+        if step <= first or not config.is_file():
+            return Progress(step, None, points)
+        # The training writes its configuration right before its first step, and previews take time too.
+        seconds = max(log.stat().st_mtime - config.stat().st_mtime, 0.0)
+        return Progress(step, (steps - step) * seconds / (step - first), points)
 
     def best(self) -> Best | None:
         """Return which adapters are best so far; None before there are any."""

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 GRACE_SECONDS = 120.0
 """That an interrupted command has for its last step and its checkpoint; then it is ended."""
@@ -37,7 +37,11 @@ def main() -> None:
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     threading.Thread(target=_watch, name="tether", daemon=True).start()
-    with FileLock(lock, timeout=LOCK_SECONDS):
+    try:
+        held = FileLock(lock, timeout=LOCK_SECONDS).acquire()
+    except Timeout:
+        sys.exit("error: an earlier process still saves its checkpoint; try again in a minute")
+    with held:
         sys.argv = ["tessera", *arguments]
         runpy.run_module("apps", run_name="__main__", alter_sys=True)
 

@@ -30,7 +30,7 @@ RUN = ("ft_run", "ft_seen", "ft_confirm", *(f"ft_{name}" for name in BUTTONS))
 RUNS = ("ft_runs", "ft_timer", *RUN)
 PICKER = ("lora", "lora_row")
 """The choice of a LoRA in the tabs that generate."""
-WAITING = "() => `<p class='hint ft-waiting' role='status'>%s</p>`"
+WAITING = "() => [`<p class='hint ft-waiting' role='status'>%s</p>`, '']"
 MOST_NAME = 40
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every listener, see `apps.studio.app`."""
@@ -186,7 +186,9 @@ def _connect_form(answers: _Answers, parts: Parts, words: Strings, handlers: Fin
 
     answers.on(parts["ft_files"].upload, handlers.take_files, ["ft_files", "ft_items", "ft_captions"], CARDS)
     answers.on(parts["ft_drop"].click, handlers.drop_files, (), CARDS)
-    waiting = parts["ft_check"].click(None, None, parts["ft_report"], js=WAITING % words("ft.checking"), **QUIET)
+    waiting = parts["ft_check"].click(
+        None, None, [parts["ft_report"], parts[PLACE]], js=WAITING % words("ft.checking"), **QUIET
+    )
     answers.on(waiting.then, check, FORM, ["ft_report", *RUNS], first={PLACE: "", "ft_report": ""})
     answers.on(parts["ft_start"].click, start, FORM, ["ft_report", "ft_name", *RUNS])
 

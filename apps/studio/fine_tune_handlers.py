@@ -28,6 +28,7 @@ from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings
 from apps.training.tasks import TASKS
+from apps.training.tasks.lora_config import LoraTaskSection
 
 PLACE = "ft_problem"
 """Part of the tab that shows errors."""
@@ -82,7 +83,7 @@ class FineTuneHandlers:
         problems: list[str] = []
         for path in sorted((path for path in paths if path.suffix.lower() != ".txt"), key=lambda path: path.name):
             if len(kept) >= MOST_FILES:
-                problems.append(self._words("error.ft.most", most=MOST_FILES))
+                problems.append(self._words("ft.most", most=MOST_FILES))
                 break
             try:
                 item = self._received(path, owner)
@@ -90,10 +91,10 @@ class FineTuneHandlers:
             except UploadError as error:
                 problems.append(f"{path.name[:60]}: {explain(error, self._words)}")
         captions, unread = _captions([path for path in paths if path.suffix.lower() == ".txt"])
-        problems += [self._words("error.ft.text", file=name[:60]) for name in unread]
+        problems += [self._words("ft.text", file=name[:60]) for name in unread]
         shown = [replace(one, caption=captions.get(one.name, one.caption)) for one in kept.values()]
         problems += [
-            self._words("error.ft.alone", file=f"{name[:60]}.txt")
+            self._words("ft.alone", file=f"{name[:60]}.txt")
             for name in captions
             if name not in {one.name for one in shown}
         ]
@@ -155,6 +156,7 @@ class FineTuneHandlers:
             raise PageError("no_model")
         items = _told(values["ft_items"], values["ft_captions"])
         document = to_document(values, _source(self._engine, key), self._frames(key, items))
+        document["task"]["preview_prompts"] = preview_prompts(items, document["data"])
         examples = [Example(one.upload, one.caption, one.frames) for one in items]
         return Plan(clean(values["ft_name"]), key, examples, document)
 
@@ -309,6 +311,18 @@ class FineTuneHandlers:
 
 BUTTONS = ("stop", "resume", "try", "download", "delete")
 """What may be done with a run, in the order of the page."""
+
+
+def preview_prompts(items: Sequence[Item], data: Mapping[str, Any]) -> list[str]:
+    """Return what previews show: captions of some images with the trigger before them, evenly spread, each once.
+
+    The training itself takes captions of the images that it holds out, of which there is often only one.
+    """
+    captions = [item.caption.partition("\n")[0] or data["caption"] for item in items]
+    prompts = list(dict.fromkeys(f"{data['trigger']} {caption}".strip() for caption in captions))
+    prompts = [prompt for prompt in prompts if prompt]
+    most: int = LoraTaskSection.model_fields["preview_images"].default
+    return [prompts[i * len(prompts) // most] for i in range(most)] if len(prompts) > most else prompts
 
 
 def trainable(engine: Engine) -> list[str]:

@@ -73,20 +73,32 @@ class Setting:
         """
         if self.default is None and value in (None, 0):
             return None
-        low = 0 if self.least is None else self.least
-        said = {"field": f"fine_tune.{self.name}", "value": value, "lowest": f"{low:g}", "highest": f"{self.highest:g}"}
+        least = f"{self.least or 0:g}"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not isinstance(value, int | float) or not is_number or (self.is_whole and value != int(value)):
             raise FineTuningError(
                 "ft.whole" if self.is_whole else "ft.number",
-                f"{self.name} is {value!r}; choose a {'whole ' if self.is_whole else ''}number from {low:g} to "
+                f"{self.name} is {value!r}; choose a {'whole ' if self.is_whole else ''}number from {least} to "
                 f"{self.highest:g}.",
-                **said,
+                field=f"fine_tune.{self.name}",
+                value=value,
+                lowest=least,
+                highest=f"{self.highest:g}",
             )
-        if not (low < value if self.is_above else low <= value) or value > self.highest:
-            key = "ft.above" if self.is_above else "range"
-            raise FineTuningError(key, f"{self.name} is {value}; choose {low:g} to {self.highest:g}.", **said)
+        if not self._is_inside(value):
+            raise FineTuningError(
+                "ft.above" if self.is_above else "range",
+                f"{self.name} is {value}; choose {'above ' if self.is_above else ''}{least} to {self.highest:g}.",
+                field=f"fine_tune.{self.name}",
+                value=value,
+                lowest=least,
+                highest=f"{self.highest:g}",
+            )
         return int(value) if self.is_whole else float(value)
+
+    def _is_inside(self, value: float) -> bool:
+        low = self.least or 0
+        return (low < value if self.is_above else low <= value) and value <= self.highest
 
 
 SETTINGS: dict[str, Setting] = {

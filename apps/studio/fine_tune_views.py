@@ -114,7 +114,7 @@ def run_label(record: Record, words: Strings) -> str:
 
 def run(record: Record, folder: RunFolder, is_stopping: bool, words: Strings) -> str:
     """Draw a run: how far it is, its curve, its newest preview, and what to make of it."""
-    progress, best = folder.progress(record.steps), folder.best()
+    progress, best = folder.progress(record.steps, record.first), folder.best()
     head = (
         f'<h3>{escape(record.name)}<span class="{record.state}">{escape(words(f"ft.state.{record.state}"))}</span></h3>'
     )
@@ -130,8 +130,8 @@ def run(record: Record, folder: RunFolder, is_stopping: bool, words: Strings) ->
 
 def _reason(record: Record, words: Strings) -> str:
     """Say why a run has failed or was stopped by the end of the server."""
-    key = f"error.{record.reason}"
-    if not record.reason or key not in words:
+    key = next((key for key in (f"error.{record.reason}", record.reason) if key in words), None)
+    if key is None:
         return ""
     return f'<p class="problem">{escape(words(key, message=record.message))}</p>'
 

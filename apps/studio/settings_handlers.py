@@ -443,7 +443,7 @@ class SettingsHandlers:
             count, size = int(found.get("count", 1)), int(found["value"])
             if count > 1:
                 most = limits.MAX_UPLOADS_BYTES
-                return problem(self._words("error.file.together", count=count, value=size, most=most))
+                return problem(self._words("file.together", count=count, value=size, most=most))
             file = str(found["file"])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return {}

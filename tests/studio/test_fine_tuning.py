@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 import tomllib
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -25,8 +27,9 @@ from apps.service.option_values import Lora
 from apps.service.requests import TextToImageRequest
 from apps.service.uploads import UploadError, UploadStore
 from apps.studio import fine_tune_views, loss_curve
-from apps.studio.fine_tune_handlers import FineTuneHandlers
+from apps.studio.fine_tune_handlers import FineTuneHandlers, preview_prompts
 from apps.studio.fine_tune_settings import SETTINGS, to_document
+from apps.studio.fine_tune_views import Item
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.page_values import PageError
 from apps.studio.sessions import Sessions
@@ -145,8 +148,13 @@ def test_a_run_is_read_while_it_is_written_to(made):
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st'
     (folder.training / "log.jsonl").write_text(text)
+    (folder.training / "config.json").write_text("{}")
+    os.utime(folder.training / "config.json", (1_000, 1_000))
+    os.utime(folder.training / "log.jsonl", (1_020, 1_020))
     progress = folder.progress(40)
     assert (progress.step, progress.seconds_left) == (10, 60.0)
+    assert folder.progress(40, first=6).seconds_left == 150.0
+    assert folder.progress(40, first=10).seconds_left is None
     assert progress.points == (Point("train", 10, 0.5), Point("validation", 10, 0.4))
     assert folder.best() == Best(2, 0.5, "level")
     (folder.training / "best.json").write_text("{")
@@ -337,7 +345,8 @@ def files(folder, count=3):
 
 
 def test_the_defaults_and_ranges_are_those_of_the_configuration():
-    config = {name: kind.annotation.model_fields for name, kind in LoraConfig.model_fields.items()}
+    sections: Any = LoraConfig.model_fields
+    config = {name: kind.annotation.model_fields for name, kind in sections.items()}
     for name, one in SETTINGS.items():
         assert one.default == config[one.section][one.name].default
         assert one.read(one.default) == one.default
@@ -433,7 +442,9 @@ def test_who_may_only_look_trains_nothing(tmp_path):
 def test_a_run_is_drawn_watched_and_tried(tab, tmp_path):
     items = tab.handlers.take_files(HERE, [str(file) for file in files(tmp_path)], [], "")["ft_items"]
     values = {**FORM, "ft_items": items, "ft_captions": ""}
-    tab.runs.write(tab.handlers._plan(values), "local")
+    planned = tab.handlers._plan(values)
+    assert planned.document["task"]["preview_prompts"] == ["zxc"]
+    tab.runs.write(planned, "local")
     assert "<script" not in tab.handlers.list_runs(HERE, "cats")["ft_run"]
     folder = tab.runs.folder("cats")
     folder.change(state="running")
@@ -455,6 +466,14 @@ def test_a_run_is_drawn_watched_and_tried(tab, tmp_path):
     assert ("cats" in ended["lora"]["choices"], ended["lora_row"]["visible"]) == (True, True)
     tried = tab.handlers.try_it(HERE, "cats", "fake")
     assert (tried["lora"]["value"], tried["prompt"], tried["mode"]) == ("cats", "zxc", "text")
+
+
+def test_previews_show_captions_of_some_images():
+    items = [Item(str(i), str(i), 1, "", f"image {i}\nmore" if i else "") for i in range(9)]
+    data = {"trigger": "zxc", "caption": "a cat"}
+    assert preview_prompts(items, data) == ["zxc a cat", "zxc image 2", "zxc image 4", "zxc image 6"]
+    assert preview_prompts(items[:2], data) == ["zxc a cat", "zxc image 1"]
+    assert preview_prompts(items[:1], {"trigger": "", "caption": ""}) == []
 
 
 def test_a_curve_of_one_point_or_of_nonsense_is_drawn():

@@ -527,6 +527,7 @@ def test_every_string_is_used_and_every_use_has_one(root):
         "expand.",
         "error.",
         "failed.",
+        "ft.",
         "task.",
     )  # put together from parts
     for key in sorted(ENGLISH.keys()):
