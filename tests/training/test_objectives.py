@@ -1,5 +1,7 @@
 """The maths of flow matching."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -7,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from sampling.objectives import (
     data_from_velocity,
     flow_matching_loss,
+    frame_change_loss,
     interpolate,
     logit_normal_grid,
     logit_normal_sigmas,
@@ -86,3 +89,18 @@ def test_parts_of_a_sample_have_levels_and_weights_of_their_own():
     predicted = torch.randn(2, 3, 4, 2)
     weighted = flow_matching_loss(predicted, data, noise, sigmas > 0)
     assert torch.allclose(weighted, flow_matching_loss(predicted[:, :, 1:], data[:, :, 1:], noise[:, :, 1:]), atol=1e-6)
+
+
+def test_frame_change_loss_counts_what_frames_do_not_share():
+    generator = torch.Generator().manual_seed(0)
+    data, noise = (torch.randn(2, 8, 3, 4, 4, generator=generator) for _ in range(2))
+    exact = noise - data
+    shared = torch.randn(2, 2, 1, 1, 4, 4, generator=generator).expand(2, 2, 3, 4, 4, 4)  # (B, c, T, R, h, w)
+    stacked = shared.permute(0, 3, 1, 2, 4, 5).flatten(1, 2)  # (B, R c, T, h, w), R = 4
+    assert frame_change_loss(exact + stacked, data, noise, 4).abs().max() < 1e-10
+    error = torch.randn(2, 8, 3, 4, 4, generator=generator)
+    frames = [error[:, 2 * slot : 2 * slot + 2, group] for group in range(3) for slot in range(4)]  # each (B, c, h, w)
+    pairs = list(itertools.pairwise(frames[3:]))  # the first frame fills its group
+    expected = sum((later - earlier).square().flatten(1).mean(1) for earlier, later in pairs) / len(pairs) / 2
+    torch.testing.assert_close(frame_change_loss(exact + error, data, noise, 4), expected, rtol=1e-5, atol=1e-6)
+    assert frame_change_loss(error[:, :, :1], data[:, :, :1], noise[:, :, :1], 4).tolist() == [0.0, 0.0]
