@@ -31,7 +31,7 @@ from apps.service.lora import STEP_OF_RUN, LoraFiles
 from apps.service.media import Clip, save_mp4
 from apps.service.metadata import save_picture
 from apps.service.uploaded_clips import split_frames
-from apps.service.uploads import UploadStore
+from apps.service.uploads import UploadStore, read_upload
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ LEAST_FILES, MOST_FILES = 2, 200
 MOST_RUNS = 40
 """That a user may keep."""
 MOST_SIDE = 1_536
-"""Of an image to train on, pixels; larger ones are made smaller when they are written."""
+"""Of an image to train on, pixels; larger ones are made smaller when they are handed in, so that 200 of them are within
+the quota of a user."""
 CLIP_RATE = 8.0
 """Frames a second of the clips that are written; only their order counts in training."""
 CLOSING_SECONDS = 5.0
@@ -199,7 +200,6 @@ class FineTuning:
         if example.frames > 1:
             save_mp4(Clip(tuple(map(_even, split_frames(picture, example.frames))), CLIP_RATE), _as(place, "mp4"), None)
         else:
-            picture.thumbnail((MOST_SIDE, MOST_SIDE), Image.Resampling.LANCZOS)
             save_picture(picture, _as(place, "png"), None, is_fast=True)
         if example.caption:
             _as(place, "txt").write_text(example.caption, encoding="utf-8")
@@ -313,6 +313,26 @@ class FineTuning:
                 logger.error("the training of %s failed: %s", name, error)
                 folder.change(state="failed", reason=error.key, message=str(error.values.get("message", "")))
             self._loras.put(folder.name, folder.loras(), self.record(name).owner)
+
+
+def receive_image(uploads: UploadStore, file: Path, owner: str) -> tuple[str, Image.Image]:
+    """Decode an image of unknown origin, and keep it no larger than training needs it.
+
+    Args:
+        uploads: where it is kept.
+        file: PNG, JPEG or WebP.
+        owner: who hands it in.
+
+    Returns:
+        Its name there, and the image.
+
+    Raises:
+        UploadError: too large, or no image.
+    """
+    with uploads.decoding:
+        image = read_upload(file)
+        image.thumbnail((MOST_SIDE, MOST_SIDE), Image.Resampling.LANCZOS)
+        return uploads.add(image, owner), image
 
 
 def offer_runs(output_dir: Path, loras: LoraFiles) -> None:

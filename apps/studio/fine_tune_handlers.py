@@ -13,7 +13,7 @@ import gradio as gr
 
 from apps.service import limits
 from apps.service.engine import Engine
-from apps.service.fine_tuning import MOST_FILES, Example, FineTuning, Plan
+from apps.service.fine_tuning import MOST_FILES, Example, FineTuning, Plan, receive_image
 from apps.service.fine_tuning_run import Record
 from apps.service.uploaded_clips import receive_clip, split_frames
 from apps.service.uploads import UploadError
@@ -110,8 +110,8 @@ class FineTuneHandlers:
             clip = receive_clip(self._engine.uploads, path, owner)
             first = split_frames(self._engine.uploads.get(clip.name), clip.frames)[0]
             return Item(clip.name, path.stem, clip.frames, drawn.thumbnail(first))
-        name, _ = self._engine.uploads.receive(path, owner)
-        return Item(name, path.stem, 1, drawn.thumbnail(self._engine.uploads.get(name)))
+        name, image = receive_image(self._engine.uploads, path, owner)
+        return Item(name, path.stem, 1, drawn.thumbnail(image))
 
     def drop_files(self, request: gr.Request) -> Changes:
         """Remove all images."""

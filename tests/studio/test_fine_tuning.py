@@ -19,7 +19,7 @@ from PIL import Image
 from apps.api.tokens import TokenTable, add_user
 from apps.service import limits
 from apps.service.engine import Engine
-from apps.service.fine_tuning import MOST_FILES, Example, FineTuning, Plan, offer_runs
+from apps.service.fine_tuning import MOST_FILES, Example, FineTuning, Plan, offer_runs, receive_image
 from apps.service.fine_tuning_process import FineTuningError, failure_of, read_report
 from apps.service.fine_tuning_run import Best, Point, RunFolder, to_toml
 from apps.service.lora import LoraError, LoraFiles
@@ -105,7 +105,10 @@ def test_the_number_of_files_is_checked(made, count):
 
 
 def test_a_run_has_its_files_in_its_folder_and_nothing_of_uploads_but_pixels(made):
-    big = made.uploads.add(Image.new("RGB", (4000, 1000), "red"))
+    exif = Image.Exif()
+    exif[0x010E] = "where it was taken"
+    Image.new("RGB", (4000, 1000), "red").save(made.folder / "big.jpg", exif=exif)
+    big, _ = receive_image(made.uploads, made.folder / "big.jpg", "ann")
     record = made.runs.write(plan([*made.plan.examples, Example(big)]), "ann")
     folder = made.runs.folder("cats", "ann")
     assert (record.state, record.files, record.trigger) == ("draft", 4, "zxc")
