@@ -369,12 +369,13 @@ def bench(
         ),
     ] = None,
     trigger: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Words behind the prompts that the LoRA was trained with.",
+            help="Words behind the prompts that ask for what the LoRA learned; '' for none.",
+            show_default="plastic",
             rich_help_panel=MEASURED,
         ),
-    ] = "",
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Time things on this machine, in turns."""

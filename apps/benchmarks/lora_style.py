@@ -24,7 +24,7 @@ from apps.perceptual.style_judge import StyleJudge, StyleReading
 from apps.service.usage import UsageError, checking
 from apps.stickers import BASIC_COLOURS, load_sprites, render
 from apps.stickers.contact_sheet import contact_sheet
-from apps.stickers.fluent import TRAINING, UNSEEN, load_fluent, plain_caption, single_scene
+from apps.stickers.fluent import TRAINING, TRIGGER, UNSEEN, load_fluent, plain_caption, single_scene
 from pipelines import info_of
 
 EACH = 2  # images of a name, on different backgrounds
@@ -57,11 +57,12 @@ def bench_lora_style(asked: Asked) -> dict[str, Any]:
         raise UsageError(f"{name} is no text-to-image model that takes LoRA files: give one such as stickers")
     unseen, training = (UNSEEN[:2], TRAINING[:2]) if asked.smoke else (UNSEEN, TRAINING)
     wanted = list_wanted((*unseen, *training))
+    trigger = TRIGGER if asked.trigger is None else asked.trigger
     before = _generate(pipe, wanted, "")
     with checking(ValueError, OSError):
         pipe.load_lora_weights(asked.lora)
     try:
-        after = _generate(pipe, wanted, asked.trigger)
+        after = _generate(pipe, wanted, trigger)
     finally:
         pipe.unload_lora_weights()
     again = _generate(pipe, wanted[:BATCH], "")
@@ -72,12 +73,13 @@ def bench_lora_style(asked: Asked) -> dict[str, Any]:
         "with the LoRA": _read(judge, after, wanted),
     }
     if asked.output is not None:
+        asked.output.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(before, after, wanted, asked.lora.stem).save(asked.output.with_suffix(".png"))
     return {
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
         "base": name,
         "lora": asked.lora.name,
-        "trigger": asked.trigger,
+        "trigger": trigger,
         "steps": steps,
         "guidance": guidance,
         "images of a name": EACH,

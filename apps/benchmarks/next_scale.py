@@ -75,7 +75,7 @@ class Asked:
         dtype: None suits the device.
         smoke: only to see that it runs, so nothing of it is kept.
         lora: file of a LoRA, for benchmarks of one.
-        trigger: words of the prompt that the LoRA was trained with.
+        trigger: words behind the prompts that ask for what it learned; None is what the benchmark is meant for.
         output: file of the report; images go beside it.
     """
 
@@ -86,7 +86,7 @@ class Asked:
     dtype: str | None
     smoke: bool = False
     lora: Path | None = None
-    trigger: str = ""
+    trigger: str | None = None
     output: Path | None = None
 
 

@@ -52,7 +52,7 @@ def run(
     dtype: str = "auto",
     smoke: bool = False,
     lora: Path | None = None,
-    trigger: str = "",
+    trigger: str | None = None,
     json_output: bool = False,
 ) -> dict[str, Any]:
     """Run a benchmark, print it, and write it as JSON if asked.
@@ -67,7 +67,7 @@ def run(
         dtype: of the weights; "auto" suits the device.
         smoke: one round only, to see that it runs.
         lora: file of a LoRA, for lora-style.
-        trigger: words of the prompt that it was trained with.
+        trigger: words behind the prompts that ask for what it learned; None takes the ones of the benchmark.
         json_output: print JSON instead of a table.
 
     Returns:
