@@ -21,13 +21,14 @@ from pipelines.network_calls import (
     NetworkCall,
     from_tensors,
     learn_unguided_call,
+    normalize_latents,
     pack_latents,
     prompt_argument,
     to_tensors,
 )
 
 MEMORY = 2**30  # bytes of each cache that are kept in memory
-FORMAT = 1  # changes when what is kept changes
+FORMAT = 2  # changes when what is kept changes
 
 
 class NetworkInputs:
@@ -151,9 +152,9 @@ class NetworkInputs:
         takes_clips = any(weight.ndim == 5 for weight in self.pipe.vae.parameters()) or hasattr(self.pipe.vae, "stills")
         if pixels.ndim == 5 and not takes_clips:  # frame by frame, e.g. Latte's
             frames = pixels.transpose(1, 2).flatten(0, 1)  # (T, 3, H, W)
-            encoded = tokenizer.normalize_latents(tokenizer.encode(frames, return_dict=False)[0])  # (T, C, h, w)
+            encoded = normalize_latents(self.pipe, tokenizer.encode(frames, return_dict=False)[0])  # (T, C, h, w)
             return encoded.transpose(0, 1)[None]  # (1, C, T, h, w)
-        return tokenizer.normalize_latents(tokenizer.encode(pixels, return_dict=False)[0])
+        return normalize_latents(self.pipe, tokenizer.encode(pixels, return_dict=False)[0])
 
     def _recorded(self, bucket: Bucket, caption: str) -> dict[str, Tensor]:
         """Have the pipeline encode a caption."""

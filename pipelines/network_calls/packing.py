@@ -8,8 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit.tokenizers import as_visual_tokenizer
 from pipelines.base import TesseraPipeline
 from pipelines.previews import unpack_latents
+
+
+def normalize_latents(pipe: Any, latents: Tensor) -> Tensor:
+    """Bring an autoencoder's latents to the scale and the cells of a pipeline's loop.
+
+    Args:
+        pipe: a pipeline of ours or of diffusers.
+        latents: of its autoencoder, (B, C, h, w) or (B, C, T, h, w).
+
+    Returns:
+        Normalised latents of the same shape; of FLUX.2, whose loop has a cell for 2 x 2 of them, (B, 4 C, h/2, w/2).
+    """
+    fold, norm = getattr(pipe, "_patchify_latents", None), getattr(pipe.vae, "bn", None)
+    if fold is None or norm is None:
+        return as_visual_tokenizer(pipe.vae).normalize_latents(latents)
+    folded = fold(latents)  # (B, 4 C, h/2, w/2)
+    mean = norm.running_mean.reshape(1, -1, 1, 1).to(folded)
+    spread = (norm.running_var + pipe.vae.config.batch_norm_eps).sqrt().reshape(1, -1, 1, 1).to(folded)
+    return (folded - mean) / spread
 
 
 def pack_latents(
@@ -21,7 +41,7 @@ def pack_latents(
 
     Args:
         pipe: a pipeline of ours or of diffusers.
-        latents: normalised latents of the autoencoder, (B, C, h, w) or (B, C, T, h, w).
+        latents: of `normalize_latents`, (B, C, h, w) or (B, C, T, h, w).
         shape: of one sample in the loop, without the batch: a grid, a clip with any order of axes, or (N, C').
         height: of the image, pixels.
         width: of the image, pixels.
@@ -31,7 +51,7 @@ def pack_latents(
         (B, *shape), the dtype of `latents`.
 
     Raises:
-        ValueError: the latents don't fill that shape.
+        ValueError: the latents don't fill that shape, or are unpacked to cells of another kind.
     """
     batch, count = len(latents), int(torch.tensor(tuple(shape)).prod())
     if isinstance(pipe, TesseraPipeline):
@@ -39,9 +59,10 @@ def pack_latents(
             raise _misfit(latents, shape)
         return latents.reshape(batch, *shape)
     positions = torch.arange(count, dtype=torch.float64).reshape(1, *shape)  # exact up to 2^53
-    places = unpack_latents(pipe, positions, height, width, num_frames).flatten().long()  # (C T h w,)
-    if len(places) != latents[0].numel() or len(places) != count:
+    grid = unpack_latents(pipe, positions, height, width, num_frames)[0]  # (C, [T,] h, w)
+    if grid.numel() != count or [one for one in grid.shape if one > 1] != [one for one in latents[0].shape if one > 1]:
         raise _misfit(latents, shape)
+    places = grid.flatten().long()  # (C T h w,)
     packed = torch.empty(batch, count, dtype=latents.dtype, device=latents.device)
     packed[:, places.to(latents.device)] = latents.flatten(1)
     return packed.reshape(batch, *shape)

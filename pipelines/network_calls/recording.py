@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.base import TesseraPipeline
-from pipelines.network_calls.arguments import TEXT, grows, join_arguments, map_tensors, pad_texts, same
+from pipelines.network_calls.arguments import TEXT, Ragged, grows, join_arguments, map_tensors, pad_texts, same
 
 STEPS = 2  # that are watched: what changes between them depends on the timestep
 MOST_STEPS = 8  # of the call: pipelines with a network for much and one for little noise call each for some of them
@@ -53,9 +53,15 @@ class Timed:
     dtype: torch.dtype
 
     def fill(self, timesteps: Tensor) -> Tensor:
-        """Return the argument for timesteps (B,)."""
+        """Return the argument for timesteps (B,).
+
+        Raises:
+            Ragged: the network takes one timestep for all samples, and these differ.
+        """
         values = (self.factor * timesteps.double() + self.offset).to(self.dtype)  # (B,)
         if not self.is_batched:
+            if values.unique().numel() > 1:
+                raise Ragged(f"the network takes one timestep for a batch, not {timesteps.tolist()}")
             return values[:1].reshape(()).expand(self.shape) if self.shape else values[0]
         return values.reshape(-1, *[1] * (len(self.shape) - 1)).expand(-1, *self.shape[1:])
 
