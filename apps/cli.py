@@ -46,9 +46,9 @@ class _Commands(TyperGroup):
 
             return name, build_command(), rest
         if name == "train-lora":
-            from apps.commands import train_lora_options
+            from apps.commands import train_lora_flags, train_lora_options
 
-            return name, train_lora_options.build_command(), train_lora_options.canonical(rest)
+            return name, train_lora_options.build_command(), train_lora_flags.canonical(rest)
         return name, command, rest
 
 

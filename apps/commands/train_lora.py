@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from apps.commands.train_lora_options import FLAGS
+from apps.commands.train_lora_flags import FLAGS
 
 INTERRUPTED = 130  # the shell's code for a process ended by Ctrl-C
 SMOKE = {"steps": 2, "batch_size": 1, "log_every": 1, "validate_every": 1, "preview_every": 2, "save_every": 0}
@@ -16,7 +16,7 @@ def run(config_path: Path | None, flags: dict[str, Any], overrides: list[str], d
 
     Args:
         config_path: TOML file, or None.
-        flags: Values by the names of their parameters, see `train_lora_options.FLAGS`.
+        flags: Values by the names of their parameters, see `train_lora_flags.FLAGS`.
         overrides: `section.key=value`.
         dry_run: Report and train nothing.
         smoke: Rehearse with two steps, in a folder of its own beside the run's.

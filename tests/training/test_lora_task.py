@@ -65,7 +65,7 @@ def configured(model, images, tmp_path):
 
 def _renamed(flags):
     """Flags by the names of their parameters: the steps and the batch size are shown under their short names."""
-    from apps.commands.train_lora_options import FLAGS
+    from apps.commands.train_lora_flags import FLAGS
 
     known = {name: flag.parameter for flag in FLAGS for name in flag.names}
     return {known[name]: value for name, value in flags.items()}
