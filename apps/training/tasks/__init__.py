@@ -6,6 +6,7 @@ TASKS: dict[str, str] = {
     "contrastive": "apps.training.tasks.contrastive:ContrastiveTask",
     "few_step": "apps.training.tasks.few_step:FewStepTask",
     "lora": "apps.training.tasks.lora:LoraTask",
+    "lora_next_scale": "apps.training.tasks.lora_next_scale:LoraNextScaleTask",
     "multi_scale_tokenizer": "apps.training.tasks.multi_scale_tokenizer:MultiScaleTokenizerTask",
     "next_scale": "apps.training.tasks.next_scale:NextScaleTask",
     "text_encoder_pretraining": "apps.training.tasks.text_encoder_pretraining:TextEncoderPretrainingTask",

@@ -15,6 +15,7 @@ from apps.training.tasks.lora_config import LoraModel
 from dit.lora.adapters import DEFAULT_FILE, add_adapter, save_adapter, with_adapter_methods
 from dit.runtime.families import UnknownFamilyError, call_family_of
 from pipelines import load_pipeline
+from pipelines.info.inspection import info_of
 from pipelines.network_calls import Ragged
 from sampling.diffusion_targets import noise_process
 
@@ -44,13 +45,29 @@ class AdapterTask:
         self.pipe: Any = load_for_training(config.model, context.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.network: Any = _network(self.pipe, config.model.network)
+        self.inputs: Any = self.make_inputs(config.run.output / "cache")
+        self.adapted: list[str] = []
+
+    def make_inputs(self, cache: Path) -> Any:
+        """Find out how the pipeline's data becomes noise, and return what its network is shown.
+
+        Args:
+            cache: Folder of what is computed once.
+
+        Raises:
+            ConfigError: It is no model of noise, or one that can't be trained.
+        """
+        model = self.config.model
+        if info_of(self.pipe).grids:
+            raise ConfigError(
+                f"model.pretrained = {model.pretrained!r} predicts tokens scale by scale and removes no noise: use "
+                "task.kind = 'lora_next_scale'"
+            )
         try:
             self.process = noise_process(self.pipe.scheduler)
         except ValueError as error:
-            raise ConfigError(f"model.pretrained = {config.model.pretrained!r}: {error}") from error
-        cache = config.run.output / "cache"
-        self.inputs = NetworkInputs(self.pipe, self.network, cache, config.model.guidance, dict(config.model.options))
-        self.adapted: list[str] = []
+            raise ConfigError(f"model.pretrained = {model.pretrained!r}: {error}") from error
+        return NetworkInputs(self.pipe, self.network, cache, model.guidance, dict(model.options))
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the network; only its adapters are trained."""

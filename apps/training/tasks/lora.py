@@ -95,35 +95,37 @@ class LoraTask(AdapterTask):
         numbers = rows.draw(address).tolist()
         captions = [rows.caption(number, rng) for number in numbers]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        bucket, latents = rows.bucket(numbers[0]), self.inputs.latents(rows, numbers)  # (B, ...)
-        task = self.config.task
+        return {**self._drawn(rows, numbers, captions, generator), "bucket": rows.bucket(numbers[0]), "weight": weight}
+
+    def _drawn(
+        self, rows: FileRows, numbers: list[int], captions: list[str], generator: torch.Generator
+    ) -> dict[str, Any]:
+        """Return what the loss of rows of one bucket is computed from."""
+        latents, task = self.inputs.latents(rows, numbers), self.config.task  # (B, ...)
         return {
             "latents": latents,
             "noise": torch.randn(latents.shape, generator=generator),  # (B, ...)
             "timesteps": self.process.draw_timesteps(len(numbers), task.sigma_mean, task.sigma_std, generator),  # (B,)
-            "arguments": self.inputs.arguments(bucket, captions),
-            "bucket": bucket,
-            "weight": weight,
+            "arguments": self.inputs.arguments(rows.bucket(numbers[0]), captions),
         }
 
     def _fixed_batches(self, rows: FileRows, count: int | None = None) -> list[dict[str, Any]]:
-        """Return the first of the rows, each with fixed noise at evenly spread noise levels."""
+        """Return the first of the rows as they are measured, each in a group of its own."""
         found = []
         for number in range(min(len(rows), count or self.config.task.validation_examples)):
-            latents = self.inputs.latents(rows, [number]).repeat_interleave(LEVELS, dim=0)  # (K, ...)
-            bucket, caption = rows.bucket(number), rows.caption(number, np.random.default_rng(0), drop=False)
-            generator = torch.Generator().manual_seed(number)
-            found.append(
-                {
-                    "latents": latents,
-                    "noise": torch.randn(latents.shape, generator=generator),
-                    "timesteps": self.process.grid(LEVELS),
-                    "arguments": self.inputs.arguments(bucket, [caption]) * LEVELS,
-                    "bucket": bucket,
-                    "weight": 1.0,
-                }
-            )
+            caption = rows.caption(number, np.random.default_rng(0), drop=False)
+            found.append({**self._fixed(rows, number, caption), "bucket": rows.bucket(number), "weight": 1.0})
         return found
+
+    def _fixed(self, rows: FileRows, number: int, caption: str) -> dict[str, Any]:
+        """Return a row with fixed noise at evenly spread noise levels."""
+        latents = self.inputs.latents(rows, [number]).repeat_interleave(LEVELS, dim=0)  # (K, ...)
+        return {
+            "latents": latents,
+            "noise": torch.randn(latents.shape, generator=torch.Generator().manual_seed(number)),  # (K, ...)
+            "timesteps": self.process.grid(LEVELS),  # (K,)
+            "arguments": self.inputs.arguments(rows.bucket(number), [caption]) * LEVELS,
+        }
 
     # ------------------------------------------------------------------- loss
 

@@ -31,12 +31,10 @@ class LoraOptimizer(OptimizerConfig):
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
 
 
-class LoraTaskSection(TaskSection):
-    """The `[task]` section.
+class AdapterSection(TaskSection):
+    """What the `[task]` section of all training of adapters on files holds.
 
     Attributes:
-        sigma_mean: Noise levels of flow models are drawn logit-normal; above 0 means more noise.
-        sigma_std: See `sigma_mean`; 0 draws them evenly.
         prior_loss_weight: Weight of the class images of `data.class_folder`.
         validation_examples: Held-out files that the loss is measured on, at several noise levels each.
         score_images: Held-out captions that are generated at every save, to measure how near the images come to the
@@ -49,9 +47,6 @@ class LoraTaskSection(TaskSection):
         preview_seed: Of the noise of previews: the same at every step.
     """
 
-    kind: Literal["lora"]
-    sigma_mean: float = 0.0
-    sigma_std: float = Field(default=1.0, ge=0)
     prior_loss_weight: float = Field(default=1.0, ge=0)
     validation_examples: int = Field(default=16, ge=1)
     score_images: int = Field(default=4, ge=0)
@@ -61,6 +56,19 @@ class LoraTaskSection(TaskSection):
     preview_steps: int | None = Field(default=None, ge=1)
     preview_guidance: float | None = Field(default=None, ge=0)
     preview_seed: int = Field(default=0, ge=0)
+
+
+class LoraTaskSection(AdapterSection):
+    """The `[task]` section.
+
+    Attributes:
+        sigma_mean: Noise levels of flow models are drawn logit-normal; above 0 means more noise.
+        sigma_std: See `sigma_mean`; 0 draws them evenly.
+    """
+
+    kind: Literal["lora"]
+    sigma_mean: float = 0.0
+    sigma_std: float = Field(default=1.0, ge=0)
 
 
 class LoraModel(Section):

@@ -15,6 +15,7 @@ from apps.training.config import Section, TaskSection, TrainConfig
 from apps.training.data.base import Examples
 from apps.training.data.config import Stage
 from apps.training.latent_cache import Encode, encode_tokens
+from apps.training.next_scale_targets import disturb, teacher_batch, weigh_scales
 from apps.training.tasks.text_to_image import TextToImageData, TextToImageTask, captions_of
 from apps.training.text_encoder import TextModel, tokenize
 from dit.layers.positions import fourier_positions
@@ -112,37 +113,17 @@ class NextScaleTask(TextToImageTask):
         batch = self._teach(self.latents[rows].long(), self._stage(step).scales, generator)
         return {**batch, **self._tokenize(captions)}
 
-    @torch.no_grad()
     def _teach(self, tokens: Tensor, scales: int | None, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Return targets and inputs of the first scales.
+        """Return targets and inputs of the first scales, see `teacher_batch`.
 
         Args:
             tokens: Of all scales, (B, L) or (B, L, d).
             scales: How many scales to train on; None is all.
             generator: Draws the mistakes in the inputs; None makes none.
-
-        Returns:
-            `tokens` of these scales, and `inputs` (B, L' - 1, C).
         """
-        counts = token_counts(self.vae.grids)
-        scales = min(scales or len(counts), len(counts))
-        seen = tokens if generator is None else self._disturb(tokens, generator)
-        known = seen.to(self.context.device).split(counts, dim=1)[: scales - 1]
-        length = sum(counts[:scales])
-        if not known:  # the first scale alone sees nothing
-            size = self.vae.next_input(self.vae.start_latents(len(tokens)), 0).shape[-1]
-            return {"tokens": tokens[:, :length], "inputs": torch.zeros(len(tokens), 0, size)}
-        return {"tokens": tokens[:, :length], "inputs": self.vae.teacher_inputs(known).cpu()}
-
-    def _disturb(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        """Replace some tokens by random ones (bits by their opposites); tokens (B, L) or (B, L, d)."""
-        if self.config.task.token_noise == 0:
-            return tokens
-        share = self.config.task.token_noise * torch.rand(len(tokens), generator=generator)  # (B,)
-        share = share.reshape(-1, *[1] * (tokens.ndim - 1))
-        wrong = torch.rand(tokens.shape, generator=generator) < share
-        codes = 2 if tokens.ndim == 3 else self.vae.config.vocab_size
-        return torch.where(wrong, torch.randint(codes, tokens.shape, generator=generator), tokens)
+        noise = self.config.task.token_noise
+        seen = tokens if generator is None else disturb(self.vae, tokens, noise, generator)
+        return teacher_batch(self.vae, tokens, seen, self.context.device, scales)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted cross-entropy over the scales; log the plain one of the first and the last scale."""
@@ -181,9 +162,7 @@ class NextScaleTask(TextToImageTask):
 
     def _weigh(self, each: Tensor) -> Tensor:
         """Return the weighted mean of the scales' losses (B, S) for each sample, (B,)."""
-        counts = torch.tensor(token_counts(self.vae.grids)[: each.shape[1]], device=each.device)  # (S,)
-        weights = counts.float() ** self.config.task.scale_weight  # (S,)
-        return each @ (weights / weights.sum())
+        return weigh_scales(each, token_counts(self.vae.grids), self.config.task.scale_weight)
 
     def _validation_batch(self, number: int, examples: Examples) -> dict[str, Tensor]:
         """Return the fixed batch of the held-out examples of kind `number`."""
