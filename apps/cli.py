@@ -279,6 +279,10 @@ def evaluate(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = 0,
+    lora: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="LoRA file to put on the model.", rich_help_panel=MEASURED),
+    ] = None,
     device: Device = "auto",
     dtype: Precision = "auto",
     json_output: Json = False,
@@ -298,6 +302,7 @@ def evaluate(
         seed=seed,
         device=device,
         dtype=dtype,
+        lora=lora,
         json_output=json_output,
     )
 

@@ -38,7 +38,9 @@ from apps.stickers.prompt_sets import SETS, PromptSet, Request, draw_requests, f
 from apps.stickers.scene import BASIC_COLOURS
 from apps.training.data.stickers import box_mask, read_vocabulary
 from apps.training.image_losses import psnr
+from dit.lora import LoraFileError
 from dit.tokenizers import as_visual_tokenizer
+from pipelines import load_lora
 from pipelines.info.inspection import info_of
 from pipelines.inputs.words import read_words
 
@@ -314,6 +316,7 @@ def run(
     vocabulary: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    lora: Path | None = None,
     json_output: bool = False,
 ) -> Report | ClipReport:
     """Evaluate a model of the still or the moving sticker world.
@@ -331,6 +334,7 @@ def run(
         vocabulary: "starter", "all" or a text file; None is the `vocabulary.txt` beside the model.
         device: where to generate; "auto" is the best there is. The judge reads on the same device.
         dtype: of the weights; "auto" suits the device.
+        lora: file or folder of a LoRA that is put on the model.
         json_output: print the report as JSON instead of tables.
 
     Raises:
@@ -344,6 +348,9 @@ def run(
         with checking():
             read_vocabulary(vocabulary)
     pipe = load_for_command(model, device, dtype)
+    if lora is not None:
+        with checking(LoraFileError, OSError, TypeError):
+            load_lora(pipe, lora)
     moves = info_of(pipe).output == "frames"
     _check_sets(sets, (*CLIP_SETS, *COMPLETION_MASKS) if moves else (*SETS, INPAINT))
     with checking():
@@ -364,6 +371,7 @@ def run(
         _tell(found, lambda console: show_clips(found, console), folder, json_output)
         return found
     settings = {"prompts": prompts, "steps": num_steps, "guidance": scale, "seed": seed, "batch_size": batch_size}
+    settings |= {} if lora is None else {"lora": lora.name}
     report = Report(model, settings, describe_machine(torch.device(pipe.device), pipe.transformer.dtype), len(names))
     sheet = load_sprites()
     with _progress(console) as progress:
