@@ -183,6 +183,11 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(configured, flags, me
         train(configured("run", **flags))
 
 
+def test_a_run_inside_its_own_data_is_refused(configured, images):
+    with pytest.raises(ConfigError, match="choose a folder outside"):
+        train(configured("run", f'run.output="{images}"'))
+
+
 def test_dry_run_trains_nothing(configured):
     from rich.console import Console
 

@@ -66,6 +66,12 @@ class LoraTask(AdapterTask):
                 f"data.num_frames = {section.num_frames}, but {self.config.model.pretrained} makes images: set it to 1"
             )
         run = self.config.run.folder
+        source = section.folder
+        if source is not None and run.resolve().is_relative_to(source.resolve()):
+            raise ConfigError(
+                f"run.output = {str(self.config.run.output)!r} lies in data.folder = {str(source)!r}, so previews would "
+                "be trained on: choose a folder outside"
+            )
         return open_fine_tuning(section, resolution, self.inputs.size_step(), run, quiet=self.context.rank > 0)
 
     def _prepare(self) -> None:
