@@ -69,8 +69,8 @@ class LoraTask(AdapterTask):
         source = section.folder
         if source is not None and run.resolve().is_relative_to(source.resolve()):
             raise ConfigError(
-                f"run.output = {str(self.config.run.output)!r} lies in data.folder = {str(source)!r}, so previews would "
-                "be trained on: choose a folder outside"
+                f"run.output = {str(self.config.run.output)!r} lies in data.folder = {str(source)!r}, so previews "
+                "would be trained on: choose a folder outside"
             )
         return open_fine_tuning(section, resolution, self.inputs.size_step(), run, quiet=self.context.rank > 0)
 
