@@ -30,13 +30,15 @@ STEPS, RATE = 50, 1e-2
 def make_task(name: str, folder: Any, monkeypatch: pytest.MonkeyPatch) -> LoraTask:
     """A task of one image and its caption, or class."""
     rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (64, 64, 3)).astype("uint8")).save(folder / "a.png")
-    (folder / "a.txt").write_text(caption(name))
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 255, (64, 64, 3)).astype("uint8")).save(images / "a.png")
+    (images / "a.txt").write_text(caption(name))
     config = LoraConfig.model_validate(
         {
             "run": {"name": name, "output": str(folder / "runs"), "batch_size": 1},
             "task": {"kind": "lora", "preview_steps": 2, "score_images": 0},
-            "data": {"folder": str(folder), "resolution": None if is_class(name) else side(name), "caption_dropout": 0},
+            "data": {"folder": str(images), "resolution": None if is_class(name) else side(name), "caption_dropout": 0},
             "model": {"pretrained": name, "options": options(name)},
             "lora": {"rank": 4, "layers": ["all"]},
         }
