@@ -9,7 +9,9 @@ image is compared with both, drawn on the same background. In all three the obje
 - how far it went from plain to styled, whatever it shows: its place on the axis that tells the styles apart.
 
 The last is needed because the two drawings of a thing differ in more than their style: nobody could guess the pose of
-the one from the other. That part of the distance stays, however well the style was learned.
+the one from the other. That part of the distance stays, however well the style was learned. But damage moves an image
+along the axis too (a flat one that is badly blurred or stained comes to 0.2), so it says something only where things
+are recognised and the distance doesn't grow.
 """
 
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from apps.perceptual.measures import perceptual_distance
 from apps.perceptual.nearest import NearestStickerJudge, cut_out, embed
@@ -26,6 +29,7 @@ from apps.stickers.fluent import single_scene
 
 SIDE = 128  # pixels at which true images are drawn
 AXIS_COLOURS = ("white", "gray", "blue", "yellow", "green")  # backgrounds that the axis is found on
+AXIS_BLURS = (1, 2, 4)  # reductions that images of both styles went through there, so that blur says little about style
 RIDGE = 1.0  # in units of the mean squared length of the centred features
 
 
@@ -115,6 +119,15 @@ def find_direction(plain: Tensor, styled: Tensor, ridge: float = RIDGE) -> Tenso
     return torch.linalg.solve(products + cost, target) @ centred  # (D,)
 
 
+def blurred(images: Tensor, factor: int) -> Tensor:
+    """Reduce images (B, C, H, W) by a whole factor, and enlarge them again; 1 leaves them as they are."""
+    if factor == 1:
+        return images
+    side = (images.shape[-2] // factor, images.shape[-1] // factor)
+    small = functional.interpolate(images, size=side, mode="bilinear", antialias=True)  # (B, C, H / f, W / f)
+    return functional.interpolate(small, size=images.shape[-2:], mode="bilinear")
+
+
 class StyleJudge:
     """Measures how far images of single stickers went from one style to another.
 
@@ -189,10 +202,12 @@ class StyleJudge:
 
     @torch.inference_mode()
     def _find_axis(self, learned: Sequence[str], others: Sequence[str]) -> StyleAxis:
-        def features(sheet: SpriteSheet, names: Sequence[str]) -> Tensor:
-            drawn = [self._drawn(sheet, names, [colour] * len(names)) for colour in AXIS_COLOURS]
-            return torch.cat([embed(self.judge.network, cut_out(images)[0]) for images in drawn])  # (5 N, D)
+        def features(sheet: SpriteSheet, names: Sequence[str], blurs: Sequence[int]) -> Tensor:
+            drawn = [self._drawn(sheet, names, [colour] * len(names)) for colour in AXIS_COLOURS]  # 5 x (N, 3, R, R)
+            spoiled = [blurred(images, factor) for images in drawn for factor in blurs]
+            return torch.cat([embed(self.judge.network, cut_out(images)[0]) for images in spoiled])  # (N', D)
 
-        weight = find_direction(features(self.plain, learned), features(self.styled, learned))  # (D,)
-        plain, styled = (float((features(sheet, others) @ weight).mean()) for sheet in (self.plain, self.styled))
+        known = [features(sheet, learned, AXIS_BLURS) for sheet in (self.plain, self.styled)]  # 2 x (N', D)
+        weight = find_direction(known[0], known[1])  # (D,)
+        plain, styled = (float((features(sheet, others, (1,)) @ weight).mean()) for sheet in (self.plain, self.styled))
         return StyleAxis(weight, plain, styled)

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from apps.perceptual.style_ceiling import style_ceilings
-from apps.perceptual.style_judge import StyleJudge, find_direction
+from apps.perceptual.style_judge import StyleJudge, blurred, find_direction
 from apps.stickers import BASIC_COLOURS, STARTER, Scene, SceneSampler, SpriteSheet, load_sprites, render
 from apps.stickers.fluent import (
     TRAINING,
@@ -149,6 +149,15 @@ def test_wrong_things_in_the_right_style_are_found_out(judge: StyleJudge) -> Non
     assert not reading.right.any()
     assert bool((reading.distance > reading.scale).all())
     assert reading.part(torch.tensor([2, 0])).distance.tolist() == reading.distance[[2, 0]].tolist()
+
+
+def test_damage_is_not_taken_for_the_style(judge: StyleJudge) -> None:
+    """Flat images that are badly blurred come a quarter of the way, but hardly nearer to the truth."""
+    names = UNSEEN[::4]
+    flat = render([single_scene(name, "pink", judge.plain) for name in names], judge.plain, SIDE)
+    found = judge.measure(blurred(flat, 4), names, ["pink"] * len(names)).figures()
+    assert found["style"] < 0.35
+    assert found["fallen"] < 0.1
 
 
 def test_empty_images_show_nothing(judge: StyleJudge) -> None:
