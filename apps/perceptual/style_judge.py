@@ -42,7 +42,7 @@ class StyleReading:
         scale: (B,) ST-LPIPS from the true plain image to the true styled one.
         plain_distance: (B,) ST-LPIPS to the true plain image.
         style: (B,) place on the axis: 0 is the mean of true plain images, 1 that of true styled ones. A single image
-            scatters by 0.4.
+            scatters by 0.5.
         sprites: (B,) number of the nearest styled sticker; -1 where nothing differs from the border.
         right: (B,) whether that is the one asked for.
     """
@@ -67,7 +67,7 @@ class StyleReading:
         Returns:
             `distance` and `scale` (ST-LPIPS), `fallen` (share of the scale by which the distance is smaller than it),
             `style` (0 plain, 1 styled), `identity` (share of images whose nearest styled sticker is the right one),
-            `nearer` (share that is nearer to the true styled image than to the true plain one).
+            `nearer` (share of images that are so and nearer to the true styled image than to the true plain one).
         """
         distance, scale = float(self.distance.mean()), float(self.scale.mean())
         return {
@@ -76,7 +76,7 @@ class StyleReading:
             "fallen": 1 - distance / scale,
             "style": float(self.style.mean()),
             "identity": float(self.right.float().mean()),
-            "nearer": float((self.distance < self.plain_distance).float().mean()),
+            "nearer": float((self.right & (self.distance < self.plain_distance)).float().mean()),
         }
 
 
