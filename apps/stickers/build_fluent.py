@@ -5,12 +5,10 @@ It downloads one archive (16 MB) into FOLDER, unless it is there already.
 """
 
 import argparse
-import hashlib
 import io
 import json
 import logging
 import tarfile
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -18,38 +16,17 @@ import numpy as np
 from PIL import Image
 
 from apps.stickers.build_sprites import fit
+from apps.stickers.emoji_archives import VISIBLE, clean_edges, code, download
 from apps.stickers.fluent.sheet import COLUMNS, SHEET_FILE, TABLE_FILE
-from apps.stickers.moving.build_clips import code
 from apps.stickers.sprites import DATA, SIDE
 from apps.stickers.vocabulary import STARTER
 
 URL = "https://registry.npmjs.org/@lobehub/fluent-emoji-3d/-/fluent-emoji-3d-1.1.0.tgz"
 SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
-VISIBLE = 8  # alpha (of 255) above which a pixel counts as visible
 QUALITY = 90  # of the colours, of 100: a style is in its fine shades, and the sheet is small
 ALPHA_QUALITY = 95
 
 logger = logging.getLogger(__name__)
-
-
-def fetch_archive(folder: Path) -> Path:
-    """Download the archive into a folder, unless it is there, and check it.
-
-    Raises:
-        ValueError: its checksum is another one.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PurePosixPath(URL).name
-    if not path.exists():
-        logger.info("downloading %s", URL)
-        partial = path.with_suffix(".part")
-        urllib.request.urlretrieve(URL, partial)
-        partial.rename(path)
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise ValueError(f"{path} has the sha256 {found}, not {SHA256}: delete it to download it again")
-    return path
 
 
 def read_sprite(data: bytes) -> np.ndarray:
@@ -61,12 +38,7 @@ def read_sprite(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as file:
         picture = file.convert("RGBA")
     visible = Image.fromarray(np.asarray(picture)[..., 3] > VISIBLE)
-    sprite = fit(picture.crop(visible.getbbox()))
-    # What is nearly transparent or nearly opaque becomes wholly so, which also compresses better.
-    alpha = sprite[..., 3]
-    alpha[alpha <= VISIBLE] = 0
-    alpha[alpha >= 255 - VISIBLE] = 255
-    return sprite
+    return clean_edges(fit(picture.crop(visible.getbbox())))
 
 
 def collect(archive: Path, characters: Mapping[str, str]) -> dict[str, np.ndarray]:
@@ -117,7 +89,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     table = json.loads((DATA / "names.json").read_text(encoding="ascii"))
     characters = {row["name"]: row["characters"] for row in table}
-    sprites = collect(fetch_archive(folder), {name: characters[name] for name in STARTER})
+    archive = download(URL, folder / PurePosixPath(URL).name, SHA256)
+    sprites = collect(archive, {name: characters[name] for name in STARTER})
     write(sprites)
     logger.info("%d sprites, %.2f MB", len(sprites), (DATA / SHEET_FILE).stat().st_size / 1e6)
 

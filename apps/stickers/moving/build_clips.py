@@ -6,12 +6,10 @@ and in which words they are described, stands in `data/verbs.json`: that was wri
 """
 
 import argparse
-import hashlib
 import io
 import json
 import logging
 import tarfile
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from apps.stickers.build_sprites import fit
+from apps.stickers.emoji_archives import VISIBLE, clean_edges, code, download
 from apps.stickers.moving.clips import LENGTH, SIDE
 from apps.stickers.moving.measure import measure
 from apps.stickers.sprites import DATA
@@ -33,17 +32,11 @@ SHA256 = {
     3: "3624d0c34c819c1794b74ccf6ae9034adff7c4cb6318dd2a645145f0196feb43",
     4: "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3",
 }
-VISIBLE = 8  # alpha (of 255) above which a pixel counts as visible
 CLOSED = 1e-4  # mean square difference under which the last frame of a file repeats its first
 QUALITY = 85  # of the colours, of 100
 ALPHA_QUALITY = 90
 
 logger = logging.getLogger(__name__)
-
-
-def code(characters: str) -> str:
-    """Return the code points of an emoji as the archives' files are called, without variation selectors."""
-    return "-".join(f"{ord(character):04x}" for character in characters if character != "\ufe0f")
 
 
 def open_archives(folder: Path) -> Iterator[tarfile.TarFile]:
@@ -52,18 +45,8 @@ def open_archives(folder: Path) -> Iterator[tarfile.TarFile]:
     Raises:
         ValueError: an archive's checksum is another one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for number, expected in SHA256.items():
-        path = folder / f"anim-{number}.tgz"
-        if not path.exists():
-            logger.info("downloading %s", URL.format(number))
-            partial = path.with_suffix(".part")
-            urllib.request.urlretrieve(URL.format(number), partial)
-            partial.rename(path)
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
-            raise ValueError(f"{path} has the sha256 {found}, not {expected}: delete it to download it again")
+        path = download(URL.format(number), folder / f"anim-{number}.tgz", expected)
         with tarfile.open(path, "r|gz") as archive:
             yield archive
 
@@ -82,15 +65,7 @@ def read_frames(data: bytes) -> np.ndarray:
     alpha = np.stack([np.asarray(frame)[..., 3] for frame in chosen]).max(0)  # (H, W)
     rows, columns = (np.flatnonzero((alpha > VISIBLE).any(axis)) for axis in (1, 0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-    return np.stack([_clean(fit(frame.crop(box), SIDE)) for frame in chosen])
-
-
-def _clean(frame: np.ndarray) -> np.ndarray:
-    """Make what is nearly transparent or nearly opaque wholly so, which also compresses better."""
-    alpha = frame[..., 3]
-    alpha[alpha <= VISIBLE] = 0
-    alpha[alpha >= 255 - VISIBLE] = 255
-    return frame
+    return np.stack([clean_edges(fit(frame.crop(box), SIDE)) for frame in chosen])
 
 
 def collect(folder: Path, characters: Mapping[str, str]) -> dict[str, np.ndarray]:
