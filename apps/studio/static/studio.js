@@ -25,6 +25,16 @@
   };
   offer();
 
+  // The image of a clip is a row of its frames: its square thumbnail shows the first one, not the middle of the row.
+  const place = (image) => {
+    image.style.objectPosition = image.naturalWidth >= 2 * image.naturalHeight ? "left" : "";
+  };
+  const thumbnails = ".thumbnail-item img";
+  for (const image of document.querySelectorAll(thumbnails)) place(image);
+  document.addEventListener("load", (event) => {
+    if (event.target.matches?.(thumbnails)) place(event.target);
+  }, true);
+
   // What went wrong, and a picture that was just sent to another tab, are brought into sight where they are out of it.
   let said = "", source = null;
   const bring = (element, block) => {
