@@ -168,8 +168,12 @@ class Engine:
         """Names of the LoRA files that everybody's requests may choose; users have trained others, see `lora_files`."""
         return self.lora_files.names()
 
-    def check_lora(self, lora: Lora, owner: str | None = None) -> Lora:
+    def check_lora(self, lora: Lora, owner: str) -> Lora:
         """Return a choice of a LoRA file, of those that a user may choose, with the hash of its content.
+
+        Args:
+            lora: what was asked for.
+            owner: who asks; errors name no LoRAs of others.
 
         Raises:
             LoraError: there is no such file, or it is another one than was asked for.
@@ -216,7 +220,7 @@ class Engine:
             stored = self._store.add(
                 job_id, owner, seeded.model_dump_json(), self.limits.queue, self.limits.queue_per_user
             )
-            self._live[job_id] = LiveJob(QueuedJob(job_id, stored.created, seeded), stop or threading.Event())
+            self._live[job_id] = LiveJob(QueuedJob(job_id, stored.created, seeded, owner), stop or threading.Event())
             self._notify_positions()
             self._moved.notify_all()
         return job_id

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from apps.service.inference import (
     run_pipeline,
 )
 from apps.service.job_store import JobStore, StoredPicture
-from apps.service.lora import lora_applied, resolve_lora
+from apps.service.lora import LoraFiles, lora_applied, resolve_lora
 from apps.service.media import Clip, ClipWriter, contact_strip, require_video, save_mp4
 from apps.service.metadata import PictureSettings, save_picture, save_sidecar
 from apps.service.model_pool import LoadedModel
@@ -56,7 +56,7 @@ class WorkerContext:
         store: records images.
         uploads: images handed in.
         output_dir: receives the files; None hands images over in memory only.
-        loras: LoRA files by name.
+        loras: LoRA files, each for those who may choose it.
         upscalers: that requests may choose.
     """
 
@@ -65,7 +65,7 @@ class WorkerContext:
     store: JobStore
     uploads: UploadStore
     output_dir: Path | None
-    loras: Mapping[str, Path] = field(default_factory=dict)
+    loras: LoraFiles = field(default_factory=LoraFiles)
     upscalers: UpscalerPool = field(default_factory=UpscalerPool)
 
 
@@ -77,11 +77,13 @@ class QueuedJob:
         id: of the job.
         created: seconds since 1970; gives the files their names.
         request: settled, so that a second attempt generates the same.
+        owner: who asked for it.
     """
 
     id: str
     created: float
     request: AnyRequest
+    owner: str
 
 
 def run_job(
@@ -113,11 +115,12 @@ def run_job(
                 lowest=1,
                 highest=1,
             )
+    loras = context.loras.visible(queued.owner)
     if request.lora is not None:
-        request = request.model_copy(update={"lora": resolve_lora(request.lora, context.loras)})
+        request = request.model_copy(update={"lora": resolve_lora(request.lora, loras)})
     request = request.model_copy(update={"upscaler": context.upscalers.name_for(request)})
     pipe = model.pipe_for(request.task)
-    with lora_applied(pipe, request.lora, context.loras):
+    with lora_applied(pipe, request.lora, loras):
         _run_batches(queued, request, model, context, signals, tell, load_options.offload)
 
 

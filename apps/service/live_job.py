@@ -56,4 +56,4 @@ def restore_job(stored: StoredJob, store: JobStore, models: Collection[str]) -> 
     if request.model not in models:
         store.end(stored.id, "failed", "unknown_model", f"The model {request.model!r} isn't here any more.")
         return None
-    return LiveJob(QueuedJob(stored.id, stored.created, request), threading.Event())
+    return LiveJob(QueuedJob(stored.id, stored.created, request, stored.owner), threading.Event())

@@ -62,9 +62,11 @@ class LoraFiles(Mapping[str, Path]):
             own = [name for name, (_, whose) in self._trained.items() if whose == owner and name not in self._offered]
             return (*self._offered, *own)
 
-    def visible(self, owner: str | None) -> Mapping[str, Path]:
-        """Return what a user may choose; everything for None."""
-        return self if owner is None else {name: self[name] for name in self.names(owner)}
+    def visible(self, owner: str) -> dict[str, Path]:
+        """Return what a user may choose, as it is at this moment."""
+        with self._lock:
+            own = {name: file for name, (file, whose) in self._trained.items() if whose == owner}
+            return {**self._offered, **{name: file for name, file in own.items() if name not in self._offered}}
 
     def put(self, run: str, files: Mapping[str, Path], owner: str) -> None:
         """Offer to a user what a run of theirs has made, in place of what it had made before.

@@ -467,10 +467,12 @@ def _connect_pictures(wiring: _Wiring, handlers: SettingsHandlers, generation: G
         return handlers.reuse_seed(chosen)
 
     def reuse_settings(request: gr.Request, chosen: Any, key: str) -> Changes:
-        return handlers.adapted(handlers.reuse_settings(chosen), key, wiring.sessions.may_generate(request))
+        return handlers.adapted(
+            handlers.reuse_settings(chosen, wiring.sessions.user(request)), key, wiring.sessions.may_generate(request)
+        )
 
-    def load_settings(file: str | None, key: str) -> Changes:
-        return handlers.adapted(handlers.load_settings(file), key)
+    def load_settings(request: gr.Request, file: str | None, key: str) -> Changes:
+        return handlers.adapted(handlers.load_settings(file, wiring.sessions.submitter(request)), key)
 
     def refuse(request: gr.Request, by_component: str) -> Changes:
         return handlers.refuse_file(by_component)
@@ -482,7 +484,7 @@ def _connect_pictures(wiring: _Wiring, handlers: SettingsHandlers, generation: G
     answer(parts["reuse_settings"].click, reuse_settings, ["chosen", "model"])
     answer(parts["start_from"].click, start_from, ["chosen"])
     answer(parts["inpaint_it"].click, inpaint_it, ["chosen"])
-    answer(parts["settings_file"].upload, allowed(load_settings), ["settings_file", "model"])
+    answer(parts["settings_file"].upload, load_settings, ["settings_file", "model"])
     answer(parts["source_file"].upload, take_source, ["source_file"])
     answer(parts["animate_it"].click, animate_it, ["chosen"])
     for end in ENDS:

@@ -260,13 +260,13 @@ class SettingsHandlers:
             return {"seed_mode": FIXED, "seed": chosen.record.settings.request.seed}
         return {} if chosen is None else {"seed_mode": FIXED, "seed": chosen.settings.seed}
 
-    def reuse_settings(self, chosen: Finished | None) -> Changes:
+    def reuse_settings(self, chosen: Finished | None, owner: str = LOCAL) -> Changes:
         """Set every control as for the image or grid on the stage."""
         if isinstance(chosen, ShownSheet):
-            return self._apply_grid(chosen.record.settings)
-        return {} if chosen is None else self._apply_settings(chosen.settings)
+            return self._apply_grid(chosen.record.settings, owner)
+        return {} if chosen is None else self._apply_settings(chosen.settings, owner)
 
-    def load_settings(self, file: str | None) -> Changes:
+    def load_settings(self, file: str | None, owner: str = LOCAL) -> Changes:
         """Set every control as for an image, or the sheet of a grid, that was handed in."""
         if not file:
             return {}
@@ -279,12 +279,12 @@ class SettingsHandlers:
             return problem(explain(error, self._words))
         gr.Info(self._words("load_settings.done", name=path.name[:60]))
         if isinstance(settings, GridSettings):
-            return self._apply_grid(settings)
-        return self._apply_settings(settings)
+            return self._apply_grid(settings, owner)
+        return self._apply_settings(settings, owner)
 
-    def _apply_settings(self, settings: PictureSettings) -> Changes:
+    def _apply_settings(self, settings: PictureSettings, owner: str) -> Changes:
         """Set every control for the settings of an image, its source and mask too."""
-        refused = self._lora_refused(settings.lora)
+        refused = self._lora_refused(settings.lora, owner)
         if refused is not None:
             return refused
         changes = self._as_here(settings_to_form(settings), settings.model)
@@ -301,20 +301,20 @@ class SettingsHandlers:
             return problem(explain(error, self._words))
         return {**changes, **self._go(mode)}
 
-    def _apply_grid(self, settings: GridSettings) -> Changes:
+    def _apply_grid(self, settings: GridSettings, owner: str) -> Changes:
         """Set every control for the settings of a grid."""
         request = settings.request
-        refused = self._lora_refused(request.lora)
+        refused = self._lora_refused(request.lora, owner)
         if refused is not None:
             return refused
         shown = request_to_form(request) | grid.show_axes(settings.axes)
         return self._as_here(shown, request.model) | self._go("grid")
 
-    def _lora_refused(self, lora: Lora | None) -> Changes | None:
+    def _lora_refused(self, lora: Lora | None, owner: str) -> Changes | None:
         """Say that a LoRA file can't be had here, without which nothing is right; None if it can."""
         if lora is not None:
             try:
-                self._engine.check_lora(lora)
+                self._engine.check_lora(lora, owner)
             except LoraError as error:
                 return problem(explain(error, self._words))
         return None

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from PIL import Image
 from apps.api.tokens import TokenTable, add_user
 from apps.service import limits
 from apps.service.engine import Engine
+from apps.service.events import Failed
 from apps.service.fine_tuning import MOST_FILES, Example, FineTuning, Plan, offer_runs, receive_image
 from apps.service.fine_tuning_process import FineTuningError, failure_of, read_report
 from apps.service.fine_tuning_run import Best, Point, RunFolder, to_toml
@@ -202,6 +204,44 @@ def test_a_lora_of_another_user_can_not_be_asked_for(tmp_path, made):
         engine.submit(TextToImageRequest(prompt="x", lora=Lora(name="cats")), "bob")
     assert engine.loras == ()
     engine.close()
+
+
+def test_no_error_names_loras_of_others(tmp_path, monkeypatch):
+    (tmp_path / "ink.safetensors").write_bytes(b"x")
+    loras = LoraFiles({"ink": tmp_path / "ink.safetensors"})
+    loras.put("secret", {"secret": tmp_path / "a"}, "ann")
+    (tmp_path / "out").mkdir()
+    engine = Engine({"fake": "x"}, tmp_path / "out", device="cpu", loras=loras, load=lambda source: FakePipeline())
+    sessions = Sessions(None)
+    settings = SettingsHandlers(engine, ENGLISH, sessions, GenerationHandlers(engine, ENGLISH, sessions))
+    refused = settings._lora_refused(Lora(name="other"), "bob")
+    assert refused is not None
+    assert "ink" in refused["problem"]
+    assert "secret" not in refused["problem"]
+    assert "secret" in settings._lora_refused(Lora(name="other"), "ann")["problem"]
+    monkeypatch.setattr(engine, "check_lora", lambda lora, owner: lora)  # the worker looks again
+    last = list(engine.stream(engine.submit(TextToImageRequest(prompt="x", lora=Lora(name="other")), "bob")))[-1]
+    engine.close()
+    assert isinstance(last, Failed)
+    assert "choose among ink." in last.message
+
+
+def test_loras_are_listed_while_others_are_put(tmp_path):
+    loras = LoraFiles()
+    ended = threading.Event()
+
+    def put():
+        while not ended.is_set():
+            loras.put("cats", {"cats": tmp_path / "a", "cats-step-000002": tmp_path / "b"}, "ann")
+            loras.put("cats", {}, "ann")
+
+    thread = threading.Thread(target=put)
+    thread.start()
+    try:
+        assert {len(loras.visible("ann")) for _ in range(2_000)} <= {0, 2}
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_the_owner_of_a_server_offers_loras_to_everybody(tmp_path):
