@@ -91,10 +91,15 @@ FLAGS: tuple[Flag, ...] = (
 
 
 def canonical(arguments: Sequence[str]) -> list[str]:
-    """Return arguments of the command line with every flag as the help shows it; dashes between words count too."""
+    """Return arguments of the command line with every flag as the help shows it; dashes between words count too.
+
+    Values stay as they are, also those behind `--`.
+    """
     known = {f"--{name}": flag.shown for flag in FLAGS for name in flag.names}
-    found = []
+    found: list[str] = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        found.append(known.get("--" + name[2:].replace("-", "_"), name) + equals + value)
+        is_flag = argument.startswith("--") and "--" not in found
+        spelled = known.get("--" + name[2:].replace("-", "_"), name) if is_flag else name
+        found.append(spelled + equals + value)
     return found

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from apps.commands.train_lora import make_config
+from apps.commands.train_lora_flags import FLAGS, canonical
 from apps.training import checkpoint as checkpoints
 from apps.training.checkpoint_choice import Score, choose, read_scores
 from apps.training.config import ConfigError
@@ -65,10 +66,15 @@ def configured(model, images, tmp_path):
 
 def _renamed(flags):
     """Flags by the names of their parameters: the steps and the batch size are shown under their short names."""
-    from apps.commands.train_lora_flags import FLAGS
-
     known = {name: flag.parameter for flag in FLAGS for name in flag.names}
     return {known[name]: value for name, value in flags.items()}
+
+
+def test_flags_are_spelled_as_in_diffusers_or_with_dashes_and_values_stay():
+    given = ["--instance-data-dir", "./data", "--train-batch-size=4", "--trigger", "my-data", "--resume", "latest"]
+    wanted = ["--data", "./data", "--train_batch_size=4", "--trigger", "my-data", "--resume_from_checkpoint", "latest"]
+    assert canonical(given) == wanted
+    assert canonical(["--", "--model"]) == ["--", "--model"]
 
 
 def test_resume_is_bit_identical(configured):
