@@ -115,7 +115,9 @@ def test_who_may_only_look_changes_nothing_through_the_page(served, tmp_path):
     asked = [fn for fn in page.fns.values() if fn.name in changing]
     assert len(asked) == len(changing)
     for fn in asked:
-        values = [str(tmp_path / given[fn.name])] if fn.name in given else [None] * len(fn.inputs)
+        values: list[str | None] = [None] * len(fn.inputs)
+        if fn.name in given:
+            values[0] = str(tmp_path / given[fn.name])
         if fn.name == "settled":
             values = ["other", "text"]
         told = fn.fn(tab("eve"), *values)
