@@ -227,13 +227,17 @@ def read(checkpoint: Path, state: TrainState, world_size: int, optimizer_name: s
 
 
 def is_valid(checkpoint: Path) -> bool:
-    """Tell whether a folder is a complete checkpoint: renamed, described, and every file there at its full size."""
-    if not _NAME.fullmatch(checkpoint.name) or not (checkpoint / "state.json").is_file():
+    """Tell whether a folder is a complete checkpoint: renamed, described, and every file there at its full size.
+
+    One that the run deletes in this moment is none.
+    """
+    if not _NAME.fullmatch(checkpoint.name):
         return False
-    files = json.loads((checkpoint / "state.json").read_text())["files"]
-    return all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in files.items()
-    )
+    try:
+        files = json.loads((checkpoint / "state.json").read_text())["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,19 @@ def test_rotation_keeps_the_newest_and_ignores_broken_folders(toy, tmp_path):
     config = toy("run.checkpoints_total_limit=1")
     assert train(config, "latest") == "finished"  # from step 5: the broken one is skipped and written again
     assert [path.name for path in complete_checkpoints(folder)] == ["checkpoint-000006"]
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_looked_at_is_none(toy, tmp_path, monkeypatch):
+    train(toy())
+    folder, whole = tmp_path / "runs/toy", Path.read_text
+
+    def read_then_delete(path, *given):
+        text = whole(path, *given)
+        (path.parent / "weights.safetensors").unlink(missing_ok=True)
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read_then_delete)
+    assert not complete_checkpoints(folder)
 
 
 def test_checkpoints_hold_no_pickle(toy, tmp_path):
