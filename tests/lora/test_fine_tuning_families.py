@@ -14,8 +14,10 @@ from apps.training.task import TaskContext
 from apps.training.tasks import adapters
 from apps.training.tasks.lora import LoraTask
 from apps.training.tasks.lora_config import LoraConfig
+from dit.models.mvdit import MVDiT
 from pipelines import load_lora, unload_lora
 from tests.families.every import FAMILIES, FEW_STEP, build, caption, is_class, options, side
+from tests.models.test_mvdit import TINY as TINY_MVDIT
 
 WITHOUT_LOADER = ("pixart", "pixart_sigma", "dit", "hunyuan_dit", "latte", "hunyuan_video15")
 """Pipelines of diffusers that load no LoRA by themselves."""
@@ -27,22 +29,21 @@ values of a token from 16, so most of what it is asked for is out of reach."""
 STEPS, RATE = 50, 1e-2
 
 
-def make_task(name: str, folder: Any, monkeypatch: pytest.MonkeyPatch) -> LoraTask:
-    """A task of one image and its caption, or class."""
+def make_task(name: str, folder: Any, monkeypatch: pytest.MonkeyPatch, **sections: dict[str, Any]) -> LoraTask:
+    """A task of one image and its caption, or class; `sections` replace settings."""
     rng = np.random.default_rng(0)
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 255, (64, 64, 3)).astype("uint8")).save(images / "a.png")
     (images / "a.txt").write_text(caption(name))
-    config = LoraConfig.model_validate(
-        {
-            "run": {"name": name, "output": str(folder / "runs"), "batch_size": 1},
-            "task": {"kind": "lora", "preview_steps": 2, "score_images": 0},
-            "data": {"folder": str(images), "resolution": None if is_class(name) else side(name), "caption_dropout": 0},
-            "model": {"pretrained": name, "options": options(name)},
-            "lora": {"rank": 4, "layers": ["all"]},
-        }
-    )
+    given: dict[str, dict[str, Any]] = {
+        "run": {"name": name, "output": str(folder / "runs"), "batch_size": 1},
+        "task": {"kind": "lora", "preview_steps": 2, "score_images": 0},
+        "data": {"folder": str(images), "resolution": None if is_class(name) else side(name), "caption_dropout": 0},
+        "model": {"pretrained": name, "options": options(name)},
+        "lora": {"rank": 4, "layers": ["all"]},
+    }
+    config = LoraConfig.model_validate({key: {**value, **sections.get(key, {})} for key, value in given.items()})
     context = TaskContext(torch.device("cpu"), 0, 1, contextlib.nullcontext, contextlib.nullcontext)
     monkeypatch.setattr(adapters, "load_pipeline", lambda *_, **__: build(name))
     return LoraTask(config, context)
@@ -124,3 +125,31 @@ def test_diffusers_loads_its_file(trained):
 def test_a_few_step_model_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"sana_sprint.*SCMScheduler.*distilled"):
         make_task(FEW_STEP, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["class_dit", "dit"])
+@pytest.mark.parametrize("saves_memory", [False, True])
+def test_no_class_is_dropped_a_second_time_in_training_mode(name, saves_memory, tmp_path, monkeypatch):
+    """These networks drop classes themselves while they are trained from the start; `dit` in every block."""
+    task = make_task(name, tmp_path, monkeypatch, model={"gradient_checkpointing": saves_memory})
+    task.network.eval()
+    task.network.train()
+    batch, found = task.batch(0), set()
+    for _ in range(20):
+        loss, _ = task.loss(batch)
+        loss.backward()
+        norms = [one.grad.norm().item() for one in task.network.parameters() if one.grad is not None]
+        found.add((loss.item(), *norms))
+        task.network.zero_grad(set_to_none=True)
+    assert len(found) == 1
+
+
+def test_a_network_keeps_its_texts_while_its_layers_are_trained():
+    network = MVDiT(**TINY_MVDIT, text_dropout_prob=0.5)
+    adapters.keep_conditions(network)
+    network.train()
+    states = torch.randn(64, 2, 6)  # of another length than `null_text`: training from the start would refuse them
+    torch.testing.assert_close(network._embed_text(states, states.dtype), network.text_projection(states))
+    assert all(block.training for block in network.transformer_blocks)
+    network.eval()
+    assert not any(module.training for module in network.modules())

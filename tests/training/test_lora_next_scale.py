@@ -13,6 +13,7 @@ from apps.training.tasks import adapters
 from apps.training.tasks.lora import LoraTask
 from apps.training.tasks.lora_config import LoraConfig
 from apps.training.tasks.lora_next_scale import LoraNextScaleConfig, LoraNextScaleTask
+from dit.lora.adapters import adapter_layers
 from pipelines import NextScaleClassToImagePipeline, load_lora, unload_lora
 from tests.families.tiny import tiny_pipeline
 from tests.models import tiny_next_scale
@@ -115,7 +116,7 @@ def test_batches_and_losses_are_functions_of_the_index(task):
     assert torch.equal(one["inputs"], other["inputs"])
     losses = [float(task.loss(batch)[0]) for batch in (first, again, first, again)]
     assert len(set(losses)) == 1
-    assert task.network.training
+    assert all(layer.training for layer in adapter_layers(task.network).values())
     values = task.validate()
     assert values["loss"] == pytest.approx(losses[0], rel=1e-5)
     assert "training_loss" in task.score(3)

@@ -1,10 +1,12 @@
 """What all training of adapters shares: a pipeline, adapters on its network, and the file they are written to."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models import embeddings
 from torch import Tensor, nn
 
 from apps.training.config import ConfigError
@@ -12,6 +14,7 @@ from apps.training.data.file_rows import Bucket
 from apps.training.network_inputs import NetworkInputs
 from apps.training.task import TaskContext
 from apps.training.tasks.lora_config import LoraModel
+from dit.layers.embeddings import LabelEmbedding
 from dit.lora.adapters import DEFAULT_FILE, add_adapter, save_adapter, with_adapter_methods
 from dit.runtime.families import UnknownFamilyError, call_family_of
 from pipelines import load_pipeline
@@ -87,6 +90,7 @@ class AdapterTask:
             if not getattr(self.network, "_supports_gradient_checkpointing", False):
                 raise ConfigError(f"model.gradient_checkpointing: {type(self.network).__name__} can't; set it to false")
             self.network.enable_gradient_checkpointing()
+        keep_conditions(self.network)
         return adapted
 
     def to_device(self, batch: Any) -> Any:
@@ -138,6 +142,25 @@ def load_for_training(model: LoraModel, device: torch.device) -> DiffusionPipeli
         return load_pipeline(model.pretrained, device=device, dtype=model.dtype, revision=model.revision)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pretrained = {model.pretrained!r}: {error}") from error
+
+
+def keep_conditions(network: nn.Module) -> None:
+    """Keep a network in training mode from dropping conditions itself: `data.caption_dropout` has dropped some.
+
+    Its own mode and that of its tables of classes decide that, and stay those of evaluation from now on. The modes of
+    its other layers, with the dropout of adapters, change as ever.
+    """
+    tables = [one for one in network.modules() if isinstance(one, LabelEmbedding | embeddings.LabelEmbedding)]
+    for module in (network, *tables):
+        module.train = functools.partial(_train_layers, module)  # type: ignore[method-assign]
+        module.training = False
+
+
+def _train_layers(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Set the mode of the layers of a module; its own is evaluation."""
+    type(module).train(module, mode)
+    module.training = False
+    return module
 
 
 def _network(pipe: Any, name: str) -> nn.Module:

@@ -4,14 +4,12 @@ All but the loss is that of `LoraTask`: images become tokens instead of latents,
 token of every scale at once, as when it was first trained (`apps.training.tasks.next_scale`).
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from apps.training.config import ConfigError, TrainConfig
 from apps.training.data.file_rows import FileRows
@@ -97,21 +95,6 @@ class LoraNextScaleTask(LoraTask):
     def _losses(self, group: dict[str, Any]) -> Tensor:
         """Return the weighted cross-entropy of each sample, (B,)."""
         grids = self.inputs.schedule(tuple(group["bucket"]))
-        with _keeps_conditions(self.network):
-            logits = self.network(group["inputs"], **group["conditions"], grids=grids).sample  # (B, L, V or d, ...)
+        logits = self.network(group["inputs"], **group["conditions"], grids=grids).sample  # (B, L, V or d, ...)
         counts = token_counts(grids)
         return weigh_scales(next_scale_loss(logits, group["tokens"], counts), counts, self.config.task.scale_weight)
-
-
-@contextmanager
-def _keeps_conditions(network: nn.Module) -> Generator[None]:
-    """Keep a network in training mode from dropping conditions itself: `data.caption_dropout` has dropped some.
-
-    Its own mode alone decides that; those of its layers, with the dropout of adapters, stay.
-    """
-    before = network.training
-    network.training = False
-    try:
-        yield
-    finally:
-        network.training = before
