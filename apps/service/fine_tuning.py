@@ -7,17 +7,19 @@ All that is known of a run is read from its files, so it survives the server.
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from apps.service import limits
+from apps.service.fine_tuning_plan import Example, Plan, check_plan
 from apps.service.fine_tuning_process import (
     INTERRUPTED,
     CheckReport,
@@ -26,10 +28,11 @@ from apps.service.fine_tuning_process import (
     failure_of,
     run_check,
 )
-from apps.service.fine_tuning_run import NAME, Record, RunFolder, to_toml
-from apps.service.lora import STEP_OF_RUN, LoraFiles
+from apps.service.fine_tuning_run import CACHE, NAME, Record, RunFolder, to_toml
+from apps.service.lora import LoraFiles
 from apps.service.media import Clip, save_mp4
 from apps.service.metadata import save_picture
+from apps.service.tether import is_free
 from apps.service.uploaded_clips import split_frames
 from apps.service.uploads import UploadStore, read_upload
 
@@ -37,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "fine-tuning"
 """Of an output folder: the runs; never served."""
-LEAST_FILES, MOST_FILES = 2, 200
 MOST_RUNS = 40
 """That a user may keep."""
 MOST_SIDE = 1_536
@@ -45,40 +47,10 @@ MOST_SIDE = 1_536
 the quota of a user."""
 CLIP_RATE = 8.0
 """Frames a second of the clips that are written; only their order counts in training."""
+PART, OLD = ".part", ".old"
+"""Endings of folders that are no runs: not whole yet, and to be removed."""
 CLOSING_SECONDS = 5.0
 """That the end of the server waits for a training to save; it goes on saving without the server."""
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """An image or a clip to train on, which was handed in.
-
-    Attributes:
-        upload: its name in the `UploadStore`.
-        caption: what it shows; empty for the caption of all.
-        frames: of a clip; 1 for an image.
-    """
-
-    upload: str
-    caption: str = ""
-    frames: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is to be trained.
-
-    Attributes:
-        name: of the run.
-        model: key of the model.
-        examples: what is learnt from.
-        document: settings of `tessera train-lora` by section; where files lie is added here.
-    """
-
-    name: str
-    model: str
-    examples: Sequence[Example]
-    document: Mapping[str, Mapping[str, Any]]
 
 
 class FineTuning:
@@ -95,7 +67,11 @@ class FineTuning:
         self._uploads, self._loras = uploads, loras
         self._active: tuple[str, TrainingProcess] | None = None
         self._checking = threading.Lock()
-        self._lock = threading.RLock()  # guards the process and the records
+        self._lock = threading.RLock()  # guards the process, the records and the names
+        self._held: set[str] = set()
+        for path in self.root.glob(".*"):
+            if path.name.endswith((PART, OLD)):  # of a server that was killed while it wrote or deleted
+                _remove(path)
         for record in self.runs():
             if record.state == "running":  # its process ended with the server that had started it
                 self._folder(record.name).change(state="stopped", reason="ft.server", message="")
@@ -136,62 +112,112 @@ class FineTuning:
     # ------------------------------------------------------------------ writing
 
     def write(self, plan: Plan, owner: str) -> Record:
-        """Write the files of a run that has not been started; one that was written before is replaced.
+        """Write the files of a run that has not been started; one that has learnt nothing is replaced.
+
+        All of them are written into a folder beside it, which takes its place when it is whole.
 
         Args:
             plan: what is to be trained.
             owner: who asks for it.
 
         Raises:
-            FineTuningError: the name, the number of files or a text can't be used, or there are too many runs.
+            FineTuningError: the name, the number of files or a text can't be used, somebody writes to a run of this
+                name at this moment, or there are too many runs.
             UploadError: a file is not here any more.
         """
-        _check(plan)
+        check_plan(plan)
+        with self._hold(plan.name):
+            return self._write(plan, owner)
+
+    def _write(self, plan: Plan, owner: str) -> Record:
+        """Write a run whose name is held."""
         with self._lock:
-            folder = self._claim(plan.name, owner)
-            shutil.rmtree(folder.data, ignore_errors=True)
-            folder.data.mkdir(parents=True)
-            folder.config.write_text(to_toml(self._document(plan, folder)), encoding="utf-8")
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder = self._folder(plan.name)
+            self._check_free(folder, owner)
+        partial = RunFolder(self.root / f".{plan.name}{PART}")
+        _remove(partial.path)  # of a server that was killed while it wrote
+        try:
+            partial.data.mkdir(mode=0o700, parents=True)
+            partial.config.write_text(to_toml(_document(plan, folder)), encoding="utf-8")
+            for number, example in enumerate(plan.examples, 1):
+                self._write_example(partial.data / f"{number:04d}", example, owner)
             texts = plan.document.get("data", {})
-            record = Record(
+            record = partial.write(Record(
                 plan.name, owner, plan.model, int(plan.document["run"]["steps"]), len(plan.examples),
                 str(texts.get("trigger") or ""), time.time(),
-            )  # fmt: skip
-            folder.write(record)
-        try:
-            for number, example in enumerate(plan.examples, 1):
-                self._write_example(folder.data / f"{number:04d}", example, owner)
-        except BaseException:  # no run with a part of its files
-            shutil.rmtree(folder.path, ignore_errors=True)
-            raise
+            ))  # fmt: skip
+            with self._lock:
+                self._check_free(folder, owner)  # the user may have written other runs meanwhile
+                before = self._set_aside(folder)
+                if before is not None and (before / CACHE).is_dir():  # what a check of the same images has encoded
+                    (before / CACHE).replace(partial.path / CACHE)
+                partial.path.replace(folder.path)
+        finally:
+            _remove(partial.path)
+        _remove(before)
         return record
 
-    def _claim(self, name: str, owner: str) -> RunFolder:
-        """Return the folder of a new run, or of a draft of the same user.
+    def _check_free(self, folder: RunFolder, owner: str) -> None:
+        """Check that a user may write a run: a new one, over one of their own that has learnt nothing, or over no run.
 
         Raises:
-            FineTuningError: the name is taken, or there are too many runs.
+            FineTuningError: the name is taken, a process still works in the folder, or there are too many runs.
         """
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = self._folder(name)
-        if folder.path.exists():
-            record = folder.record()
-            if record is None or record.owner != owner or record.state != "draft":
-                raise FineTuningError("ft.taken", f"The name {name!r} is taken; choose another one.", value=name)
-            return folder
+        name, record = folder.name, folder.record()
+        taken = FineTuningError("ft.taken", f"The name {name!r} is taken; choose another one.", value=name)
+        if folder.is_run:
+            if record is None or record.owner != owner or record.state in ("running", "finished") or folder.has_learnt:
+                raise taken
+            self._check_unused(folder)
+            return
+        self._check_unused(folder)
         if name in self._loras:
-            raise FineTuningError("ft.taken", f"The name {name!r} is taken; choose another one.", value=name)
+            raise taken
         if len(self.runs(owner)) >= MOST_RUNS:
             raise FineTuningError("ft.many", f"You have {MOST_RUNS} runs; delete one.", most=MOST_RUNS)
-        folder.path.mkdir(mode=0o700)
-        return folder
 
-    def _document(self, plan: Plan, folder: RunFolder) -> dict[str, dict[str, Any]]:
-        """Return the settings with the places of the files: a cache of its own too, so that deleting leaves nothing."""
-        document = {section: dict(values) for section, values in plan.document.items()}
-        document["run"] = {"name": plan.name, "output": str(folder.path), **document["run"]}
-        document["data"] = {"folder": str(folder.data), **document.get("data", {})}
-        return document
+    @contextmanager
+    def _hold(self, name: str) -> Iterator[None]:
+        """Keep everybody else from writing to a run, checking or deleting it; without waiting.
+
+        Raises:
+            FineTuningError: somebody does so.
+        """
+        with self._lock:
+            self._check_not_held(name)
+            self._held.add(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held.discard(name)
+
+    def _check_not_held(self, name: str) -> None:
+        if name in self._held:
+            raise FineTuningError(
+                "ft.held", f"{name!r} is being written, checked or deleted; try again when that is done.", value=name
+            )
+
+    def _check_unused(self, folder: RunFolder) -> None:
+        """Check that no process works in a folder, such as one of a server that was killed.
+
+        Raises:
+            FineTuningError: one does; it ends within `tether.GRACE_SECONDS`.
+        """
+        for lock in (folder.lock, folder.check_lock):
+            if lock.exists() and not is_free(lock):
+                raise FineTuningError(
+                    "ft.saving", f"{folder.name!r} is still being saved; try again in two minutes.", value=folder.name
+                )
+
+    def _set_aside(self, folder: RunFolder) -> Path | None:
+        """Free the name of a folder, if there is one, and return where it lies now, to be removed without the lock."""
+        if not folder.path.exists():
+            return None
+        aside = self.root / f".{folder.name}.{secrets.token_hex(4)}{OLD}"
+        folder.path.replace(aside)
+        return aside
 
     def _write_example(self, place: Path, example: Example, owner: str) -> None:
         """Write an image or a clip, and its caption."""
@@ -213,12 +239,13 @@ class FineTuning:
             FineTuningError: another check runs, or the settings can't be used.
         """
         folder = self.folder(name, owner)
-        if not self._checking.acquire(blocking=False):
-            raise FineTuningError("ft.checking", "Another check is running; try again when it is done.")
-        try:
-            return run_check(folder.config, folder.path / "check.lock")
-        finally:
-            self._checking.release()
+        with self._hold(folder.name):
+            if not self._checking.acquire(blocking=False):
+                raise FineTuningError("ft.checking", "Another check is running; try again when it is done.")
+            try:
+                return run_check(folder.config, folder.check_lock)
+            finally:
+                self._checking.release()
 
     def train(self, plan: Plan, owner: str) -> Record:
         """Write a run and start its training; see `write` and `start`."""
@@ -235,6 +262,8 @@ class FineTuning:
         with self._lock:
             folder, record = self.folder(name, owner), self.record(name, owner)
             self._check_idle()
+            self._check_not_held(folder.name)
+            self._check_unused(folder)
             if record.state == "finished":
                 raise FineTuningError("ft.finished", f"{name!r} has finished; start a new run.", value=name)
             first = folder.progress(record.steps).step if folder.has_checkpoint else 0
@@ -273,14 +302,17 @@ class FineTuning:
         """Delete a run with its files: images, checkpoints and LoRAs.
 
         Raises:
-            FineTuningError: there is no such run, or it runs.
+            FineTuningError: there is no such run, it runs, or somebody writes to it.
         """
         with self._lock:
             folder = self.folder(name, owner)
             if self.running == folder.name:
                 raise FineTuningError("ft.runs", f"{name!r} is being trained; stop it first.", value=name)
+            self._check_not_held(folder.name)
+            self._check_unused(folder)
+            aside = self._set_aside(folder)
             self._loras.put(folder.name, {}, "")
-            shutil.rmtree(folder.path)
+        _remove(aside)
 
     def wait(self, seconds: float) -> bool:
         """Wait until no training runs; whether that is so within so long."""
@@ -347,36 +379,22 @@ def _folders(root: Path) -> list[tuple[RunFolder, Record]]:
     return [(folder, record) for folder in folders if (record := folder.record()) is not None]
 
 
-def _check(plan: Plan) -> None:
-    """Check what a visitor has chosen, but for the settings.
+def _document(plan: Plan, folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """Return the settings with the places of the files: a cache of its own too, so that deleting leaves nothing."""
+    document = {section: dict(values) for section, values in plan.document.items()}
+    document["run"] = {"name": plan.name, "output": str(folder.path), **document["run"]}
+    document["data"] = {"folder": str(folder.data), **document.get("data", {})}
+    return document
 
-    Raises:
-        FineTuningError: something of it can't be used.
-    """
-    if not NAME.fullmatch(plan.name) or STEP_OF_RUN.search(plan.name):
-        raise FineTuningError(
-            "ft.name",
-            f"The name is {plan.name[:40]!r}; choose 1 to 40 letters A to Z, digits, - and _ that begin with a letter "
-            "or a digit and don't end in -step- and a number.",
-            value=plan.name[:40],
-        )
-    count = len(plan.examples)
-    if not LEAST_FILES <= count <= MOST_FILES:
-        raise FineTuningError(
-            "ft.files",
-            f"There are {count} files; choose {LEAST_FILES} to {MOST_FILES}.",
-            value=count,
-            lowest=LEAST_FILES,
-            highest=MOST_FILES,
-        )
-    longest = max(len(example.caption) for example in plan.examples)
-    if longest > limits.MAX_PROMPT_CHARS:
-        raise FineTuningError(
-            "ft.caption",
-            f"A caption has {longest} characters; at most {limits.MAX_PROMPT_CHARS} are accepted.",
-            value=longest,
-            most=limits.MAX_PROMPT_CHARS,
-        )
+
+def _remove(path: Path | None) -> None:
+    """Remove a folder that nobody can name; one that can't be removed is logged, and tried again at the next start."""
+    if path is None or not path.exists():
+        return
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("%s can't be removed: %s", path, error)
 
 
 def _as(place: Path, ending: str) -> Path:

@@ -20,6 +20,9 @@ from typing import Any, Literal
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 """Names of runs: part of a path and of a LoRA's name, so nothing else is in them."""
+CACHE = "cache"
+RESERVED = frozenset({"data", "lock", CACHE})
+"""Names that no run can have, in small letters: its folder holds a folder of its own name beside these."""
 STEP = re.compile(r"step-(\d+)")
 State = Literal["draft", "running", "stopped", "finished", "failed"]
 """`draft`: written and checked, but not started."""
@@ -110,12 +113,17 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
-        self.data, self.config, self.log, self.lock = (
-            path / part for part in ("data", "config.toml", "output.log", "lock")
+        self.data, self.config, self.log, self.lock, self.check_lock = (
+            path / part for part in ("data", "config.toml", "output.log", "lock", "check.lock")
         )
         self.training = path / path.name
 
     # ----------------------------------------------------------------- record
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the folder holds a run, and is not what was left of one."""
+        return (self.path / "run.json").exists()
 
     def record(self) -> Record | None:
         """Return what is on record; None if there is nothing that can be read."""
@@ -143,6 +151,11 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         """Whether the training can go on from where it was."""
         return any(one.is_dir() and (one / "state.json").is_file() for one in self.training.glob("checkpoint-??????*"))
+
+    @property
+    def has_learnt(self) -> bool:
+        """Whether there is anything that would be lost with the run, beside what it was made from."""
+        return self.has_checkpoint or bool(self.loras())
 
     def progress(self, steps: int, first: int = 0) -> Progress:
         """Read the log of the training.

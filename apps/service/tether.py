@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 
 GRACE_SECONDS = 120.0
 """That an interrupted command has for its last step and its checkpoint; then it is ended."""
-LOCK_SECONDS = 180.0
-"""To wait for an earlier command on the same folder, which may still be saving."""
+HELD = "an earlier process still saves its checkpoint; try again in two minutes"
+"""What is said when an earlier command on the same folder hasn't ended, whose server was killed."""
 NICENESS = 10
 """A training yields the processor to a server that generates; alone on a machine it loses nothing."""
 ENDED = 137
@@ -38,12 +38,21 @@ def main() -> None:
         os.nice(NICENESS)
     threading.Thread(target=_watch, name="tether", daemon=True).start()
     try:
-        held = FileLock(lock, timeout=LOCK_SECONDS).acquire()
+        held = FileLock(lock, timeout=0).acquire()
     except Timeout:
-        sys.exit("error: an earlier process still saves its checkpoint; try again in a minute")
+        sys.exit(f"error: {HELD}")
     with held:
         sys.argv = ["tessera", *arguments]
         runpy.run_module("apps", run_name="__main__", alter_sys=True)
+
+
+def is_free(lock: str | os.PathLike[str]) -> bool:
+    """Whether no command holds a lock at this moment."""
+    try:
+        with FileLock(lock, timeout=0):
+            return True
+    except Timeout:
+        return False
 
 
 def _watch() -> None:

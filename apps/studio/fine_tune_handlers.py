@@ -13,7 +13,8 @@ import gradio as gr
 
 from apps.service import limits
 from apps.service.engine import Engine
-from apps.service.fine_tuning import MOST_FILES, Example, FineTuning, Plan, receive_image
+from apps.service.fine_tuning import FineTuning, receive_image
+from apps.service.fine_tuning_plan import MOST_FILES, Example, Plan
 from apps.service.fine_tuning_run import Record
 from apps.service.uploaded_clips import receive_clip, split_frames
 from apps.service.uploads import UploadError

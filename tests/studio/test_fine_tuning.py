@@ -1,4 +1,4 @@
-"""Fine-tuning in the studio: runs of a server, their users, a real training, and the tab in a browser."""
+"""Fine-tuning on a server: its runs, its users, and a real training."""
 
 from __future__ import annotations
 
@@ -9,52 +9,36 @@ import sys
 import threading
 import time
 import tomllib
-from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from filelock import FileLock
 from PIL import Image
 
-from apps.api.tokens import TokenTable, add_user
-from apps.service import limits
 from apps.service.engine import Engine
 from apps.service.events import Failed
-from apps.service.fine_tuning import MOST_FILES, Example, FineTuning, Plan, offer_runs, receive_image
+from apps.service.fine_tuning import FineTuning, offer_runs, receive_image
+from apps.service.fine_tuning_plan import MOST_FILES, Example, Plan
 from apps.service.fine_tuning_process import FineTuningError, failure_of, read_report
-from apps.service.fine_tuning_run import Best, Point, RunFolder, to_toml
+from apps.service.fine_tuning_run import Best, Point, to_toml
 from apps.service.lora import LoraError, LoraFiles
 from apps.service.option_values import Lora
 from apps.service.requests import TextToImageRequest
 from apps.service.uploads import UploadError, UploadStore
-from apps.studio import fine_tune_views, loss_curve
-from apps.studio.fine_tune_handlers import FineTuneHandlers, preview_prompts
-from apps.studio.fine_tune_settings import SETTINGS, to_document
-from apps.studio.fine_tune_views import Item
+from apps.studio import fine_tune_views
 from apps.studio.generation_handlers import GenerationHandlers
-from apps.studio.page_values import PageError
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SettingsHandlers
-from apps.training.tasks.lora_config import LoraConfig
 from tests.studio.fakes import FakePipeline
-from tests.studio.serving import client_of, serving_page
 from tests.studio.test_page import ENGLISH
-from tests.studio.test_server import PROJECT, browser, open_page, page, server
+from tests.studio.test_server import PROJECT
 
-__all__ = ["browser", "page", "server"]
-
-HERE = SimpleNamespace(session_hash="one tab", username=None, client=SimpleNamespace(host="127.0.0.1"))
 DOCUMENT = {
     "run": {"steps": 4, "batch_size": 1, "log_every": 1, "preview_every": 0, "save_every": 2, "validate_every": 0},
     "model": {"pretrained": "stickers"},
     "data": {"trigger": "zxc"},
     "task": {"score_images": 0},
 }
-FORM = {
-    "ft_model": "fake", "ft_name": "cats", "ft_layers": "attention", "ft_trigger": "zxc", "ft_caption": "",
-    **{f"ft_{name}": one.default for name, one in SETTINGS.items()},
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -135,6 +119,94 @@ def test_a_file_that_is_gone_leaves_no_half_of_a_run(made):
         made.runs.write(plan([*made.plan.examples, Example("0" * 64)]), "ann")
     assert made.runs.runs() == []
     made.runs.write(made.plan, "ann")  # the name is free
+
+
+@pytest.mark.parametrize("name", ["data", "lock", "Cache"])
+def test_names_of_the_parts_of_a_run_are_refused(made, name):
+    with pytest.raises(FineTuningError) as error:
+        made.runs.write(plan(made.plan.examples, name), "ann")
+    assert error.value.key == "ft.reserved"
+
+
+def test_two_requests_do_not_write_one_run_at_once(made, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    written = made.runs._write_example
+
+    def slowly(*given):
+        begun.set()
+        assert go_on.wait(60)
+        written(*given)
+
+    monkeypatch.setattr(made.runs, "_write_example", slowly)
+    first = threading.Thread(target=made.runs.write, args=(made.plan, "ann"))
+    first.start()
+    assert begun.wait(60)
+    for owner in ("ann", "bob"):
+        with pytest.raises(FineTuningError) as error:
+            made.runs.write(made.plan, owner)
+        assert error.value.key == "ft.held"
+    assert made.runs.runs() == []  # it isn't whole
+    go_on.set()
+    first.join()
+    made.runs.write(made.plan, "ann")
+    assert [record.name for record in made.runs.runs("ann")] == ["cats"]
+    assert [path.name for path in made.runs.root.iterdir()] == ["cats"]
+    monkeypatch.setattr("apps.service.fine_tuning.run_check", lambda *given: made.runs.delete("cats", "ann"))
+    with pytest.raises(FineTuningError) as error:
+        made.runs.check("cats", "ann")
+    assert error.value.key == "ft.held"
+
+
+def test_what_a_check_has_encoded_is_kept_when_the_run_is_written_again(made):
+    made.runs.write(made.plan, "ann")
+    folder = made.runs.folder("cats")
+    (folder.path / "cache").mkdir()
+    (folder.path / "cache" / "one").write_text("x")
+    made.runs.write(plan(made.plan.examples[:2]), "ann")
+    assert (folder.path / "cache" / "one").is_file()
+    assert len(list(folder.data.glob("*.png"))) == 2
+
+
+def test_a_leftover_folder_is_a_free_name_and_goes_when_the_server_starts(made):
+    (made.runs.root / "cats" / "data").mkdir(parents=True)
+    (made.runs.root / "cats" / "data" / "old.png").write_text("x")
+    made.runs.write(made.plan, "ann")
+    folder = made.runs.folder("cats", "ann")
+    assert not (folder.data / "old.png").exists()
+    (made.runs.root / ".dogs.part").mkdir()
+    (made.runs.root / ".dogs.1234.old").mkdir()
+    FineTuning(made.folder, made.uploads, made.loras)
+    assert [path.name for path in made.runs.root.iterdir()] == ["cats"]
+
+
+def test_a_run_that_has_learnt_nothing_may_be_written_again(made):
+    made.runs.write(made.plan, "ann")
+    folder = made.runs.folder("cats")
+    folder.change(state="failed")
+    assert made.runs.write(made.plan, "ann").state == "draft"
+    folder.change(state="failed")
+    (folder.training / "checkpoint-000002").mkdir(parents=True)
+    (folder.training / "checkpoint-000002" / "state.json").write_text("{}")
+    with pytest.raises(FineTuningError, match="is taken"):
+        made.runs.write(made.plan, "ann")
+
+
+def test_nothing_waits_for_a_process_that_still_saves(made):
+    made.runs.write(made.plan, "ann")
+    folder = made.runs.folder("cats")
+    folder.change(state="stopped")
+    with FileLock(folder.lock):
+        for act in (
+            lambda: made.runs.start("cats", "ann"),
+            lambda: made.runs.delete("cats", "ann"),
+            lambda: made.runs.write(made.plan, "ann"),
+        ):
+            with pytest.raises(FineTuningError) as error:
+                act()
+            assert error.value.key == "ft.saving"
+    assert made.runs.record("cats").state == "stopped"
+    made.runs.delete("cats", "ann")
+    assert list(made.runs.root.iterdir()) == []
 
 
 def test_what_was_trained_when_the_server_ended_can_be_resumed(made):
@@ -355,235 +427,3 @@ def test_a_training_that_fails_says_why(made):
     assert (record.state, record.reason) == ("failed", "ft.failed")
     assert "names no linear layer" in record.message
     assert str(made.folder) not in record.message
-
-
-# ------------------------------------------------------------------------------- the tab
-
-
-@pytest.fixture
-def tab(tmp_path):
-    """Yield the listeners of the tab, on a server that asks nobody who this is."""
-    with serving_tab(tmp_path, None) as one:
-        yield one
-
-
-@contextmanager
-def serving_tab(folder, tokens):
-    (folder / "out").mkdir()
-    engine = Engine({"fake": "x"}, folder / "out", device="cpu", load=lambda source: FakePipeline())
-    runs, sessions = FineTuning(folder / "out", engine.uploads, engine.lora_files), Sessions(tokens)
-    generation = GenerationHandlers(engine, ENGLISH, sessions)
-    settings = SettingsHandlers(engine, ENGLISH, sessions, generation)
-    handlers = FineTuneHandlers(engine, runs, ENGLISH, sessions, settings)
-    yield SimpleNamespace(handlers=handlers, runs=runs, engine=engine, folder=folder)
-    engine.close()
-
-
-def files(folder, count=3):
-    made = []
-    for i in range(count):
-        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(folder / f"p{i}.png")
-        made.append(folder / f"p{i}.png")
-    return made
-
-
-def test_the_defaults_and_ranges_are_those_of_the_configuration():
-    sections: Any = LoraConfig.model_fields
-    config = {name: kind.annotation.model_fields for name, kind in sections.items()}
-    for name, one in SETTINGS.items():
-        assert one.default == config[one.section][one.name].default
-        assert one.read(one.default) == one.default
-        assert f"ft.{name}" in ENGLISH
-    assert (SETTINGS["learning_rate"].least, SETTINGS["learning_rate"].is_above) == (0, True)
-    assert SETTINGS["caption_dropout"].highest == 1
-    document = to_document({**FORM, "ft_resolution": 0}, "stickers", 1)
-    assert document["data"]["resolution"] is None  # the model's own
-    assert document["optimizer"] == {"learning_rate": LoraConfig.model_fields["optimizer"].default.learning_rate}
-    assert document["run"]["save_every"] == 100
-    assert to_document({**FORM, "ft_steps": 4}, "stickers", 1)["run"] == {
-        "steps": 4, "batch_size": 4, "seed": 0, "preview_every": 4, "log_every": 1, "validate_every": 1,
-        "save_every": 1,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("steps", 0), ("steps", 10**9), ("steps", 2.5), ("rank", "8"), ("rank", True), ("learning_rate", 0),
-     ("learning_rate", float("nan")), ("caption_dropout", 1.1), ("resolution", 8), ("seed", -1), ("batch_size", None),
-     ("layers", "blocks.*"), ("trigger", "x" * 201)],
-)  # fmt: skip
-def test_settings_out_of_range_are_named(name, value):
-    with pytest.raises(FineTuningError) as error:
-        to_document({**FORM, f"ft_{name}": value}, "stickers", 1)
-    from apps.studio.problems import explain
-
-    text = explain(error.value, ENGLISH)
-    assert ENGLISH(f"ft.{name}") in text
-    assert "{" not in text
-
-
-def test_images_get_the_captions_of_files_of_their_name(tab, tmp_path):
-    (tmp_path / "p1.txt").write_text("  a red\tpatch \n\n a second line ")
-    (tmp_path / "alone.txt").write_text("x")
-    handed = [*files(tmp_path), tmp_path / "p1.txt", tmp_path / "alone.txt"]
-    told = tab.handlers.take_files(HERE, [str(file) for file in handed], [], "")
-    items = told["ft_items"]
-    assert [(one.name, one.caption) for one in items] == [("p0", ""), ("p1", "a red patch\na second line"), ("p2", "")]
-    assert "alone.txt belongs to no image" in told["ft_problem"]
-    captions = json.dumps({items[0].upload: "<b>\x00first</b>", items[2].upload: None, "other": "x"})
-    told = tab.handlers.take_files(HERE, [str(tmp_path / "p1.png")], items, captions)  # the same image again
-    assert [(one.name, one.caption) for one in told["ft_items"]] == [
-        ("p0", "<b> first</b>"),
-        ("p1", "a red patch\na second line"),
-    ]
-    assert "&lt;b&gt; first&lt;/b&gt;" in told["ft_cards"]
-    for nonsense in ("[", "[1]", '"x"', "9" * 5000, "[" * 9000):
-        assert len(tab.handlers.take_files(HERE, [], items, nonsense)["ft_items"]) == 3
-
-
-def test_hostile_files_are_refused_and_the_others_taken(tab, tmp_path):
-    (tmp_path / "evil.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
-    (tmp_path / "zip.png").write_bytes(b"PK\x03\x04" + bytes(100))
-    (tmp_path / "p0.txt").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "p1.txt").write_text("x" * (limits.MAX_PROMPT_CHARS + 1))
-    (tmp_path / "big.png").write_bytes(bytes(limits.MAX_UPLOAD_BYTES + 1))
-    names = ("evil.svg", "zip.png", "p0.txt", "p1.txt", "big.png")
-    handed = [*files(tmp_path, 2), *(tmp_path / name for name in names)]
-    told = tab.handlers.take_files(HERE, [str(file) for file in handed], [], "")
-    assert [one.name for one in told["ft_items"]] == ["p0", "p1"]
-    assert all(name in told["ft_problem"] for name in ("big.png", "evil.svg", "zip.png"))
-    assert "<svg" not in told["ft_problem"]
-
-
-def test_nobody_trains_from_another_machine_without_a_name(tab):
-    for client in (SimpleNamespace(host="192.168.1.9"), SimpleNamespace(host="testclient"), None):
-        stranger = SimpleNamespace(session_hash="x", username=None, client=client)
-        for act in (lambda who: tab.handlers.start(who, FORM), lambda who: tab.handlers.take_files(who, [], [], "")):
-            with pytest.raises(PageError, match=r"ft\.strangers"):
-                act(stranger)
-    assert tab.runs.runs() == []
-
-
-def test_who_may_only_look_trains_nothing(tmp_path):
-    add_user(tmp_path / "users.json", "eve", "view")
-    add_user(tmp_path / "users.json", "ann", "generate")
-    eve = SimpleNamespace(session_hash="x", username="eve", client=None)
-    ann = SimpleNamespace(session_hash="y", username="ann", client=None)
-    with serving_tab(tmp_path, TokenTable(tmp_path / "users.json")) as one:
-        for act in (
-            lambda: one.handlers.start(eve, FORM),
-            lambda: one.handlers.check(eve, FORM),
-            lambda: one.handlers.take_files(eve, [], [], ""),
-            lambda: one.handlers.resume(eve, "cats"),
-            lambda: one.handlers.delete(eve, "cats"),
-        ):
-            with pytest.raises(PageError, match="no_rights"):
-                act()
-        assert one.handlers.owner(ann) == "ann"
-
-
-def test_a_run_is_drawn_watched_and_tried(tab, tmp_path):
-    items = tab.handlers.take_files(HERE, [str(file) for file in files(tmp_path)], [], "")["ft_items"]
-    values = {**FORM, "ft_items": items, "ft_captions": ""}
-    planned = tab.handlers._plan(values)
-    assert planned.document["task"]["preview_prompts"] == ["zxc"]
-    tab.runs.write(planned, "local")
-    assert "<script" not in tab.handlers.list_runs(HERE, "cats")["ft_run"]
-    folder = tab.runs.folder("cats")
-    folder.change(state="running")
-    shown = tab.handlers.open(HERE, None)
-    assert shown["ft_timer"]["active"]
-    assert tab.handlers.tick(HERE, "cats", shown["ft_seen"], True) == {}  # no news
-    assert tab.handlers.tick(HERE, "cats", None, False) == {}  # another tab is open
-    (folder.training / "previews").mkdir(parents=True)
-    Image.new("RGB", (64, 64), "red").save(folder.training / "previews" / "step-000002.png")
-    (folder.training / "previews" / "prompts.txt").write_text("<i>a cat</i>\n")
-    drawn = tab.handlers.tick(HERE, "cats", shown["ft_seen"], True)["ft_run"]
-    assert "Preview at step 2" in drawn
-    assert "&lt;i&gt;a cat" in drawn
-    assert "<i>a" not in drawn
-    finished(tab.runs, "cats", "local")
-    tab.engine.lora_files.put("cats", folder.loras(), "local")
-    ended = tab.handlers.tick(HERE, "cats", shown["ft_seen"], True)
-    assert not ended["ft_timer"]["active"]
-    assert ("cats" in ended["lora"]["choices"], ended["lora_row"]["visible"]) == (True, True)
-    tried = tab.handlers.try_it(HERE, "cats", "fake")
-    assert (tried["lora"]["value"], tried["prompt"], tried["mode"]) == ("cats", "zxc", "text")
-
-
-def test_previews_show_captions_of_some_images():
-    items = [Item(str(i), str(i), 1, "", f"image {i}\nmore" if i else "") for i in range(9)]
-    data = {"trigger": "zxc", "caption": "a cat"}
-    assert preview_prompts(items, data) == ["zxc a cat", "zxc image 2", "zxc image 4", "zxc image 6"]
-    assert preview_prompts(items[:2], data) == ["zxc a cat", "zxc image 1"]
-    assert preview_prompts(items[:1], {"trigger": "", "caption": ""}) == []
-
-
-def test_a_curve_of_one_point_or_of_nonsense_is_drawn():
-    assert loss_curve.draw([], 10, None, ENGLISH) == ""
-    assert loss_curve.draw([Point("train", 1, float("nan"))], 10, None, ENGLISH) == ""
-    assert "<circle" in loss_curve.draw([Point("train", 1, 0.0)], 0, 1, ENGLISH)
-    many = loss_curve.draw([Point("train", step, 1 / step) for step in range(1, 5000)], 5000, None, ENGLISH)
-    assert len(many) < 12_000
-
-
-def test_the_files_of_runs_are_not_served(tmp_path):
-    with serving_page(tmp_path) as served:
-        runs = served.app.state.fine_tuning
-        upload = [runs._uploads.add(Image.new("RGB", (8, 8), color), "ann") for color in ("red", "blue")]
-        runs.write(plan([Example(one) for one in upload]), "ann")
-        file = runs.folder("cats").data / "0001.png"
-        assert file.is_file()
-        paths = (f"/gradio_api/file={file}", "/outputs/fine-tuning", "/outputs/fine-tuning%2Fcats%2Fdata%2F0001.png")
-        for name in ("ann", "bob"):
-            with client_of(served, name) as client:
-                assert [client.get(path).status_code for path in paths] == [403, 404, 404]
-
-
-def test_a_server_without_the_page_has_no_fine_tuning(tmp_path):
-    from apps.api.app import create_app
-
-    (tmp_path / "out").mkdir()
-    engine = Engine({"fake": "x"}, tmp_path / "out", device="cpu", load=lambda source: FakePipeline())
-    app = create_app(engine)
-    assert not hasattr(app.state, "fine_tuning")
-    assert not [route for route in app.router.routes if "fine" in getattr(route, "path", "")]
-    engine.close()
-
-
-@pytest.mark.browser
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_a_person_fine_tunes_in_a_browser(server, page, tmp_path):
-    page.set_default_timeout(600_000)
-    (tmp_path / "p1.txt").write_text("a fox")
-    handed = [*files(tmp_path), tmp_path / "p1.txt"]
-    page.get_by_role("tab", name="Fine-tune").first.click()
-    page.set_input_files("#ft-files input[type=file]", handed)
-    page.locator(".ft-card").nth(2).wait_for()
-    assert page.locator(".ft-card textarea").nth(1).input_value() == "a fox"
-    page.locator(".ft-card textarea").nth(0).fill("a ghost")
-    page.fill("#ft-name :is(input, textarea)", "../fox")
-    page.fill("#ft-trigger :is(input, textarea)", "fox")
-    page.click("#ft-advanced > button")
-    for name, value in (("steps", 4), ("batch-size", 1), ("preview-every", 2), ("rank", 2)):
-        page.fill(f"#ft-{name} input", str(value))
-        page.press(f"#ft-{name} input", "Tab")
-    page.click("#ft-start")
-    page.locator("#ft-problem [role=alert]").wait_for()
-    page.fill("#ft-name :is(input, textarea)", "foxes")
-    page.click("#ft-start")
-    page.locator(".ft-run h3 .running").wait_for()
-    page.locator(".curve svg polyline").first.wait_for()
-    page.locator(".ft-run > img").wait_for()
-    page.locator(".ft-run h3 .finished").wait_for()
-    data = server[1] / "fine-tuning" / "foxes" / "data"
-    assert [file.read_text() for file in sorted(data.glob("*.txt"))] == ["a ghost", "a fox"]
-    open_page(page, server[0])  # a reload: it is read from the files
-    page.get_by_role("tab", name="Fine-tune").first.click()
-    page.locator(".ft-run h3 .finished").wait_for()
-    assert RunFolder(server[1] / "fine-tuning" / "foxes").best() is not None
-    page.click("#ft-try")
-    page.wait_for_function("document.querySelector('#workspace').dataset.tab === 'text'")
-    page.wait_for_function("document.querySelector('#lora input').value === 'foxes'")
-    assert page.input_value("#prompt textarea") == "fox"
