@@ -9,29 +9,16 @@ timestep is written, and what of the answer the scheduler is given.
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.base import TesseraPipeline
-from pipelines.network_calls.arguments import TEXT, Ragged, grows, join_arguments, map_tensors, pad_texts, same
-
-STEPS = 2  # that are watched: what changes between them depends on the timestep
-MOST_STEPS = 8  # of the call: pipelines with a network for much and one for little noise call each for some of them
-
-
-class CallNotUnderstood(ValueError):
-    """A pipeline calls its network in a way that can't be taken over."""
-
-
-class _Seen(Exception):
-    """Ends a watched call."""
+from pipelines.network_calls.arguments import TEXT, Ragged, grows, join_arguments, pad_texts, same
+from pipelines.network_calls.watching import CallNotUnderstood, Step, plain, watch_arguments, watch_steps
 
 
 @dataclass(frozen=True)
@@ -79,6 +66,7 @@ class NetworkCall:
         growing: what of the other arguments grows with the batch, see `arguments.grows`.
         mask_name: the argument that masks the text, of networks for which texts of several lengths may be padded.
         record: replacements of the call's arguments -> those other arguments of the network for one sample.
+        pipeline_arguments: of the pipeline's call that was watched, see `learn_call`.
     """
 
     sample_name: str
@@ -88,6 +76,7 @@ class NetworkCall:
     timed: Mapping[str, Timed]
     growing: Mapping[str, Any]
     record: Callable[..., dict[str, Any]]
+    pipeline_arguments: Mapping[str, Any]
     mask_name: str | None = None
 
     def predict(self, network: nn.Module, noisy: Tensor, timesteps: Tensor, parts: list[dict[str, Any]]) -> Tensor:
@@ -116,19 +105,8 @@ class NetworkCall:
         return self.read(network(**arguments))
 
 
-@dataclass
-class _Step:
-    """One step of a watched call."""
-
-    arguments: dict[str, Any]
-    answer: Any
-    output: Tensor
-    timestep: float
-    sample: Tensor
-
-
 def learn_call(pipe: Any, call: Mapping[str, Any], prompt_name: str, network: Any = None) -> NetworkCall:
-    """Learn how a pipeline calls its network, by running it for two steps.
+    """Learn how a pipeline calls its network, by watching two short calls of it.
 
     Args:
         pipe: of ours or of diffusers.
@@ -145,23 +123,23 @@ def learn_call(pipe: Any, call: Mapping[str, Any], prompt_name: str, network: An
     """
     network = pipe.transformer if network is None else network
     prompt = call[prompt_name]
-    single = _watch(pipe, network, {**call, prompt_name: prompt})
-    double = _watch(pipe, network, {**call, prompt_name: [*_as_list(prompt), *_as_list(prompt)]})
-    first = single[0]
+    steps = watch_steps(pipe, network, call)
+    double = watch_arguments(pipe, network, {**call, prompt_name: [*_as_list(prompt), *_as_list(prompt)]})
+    first = steps[0]
     name, put = _find_sample(first)
     if len(first.sample) != 1:
         raise CallNotUnderstood(
             f"{type(pipe).__name__} denoises {len(first.sample)} samples for one prompt: switch its guidance off"
         )
-    timed = _find_timed(single, double, name)
+    timed = _find_timed(steps[0], steps[-1], double, name, int(pipe.scheduler.config.num_train_timesteps))
     rest = {key: value for key, value in first.arguments.items() if key not in timed}
     try:
-        growing = grows(rest, {key: double[0].arguments[key] for key in rest})
+        growing = grows(rest, {key: double[key] for key in rest})
     except ValueError as error:
         raise CallNotUnderstood(f"{type(pipe).__name__}: {error}") from error
 
     def record(**replaced: Any) -> dict[str, Any]:
-        (arguments,) = _watch(pipe, network, {**call, **replaced}, is_short=True)
+        arguments = watch_arguments(pipe, network, {**call, **replaced})
         return {key: arguments[key] for key in rest}
 
     return NetworkCall(
@@ -172,6 +150,7 @@ def learn_call(pipe: Any, call: Mapping[str, Any], prompt_name: str, network: An
         timed=timed,
         growing=growing,
         record=record,
+        pipeline_arguments=dict(call),
         mask_name="encoder_attention_mask" if isinstance(pipe, TesseraPipeline) and TEXT in rest else None,
     )
 
@@ -180,83 +159,7 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-@torch.no_grad()
-def _watch(pipe: Any, network: nn.Module, call: Mapping[str, Any], is_short: bool = False) -> list[Any]:
-    """Run a call of a pipeline and return its steps; if `is_short`, only the arguments of the first."""
-    steps: list[Any] = []
-    pending: dict[str, Any] = {}
-    names = list(inspect.signature(network.forward).parameters)
-
-    def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        arguments = dict(zip(names, given, strict=False)) | named
-        arguments.pop("return_dict", None)
-        copied = map_tensors(lambda tensor: tensor.detach().clone(), arguments)
-        if is_short:
-            steps.append(copied)
-            raise _Seen
-        pending["arguments"] = copied
-
-    def after(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], answer: Any) -> Any:
-        # A new network may answer with zeros, which tell nothing.
-        pending["answer"] = random = map_tensors(torch.randn_like, _plain(answer))
-        return _like(answer, random)
-
-    def step(output: Tensor, timestep: Any, sample: Tensor, *given: Any, **named: Any) -> Any:
-        if pending:  # otherwise it is the step of another network, or of the sound
-            moment = float(torch.as_tensor(timestep).flatten()[0])
-            steps.append(_Step(**pending, output=output.clone(), timestep=moment, sample=sample.clone()))
-            pending.clear()
-        if len(steps) == STEPS:
-            raise _Seen
-        if named.get("return_dict", True):
-            return SimpleNamespace(prev_sample=sample, pred_original_sample=sample)
-        return (sample, sample)
-
-    handles = [
-        network.register_forward_pre_hook(before, with_kwargs=True),
-        network.register_forward_hook(after, with_kwargs=True),
-    ]
-    generator = torch.Generator().manual_seed(0)
-    shown = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        with torch.random.fork_rng(devices=[]), _replaced_step(pipe.scheduler, step):
-            steered = {"num_inference_steps": MOST_STEPS, "generator": generator, "output_type": "latent"}
-            pipe(**{**call, **steered})
-    except _Seen:
-        return steps
-    finally:
-        for handle in handles:
-            handle.remove()
-        pipe.set_progress_bar_config(**shown)
-        if hasattr(pipe, "maybe_free_model_hooks"):
-            pipe.maybe_free_model_hooks()
-    raise CallNotUnderstood(f"{type(pipe).__name__} called its network in {len(steps)} steps, expected {STEPS}")
-
-
-@contextmanager
-def _replaced_step(scheduler: Any, step: Callable[..., Any]) -> Generator[None]:
-    """Replace the step of a scheduler on this instance; its signature, which pipelines ask for, stays."""
-    scheduler.step = functools.wraps(scheduler.step)(step)
-    try:
-        yield
-    finally:
-        del scheduler.step
-
-
-def _plain(answer: Any) -> Any:
-    """Return what a network answers as tuples, lists and tensors."""
-    return answer.to_tuple() if hasattr(answer, "to_tuple") else answer
-
-
-def _like(answer: Any, values: Any) -> Any:
-    """Return an answer of the same kind with other values."""
-    if not hasattr(answer, "to_tuple"):
-        return values
-    return type(answer)(**dict(zip(answer.keys(), values, strict=True)))
-
-
-def _find_sample(step: _Step) -> tuple[str, Callable[[Tensor, Any], Any]]:
+def _find_sample(step: Step) -> tuple[str, Callable[[Tensor, Any], Any]]:
     """Find the argument that holds the noisy latents, and how they are put into it."""
     sample = step.sample
     for name, value in step.arguments.items():
@@ -298,33 +201,63 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-3)
 
 
-def _find_timed(single: list[_Step], double: list[_Step], sample_name: str) -> dict[str, Timed]:
-    """Find the arguments that change from step to step, and how they depend on the timestep."""
-    first, second = single
+def _find_timed(
+    first: Step, last: Step, double: Mapping[str, Any], sample_name: str, num_timesteps: int
+) -> dict[str, Timed]:
+    """Find the arguments that change from step to step, and how they depend on the timestep.
+
+    Args:
+        first: step of a call.
+        last: step of the same call: the further apart, the less does it matter that arguments are rounded.
+        double: arguments of the first step of a call for two samples.
+        sample_name: the argument that holds the noisy latents.
+        num_timesteps: of the scheduler.
+    """
     found = {}
     for name, value in first.arguments.items():
-        later = second.arguments[name]
+        later = last.arguments[name]
         if name == sample_name or same(value, later):
             continue
         if not isinstance(value, Tensor) or value.unique().numel() != 1 or later.unique().numel() != 1:
             raise CallNotUnderstood(f"the network's argument {name!r} changes from step to step in an unknown way")
-        one, two = float(value.flatten()[0]), float(later.flatten()[0])
-        factor = (two - one) / (second.timestep - first.timestep)
-        rounded = min((1.0, -1.0, 1e-3, -1e-3), key=lambda known: abs(known - factor))
-        if abs(rounded - factor) > 2e-2 * abs(rounded):
+        values = float(value.flatten()[0]), float(later.flatten()[0])
+        eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+        line = _find_line((first.timestep, last.timestep), values, eps, num_timesteps)
+        if line is None:
             raise CallNotUnderstood(
-                f"the network's argument {name!r} is {one:g} at timestep {first.timestep:g} and {two:g} at "
-                f"{second.timestep:g}: expected the timestep, or a thousandth of it, forwards or backwards"
+                f"the network's argument {name!r} is {values[0]:g} at timestep {first.timestep:g} and {values[1]:g} at "
+                f"{last.timestep:g}: expected the timestep, or a thousandth of it, forwards or backwards"
             )
-        offset = round(one - rounded * first.timestep, 2)
-        is_batched = value.ndim > 0 and double[0].arguments[name].shape[0] == 2 * value.shape[0]
-        found[name] = Timed(rounded, offset, tuple(value.shape), is_batched, value.dtype)
+        is_batched = value.ndim > 0 and double[name].shape[0] == 2 * value.shape[0]
+        found[name] = Timed(*line, tuple(value.shape), is_batched, value.dtype)
     if not found:
         raise CallNotUnderstood("none of the network's arguments changes with the timestep")
     return found
 
 
-def _find_reading(pipe: Any, step: _Step) -> Callable[[Any], Tensor]:
+def _find_line(
+    timesteps: tuple[float, float], values: tuple[float, float], eps: float, num_timesteps: int
+) -> tuple[float, float] | None:
+    """Return the factor and the offset by which values follow from timesteps; None if it is no known pair.
+
+    Args:
+        timesteps: two.
+        values: of an argument at these, rounded to its dtype, the timesteps perhaps before that.
+        eps: of the dtype.
+        num_timesteps: of the scheduler.
+    """
+    pairs = [(factor, offset) for factor in (1.0, 1 / num_timesteps) for offset in (0.0, 1.0)]
+    pairs += [(factor, offset) for factor in (-1.0, -1 / num_timesteps) for offset in (1.0, float(num_timesteps))]
+    for share in (0.0, 1e-2):  # some pipelines round timesteps to whole numbers
+        for factor, offset in pairs:
+            exact = [factor * timestep + offset for timestep in timesteps]
+            allowed = 4 * eps * (max(map(abs, exact)) + abs(offset)) + share * abs(exact[0] - exact[1])
+            if all(abs(one - two) <= allowed for one, two in zip(exact, values, strict=True)):
+                return factor, offset
+    return None
+
+
+def _find_reading(pipe: Any, step: Step) -> Callable[[Any], Tensor]:
     """Find what of the network's answer the scheduler is given."""
     shape, output = step.sample.shape, step.output.float()
     for get in (_first_tensor, _stacked):
@@ -343,7 +276,7 @@ def _find_reading(pipe: Any, step: _Step) -> Callable[[Any], Tensor]:
 
 def _read(get: Callable[..., Any], cut: Callable[..., Any], sign: int, answer: Any) -> Tensor:
     """Return what of an answer the scheduler would be given."""
-    tensor = get(_plain(answer))
+    tensor = get(plain(answer))
     cut_tensor = cut(tensor, None)
     return sign * cut_tensor
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from pipelines.info.inspection import info_of
 from pipelines.info.record import PipelineInfo
-from pipelines.network_calls.recording import CallNotUnderstood, NetworkCall, learn_call
+from pipelines.network_calls.recording import NetworkCall, learn_call
+from pipelines.network_calls.watching import CallNotUnderstood
 
 NEUTRAL: dict[str, float] = {
     "guidance_scale": 1.0,

@@ -14,12 +14,13 @@ from dit.tokenizers import as_visual_tokenizer
 from pipelines.network_calls import (
     NetworkCall,
     Ragged,
+    learn_unguided_call,
     normalize_latents,
     pack_latents,
     prompt_argument,
     size_arguments,
 )
-from pipelines.network_calls.recording import Timed
+from pipelines.network_calls.recording import Timed, _find_line
 from pipelines.network_calls.unguided import NEUTRAL
 from tests.families.every import FAMILIES, build, caption, is_class, options, side
 
@@ -211,3 +212,32 @@ def test_one_timestep_for_a_batch_is_kept_to():
     assert float(timed.fill(torch.tensor([500.0, 500.0]))) == 0.5
     with pytest.raises(Ragged, match="one timestep"):
         timed.fill(torch.tensor([500.0, 400.0]))
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "lumina2", "text_dit"])
+def test_timesteps_rounded_to_bfloat16_are_understood(name):
+    """Steps next to each other may round to the same number; published schedules shift by the size of the image."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = build(name).to(dtype)
+        pipe.scheduler.register_to_config(use_dynamic_shifting=name in ("flux", "flux2", "qwen_image"))
+        call = learn_unguided_call(pipe, side(name), side(name), options=options(name))
+        found.append({name: (timed.factor, timed.offset) for name, timed in call.timed.items()})
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "eps", "line"),
+    [
+        ((999.0, 125.0), 1e-7, (1.0, 0.0)),
+        ((1000.0, 126.0), 1e-7, (1.0, 1.0)),
+        ((1000.0, 125.0), 2**-7, (1.0, 0.0)),  # 999 in bfloat16
+        ((0.999, 0.125), 1e-7, (1e-3, 0.0)),
+        ((0.001, 0.875), 1e-7, (-1e-3, 1.0)),
+        ((1.0, 875.0), 1e-7, (-1.0, 1000.0)),
+        ((499.5, 62.5), 1e-7, None),
+        ((0.999, 0.125 + 0.05), 1e-7, None),
+    ],
+)
+def test_what_is_a_timestep(values, eps, line):
+    assert _find_line((999.0, 125.0), values, eps, 1000) == line
