@@ -13,12 +13,6 @@ Predict = Callable[[Tensor, Tensor, Sequence[Any]], Tensor]
 """(noisy (B, ...), timesteps (B,), arguments of each sample) -> velocity (B, ...)."""
 
 
-def student_sigmas(scheduler: Any, steps: int) -> Tensor:
-    """Return the noise levels at which a pipeline makes its steps, (steps + 1,) from about 1 to 0."""
-    scheduler.set_timesteps(steps)
-    return scheduler.sigmas.detach().clone().double().cpu()
-
-
 def teacher_sigmas(start: float, end: float, substeps: int, shift: float) -> Tensor:
     """Return noise levels between two of the student's, evenly spread before the shift, (substeps + 1,)."""
     even = torch.tensor([start, end], dtype=torch.float64)

@@ -1,24 +1,34 @@
 """Distillation to few steps: paths of the teacher, and what the student learns from them."""
 
+import functools
 import itertools
+import json
+from contextlib import nullcontext
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from safetensors import safe_open
 
-from apps.training.config import validate_document
+from apps.training.config import ConfigError, validate_document
 from apps.training.loop import train
-from apps.training.tasks.few_step import FewStepConfig
-from apps.training.trajectories import guided_path, student_sigmas, teacher_sigmas
+from apps.training.task import TaskContext
+from apps.training.tasks.few_step import FewStepConfig, FewStepTask
+from apps.training.trajectories import guided_path, teacher_sigmas
+from pipelines.network_calls import euler_levels, learn_unguided_call
 from sampling.diffusion_targets import NoiseProcess
+from sampling.objectives import shift_sigmas
+from tests.families.every import options, side
 from tests.families.tiny import tiny_pipeline
 from tests.training.helpers import assert_resumes_exactly
+
+CONTEXT = TaskContext(torch.device("cpu"), 0, 1, nullcontext, nullcontext)
+LEVELS = shift_sigmas(torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0], dtype=torch.float64), 3.0)  # of four steps, evenly
 
 
 def test_path_ends_where_the_exact_flow_does():
     process = NoiseProcess("velocity", 1000, shift=3.0)
-    levels = student_sigmas(FlowMatchEulerDiscreteScheduler(shift=3.0), 4)
+    levels = LEVELS
     noise = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     # The velocity of data that are normal with the deviation 0.5, of which the exact path is known.
@@ -44,12 +54,52 @@ def test_guidance_pushes_away_from_the_unconditional_branch():
 
 
 def test_teacher_visits_the_levels_of_the_student():
-    levels = student_sigmas(FlowMatchEulerDiscreteScheduler(shift=3.0), 4)
+    levels = LEVELS
     for start, end in itertools.pairwise(levels):
         between = teacher_sigmas(float(start), float(end), 5, 3.0)
         assert len(between) == 6
         assert torch.allclose(between[[0, -1]], torch.stack([start, end]))
         assert (between.diff() < 0).all()
+
+
+@pytest.mark.parametrize("name", ["text_dit", "flux", "sd3", "wan"])
+def test_levels_are_those_of_the_pipeline(name, monkeypatch):
+    """The scheduler of a real call sees the same levels: shifted by size (flux), or evenly spread (ours)."""
+    pipe = tiny_pipeline(name)
+    if name == "flux":
+        pipe.scheduler.register_to_config(use_dynamic_shifting=True)
+    if name == "wan":
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    call = learn_unguided_call(pipe, side(name), side(name), 5 if name == "wan" else None, options=options(name))
+    levels = euler_levels(pipe, pipe.transformer, call.pipeline_arguments, 4)
+    made, step = [], pipe.scheduler.step
+
+    def seen(output, timestep, sample, *given, **named):
+        result = step(output, timestep, sample, *given, **named)
+        made.append(((result[0] - sample) / output).double().mean())  # how far the level falls
+        return result
+
+    monkeypatch.setattr(pipe.scheduler, "step", functools.wraps(step)(seen))
+    pipe(**{**call.pipeline_arguments, "num_inference_steps": 4, "output_type": "latent"})
+    torch.testing.assert_close(torch.stack(made), levels.diff(), rtol=1e-3, atol=1e-4)
+    if name == "text_dit":
+        torch.testing.assert_close(levels, shift_sigmas(torch.linspace(1, 0, 5, dtype=torch.float64), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        (FlowMatchHeunDiscreteScheduler(), "steps where 4 are asked for"),
+        (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "Euler's method"),
+        (UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "Euler's method"),
+    ],
+)
+def test_other_schedulers_are_refused(scheduler, said):
+    pipe = tiny_pipeline("sd3")
+    call = learn_unguided_call(pipe, side("sd3"), side("sd3"))
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=said):
+        euler_levels(pipe, pipe.transformer, call.pipeline_arguments, 4)
 
 
 @pytest.fixture
@@ -82,11 +132,23 @@ def test_resume_is_bit_identical(configured):
 
 
 def test_student_comes_nearer_to_the_teacher(configured):
-    import json
-
-    config = configured("long", 60, validate_every=20, save_every=0, preview_every=0)
+    config = configured("long", 60, validate_every=60, save_every=0, preview_every=0)
+    with torch.no_grad():
+        untrained = FewStepTask(config, CONTEXT).validate()["loss"]
     train(config)
     lines = [json.loads(line) for line in (config.run.folder / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "validation"]
-    first = next(line["loss"] for line in lines if line["kind"] == "train")
-    assert losses[-1] < 0.7 * first
+    assert losses[-1] < 0.7 * untrained
+
+
+def test_models_without_guidance_of_two_branches_are_their_own_teachers(configured, tmp_path):
+    tiny_pipeline("flux").save_pretrained(tmp_path / "flux")
+    document = configured("flux", 1).model_dump(mode="json") | {"model": {"pretrained": str(tmp_path / "flux")}}
+    document["data"]["resolution"] = 32
+    with pytest.raises(ConfigError, match=r"task.guidance = 2.*model.guidance"):
+        FewStepTask(validate_document(document, FewStepConfig), CONTEXT)
+    document["task"]["guidance"] = None
+    document["run"]["name"] = "distilled"
+    config = validate_document(document, FewStepConfig)
+    assert train(config) == "finished"
+    assert (config.run.folder / "export" / "pytorch_lora_weights.safetensors").is_file()

@@ -24,8 +24,8 @@ from apps.training.image_grid import save_grid
 from apps.training.task import TaskContext
 from apps.training.tasks.adapters import AdapterTask
 from apps.training.tasks.lora_config import LoraModel, LoraOptimizer, LoraRun, LoraSection
-from apps.training.trajectories import guided_path, student_sigmas
-from pipelines.network_calls import prompt_argument, size_arguments
+from apps.training.trajectories import guided_path
+from pipelines.network_calls import euler_levels, prompt_argument
 
 MAKE = 32  # paths that are made at once
 HELD_OUT = 0.05  # share of the paths
@@ -37,7 +37,8 @@ class FewStepSection(TaskSection):
     Attributes:
         student_steps: Steps of the student.
         substeps: Steps of the model for each of them, by Heun's method: each asks it twice.
-        guidance: Scale that the student learns to do without; unset is the pipeline's default.
+        guidance: Scale of classifier-free guidance that the student learns to do without; unset is the pipeline's
+            default, and 1, none, for models that take their guidance scale as an input (`model.guidance`).
         paths: How many are made.
         preview_images: Images of a preview.
         preview_seed: Of their noise.
@@ -90,7 +91,8 @@ class FewStepTask(AdapterTask):
             )
         side = config.data.resolution
         self.bucket = (info.frames or 1, side or info.height, side or info.width)
-        self.levels = student_sigmas(self.pipe.scheduler, task.student_steps)  # (S + 1,)
+        self.guidance = self._guidance()
+        self.levels = self._levels()  # (S + 1,)
         data = open_data(config.data, self.bucket[1], config.run.folder, quiet=context.rank > 0)
         self.prompts = list(data.captions(task.paths, config.run.seed))
         with context.main_process_first():
@@ -99,9 +101,33 @@ class FewStepTask(AdapterTask):
         self.held_out = max(1, round(HELD_OUT * len(self.paths)))
         self.adapted = self.add_adapters()
 
+    def _guidance(self) -> float:
+        """Return the scale of the guidance that the student learns to do without."""
+        task, info = self.config.task, self.inputs.info
+        if info.guidance_kind == "classifier_free":
+            return (info.guidance if task.guidance is None else task.guidance) or 1.0
+        if task.guidance not in (None, 0, 1):
+            raise ConfigError(
+                f"task.guidance = {task.guidance:g}: {self.config.model.pretrained} has no classifier-free guidance; "
+                "leave it out, and set model.guidance where the model takes the scale as an input"
+            )
+        return 1.0
+
+    def _levels(self) -> Tensor:
+        """Return the noise levels at which the pipeline makes the student's steps, (S + 1,) from about 1 to 0."""
+        call = self.inputs.call(self.bucket).pipeline_arguments
+        try:
+            return euler_levels(self.pipe, self.network, call, self.config.task.student_steps)
+        except ValueError as error:
+            raise ConfigError(f"model.pretrained = {self.config.model.pretrained!r}: {error}") from error
+
     def _paths(self) -> Tensor:
         """Return the model's paths, from a file if an earlier run has made them."""
-        settings = (self.inputs.key, self.config.task.model_dump(), self.bucket, self.prompts, self.config.run.seed)
+        task, model, run = self.config.task, self.config.model, self.config.run
+        settings = (
+            self.inputs.key, self.levels.tolist(), task.substeps, self.guidance, self.bucket, self.prompts, run.seed,
+            run.mixed_precision, model.dtype, model.network, model.guidance, sorted(model.options.items()),
+        )  # fmt: skip
         name = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
         file = self.config.run.output / "cache" / f"paths-{name}.safetensors"
         if not file.is_file():
@@ -120,14 +146,13 @@ class FewStepTask(AdapterTask):
         shape = self.inputs.call(self.bucket).sample_shape
         generator = torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + start)
         noise = torch.randn((len(prompts), *shape), generator=generator).to(self.context.device)  # (b, ...)
-        guidance = self.inputs.info.guidance if task.guidance is None else task.guidance
         cond, uncond = (
             self.to_device(self.inputs.arguments(self.bucket, texts)) for texts in (prompts, [""] * len(prompts))
         )
         with self.context.autocast():
             path = guided_path(
                 lambda sample, times, arguments: self.predict(self.bucket, sample, times, list(arguments)).float(),
-                self.process, noise, self.levels, task.substeps, guidance or 1.0, cond, uncond,
+                self.process, noise, self.levels, task.substeps, self.guidance, cond, uncond,
             )  # fmt: skip
         return path.transpose(0, 1).half().cpu()  # (b, S + 1, ...)
 
@@ -179,8 +204,8 @@ class FewStepTask(AdapterTask):
     def _drawn(self, prompt: str, number: int) -> Tensor:
         info = self.inputs.info
         name, value = prompt_argument(info, prompt)
-        call = {**size_arguments(info, *self.bucket[1:], self.bucket[0]), **info.fixed, name: value}
-        call |= {"num_inference_steps": self.config.task.student_steps, info.guidance_argument: 1.0}
+        call = {**self.inputs.call(self.bucket).pipeline_arguments, name: value}
+        call["num_inference_steps"] = self.config.task.student_steps
         generator = torch.Generator().manual_seed(self.config.task.preview_seed + number)
         made = self.pipe(**call, generator=generator, output_type="np")
         image = torch.as_tensor(np.asarray(getattr(made, info.output)[0])).movedim(-1, -3).float()
