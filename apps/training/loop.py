@@ -36,16 +36,26 @@ class TrainingDiverged(RuntimeError):
 
 
 class LossModule(nn.Module):
-    """A task's loss as a forward pass: DDP and autocast then see one module and one call."""
+    """A task's loss as a forward pass: DDP and autocast then see one module and one call.
 
-    def __init__(self, task: Task) -> None:
+    Args:
+        task: The task.
+        is_shared: Whether several processes exchange gradients. They wait for that of every parameter, so those that
+            the loss doesn't depend on get one of zeros; the bits of the others stay.
+    """
+
+    def __init__(self, task: Task, is_shared: bool = False) -> None:
         super().__init__()
         self.trained = nn.ModuleDict(task.modules())
-        self.task = task
+        self.task, self.is_shared = task, is_shared
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the task's loss and its log values."""
-        return self.task.loss(batch)
+        loss, values = self.task.loss(batch)
+        if self.is_shared:
+            nothing = [one.flatten()[:0].sum().float() for one in self.trained.parameters() if one.requires_grad]
+            loss = loss + torch.stack(nothing).sum().to(loss.dtype)
+        return loss, values
 
 
 def train(config: TrainConfig, resume: str | None = None) -> str:
@@ -92,7 +102,7 @@ class Trainer:
         self.task: Task = new_task(config, self._context())
         if options.compile:
             compile_blocks(self.task.modules())
-        self.model = self.accelerator.prepare(LossModule(self.task))
+        self.model = self.accelerator.prepare(LossModule(self.task, self.accelerator.num_processes > 1))
         modules = self.task.modules()
         parameters = checkpoints.trained_parameters(modules)
         optimizer = make_optimizer(parameters, config)

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from apps.training.checkpoint import CheckpointError, complete_checkpoints
 from apps.training.config import OptimizerConfig
 from apps.training.ema import MovingAverage
-from apps.training.loop import TrainingDiverged, train
+from apps.training.loop import LossModule, TrainingDiverged, train
 from apps.training.schedule import learning_rate
 from tests.training.helpers import assert_equal_checkpoints, assert_resumes_exactly
 from tests.training.toy import ToyTask
@@ -174,6 +175,46 @@ def test_average_follows_its_closed_form():
 def test_schedules(schedule, step, factor):
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, schedule=schedule, decay_fraction=0.2)
     assert learning_rate(step, 100, config) == pytest.approx(2.0 * factor, abs=1e-9)
+
+
+class PartlyUsed:
+    """A task whose loss doesn't depend on one of its layers, like the last text layers of some transformers."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.net = nn.ModuleDict({"used": nn.Linear(4, 2), "unused": nn.Linear(4, 2)})
+
+    def modules(self):
+        return {"net": self.net}
+
+    def loss(self, batch):
+        return self.net["used"](batch["x"]).square().mean(), {}
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def gradients_after_two_steps(model, task):
+    for number in range(2):
+        loss, _ = model({"x": torch.full((3, 4), number + 1.0)})
+        loss.backward()
+    return {name: parameter.grad for name, parameter in task.net.named_parameters()}
+
+
+def test_processes_do_not_wait_for_parameters_without_a_gradient(process_group):
+    alone, task, waiting = PartlyUsed(), PartlyUsed(), PartlyUsed()
+    wanted = gradients_after_two_steps(LossModule(alone), alone)
+    found = gradients_after_two_steps(DistributedDataParallel(LossModule(task, is_shared=True)), task)
+    assert wanted["unused.weight"] is None
+    assert not found["unused.weight"].any()
+    for name in ("used.weight", "used.bias"):
+        assert torch.equal(found[name], wanted[name])
+    with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
+        gradients_after_two_steps(DistributedDataParallel(LossModule(waiting)), waiting)
 
 
 @pytest.mark.slow
