@@ -217,6 +217,7 @@ run(Path(sys.argv[1]), {"resume_from_checkpoint": sys.argv[2]} if len(sys.argv) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # twenty starts
 def test_a_kill_never_loses_the_last_valid_checkpoint(configured, tmp_path):
     config = configured("run", "run.save_every=1", "run.validate_every=0", "run.preview_every=0", max_train_steps=400)
     file = tmp_path / "config.json"
