@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sampling.objectives import logit_normal_sigmas, shift_sigmas
 
+CELLS = 1024  # of the histogram that noise levels within bounds are drawn from
 Prediction = Literal["velocity", "reversed_velocity", "epsilon", "v_prediction", "sample"]
 
 
@@ -24,12 +26,15 @@ class NoiseProcess:
         num_timesteps: of the scheduler.
         shift: of flows: moves noise levels towards noise, see `shift_sigmas`.
         alphas: of DDPM: share of the data's variance at each timestep, (num_timesteps,); None for flows.
+        bounds: lowest and highest timestep that a network is asked at, where a pipeline has several that share them;
+            None is all.
     """
 
     prediction: Prediction
     num_timesteps: int
     shift: float = 1.0
     alphas: Tensor | None = None
+    bounds: tuple[float, float] | None = None
 
     @property
     def is_flow(self) -> bool:
@@ -98,7 +103,10 @@ class NoiseProcess:
             (B,) float64.
         """
         if not self.is_flow:
-            return torch.randint(self.num_timesteps, (count,), generator=generator).double()
+            lowest, highest = self.bounds or (0, self.num_timesteps)
+            return torch.randint(math.ceil(lowest), math.ceil(highest), (count,), generator=generator).double()
+        if self.bounds is not None:
+            return self.timesteps(shift_sigmas(self._bounded_sigmas(count, mean, std, generator), self.shift))
         if std == 0:
             return self.timesteps(shift_sigmas(torch.rand(count, generator=generator).clamp(1e-5), self.shift))
         return self.timesteps(logit_normal_sigmas(count, mean, std, self.shift, generator))
@@ -107,8 +115,35 @@ class NoiseProcess:
         """Return evenly spread timesteps, (count,) float64: those of a validation."""
         levels = (torch.arange(count) + 0.5) / count  # (count,)
         if not self.is_flow:
-            return (levels * self.num_timesteps).long().double()
-        return self.timesteps(shift_sigmas(levels, self.shift))
+            lowest, highest = self.bounds or (0, self.num_timesteps)
+            return (lowest + levels * (highest - lowest)).long().double()
+        low, high = self._plain_bounds()
+        return self.timesteps(shift_sigmas(low + levels * (high - low), self.shift))
+
+    def _plain_bounds(self) -> tuple[float, float]:
+        """Return the bounds of a flow as noise levels before the shift."""
+        if self.bounds is None:
+            return 0.0, 1.0
+        sigmas = self.sigmas(torch.tensor(self.bounds, dtype=torch.float64))  # (2,)
+        low, high = (sigmas / (self.shift - (self.shift - 1) * sigmas)).sort().values.tolist()  # undoes `shift_sigmas`
+        return low, high
+
+    def _bounded_sigmas(self, count: int, mean: float, std: float, generator: torch.Generator | None) -> Tensor:
+        """Draw noise levels of a flow before the shift: logit-normal ones, of which only those within bounds count.
+
+        From a histogram, because bounds may lie where hardly any of all levels do.
+
+        Returns:
+            (count,) float64.
+        """
+        low, high = self._plain_bounds()
+        middles = low + (high - low) * (torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS  # (CELLS,)
+        densities = torch.zeros(CELLS, dtype=torch.float64)
+        if std > 0:
+            densities = -(((middles.logit() - mean) / std) ** 2) / 2 - (middles * (1 - middles)).log()  # logarithms
+        cells = torch.multinomial(densities.softmax(0), count, replacement=True, generator=generator)  # (count,)
+        places = cells + torch.rand(count, generator=generator, dtype=torch.float64)  # (count,)
+        return low + (high - low) * places / CELLS
 
     def _scales(self, timesteps: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors of data and noise, each (B, 1, ...)."""

@@ -153,3 +153,18 @@ def test_a_network_keeps_its_texts_while_its_layers_are_trained():
     assert all(block.training for block in network.transformer_blocks)
     network.eval()
     assert not any(module.training for module in network.modules())
+
+
+@pytest.mark.parametrize(("network", "bounds"), [("transformer", (875.0, 1000.0)), ("transformer_2", (0.0, 875.0))])
+def test_a_network_for_a_part_of_the_noise_is_trained_on_that_part(network, bounds, tmp_path, monkeypatch):
+    task = make_task("wan22", tmp_path, monkeypatch, model={"network": network}, run={"batch_size": 64})
+    assert task.network is getattr(task.pipe, network)
+    for group in (*task.batch(0)["groups"], *task._validation):
+        times = group["timesteps"]
+        assert bounds[0] <= float(times.min()) <= float(times.max()) <= bounds[1]
+        assert times.unique().numel() == len(times)
+    loss, _ = task.loss(task.batch(0))
+    loss.backward()
+    for name in ("transformer", "transformer_2"):
+        trained = [one.grad for one in getattr(task.pipe, name).parameters() if one.grad is not None]
+        assert bool(trained) == (name == network)

@@ -1,5 +1,6 @@
 """Noise and targets of training against the schedulers of diffusers, losses against its training scripts."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -186,6 +187,31 @@ def test_timesteps_are_drawn_and_spread_within_bounds(process):
     if not process.is_flow:
         assert torch.equal(drawn, drawn.round())
         assert float(drawn.max()) <= 999
+
+
+BOUNDED = {"velocity": 1.0, "shifted": 5.0, "reversed_velocity": 3.0, "epsilon": None}
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 875.0), (875.0, 1000.0)])
+@pytest.mark.parametrize(("kind", "shift"), BOUNDED.items())
+def test_timesteps_of_a_network_for_a_part_of_the_noise_stay_there(kind, shift, bounds):
+    whole = PROCESSES.get(kind, PROCESSES["velocity"])
+    process = dataclasses.replace(whole, bounds=bounds, shift=shift or 1.0)
+    generator = torch.Generator().manual_seed(0)
+    for mean, std in [(0.0, 1.0), (-30.0, 1.0), (30.0, 0.1), (0.0, 0.0)]:
+        times = process.draw_timesteps(2000, mean, std, generator)
+        assert times.dtype == torch.float64
+        assert bounds[0] <= float(times.min()) <= float(times.max()) <= bounds[1]
+    assert bounds[0] < float(process.grid(8).min()) < float(process.grid(8).max()) < bounds[1]
+
+
+def test_noise_within_bounds_is_as_likely_as_without():
+    whole = NoiseProcess("velocity", 1000, shift=3.0)
+    part = dataclasses.replace(whole, bounds=(600.0, 900.0))
+    everything = whole.draw_timesteps(60000, 0.5, 0.8, torch.Generator().manual_seed(0))
+    wanted = everything[(everything >= 600) & (everything <= 900)].quantile(torch.linspace(0.1, 0.9, 5).double())
+    found = part.draw_timesteps(20000, 0.5, 0.8, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found.quantile(torch.linspace(0.1, 0.9, 5).double()), wanted, atol=5, rtol=0)
 
 
 def test_other_schedulers_are_refused():

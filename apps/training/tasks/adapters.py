@@ -1,5 +1,6 @@
 """What all training of adapters shares: a pipeline, adapters on its network, and the file they are written to."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,11 @@ class AdapterTask:
                 "task.kind = 'lora_next_scale'"
             )
         try:
-            self.process = noise_process(self.pipe.scheduler)
+            process = noise_process(self.pipe.scheduler)
         except ValueError as error:
             raise ConfigError(f"model.pretrained = {model.pretrained!r}: {error}") from error
+        bounds = timesteps_of(self.pipe, model.network, process.num_timesteps)
+        self.process = dataclasses.replace(process, bounds=bounds)
         return NetworkInputs(self.pipe, self.network, cache, model.guidance, dict(model.options))
 
     def modules(self) -> dict[str, nn.Module]:
@@ -142,6 +145,21 @@ def load_for_training(model: LoraModel, device: torch.device) -> DiffusionPipeli
         return load_pipeline(model.pretrained, device=device, dtype=model.dtype, revision=model.revision)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pretrained = {model.pretrained!r}: {error}") from error
+
+
+def timesteps_of(pipe: Any, network: str, num_timesteps: int) -> tuple[float, float] | None:
+    """Return the lowest and highest timestep that a pipeline asks a network at; None for all.
+
+    Args:
+        pipe: The pipeline. Wan 2.2 has `transformer` for much and `transformer_2` for little noise.
+        network: Name of the network.
+        num_timesteps: Of the scheduler.
+    """
+    ratio = pipe.config.get("boundary_ratio")
+    if ratio is None:
+        return None
+    boundary = ratio * num_timesteps
+    return (0.0, boundary) if network == "transformer_2" else (boundary, float(num_timesteps))
 
 
 def keep_conditions(network: nn.Module) -> None:

@@ -78,7 +78,8 @@ class LoraModel(Section):
         pretrained: Built-in name, folder, or Hub id.
         revision: Of a Hub id: branch, tag or commit.
         dtype: Of the frozen weights; unset is bfloat16 on CUDA and float32 elsewhere. Adapters are always float32.
-        network: The part that gets adapters; `transformer_2` of pipelines with a second one for little noise.
+        network: The part that gets adapters; `transformer_2` of pipelines with a second one for little noise (Wan 2.2).
+            Only noise levels at which the pipeline asks it are trained on.
         guidance: Told to networks that take the guidance scale as an input (FLUX); unset is the pipeline's default.
         gradient_checkpointing: Compute activations anew in the backward pass: less memory, a third more time.
         options: Further arguments of the pipeline's call, e.g. max_sequence_length.
