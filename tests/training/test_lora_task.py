@@ -189,6 +189,11 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(configured, flags, me
         train(configured("run", **flags))
 
 
+def test_half_precision_is_refused_where_the_loss_is_not_scaled(configured):
+    with pytest.raises(ConfigError, match=r"model\.dtype = 'float16': .* use bfloat16 or float32"):
+        configured("run", dtype="float16")
+
+
 def test_a_run_inside_its_own_data_is_refused(configured, images):
     with pytest.raises(ConfigError, match="choose a folder outside"):
         train(configured("run", f'run.output="{images}"'))

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from apps.training.config import OptimizerConfig, RunConfig, Section, TaskSection, TrainConfig
 from apps.training.data.fine_tuning_config import FineTuningData
@@ -77,7 +77,8 @@ class LoraModel(Section):
     Attributes:
         pretrained: Built-in name, folder, or Hub id.
         revision: Of a Hub id: branch, tag or commit.
-        dtype: Of the frozen weights; unset is bfloat16 on CUDA and float32 elsewhere. Adapters are always float32.
+        dtype: Of the frozen weights, float32 or bfloat16; unset is bfloat16 on CUDA and float32 elsewhere. Adapters are
+            always float32.
         network: The part that gets adapters; `transformer_2` of pipelines with a second one for little noise (Wan 2.2).
             Only noise levels at which the pipeline asks it are trained on.
         guidance: Told to networks that take the guidance scale as an input (FLUX); unset is the pipeline's default.
@@ -92,6 +93,16 @@ class LoraModel(Section):
     guidance: float | None = Field(default=None, ge=0)
     gradient_checkpointing: bool = False
     options: dict[str, Any] = {}
+
+    @field_validator("dtype")
+    @classmethod
+    def _has_gradients(cls, dtype: str | None) -> str | None:
+        if dtype == "float16":
+            raise ValueError(
+                "small gradients become 0 in float16, large activations infinite, and the loss isn't scaled against "
+                "that: use bfloat16 or float32"
+            )
+        return dtype
 
 
 class LoraSection(Section):
