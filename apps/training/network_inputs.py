@@ -28,7 +28,17 @@ from pipelines.network_calls import (
 )
 
 MEMORY = 2**30  # bytes of each cache that are kept in memory
-FORMAT = 2  # changes when what is kept changes
+FORMAT = 3  # changes when what is kept changes
+
+
+def pipeline_key(pipe: Any) -> str:
+    """Return a text that differs between pipelines whose networks answer differently, also in other number formats."""
+    dtypes = {
+        name: sorted({str(weight.dtype) for weight in part.parameters()})
+        for name, part in sorted(pipe.components.items())
+        if isinstance(part, torch.nn.Module)
+    }
+    return f"{type(pipe).__name__}|{fingerprint(pipe)}|{dtypes}"
 
 
 class NetworkInputs:
@@ -47,7 +57,8 @@ class NetworkInputs:
     ) -> None:
         self.pipe, self.network, self.info = pipe, network, info_of(pipe)
         self.guidance, self.options = guidance, options
-        self.key = f"{FORMAT}|{type(pipe).__name__}|{fingerprint(pipe)}"
+        (name,) = (name for name, part in pipe.components.items() if part is network)
+        self.key = f"{FORMAT}|{name}|{pipeline_key(pipe)}"
         self.latents_cache = TensorCache(folder / "latents", MEMORY)
         self.text_cache = TensorCache(folder / "arguments", MEMORY)
         self.calls: dict[Bucket, NetworkCall] = {}

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from apps.training.config import ConfigError
 from apps.training.data.file_rows import Bucket, FileRows
+from apps.training.network_inputs import pipeline_key
 from apps.training.tensor_cache import TensorCache
 from dit.layers.scales import Grid
-from pipelines.info.fingerprint import fingerprint
 from pipelines.info.inspection import info_of
 from pipelines.network_calls import prompt_argument
 
@@ -32,7 +32,7 @@ class NextScaleInputs:
     def __init__(self, pipe: Any, folder: Path, max_length: int | None = None) -> None:
         self.pipe, self.info, self.max_length = pipe, info_of(pipe), max_length
         self.reads_text = pipe.transformer.config.text_dim is not None
-        self.key = f"{FORMAT}|{type(pipe).__name__}|{fingerprint(pipe)}"
+        self.key = f"{FORMAT}|{pipeline_key(pipe)}"
         self.token_cache = TensorCache(folder / "tokens", MEMORY)
         self.text_cache = TensorCache(folder / "texts", MEMORY)
         self.longest = 1  # tokens of the captions that were prepared

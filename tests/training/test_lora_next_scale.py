@@ -114,7 +114,7 @@ def test_batches_and_losses_are_functions_of_the_index(task):
     one, other = first["groups"][0], again["groups"][0]
     assert torch.equal(one["tokens"], other["tokens"])
     assert torch.equal(one["inputs"], other["inputs"])
-    losses = [float(task.loss(batch)[0]) for batch in (first, again, first, again)]
+    losses = [task.loss(batch)[0].item() for batch in (first, again, first, again)]
     assert len(set(losses)) == 1
     assert all(layer.training for layer in adapter_layers(task.network).values())
     values = task.validate()
