@@ -31,6 +31,10 @@ from apps.commands.shared_options import (
     Precision,
     Seed,
     Steps,
+    TrainGB,
+    TrainMegapixels,
+    TrainMinutes,
+    TrainUserGB,
 )
 from apps.service.panels import CHECKPOINT, MEASURED, OUTPUT, SERVER, SPEED
 
@@ -110,6 +114,10 @@ def studio(
     auth_file: AuthFile = None,
     lora: LoraFolder = None,
     upscaler: OfferedUpscalers = None,
+    train_minutes: TrainMinutes = 240,
+    train_megapixels: TrainMegapixels = 4,
+    train_user_gb: TrainUserGB = 10,
+    train_gb: TrainGB = 50,
 ) -> None:
     """Start the studio: a web page that generates what you describe."""
     _serve(
@@ -125,6 +133,7 @@ def studio(
         auth_file=auth_file,
         lora=lora,
         upscalers=upscaler or [],
+        fine_tuning=(train_minutes, train_megapixels, train_user_gb, train_gb),
     )
 
 
@@ -154,6 +163,10 @@ def serve(
     auth_file: AuthFile = None,
     lora: LoraFolder = None,
     upscaler: OfferedUpscalers = None,
+    train_minutes: TrainMinutes = 240,
+    train_megapixels: TrainMegapixels = 4,
+    train_user_gb: TrainUserGB = 10,
+    train_gb: TrainGB = 50,
 ) -> None:
     """Serve the HTTP API (under /v1) and the studio."""
     _serve(
@@ -171,6 +184,7 @@ def serve(
         auth_file=auth_file,
         lora=lora,
         upscalers=upscaler or [],
+        fine_tuning=(train_minutes, train_megapixels, train_user_gb, train_gb),
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from apps.service.limits import fine_tuning_limits
 from apps.service.temporary import private_folder
 
 QUIET = {
@@ -47,6 +48,7 @@ def run(
     auth_file: Path | None = None,
     lora: Path | None = None,
     upscalers: list[str] | None = None,
+    fine_tuning: tuple[float, float, float, float] | None = None,
 ) -> None:
     """Serve until Ctrl-C; what is unfinished then goes on at the next start.
 
@@ -65,6 +67,7 @@ def run(
         auth_file: users and their tokens; None lets everybody in who can reach the address.
         lora: folder of LoRA files to offer.
         upscalers: offered besides the built-in ones: folders or hub ids.
+        fine_tuning: see `apps.service.limits.fine_tuning_limits`; None for the defaults.
 
     Raises:
         ValueError: other machines could reach it without a token, there is no model, or the output folder is in use.
@@ -95,7 +98,7 @@ def run(
             engine.model().add_done_callback(lambda _: hide_prompts())  # the libraries are imported then
             app = create_app(engine, tokens, _names(host), api, uploads=UPLOADS, forms=FORMS, scratch=private)
             if page:
-                mount(app, engine, tokens)
+                mount(app, engine, tokens, None if fine_tuning is None else fine_tuning_limits(*fine_tuning))
             server = _start(app, host, port)
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{port}"

@@ -80,6 +80,23 @@ OfferedUpscalers = Annotated[
         rich_help_panel=MODELS,
     ),
 ]
+TrainMinutes = Annotated[
+    float, typer.Option(min=1, help="A fine-tuning stops after so long and can be resumed.", rich_help_panel=SERVER)
+]
+TrainMegapixels = Annotated[
+    float,
+    typer.Option(
+        min=0.01,
+        help="Of a fine-tuning: resolution squared times batch size, in 1024 x 1024 pixels.",
+        rich_help_panel=SERVER,
+    ),
+]
+TrainUserGB = Annotated[
+    float, typer.Option(min=0.01, help="The fine-tuning runs of a user take so much at most.", rich_help_panel=SERVER)
+]
+TrainGB = Annotated[
+    float, typer.Option(min=0.01, help="All fine-tuning runs take so much at most.", rich_help_panel=SERVER)
+]
 Json = Annotated[
     bool,
     typer.Option(

@@ -60,10 +60,14 @@ class FineTuning:
         output_dir: of the server; runs lie in a folder below it.
         uploads: the images handed in.
         loras: receives what the runs make.
+        most: limits of the server.
     """
 
-    def __init__(self, output_dir: Path, uploads: UploadStore, loras: LoraFiles) -> None:
+    def __init__(
+        self, output_dir: Path, uploads: UploadStore, loras: LoraFiles, most: limits.FineTuningLimits | None = None
+    ) -> None:
         self.root = output_dir.resolve() / FOLDER
+        self._most = most or limits.FineTuningLimits()
         self._uploads, self._loras = uploads, loras
         self._active: tuple[str, TrainingProcess] | None = None
         self._checking = threading.Lock()
@@ -122,10 +126,10 @@ class FineTuning:
 
         Raises:
             FineTuningError: the name, the number of files or a text can't be used, somebody writes to a run of this
-                name at this moment, or there are too many runs.
+                name at this moment, or the user has too many runs or too large ones.
             UploadError: a file is not here any more.
         """
-        check_plan(plan)
+        check_plan(plan, self._most)
         with self._hold(plan.name):
             return self._write(plan, owner)
 
@@ -140,8 +144,10 @@ class FineTuning:
         try:
             partial.data.mkdir(mode=0o700, parents=True)
             partial.config.write_text(to_toml(_document(plan, folder)), encoding="utf-8")
+            room = self._room(owner)
             for number, example in enumerate(plan.examples, 1):
-                self._write_example(partial.data / f"{number:04d}", example, owner)
+                room -= self._write_example(partial.data / f"{number:04d}", example, owner)
+                self._check_room(room)
             texts = plan.document.get("data", {})
             record = partial.write(Record(
                 plan.name, owner, plan.model, int(plan.document["run"]["steps"]), len(plan.examples),
@@ -219,16 +225,40 @@ class FineTuning:
         folder.path.replace(aside)
         return aside
 
-    def _write_example(self, place: Path, example: Example, owner: str) -> None:
-        """Write an image or a clip, and its caption."""
+    def _write_example(self, place: Path, example: Example, owner: str) -> int:
+        """Write an image or a clip, and its caption; return the bytes of the former."""
         self._uploads.check(example.upload, owner)
         picture = self._uploads.get(example.upload)
+        file = _as(place, "mp4" if example.frames > 1 else "png")
         if example.frames > 1:
-            save_mp4(Clip(tuple(map(_even, split_frames(picture, example.frames))), CLIP_RATE), _as(place, "mp4"), None)
+            save_mp4(Clip(tuple(map(_even, split_frames(picture, example.frames))), CLIP_RATE), file, None)
         else:
-            save_picture(picture, _as(place, "png"), None, is_fast=True)
+            save_picture(picture, file, None, is_fast=True)
         if example.caption:
             _as(place, "txt").write_text(example.caption, encoding="utf-8")
+        return file.stat().st_size
+
+    def _room(self, owner: str) -> int:
+        """Return how many bytes the runs of a user may still take."""
+        sizes = [(record.owner, folder.size()) for folder, record in _folders(self.root)]
+        own = sum(size for whose, size in sizes if whose == owner)
+        return min(self._most.user_bytes - own, self._most.all_bytes - sum(size for _, size in sizes))
+
+    def _check_room(self, room: int) -> None:
+        """Check that there is room for more.
+
+        Raises:
+            FineTuningError: there is none.
+        """
+        if room <= 0:
+            most, total = (f"{bound / limits.GB:g}" for bound in (self._most.user_bytes, self._most.all_bytes))
+            raise FineTuningError(
+                "ft.room",
+                f"There is no room for more: your runs may take {most} GB, and those of all users {total} GB; delete "
+                "one.",
+                most=most,
+                total=total,
+            )
 
     # ----------------------------------------------------------------- training
 
@@ -266,10 +296,13 @@ class FineTuning:
             self._check_unused(folder)
             if record.state == "finished":
                 raise FineTuningError("ft.finished", f"{name!r} has finished; start a new run.", value=name)
+            self._check_room(self._room(record.owner))
             first = folder.progress(record.steps).step if folder.has_checkpoint else 0
             changed = folder.change(state="running", first=first, reason="", message="") or record
             try:
-                process = TrainingProcess(folder.config, folder.lock, folder.log, folder.has_checkpoint, self._end)
+                process = TrainingProcess(
+                    folder.config, folder.lock, folder.log, folder.has_checkpoint, self._end, self._look
+                )
             except OSError as error:
                 logger.error("the training of %s can't be started: %s", name, error)
                 folder.change(state="failed", reason="ft.start", message="")
@@ -328,6 +361,17 @@ class FineTuning:
             active[1].stop()
             active[1].wait(CLOSING_SECONDS)
 
+    def _look(self, process: TrainingProcess) -> None:
+        """Stop a training that has come to a limit of the server."""
+        with self._lock:
+            if self._active is None or self._active[1] is not process or process.is_stopping:
+                return
+            record = self._folder(self._active[0]).record()
+        over_time = process.seconds >= 60 * self._most.minutes
+        if record is not None and (over_time or self._room(record.owner) <= 0):
+            self._folder(record.name).change(reason="ft.time" if over_time else "ft.room_ended")
+            process.stop()
+
     def _end(self, process: TrainingProcess, code: int) -> None:
         """Put on record how a training has ended, and offer what it has made."""
         with self._lock:
@@ -336,7 +380,7 @@ class FineTuning:
             name, _ = self._active
             folder, self._active = self._folder(name), None
             if code == 0:
-                folder.change(state="finished")
+                folder.change(state="finished", reason="")
             elif process.is_stopping or code == INTERRUPTED:
                 folder.change(state="stopped")
             else:

@@ -38,16 +38,22 @@ class Plan:
         model: key of the model.
         examples: what is learnt from.
         document: settings of `tessera train-lora` by section; where files lie is added here.
+        side: of a square with as many pixels as an example, as far as that is known.
     """
 
     name: str
     model: str
     examples: Sequence[Example]
     document: Mapping[str, Mapping[str, Any]]
+    side: int = 1
 
 
-def check_plan(plan: Plan) -> None:
-    """Check what a visitor has chosen, but for the settings.
+def check_plan(plan: Plan, most: limits.FineTuningLimits) -> None:
+    """Check what a visitor has chosen, but for the ranges of settings.
+
+    Args:
+        plan: what is to be trained.
+        most: what the server accepts.
 
     Raises:
         FineTuningError: something of it can't be used.
@@ -80,3 +86,35 @@ def check_plan(plan: Plan) -> None:
             value=longest,
             most=limits.MAX_PROMPT_CHARS,
         )
+    _check_work(plan.document["run"], plan.side, most.batch_pixels)
+
+
+def _check_work(run: Mapping[str, Any], side: int, most: int) -> None:
+    """Check how much a step takes, and how often files are written.
+
+    Raises:
+        FineTuningError: too much, or too often.
+    """
+    pixels = side**2 * run["batch_size"]
+    if pixels > most:
+        fitting = most // side**2
+        raise FineTuningError(
+            "ft.pixels",
+            f"Resolution {side} and batch size {run['batch_size']} make {pixels} pixels; at most {most} are accepted: "
+            f"choose a batch size of at most {fitting}, or a smaller resolution.",
+            side=side,
+            batch=run["batch_size"],
+            value=pixels,
+            most=most,
+            fitting=fitting,
+        )
+    least = -(-run["steps"] // limits.MAX_SAVES)
+    for name in ("save_every", "preview_every"):
+        if 0 < run.get(name, 0) < least:
+            raise FineTuningError(
+                "ft.often",
+                f"{name} is {run[name]}; with {run['steps']} steps choose 0 or at least {least}.",
+                value=run[name],
+                steps=run["steps"],
+                lowest=least,
+            )

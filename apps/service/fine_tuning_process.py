@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 ROW = re.compile(r"^\W*(\d+)\W+(\d+)\W+(\d+)\W+(\d+)\W+(\d+)\W*$", re.MULTILINE)
 PARAMETERS = re.compile(r"([\d,]+) parameters are trained, in (\d+) layers")
 MEMORY = re.compile(r"memory about ([\d,]+) MiB on (\w+)")
+LOOK_SECONDS = 15.0
+"""Between two looks at a training whether it has come to a limit."""
 LONGEST = 600
 """Characters of a reason that are kept."""
 
@@ -80,14 +83,22 @@ class TrainingProcess:
         log: file that receives what it says.
         is_resumed: whether it goes on from its latest checkpoint.
         on_end: called with its exit code, in a thread of its own.
+        on_look: called every `LOOK_SECONDS` while it runs, in another one.
     """
 
     def __init__(
-        self, config: Path, lock: Path, log: Path, is_resumed: bool, on_end: Callable[[TrainingProcess, int], None]
+        self,
+        config: Path,
+        lock: Path,
+        log: Path,
+        is_resumed: bool,
+        on_end: Callable[[TrainingProcess, int], None],
+        on_look: Callable[[TrainingProcess], None] | None = None,
     ) -> None:
         more = ["--resume_from_checkpoint", "latest"] if is_resumed else []
         self.is_stopping = False
-        self._on_end = on_end
+        self._on_end, self._on_look = on_end, on_look
+        self._started, self._ended = time.monotonic(), threading.Event()
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 _command(lock, ["train-lora", str(config), *more]),
@@ -100,6 +111,12 @@ class TrainingProcess:
             )
         self._waiting = threading.Thread(target=self._wait, name="fine-tuning", daemon=True)
         self._waiting.start()
+        threading.Thread(target=self._look, name="fine-tuning limits", daemon=True).start()
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run."""
+        return time.monotonic() - self._started
 
     def stop(self) -> None:
         """Have it save a checkpoint and end; it is killed if that takes longer than `tether.GRACE_SECONDS`."""
@@ -114,7 +131,14 @@ class TrainingProcess:
         return not self._waiting.is_alive()
 
     def _wait(self) -> None:
-        self._on_end(self, self._process.wait())
+        code = self._process.wait()
+        self._ended.set()
+        self._on_end(self, code)
+
+    def _look(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            if self._on_look is not None:
+                self._on_look(self)
 
 
 def run_check(config: Path, lock: Path) -> CheckReport:

@@ -12,8 +12,10 @@ NAME/lock          held while it is trained; check.lock while it is checked
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +126,15 @@ class RunFolder:
     def is_run(self) -> bool:
         """Whether the folder holds a run, and is not what was left of one."""
         return (self.path / "run.json").exists()
+
+    def size(self) -> int:
+        """Return how many bytes all files take; those that go meanwhile count nothing."""
+        total = 0
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    total += os.lstat(os.path.join(folder, name)).st_size
+        return total
 
     def record(self) -> Record | None:
         """Return what is on record; None if there is nothing that can be read."""

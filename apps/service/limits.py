@@ -43,8 +43,13 @@ MAX_UPLOADS_BYTES = 5 * MAX_UPLOAD_BYTES
 MAX_UPLOAD_PIXELS = 4_096 * 4_096
 MAX_UPLOAD_SIDE = 16_384
 """Of an image handed in; counted before it is decoded."""
+MAX_SAVES = 20
+"""That a fine-tuning may make of its adapters, and as many previews: each is a file that stays."""
 MAX_METADATA_BYTES = 64 * 1_024
 """Of the settings stored in one image; read files are refused above it before they are parsed."""
+
+
+GB = 1024 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +62,8 @@ class UploadQuota:
         seconds: how long one is kept after its last use.
     """
 
-    pictures: int = 256
-    bytes: int = 1024 * 1024 * 1024
+    pictures: int = 1_024  # two sets to train on of 200 images, each with a caption, and as many others
+    bytes: int = 4 * GB
     seconds: float = 30 * 24 * 3_600.0
 
 
@@ -83,6 +88,41 @@ class ServerLimits:
     loaded_models: int = 2
     streams_per_user: int = 16
     hang_seconds: float = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FineTuningLimits:
+    """Limits of the fine-tuning on a server.
+
+    Attributes:
+        minutes: that a training may take from its start, or from being resumed; it then saves and stops.
+        batch_pixels: resolution squared times batch size.
+        user_bytes: that the runs of one user may take.
+        all_bytes: that all runs may take.
+    """
+
+    minutes: float = 240.0
+    batch_pixels: int = 4 * 1_024 * 1_024
+    user_bytes: int = 10 * GB
+    all_bytes: int = 50 * GB
+
+
+def fine_tuning_limits(minutes: float, megapixels: float, user_gb: float, gb: float) -> FineTuningLimits:
+    """Return the limits that the options of a server stand for; a megapixel is 1024 x 1024 pixels.
+
+    Raises:
+        ValueError: one is no number above 0.
+    """
+    given = {"minutes": minutes, "megapixels": megapixels, "user-gb": user_gb, "gb": gb}
+    for name, value in given.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"--train-{name} is {value}; give a number above 0.")
+    return FineTuningLimits(
+        minutes=minutes,
+        batch_pixels=round(megapixels * 1_024 * 1_024),
+        user_bytes=round(user_gb * GB),
+        all_bytes=round(gb * GB),
+    )
 
 
 def check_size(height: int, width: int) -> None:

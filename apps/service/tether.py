@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -23,6 +24,8 @@ HELD = "an earlier process still saves its checkpoint; try again in two minutes"
 """What is said when an earlier command on the same folder hasn't ended, whose server was killed."""
 NICENESS = 10
 """A training yields the processor to a server that generates; alone on a machine it loses nothing."""
+OOM_SCORE, OOM_FILE = "800", Path("/proc/self/oom_score_adj")
+"""Where memory runs out, the kernel ends this process and not the server; of Linux, from -1000 to 1000."""
 ENDED = 137
 """Exit code after `GRACE_SECONDS`, that of a killed process."""
 
@@ -36,6 +39,7 @@ def main() -> None:
     lock, *arguments = sys.argv[1:]
     if hasattr(os, "nice"):
         os.nice(NICENESS)
+    _offer_to_end()
     threading.Thread(target=_watch, name="tether", daemon=True).start()
     try:
         held = FileLock(lock, timeout=0).acquire()
@@ -44,6 +48,15 @@ def main() -> None:
     with held:
         sys.argv = ["tessera", *arguments]
         runpy.run_module("apps", run_name="__main__", alter_sys=True)
+
+
+def _offer_to_end() -> None:
+    """Have the kernel choose this process where memory runs out."""
+    if OOM_FILE.exists():
+        try:
+            OOM_FILE.write_text(OOM_SCORE)
+        except OSError as error:  # a sandbox that doesn't let it
+            sys.stderr.write(f"note: if memory runs out, the server may be ended first: {error}\n")
 
 
 def is_free(lock: str | os.PathLike[str]) -> bool:

@@ -18,7 +18,7 @@ from apps.service import limits
 from apps.service.engine import Engine
 from apps.service.failures import is_storage_failure
 from apps.service.fine_tuning import FineTuning, offer_runs
-from apps.service.limits import ServerLimits
+from apps.service.limits import FineTuningLimits, ServerLimits
 from apps.service.lora import LoraFiles, find_loras
 from apps.service.model_pool import name_models
 from apps.service.stored_images import STATE_FOLDER
@@ -118,16 +118,19 @@ FORMS = tuple(f"{prefix}/gradio_api/{path}" for prefix in _PREFIXES for path in 
 """Paths of the pages that take what stands on them."""
 
 
-def mount(app: FastAPI, engine: Engine, tokens: TokenTable | None = None) -> None:
+def mount(
+    app: FastAPI, engine: Engine, tokens: TokenTable | None = None, fine_tuning: FineTuningLimits | None = None
+) -> None:
     """Put the page onto a server, in every language: English at `/`, others at their names.
 
     Args:
         app: the server, from `create_app`; its own routes go first.
         engine: generates.
         tokens: the users; the guard of the server has asked for theirs.
+        fine_tuning: limits of it.
     """
     folder, sessions, handed_in = engine.output_dir, Sessions(tokens), HandedIn()
-    runs = None if folder is None else FineTuning(folder, engine.uploads, engine.lora_files)
+    runs = None if folder is None else FineTuning(folder, engine.uploads, engine.lora_files, fine_tuning)
     app.state.fine_tuning = runs
     for language in reversed(languages()):  # the page at `/` last, because it answers for every address
         page = build_page(engine, Strings(language), sessions, runs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from apps.service.uploaded_clips import receive_clip, split_frames
 from apps.service.uploads import UploadError
 from apps.studio import fine_tune_views as drawn
 from apps.studio import views
-from apps.studio.fine_tune_settings import clean, clean_lines, to_document
+from apps.studio.fine_tune_settings import SETTINGS, clean, clean_lines, to_document
 from apps.studio.fine_tune_views import Item
 from apps.studio.page_values import PageError
 from apps.studio.problems import SHOWN, explain
@@ -159,7 +160,16 @@ class FineTuneHandlers:
         document = to_document(values, _source(self._engine, key), self._frames(key, items))
         document["task"]["preview_prompts"] = preview_prompts(items, document["data"])
         examples = [Example(one.upload, one.caption, one.frames) for one in items]
-        return Plan(clean(values["ft_name"]), key, examples, document)
+        side = document["data"]["resolution"] or self._side(key)
+        return Plan(clean(values["ft_name"]), key, examples, document, side)
+
+    def _side(self, key: str) -> int:
+        """Return the side of a square with as many pixels as a model's own size; of one that isn't loaded the most."""
+        loading = self._engine.loaded(key)
+        if loading is None or not loading.done() or loading.exception() is not None:
+            return int(SETTINGS["resolution"].highest)
+        model = loading.result()
+        return math.isqrt(model.width * model.side)
 
     def _frames(self, key: str, items: Sequence[Item]) -> int:
         """Return how many frames of clips are learnt from: as many as the model makes, if the clips have them.

@@ -118,8 +118,10 @@ TEXTS = ("trigger", "caption")
 MOST_TEXT = 200
 """Characters of a trigger, or of a caption for all."""
 LAYERS_DEFAULT: str = Setting("lora", "layers", 0).default[0]
-RHYTHM = {"log_every": 100, "validate_every": 10, "save_every": 5}
+RHYTHM = {"log_every": 250, "validate_every": 10, "save_every": 5}
 """Setting of `[run]` -> how often it is done at least in a whole run; short runs would else show nothing."""
+SAVED = ("save_every", "preview_every")
+"""Settings of `[run]` that write files, which is done `limits.MAX_SAVES` times at most."""
 
 
 def build_settings(words: Strings) -> dict[str, Any]:
@@ -176,10 +178,12 @@ def to_document(values: Mapping[str, Any], source: str, frames: int) -> dict[str
 
 
 def _fit_rhythm(run: dict[str, Any]) -> None:
-    """Have short runs log, validate, save and preview often enough."""
+    """Have short runs log, validate, save and preview often enough, and long ones save and preview not too often."""
     for name, times in RHYTHM.items():
         run[name] = min(Setting("run", name, 0).default, max(run["steps"] // times, 1))
     run["preview_every"] = min(run["preview_every"], run["steps"])
+    least = -(-run["steps"] // limits.MAX_SAVES)
+    run |= {name: max(run[name], least) for name in SAVED if run[name] > 0}
 
 
 def _validated(document: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

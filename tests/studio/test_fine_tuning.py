@@ -135,7 +135,7 @@ def test_two_requests_do_not_write_one_run_at_once(made, monkeypatch):
     def slowly(*given):
         begun.set()
         assert go_on.wait(60)
-        written(*given)
+        return written(*given)
 
     monkeypatch.setattr(made.runs, "_write_example", slowly)
     first = threading.Thread(target=made.runs.write, args=(made.plan, "ann"))
