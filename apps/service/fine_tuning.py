@@ -27,6 +27,7 @@ from apps.service.fine_tuning_process import (
     TrainingProcess,
     failure_of,
     run_check,
+    tail,
 )
 from apps.service.fine_tuning_run import CACHE, NAME, Record, RunFolder, to_toml
 from apps.service.lora import LoraFiles
@@ -95,9 +96,10 @@ class FineTuning:
         Raises:
             FineTuningError: there is none of that name, or it is somebody else's.
         """
-        record = self._folder(name).record() if NAME.fullmatch(name) else None
+        shown = name[:40] if isinstance(name, str) else ""
+        record = self._folder(name).record() if shown and NAME.fullmatch(name) else None
         if record is None or owner not in (None, record.owner):
-            raise FineTuningError("ft.none", f"There is no fine-tuning run {name[:40]!r} here.", value=name[:40])
+            raise FineTuningError("ft.none", f"There is no fine-tuning run {shown!r} here.", value=shown)
         return record
 
     def folder(self, name: str, owner: str | None = None) -> RunFolder:
@@ -384,8 +386,7 @@ class FineTuning:
             elif process.is_stopping or code == INTERRUPTED:
                 folder.change(state="stopped")
             else:
-                said = folder.log.read_text(encoding="utf-8", errors="replace")
-                error = failure_of(said, code, folder.path)
+                error = failure_of(tail(folder.log), code, folder.path)
                 logger.error("the training of %s failed: %s", name, error)
                 folder.change(state="failed", reason=error.key, message=str(error.values.get("message", "")))
             self._loras.put(folder.name, folder.loras(), self.record(name).owner)

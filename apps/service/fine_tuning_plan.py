@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,17 @@ def check_plan(plan: Plan, most: limits.FineTuningLimits) -> None:
             lowest=LEAST_FILES,
             highest=MOST_FILES,
         )
-    longest = max(len(example.caption) for example in plan.examples)
+    check_captions(example.caption for example in plan.examples)
+    _check_work(plan.document["run"], plan.side, most.batch_pixels)
+
+
+def check_captions(captions: Iterable[str]) -> None:
+    """Check how long captions are.
+
+    Raises:
+        FineTuningError: one is too long.
+    """
+    longest = max((len(caption) for caption in captions), default=0)
     if longest > limits.MAX_PROMPT_CHARS:
         raise FineTuningError(
             "ft.caption",
@@ -86,7 +96,6 @@ def check_plan(plan: Plan, most: limits.FineTuningLimits) -> None:
             value=longest,
             most=limits.MAX_PROMPT_CHARS,
         )
-    _check_work(plan.document["run"], plan.side, most.batch_pixels)
 
 
 def _check_work(run: Mapping[str, Any], side: int, most: int) -> None:

@@ -25,6 +25,11 @@ CHECK_SECONDS = 900.0
 INTERRUPTED = 130
 ERROR = re.compile(r"^error:\s*(.+)$", re.MULTILINE)
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+QUOTED_PATH = re.compile(r"(['\"])((?:/|[A-Za-z]:\\)[^'\"\n]*)\1")
+PATH = re.compile(r"(?<![^\s'\"()\[{=,:;])(?:~|[A-Za-z]:(?=\\))?[/\\](?:[^\s:'\",;()/\\]+[/\\]?)+")
+"""A path in a text; one with spaces ends at the first of them, unless it is in quotes."""
+TAIL_BYTES = 64 * 1024
+"""Of what a training said, that are looked at for why it failed."""
 ROW = re.compile(r"^\W*(\d+)\W+(\d+)\W+(\d+)\W+(\d+)\W+(\d+)\W*$", re.MULTILINE)
 PARAMETERS = re.compile(r"([\d,]+) parameters are trained, in (\d+) layers")
 MEMORY = re.compile(r"memory about ([\d,]+) MiB on (\w+)")
@@ -213,22 +218,47 @@ def read_report(out: str) -> CheckReport:
 
 
 def failure_of(said: str, code: int, folder: Path) -> FineTuningError:
-    """Return why a process failed, without the paths of the server.
+    """Return why a process failed; it names files of the server without their paths.
 
     Args:
         said: what it wrote.
         code: its exit code.
-        folder: of the run, whose path is left out.
+        folder: of the run.
     """
-    plain = ANSI.sub("", said).replace(str(folder), "").replace("  (--debug shows the trace)", "")
+    plain = ANSI.sub("", said).replace("  (--debug shows the trace)", "")
     found = ERROR.findall(plain)
-    if found:
-        return FineTuningError("ft.failed", f"Fine-tuning failed: {found[-1][:LONGEST]}", message=found[-1][:LONGEST])
-    if code in (-9, 137):
+    if not found and code in (-9, 137):
         return FineTuningError("ft.killed", "The system ended the process, often because memory ran out.")
-    lines = [line.strip() for line in plain.splitlines() if line.strip()]
-    last = re.sub(r"(/[^\s:'\"]+)+", "...", lines[-1])[:LONGEST] if lines else f"exit code {code}"
-    return FineTuningError("ft.failed", f"Fine-tuning failed: {last}", message=last)
+    lines = found or [line.strip() for line in plain.splitlines() if line.strip()] or [f"exit code {code}"]
+    message = without_paths(lines[-1], folder)[:LONGEST]
+    return FineTuningError("ft.failed", f"Fine-tuning failed: {message}", message=message)
+
+
+def without_paths(text: str, *folders: Path) -> str:
+    """Return a text with the name of a file or folder where its path stood; addresses of the web stay.
+
+    Args:
+        text: of a library, or of ours.
+        folders: whose paths are known to be in it, such as those with spaces.
+    """
+    text = QUOTED_PATH.sub(lambda found: found[1] + _last_part(found[2]) + found[1], text)
+    for one in (*folders, CODE):
+        text = text.replace(f"{one}{os.sep}", "").replace(str(one), one.name)
+    return PATH.sub(lambda found: _last_part(found[0]), text)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def tail(log: Path) -> str:
+    """Return the end of what a process has said; nothing where it said nothing."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
+            return file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def _number(text: str) -> int:

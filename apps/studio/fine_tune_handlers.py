@@ -15,7 +15,7 @@ import gradio as gr
 from apps.service import limits
 from apps.service.engine import Engine
 from apps.service.fine_tuning import FineTuning, receive_image
-from apps.service.fine_tuning_plan import MOST_FILES, Example, Plan
+from apps.service.fine_tuning_plan import MOST_FILES, Example, Plan, check_captions
 from apps.service.fine_tuning_run import Record
 from apps.service.uploaded_clips import receive_clip, split_frames
 from apps.service.uploads import UploadError
@@ -91,12 +91,12 @@ class FineTuneHandlers:
                 item = self._received(path, owner)
                 kept.setdefault(item.upload, item)
             except UploadError as error:
-                problems.append(f"{path.name[:60]}: {explain(error, self._words)}")
+                problems.append(f"{_shown(path.name)}: {explain(error, self._words)}")
         captions, unread = _captions([path for path in paths if path.suffix.lower() == ".txt"])
-        problems += [self._words("ft.text", file=name[:60]) for name in unread]
+        problems += [self._words("ft.text", file=_shown(name)) for name in unread]
         shown = [replace(one, caption=captions.get(one.name, one.caption)) for one in kept.values()]
         problems += [
-            self._words("ft.alone", file=f"{name[:60]}.txt")
+            self._words("ft.alone", file=f"{_shown(name)}.txt")
             for name in captions
             if name not in {one.name for one in shown}
         ]
@@ -111,9 +111,9 @@ class FineTuneHandlers:
         if path.suffix.lower() in CLIPS:
             clip = receive_clip(self._engine.uploads, path, owner)
             first = split_frames(self._engine.uploads.get(clip.name), clip.frames)[0]
-            return Item(clip.name, path.stem, clip.frames, drawn.thumbnail(first))
+            return Item(clip.name, clean(path.stem), clip.frames, drawn.thumbnail(first))
         name, image = receive_image(self._engine.uploads, path, owner)
-        return Item(name, path.stem, 1, drawn.thumbnail(image))
+        return Item(name, clean(path.stem), 1, drawn.thumbnail(image))
 
     def drop_files(self, request: gr.Request) -> Changes:
         """Remove all images."""
@@ -360,12 +360,20 @@ def _is_local(request: gr.Request) -> bool:
         return False
 
 
+def _shown(name: str) -> str:
+    """Return the name of a file as it is repeated."""
+    return clean(name)[:60]
+
+
 def _told(items: Sequence[Item], told: object) -> list[Item]:
     """Return images with the captions that the page has told, without those that were removed on it.
 
     Args:
         items: as the page has them.
         told: JSON: name of an image -> caption, or null; from the browser, so anything may be in it.
+
+    Raises:
+        FineTuningError: a caption is too long.
     """
     try:
         found = json.loads(told) if isinstance(told, str) and told else {}
@@ -374,7 +382,9 @@ def _told(items: Sequence[Item], told: object) -> list[Item]:
     if not isinstance(found, dict):
         return list(items)
     kept = [one for one in items if found.get(one.upload, "") is not None]
-    return [replace(one, caption=clean_lines(found[one.upload])) if one.upload in found else one for one in kept]
+    captions = {one.upload: clean_lines(found[one.upload]) for one in kept if one.upload in found}
+    check_captions(captions.values())
+    return [replace(one, caption=captions.get(one.upload, one.caption)) for one in kept]
 
 
 def _captions(paths: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
@@ -391,7 +401,7 @@ def _captions(paths: Sequence[Path]) -> tuple[dict[str, str], list[str]]:
         if text is None or len(data) > MOST_CAPTION_BYTES or len(text) > limits.MAX_PROMPT_CHARS:
             unread.append(path.name)
         else:
-            found[path.stem] = text
+            found[clean(path.stem)] = text
     return found, unread
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from apps.service import limits
-from apps.service.fine_tuning_process import FineTuningError
+from apps.service.fine_tuning_process import FineTuningError, without_paths
 from apps.studio import fields
 from apps.studio.strings import Strings
 from apps.training.config import ConfigError, Section, validate_document
@@ -73,28 +74,31 @@ class Setting:
         """
         if self.default is None and value in (None, 0):
             return None
-        least = f"{self.least or 0:g}"
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not isinstance(value, int | float) or not is_number or (self.is_whole and value != int(value)):
+        least, said = f"{self.least or 0:g}", repr(value)[:LONGEST]
+        is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+        if not isinstance(value, int | float) or isinstance(value, bool) or not is_number or self._is_broken(value):
             raise FineTuningError(
                 "ft.whole" if self.is_whole else "ft.number",
-                f"{self.name} is {value!r}; choose a {'whole ' if self.is_whole else ''}number from {least} to "
+                f"{self.name} is {said}; choose a {'whole ' if self.is_whole else ''}number from {least} to "
                 f"{self.highest:g}.",
                 field=f"fine_tune.{self.name}",
-                value=value,
+                value=said,
                 lowest=least,
                 highest=f"{self.highest:g}",
             )
         if not self._is_inside(value):
             raise FineTuningError(
                 "ft.above" if self.is_above else "range",
-                f"{self.name} is {value}; choose {'above ' if self.is_above else ''}{least} to {self.highest:g}.",
+                f"{self.name} is {said}; choose {'above ' if self.is_above else ''}{least} to {self.highest:g}.",
                 field=f"fine_tune.{self.name}",
-                value=value,
+                value=said,
                 lowest=least,
                 highest=f"{self.highest:g}",
             )
         return int(value) if self.is_whole else float(value)
+
+    def _is_broken(self, value: float) -> bool:
+        return self.is_whole and value != int(value)
 
     def _is_inside(self, value: float) -> bool:
         low = self.least or 0
@@ -112,9 +116,13 @@ SETTINGS: dict[str, Setting] = {
     "preview_every": Setting("run", "preview_every", 20_000),
 }
 """Numbers that a visitor may set, in the order of the page."""
+LONGEST = 60
+"""Characters of a value that are repeated."""
 LAYER_KINDS = (*LAYERS, "all")
 TEXTS = ("trigger", "caption")
 """Fields of `[data]` that are texts."""
+MOST_CLEANED = 4 * limits.MAX_PROMPT_CHARS
+"""Characters of a text that are looked at: more than any text may have, so that longer ones are refused."""
 MOST_TEXT = 200
 """Characters of a trigger, or of a caption for all."""
 LAYERS_DEFAULT: str = Setting("lora", "layers", 0).default[0]
@@ -201,7 +209,8 @@ def _validated(document: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
     try:
         validate_document(whole, LoraConfig)
     except ConfigError as error:
-        raise FineTuningError("ft.failed", str(error), message=str(error)) from error
+        message = without_paths(str(error))
+        raise FineTuningError("ft.refused", message, message=message) from error
     return document
 
 
@@ -224,13 +233,13 @@ def _text(name: str, value: object) -> str:
 
 
 def clean(value: object) -> str:
-    """Return a text on one line, without control characters and halves of characters."""
-    text = value if isinstance(value, str) else ""
+    """Return a text on one line, without control characters and halves of characters; the rest of megabytes is cut."""
+    text = value[:MOST_CLEANED] if isinstance(value, str) else ""
     text = text.encode("utf-8", errors="ignore").decode("utf-8")
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 def clean_lines(value: object) -> str:
     """Return a caption, whose lines are captions each, with every line cleaned and none empty."""
-    lines = value.splitlines() if isinstance(value, str) else []
+    lines = value[:MOST_CLEANED].splitlines() if isinstance(value, str) else []
     return "\n".join(line for line in map(clean, lines) if line)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from apps.service.engine import Engine
 from apps.service.events import Failed
 from apps.service.fine_tuning import FineTuning, offer_runs, receive_image
 from apps.service.fine_tuning_plan import MOST_FILES, Example, Plan
-from apps.service.fine_tuning_process import FineTuningError, failure_of, read_report
+from apps.service.fine_tuning_process import FineTuningError, failure_of, read_report, tail, without_paths
 from apps.service.fine_tuning_run import Best, Point, to_toml
 from apps.service.lora import LoraError, LoraFiles
 from apps.service.option_values import Lora
@@ -80,8 +81,9 @@ def test_names_that_could_leave_the_folder_or_mislead_are_refused(made, name):
         made.runs.write(plan(made.plan.examples, name), "ann")
     assert error.value.key == "ft.name"
     assert not made.runs.root.exists()
-    with pytest.raises(FineTuningError):
-        made.runs.record(name, "ann")
+    for other in (name, [name], {"a": name}, None, 7):
+        with pytest.raises(FineTuningError):
+            made.runs.record(other, "ann")
 
 
 @pytest.mark.parametrize("count", [0, 1, MOST_FILES + 1])
@@ -359,9 +361,37 @@ def test_reports_and_failures_are_read_without_paths(tmp_path):
     with pytest.raises(FineTuningError, match="can't be read"):
         read_report("something else")
     said = f"note\n\x1b[31merror:\x1b[0m {tmp_path}/data has no file\n"
-    assert str(failure_of(said, 1, tmp_path)) == "Fine-tuning failed: /data has no file"
+    assert str(failure_of(said, 1, tmp_path)) == "Fine-tuning failed: data has no file"
     assert failure_of("", -9, tmp_path).key == "ft.killed"
-    assert "/secret" not in str(failure_of("OSError: /secret/place is full", 1, tmp_path))
+    assert (
+        str(failure_of("OSError: /secret/place is full", 1, tmp_path)) == "Fine-tuning failed: OSError: place is full"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("model.pretrained = '/srv/my models/x': no such file", "model.pretrained = 'x': no such file"),
+        (
+            "the last is /srv/my out/runs/cats/cats/checkpoint-000002; lower it",
+            "the last is cats/checkpoint-000002; lower it",
+        ),
+        ("No such file: '/srv/my out/runs/cats'", "No such file: 'cats'"),
+        ("(/home/me/.cache/x.bin, ~/token)", "(x.bin, token)"),
+        ("C:\\Users\\me\\x.bin is broken", "x.bin is broken"),
+        ("see https://example.org/a/b; 3/4, blocks.*/x, owner/model", None),
+    ],
+)
+def test_names_stand_where_paths_stood(text, shown):
+    assert without_paths(text, Path("/srv/my out/runs/cats")) == (text if shown is None else shown)
+
+
+def test_only_the_end_of_a_long_log_is_read(tmp_path):
+    log = tmp_path / "output.log"
+    assert tail(log) == ""
+    log.write_bytes(b"x" * 10**6 + b"\nerror: the end\n")
+    assert len(tail(log)) < 10**5
+    assert failure_of(tail(log), 1, tmp_path).values["message"] == "the end"
 
 
 @pytest.mark.slow
