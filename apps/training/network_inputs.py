@@ -111,22 +111,22 @@ class NetworkInputs:
 
     def latents(self, rows: FileRows, numbers: list[int]) -> Tensor:
         """Return the latents of rows of one bucket as the pipeline denoises them, (B, ...) float32 on the CPU."""
-        keys = [f"{self.key}|{rows.content_key(number)}" for number in numbers]  # a row may be there twice
-        wanted = dict(zip(keys, numbers, strict=True))
-        found = self.latents_cache.get_many(
-            wanted, lambda batch: self._encoded(rows, [wanted[key] for key in batch], batch)
-        )
-        return torch.stack([found[key]["latents"] for key in keys]).float()  # (B, ...)
+        keys = [f"{self.key}|{rows.content_key(number)}" for number in numbers]
+        found = self.latents_cache.get_list(keys, numbers, lambda missing: self._encoded(rows, missing))
+        return torch.stack([entry["latents"] for entry in found]).float()  # (B, ...)
 
     def arguments(self, bucket: Bucket, captions: list[str]) -> list[dict[str, Any]]:
-        """Return the further arguments of the network for captions, on the CPU."""
+        """Return the further arguments of the network for captions, on the CPU; 0 in the place of noisy latents."""
         options = repr((bucket, self.guidance, sorted(self.options.items())))
         keys = [f"{self.key}|{options}|{caption}" for caption in captions]
-        wanted = dict(zip(keys, captions, strict=True))
-        found = self.text_cache.get_many(
-            wanted, lambda batch: {key: self._recorded(bucket, wanted[key]) for key in batch}
+        found = self.text_cache.get_list(
+            keys, captions, lambda missing: [self._recorded(bucket, caption) for caption in missing]
         )
-        return [from_tensors(found[key]) for key in keys]
+        call, parts = self.call(bucket), [from_tensors(entry) for entry in found]
+        for part in parts:
+            if call.sample_name not in part:
+                part[call.sample_name] = call.put(torch.zeros(1, *call.sample_shape), None)
+        return parts
 
     def prepare(self, rows: FileRows, progress: Callable[[Any], Any]) -> None:
         """Compute all that is missing for rows and their captions, ahead of the training.
@@ -137,15 +137,15 @@ class NetworkInputs:
         """
         for numbers in progress(list(rows.batches(8))):
             self.latents(rows, numbers.tolist())
-        for bucket in progress(list(rows.histogram())):
-            self.arguments(bucket, rows.captions_of_all())
+        for bucket, caption in progress([(each, text) for each in rows.histogram() for text in rows.captions_in(each)]):
+            self.arguments(bucket, [caption])
 
     @torch.no_grad()
-    def _encoded(self, rows: FileRows, numbers: list[int], keys: list[str]) -> dict[str, dict[str, Tensor]]:
+    def _encoded(self, rows: FileRows, numbers: list[int]) -> list[dict[str, Tensor]]:
         """Encode rows one by one: some autoencoders of diffusers fail on batches."""
         tokenizer, device = as_visual_tokenizer(self.pipe.vae), next(self.network.parameters()).device
-        found = {}
-        for key, number in zip(keys, numbers, strict=True):
+        found = []
+        for number in numbers:
             frames, height, width = bucket = rows.bucket(number)
             pixels = rows.pixels([number]).to(device, next(self.pipe.vae.parameters()).dtype)
             shape = self.call(bucket).sample_shape
@@ -153,7 +153,7 @@ class NetworkInputs:
             packed = pack_latents(
                 self.pipe, latents.float().cpu(), shape, height, width, self._clip(frames)
             )  # (1, ...)
-            found[key] = {"latents": packed[0].half() if packed.abs().max() < 6e4 else packed[0]}
+            found.append({"latents": packed[0].half() if packed.abs().max() < 6e4 else packed[0]})
         return found
 
     def _encode(self, tokenizer: Any, pixels: Tensor) -> Tensor:
@@ -173,4 +173,13 @@ class NetworkInputs:
             name, value = prompt_argument(self.info, caption)
         except ValueError as error:
             raise ConfigError(f"data: {error}") from error
-        return {key: tensor.cpu() for key, tensor in to_tensors(self.call(bucket).record(**{name: value})).items()}
+        call = self.call(bucket)
+        arguments = call.record(**{name: value})
+        if _count(arguments[call.sample_name]) == math.prod(call.sample_shape):  # noise, and no channels beside it
+            del arguments[call.sample_name]
+        return {key: tensor.cpu() for key, tensor in to_tensors(arguments).items()}
+
+
+def _count(value: Any) -> int:
+    """Return how many numbers a tensor has, or a list of tensors."""
+    return value.numel() if isinstance(value, Tensor) else sum(map(_count, value))

@@ -64,12 +64,9 @@ class NextScaleInputs:
     def tokens(self, rows: FileRows, numbers: list[int]) -> Tensor:
         """Return the tokens of rows of one bucket, all scales in a row: (B, L), or bits (B, L, d), int64 on the CPU."""
         grids = self.own_schedule(rows.bucket(numbers[0]))
-        keys = [f"{self.key}|{grids}|{rows.content_key(number)}" for number in numbers]  # a row may be there twice
-        wanted = dict(zip(keys, numbers, strict=True))
-        found = self.token_cache.get_many(
-            wanted, lambda batch: dict(zip(batch, self._quantized(rows, [wanted[key] for key in batch]), strict=True))
-        )
-        return torch.stack([found[key]["tokens"] for key in keys]).long()  # (B, L) or (B, L, d)
+        keys = [f"{self.key}|{grids}|{rows.content_key(number)}" for number in numbers]
+        found = self.token_cache.get_list(keys, numbers, lambda missing: self._quantized(rows, missing))
+        return torch.stack([entry["tokens"] for entry in found]).long()  # (B, L) or (B, L, d)
 
     def conditions(self, captions: list[str]) -> dict[str, Tensor]:
         """Return the network's arguments for captions; an empty one is its own 'no text', or 'no class'.
@@ -83,11 +80,12 @@ class NextScaleInputs:
             except ValueError as error:
                 raise ConfigError(f"data: {error}") from error
             return {"class_labels": torch.tensor(labels)}
-        keys = [f"{self.key}|{self.max_length}|{caption}" for caption in captions]
-        wanted = {key: caption for key, caption in zip(keys, captions, strict=True) if caption.strip()}
-        found = self.text_cache.get_many(wanted, lambda batch: {key: self._encoded(wanted[key]) for key in batch})
-        length = max([self.longest, *(len(entry["states"]) for entry in found.values())])  # M
-        rows = [self._padded(found.get(key), length) for key in keys]
+        texts = [caption for caption in captions if caption.strip()]
+        keys = [f"{self.key}|{self.max_length}|{caption}" for caption in texts]
+        entries = self.text_cache.get_list(keys, texts, lambda missing: [self._encoded(text) for text in missing])
+        found = dict(zip(texts, entries, strict=True))
+        length = max([self.longest, *(len(entry["states"]) for entry in entries)])  # M
+        rows = [self._padded(found.get(caption), length) for caption in captions]
         states, masks = zip(*rows, strict=True)
         return {"encoder_hidden_states": torch.stack(states), "encoder_attention_mask": torch.stack(masks)}
 

@@ -16,9 +16,10 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +32,7 @@ FORMAT = "tessera-tensors-1"
 STALE = 24 * 3600  # seconds after which a temporary file is that of a process that was killed
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
+Item = TypeVar("Item")
 Tensors = dict[str, Tensor]
 Compute = Callable[[list[str]], Mapping[str, Mapping[str, Tensor]]]
 """From keys to the named tensors of each."""
@@ -109,25 +111,35 @@ class TensorCache:
                 found[key] = self._keep(key, made.get(key, {}))
         return {key: dict(found[key]) for key in wanted}
 
-    def fill(self, keys: Iterable[str], compute: Compute, batch_size: int = 16) -> int:
-        """Compute all keys that are missing, without holding more than a batch beside what is kept in memory.
+    def get_list(
+        self,
+        keys: Sequence[str],
+        items: Sequence[Item],
+        compute: Callable[[list[Item]], Iterable[Mapping[str, Tensor]]],
+        batch_size: int = 16,
+    ) -> list[Tensors]:
+        """Return the tensors of some items, and compute and keep those that are missing.
 
         Args:
-            keys: See `get_many`.
-            compute: See `get_many`.
-            batch_size: Keys that are looked up at a time.
+            keys: Of the items; a key may be there twice.
+            items: What is computed from, one for each key.
+            compute: As of `get_many`, but from items to the tensors of each, in the same order.
+            batch_size: See `get_many`.
 
         Returns:
-            How many keys were computed.
+            Tensors by name, one dictionary for each key; see `get_many`.
 
         Raises:
             ValueError: See `get_many`.
             CacheError: See `get_many`.
         """
-        before, wanted = self.counts.computed, list(dict.fromkeys(keys))
-        for start in range(0, len(wanted), batch_size):
-            self.get_many(wanted[start : start + batch_size], compute, batch_size)
-        return self.counts.computed - before
+        wanted = dict(zip(keys, items, strict=True))
+
+        def computed(missing: list[str]) -> dict[str, Mapping[str, Tensor]]:
+            return dict(zip(missing, compute([wanted[key] for key in missing]), strict=True))
+
+        found = self.get_many(wanted, computed, batch_size)
+        return [found[key] for key in keys]
 
     def path(self, key: str) -> Path:
         """Return the file that holds the tensors of a key, once they are there."""

@@ -50,6 +50,11 @@ def epoch_of(rows, batches, size, **address):
     return [rows.draw(BatchAddress(3, index, size, **address)) for index in range(batches)]
 
 
+def name_of(rows, row):
+    """The name of a row's file."""
+    return rows.examples[row // rows.variants].entry.name
+
+
 # Buckets.
 
 
@@ -150,7 +155,7 @@ def test_a_batch_has_one_size_and_an_epoch_has_every_file(folder):
     for rows in epoch_of(data, 7, 2):
         assert len({data.bucket(row) for row in rows}) == 1
         assert data.pixels(rows).shape == (2, 3, *data.bucket(rows[0])[1:])
-        seen += [data.name(row) for row in rows]
+        seen += [name_of(data, row) for row in rows]
     assert sorted(seen) == sorted([f"{name}.png" for name in SHAPES] * 2)  # 6, 6 and 2 examples in batches of 2
     assert sorted(np.concatenate(list(data.batches(2)))) == list(range(7))
     assert [len(rows) for rows in data.batches(2)] == [2, 1, 2, 1, 1]
@@ -164,8 +169,8 @@ def test_mirrored_rows_are_rows_of_their_own(folder):
     image.save(folder / "a.png")
     data, plain = opened(folder, random_flip=True, held_out_fraction=0), opened(folder, held_out_fraction=0)
     assert (len(data), len(plain)) == (14, 7)
-    number = next(row for row in range(7) if plain.name(row) == "a.png")
-    assert [data.name(2 * number + flip) for flip in (0, 1)] == ["a.png"] * 2
+    number = next(row for row in range(7) if name_of(plain, row) == "a.png")
+    assert [name_of(data, 2 * number + flip) for flip in (0, 1)] == ["a.png"] * 2
     pixels = data.pixels([2 * number, 2 * number + 1])
     assert torch.equal(pixels[0], pixels[1].flip(-1))
     assert pixels[0, :, 32, 5].tolist() == [-1, -1, 1]  # blue is on the left
@@ -190,7 +195,7 @@ def test_pixels_are_upright_on_white_and_near_their_own_shape(tmp_path):
     wide.paste("blue", (60, 0, 140, 64))
     wide.save(tmp_path / "p" / "wide.png")
     data = opened(tmp_path / "p", held_out_fraction=0)
-    rows = {data.name(row): row for row in range(3)}
+    rows = {name_of(data, row): row for row in range(3)}
     assert data.bucket(rows["turned.png"]) == (1, 80, 48)
     clear = data.pixels([rows["clear.png"]])  # (1, 3, 64, 64)
     assert clear.dtype == torch.float32
@@ -206,7 +211,7 @@ def test_pixels_are_upright_on_white_and_near_their_own_shape(tmp_path):
 def test_without_buckets_all_are_squares(folder, fit, corner):
     data = opened(folder, aspect_ratio_buckets=False, fit=fit, held_out_fraction=0)
     assert data.histogram() == {(1, 64, 64): 7}
-    row = next(row for row in range(7) if data.name(row) == "c.png")
+    row = next(row for row in range(7) if name_of(data, row) == "c.png")
     pixels = data.pixels([row])  # (1, 3, 64, 64)
     assert pixels[0, 2, 2, 2] == corner  # blue, of which the image has none, at the upper side
 
@@ -226,13 +231,13 @@ def test_files_that_are_enlarged_or_cropped_a_lot_are_named(tmp_path, capsys):
 
 def test_content_keys_outlive_renames_and_change_with_what_pixels_depend_on(folder, tmp_path):
     data = opened(folder, held_out_fraction=0)
-    keys = {data.name(row): data.content_key(row) for row in range(7)}
+    keys = {name_of(data, row): data.content_key(row) for row in range(7)}
     assert len(set(keys.values())) == 7
     shutil.copytree(folder, tmp_path / "other" / "photos")
     for name in "abcdefg":
         (tmp_path / "other" / "photos" / f"{name}.png").rename(tmp_path / "other" / "photos" / f"new-{name}.png")
     moved = opened(tmp_path / "other" / "photos", held_out_fraction=0, caption="x")
-    assert {moved.name(row).removeprefix("new-"): moved.content_key(row) for row in range(7)} == keys
+    assert {name_of(moved, row).removeprefix("new-"): moved.content_key(row) for row in range(7)} == keys
     for settings in ({"aspect_ratio_buckets": False, "fit": "pad"}, {"num_frames": 5}):
         other = opened(folder, held_out_fraction=0, **settings)
         assert not {other.content_key(row) for row in range(7)} & set(keys.values())
@@ -242,7 +247,7 @@ def test_content_keys_outlive_renames_and_change_with_what_pixels_depend_on(fold
 
 def test_a_file_that_changes_while_it_is_used_is_named(folder):
     data = opened(folder, held_out_fraction=0)
-    row = next(row for row in range(7) if data.name(row) == "b.png")
+    row = next(row for row in range(7) if name_of(data, row) == "b.png")
     write_image(folder / "b.png", (64, 64), "green")
     for use in (data.content_key, lambda row: data.pixels([row])):
         with pytest.raises(DataError, match=r"b.png was changed since the run began"):
@@ -268,7 +273,7 @@ def test_the_trigger_is_put_before_captions_that_lack_it():
 def test_captions_are_dropped_at_the_given_rate_and_only_where_they_may_be(folder):
     (folder / "a.txt").write_text("one\ntwo\n")
     data = opened(folder, trigger="sks", caption_dropout=0.25, held_out_fraction=0)
-    row = next(row for row in range(7) if data.name(row) == "a.png")
+    row = next(row for row in range(7) if name_of(data, row) == "a.png")
     rng = np.random.default_rng(0)
     drawn = [data.caption(row, rng) for _ in range(2000)]
     assert 0.22 < drawn.count("") / 2000 < 0.28
@@ -293,6 +298,15 @@ def test_all_captions_that_may_be_drawn_are_known_before(folder):
     assert len(data.captions_of_all()) == len(set(data.captions_of_all()))
 
 
+def test_captions_of_a_size_are_those_of_its_files(folder):
+    data = opened(folder, held_out_fraction=0)
+    found = {bucket: data.captions_in(bucket) for bucket in data.histogram()}
+    assert len(found) > 1
+    for bucket, captions in found.items():
+        names = [example.entry.name.removesuffix(".png") for example in data.examples if example.bucket == bucket]
+        assert captions == ["", *(f"photo {name}" for name in names)]
+
+
 def test_files_without_a_caption_are_named_if_others_have_one(folder):
     (folder / "b.txt").unlink()
     assert any("1 file(s) have no caption and are trained with the empty one: b.png" in n for n in opened(folder).notes)
@@ -305,12 +319,12 @@ def test_files_without_a_caption_are_named_if_others_have_one(folder):
 
 def test_held_out_files_are_in_no_batch(folder):
     data = opened(folder, held_out_fraction=0.3)
-    held_out = [data.held_out.name(row) for row in range(len(data.held_out))]
-    training = [data.name(row) for row in range(len(data))]
+    held_out = [name_of(data.held_out, row) for row in range(len(data.held_out))]
+    training = [name_of(data, row) for row in range(len(data))]
     assert (len(held_out), len(training)) == (2, 5)
     assert sorted(held_out + training) == [f"{name}.png" for name in SHAPES]
     again = opened(folder, held_out_fraction=0.3, repeats=3, random_flip=True)
-    assert [again.held_out.name(row) for row in range(2)] == held_out
+    assert [name_of(again.held_out, row) for row in range(2)] == held_out
     assert not data.is_validated_on_training
     assert len(opened(folder, held_out_fraction=0.01).held_out) == 1
     (rows, *_) = data.held_out.batches(8)
@@ -367,7 +381,7 @@ def numbers_of(clip):
 
 def test_clips_give_frames_spread_over_them_and_images_a_single_one(clip_folder):
     data = opened(clip_folder, num_frames=8, caption="x", held_out_fraction=0)
-    rows = {data.name(row): row for row in range(len(data))}
+    rows = {name_of(data, row): row for row in range(len(data))}
     assert set(rows) == {"long.mp4", "slow.mp4", "still.png"}
     assert "left out 1 clip(s) that are shorter than data.num_frames = 8: short.mp4 (6 frames, 0.50 s)" in data.notes[0]
     assert data.histogram() == {(1, 48, 80): 1, (8, 48, 80): 2}
@@ -381,12 +395,12 @@ def test_clips_give_frames_spread_over_them_and_images_a_single_one(clip_folder)
 
 def test_clips_give_an_excerpt_of_their_middle_at_a_frame_rate(clip_folder):
     data = opened(clip_folder, num_frames=8, frame_rate=6, caption="x", held_out_fraction=0)
-    rows = {data.name(row): row for row in range(len(data))}
+    rows = {name_of(data, row): row for row in range(len(data))}
     assert numbers_of(data.pixels([rows["long.mp4"]])[0]) == list(range(4, 20, 2))  # every other of 12 a second
     assert numbers_of(data.pixels([rows["slow.mp4"]])[0]) == list(range(8, 16))  # its own frames
     fast = opened(clip_folder, num_frames=6, frame_rate=12, caption="x", held_out_fraction=0)
     assert any("1 clip(s) have fewer frames a second" in note and "slow.mp4 (6)" in note for note in fast.notes)
-    rows = {fast.name(row): row for row in range(len(fast))}
+    rows = {name_of(fast, row): row for row in range(len(fast))}
     assert numbers_of(fast.pixels([rows["short.mp4"]])[0]) == list(range(6))
     spread = opened(clip_folder, num_frames=6, caption="x", held_out_fraction=0)
     assert spread.content_key(rows["short.mp4"]) != fast.content_key(rows["short.mp4"])
@@ -395,7 +409,7 @@ def test_clips_give_an_excerpt_of_their_middle_at_a_frame_rate(clip_folder):
 
 def test_one_frame_of_a_clip_is_its_middle_and_it_is_said(clip_folder):
     data = opened(clip_folder, caption="x", held_out_fraction=0)
-    rows = {data.name(row): row for row in range(len(data))}
+    rows = {name_of(data, row): row for row in range(len(data))}
     image = data.pixels([rows["long.mp4"]])  # (1, 3, 48, 80)
     assert image.shape == (1, 3, 48, 80)
     assert numbers_of(image[0][:, None]) == [12]
@@ -411,7 +425,7 @@ def test_clips_of_phones_are_turned_upright(clip_folder):
     content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
     file.write_bytes(content)
     data = opened(clip_folder, num_frames=8, caption="x", held_out_fraction=0)
-    row = next(row for row in range(len(data)) if data.name(row) == "long.mp4")
+    row = next(row for row in range(len(data)) if name_of(data, row) == "long.mp4")
     assert data.bucket(row) == (8, 80, 48)
     assert data.pixels([row]).shape == (1, 3, 8, 80, 48)
 
@@ -438,7 +452,7 @@ def test_broken_files_are_left_out_and_named(folder, capsys):
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:60])
     data = opened(folder, held_out_fraction=0, quiet=False)
     assert "skipped 1 broken file(s)" in capsys.readouterr().err
-    assert "a.png" not in {data.name(row) for row in range(len(data))}
+    assert "a.png" not in {name_of(data, row) for row in range(len(data))}
     index = json.loads((folder.parent / "run" / "data.json").read_text())
     assert set(index["skipped"]) == {"a.png"}
     assert index["facts"]["c.png"] == [64, 128, 1, 0.0]
@@ -488,7 +502,7 @@ def test_a_list_of_files_has_weights_that_are_whole_numbers(folder):
     file.write_text("\n".join(lines))
     section = FineTuningData(kind="jsonl", file=file, repeats=2)
     data = open_fine_tuning(section, 64, 16, folder.parent / "run", quiet=True)
-    seen = [data.name(row) for rows in epoch_of(data, 4, 2) for row in rows]
+    seen = [name_of(data, row) for rows in epoch_of(data, 4, 2) for row in rows]
     assert (seen.count("a.png"), seen.count("b.png")) == (6, 2)
     file.write_text(lines[0].replace("3", "2.5"))
     with pytest.raises(ConfigError, match=r"weight = 2.5 of a.png: in fine-tuning .* whole number"):

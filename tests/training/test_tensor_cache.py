@@ -64,8 +64,22 @@ def test_only_what_is_missing_is_computed_in_batches(tmp_path, compute):
     found = cache.get_many(["a", "bb", "ccc", "dddd", "eeeee"], compute, batch_size=2)
     assert compute.calls[1:] == [["a", "ccc"], ["dddd", "eeeee"]]
     assert [float(tensors["latents"][0, 0]) for tensors in found.values()] == [1, 2, 3, 4, 5]
-    assert cache.fill([*"fghij", "bb"], compute, batch_size=4) == 5
-    assert compute.calls[3:] == [[*"fghi"], ["j"]]
+
+
+def test_items_are_found_by_their_keys_in_their_order(tmp_path):
+    asked = []
+
+    def squared(numbers):
+        asked.append(numbers)
+        return [{"square": torch.tensor(number**2)} for number in numbers]
+
+    cache, numbers = TensorCache(tmp_path), [3, 1, 3, 2]
+    found = cache.get_list([f"key {number}" for number in numbers], numbers, squared, batch_size=2)
+    assert [int(tensors["square"]) for tensors in found] == [9, 1, 9, 4]
+    assert asked == [[3, 1], [2]]
+    assert int(cache.get_list(["key 1"], [1], pytest.fail)[0]["square"]) == 1
+    with pytest.raises(ValueError, match="shorter"):
+        cache.get_list(["key 4", "key 5"], [4, 5], lambda _: [{"square": torch.tensor(16)}])
 
 
 def test_memory_is_bounded_and_what_is_unused_longest_goes_first(tmp_path):

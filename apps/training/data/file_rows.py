@@ -136,6 +136,10 @@ class FileRows:
         """Return every caption that may be drawn, sorted, each once; "" is among them if captions may be dropped."""
         return self.rules.every(example.entry.captions for example in self.examples)
 
+    def captions_in(self, bucket: Bucket) -> list[str]:
+        """Return every caption that may be drawn of rows of a bucket; as of `captions_of_all`."""
+        return self.rules.every(example.entry.captions for example in self.examples if example.bucket == bucket)
+
     def bucket(self, row: int) -> Bucket:
         """Return frames, height and width of a row, (T, H, W)."""
         return self._example(row).bucket
@@ -143,10 +147,6 @@ class FileRows:
     def histogram(self) -> dict[Bucket, int]:
         """Count the files of each bucket, those of the smallest (T, H, W) first."""
         return dict(sorted(Counter(example.bucket for example in self.examples).items()))
-
-    def name(self, row: int) -> str:
-        """Return the name of a row's file, for messages."""
-        return self._example(row).entry.name
 
     def is_mirrored(self, row: int) -> bool:
         """Tell whether a row is the mirrored one of its file."""
