@@ -327,8 +327,9 @@ def bench(
         str,
         typer.Argument(
             help="image (an image and its parts), start (imports), costs (single operations), cache, cache-time and "
-            "cache-transfer (step caches), clips (a step cache on clips, long ones), lora-style (what a LoRA learned "
-            "of a style), kv, shortcuts and search (what next-scale models lose by forgetting and skipping, and gain "
+            "cache-transfer (step caches), clips (a step cache on clips, long ones), lora-style, lora-object and "
+            "lora-motion (what a LoRA learned of a style, an object, a motion), kv, shortcuts and search (what "
+            "next-scale models lose by forgetting and skipping, and gain "
             "by searching), or released (our VAR beside a clone of its authors' code)."
         ),
     ],
@@ -383,15 +384,16 @@ def bench(
         Path | None,
         typer.Option(
             exists=True,
-            help="LoRA file, for lora-style.",
+            help="LoRA file, for lora-style, lora-object and lora-motion.",
             rich_help_panel=MEASURED,
         ),
     ] = None,
     trigger: Annotated[
         str | None,
         typer.Option(
-            help="Words behind the prompts that ask for what the LoRA learned; '' for none.",
-            show_default="plastic",
+            help="What asks for what the LoRA learned: words behind the prompts of lora-style ('' for none), or the "
+            "sticker of lora-object.",
+            show_default="plastic, dodo",
             rich_help_panel=MEASURED,
         ),
     ] = None,

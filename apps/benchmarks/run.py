@@ -8,7 +8,8 @@
 beside the JSON file; `tessera bench cache-time` times what ours saves; `tessera bench cache-transfer` carries a profile
 to other prompts, sizes, guidance and schedulers.
 `tessera bench clips` measures a step cache on clips, and the time and memory of longer ones.
-`tessera bench lora-style` measures whether a LoRA teaches a style, and draws before, after and truth beside the file.
+`tessera bench lora-style` measures whether a LoRA teaches a style, and draws before, after and truth beside the file;
+`tessera bench lora-object` and `lora-motion` the same of an object and a motion that the model has never drawn.
 """
 
 import json
@@ -66,8 +67,9 @@ def run(
         device: where to run; "auto" is the best there is.
         dtype: of the weights; "auto" suits the device.
         smoke: one round only, to see that it runs.
-        lora: file of a LoRA, for lora-style.
-        trigger: words behind the prompts that ask for what it learned; None takes the ones of the benchmark.
+        lora: file of a LoRA, for lora-style, lora-object and lora-motion.
+        trigger: what asks for what it learned: words behind the prompts, or the name of the object; None takes that of
+            the benchmark.
         json_output: print JSON instead of a table.
 
     Returns:
@@ -153,6 +155,20 @@ def bench_lora_style(asked: Asked) -> dict[str, Any]:
     return implementation.bench_lora_style(asked)
 
 
+def bench_lora_object(asked: Asked) -> dict[str, Any]:
+    """Measure a LoRA of a new object; see `apps.benchmarks.lora_object`."""
+    from apps.benchmarks import lora_object as implementation
+
+    return implementation.bench_lora_object(asked)
+
+
+def bench_lora_motion(asked: Asked) -> dict[str, Any]:
+    """Measure a LoRA of a new motion; see `apps.benchmarks.lora_motion`."""
+    from apps.benchmarks import lora_motion as implementation
+
+    return implementation.bench_lora_motion(asked)
+
+
 BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "image": bench_image,
     "start": bench_start,
@@ -166,6 +182,8 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "search": bench_search,
     "released": bench_released,
     "lora-style": bench_lora_style,
+    "lora-object": bench_lora_object,
+    "lora-motion": bench_lora_motion,
 }
 
 OLD_NAMES = {"paint": "image"}
