@@ -55,6 +55,16 @@ class AdapterSettings:
     layers: Sequence[str] = ("attention",)
     rank_stabilised: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse settings that the algorithm has no use for."""
+        unused = {"dropout": self.dropout, "rank_stabilised": self.rank_stabilised}
+        given = [f"{name} = {value}" for name, value in unused.items() if value]
+        if given and self.algorithm in ("loha", "lokr"):
+            raise ValueError(
+                f"{' and '.join(given)} does nothing with algorithm = {self.algorithm!r}: remove it, or use 'lora' or "
+                "'dora'"
+            )
+
 
 def adapted_layers(network: nn.Module, layers: Sequence[str]) -> list[str]:
     """Return the names of the linear layers that patterns name, in the order of the network.

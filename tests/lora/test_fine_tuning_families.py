@@ -144,6 +144,11 @@ def test_no_class_is_dropped_a_second_time_in_training_mode(name, saves_memory, 
     assert len(found) == 1
 
 
+def test_levels_of_noise_are_a_setting_of_flows_only(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"task\.sigma_mean = 0\.5 does nothing for pixart.*remove it"):
+        make_task("pixart", tmp_path, monkeypatch, task={"sigma_mean": 0.5})
+
+
 def test_a_network_keeps_its_texts_while_its_layers_are_trained():
     network = MVDiT(**TINY_MVDIT, text_dropout_prob=0.5)
     adapters.keep_conditions(network)

@@ -189,11 +189,12 @@ def test_each_kind_refuses_the_models_of_the_other(tmp_path, monkeypatch):
     ("sections", "message"),
     [
         ({"model": {"guidance": 3.0}}, r"model\.guidance does nothing"),
+        ({"model": {"options": {"num_inference_steps": 4}}}, r"model\.options: num_inference_steps are no arg"),
         ({"task": {"preview_steps": 4}}, r"task\.preview_steps does nothing"),
         ({"data": {"resolution": 48}}, r"no images of .*data\.resolution"),
         ({"lora": {"layers": ["nowhere"]}}, r"lora\.layers = 'nowhere'"),
     ],
-    ids=["guidance", "steps", "size", "layers"],
+    ids=["guidance", "options", "steps", "size", "layers"],
 )
 def test_what_would_do_nothing_or_fail_is_refused(sections, message, tmp_path):
     images(tmp_path, "classes")

@@ -194,6 +194,20 @@ def test_half_precision_is_refused_where_the_loss_is_not_scaled(configured):
         configured("run", dtype="float16")
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"algorithm": "loha", "lora_dropout": 0.1}, r"lora: dropout = 0\.1 does nothing with algorithm = 'loha'"),
+        ({"prior_loss_weight": 0.5}, r"task\.prior_loss_weight = 0\.5 weighs the images of data\.class_folder"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(configured, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        configured("run", **flags)
+    with pytest.raises(ConfigError, match="rank_stabilised = True does nothing"):
+        configured("run", "lora.rank_stabilised=true", algorithm="lokr")
+
+
 def test_a_run_inside_its_own_data_is_refused(configured, images):
     with pytest.raises(ConfigError, match="choose a folder outside"):
         train(configured("run", f'run.output="{images}"'))

@@ -23,7 +23,7 @@ from apps.training.data.fine_tuning import FineTuningSet, open_fine_tuning
 from apps.training.image_grid import save_grid
 from apps.training.task import TaskContext
 from apps.training.tasks.adapters import AdapterTask
-from apps.training.tasks.lora_config import LoraConfig
+from apps.training.tasks.lora_config import LoraConfig, LoraTaskSection
 from pipelines.network_calls import prompt_argument, size_arguments
 from sampling.diffusion_targets import mean_squared_error
 
@@ -50,6 +50,19 @@ class LoraTask(AdapterTask):
         self._training = self._fixed_batches(self.data, len(self._validation))
 
     # ------------------------------------------------------------------ parts
+
+    def make_inputs(self, cache: Path) -> Any:
+        """Return what the network is shown; see `AdapterTask.make_inputs`."""
+        inputs = super().make_inputs(cache)
+        fields, values = LoraTaskSection.model_fields, self.config.task
+        given = [name for name in ("sigma_mean", "sigma_std") if getattr(values, name) != fields[name].default]
+        if given and not self.process.is_flow:
+            shown = ", ".join(f"task.{name} = {getattr(values, name)}" for name in given)
+            raise ConfigError(
+                f"{shown} does nothing for {self.config.model.pretrained}: the timesteps of its "
+                f"{type(self.pipe.scheduler).__name__} are drawn evenly, only those of flows aren't; remove it"
+            )
+        return inputs
 
     def _open_data(self) -> FineTuningSet:
         info, section = self.inputs.info, self.config.data

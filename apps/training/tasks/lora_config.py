@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from apps.training.config import OptimizerConfig, RunConfig, Section, TaskSection, TrainConfig
 from apps.training.data.fine_tuning_config import FineTuningData
@@ -128,13 +128,37 @@ class LoraSection(Section):
         """Return what `dit.lora` makes of it."""
         return AdapterSettings(**{**self.model_dump(), "layers": tuple(self.layers)})
 
+    @model_validator(mode="after")
+    def _fits_the_algorithm(self) -> "LoraSection":
+        try:
+            self.settings()
+        except ValueError as error:
+            raise ValueError(f"lora: {error}") from error
+        return self
 
-class LoraConfig(TrainConfig):
-    """A whole configuration of fine-tuning."""
+
+class AdapterConfig(TrainConfig):
+    """A whole configuration of training adapters on files."""
 
     run: LoraRun
     optimizer: LoraOptimizer = LoraOptimizer()
-    task: LoraTaskSection
+    task: AdapterSection
     data: FineTuningData
     model: LoraModel
     lora: LoraSection = LoraSection()
+
+    @model_validator(mode="after")
+    def _weighs_what_is_there(self) -> "AdapterConfig":
+        weight = self.task.prior_loss_weight
+        if self.data.class_folder is None and weight != AdapterSection.model_fields["prior_loss_weight"].default:
+            raise ValueError(
+                f"task.prior_loss_weight = {weight} weighs the images of data.class_folder: give that folder too, or "
+                "remove it"
+            )
+        return self
+
+
+class LoraConfig(AdapterConfig):
+    """A whole configuration of fine-tuning a model that removes noise."""
+
+    task: LoraTaskSection

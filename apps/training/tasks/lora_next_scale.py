@@ -13,17 +13,20 @@ from torch import Tensor
 
 from apps.training.config import ConfigError, TrainConfig
 from apps.training.data.file_rows import FileRows
-from apps.training.data.fine_tuning_config import FineTuningData
 from apps.training.next_scale_inputs import NextScaleInputs
 from apps.training.next_scale_targets import disturb, teacher_batch, weigh_scales
 from apps.training.tasks.lora import LoraTask
-from apps.training.tasks.lora_config import AdapterSection, LoraModel, LoraOptimizer, LoraRun, LoraSection
+from apps.training.tasks.lora_config import AdapterConfig, AdapterSection
 from dit.layers.scales import token_counts
+from pipelines.info.inspection import info_of
 from sampling.objectives import next_scale_loss
 
 
 class LoraNextScaleSection(AdapterSection):
     """The `[task]` section; see `AdapterSection`. Previews have as many steps as there are scales.
+
+    `model.options` are arguments of the calls that make previews and class images; `max_sequence_length` also says how
+    much of a caption is trained on.
 
     Attributes:
         scale_weight: A scale of N tokens weighs N to this power in the loss, see `NextScaleSection`.
@@ -35,15 +38,10 @@ class LoraNextScaleSection(AdapterSection):
     token_noise: float = Field(default=0.0, ge=0, le=1)
 
 
-class LoraNextScaleConfig(TrainConfig):
-    """A whole configuration of fine-tuning a next-scale model; sections as of `LoraConfig`."""
+class LoraNextScaleConfig(AdapterConfig):
+    """A whole configuration of fine-tuning a next-scale model."""
 
-    run: LoraRun
-    optimizer: LoraOptimizer = LoraOptimizer()
     task: LoraNextScaleSection
-    data: FineTuningData
-    model: LoraModel
-    lora: LoraSection = LoraSection()
 
 
 class LoraNextScaleTask(LoraTask):
@@ -73,6 +71,12 @@ class LoraNextScaleTask(LoraTask):
         given = [name for name, is_given in unused.items() if is_given]
         if given:
             raise ConfigError(f"{', '.join(given)} does nothing for models that generate scale by scale: remove it")
+        foreign = sorted(set(model.options) - info_of(self.pipe).parameters)
+        if foreign:
+            raise ConfigError(
+                f"model.options: {', '.join(foreign)} are no arguments of {type(self.pipe).__name__}, which takes "
+                f"{', '.join(sorted(info_of(self.pipe).parameters))}: remove them"
+            )
         return NextScaleInputs(self.pipe, cache, model.options.get("max_sequence_length"))
 
     def _drawn(
