@@ -1,7 +1,8 @@
 """New adapters on a network: which layers, which kind, and the file that holds them.
 
 PEFT makes the layers. LoRA (arXiv 2106.09685), with DoRA (2402.09353) and rank-stabilised scales (2312.03732), LoHa
-(2108.06098) and LoKr (2309.14859) are trained; LoRA is written as diffusers writes it, the others as PEFT does.
+(2108.06098) and LoKr (2309.14859) are trained; LoRA is written as diffusers writes it, the others as PEFT does. The
+layers of TD-LoRA are ours, and so are its files: see `dit.lora.timestep_experts`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dit.lora.files import METADATA_KEY, PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, WEIGHT_NAMES
+from dit.lora.timestep_experts import METADATA, TimestepArgument, add_experts, describe_experts, expert_tensors
 
 DEFAULT_FILE = WEIGHT_NAMES[0]
 """Name that diffusers gives a LoRA file in a folder."""
 
-Algorithm = Literal["lora", "dora", "loha", "lokr"]
+Algorithm = Literal["lora", "dora", "loha", "lokr", "td_lora"]
 
 LAYERS: dict[str, str] = {
     "attention": r"(^|\.)(to_q|to_k|to_v|to_out\.0|to_qkv|to_out|add_q_proj|add_k_proj|add_v_proj|to_add_out"
@@ -39,13 +41,14 @@ class AdapterSettings:
     """What kind of adapters a network gets.
 
     Attributes:
-        algorithm: "lora", "dora", "loha" or "lokr".
+        algorithm: "lora", "dora", "loha", "lokr" or "td_lora".
         rank: of the factors.
         alpha: updates are scaled by alpha / rank; None is the rank.
         dropout: of what goes into an adapter, 0 to 1; loha and lokr have none.
         layers: of the linear layers inside the network's blocks: "attention", "feed_forward", "all", or parts of names,
             where `*` stands for anything, such as "blocks.*.attn.to_q".
         rank_stabilised: scale by alpha / sqrt(rank) instead.
+        experts: td_lora: second factors of each layer.
     """
 
     algorithm: Algorithm = "lora"
@@ -54,6 +57,7 @@ class AdapterSettings:
     dropout: float = 0.0
     layers: Sequence[str] = ("attention",)
     rank_stabilised: bool = False
+    experts: int = 4
 
     def __post_init__(self) -> None:
         """Refuse settings that the algorithm has no use for."""
@@ -97,13 +101,16 @@ def adapted_layers(network: nn.Module, layers: Sequence[str]) -> list[str]:
     return [name for name in linear if name in wanted]
 
 
-def add_adapter(network: Any, settings: AdapterSettings, name: str = "default") -> list[str]:
+def add_adapter(
+    network: Any, settings: AdapterSettings, name: str = "default", timestep: TimestepArgument | None = None
+) -> list[str]:
     """Put new adapters on layers of a network and freeze everything else.
 
     Args:
         network: whose weights stay as they are.
         settings: which adapters on which layers.
         name: of the adapter.
+        timestep: how the network is told it, for td_lora.
 
     Returns:
         The names of the adapted layers.
@@ -113,8 +120,11 @@ def add_adapter(network: Any, settings: AdapterSettings, name: str = "default") 
     """
     targets = adapted_layers(network, settings.layers)
     network.requires_grad_(False)
-    config = _config(settings, targets)
-    peft.inject_adapter_in_model(config, network, adapter_name=name)
+    if settings.algorithm == "td_lora":
+        size = {"rank": settings.rank, "experts": settings.experts, "scale": _scale(settings)}
+        add_experts(network, targets, **size, dropout=settings.dropout, argument=timestep, name=name)
+    else:
+        peft.inject_adapter_in_model(_config(settings, targets), network, adapter_name=name)
     if hasattr(network, "load_lora_adapter"):
         network._hf_peft_config_loaded = True  # diffusers' own mark of a network with adapters
     return targets
@@ -138,6 +148,12 @@ def _config(settings: AdapterSettings, targets: list[str]) -> Any:
     return kind(r=rank, alpha=alpha, target_modules=whole)  # type: ignore[arg-type]
 
 
+def _scale(settings: AdapterSettings) -> float:
+    """Return what the product of the factors is multiplied by."""
+    alpha = settings.rank if settings.alpha is None else settings.alpha
+    return alpha / (settings.rank**0.5 if settings.rank_stabilised else settings.rank)
+
+
 def adapter_layers(network: nn.Module, name: str = "default") -> dict[str, Any]:
     """Return the layers of a network that hold an adapter, by name."""
     return {
@@ -155,8 +171,8 @@ def save_adapter(
 
     Args:
         network: with them.
-        path: file for LoRA and DoRA, in diffusers' layout; loha and lokr are written as PEFT's pair of files into the
-            folder of that name.
+        path: file for LoRA and DoRA, in diffusers' layout, and for TD-LoRA; loha and lokr are written as PEFT's pair of
+            files into the folder of that name.
         settings: what the adapters were made with.
         metadata: of the file, such as the family and how it was trained.
         name: of the adapter.
@@ -164,6 +180,10 @@ def save_adapter(
     Returns:
         The file.
     """
+    if settings.algorithm == "td_lora":
+        experts = {f"transformer.{key}": each for key, each in expert_tensors(network, name).items()}
+        held = {"format": "pt", **metadata, METADATA: describe_experts(network, name)}
+        return _write(path, {key: each.detach().float().cpu().contiguous() for key, each in experts.items()}, held)
     tensors = {
         key: tensor.detach().float().cpu().contiguous()
         for key, tensor in peft.get_peft_model_state_dict(network, adapter_name=name).items()

@@ -26,6 +26,7 @@ OTHER_KINDS = {
     "boft_": "BOFT (rotations)",
     "lora_mid": "a convolution LoRA in Tucker form",
     "lora_embedding_": "a LoRA of an embedding table",
+    ".timed_": "TD-LoRA (experts mixed by the timestep)",
 }
 """Parts of keys -> what the file is instead of plain low-rank factors."""
 

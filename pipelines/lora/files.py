@@ -141,7 +141,7 @@ def adaptable_layers(network: nn.Module) -> dict[str, nn.Module]:
     """Return the linear and convolution layers of a network by name; adapters on them are looked through."""
     layers: dict[str, nn.Module] = {}
     for name, module in network.named_modules():
-        if any(part.startswith(("lora_", "base_layer")) for part in name.split(".")):
+        if any(part.startswith(("lora_", "timed_", "base_layer")) for part in name.split(".")):
             continue
         base = getattr(module, "base_layer", module)
         if isinstance(base, nn.Linear | nn.Conv2d | nn.Conv3d):

@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from dit.lora.adapters import with_adapter_methods, without_adapter_methods
+from dit.lora.timestep_experts import remove_readers
 from dit.runtime.state import unwrap
 from pipelines.loading.sources import clear_hub_errors
 from pipelines.lora.files import (
@@ -26,6 +27,7 @@ from pipelines.lora.files import (
     read_lora_file,
 )
 from pipelines.lora.lycoris import check_company, is_lycoris, put_lycoris
+from pipelines.lora.timestep_experts import is_experts, put_experts
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,11 @@ class TransformerLoraMixin(SanaLoraLoaderMixin):
             **kwargs,
         )
 
+    def unload_lora_weights(self) -> None:
+        """Take all adapters off; the weights are bit by bit what they were."""
+        super().unload_lora_weights()
+        remove_readers(unwrap(self.transformer))
+
 
 def load_lora(
     pipe: Any,
@@ -102,10 +109,10 @@ def load_lora(
     low_cpu_mem_usage: bool = True,
     **options: Any,
 ) -> None:
-    """Put a LoRA file of any dialect, or a LoHa or LoKr of PEFT, on the transformer of a pipeline, of diffusers too.
+    """Put a LoRA file of any dialect, a LoHa or LoKr of PEFT, or a TD-LoRA on the transformer of a pipeline.
 
     Args:
-        pipe: with a `transformer`.
+        pipe: with a `transformer`; of ours or of diffusers.
         source: file, folder, Hub id, or the tensors themselves. LoHa and LoKr are folders with PEFT's configuration.
         adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
         hotswap: as in diffusers.
@@ -137,6 +144,7 @@ def unload_lora(pipe: Any) -> None:
     network: Any = unwrap(pipe.transformer)
     if hasattr(network, "peft_config"):
         network.unload_lora()
+    remove_readers(network)
     without_adapter_methods(network)
 
 
@@ -148,7 +156,7 @@ def put_on(
     Args:
         pipe: with a `transformer`.
         lora: in any dialect of `dit.lora`, its layers named as in that network or as in its original code; or a LoHa or
-            LoKr of PEFT.
+            LoKr of PEFT, or a TD-LoRA.
         adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
         hotswap: as in diffusers.
         low_cpu_mem_usage: as in diffusers.
@@ -162,6 +170,11 @@ def put_on(
             if hotswap:
                 raise LoraFileError(f"{lora.name} is {lora.config['peft_type']}, which can't be swapped: load it anew.")
             put_lycoris(network, lora, adapter_name)
+            return
+        if is_experts(lora):
+            if hotswap:
+                raise LoraFileError(f"{lora.name} is TD-LoRA, which can't be swapped: load it anew.")
+            put_experts(network, lora, adapter_name)
             return
         check_company(network, lora.name, "LORA")
         fitted = fit_lora(lora, network)

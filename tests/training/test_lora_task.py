@@ -20,7 +20,8 @@ from apps.commands.train_lora_flags import FLAGS, canonical
 from apps.training import checkpoint as checkpoints
 from apps.training.checkpoint_choice import Score, choose, read_scores
 from apps.training.config import ConfigError
-from apps.training.loop import train
+from apps.training.loop import Trainer, train
+from dit.lora.timestep_experts import TimestepArgument, readers_of
 from pipelines import load_lora, load_pipeline
 from tests.families.tiny import tiny_pipeline
 from tests.training.helpers import assert_equal_checkpoints, assert_resumes_exactly
@@ -85,9 +86,52 @@ def test_resume_is_bit_identical(configured):
     ]
 
 
-@pytest.mark.parametrize("algorithm", ["dora", "loha", "lokr"])
+@pytest.mark.parametrize("algorithm", ["dora", "loha", "lokr", "td_lora"])
 def test_other_adapters_resume_exactly(configured, algorithm):
     assert_resumes_exactly(lambda name: configured(name, algorithm=algorithm), 3)
+
+
+def test_experts_overfit_one_sample_and_the_kept_files_load(configured, model):
+    config = configured(lora_layers="all", algorithm="td_lora", lora_experts=3, train_batch_size=1)
+    trainer = Trainer(config)
+    task = trainer.task
+    parameters = [one for one in task.network.parameters() if one.requires_grad]
+    optimizer, batch = torch.optim.Adam(parameters, 0.01), task.batch(0)
+    losses = []
+    for _ in range(50):
+        loss, _ = task.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+    with torch.no_grad():
+        scored, image = task.score(3), task.generate("a red cat", 0)
+    pipe = load_pipeline(model)
+    assert readers_of(task.network)[0].argument == TimestepArgument("timestep", 1000.0, 0.0)
+    load_lora(pipe, task.adapter_path(3), "default")
+    task.pipe.transformer, task.network = pipe.transformer, pipe.transformer
+    assert task.score(4) == pytest.approx(scored, rel=1e-5)
+    torch.testing.assert_close(task.generate("a red cat", 0), image, atol=1e-5, rtol=1e-5)
+
+
+def test_experts_with_gradient_checkpointing_give_the_same_weights(configured):
+    plain, saving = (
+        configured(name, algorithm="td_lora", gradient_checkpointing=name == "saving") for name in ("plain", "saving")
+    )
+    train(plain)
+    train(saving)
+    one, other = (
+        load_file(config.run.folder / "checkpoint-000006" / "weights.safetensors") for config in (plain, saving)
+    )
+    assert any("timed_router" in name for name in one)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_experts_are_of_td_lora_only(configured):
+    with pytest.raises(ConfigError, match=r"lora\.experts = 3 .* remove it or change the algorithm"):
+        configured("run", lora_experts=3)
 
 
 def test_only_adapters_are_trained_and_saved(configured, model):

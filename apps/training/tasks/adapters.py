@@ -17,6 +17,7 @@ from apps.training.task import TaskContext
 from apps.training.tasks.lora_config import LoraModel
 from dit.layers.embeddings import LabelEmbedding
 from dit.lora.adapters import DEFAULT_FILE, add_adapter, save_adapter, with_adapter_methods
+from dit.lora.timestep_experts import TimestepArgument, checkpointed
 from dit.runtime.families import UnknownFamilyError, call_family_of
 from pipelines import load_pipeline
 from pipelines.info.inspection import info_of
@@ -79,11 +80,15 @@ class AdapterTask:
         """Return the network; only its adapters are trained."""
         return {"transformer": self.network}
 
-    def add_adapters(self) -> list[str]:
-        """Put adapters on the network, freeze the rest, and return the names of the adapted layers."""
+    def add_adapters(self, bucket: Bucket | None = None) -> list[str]:
+        """Put adapters on the network, freeze the rest, and return the names of the adapted layers.
+
+        Args:
+            bucket: A size that is trained on; None is the pipeline's own.
+        """
         with_adapter_methods(self.network)
         try:
-            adapted = add_adapter(self.network, self.config.lora.settings(), ADAPTER)
+            adapted = add_adapter(self.network, self.config.lora.settings(), ADAPTER, self._timestep_argument(bucket))
         except ValueError as error:
             raise ConfigError(f"lora.{error}") from error
         for parameter in self.network.parameters():
@@ -92,9 +97,24 @@ class AdapterTask:
         if self.config.model.gradient_checkpointing:
             if not getattr(self.network, "_supports_gradient_checkpointing", False):
                 raise ConfigError(f"model.gradient_checkpointing: {type(self.network).__name__} can't; set it to false")
-            self.network.enable_gradient_checkpointing()
+            is_timed = self.config.lora.algorithm == "td_lora"
+            self.network.enable_gradient_checkpointing(checkpointed(self.network) if is_timed else None)
         keep_conditions(self.network)
         return adapted
+
+    def _timestep_argument(self, bucket: Bucket | None) -> TimestepArgument | None:
+        """Return how the pipeline tells its network the timestep, where adapters depend on it."""
+        if self.config.lora.algorithm != "td_lora":
+            return None
+        if not isinstance(self.inputs, NetworkInputs):
+            raise ConfigError(
+                "lora.algorithm = 'td_lora' mixes experts by the timestep, and models that generate scale by scale "
+                "have none: use 'lora'"
+            )
+        info = self.inputs.info
+        timed = self.inputs.call(bucket or (info.frames or 1, info.height, info.width)).timed
+        name, found = next(iter(timed.items()))
+        return TimestepArgument(name, found.factor * self.process.num_timesteps, found.offset)
 
     def to_device(self, batch: Any) -> Any:
         """Return a batch on the device of the network."""

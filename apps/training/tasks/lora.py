@@ -45,7 +45,7 @@ class LoraTask(AdapterTask):
         self.data = self._open_data()
         with context.main_process_first():  # the first process writes what the others read
             self._prepare()
-        self.adapted = self.add_adapters()
+        self.adapted = self.add_adapters(next(iter(self.data.histogram())))
         self._validation = self._fixed_batches(self.data.held_out)
         self._training = self._fixed_batches(self.data, len(self._validation))
 

@@ -109,12 +109,14 @@ class LoraSection(Section):
     """The `[lora]` section: the adapters; see `dit.lora.adapters.AdapterSettings`.
 
     Attributes:
-        algorithm: `lora`, `dora` (LoRA with lengths of its own), `loha` or `lokr`.
+        algorithm: `lora`, `dora` (LoRA with lengths of its own), `loha`, `lokr`, or `td_lora` (LoRA that changes with
+            the timestep; its files are read here only).
         rank: Of the factors: more holds more, and needs more images.
         alpha: The update is scaled by alpha / rank; unset is the rank.
         dropout: Of what goes into an adapter.
         layers: `attention`, `feed_forward`, `all` (linear layers of the blocks), or names with `*` for anything.
         rank_stabilised: Scale by alpha / sqrt(rank) instead.
+        experts: Of `td_lora`: second factors of each layer, mixed by the timestep.
     """
 
     algorithm: Algorithm = "lora"
@@ -123,6 +125,16 @@ class LoraSection(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     layers: list[str] = Field(default=["attention"], min_length=1)
     rank_stabilised: bool = False
+    experts: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> "LoraSection":
+        if self.algorithm != "td_lora" and self.experts != type(self).model_fields["experts"].default:
+            raise ValueError(
+                f"lora.experts = {self.experts} is a setting of lora.algorithm = 'td_lora', and it is "
+                f"{self.algorithm!r}: remove it or change the algorithm"
+            )
+        return self
 
     def settings(self) -> AdapterSettings:
         """Return what `dit.lora` makes of it."""
