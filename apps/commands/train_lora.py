@@ -65,10 +65,11 @@ def make_config(config_path: Path | None, flags: dict[str, Any], overrides: list
     name = config_path.stem if config_path else "lora"
     document = {"task": {}, **document, "run": {"name": name, **document.get("run", {})}}
     document["task"] = {"kind": _kind(document), **document["task"]}
+    task = task_class(document["task"]["kind"])
     if smoke:
         document["run"] = {**document["run"], **SMOKE, "name": f"{document['run']['name']}-smoke"}
-        document["task"] = {**document["task"], "preview_steps": 2, "preview_images": 2, "validation_examples": 2}
-    return validate_document(document, task_class(document["task"]["kind"]).config_class)
+        document = apply_overrides(document, [parse_override(setting) for setting in task.smoke])
+    return validate_document(document, task.config_class)
 
 
 def _kind(document: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from apps.commands.train_lora import make_config
 from apps.training.config import ConfigError
 from apps.training.task import TaskContext, task_class
 from apps.training.tasks import adapters
@@ -200,3 +201,11 @@ def test_what_would_do_nothing_or_fail_is_refused(sections, message, tmp_path):
     images(tmp_path, "classes")
     with pytest.raises(ConfigError, match=message):
         LoraNextScaleTask(config_of("classes", tmp_path, **sections), CONTEXT)
+
+
+@pytest.mark.parametrize(("model", "kind"), [("stickers-var", "lora_next_scale"), ("stickers", "lora")])
+def test_a_rehearsal_from_flags_has_the_settings_of_its_kind(model, kind, tmp_path):
+    flags = {"model": model, "data": tmp_path, "output_dir": tmp_path / "run"}
+    config = make_config(None, flags, [], smoke=True)
+    assert (config.task.kind, config.run.steps, config.task.preview_images) == (kind, 2, 2)
+    assert config.run.name == "run-smoke"
