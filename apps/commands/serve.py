@@ -83,7 +83,7 @@ def run(
     private = folders.enter_context(private_folder())
     os.environ["GRADIO_TEMP_DIR"] = str(private)
     console = Console()
-    engine = server = None
+    engine = server = runs = None
     try:
         with console.status("Starting"):
             # Here, because they read the environment at import.
@@ -98,7 +98,7 @@ def run(
             engine.model().add_done_callback(lambda _: hide_prompts())  # the libraries are imported then
             app = create_app(engine, tokens, _names(host), api, uploads=UPLOADS, forms=FORMS, scratch=private)
             if page:
-                mount(app, engine, tokens, None if fine_tuning is None else fine_tuning_limits(*fine_tuning))
+                runs = mount(app, engine, tokens, None if fine_tuning is None else fine_tuning_limits(*fine_tuning))
             server = _start(app, host, port)
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{port}"
@@ -114,6 +114,8 @@ def run(
     finally:
         if server is not None:
             server.should_exit = True
+        if runs is not None:
+            runs.close()
         if engine is not None:
             engine.close()
         _wait_until_ended(server)

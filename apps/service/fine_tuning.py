@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +75,36 @@ class FineTuning:
         self._checking = threading.Lock()
         self._lock = threading.RLock()  # guards the process, the records and the names
         self._held: set[str] = set()
+        self._known: dict[str, RunFolder] = {}
+        self._is_closing = False
         for path in self.root.glob(".*"):
             if path.name.endswith((PART, OLD)):  # of a server that was killed while it wrote or deleted
                 _remove(path)
-        for record in self.runs():
+        for folder, record in self._records():
             if record.state == "running":  # its process ended with the server that had started it
-                self._folder(record.name).change(state="stopped", reason="ft.server", message="")
+                folder.change(state="stopped", reason="ft.server", message="")
         offer_runs(output_dir, loras)
 
     # ----------------------------------------------------------------- looking
 
     def runs(self, owner: str | None = None) -> list[Record]:
         """Return the runs of a user, or of all for None, the newest first."""
-        found = [record for _, record in _folders(self.root)]
+        with self._lock:  # the end of a training changes its record and what runs
+            found = [self._as_it_is(record) for _, record in self._records()]
         seen = [record for record in found if owner is None or record.owner == owner]
         return sorted(seen, key=lambda record: record.created, reverse=True)
+
+    def _records(self) -> list[tuple[RunFolder, Record]]:
+        """Return all runs as they are on record."""
+        names = [path.name for path in self.root.glob("*") if NAME.fullmatch(path.name) and not path.is_symlink()]
+        found = [(folder, folder.record()) for folder in map(self._folder, names)]
+        return [(folder, record) for folder, record in found if record is not None]
+
+    def _as_it_is(self, record: Record) -> Record:
+        """Return a record that says what is true where its file doesn't: its end could not be written."""
+        if record.state != "running" or self.running == record.name:
+            return record
+        return replace(record, state="stopped", reason="ft.lost", message="")
 
     def record(self, name: str, owner: str | None = None) -> Record:
         """Return a run that a user may see; None sees all.
@@ -97,7 +113,9 @@ class FineTuning:
             FineTuningError: there is none of that name, or it is somebody else's.
         """
         shown = name[:40] if isinstance(name, str) else ""
-        record = self._folder(name).record() if shown and NAME.fullmatch(name) else None
+        with self._lock:
+            record = self._folder(name).record() if shown and NAME.fullmatch(name) else None
+            record = None if record is None else self._as_it_is(record)
         if record is None or owner not in (None, record.owner):
             raise FineTuningError("ft.none", f"There is no fine-tuning run {shown!r} here.", value=shown)
         return record
@@ -113,7 +131,12 @@ class FineTuning:
             return None if self._active is None else self._active[0]
 
     def _folder(self, name: str) -> RunFolder:
-        return RunFolder(limits.inside(self.root / name, self.root))
+        known = self._known.get(name)
+        if known is None:
+            known = RunFolder(limits.inside(self.root / name, self.root))
+            if known.is_run:  # else any name that somebody tries would be kept
+                self._known[name] = known
+        return known
 
     # ------------------------------------------------------------------ writing
 
@@ -221,6 +244,7 @@ class FineTuning:
 
     def _set_aside(self, folder: RunFolder) -> Path | None:
         """Free the name of a folder, if there is one, and return where it lies now, to be removed without the lock."""
+        self._known.pop(folder.name, None)
         if not folder.path.exists():
             return None
         aside = self.root / f".{folder.name}.{secrets.token_hex(4)}{OLD}"
@@ -242,7 +266,7 @@ class FineTuning:
 
     def _room(self, owner: str) -> int:
         """Return how many bytes the runs of a user may still take."""
-        sizes = [(record.owner, folder.size()) for folder, record in _folders(self.root)]
+        sizes = [(record.owner, folder.size()) for folder, record in self._records()]
         own = sum(size for whose, size in sizes if whose == owner)
         return min(self._most.user_bytes - own, self._most.all_bytes - sum(size for _, size in sizes))
 
@@ -358,7 +382,7 @@ class FineTuning:
     def close(self) -> None:
         """Stop the training; what it has learnt is in its checkpoint."""
         with self._lock:
-            active = self._active
+            active, self._is_closing = self._active, True
         if active is not None:
             active[1].stop()
             active[1].wait(CLOSING_SECONDS)
@@ -381,15 +405,22 @@ class FineTuning:
                 return
             name, _ = self._active
             folder, self._active = self._folder(name), None
-            if code == 0:
-                folder.change(state="finished", reason="")
-            elif process.is_stopping or code == INTERRUPTED:
-                folder.change(state="stopped")
-            else:
-                error = failure_of(tail(folder.log), code, folder.path)
-                logger.error("the training of %s failed: %s", name, error)
-                folder.change(state="failed", reason=error.key, message=str(error.values.get("message", "")))
-            self._loras.put(folder.name, folder.loras(), self.record(name).owner)
+            try:
+                record = self._record_end(folder, process.is_stopping, code)
+            except OSError as error:  # such as a full disk; see `_as_it_is`
+                logger.error("the end of the training of %s can't be put on record: %s", name, error)
+                record = folder.record()
+            if record is not None:
+                self._loras.put(folder.name, folder.loras(), record.owner)
+
+    def _record_end(self, folder: RunFolder, was_stopped: bool, code: int) -> Record | None:
+        if code == 0:
+            return folder.change(state="finished", reason="")
+        if was_stopped or code == INTERRUPTED:
+            return folder.change(state="stopped", **({"reason": "ft.server"} if self._is_closing else {}))
+        error = failure_of(tail(folder.log), code, folder.path)
+        logger.error("the training of %s failed: %s", folder.name, error)
+        return folder.change(state="failed", reason=error.key, message=str(error.values.get("message", "")))
 
 
 def receive_image(uploads: UploadStore, file: Path, owner: str) -> tuple[str, Image.Image]:
@@ -414,14 +445,11 @@ def receive_image(uploads: UploadStore, file: Path, owner: str) -> tuple[str, Im
 
 def offer_runs(output_dir: Path, loras: LoraFiles) -> None:
     """Offer what the runs of an output folder have made; before its queue goes on, whose jobs may ask for it."""
-    for folder, record in sorted(_folders(output_dir.resolve() / FOLDER), key=lambda pair: pair[1].created):
+    paths = (output_dir.resolve() / FOLDER).glob("*")
+    folders = [RunFolder(path) for path in paths if NAME.fullmatch(path.name) and not path.is_symlink()]
+    found = [(record, folder) for folder in folders if (record := folder.record()) is not None]
+    for record, folder in sorted(found, key=lambda pair: pair[0].created):
         loras.put(folder.name, folder.loras(), record.owner)
-
-
-def _folders(root: Path) -> list[tuple[RunFolder, Record]]:
-    """Return the folders that are runs, with their records."""
-    folders = [RunFolder(path) for path in root.glob("*") if NAME.fullmatch(path.name) and not path.is_symlink()]
-    return [(folder, record) for folder in folders if (record := folder.record()) is not None]
 
 
 def _document(plan: Plan, folder: RunFolder) -> dict[str, dict[str, Any]]:

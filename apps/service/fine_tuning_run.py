@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -106,8 +107,49 @@ class Best:
     advice: str
 
 
+class _Losses:
+    """The losses in a log that is written to: read on from where it was read last.
+
+    Args:
+        log: lines of JSON; its last line may be cut at this moment.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._lock = threading.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._end, self._last = 0, b""
+        self._points: tuple[Point, ...] = ()
+
+    def read(self) -> tuple[Point, ...]:
+        """Return all losses; of a log that was cut or written anew those that it has now."""
+        with self._lock:
+            try:
+                with self._log.open("rb") as file:
+                    file.seek(self._end - len(self._last))
+                    if file.read(len(self._last)) != self._last:
+                        self._forget()
+                        file.seek(0)
+                    self._add(file.read())
+            except FileNotFoundError:
+                self._forget()
+            return self._points
+
+    def _add(self, data: bytes) -> None:
+        whole = data[: data.rfind(b"\n") + 1]
+        if not whole:
+            return
+        self._end += len(whole)
+        lines = whole.splitlines(keepends=True)
+        self._last = lines[-1]
+        found = [line for line in map(json.loads, lines) if isinstance(line.get("loss"), int | float)]
+        self._points += tuple(Point(line["kind"], line["step"], line["loss"]) for line in found)
+
+
 class RunFolder:
-    """A folder of a run.
+    """A folder of a run; what was read of it is kept as long as its files don't change.
 
     Args:
         path: the folder; its name is the run's.
@@ -119,6 +161,8 @@ class RunFolder:
             path / part for part in ("data", "config.toml", "output.log", "lock", "check.lock")
         )
         self.training = path / path.name
+        self._losses = _Losses(self.training / "log.jsonl")
+        self._read: dict[Path, tuple[tuple[int, ...], Any]] = {}
 
     # ----------------------------------------------------------------- record
 
@@ -138,11 +182,23 @@ class RunFolder:
 
     def record(self) -> Record | None:
         """Return what is on record; None if there is nothing that can be read."""
+        found = self._json(self.path / "run.json")
         try:
-            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
             return Record(**{field.name: found[field.name] for field in fields(Record)})
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             return None
+
+    def _json(self, file: Path) -> Any:
+        """Return what a file holds, read anew only when it has changed; None for one that can't be read."""
+        try:
+            status = file.stat()
+            stamp = status.st_mtime_ns, status.st_size, status.st_ino
+            known = self._read.get(file)
+            if known is None or known[0] != stamp:
+                self._read[file] = known = stamp, json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return known[1]
 
     def write(self, record: Record) -> Record:
         """Put a record in place of the present one, at once or not at all."""
@@ -175,21 +231,23 @@ class RunFolder:
             steps: of the whole training.
             first: step at which it was started last; how fast it is since then tells how long it will take.
         """
-        log, config = self.training / "log.jsonl", self.training / "config.json"
-        points = tuple(Point(line["kind"], line["step"], line["loss"]) for line in _lines(log))
+        points = self._losses.read()
         step = max((point.step for point in points), default=0)
-        if step <= first or not config.is_file():
+        if step <= first:
             return Progress(step, None, points)
-        # The training writes its configuration right before its first step, and previews take time too.
-        seconds = max(log.stat().st_mtime - config.stat().st_mtime, 0.0)
+        try:  # the training writes its configuration right before its first step, and previews take time too
+            began = (self.training / "config.json").stat().st_mtime
+            seconds = max((self.training / "log.jsonl").stat().st_mtime - began, 0.0)
+        except FileNotFoundError:
+            return Progress(step, None, points)
         return Progress(step, (steps - step) * seconds / (step - first), points)
 
     def best(self) -> Best | None:
         """Return which adapters are best so far; None before there are any."""
+        found = self._json(self.training / "best.json")
         try:
-            found = json.loads((self.training / "best.json").read_text(encoding="utf-8"))
             return Best(int(found["step"]), float(found["loss"]), str(found["advice"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return None
 
     def preview(self) -> tuple[int, Path, list[str]] | None:
@@ -216,17 +274,6 @@ class RunFolder:
     def captions(self) -> list[str]:
         """Return the captions of the files, in the order of their names."""
         return [file.read_text(encoding="utf-8") for file in sorted(self.data.glob("*.txt"))]
-
-
-def _lines(log: Path) -> list[dict[str, Any]]:
-    """Read the lines of a log that may be written to at this moment: its last line may be cut."""
-    try:
-        text = log.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    whole = text[: text.rfind("\n") + 1]
-    found = [json.loads(line) for line in whole.splitlines()]
-    return [line for line in found if isinstance(line.get("loss"), int | float)]
 
 
 def _steps(folder: Path, pattern: str) -> list[tuple[Path, re.Match[str]]]:

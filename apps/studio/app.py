@@ -25,6 +25,7 @@ from apps.service.stored_images import STATE_FOLDER
 from apps.studio import fine_tune, panels, views
 from apps.studio.controls import CONTROLS, Parts
 from apps.studio.examples import EXAMPLES
+from apps.studio.fine_tune_files import add_files
 from apps.studio.fine_tune_handlers import FineTuneHandlers
 from apps.studio.following import restated
 from apps.studio.forms import FIXED
@@ -120,7 +121,7 @@ FORMS = tuple(f"{prefix}/gradio_api/{path}" for prefix in _PREFIXES for path in 
 
 def mount(
     app: FastAPI, engine: Engine, tokens: TokenTable | None = None, fine_tuning: FineTuningLimits | None = None
-) -> None:
+) -> FineTuning | None:
     """Put the page onto a server, in every language: English at `/`, others at their names.
 
     Args:
@@ -128,10 +129,15 @@ def mount(
         engine: generates.
         tokens: the users; the guard of the server has asked for theirs.
         fine_tuning: limits of it.
+
+    Returns:
+        The fine-tuning of the server, which is to be closed with it; None without an output folder.
     """
     folder, sessions, handed_in = engine.output_dir, Sessions(tokens), HandedIn()
     runs = None if folder is None else FineTuning(folder, engine.uploads, engine.lora_files, fine_tuning)
     app.state.fine_tuning = runs
+    if runs is not None:
+        add_files(app, runs, sessions.has_users)
     for language in reversed(languages()):  # the page at `/` last, because it answers for every address
         page = build_page(engine, Strings(language), sessions, runs)
         page.queue(max_size=4 * engine.limits.queue, default_concurrency_limit=4 * engine.limits.queue, api_open=False)
@@ -158,6 +164,7 @@ def mount(
         )
         page.has_launched = True  # else Gradio does not check that files which requests name were uploaded
         _guard(app, page, handed_in)
+    return runs
 
 
 def _guard(app: FastAPI, page: gr.Blocks, handed_in: HandedIn) -> None:

@@ -97,8 +97,7 @@ def _runs(words: Strings) -> Parts:
     parts: Parts = {"ft_run": gr.HTML(views.hint(words("ft.no_runs")), elem_id="ft-run", js_on_load=None)}
     with gr.Row(elem_id="ft-use"):
         for name in BUTTONS:
-            kind = gr.DownloadButton if name == "download" else gr.Button
-            parts[f"ft_{name}"] = kind(
+            parts[f"ft_{name}"] = gr.Button(
                 words(f"ft.{name}"), size="sm", visible=False, elem_id=f"ft-{name}", min_width=80
             )
     with gr.Row(elem_id="ft-confirm", visible=False) as parts["ft_confirm"]:
@@ -168,7 +167,7 @@ def connect(page: gr.Blocks, wiring: Wiring, parts: Parts, words: Strings, handl
     _connect_form(answers, parts, words, handlers)
     _connect_runs(answers, parts, handlers)
     opened = parts["tab_fine_tune"].select(None, js="() => window.tessera.go('fine_tune')", **QUIET)
-    answers.on(opened.then, handlers.open, ["ft_runs"], ["ft_open", *RUNS])
+    answers.on(opened.then, handlers.open, ["ft_runs"], ["ft_open", *RUNS, *PICKER])
     for name, tab in parts.items():
         if isinstance(tab, gr.Tab) and name != "tab_fine_tune":
             answers.on(tab.select, handlers.leave, (), ["ft_open", "ft_timer"], first={})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,16 @@ import gradio as gr
 
 from apps.service import limits
 from apps.service.engine import Engine
+from apps.service.failures import is_storage_failure
 from apps.service.fine_tuning import FineTuning, receive_image
 from apps.service.fine_tuning_plan import MOST_FILES, Example, Plan, check_captions
-from apps.service.fine_tuning_run import Record
+from apps.service.fine_tuning_process import FineTuningError
+from apps.service.fine_tuning_run import Record, RunFolder
 from apps.service.uploaded_clips import receive_clip, split_frames
 from apps.service.uploads import UploadError
 from apps.studio import fine_tune_views as drawn
 from apps.studio import views
+from apps.studio.fine_tune_files import address, is_local
 from apps.studio.fine_tune_settings import SETTINGS, clean, clean_lines, to_document
 from apps.studio.fine_tune_views import Item
 from apps.studio.page_values import PageError
@@ -58,6 +60,7 @@ class FineTuneHandlers:
     ) -> None:
         self._engine, self._runs, self._words = engine, runs, words
         self._sessions, self._settings = sessions, settings
+        self._images = drawn.ShownImages()
 
     # --------------------------------------------------------------------- who
 
@@ -67,7 +70,7 @@ class FineTuneHandlers:
         Raises:
             PageError: the user may only look, or nobody was asked who this is and the page is on another machine.
         """
-        if not self._sessions.has_users and not _is_local(request):
+        if not self._sessions.has_users and not is_local(request):
             raise PageError("ft.strangers")
         return self._sessions.submitter(request)
 
@@ -134,18 +137,35 @@ class FineTuneHandlers:
         """Write the run and say what its training would do."""
         owner = self.owner(request)
         plan = self._plan(values)
-        self._runs.write(plan, owner)
-        found = self._runs.check(plan.name, owner)
-        run = plan.document["run"]
-        text = drawn.report(found, run["batch_size"], run["steps"], self._words)
-        return {"ft_report": text, **self.list_runs(request, plan.name)}
+
+        def act() -> Changes:
+            self._runs.write(plan, owner)
+            found, run = self._runs.check(plan.name, owner), plan.document["run"]
+            return {"ft_report": drawn.report(found, run["batch_size"], run["steps"], self._words)}
+
+        return self._acted(request, plan.name, act)
 
     def start(self, request: gr.Request, values: Mapping[str, Any]) -> Changes:
         """Write the run and start its training."""
         owner = self.owner(request)
         plan = self._plan(values)
-        self._runs.train(plan, owner)
-        return {"ft_report": "", "ft_name": "", **self.list_runs(request, plan.name)}
+
+        def act() -> Changes:
+            self._runs.train(plan, owner)
+            return {"ft_report": "", "ft_name": ""}
+
+        return self._acted(request, plan.name, act)
+
+    def _acted(self, request: gr.Request, name: str, act: Callable[[], Changes]) -> Changes:
+        """Do something to a run, and show how the run stands then; also where that is refused or fails."""
+        try:
+            changes = act()
+        except (FineTuningError, OSError) as error:
+            is_told = isinstance(error, FineTuningError) or is_storage_failure(error)
+            if not is_told or all(record.name != name for record in self._records(request)):
+                raise
+            changes = {PLACE: views.problem(explain(error, self._words))}
+        return {**self.list_runs(request, name), **changes}
 
     def _plan(self, values: Mapping[str, Any]) -> Plan:
         """Read the form.
@@ -188,20 +208,32 @@ class FineTuneHandlers:
     def stop(self, request: gr.Request, name: str) -> Changes:
         """Have a training save and end."""
         self.owner(request)
-        self._runs.stop(name, self._viewer(request))
-        return self.list_runs(request, name)
+
+        def act() -> Changes:
+            self._runs.stop(name, self._viewer(request))
+            return {}
+
+        return self._acted(request, name, act)
 
     def resume(self, request: gr.Request, name: str) -> Changes:
         """Let a training go on, or start one that was only checked."""
         self.owner(request)
-        self._runs.start(name, self._viewer(request))
-        return self.list_runs(request, name)
+
+        def act() -> Changes:
+            self._runs.start(name, self._viewer(request))
+            return {}
+
+        return self._acted(request, name, act)
 
     def delete(self, request: gr.Request, name: str) -> Changes:
         """Delete a run, which was confirmed."""
         self.owner(request)
-        self._runs.delete(name, self._viewer(request))
-        return {**self.list_runs(request), **self.lora_choices(request)}
+
+        def act() -> Changes:
+            self._runs.delete(name, self._viewer(request))
+            return self.lora_choices(request)
+
+        return self._acted(request, name, act)
 
     # ----------------------------------------------------------------- looking
 
@@ -209,7 +241,7 @@ class FineTuneHandlers:
         """Show the runs when the tab is opened: the one that was chosen, or that runs, or the newest."""
         if not self._may(request):
             return {"ft_open": True, "ft_timer": gr.update(active=False)}
-        return {"ft_open": True, **self.list_runs(request, chosen)}
+        return {"ft_open": True, **self.list_runs(request, chosen), **self.lora_choices(request)}
 
     def leave(self, request: gr.Request) -> Changes:
         """Look less often while another tab is open."""
@@ -218,7 +250,7 @@ class FineTuneHandlers:
 
     def load(self, request: gr.Request) -> Changes:
         """Keep an eye on a training when the page is loaded, so that its LoRA is offered at its end."""
-        is_mine = self._may(request) and any(one.state == "running" for one in self._runs.runs(self._viewer(request)))
+        is_mine = any(one.state == "running" for one in self._records(request))
         return {"ft_timer": gr.update(value=AWAY_SECONDS, active=is_mine)}
 
     def _may(self, request: gr.Request) -> bool:
@@ -228,9 +260,13 @@ class FineTuneHandlers:
             return False
         return True
 
+    def _records(self, request: gr.Request) -> list[Record]:
+        """Return the runs that a page may show."""
+        return self._runs.runs(self._viewer(request)) if self._may(request) else []
+
     def list_runs(self, request: gr.Request, chosen: str | None = None) -> Changes:
         """Show the list of runs, and one of them."""
-        records = self._runs.runs(self._viewer(request))
+        records = self._records(request)
         names = [record.name for record in records]
         running = next((record.name for record in records if record.state == "running"), None)
         name = chosen if chosen in names else running or next(iter(names), None)
@@ -241,54 +277,54 @@ class FineTuneHandlers:
 
     def show(self, request: gr.Request, name: str | None) -> Changes:
         """Show a run with what may be done with it."""
-        found = next((one for one in self._runs.runs(self._viewer(request)) if one.name == name), None)
+        found = next((one for one in self._records(request) if one.name == name), None)
         if found is None:
             buttons = {f"ft_{one}": gr.update(visible=False) for one in (*BUTTONS, "confirm")}
             return {"ft_run": views.hint(self._words("ft.no_runs")), "ft_seen": None, **buttons}
-        folder = self._runs.folder(found.name)
+        folder = self._runs.folder(found.name, self._viewer(request))
         is_stopping = self._runs.is_stopping(found.name)
         return {
-            "ft_run": drawn.run(found, folder, is_stopping, self._words),
-            "ft_seen": self._signature(found),
-            **self._buttons(found, is_stopping),
+            "ft_run": drawn.run(found, folder, is_stopping, self._words, self._images),
+            "ft_seen": self._signature(found, folder),
+            **self._buttons(found, folder, is_stopping),
         }
 
-    def _buttons(self, record: Record, is_stopping: bool) -> Changes:
+    def _buttons(self, record: Record, folder: RunFolder, is_stopping: bool) -> Changes:
         """Offer what may be done with a run as it is."""
         running = record.state == "running"
-        loras = self._runs.folder(record.name).loras()
-        file = next(iter(loras.values()), None)
+        has_lora = bool(folder.loras()) and not running
         again = self._words("ft.start" if record.state == "draft" else "ft.resume")
         return {
             "ft_stop": gr.update(visible=running, interactive=not is_stopping),
             "ft_resume": gr.update(value=again, visible=record.state in ("draft", "stopped", "failed")),
-            "ft_try": gr.update(visible=bool(loras) and not running),
-            "ft_download": gr.update(value=None if running or file is None else str(file),
-                                     visible=bool(loras) and not running),
+            "ft_try": gr.update(visible=has_lora),
+            "ft_download": gr.update(link=address(record.name), visible=has_lora),
             "ft_delete": gr.update(visible=not running),
             "ft_confirm": gr.update(visible=False),
         }  # fmt: skip
 
-    def _signature(self, record: Record) -> Seen:
+    def _signature(self, record: Record, folder: RunFolder) -> Seen:
         """Return what changes whenever a run has to be drawn anew."""
-        folder = self._runs.folder(record.name)
         preview, best = folder.preview(), folder.best()
         log = folder.training / "log.jsonl"
         size = log.stat().st_size if log.is_file() else 0
         stopping = self._runs.is_stopping(record.name)
-        return record.name, record.state, stopping, size, preview and preview[0], best and best.step
+        return record.name, record.state, record.reason, stopping, size, preview and preview[0], best and best.step
 
     def tick(self, request: gr.Request, name: str | None, seen: Any, is_open: bool) -> Changes:
         """Draw the chosen run anew if there is news; at the end of a training offer its LoRA."""
         if not self._may(request):
             return {"ft_timer": gr.update(active=False)}
-        records = self._runs.runs(self._viewer(request))
+        records = self._records(request)
         found = next((one for one in records if one.name == name), None)
         if not any(one.state == "running" for one in records):  # its end
             return {**self.list_runs(request, name), **self.lora_choices(request)}
-        if not is_open or found is None or self._signature(found) == _tuple(seen):
+        if not is_open:
             return {}
-        return self.show(request, name)
+        if found is None:  # deleted in another window
+            return self.list_runs(request)
+        folder = self._runs.folder(found.name, self._viewer(request))
+        return {} if self._signature(found, folder) == _tuple(seen) else self.show(request, name)
 
     # -------------------------------------------------------------- using them
 
@@ -304,6 +340,7 @@ class FineTuneHandlers:
             name: of the run.
             key: of the model that the page is fitted to.
         """
+        self.owner(request)
         record = self._runs.record(name, self._viewer(request))
         user = self._sessions.user(request)
         offered = self._engine.lora_files.names(user)
@@ -312,7 +349,8 @@ class FineTuneHandlers:
             raise PageError("ft.no_lora")
         mode = "video" if self._engine.abilities(record.model).output == "frames" else "text"
         changes: Changes = {"model": record.model, "mode": mode, "tabs": gr.update(selected=mode)}
-        prompt = record.trigger or next(iter(self._runs.folder(name).captions()), "").partition("\n")[0]
+        captions = self._runs.folder(name, self._viewer(request)).captions()
+        prompt = record.trigger or next(iter(captions), "").partition("\n")[0]
         changes |= {"prompt": prompt, "lora_scale": 1}
         adapted = self._settings.adapted(changes, key, self._sessions.may_generate(request))
         gr.Info(self._words("ft.tried", name=chosen))
@@ -347,17 +385,6 @@ def _source(engine: Engine, key: str) -> str:
     """Return what loads a model in another process, whose working folder is another one."""
     source = engine.source(key)
     return str(Path(source).resolve()) if Path(source).exists() else source
-
-
-def _is_local(request: gr.Request) -> bool:
-    """Whether a page is open on the machine of the server."""
-    client = getattr(request, "client", None)
-    if client is None:
-        return False
-    try:
-        return ipaddress.ip_address(client.host).is_loopback
-    except ValueError:
-        return False
 
 
 def _shown(name: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,6 +24,8 @@ THUMBNAIL = 176
 """Longer side of an image on a card, pixels."""
 SHOWN_SIDE = 1_024
 """Longer side of a preview as it is shown, pixels."""
+MOST_KEPT = 16
+"""Images that `ShownImages` keeps."""
 ADVICE = {
     "no file was held out": "unknown",
     "the held-out loss still falls": "falls",
@@ -49,6 +53,33 @@ class Item:
     frames: int
     thumbnail: str
     caption: str = ""
+
+
+class ShownImages:
+    """Images of runs as data URIs, made anew only when a file has changed: a run is drawn at every news of it."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Path, tuple[tuple[int, int], str]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def data(self, file: Path) -> str:
+        """Return an image; nothing for one that is being written at this moment, or is gone."""
+        try:
+            status = file.stat()
+            stamp = status.st_mtime_ns, status.st_size
+            with self._lock:
+                known = self._known.get(file)
+            if known is None or known[0] != stamp:
+                with Image.open(file, formats=["PNG"]) as image:
+                    known = stamp, thumbnail(image, SHOWN_SIDE)
+        except OSError:
+            return ""
+        with self._lock:
+            self._known[file] = known
+            self._known.move_to_end(file)
+            while len(self._known) > MOST_KEPT:
+                self._known.popitem(last=False)
+        return known[1]
 
 
 def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> str:
@@ -112,7 +143,7 @@ def run_label(record: Record, words: Strings) -> str:
     )
 
 
-def run(record: Record, folder: RunFolder, is_stopping: bool, words: Strings) -> str:
+def run(record: Record, folder: RunFolder, is_stopping: bool, words: Strings, images: ShownImages) -> str:
     """Draw a run: how far it is, its curve, its newest preview, and what to make of it."""
     progress, best = folder.progress(record.steps, record.first), folder.best()
     head = (
@@ -125,7 +156,8 @@ def run(record: Record, folder: RunFolder, is_stopping: bool, words: Strings) ->
     parts.append(loss_curve.draw(progress.points, record.steps, best and best.step, words))
     if best is not None:
         parts.append(f'<p class="ft-best">{escape(words("ft.best", step=best.step))} {_advice(best.advice, words)}</p>')
-    return f'<section class="ft-run">{"".join(parts)}{_preview(folder, words)}{_plot(folder, words)}</section>'
+    parts += [_preview(folder, words, images), _plot(folder, words, images)]
+    return f'<section class="ft-run">{"".join(parts)}</section>'
 
 
 def _reason(record: Record, words: Strings) -> str:
@@ -133,7 +165,8 @@ def _reason(record: Record, words: Strings) -> str:
     key = next((key for key in (f"error.{record.reason}", record.reason) if key in words), None)
     if key is None:
         return ""
-    return f'<p class="problem">{escape(words(key, message=record.message))}</p>'
+    hint = f'<p class="hint">{escape(words("ft.again"))}</p>' if record.state == "failed" else ""
+    return f'<p class="problem">{escape(words(key, message=record.message))}</p>{hint}'
 
 
 def _bar(record: Record, step: int, left: float | None, is_stopping: bool, words: Strings) -> str:
@@ -170,28 +203,19 @@ def _advice(advice: str, words: Strings) -> str:
     return escape(words(f"ft.advice.{key}", percent=numbers[-1] if numbers else ""))
 
 
-def _preview(folder: RunFolder, words: Strings) -> str:
+def _preview(folder: RunFolder, words: Strings, images: ShownImages) -> str:
     found = folder.preview()
     if found is None:
         return ""
     step, file, prompts = found
     rows = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
     title = escape(words("ft.preview", step=step))
-    return f'<h4>{title}</h4><img src="{_shown(file)}" alt="{title}"><ol>{rows}</ol>'
+    return f'<h4>{title}</h4><img src="{images.data(file)}" alt="{title}"><ol>{rows}</ol>'
 
 
-def _plot(folder: RunFolder, words: Strings) -> str:
+def _plot(folder: RunFolder, words: Strings, images: ShownImages) -> str:
     file = folder.plot()
     if file is None:
         return ""
     title = escape(words("ft.plot"))
-    return f'<details><summary>{title}</summary><img src="{_shown(file)}" alt="{title}"></details>'
-
-
-def _shown(file: Path) -> str:
-    """Return an image of a run as a data URI; nothing for one that is being written at this moment."""
-    try:
-        with Image.open(file, formats=["PNG"]) as image:
-            return thumbnail(image, SHOWN_SIDE)
-    except OSError:
-        return ""
+    return f'<details><summary>{title}</summary><img src="{images.data(file)}" alt="{title}"></details>'

@@ -16,6 +16,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from apps.service import fine_tuning_run
 from apps.service.engine import Engine
 from apps.service.events import Failed
 from apps.service.fine_tuning import FineTuning, offer_runs, receive_image
@@ -241,6 +242,51 @@ def test_a_run_is_read_while_it_is_written_to(made):
     assert folder.preview() is None
 
 
+def test_a_log_is_read_on_from_where_it_was_read(made, monkeypatch):
+    made.runs.write(made.plan, "ann")
+    folder = made.runs.folder("cats")
+    folder.training.mkdir()
+    log = folder.training / "log.jsonl"
+
+    def line(step, loss=0.5):
+        return json.dumps({"kind": "train", "step": step, "loss": loss}) + "\n"
+
+    parsed = []
+    monkeypatch.setattr(fine_tuning_run.json, "loads", lambda text, read=json.loads: parsed.append(text) or read(text))
+    log.write_text(line(1) + line(2)[:9])
+    assert [point.step for point in folder.progress(9).points] == [1]
+    log.write_text(line(1) + line(2) + line(3))
+    assert [point.step for point in folder.progress(9).points] == [1, 2, 3]
+    assert made.runs.folder("cats").progress(9).step == 3
+    assert len([text for text in parsed if b"step" in text]) == 3
+    log.write_text(line(1) + line(2))  # resumed from an earlier checkpoint
+    assert [point.step for point in folder.progress(9).points] == [1, 2]
+    log.write_text(line(1) + line(2, 0.25) + line(3) + line(4))  # and it has gone further between two looks
+    assert [(point.step, point.loss) for point in folder.progress(9).points][1:] == [(2, 0.25), (3, 0.5), (4, 0.5)]
+    log.unlink()
+    assert folder.progress(9).points == ()
+
+
+def test_a_record_is_read_anew_only_when_it_has_changed(made, monkeypatch):
+    made.runs.write(made.plan, "ann")
+    made.runs.runs()
+    monkeypatch.setattr(Path, "read_text", lambda *given, **more: pytest.fail("read again"))
+    assert made.runs.runs()[0].state == "draft"
+    monkeypatch.undo()
+    made.runs.folder("cats").change(state="stopped")
+    assert made.runs.runs()[0].state == "stopped"
+
+
+def test_a_training_that_the_end_of_the_server_stops_says_so(made):
+    made.runs.write(made.plan, "ann")
+    made.runs.folder("cats").change(state="running")
+    process = SimpleNamespace(is_stopping=False, wait=lambda seconds: True)
+    process.stop = lambda: made.runs._end(SimpleNamespace(is_stopping=True), 130)
+    made.runs._active = "cats", process
+    made.runs.close()
+    assert (made.runs.record("cats").state, made.runs.record("cats").reason) == ("stopped", "ft.server")
+
+
 # ------------------------------------------------------------------------ users and LoRAs
 
 
@@ -377,8 +423,8 @@ def test_reports_and_failures_are_read_without_paths(tmp_path):
             "the last is cats/checkpoint-000002; lower it",
         ),
         ("No such file: '/srv/my out/runs/cats'", "No such file: 'cats'"),
-        ("(/home/me/.cache/x.bin, ~/token)", "(x.bin, token)"),
-        ("C:\\Users\\me\\x.bin is broken", "x.bin is broken"),
+        ("(/var/cache/x.bin, ~/token)", "(x.bin, token)"),
+        ("C:\\Models\\x.bin is broken", "x.bin is broken"),
         ("see https://example.org/a/b; 3/4, blocks.*/x, owner/model", None),
     ],
 )

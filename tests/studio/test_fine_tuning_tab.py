@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from apps.api.tokens import TokenTable, add_user
@@ -18,8 +19,9 @@ from apps.service.fine_tuning import FineTuning
 from apps.service.fine_tuning_plan import Example
 from apps.service.fine_tuning_process import FineTuningError
 from apps.service.fine_tuning_run import Point, RunFolder
-from apps.studio import loss_curve
-from apps.studio.fine_tune_handlers import FineTuneHandlers, preview_prompts
+from apps.studio import fine_tune_views, loss_curve
+from apps.studio.fine_tune_files import address
+from apps.studio.fine_tune_handlers import BUTTONS, FineTuneHandlers, preview_prompts
 from apps.studio.fine_tune_settings import SETTINGS, to_document
 from apps.studio.fine_tune_views import Item
 from apps.studio.generation_handlers import GenerationHandlers
@@ -59,6 +61,14 @@ def serving_tab(folder, tokens):
     handlers = FineTuneHandlers(engine, runs, ENGLISH, sessions, settings)
     yield SimpleNamespace(handlers=handlers, runs=runs, engine=engine, folder=folder)
     engine.close()
+
+
+def running(runs, name):
+    """Have a run look as if it were trained."""
+    folder = runs.folder(name)
+    folder.change(state="running")
+    runs._active = name, SimpleNamespace(stop=lambda: None, wait=lambda seconds: True, is_stopping=False)
+    return folder
 
 
 def files(folder, count=3):
@@ -193,8 +203,7 @@ def test_a_run_is_drawn_watched_and_tried(tab, tmp_path):
     assert planned.document["task"]["preview_prompts"] == ["zxc"]
     tab.runs.write(planned, "local")
     assert "<script" not in tab.handlers.list_runs(HERE, "cats")["ft_run"]
-    folder = tab.runs.folder("cats")
-    folder.change(state="running")
+    folder = running(tab.runs, "cats")
     shown = tab.handlers.open(HERE, None)
     assert shown["ft_timer"]["active"]
     assert tab.handlers.tick(HERE, "cats", shown["ft_seen"], True) == {}  # no news
@@ -206,6 +215,7 @@ def test_a_run_is_drawn_watched_and_tried(tab, tmp_path):
     assert "Preview at step 2" in drawn
     assert "&lt;i&gt;a cat" in drawn
     assert "<i>a" not in drawn
+    tab.runs._active = None
     finished(tab.runs, "cats", "local")
     tab.engine.lora_files.put("cats", folder.loras(), "local")
     ended = tab.handlers.tick(HERE, "cats", shown["ft_seen"], True)
@@ -229,6 +239,133 @@ def test_a_curve_of_one_point_or_of_nonsense_is_drawn():
     assert "<circle" in loss_curve.draw([Point("train", 1, 0.0)], 0, 1, ENGLISH)
     many = loss_curve.draw([Point("train", step, 1 / step) for step in range(1, 5000)], 5000, None, ENGLISH)
     assert len(many) < 12_000
+
+
+def visible(changes):
+    return {name[3:] for name, one in changes.items() if name[3:] in BUTTONS and one["visible"]}
+
+
+def test_every_state_offers_the_way_on(tab):
+    upload = [tab.engine.uploads.add(Image.new("RGB", (8, 8), color)) for color in ("red", "blue")]
+    tab.runs.write(plan([Example(one) for one in upload]), "local")
+    folder = tab.runs.folder("cats")
+    assert visible(tab.handlers.show(HERE, "cats")) == {"resume", "delete"}
+    folder.change(state="failed", reason="ft.start")
+    shown = tab.handlers.show(HERE, "cats")
+    assert visible(shown) == {"resume", "delete"}
+    assert ENGLISH("error.ft.start") in shown["ft_run"]
+    assert ENGLISH("ft.again") in shown["ft_run"]
+    folder.change(state="running", reason="")  # its end could not be written: nothing trains
+    shown = tab.handlers.stop(HERE, "cats")
+    assert visible(shown) == {"resume", "delete"}
+    assert not shown["ft_timer"]["active"]
+    assert ENGLISH("ft.lost") in shown["ft_run"]
+    finished(tab.runs, "cats", "local")
+    assert visible(tab.handlers.show(HERE, "cats")) == {"try", "download", "delete"}
+    running(tab.runs, "cats")
+    assert visible(tab.handlers.show(HERE, "cats")) == {"stop"}
+    tab.runs._active = None
+
+
+def test_a_refusal_shows_how_the_run_stands(tab, tmp_path, monkeypatch):
+    items = tab.handlers.take_files(HERE, [str(file) for file in files(tmp_path)], [], "")["ft_items"]
+    values = {**FORM, "ft_items": items, "ft_captions": ""}
+
+    def fail(*given):
+        raise OSError("no such program")
+
+    monkeypatch.setattr("apps.service.fine_tuning.TrainingProcess", fail)
+    told = tab.handlers.start(HERE, values)
+    assert ENGLISH("error.ft.start") in told["ft_problem"]
+    assert "ft_name" not in told  # it is kept for the next attempt
+    assert (told["ft_runs"]["value"], visible(told)) == ("cats", {"resume", "delete"})
+    assert tab.runs.record("cats").state == "failed"
+    told = tab.handlers.resume(HERE, "cats")
+    assert ENGLISH("error.ft.start") in told["ft_problem"]
+    with FileLock(tab.runs.folder("cats").lock):
+        for act in (tab.handlers.resume, tab.handlers.delete):
+            assert "still being saved" in act(HERE, "cats")["ft_problem"]
+    with pytest.raises(FineTuningError):
+        tab.handlers.resume(HERE, "dogs")
+    assert visible(tab.handlers.delete(HERE, "cats")) == set()
+
+
+def test_a_training_whose_end_can_not_be_written_is_not_shown_as_running(tab, monkeypatch):
+    upload = [tab.engine.uploads.add(Image.new("RGB", (8, 8), color)) for color in ("red", "blue")]
+    tab.runs.write(plan([Example(one) for one in upload]), "local")
+    folder = running(tab.runs, "cats")
+
+    def fail(record):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(RunFolder, "write", lambda self, record: fail(record))
+    tab.runs._end(tab.runs._active[1], 1)
+    assert folder.record().state == "running"
+    assert (tab.runs.record("cats").state, tab.runs.record("cats").reason) == ("stopped", "ft.lost")
+    assert tab.runs.running is None
+
+
+def test_nobody_looks_at_runs_of_others_or_from_elsewhere(tmp_path):
+    for name, role in (("ann", "generate"), ("bob", "generate"), ("root", "admin")):
+        add_user(tmp_path / "users.json", name, role)
+    who = {name: SimpleNamespace(session_hash=name, username=name, client=None) for name in ("ann", "bob", "root")}
+    with serving_tab(tmp_path, TokenTable(tmp_path / "users.json")) as one:
+        upload = [one.engine.uploads.add(Image.new("RGB", (8, 8), color), "ann") for color in ("red", "blue")]
+        one.runs.write(plan([Example(name) for name in upload]), "ann")
+        finished(one.runs, "cats", "ann")
+        one.engine.lora_files.put("cats", one.runs.folder("cats").loras(), "ann")
+        for name in ("ann", "root"):
+            assert "cats" in one.handlers.show(who[name], "cats")["ft_run"]
+        assert "cats" not in str(one.handlers.show(who["bob"], "cats"))
+        assert "cats" not in str(one.handlers.open(who["bob"], "cats"))
+        for act in (one.handlers.stop, one.handlers.resume, one.handlers.delete):
+            with pytest.raises(FineTuningError, match="no fine-tuning run"):
+                act(who["bob"], "cats")
+        with pytest.raises(FineTuningError, match="no fine-tuning run"):
+            one.handlers.try_it(who["bob"], "cats", "fake")
+        with pytest.raises(PageError, match=r"ft\.no_lora"):
+            one.handlers.try_it(who["root"], "cats", "fake")  # it isn't offered to them
+
+
+def test_a_stranger_sees_no_run(tab):
+    upload = [tab.engine.uploads.add(Image.new("RGB", (8, 8), color)) for color in ("red", "blue")]
+    tab.runs.write(plan([Example(one) for one in upload]), "local")
+    stranger = SimpleNamespace(session_hash="x", username=None, client=SimpleNamespace(host="192.168.1.9"))
+    assert "cats" not in str([tab.handlers.show(stranger, "cats"), tab.handlers.list_runs(stranger, "cats")])
+    assert tab.handlers.tick(stranger, "cats", None, True) == {"ft_timer": {"active": False, "__type__": "update"}}
+    with pytest.raises(PageError, match=r"ft\.strangers"):
+        tab.handlers.try_it(stranger, "cats", "fake")
+
+
+def test_an_image_of_a_run_is_drawn_once(tmp_path, monkeypatch):
+    images, made = fine_tune_views.ShownImages(), []
+    monkeypatch.setattr(fine_tune_views, "thumbnail", lambda image, side: made.append(image.size) or "data:")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert [images.data(tmp_path / "a.png") for _ in range(3)] == ["data:"] * 3
+    assert len(made) == 1
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.png")
+    images.data(tmp_path / "a.png")
+    assert made == [(8, 8), (16, 8)]
+    assert images.data(tmp_path / "none.png") == ""
+
+
+def test_a_lora_is_fetched_by_its_owner(tmp_path):
+    with serving_page(tmp_path) as served:
+        runs = served.app.state.fine_tuning
+        upload = [runs._uploads.add(Image.new("RGB", (8, 8), color), "ann") for color in ("red", "blue")]
+        runs.write(plan([Example(one) for one in upload]), "ann")
+        with client_of(served, "ann") as client:
+            assert client.get(address("cats")).status_code == 404  # there is none yet
+            finished(runs, "cats", "ann")
+            answer = client.get(address("cats"))
+            assert (answer.status_code, answer.content) == (200, b"xx")  # the best
+            assert 'filename="cats.safetensors"' in answer.headers["content-disposition"]
+            assert [client.get(address(name)).status_code for name in ("dogs", "..%2Fcats", "x" * 99)] == [404] * 3
+        for name, status in (("bob", 404), ("eve", 404), ("root", 200)):
+            with client_of(served, name) as client:
+                assert client.get(address("cats")).status_code == status
+        with client_of(served) as client:
+            assert client.get(address("cats")).status_code in (303, 401)
 
 
 def test_the_files_of_runs_are_not_served(tmp_path):
