@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,19 +73,6 @@ class NoiseProcess:
             return data
         keep, add = self._scales(timesteps, data)
         return keep * noise - add * data  # arXiv 2202.00512, appendix D
-
-    def estimate_data(self, noisy: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the data that a prediction implies, (B, ...)."""
-        keep, add = self._scales(timesteps, noisy)
-        if self.prediction == "velocity":
-            return noisy - add * predicted
-        if self.prediction == "reversed_velocity":
-            return noisy + add * predicted
-        if self.prediction == "epsilon":
-            return (noisy - add * predicted) / keep.clamp(min=1e-8)
-        if self.prediction == "sample":
-            return predicted
-        return keep * noisy - add * predicted
 
     def draw_timesteps(
         self, count: int, mean: float = 0.0, std: float = 1.0, generator: torch.Generator | None = None
@@ -187,16 +173,6 @@ def noise_process(scheduler: Any) -> NoiseProcess:
     return NoiseProcess(kind, count, alphas=alphas.clone())
 
 
-def mean_squared_error(predicted: Tensor, target: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
-    """Compute the mean squared error of each sample in float32.
-
-    Args:
-        predicted: (B, ...).
-        target: (B, ...).
-        weights: of the samples, (B,); None weighs all alike.
-
-    Returns:
-        (B,) float32.
-    """
-    error = (predicted.float() - target.float()).square().flatten(1).mean(dim=1)  # (B,)
-    return error if weights is None else error * torch.as_tensor(weights, dtype=error.dtype, device=error.device)
+def mean_squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Compute the mean squared error of each sample, (B,) float32, of predictions and targets (B, ...)."""
+    return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)  # (B,)
