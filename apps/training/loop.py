@@ -212,12 +212,18 @@ class Trainer:
         self.logger.write("validation", self.state.step, values)
 
     def _score(self) -> None:
-        """Keep and score the present weights, if the task compares checkpoints; processes wait for the first one."""
+        """Keep and score the present weights, if the task compares checkpoints; processes wait for the first one.
+
+        A failure is reported but does not end the training, which has saved a checkpoint.
+        """
         if isinstance(self.task, ComparesCheckpoints) and self.accelerator.is_main_process:
-            with self._averaged():
-                values = self.task.score(self.state.step)
-            self.logger.write("score", self.state.step, values)
-            self.logger.message(self.task.choose(self.logger.path))
+            try:
+                with self._averaged():
+                    values = self.task.score(self.state.step)
+                self.logger.write("score", self.state.step, values)
+                self.logger.message(self.task.choose(self.logger.path))
+            except Exception as error:
+                self.logger.message(f"step {self.state.step}: the score failed: {type(error).__name__}: {error}")
         self.accelerator.wait_for_everyone()
 
     def _preview(self) -> None:

@@ -118,6 +118,16 @@ def test_failing_preview_is_reported_and_does_not_stop_the_run(toy, capsys):
     assert "the disk of previews is full" in capsys.readouterr().err
 
 
+def test_failing_score_is_reported_and_does_not_stop_the_run(toy, capsys, monkeypatch):
+    def score(self, step):
+        raise OSError("the disk of scores is full")
+
+    monkeypatch.setattr(ToyTask, "score", score, raising=False)
+    monkeypatch.setattr(ToyTask, "choose", lambda self, log: "none", raising=False)
+    assert train(toy()) == "finished"
+    assert "the score failed: OSError: the disk of scores is full" in " ".join(capsys.readouterr().err.split())
+
+
 def test_interrupt_saves(toy, tmp_path):
     config = toy("run.steps=1000000", "run.save_every=0", "run.validate_every=0", "run.preview_every=0")
 
