@@ -7,7 +7,6 @@ it is finished: seconds, the most memory they ever held, and after which share o
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from dit.runtime.metrics import psnr
 from dit.runtime.timing import measure
 from pipelines import info_of
 from pipelines.inputs.words import read_words
+from pipelines.loading.memory import peak_memory
 from pipelines.step_cache import PROFILE_FILE
 from sampling.step_cache import Profile, StepCache, calibrate_budget
 
@@ -205,14 +205,4 @@ def _timed(pipe: Any, frames: int, path: Path) -> Length:
             parts += 1
             first = first or time.perf_counter() - begun
     seconds = time.perf_counter() - begun
-    return Length(seconds, first / seconds, _peak_mib(), parts)
-
-
-def _peak_mib() -> float:
-    """Return the most memory that this process ever held, in MiB."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss of a new process begins with what the process that started it held
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return Length(seconds, first / seconds, peak_memory() / 2**20, parts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import re
+import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,21 @@ def free_memory(device: torch.device) -> int:
     if device.type == "mps":
         return max(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), 0)
     return min([psutil.virtual_memory().available, *_container_headroom(), *_process_headroom()])
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process ever held, or has held since it last forgot that, bytes.
+
+    On Linux `5` written to /proc/self/clear_refs makes it forget.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss of a new process begins with what the process that started it held
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 2**10
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 2**10
 
 
 def _container_headroom(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
