@@ -70,6 +70,8 @@ def choose(scores: Sequence[Score], is_validated_on_training: bool = False) -> C
     if is_validated_on_training:
         return Choice(last, "no file was held out, so nothing tells overfitting: compare the previews yourself", False)
     best = min(scores, key=lambda score: score.loss)
+    if len(scores) == 1:
+        return Choice(best, "it is the only one so far: a second save will tell whether more steps help", False)
     if best is last:
         return Choice(best, "the held-out loss still falls: more steps may help", False)
     is_overfitting = last.loss > RISE * best.loss and last.training_loss < best.training_loss

@@ -1,7 +1,6 @@
 """What a fine-tuning would do, without doing it: files and their sizes, parameters, memory."""
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from rich.table import Table
 
 from apps.training.checkpoint import trained_parameters
 from apps.training.task import TaskContext, task_class
+from pipelines.loading.memory import peak_memory
 
 MIB = 2**20
-STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CLEAR_PEAK = Path("/proc/self/clear_refs")
 STATES = {"adamw": 2, "muon": 2, "sgd_sai": 1, "prodigy": 4, "schedule_free": 2}
 """Optimizer -> tensors that it keeps for each parameter."""
 
@@ -49,7 +49,8 @@ def report(config: Any, console: Console) -> dict[str, float]:
     kept = 4 * count * (STATES[config.optimizer.name] + 1)  # float32; also the averaged weights
     estimate = {"loaded": loaded / MIB, "batch": (peak - loaded) / MIB, "optimizer": kept / MIB}
     estimate["total"] = sum(estimate.values())
-    console.print(_sizes(task, config))
+    if task.sizes():
+        console.print(_sizes(task, config))
     layers, run = len(getattr(task, "adapted", ())), config.run
     console.print(f"{count:,} parameters are trained, in {layers} layers; {run.steps} steps of {run.batch_size}")
     parts = ", ".join(f"{name} {value:,.0f}" for name, value in estimate.items() if name != "total")
@@ -58,14 +59,14 @@ def report(config: Any, console: Console) -> dict[str, float]:
 
 
 def _memory_of_a_batch(task: Any, context: TaskContext) -> tuple[int, int]:
-    """Run a forward and a backward pass of a batch, whose gradients are thrown away.
+    """Run a forward and a backward pass of the largest batch, whose gradients are thrown away.
 
     A count of the tensors that autograd keeps would miss what is held for a moment only, and what allocators keep back.
 
     Returns:
         Bytes that were held before, and at most.
     """
-    batch = task.to_device(task.batch(0))
+    batch = task.to_device(task.largest_batch())
     loaded = _begin_peak(context.device)
     with context.autocast():
         loss, _ = task.loss(batch)
@@ -89,13 +90,7 @@ def _peak(device: torch.device) -> int:
     """Return the highest use of memory since `_begin_peak`, bytes; of the whole process where that can't be told."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if CLEAR_PEAK.exists():
-        (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory()
 
 
 def _sizes(task: Any, config: Any) -> Table:
@@ -103,7 +98,7 @@ def _sizes(task: Any, config: Any) -> Table:
     table = Table(title=f"{config.run.name}: files", title_justify="left")
     for name in ("frames", "height", "width", "files", "batches an epoch"):
         table.add_column(name, justify="right")
-    for (frames, height, width), count in task.data.histogram().items():
+    for (frames, height, width), count in task.sizes().items():
         batches = -(-count // config.run.batch_size)
         table.add_row(str(frames), str(height), str(width), str(count), str(batches))
     return table

@@ -8,9 +8,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
+from rich.console import Console
 from safetensors import safe_open
 
 from apps.training.config import ConfigError, validate_document
+from apps.training.dry_run import report
 from apps.training.loop import train
 from apps.training.task import TaskContext
 from apps.training.tasks.few_step import FewStepConfig, FewStepTask
@@ -123,6 +125,12 @@ def configured(tmp_path):
         )  # fmt: skip
 
     return make
+
+
+def test_dry_run_has_no_files_to_show(configured):
+    console = Console(record=True, width=120)
+    assert report(configured("dry"), console)["total"] > 0
+    assert "parameters are trained" in console.export_text()
 
 
 def test_resume_is_bit_identical(configured):

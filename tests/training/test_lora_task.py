@@ -1,5 +1,6 @@
 """Runs of LoRA fine-tuning: exact resume, kills, what is written, what is refused."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -19,8 +22,13 @@ from apps.commands.train_lora import make_config
 from apps.commands.train_lora_flags import FLAGS, canonical
 from apps.training import checkpoint as checkpoints
 from apps.training.checkpoint_choice import Score, choose, read_scores
+from apps.training.class_images import make_class_images
 from apps.training.config import ConfigError
+from apps.training.data.decode import IMAGE_SUFFIXES
+from apps.training.dry_run import report
 from apps.training.loop import Trainer, train
+from apps.training.task import TaskContext
+from apps.training.tasks.lora import LoraTask
 from dit.lora.timestep_experts import TimestepArgument, readers_of
 from pipelines import load_lora, load_pipeline
 from tests.families.tiny import tiny_pipeline
@@ -185,6 +193,8 @@ def test_best_step_is_marked(configured):
 def test_overfitting_is_told_from_a_level_loss():
     falling = [Score(1, 1.0, 1.0), Score(2, 0.8, 0.8)]
     assert choose(falling).best.step == 2
+    assert "still falls" in choose(falling).advice
+    assert "only one" in choose(falling[:1]).advice
     rising = [*falling, Score(3, 0.9, 0.5)]
     assert choose(rising).best.step == 2
     assert choose(rising).is_overfitting
@@ -257,11 +267,77 @@ def test_a_run_inside_its_own_data_is_refused(configured, images):
         train(configured("run", f'run.output="{images}"'))
 
 
+def test_a_run_inside_its_class_images_is_refused(configured, tmp_path):
+    flags = {"class_data_dir": tmp_path / "classes", "class_prompt": "a cat", "num_class_images": 1}
+    with pytest.raises(ConfigError, match=r"run\.output = .* lies in data\.class_folder"):
+        train(configured("classes/run", "model.options={height=32, width=32, num_inference_steps=2}", **flags))
+
+
+def test_class_images_that_were_deleted_are_made_anew_and_no_other(configured, model, tmp_path):
+    folder, pipe = tmp_path / "classes", load_pipeline(model)
+    flags = {"class_data_dir": folder, "class_prompt": "a cat", "num_class_images": 4}
+    config = configured("run", "model.options={height=32, width=32, num_inference_steps=2}", **flags)
+    console = Console(quiet=True)
+    assert make_class_images(pipe, config, console) == 4
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(first) == len(set(first.values())) == 4
+    (folder / "class-0001.png").unlink()
+    (folder / "class-0002.png").rename(folder / "mine.png")
+    assert make_class_images(pipe, config, console) == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        **{name: image for name, image in first.items() if name != "class-0002.png"},
+        "mine.png": first["class-0002.png"],
+    }
+
+
+def test_an_image_that_is_cut_short_is_none(configured, model, tmp_path, monkeypatch):
+    folder = tmp_path / "classes"
+    flags = {"class_data_dir": folder, "class_prompt": "a cat", "num_class_images": 1}
+    config = configured("run", "model.options={height=32, width=32, num_inference_steps=2}", **flags)
+
+    def cut(image, path, *_, **__):
+        Path(path).write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Image.Image, "save", cut)
+    with pytest.raises(OSError, match="the disk is full"):
+        make_class_images(load_pipeline(model), config, Console(quiet=True))
+    assert not [path for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES]
+
+
+def context():
+    return TaskContext(torch.device("cpu"), 0, 1, contextlib.nullcontext, contextlib.nullcontext)
+
+
+def test_the_largest_batch_has_the_largest_size_and_the_longest_caption(configured, images):
+    config = configured("run", "data.resolution=64", "data.max_aspect_ratio=3.0")
+    task = LoraTask(config, context())
+    (group,) = task.largest_batch()["groups"]
+    drawn = [task.batch(number)["groups"][0] for number in range(6)]
+    assert len({one["latents"].shape for one in drawn}) > 1
+    assert group["latents"].numel() == max(one["latents"].numel() for one in drawn)
+    assert len(group["latents"]) == 2
+    (longest,) = {len(one["encoder_hidden_states"][0]) for one in group["arguments"]}
+    assert longest == max(len(one["encoder_hidden_states"][0]) for other in drawn for one in other["arguments"])
+
+
+def test_mirrored_rows_do_not_halve_the_files_that_are_measured(configured):
+    plain, mirrored = (LoraTask(configured("run", random_flip=flip), context()) for flip in (False, True))
+    assert len(mirrored.data) == 2 * len(plain.data)
+    for one, other in zip(plain._training, mirrored._training, strict=True):
+        assert torch.equal(one["latents"], other["latents"])
+
+
+def test_features_are_compared_at_the_size_of_the_true_image(configured, images):
+    task = LoraTask(configured("run", "data.resolution=64", "task.score_images=2", held_out_fraction=0.5), context())
+    asked, generate = [], task.generate
+    task.generate = lambda prompt, seed, bucket: asked.append(generate(prompt, seed, bucket)) or asked[-1]
+    assert task.score(1)["distance"] > 0
+    held_out = task.data.held_out
+    assert [tuple(made.shape[1:]) for made in asked] == [held_out.bucket(number)[1:] for number in range(2)]
+
+
 def test_dry_run_trains_nothing(configured):
-    from rich.console import Console
-
-    from apps.training.dry_run import report
-
     config, console = configured(), Console(record=True, width=120)
     estimate = report(config, console)
     text = console.export_text()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
 from diffusers.models import embeddings
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ class AdapterTask:
 
     def to_device(self, batch: Any) -> Any:
         """Return a batch on the device of the network."""
-        return _to(batch, self.context.device)
+        return send_to_device(batch, self.context.device)
 
     def predict(self, bucket: Bucket, noisy: Tensor, timesteps: Tensor, arguments: list[dict[str, Any]]) -> Tensor:
         """Call the network on a batch, or on sample after sample where texts of several lengths can't be joined."""
@@ -131,6 +132,18 @@ class AdapterTask:
                 for row in range(len(noisy))
             ]
             return torch.cat(parts)
+
+    def sizes(self) -> dict[Bucket, int]:
+        """Return how many files are trained on of each size; {} where files aren't what it trains on."""
+        return {}
+
+    def largest_batch(self) -> dict[str, Any]:
+        """Return a batch that needs as much memory as any, on the CPU."""
+        return self.batch(0)
+
+    def batch(self, index: int) -> dict[str, Any]:
+        """Return a batch, see `apps.training.task.Task`."""
+        raise NotImplementedError
 
     def export(self, folder: Path) -> None:
         """Write the adapters as `pytorch_lora_weights.safetensors`."""
@@ -212,14 +225,3 @@ def _network(pipe: Any, name: str) -> nn.Module:
         parts = ", ".join(key for key, part in pipe.components.items() if isinstance(part, nn.Module))
         raise ConfigError(f"model.network = {name!r} is no part of {type(pipe).__name__}: give one of {parts}")
     return network
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Return nested lists and dicts with their tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(each, device) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to(each, device) for each in value)
-    return value

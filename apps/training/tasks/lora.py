@@ -4,6 +4,7 @@ The pipeline itself says how its network is called (`pipelines.network_calls`), 
 (`sampling.diffusion_targets`). What is left is short: noise on latents, a prediction, its squared error.
 """
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from apps.perceptual.measures import image_features
 from apps.training.checkpoint_choice import choose, plot_scores, read_scores, write_choice
 from apps.training.class_images import make_class_images
 from apps.training.config import ConfigError, TrainConfig
-from apps.training.data.file_rows import FileRows
+from apps.training.data.file_rows import Bucket, FileRows
 from apps.training.data.fine_tuning import FineTuningSet, open_fine_tuning
 from apps.training.image_grid import save_grid
 from apps.training.task import TaskContext
@@ -79,12 +80,14 @@ class LoraTask(AdapterTask):
                 f"data.num_frames = {section.num_frames}, but {self.config.model.pretrained} makes images: set it to 1"
             )
         run = self.config.run.folder
-        source = section.folder
-        if source is not None and run.resolve().is_relative_to(source.resolve()):
-            raise ConfigError(
-                f"run.output = {str(self.config.run.output)!r} lies in data.folder = {str(source)!r}, so previews "
-                "would be trained on: choose a folder outside"
-            )
+        listed = {"data.folder": section.folder if section.kind == "images" else None}
+        listed["data.class_folder"] = section.class_folder
+        for name, source in listed.items():
+            if source is not None and run.resolve().is_relative_to(source.resolve()):
+                raise ConfigError(
+                    f"run.output = {str(self.config.run.output)!r} lies in {name} = {str(source)!r}, so previews "
+                    "would be trained on: choose a folder outside"
+                )
         return open_fine_tuning(section, resolution, self.inputs.size_step(), run, quiet=self.context.rank > 0)
 
     def _prepare(self) -> None:
@@ -113,8 +116,27 @@ class LoraTask(AdapterTask):
         rng = np.random.default_rng((address.seed, address.number, series, 3))
         numbers = rows.draw(address).tolist()
         captions = [rows.caption(number, rng) for number in numbers]
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        return self._weighted(rows, numbers, captions, int(rng.integers(2**62)), weight)
+
+    def _weighted(
+        self, rows: FileRows, numbers: list[int], captions: list[str], seed: int, weight: float
+    ) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
         return {**self._drawn(rows, numbers, captions, generator), "bucket": rows.bucket(numbers[0]), "weight": weight}
+
+    def sizes(self) -> dict[Bucket, int]:
+        """Return how many files are trained on of each size."""
+        return self.data.histogram()
+
+    def largest_batch(self) -> dict[str, Any]:
+        """Return a batch of the largest files and their longest captions, with as large class images beside them."""
+        groups = []
+        for rows in filter(None, (self.data, self.data.class_images)):
+            largest = max(rows.histogram(), key=math.prod)
+            number = next(row for row in range(len(rows)) if rows.bucket(row) == largest)
+            caption, count = max(rows.captions_in(largest), key=len), self.config.run.batch_size
+            groups.append(self._weighted(rows, [number] * count, [caption] * count, 0, 1.0))
+        return {"groups": groups}
 
     def _drawn(
         self, rows: FileRows, numbers: list[int], captions: list[str], generator: torch.Generator
@@ -129,9 +151,9 @@ class LoraTask(AdapterTask):
         }
 
     def _fixed_batches(self, rows: FileRows, count: int | None = None) -> list[dict[str, Any]]:
-        """Return the first of the rows as they are measured, each in a group of its own."""
-        found = []
-        for number in range(min(len(rows), count or self.config.task.validation_examples)):
+        """Return rows of the first files as they are measured, each in a group of its own; none is mirrored."""
+        found, most = [], count or self.config.task.validation_examples
+        for number in range(0, len(rows), rows.variants)[:most]:
             caption = rows.caption(number, np.random.default_rng(0), drop=False)
             found.append({**self._fixed(rows, number, caption), "bucket": rows.bucket(number), "weight": 1.0})
         return found
@@ -169,7 +191,7 @@ class LoraTask(AdapterTask):
 
     def _fixed_loss(self, groups: list[dict[str, Any]]) -> float:
         losses = [self._losses(self.to_device(group)).mean() for group in groups]
-        return float(torch.stack(losses).mean())
+        return torch.stack(losses).mean().item()
 
     @torch.no_grad()
     def score(self, step: int) -> dict[str, float]:
@@ -200,7 +222,8 @@ class LoraTask(AdapterTask):
         network = load_efficientnet_lite0(self.context.device)
         for number in range(min(len(rows), self.config.task.score_images)):
             caption = rows.caption(number, np.random.default_rng(0), drop=False)
-            made = self.generate(caption, self.config.task.preview_seed + number) * 2 - 1  # ([T,] 3, H, W)
+            seed = self.config.task.preview_seed + number
+            made = self.generate(caption, seed, rows.bucket(number)) * 2 - 1  # ([T,] 3, H, W)
             true = rows.pixels([number])[0]  # (3, [T,] H, W)
             pair = [_middle(made), _middle(true.transpose(0, 1) if true.ndim == 4 else true)]  # (3, H, W) each
             same = [nn.functional.interpolate(one[None].cpu(), (128, 128), mode="area") for one in pair]
@@ -231,10 +254,16 @@ class LoraTask(AdapterTask):
         return [rows.caption(number, np.random.default_rng(0), drop=False) for number in range(count)]
 
     @torch.no_grad()
-    def generate(self, prompt: str, seed: int) -> Tensor:
-        """Generate one image (3, H, W), or clip (T, 3, H, W), in [0, 1] with the present adapters."""
+    def generate(self, prompt: str, seed: int, bucket: Bucket | None = None) -> Tensor:
+        """Generate one image (3, H, W), or clip (T, 3, H, W), in [0, 1] with the present adapters.
+
+        Args:
+            prompt: What it shows.
+            seed: Of its noise.
+            bucket: Its size; None is the one that most files have.
+        """
         info, task = self.inputs.info, self.config.task
-        frames, height, width = max(self.data.histogram().items(), key=lambda pair: pair[1])[0]
+        frames, height, width = bucket or max(self.data.histogram().items(), key=lambda pair: pair[1])[0]
         name, value = prompt_argument(info, prompt)
         call = {**size_arguments(info, height, width, frames), **info.fixed, **self.config.model.options, name: value}
         if task.preview_steps is not None and "num_inference_steps" in info.parameters:
