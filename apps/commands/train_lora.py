@@ -11,7 +11,14 @@ INTERRUPTED = 130  # the shell's code for a process ended by Ctrl-C
 SMOKE = {"steps": 2, "batch_size": 1, "log_every": 1, "validate_every": 1, "preview_every": 2, "save_every": 0}
 
 
-def run(config_path: Path | None, flags: dict[str, Any], overrides: list[str], dry_run: bool, smoke: bool) -> None:
+def run(
+    config_path: Path | None,
+    flags: dict[str, Any],
+    overrides: list[str],
+    dry_run: bool,
+    smoke: bool,
+    as_json: bool = False,
+) -> None:
     """Fine-tune as a file, flags and overrides say; flags win over the file, overrides over both.
 
     Args:
@@ -20,6 +27,7 @@ def run(config_path: Path | None, flags: dict[str, Any], overrides: list[str], d
         overrides: `section.key=value`.
         dry_run: Report and train nothing.
         smoke: Rehearse with two steps, in a folder of its own beside the run's.
+        as_json: Report as one JSON object.
 
     Raises:
         UsageError: A setting is wrong, or a new run would overwrite an old one.
@@ -33,13 +41,15 @@ def run(config_path: Path | None, flags: dict[str, Any], overrides: list[str], d
     from apps.training.loop import TrainingDiverged, train
     from apps.training.tensor_cache import CacheError
 
+    if as_json and not dry_run:
+        raise UsageError("--json prints the report of --dry-run: add --dry-run, or leave --json out.")
     with checking(ConfigError):
         config = make_config(config_path, flags, overrides, smoke)
     try:
         if dry_run:
             from apps.training.dry_run import report
 
-            report(config, Console())
+            report(config, Console(), as_json)
             return
         reason = train(config, flags.get("resume_from_checkpoint"))
     except (ConfigError, FileExistsError) as error:  # what only the data, or the folder of the run, tells

@@ -24,6 +24,9 @@ def train_lora(
         bool,
         typer.Option("--dry-run", "--dry_run", help="Show files, sizes, parameters and memory; train nothing."),
     ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: print one JSON object instead of text.")
+    ] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Rehearse: two steps.")] = False,
     **flags: Any,
 ) -> None:
@@ -34,7 +37,8 @@ def train_lora(
     """
     from apps.commands.train_lora import run
 
-    run(config, {name: value for name, value in flags.items() if value is not None}, overrides or [], dry_run, smoke)
+    given = {name: value for name, value in flags.items() if value is not None}
+    run(config, given, overrides or [], dry_run, smoke, json_output)
 
 
 def build_command() -> Any:

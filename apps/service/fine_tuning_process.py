@@ -5,6 +5,7 @@ Nothing that a visitor typed is part of a command line: it names a file of setti
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from apps.service.request_error import RequestError
@@ -30,9 +31,6 @@ PATH = re.compile(r"(?<![^\s'\"()\[{=,:;])(?:~|[A-Za-z]:(?=\\))?[/\\](?:[^\s:'\"
 """A path in a text; one with spaces ends at the first of them, unless it is in quotes."""
 TAIL_BYTES = 64 * 1024
 """Of what a training said, that are looked at for why it failed."""
-ROW = re.compile(r"^\W*(\d+)\W+(\d+)\W+(\d+)\W+(\d+)\W+(\d+)\W*$", re.MULTILINE)
-PARAMETERS = re.compile(r"([\d,]+) parameters are trained, in (\d+) layers")
-MEMORY = re.compile(r"memory about ([\d,]+) MiB on (\w+)")
 LOOK_SECONDS = 15.0
 """Between two looks at a training whether it has come to a limit."""
 LONGEST = 600
@@ -156,7 +154,7 @@ def run_check(config: Path, lock: Path) -> CheckReport:
     Raises:
         FineTuningError: the settings can't be used, or the process failed or took too long.
     """
-    command = _command(lock, ["train-lora", str(config), "--dry-run"])
+    command = _command(lock, ["train-lora", str(config), "--dry-run", "--json"])
     # Its standard input stays open, see `tether`, because nothing is written to it.
     process = subprocess.Popen(
         command,
@@ -202,19 +200,20 @@ def _read_both(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def read_report(out: str) -> CheckReport:
-    """Read what `train-lora --dry-run` prints.
+    """Read what `train-lora --dry-run --json` prints: a JSON object, in its last line.
 
     Raises:
         FineTuningError: it is of another form.
     """
-    text = ANSI.sub("", out)
-    parameters, memory = PARAMETERS.search(text), MEMORY.search(text)
-    buckets = tuple(Bucket(*map(int, row[:4])) for row in ROW.findall(text))
-    if parameters is None or memory is None or not buckets:
-        raise FineTuningError("ft.report", "The report of the check can't be read; start the training without it.")
-    return CheckReport(
-        buckets, _number(parameters[1]), int(parameters[2]), _number(memory[1]), "GPU" if memory[2] == "cuda" else "CPU"
-    )
+    try:
+        found = json.loads(out.strip().rpartition("\n")[2])
+        buckets = tuple(Bucket(*(int(row[field.name]) for field in fields(Bucket))) for row in found["files"])
+        memory = round(float(found["memory_mib"]["total"]))
+        device = "GPU" if found["device"] == "cuda" else "CPU"
+        return CheckReport(buckets, int(found["parameters"]), int(found["layers"]), memory, device)
+    except (ValueError, KeyError, TypeError) as error:
+        message = "The report of the check can't be read; start the training without it."
+        raise FineTuningError("ft.report", message) from error
 
 
 def failure_of(said: str, code: int, folder: Path) -> FineTuningError:
@@ -259,10 +258,6 @@ def tail(log: Path) -> str:
             return file.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
-
-
-def _number(text: str) -> int:
-    return int(text.replace(",", ""))
 
 
 def _command(lock: Path, arguments: Sequence[str]) -> list[str]:

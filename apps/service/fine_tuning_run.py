@@ -100,11 +100,15 @@ class Best:
         step: their step.
         loss: of held-out files.
         advice: what to make of it; English.
+        reason: why, for programs; empty in what earlier versions wrote.
+        rise: of the loss since then, percent.
     """
 
     step: int
     loss: float
     advice: str
+    reason: str = ""
+    rise: float = 0.0
 
 
 class _Losses:
@@ -246,8 +250,9 @@ class RunFolder:
         """Return which adapters are best so far; None before there are any."""
         found = self._json(self.training / "best.json")
         try:
-            return Best(int(found["step"]), float(found["loss"]), str(found["advice"]))
-        except (ValueError, KeyError, TypeError):
+            said = str(found.get("reason", "")), float(found.get("rise_percent", 0))
+            return Best(int(found["step"]), float(found["loss"]), str(found["advice"]), *said)
+        except (AttributeError, ValueError, KeyError, TypeError):
             return None
 
     def preview(self) -> tuple[int, Path, list[str]] | None:

@@ -31,6 +31,7 @@ from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings
+from apps.training.data.caption_rules import CaptionRules
 from apps.training.tasks import TASKS
 from apps.training.tasks.lora_config import LoraTaskSection
 
@@ -367,9 +368,9 @@ def preview_prompts(items: Sequence[Item], data: Mapping[str, Any]) -> list[str]
 
     The training itself takes captions of the images that it holds out, of which there is often only one.
     """
-    captions = [item.caption.partition("\n")[0] or data["caption"] for item in items]
-    prompts = list(dict.fromkeys(f"{data['trigger']} {caption}".strip() for caption in captions))
-    prompts = [prompt for prompt in prompts if prompt]
+    rules = CaptionRules(data["trigger"], data["caption"], is_fixed=True)
+    texts = dict.fromkeys(rules.texts(item.caption.splitlines())[0] for item in items)
+    prompts = [text for text in texts if text]
     most: int = LoraTaskSection.model_fields["preview_images"].default
     return [prompts[i * len(prompts) // most] for i in range(most)] if len(prompts) > most else prompts
 

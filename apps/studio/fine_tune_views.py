@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from PIL import Image
 
 from apps.service import limits
 from apps.service.fine_tuning_process import CheckReport
-from apps.service.fine_tuning_run import Record, RunFolder
+from apps.service.fine_tuning_run import Best, Record, RunFolder
 from apps.studio import loss_curve
 from apps.studio.strings import Strings
 
@@ -26,13 +25,6 @@ SHOWN_SIDE = 1_024
 """Longer side of a preview as it is shown, pixels."""
 MOST_KEPT = 16
 """Images that `ShownImages` keeps."""
-ADVICE = {
-    "no file was held out": "unknown",
-    "the held-out loss still falls": "falls",
-    "overfitting": "rises",
-    "the held-out loss has been level": "level",
-}
-"""How an advice of the training begins -> key of the page's own sentence."""
 MINUTE, HOUR = 60, 3_600
 
 
@@ -155,7 +147,7 @@ def run(record: Record, folder: RunFolder, is_stopping: bool, words: Strings, im
         parts.append(_bar(record, progress.step, progress.seconds_left, is_stopping, words))
     parts.append(loss_curve.draw(progress.points, record.steps, best and best.step, words))
     if best is not None:
-        parts.append(f'<p class="ft-best">{escape(words("ft.best", step=best.step))} {_advice(best.advice, words)}</p>')
+        parts.append(f'<p class="ft-best">{escape(words("ft.best", step=best.step))} {_advice(best, words)}</p>')
     parts += [_preview(folder, words, images), _plot(folder, words, images)]
     return f'<section class="ft-run">{"".join(parts)}</section>'
 
@@ -194,13 +186,10 @@ def duration(seconds: float, words: Strings) -> str:
     return words("ft.hours", count=f"{seconds / HOUR:.1f}")
 
 
-def _advice(advice: str, words: Strings) -> str:
-    """Return an advice of the training in the language of the page; one that isn't known as it is."""
-    key = next((key for start, key in ADVICE.items() if advice.startswith(start)), None)
-    if key is None:
-        return escape(advice)
-    numbers = re.findall(r"\d+", advice)
-    return escape(words(f"ft.advice.{key}", percent=numbers[-1] if numbers else ""))
+def _advice(best: Best, words: Strings) -> str:
+    """Return what to make of the best adapters, in the language of the page; what isn't known there, as it is."""
+    key = f"ft.advice.{best.reason}"
+    return escape(words(key, percent=round(best.rise)) if key in words else best.advice)
 
 
 def _preview(folder: RunFolder, words: Strings, images: ShownImages) -> str:

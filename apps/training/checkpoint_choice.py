@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image, ImageDraw
 
@@ -40,13 +41,21 @@ class Choice:
 
     Attributes:
         best: Its score.
+        reason: What is known, for programs: `unknown` (no file was held out), `first` (it is the only one), or what the
+            held-out loss does: `falls`, `rises`, `level`.
         advice: What to make of it, in a sentence.
-        is_overfitting: Whether later steps are worse.
+        rise: Of the held-out loss since then, percent; where it rises.
     """
 
     best: Score
+    reason: Literal["unknown", "first", "falls", "rises", "level"]
     advice: str
-    is_overfitting: bool
+    rise: float = 0.0
+
+    @property
+    def is_overfitting(self) -> bool:
+        """Whether later steps are worse."""
+        return self.reason == "rises"
 
 
 def read_scores(log: Path) -> list[Score]:
@@ -68,23 +77,24 @@ def choose(scores: Sequence[Score], is_validated_on_training: bool = False) -> C
     """
     last = scores[-1]
     if is_validated_on_training:
-        return Choice(last, "no file was held out, so nothing tells overfitting: compare the previews yourself", False)
+        advice = "no file was held out, so nothing tells overfitting: compare the previews yourself"
+        return Choice(last, "unknown", advice)
     best = min(scores, key=lambda score: score.loss)
     if len(scores) == 1:
-        return Choice(best, "it is the only one so far: a second save will tell whether more steps help", False)
+        return Choice(best, "first", "it is the only one so far: a second save will tell whether more steps help")
     if best is last:
-        return Choice(best, "the held-out loss still falls: more steps may help", False)
-    is_overfitting = last.loss > RISE * best.loss and last.training_loss < best.training_loss
-    if is_overfitting:
+        return Choice(best, "falls", "the held-out loss still falls: more steps may help")
+    if last.loss > RISE * best.loss and last.training_loss < best.training_loss:
         rise = 100 * (last.loss / best.loss - 1)
         advice = f"overfitting: since step {best.step} the held-out loss rose by {rise:.0f} %, that of training fell"
-        return Choice(best, advice, True)
-    return Choice(best, f"the held-out loss has been level since step {best.step}", False)
+        return Choice(best, "rises", advice, rise)
+    return Choice(best, "level", f"the held-out loss has been level since step {best.step}")
 
 
 def write_choice(choice: Choice, file: str, path: Path) -> None:
-    """Write `best.json`: the score, the advice, and the name of the file that holds the adapters."""
-    content = {"file": file, "advice": choice.advice, "is_overfitting": choice.is_overfitting, **asdict(choice.best)}
+    """Write `best.json`: the score, the reason, the advice, and the name of the file that holds the adapters."""
+    said = {"reason": choice.reason, "advice": choice.advice, "rise_percent": round(choice.rise, 1)}
+    content = {"file": file, **said, "is_overfitting": choice.is_overfitting, **asdict(choice.best)}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({key: value for key, value in content.items() if not _is_nan(value)}, indent=1))
     temporary.replace(path)

@@ -1,6 +1,7 @@
 """What a fine-tuning would do, without doing it: files and their sizes, parameters, memory."""
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ STATES = {"adamw": 2, "muon": 2, "sgd_sai": 1, "prodigy": 4, "schedule_free": 2}
 """Optimizer -> tensors that it keeps for each parameter."""
 
 
-def report(config: Any, console: Console) -> dict[str, float]:
+def report(config: Any, console: Console, as_json: bool = False) -> dict[str, float]:
     """Load the model and the files, try the largest batch once, and show what a run would need.
 
     Args:
         config: Of a fine-tuning.
         console: Where to.
+        as_json: Print one line, a JSON object, instead of text; see `_facts`.
 
     Returns:
         The estimate: "loaded", "batch" (forward and backward pass), "optimizer" and "total", MiB.
@@ -49,6 +51,10 @@ def report(config: Any, console: Console) -> dict[str, float]:
     kept = 4 * count * (STATES[config.optimizer.name] + 1)  # float32; also the averaged weights
     estimate = {"loaded": loaded / MIB, "batch": (peak - loaded) / MIB, "optimizer": kept / MIB}
     estimate["total"] = sum(estimate.values())
+    if as_json:
+        facts = json.dumps(_facts(task, config, device, count, estimate))
+        console.print(facts, soft_wrap=True, markup=False, highlight=False)
+        return estimate
     if task.sizes():
         console.print(_sizes(task, config))
     layers, run = len(getattr(task, "adapted", ())), config.run
@@ -91,6 +97,24 @@ def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_memory()
+
+
+def _facts(task: Any, config: Any, device: torch.device, parameters: int, memory: dict[str, float]) -> dict[str, Any]:
+    """Return the report as values: sizes in pixels, memory in MiB."""
+    batch = config.run.batch_size
+    return {
+        "name": config.run.name,
+        "device": device.type,
+        "parameters": parameters,
+        "layers": len(getattr(task, "adapted", ())),
+        "steps": config.run.steps,
+        "batch_size": batch,
+        "files": [
+            {"frames": frames, "height": height, "width": width, "files": count, "batches": -(-count // batch)}
+            for (frames, height, width), count in task.sizes().items()
+        ],
+        "memory_mib": {name: round(value, 1) for name, value in memory.items()},
+    }
 
 
 def _sizes(task: Any, config: Any) -> Table:

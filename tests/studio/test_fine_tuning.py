@@ -393,19 +393,19 @@ def test_a_second_training_is_refused(made):
 
 
 def test_reports_and_failures_are_read_without_paths(tmp_path):
-    out = (
-        "cats: files\n\u2503 frames \u2503 height \u2503\n\u2502      1 \u2502    128 \u2502   192 \u2502     3 \u2502"
-        "                3 \u2502\n81,920 parameters are trained, in 20 layers; 2 steps of 1\n"
-        "memory about 1,472 MiB on cpu (loaded 465, adapters 1, activations 6)\n"
-    )
+    row = {"frames": 1, "height": 128, "width": 192, "files": 3, "batches": 3}
+    memory = {"loaded": 465.0, "batch": 1006.2, "total": 1471.6}
+    said = {"device": "cpu", "parameters": 81_920, "layers": 20, "files": [row], "memory_mib": memory}
+    out = f"a note\n{json.dumps(said)}\n"
     found = read_report(out)
     assert (found.parameters, found.layers, found.memory, found.device) == (81_920, 20, 1_472, "CPU")
     assert [(one.frames, one.height, one.width, one.files) for one in found.buckets] == [(1, 128, 192, 3)]
     text = fine_tune_views.report(found, 2, 30, ENGLISH)
     for part in ("192 \u00d7 128", "30 steps of 2: every image is seen about 20 times", "1.4 GB"):
         assert part in text
-    with pytest.raises(FineTuningError, match="can't be read"):
-        read_report("something else")
+    for other in ("", "something else", "[]", "{}", json.dumps({**said, "files": 3})):
+        with pytest.raises(FineTuningError, match="can't be read"):
+            read_report(other)
     said = f"note\n\x1b[31merror:\x1b[0m {tmp_path}/data has no file\n"
     assert str(failure_of(said, 1, tmp_path)) == "Fine-tuning failed: data has no file"
     assert failure_of("", -9, tmp_path).key == "ft.killed"

@@ -6,7 +6,7 @@ import json
 import re
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from filelock import FileLock
@@ -18,7 +18,7 @@ from apps.service.engine import Engine
 from apps.service.fine_tuning import FineTuning
 from apps.service.fine_tuning_plan import Example
 from apps.service.fine_tuning_process import FineTuningError
-from apps.service.fine_tuning_run import Point, RunFolder
+from apps.service.fine_tuning_run import Best, Point, Record, RunFolder
 from apps.studio import fine_tune_views, loss_curve
 from apps.studio.fine_tune_files import address
 from apps.studio.fine_tune_handlers import BUTTONS, FineTuneHandlers, preview_prompts
@@ -28,6 +28,7 @@ from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.page_values import PageError
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SettingsHandlers
+from apps.training.checkpoint_choice import Choice, Score, write_choice
 from apps.training.tasks.lora_config import LoraConfig
 from tests.studio.fakes import FakePipeline
 from tests.studio.serving import client_of, serving_page
@@ -231,6 +232,19 @@ def test_previews_show_captions_of_some_images():
     assert preview_prompts(items, data) == ["zxc a cat", "zxc image 2", "zxc image 4", "zxc image 6"]
     assert preview_prompts(items[:2], data) == ["zxc a cat", "zxc image 1"]
     assert preview_prompts(items[:1], {"trigger": "", "caption": ""}) == []
+    assert preview_prompts([Item("0", "0", 1, "", "a zxc cat")], data) == ["a zxc cat"]  # as in training
+
+
+@pytest.mark.parametrize("reason", get_args(Choice.__annotations__["reason"]))
+def test_every_reason_of_the_training_has_its_sentence(tmp_path, reason):
+    folder = RunFolder(tmp_path / "cats")
+    folder.training.mkdir(parents=True)
+    write_choice(Choice(Score(2, 0.5, 0.4), reason, "in English", 12.34), "x", folder.training / "best.json")
+    assert folder.best() == Best(2, 0.5, "in English", reason, 12.3)
+    record = Record("cats", "ann", "fake", 4, 2, "", 0.0, "finished")
+    text = fine_tune_views.run(record, folder, False, ENGLISH, fine_tune_views.ShownImages())
+    assert ENGLISH(f"ft.advice.{reason}", percent=12) in text
+    assert "in English" not in text
 
 
 def test_a_curve_of_one_point_or_of_nonsense_is_drawn():

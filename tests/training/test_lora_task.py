@@ -18,8 +18,9 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from apps.commands.train_lora import make_config
+from apps.commands.train_lora import make_config, run
 from apps.commands.train_lora_flags import FLAGS, canonical
+from apps.service.usage import UsageError
 from apps.training import checkpoint as checkpoints
 from apps.training.checkpoint_choice import Score, choose, read_scores
 from apps.training.class_images import make_class_images
@@ -195,12 +196,16 @@ def test_overfitting_is_told_from_a_level_loss():
     assert choose(falling).best.step == 2
     assert "still falls" in choose(falling).advice
     assert "only one" in choose(falling[:1]).advice
+    assert [choose(scores).reason for scores in (falling, falling[:1])] == ["falls", "first"]
     rising = [*falling, Score(3, 0.9, 0.5)]
     assert choose(rising).best.step == 2
     assert choose(rising).is_overfitting
+    assert (choose(rising).reason, round(choose(rising).rise, 1)) == ("rises", 12.5)
     level = [*falling, Score(3, 0.805, 0.7)]
     assert not choose(level).is_overfitting
+    assert choose(level).reason == "level"
     assert choose(rising, is_validated_on_training=True).best.step == 3
+    assert choose(rising, is_validated_on_training=True).reason == "unknown"
 
 
 def test_class_images_are_made_once_and_weigh_in(configured, tmp_path):
@@ -345,6 +350,22 @@ def test_dry_run_trains_nothing(configured):
     assert "parameters are trained" in text
     assert estimate["total"] == pytest.approx(sum(value for name, value in estimate.items() if name != "total"))
     assert not checkpoints.complete_checkpoints(config.run.folder)
+
+
+def test_a_dry_run_can_be_read_by_programs(configured):
+    config, console = configured(), Console(record=True, width=40)
+    estimate = report(config, console, as_json=True)
+    (line,) = console.export_text().splitlines()
+    found = json.loads(line)
+    assert found["memory_mib"]["total"] == pytest.approx(estimate["total"], abs=0.1)
+    assert (found["name"], found["steps"], found["batch_size"]) == (
+        config.run.name, config.run.steps, config.run.batch_size,
+    )  # fmt: skip
+    assert found["parameters"] > 0
+    assert found["layers"] > 0
+    assert all(row["batches"] == -(-row["files"] // config.run.batch_size) for row in found["files"])
+    with pytest.raises(UsageError, match="--json prints the report of --dry-run"):
+        run(None, {}, [], dry_run=False, smoke=False, as_json=True)
 
 
 COMMAND = """
