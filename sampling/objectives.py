@@ -175,3 +175,16 @@ def next_scale_loss(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> Te
     rows = F.cross_entropy(logits.float().flatten(0, -2), tokens.flatten(), reduction="none")
     each = rows.unflatten(0, tokens.shape)  # (B, L) or (B, L, d)
     return torch.stack([part.flatten(1).mean(1) for part in each.split(list(counts), dim=1)], dim=1)  # (B, S)
+
+
+def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
+    """Compute minus the mean cosine similarity of tokens with a teacher's features (REPA, arXiv 2410.06940, eq. 8).
+
+    Args:
+        projected: hidden tokens after the projector, (B, N, z), any float dtype.
+        features: of the clean image; no gradient reaches them, (B, N, z).
+
+    Returns:
+        (B,) float32, from -1 (the same directions) to 1.
+    """
+    return -F.cosine_similarity(projected.float(), features.detach().float(), dim=-1).mean(dim=1)  # (B,)

@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from apps.training.autoencoders import load_autoencoder
-from apps.training.config import Section, TaskSection, TrainConfig
+from apps.training.config import ConfigError, Section, TaskSection, TrainConfig
 from apps.training.data import open_data
 from apps.training.data.base import VALIDATION_SEED, Examples
 from apps.training.data.config import CaptionedData, Stage
+from apps.training.data.low_frequency import LowFrequencyExamples, check_curriculum, side_at
 from apps.training.export import half_precision
 from apps.training.image_grid import save_grid
 from apps.training.latent_cache import Encode, cached_latents, encode_latents
+from apps.training.representation_alignment import AlignmentSection, RepresentationAlignment, make_alignment
 from apps.training.task import TaskContext
 from apps.training.text_encoder import TextModel, caption_tokenizer, load_text_encoder, new_text_encoder, tokenize
 from dit.models.text_dit import TextDiT
+from dit.tokenizers import as_visual_tokenizer
 from sampling.objectives import flow_matching_loss, interpolate, logit_normal_grid, logit_normal_sigmas
 
 PREVIEW_ROWS, PREVIEW_COLUMNS = 4, 8
@@ -51,9 +54,14 @@ class FlowSection(TaskSection):
 
 
 class TextToImageSection(FlowSection):
-    """The `[task]` section; see `FlowSection`."""
+    """The `[task]` section; see `FlowSection`.
+
+    Attributes:
+        alignment: Of hidden tokens with a frozen teacher (REPA); unset is none.
+    """
 
     kind: Literal["text_to_image"]
+    alignment: AlignmentSection | None = None
 
 
 class GeneratorData(Section):
@@ -104,6 +112,22 @@ class TextToImageData(GeneratorData, CaptionedData):
     stages: list[Stage] = Field(default=[Stage(until_step=1)], min_length=1)
 
 
+class FlowImageData(TextToImageData):
+    """The `[data]` section of this task; see `TextToImageData`.
+
+    Attributes:
+        curriculum: Pairs of a share of the steps and a side: until then images are so small, see
+            `apps.training.data.low_frequency`. The last pair is 1 and the resolution; empty is all of the run.
+    """
+
+    curriculum: list[tuple[float, int]] = []
+
+    @model_validator(mode="after")
+    def _check_curriculum(self) -> "FlowImageData":
+        check_curriculum(self.curriculum, self.resolution)
+        return self
+
+
 class TextToImageModel(Section):
     """The `[model]` section; see `TextDiT`. Channels and sizes follow from the autoencoder and the text encoder."""
 
@@ -119,7 +143,7 @@ class TextToImageConfig(TrainConfig):
     """A whole configuration of this task."""
 
     task: TextToImageSection
-    data: TextToImageData
+    data: FlowImageData
     model: TextToImageModel = TextToImageModel()
 
 
@@ -149,6 +173,8 @@ class TextToImageTask:
             self.latents = cached_latents(self.pool, self.vae, context.device, run.output, self.encode)  # (P, ...)
         self.text_encoder, self.tokenizer = self._text()
         self.transformer = self._transformer()
+        self.small_latents = self._small_latents()
+        self.alignment = self._alignment()
         self._validation = {
             name: self._validation_batch(number, examples)
             for number, (name, examples) in enumerate(self.data.held_out_groups(data.validation_examples).items())
@@ -158,16 +184,19 @@ class TextToImageTask:
         """Refuse an autoencoder that the task can't use, before anything is encoded."""
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return the transformer and its text encoder."""
-        return {"transformer": self.transformer, "text_encoder": self.text_encoder}
+        """Return the transformer and its text encoder, and what is trained beside them."""
+        beside = {} if self.alignment is None else {"alignment": self.alignment}
+        return {"transformer": self.transformer, "text_encoder": self.text_encoder, **beside}
 
     def batch(self, index: int) -> dict[str, Any]:
         """Return latents of examples with fresh captions, noise and noise levels."""
         task = self.config.task
         rng, rows, captions = self._draw(index)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        latents = self.latents[rows].float()  # (B, C, h, w)
+        side = self._side(self.context.address(self.config.run, index).step)
+        latents = self.small_latents.get(side, self.latents)[rows].float()  # (B, C, h, w)
         return {
+            **self._clean_images(rows, side),
             "latents": latents,
             "noise": torch.randn(latents.shape, generator=generator),  # (B, C, h, w)
             "sigmas": logit_normal_sigmas(
@@ -195,8 +224,12 @@ class TextToImageTask:
         return next((stage for stage in stages if step < stage.until_step), stages[-1])
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean squared error of the velocity."""
-        return self._losses(batch).mean(), {}
+        """Return the mean squared error of the velocity, and the alignment with its weight, if there is one."""
+        losses = self._losses(batch)  # (B,)
+        if self.alignment is None:
+            return losses.mean(), {}
+        alignment, weight = self.alignment(self.transformer, batch).mean(), self.alignment.section.weight
+        return losses.mean() + weight * alignment, {"flow": losses.detach().mean(), "alignment": alignment.detach()}
 
     def validate(self) -> dict[str, float]:
         """Return the loss of held-out examples, by kind, on fixed noise and evenly spread noise levels."""
@@ -253,6 +286,47 @@ class TextToImageTask:
             encoder_attention_mask=batch["attention_mask"].bool(),
         ).sample  # (B, C, h, w)
         return flow_matching_loss(predicted, batch["latents"], batch["noise"])
+
+    def _side(self, step: int) -> int:
+        """Return the side of the images of an optimizer step."""
+        data = self.config.data
+        return side_at(data.curriculum, step, self.config.run.steps, data.resolution)
+
+    def _small_latents(self) -> dict[int, Tensor]:
+        """Return the latents of the smaller images of the curriculum, (P, C, h, w), by their side.
+
+        Raises:
+            ConfigError: The network can't take a side.
+        """
+        data = self.config.data
+        if not isinstance(data, FlowImageData):
+            return {}
+        step = as_visual_tokenizer(self.vae).spatial_compression_ratio * self.transformer.config.patch_size
+        found = {}
+        for side in sorted({side for _, side in data.curriculum} - {data.resolution}):
+            if side % step:
+                raise ConfigError(
+                    f"data.curriculum has the side {side}: expected multiples of {step} for these networks"
+                )
+            with self.context.main_process_first():
+                small = LowFrequencyExamples(self.pool, side)
+                found[side] = cached_latents(small, self.vae, self.context.device, self.config.run.output, self.encode)
+        return found
+
+    def _alignment(self) -> RepresentationAlignment | None:
+        """Return the alignment with a teacher, if there is one."""
+        section = getattr(self.config.task, "alignment", None)
+        if section is None:
+            return None
+        sides = (*self.small_latents, self.config.data.resolution)
+        alignment = make_alignment(section, self.transformer, self.vae, sides, self.context.device)
+        return alignment.to(self.context.device)
+
+    def _clean_images(self, rows: Tensor, side: int) -> dict[str, Tensor]:
+        """Return `images` (B, 3, H, W) for a teacher that looks at them."""
+        if self.alignment is None or not self.alignment.needs_images:
+            return {}
+        return {"images": LowFrequencyExamples(self.pool, side).images(rows.tolist())}
 
     def _validation_batch(self, number: int, examples: Examples) -> dict[str, Tensor]:
         """Return the fixed batch of the held-out examples of kind `number`."""
