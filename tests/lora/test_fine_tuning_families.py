@@ -29,7 +29,13 @@ values of a token from 16, so most of what it is asked for is out of reach."""
 STEPS, RATE = 50, 1e-2
 
 
-def make_task(name: str, folder: Any, monkeypatch: pytest.MonkeyPatch, **sections: dict[str, Any]) -> LoraTask:
+def make_task(
+    name: str,
+    folder: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype = torch.float32,
+    **sections: dict[str, Any],
+) -> LoraTask:
     """A task of one image and its caption, or class; `sections` replace settings."""
     rng = np.random.default_rng(0)
     images = folder / "images"
@@ -45,7 +51,7 @@ def make_task(name: str, folder: Any, monkeypatch: pytest.MonkeyPatch, **section
     }
     config = LoraConfig.model_validate({key: {**value, **sections.get(key, {})} for key, value in given.items()})
     context = TaskContext(torch.device("cpu"), 0, 1, contextlib.nullcontext, contextlib.nullcontext)
-    monkeypatch.setattr(adapters, "load_pipeline", lambda *_, **__: build(name))
+    monkeypatch.setattr(adapters, "load_pipeline", lambda *_, **__: build(name).to(dtype))
     return LoraTask(config, context)
 
 
@@ -125,6 +131,27 @@ def test_diffusers_loads_its_file(trained):
 def test_a_few_step_model_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"sana_sprint.*SCMScheduler.*distilled"):
         make_task(FEW_STEP, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwen_image", "wan22", "hunyuan_video15", "text_dit", "class_sit"])
+def test_batches_of_bfloat16_train_adapters_of_float32(name, tmp_path, monkeypatch):
+    """As on a GPU: weights of bfloat16, training mode, several samples with noise levels of their own."""
+    task = make_task(name, tmp_path, monkeypatch, dtype=torch.bfloat16, run={"batch_size": 2})
+    plain = make_task(name, tmp_path / "plain", monkeypatch, run={"batch_size": 2})
+    losses = []
+    for each in (task, plain):
+        each.network.train()
+        batch = each.batch(0)
+        assert batch["groups"][0]["timesteps"].unique().numel() == 2
+        loss, _ = each.loss(batch)
+        losses.append(loss)
+    losses[0].backward()
+    trained = {key: one for key, one in task.network.named_parameters() if one.requires_grad}
+    assert {one.dtype for one in trained.values()} == {torch.float32}
+    assert {one.dtype for one in task.network.parameters() if not one.requires_grad} == {torch.bfloat16}
+    seconds = [one.grad for key, one in trained.items() if "lora_B" in key and one.grad is not None]
+    assert sum(bool(grad.any()) for grad in seconds) > len(trained) / 4
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("name", ["class_dit", "dit"])
