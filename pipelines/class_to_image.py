@@ -21,6 +21,7 @@ from pipelines.inputs.checks import check_choice, check_count, check_generators,
 from pipelines.inputs.labels import Label, label_ids, names_of
 from pipelines.lora.mixin import TransformerLoraMixin
 from sampling.denoise import Denoiser, State, denoise
+from sampling.diffusion_targets import is_flow
 from sampling.guidance import classifier_free_guidance
 from sampling.timesteps import set_timesteps
 
@@ -228,8 +229,7 @@ class ClassToImagePipeline(TesseraPipeline, TransformerLoraMixin):
     def _check_scheduler(self) -> None:
         """Raise when scheduler and transformer speak of different processes; the result would be noise."""
         name, config = type(self.scheduler).__name__, self.scheduler.config
-        flows = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
-        if flows != self._is_flow:
+        if is_flow(self.scheduler) != self._is_flow:
             wanted = "FlowMatchEulerDiscreteScheduler" if self._is_flow else "DDPMScheduler or DDIMScheduler"
             raise ValueError(
                 f"{name} does not fit a transformer with the objective {self.transformer.config.objective!r}: "

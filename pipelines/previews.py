@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dit.tokenizers import as_visual_tokenizer
 from pipelines.base import TesseraPipeline
+from sampling import diffusion_targets
 
 
 def can_preview(pipe: DiffusionPipeline) -> bool:
@@ -123,13 +124,8 @@ def fold_tokens(latents: Tensor, height: int, width: int) -> Tensor:
 
 
 def is_flow(pipe: DiffusionPipeline) -> bool:
-    """Return whether the scheduler's noise levels are those of a flow: x = (1 - sigma) * data + sigma * noise."""
-    config = pipe.scheduler.config
-    return (
-        type(pipe.scheduler).__name__.startswith("FlowMatch")
-        or config.get("prediction_type") == "flow_prediction"
-        or bool(config.get("use_flow_sigmas"))
-    )
+    """Return whether the pipeline's scheduler is one of a flow."""
+    return diffusion_targets.is_flow(pipe.scheduler)
 
 
 def predict_x0(pipe: DiffusionPipeline, before: Tensor, latents: Tensor) -> Tensor:

@@ -143,6 +143,16 @@ class NoiseProcess:
         return keep.reshape(shape).to(data.device, data.dtype), add.reshape(shape).to(data.device, data.dtype)
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Return whether a scheduler's noise levels are those of a flow: x = (1 - sigma) * data + sigma * noise."""
+    config = scheduler.config
+    return (
+        type(scheduler).__name__.startswith("FlowMatch")
+        or str(config.get("prediction_type")).startswith("flow")
+        or bool(config.get("use_flow_sigmas"))
+    )
+
+
 def noise_process(scheduler: Any) -> NoiseProcess:
     """Return the noise process of a scheduler of diffusers.
 
@@ -155,7 +165,7 @@ def noise_process(scheduler: Any) -> NoiseProcess:
     config = scheduler.config
     kind, count = config.get("prediction_type", "epsilon"), int(config.get("num_train_timesteps", 1000))
     shift = config.get("shift") or config.get("flow_shift") or 1.0
-    if type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas") or kind.startswith("flow"):
+    if is_flow(scheduler):
         # Schedulers whose shift depends on the size of the image shift nothing before they know it.
         shift = 1.0 if config.get("use_dynamic_shifting") else float(shift)
         return NoiseProcess("reversed_velocity" if config.get("invert_sigmas") else "velocity", count, shift)
