@@ -330,11 +330,16 @@ def bench(
             "cache-transfer (step caches), clips (a step cache on clips, long ones), lora-style, lora-object and "
             "lora-motion (what a LoRA learned of a style, an object, a motion), kv, shortcuts and search (what "
             "next-scale models lose by forgetting and skipping, and gain "
-            "by searching), or released (our VAR beside a clone of its authors' code)."
+            "by searching), released (our VAR beside a clone of its authors' code), or training (validation losses of "
+            "several configurations, over steps and seconds)."
         ),
     ],
-    name: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="As --model; for released the clone's folder.")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="As --model; for released the clone's folder; for training configuration files, the baseline first.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -402,9 +407,13 @@ def bench(
     """Time things on this machine, in turns."""
     from apps.benchmarks.run import run
 
+    names = names or []
+    if what != "training" and len(names) > 1:
+        raise typer.BadParameter(f"{what} measures one model, not {len(names)}: {', '.join(names)}")
     run(
         what=what,
-        model=name or model,
+        model=None if what == "training" else next(iter(names), model),
+        names=names,
         prompts=prompts,
         repeats=repeats,
         output=output,

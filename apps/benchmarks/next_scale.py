@@ -77,6 +77,7 @@ class Asked:
         lora: file of a LoRA, for benchmarks of one.
         trigger: words behind the prompts that ask for what it learned; None is what the benchmark is meant for.
         output: file of the report; images go beside it.
+        names: files that are compared, for training.
     """
 
     model: str | None
@@ -88,6 +89,7 @@ class Asked:
     lora: Path | None = None
     trigger: str | None = None
     output: Path | None = None
+    names: Sequence[str] = ()
 
 
 # ------------------------------------------------------------------------------ kv

@@ -10,13 +10,14 @@ to other prompts, sizes, guidance and schedulers.
 `tessera bench clips` measures a step cache on clips, and the time and memory of longer ones.
 `tessera bench lora-style` measures whether a LoRA teaches a style, and draws before, after and truth beside the file;
 `tessera bench lora-object` and `lora-motion` the same of an object and a motion that the model has never drawn.
+`tessera bench training` trains several configurations, or reads what they have logged, and compares validation losses.
 """
 
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def run(
     lora: Path | None = None,
     trigger: str | None = None,
     json_output: bool = False,
+    names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run a benchmark, print it, and write it as JSON if asked.
 
@@ -71,6 +73,7 @@ def run(
         trigger: what asks for what it learned: words behind the prompts, or the name of the object; None takes that of
             the benchmark.
         json_output: print JSON instead of a table.
+        names: configuration files, for training.
 
     Returns:
         The report.
@@ -88,7 +91,7 @@ def run(
             resolve_device(device)
     place, precision = (None if value == "auto" else value for value in (device, dtype))
     rounds, images = (1, min(prompts, 2)) if smoke else (repeats, prompts)
-    asked = Asked(model, rounds, images, place, precision, smoke, lora, trigger, output)
+    asked = Asked(model, rounds, images, place, precision, smoke, lora, trigger, output, names)
     report = {"benchmark": what, **BENCHMARKS[what](asked)}
     if output is not None:
         _write(report, output)
@@ -169,6 +172,13 @@ def bench_lora_motion(asked: Asked) -> dict[str, Any]:
     return implementation.bench_lora_motion(asked)
 
 
+def bench_training(asked: Asked) -> dict[str, Any]:
+    """Compare the losses of runs; see `apps.benchmarks.training`."""
+    from apps.benchmarks import training as implementation
+
+    return implementation.bench_training(asked)
+
+
 BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "image": bench_image,
     "start": bench_start,
@@ -184,6 +194,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "lora-style": bench_lora_style,
     "lora-object": bench_lora_object,
     "lora-motion": bench_lora_motion,
+    "training": bench_training,
 }
 
 OLD_NAMES = {"paint": "image"}
