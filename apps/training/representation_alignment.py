@@ -71,6 +71,7 @@ class AlignmentSection(Section):
         weight: Of the alignment in the loss.
         block: After which block tokens are compared, from 1; early ones, a third of all, say what is in the image.
         teacher: A name in `TEACHERS`, or `ema`.
+        image_side: Images are made so small for the teacher, which costs it less; unset shows them as they are.
         width: Of the projector.
         ema_decay: Of `ema`: how much of the average a step keeps.
     """
@@ -78,6 +79,7 @@ class AlignmentSection(Section):
     weight: float = Field(default=0.5, gt=0)
     block: int = Field(default=2, ge=1)
     teacher: str = "efficientnet_lite0"
+    image_side: int | None = Field(default=None, ge=16)
     width: int = Field(default=512, ge=1)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
 
@@ -131,7 +133,8 @@ class RepresentationAlignment(nn.Module):
             self.average = NetworkAverage(transformer, section.ema_decay)
             features = hidden
         else:
-            features = _tried(teacher, section.teacher, sides, device)
+            shown = sorted({min(side, section.image_side or side) for side in sides})
+            features = _tried(teacher, section.teacher, shown, device)
         self.projector = nn.Sequential(
             nn.Linear(hidden, section.width),
             nn.SiLU(),
@@ -157,7 +160,8 @@ class RepresentationAlignment(nn.Module):
         tokens = tokens[:, -grid[0] * grid[1] :]  # (B, N, D): the image's follow the text's
         with torch.no_grad():
             if self.teachers:
-                features = resize_features(self.teachers[0](batch["images"]), grid[0], grid[1])  # (B, N, z)
+                images = shrink(batch["images"], self.section.image_side)  # (B, 3, H', W')
+                features = resize_features(self.teachers[0](images), grid[0], grid[1])  # (B, N, z)
             else:
                 features = self._of_average(transformer, batch["latents"])[:, -grid[0] * grid[1] :]  # (B, N, D)
         self.seen.clear()
@@ -226,6 +230,13 @@ def make_alignment(
     except FileNotFoundError as error:
         raise ConfigError(f"task.alignment.teacher = {section.teacher!r}: {error}") from error
     return RepresentationAlignment(section, transformer, teacher, sides, device)
+
+
+def shrink(images: Tensor, side: int | None) -> Tensor:
+    """Make square images (B, 3, H, H) no larger than a side; None leaves them."""
+    if side is None or side >= images.shape[-1]:
+        return images
+    return F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=True)
 
 
 def resize_features(features: Tensor, height: int, width: int) -> Tensor:

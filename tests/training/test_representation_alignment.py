@@ -140,6 +140,21 @@ def test_any_function_can_be_the_teacher(configured, monkeypatch):
     assert not any("embed.weight" in name and "alignment" in name for name in weights)
 
 
+def test_the_teacher_can_be_shown_smaller_images(configured, monkeypatch):
+    seen = []
+
+    def make(vae, device):
+        network = Patches()
+        return lambda images: seen.append(images) or network(images)
+
+    monkeypatch.setitem(alignment.TEACHERS, "patches", make)
+    task = Trainer(configured("task.alignment.teacher=patches", "task.alignment.image_side=16")).task
+    batch = task.batch(0)
+    task.loss(batch)
+    assert [tuple(images.shape) for images in seen] == [(1, 3, 16, 16), (4, 3, 16, 16)]
+    torch.testing.assert_close(seen[1].mean((2, 3)), batch["images"].mean((2, 3)), atol=0.02, rtol=0)
+
+
 def test_features_come_to_the_grid_of_the_tokens():
     features = torch.randn(2, 16, 3)
     assert torch.equal(alignment.resize_features(features, 4, 4), features)
