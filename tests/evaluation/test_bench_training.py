@@ -13,6 +13,7 @@ from dit.tokenizers import ViTAutoencoder
 from tests.training.helpers import TINY_RUN
 from tests.training.test_tasks import TEXT_TO_IMAGE
 
+
 def curve(*losses, pace=2.0):
     return [Point(10 * (number + 1), 10 * pace * (number + 1), loss) for number, loss in enumerate(losses)]
 
