@@ -9,7 +9,6 @@ encoded ahead (once, for all runs on the same data) don't count.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from apps.environment import describe_machine
 from apps.service.usage import UsageError, checking
 from apps.training.checkpoint import complete_checkpoints
 from apps.training.config import ConfigError, TrainConfig
+from apps.training.run_logger import read_log
 from apps.training.task import load_config, rehearsal
 
 SIZE, PANEL, TOP, BOTTOM, GAP = (1100, 520), 470, 40, 60, 70  # of the chart, pixels
@@ -100,7 +100,7 @@ def read_curve(log: Path) -> list[Point]:
     Raises:
         UsageError: There is none.
     """
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = read_log(log)
     clock = [(0, 0.0), *((line["step"], line["seconds"]) for line in lines if line["kind"] == "train")]
     points = [
         Point(line["step"], _seconds(clock, line["step"]), line["loss"])

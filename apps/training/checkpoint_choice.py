@@ -9,6 +9,8 @@ from typing import Literal
 
 from PIL import Image, ImageDraw
 
+from apps.training.run_logger import read_log
+
 KIND = "score"  # of lines in `log.jsonl`
 RISE = 1.02  # of the held-out loss over its minimum, beyond which further training is called overfitting
 SIZE = (720, 360)  # of the plot, pixels
@@ -62,7 +64,7 @@ def read_scores(log: Path) -> list[Score]:
     """Return the scores in a run's `log.jsonl`, in the order of steps; [] without any."""
     if not log.is_file():
         return []
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = read_log(log)
     fields = Score.__dataclass_fields__
     scores = {line["step"]: line for line in lines if line["kind"] == KIND}
     return [Score(**{name: line[name] for name in fields if name in line}) for _, line in sorted(scores.items())]

@@ -74,8 +74,20 @@ class RunLogger:
     def _drop_after(self, step: int) -> None:
         if not self.path.is_file():
             return
-        lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step and step]
-        self.path.write_text("".join(line + "\n" for line in lines))
+        kept = [entry for entry in read_log(self.path) if entry["step"] <= step and step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        temporary.replace(self.path)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a run's `log.jsonl`; a last line that a kill has cut off is left out.
+
+    Raises:
+        ValueError: A line is no JSON.
+    """
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")  # what follows the last line end is cut off, or nothing
+    return [json.loads(line) for line in whole]
 
 
 def _event_writer(folder: Path) -> Any:

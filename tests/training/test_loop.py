@@ -19,6 +19,7 @@ from apps.training.checkpoint import CheckpointError, complete_checkpoints
 from apps.training.config import OptimizerConfig
 from apps.training.ema import MovingAverage
 from apps.training.loop import LossModule, TrainingDiverged, train
+from apps.training.run_logger import RunLogger, read_log
 from apps.training.schedule import learning_rate
 from tests.training.helpers import assert_equal_checkpoints, assert_resumes_exactly
 from tests.training.toy import ToyTask
@@ -248,3 +249,15 @@ def test_two_processes_agree_and_resume_exactly(toy, tmp_path):
     assert_equal_checkpoints(tmp_path / "whole/checkpoint-000006", tmp_path / "parts/checkpoint-000006")
     states = [load_file(tmp_path / f"{name}/checkpoint-000006/random-1.safetensors") for name in ("whole", "parts")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_line_of_the_log_that_a_kill_cut_off_is_left_out(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}\n{"kind": "tra')
+    assert [entry["step"] for entry in read_log(log)] == [1, 2]
+    with RunLogger(tmp_path, 4, 2, active=True, tensorboard=False) as logger:
+        logger.write("train", 3, {"loss": 1.0, "images_per_second": 1.0})
+    assert [entry["step"] for entry in read_log(log)] == [1, 2, 3]
+    log.write_text('{"kind": "tra\n{"kind": "train", "step": 2}\n')
+    with pytest.raises(ValueError, match="Unterminated string"):
+        read_log(log)
