@@ -43,7 +43,7 @@ def _flag(names: str, kind: type, key: str | None, text: str, panel: str) -> Fla
 FLAGS: tuple[Flag, ...] = (
     _flag("model pretrained_model_name_or_path", str, "model.pretrained", "Built-in name, folder or hub id.", MODEL),
     _flag("revision", str, "model.revision", "Branch, tag or commit of a hub id.", MODEL),
-    _flag("dtype", str, "model.dtype", "Of the frozen weights: float32, bfloat16 or float16.", MODEL),
+    _flag("dtype", str, "model.dtype", "Of the frozen weights: float32 or bfloat16.", MODEL),
     _flag("guidance_scale", float, "model.guidance", "Told to networks that take guidance as an input (FLUX).", MODEL),
     _flag("gradient_checkpointing", bool, "model.gradient_checkpointing", "Less memory, a third more time.", MODEL),
     _flag("data instance_data_dir", Path, None, "Folder of files with .txt captions, or a .jsonl.", DATA),

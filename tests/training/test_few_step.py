@@ -20,7 +20,7 @@ from apps.training.trajectories import guided_path, teacher_sigmas
 from pipelines.network_calls import euler_levels, learn_unguided_call
 from sampling.diffusion_targets import NoiseProcess
 from sampling.objectives import shift_sigmas
-from tests.families.every import options, side
+from tests.families.every import build, options, side
 from tests.families.tiny import tiny_pipeline
 from tests.training.helpers import assert_resumes_exactly
 
@@ -160,3 +160,10 @@ def test_models_without_guidance_of_two_branches_are_their_own_teachers(configur
     config = validate_document(document, FewStepConfig)
     assert train(config) == "finished"
     assert (config.run.folder / "export" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_pipeline_of_two_networks_is_refused(configured, tmp_path):
+    build("wan22").save_pretrained(tmp_path / "wan")
+    document = configured("wan", 1).model_dump(mode="json") | {"model": {"pretrained": str(tmp_path / "wan")}}
+    with pytest.raises(ConfigError, match="several networks that share the noise levels"):
+        FewStepTask(validate_document(document, FewStepConfig), CONTEXT)

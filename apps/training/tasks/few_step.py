@@ -89,6 +89,11 @@ class FewStepTask(AdapterTask):
                 f"{config.model.pretrained} predicts {self.process.prediction}: only models of flow matching can be "
                 "distilled"
             )
+        if self.process.bounds is not None:
+            raise ConfigError(
+                f"{config.model.pretrained} has several networks that share the noise levels: only models with one can "
+                "be distilled"
+            )
         side = config.data.resolution
         self.bucket = (info.frames or 1, side or info.height, side or info.width)
         self.guidance = self._guidance()
