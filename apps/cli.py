@@ -327,11 +327,9 @@ def bench(
         str,
         typer.Argument(
             help="image (an image and its parts), start (imports), costs (single operations), cache, cache-time and "
-            "cache-transfer (step caches), clips (a step cache on clips, long ones), lora-style, lora-object and "
-            "lora-motion (what a LoRA learned of a style, an object, a motion), kv, shortcuts and search (what "
-            "next-scale models lose by forgetting and skipping, and gain "
-            "by searching), released (our VAR beside a clone of its authors' code), or training (validation losses of "
-            "several configurations, over steps and seconds)."
+            "cache-transfer (step caches), clips (a step cache, and length), kv, shortcuts and search (next-scale "
+            "models), released (our VAR beside its authors' code), lora-style, lora-object and lora-motion (what a LoRA "
+            "learned), or training (validation losses of several configurations)."
         ),
     ],
     names: Annotated[
