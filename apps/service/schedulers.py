@@ -47,15 +47,16 @@ CHOICES: dict[tuple[str, bool], Choice] = {
 """By the name that people choose and by whether the model is a flow."""
 
 
-def is_flow(scheduler: Scheduler) -> bool:
-    """Whether a scheduler is one for velocities of a flow."""
-    config = scheduler.config
-    return type(scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+def _is_flow(scheduler: Scheduler) -> bool:
+    """Return whether a scheduler is one for velocities of a flow."""
+    from sampling.diffusion_targets import is_flow  # brings torch, which whoever has a scheduler has imported
+
+    return is_flow(scheduler)
 
 
 def scheduler_names(scheduler: Scheduler | None) -> list[str]:
     """Return the choices that fit a model's scheduler; none for a model without one."""
-    return [] if scheduler is None else [name for name, flow in CHOICES if flow == is_flow(scheduler)]
+    return [] if scheduler is None else [name for name, flow in CHOICES if flow == _is_flow(scheduler)]
 
 
 def make_scheduler(own: Scheduler, name: str | None) -> Scheduler:
@@ -70,7 +71,7 @@ def make_scheduler(own: Scheduler, name: str | None) -> Scheduler:
     """
     if name is None:
         return type(own).from_config(own.config)
-    choice = CHOICES.get((name, is_flow(own)))
+    choice = CHOICES.get((name, _is_flow(own)))
     if choice is None:
         raise RequestError(
             "choice",
