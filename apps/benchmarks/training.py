@@ -122,7 +122,7 @@ def _seconds(clock: Sequence[tuple[int, float]], step: int) -> float:
 
 
 def compare(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
-    """Return a row for each run: its lowest loss, and when it reaches that of the first one.
+    """Return a row for each run: its lowest loss, and when it reaches that of the first one, in steps and as multiples.
 
     Args:
         rows: What else stands there, with "run".
@@ -140,11 +140,11 @@ def compare(rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[Poi
                 **row,
                 "steps": points[-1].step,
                 "seconds": round(points[-1].seconds, 1),
-                "lowest loss": round(best, 5),
-                "of the baseline's": round(best / target, 4),
-                "steps to that of the baseline": None if found is None else round(found.step),
-                "share of its steps": _share(found and found.step, start and start.step),
-                "share of its seconds": _share(found and found.seconds, start and start.seconds),
+                "loss": round(best, 5),
+                "loss ratio": round(best / target, 4),
+                "reached at": None if found is None else round(found.step),
+                "x steps": _share(found and found.step, start and start.step),
+                "x seconds": _share(found and found.seconds, start and start.seconds),
             }
         )
     return table
@@ -175,8 +175,8 @@ def _sizes(config: TrainConfig) -> dict[str, Any]:
     names = {name.rpartition("|")[0] for name in states}
     weights = _shapes(folder / "weights.safetensors")
     return {
-        "trained parameters": sum(weights[name] for name in names),
-        "optimizer MiB": round(4 * sum(states.values()) / MIB, 2),
+        "parameters": sum(weights[name] for name in names),
+        "state MiB": round(4 * sum(states.values()) / MIB, 2),
     }
 
 

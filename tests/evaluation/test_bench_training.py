@@ -27,14 +27,14 @@ def test_losses_are_reached_between_validations():
 
 def test_runs_are_compared_with_the_first():
     curves = {"plain": curve(1.0, 0.6, 0.7), "fast": curve(0.8, 0.4, pace=3.0), "slow": curve(1.0, 0.9)}
-    plain, fast, slow = compare([{"run": name, "trained parameters": 7} for name in curves], curves)
-    assert plain["steps to that of the baseline"] == 20
-    assert plain["share of its steps"] == 1
-    assert fast["steps to that of the baseline"] == 15
-    assert (fast["share of its steps"], fast["share of its seconds"]) == (0.75, 1.125)
-    assert fast["of the baseline's"] == pytest.approx(0.6667)
-    assert slow["steps to that of the baseline"] is None
-    assert slow["trained parameters"] == 7
+    plain, fast, slow = compare([{"run": name, "parameters": 7} for name in curves], curves)
+    assert plain["reached at"] == 20
+    assert plain["x steps"] == 1
+    assert fast["reached at"] == 15
+    assert (fast["x steps"], fast["x seconds"]) == (0.75, 1.125)
+    assert fast["loss ratio"] == pytest.approx(0.6667)
+    assert slow["reached at"] is None
+    assert slow["parameters"] == 7
 
 
 def test_seconds_are_those_of_training(tmp_path):
@@ -76,9 +76,9 @@ def test_the_command_trains_once_and_draws(written, tmp_path):
     plain, aligned = table
     assert [row["run"] for row in table] == ["plain", "aligned"]
     assert plain["steps"] == aligned["steps"] == 6
-    assert aligned["trained parameters"] > plain["trained parameters"] > 1000
-    two_states = 2 * 4 * plain["trained parameters"] / 2**20
-    assert plain["optimizer MiB"] == pytest.approx(two_states, abs=0.01)
+    assert aligned["parameters"] > plain["parameters"] > 1000
+    two_states = 2 * 4 * plain["parameters"] / 2**20
+    assert plain["state MiB"] == pytest.approx(two_states, abs=0.01)
     assert [point["step"] for point in report["curves"]["aligned"]] == [3, 6]
     assert Image.open(tmp_path / "report.png").size == (1100, 520)
     logs = sorted((tmp_path / "runs").glob("*/log.jsonl"))
