@@ -16,7 +16,14 @@ from apps.benchmarks.next_scale import Asked
 from apps.commands.evaluate_clips import save_sheet
 from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
-from apps.lora_examples.new_motion import known_stickers, motion_caption, read_track, render_circling, split_names
+from apps.lora_examples.new_motion import (
+    WORD,
+    known_stickers,
+    motion_caption,
+    read_track,
+    render_circling,
+    split_names,
+)
 from apps.service.usage import UsageError, checking
 from apps.stickers.moving import ClipJudge, load_clips
 from apps.stickers.scene import BASIC_COLOURS
@@ -58,7 +65,7 @@ def bench_lora_motion(asked: Asked) -> dict[str, Any]:
     if asked.output is not None:
         asked.output.parent.mkdir(parents=True, exist_ok=True)
         prompts = [motion_caption(*one) for one in wanted[:SHOWN]]
-        save_sheet(after[:SHOWN], prompts, asked.lora.stem, 8.0, asked.output.with_suffix(".webp"))
+        save_sheet(after[:SHOWN], prompts, f"{WORD}, with a LoRA", 8.0, asked.output.with_suffix(".webp"))
     return {
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
         "base": name,

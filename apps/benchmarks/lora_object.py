@@ -30,6 +30,7 @@ from pipelines import info_of
 FIRST_SEED = 4_000
 BATCH = 16
 SHOWN = 16  # of each kind on the sheet
+QUALITY = 75  # of the sheet
 
 
 def bench_lora_object(asked: Asked) -> dict[str, Any]:
@@ -67,8 +68,8 @@ def bench_lora_object(asked: Asked) -> dict[str, Any]:
         asked.output.parent.mkdir(parents=True, exist_ok=True)
         shown = [at + row for at, (_, requests) in _places(sets) for row in range(min(len(requests), SHOWN))]
         captions = [everything[row].prompt for row in shown]
-        sheet_image = contact_sheet(after[shown], captions, asked.lora.stem, f"with a LoRA of the {thing}", columns=8)
-        sheet_image.save(asked.output.with_suffix(".png"))
+        sheet_image = contact_sheet(after[shown], captions, f"{thing}, with a LoRA", asked.lora.name, columns=8)
+        sheet_image.save(asked.output.with_suffix(".webp"), quality=QUALITY, method=6)
     steps, guidance = call_settings(pipe, None, None)
     return {
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),

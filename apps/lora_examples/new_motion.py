@@ -22,7 +22,7 @@ from pipelines.loading.load import PRETRAINED
 
 WORD = "circling"
 FRAMES, RESOLUTION = 16, 96
-RADIUS, SIZE = 0.2, 0.44  # fractions of the image's side
+RADIUS, SIZE = 0.12, 0.55  # fractions of the image's side
 LEARNED = 24  # clips to learn from, of as many stickers
 FOLLOWED = 0.8  # share of a track's variation that the circle explains, from which on it counts as circling
 LEAST_RADIUS = 0.5  # of the circle that was shown

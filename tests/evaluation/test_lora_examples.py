@@ -71,7 +71,7 @@ def test_a_track_is_told_from_others():
         assert not read_track(right.flip(0)).circles  # the other way round
         assert not read_track(right[:1].expand(16, -1, -1, -1)).circles
     clip = sheet.index(unseen[0])
-    straight = MovingSticker(clip, "animated", Pose(0.3, 0.5, 0.44), Pose(0.7, 0.5, 0.44))
+    straight = MovingSticker(clip, "animated", Pose(0.3, 0.5, 0.55), Pose(0.7, 0.5, 0.55))
     assert not read_track(render_clip(ClipScene("single", (straight,), 3, "right"), sheet)).circles
     assert motion_caption("owl", BASIC_COLOURS[9]) == "an owl circling on an orange background"
 
@@ -98,7 +98,7 @@ def test_a_lora_of_an_object_is_measured(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads(output.read_text()) == report
     assert report["same bits after unloading"] is True
     assert [row["prompts"] for row in report["tables"]["right by the judge"]] == list(list_requests("dodo", 2))
-    with Image.open(output.with_suffix(".png")) as sheet:
+    with Image.open(output.with_suffix(".webp")) as sheet:
         assert sheet.width > 8 * 64
     with pytest.raises(UsageError, match="give --lora FILE"):
         run("lora-object", model=model, smoke=True)
