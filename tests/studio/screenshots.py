@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from apps.lora_examples.captioned_folder import write_captioned
+from apps.lora_examples.new_object import draw_object_examples
+from apps.stickers import load_sprites
 from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, PROJECT, note_says, open_page, wait_for_address
 
 WIDTHS = {1280: 900, 390: 844}
@@ -63,7 +66,7 @@ class Camera:
 
     def open(self, tab: str) -> None:
         """Open a tab by the name of its part of the address in the page."""
-        names = {"text": "Text", "image": "Image", "inpaint": "Inpaint", "classes": "Class", "scales": "Scales"}
+        names = {"text": "Text", "image": "Image", "inpaint": "Inpaint", "classes": "Class", "fine_tune": "Fine-tune"}
         self.page.get_by_role("tab", name=names.get(tab, tab.title()), exact=True).first.click()
         self.page.wait_for_function("tab => document.querySelector('#workspace').dataset.tab === tab", arg=tab)
 
@@ -168,6 +171,26 @@ def shoot(camera: Camera) -> None:
     camera.open("gallery")
     page.locator("#gallery img").first.wait_for()
     camera.take("gallery")
+    _fine_tune(camera)
+
+
+def _fine_tune(camera: Camera) -> None:
+    """Teach the model a sticker that it has never drawn, for some steps."""
+    page = camera.page
+    with tempfile.TemporaryDirectory() as place:
+        files = write_captioned(Path(place), draw_object_examples(load_sprites())[:12])
+        camera.start_again()
+        camera.open("fine_tune")
+        page.set_input_files("#ft-files input[type=file]", [*files, *(file.with_suffix(".txt") for file in files)])
+        page.locator(".ft-card").nth(11).wait_for()
+        page.fill("#ft-name :is(input, textarea)", "dodo")
+        page.click("#ft-advanced > button")
+        for name, value in (("steps", 120), ("batch-size", 4), ("preview-every", 40), ("rank", 8)):
+            page.fill(f"#ft-{name} input", str(value))
+            page.press(f"#ft-{name} input", "Tab")
+        page.click("#ft-start")
+        page.locator(".ft-run h3 .finished").wait_for()
+    camera.take("fine-tune")
 
 
 def main(folder: Path, tabs: tuple[str, ...]) -> None:
