@@ -19,6 +19,7 @@ from apps.studio.page_values import PageError
 from apps.studio.problems import explain
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings
+from apps.training.tasks.lora_config import starting_rate
 
 FORM = (
     "ft_model", "ft_name", "ft_items", "ft_captions", "ft_layers", *(f"ft_{name}" for name in (*TEXTS, *SETTINGS)),
@@ -84,7 +85,7 @@ def _form(engine: Engine, words: Strings) -> Parts:
                 min_width=140,
             )
     with gr.Accordion(words("advanced"), open=False, elem_id="ft-advanced"):
-        parts |= build_settings(words)
+        parts |= build_settings(words, starting_rate(engine.source(models[0]) if models else ""))
     with gr.Row(elem_id="ft-go"):
         parts["ft_start"] = gr.Button(words("ft.start"), variant="primary", elem_id="ft-start", scale=2, min_width=80)
         parts["ft_check"] = gr.Button(words("ft.check"), elem_id="ft-check", scale=1, min_width=80)
@@ -183,6 +184,7 @@ def _connect_form(answers: _Answers, parts: Parts, words: Strings, handlers: Fin
     def start(request: gr.Request, *given: Any) -> Changes:
         return handlers.start(request, dict(zip(FORM, given, strict=True)))
 
+    answers.on(parts["ft_model"].input, handlers.choose_model, ["ft_model"], ["ft_learning_rate"])
     answers.on(parts["ft_files"].upload, handlers.take_files, ["ft_files", "ft_items", "ft_captions"], CARDS)
     answers.on(parts["ft_drop"].click, handlers.drop_files, (), CARDS)
     waiting = parts["ft_check"].click(

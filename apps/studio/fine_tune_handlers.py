@@ -33,7 +33,7 @@ from apps.studio.stage import Changes
 from apps.studio.strings import Strings
 from apps.training.data.caption_rules import CaptionRules
 from apps.training.tasks import TASKS
-from apps.training.tasks.lora_config import LoraTaskSection
+from apps.training.tasks.lora_config import LoraTaskSection, starting_rate
 
 PLACE = "ft_problem"
 """Part of the tab that shows errors."""
@@ -78,6 +78,11 @@ class FineTuneHandlers:
     def _viewer(self, request: gr.Request) -> str | None:
         """Return whose runs a page shows; None for those of all."""
         return self._sessions.viewer(request)
+
+    def choose_model(self, request: gr.Request, key: str) -> Changes:
+        """Set the learning rate that suits a model."""
+        del request
+        return {"ft_learning_rate": starting_rate(self._engine.source(key))}
 
     # ------------------------------------------------------------------ images
 

@@ -132,13 +132,14 @@ SAVED = ("save_every", "preview_every")
 """Settings of `[run]` that write files, which is done `limits.MAX_SAVES` times at most."""
 
 
-def build_settings(words: Strings) -> dict[str, Any]:
-    """Lay out the numbers and the choice of layers."""
+def build_settings(words: Strings, learning_rate: float) -> dict[str, Any]:
+    """Lay out the numbers, of which the learning rate depends on the model, and the choice of layers."""
     parts: dict[str, Any] = {}
     names = iter(SETTINGS.items())
     for pair in zip(names, names, strict=True):
         with gr.Row():
             parts |= {PREFIX + name: _number(name, one, words) for name, one in pair}
+    parts[f"{PREFIX}learning_rate"].value = learning_rate
     choices = [(words(f"ft.layers.{kind}"), kind) for kind in LAYER_KINDS]
     parts[f"{PREFIX}layers"] = fields.Dropdown(
         choices, value=LAYERS_DEFAULT, label=words("ft.layers"), filterable=False, elem_id="ft-layers"

@@ -185,7 +185,8 @@ def _fine_tune(camera: Camera) -> None:
         page.locator(".ft-card").nth(11).wait_for()
         page.fill("#ft-name :is(input, textarea)", "dodo")
         page.click("#ft-advanced > button")
-        for name, value in (("steps", 120), ("batch-size", 4), ("preview-every", 40), ("rank", 8)):
+        page.wait_for_timeout(2000)  # until the panel has opened: a field filled before is set back
+        for name, value in (("steps", 200), ("batch-size", 8), ("preview-every", 50), ("rank", 16)):
             page.fill(f"#ft-{name} input", str(value))
             page.press(f"#ft-{name} input", "Tab")
         page.click("#ft-start")

@@ -209,3 +209,6 @@ def test_a_rehearsal_from_flags_has_the_settings_of_its_kind(model, kind, tmp_pa
     config = make_config(None, flags, [], smoke=True)
     assert (config.task.kind, config.run.steps, config.task.preview_images) == (kind, 2, 2)
     assert config.run.name == "run-smoke"
+    assert config.optimizer.learning_rate == 1e-3  # as small models want it
+    assert make_config(None, {**flags, "learning_rate": 2e-4}, []).optimizer.learning_rate == 2e-4
+    assert make_config(None, {**flags, "model": "other/model"}, []).optimizer.learning_rate == 1e-4

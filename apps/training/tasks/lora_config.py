@@ -7,6 +7,9 @@ from pydantic import Field, field_validator, model_validator
 from apps.training.config import OptimizerConfig, RunConfig, Section, TaskSection, TrainConfig
 from apps.training.data.fine_tuning_config import FineTuningData
 from dit.lora.adapters import AdapterSettings, Algorithm
+from pipelines import builtin_models
+
+SMALL_MODEL_RATE = 1e-3
 
 
 class LoraRun(RunConfig):
@@ -174,3 +177,13 @@ class LoraConfig(AdapterConfig):
     """A whole configuration of fine-tuning a model that removes noise."""
 
     task: LoraTaskSection
+
+
+def starting_rate(pretrained: str) -> float:
+    """Return the learning rate of AdamW that a run begins with where none is given.
+
+    Args:
+        pretrained: What loads the model. The built-in ones have a thousandth of the parameters of published ones and
+            hardly learn anything at their rates.
+    """
+    return SMALL_MODEL_RATE if pretrained in builtin_models() else LoraOptimizer().learning_rate
