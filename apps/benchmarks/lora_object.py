@@ -30,7 +30,7 @@ from pipelines import info_of
 FIRST_SEED = 4_000
 BATCH = 16
 SHOWN = 16  # of each kind on the sheet
-QUALITY = 75  # of the sheet
+QUALITY = 55  # of the sheet
 
 
 def bench_lora_object(asked: Asked) -> dict[str, Any]:

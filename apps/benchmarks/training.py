@@ -9,6 +9,7 @@ encoded ahead (once, for all runs on the same data) don't count.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,27 @@ def bench_training(asked: Asked) -> dict[str, Any]:
     }
 
 
+def _check_same(config: TrainConfig, path: Path) -> None:
+    """Check that a run was trained with the settings that its file has now.
+
+    Raises:
+        UsageError: Others were; the message names them.
+    """
+    was = json.loads((config.run.folder / "config.json").read_text(encoding="utf-8"))
+    now = json.loads(config.model_dump_json())
+    differing = [
+        f"{section}.{name}"
+        for section, values in now.items()
+        for name, value in (values if isinstance(values, dict) else {"": values}).items()
+        if (was.get(section) or {}).get(name, value) != value
+    ]
+    if differing:
+        raise UsageError(
+            f"{config.run.folder} was trained with other settings than {path} has now ({', '.join(differing)}): delete "
+            "the folder, or give the file another run.name"
+        )
+
+
 def _trained(path: Path, smoke: bool) -> TrainConfig:
     """Train a configuration to its end, unless it has been, and return it."""
     with checking(ConfigError, OSError):
@@ -89,6 +111,8 @@ def _trained(path: Path, smoke: bool) -> TrainConfig:
             overrides = [*SMOKE, *rehearsal(config), f"run.name={config.run.name}-smoke"]
             config = load_config(path, overrides)
     found = complete_checkpoints(config.run.folder)
+    if found:
+        _check_same(config, path)
     if not found or int(found[-1].name.split("-")[1]) < config.run.steps:
         train(path, resume="latest" if found else None, smoke=smoke)
     return config

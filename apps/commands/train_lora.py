@@ -69,7 +69,6 @@ def make_config(config_path: Path | None, flags: dict[str, Any], overrides: list
     """
     from apps.training.config import apply_overrides, parse_override, read_document, validate_document
     from apps.training.task import task_class
-    from apps.training.tasks.lora_config import starting_rate
 
     document = {} if config_path is None else read_document(config_path)
     document = apply_overrides(document, [*_settings(flags), *map(parse_override, overrides)])
@@ -77,10 +76,6 @@ def make_config(config_path: Path | None, flags: dict[str, Any], overrides: list
     document = {"task": {}, **document, "run": {"name": name, **document.get("run", {})}}
     document["task"] = {"kind": _kind(document), **document["task"]}
     task = task_class(document["task"]["kind"])
-    optimizer = {"name": "adamw", **document.get("optimizer", {})}
-    if optimizer["name"] == "adamw" and document["task"]["kind"] in ("lora", "lora_next_scale"):
-        rate = starting_rate(str(document.get("model", {}).get("pretrained", "")))
-        document["optimizer"] = {"learning_rate": rate, **optimizer}
     if smoke:
         document["run"] = {**document["run"], **SMOKE, "name": f"{document['run']['name']}-smoke"}
         document = apply_overrides(document, [parse_override(setting) for setting in task.smoke])

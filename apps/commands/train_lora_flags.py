@@ -74,7 +74,13 @@ FLAGS: tuple[Flag, ...] = (
     _flag(
         "optimizer", str, "optimizer.name", "adamw, prodigy, schedule_free, sgd_sai or muon; see the README.", TRAINING
     ),
-    _flag("learning_rate", float, "optimizer.learning_rate", "Peak; else 1e-4, of built-in models 1e-3.", TRAINING),
+    _flag(
+        "learning_rate",
+        float,
+        "optimizer.learning_rate",
+        "Peak; if absent 1e-4, with adamw on built-in models 1e-3.",
+        TRAINING,
+    ),
     _flag("lr_scheduler", str, "optimizer.schedule", "constant, cosine or wsd.", TRAINING),
     _flag("lr_warmup_steps", int, "optimizer.warmup_steps", "Steps of linear warm-up.", TRAINING),
     _flag("adam_weight_decay", float, "optimizer.weight_decay", "Decoupled weight decay.", TRAINING),

@@ -39,7 +39,8 @@ def euler_levels(pipe: Any, network: nn.Module, call: Mapping[str, Any], steps: 
             f"{name} makes {len(scheduler.timesteps)} steps where {steps} are asked for: use "
             "FlowMatchEulerDiscreteScheduler"
         )
-    levels = levels.detach().double().cpu()  # (S + 1,)
+    scheduler.sigmas, scheduler.timesteps = levels.detach().cpu(), scheduler.timesteps.cpu()
+    levels = scheduler.sigmas.double()  # (S + 1,)
     if not _steps_straight(scheduler, levels):
         raise ValueError(
             f"{name} doesn't step along the prediction (Euler's method): use FlowMatchEulerDiscreteScheduler, without "

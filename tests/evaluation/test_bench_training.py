@@ -86,6 +86,10 @@ def test_the_command_trains_once_and_draws(written, tmp_path):
     assert len(logs) == 2
     assert run("training", names=written)["tables"] == report["tables"]
     assert [log.stat().st_mtime_ns for log in logs] == stamps
+    file = tmp_path / "plain.toml"
+    file.write_text(file.read_text().replace("\noutput =", "\nseed = 7\noutput ="))
+    with pytest.raises(UsageError, match=r"other settings than .*plain.toml has now \(run.seed\): delete"):
+        run("training", names=written)
 
 
 def test_errors_say_the_remedy(written, tmp_path):

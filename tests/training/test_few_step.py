@@ -88,6 +88,16 @@ def test_levels_are_those_of_the_pipeline(name, monkeypatch):
         torch.testing.assert_close(levels, shift_sigmas(torch.linspace(1, 0, 5, dtype=torch.float64), 3.0))
 
 
+@pytest.mark.gpu
+def test_levels_of_a_pipeline_on_a_gpu_are_the_same():
+    found = []
+    for device in ("cpu", "cuda"):
+        pipe = tiny_pipeline("sd3").to(device)
+        call = learn_unguided_call(pipe, side("sd3"), side("sd3"), options=options("sd3"))
+        found.append(euler_levels(pipe, pipe.transformer, call.pipeline_arguments, 4))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     ("scheduler", "said"),
     [

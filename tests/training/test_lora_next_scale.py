@@ -212,3 +212,6 @@ def test_a_rehearsal_from_flags_has_the_settings_of_its_kind(model, kind, tmp_pa
     assert config.optimizer.learning_rate == 1e-3  # as small models want it
     assert make_config(None, {**flags, "learning_rate": 2e-4}, []).optimizer.learning_rate == 2e-4
     assert make_config(None, {**flags, "model": "other/model"}, []).optimizer.learning_rate == 1e-4
+    assert make_config(None, {**flags, "optimizer": "sgd_sai"}, []).optimizer.learning_rate == 0.05
+    with pytest.raises(ConfigError, match="optimizer"):
+        make_config(None, flags, ["optimizer=adamw"])

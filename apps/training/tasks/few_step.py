@@ -218,4 +218,7 @@ class FewStepTask(AdapterTask):
 
     def metadata(self) -> dict[str, str]:
         """Return what the file says of itself: also how many steps it is for."""
-        return {**super().metadata(), "few_step.steps": str(self.config.task.student_steps), "few_step.guidance": "1"}
+        name = self.inputs.info.guidance_argument
+        told = self.inputs.call(self.bucket).pipeline_arguments.get(name)
+        guidance = {} if told is None else {"few_step.guidance": f"{told:g}"}
+        return {**super().metadata(), "few_step.steps": str(self.config.task.student_steps), **guidance}

@@ -1,6 +1,6 @@
 """Configuration of LoRA fine-tuning."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -27,6 +27,10 @@ class LoraRun(RunConfig):
 class LoraOptimizer(OptimizerConfig):
     """The `[optimizer]` section, with defaults for adapters; see `OptimizerConfig`."""
 
+    own_defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        **OptimizerConfig.own_defaults,
+        "sgd_sai": {"learning_rate": 0.05},
+    }
     learning_rate: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = Field(default=0, ge=0)
@@ -161,6 +165,18 @@ class AdapterConfig(TrainConfig):
     data: FineTuningData
     model: LoraModel
     lora: LoraSection = LoraSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_rate_of_small_models(cls, values: Any) -> Any:
+        """Fill in AdamW's learning rate for the built-in models, see `starting_rate`."""
+        if not isinstance(values, dict):
+            return values
+        model, optimizer = values.get("model", {}), values.get("optimizer", {})
+        if not isinstance(model, dict) or not isinstance(optimizer, dict) or optimizer.get("name", "adamw") != "adamw":
+            return values
+        rate = starting_rate(str(model.get("pretrained", "")))
+        return {**values, "optimizer": {"learning_rate": rate, **optimizer}}
 
     @model_validator(mode="after")
     def _weighs_what_is_there(self) -> "AdapterConfig":
