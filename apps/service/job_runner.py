@@ -313,8 +313,8 @@ def notes_on(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> t
 
 
 def _notes_on_words(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
-    """Name the words that a model was not trained on; none for a model with an open vocabulary."""
-    if not model.info_for(request.task).knows_words:
+    """Name the words that a model was not trained on; none for one with an open vocabulary, or with a LoRA's words."""
+    if request.lora is not None or not model.info_for(request.task).knows_words:
         return ()
     from pipelines.inputs.words import describe_unknown
 

@@ -102,11 +102,13 @@ class KnownWordsMixin:
         return unknown_words(" ".join(prompts), self.known_words)
 
     def warn_of_unknown_words(self, *prompts: object) -> None:
-        """Name in one logged warning the words that the model was not trained on.
+        """Name in one logged warning the words that the model was not trained on; adapters may have taught it others.
 
         Args:
             *prompts: each a text, several, or None; what is of another type is ignored, because it is refused later.
         """
+        if getattr(getattr(self, "transformer", None), "peft_config", None):
+            return
         sides = [[side] if isinstance(side, str) else side for side in prompts]
         texts = [one for side in sides if isinstance(side, list | tuple) for one in side if isinstance(one, str)]
         if said := describe_unknown(self.unknown_words(texts)):

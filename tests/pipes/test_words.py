@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from peft import LoraConfig
 
 from pipelines.inputs.words import WORDS_FILE, describe_unknown, read_words, split_words, write_words
 from pipelines.text_to_image import TextToImagePipeline
@@ -40,6 +41,16 @@ def test_nothing_is_said_without_unknown_words_or_without_a_vocabulary(taught, c
         generate(taught, "a red apple", negative_prompt="blurry", guidance_scale=1.0)  # which is not read
         generate(tiny_text_to_image_pipeline(), "a teal apple")
     assert warnings(caplog) == []
+
+
+def test_nothing_is_said_while_an_adapter_may_have_taught_the_word(taught, caplog):
+    taught.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with caplog.at_level(logging.WARNING, "pipelines.inputs.words"):
+        generate(taught, "a teal apple")
+        assert warnings(caplog) == []
+        taught.unload_lora_weights()
+        generate(taught, "a teal apple")
+    assert len(warnings(caplog)) == 1
 
 
 def test_words_are_saved_loaded_and_passed_on(taught, tmp_path):

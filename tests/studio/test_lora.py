@@ -17,6 +17,7 @@ from apps.commands.given_options import make_options
 from apps.service import engine as engine_module
 from apps.service.engine import Engine
 from apps.service.events import Failed, Picture
+from apps.service.job_runner import _notes_on_words
 from apps.service.lora import LoraError, find_loras
 from apps.service.metadata import read_picture, request_from_settings
 from apps.service.option_values import Lora
@@ -190,3 +191,11 @@ def test_in_the_studio_settings_of_another_file_are_refused(engine):
     assert "its content differs" in refused[PLACE]
     saved = {"model": "tiny", "lora": "gone", "lora_scale": 2}
     assert "lora" not in handlers._remembered(saved)
+
+
+@pytest.mark.parametrize(("lora", "notes"), [(None, 1), (Lora(name="dodo"), 0)])
+def test_words_that_a_lora_may_have_taught_are_not_called_unknown(lora, notes):
+    pipe = SimpleNamespace(unknown_words=lambda texts: ("dodo",))
+    model = SimpleNamespace(info_for=lambda task: SimpleNamespace(knows_words=True), pipe_for=lambda task: pipe)
+    request = TextToImageRequest(prompt="a dodo", lora=lora)
+    assert len(_notes_on_words(request, model)) == notes
