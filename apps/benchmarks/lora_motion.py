@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apps.benchmarks.around_lora import generate_around, load_base
 from apps.benchmarks.next_scale import Asked
 from apps.commands.evaluate_clips import save_sheet
-from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
 from apps.lora_examples.new_motion import (
     WORD,
@@ -24,11 +24,8 @@ from apps.lora_examples.new_motion import (
     render_circling,
     split_names,
 )
-from apps.service.usage import UsageError, checking
 from apps.stickers.moving import ClipJudge, load_clips
 from apps.stickers.scene import BASIC_COLOURS
-from pipelines import info_of
-from pipelines.lora.mixin import load_lora, unload_lora
 
 FIRST_SEED = 5_000
 BATCH = 8
@@ -39,25 +36,13 @@ def bench_lora_motion(asked: Asked) -> dict[str, Any]:
     """Measure a LoRA of a new motion; with `asked.output` also write a sheet of the clips beside that file.
 
     Raises:
-        UsageError: no LoRA is named, it doesn't fit the model, or the model makes no clips.
+        UsageError: see `load_base` and `generate_around`.
     """
-    if asked.lora is None:
-        raise UsageError("no LoRA is named: give --lora FILE, such as one that `tessera train-lora` wrote")
-    name = asked.model or "stickers-video"
-    pipe = load_for_command(name, asked.device, asked.dtype)
-    if info_of(pipe).output != "frames":
-        raise UsageError(f"{name} makes no clips: give a model such as stickers-video")
+    pipe, lora = load_base(asked, "stickers-video", "frames")
     learned, unseen = split_names(known_stickers())
     names = unseen[:2] if asked.smoke else unseen
     wanted = [(name, BASIC_COLOURS[(3 * number + 1) % len(BASIC_COLOURS)]) for number, name in enumerate(names)]
-    before = _generate(pipe, wanted)
-    with checking(ValueError, OSError):
-        load_lora(pipe, asked.lora)
-    try:
-        after = _generate(pipe, wanted)
-    finally:
-        unload_lora(pipe)
-    again = _generate(pipe, wanted[:BATCH])
+    before, after, is_restored = generate_around(pipe, lora, lambda count, _: _generate(pipe, wanted[:count]))
     sheet = load_clips()
     true = torch.stack([render_circling(name, colour, sheet) for name, colour in wanted])  # (B, T, 3, H, W)
     judge = ClipJudge(sheet, pipe.device)
@@ -68,10 +53,10 @@ def bench_lora_motion(asked: Asked) -> dict[str, Any]:
         save_sheet(after[:SHOWN], prompts, f"{WORD}, with a LoRA", 8.0, asked.output.with_suffix(".webp"))
     return {
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
-        "base": name,
-        "lora": asked.lora.name,
+        "base": asked.model or "stickers-video",
+        "lora": lora.name,
         "stickers that clips to learn from showed": len(learned),
-        "same bits after unloading": torch.equal(before[:BATCH], again),
+        "same bits after unloading": is_restored,
         "tables": {
             f"{len(wanted)} stickers that were not shown going round": [
                 {"clips": what, **_read(judge, shown, wanted)} for what, shown in clips.items()

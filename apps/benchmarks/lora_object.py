@@ -13,19 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apps.benchmarks.around_lora import generate_around, load_base
 from apps.benchmarks.next_scale import Asked
 from apps.commands.evaluate import answers, call_settings, painter
-from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
 from apps.lora_examples.new_object import LEARNED_COLOURS, OBJECT, OTHER_COLOURS, object_requests
-from apps.service.usage import UsageError, checking
+from apps.service.usage import checking
 from apps.stickers import load_sprites
 from apps.stickers.contact_sheet import contact_sheet
 from apps.stickers.judge import Judge
 from apps.stickers.prompt_sets import SETS, Request, draw_requests
 from apps.stickers.scene import COLOURS
 from apps.stickers.vocabulary import COMMON
-from pipelines import info_of
 
 FIRST_SEED = 4_000
 BATCH = 16
@@ -37,27 +36,14 @@ def bench_lora_object(asked: Asked) -> dict[str, Any]:
     """Measure a LoRA of a new object; with `asked.output` also draw what was generated beside that file.
 
     Raises:
-        UsageError: no LoRA is named, it doesn't fit the model, or the model takes none.
+        UsageError: see `load_base` and `generate_around`; or there is no such sticker.
     """
-    if asked.lora is None:
-        raise UsageError("no LoRA is named: give --lora FILE, such as one that `tessera train-lora` wrote")
-    name = asked.model or "stickers"
-    pipe = load_for_command(name, asked.device, asked.dtype)
-    info = info_of(pipe)
-    if not info.can_load_lora or info.output != "images" or "prompt" not in info.parameters:
-        raise UsageError(f"{name} is no text-to-image model that takes LoRA files: give one such as stickers")
+    pipe, lora = load_base(asked, "stickers", "images")
     sheet, thing = load_sprites(), asked.trigger or OBJECT
     with checking(KeyError):
         sets = list_requests(thing, 2 if asked.smoke else asked.prompts)
     everything = [one for requests in sets.values() for one in requests]
-    before = _generate(pipe, everything)
-    with checking(ValueError, OSError):
-        pipe.load_lora_weights(asked.lora)
-    try:
-        after = _generate(pipe, everything)
-    finally:
-        pipe.unload_lora_weights()
-    again = _generate(pipe, everything[:BATCH])
+    before, after, is_restored = generate_around(pipe, lora, lambda count, _: _generate(pipe, everything[:count]))
     judge = Judge(sheet, pipe.device)
     rows = []
     for at, (title, requests) in _places(sets):
@@ -68,17 +54,17 @@ def bench_lora_object(asked: Asked) -> dict[str, Any]:
         asked.output.parent.mkdir(parents=True, exist_ok=True)
         shown = [at + row for at, (_, requests) in _places(sets) for row in range(min(len(requests), SHOWN))]
         captions = [everything[row].prompt for row in shown]
-        sheet_image = contact_sheet(after[shown], captions, f"{thing}, with a LoRA", asked.lora.name, columns=8)
+        sheet_image = contact_sheet(after[shown], captions, f"{thing}, with a LoRA", lora.name, columns=8)
         sheet_image.save(asked.output.with_suffix(".webp"), quality=QUALITY, method=6)
     steps, guidance = call_settings(pipe, None, None)
     return {
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
-        "base": name,
-        "lora": asked.lora.name,
+        "base": asked.model or "stickers",
+        "lora": lora.name,
         "object": thing,
         "steps": steps,
         "guidance": guidance,
-        "same bits after unloading": torch.equal(before[:BATCH], again),
+        "same bits after unloading": is_restored,
         "tables": {"right by the judge": rows},
     }
 

@@ -15,17 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from apps.benchmarks.around_lora import generate_around, load_base
 from apps.benchmarks.next_scale import Asked
 from apps.commands.evaluate import call_settings, painter, round_trip
-from apps.commands.loading import load_for_command
 from apps.environment import describe_machine
 from apps.perceptual.style_ceiling import style_ceilings
 from apps.perceptual.style_judge import StyleJudge, StyleReading
-from apps.service.usage import UsageError, checking
 from apps.stickers import BASIC_COLOURS, load_sprites, render
 from apps.stickers.contact_sheet import contact_sheet
 from apps.stickers.fluent import TRAINING, TRIGGER, UNSEEN, load_fluent, plain_caption, single_scene
-from pipelines import info_of
 
 EACH = 2  # images of a name, on different backgrounds
 FIRST_SEED = 3_000
@@ -46,26 +44,15 @@ def bench_lora_style(asked: Asked) -> dict[str, Any]:
     """Measure a LoRA of the Fluent 3D style; with `asked.output` also draw before, after and truth beside that file.
 
     Raises:
-        UsageError: no LoRA is named, it doesn't fit the model, or the model takes none.
+        UsageError: see `load_base` and `generate_around`.
     """
-    if asked.lora is None:
-        raise UsageError("no LoRA is named: give --lora FILE, such as one that `tessera train-lora` wrote")
-    name = asked.model or "stickers"
-    pipe = load_for_command(name, asked.device, asked.dtype)
-    info = info_of(pipe)
-    if not info.can_load_lora or info.output != "images" or "prompt" not in info.parameters:
-        raise UsageError(f"{name} is no text-to-image model that takes LoRA files: give one such as stickers")
+    pipe, lora = load_base(asked, "stickers", "images")
     unseen, training = (UNSEEN[:2], TRAINING[:2]) if asked.smoke else (UNSEEN, TRAINING)
     wanted = list_wanted((*unseen, *training))
     trigger = TRIGGER if asked.trigger is None else asked.trigger
-    before = _generate(pipe, wanted, "")
-    with checking(ValueError, OSError):
-        pipe.load_lora_weights(asked.lora)
-    try:
-        after = _generate(pipe, wanted, trigger)
-    finally:
-        pipe.unload_lora_weights()
-    again = _generate(pipe, wanted[:BATCH], "")
+    before, after, is_restored = generate_around(
+        pipe, lora, lambda count, is_on: _generate(pipe, wanted[:count], trigger if is_on else "")
+    )
     steps, guidance = call_settings(pipe, None, None)
     judge = StyleJudge(load_sprites(), load_fluent(), TRAINING, pipe.device)
     readings = {
@@ -74,17 +61,17 @@ def bench_lora_style(asked: Asked) -> dict[str, Any]:
     }
     if asked.output is not None:
         asked.output.parent.mkdir(parents=True, exist_ok=True)
-        draw_sheet(before, after, wanted, asked.lora.stem).save(asked.output.with_suffix(".png"))
+        draw_sheet(before, after, wanted, lora.stem).save(asked.output.with_suffix(".png"))
     return {
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
-        "base": name,
-        "lora": asked.lora.name,
+        "base": asked.model or "stickers",
+        "lora": lora.name,
         "trigger": trigger,
         "steps": steps,
         "guidance": guidance,
         "images of a name": EACH,
         "images that the LoRA changes": sum(not torch.equal(a, b) for a, b in zip(after, before, strict=True)),
-        "same bits after unloading": torch.equal(before[:BATCH], again),
+        "same bits after unloading": is_restored,
         "tables": _tables(judge, pipe, readings, wanted, unseen, training),
     }
 
