@@ -400,6 +400,17 @@ def bench(
             rich_help_panel=MEASURED,
         ),
     ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            help="LoRA file that is on all the time, without --lora too, such as one for few steps; for lora-style and "
+            "lora-object.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Time things on this machine, in turns."""
@@ -420,6 +431,9 @@ def bench(
         smoke=smoke,
         lora=lora,
         trigger=trigger,
+        steps=steps,
+        guidance=guidance,
+        beside=beside,
         json_output=json_output,
     )
 

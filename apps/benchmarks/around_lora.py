@@ -1,6 +1,7 @@
 """What benchmarks of LoRAs share: the model, and what it generates without a file, with it, and without it again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +39,42 @@ def load_base(asked: Asked, default: str, output: str) -> tuple[Any, Path]:
 
 
 def generate_around(
-    pipe: Any, lora: Path, generate: Callable[[int | None, bool], Tensor]
+    pipe: Any, asked: Asked, lora: Path, generate: Callable[[int | None, bool], Tensor]
 ) -> tuple[Tensor, Tensor, bool]:
     """Generate without a LoRA, with it, and the first ones again without it.
 
     Args:
         pipe: see `load_base`.
-        lora: its file.
+        asked: names a LoRA that is on all the time, or none.
+        lora: the file.
         generate: how many (None for all), and whether the LoRA is on -> images or clips (B, ...).
 
     Returns:
         Those without and with the LoRA, and whether those without it are the same bits when it is off again.
 
     Raises:
-        UsageError: the file doesn't fit the model.
+        UsageError: a file doesn't fit the model.
     """
-    before = generate(None, False)
-    with checking(ValueError, OSError):
-        load_lora(pipe, lora)
-    try:
+    always = [asked.beside] if asked.beside is not None else []
+    with _on(pipe, always):
+        before = generate(None, False)
+    with _on(pipe, [*always, lora]):
         after = generate(None, True)
+    with _on(pipe, always):
+        again = generate(AGAIN, False)
+    return before, after, torch.equal(before[:AGAIN], again)
+
+
+@contextmanager
+def _on(pipe: Any, files: Sequence[Path]) -> Generator[None]:
+    """Put LoRAs on a pipeline, all at their full weight, and take them off again."""
+    names = [f"lora_{number}" for number in range(len(files))]
+    try:
+        with checking(ValueError, OSError):
+            for name, file in zip(names, files, strict=True):
+                load_lora(pipe, file, adapter_name=name)
+        if files:
+            pipe.transformer.set_adapters(names, [1.0] * len(names))
+        yield
     finally:
         unload_lora(pipe)
-    return before, after, torch.equal(before[:AGAIN], generate(AGAIN, False))

@@ -42,7 +42,7 @@ def bench_lora_motion(asked: Asked) -> dict[str, Any]:
     learned, unseen = split_names(known_stickers())
     names = unseen[:2] if asked.smoke else unseen
     wanted = [(name, BASIC_COLOURS[(3 * number + 1) % len(BASIC_COLOURS)]) for number, name in enumerate(names)]
-    before, after, is_restored = generate_around(pipe, lora, lambda count, _: _generate(pipe, wanted[:count]))
+    before, after, is_restored = generate_around(pipe, asked, lora, lambda count, _: _generate(pipe, wanted[:count]))
     sheet = load_clips()
     true = torch.stack([render_circling(name, colour, sheet) for name, colour in wanted])  # (B, T, 3, H, W)
     judge = ClipJudge(sheet, pipe.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apps.benchmarks.around_lora import generate_around, load_base
 from apps.benchmarks.next_scale import Asked
-from apps.commands.evaluate import answers, call_settings, painter
+from apps.commands.evaluate import Generate, answers, call_settings, painter
 from apps.environment import describe_machine
 from apps.lora_examples.new_object import LEARNED_COLOURS, OBJECT, OTHER_COLOURS, object_requests
 from apps.service.usage import checking
@@ -43,7 +43,11 @@ def bench_lora_object(asked: Asked) -> dict[str, Any]:
     with checking(KeyError):
         sets = list_requests(thing, 2 if asked.smoke else asked.prompts)
     everything = [one for requests in sets.values() for one in requests]
-    before, after, is_restored = generate_around(pipe, lora, lambda count, _: _generate(pipe, everything[:count]))
+    steps, guidance = call_settings(pipe, asked.steps, asked.guidance)
+    generate = painter(pipe, steps, guidance)
+    before, after, is_restored = generate_around(
+        pipe, asked, lora, lambda count, _: _generate(generate, everything[:count])
+    )
     judge = Judge(sheet, pipe.device)
     rows = []
     for at, (title, requests) in _places(sets):
@@ -56,11 +60,11 @@ def bench_lora_object(asked: Asked) -> dict[str, Any]:
         captions = [everything[row].prompt for row in shown]
         sheet_image = contact_sheet(after[shown], captions, f"{thing}, with a LoRA", lora.name, columns=8)
         sheet_image.save(asked.output.with_suffix(".webp"), quality=QUALITY, method=6)
-    steps, guidance = call_settings(pipe, None, None)
     return {
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
         "base": asked.model or "stickers",
         "lora": lora.name,
+        "beside": asked.beside and asked.beside.name,
         "object": thing,
         "steps": steps,
         "guidance": guidance,
@@ -91,9 +95,8 @@ def _places(sets: dict[str, list[Request]]) -> list[tuple[int, tuple[str, list[R
     return places
 
 
-def _generate(pipe: Any, requests: Sequence[Request]) -> Tensor:
-    """Generate images at the model's own steps and guidance, (B, 3, H, W) in [-1, 1]."""
-    generate = painter(pipe, *call_settings(pipe, None, None))
+def _generate(generate: Generate, requests: Sequence[Request]) -> Tensor:
+    """Generate images with fixed noise, (B, 3, H, W) in [-1, 1]."""
     parts = []
     for start in range(0, len(requests), BATCH):
         prompts = [one.prompt for one in requests[start : start + BATCH]]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apps.benchmarks.around_lora import generate_around, load_base
 from apps.benchmarks.next_scale import Asked
-from apps.commands.evaluate import call_settings, painter, round_trip
+from apps.commands.evaluate import Generate, call_settings, painter, round_trip
 from apps.environment import describe_machine
 from apps.perceptual.style_ceiling import style_ceilings
 from apps.perceptual.style_judge import StyleJudge, StyleReading
@@ -50,10 +50,11 @@ def bench_lora_style(asked: Asked) -> dict[str, Any]:
     unseen, training = (UNSEEN[:2], TRAINING[:2]) if asked.smoke else (UNSEEN, TRAINING)
     wanted = list_wanted((*unseen, *training))
     trigger = TRIGGER if asked.trigger is None else asked.trigger
+    steps, guidance = call_settings(pipe, asked.steps, asked.guidance)
+    generate = painter(pipe, steps, guidance)
     before, after, is_restored = generate_around(
-        pipe, lora, lambda count, is_on: _generate(pipe, wanted[:count], trigger if is_on else "")
+        pipe, asked, lora, lambda count, is_on: _generate(generate, wanted[:count], trigger if is_on else "")
     )
-    steps, guidance = call_settings(pipe, None, None)
     judge = StyleJudge(load_sprites(), load_fluent(), TRAINING, pipe.device)
     readings = {
         "before": _read(judge, before, wanted),
@@ -66,6 +67,7 @@ def bench_lora_style(asked: Asked) -> dict[str, Any]:
         "machine": describe_machine(torch.device(pipe.device), pipe.transformer.dtype),
         "base": asked.model or "stickers",
         "lora": lora.name,
+        "beside": asked.beside and asked.beside.name,
         "trigger": trigger,
         "steps": steps,
         "guidance": guidance,
@@ -85,9 +87,8 @@ def list_wanted(names: Sequence[str]) -> list[Wanted]:
     ]
 
 
-def _generate(pipe: Any, wanted: Sequence[Wanted], trigger: str) -> Tensor:
-    """Generate images at the model's own steps and guidance, (B, 3, H, W) in [-1, 1]."""
-    generate = painter(pipe, *call_settings(pipe, None, None))
+def _generate(generate: Generate, wanted: Sequence[Wanted], trigger: str) -> Tensor:
+    """Generate images with fixed noise, (B, 3, H, W) in [-1, 1]."""
     parts = [wanted[start : start + BATCH] for start in range(0, len(wanted), BATCH)]
     return torch.cat(
         [generate([plain_caption(w.name, w.colour, trigger) for w in part], [w.seed for w in part]) for part in parts]

@@ -78,6 +78,9 @@ class Asked:
         trigger: words behind the prompts that ask for what it learned; None is what the benchmark is meant for.
         output: file of the report; images go beside it.
         names: files that are compared, for training.
+        steps: of generating with a LoRA and without; None is the model's own.
+        guidance: the same.
+        beside: file of a LoRA that is on all the time.
     """
 
     model: str | None
@@ -90,6 +93,9 @@ class Asked:
     trigger: str | None = None
     output: Path | None = None
     names: Sequence[str] = ()
+    steps: int | None = None
+    guidance: float | None = None
+    beside: Path | None = None
 
 
 # ------------------------------------------------------------------------------ kv

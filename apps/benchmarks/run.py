@@ -57,6 +57,9 @@ def run(
     trigger: str | None = None,
     json_output: bool = False,
     names: Sequence[str] = (),
+    steps: int | None = None,
+    guidance: float | None = None,
+    beside: Path | None = None,
 ) -> dict[str, Any]:
     """Run a benchmark, print it, and write it as JSON if asked.
 
@@ -74,16 +77,24 @@ def run(
             the benchmark.
         json_output: print JSON instead of a table.
         names: configuration files, for training.
+        steps: of generating, for lora-style and lora-object; None is the model's own.
+        guidance: the same.
+        beside: file of a LoRA that is on all the time, such as one for few steps.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: an unknown benchmark.
+        ValueError: an unknown benchmark, or one that the settings aren't for.
     """
     what = OLD_NAMES.get(what, what)
     if what not in BENCHMARKS:
         raise UsageError(f"no benchmark {what!r}: choose one of {', '.join(BENCHMARKS)}")
+    if what not in CHOOSES_STEPS and (steps, guidance, beside) != (None, None, None):
+        raise UsageError(
+            f"{what} takes no --steps, --guidance or --beside; leave them out: they are for "
+            f"{' and '.join(CHOOSES_STEPS)}"
+        )
     if output is not None:
         check_writable(output)
     if device != "auto":
@@ -91,7 +102,7 @@ def run(
             resolve_device(device)
     place, precision = (None if value == "auto" else value for value in (device, dtype))
     rounds, images = (1, min(prompts, 2)) if smoke else (repeats, prompts)
-    asked = Asked(model, rounds, images, place, precision, smoke, lora, trigger, output, names)
+    asked = Asked(model, rounds, images, place, precision, smoke, lora, trigger, output, names, steps, guidance, beside)
     report = {"benchmark": what, **BENCHMARKS[what](asked)}
     if output is not None:
         _write(report, output)
@@ -196,6 +207,9 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "lora-motion": bench_lora_motion,
     "training": bench_training,
 }
+
+CHOOSES_STEPS = ("lora-style", "lora-object")
+"""Benchmarks whose images are generated at steps and guidance that can be chosen."""
 
 OLD_NAMES = {"paint": "image"}
 """Benchmarks by their names in earlier versions."""

@@ -1,17 +1,23 @@
 """Examples of fine-tuning an object and a motion: what they are learned from, how they are asked for and measured."""
 
+import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from torch import Tensor
 
+from apps.benchmarks.around_lora import generate_around, load_base
 from apps.benchmarks.lora_object import list_requests
+from apps.benchmarks.next_scale import Asked
 from apps.benchmarks.run import run
+from apps.commands.evaluate import painter
 from apps.lora_examples.new_motion import (
     BASIC_COLOURS,
     LEARNED,
@@ -104,3 +110,33 @@ def test_a_lora_of_an_object_is_measured(tmp_path, capsys):
         run("lora-object", model=model, smoke=True)
     with pytest.raises(UsageError, match="makes no clips"):
         run("lora-motion", model=model, lora=lora, smoke=True)
+
+
+def test_a_lora_is_measured_beside_another_one_at_other_steps(tmp_path):
+    pipe = tiny_text_to_image_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    for number, name in enumerate(("dodo", "few")):
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), name)
+        pipe.save_lora_weights(
+            tmp_path,
+            get_peft_model_state_dict(pipe.transformer, adapter_name=name),
+            weight_name=f"{number}.safetensors",
+        )
+    loras = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    asked = Asked(str(tmp_path / "model"), 1, 2, "cpu", None, lora=loras[0], beside=loras[1])
+    pipe, file = load_base(asked, "stickers", "images")
+
+    def generate(*_: object) -> Tensor:
+        return painter(pipe, 2, 1.0)(["a fox on blue"] * 2, range(2))
+
+    alone = generate()
+    before, both, is_restored = generate_around(pipe, asked, file, generate)
+    _, one, _ = generate_around(pipe, replace(asked, beside=None), file, generate)
+    assert is_restored
+    shown = [alone, before, one, both]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(shown, 2))
+    assert torch.equal(alone, generate())
+    report = run("lora-object", model=asked.model, lora=file, smoke=True, steps=3, guidance=1.0, beside=loras[1])
+    assert (report["steps"], report["guidance"], report["beside"]) == (3, 1.0, "1.safetensors")
+    with pytest.raises(UsageError, match="kv takes no --steps"):
+        run("kv", steps=3)
