@@ -42,6 +42,7 @@ def report(config: Any, console: Console, as_json: bool = False) -> dict[str, fl
         world_size=1,
         autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
         main_process_first=contextlib.nullcontext,
+        is_dry_run=True,
     )
     kind: Any = task_class(config.task.kind)
     task = kind(config, context)
@@ -57,6 +58,8 @@ def report(config: Any, console: Console, as_json: bool = False) -> dict[str, fl
         return estimate
     if task.sizes():
         console.print(_sizes(task, config))
+    if task.ahead():
+        console.print(task.ahead())
     layers, run = len(getattr(task, "adapted", ())), config.run
     console.print(f"{count:,} parameters are trained, in {layers} layers; {run.steps} steps of {run.batch_size}")
     parts = ", ".join(f"{name} {value:,.0f}" for name, value in estimate.items() if name != "total")
@@ -113,6 +116,7 @@ def _facts(task: Any, config: Any, device: torch.device, parameters: int, memory
             {"frames": frames, "height": height, "width": width, "files": count, "batches": -(-count // batch)}
             for (frames, height, width), count in task.sizes().items()
         ],
+        "ahead": task.ahead(),
         "memory_mib": {name: round(value, 1) for name, value in memory.items()},
     }
 

@@ -41,6 +41,7 @@ class TaskContext:
         world_size: Number of processes.
         autocast: Makes the mixed-precision context of the run, for forward passes outside `loss`.
         main_process_first: Makes a context that the first process passes before the others (to write caches).
+        is_dry_run: Nothing is trained: what takes long to compute ahead needs the right shape and no values.
     """
 
     device: torch.device
@@ -48,6 +49,7 @@ class TaskContext:
     world_size: int
     autocast: Callable[[], AbstractContextManager[Any]]
     main_process_first: Callable[[], AbstractContextManager[Any]]
+    is_dry_run: bool = False
 
     def address(self, run: RunConfig, index: int) -> BatchAddress:
         """Return the address of batch number `index` of this process."""

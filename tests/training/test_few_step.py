@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from apps.training.config import ConfigError, validate_document
 from apps.training.dry_run import report
 from apps.training.loop import train
 from apps.training.task import TaskContext
+from apps.training.tasks import few_step
 from apps.training.tasks.few_step import FewStepConfig, FewStepTask
 from apps.training.trajectories import guided_path, teacher_sigmas
 from pipelines.network_calls import euler_levels, learn_unguided_call
@@ -140,7 +142,24 @@ def configured(tmp_path):
 def test_dry_run_has_no_files_to_show(configured):
     console = Console(record=True, width=120)
     assert report(configured("dry"), console)["total"] > 0
-    assert "parameters are trained" in console.export_text()
+    shown = console.export_text()
+    assert "parameters are trained" in shown
+    assert "24 paths are made first, by 30 calls of the network each" in shown
+
+
+def test_dry_run_makes_no_paths(configured, monkeypatch):
+    def refused(*_: object) -> None:
+        raise AssertionError("a dry run asked the model for a path")
+
+    config = configured("dry")
+    monkeypatch.setattr(few_step, "guided_path", refused)
+    dry = FewStepTask(config, replace(CONTEXT, is_dry_run=True))
+    assert not list(config.run.output.rglob("paths-*"))
+    monkeypatch.undo()
+    real = FewStepTask(config, CONTEXT)
+    assert {name: part.shape for name, part in dry.largest_batch().items() if name != "arguments"} == {
+        name: part.shape for name, part in real.largest_batch().items() if name != "arguments"
+    }
 
 
 def test_resume_is_bit_identical(configured):

@@ -137,6 +137,10 @@ class AdapterTask:
         """Return how many files are trained on of each size; {} where files aren't what it trains on."""
         return {}
 
+    def ahead(self) -> str:
+        """Say what is computed before the first step and takes long; "" where that is no more than encoding files."""
+        return ""
+
     def largest_batch(self) -> dict[str, Any]:
         """Return a batch that needs as much memory as any, on the CPU."""
         return self.batch(0)

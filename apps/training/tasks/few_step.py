@@ -100,9 +100,11 @@ class FewStepTask(AdapterTask):
         self.levels = self._levels()  # (S + 1,)
         data = open_data(config.data, self.bucket[1], config.run.folder, quiet=context.rank > 0)
         self.prompts = list(data.captions(task.paths, config.run.seed))
+        if context.is_dry_run:
+            self.prompts = sorted(self.prompts, key=len)[-2:]  # one is held out; long ones need most memory
         with context.main_process_first():
             self.inputs.arguments(self.bucket, [*dict.fromkeys(self.prompts), ""])
-            self.paths = self._paths()  # (P, S + 1, ...) float16
+            self.paths = self._empty_paths() if context.is_dry_run else self._paths()  # (P, S + 1, ...) float16
         self.held_out = max(1, round(HELD_OUT * len(self.paths)))
         self.adapted = self.add_adapters()
 
@@ -144,6 +146,18 @@ class FewStepTask(AdapterTask):
             save_file({"paths": made}, temporary)
             temporary.rename(file)
         return load_file(file)["paths"]
+
+    def _empty_paths(self) -> Tensor:
+        """Return what `_paths` does for these prompts without its values: zeros, (P, S + 1, ...) float16."""
+        return torch.zeros(
+            len(self.prompts), len(self.levels), *self.inputs.call(self.bucket).sample_shape, dtype=torch.float16
+        )
+
+    def ahead(self) -> str:
+        """Say how often the network is asked to make the paths."""
+        task = self.config.task
+        calls = (2 * task.student_steps * task.substeps - 1) * (2 if self.guidance > 1 else 1)
+        return f"{task.paths:,} paths are made first, by {calls} calls of the network each"
 
     def _made(self, start: int) -> Tensor:
         """Make some paths, (b, S + 1, ...) float16 on the CPU."""
