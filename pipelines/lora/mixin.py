@@ -31,6 +31,11 @@ from pipelines.lora.timestep_experts import is_experts, put_experts
 
 logger = logging.getLogger(__name__)
 
+NETWORKS = ("transformer", "transformer_2")
+"""Parts of pipelines that take adapters; Wan 2.2 has two, the second for little noise."""
+
+INTO_SECOND = "load_into_transformer_2"  # diffusers' argument for the second one
+
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -107,9 +112,11 @@ def load_lora(
     adapter_name: str | None = None,
     hotswap: bool = False,
     low_cpu_mem_usage: bool = True,
+    *,
+    network: str | None = None,
     **options: Any,
 ) -> None:
-    """Put a LoRA file of any dialect, a LoHa or LoKr of PEFT, or a TD-LoRA on the transformer of a pipeline.
+    """Put a LoRA file of any dialect, a LoHa or LoKr of PEFT, or a TD-LoRA on a transformer of a pipeline.
 
     Args:
         pipe: with a `transformer`; of ours or of diffusers.
@@ -117,16 +124,21 @@ def load_lora(
         adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
         hotswap: as in diffusers.
         low_cpu_mem_usage: as in diffusers.
-        **options: as in diffusers' `load_lora_weights`; in a folder, `weight_name` names the file.
+        network: "transformer" (None), or "transformer_2", the network for little noise of pipelines with two (Wan 2.2).
+        **options: as in diffusers' `load_lora_weights`; in a folder, `weight_name` names the file;
+            `load_into_transformer_2=True` says the same as `network="transformer_2"`.
 
     Raises:
-        ValueError: not safetensors, damaged, incomplete, or of another model; the message names the keys.
+        ValueError: not safetensors, damaged, incomplete, or of another model; the message names the keys. Or there is
+            no such network.
         OSError: there is no such file, or the Hub doesn't give it.
         TypeError: an unknown keyword argument, or a pipeline without a transformer.
     """
+    part = _network_name(network, options.pop(INTO_SECOND, None))
     _check_options(options)
-    _check_transformer(pipe)
-    put_on(pipe, _read(source, options), adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_cpu_mem_usage)
+    _check_transformer(pipe, part)
+    lora = _read(source, options)
+    put_on(pipe, lora, adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_cpu_mem_usage, part=part)
 
 
 def unload_lora(pipe: Any) -> None:
@@ -141,17 +153,24 @@ def unload_lora(pipe: Any) -> None:
     _check_transformer(pipe)
     if hasattr(pipe, "unload_lora_weights"):
         pipe.unload_lora_weights()
-    network: Any = unwrap(pipe.transformer)
-    if hasattr(network, "peft_config"):
-        network.unload_lora()
-    remove_readers(network)
-    without_adapter_methods(network)
+    for part in NETWORKS:
+        if isinstance(getattr(pipe, part, None), nn.Module):
+            network: Any = unwrap(getattr(pipe, part))
+            if hasattr(network, "peft_config"):
+                network.unload_lora()
+            remove_readers(network)
+            without_adapter_methods(network)
 
 
 def put_on(
-    pipe: Any, lora: LoraFile, adapter_name: str | None = None, hotswap: bool = False, low_cpu_mem_usage: bool = True
+    pipe: Any,
+    lora: LoraFile,
+    adapter_name: str | None = None,
+    hotswap: bool = False,
+    low_cpu_mem_usage: bool = True,
+    part: str = "transformer",
 ) -> None:
-    """Put a LoRA on the transformer of a pipeline, of diffusers too; all of it fits, or nothing is changed.
+    """Put a LoRA on a transformer of a pipeline, of diffusers too; all of it fits, or nothing is changed.
 
     Args:
         pipe: with a `transformer`.
@@ -160,11 +179,13 @@ def put_on(
         adapter_name: for `set_adapters`, `delete_adapters`; None makes one up.
         hotswap: as in diffusers.
         low_cpu_mem_usage: as in diffusers.
+        part: one of `NETWORKS` that the pipeline has.
 
     Raises:
         LoraFileError: damaged, incomplete, or of another network; the message names the keys.
     """
-    network = with_adapter_methods(unwrap(pipe.transformer))
+    outer = getattr(pipe, part)
+    network = with_adapter_methods(unwrap(outer))
     try:
         if is_lycoris(lora):
             if hotswap:
@@ -178,7 +199,7 @@ def put_on(
             return
         check_company(network, lora.name, "LORA")
         fitted = fit_lora(lora, network)
-        pipe.transformer.load_lora_adapter(
+        outer.load_lora_adapter(
             fitted.tensors,
             prefix=None,
             adapter_name=adapter_name,
@@ -193,10 +214,33 @@ def put_on(
         raise
 
 
-def _check_transformer(pipe: Any) -> None:
-    """Refuse a pipeline without a transformer."""
+def _network_name(network: str | None, into_second: bool | None) -> str:
+    """Return the network that is asked for, in our words or in diffusers'.
+
+    Raises:
+        ValueError: an unknown name, or both say different things.
+    """
+    if network not in (None, *NETWORKS):
+        raise ValueError(f"network={network!r}: adapters go on {' or '.join(NETWORKS)}; give one of these.")
+    said = None if into_second is None else NETWORKS[1] if into_second else NETWORKS[0]
+    if None not in (network, said) and network != said:
+        raise ValueError(f"network={network!r} and {INTO_SECOND}={into_second} name different networks; leave one out.")
+    return network or said or NETWORKS[0]
+
+
+def _check_transformer(pipe: Any, part: str = "transformer") -> None:
+    """Refuse a pipeline without a transformer.
+
+    Raises:
+        ValueError: it has one, but not a second one.
+        TypeError: it has none.
+    """
     if not isinstance(getattr(pipe, "transformer", None), nn.Module):
         raise TypeError(f"{type(pipe).__name__} has no transformer that could take adapters.")
+    if not isinstance(getattr(pipe, part, None), nn.Module):
+        raise ValueError(
+            f"network={part!r}: this {type(pipe).__name__} has no such network, only a transformer; leave it out."
+        )
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -205,7 +249,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if unknown:
         raise TypeError(
             f"load_lora_weights doesn't take {', '.join(unknown)}; it takes adapter_name, hotswap, low_cpu_mem_usage, "
-            f"weight_name, {', '.join(HUB_OPTIONS)}."
+            f"weight_name, {INTO_SECOND}, {', '.join(HUB_OPTIONS)}."
         )
     if not options.get("use_safetensors", True):
         raise ValueError("use_safetensors=False: LoRA files are read from safetensors only; convert it.")
