@@ -1,0 +1,118 @@
+"""Patterns: rules by name that turn a grid of tokens, or queries and keys, into a block map.
+
+A static pattern is a function `f(grid, **params) -> BlockMap`; an online one `f(grid, query, key, **params)`, with query
+and key (B, N, K, E) in the order of the sequence. `pattern(name, grid, ...)` calls either. Each file holds one idea and
+registers its patterns on import; the files are imported at the first look-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from inspect import signature
+from typing import Any
+
+from torch import Tensor
+
+from dit.attention.block_map import BlockMap
+from dit.attention.grid import TokenGrid
+
+MODULES: dict[str, tuple[str, ...]] = {
+    "simple": ("dense", "skip"),
+}
+"""Files of this folder, and the patterns that each one registers."""
+
+_PATTERNS: dict[str, PatternInfo] = {}
+
+
+@dataclass(frozen=True)
+class PatternInfo:
+    """A pattern.
+
+    Args:
+        name: as `pattern` takes it.
+        function: what computes the block map.
+        summary: first line of its documentation.
+        paper: where it was published, e.g. "arXiv 2502.04507"; empty for common knowledge.
+        online: it looks at queries and keys.
+    """
+
+    name: str
+    function: Callable[..., BlockMap]
+    summary: str
+    paper: str
+    online: bool
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Names of the parameters with their defaults; those without one have `inspect.Parameter.empty`."""
+        known = signature(self.function).parameters
+        return {name: one.default for name, one in known.items() if name not in ("grid", "query", "key")}
+
+
+def register_pattern(name: str, *, paper: str = "", online: bool = False) -> Callable[..., Any]:
+    """Register a function as the pattern of that name; a decorator.
+
+    Args:
+        name: lower case.
+        paper: where it was published.
+        online: it takes query and key.
+    """
+
+    def register(function: Callable[..., BlockMap]) -> Callable[..., BlockMap]:
+        summary = (function.__doc__ or "").strip().partition("\n")[0]
+        _PATTERNS[name] = PatternInfo(name, function, summary, paper, online)
+        return function
+
+    return register
+
+
+def pattern_names() -> list[str]:
+    """Return the names of all patterns."""
+    return sorted(name for names in MODULES.values() for name in names)
+
+
+def pattern_info(name: str) -> PatternInfo:
+    """Return what is known of a pattern.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    home = next((module for module, names in MODULES.items() if name in names), None)
+    if home is None:
+        raise ValueError(f"there is no attention pattern {name!r}; use one of {', '.join(pattern_names())}")
+    import_module(f"{__name__}.{home}")
+    return _PATTERNS[name]
+
+
+def pattern(
+    name: str, grid: TokenGrid, *, query: Tensor | None = None, key: Tensor | None = None, **params: Any
+) -> BlockMap:
+    """Compute the block map of a pattern.
+
+    Args:
+        name: one of `pattern_names()`.
+        grid: the tokens.
+        query: (B, N, K, E) in the order of the sequence, for patterns that look at it.
+        key: likewise.
+        **params: of the pattern, see `pattern_info(name).parameters`.
+
+    Raises:
+        ValueError: an unknown pattern or parameter, or one that needs queries and keys and gets none.
+    """
+    info = pattern_info(name)
+    unknown = sorted(set(params) - set(info.parameters))
+    if unknown:
+        accepted = ", ".join(info.parameters) or "no parameters"
+        raise ValueError(f"pattern {name!r} takes no {', '.join(unknown)}; it takes {accepted}")
+    if not info.online:
+        return info.function(grid, **params)
+    if query is None or key is None:
+        raise ValueError(f"pattern {name!r} chooses by queries and keys: give query and key, (B, N, K, E)")
+    if query.shape[1] != grid.length or key.shape[1] != grid.length:
+        raise ValueError(f"query and key have {query.shape[1]} and {key.shape[1]} tokens, the grid has {grid.length}")
+    return info.function(grid, query, key, **params)
+
+
+__all__ = ["MODULES", "PatternInfo", "pattern", "pattern_info", "pattern_names", "register_pattern"]
