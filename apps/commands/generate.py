@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,13 +64,15 @@ class DeviceOptions:
     offload: str = "none"
     base: str | None = None
 
-    def engine(self, model: str, lora: Path | None = None, upscaler: str | None = None) -> Engine:
-        """Make an engine for one model, and one LoRA file and one upscaler (else the built-in ones) if they are named.
+    def engine(self, model: str, loras: Sequence[Path] | None = None, upscaler: str | None = None) -> Engine:
+        """Make an engine for one model, and the LoRA files and one upscaler (else the built-in ones) that are named.
 
         Raises:
-            ValueError: the file is no LoRA, or the upscaler's commit none.
+            ValueError: a file is no LoRA, two have one name, or the upscaler's commit is none.
         """
-        loras = {} if lora is None else one_lora(lora)
+        files = {name: file for lora in loras or () for name, file in one_lora(lora).items()}
+        if len(files) != len(loras or ()):
+            raise ValueError(f"Two of the LoRA files have one name ({', '.join(files)}); rename one of them.")
         upscalers = None if upscaler is None else name_models([upscaler])
         return Engine(
             name_models([model]),
@@ -79,7 +81,7 @@ class DeviceOptions:
             self.dtype,
             self.offload,
             self.base,
-            loras=loras,
+            loras=files,
             upscalers=upscalers,
         )
 
@@ -191,7 +193,7 @@ def make_request(
     """
     values = asked(options)
     files = {
-        "lora": _lora(options, engine, None if recorded is None else recorded.lora),
+        "loras": _loras(options, engine, () if recorded is None else recorded.loras),
         **{
             name: _upload(options.value(name), getattr(recorded, name, None), settings, engine)
             for name in IMAGE_FIELDS
@@ -209,22 +211,31 @@ def make_request(
     return complete(values, options.prompt, task_of(values, engine.model().result().tasks[0]))
 
 
-def _lora(options: GenerateOptions, engine: Engine, recorded: Lora | None) -> Lora | None:
-    """Find out which LoRA file is asked for, and how much of it: the one named, or the one of an image's settings.
+def _loras(options: GenerateOptions, engine: Engine, recorded: Sequence[Lora]) -> tuple[Lora, ...] | None:
+    """Find out which LoRA files are asked for, and how much of each: those named, or those of an image's settings.
 
     Raises:
-        ValueError: a scale without a file, or settings whose file isn't named or is another one.
+        ValueError: scales without files, or not one for each; or settings whose files aren't named or are others.
     """
-    scale = {} if options.lora_scale is None else {"scale": options.lora_scale}
-    if recorded is not None and engine.loras in ((), (recorded.name,)):
-        if not engine.loras:
-            raise ValueError(f"The settings ask for the LoRA file {recorded.name!r}; name it with --lora.")
-        return Lora.model_validate({**recorded.model_dump(), **scale})
-    if not engine.loras:
-        if scale:
+    named, given = engine.loras, options.lora_scale or ()
+    if recorded and not named:
+        asked = ", ".join(repr(one.name) for one in recorded)
+        raise ValueError(f"The settings ask for the LoRA file {asked}; name it with --lora.")
+    if not named:
+        if given:
             raise UsageError("--lora-scale is for a LoRA file; name one with --lora.")
         return None
-    return Lora.model_validate({"name": engine.loras[0], **scale})
+    if len(given) not in (0, 1, len(named)):
+        raise UsageError(f"--lora-scale is given {len(given)} times for {len(named)} LoRA files: give one for each.")
+    if {one.name for one in recorded} == set(named):  # their hashes too
+        before = {one.name: one for one in recorded}
+        found = [before[name] for name in named] if given else [*recorded]
+    else:
+        found = [Lora(name=name) for name in named]
+    scales = given * len(found) if len(given) == 1 else given or [one.scale for one in found]
+    return tuple(
+        Lora.model_validate({**one.model_dump(), "scale": scale}) for one, scale in zip(found, scales, strict=True)
+    )
 
 
 def _upload(file: Path | None, wanted: str | None, settings: Path | None, engine: Engine) -> str | None:

@@ -58,17 +58,19 @@ def generate(
         ),
     ] = None,
     lora: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            exists=True, dir_okay=False, help="Put this LoRA file (safetensors) on the model.", rich_help_panel=PROMPT
+            exists=True,
+            help="Put this LoRA (safetensors, or a folder of PEFT's) on the model. May be repeated.",
+            rich_help_panel=PROMPT,
         ),
     ] = None,
     lora_scale: Annotated[
-        float | None,
+        list[float] | None,
         typer.Option(
             min=-4.0,
             max=4.0,
-            help="With --lora: how much of it; 1 is as trained.",
+            help="With --lora: how much of it; 1 is as trained. Once for all, or once for each.",
             rich_help_panel=PROMPT,
         ),
     ] = None,
@@ -148,8 +150,8 @@ def generate(
         mask=mask,
         last_image=last_image,
         video=video,
-        lora=lora,
-        lora_scale=lora_scale,
+        lora=lora or None,
+        lora_scale=lora_scale or None,
         dtype=None if dtype == "auto" else dtype,
         **derived,
     )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
 
 from apps.service.declared import DeclaredOption
 from apps.service.requests import OPTIONS
+
+
+def _several(value: Any) -> Any:
+    """Take one value of an option that may be repeated, as lines of a file have it."""
+    return value if value is None or isinstance(value, list | tuple) else (value,)
 
 
 class GenerateOptions(BaseModel):
@@ -25,8 +30,8 @@ class GenerateOptions(BaseModel):
         video: file of a clip to complete.
         mask: file of a mask, white where to generate.
         dtype: data type of the weights.
-        lora: file of a LoRA.
-        lora_scale: 1 is as trained.
+        lora: files of LoRAs, or PEFT's folders.
+        lora_scale: of each; 1 is as trained.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,8 +44,8 @@ class GenerateOptions(BaseModel):
     last_image: Path | None = None
     video: Path | None = None
     dtype: str | None = None
-    lora: Path | None = None
-    lora_scale: float | None = None
+    lora: Annotated[tuple[Path, ...] | None, BeforeValidator(_several)] = None
+    lora_scale: Annotated[tuple[float, ...] | None, BeforeValidator(_several)] = None
 
     def value(self, name: str) -> Any:
         """Return an option by its name on the command line; None if it was not said."""

@@ -210,8 +210,9 @@ class Engine:
         for name in (getattr(request, field, None) for field in IMAGE_FIELDS):
             if name is not None:
                 self.uploads.check(name, owner)
-        if request.lora is not None:  # with its hash, so that no other file slips in while it waits
-            request = request.model_copy(update={"lora": self.check_lora(request.lora, owner)})
+        if request.loras:  # with their hashes, so that no other file slips in while it waits
+            loras = tuple(self.check_lora(one, owner) for one in request.loras)
+            request = request.model_copy(update={"loras": loras})
         seeded = request.with_seed().model_copy(update={"model": key})
         job_id = secrets.token_hex(8)
         with self._moved:

@@ -29,7 +29,7 @@ from apps.service.inference import (
     run_pipeline,
 )
 from apps.service.job_store import JobStore, StoredPicture
-from apps.service.lora import LoraFiles, lora_applied, resolve_lora
+from apps.service.lora import LoraFiles, loras_applied, resolve_lora
 from apps.service.media import Clip, ClipWriter, contact_strip, require_video, save_mp4
 from apps.service.metadata import PictureSettings, save_picture, save_sidecar
 from apps.service.model_pool import LoadedModel
@@ -115,12 +115,11 @@ def run_job(
                 lowest=1,
                 highest=1,
             )
-    loras = context.loras.visible(queued.owner)
-    if request.lora is not None:
-        request = request.model_copy(update={"lora": resolve_lora(request.lora, loras)})
+    files = context.loras.visible(queued.owner)
+    request = request.model_copy(update={"loras": tuple(resolve_lora(one, files) for one in request.loras)})
     request = request.model_copy(update={"upscaler": context.upscalers.name_for(request)})
     pipe = model.pipe_for(request.task)
-    with lora_applied(pipe, request.lora, loras):
+    with loras_applied(pipe, request.loras, files):
         _run_batches(queued, request, model, context, signals, tell, load_options.offload)
 
 
@@ -314,7 +313,7 @@ def notes_on(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> t
 
 def _notes_on_words(request: AnyRequest, model: LoadedModel) -> tuple[str, ...]:
     """Name the words that a model was not trained on; none for one with an open vocabulary, or with a LoRA's words."""
-    if request.lora is not None or not model.info_for(request.task).knows_words:
+    if request.loras or not model.info_for(request.task).knows_words:
         return ()
     from pipelines.inputs.words import describe_unknown
 

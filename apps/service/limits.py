@@ -27,6 +27,8 @@ MAX_BATCH = 8
 """Images generated at once."""
 MAX_CANDIDATES = 16
 """That a search may generate for one image."""
+MAX_LORAS = 4
+"""On a model at once."""
 MAX_MASK_GROW = 128
 """Pixels that the mask of inpainting may grow on every side."""
 MAX_MASK_BLUR = 64

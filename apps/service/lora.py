@@ -1,4 +1,4 @@
-"""LoRA files: the list that a server's owner offers, and one of them on a pipeline for the time of a job.
+"""LoRA files: the list that a server's owner offers, and some of them on a pipeline for the time of a job.
 
 Requests choose by name; where a file lies stays with the engine. The settings of an image hold the hash of the file
 too, so that another file of the same name is refused and not taken for it.
@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from apps.service.request_error import RequestError
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "tessera"
+ADAPTER = "tessera"  # beginning of the names of adapters
 STEP_OF_RUN = re.compile(r"-step-\d+$")
 """Ending of the name of adapters that a run has kept on its way."""
 DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
@@ -87,23 +87,45 @@ def _run_of(name: str) -> str:
 
 
 def find_loras(folder: Path) -> dict[str, Path]:
-    """List the LoRA files of a folder: name -> file, safetensors only.
+    """List the LoRA files of a folder, and its folders with a file of PEFT's: name -> file, safetensors only.
+
+    LoHa and LoKr are such folders, because their settings stand in a second file.
 
     Raises:
-        ValueError: no such folder, none in it, or a link in it leads elsewhere.
+        ValueError: no such folder, none in it, a link in it leads elsewhere, or two have one name.
     """
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not files:
-        raise ValueError(f"{folder} is no folder with LoRA files; put files that end in .safetensors into it.")
-    return {file.stem: limits.inside(file, folder) for file in files}
+    found = {file.stem: limits.inside(file, folder) for file in sorted(folder.glob("*.safetensors"))}
+    for one in sorted(folder.iterdir()) if folder.is_dir() else ():
+        pair = _pair(one)
+        if pair is not None and one.name in found:
+            raise ValueError(f"{folder} holds {one.name}.safetensors and a folder {one.name}; rename one of them.")
+        if pair is not None:
+            found[one.name], _ = (limits.inside(file, folder) for file in pair)
+    if not found:
+        raise ValueError(
+            f"{folder} is no folder with LoRA files; put files that end in .safetensors into it, or the folders that "
+            "PEFT writes."
+        )
+    return found
+
+
+def _pair(folder: Path) -> tuple[Path, Path] | None:
+    """Return the weights and the settings of a folder as PEFT writes it; None for any other."""
+    from dit.lora.files import PEFT_CONFIG, PEFT_WEIGHTS
+
+    pair = folder / PEFT_WEIGHTS, folder / PEFT_CONFIG
+    return pair if all(file.is_file() for file in pair) else None
 
 
 def one_lora(file: Path) -> dict[str, Path]:
-    """List one LoRA file by its name.
+    """List one LoRA file, or a folder with PEFT's, by its name.
 
     Raises:
         ValueError: no such file, or not safetensors.
     """
+    pair = _pair(file.absolute())
+    if pair is not None:
+        return {file.absolute().name: pair[0]}
     if file.suffix != ".safetensors" or not file.is_file():
         raise ValueError(f"{file} is no LoRA file; name one that ends in .safetensors.")
     return {file.stem: file.absolute()}  # not resolved: PEFT's configuration stands beside a link in the Hub's cache
@@ -124,7 +146,7 @@ def resolve_lora(lora: Lora, loras: Mapping[str, Path]) -> Lora:
         raise LoraError(
             "choice" if loras else "lora.none",
             f"There is no LoRA file {lora.name!r} here; {offered}.",
-            field="lora",
+            field="loras",
             value=lora.name,
             choices=", ".join(loras),
         )
@@ -155,57 +177,95 @@ def _digest(file: Path) -> str:
 
 
 @contextmanager
-def lora_applied(pipe: Any, lora: Lora | None, loras: Mapping[str, Path]) -> Generator[None]:
-    """Put a LoRA file on a pipeline, and take it off again to the last bit.
+def loras_applied(pipe: Any, loras: Sequence[Lora], files: Mapping[str, Path]) -> Generator[None]:
+    """Put LoRA files on a pipeline, and take them off again to the last bit.
 
     Args:
         pipe: of diffusers or ours.
-        lora: with its hash; None puts nothing on.
-        loras: name -> file.
+        loras: with their hashes, of one kind (LoRA, LoHa, LoKr or TD-LoRA).
+        files: name -> file.
 
     Raises:
-        LoraError: the pipeline takes none, or not every layer of the file has its place in it.
+        LoraError: the pipeline takes none, not every layer of a file has its place in it, or they are of two kinds.
     """
-    if lora is None:
+    if not loras:
         yield
         return
     from pipelines.info.inspection import info_of
 
     if not info_of(pipe).can_load_lora:
         raise LoraError("lora.takes", "This model takes no LoRA files; leave it out.")
+    names = [f"{ADAPTER}_{number}" for number in range(len(loras))]
     try:
-        _load(pipe, loras[lora.name], lora)
+        kinds: dict[str, str] = {}
+        for name, lora in zip(names, loras, strict=True):
+            kinds[lora.name] = _load(pipe, files[lora.name], lora, name, kinds)
+        pipe.set_adapters(names, [one.scale for one in loras])
         yield
     finally:
         pipe.unload_lora_weights()
 
 
-def _load(pipe: Any, file: Path, lora: Lora) -> None:
-    """Load a file onto a pipeline: as its transformer names its layers, else by the loader of the pipeline's family."""
+def _load(pipe: Any, file: Path, lora: Lora, adapter: str, kinds: Mapping[str, str]) -> str:
+    """Load a file onto a pipeline: as its transformer names its layers, else by the loader of the pipeline's family.
+
+    Args:
+        pipe: of diffusers or ours.
+        file: of the LoRA.
+        lora: what was asked for.
+        adapter: its name on the pipeline.
+        kinds: of the LoRAs that are on it already, by name.
+
+    Returns:
+        The kind of adapter.
+    """
     from pipelines.lora.files import LoraFileError, LoraMisfitError, check_lora_file, read_lora_file
-    from pipelines.lora.mixin import TransformerLoraMixin, put_on
+    from pipelines.lora.mixin import TransformerLoraMixin, kind_of, put_on
 
     try:
         content = read_lora_file(file)
         check_lora_file(content)
+        kind = kind_of(content)
+        _check_one_kind(lora, kind, kinds)
         try:
             if pipe.components.get("transformer") is None:
                 raise LoraMisfitError("there is no transformer")
-            put_on(pipe, content, ADAPTER)
+            put_on(pipe, content, adapter)
         except LoraMisfitError:  # the names of other code, or other parts than the transformer
             if isinstance(pipe, TransformerLoraMixin):
                 raise
             with _same_layers(pipe, lora):
-                _load_by_family(pipe, file, content.tensors, lora)
-    except (LoraError, LoraFileError) as error:
+                _load_by_family(pipe, file, content.tensors, lora, adapter)
+    except LoraError:
+        raise
+    except LoraFileError as error:
         raise LoraError(str(error)) from error
     except Exception as error:  # whatever the loaders of diffusers raise (AssertionError among others); they name paths
         logger.warning("the LoRA file %s did not load: %s: %s", file, type(error).__name__, error)
         raise LoraError("lora.fit", f"The LoRA file {lora.name!r} doesn't fit this model.", value=lora.name) from error
-    pipe.set_adapters(ADAPTER, lora.scale)
+    return kind
 
 
-def _load_by_family(pipe: Any, file: Path, tensors: Mapping[str, Any], lora: Lora) -> None:
+def _check_one_kind(lora: Lora, kind: str, kinds: Mapping[str, str]) -> None:
+    """Refuse a LoRA of another kind than those that are on already: a layer holds adapters of one kind.
+
+    Raises:
+        LoraError: it is.
+    """
+    other = next((name for name, one in kinds.items() if one != kind), None)
+    if other is not None:
+        raise LoraError(
+            "lora.kinds",
+            f"{lora.name!r} is {kind} and {other!r} is {kinds[other]}, which can't be on a model at once; choose files "
+            "of one kind.",
+            value=lora.name,
+            kind=kind,
+            other=other,
+            other_kind=kinds[other],
+        )
+
+
+def _load_by_family(pipe: Any, file: Path, tensors: Mapping[str, Any], lora: Lora, adapter: str) -> None:
     """Load a file by a pipeline's own loader, which knows the names of its family's other code.
 
     FLUX's knows those of ComfyUI with `lora_down` and `lora_up` only, so `lora_A` and `lora_B` are renamed at a second
@@ -215,22 +275,22 @@ def _load_by_family(pipe: Any, file: Path, tensors: Mapping[str, Any], lora: Lor
     renamed = {key.replace(".lora_A.", ".lora_down.").replace(".lora_B.", ".lora_up."): tensors[key] for key in tensors}
     options = {"use_safetensors": True, "local_files_only": True}
     try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, **options)
-        _check_all_placed(pipe, held, lora)
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter, **options)
+        _check_all_placed(pipe, held, lora, adapter)
     except Exception as first:  # see `_load`
         if renamed.keys() == tensors.keys():
             raise
-        pipe.unload_lora_weights()
+        pipe.delete_adapters(adapter)  # and no other, see `loras_applied`
         try:
-            pipe.load_lora_weights(renamed, adapter_name=ADAPTER)
-            _check_all_placed(pipe, held, lora)
+            pipe.load_lora_weights(renamed, adapter_name=adapter)
+            _check_all_placed(pipe, held, lora, adapter)
         except Exception:  # the first attempt's says more
             raise first from None
 
 
-def _check_all_placed(pipe: Any, held: int, lora: Lora) -> None:
+def _check_all_placed(pipe: Any, held: int, lora: Lora, adapter: str) -> None:
     """Raise where not all layers of a file have arrived."""
-    placed = _count_layers(pipe)
+    placed = _count_layers(pipe, adapter)
     if placed == 0 or placed < held:
         raise LoraError(f"The LoRA file {lora.name!r} doesn't fit this model: {placed} of {held} layers found a place.")
 
@@ -264,7 +324,7 @@ def _same_layers(pipe: Any, lora: Lora) -> Generator[None]:
             )
 
 
-def _count_layers(pipe: Any) -> int:
-    """Return how many layers of a pipeline have our adapter."""
+def _count_layers(pipe: Any, adapter: str) -> int:
+    """Return how many layers of a pipeline have an adapter."""
     networks = [part for part in pipe.components.values() if hasattr(part, "modules")]
-    return sum(ADAPTER in getattr(layer, "lora_A", ()) for network in networks for layer in network.modules())
+    return sum(adapter in getattr(layer, "lora_A", ()) for network in networks for layer in network.modules())

@@ -17,11 +17,11 @@ PRESETS = Path(__file__).parent / "presets" / "presets.json"
 
 
 class Preset(DenoisingOptions, NextScaleOptions, SharedOptions):
-    """One set of settings; what is None stays as it is."""
+    """One set of settings; what is None, or an empty list, stays as it is."""
 
     def values(self) -> dict[str, Any]:
         """Return the fields of a request that it sets."""
-        return {name: value for name in Preset.model_fields if (value := getattr(self, name)) is not None}
+        return {name: value for name in Preset.model_fields if (value := getattr(self, name)) not in (None, ())}
 
 
 @functools.cache

@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_serializer,
+    model_validator,
+)
 
 from apps.service import limits
 from apps.service.request_error import RequestError
@@ -161,6 +170,35 @@ class Lora(BaseModel):
     name: str = Field(min_length=1, max_length=200)
     scale: float = Field(default=1.0, ge=-4, le=4)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+
+def _as_several(value: Any) -> Any:
+    """Take one LoRA, or none, as requests and images of earlier versions have it."""
+    return () if value is None else (value,) if isinstance(value, Mapping | Lora) else value
+
+
+def _each_once(loras: tuple[Lora, ...]) -> tuple[Lora, ...]:
+    """Refuse a LoRA that is named twice.
+
+    Raises:
+        RequestError: it is.
+    """
+    names = [one.name for one in loras]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RequestError(
+            "lora.twice", f"The LoRA file {twice!r} is chosen twice; choose it once, with one scale.", value=twice
+        )
+    return loras
+
+
+Loras = Annotated[
+    tuple[Lora, ...],
+    BeforeValidator(_as_several),
+    AfterValidator(_each_once),
+    Field(max_length=limits.MAX_LORAS, validation_alias=AliasChoices("loras", "lora")),
+]
+"""LoRA files on the model at once; `lora` with a single one is read too."""
 
 
 class Expand(BaseModel):

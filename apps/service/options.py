@@ -25,7 +25,7 @@ from apps.service.option_values import (
     KvPolicy,
     KvType,
     Label,
-    Lora,
+    Loras,
     MemoryName,
     SchedulerName,
     SearchMethod,
@@ -295,9 +295,7 @@ class SharedOptions(OptionGroup):
     ] = None
     upscale: Upscale = None
     upscaler: UpscalerName = None
-    lora: Annotated[Lora | None, Option(help="LoRA file of the server's list to put on the model.", is_axis=False)] = (
-        None
-    )
+    loras: Annotated[Loras, Option(help="LoRA files of the server's list to put on the model.", is_axis=False)] = ()
 
 
 class StepOptions(OptionGroup):

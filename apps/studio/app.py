@@ -22,7 +22,7 @@ from apps.service.limits import FineTuningLimits, ServerLimits
 from apps.service.lora import LoraFiles, find_loras
 from apps.service.model_pool import name_models
 from apps.service.stored_images import STATE_FOLDER
-from apps.studio import fine_tune, panels, views
+from apps.studio import fine_tune, lora_rows, panels, views
 from apps.studio.controls import CONTROLS, Parts
 from apps.studio.examples import EXAMPLES
 from apps.studio.fine_tune_files import add_files
@@ -349,6 +349,9 @@ def _connect(
     def switched(request: gr.Request, mode: str) -> Changes:
         return handlers.switch(mode, sessions.may_generate(request))
 
+    def unfolded(*chosen: str) -> dict[Any, Any]:
+        return wiring.by_component(lora_rows.unfold(*chosen))
+
     wiring.answer(page.load, opened, ["saved", *wiring.request_parts])
     wiring.answer(parts["model"].input, settled, ["model", "mode"])
     wiring.answer(parts["switch"].click, switched, ["mode"])
@@ -360,6 +363,8 @@ def _connect(
     )
     # A typed seed is meant to be used.
     parts["seed"].input(lambda: FIXED, None, parts["seed_mode"], **QUIET)
+    chosen = wiring.components(lora_rows.NAMES)
+    gr.on([part.change for part in chosen], unfolded, chosen, wiring.components(lora_rows.ROWS[1:]), **QUIET)
     changed = [parts[name].change for name in SAVED if name != "mode"]
     names = str(list(SAVED))
     gr.on(changed, None, wiring.components(SAVED), [parts["saved"], parts["problem"]], js=REMEMBER % names, **QUIET)

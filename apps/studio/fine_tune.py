@@ -10,7 +10,7 @@ import gradio as gr
 from apps.service.engine import Engine
 from apps.service.failures import is_storage_failure
 from apps.service.request_error import TranslatableError
-from apps.studio import fields, views
+from apps.studio import fields, lora_rows, views
 from apps.studio import fine_tune_views as drawn
 from apps.studio.controls import Parts
 from apps.studio.fine_tune_handlers import AWAY_SECONDS, BUTTONS, PLACE, FineTuneHandlers, trainable
@@ -29,8 +29,8 @@ CARDS = ("ft_items", "ft_captions", "ft_cards", "ft_drop", PLACE)
 RUN = ("ft_run", "ft_seen", "ft_confirm", *(f"ft_{name}" for name in BUTTONS))
 """What shows a run."""
 RUNS = ("ft_runs", "ft_timer", *RUN)
-PICKER = ("lora", "lora_row")
-"""The choice of a LoRA in the tabs that generate."""
+PICKER = (*lora_rows.NAMES, *lora_rows.ROWS)
+"""The choice of LoRAs in the tabs that generate."""
 WAITING = "() => [`<p class='hint ft-waiting' role='status'>%s</p>`, '']"
 MOST_NAME = 40
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}

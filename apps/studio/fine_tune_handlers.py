@@ -18,10 +18,11 @@ from apps.service.fine_tuning import FineTuning, receive_image
 from apps.service.fine_tuning_plan import MOST_FILES, Example, Plan, check_captions
 from apps.service.fine_tuning_process import FineTuningError
 from apps.service.fine_tuning_run import Record, RunFolder
+from apps.service.option_values import Lora
 from apps.service.uploaded_clips import receive_clip, split_frames
 from apps.service.uploads import UploadError
 from apps.studio import fine_tune_views as drawn
-from apps.studio import views
+from apps.studio import lora_rows, views
 from apps.studio.fine_tune_files import address, is_local
 from apps.studio.fine_tune_settings import SETTINGS, clean, clean_lines, to_document
 from apps.studio.fine_tune_views import Item
@@ -357,11 +358,12 @@ class FineTuneHandlers:
         changes: Changes = {"model": record.model, "mode": mode, "tabs": gr.update(selected=mode)}
         captions = self._runs.folder(name, self._viewer(request)).captions()
         prompt = record.trigger or next(iter(captions), "").partition("\n")[0]
-        changes |= {"prompt": prompt, "lora_scale": 1}
+        changes |= {"prompt": prompt}
         adapted = self._settings.adapted(changes, key, self._sessions.may_generate(request))
         gr.Info(self._words("ft.tried", name=chosen))
-        shown = self._settings.lora_choices(user)
-        return {**adapted, **shown, "lora": {**shown["lora"], "value": chosen}, "advanced": gr.update(open=True)}
+        shown, put = self._settings.lora_choices(user), lora_rows.show([Lora(name=chosen)])
+        put |= {name: {**shown[name], "value": put[name]} for name in lora_rows.NAMES}
+        return {**adapted, **shown, **put, "advanced": gr.update(open=True)}
 
 
 BUTTONS = ("stop", "resume", "try", "download", "delete")

@@ -16,7 +16,7 @@ from apps.service.option_values import Lora, StepCache
 from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, SHORT_FOR, TASKS, AnyRequest
 from apps.service.uploads import UploadError, read_upload
-from apps.studio import controls
+from apps.studio import controls, lora_rows
 from apps.studio.page_values import PageError, Values, filled
 from apps.studio.strings import Strings
 from apps.studio.tabs import TABS
@@ -75,7 +75,7 @@ def _composed(values: Values) -> dict[str, Any]:
         "height": height,
         "seed": filled(values["seed"]) if values["seed_mode"] == FIXED else None,
         "batch_size": _no_more(filled(values["batch_size"]), values["num_images"]),
-        "lora": {"name": values["lora"], "scale": filled(values["lora_scale"])} if values["lora"] else None,
+        "loras": lora_rows.read(values),
         "step_cache": cache,
     }
 
@@ -159,7 +159,7 @@ def settings_to_form(settings: PictureSettings) -> dict[str, Any]:
     found = {name: getattr(settings, name) for name in PictureSettings.model_fields}
     shown = {
         **controls.to_values({**found, "style": None, "scheduler": settings.sampler}),
-        **_show_composed(settings.step_cache, settings.lora),
+        **_show_composed(settings.step_cache, settings.loras),
         "mode": mode,
         "prompt": settings.prompt,
         "shape": CUSTOM,
@@ -188,7 +188,7 @@ def request_to_form(request: AnyRequest) -> dict[str, Any]:
     size = {"shape": AUTO} if width is None else {"shape": CUSTOM, "width": width, "height": height}
     shown = {
         **controls.to_values(found),
-        **_show_composed(found.get("step_cache"), request.lora),
+        **_show_composed(found.get("step_cache"), request.loras),
         **size,
         "prompt": found.get("prompt"),
         "seed_mode": FIXED if request.seed is not None else RANDOM,
@@ -197,13 +197,12 @@ def request_to_form(request: AnyRequest) -> dict[str, Any]:
     return {name: value for name, value in shown.items() if value is not None}
 
 
-def _show_composed(cache: StepCache | None, lora: Lora | None) -> dict[str, Any]:
+def _show_composed(cache: StepCache | None, loras: Sequence[Lora]) -> dict[str, Any]:
     """Return what the controls hold of options that take several."""
     return {
         "step_cache": cache.preset if cache else "",
         "cache_amount": (cache.amount or 0) if cache else 0,
-        "lora": lora.name if lora else "",
-        "lora_scale": lora.scale if lora else 1.0,
+        **lora_rows.show(loras),
     }
 
 

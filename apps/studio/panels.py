@@ -13,7 +13,7 @@ from apps.service.model_pool import LoadedModel
 from apps.service.named_settings import load_presets
 from apps.service.option_values import MAIN_PARAMETERS
 from apps.service.styles import load_styles
-from apps.studio import controls, fields, views
+from apps.studio import controls, fields, lora_rows, views
 from apps.studio.controls import Parts
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.forms import FIXED, RANDOM, size_choices
@@ -133,10 +133,7 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
             parts["dtype"] = controls.build("dtype", words, min_width=120)
             usual = [(words("machine.usual"), "")]  # the others come with the model: to find them takes seconds
             parts["attention"] = controls.build("attention", words, choices=usual, min_width=120)
-        with gr.Row(elem_id="lora-row", visible=bool(engine.loras)) as parts["lora_row"]:
-            loras = [(words("lora.none"), ""), *engine.loras]
-            parts["lora"] = fields.Dropdown(loras, value="", label=words("lora"), filterable=False, elem_id="lora")
-            parts["lora_scale"] = fields.Slider(-2, 2, 1, step=0.05, label=words("lora.scale"), elem_id="lora-scale")
+        parts |= lora_rows.build(engine.loras, words)
         upscalers = [(words("machine.usual"), ""), *engine.upscalers.names]
         is_shown = len(engine.upscalers.names) > 1
         parts["upscaler"] = controls.build("upscaler", words, choices=upscalers, visible=is_shown)

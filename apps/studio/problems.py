@@ -42,9 +42,9 @@ LABELS = {
             "caption",
         )
     },
-    "lora.name": "lora",
-    "lora.scale": "lora.scale",
-    "lora.sha256": "lora",
+    "loras.name": "loras",
+    "loras.scale": "loras.scale",
+    "loras.sha256": "loras",
     "size": "size",
     "step_cache.amount": "step_cache.amount",
     "step_cache.preset": "step_cache",
@@ -185,8 +185,13 @@ def _rules(kind: type[BaseModel], place: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _not_null(found: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the first alternative of a field's schema that is not null, with its reference resolved."""
+    """Return the first alternative of a field's schema that is not null, with its reference resolved.
+
+    Of a list of objects the schema of the objects is returned.
+    """
     for one in found.get("anyOf", [found]):
+        if one.get("type") == "array" and "$ref" in one.get("items", {}):
+            return _not_null(one["items"], schema)
         if one.get("type") != "null":
             name = str(one.get("$ref", "")).rpartition("/")[2]
             return schema["$defs"][name] if name else one

@@ -33,7 +33,7 @@ from apps.service.prompt_file import (
 from apps.service.sheet import GridSettings, read_sheet
 from apps.service.uploaded_clips import join_frames, last_frames, receive_clip, split_frames
 from apps.service.uploads import UploadError
-from apps.studio import controls, views
+from apps.studio import controls, lora_rows, views
 from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.forms import FIXED, least_side, request_to_form, settings_to_form, size_choices
@@ -58,10 +58,10 @@ CONTINUED = 5
 SHOWN_SIDE = 1_024
 """Of an image to start from, as the page shows it, pixels; jobs use all of it."""
 SAVED = (
-    "mode", "prompt", "model", "shape", "width", "height", "seed_mode", "seed", "lora", "lora_scale", "step_cache",
+    "mode", "prompt", "model", "shape", "width", "height", "seed_mode", "seed", "step_cache",
     "cache_amount", "repaint", "grow_left", "grow_top", "grow_right", "grow_bottom", "inpaint_label", "label",
     "scale_label", "grid_x", "grid_x_values", "grid_y", "grid_y_values", "grid_z", "grid_z_values",
-    *(name for name, one in controls.CONTROLS.items() if one.option.control),
+    *lora_rows.NAMES, *lora_rows.SCALES, *(name for name, one in controls.CONTROLS.items() if one.option.control),
 )  # fmt: skip
 """What the browser remembers, by name; images are not among it."""
 RENAMED = {"negative": "negative_prompt", "count": "num_images"}
@@ -107,9 +107,7 @@ class SettingsHandlers:
 
     def lora_choices(self, owner: str | None) -> Changes:
         """Offer the LoRA files that a user may choose."""
-        names = self._engine.lora_files.names(owner)
-        choices = [(self._words("lora.none"), ""), *names]
-        return {"lora": gr.update(choices=choices), "lora_row": gr.update(visible=bool(names))}
+        return lora_rows.offer(self._engine.lora_files.names(owner), self._words)
 
     def _remembered(self, saved: object, owner: str | None = None) -> dict[str, Any]:
         """Read what the browser remembers; what doesn't fit is left out."""
@@ -121,7 +119,7 @@ class SettingsHandlers:
             name: value
             for name, value in ((RENAMED.get(name, name), value) for name, value in saved.items())
             if name in SAVED
-            and (name != "lora" or value in offered)
+            and (name not in lora_rows.NAMES or value in offered)
             and (name != "upscaler" or value in ("", *self._engine.upscalers.names))
             and (name not in machine or value in ("", *machine[name]))
             and isinstance(value, str | int | float)
@@ -284,7 +282,7 @@ class SettingsHandlers:
 
     def _apply_settings(self, settings: PictureSettings, owner: str) -> Changes:
         """Set every control for the settings of an image, its source and mask too."""
-        refused = self._lora_refused(settings.lora, owner)
+        refused = self._lora_refused(settings.loras, owner)
         if refused is not None:
             return refused
         changes = self._as_here(settings_to_form(settings), settings.model)
@@ -304,15 +302,15 @@ class SettingsHandlers:
     def _apply_grid(self, settings: GridSettings, owner: str) -> Changes:
         """Set every control for the settings of a grid."""
         request = settings.request
-        refused = self._lora_refused(request.lora, owner)
+        refused = self._lora_refused(request.loras, owner)
         if refused is not None:
             return refused
         shown = request_to_form(request) | grid.show_axes(settings.axes)
         return self._as_here(shown, request.model) | self._go("grid")
 
-    def _lora_refused(self, lora: Lora | None, owner: str) -> Changes | None:
-        """Say that a LoRA file can't be had here, without which nothing is right; None if it can."""
-        if lora is not None:
+    def _lora_refused(self, loras: Sequence[Lora], owner: str) -> Changes | None:
+        """Say that a LoRA file can't be had here, without which nothing is right; None if all can."""
+        for lora in loras:
             try:
                 self._engine.check_lora(lora, owner)
             except LoraError as error:

@@ -107,7 +107,7 @@ def details(settings: PictureSettings, seconds: float, words: Strings, report: s
         _steps(settings, words),
         words("facts.guidance", value=f"{settings.guidance:g}") if settings.guidance is not None else "",
         settings.sampler or "",
-        f"{settings.lora.name} {settings.lora.scale:g}" if settings.lora else "",
+        *(f"{lora.name} {lora.scale:g}" for lora in settings.loras),
         words("facts.seconds", value=f"{seconds:.1f}"),
         report,
     ]

@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from dit.lora.adapters import with_adapter_methods, without_adapter_methods
+from dit.lora.timestep_experts import KIND as TIMED
 from dit.lora.timestep_experts import remove_readers
 from dit.runtime.state import unwrap
 from pipelines.loading.sources import clear_hub_errors
@@ -212,6 +213,13 @@ def put_on(
         if not getattr(network, "peft_config", None):
             without_adapter_methods(network)
         raise
+
+
+def kind_of(lora: LoraFile) -> str:
+    """Return the kind of adapter that a file holds, of which a network holds one: LORA, LOHA, LOKR or TD-LoRA."""
+    if is_lycoris(lora):
+        return str(lora.config["peft_type"])
+    return TIMED if is_experts(lora) else "LORA"
 
 
 def _network_name(network: str | None, into_second: bool | None) -> str:

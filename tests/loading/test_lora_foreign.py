@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from apps.service.lora import LoraError, lora_applied
+from apps.service.lora import LoraError, loras_applied
 from apps.service.option_values import Lora
 from tests.families.tiny import tiny_call, tiny_pipeline
 
@@ -58,7 +58,7 @@ def test_every_layout_equals_the_merged_weights(name, layout, tmp_path):
     scale = write(tmp_path, layout, made)
     for layer, (a, b) in made.items():
         merged.transformer.get_submodule(layer).weight.data += scale * b @ a
-    with lora_applied(pipe, Lora(name="ink"), {"ink": tmp_path / "ink.safetensors"}):
+    with loras_applied(pipe, [Lora(name="ink")], {"ink": tmp_path / "ink.safetensors"}):
         torch.testing.assert_close(generate(pipe, name), generate(merged, name), rtol=1e-4, atol=1e-4)
     assert torch.equal(generate(pipe, name), before)
 
@@ -81,7 +81,7 @@ def test_factors_of_another_size_leave_the_layers_as_they_were(beside, tmp_path)
         }
     save_file(tensors, tmp_path / "wide.safetensors")
     wish, files = Lora(name="wide"), {"wide": tmp_path / "wide.safetensors"}
-    with pytest.raises(LoraError, match="x_embedder"), lora_applied(pipe, wish, files):
+    with pytest.raises(LoraError, match="x_embedder"), loras_applied(pipe, [wish], files):
         pytest.fail("it was taken")
     assert pipe.transformer.x_embedder.in_features == width
     assert dict(pipe.transformer.config) == config
@@ -104,7 +104,7 @@ def test_names_that_a_family_knows_with_other_factor_names(tmp_path, monkeypatch
     monkeypatch.setattr(pipe, "load_lora_weights", as_kohya)
     save_file({f"{theirs}.lora_A.weight": a, f"{theirs}.lora_B.weight": b}, tmp_path / "ink.safetensors")
     before = generate(pipe, "flux")
-    with lora_applied(pipe, Lora(name="ink"), {"ink": tmp_path / "ink.safetensors"}):
+    with loras_applied(pipe, [Lora(name="ink")], {"ink": tmp_path / "ink.safetensors"}):
         assert not torch.equal(generate(pipe, "flux"), before)
     assert len(given) == 2
 
@@ -116,7 +116,7 @@ def test_whatever_a_loader_raises_is_told_in_one_line(tmp_path):
     tensors = {f"{key}.lora_down.weight": torch.ones(RANK, 32), f"{key}.lora_up.weight": torch.ones(224, RANK)}
     save_file({**tensors, f"{key}.alpha": torch.tensor(ALPHA)}, tmp_path / "ink.safetensors")
     files = {"ink": tmp_path / "ink.safetensors"}
-    with pytest.raises(LoraError, match="doesn't fit this model"), lora_applied(pipe, Lora(name="ink"), files):
+    with pytest.raises(LoraError, match="doesn't fit this model"), loras_applied(pipe, [Lora(name="ink")], files):
         pytest.fail("it was taken")
 
 
@@ -132,5 +132,5 @@ def test_fused_layers_of_any_size_are_split(tmp_path):
     layers = (block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp)
     for layer, rows in zip(layers, b.split([32, 32, 32, 128]), strict=True):
         layer.weight.data += ALPHA / RANK * rows @ a
-    with lora_applied(pipe, Lora(name="ink"), {"ink": tmp_path / "ink.safetensors"}):
+    with loras_applied(pipe, [Lora(name="ink")], {"ink": tmp_path / "ink.safetensors"}):
         torch.testing.assert_close(generate(pipe, "flux"), generate(merged, "flux"), rtol=1e-4, atol=1e-4)

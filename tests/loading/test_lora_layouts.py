@@ -325,7 +325,7 @@ def test_the_command_line_says_why_a_file_does_not_fit(tmp_path, capsys):
 
 def test_a_lora_of_a_foreign_pipeline_is_checked_too(tmp_path):
     """Its family's loader decides what fits; values and pairs are checked before."""
-    from apps.service.lora import LoraError, lora_applied
+    from apps.service.lora import LoraError, loras_applied
     from apps.service.option_values import Lora
 
     pipe = tiny_pipeline("sana")
@@ -338,8 +338,8 @@ def test_a_lora_of_a_foreign_pipeline_is_checked_too(tmp_path):
     good[first][0] = math.nan
     save_file(good, tmp_path / "nan.safetensors")
     files = {name: tmp_path / f"{name}.safetensors" for name in ("good", "half", "nan")}
-    with lora_applied(pipe, Lora(name="good"), files):
+    with loras_applied(pipe, [Lora(name="good")], files):
         assert pipe.get_active_adapters()
     for name, word in (("half", "lacks its factor B"), ("nan", "NaN or infinite")):
-        with pytest.raises(LoraError, match=word), lora_applied(pipe, Lora(name=name), files):
+        with pytest.raises(LoraError, match=word), loras_applied(pipe, [Lora(name=name)], files):
             pytest.fail("it was taken")

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from apps.service.lora import Lora, lora_applied
+from apps.service.lora import Lora, loras_applied
 from dit.lora import convert
 from dit.lora.adapters import AdapterSettings, add_adapter, save_adapter
 from dit.lora.files import LoraFileError, LoraMisfitError
@@ -236,7 +236,7 @@ def test_the_server_puts_it_on_and_takes_it_off(saved):
         pytest.skip("its pipeline takes no LoRA in the studio")
     pipe = tiny_pipeline(family)
     plain = paint(pipe, family)
-    with lora_applied(pipe, Lora(name="ink", scale=1.0), {"ink": path}):
+    with loras_applied(pipe, [Lora(name="ink", scale=1.0)], {"ink": path}):
         torch.testing.assert_close(paint(pipe, family), painted, atol=1e-5, rtol=1e-5)
     assert torch.equal(paint(pipe, family), plain)
     assert not pipe.transformer._forward_pre_hooks

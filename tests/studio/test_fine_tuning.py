@@ -321,7 +321,7 @@ def test_a_lora_of_another_user_can_not_be_asked_for(tmp_path, made):
     (tmp_path / "out").mkdir()
     engine = Engine({"fake": "x"}, tmp_path / "out", device="cpu", loras=made.loras, load=lambda source: FakePipeline())
     with pytest.raises(LoraError, match="no LoRA file 'cats'"):
-        engine.submit(TextToImageRequest(prompt="x", lora=Lora(name="cats")), "bob")
+        engine.submit(TextToImageRequest(prompt="x", loras=(Lora(name="cats"),)), "bob")
     assert engine.loras == ()
     engine.close()
 
@@ -334,13 +334,13 @@ def test_no_error_names_loras_of_others(tmp_path, monkeypatch):
     engine = Engine({"fake": "x"}, tmp_path / "out", device="cpu", loras=loras, load=lambda source: FakePipeline())
     sessions = Sessions(None)
     settings = SettingsHandlers(engine, ENGLISH, sessions, GenerationHandlers(engine, ENGLISH, sessions))
-    refused = settings._lora_refused(Lora(name="other"), "bob")
+    refused = settings._lora_refused((Lora(name="other"),), "bob")
     assert refused is not None
     assert "ink" in refused["problem"]
     assert "secret" not in refused["problem"]
-    assert "secret" in settings._lora_refused(Lora(name="other"), "ann")["problem"]
+    assert "secret" in settings._lora_refused((Lora(name="other"),), "ann")["problem"]
     monkeypatch.setattr(engine, "check_lora", lambda lora, owner: lora)  # the worker looks again
-    last = list(engine.stream(engine.submit(TextToImageRequest(prompt="x", lora=Lora(name="other")), "bob")))[-1]
+    last = list(engine.stream(engine.submit(TextToImageRequest(prompt="x", loras=(Lora(name="other"),)), "bob")))[-1]
     engine.close()
     assert isinstance(last, Failed)
     assert "choose among ink." in last.message

@@ -224,6 +224,7 @@ def test_a_run_is_drawn_watched_and_tried(tab, tmp_path):
     assert ("cats" in ended["lora"]["choices"], ended["lora_row"]["visible"]) == (True, True)
     tried = tab.handlers.try_it(HERE, "cats", "fake")
     assert (tried["lora"]["value"], tried["prompt"], tried["mode"]) == ("cats", "zxc", "text")
+    assert (tried["lora_scale"], tried["lora_2"]["value"], "cats" in tried["lora_2"]["choices"]) == (1, "", True)
 
 
 def test_previews_show_captions_of_some_images():

@@ -26,7 +26,7 @@ from apps.service.named_settings import load_presets, preset_values
 from apps.service.requests import OPTIONS, TextToImageRequest
 from apps.service.styles import load_styles
 from apps.studio import following as following_module
-from apps.studio import views
+from apps.studio import lora_rows, views
 from apps.studio.album import Shown
 from apps.studio.app import build_page
 from apps.studio.controls import CONTROLS
@@ -62,7 +62,7 @@ PAGE = {name: one.option.control.start for name, one in CONTROLS.items()} | {
     "mode": "text", "prompt": "a fox", "negative_prompt": "", "model": "fake",
     "shape": "64x64", "width": 96, "height": 64,
     "steps": 4, "guidance": 4.0, "seed_mode": FIXED, "seed": 3, "num_images": 1, "batch_size": 1, "style": "",
-    "scheduler": "", "lora": "", "lora_scale": 1, "step_cache": "", "cache_amount": 0, "file_format": "png",
+    "scheduler": "", **lora_rows.show([]), "step_cache": "", "cache_amount": 0, "file_format": "png",
     "memory": "", "dtype": "", "attention": "", "grow_left": 0, "grow_top": 0, "grow_right": 0, "grow_bottom": 0,
     "mask_grow": 0, "mask_blur": 0,
     "inpaint_label": None, "keep_settings": True, "sidecar": False, "strength": 0.6, "repaint": 1.0,
