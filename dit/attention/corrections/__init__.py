@@ -14,6 +14,8 @@ Which steps those are in a run is known in advance by `anchors(sigmas)`, how muc
 |---|---|
 | plain | `none` |
 | pooled | `pooled_tail`: one pooled term for each block that isn't visited (the default) |
+| linear | `linear_complement`: linear attention to the blocks that aren't visited; `linear`: to all, through a matrix |
+| residual | `residual`, `ratio_residual`: what was missing at the last dense step |
 """
 
 from dit.attention.corrections.contract import (

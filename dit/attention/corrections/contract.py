@@ -6,9 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from dit.attention.block_map import BlockMap
@@ -19,10 +18,16 @@ from dit.runtime.step_context import StepContext
 CORRECTIONS: dict[str, str] = {
     "none": "plain",
     "pooled_tail": "pooled",
+    "linear_complement": "linear",
+    "residual": "residual",
+    "ratio_residual": "residual",
+    "linear": "linear",
 }
 """Correction -> the file of this folder that registers it."""
 
 _TABLE: dict[str, type[Correction]] = {}
+
+Kind = TypeVar("Kind", bound="Correction")
 
 
 class SparseCall(Protocol):
@@ -117,10 +122,11 @@ class Correction(ABC):
             ValueError: it keeps state, and the call has no step or no state.
         """
 
-    def must_refresh(self, step: StepContext | None, state: StateEntry | None) -> bool:
+    def must_refresh(self, query: Tensor, step: StepContext | None, state: StateEntry | None) -> bool:
         """Return whether the call of this step computes the dense result.
 
         Args:
+            query: (B, N, K, E); what is kept of another shape doesn't count.
             step: the step.
             state: of the layer and branch; without anything kept, corrections that keep state must refresh.
         """
@@ -144,7 +150,7 @@ class Correction(ABC):
         return {field.name: field.default for field in fields(cls)}  # pyright: ignore[reportArgumentType]
 
 
-def register_correction(kind: type[Correction]) -> type[Correction]:
+def register_correction(kind: type[Kind]) -> type[Kind]:
     """Add a correction to the table; a decorator of its class."""
     _TABLE[kind.name] = kind
     return kind
@@ -184,17 +190,3 @@ def correction(name: str, **params: Any) -> Correction:
         accepted = ", ".join(known) or "no parameters"
         raise ValueError(f"correction {name!r} takes no {', '.join(unknown)}; it takes {accepted}")
     return kind(**params)
-
-
-def query_blocks(call: CorrectionCall) -> Tensor:
-    """Return the block of each query, (B', K', N), on the query's device."""
-    return call.block_map.queries.block_of().to(call.query.device)
-
-
-def by_query(per_block: Tensor, blocks: Tensor) -> Tensor:
-    """Give each query what belongs to its block: (B', K', n, ...) and blocks (B', K', N) to (B', K', N, ...)."""
-    heads = torch.broadcast_shapes(per_block.shape[:2], blocks.shape[:2])
-    rest = per_block.shape[3:]
-    per_block = per_block.expand(*heads, *per_block.shape[2:])
-    index = blocks.expand(*heads, -1).reshape(*heads, -1, *(1,) * len(rest)).expand(*heads, blocks.shape[-1], *rest)
-    return per_block.gather(2, index)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dit.attention.block_map import BlockMap
-from dit.attention.corrections.contract import Correction, CorrectionCall, by_query, query_blocks, register_correction
+from dit.attention.corrections.blocks import block_means, by_query
+from dit.attention.corrections.contract import Correction, CorrectionCall, register_correction
 from dit.attention.functional import merge_attention
 from dit.attention.kernels.contract import Tail
-from dit.attention.layout import Layout
 
 
 @register_correction
@@ -47,7 +47,8 @@ class PooledTail(Correction):
         out, lse = call.sparse(return_lse=True)
         if lse is None:
             raise ValueError("the sparse call returned no LSE though it was asked for one")
-        return merge_attention([out, (part := centroid_tail(call, tail))[0]], [lse, part[1]])[0]
+        pooled, pooled_lse = centroid_tail(call, tail)
+        return merge_attention([out, pooled], [lse, pooled_lse])[0]
 
 
 def pooled_tail(key: Tensor, value: Tensor, block_map: BlockMap, key_mask: Tensor | None = None) -> Tail:
@@ -70,32 +71,16 @@ def pooled_tail(key: Tensor, value: Tensor, block_map: BlockMap, key_mask: Tenso
     return Tail(mean_key.to(key.dtype), mean_value.to(value.dtype), log_count)
 
 
-def block_means(x: Tensor, layout: Layout, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the mean of each block in float32, 0 for one without tokens, and how many tokens it is of.
+def pooled_scores(call: CorrectionCall) -> Tensor:
+    """Return the scores of the pooled keys that stand for blocks a query's block doesn't visit, (B, K, N, m).
 
-    Args:
-        x: (B, N, K, E), in the order of the sequence.
-        layout: the blocks.
-        mask: bool, (B, N), False for tokens that don't count.
-
-    Returns:
-        (B, K, n, E) and (B', K', n), both float32.
+    Those of other blocks are -inf; the logarithm of how many tokens a block stands for is in them.
     """
-    batch, length, heads, width = x.shape
-    blocks = layout.block_of().to(x.device)  # (B', K', N)
-    weight = x.new_ones(1, 1, length, dtype=torch.float32) if mask is None else mask[:, None].float()  # (B or 1, 1, N)
-    groups = torch.broadcast_shapes(blocks.shape[:2], weight.shape[:2])
-    count = x.new_zeros(*groups, layout.count, dtype=torch.float32)
-    count.scatter_add_(2, blocks.expand(*groups, -1), weight.expand(*groups, -1).contiguous())  # (B', K', n)
-    values = x.float() if mask is None else x.float().masked_fill(~mask[..., None, None], 0)  # (B, N, K, E)
-    if layout.is_shared:
-        total = values.new_zeros(batch, layout.count, heads, width).index_add_(1, blocks[0, 0], values)
-        total = total.transpose(1, 2)  # (B, K, n, E)
-    else:
-        index = blocks[..., None].expand(batch, heads, -1, width)
-        total = values.new_zeros(batch, heads, layout.count, width)
-        total = total.scatter_add(2, index, values.transpose(1, 2))  # (B, K, n, E)
-    return total / count.clamp(min=1)[..., None], count
+    tail = pooled_tail(call.key, call.value, call.block_map, call.key_mask)
+    scores = call.query.float().transpose(1, 2) @ tail.key.float().mT * call.scale  # (B, K, N, m)
+    blocks = call.block_map.queries.block_of().to(scores.device)  # (B', K', N)
+    visited = by_query(call.block_map.visits.to(scores.device), blocks)  # (B', K', N, m)
+    return (scores + tail.log_count[..., None, :]).masked_fill(visited, -torch.inf)
 
 
 def centroid_tail(call: CorrectionCall, tail: Tail) -> tuple[Tensor, Tensor]:
@@ -115,7 +100,7 @@ def centroid_tail(call: CorrectionCall, tail: Tail) -> tuple[Tensor, Tensor]:
     scores = scores.masked_fill(call.block_map.visits, -torch.inf)
     lse = scores.logsumexp(-1)  # (B, K, n)
     weights = (scores - lse.masked_fill(lse.isneginf(), 0)[..., None]).exp()  # (B, K, n, m)
-    blocks = query_blocks(call)  # (B', K', N)
+    blocks = call.block_map.queries.block_of().to(lse.device)  # (B', K', N)
     out = by_query(weights @ value, blocks).transpose(1, 2)  # (B, N, K, E)
     shift = (call.query.float().transpose(1, 2) @ center.mT)[..., 0] * call.scale  # (B, K, N)
     return out.to(call.query.dtype), by_query(lse, blocks) + shift
