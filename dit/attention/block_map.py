@@ -34,6 +34,18 @@ class TokenRule(ABC):
             bool, the broadcast shape.
         """
 
+    def block_counts(self, queries: Layout, keys: Layout) -> Tensor | None:
+        """Return how many pairs attend between visual blocks, int64 (n, m), if asking for each pair can be spared.
+
+        Args:
+            queries: blocks of the queries.
+            keys: blocks of the keys.
+
+        Returns:
+            The counts, or None where only the pairs themselves tell.
+        """
+        return None
+
 
 @dataclass(frozen=True, eq=False)
 class BlockMap:
@@ -71,9 +83,19 @@ class BlockMap:
             raise ValueError(f"partial has the shape {tuple(self.partial.shape)}, visits {tuple(self.visits.shape)}")
 
     @property
+    def is_shared(self) -> bool:
+        """Whether all samples and heads have the same order and blocks; they may visit others of them."""
+        return self.queries.is_shared and self.keys.is_shared
+
+    @property
     def is_dense(self) -> bool:
         """Whether every pair counts."""
-        return self.rule is None and bool(self.visits.all())
+        return self.asks_nowhere and bool(self.visits.all())
+
+    @property
+    def asks_nowhere(self) -> bool:
+        """Whether all pairs of visited blocks count, because there is no rule or no partial block."""
+        return self.rule is None or (self.partial is not None and not bool(self.partial.any()))
 
     def density(self) -> float:
         """Return the share of pairs in visited blocks, over all samples and heads: what is computed."""
@@ -88,8 +110,14 @@ class BlockMap:
 
     def token_density(self) -> float:
         """Return the share of pairs that count: what the rule asks for."""
-        if self.rule is None:
+        if self.asks_nowhere:
             return self.density()
+        if self.queries.is_shared and self.keys.is_shared:
+            counts, sizes = self._counts(), self._sizes()  # (1, 1, n, m)
+            if self.partial is not None:
+                counts = torch.where(self.partial.cpu(), counts, sizes)
+            pairs = (counts * self.visits.cpu()).sum((-2, -1)).double().mean()
+            return float(pairs) / int(sizes.sum())
         total = self.queries.grid.length * self.keys.grid.length
         heads = self.visits.shape[0] * self.visits.shape[1]
         return sum(int(rows.sum()) for rows in self._mask_rows()) / (total * heads)
@@ -111,8 +139,7 @@ class BlockMap:
         """
         if self.rule is None:
             return self
-        counts = self._counts()  # (1, 1, n, m)
-        sizes = self.queries.sizes[..., None] * self.keys.sizes[..., None, :]  # (1, 1, n, m)
+        counts, sizes = self._counts(), self._sizes()  # (1, 1, n, m)
         visits = self.visits & (counts > 0)
         return replace(self, visits=visits, partial=visits & (counts < sizes), cache={})
 
@@ -141,10 +168,19 @@ class BlockMap:
             cache={},
         )
 
+    def _sizes(self) -> Tensor:
+        """Return how many pairs each pair of blocks has, (B', K', n, m)."""
+        return self.queries.sizes[..., None].cpu() * self.keys.sizes[..., None, :].cpu()
+
     def _counts(self) -> Tensor:
         """Return how many pairs of each pair of blocks the rule allows, (1, 1, n, m)."""
-        if not (self.queries.is_shared and self.keys.is_shared):
+        if not self.is_shared:
             raise ValueError("a rule of tokens needs an order that all heads share")
+        known = None if self.rule is None else self.rule.block_counts(self.queries, self.keys)
+        if known is not None:
+            counts = self._sizes()
+            counts[0, 0, : known.shape[0], : known.shape[1]] = known
+            return counts
         block_of_key = self.keys.block_of()[0, 0]  # (M,)
         block_of_query = self.queries.block_of()[0, 0]  # (N,)
         counts = torch.zeros(self.queries.count, self.keys.count, dtype=torch.int64)
@@ -214,6 +250,24 @@ def make_block_map(
     return BlockMap(
         layout, keys, padded(visual_visits, True), rule, None if partial is None else padded(partial, False)
     )
+
+
+def make_rule_map(layout: Layout, rule: TokenRule, *, keys: Layout | None = None) -> BlockMap:
+    """Build the map of all pairs that a rule allows: blocks without any aren't visited.
+
+    Args:
+        layout: of the queries.
+        rule: the pairs; with `block_counts` the map is made quickly, otherwise every pair is asked for.
+        keys: layout of the keys; None means that of the queries.
+    """
+    keys = layout if keys is None else keys
+    counts = rule.block_counts(layout, keys)
+    if counts is None:
+        every = torch.ones(layout.visual_count, keys.visual_count, dtype=torch.bool)
+        return make_block_map(layout, every, keys=keys, rule=rule).prune()
+    sizes = layout.sizes[0, 0, : layout.visual_count, None] * keys.sizes[0, 0, : keys.visual_count]  # (n, m)
+    visits = counts > 0
+    return make_block_map(layout, visits, keys=keys, rule=rule, partial=visits & (counts < sizes))
 
 
 def _visual_index(grid: Any) -> Tensor:

@@ -31,6 +31,8 @@ class Layout:
         starts: (B', K', n + 1), where each of the n blocks begins in the new order; the last entry is N.
         exact_blocks: how many of the last blocks hold exact tokens.
         tile: (t, h, w) of the tiles that the blocks are, where they are tiles of the grid in raster order.
+        parts: (T,), (H,), (W,), the part of each frame, row and column, where the visual blocks are the products of
+            parts of the axes, in raster order; rules along axes are counted quickly then.
     """
 
     grid: TokenGrid
@@ -38,6 +40,7 @@ class Layout:
     starts: Tensor
     exact_blocks: int
     tile: tuple[int, int, int] | None = None
+    parts: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def count(self) -> int:
@@ -99,6 +102,7 @@ def make_layout(
     *,
     exact_block: int = 128,
     tile: tuple[int, int, int] | None = None,
+    parts: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Layout:
     """Build a layout from an order of the visual tokens; blocks of exact tokens are added.
 
@@ -108,6 +112,7 @@ def make_layout(
         visual_sizes: (..., n), tokens of each block of them; zero is allowed.
         exact_block: most tokens of a block of exact ones.
         tile: see `Layout`.
+        parts: see `Layout`.
 
     Raises:
         ValueError: the order or the sizes don't cover the visual tokens.
@@ -125,7 +130,7 @@ def make_layout(
     order = torch.cat([visual_order + grid.visual_start, exact.expand(*visual_order.shape[:2], -1)], dim=-1)
     sizes = torch.cat([visual_sizes, exact_sizes.expand(*visual_sizes.shape[:2], -1)], dim=-1)
     starts = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0))  # (B', K', n + 1)
-    return Layout(grid, order, starts, len(exact_sizes), tile)
+    return Layout(grid, order, starts, len(exact_sizes), tile, parts)
 
 
 def chunk_sizes(length: int, block: int) -> Tensor:
@@ -172,11 +177,31 @@ def tile_layout(grid: TokenGrid, tile: tuple[int, int, int]) -> Layout:
     """
     if min(tile) < 1:
         raise ValueError(f"the sides of a tile must be at least 1, got {tile}")
-    counts = tile_counts(grid, tile)
-    t, h, w = grid.coordinates(torch.arange(grid.visual_length))
-    block = (t // tile[0] * counts[1] + h // tile[1]) * counts[2] + w // tile[2]  # (T H W,)
+    t, h, w = (torch.arange(size) // side for size, side in zip(grid.shape, tile, strict=True))
+    return parts_layout(grid, (t, h, w), exact_block=tile[0] * tile[1] * tile[2], tile=tile)
+
+
+def parts_layout(
+    grid: TokenGrid,
+    parts: tuple[Tensor, Tensor, Tensor],
+    *,
+    exact_block: int = 128,
+    tile: tuple[int, int, int] | None = None,
+) -> Layout:
+    """Cut each axis into parts; every part of the frames with one of the rows and one of the columns is a block.
+
+    Args:
+        grid: the tokens.
+        parts: (T,), (H,), (W,), the part of each frame, row and column, from 0, none of them empty.
+        exact_block: most tokens of a block of exact ones.
+        tile: see `Layout`.
+    """
+    counts = [int(part.max()) + 1 for part in parts]
+    coordinates = grid.coordinates(torch.arange(grid.visual_length))
+    t, h, w = (part[place] for part, place in zip(parts, coordinates, strict=True))
+    block = (t * counts[1] + h) * counts[2] + w  # (T H W,)
     sizes = torch.bincount(block, minlength=counts[0] * counts[1] * counts[2])
-    return make_layout(grid, block.argsort(stable=True), sizes, exact_block=tile[0] * tile[1] * tile[2], tile=tile)
+    return make_layout(grid, block.argsort(stable=True), sizes, exact_block=exact_block, tile=tile, parts=parts)
 
 
 def tile_counts(grid: TokenGrid, tile: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -187,9 +212,10 @@ def tile_counts(grid: TokenGrid, tile: tuple[int, int, int]) -> tuple[int, int, 
 
 @lru_cache(maxsize=64)
 def morton_layout(grid: TokenGrid, block: int = 64) -> Layout:
-    """Order the tokens along a Morton curve, as Sol-Attn does (arXiv 2607.24027): bits of frame, row and column in turn.
+    """Order the tokens along a Morton curve, as Sol-Attn does (arXiv 2607.24027).
 
-    Bit 3 i of a token's code is bit i of its frame, 3 i + 1 of its row, 3 i + 2 of its column.
+    The bits of frame, row and column follow each other in turn: bit 3 i of a token's code is bit i of its frame,
+    3 i + 1 of its row, 3 i + 2 of its column.
     """
     axes = grid.coordinates(torch.arange(grid.visual_length))
     code = torch.zeros(grid.visual_length, dtype=torch.int64)
