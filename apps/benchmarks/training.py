@@ -32,6 +32,7 @@ from apps.training.task import load_config, rehearsal
 
 SIZE, PANEL, TOP, BOTTOM, GAP = (1100, 520), 470, 40, 60, 70  # of the chart, pixels
 MIB = 2**20
+SHOWN = 0.85  # of all losses on the chart; the highest, of the first steps, lie at its upper edge
 
 
 @dataclass(frozen=True)
@@ -210,12 +211,23 @@ def _shapes(file: Path) -> dict[str, int]:
         return {name: int(torch.tensor(opened.get_slice(name).get_shape()).prod()) for name in opened.keys()}  # noqa: SIM118
 
 
+def _draw_names(draw: Any, names: Sequence[str], font: Any) -> None:
+    """Write the names of the curves below the panels, in their colours, as many in a row as find room."""
+    x, y = GAP, SIZE[1] - 34
+    for number, name in enumerate(names):
+        width = round(draw.textlength(name, font))
+        if x > GAP and x + width > SIZE[0]:
+            x, y = GAP, y + 16
+        draw.text((x, y), name, COLOURS[number % len(COLOURS)], font)
+        x += width + 24
+
+
 def draw_curves(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
     """Draw the losses over steps and over seconds, side by side, as a PNG."""
     picture = Image.new("RGB", SIZE, "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     losses = sorted(point.loss for points in curves.values() for point in points)
-    low, high = losses[0], losses[int(0.98 * (len(losses) - 1))]  # the first validations are far above the rest
+    low, high = losses[0], losses[int(SHOWN * (len(losses) - 1))]
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = low - margin, high + margin
     for panel, axis in enumerate(("step", "seconds")):
@@ -228,7 +240,7 @@ def draw_curves(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
             draw.text((left - 52, y - 8), f"{high - (high - low) * tick / 4:.4f}", "black", font)
             draw.text((left + width * tick / 4 - 8, TOP + height + 6), f"{most * tick / 4:.0f}", "black", font)
         draw.text((left, 12), f"validation loss over {axis if axis == 'seconds' else 'steps'}", "black", font)
-        for number, (name, points) in enumerate(curves.items()):
+        for number, points in enumerate(curves.values()):
             colour = COLOURS[number % len(COLOURS)]
             line = [
                 (left + width * getattr(one, axis) / most, TOP + height * (high - min(one.loss, high)) / (high - low))
@@ -237,7 +249,6 @@ def draw_curves(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
             draw.line(line, colour, 2)
             x, y = line[-1]
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-            if panel == 0:
-                draw.text((GAP + 200 * (number % 5), SIZE[1] - 34 + 16 * (number // 5)), name, colour, font)
+    _draw_names(draw, list(curves), font)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, optimize=True)
