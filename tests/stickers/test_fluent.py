@@ -102,6 +102,11 @@ def test_the_training_folder_is_read_as_it_was_written(tmp_path) -> None:
     assert len(grounds) == len(BASIC_COLOURS)
 
 
+def test_the_training_folder_may_hold_all_stickers(tmp_path) -> None:
+    files = write_training_folder(tmp_path, names=STARTER)
+    assert {file.stem.replace("_", " ") for file in files} == set(STARTER)
+
+
 def test_the_training_folder_is_the_same_each_time_but_for_the_seed(tmp_path) -> None:
     first, again = (write_training_folder(tmp_path / name, phrasings=2) for name in ("first", "again"))
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in again]

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from apps.stickers.fluent.split import TRIGGER
+from apps.stickers.fluent.split import TRAINING, TRIGGER
 from apps.stickers.fluent.training_folder import write_training_folder
 from apps.stickers.scene import BASIC_COLOURS, COLOURS
+from apps.stickers.vocabulary import STARTER
 
 
 def main() -> None:
@@ -25,13 +26,21 @@ def main() -> None:
         metavar="COLOUR",
         help=f"backgrounds, in turn: {', '.join(COLOURS)} (the first ten)",
     )
+    parser.add_argument(
+        "--all", action="store_true", help="all 128 stickers; only the 24 that examples learn the style from if absent"
+    )
     parser.add_argument("--phrasings", type=int, default=1, help="captions (lines) of an image (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of places, sizes and phrasings (%(default)s)")
     asked = parser.parse_args()
     if asked.phrasings < 1:
         parser.error(f"--phrasings is {asked.phrasings}: give 1 or more")
     files = write_training_folder(
-        asked.folder, trigger=asked.trigger, colours=asked.colours, phrasings=asked.phrasings, seed=asked.seed
+        asked.folder,
+        names=STARTER if asked.all else TRAINING,
+        trigger=asked.trigger,
+        colours=asked.colours,
+        phrasings=asked.phrasings,
+        seed=asked.seed,
     )
     Console(soft_wrap=True).print(f"{len(files)} images with captions are in {asked.folder}", highlight=False)
 

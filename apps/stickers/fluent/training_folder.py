@@ -76,15 +76,17 @@ def draw_examples(
 def write_training_folder(
     folder: Path,
     *,
+    names: Sequence[str] = TRAINING,
     trigger: str = TRIGGER,
     colours: Sequence[str] = BASIC_COLOURS,
     phrasings: int = 1,
     seed: int = 0,
 ) -> list[Path]:
-    """Write the 24 training images, 128 x 128 pixels, with their captions.
+    """Write training images, 128 x 128 pixels, with their captions.
 
     Args:
         folder: is made if it is missing; files of other names stay.
+        names: of the stickers, one image each.
         trigger: words behind each caption that ask for the style; empty for a trainer that adds them itself.
         colours: of the backgrounds.
         phrasings: captions (lines) of an image.
@@ -94,12 +96,13 @@ def write_training_folder(
         The image files.
 
     Raises:
+        KeyError: there is no such sticker in this style.
         ValueError: a colour is unknown, or `phrasings` isn't positive.
     """
     sheet = load_fluent()
-    examples = draw_examples(sheet=sheet, trigger=trigger, colours=colours, phrasings=phrasings, seed=seed)
-    images = render([example.scene for example in examples], sheet, RESOLUTION)  # (24, 3, 128, 128)
-    levels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)  # (24, 3, 128, 128)
+    examples = draw_examples(names, sheet=sheet, trigger=trigger, colours=colours, phrasings=phrasings, seed=seed)
+    images = render([example.scene for example in examples], sheet, RESOLUTION)  # (N, 3, 128, 128)
+    levels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)  # (N, 3, 128, 128)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for example, image in zip(examples, levels, strict=True):
