@@ -26,15 +26,12 @@ def build(offered: Sequence[str], words: Strings) -> dict[str, Any]:
     """Build the rows; the first is shown if there is anything to choose."""
     parts: dict[str, Any] = {}
     choices = [(words("lora.none"), ""), *offered]
-    for number, (name, scale, row) in enumerate(zip(NAMES, SCALES, ROWS, strict=True)):
-        shown = bool(offered) and not number
-        with gr.Row(elem_id=row.replace("_", "-"), visible=shown) as parts[row]:
-            parts[name] = fields.Dropdown(
-                choices, value="", label=words("loras"), filterable=False, elem_id=name.replace("_", "-")
-            )
-            parts[scale] = fields.Slider(
-                -2, 2, 1, step=0.05, label=words("loras.scale"), elem_id=scale.replace("_", "-")
-            )
+    for number, (name, scale, row) in enumerate(zip(NAMES, SCALES, ROWS, strict=True), 1):
+        labels = [words(key) if number == 1 else f"{words(key)} {number}" for key in ("loras", "loras.scale")]
+        ids = [one.replace("_", "-") for one in (name, scale, row)]
+        with gr.Row(elem_id=ids[2], visible=bool(offered) and number == 1) as parts[row]:
+            parts[name] = fields.Dropdown(choices, value="", label=labels[0], filterable=False, elem_id=ids[0])
+            parts[scale] = fields.Slider(-2, 2, 1, step=0.05, label=labels[1], elem_id=ids[1])
     return parts
 
 
