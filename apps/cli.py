@@ -329,7 +329,8 @@ def bench(
             help="image (an image and its parts), start (imports), costs (single operations), cache, cache-time and "
             "cache-transfer (step caches), clips (a step cache, and length), kv, shortcuts and search (next-scale "
             "models), released (our VAR beside its authors' code), lora-style, lora-object and lora-motion (what a "
-            "LoRA learned), or training (validation losses of several configurations)."
+            "LoRA learned), attention-corrections (what stands for pairs that sparse attention leaves out), or "
+            "training (validation losses of several configurations)."
         ),
     ],
     names: Annotated[

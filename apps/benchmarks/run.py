@@ -10,6 +10,7 @@ to other prompts, sizes, guidance and schedulers.
 `tessera bench clips` measures a step cache on clips, and the time and memory of longer ones.
 `tessera bench lora-style` measures whether a LoRA teaches a style, and draws before, after and truth beside the file;
 `tessera bench lora-object` and `lora-motion` the same of an object and a motion that the model has never drawn.
+`tessera bench attention-corrections` says how near corrections bring sparse attention to dense attention.
 `tessera bench training` trains several configurations, or reads what they have logged, and compares validation losses.
 """
 
@@ -183,6 +184,13 @@ def bench_lora_motion(asked: Asked) -> dict[str, Any]:
     return implementation.bench_lora_motion(asked)
 
 
+def bench_attention_corrections(asked: Asked) -> dict[str, Any]:
+    """Compare corrections of sparse attention; see `apps.benchmarks.attention_corrections`."""
+    from apps.benchmarks import attention_corrections as implementation
+
+    return implementation.bench_attention_corrections(asked)
+
+
 def bench_training(asked: Asked) -> dict[str, Any]:
     """Compare the losses of runs; see `apps.benchmarks.training`."""
     from apps.benchmarks import training as implementation
@@ -205,6 +213,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "lora-style": bench_lora_style,
     "lora-object": bench_lora_object,
     "lora-motion": bench_lora_motion,
+    "attention-corrections": bench_attention_corrections,
     "training": bench_training,
 }
 

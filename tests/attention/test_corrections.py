@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from apps.benchmarks.attention_corrections import between_steps_errors, left_out_errors
 from dit.attention import BlockMap, Layout, TokenGrid, attention_reference, block_sparse_attention
 from dit.attention.block_map import make_block_map
 from dit.attention.corrections import Correction, CorrectionCall, StateEntry, correction, correction_names
@@ -266,6 +267,23 @@ def test_drift_and_clip() -> None:
     assert max(errors[2]) < 1e-6  # what doesn't change is exact
     assert errors[0][1] < 1e-6 < errors[0][2]  # the first sparse step has no drift
     assert errors[1][4] < errors[0][4]
+
+
+def test_a_pooled_tail_is_worth_most_where_scores_are_flat() -> None:
+    layout = tile_layout(TokenGrid(4, 16, 16), (4, 4, 4))
+    flat, peaky = (left_out_errors(kind, layout, heads=1) for kind in ("flat", "peaky"))
+    assert flat["density"] == 0.125
+    assert 2.5 < flat["none"] / flat["pooled_tail"] < 5
+    assert flat["pooled_tail"] < flat["pooled_tail, centroid"] < flat["none"] / 2
+    assert flat["pooled_tail"] <= flat["linear_complement"] < flat["none"] / 2
+    assert peaky["pooled_tail"] < peaky["none"]
+
+
+@pytest.mark.parametrize("epsilon", [0.02, 0.1, 0.3])
+def test_ratio_and_residual_beat_the_residual_alone_which_beats_nothing(epsilon: float) -> None:
+    errors = between_steps_errors(epsilon, length=1024)
+    assert errors["residual"] < 0.6 * errors["none"]
+    assert errors["ratio_residual"] == pytest.approx(0.59 * errors["residual"], rel=0.08)
 
 
 @pytest.mark.parametrize(
