@@ -1,8 +1,8 @@
 """Patterns: rules by name that turn a grid of tokens, or queries and keys, into a block map.
 
 A static pattern is a function `f(grid, **params) -> BlockMap`; an online one `f(grid, query, key, **params)`, with
-query and key (B, N, K, E) in the order of the sequence. `pattern(name, grid, ...)` calls either. Each file holds one idea
-and registers its patterns on import; the files are imported at the first look-up.
+query and key (B, N, K, E) in the order of the sequence. `pattern(name, grid, ...)` calls either. Each file holds one
+idea and registers its patterns on import; the files are imported at the first look-up.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ from dit.attention.grid import TokenGrid
 MODULES: dict[str, tuple[str, ...]] = {
     "simple": ("dense", "skip"),
     "neighborhood": ("neighborhood",),
+    "sliding_tile": ("sliding_tile",),
+    "radial": ("radial",),
+    "sparse_vdit": ("diagonal", "multi_diagonal", "vertical_stripe"),
+    "in_frame_band": ("in_frame_band",),
+    "sparse_videogen": ("svg_spatial", "svg_temporal"),
+    "lvsa": ("lvsa",),
+    "paro": ("paro",),
 }
 """Files of this folder, and the patterns that each one registers."""
 
