@@ -74,7 +74,7 @@ def block_sparse_attention(
     _check(query, key, value, block_map, key_mask)
     block_map = block_map.to(query.device)
     chosen = _choose(kernel, query, key, block_map, tail)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(query.shape[-1]) ** -0.5 if scale is None else scale
     out, lse = chosen.function(
         query, key, value, block_map, scale=scale, key_mask=key_mask, tail=tail, return_lse=return_lse
     )

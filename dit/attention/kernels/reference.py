@@ -45,4 +45,6 @@ def attend(
     return out, lse.float() if return_lse else None
 
 
-register_kernel(SparseKernel("reference", attend, has_tail=True, has_gradient=True))
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+register_kernel(SparseKernel("reference", attend, dtypes=DTYPES, has_tail=True, has_gradient=True))

@@ -6,6 +6,8 @@ in bfloat16 are more than twice as fast where the processor has instructions for
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ def attend_rows(
     bias: Tensor | None = None,
     may_be_empty: bool = False,
     return_lse: bool = False,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend; all keys at once, so the scores (G, R, M) should fit into the cache of a core.
 
@@ -40,10 +43,15 @@ def attend_rows(
         scale: factor of the scores.
         hidden: bool, (R, C) or (G, R, C) or (G, 1, C), True for pairs that don't count.
         hidden_columns: first of the C columns of `hidden` among the M.
-        bias: (B',) float32, added to the scores of the last keys.
+        bias: (G', 1, U) with G' of 1 or G, added to the scores of the last U keys.
         may_be_empty: a query may have no key that counts; it gets zeros, and -inf as its LSE.
         return_lse: also return the LSE, (G, R), float32.
+        fused: in float32, with neither `hidden` nor `bias`, use torch's fused kernel: it never writes the scores down.
     """
+    if fused and query.device.type == "cpu" and query.dtype == torch.float32 and hidden is None and bias is None:
+        operator: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = operator(query[None], key[None], value[None], scale=scale)  # (1, G, R, E), (1, G, R)
+        return out[0], lse[0]
     low = query.dtype != torch.float32
     # 1. scores, less the level of each row
     if low:
@@ -53,7 +61,7 @@ def attend_rows(
         level = query.new_zeros(())
         scores = torch.baddbmm(level, query, key.mT, beta=0, alpha=scale)  # (G, R, M)
     if bias is not None:
-        scores[..., -len(bias) :] += bias.to(scores.dtype)
+        scores[..., -bias.shape[-1] :] += bias.to(scores.dtype)
     if hidden is not None:
         scores[..., hidden_columns : hidden_columns + hidden.shape[-1]].masked_fill_(hidden, -torch.inf)
     empty = scores.isneginf().all(-1, keepdim=True) if may_be_empty else None  # (G, R, 1)

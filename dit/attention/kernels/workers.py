@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,17 +25,20 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]], th
         tasks: arguments of the calls.
         threads: how many at most; None means as many as torch uses.
     """
-    todo = list(tasks)
-    threads = min(threads or torch.get_num_threads(), len(todo))
+    threads = threads or torch.get_num_threads()
     if threads < 2 or _openmp() is None:
-        for task in todo:
+        for task in tasks:
             function(*task)
         return
-    waiting = iter(todo)  # taken from under the interpreter's lock
+    waiting, lock = iter(tasks), Lock()
 
     def work() -> None:
         with torch.no_grad():
-            for task in waiting:
+            while True:
+                with lock:  # the tasks may be made as they are taken
+                    task = next(waiting, None)
+                if task is None:
+                    return
                 function(*task)
 
     helpers = [_pool(threads - 1).submit(_alone, work) for _ in range(threads - 1)]
