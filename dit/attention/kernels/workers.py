@@ -26,7 +26,7 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]], th
         threads: how many at most; None means as many as torch uses.
     """
     threads = threads or torch.get_num_threads()
-    if threads < 2 or _openmp() is None:
+    if threads < 2 or _library() is None:
         for task in tasks:
             function(*task)
         return
@@ -50,26 +50,29 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]], th
 def _alone(work: Callable[[], None]) -> None:
     """Have the operators that this thread calls compute on it alone, for a time.
 
-    The setting is OpenMP's for the calling thread; `torch.set_num_threads` would change it for the whole process.
+    The settings are those of OpenMP and MKL for the calling thread; `torch.set_num_threads` is for the whole process.
     """
-    openmp: Any = _openmp()
+    library: Any = _library()
     torch.get_num_threads()  # a new thread takes over torch's own setting now, not later
-    before = openmp.omp_get_max_threads()
-    openmp.omp_set_num_threads(1)
+    before = library.omp_get_max_threads()
+    before_mkl = library.MKL_Set_Num_Threads_Local(1) if hasattr(library, "MKL_Set_Num_Threads_Local") else None
+    library.omp_set_num_threads(1)
     try:
         work()
     finally:
-        openmp.omp_set_num_threads(before)
+        library.omp_set_num_threads(before)
+        if before_mkl is not None:
+            library.MKL_Set_Num_Threads_Local(before_mkl)
 
 
 @cache
-def _openmp() -> ctypes.CDLL | None:
-    """Return the OpenMP library that torch computes with; None if it isn't found."""
-    for folder in (Path(torch.__file__).parent / "lib", Path(torch.__file__).parent.parent / "torch.libs"):
-        for file in sorted(folder.glob("libgomp*")) + sorted(folder.glob("libomp*")) + sorted(folder.glob("libiomp5*")):
-            library = ctypes.CDLL(str(file))
-            if hasattr(library, "omp_set_num_threads"):
-                return library
+def _library() -> ctypes.CDLL | None:
+    """Return the library that torch computes with on CPUs; None where it has no OpenMP."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
+        if (folder / name).is_file():
+            library = ctypes.CDLL(str(folder / name))
+            return library if hasattr(library, "omp_set_num_threads") else None
     return None
 
 
