@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dit.attention.functional import attention, attention_reference
+from dit.attention.kernels import products
 from dit.runtime.diffusers_compat import attention_backend_names, check_attention_backend, register_attention_backend
 
 PACKAGES = {"flash": "flash_attn", "sage": "sageattention", "xformers": "xformers"}
@@ -144,3 +145,4 @@ def _reference(
 
 
 register_backend(AttentionBackend("reference", is_ours=True), _reference)
+register_backend(AttentionBackend("products", is_ours=True), products.dispatch)

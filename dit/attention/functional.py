@@ -19,6 +19,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from dit.attention.kernels import products
 from dit.runtime.diffusers_compat import active_attention_backend
 
 SHORT = 192
@@ -76,7 +77,8 @@ def attention(
         value: (B, M, K, E).
         attn_mask: bool, True where a query may look; (B, M), or anything that broadcasts to (B, K, N, M).
         scale: factor of the scores; None means 1 / sqrt(E).
-        backend: name of an attention backend, see `dit.attention.backends`; None means the active one.
+        backend: name of an attention backend, see `dit.attention.backends`; None means the active one. Where that is
+            torch's native one, long sequences in bfloat16 on a CPU are computed by "products", which is faster.
         parallel_config: diffusers' context-parallel configuration.
         return_lse: also return the LSE. Only torch's native kernel on a CPU, without mask and gradient, gives it away;
             elsewhere it costs a second product of queries and keys.
@@ -92,8 +94,13 @@ def attention(
         raise ValueError("the LSE under context parallelism would be that of this process's keys; use return_lse=False")
     if return_lse and _native_returns_lse(query, key, value, attn_mask, backend):
         return _native_with_lse(query, key, value, scale)
-    if _is_short_training_on_cpu(query, key) and backend is None and active_attention_backend() == "native":
+    is_ours_to_choose = backend is None and parallel_config is None and active_attention_backend() == "native"
+    key_mask = products.as_key_mask(attn_mask, key.shape[0], key.shape[1])  # (B, M)
+    if is_ours_to_choose and _is_short_training_on_cpu(query, key):
         out = _attention_by_products(query, key, value, attn_mask, scale)  # (B, N, K, E)
+    elif is_ours_to_choose and (attn_mask is None or key_mask is not None) and products.suits(query, key, value):
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        out = products.attend_all(query, key, value, factor, key_mask)  # (B, N, K, E)
     else:
         options: dict[str, Any] = {"backend": backend, "parallel_config": parallel_config}
         out = dispatch_attention_fn(query, key, value, attn_mask=attn_mask, scale=scale, **options)  # (B, N, K, E)

@@ -1,0 +1,126 @@
+"""Dense attention on CPUs by plain products in bfloat16: torch's fused kernel gains nothing from bfloat16 there."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit.attention.kernels.rows import attend_rows
+from dit.attention.kernels.workers import run_tasks
+
+SCORE_BYTES = 2**21
+"""Most bytes of the scores of a task."""
+MOST_ROWS, LEAST_ROWS = 256, 16
+"""Queries of a task."""
+LEAST_TOKENS = 256
+"""Shortest rows of queries and keys for which it is used unasked."""
+
+
+def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
+    """Attend to all keys.
+
+    Args:
+        query: (B, N, K, E), bfloat16, on a CPU.
+        key: (B, M, K, E).
+        value: (B, M, K, E).
+        scale: factor of the scores.
+        key_mask: bool, (B, M), False for keys that nobody may look at; a sample without any key gets zeros.
+
+    Returns:
+        (B, N, K, E).
+    """
+    batch, length, heads, _ = query.shape
+    query = query.transpose(1, 2).contiguous()  # (B, K, N, E)
+    pairs = [x.transpose(1, 2).contiguous() for x in (key, value)]  # (B, K, M, E) each
+    out = torch.empty_like(query)  # (B, K, N, E)
+
+    def run(sample: int, some: slice, rows: slice) -> None:
+        keys, values = (x[sample, some] for x in pairs)  # (G, M, E)
+        if key_mask is not None:
+            alive = key_mask[sample].nonzero()[:, 0]  # (M',)
+            keys, values = keys.index_select(1, alive), values.index_select(1, alive)
+        if keys.shape[1] == 0:
+            out[sample, some, rows] = 0
+            return
+        out[sample, some, rows] = attend_rows(query[sample, some, rows], keys, values, scale)[0]  # (G, R, E)
+
+    run_tasks(run, _tasks(batch, heads, length, key.shape[1], query.element_size()))
+    return out.transpose(1, 2)  # (B, N, K, E)
+
+
+def _tasks(batch: int, heads: int, length: int, keys: int, itemsize: int) -> list[tuple[int, slice, slice]]:
+    """Divide the queries of all heads into tasks whose scores fit into the cache."""
+    most = max(SCORE_BYTES // max(keys * itemsize, 1), LEAST_ROWS)
+    pieces = -(-length // min(most, MOST_ROWS))
+    rows = -(-length // pieces)
+    together = max(min(most // rows, -(-heads * pieces // torch.get_num_threads())), 1)  # heads: each thread has a task
+    return [
+        (sample, slice(head, head + together), slice(start, start + rows))
+        for sample in range(batch)
+        for head in range(0, heads, together)
+        for start in range(0, length, rows)
+    ]
+
+
+@cache
+def has_fast_products() -> bool:
+    """Return whether the processor multiplies in bfloat16 so fast that products beat torch's fused kernel.
+
+    With AMX the fused kernel itself does.
+    """
+    known: Any = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_bf16")) and not known.get("amx_tile")
+
+
+def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether `attend_all` should compute a call that asks for no backend."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype == key.dtype == value.dtype == torch.bfloat16
+        and min(query.shape[1], key.shape[1]) >= LEAST_TOKENS
+        and query.shape[2] == key.shape[2]
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
+        and not torch.compiler.is_compiling()
+        and has_fast_products()
+    )
+
+
+def dispatch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attend with the arguments that diffusers' networks give a backend, (B, N, K, E).
+
+    Calls that the products don't cover (other dtypes and devices, short sequences, gradients, masks of pairs) are left
+    to torch's own kernel.
+    """
+    key_mask = as_key_mask(attn_mask, key.shape[0], key.shape[1])
+    covered = not dropout_p and not is_causal and (attn_mask is None or key_mask is not None)
+    if covered and suits(query, key, value):
+        return attend_all(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, key_mask)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, K, N, E)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return out.transpose(1, 2)  # (B, N, K, E)
+
+
+def as_key_mask(attn_mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
+    """Return a mask that is the same for all heads and queries as one of keys, (B, M); None for any other."""
+    if attn_mask is None or attn_mask.dtype != torch.bool:
+        return None
+    if attn_mask.ndim == 4 and attn_mask.shape[1:3] == (1, 1):
+        attn_mask = attn_mask[:, 0, 0]
+    if attn_mask.ndim != 2 or attn_mask.shape[1] != keys or attn_mask.shape[0] not in (1, batch):
+        return None
+    return attn_mask.expand(batch, -1)

@@ -1,0 +1,63 @@
+"""Dense attention by plain products in bfloat16: as near the truth as torch's fused kernel, or left to it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dit.attention import attention, attention_reference
+from dit.attention.kernels import products
+
+
+def draw(batch: int, count: int, heads: int, width: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(batch, count, heads, width).bfloat16() for _ in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every processor count as one that multiplies fast."""
+    monkeypatch.setattr(products, "has_fast_products", lambda: True)
+
+
+@pytest.mark.parametrize(("count", "heads", "width"), [(256, 4, 64), (300, 3, 72), (1024, 2, 128)])
+def test_error_is_at_most_one_and_a_half_times_that_of_the_fused_kernel(count: int, heads: int, width: int) -> None:
+    query, key, value = draw(2, count, heads, width)
+    truth = attention_reference(query.double(), key.double(), value.double())
+    fused = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+    out = products.attend_all(query, key, value, width**-0.5)
+    error, least = (float((x.double() - truth).norm() / truth.norm()) for x in (out, fused))
+    assert error < 1.5 * least
+    assert torch.equal(attention(query, key, value), out)  # what our networks call
+    assert torch.equal(attention(query, key, value, backend="products"), out)
+
+
+def test_masked_keys_are_left_out() -> None:
+    query, key, value = draw(2, 256, 2, 32)
+    mask = torch.rand(2, 256) > 0.3
+    mask[1] = False
+    out = attention(query, key, value, mask)
+    truth = attention_reference(query[:1], key[:1], value[:1], mask[:1])
+    assert float((out[:1] - truth).float().norm() / truth.float().norm()) < 0.01
+    assert out[1].eq(0).all()
+
+
+@pytest.mark.parametrize("case", ["float32", "short", "gradient", "pairs", "causal", "grouped"])
+def test_other_calls_are_left_to_torch(case: str) -> None:
+    query, key, value = draw(1, 64 if case == "short" else 256, 2, 32)
+    if case == "float32":
+        query, key, value = query.float(), key.float(), value.float()
+    query.requires_grad_(case == "gradient")
+    if case == "grouped":
+        key, value = key[:, :, :1], value[:, :, :1]
+    mask = torch.rand(256, 256) > 0.3 if case == "pairs" else None
+    options = {"is_causal": case == "causal", "enable_gqa": case == "grouped"}
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), mask, **options)
+    assert torch.equal(products.dispatch(query, key, value, mask, **options), expected.transpose(1, 2))
+
+
+def test_other_backends_stay_what_they_are() -> None:
+    query, key, value = draw(1, 256, 2, 32)
+    native = attention(query, key, value, backend="native")
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+    assert torch.equal(native, expected)
+    assert not torch.equal(attention(query, key, value), expected)
