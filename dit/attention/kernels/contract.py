@@ -15,6 +15,10 @@ from dit.attention.block_map import BlockMap
 
 KERNELS: dict[str, str] = {
     "reference": "reference",
+    "gather": "gather",
+    "triton": "triton",
+    "triton_int8": "triton",
+    "triton_int8_fp8": "triton",
 }
 """Kernel -> the file of this folder that registers it."""
 
