@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from apps.commands.attention_group import attention
 from apps.commands.shared_options import (
     AuthFile,
     Base,
@@ -65,6 +66,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(attention, name="attention")
 
 
 def _print_version(wanted: bool) -> None:

@@ -50,15 +50,24 @@ class NeighborhoodRule(TokenRule):
         if queries.parts is None or keys.parts is None:
             return None
         t, h, w = (
-            _table_counts(table, rows, columns)
+            table_counts(table, rows, columns)
             for table, rows, columns in zip(self.tables, queries.parts, keys.parts, strict=True)
         )
         counts = torch.einsum("ax,by,cz->abcxyz", t, h, w)  # (T', H', W', T'', H'', W'')
         return counts.flatten(3).flatten(0, 2)
 
 
-def _table_counts(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Sum a table over the parts of its rows and columns, int64, (parts of rows, parts of columns)."""
+def table_counts(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Count the pairs that a table of an axis allows between parts of its rows and columns.
+
+    Args:
+        table: bool, (n, m).
+        rows: (n,), the part of each row, from 0.
+        columns: (m,), the part of each column.
+
+    Returns:
+        int64, (parts of rows, parts of columns).
+    """
     by_row = torch.zeros(int(rows.max()) + 1, len(columns), dtype=torch.int64).index_add_(0, rows, table.long())
     return torch.zeros(len(by_row), int(columns.max()) + 1, dtype=torch.int64).index_add_(1, columns, by_row)
 
@@ -165,12 +174,18 @@ def _layout(grid: TokenGrid, tile: tuple[int, int, int], dilation: tuple[int, in
     """Cut tokens into tiles; with dilation only among those whose coordinates are equal modulo it."""
     if dilation == (1, 1, 1):
         return tile_layout(grid, tile)
-    t, h, w = (_dilated_parts(*one) for one in zip(grid.shape, tile, dilation, strict=True))
+    t, h, w = (axis_parts(*one) for one in zip(grid.shape, tile, dilation, strict=True))
     return parts_layout(grid, (t, h, w), exact_block=tile[0] * tile[1] * tile[2])
 
 
-def _dilated_parts(length: int, side: int, dilation: int) -> Tensor:
-    """Return the part of each token of an axis, (length,): runs of `side` tokens of a group, group after group."""
+def axis_parts(length: int, side: int, dilation: int) -> Tensor:
+    """Return the tile of each token of an axis, (length,): runs of `side` tokens of a group, group after group.
+
+    Args:
+        length: tokens of the axis.
+        side: tokens of a tile.
+        dilation: tokens with equal coordinates modulo it are a group.
+    """
     place = torch.arange(length)
     keys = place % dilation * length + place // dilation // side  # (length,), rises with group and run
     return keys.unique(return_inverse=True)[1]
