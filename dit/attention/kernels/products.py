@@ -12,7 +12,7 @@ from torch import Tensor
 from dit.attention.kernels.rows import attend_rows
 from dit.attention.kernels.workers import run_tasks
 
-SCORE_BYTES = 2**21
+SCORE_BYTES = 3 * 2**19
 """Most bytes of the scores of a task."""
 MOST_ROWS, LEAST_ROWS = 256, 16
 """Queries of a task."""

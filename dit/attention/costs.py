@@ -1,0 +1,224 @@
+"""What attention costs on this machine, and whether leaving pairs out pays.
+
+`measure_attention_costs()` takes some seconds and is kept in the user's cache folder; without it typical values stand
+in. All kernels divide their work alike over threads, so times of one thread decide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit.attention.block_map import BlockMap, make_block_map
+from dit.attention.grid import TokenGrid
+from dit.attention.kernels import products
+from dit.attention.layout import raster_layout
+from dit.runtime.cost_model import cache_path, machine_key
+from dit.runtime.timing import measure
+
+WIDTHS = (64, 128)
+"""Head widths that are measured; others lie on the line through them."""
+TOKENS, HEADS = 1024, 4
+MARGIN = 0.97
+"""Sparse attention must be predicted to take less than this share of the time of dense attention."""
+
+
+@dataclass(frozen=True)
+class AttentionCosts:
+    """Costs of attention on one machine.
+
+    Args:
+        machine: processor and version of torch; "typical" for values that were not.
+        pair: nanoseconds of a query, key and head: (head width 64, 128) by "kernel dtype", for "native" (torch's),
+            "products" and "sparse" (the kernel that `block_sparse_attention` takes).
+        block: microseconds of a block of queries of sparse attention, whatever it visits.
+    """
+
+    machine: str
+    pair: Mapping[str, tuple[float, float]]
+    block: float
+
+    def of_pair(self, kernel: str, dtype: torch.dtype, width: int) -> float | None:
+        """Return the seconds of a pair and head; None for what was not measured."""
+        known = self.pair.get(f"{kernel} {str(dtype).removeprefix('torch.')}")
+        if known is None:
+            return None
+        slope = (known[1] - known[0]) / (WIDTHS[1] - WIDTHS[0])
+        return max(known[0] + slope * (width - WIDTHS[0]), 0.25 * known[0]) * 1e-9
+
+    def dense_seconds(self, query: Tensor, keys: int) -> float | None:
+        """Return the time of dense attention by the fastest kernel here.
+
+        Args:
+            query: (B, N, K, E); only shape and dtype are read.
+            keys: their number M.
+        """
+        batch, length, heads, width = query.shape
+        kernels = ("native", "products") if products.has_fast_products() else ("native",)
+        costs = [self.of_pair(kernel, query.dtype, width) for kernel in kernels]
+        known = [cost for cost in costs if cost is not None]
+        return min(known) * batch * heads * length * keys if known else None
+
+    def sparse_seconds(self, query: Tensor, block_map: BlockMap) -> float | None:
+        """Return the time of a block map.
+
+        Args:
+            query: (B, N, K, E); only shape and dtype are read.
+            block_map: the pairs.
+        """
+        batch, length, heads, width = query.shape
+        cost = self.of_pair("sparse", query.dtype, width)
+        if cost is None:
+            return None
+        if "density" not in block_map.cache:
+            block_map.cache["density"] = block_map.density()
+        pairs = block_map.cache["density"] * length * block_map.keys.grid.length
+        return batch * heads * (pairs * cost + block_map.queries.count * self.block * 1e-6)
+
+    def save(self, path: Path | None = None) -> Path:
+        """Write the costs as JSON and return where; None is the user's cache folder."""
+        path = path or _path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"machine": self.machine, "pair": dict(self.pair), "block": self.block}
+        path.write_text(json.dumps(content, indent=1))
+        _kept.cache_clear()
+        return path
+
+
+TYPICAL = {
+    "cpu": AttentionCosts(
+        "typical",  # an AMD EPYC with AVX-512 BF16, one thread
+        {
+            "native float32": (3.0, 5.5),
+            "native bfloat16": (3.0, 5.5),
+            "products bfloat16": (1.3, 2.1),
+            "sparse float32": (3.4, 6.0),
+            "sparse bfloat16": (1.5, 2.4),
+        },
+        20.0,
+    ),
+    "cuda": AttentionCosts(
+        "typical",  # relative to a dense kernel at the peak of its rate; a block-sparse one reaches about 0.8 of it
+        {
+            f"{kernel} {dtype}": pair
+            for kernel, pair in (("native", (1.0, 2.0)), ("sparse", (1.25, 2.5)))
+            for dtype in ("float16", "bfloat16", "float32")
+        },
+        0.0,
+    ),
+}
+"""Costs where none were measured."""
+
+
+def attention_costs(device: torch.device | str = "cpu") -> AttentionCosts:
+    """Return the costs that were measured on this machine, else typical ones.
+
+    Args:
+        device: where attention is computed.
+    """
+    kind = torch.device(device).type
+    measured = _kept(_path(), _machine()) if kind == "cpu" else None
+    return measured or TYPICAL.get(kind, TYPICAL["cuda"])
+
+
+def pays(query: Tensor, block_map: BlockMap, costs: AttentionCosts | None = None) -> bool:
+    """Return whether a block map is predicted to take less time than dense attention.
+
+    Args:
+        query: (B, N, K, E); only shape, dtype and device are read.
+        block_map: the pairs.
+        costs: None means `attention_costs`.
+    """
+    costs = costs or attention_costs(query.device)
+    sparse, dense = costs.sparse_seconds(query, block_map), costs.dense_seconds(query, block_map.keys.grid.length)
+    return sparse is None or dense is None or sparse < MARGIN * dense
+
+
+def measure_attention_costs(repeats: int = 5) -> AttentionCosts:
+    """Time attention on this CPU with one thread; a few seconds.
+
+    Args:
+        repeats: rounds; all kernels take turns.
+
+    Returns:
+        The costs; `save()` keeps them, and `attention_costs` finds them from then on.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            return _measure(repeats)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(repeats: int) -> AttentionCosts:
+    from dit.attention.sparse import block_sparse_attention  # it asks for costs itself
+
+    layout = raster_layout(TokenGrid(1, 32, TOKENS // 32), 128)
+    shares = {"few": 2, "many": 6}  # blocks that each block visits
+    maps = {name: make_block_map(layout, _first_blocks(layout.count, count)) for name, count in shares.items()}
+    pairs = HEADS * TOKENS * TOKENS
+    pair: dict[str, tuple[float, float]] = {}
+    blocks = []
+    for dtype in (torch.float32, torch.bfloat16):
+        found: dict[str, list[float]] = {}
+        for width in WIDTHS:
+            query, key, value = (torch.randn(1, TOKENS, HEADS, width).to(dtype) for _ in range(3))
+            calls: dict[str, Any] = {"native": lambda q=query, k=key, v=value: _native(q, k, v)}
+            if dtype == torch.bfloat16:
+                calls["products"] = lambda q=query, k=key, v=value: products.attend_all(q, k, v, q.shape[-1] ** -0.5)
+            for name, block_map in maps.items():
+                calls[name] = lambda q=query, k=key, v=value, m=block_map: block_sparse_attention(q, k, v, m)
+            taken = {name: one.process_min for name, one in measure(calls, repeats).timings.items()}
+            few, many = (shares[name] / layout.count * pairs for name in maps)
+            slope = max((taken["many"] - taken["few"]) / (many - few), 0.1 * taken["native"] / pairs)  # despite noise
+            blocks.append((taken["few"] - slope * few) / (HEADS * layout.count))
+            rates = {name: taken[name] / pairs for name in calls if name not in shares} | {"sparse": slope}
+            for name, seconds in rates.items():
+                found.setdefault(name, []).append(seconds * 1e9)
+        for name, (narrow, wide) in found.items():
+            pair[f"{name} {str(dtype).removeprefix('torch.')}"] = (narrow, wide)
+    return AttentionCosts(_machine(), pair, max(sum(blocks) / len(blocks), 0.0) * 1e6)
+
+
+def _first_blocks(count: int, visited: int) -> Tensor:
+    """Return a map in which each block visits as many others, (count, count)."""
+    index = torch.arange(count)
+    return (index[:, None] - index) % count < visited
+
+
+def _native(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, K, N, E)
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def _machine() -> str:
+    """Name processor and torch; threads don't matter."""
+    return ", ".join(part for part in machine_key("cpu").split(", ") if not part.endswith(" threads"))
+
+
+def _path() -> Path:
+    digest = hashlib.sha256(_machine().encode()).hexdigest()[:12]
+    return cache_path("cpu").with_name(f"attention-costs-{digest}.json")
+
+
+@lru_cache(maxsize=4)
+def _kept(path: Path, machine: str) -> AttentionCosts | None:
+    """Return the costs in a file; None if there is none, or it is of another machine."""
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text())
+    if content.get("machine") != machine:
+        return None
+    pair = {name: (float(low), float(high)) for name, (low, high) in content["pair"].items()}
+    return AttentionCosts(machine, pair, float(content["block"]))
