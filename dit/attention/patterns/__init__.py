@@ -28,6 +28,17 @@ MODULES: dict[str, tuple[str, ...]] = {
     "sparse_videogen": ("svg_spatial", "svg_temporal"),
     "lvsa": ("lvsa",),
     "paro": ("paro",),
+    "pooled": ("pooled_topk", "pooled_topp", "topk_topp"),
+    "antidiagonal": ("antidiagonal",),
+    "sale": ("sale",),
+    "sol": ("sol",),
+    "subblock": ("subblock",),
+    "draft": ("draft",),
+    "cube": ("cube",),
+    "svg": ("svg",),
+    "svg2": ("svg2",),
+    "vertical_slash": ("vertical_slash",),
+    "skip_softmax": ("skip_softmax",),
 }
 """Files of this folder, and the patterns that each one registers."""
 
