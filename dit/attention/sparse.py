@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from dit.attention.block_map import BlockMap
-from dit.attention.kernels.contract import SparseKernel, Tail, sparse_kernel
+from dit.attention.kernels.backward import differentiable
+from dit.attention.kernels.contract import SparseFunction, SparseKernel, Tail, sparse_kernel
 
 
 @overload
@@ -74,8 +77,11 @@ def block_sparse_attention(
     _check(query, key, value, block_map, key_mask)
     block_map = block_map.to(query.device)
     chosen = _choose(kernel, query, key, block_map, tail)
-    scale = float(query.shape[-1]) ** -0.5 if scale is None else scale
-    out, lse = chosen.function(
+    scale = float(float(query.shape[-1]) ** -0.5) if scale is None else scale
+    function: SparseFunction = chosen.function
+    if not chosen.has_gradient and _needs_gradient(query, key, value, tail):
+        function = partial(differentiable, chosen.function)
+    out, lse = function(
         query, key, value, block_map, scale=scale, key_mask=key_mask, tail=tail, return_lse=return_lse
     )
     if lse is None:
@@ -83,8 +89,13 @@ def block_sparse_attention(
     return out, lse
 
 
-AUTOMATIC = {"cpu": ("gather", "reference"), "cuda": ("gather", "reference")}
+AUTOMATIC = {"cpu": ("gather", "reference"), "cuda": ("triton", "gather", "reference")}
 """Kernels that "auto" tries, by device, the fastest first."""
+
+
+def _needs_gradient(query: Tensor, key: Tensor, value: Tensor, tail: Tail | None) -> bool:
+    pooled = () if tail is None else (tail.key, tail.value, tail.log_count)
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *pooled))
 
 
 def _choose(name: str, query: Tensor, key: Tensor, block_map: BlockMap, tail: Tail | None) -> SparseKernel:
