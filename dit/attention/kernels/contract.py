@@ -19,6 +19,8 @@ KERNELS: dict[str, str] = {
     "triton": "triton",
     "triton_int8": "triton",
     "triton_int8_fp8": "triton",
+    "flex": "flex",
+    "flex_compiled": "flex",
 }
 """Kernel -> the file of this folder that registers it."""
 
