@@ -18,9 +18,9 @@ from apps.environment import describe_machine
 from dit.attention import BlockMap, TokenGrid, attention_reference, block_sparse_attention
 from dit.attention.block_map import make_block_map
 from dit.attention.corrections import CorrectionCall, StateEntry, correction
-from dit.attention.corrections.blocks import block_means
 from dit.attention.kernels.contract import Tail
 from dit.attention.layout import Layout, raster_layout, tile_layout
+from dit.attention.patterns.scores import block_means
 from dit.runtime.metrics import relative_error
 from dit.runtime.state import StateStore
 from dit.runtime.step_context import StepContext, next_run

@@ -75,7 +75,8 @@ def attention(
         query: (B, N, K, E).
         key: (B, M, K, E).
         value: (B, M, K, E).
-        attn_mask: bool, True where a query may look; (B, M), or anything that broadcasts to (B, K, N, M).
+        attn_mask: bool, True where a query may look; (B, M), or anything that broadcasts to (B, K, N, M). Of another
+            dtype it is added to the scores.
         scale: factor of the scores; None means 1 / sqrt(E).
         backend: name of an attention backend, see `dit.attention.backends`; None means the active one. Where that is
             torch's native one, long sequences in bfloat16 on a CPU are computed by "products", which is faster.
@@ -256,6 +257,8 @@ def _attention_by_products(
     """Attend by two matrix products: on CPUs the fused kernel's backward takes four times as long for short rows."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, K, N, E)
     scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scale is None else scale)  # (B, K, N, M)
-    if attn_mask is not None:
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask
+    elif attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)  # finite: an empty row must not be NaN
     return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2)  # (B, N, K, E)

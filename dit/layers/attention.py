@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
-from dit.attention import attention
+from dit.attention import TokenGrid, attention
 from dit.layers.frame_memory import LayerMemory
 from dit.layers.linear import Linear
 from dit.layers.norms import RMSNorm
@@ -49,6 +49,18 @@ class AttnProcessor:
         )
 
     @staticmethod
+    def project(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project tokens (B, N, D) to normalised queries, keys, and values, (B, N, K, E) each."""
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # (B, N, D) each
+        else:
+            query = attn.to_q(hidden_states)  # (B, N, D)
+            key = attn.to_k(hidden_states)  # (B, N, D)
+            value = attn.to_v(hidden_states)  # (B, N, D)
+        query, key, value = (split_heads(x, attn.heads) for x in (query, key, value))  # (B, N, K, E)
+        return attn.norm_q(query), attn.norm_k(key), value
+
+    @staticmethod
     def project_back(attn: Any, out: Tensor) -> Tensor:
         """Join the heads (B, N, K, E) and project them back, (B, N, D)."""
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
@@ -77,14 +89,8 @@ class SelfAttnProcessor(AttnProcessor):
         Returns:
             (B, N, D).
         """
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # (B, N, D) each
-        else:
-            query = attn.to_q(hidden_states)  # (B, N, D)
-            key = attn.to_k(hidden_states)  # (B, N, D)
-            value = attn.to_v(hidden_states)  # (B, N, D)
-        query, key, value = (split_heads(x, attn.heads) for x in (query, key, value))  # (B, N, K, E)
-        query, key = apply_rotary_qk(attn.norm_q(query), attn.norm_k(key), image_rotary_emb, value.dtype)
+        query, key, value = self.project(attn, hidden_states)  # (B, N, K, E)
+        query, key = apply_rotary_qk(query, key, image_rotary_emb, value.dtype)
         if memory is not None:
             key, value = memory.extend(key, value)  # (B, M + N, K, E)
         return self.project_back(attn, self.attend(query, key, value, attention_mask))  # (B, N, D)
@@ -126,11 +132,13 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
         memory: LayerMemory | None = None,
+        grid: TokenGrid | None = None,
     ) -> Tensor:
-        """Attend; `SelfAttnProcessor` lists the shapes."""
-        if memory is None:  # other processors may know none
-            return self.processor(self, hidden_states, attention_mask, image_rotary_emb)
-        return self.processor(self, hidden_states, attention_mask, image_rotary_emb, memory=memory)
+        """Attend; `SelfAttnProcessor` lists the shapes, `dit.attention.trainable` has processors that use the grid."""
+        known: dict[str, Any] = {} if memory is None else {"memory": memory}  # other processors may know none
+        if getattr(self.processor, "takes_grid", False):
+            known["grid"] = grid
+        return self.processor(self, hidden_states, attention_mask, image_rotary_emb, **known)
 
 
 class CrossAttnProcessor(AttnProcessor):

@@ -6,6 +6,7 @@ predicts the velocity `data - noise` at a time in [0, 1] that runs from noise (0
 second half.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from dit.attention import TokenGrid
+from dit.attention.trainable import replace_attention
 from dit.layers.attention import SelfAttention
 from dit.layers.embeddings import LabelEmbedding, TimestepEmbedding, unpatchify
 from dit.layers.feed_forward import FeedForward
@@ -67,11 +70,11 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(hidden_size, int(hidden_size * ff_ratio))
 
-    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        """Map tokens (B, N, D), given the condition `temb` (B, D), to tokens (B, N, D)."""
+    def forward(self, hidden_states: Tensor, temb: Tensor, grid: TokenGrid | None = None) -> Tensor:
+        """Map tokens (B, N, D) of a grid, given the condition `temb` (B, D), to tokens (B, N, D)."""
         # attention's shift, scale and gate, then the MLP's; each (B, 1, D)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(temb)
-        attended = self.attn(modulate(self.norm1(hidden_states), shift_a, scale_a))  # (B, N, D)
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_a, scale_a), grid=grid)  # (B, N, D)
         hidden_states = hidden_states + gate_a * attended  # (B, N, D)
         fed = self.ff(modulate(self.norm2(hidden_states), shift_f, scale_f))  # (B, N, D)
         return hidden_states + gate_f * fed  # (B, N, D)
@@ -93,11 +96,15 @@ class DiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cach
         class_dropout_prob: fraction of labels dropped in training mode; 0 means no row for 'no class'.
         objective: "epsilon" (DiT) or "velocity" (SiT, which drops the channels beyond C).
         time_scale: the sinusoid sees `time_scale * timestep`; 1 in the released DiT and SiT.
+        attention: how tokens attend: "dense", or a name of `dit.attention.trainable`.
+        attention_params: parameters of the latter.
 
     Raises:
         ValueError: an objective, a channel count or a patch size that don't fit.
     """
 
+    later_settings: ClassVar[Mapping[str, Any]] = {"attention": "dense", "attention_params": None}
+    """Settings that came later and their neutral values, which fingerprints leave out."""
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["DiTBlock"]
     _repeated_blocks: ClassVar = ["DiTBlock"]
@@ -124,6 +131,8 @@ class DiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cach
         class_dropout_prob: float = 0.1,
         objective: str = "epsilon",
         time_scale: float = 1.0,
+        attention: str = "dense",
+        attention_params: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if objective not in ("epsilon", "velocity"):
@@ -150,6 +159,8 @@ class DiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cach
         self.proj_out = Linear(self.hidden_size, patch_size**2 * out_channels)
         self.gradient_checkpointing = False
         self._initialize()
+        if attention != "dense":
+            replace_attention(self, attention, **(attention_params or {}))
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DiT":
@@ -233,11 +244,12 @@ class DiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cach
         temb = self.time_embed(times, hidden_states.dtype) + self.label_embed(class_labels)  # (B, D)
 
         # blocks
+        grid = TokenGrid(1, rows, columns)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, grid)
             else:
-                hidden_states = block(hidden_states, temb)  # (B, N, D)
+                hidden_states = block(hidden_states, temb, grid)  # (B, N, D)
 
         # head: modulated norm, projection, patches back to a latent
         shift, scale = self.modulation_out(temb)  # (B, 1, D) each

@@ -11,6 +11,7 @@ an image model.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from dit.attention import TokenGrid
+from dit.attention.trainable import replace_attention
 from dit.layers.attention import SelfAttention
 from dit.layers.embeddings import TimestepEmbedding, patchify, sinusoidal_embedding, unpatchify
 from dit.layers.feed_forward import FeedForward
@@ -70,6 +73,7 @@ class TextDiTBlock(nn.Module):
         num_frames: int = 1,
         text_tokens: int = 0,
         memory: LayerMemory | None = None,
+        grid: TokenGrid | None = None,
     ) -> Tensor:
         """Run the block.
 
@@ -81,6 +85,7 @@ class TextDiTBlock(nn.Module):
             num_frames: latent frames T that the N latent tokens belong to, frame by frame.
             text_tokens: L.
             memory: keys and values of frames before these, M tokens.
+            grid: the tokens, for attention that looks at it.
 
         Returns:
             (B, L + N, D).
@@ -92,9 +97,11 @@ class TextDiTBlock(nn.Module):
             hidden_states = self._attend_over_time(hidden_states, image_rotary_emb, num_frames, text_tokens)
         normed = modulate(self.norm1(hidden_states), shift_a, scale_a)  # (B, L + N, D)
         if self.attn_time is None or num_frames == 1:
-            attended = self.attn(normed, attention_mask, image_rotary_emb, memory)  # (B, L + N, D)
+            attended = self.attn(normed, attention_mask, image_rotary_emb, memory, grid)  # (B, L + N, D)
         else:
-            attended = self._attend_within_frames(normed, image_rotary_emb, attention_mask, num_frames, text_tokens)
+            attended = self._attend_within_frames(
+                normed, image_rotary_emb, attention_mask, num_frames, text_tokens, grid
+            )
         hidden_states = hidden_states + gate_a * attended  # (B, L + N, D)
         fed = self.ff(modulate(self.norm2(hidden_states), shift_f, scale_f))
         return hidden_states + gate_f * fed  # (B, L + N, D)
@@ -112,14 +119,21 @@ class TextDiTBlock(nn.Module):
         return torch.cat([text, image], dim=1)  # (B, L + N, D)
 
     def _attend_within_frames(
-        self, normed: Tensor, rotary: Rotary, mask: Tensor | None, num_frames: int, text_tokens: int
+        self,
+        normed: Tensor,
+        rotary: Rotary,
+        mask: Tensor | None,
+        num_frames: int,
+        text_tokens: int,
+        grid: TokenGrid | None,
     ) -> Tensor:
         """Let text and each frame attend to each other; the text gets the mean over frames, (B, L + N, D)."""
         batch, length, area = len(normed), text_tokens, (normed.shape[1] - text_tokens) // num_frames
         joint = _beside_each_frame(normed, length, num_frames).flatten(0, 1)  # (B T, L + S, D)
         cos, sin = (_beside_each_frame(part[None], length, num_frames)[0].repeat(batch, 1, 1) for part in rotary)
         shown = None if mask is None else mask[:, : length + area].repeat_interleave(num_frames, dim=0)  # (B T, L + S)
-        attended = self.attn(joint, shown, (cos, sin)).unflatten(0, (batch, num_frames))  # (B, T, L + S, D)
+        frame = None if grid is None else replace(grid, frames=1)
+        attended = self.attn(joint, shown, (cos, sin), grid=frame).unflatten(0, (batch, num_frames))  # (B, T, L + S, D)
         return torch.cat([attended[:, :, :length].mean(dim=1), attended[:, :, length:].flatten(1, 2)], dim=1)
 
 
@@ -154,6 +168,8 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         clip_conditioning: whether the network is told a clip's frame rate and length in latent frames.
         chunk_frames: "causal": latent frames, after the first one, that see each other and are made together.
         window_frames: "causal": latent frames before its chunk that a frame sees.
+        attention: how tokens attend: "dense", or a name of `dit.attention.trainable`; for "causal" only "dense".
+        attention_params: parameters of the latter.
     """
 
     later_settings: ClassVar[Mapping[str, Any]] = {
@@ -161,6 +177,8 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         "clip_conditioning": False,
         "chunk_frames": 1,
         "window_frames": 8,
+        "attention": "dense",
+        "attention_params": None,
     }
     """Settings that came later and their neutral values, which fingerprints leave out."""
     _supports_gradient_checkpointing = True
@@ -190,6 +208,8 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         clip_conditioning: bool = False,
         chunk_frames: int = 1,
         window_frames: int = 8,
+        attention: str = "dense",
+        attention_params: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if space_time not in ("full", "factorised", "causal"):
@@ -199,6 +219,10 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
                 raise ValueError(f"{name}={value} is out of range: expected at least 1 latent frame")
         if space_time == "causal" and patch_size_t != 1:
             raise ValueError(f"patch_size_t={patch_size_t}: causal attention needs patches of one latent frame")
+        if space_time == "causal" and attention != "dense":
+            raise ValueError(
+                f"attention={attention!r} can't be causal in time: use attention='dense' or another space_time"
+            )
         hidden_size = num_attention_heads * attention_head_dim
         self.out_channels = out_channels or in_channels
         self.patch = (patch_size_t, patch_size, patch_size)
@@ -231,6 +255,8 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
         self.proj_out = Linear(hidden_size, values * self.out_channels)
         self.gradient_checkpointing = False
         self.initialize_weights()
+        if attention != "dense":
+            replace_attention(self, attention, **(attention_params or {}))
 
     def initialize_weights(self) -> None:
         """Start as DiT does (arXiv 2212.09748): xavier matrices, closed gates, an output of zero."""
@@ -318,12 +344,14 @@ class TextDiT(Typed, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, 
 
         # blocks: joint attention of text and image
         tokens = torch.cat([text, image], dim=1)  # (B, L + N, D)
+        positions = TokenGrid(grid[0], grid[1], grid[2], length, "first" if length else "none")
         for index, block in enumerate(self.transformer_blocks):
-            kept = () if memory is None else (memory.layers[index],)
+            kept = None if memory is None else memory.layers[index]
+            given = (tokens, temb, rotary, mask, grid[0], length, kept, positions)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, temb, rotary, mask, grid[0], length, *kept)
+                tokens = self._gradient_checkpointing_func(block, *given)
             else:
-                tokens = block(tokens, temb, rotary, mask, grid[0], length, *kept)  # (B, L + N, D)
+                tokens = block(*given)  # (B, L + N, D)
 
         # head: the image's tokens, modulated norm, projection, patches back to a latent
         image = tokens[:, length:]  # (B, N, D)

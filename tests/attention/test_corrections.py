@@ -10,7 +10,7 @@ from apps.benchmarks.attention_corrections import between_steps_errors, left_out
 from dit.attention import BlockMap, Layout, TokenGrid, attention_reference, block_sparse_attention
 from dit.attention.block_map import make_block_map
 from dit.attention.corrections import Correction, CorrectionCall, StateEntry, correction, correction_names
-from dit.attention.corrections.blocks import block_means, gather_blocks, scatter_blocks
+from dit.attention.corrections.blocks import gather_blocks, scatter_blocks
 from dit.attention.corrections.pooled import pooled_tail
 from dit.attention.kernels.contract import Tail
 from dit.attention.layout import cluster_layout, raster_layout, tile_layout
@@ -176,8 +176,7 @@ def test_blocks_are_gathered_and_scattered_back(seed: int, grid: TokenGrid, layo
     call = draw(seed, grid, layout)
     blocks, place = gather_blocks(call.query, call.block_map.queries)
     assert torch.equal(scatter_blocks(blocks, place), call.query)
-    means, count = block_means(call.query, call.block_map.queries)
-    assert torch.allclose(blocks.sum(3) / count.clamp(min=1)[..., None], means, atol=1e-5)
+    assert torch.allclose(blocks.sum((2, 3)), call.query.sum(1), atol=1e-4)  # what fills up is zero
 
 
 # ------------------------------------------------------------------- between steps

@@ -1,4 +1,4 @@
-"""What corrections compute block by block: means, tokens gathered by block, and blocks' results given to tokens."""
+"""What corrections compute block by block: tokens gathered by block, and blocks' results given to tokens."""
 
 from __future__ import annotations
 
@@ -6,34 +6,6 @@ import torch
 from torch import Tensor
 
 from dit.attention.layout import Layout
-
-
-def block_means(x: Tensor, layout: Layout, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the mean of each block in float32, 0 for one without tokens, and how many tokens it is of.
-
-    Args:
-        x: (B, N, K, E), in the order of the sequence.
-        layout: the blocks.
-        mask: bool, (B, N), False for tokens that don't count.
-
-    Returns:
-        (B, K, n, E) and (B', K', n), both float32.
-    """
-    batch, length, heads, width = x.shape
-    blocks = layout.block_of().to(x.device)  # (B', K', N)
-    weight = x.new_ones(1, 1, length, dtype=torch.float32) if mask is None else mask[:, None].float()  # (B or 1, 1, N)
-    groups = torch.broadcast_shapes(blocks.shape[:2], weight.shape[:2])
-    count = x.new_zeros(*groups, layout.count, dtype=torch.float32)
-    count = count.scatter_add(2, blocks.expand(*groups, -1), weight.expand(*groups, -1))  # (B', K', n)
-    values = x.float() if mask is None else x.float().masked_fill(~mask[..., None, None], 0)  # (B, N, K, E)
-    if layout.is_shared:
-        total = values.new_zeros(batch, layout.count, heads, width).index_add(1, blocks[0, 0], values)
-        total = total.transpose(1, 2)  # (B, K, n, E)
-    else:
-        index = blocks[..., None].expand(batch, heads, -1, width)
-        total = values.new_zeros(batch, heads, layout.count, width)
-        total = total.scatter_add(2, index, values.transpose(1, 2))  # (B, K, n, E)
-    return total / count.clamp(min=1)[..., None], count
 
 
 def gather_blocks(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

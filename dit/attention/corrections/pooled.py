@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit.attention.block_map import BlockMap
-from dit.attention.corrections.blocks import block_means, by_query
+from dit.attention.corrections.blocks import by_query
 from dit.attention.corrections.contract import Correction, CorrectionCall, register_correction
 from dit.attention.functional import merge_attention
 from dit.attention.kernels.contract import Tail
+from dit.attention.patterns.scores import block_means
 
 
 @register_correction
@@ -63,11 +65,11 @@ def pooled_tail(key: Tensor, value: Tensor, block_map: BlockMap, key_mask: Tenso
     Returns:
         Means in the dtype of key and value, summed in float32.
     """
-    keys = block_map.keys
-    mean_key, count = block_means(key, keys, key_mask)  # (B, K, m, E), (B', K', m)
+    keys, exact = block_map.keys, block_map.keys.exact_blocks
+    mean_key, count = block_means(key, keys, key_mask)  # (B, K, m - exact, E), (B', K', m - exact)
     mean_value, _ = block_means(value, keys, key_mask)
-    log_count = count.log()  # -inf for empty blocks
-    log_count[..., keys.visual_count :] = -torch.inf
+    mean_key, mean_value = (F.pad(x, (0, 0, 0, exact)) for x in (mean_key, mean_value))  # (B, K, m, E)
+    log_count = F.pad(count.log(), (0, exact), value=-torch.inf)  # (B', K', m), -inf for empty blocks too
     return Tail(mean_key.to(key.dtype), mean_value.to(value.dtype), log_count)
 
 
@@ -95,7 +97,8 @@ def centroid_tail(call: CorrectionCall, tail: Tail) -> tuple[Tensor, Tensor]:
     key, value, log_count = tail.key.float(), tail.value.float(), tail.log_count  # (B, K, m, E), (B', K', m)
     alive = ~log_count.isneginf()  # (B', K', m)
     center = (key * alive[..., None]).sum(2, keepdim=True) / alive.sum(-1).clamp(min=1)[..., None, None]  # (B,K,1,E)
-    query, _ = block_means(call.query, call.block_map.queries)  # (B, K, n, E)
+    query, _ = block_means(call.query, call.block_map.queries)  # (B, K, n - exact, E)
+    query = F.pad(query, (0, 0, 0, call.block_map.queries.exact_blocks))  # (B, K, n, E); exact ones visit everything
     scores = query @ (key - center).mT * call.scale + log_count[..., None, :]  # (B, K, n, m)
     scores = scores.masked_fill(call.block_map.visits, -torch.inf)
     lse = scores.logsumexp(-1)  # (B, K, n)

@@ -28,6 +28,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "sparse_videogen": ("svg_spatial", "svg_temporal"),
     "lvsa": ("lvsa",),
     "paro": ("paro",),
+    "trained": ("coarse_gate", "sla", "dma", "proxy"),
     "pooled": ("pooled_topk", "pooled_topp", "topk_topp"),
     "antidiagonal": ("antidiagonal",),
     "sale": ("sale",),
