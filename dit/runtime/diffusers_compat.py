@@ -81,7 +81,8 @@ def active_attention_backend() -> str:
 def attention_backend_names() -> list[str]:
     """Return the names of diffusers' attention backends, whether they work here or not."""
     listed = _private("diffusers.models.attention_dispatch", "_AttentionBackendRegistry.list_backends")()
-    return sorted((one.value for one in listed), key=lambda name: (name.startswith("_"), name != "native", name))
+    names = [one.value for one in listed if one.value not in _UNLISTED]
+    return sorted(names, key=lambda name: (name.startswith("_"), name != "native", name))
 
 
 def check_attention_backend(name: str) -> None:
@@ -94,13 +95,21 @@ def check_attention_backend(name: str) -> None:
     _private("diffusers.models.attention_dispatch", "_check_attention_backend_requirements")(_BACKEND_NAMES(name))
 
 
-def register_attention_backend(name: str, function: Callable[..., Tensor]) -> None:
+_UNLISTED: set[str] = set()
+"""Backends that serve one layer each, which nobody chooses by name."""
+
+
+def register_attention_backend(name: str, function: Callable[..., Tensor], *, is_listed: bool = True) -> Any:
     """Make a function one of diffusers' attention backends, for all networks that attend through its dispatcher.
 
     Args:
         name: in lower case, as `set_attention_backend` takes it.
         function: gets `query`, `key`, `value`, (B, N, K, E) each, and those of `attn_mask`, `dropout_p`, `is_causal`,
             `scale` and `enable_gqa` that its signature names; returns (B, N, K, E).
+        is_listed: `attention_backend_names` names it.
+
+    Returns:
+        The member of diffusers' enumeration, as processors keep it.
 
     Raises:
         ValueError: the name is taken, or not in lower case.
@@ -116,6 +125,9 @@ def register_attention_backend(name: str, function: Callable[..., Tensor]) -> No
     _BACKEND_NAMES._value2member_map_[name] = member
     _BACKEND_NAMES._member_names_.append(member._name_)
     register(member)(function)
+    if not is_listed:
+        _UNLISTED.add(name)
+    return member
 
 
 def unregister_attention_backend(name: str) -> None:
@@ -136,6 +148,7 @@ def unregister_attention_backend(name: str) -> None:
         raise ValueError(f"{name!r} can't be taken back: it is {'unknown' if member is None else 'the active backend'}")
     for table in registry:
         table.pop(member)
+    _UNLISTED.discard(name)
     del _BACKEND_NAMES._member_map_[member._name_]
     del _BACKEND_NAMES._value2member_map_[name]
     _BACKEND_NAMES._member_names_.remove(member._name_)

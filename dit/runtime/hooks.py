@@ -25,6 +25,7 @@ from dit.runtime.state import StateStore, unwrap
 
 if TYPE_CHECKING:
     from dit.runtime.families import AttentionLayer
+    from dit.runtime.step_context import StepContext
 
 _ATTACHMENTS = "_tessera_attachments"
 _MISSING = object()
@@ -66,6 +67,10 @@ class Mechanism(ABC):
     def report(self, attachment: Attachment) -> dict[str, Any]:
         """Return what the mechanism did on one target, as plain values; it is merged into `Attachment.report()`."""
         return {}
+
+    def needs_step(self, attachment: Attachment, step: StepContext) -> bool:
+        """Return whether a step must be computed, because the mechanism refreshes at it what it keeps; caches ask."""
+        return False
 
     def attach(self, target: Any) -> Attachment:
         """Attach to a network, or to all networks of a pipeline that denoise.

@@ -221,6 +221,10 @@ class StepCache(Mechanism):
             return Reason.of("edges", first=first, last=self.tail)
         if self.max_skips is not None and state.skips >= self.max_skips:
             return Reason.of("max_skips", most=self.max_skips)
+        others = [one for one in attachments(call.attachment.target) if one is not call.attachment]
+        refreshing = next((one.mechanism.name for one in others if one.mechanism.needs_step(one, here)), None)
+        if refreshing is not None:
+            return Reason.of("anchor", mechanism=refreshing)
         if self.gate.shared and here.step in self._decisions:
             return self._decisions[here.step]
         wanted = self._vote(call, self.gate.computes(here, state.memory, call.signal))

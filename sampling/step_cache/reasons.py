@@ -11,6 +11,7 @@ TEXTS: Mapping[str, str] = {
     "gradients": "gradients are on",
     "edges": "the first {first:g} and last {last} steps are always computed",
     "max_skips": "no more than {most} steps in a row are skipped",
+    "anchor": "{mechanism} refreshes at the step",
     "gate": "the gate {gate} asked for the step",
     "nothing_to_forecast_from": "nothing computed yet to forecast from",
     "branch_not_called": "the branch was not called in the step before",

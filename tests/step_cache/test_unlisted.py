@@ -311,7 +311,7 @@ def _parts(model: nn.Module) -> dict[str, Any]:
 CALL = {"height": 32, "width": 64, "max_sequence_length": 16, "guidance_scale": 3.0}
 
 
-@pytest.mark.parametrize("make", [chroma, bria])
+@pytest.mark.parametrize("make", [bria])
 def test_output_budgets_need_no_token_grid(make: Any) -> None:
     torch.manual_seed(0)
     one = make()
@@ -326,6 +326,13 @@ def test_output_budgets_need_no_token_grid(make: Any) -> None:
     assert report["skipped"] > 0
     with pytest.raises(AttachError, match=r"img_ids|token grid.*region='output'"):
         calibrate_budget(one, ["a red apple"], steps=STEPS, region="blocks", **CALL)
+
+
+def test_output_budgets_say_the_grid_that_is_known() -> None:
+    torch.manual_seed(0)
+    one = chroma()
+    one.set_progress_bar_config(disable=True)
+    assert calibrate_budget(one, ["a red apple"], steps=STEPS, **CALL).header.grid == (1, 2, 4)
 
 
 def test_output_budgets_of_an_unlisted_class() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from dit.runtime.families.layouts import Inputs, patched
 from dit.runtime.families.modules import is_attention
+from dit.runtime.families.partial import SEQUENCES
 from dit.runtime.families.schema import TIMESTEP_NAME, AttentionPattern, BlockList, Family
 from dit.runtime.families.tokens import Kind, TokenLayout
 from dit.runtime.state import named_layers
@@ -51,6 +52,13 @@ def detect(model: nn.Module) -> Family:
             f"{', '.join(BLOCK_LIST_NAMES)}) with attention layers in it (to_q, to_k and to_v), and found "
             f"{'no ModuleList' if not paths else 'none in ' + ', '.join(paths)}. Add a row to dit/runtime/families."
         )
+    known = SEQUENCES.get(type(model).__name__)
+    if known is not None:
+        lists = [
+            BlockList(one.path, "text", refiner=True) if one.path == known.text_blocks else one
+            for one in _block_lists(holding)
+        ]
+        return replace(detect_inputs(model), block_lists=tuple(lists), attention=known.attention)
     takes = signature(type(model).forward).parameters
     kinds = _kinds({n: m for n, m in attention.items() if n.startswith(tuple(p + "." for p in holding))}, takes)
     patterns = tuple(AttentionPattern(pattern, kind) for pattern, kind in kinds.items())
@@ -118,6 +126,9 @@ def _is_cross(module: nn.Module) -> bool:
 
 
 def _layout(model: nn.Module, inputs: Inputs) -> TokenLayout:
+    known = SEQUENCES.get(type(model).__name__)
+    if known is not None:
+        return known.layout(model, inputs)
     latents, config = inputs.get("hidden_states"), getattr(model, "config", {})
     if getattr(latents, "ndim", 0) not in (4, 5) or "patch_size" not in config:
         raise UnknownFamilyError(
