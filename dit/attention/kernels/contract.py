@@ -21,6 +21,8 @@ KERNELS: dict[str, str] = {
     "triton_int8_fp8": "triton",
     "flex": "flex",
     "flex_compiled": "flex",
+    "xformers": "xformers",
+    "natten": "natten",
 }
 """Kernel -> the file of this folder that registers it."""
 
