@@ -21,7 +21,7 @@ from apps.service import limits
 from apps.service.engine import Engine
 from apps.service.events import Failed, Picture
 from apps.service.job_runner import _notes_on_words
-from apps.service.lora import LoraError, find_loras
+from apps.service.lora import LoraError, find_loras, one_lora
 from apps.service.metadata import read_picture, request_from_settings
 from apps.service.option_values import Lora
 from apps.service.requests import TextToImageRequest
@@ -217,6 +217,9 @@ def test_folders_of_two_files_are_offered_too(algorithm, tmp_path):
     write_lora(loras, "ink", 0)
     (loras / "empty").mkdir()
     assert list(find_loras(loras)) == ["ink", "felt"]
+    assert one_lora(loras / "felt") == {"felt": find_loras(loras)["felt"]}
+    with pytest.raises(ValueError, match="is no LoRA file"):
+        one_lora(loras / "empty")
     with closing(Engine({"tiny": "x"}, tmp_path, device="cpu", loras=find_loras(loras), load=lambda _: pipe)) as engine:
         plain, felt, half = (painted(engine, ask(*one))[0] for one in ((), ("felt",), ("felt", 0.5)))
         assert len({one.image.tobytes() for one in (plain, felt, half)}) == 3
