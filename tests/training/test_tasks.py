@@ -20,7 +20,7 @@ from apps.training.task import load_config
 from apps.training.tokenizer import train_tokenizer
 from dit.tokenizers import ViTAutoencoder
 from dit.tokenizers.base import linear_preview
-from tests.training.helpers import TINY_RUN, assert_resumes_exactly
+from tests.training.helpers import TINY_RUN, assert_learns, assert_resumes_exactly
 
 AUTOENCODER = """
 [task]
@@ -220,6 +220,19 @@ def test_batches_are_pure_and_follow_the_stages(configured):
         rows = (first["latents"][:, None] == task.latents.float()[None]).flatten(2).all(dim=2)
         assert all(task.pool.scenes[int(row.nonzero()[0])].kind == kind for row in rows)
     assert not torch.equal(task.batch(0)["noise"], task.batch(1)["noise"])
+
+
+def test_a_network_is_trained_with_another_attention_and_exported_with_it(configured, tmp_path):
+    chosen = ["model.attention=moh", "model.attention_params={shared=1,routed=1}"]
+    assert_learns(Trainer(configured("text_to_image", "task.caption_dropout=0", *chosen)).task, steps=30)
+    train(configured("text_to_image", *chosen))
+    from pipelines import load_pipeline
+
+    attn = load_pipeline(str(tmp_path / "runs/tiny/export")).transformer.transformer_blocks[0].attn
+    assert attn.processor.name == "moh"
+    assert attn.wg.weight.shape == (1, 32)
+    with pytest.raises(ConfigError, match="there is no attention 'mho'"):
+        configured("text_to_image", "model.attention=mho")
 
 
 def test_same_scene_gets_fresh_captions(configured):

@@ -26,6 +26,7 @@ from apps.training.latent_cache import Encode, cached_latents, encode_latents
 from apps.training.representation_alignment import AlignmentSection, RepresentationAlignment, make_alignment
 from apps.training.task import TaskContext
 from apps.training.text_encoder import TextModel, caption_tokenizer, load_text_encoder, new_text_encoder, tokenize
+from dit.attention.trainable import replacement
 from dit.models.text_dit import TextDiT
 from dit.tokenizers import as_visual_tokenizer
 from sampling.objectives import flow_matching_loss, interpolate, logit_normal_grid, logit_normal_sigmas
@@ -129,14 +130,29 @@ class FlowImageData(TextToImageData):
 
 
 class TextToImageModel(Section):
-    """The `[model]` section; see `TextDiT`. Channels and sizes follow from the autoencoder and the text encoder."""
+    """The `[model]` section; see `TextDiT`. Channels and sizes follow from the autoencoder and the text encoder.
+
+    Attributes:
+        attention: How tokens attend: dense, or a name of `dit.attention.trainable`.
+        attention_params: Parameters of the latter.
+    """
 
     patch_size: int = 2
     num_layers: int = 6
     num_attention_heads: int = 4
     attention_head_dim: int = 64
     ff_ratio: float = 8 / 3
+    attention: str = "dense"
+    attention_params: dict[str, Any] | None = None
     text: TextModel = TextModel()
+
+    @model_validator(mode="after")
+    def _check_attention(self) -> "TextToImageModel":
+        if self.attention != "dense":
+            replacement(self.attention, **(self.attention_params or {}))
+        elif self.attention_params:
+            raise ValueError("model.attention_params is set, but model.attention is dense: name what takes them")
+        return self
 
 
 class TextToImageConfig(TrainConfig):

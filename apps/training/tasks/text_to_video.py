@@ -87,7 +87,7 @@ class TextToVideoModel(TextToImageModel):
     chunk_frames: int = Field(default=1, ge=1)
     window_frames: int = Field(default=8, ge=1)
 
-    def attention(self) -> dict[str, Any]:
+    def frame_attention(self) -> dict[str, Any]:
         """Return the settings that say how the frames of clips attend."""
         return self.model_dump(include={"space_time", "chunk_frames", "window_frames"})
 
@@ -321,14 +321,14 @@ class TextToVideoTask(TextToImageTask):
             trained = TextDiT.from_pretrained(start / "transformer", torch_dtype=torch.float32)
             own = trained.config.space_time
             shown = 0 if model.space_time == "causal" else self._known_channels(trained.out_channels)
-            same = all(trained.config[name] == value for name, value in model.attention().items())
+            same = all(trained.config[name] == value for name, value in model.frame_attention().items())
             if trained.config.in_channels == trained.out_channels + shown and same:
                 return trained
             if own == "factorised" and model.space_time != own:
                 raise ConfigError(
                     f"model.space_time = {model.space_time!r}, but data.init_from is factorised: set that"
                 )
-            settings = {"clip_conditioning": True, "sample_size": self.latents.shape[-1], **model.attention()}
+            settings = {"clip_conditioning": True, "sample_size": self.latents.shape[-1], **model.frame_attention()}
             return clip_transformer(trained, shown, **settings)
         channels, side = self.latents.shape[1], self.latents.shape[-1]
         return TextDiT(
