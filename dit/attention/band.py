@@ -47,13 +47,17 @@ class BandRule(TokenRule):
         # 2. of which so many lie in each block
         starts = keys.starts[0, 0, : keys.visual_count + 1].cpu()  # (m + 1,)
         in_sink = starts.clamp(max=sink).diff()  # (m,)
-        counts = torch.empty(queries.visual_count, keys.visual_count, dtype=torch.int64)
-        bounds = queries.starts[0, 0].tolist()
-        for block in range(queries.visual_count):
-            run = slice(bounds[block], bounds[block + 1])
-            low, high = first[run, None], torch.maximum(first, end)[run, None]  # (R, 1)
-            inside = torch.minimum(high, starts[1:]) - torch.maximum(low, starts[:-1])  # (R, m)
-            counts[block] = inside.clamp(min=0).sum(0) + in_sink * (run.stop - run.start)
+        sizes = queries.sizes[0, 0, : queries.visual_count].cpu()  # (n,)
+        counts = sizes[:, None] * in_sink  # (n, m)
+        for block, run in enumerate(torch.stack([first, torch.maximum(first, end)], -1).split(sizes.tolist())):
+            if not len(run):
+                continue
+            # the key blocks that the runs of this block of queries, (R, 2), reach into
+            begin = int(torch.searchsorted(starts, run[:, 0].min(), right=True)) - 1
+            stop = int(torch.searchsorted(starts, run[:, 1].max()))
+            low, high = starts[begin:stop], starts[begin + 1 : stop + 1]  # (m',)
+            inside = torch.minimum(run[:, 1:], high) - torch.maximum(run[:, :1], low)  # (R, m')
+            counts[block, begin:stop] += inside.clamp(min=0).sum(0)
         return counts
 
     def _line(self, layout: Layout) -> Tensor:
