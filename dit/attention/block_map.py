@@ -131,6 +131,41 @@ class BlockMap:
                 mask[batch, head] = torch.cat(list(self._mask_rows_of(batch, head)))
         return mask
 
+    def row_mask(self, rows: Tensor) -> Tensor:
+        """Return which keys count for some queries, bool, (B', K', R, M).
+
+        Args:
+            rows: (R,), positions of the queries in the sequence.
+        """
+        return by_key(self.visited(rows), self.keys) & self._row_rule(rows)
+
+    def visited(self, rows: Tensor) -> Tensor:
+        """Return which blocks of keys some queries visit, bool, (B', K', R, m).
+
+        Args:
+            rows: (R,), positions of the queries in the sequence.
+        """
+        return self._of_rows(self.visits, rows)
+
+    def _of_rows(self, of_blocks: Tensor, rows: Tensor) -> Tensor:
+        """Give some queries (R,) what their blocks have, (B', K', n, m) to (B', K', R, m)."""
+        blocks = self.queries.block_of().to(of_blocks.device)[..., rows]  # (B', K', R)
+        heads = torch.broadcast_shapes(blocks.shape[:2], of_blocks.shape[:2])
+        index = blocks.expand(*heads, -1)[..., None].expand(*heads, len(rows), of_blocks.shape[-1])
+        return of_blocks.expand(*heads, -1, -1).gather(2, index)  # (B', K', R, m)
+
+    def _row_rule(self, rows: Tensor) -> Tensor:
+        """Return which keys the rule allows some queries (R,), True where it isn't asked, (B', K', R, M)."""
+        if self.rule is None:
+            return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=rows.device)
+        index, keys = (_visual_index(one.grid).to(rows.device) for one in (self.queries, self.keys))
+        query = index[rows][:, None]  # (R, 1)
+        exact = (query < 0) | (keys < 0)  # (R, M)
+        allowed = exact | self.rule.allowed(query.clamp(min=0), keys.clamp(min=0)[None])  # (R, M)
+        if self.partial is None:
+            return allowed[None, None]
+        return allowed | ~by_key(self._of_rows(self.partial, rows), self.keys)
+
     def prune(self) -> BlockMap:
         """Find out by the rule which visited blocks have no pair that counts, or only such pairs.
 
@@ -268,6 +303,14 @@ def make_rule_map(layout: Layout, rule: TokenRule, *, keys: Layout | None = None
     sizes = layout.sizes[0, 0, : layout.visual_count, None] * keys.sizes[0, 0, : keys.visual_count]  # (n, m)
     visits = counts > 0
     return make_block_map(layout, visits, keys=keys, rule=rule, partial=visits & (counts < sizes))
+
+
+def by_key(of_blocks: Tensor, layout: Layout) -> Tensor:
+    """Give each key what belongs to its block: (B', K', R, m) to (B', K', R, M)."""
+    blocks = layout.block_of().to(of_blocks.device)[..., None, :]  # (B', K', 1, M)
+    heads = torch.broadcast_shapes(blocks.shape[:2], of_blocks.shape[:2])
+    index = blocks.expand(*heads, of_blocks.shape[2], -1)
+    return of_blocks.expand(*heads, -1, -1).gather(3, index)  # (B', K', R, M)
 
 
 def _visual_index(grid: Any) -> Tensor:

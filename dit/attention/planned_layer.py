@@ -16,6 +16,7 @@ from dit.attention.block_map import BlockMap
 from dit.attention.call_notes import CallNote
 from dit.attention.choices import Choice, Group, Plan, Sink, StaysDense
 from dit.attention.corrections import CorrectionCall, StateEntry, correction, correction_type
+from dit.attention.costs import pays
 from dit.attention.functional import attention_reference, log_sum_exp
 from dit.attention.grid import TokenGrid
 from dit.attention.key_masks import KeyMask, read_mask
@@ -29,6 +30,9 @@ from dit.runtime.step_context import StepContext, current_step
 
 KEPT_MAPS = 64
 """Most block maps of static patterns that a plan keeps."""
+LEAST_WEIGHED = 512
+"""From so many tokens on a choice of kernel "auto" computes all pairs where that is predicted to be faster."""
+SLOWER = "all pairs are computed faster here"
 MOST_RULED = 2**14
 """Most tokens of which a report counts the pairs that a rule allows."""
 
@@ -343,6 +347,12 @@ class PlannedLayer:
             self.statistics.weight += share
             return self._dense(inputs)
         block_map = self.maps.get(choice, grid, inputs)
+        if choice.kernel == "auto" and grid.length >= LEAST_WEIGHED and not pays(inputs.query, block_map):
+            self.statistics.reasons[SLOWER] += 1
+            self.statistics.kernels["dense"] += 1
+            self.statistics.density += share
+            self.statistics.weight += share
+            return self._dense(inputs)
         self.statistics.add_map(block_map, share)
         if block_map.is_dense:
             self.statistics.kernels["dense"] += 1
