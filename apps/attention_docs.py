@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dit.attention import BlockMap, TokenGrid, pattern, pattern_info, pattern_names
 
-GRID = TokenGrid(8, 5, 5, 10, "last")
-"""What the thumbnails are drawn on: eight frames of 25 tokens, then 10 text tokens."""
+GRID = TokenGrid(6, 5, 5, 10, "last")
+"""What the thumbnails are drawn on: six frames of 25 tokens, then 10 text tokens."""
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "neighborhood": {"window": (3, 3, 3), "tile": (1, 2, 2)},
@@ -48,8 +48,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 """Parameters of the thumbnails; patterns that aren't here get small blocks and otherwise their defaults."""
 
-COLORS = ((255, 255, 255), (232, 234, 238), (168, 196, 232), (24, 78, 146), (40, 40, 40))
-"""Paper, nothing, visited but not counted, counted, words."""
+COLORS = ((255, 255, 255), (232, 234, 238), (168, 196, 232), (24, 78, 146))
+"""Paper, nothing, visited but not counted, counted and words."""
 
 COLUMNS, MARGIN, LABEL = 6, 12, 18
 
@@ -86,7 +86,7 @@ def sheet() -> Image.Image:
     font = ImageFont.load_default(13)
     for index, name in enumerate(names):
         left, top = index % COLUMNS * width + MARGIN, index // COLUMNS * height + MARGIN
-        draw.text((left, top), name, fill=4, font=font)
+        draw.text((left, top), name, fill=3, font=font)
         canvas.paste(Image.fromarray(thumbnail(name).byte().numpy(), mode="L"), (left, top + LABEL))
     return canvas
 
@@ -106,7 +106,7 @@ def example(name: str) -> BlockMap:
     known = {key: value for key, value in small.items() if info.parameters.get(key)}
     params = EXAMPLES.get(name, known)
     if name == "paro":
-        params = {"axes": "hwt", "block": 5, "masks": _near_diagonal(40)}
+        params = {"axes": "hwt", "block": 5, "masks": _near_diagonal(30)}
     if not info.online:
         return pattern(name, GRID, **params)
     query, key = smooth_tokens(GRID)
@@ -203,7 +203,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("usage: python -m apps.attention_docs FOLDER")
     folder = Path(arguments[0])
     (folder / "attention.md").write_text(page(), encoding="utf-8")
-    sheet().save(folder / "attention.png", optimize=True, bits=4)
+    sheet().save(folder / "attention.png", optimize=True, bits=2)
 
 
 if __name__ == "__main__":

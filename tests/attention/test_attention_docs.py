@@ -25,4 +25,4 @@ def test_the_image_has_a_mask_of_every_pattern_and_is_small() -> None:
     with Image.open(path) as committed:
         assert committed.mode == "P"
         assert committed.size == drawn.size
-    assert drawn.getextrema() == (0, 4)
+    assert drawn.getextrema() == (0, 3)
