@@ -10,6 +10,8 @@ to other prompts, sizes, guidance and schedulers.
 `tessera bench clips` measures a step cache on clips, and the time and memory of longer ones.
 `tessera bench lora-style` measures whether a LoRA teaches a style, and draws before, after and truth beside the file;
 `tessera bench lora-object` and `lora-motion` the same of an object and a motion that the model has never drawn.
+`tessera bench attention` times dense and block-sparse attention on a CPU, with rivals in the same run.
+`tessera bench attention-gpu` times the Triton kernel of sparse attention beside a GPU's best dense attention.
 `tessera bench attention-corrections` says how near corrections bring sparse attention to dense attention.
 `tessera bench training` trains several configurations, or reads what they have logged, and compares validation losses.
 """
@@ -184,11 +186,25 @@ def bench_lora_motion(asked: Asked) -> dict[str, Any]:
     return implementation.bench_lora_motion(asked)
 
 
+def bench_attention(asked: Asked) -> dict[str, Any]:
+    """Time dense and block-sparse attention; see `apps.benchmarks.attention`."""
+    from apps.benchmarks import attention as implementation
+
+    return implementation.bench_attention(asked)
+
+
 def bench_attention_corrections(asked: Asked) -> dict[str, Any]:
     """Compare corrections of sparse attention; see `apps.benchmarks.attention_corrections`."""
     from apps.benchmarks import attention_corrections as implementation
 
     return implementation.bench_attention_corrections(asked)
+
+
+def bench_attention_gpu(asked: Asked) -> dict[str, Any]:
+    """Measure the Triton kernel of sparse attention; see `apps.benchmarks.attention_gpu`."""
+    from apps.benchmarks import attention_gpu as implementation
+
+    return implementation.bench_attention_gpu(asked)
 
 
 def bench_training(asked: Asked) -> dict[str, Any]:
@@ -213,7 +229,9 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "lora-style": bench_lora_style,
     "lora-object": bench_lora_object,
     "lora-motion": bench_lora_motion,
+    "attention": bench_attention,
     "attention-corrections": bench_attention_corrections,
+    "attention-gpu": bench_attention_gpu,
     "training": bench_training,
 }
 

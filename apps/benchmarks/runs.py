@@ -12,6 +12,7 @@ from typing import Any
 SAVING = "saving of time over saving of operations"
 RATIOS = {"ours / torch": "shape", "of released": "code", SAVING: "budget"}
 RATIOS |= {"times faster": "budget", "times the seconds": "frames", "times the memory": "frames"}
+RATIOS |= {"gain": "shape", "of ideal": "shape", "beside the best dense": "shape", "openvino: gain": "shape"}
 """Columns of tables that hold ratios, and the column that names their rows."""
 
 

@@ -1,0 +1,32 @@
+"""The benchmark of attention runs, and reports ratios under names that runs of other days have too."""
+
+import torch
+
+from apps.benchmarks import attention
+from apps.benchmarks.run import run
+from apps.benchmarks.runs import has_ratios, ranges
+
+
+def test_a_short_run_measures_all_tables() -> None:
+    report = run("attention", smoke=True, json_output=True)
+    tables = report["tables"]
+    assert set(tables) == {"dense attention in bfloat16", "sparse attention", "exact pairs", "choosing the pairs"}
+    dense = tables["dense attention in bfloat16"][0]
+    assert dense["gain"] > 0
+    assert 0.5 < dense["error / torch's"] < 1.5
+    sparse = tables["sparse attention"]
+    assert {row["density"] for row in sparse} == {0.25, 0.5}  # a block of four is the least
+    assert all(row["of ideal"] > 0 for row in sparse)
+    assert all(row["pairs"] < row["density"] for row in tables["exact pairs"])
+    assert has_ratios(report)
+    found = ranges([report, report])
+    assert {row["ratio"] for row in found} >= {"gain", "of ideal", "beside the best dense"}
+    assert all(row["runs"] == 2 for row in found)
+
+
+def test_maps_deliver_what_they_say() -> None:
+    for shared in (True, False):
+        block_map = attention.random_map(4096, 0.35, shared)
+        assert abs(block_map.density() - 0.35) < 0.02
+        assert block_map.visits.shape[1] == (1 if shared else attention.HEADS)
+        assert torch.equal(block_map.visits.sum(-1).unique(), torch.tensor([11]))
