@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from apps.lora_examples.captioned_folder import write_captioned
@@ -26,8 +25,6 @@ WIDTHS = {1280: 900, 390: 844}
 """Of the window, with its height."""
 PATIENCE = 600
 """Seconds that an image may take on a busy machine."""
-LIKE = 36
-"""Squared distance up to which two colours pass for one."""
 PICTURES = (
     ("two stars on purple", 3),
     ("a crown above a frog on pink", 5),
@@ -61,7 +58,7 @@ class Camera:
             self.page.wait_for_timeout(1500)  # until transitions and late fonts have settled
             data = self.page.screenshot(full_page=True)
             with Image.open(io.BytesIO(data)) as shot:
-                few_colours(shot.convert("RGB")).save(self._folder / f"{name}-{width}.png", optimize=True)
+                shot.convert("RGB").save(self._folder / f"{name}-{width}.webp", quality=80, method=6)
         self.page.set_viewport_size({"width": 1280, "height": WIDTHS[1280]})
 
     def open(self, tab: str) -> None:
@@ -93,22 +90,6 @@ class Camera:
         self.page.click("#generate")
         note_says(self.page, "Done", PATIENCE)
         self.page.wait_for_timeout(800)
-
-
-def few_colours(image: Image.Image) -> Image.Image:
-    """Return an image in 256 colours, a third of the bytes: the page's own ones stay, those generated are rounded."""
-    pixels = np.asarray(image)  # (H, W, 3)
-    colours, place, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
-    exact: list[np.ndarray] = []
-    for colour in colours[counts.argsort()[::-1][:8192]].astype(np.int32):  # frequent ones, none like another
-        if len(exact) < 128 and all(((colour - one) ** 2).sum() > LIKE for one in exact):
-            exact.append(colour)
-    rest = np.reshape(image.quantize(128, dither=Image.Dither.NONE).getpalette(), (-1, 3))
-    palette = np.concatenate([exact, rest])[:256].astype(np.int32)  # (256, 3)
-    chosen = [((palette - colour) ** 2).sum(1).argmin() for colour in colours.astype(np.int32)]
-    few = Image.fromarray(np.array(chosen, dtype=np.uint8)[place].reshape(pixels.shape[:2]), "P")
-    few.putpalette(palette.astype(np.uint8).tobytes())
-    return few
 
 
 def shoot(camera: Camera) -> None:
