@@ -331,8 +331,9 @@ def bench(
             help="image (an image and its parts), start (imports), costs (single operations), cache, cache-time and "
             "cache-transfer (step caches), clips (a step cache, and length), kv, shortcuts and search (next-scale "
             "models), released (our VAR beside its authors' code), lora-style, lora-object and lora-motion (what a "
-            "LoRA learned), attention-corrections (what stands for pairs that sparse attention leaves out), or "
-            "training (validation losses of several configurations)."
+            "LoRA learned), attention-corrections (what stands for pairs that sparse attention leaves out), "
+            "attention-gpu (the kernel of sparse attention on a GPU), or training (validation losses of several "
+            "configurations)."
         ),
     ],
     names: Annotated[

@@ -10,6 +10,7 @@ to other prompts, sizes, guidance and schedulers.
 `tessera bench clips` measures a step cache on clips, and the time and memory of longer ones.
 `tessera bench lora-style` measures whether a LoRA teaches a style, and draws before, after and truth beside the file;
 `tessera bench lora-object` and `lora-motion` the same of an object and a motion that the model has never drawn.
+`tessera bench style-control` measures what a network learns of that style that is shown pairs of drawings.
 `tessera bench attention` times dense and block-sparse attention on a CPU, with rivals in the same run.
 `tessera bench attention-gpu` times the Triton kernel of sparse attention beside a GPU's best dense attention.
 `tessera bench attention-corrections` says how near corrections bring sparse attention to dense attention.
@@ -172,6 +173,13 @@ def bench_lora_style(asked: Asked) -> dict[str, Any]:
     return implementation.bench_lora_style(asked)
 
 
+def bench_style_control(asked: Asked) -> dict[str, Any]:
+    """Find out what pairs of drawings tell of a style; see `apps.benchmarks.style_control`."""
+    from apps.benchmarks import style_control as implementation
+
+    return implementation.bench_style_control(asked)
+
+
 def bench_lora_object(asked: Asked) -> dict[str, Any]:
     """Measure a LoRA of a new object; see `apps.benchmarks.lora_object`."""
     from apps.benchmarks import lora_object as implementation
@@ -227,6 +235,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "search": bench_search,
     "released": bench_released,
     "lora-style": bench_lora_style,
+    "style-control": bench_style_control,
     "lora-object": bench_lora_object,
     "lora-motion": bench_lora_motion,
     "attention": bench_attention,

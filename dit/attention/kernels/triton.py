@@ -98,18 +98,18 @@ def attend(
         """Return the strides between samples and heads, 0 where they share."""
         return (0, 0) if x is None else tuple(x.stride(i) if x.shape[i] > 1 else 0 for i in (0, 1))  # type: ignore
 
-    can_describe = all(x.rows.stride(0) * x.rows.element_size() % 16 == 0 for x in (keys, values))
+    loads = (False, True) if options.use_tma is None else (options.use_tma,)
+    if not all(_can_be_described(x.rows) for x in (keys, values)):
+        loads = (False,)
     described = [keys.rows, values.rows]
-    if can_describe and options.use_tma is not False:
+    if True in loads:
         box = (wide, block_n) if options.fp8_values else (block_n, wide)
         described = [_describe(keys.rows, (block_n, wide)), _describe(values.rows, box)]
-    else:
-        can_describe = False
     kernel: Any = kernels.forward_kernel
-    settings = {"TMA": can_describe and bool(options.use_tma), "STAGES": 1}
+    settings = {"TMA": loads == (True,), "STAGES": 1}
     if not kernels.IS_INTERPRETED:
         itemsize = max(keys.rows.element_size(), values.rows.element_size())
-        kernel, settings = kernels.tuned_kernel(itemsize, block_n, can_describe), {}
+        kernel, settings = kernels.tuned_kernel(itemsize, block_n, loads), {}
 
     def pointer(x: Tensor | None) -> Tensor:
         """Return a tensor, or any where a call has no use for one."""
@@ -132,6 +132,22 @@ def attend(
         BLOCK_M=block_m, BLOCK_N=block_n, WIDTH=wide, **settings,
     )  # fmt: skip
     return out, lse
+
+
+def pack_for(
+    key: Tensor, value: Tensor, block_map: BlockMap, key_mask: Tensor | None = None, options: TritonOptions = EXACT
+) -> None:
+    """Do only what `attend` does before the kernel: bring keys and values into the layout's order; to be timed.
+
+    Args:
+        key: (B, M, K, E).
+        value: (B, M, K, E).
+        block_map: of the call.
+        key_mask: bool, (B, M).
+        options: of the call.
+    """
+    block_m, block_n = _piece_sizes(block_map, key.shape[-1], key.element_size(), options)
+    _pack(key, value, lists_of(block_map, block_m, block_n), key_mask, block_n, options)
 
 
 def _pack(
@@ -176,6 +192,11 @@ def _pooled(
     if value_scales is not None:
         value = value / value_scales[..., None, :]
     return key.to(dtype).contiguous(), value.to(dtype).contiguous(), tail.log_count.float().contiguous()
+
+
+def _can_be_described(rows: Tensor) -> bool:
+    """Return whether the tensor memory accelerator can read a matrix: it wants rows at multiples of 16 bytes."""
+    return rows.stride(0) * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
 
 
 def _describe(rows: Tensor, box: tuple[int, int]) -> Any:

@@ -286,16 +286,16 @@ def forward_kernel(
 
 
 @cache
-def tuned_kernel(itemsize: int, block_n: int, can_describe: bool) -> Any:
+def tuned_kernel(itemsize: int, block_n: int, loads: tuple[bool, ...]) -> Any:
     """Return the kernel with the configurations that are tried at its first call on a GPU.
 
-    Hopper loads by its tensor memory accelerator (TMA) or by asynchronous copies; both are tried, with as many stages
-    as shared memory holds: a piece of 128 keys of 128 in bfloat16 is 64 KiB with its values, of 227.
+    Hopper loads by its tensor memory accelerator (TMA) or by asynchronous copies; with as many stages as shared memory
+    holds: a piece of 128 keys of 128 in bfloat16 is 64 KiB with its values, of 227.
 
     Args:
         itemsize: bytes of the wider of keys and values.
         block_n: keys of a piece.
-        can_describe: keys and values can be loaded by TMA.
+        loads: whether by TMA; both can be tried.
     """
     if itemsize == 4:
         warps_and_stages = [(4, 2), (8, 2)]
@@ -304,9 +304,9 @@ def tuned_kernel(itemsize: int, block_n: int, can_describe: bool) -> Any:
     else:
         warps_and_stages = [(8, 3), (4, 3), (8, 4)]
     configs = [
-        triton.Config({"TMA": tma, "STAGES": stages}, num_warps=warps, num_stages=stages)
+        triton.Config({"TMA": by_tma, "STAGES": stages}, num_warps=warps, num_stages=stages)
         for warps, stages in warps_and_stages
-        for tma in ([False, True] if can_describe else [False])
+        for by_tma in loads
     ]
     decided_by = ["BLOCK_M", "WIDTH", "HAS_BITS", "HAS_KEY_MASK", "HAS_TAIL", "INT8", "FP8", "SKIPS"]
     return triton.autotune(configs, key=decided_by)(forward_kernel)
