@@ -21,6 +21,7 @@ from dit.attention.functional import attention_reference, log_sum_exp
 from dit.attention.grid import TokenGrid
 from dit.attention.key_masks import KeyMask, read_mask
 from dit.attention.patterns import pattern, pattern_info
+from dit.attention.patterns.svg2 import ClusterState
 from dit.attention.sequences import grid_of
 from dit.attention.sparse import block_sparse_attention
 from dit.runtime.families.tokens import Axes, Kind
@@ -87,12 +88,32 @@ class MapCache:
     def __len__(self) -> int:
         return len(self._maps)
 
-    def get(self, choice: Choice, grid: TokenGrid, inputs: Inputs) -> BlockMap:
-        """Return the map of a call; online patterns look at it anew."""
+    def get(
+        self,
+        choice: Choice,
+        grid: TokenGrid,
+        inputs: Inputs,
+        keys: Tensor | None = None,
+        entry: StateEntry | None = None,
+    ) -> BlockMap:
+        """Return the map of a call; online patterns look at it anew.
+
+        Args:
+            choice: its pattern.
+            grid: its tokens.
+            inputs: the call.
+            keys: bool, (B, M), False for keys that nobody may look at.
+            entry: where patterns that start from the last step keep what they need.
+        """
         sinks, rows = self.plan.guards.sinks, self.plan.guards.sink_rows
         device = inputs.query.device
         if pattern_info(choice.pattern).online:
-            return with_sinks(self._make(choice, grid, query=inputs.query, key=inputs.key), sinks, rows).to(device)
+            known = set(pattern_info(choice.pattern).parameters) - set(choice.params)
+            given: dict[str, Any] = {"query": inputs.query, "key": inputs.key}
+            given |= {name: one for name, one in {"value": inputs.value, "key_mask": keys}.items() if name in known}
+            if "state" in known:
+                given["state"] = _clusters(entry)
+            return with_sinks(self._make(choice, grid, **given), sinks, rows).to(device)
         key = (choice.key, grid, str(device))
         if key not in self._maps:
             self._maps[key] = with_sinks(self._make(choice, grid), sinks, rows).to(device)
@@ -346,7 +367,7 @@ class PlannedLayer:
             self.statistics.density += share
             self.statistics.weight += share
             return self._dense(inputs)
-        block_map = self.maps.get(choice, grid, inputs)
+        block_map = self.maps.get(choice, grid, inputs, mask.keys, self._entry(number, step, "pattern"))
         if choice.kernel == "auto" and grid.length >= LEAST_WEIGHED and not pays(inputs.query, block_map):
             self.statistics.reasons[SLOWER] += 1
             self.statistics.kernels["dense"] += 1
@@ -378,10 +399,11 @@ class PlannedLayer:
         )  # fmt: skip
         return correction(choice.correction, **choice.correction_params)(call)
 
-    def _entry(self, number: int, step: StepContext | None) -> StateEntry | None:
+    def _entry(self, number: int, step: StepContext | None, use: str = "correction") -> StateEntry | None:
+        """Return where a group of heads keeps what its correction, or its pattern, needs at the next step."""
         if step is None:
             return None
-        return StateEntry(self.store, self.mechanism, f"{self.name}#{number}", step.branch)
+        return StateEntry(self.store, self.mechanism, f"{self.name}#{number}.{use}", step.branch)
 
     # ----------------------------------------------------------------------- measuring
 
@@ -403,6 +425,17 @@ class PlannedLayer:
         difference = ((out[:, rows].double() - exact.double()) * live[..., None]).norm()
         self.statistics.error += float(difference / (exact.double() * live[..., None]).norm().clamp(min=1e-12))
         self.statistics.measured += 1
+
+
+def _clusters(entry: StateEntry | None) -> ClusterState | None:
+    """Return the centroids of a layer and branch, which a pattern reads and writes; None outside of steps."""
+    if entry is None:
+        return None
+    kept = entry.get()
+    if kept is None:
+        kept = {"clusters": ClusterState()}
+        entry.set(kept)
+    return kept["clusters"]
 
 
 def with_sinks(block_map: BlockMap, sinks: Sequence[Sink], rows: bool) -> BlockMap:

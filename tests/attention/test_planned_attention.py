@@ -329,3 +329,29 @@ def test_measured_error_is_that_of_the_outputs() -> None:
     with AttentionPlan.uniform("skip", **SKIP).attach(model) as handle:
         call(model, wan_inputs())
         assert handle.report()["error"] is None
+
+
+def test_clusters_of_a_branch_are_where_the_next_step_starts() -> None:
+    model: Any = tiny_transformer("wan")
+    plan = AttentionPlan.uniform("svg2", query_clusters=4, key_clusters=6, iterations=3, correction="none")
+    with plan.attach(model) as handle:
+        for step in range(2):
+            with step_scope(at(step)):
+                call(model, wan_inputs())
+        kept = handle.state.entries("planned_attention")
+        assert [(layer, branch) for layer, branch, _ in kept] == [
+            (f"blocks.{index}.attn1#0.pattern", "all") for index in range(2)
+        ]
+        assert all(value["clusters"].query.shape[2] == 4 for _, _, value in kept)
+
+
+@pytest.mark.parametrize("name", ["pooled_topk", "sol", "subblock", "draft", "cube", "svg", "sale", "antidiagonal"])
+def test_online_patterns_leave_padded_text_out(name: str) -> None:
+    """A network with masked text: what the padding holds changes nothing."""
+    model, inputs = case("krea2")
+    other = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].clone()}
+    other["encoder_hidden_states"][0, 3:] += 1
+    params = {"density": 0.6} if name == "svg" else {}
+    with AttentionPlan.uniform(name, correction="none", **params).attach(model) as handle:
+        torch.testing.assert_close(call(model, other), call(model, inputs))
+        assert handle.report()["sparse"] == 4
