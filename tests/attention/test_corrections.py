@@ -1,5 +1,7 @@
 """Corrections: what they give against slow definitions, when they refresh, and how much nearer to dense they come."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apps.benchmarks.attention_corrections import between_steps_errors, left_out_errors
+from apps.benchmarks.run import run
 from dit.attention import BlockMap, Layout, TokenGrid, attention_reference, block_sparse_attention
 from dit.attention.block_map import make_block_map
 from dit.attention.corrections import Correction, CorrectionCall, StateEntry, correction, correction_names
@@ -308,3 +311,10 @@ def test_every_correction_is_registered_and_documented() -> None:
         kind = correction_type(name)
         assert kind.name == name
         assert kind.__doc__
+
+
+def test_the_benchmark_has_both_tables(tmp_path: Path) -> None:
+    report = run("attention-corrections", smoke=True, output=tmp_path / "report.json", json_output=True)
+    assert len(report["tables"]["left out"]) == 4
+    for row in report["tables"]["between steps"]:
+        assert row["ratio_residual"] < row["residual"] < row["none"]
