@@ -169,7 +169,7 @@ def _static_map(choice: Choice, grid: TokenGrid, device: str) -> BlockMap:
 
 
 def _first_step(params: Mapping[str, Any]) -> int:
-    """Return the earliest step that any sample is at; without one a late one."""
+    """Return the earliest step that any sample is at; 0 where it is neither given nor asked for."""
     step = params.get("denoise_step_idx")
     if step is None:
         if params["tessera"].get("dense_steps"):

@@ -51,7 +51,7 @@ from triton.compiler import ASTSource
 from dit.attention.kernels.triton_forward import forward_kernel as kernel
 
 flags = {"HAS_BITS": True, "HAS_KEY_MASK": True, "HAS_TAIL": True, "HAS_LSE": True, "INT8": INT8, "FP8": INT8}
-sizes = {"BLOCK_M": 128, "BLOCK_N": 128, "WIDTH": 128, "E": 128, "TMA": True, "STAGES": 2, "SKIPS": False}
+sizes = {"BLOCK_M": 128, "BLOCK_N": 128, "WIDTH": 128, "E": 128, "TMA": True, "STAGES": 3, "SKIPS": False}
 constants = {**flags, **sizes}
 keys, values, box = ("i8", "fp8e4nv", "[128, 128]") if INT8 else ("bf16", "bf16", "[128, 128]")
 kinds = {"query": "*bf16", "out": "*bf16", "tail_key": "*bf16", "tail_value": "*bf16", "key": "*" + keys}
@@ -66,7 +66,7 @@ aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_n
            if signature[name].startswith("*") or name in strides}
 constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
 source = ASTSource(kernel, signature, constants, aligned)
-built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 2})
+built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3})
 print(built.metadata.shared, "wgmma.mma_async" in built.asm["ptx"], "cp.async.bulk.tensor" in built.asm["ptx"])
 """
 
