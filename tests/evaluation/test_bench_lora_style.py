@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from apps.benchmarks.lora_style import EACH, list_wanted
 from apps.benchmarks.run import run
+from apps.benchmarks.style_control import Translator, draw, train_control, vary
 from apps.cli import app
 from apps.service.usage import UsageError
-from apps.stickers.fluent import TRAINING, UNSEEN
+from apps.stickers import load_sprites
+from apps.stickers.fluent import TRAINING, UNSEEN, load_fluent
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 
@@ -73,3 +75,31 @@ def test_wrong_usage_says_what_to_give(model, tmp_path):
     )
     assert isinstance(result.exception, UsageError)
     assert "bad.safetensors" in str(result.exception)
+
+
+def test_the_control_learns_from_pairs_and_is_judged_on_both_sides(tmp_path):
+    report = run("style-control", smoke=True, device="cpu", output=tmp_path / "control.json")
+    (rows,) = report["tables"].values()
+    assert [row["names"] for row in rows] == [len(TRAINING)] * 4 + [len(UNSEEN)] * 4
+    assert [row["images"] for row in rows[:4]] == [
+        f"{what}, {which}" for which in ("seen", "unseen") for what in ("flat", "translated")
+    ]
+    assert all(row["distance"] == pytest.approx(row["scale"], abs=0.03) for row in rows[::2])
+
+
+@pytest.mark.slow
+def test_a_control_trained_on_few_pairs_reproduces_them():
+    def distance(network: Translator) -> float:
+        flat, styled = (draw(sheet, ["fox", "owl"], ["blue", "white"]) for sheet in (load_sprites(), load_fluent()))
+        with torch.inference_mode():
+            return float((network(flat) - styled).abs().mean())
+
+    untrained, trained = (train_control(["fox", "owl"], steps, torch.device("cpu")) for steps in (1, 60))
+    assert distance(trained) < 0.9 * distance(untrained)
+
+
+def test_pairs_are_varied_together():
+    pairs = draw(load_sprites(), ["fox"] * 8, ["blue"] * 8).repeat(1, 2, 1, 1)  # (B, 6, R, R)
+    varied = vary(pairs, torch.Generator().manual_seed(1))
+    assert torch.equal(varied[:, :3], varied[:, 3:])
+    assert len({image.numpy().tobytes() for image in varied}) == 8
