@@ -31,22 +31,8 @@ def apply_rotary_qk(query: Tensor, key: Tensor, rotary: Rotary | None, dtype: to
     return query.to(dtype), key.to(dtype)
 
 
-class AttnProcessor:
-    """Attention of a layer, with the backend and the parallelism that diffusers set on it."""
-
-    _attention_backend: Any = None
-    _parallel_config: Any = None
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Call `dit.attention.attention` with the chosen backend, (B, N, K, E)."""
-        return attention(
-            query,
-            key,
-            value,
-            attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+class Projections:
+    """How a processor uses the projections of its layer."""
 
     @staticmethod
     def project(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,6 +50,24 @@ class AttnProcessor:
     def project_back(attn: Any, out: Tensor) -> Tensor:
         """Join the heads (B, N, K, E) and project them back, (B, N, D)."""
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+class AttnProcessor(Projections):
+    """Attention of a layer, with the backend and the parallelism that diffusers set on it."""
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Call `dit.attention.attention` with the chosen backend, (B, N, K, E)."""
+        return attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
 
 
 class SelfAttnProcessor(AttnProcessor):

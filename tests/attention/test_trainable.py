@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit.attention import TokenGrid
+from dit.attention.plan import AttentionPlan
 from dit.attention.trainable import Replacement, replace_attention, replacement, replacement_names
 from dit.attention.trainable.moh import MoH, balance_loss
 from dit.attention.trainable.sla2 import soft_top_k
 from dit.layers.attention import SelfAttention
 from dit.models.dit import DiT
 from dit.models.text_dit import TextDiT
+from dit.runtime.hooks import AttachError
 
 SMALL: dict[str, dict[str, Any]] = {
     "agent": {"agents": (1, 2, 2), "window": (3, 4)},
@@ -430,6 +432,18 @@ def test_what_cannot_work_is_refused() -> None:
         replace_attention(nn.Linear(2, 2), "mala")
     with pytest.raises(ValueError, match="can't be causal"):
         TextDiT(space_time="causal", attention="mala")
+
+
+def test_backends_and_plans_reach_only_what_attends_by_softmax() -> None:
+    network: Any = tiny("agent")
+    with pytest.raises(AttachError, match="no layer of transformer_blocks"):
+        AttentionPlan.uniform("dense").attach(network)
+    replace_attention(network, "moh", **SMALL["moh"])
+    network.set_attention_backend("native")
+    assert network.transformer_blocks[0].attn.processor._attention_backend is not None
+    with AttentionPlan.uniform("dense").attach(network) as attachment:
+        network(torch.randn(1, 4, 8, 8), torch.tensor([3.0]), torch.tensor([0]))
+        assert attachment.report()["dense"] + attachment.report()["sparse"] == 2
 
 
 def test_every_replacement_says_where_it_comes_from() -> None:

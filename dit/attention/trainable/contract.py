@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from dit.attention.grid import TokenGrid
-from dit.layers.attention import AttnProcessor, SelfAttention, SelfAttnProcessor, apply_rotary_qk
+from dit.layers.attention import Projections, SelfAttention, SelfAttnProcessor, apply_rotary_qk
 from dit.layers.frame_memory import LayerMemory
 from dit.layers.positions import Rotary
 from dit.runtime.state import named_layers, unwrap
@@ -32,8 +32,10 @@ _TABLE: dict[str, type[Replacement]] = {}
 Kind = TypeVar("Kind", bound="Replacement")
 
 
-class Replacement(AttnProcessor, ABC):
+class Replacement(Projections, ABC):
     """A way to attend in place of dense attention. Subclasses are dataclasses of their parameters.
+
+    Those that attend by softmax over tokens are `AttnProcessor` too, so that attention backends and plans reach them.
 
     Attributes:
         name: as `replace_attention` takes it.

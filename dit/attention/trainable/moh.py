@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from dit.attention.grid import TokenGrid
 from dit.attention.trainable.contract import Replacement, register_replacement
-from dit.layers.attention import SelfAttention
+from dit.layers.attention import AttnProcessor, SelfAttention
 from dit.layers.linear import Linear
 from dit.layers.positions import Rotary
 
 
 @register_replacement
 @dataclass(eq=False)
-class MoH(Replacement):
+class MoH(Replacement, AttnProcessor):
     """Mixture of heads.
 
     Args:
