@@ -112,21 +112,21 @@ def _cache_row(pipe: Any, asked: Asked) -> dict[str, Any]:
         "cached, s": round(comparison.timings["cached"].process_median, 3),
         FASTER: round(1 / comparison.ratio("cached", "uncached", "process"), 3),
     }
-    requests = _requests(pipe, asked.prompts)
+    requests = draw_requests(pipe, asked.prompts)
     if not requests:
         return row
 
     def generate() -> Tensor:
-        return _generate(pipe, requests)
+        return generate_requests(pipe, requests)
 
     plain, cached = generate(), attached(generate)()
     likeness = [psnr(one, other) for one, other in zip(cached, plain, strict=True)]
     row |= {"clips": len(requests), "PSNR, dB": round(sum(likeness) / len(likeness), 2)}
-    before, after = (_judged(pipe, requests, clips) for clips in (plain, cached))
+    before, after = (judged(pipe, requests, clips) for clips in (plain, cached))
     return row | {f"{metric}, %": f"{before[metric]:.1f} -> {after[metric]:.1f}" for metric in before}
 
 
-def _requests(pipe: Any, count: int) -> list[ClipRequest]:
+def draw_requests(pipe: Any, count: int) -> list[ClipRequest]:
     """Draw prompts of the moving stickers that a model knows; none for another model."""
     sheet, words = load_clips(), read_words(pipe.name_or_path) or ()
     vocabulary = Path(pipe.name_or_path) / "vocabulary.txt"
@@ -136,17 +136,17 @@ def _requests(pipe: Any, count: int) -> list[ClipRequest]:
     return draw_clip_requests(CLIP_SETS["moving"], count, sheet, names, 1, background_names(words) or BASIC_COLOURS)
 
 
-def _generate(pipe: Any, requests: Sequence[ClipRequest]) -> Tensor:
+def generate_requests(pipe: Any, requests: Sequence[ClipRequest], **arguments: Any) -> Tensor:
     """Generate requests with a seed each, (B, T, 3, H, W) in [0, 1]."""
     made = []
     for start in range(0, len(requests), BATCH):
         prompts = [one.prompt for one in requests[start : start + BATCH]]
         noise = [torch.Generator().manual_seed(FIRST_SEED + start + row) for row in range(len(prompts))]
-        made.append(pipe(prompts, generator=noise, output_type="pt").frames.float().cpu())
+        made.append(pipe(prompts, generator=noise, output_type="pt", **arguments).frames.float().cpu())
     return torch.cat(made)
 
 
-def _judged(pipe: Any, requests: Sequence[ClipRequest], clips: Tensor) -> dict[str, float]:
+def judged(pipe: Any, requests: Sequence[ClipRequest], clips: Tensor) -> dict[str, float]:
     """Return how many clips the judge reads as asked for, by metric, in percent."""
     judge = ClipJudge(load_clips(), pipe.device)
     period = round(LOOP_SECONDS * float(info_of(pipe).fps or 8))

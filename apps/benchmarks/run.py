@@ -12,6 +12,7 @@ to other prompts, sizes, guidance and schedulers.
 `tessera bench lora-object` and `lora-motion` the same of an object and a motion that the model has never drawn.
 `tessera bench style-control` measures what a network learns of that style that is shown pairs of drawings.
 `tessera bench attention` times dense and block-sparse attention on a CPU, with rivals in the same run.
+`tessera bench attention-plan` searches a plan of sparse attention for the model of clips and measures it end to end.
 `tessera bench attention-gpu` times the Triton kernel of sparse attention beside a GPU's best dense attention.
 `tessera bench attention-corrections` says how near corrections bring sparse attention to dense attention.
 `tessera bench training` trains several configurations, or reads what they have logged, and compares validation losses.
@@ -201,6 +202,13 @@ def bench_attention(asked: Asked) -> dict[str, Any]:
     return implementation.bench_attention(asked)
 
 
+def bench_attention_plan(asked: Asked) -> dict[str, Any]:
+    """Search a plan of sparse attention and try it; see `apps.benchmarks.attention_plan`."""
+    from apps.benchmarks import attention_plan as implementation
+
+    return implementation.bench_attention_plan(asked)
+
+
 def bench_attention_corrections(asked: Asked) -> dict[str, Any]:
     """Compare corrections of sparse attention; see `apps.benchmarks.attention_corrections`."""
     from apps.benchmarks import attention_corrections as implementation
@@ -239,6 +247,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "lora-object": bench_lora_object,
     "lora-motion": bench_lora_motion,
     "attention": bench_attention,
+    "attention-plan": bench_attention_plan,
     "attention-corrections": bench_attention_corrections,
     "attention-gpu": bench_attention_gpu,
     "training": bench_training,

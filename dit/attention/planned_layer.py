@@ -138,7 +138,7 @@ class Statistics:
     """What a layer computed."""
 
     def __init__(self) -> None:
-        self.sparse, self.dense = 0, 0
+        self.sparse, self.dense, self.refreshes = 0, 0, 0
         self.reasons: Counter[str] = Counter()
         self.choices: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
@@ -175,6 +175,7 @@ class Statistics:
         return {
             "sparse": self.sparse,
             "dense": self.dense,
+            "refreshes": self.refreshes,
             "reasons": dict(self.reasons),
             "patterns": dict(self.choices),
             "kernels": dict(self.kernels),
@@ -253,14 +254,14 @@ class PlannedLayer:
             groups = self._groups(step, self.heads)
         except StaysDense:
             return False
-        for number, group in enumerate(groups):
+        for group in groups:
             fix = correction(group.choice.correction, **group.choice.correction_params)
             if not fix.keeps_state:
                 continue
             batch, length, heads, width = self.last_shape
             heads = heads if group.heads is None else len(group.heads)
             query = torch.empty(batch, length, heads, width, dtype=self.last_dtype, device="meta")
-            if fix.must_refresh(query, step, self._entry(number, step)):
+            if fix.must_refresh(query, step, self._entry(group, step)):
                 return True
         return False
 
@@ -347,18 +348,18 @@ class PlannedLayer:
     ) -> Tensor:
         """Attend by the plan, one launch for each group of heads."""
         if groups[0].heads is None:
-            out = self._group(inputs, groups[0], 0, grid, mask, step)
+            out = self._group(inputs, groups[0], grid, mask, step)
         else:
             parts, order = [], []
-            for number, group in enumerate(groups):
-                parts.append(self._group(inputs.of_heads(group.heads or ()), group, number, grid, mask, step))
+            for group in groups:
+                parts.append(self._group(inputs.of_heads(group.heads or ()), group, grid, mask, step))
                 order += group.heads or ()
             inverse = torch.tensor(order, device=inputs.query.device).argsort()
             out = torch.cat(parts, dim=2).index_select(2, inverse)  # (B, N, K, E)
         return out if mask.rows is None else out.masked_fill(~mask.rows[..., None, None], 0)
 
     def _group(
-        self, inputs: Inputs, group: Group, number: int, grid: TokenGrid, mask: KeyMask, step: StepContext | None
+        self, inputs: Inputs, group: Group, grid: TokenGrid, mask: KeyMask, step: StepContext | None
     ) -> Tensor:
         """Attend by one choice."""
         choice, share = group.choice, len(group.heads or range(self.heads or 1)) / (self.heads or 1)
@@ -367,14 +368,20 @@ class PlannedLayer:
             self.statistics.density += share
             self.statistics.weight += share
             return self._dense(inputs)
-        block_map = self.maps.get(choice, grid, inputs, mask.keys, self._entry(number, step, "pattern"))
+        block_map = self.maps.get(choice, grid, inputs, mask.keys, self._entry(group, step, "pattern"))
         if choice.kernel == "auto" and grid.length >= LEAST_WEIGHED and not pays(inputs.query, block_map):
             self.statistics.reasons[SLOWER] += 1
             self.statistics.kernels["dense"] += 1
             self.statistics.density += share
             self.statistics.weight += share
             return self._dense(inputs)
-        self.statistics.add_map(block_map, share)
+        fix, entry = correction(choice.correction, **choice.correction_params), self._entry(group, step)
+        if fix.keeps_state and fix.must_refresh(inputs.query, step, entry):
+            self.statistics.refreshes += 1
+            self.statistics.density += share
+            self.statistics.weight += share
+        else:
+            self.statistics.add_map(block_map, share)
         if block_map.is_dense:
             self.statistics.kernels["dense"] += 1
             return self._dense(inputs)
@@ -394,16 +401,18 @@ class PlannedLayer:
             return self._dense(inputs), lse
 
         call = CorrectionCall(
-            inputs.query, inputs.key, inputs.value, block_map, scale, sparse, dense, mask.keys, step,
-            self._entry(number, step),
+            inputs.query, inputs.key, inputs.value, block_map, scale, sparse, dense, mask.keys, step, entry
         )  # fmt: skip
-        return correction(choice.correction, **choice.correction_params)(call)
+        return fix(call)
 
-    def _entry(self, number: int, step: StepContext | None, use: str = "correction") -> StateEntry | None:
-        """Return where a group of heads keeps what its correction, or its pattern, needs at the next step."""
+    def _entry(self, group: Group, step: StepContext | None, use: str = "correction") -> StateEntry | None:
+        """Return where a group of heads keeps what its correction, or its pattern, needs at the next step.
+
+        Other heads, or another choice at a later noise level, find nothing there.
+        """
         if step is None:
             return None
-        return StateEntry(self.store, self.mechanism, f"{self.name}#{number}.{use}", step.branch)
+        return StateEntry(self.store, self.mechanism, f"{self.name}#{group.heads}.{group.choice}.{use}", step.branch)
 
     # ----------------------------------------------------------------------- measuring
 

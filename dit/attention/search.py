@@ -52,11 +52,14 @@ def default_candidates(
         grid: the tokens; patterns that can't be had on it are left out.
         corrections: names with parameters; each pattern is tried with each of them.
     """
-    block = next((size for size in (128, 64, 32) if grid.visual_length >= 16 * size), 16)
-    few, some = (0.1, 0.2, 0.3, 0.45, 0.6), (0.15, 0.3, 0.45, 0.6)
+    block = next((size for size in (128, 64) if grid.visual_length >= 16 * size), 32)
+    fine, few, some = block // 4, (0.1, 0.2, 0.3, 0.45, 0.6), (0.15, 0.3, 0.45, 0.6)
     found: list[tuple[str, dict[str, Any]]] = [
-        *(("pooled_topk", {"keep": keep, "block": block}) for keep in few),
-        *(("pooled_topk", {"keep": keep, "block": block, "layout": "morton"}) for keep in few),
+        *(
+            ("pooled_topk", {"keep": keep, "block": block, "key_block": fine, "layout": layout})
+            for keep in few
+            for layout in ("raster", "hilbert")
+        ),
         *(("svg_spatial", {"density": density, "block": block}) for density in some),
     ]
     if grid.frames > 1:
@@ -101,7 +104,8 @@ class Survey:
     Args:
         candidates: what heads could compute.
         error: squared relative distances to dense attention, (bins, layers, C, heads).
-        density: of the candidates' maps, (bins, layers, C, heads).
+        density: share of pairs that the candidates compute, pooled ones and refreshes among them, (bins, layers, C,
+            heads).
         sigma_bins: noise levels that separate the bins, falling.
         grid: (frames, rows, columns) of the tokens.
         network: what it was measured on.
@@ -334,6 +338,20 @@ def _caller(arguments: dict[str, Any]) -> Callable[[Any, str, int], Any]:
     return run
 
 
+def grid_of_pipeline(pipeline: Any, prompt: str, **arguments: Any) -> TokenGrid:
+    """Return the visual tokens of a pipeline's attention, which one call shows.
+
+    Args:
+        pipeline: of ours or diffusers.
+        prompt: of the call.
+        **arguments: of the call; few steps suffice.
+
+    Raises:
+        ValueError: no attention call could be looked at.
+    """
+    return _grid_of(pipeline, prompt, _caller(arguments))
+
+
 def _grid_of(pipeline: Any, prompt: str, run: Callable[[Any, str, int], Any]) -> TokenGrid:
     """Return the tokens of a pipeline's attention, which one call shows."""
     survey = AttentionSurvey((DENSE,), 1)
@@ -367,6 +385,7 @@ __all__ = [
     "PlanPoint",
     "Survey",
     "default_candidates",
+    "grid_of_pipeline",
     "search_plan",
     "survey_attention",
     "try_plan",

@@ -138,12 +138,21 @@ class AttentionSurvey(PlannedAttention):
             is_refresh = fix.keeps_state and fix.must_refresh(some.query, step, state)
             out = fix(some.call(block_map, step, state))  # (B, R, K, E)
             sums.error[number] += (out - dense).square().sum((0, 1, 3)).double()
-            sums.density[number] += 1 if is_refresh else block_map.head_densities().mean(0)
+            sums.density[number] += 1 if is_refresh else _computed(block_map, choice.correction == "pooled_tail")
 
     def _nothing(self, inputs: Inputs) -> Sums:
         heads, device = inputs.query.shape[2], inputs.query.device
         table = torch.zeros(len(self.candidates), heads, dtype=torch.float64, device=device)  # (C, K)
         return Sums(table.clone(), table.new_zeros(heads), table.clone())
+
+
+def _computed(block_map: BlockMap, has_tail: bool) -> Tensor:
+    """Return the share of pairs that a map computes, by head; a pooled key is one of a pair too, (K',)."""
+    visited = block_map.head_densities().mean(0)  # (K',)
+    if not has_tail:
+        return visited
+    pooled = block_map.keys.visual_count / block_map.keys.grid.length
+    return (visited + (1 - visited) * pooled).clamp(max=1)
 
 
 def _known(sums: dict[tuple[int, float], Sums], key: tuple[int, float]) -> tuple[int, float]:

@@ -340,7 +340,7 @@ def test_clusters_of_a_branch_are_where_the_next_step_starts() -> None:
                 call(model, wan_inputs())
         kept = handle.state.entries("planned_attention")
         assert [(layer, branch) for layer, branch, _ in kept] == [
-            (f"blocks.{index}.attn1#0.pattern", "all") for index in range(2)
+            (f"blocks.{index}.attn1#None.{plan.choices[0]}.pattern", "all") for index in range(2)
         ]
         assert all(value["clusters"].query.shape[2] == 4 for _, _, value in kept)
 

@@ -142,6 +142,19 @@ def test_a_found_plan_keeps_its_promise_end_to_end(tmp_path: Path) -> None:
         search_plan(pipe, prompts, error=0.3, min_psnr=1000.0, candidates=CANDIDATES[1:], bins=1)
 
 
+def test_heads_that_change_their_choice_start_anew() -> None:
+    """What one choice kept is not another's: here heads swap theirs, and corrections, at the second noise level."""
+    choices = tuple(Choice("svg_spatial", {"density": 0.3, "block": 16}, name) for name in ("residual", "ratio_residual"))
+    table = torch.tensor([[[0, 1]], [[1, 0]]], dtype=torch.int16)  # (bins, layers, heads)
+    plan = AttentionPlan(choices, table, (0.8,))
+    pipe = Pipe()
+    with plan.attach(pipe.transformer) as handle:
+        pipe("a fox", torch.Generator().manual_seed(0))
+        layers = handle.report()["layers"].values()
+    assert all(one["refreshes"] == 4 for one in layers)  # two heads at the first level, and again at the second
+    assert all(one["density"] > 0.6 for one in layers)
+
+
 def test_what_cannot_be_surveyed_is_said() -> None:
     with pytest.raises(ValueError, match="prompts is empty"):
         search_plan(Pipe(), [])
@@ -154,5 +167,6 @@ def test_candidates_fit_the_grid() -> None:
     image = default_candidates(TokenGrid(1, 32, 32))
     assert {one.pattern for one in image} == {"dense", "pooled_topk", "svg_spatial"}
     assert "svg_temporal" in {one.pattern for one in clip}
-    assert all(one.params.get("block", 16) == 16 for one in clip)
-    assert all(one.params.get("block", 64) == 64 for one in image)
+    assert {one.params.get("block") for one in clip} == {None, 32}
+    assert {one.params.get("block") for one in image} == {None, 64}
+    assert {one.correction for one in image[1:]} == {"pooled_tail", "residual", "ratio_residual"}
