@@ -1,10 +1,11 @@
 """`tessera attention`: its commands and their options; they import what they run."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from apps.commands.shared_options import Json
+from apps.commands.shared_options import Device, Json, ModelName, Precision, Steps
 from apps.service.panels import MEASURED
 
 attention = typer.Typer(help="Look at patterns of sparse attention.", no_args_is_help=True, rich_markup_mode="rich")
@@ -35,3 +36,51 @@ def simulate(
     from apps.commands.attention_simulate import run
 
     run(pattern, grid=grid, params=params or [], text=text, json_output=json_output)
+
+
+@attention.command()
+def calibrate(
+    model: ModelName = "stickers",
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt to measure on; one to four are enough.")] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, max=1.0, help="Most relative distance to dense attention, or 0.05.", rich_help_panel=MEASURED
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(min=0.02, max=1.0, help="Instead: most of the pairs to compute.", rich_help_panel=MEASURED),
+    ] = None,
+    min_psnr: Annotated[
+        float | None,
+        typer.Option(min=5.0, max=100.0, help="Least PSNR to images of dense attention, dB.", rich_help_panel=MEASURED),
+    ] = None,
+    dense_first: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Steps at the beginning that stay dense: a number, or a fraction.", rich_help_panel=MEASURED
+        ),
+    ] = 0.2,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", dir_okay=False, help="File to write; the model's folder if absent.")
+    ] = None,
+    steps: Steps = None,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+) -> None:
+    """Find a plan of sparse attention for a model, for --attention-pattern plan."""
+    from apps.commands.attention_calibrate import run
+
+    run(
+        model,
+        prompts=prompt or (),
+        error=error,
+        density=density,
+        min_psnr=min_psnr,
+        dense_first=dense_first,
+        steps=steps,
+        output=output,
+        device=device,
+        dtype=dtype,
+    )

@@ -18,6 +18,8 @@ from pipelines.acceleration.parts import AttentionPart, DecoderTilingPart, StepC
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
+DENSE_FIRST = 0.2
+"""Fraction of the steps that stay dense under a pattern: they decide what is seen."""
 
 
 def config_of(request: AnyRequest, can_tile: bool) -> AccelerationConfig:
@@ -40,12 +42,34 @@ def config_of(request: AnyRequest, can_tile: bool) -> AccelerationConfig:
         parts["step_cache"] = StepCachePart.of(cache.preset, cache.amount)
     if request.attention is not None:
         parts["attention"] = AttentionPart(backend=request.attention)
+    pattern = getattr(request, "attention_pattern", None)
+    if pattern is not None:
+        parts["attention"] = _sparse_attention(pattern, getattr(request, "attention_density", None), request.attention)
     if request.memory is not None and "decoder_tiling" not in parts:
         profile = PROFILES[request.memory]
         if profile.tiles and (can_tile or profile.offload == "none"):
             parts["decoder_tiling"] = DecoderTilingPart()
     with refusing():
         return AccelerationConfig.from_dict(parts)
+
+
+def _sparse_attention(pattern: str, density: float | None, backend: str | None) -> dict[str, Any]:
+    """Return the fields of an attention part.
+
+    Raises:
+        RequestError: a backend is chosen too, which a plan would replace.
+    """
+    if backend is not None:
+        refused = AccelerationError(
+            "refused.together",
+            first="attention",
+            second="attention_pattern",
+            reason="a pattern computes with kernels of its own, and dense steps with the network's",
+        )
+        raise RequestError("acceleration", str(refused), cause=refused)
+    if pattern == "plan":
+        return {"plan": "model"}
+    return {"pattern": pattern, "dense_first": DENSE_FIRST, **({} if density is None else {"density": density})}
 
 
 @contextmanager
@@ -68,11 +92,12 @@ def accelerated(pipe: Any, config: AccelerationConfig) -> Generator[Acceleration
         try:
             yield handle
         except AttachError as error:
+            hint = "; choose another step cache, such as taylorseer" if "step_cache" in config.parts else ""
             refused = AccelerationError(
                 "refused.not_attached",
                 part=", ".join(config.parts),
                 pipeline=type(pipe).__name__,
-                reason=f"{error}; choose another step cache, such as taylorseer",
+                reason=f"{error}{hint}",
             )
             raise RequestError("acceleration", str(refused), cause=refused) from error
 

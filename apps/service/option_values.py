@@ -22,7 +22,7 @@ from pydantic import (
 from apps.service import limits
 from apps.service.request_error import RequestError
 from pipelines.acceleration.config import AccelerationConfig
-from pipelines.acceleration.parts import MAIN_PARAMETERS, StepCachePart
+from pipelines.acceleration.parts import MAIN_PARAMETERS, AttentionPart, StepCachePart
 from pipelines.acceleration.texts import AccelerationError
 
 ImageId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -38,6 +38,12 @@ MemoryName = Literal["fast", "tiles", "balanced", "low"]
 """Choices of `apps.service.compute_profiles`."""
 AttentionName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
 """A backend of diffusers; which of them work here is known by `apps.service.compute_profiles`."""
+AttentionPattern = Literal[
+    "plan", "radial", "sol", "pooled_topk", "subblock", "draft", "cube", "svg", "svg_spatial", "svg_temporal"
+]
+"""Patterns of sparse attention of which a request says how much is computed; "plan" is that in the model's folder."""
+SERVED_ATTENTION = ("backend", "plan", "pattern", "density", "dense_first")
+"""Fields of an acceleration's attention that a request may have; of plans only "model"."""
 DTypeName = Literal["float32", "bfloat16", "float16"]
 SearchMethod = Literal["best_of", "tts", "beam"]
 FileFormat = Literal["png", "webp"]
@@ -269,10 +275,29 @@ def _refuse_unserved(config: AccelerationConfig) -> None:
             names=", ".join(refused),
             choices=choices,
         )
-    if config.attention is not None and BACKEND_NAME.fullmatch(config.attention.backend) is None:
-        raise RequestError("form", "acceleration.attention is no name of a backend.", field="attention", value="")
+    if config.attention is not None:
+        _check_attention(config.attention)
     if config.step_cache is not None:
         _check_step_cache(config.step_cache)
+
+
+def _check_attention(part: AttentionPart) -> None:
+    """Refuse what a request may not set: parameters of patterns can cost any time and memory.
+
+    Raises:
+        RequestError: another field than those that anybody can use, or no name of a backend.
+    """
+    if part.backend is not None and BACKEND_NAME.fullmatch(part.backend) is None:
+        raise RequestError("form", "acceleration.attention is no name of a backend.", field="attention", value="")
+    refused = sorted(part.asked - set(SERVED_ATTENTION))
+    if refused:
+        choices = ", ".join(SERVED_ATTENTION)
+        raise RequestError(
+            "acceleration.part",
+            f"acceleration.attention: a request can't have {', '.join(refused)}; it can have {choices}.",
+            names=", ".join(refused),
+            choices=choices,
+        )
 
 
 def _check_step_cache(part: StepCachePart) -> None:

@@ -18,6 +18,7 @@ from apps.service import limits
 from apps.service.option_values import (
     Acceleration,
     AttentionName,
+    AttentionPattern,
     DTypeName,
     Expand,
     FileFormat,
@@ -322,6 +323,26 @@ class StepOptions(OptionGroup):
             help="Compute some steps, forecast the rest: budget=0.35, taylorseer, fbcache:threshold=0.1 ...",
             panel=SPEED,
             flag="cache",
+        ),
+    ] = None
+    attention_pattern: Annotated[
+        AttentionPattern | None,
+        Option(
+            help="Sparse attention after the first fifth of the steps: sol, pooled_topk, radial ...; plan: that in the "
+            "model's folder.",
+            panel=SPEED,
+            idle="plan",
+            control=Control(kind="choice", place="advanced", row="sparse", start="", off=""),
+        ),
+    ] = None
+    attention_density: Annotated[
+        float | None,
+        Field(ge=0.02, le=1),
+        Option(
+            help="With --attention-pattern: which fraction of the pairs of tokens is computed.",
+            panel=SPEED,
+            needs="attention_pattern",
+            control=Control(kind="slider", place="advanced", row="sparse", start=0.3, low=0.05, step=0.05),
         ),
     ] = None
 

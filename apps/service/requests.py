@@ -69,7 +69,7 @@ Prompt = Annotated[
 
 SHORT_FOR = {
     "step_cache": ("step_cache",),
-    "attention": ("attention",),
+    "attention": ("attention", "attention_pattern", "attention_density"),
     "kv_cache": ("kv_policy", "kv_budget", "kv_dtype"),
     "few_step": ("steps", "guidance", "scheduler"),
 }

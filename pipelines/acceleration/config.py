@@ -41,7 +41,7 @@ class AccelerationConfig(BaseModel):
         quantization: the seat of quantized weights; only None is accepted yet.
         few_step: scheduler, steps and guidance of a distilled model.
         offload: weights that wait on the CPU.
-        attention: how attention is computed.
+        attention: how attention is computed, or among which tokens.
         step_cache: denoising steps that are forecast.
         guidance_cache: unconditional branches that are left out.
         parallel: several processes for one image.

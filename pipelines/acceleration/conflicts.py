@@ -52,6 +52,21 @@ CONFLICTS = (
         "the hook of each layer breaks the compiled graph, so nothing larger than a layer is compiled",
         lambda offload, compile: offload.mode == "sequential",
     ),
+    Conflict(
+        "attention",
+        "parallel",
+        "a plan needs whole sequences, and context parallelism divides them",
+        lambda attention, parallel: attention.backend is None and parallel.kind == "context",
+    ),
+    *(
+        Conflict(
+            "attention",
+            scales,
+            "plans and patterns are for denoising networks, next-scale models choose their keys themselves",
+            lambda attention, scales: attention.backend is None,
+        )
+        for scales in SCALES
+    ),
     *(
         Conflict(steps, scales, f"no pipeline has both: {steps} is for denoising steps, {scales} for scales")
         for steps in STEPS

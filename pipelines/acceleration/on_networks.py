@@ -10,25 +10,54 @@ import torch
 from torch import nn
 
 from dit.attention import attention_backend_table
+from dit.attention.mechanism import PlannedAttention
 from dit.runtime import diffusers_compat
+from dit.runtime.hooks import Attachment
 from dit.runtime.state import unwrap
 from pipelines.acceleration.parts import AttentionPart, CompilePart
 from pipelines.acceleration.report import PartReport, Reason
-from pipelines.acceleration.switch import Switch, Undo, is_next_scale
+from pipelines.acceleration.switch import Switch, Undo, is_next_scale, require_steps
+from sampling.step_tracker import TrackedAttachment
 
 NETWORKS = ("transformer", "transformer_2", "unet")
 """Components whose attention a backend is chosen for; text encoders and decoders keep their own."""
 
 
+class TrackedAttention(PlannedAttention):
+    """Attention by a plan on a pipeline whose steps are tracked meanwhile."""
+
+    def attach(self, target: Any) -> Attachment:
+        """Attach to a pipeline; its steps are found too."""
+        return TrackedAttachment(self, target)
+
+
 class AttentionSwitch(Switch[AttentionPart]):
-    """Have the attention layers of the denoising networks use a backend."""
+    """Have the attention layers of the denoising networks use a backend, or follow a plan."""
 
     name: ClassVar[str] = "attention"
     layers: int = 0
     before: frozenset[str] = frozenset()
+    mechanism: Any = None
+    attachment: Attachment | None = None
 
     def apply(self, undo: Undo) -> None:
         """Apply the part to the pipeline; the undo goes on the stack."""
+        if self.part.backend is None:
+            self._attach_plan(undo)
+        else:
+            self._set_backend(undo)
+
+    def _attach_plan(self, undo: Undo) -> None:
+        """Attach the plan, and what finds the steps of the pipeline."""
+        require_steps(self)
+        try:
+            plan = self.part.make_plan(getattr(self.pipe, "name_or_path", None))
+            self.mechanism = TrackedAttention(plan, any_weights=self.part.any_weights)
+        except (ValueError, OSError) as error:  # of a file that doesn't fit or is none
+            raise self.refuse("not_attached", reason=str(error)) from error
+        self.attachment = self.attach(self.mechanism, undo)
+
+    def _set_backend(self, undo: Undo) -> None:
         found = [getattr(self.pipe, name, None) for name in NETWORKS]
         networks = [unwrap(network) for network in found if isinstance(network, nn.Module)]
         if not networks:
@@ -37,14 +66,14 @@ class AttentionSwitch(Switch[AttentionPart]):
         if reason:
             raise self.refuse("backend", backend=self.part.backend, reason=reason, accepted=accepted)
         self.before = frozenset(diffusers_compat.chosen_attention_backends(networks))
-        self.layers = undo.enter_context(diffusers_compat.attention_backend_scope(networks, self.part.backend))
+        self.layers = undo.enter_context(diffusers_compat.attention_backend_scope(networks, str(self.part.backend)))
         if not self.layers:
             raise self.refuse("no_choice")
 
     def _why_not(self, network: nn.Module) -> tuple[str, list[str]]:
         """Return why the backend can't run on the pipeline's device (empty if it can), and all backend names."""
         table = attention_backend_table()
-        backend = table.get(self.part.backend)
+        backend = table.get(str(self.part.backend))
         names = [name for name, one in table.items() if not one.fetches]
         if backend is None:
             return "there is none of this name", names
@@ -54,10 +83,32 @@ class AttentionSwitch(Switch[AttentionPart]):
 
     def report(self) -> PartReport:
         """Report what the part did, or why it did nothing."""
+        if self.attachment is not None:
+            return self._report_plan(self.attachment)
         values = {"backend": self.part.backend, "layers": self.layers}
         if self.before == {self.part.backend}:
             return self.make_report(values, False, Reason("why.same_backend"))
         return self.make_report(values, True)
+
+    def _report_plan(self, attachment: Attachment) -> PartReport:
+        """Report how many calls were sparse, how dense these were, and why others were not."""
+        done = attachment.report()
+        values = {
+            "pattern": self.part.pattern or "plan",
+            "sparse": done["sparse"],
+            "calls": done["sparse"] + done["dense"],
+            "density": 1.0 if done["density"] is None else done["density"],
+            "layers": len(done["layers"]),
+        }
+        reasons = [
+            Reason("why.no_step_context", {"count": count})
+            if text == "no step context"
+            else Reason("why.dense_calls", {"reason": text, "count": count})
+            for text, count in done["dense_reasons"].items()
+        ]
+        if not values["calls"]:
+            reasons = [Reason("why.networks_not_called")]
+        return PartReport(self.name, "attention.plan", values, done["sparse"] > 0, tuple(reasons))
 
 
 class CompileSwitch(Switch[CompilePart]):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from sampling.few_step import FewStep, few_step, few_step_names
 from sampling.step_cache.constants import data
@@ -98,15 +99,115 @@ class ParallelPart(Part):
     kind: Literal["guidance", "context"]
 
 
+PLAN_FILE = "attention_plan.safetensors"
+"""The attention plan in a model's folder."""
+
+
 class AttentionPart(Part):
-    """Through what attention is computed.
+    """Through what attention is computed, or among which tokens: a backend, a plan, or one pattern for all layers.
 
     Attributes:
         backend: one of diffusers' attention backends.
+        plan: file of an attention plan, see `dit.attention.plan`; "model" is the one in the model's folder.
+        any_grid: use the plan on other numbers of tokens than it was made for.
+        any_weights: use it on other weights of the architecture that it was made for.
+        pattern: one of `dit.attention.pattern_names()`.
+        density: what share of the pairs of tokens the pattern computes; None is its own default.
+        params: of the pattern.
+        correction: what stands for the pairs left out, one of `dit.attention.corrections.correction_names()`.
+        correction_params: of the correction.
+        kernel: what computes the pairs, "auto" or one of `dit.attention.kernels.contract.kernel_names()`.
+        sigma_range: lowest and highest noise level at which attention is sparse; None is all.
+        dense_first: steps at the beginning that stay dense: a number, or below 1 a fraction.
+        dense_last: likewise at the end.
+        dense_layers: layers that stay dense; negative numbers count from the last.
+        min_tokens: sequences of fewer tokens stay dense.
+        sinks: keys that all queries look at: ("frames" or "blocks", first, end).
     """
 
     main: ClassVar[str | None] = "backend"
-    backend: str
+    backend: str | None = None
+    plan: str | None = None
+    any_grid: bool = False
+    any_weights: bool = False
+    pattern: str | None = None
+    density: float | None = Field(default=None, gt=0, le=1)
+    params: dict[str, Any] = Field(default_factory=dict)
+    correction: str = "pooled_tail"
+    correction_params: dict[str, Any] = Field(default_factory=dict)
+    kernel: str = "auto"
+    sigma_range: tuple[float, float] | None = None
+    dense_first: float = Field(default=0, ge=0)
+    dense_last: float = Field(default=0, ge=0)
+    dense_layers: tuple[int, ...] = ()
+    min_tokens: int = Field(default=0, ge=0)
+    sinks: tuple[tuple[Literal["frames", "blocks"], int, int], ...] = ()
+
+    @model_validator(mode="after")
+    def _is_one_of_three(self) -> AttentionPart:
+        given = [name for name in ("backend", "plan", "pattern") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{' and '.join(given) or 'nothing'} given; give one of backend, plan and pattern")
+        idle = sorted(self.asked - _ATTENTION_FIELDS[given[0]])
+        if idle:
+            raise ValueError(f"{', '.join(idle)} means nothing with {given[0]}; leave it out")
+        if self.pattern is not None:
+            _check_json(self.params)
+            _check_json(self.correction_params)
+            self.make_plan()  # raises for what is unknown or out of range
+        return self
+
+    @property
+    def asked(self) -> set[str]:
+        """Names of the fields that differ from their defaults."""
+        defaults = {name: one.get_default(call_default_factory=True) for name, one in type(self).model_fields.items()}
+        return {name for name, default in defaults.items() if getattr(self, name) != default}
+
+    @model_serializer(mode="wrap")
+    def _write(self, handler: Any) -> dict[str, Any]:
+        """Leave out the fields that nobody asked for."""
+        return {name: value for name, value in handler(self).items() if name in self.asked}
+
+    def make_plan(self, folder: str | None = None) -> Any:
+        """Return the `AttentionPlan` that the part asks for.
+
+        Args:
+            folder: of the model, for the plan in it.
+
+        Raises:
+            ValueError: an unknown name or parameter, or a file that is no plan.
+            OSError: a file that can't be read.
+        """
+        from dit.attention.choices import Guards, amount_of
+        from dit.attention.plan import AttentionPlan
+
+        if self.plan is not None:
+            loaded = AttentionPlan.load(Path(folder or ".") / PLAN_FILE if self.plan == "model" else self.plan)
+            return loaded.regrid(None) if self.any_grid else loaded
+        pattern = str(self.pattern)
+        params = dict(self.params)
+        if self.density is not None:
+            amount = amount_of(pattern)
+            if not amount or amount in params:
+                reason = f"params set {amount}" if amount else "it has none, set what it takes in params"
+                raise ValueError(f"density can't be set for the pattern {pattern!r}: {reason}")
+            params[amount] = self.density
+        names = ("sigma_range", "dense_first", "dense_last", "dense_layers", "min_tokens", "sinks")
+        guards = Guards(**{name: getattr(self, name) for name in names})
+        fix = {"correction": self.correction, "correction_params": self.correction_params}
+        return AttentionPlan.uniform(pattern, **fix, kernel=self.kernel, guards=guards, **params)
+
+    def files(self) -> dict[str, str]:
+        """Return the files that the part reads."""
+        return {} if self.plan in (None, "model") else {"plan": str(self.plan)}
+
+
+_ATTENTION_FIELDS: dict[str, set[str]] = {
+    "backend": {"backend"},
+    "plan": {"plan", "any_grid", "any_weights"},
+    "pattern": set(AttentionPart.model_fields) - {"backend", "plan", "any_grid", "any_weights"},
+}
+"""Which fields go with which of the three ways."""
 
 
 MAIN_PARAMETERS = {

@@ -22,6 +22,8 @@ ENGLISH: Mapping[str, str] = {
     "{lora_scale:g}",
     "parallel": "{kind} parallel over {processes} processes",
     "attention": "attention backend {backend} in {layers} layers",
+    "attention.plan": "sparse attention {pattern}: {sparse} of {calls} calls in {layers} layers, {density:.0%} of the "
+    "pairs in these",
     "compile": "compiled: {modules} modules, {calls} calls",
     "decoder_tiling": "decoder tiling: {tiled} of {decodes} decodes in tiles, {sliced} image by image",
     "offload": "{mode} offload to {device}",
@@ -43,6 +45,7 @@ ENGLISH: Mapping[str, str] = {
     "why.all_kept": "all tokens fit the budget {budget:g}",
     "why.shortcut_idle": "{part} leaves nothing out: {reason}",
     "why.same_backend": "the layers used this backend already",
+    "why.dense_calls": "{count} calls stayed dense: {reason}",
     "why.fits_one_tile": "every image fits one tile",
     "why.one_image": "images came one at a time",
     "why.other_steps": "the last call made {found} steps instead of {steps}: pass handle.call_arguments to the call",

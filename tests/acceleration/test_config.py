@@ -149,6 +149,9 @@ def test_what_cannot_go_together(conflict: Any) -> None:
     values = {name: EVERY_PART[name] for name in (conflict.first, conflict.second)}
     if conflict.second == "compile":
         values["offload"] = "sequential"
+    if conflict.first == "attention":
+        values["attention"] = {"pattern": "sol"}
+        values |= {"parallel": "context"} if conflict.second == "parallel" else {}
     error = refusal(values)
     assert error.key == "refused.together"
     assert error.values == {"first": conflict.first, "second": conflict.second, "reason": conflict.reason}
