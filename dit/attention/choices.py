@@ -191,6 +191,11 @@ class Plan(Protocol):
         """Whether the step of a call decides anything."""
         ...
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether it is one choice for everything."""
+        ...
+
     def resolve(self, sigma: float | None, layer: int, heads: int) -> tuple[Group, ...]:
         """Return what a layer computes."""
         ...

@@ -174,6 +174,11 @@ class AttentionPlan:
         return self.grid is None and not self.architecture and self.table.shape[1] == self.table.shape[2] == 1
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether it is one choice for everything."""
+        return len(self.choices) == 1
+
+    @property
     def needs_step(self) -> bool:
         """Whether the noise level or number of a step decides anything."""
         return self.guards.needs_step or self.table.shape[0] > 1

@@ -33,7 +33,6 @@ KEPT_MAPS = 64
 """Most block maps of static patterns that a plan keeps."""
 LEAST_WEIGHED = 512
 """From so many tokens on a choice of kernel "auto" computes all pairs where that is predicted to be faster."""
-SLOWER = "all pairs are computed faster here"
 MOST_RULED = 2**14
 """Most tokens of which a report counts the pairs that a rule allows."""
 
@@ -126,11 +125,14 @@ class MapCache:
         """Make a map.
 
         Raises:
-            AttachError: the pattern can't be had on this grid.
+            AttachError: the pattern can't be had on this grid, and the plan is of nothing else.
+            StaysDense: it can't, in a plan that was found on other texts or sizes.
         """
         try:
             return pattern(choice.pattern, grid, **given, **self.plan.params_of(choice))
         except ValueError as error:
+            if not self.plan.is_uniform:
+                raise StaysDense(f"{choice} can't be had with so many exact tokens") from error
             raise AttachError(f"{choice} can't be had on {grid}: {error}") from error
 
 
@@ -146,6 +148,11 @@ class Statistics:
         self.density, self.weight = 0.0, 0.0
         self.maps: dict[int, tuple[BlockMap, float]] = {}
         self.error, self.measured = 0.0, 0
+
+    def add_dense(self, share: float) -> None:
+        """Count that a share of a call's heads computed all pairs."""
+        self.density += share
+        self.weight += share
 
     def add_map(self, block_map: BlockMap, share: float) -> None:
         """Count a map that a share of a call's heads computed."""
@@ -365,21 +372,21 @@ class PlannedLayer:
         choice, share = group.choice, len(group.heads or range(self.heads or 1)) / (self.heads or 1)
         self.statistics.choices[str(choice)] += 1
         if choice.is_dense:
-            self.statistics.density += share
-            self.statistics.weight += share
+            self.statistics.add_dense(share)
             return self._dense(inputs)
-        block_map = self.maps.get(choice, grid, inputs, mask.keys, self._entry(group, step, "pattern"))
-        if choice.kernel == "auto" and grid.length >= LEAST_WEIGHED and not pays(inputs.query, block_map):
-            self.statistics.reasons[SLOWER] += 1
+        try:
+            block_map = self.maps.get(choice, grid, inputs, mask.keys, self._entry(group, step, "pattern"))
+            if choice.kernel == "auto" and grid.length >= LEAST_WEIGHED and not pays(inputs.query, block_map):
+                raise StaysDense("all pairs are computed faster here")
+        except StaysDense as reason:
+            self.statistics.reasons[str(reason)] += 1
             self.statistics.kernels["dense"] += 1
-            self.statistics.density += share
-            self.statistics.weight += share
+            self.statistics.add_dense(share)
             return self._dense(inputs)
         fix, entry = correction(choice.correction, **choice.correction_params), self._entry(group, step)
         if fix.keeps_state and fix.must_refresh(inputs.query, step, entry):
             self.statistics.refreshes += 1
-            self.statistics.density += share
-            self.statistics.weight += share
+            self.statistics.add_dense(share)
         else:
             self.statistics.add_map(block_map, share)
         if block_map.is_dense:

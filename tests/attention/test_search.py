@@ -15,6 +15,7 @@ from dit.attention.choices import DENSE, Choice
 from dit.attention.corrections.pooled import pooled_tail
 from dit.attention.search import PlanPoint, Survey, default_candidates, survey_attention
 from dit.models.text_dit import TextDiT
+from dit.runtime.hooks import AttachError
 from dit.runtime.step_context import StepContext, next_run, step_scope
 
 
@@ -144,7 +145,8 @@ def test_a_found_plan_keeps_its_promise_end_to_end(tmp_path: Path) -> None:
 
 def test_heads_that_change_their_choice_start_anew() -> None:
     """What one choice kept is not another's: here heads swap theirs, and corrections, at the second noise level."""
-    choices = tuple(Choice("svg_spatial", {"density": 0.3, "block": 16}, name) for name in ("residual", "ratio_residual"))
+    params = {"density": 0.3, "block": 16}
+    choices = tuple(Choice("svg_spatial", params, name) for name in ("residual", "ratio_residual"))
     table = torch.tensor([[[0, 1]], [[1, 0]]], dtype=torch.int16)  # (bins, layers, heads)
     plan = AttentionPlan(choices, table, (0.8,))
     pipe = Pipe()
@@ -153,6 +155,20 @@ def test_heads_that_change_their_choice_start_anew() -> None:
         layers = handle.report()["layers"].values()
     assert all(one["refreshes"] == 4 for one in layers)  # two heads at the first level, and again at the second
     assert all(one["density"] > 0.6 for one in layers)
+
+
+def test_a_choice_that_longer_texts_leave_no_room_for_is_dense() -> None:
+    pipe = Pipe()
+    scarce = Choice("svg_spatial", {"density": 0.02, "block": 16})  # three of 259 tokens are exact: 0.023 of the pairs
+    plan = AttentionPlan((DENSE, scarce), torch.tensor([[[0, 1]]], dtype=torch.int16))
+    with plan.attach(pipe.transformer) as handle:
+        pipe("a fox", torch.Generator().manual_seed(0))
+        report = handle.report()
+    assert report["density"] == 1
+    assert sum("so many exact tokens" in reason for reason in report["dense_reasons"]) == 1
+    uniform = AttentionPlan.uniform("svg_spatial", density=0.02, block=16)
+    with uniform.attach(pipe.transformer), pytest.raises(AttachError, match=r"density is 0\.02"):
+        pipe("a fox", torch.Generator().manual_seed(0))
 
 
 def test_what_cannot_be_surveyed_is_said() -> None:
