@@ -14,7 +14,7 @@ from dit.attention.patterns import pattern_info
 
 Sink = tuple[Literal["frames", "blocks"], int, int]
 FIRST_FRAME: Sink = ("frames", 0, 1)
-"""The first frame sees, and is seen by, exactly what dense attention would let it: what Wan needs."""
+"""All queries look at the whole first frame, as published methods need it where that is encoded by itself."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ in which `F.scaled_dot_product_attention` means the dispatcher. So it stays righ
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache
 from types import CodeType, FunctionType, ModuleType
@@ -93,9 +92,10 @@ def asking(processor: Any, attend: Attend) -> Any:
     names.pop("__name__")  # or torch.compile would look names up in the module of that name
     again = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     again.__kwdefaults__, again.__annotations__ = call.__kwdefaults__, dict(call.__annotations__)
-    made: Any = copy.copy(processor)
     cls = type(processor)
-    made.__class__ = type(cls.__name__, (cls,), {"__call__": again, "__module__": cls.__module__})
+    asks = type(cls.__name__, (cls,), {"__call__": again, "__module__": cls.__module__})
+    made = object.__new__(asks)
+    vars(made).update(vars(processor))
     return made
 
 

@@ -77,14 +77,14 @@ def full_pattern(name: str, grid: TokenGrid, **params: Any) -> Any:
 def test_exact_tokens_are_those_that_the_latents_do_not_change(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = case(name)
     seen: list[tuple[TokenGrid, Tensor]] = []
-    group = PlannedLayer._group
+    sparse = PlannedLayer._sparse
 
-    def record(self: PlannedLayer, inputs: Inputs, what: Any, number: int, grid: TokenGrid, *rest: Any) -> Tensor:
+    def record(self: PlannedLayer, inputs: Inputs, groups: Any, grid: TokenGrid, *rest: Any) -> Tensor:
         if self.index == first:
             seen.append((grid, inputs.value))
-        return group(self, inputs, what, number, grid, *rest)
+        return sparse(self, inputs, groups, grid, *rest)
 
-    monkeypatch.setattr(PlannedLayer, "_group", record)
+    monkeypatch.setattr(PlannedLayer, "_sparse", record)
     row = family_of(model)
     trunk = row.blocks(model, refiners=False)[0][0]
     names = [layer.name for layer in row.attention_layers(model) if layer.kind in ("self", "joint", "unknown")]
