@@ -98,13 +98,13 @@ TYPICAL = {
     "cpu": AttentionCosts(
         "typical",  # an AMD EPYC with AVX-512 BF16, one thread
         {
-            "native float32": (3.0, 5.5),
-            "native bfloat16": (3.0, 5.5),
-            "products bfloat16": (1.3, 2.1),
-            "sparse float32": (3.4, 6.0),
-            "sparse bfloat16": (1.5, 2.4),
+            "native float32": (2.85, 5.3),
+            "native bfloat16": (2.95, 5.5),
+            "products bfloat16": (1.25, 1.9),
+            "sparse float32": (3.1, 5.8),
+            "sparse bfloat16": (1.05, 1.75),
         },
-        20.0,
+        60.0,
     ),
     "cuda": AttentionCosts(
         "typical",  # relative to a dense kernel at the peak of its rate; a block-sparse one reaches about 0.8 of it

@@ -126,7 +126,7 @@ def test_bfloat16_is_near_the_fused_kernel(spread: float, return_lse: bool) -> N
         out = block_sparse_attention(*rounded, block_map, kernel="gather")
     error, least = (float((x.double() - truth).norm() / truth.norm()) for x in (out, fused))
     # scores in bfloat16 without a level taken off them would be 2 and 10 times as far off
-    assert error < least * (3.0 if spread > 1 or return_lse else 1.5)
+    assert error < least * (2.5 if return_lse else 1.6)
 
 
 def test_large_maps_keep_no_lists(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_large_maps_keep_no_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(make_block_map(layout, block_map.visits[0, 0, :-1, :-1], rule=Near(9)).prune())
 
 
-def test_several_threads_give_the_same_bits() -> None:
+def test_threads_change_nothing_but_rounding() -> None:
     torch.manual_seed(0)
     layout = raster_layout(GRID, 16)
     block_map = make_block_map(layout, torch.rand(1, K, layout.visual_count, layout.visual_count) > 0.5)
@@ -153,4 +153,4 @@ def test_several_threads_give_the_same_bits() -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(alone, together)
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-6)

@@ -1,7 +1,7 @@
 """The gather kernel: for each block of queries copy the keys it visits side by side, then attend by plain products.
 
 Tokens are copied by their index, so orders, ragged blocks, clusters and masked keys cost nothing more: a list of tokens
-is all that is left of them. Blocks of queries whose heads visit as many keys are computed together.
+is all that is left of them. Blocks of queries that visit as many keys are computed together.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ from torch import Tensor
 
 from dit.attention.block_map import BlockMap
 from dit.attention.kernels.contract import SparseKernel, Tail, register_kernel
-from dit.attention.kernels.rows import attend_rows
-from dit.attention.kernels.workers import run_tasks
+from dit.attention.kernels.rows import attend_rows, levels, score_bytes
 
-SCORE_BYTES = {torch.bfloat16: 3 * 2**19, torch.float32: 2**20}
-"""Most bytes of the scores of a task: they should stay in the second cache of a core."""
 LEAST_ROWS = 16
 """Fewest queries of a task, however many keys there are."""
 FUSED_KEYS = 4096
@@ -37,7 +34,8 @@ class Task:
 
     Args:
         batch: the sample.
-        heads: their indices; a range where they share rows and columns.
+        heads: their indices; a range where they share rows and columns, else a list with the head of each row of
+            `rows`, in which heads stand once for each of their blocks.
         rows: positions of the queries in the sequence: (R,) for a range of heads, else (G, R).
         columns: positions of the keys, behind them those of pooled keys, likewise (M,) or (G, M).
         pooled: how many of the last keys are pooled ones.
@@ -105,6 +103,7 @@ def attend(
     """Compute what `SparseFunction` says."""
     batch, length, heads, _ = query.shape
     tasks = _tasks_of(block_map, batch, heads, query.dtype, key_mask, tail)
+    length_of_keys = key.shape[1]
     # 1. tokens as rows; tails are further keys
     if tail is not None:
         key = torch.cat([key, tail.key.transpose(1, 2).to(key.dtype)], dim=1)  # (B, M + m, K, E)
@@ -113,8 +112,10 @@ def attend(
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)  # (B, N, K, E)
     lse = query.new_full((batch, length, heads, 1), -torch.inf, dtype=torch.float32) if return_lse else None
     outs, lses = _Tokens.of(out), None if lse is None else _Tokens.of(lse)
-
-    def run(task: Task) -> None:
+    level = levels(query.transpose(1, 2), key[:, :length_of_keys].transpose(1, 2), scale)  # (B, K, N, 1)
+    near = None if level is None else _Tokens.of(level.transpose(1, 2))
+    # 2. each task by itself
+    for task in tasks:
         hidden = task.hidden
         if hidden is None and task.partial:
             rows, columns = (x.view(-1, x.shape[-1])[0] for x in (task.rows, task.columns))
@@ -125,6 +126,7 @@ def attend(
             keys.take(task, task.columns),  # (G, M, E)
             values.take(task, task.columns),  # (G, M, E)
             scale,
+            level=None if near is None else near.take(task, task.rows),  # (G, R, 1)
             hidden=hidden,
             bias=bias,
             may_be_empty=task.empty,
@@ -134,9 +136,6 @@ def attend(
         outs.put(task, task.rows, part)
         if lses is not None and part_lse is not None:
             lses.put(task, task.rows, part_lse[..., None])
-
-    # 2. each task by itself, on any thread
-    run_tasks(run, ((task,) for task in tasks), 1 if query.device.type != "cpu" else None)
     return out, None if lse is None else lse[..., 0].transpose(1, 2)  # (B, N, K, E), (B, K, N)
 
 
@@ -158,7 +157,7 @@ def _tasks_of(
 ) -> Iterable[Task]:
     """Return the tasks of a map; those of the last few kinds of calls are kept with it, if they are not too large."""
     mask = None if key_mask is None else (tuple(key_mask.shape), key_mask.cpu().numpy().tobytes())
-    kind = ("gather", batch, heads, dtype, mask, tail is not None)
+    kind = ("gather", batch, heads, dtype, mask, tail is not None, score_bytes())
     known = block_map.cache.get(kind)
     if known is not None:
         return known
@@ -180,7 +179,7 @@ def _make_tasks(
     room = [RULE_BYTES]
     for sample in range(batch):
         mask = None if key_mask is None else key_mask[sample]
-        for group in _groups_of(block_map, sample, [0] if is_shared else range(heads), mask, tail, room):
+        for group in _groups_of(block_map, sample, [0] if is_shared else range(heads), mask, tail, room, is_shared):
             yield from _split(group, sample, heads if is_shared else 0, dtype, block_map.keys.grid.length)
 
 
@@ -195,7 +194,7 @@ class _Rows(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Heads whose block of queries visits as many keys; see `Task`."""
+    """Blocks of queries, of one or several heads, that visit as many keys; see `Task`."""
 
     heads: list[int]
     rows: Tensor
@@ -213,15 +212,17 @@ def _groups_of(
     key_mask: Tensor | None,
     tail: Tail | None,
     room: list[int],
+    is_shared: bool,
 ) -> Iterator[_Group]:
-    """Yield the blocks of queries of a sample with the keys they visit, heads with as many of both together."""
+    """Yield the blocks of queries of a sample with the keys they visit, those with as many of both together."""
     found: dict[tuple[int, ...], list[_Rows]] = defaultdict(list)
     for head in heads:
         for block, one in enumerate(_head_rows(block_map, sample, head, key_mask, tail)):
             pooled = 0 if one.unvisited is None else len(one.unvisited)
             if len(one.rows) and len(one.columns) + pooled:
-                alone = head if one.partial else -1  # pairs that don't count differ where the visited blocks do
-                found[block, len(one.rows), len(one.columns), pooled, alone].append(one)
+                # pairs that don't count differ by block, and a range of heads shares one block's rows
+                alone = (head, block) if one.partial or is_shared else (-1, -1)
+                found[len(one.rows), len(one.columns), pooled, *alone].append(one)
     for group in found.values():
         first = group[0]
         rows, columns = torch.stack([one.rows for one in group]), torch.stack([one.columns for one in group])
@@ -305,11 +306,11 @@ def _split(group: _Group, sample: int, shared_heads: int, dtype: torch.dtype, ke
         columns, pooled = torch.cat([columns, group.pooled + keys], dim=1), group.pooled.shape[1]
     length, heads = group.rows.shape[1], range(shared_heads) if shared_heads else group.heads
     # 1. how many queries, and how many heads
-    most = max(SCORE_BYTES.get(dtype, 2**20) // (columns.shape[1] * dtype.itemsize), LEAST_ROWS)
+    most = max(score_bytes() // (columns.shape[1] * dtype.itemsize), LEAST_ROWS)
     if dtype == torch.float32 and columns.shape[1] >= FUSED_KEYS and not group.partial:
         most = length  # of one head
     step = -(-length // -(-length // most))  # pieces of about the same size
-    together = max(most // step, 1)
+    together = -(-len(heads) // -(-len(heads) // max(most // step, 1)))  # as many in each task
     # 2. these
     for first in range(0, len(heads), together):
         pick = 0 if shared_heads else slice(first, first + together)

@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit.attention.kernels.rows import attend_rows
-from dit.attention.kernels.workers import run_tasks
+from dit.attention.kernels.rows import attend_rows, levels, score_bytes
 
-SCORE_BYTES = 3 * 2**19
-"""Most bytes of the scores of a task."""
-MOST_ROWS, LEAST_ROWS = 256, 16
+MOST_ROWS, LEAST_ROWS = 512, 16
 """Queries of a task."""
 LEAST_TOKENS = 256
-"""Shortest rows of queries and keys for which it is used unasked."""
+"""Shortest rows of queries and keys for which it is used unasked; of heads narrower than 64 longer ones."""
 
 
 def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
@@ -34,33 +31,32 @@ def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask
         (B, N, K, E).
     """
     batch, length, heads, _ = query.shape
-    query = query.transpose(1, 2).contiguous()  # (B, K, N, E)
-    pairs = [x.transpose(1, 2).contiguous() for x in (key, value)]  # (B, K, M, E) each
+    query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))  # (B, K, N, E)
+    level = levels(query, key, scale)  # (B, K, N, 1)
     out = torch.empty_like(query)  # (B, K, N, E)
-
-    def run(sample: int, some: slice, rows: slice) -> None:
-        keys, values = (x[sample, some] for x in pairs)  # (G, M, E)
+    for sample in range(batch):
+        keys, values = key[sample], value[sample]  # (K, M, E)
         if key_mask is not None:
             alive = key_mask[sample].nonzero()[:, 0]  # (M',)
             keys, values = keys.index_select(1, alive), values.index_select(1, alive)
         if keys.shape[1] == 0:
-            out[sample, some, rows] = 0
-            return
-        out[sample, some, rows] = attend_rows(query[sample, some, rows], keys, values, scale)[0]  # (G, R, E)
-
-    run_tasks(run, _tasks(batch, heads, length, key.shape[1], query.element_size()))
+            out[sample] = 0
+            continue
+        for some, rows in _tasks(heads, length, keys.shape[1] * query.element_size()):
+            near = None if level is None else level[sample, some, rows]  # (G, R, 1)
+            part, _ = attend_rows(query[sample, some, rows], keys[some], values[some], scale, level=near)
+            out[sample, some, rows] = part  # (G, R, E)
     return out.transpose(1, 2)  # (B, N, K, E)
 
 
-def _tasks(batch: int, heads: int, length: int, keys: int, itemsize: int) -> list[tuple[int, slice, slice]]:
-    """Divide the queries of all heads into tasks whose scores fit into the cache."""
-    most = max(SCORE_BYTES // max(keys * itemsize, 1), LEAST_ROWS)
-    pieces = -(-length // min(most, MOST_ROWS))
-    rows = -(-length // pieces)
-    together = max(min(most // rows, -(-heads * pieces // torch.get_num_threads())), 1)  # heads: each thread has a task
+def _tasks(heads: int, length: int, row_bytes: int) -> list[tuple[slice, slice]]:
+    """Divide the queries of all heads into tasks whose scores fit into the caches."""
+    most = max(score_bytes() // max(row_bytes, 1), LEAST_ROWS)  # rows of all heads
+    rows = -(-length // -(-length // min(most, MOST_ROWS)))
+    groups = -(-heads // max(most // rows, 1))
+    together = -(-heads // groups)  # heads, as many in each task
     return [
-        (sample, slice(head, head + together), slice(start, start + rows))
-        for sample in range(batch)
+        (slice(head, head + together), slice(start, start + rows))
         for head in range(0, heads, together)
         for start in range(0, length, rows)
     ]
@@ -81,7 +77,7 @@ def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype == torch.bfloat16
-        and min(query.shape[1], key.shape[1]) >= LEAST_TOKENS
+        and min(query.shape[1], key.shape[1]) * min(query.shape[3], 64) >= LEAST_TOKENS * 64
         and query.shape[2] == key.shape[2]
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
         and not torch.compiler.is_compiling()

@@ -1,21 +1,61 @@
 """Attention of some queries to some keys by plain products, on a CPU: what the dense and the gather kernel repeat.
 
 torch's fused kernel for CPUs computes products of bfloat16 no faster than those of float32; its plain matrix products
-in bfloat16 are more than twice as fast where the processor has instructions for them (AVX-512 BF16, AMX).
+in bfloat16 are more than twice as fast where the processor has instructions for them (AVX-512 BF16). What is left is to
+keep scores in memory that is used again, because memory that is new to a process is cleared page by page, and to round
+them where that does the least harm.
 """
 
 from __future__ import annotations
 
+import math
+from threading import local
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SAMPLED = 16
-"""One key of so many tells how large the scores of a query are where its softmax is."""
-
+SAMPLED = 64
+"""Keys that tell how large the scores of a query are where its softmax is."""
+PEAKY = 2.0
+"""From such a mean level on it is found from all keys: a sample misses the few that matter."""
 SAFE = 20
 """Scores of which the exponential and the sum of a row lose nothing in float32 and bfloat16."""
+LEVEL_SCORES = 2**22
+"""Most scores of queries and sampled keys that are held at a time."""
+
+_KEPT = local()
+
+
+def score_bytes() -> int:
+    """Return how many bytes of scores the operators of a task should write: as much as the cores' caches hold."""
+    return min(torch.get_num_threads(), 8) * 2**21
+
+
+def levels(query: Tensor, key: Tensor, scale: float) -> Tensor | None:
+    """Estimate how large the scores are that matter to each query, by a sample of the keys.
+
+    It is their mean under the squared softmax: for normal scores of deviation 1 their rounding errors in bfloat16 are
+    least when taken from 2 (0.0018 of the output; 0.0037 from 0, 0.0035 from 4); where few keys matter it is near the
+    largest.
+
+    Args:
+        query: (B, K, N, E).
+        key: (B, K, M, E).
+        scale: factor of the scores.
+
+    Returns:
+        (B, K, N, 1) in the query's dtype; None where scores aren't rounded.
+    """
+    if query.dtype == torch.float32 or key.shape[2] == 0:
+        return None
+    some = key[:, :, :: max(key.shape[2] // SAMPLED, 1)].mT.contiguous()  # (B, K, E, 64)
+    step = max(LEVEL_SCORES // (some.shape[-1] * query.shape[0] * query.shape[1]), 1)
+    parts = []
+    for start in range(0, query.shape[2], step):
+        doubled = (query[:, :, start : start + step] @ some).mul_(2 * scale)  # (B, K, N', 64)
+        parts.append(doubled.softmax(-1).mul_(doubled).sum(-1, keepdim=True).mul_(0.5))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def attend_rows(
@@ -24,6 +64,7 @@ def attend_rows(
     value: Tensor,
     scale: float,
     *,
+    level: Tensor | None = None,
     hidden: Tensor | None = None,
     hidden_columns: int = 0,
     bias: Tensor | None = None,
@@ -31,16 +72,17 @@ def attend_rows(
     return_lse: bool = False,
     fused: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend; all keys at once, so the scores (G, R, M) should fit into the cache of a core.
+    """Attend; all keys at once.
 
-    In bfloat16 scores are rounded after a level near those that matter was taken off them: what matters is then
-    small, and is rounded as finely as the fused kernel's float32 scores lose when they become weights.
+    In bfloat16 scores are rounded after a level near those that matter was taken off them: what matters is then small,
+    and is rounded about as finely as the fused kernel rounds its weights.
 
     Args:
         query: (G, R, E), contiguous.
         key: (G, M, E), contiguous.
         value: (G, M, E), contiguous.
         scale: factor of the scores.
+        level: (G, R, 1), see `levels`; None leaves scores as they are.
         hidden: bool, (R, C) or (G, R, C) or (G, 1, C), True for pairs that don't count.
         hidden_columns: first of the C columns of `hidden` among the M.
         bias: (G', 1, U) with G' of 1 or G, added to the scores of the last U keys.
@@ -52,14 +94,12 @@ def attend_rows(
         operator: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = operator(query[None], key[None], value[None], scale=scale)  # (1, G, R, E), (1, G, R)
         return out[0], lse[0]
-    low = query.dtype != torch.float32
     # 1. scores, less the level of each row
-    if low:
-        level = _level(query, key, scale)  # (G, R, 1)
-        scores = torch.baddbmm(level.neg(), query, key.mT, alpha=scale)  # (G, R, M)
-    else:
-        level = query.new_zeros(())
-        scores = torch.baddbmm(level, query, key.mT, beta=0, alpha=scale)  # (G, R, M)
+    shape = (*query.shape[:2], key.shape[1])
+    scores = _scores(query, key, scale, level, shape)  # (G, R, M)
+    if level is not None and float(level.mean()) > PEAKY:
+        level = level + (scores.amax(-1, keepdim=True) - 1)  # (G, R, 1)
+        scores = _scores(query, key, scale, level, shape)
     if bias is not None:
         scores[..., -bias.shape[-1] :] += bias.to(scores.dtype)
     if hidden is not None:
@@ -67,12 +107,21 @@ def attend_rows(
     empty = scores.isneginf().all(-1, keepdim=True) if may_be_empty else None  # (G, R, 1)
     # 2. softmax and the mean of the values
     if not return_lse:
-        out = torch.bmm(scores.softmax(-1), value)  # (G, R, E)
+        weights = torch.softmax(scores, -1, out=_memory("weights", shape, query))  # (G, R, M)
+        out = torch.bmm(weights, value)  # (G, R, E)
         return out if empty is None else out.masked_fill(empty, 0), None
     return _with_lse(scores, value, level, empty)
 
 
-def _with_lse(scores: Tensor, value: Tensor, level: Tensor, empty: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scores(query: Tensor, key: Tensor, scale: float, level: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Return the scores less the level, (G, R, M)."""
+    memory = _memory("scores", shape, query)
+    if level is None:
+        return torch.baddbmm(query.new_empty(()), query, key.mT, beta=0, alpha=scale, out=memory)
+    return torch.baddbmm(level.neg(), query, key.mT, alpha=scale, out=memory)
+
+
+def _with_lse(scores: Tensor, value: Tensor, level: Tensor | None, empty: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the weighted mean of the values and the LSE; `scores` is overwritten."""
     largest = scores.amax(-1, keepdim=True)  # (G, R, 1)
     if empty is not None:
@@ -85,16 +134,18 @@ def _with_lse(scores: Tensor, value: Tensor, level: Tensor, empty: Tensor | None
     total = weights.sum(-1, keepdim=True, dtype=torch.float32)  # (G, R, 1)
     out = torch.bmm(weights, value)  # (G, R, E)
     out = out.div_(total if empty is None else total.masked_fill(empty, 1))
-    lse = total.log() + largest.float() + level.float()  # (G, R, 1)
-    return out, lse[..., 0]
+    lse = total.log() + largest.float()  # (G, R, 1)
+    return out, (lse if level is None else lse + level.float())[..., 0]
 
 
-def _level(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Estimate how large the scores are that matter to each query, by a sample of the keys, (G, R, 1).
-
-    It is their mean under the squared softmax: for normal scores of deviation 1 their rounding errors are least when
-    taken from 2 (0.0018 of the output; 0.0037 from 0, 0.0035 from 4), where few keys matter it is near the largest.
-    """
-    some = key[:, ::SAMPLED]  # (G, M / 16, E)
-    doubled = torch.baddbmm(query.new_empty(()), query, some.mT, beta=0, alpha=2 * scale)  # (G, R, M / 16)
-    return doubled.softmax(-1).mul_(doubled).sum(-1, keepdim=True).mul_(0.5)
+def _memory(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return memory of a shape that this thread uses again; scores larger than usual get their own."""
+    count = math.prod(shape)
+    if like.device.type != "cpu" or count * like.element_size() > 2 * score_bytes():
+        return like.new_empty(shape)
+    held: dict[Any, Tensor] = vars(_KEPT).setdefault("held", {})
+    key = name, like.dtype
+    if key not in held or held[key].numel() < count:
+        with torch.inference_mode(False):  # or calls outside of that mode couldn't write to it
+            held[key] = torch.empty(count, dtype=like.dtype)
+    return held[key][:count].view(shape)
