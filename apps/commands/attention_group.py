@@ -8,7 +8,7 @@ import typer
 from apps.commands.shared_options import Device, Json, ModelName, Precision, Steps
 from apps.service.panels import MEASURED
 
-attention = typer.Typer(help="Look at patterns of sparse attention.", no_args_is_help=True, rich_markup_mode="rich")
+attention = typer.Typer(help="Sparse attention: what patterns can save, plans for a model, costs on this machine.", no_args_is_help=True, rich_markup_mode="rich")
 
 
 @attention.command()
@@ -84,3 +84,14 @@ def calibrate(
         device=device,
         dtype=dtype,
     )
+
+
+@attention.command()
+def costs(
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the fastest counts.", rich_help_panel=MEASURED)] = 5,
+    json_output: Json = False,
+) -> None:
+    """Measure what attention costs on this CPU, in some seconds, and keep it: plans compute sparsely where it pays."""
+    from apps.commands.attention_costs import run
+
+    run(repeats=repeats, json_output=json_output)

@@ -1,10 +1,12 @@
 """Costs of attention decide between a block map and dense attention, and are kept by machine."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from apps.cli import main
 from dit.attention import TokenGrid, costs, pattern
 from dit.attention.block_map import make_block_map
 from dit.attention.costs import AttentionCosts, attention_costs, measure_attention_costs, pays
@@ -48,6 +50,16 @@ def test_measured_costs_are_kept_and_found(tmp_path: Path, monkeypatch: pytest.M
     assert attention_costs() == measured
     monkeypatch.setattr(costs, "_machine", lambda: "another")
     assert attention_costs().machine == "typical"
+
+
+def test_the_command_line_keeps_what_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    main(["attention", "costs", "--repeats", "1", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert Path(said["file"]).is_relative_to(tmp_path)
+    assert attention_costs().pair["sparse bfloat16"] == pytest.approx(said["pair"]["sparse bfloat16"])
 
 
 def test_every_map_of_a_short_sequence_is_left_to_dense_attention() -> None:
