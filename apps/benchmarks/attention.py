@@ -196,7 +196,7 @@ def rival_rows(repeats: int) -> list[dict[str, Any]]:
             query, key, value = draw(4096, 64, dtype)
             one = random_map(4096, 0.35, True)
             calls = {
-                "flex": lambda q=query, k=key, v=value, m=one: block_sparse_attention(q, k, v, m, kernel="flex"),
+                "flex": lambda q=query, k=key, v=value, m=one: block_sparse_attention(q, k, v, m, kernel="flex_compiled"),
                 "gather": lambda q=query, k=key, v=value, m=one: block_sparse_attention(q, k, v, m, kernel="gather"),
             }
             times = measure(calls, max(repeats // 2, 1))

@@ -1,4 +1,4 @@
-"""`tessera attention costs`: measure what attention costs on this CPU, for plans that compute sparsely where it pays."""
+"""`tessera attention costs`: measure what attention costs on this CPU, so that plans know where sparse pays."""
 
 from dataclasses import asdict
 

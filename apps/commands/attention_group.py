@@ -8,7 +8,11 @@ import typer
 from apps.commands.shared_options import Device, Json, ModelName, Precision, Steps
 from apps.service.panels import MEASURED
 
-attention = typer.Typer(help="Sparse attention: what patterns can save, plans for a model, costs on this machine.", no_args_is_help=True, rich_markup_mode="rich")
+attention = typer.Typer(
+    help="Sparse attention: what patterns can save, plans for a model, costs on this machine.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
 
 
 @attention.command()

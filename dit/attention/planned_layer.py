@@ -129,11 +129,19 @@ class MapCache:
             StaysDense: it can't, in a plan that was found on other texts or sizes.
         """
         try:
-            return pattern(choice.pattern, grid, **given, **self.plan.params_of(choice))
+            params = {**_usual_blocks(choice.pattern, grid), **self.plan.params_of(choice)}
+            return pattern(choice.pattern, grid, **given, **params)
         except ValueError as error:
             if not self.plan.is_uniform:
                 raise StaysDense(f"{choice} can't be had with so many exact tokens") from error
             raise AttachError(f"{choice} can't be had on {grid}: {error}") from error
+
+
+def _usual_blocks(name: str, grid: TokenGrid) -> dict[str, int]:
+    """Return smaller blocks than a pattern's usual ones for sequences of which these would be a large part."""
+    most = next((size for size in (128, 64, 32) if grid.visual_length >= 16 * size), 16)
+    usual = {name: one for name, one in pattern_info(name).parameters.items() if name in ("block", "key_block")}
+    return {name: most for name, one in usual.items() if isinstance(one, int) and one > most}
 
 
 class Statistics:

@@ -56,7 +56,8 @@ def test_the_command_line_keeps_what_it_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    main(["attention", "costs", "--repeats", "1", "--json"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["attention", "costs", "--repeats", "1", "--json"])
     said = json.loads(capsys.readouterr().out)
     assert Path(said["file"]).is_relative_to(tmp_path)
     assert attention_costs().pair["sparse bfloat16"] == pytest.approx(said["pair"]["sparse bfloat16"])

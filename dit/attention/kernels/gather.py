@@ -109,7 +109,8 @@ def attend(
         key = torch.cat([key, tail.key.transpose(1, 2).to(key.dtype)], dim=1)  # (B, M + m, K, E)
         value = torch.cat([value, tail.value.transpose(1, 2).to(value.dtype)], dim=1)  # (B, M + m, K, E)
     queries, keys, values = _Tokens.of(query), _Tokens.of(key), _Tokens.of(value)
-    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)  # (B, N, K, E)
+    make = torch.empty if key_mask is None and _visits_everywhere(block_map) else torch.zeros
+    out = make(query.shape, dtype=query.dtype, device=query.device)  # (B, N, K, E)
     lse = query.new_full((batch, length, heads, 1), -torch.inf, dtype=torch.float32) if return_lse else None
     outs, lses = _Tokens.of(out), None if lse is None else _Tokens.of(lse)
     level = levels(query.transpose(1, 2), key[:, :length_of_keys].transpose(1, 2), scale)  # (B, K, N, 1)
@@ -137,6 +138,14 @@ def attend(
         if lses is not None and part_lse is not None:
             lses.put(task, task.rows, part_lse[..., None])
     return out, None if lse is None else lse[..., 0].transpose(1, 2)  # (B, N, K, E), (B, K, N)
+
+
+def _visits_everywhere(block_map: BlockMap) -> bool:
+    """Return whether every block of queries visits some block of keys that isn't empty."""
+    if "everywhere" not in block_map.cache:
+        visits = block_map.visits & (block_map.keys.sizes > 0)[..., None, :]
+        block_map.cache["everywhere"] = bool(visits.any(-1).all())
+    return block_map.cache["everywhere"]
 
 
 def _bias_of(tail: Tail, task: Task, length: int) -> Tensor:
