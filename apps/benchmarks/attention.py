@@ -52,7 +52,7 @@ def bench_attention(asked: Asked) -> dict[str, Any]:
     lengths = (512,) if asked.smoke else (4096, 16384)
     with torch.no_grad():
         tables = {
-            "dense attention in bfloat16": [dense_row(*shape, repeats) for shape in dense],
+            "dense attention": [dense_row(*shape, dtype, repeats) for dtype in DTYPES for shape in dense],
             "sparse attention": [row for shape in sparse for row in sparse_rows(*shape, repeats)],
             "exact pairs": [exact_row(dtype, repeats, asked.smoke) for dtype in DTYPES],
             "choosing the pairs": [online_row(tokens, repeats) for tokens in lengths],
@@ -87,20 +87,23 @@ def native(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
-def dense_row(tokens: int, width: int, repeats: int) -> dict[str, Any]:
+def dense_row(tokens: int, width: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """Compare dense attention by products with torch's, and with OpenVINO's where it is installed."""
-    query, key, value = draw(tokens, width, torch.bfloat16)
+    query, key, value = draw(tokens, width, dtype)
     calls: dict[str, Callable[[], object]] = {
         "torch": lambda: native(query, key, value),
         "products": lambda: products.attend_all(query, key, value, width**-0.5),
     }
-    other = openvino_attention(tokens, width)
+    other = openvino_attention(tokens, width) if dtype == torch.bfloat16 else None
     if other is not None:
         calls["openvino"] = lambda: other(query, key, value)
     times = measure(calls, max(repeats, 1) * (4 if tokens < 2048 else 1))
     exact = native(query.double(), key.double(), value.double())
     errors = {name: relative_error(torch.as_tensor(call()).double(), exact) for name, call in calls.items()}
-    row: dict[str, Any] = {"shape": f"N {tokens}, E {width}", "torch ms": round(1e3 * least(times, "torch"), 2)}
+    row: dict[str, Any] = {
+        "shape": f"N {tokens}, E {width}, {str(dtype)[6:]}",
+        "torch ms": round(1e3 * least(times, "torch"), 2),
+    }
     row["gain"] = round(least(times, "torch") / least(times, "products"), 2)
     row["error / torch's"] = round(errors["products"] / errors["torch"], 2)
     if other is not None:
@@ -125,7 +128,7 @@ def sparse_rows(tokens: int, width: int, repeats: int) -> list[dict[str, Any]]:
         query, key, value = draw(tokens, width, dtype)
         maps = {density: random_map(tokens, density, False) for density in DENSITIES}
         calls: dict[str, Callable[[], object]] = {"torch": lambda q=query, k=key, v=value: native(q, k, v)}
-        if dtype == torch.bfloat16:
+        if products.has_fast_products(dtype):
             calls["products"] = lambda q=query, k=key, v=value: products.attend_all(q, k, v, q.shape[-1] ** -0.5)
         for density, one in maps.items():
             calls[str(density)] = lambda q=query, k=key, v=value, m=one: block_sparse_attention(q, k, v, m)
@@ -196,14 +199,16 @@ def rival_rows(repeats: int) -> list[dict[str, Any]]:
             query, key, value = draw(4096, 64, dtype)
             one = random_map(4096, 0.35, True)
             calls = {
-                "flex": lambda q=query, k=key, v=value, m=one: block_sparse_attention(q, k, v, m, kernel="flex_compiled"),
+                "flex": lambda q=query, k=key, v=value, m=one: block_sparse_attention(
+                    q, k, v, m, kernel="flex_compiled"
+                ),
                 "gather": lambda q=query, k=key, v=value, m=one: block_sparse_attention(q, k, v, m, kernel="gather"),
             }
             times = measure(calls, max(repeats // 2, 1))
             rows.append(
                 {
                     "shape": f"torch flex, compiled: N 4096, E 64, {str(dtype)[6:]}, density 0.35",
-                    "gain": round(least(times, "flex") / least(times, "gather"), 2),
+                    "gain": round(least(times, "flex_compiled") / least(times, "gather"), 2),
                 }
             )
     if find_spec("comfy_kitchen") is not None:

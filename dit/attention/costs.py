@@ -63,7 +63,7 @@ class AttentionCosts:
             keys: their number M.
         """
         batch, length, heads, width = query.shape
-        kernels = ("native", "products") if products.has_fast_products() else ("native",)
+        kernels = ("native", "products") if products.has_fast_products(query.dtype) else ("native",)
         costs = [self.of_pair(kernel, query.dtype, width) for kernel in kernels]
         known = [cost for cost in costs if cost is not None]
         return min(known) * batch * heads * length * keys if known else None
@@ -100,8 +100,9 @@ TYPICAL = {
         {
             "native float32": (2.85, 5.3),
             "native bfloat16": (2.95, 5.5),
+            "products float32": (1.8, 3.0),
             "products bfloat16": (1.25, 1.9),
-            "sparse float32": (3.1, 5.8),
+            "sparse float32": (1.9, 3.2),
             "sparse bfloat16": (1.05, 1.75),
         },
         60.0,
@@ -175,7 +176,7 @@ def _measure(repeats: int) -> AttentionCosts:
         for width in WIDTHS:
             query, key, value = (torch.randn(1, TOKENS, HEADS, width).to(dtype) for _ in range(3))
             calls: dict[str, Any] = {"native": lambda q=query, k=key, v=value: _native(q, k, v)}
-            if dtype == torch.bfloat16:
+            if products.has_fast_products(dtype):
                 calls["products"] = lambda q=query, k=key, v=value: products.attend_all(q, k, v, q.shape[-1] ** -0.5)
             for name, block_map in maps.items():
                 calls[name] = lambda q=query, k=key, v=value, m=block_map: block_sparse_attention(q, k, v, m)

@@ -79,7 +79,7 @@ def attention(
             dtype it is added to the scores.
         scale: factor of the scores; None means 1 / sqrt(E).
         backend: name of an attention backend, see `dit.attention.backends`; None means the active one. Where that is
-            torch's native one, long sequences in bfloat16 on a CPU are computed by "products", which is faster.
+            torch's native one, long sequences on a CPU are computed by "products" where that is faster.
         parallel_config: diffusers' context-parallel configuration.
         return_lse: also return the LSE. Only torch's native kernel on a CPU, without mask and gradient, gives it away;
             elsewhere it costs a second product of queries and keys.

@@ -10,10 +10,11 @@ from apps.benchmarks.runs import has_ratios, ranges
 def test_a_short_run_measures_all_tables() -> None:
     report = run("attention", smoke=True, json_output=True)
     tables = report["tables"]
-    assert set(tables) == {"dense attention in bfloat16", "sparse attention", "exact pairs", "choosing the pairs"}
-    dense = tables["dense attention in bfloat16"][0]
-    assert dense["gain"] > 0
-    assert 0.5 < dense["error / torch's"] < 1.5
+    assert set(tables) == {"dense attention", "sparse attention", "exact pairs", "choosing the pairs"}
+    exact, rounded = tables["dense attention"]
+    assert exact["gain"] > 0
+    assert exact["error / torch's"] < 5
+    assert 0.5 < rounded["error / torch's"] < 1.5
     sparse = tables["sparse attention"]
     assert {row["density"] for row in sparse} == {0.25, 0.5}  # a block of four is the least
     assert all(row["of ideal"] > 0 for row in sparse)

@@ -44,7 +44,7 @@ def test_measured_costs_are_kept_and_found(tmp_path: Path, monkeypatch: pytest.M
     threads = torch.get_num_threads()
     measured = measure_attention_costs(repeats=1)
     assert torch.get_num_threads() == threads
-    assert {"native float32", "sparse float32", "products bfloat16"} <= set(measured.pair)
+    assert {"native float32", "sparse float32", "sparse bfloat16"} <= set(measured.pair)
     assert all(narrow > 0 for narrow, _ in measured.pair.values())
     measured.save()
     assert attention_costs() == measured

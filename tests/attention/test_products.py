@@ -16,7 +16,7 @@ def draw(batch: int, count: int, heads: int, width: int) -> list[torch.Tensor]:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every processor count as one that multiplies fast."""
-    monkeypatch.setattr(products, "has_fast_products", lambda: True)
+    monkeypatch.setattr(products, "has_fast_products", lambda dtype: dtype == torch.bfloat16)
 
 
 def test_memory_is_used_again_in_and_out_of_inference_mode() -> None:
@@ -73,3 +73,17 @@ def test_other_backends_stay_what_they_are() -> None:
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
     assert torch.equal(native, expected)
     assert not torch.equal(attention(query, key, value), expected)
+
+
+def test_float32_is_exact_and_left_to_torch_where_that_is_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (x.float() for x in draw(2, 520, 3, 64))
+    truth = attention_reference(query, key, value)
+    mask = torch.rand(2, 520) > 0.3
+    for fast in (True, False):
+        monkeypatch.setattr(products, "has_fast_products", lambda dtype, is_fast=fast: is_fast)
+        torch.testing.assert_close(attention(query, key, value), truth, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            attention(query, key, value, mask), attention_reference(query, key, value, mask), rtol=1e-5, atol=1e-6
+        )
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+    assert torch.equal(attention(query, key, value), expected)

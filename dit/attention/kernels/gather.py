@@ -166,7 +166,7 @@ def _tasks_of(
 ) -> Iterable[Task]:
     """Return the tasks of a map; those of the last few kinds of calls are kept with it, if they are not too large."""
     mask = None if key_mask is None else (tuple(key_mask.shape), key_mask.cpu().numpy().tobytes())
-    kind = ("gather", batch, heads, dtype, mask, tail is not None, score_bytes())
+    kind = ("gather", batch, heads, dtype, mask, tail is not None, score_bytes(dtype))
     known = block_map.cache.get(kind)
     if known is not None:
         return known
@@ -315,7 +315,7 @@ def _split(group: _Group, sample: int, shared_heads: int, dtype: torch.dtype, ke
         columns, pooled = torch.cat([columns, group.pooled + keys], dim=1), group.pooled.shape[1]
     length, heads = group.rows.shape[1], range(shared_heads) if shared_heads else group.heads
     # 1. how many queries, and how many heads
-    most = max(score_bytes() // (columns.shape[1] * dtype.itemsize), LEAST_ROWS)
+    most = max(score_bytes(dtype) // (columns.shape[1] * dtype.itemsize), LEAST_ROWS)
     if dtype == torch.float32 and columns.shape[1] >= FUSED_KEYS and not group.partial:
         most = length  # of one head
     step = -(-length // -(-length // most))  # pieces of about the same size

@@ -1,4 +1,8 @@
-"""Dense attention on CPUs by plain products in bfloat16: torch's fused kernel gains nothing from bfloat16 there."""
+"""Dense attention on CPUs by plain products.
+
+torch's fused kernel gains nothing from bfloat16 there, and in float32 it multiplies by MKL, which leaves AVX-512 unused
+on processors that aren't Intel's.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit.attention.kernels.rows import attend_rows, levels, score_bytes
+from dit.layers.linear import mkl_is_slow
 
 MOST_ROWS, LEAST_ROWS = 512, 16
 """Queries of a task."""
-LEAST_TOKENS = 256
+LEAST_TOKENS = {torch.bfloat16: 256, torch.float32: 512}
 """Shortest rows of queries and keys for which it is used unasked; of heads narrower than 64 longer ones."""
 
 
@@ -21,7 +26,7 @@ def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask
     """Attend to all keys.
 
     Args:
-        query: (B, N, K, E), bfloat16, on a CPU.
+        query: (B, N, K, E), bfloat16 or float32, on a CPU.
         key: (B, M, K, E).
         value: (B, M, K, E).
         scale: factor of the scores.
@@ -42,16 +47,16 @@ def attend_all(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask
         if keys.shape[1] == 0:
             out[sample] = 0
             continue
-        for some, rows in _tasks(heads, length, keys.shape[1] * query.element_size()):
+        for some, rows in _tasks(heads, length, keys.shape[1], query.dtype):
             near = None if level is None else level[sample, some, rows]  # (G, R, 1)
             part, _ = attend_rows(query[sample, some, rows], keys[some], values[some], scale, level=near)
             out[sample, some, rows] = part  # (G, R, E)
     return out.transpose(1, 2)  # (B, N, K, E)
 
 
-def _tasks(heads: int, length: int, row_bytes: int) -> list[tuple[slice, slice]]:
+def _tasks(heads: int, length: int, keys: int, dtype: torch.dtype) -> list[tuple[slice, slice]]:
     """Divide the queries of all heads into tasks whose scores fit into the caches."""
-    most = max(score_bytes() // max(row_bytes, 1), LEAST_ROWS)  # rows of all heads
+    most = max(score_bytes(dtype) // (keys * dtype.itemsize), LEAST_ROWS)  # rows of all heads
     rows = -(-length // -(-length // min(most, MOST_ROWS)))
     groups = -(-heads // max(most // rows, 1))
     together = -(-heads // groups)  # heads, as many in each task
@@ -63,25 +68,32 @@ def _tasks(heads: int, length: int, row_bytes: int) -> list[tuple[slice, slice]]
 
 
 @cache
-def has_fast_products() -> bool:
-    """Return whether the processor multiplies in bfloat16 so fast that products beat torch's fused kernel.
+def has_fast_products(dtype: torch.dtype) -> bool:
+    """Return whether the processor multiplies so fast that products beat torch's fused kernel.
 
-    With AMX the fused kernel itself does.
+    In bfloat16 they do with AVX-512 BF16; with AMX the fused kernel itself is fast. In float32 they do where oneDNN
+    beats MKL, see `dit.layers.linear`.
+
+    Args:
+        dtype: of query, key and value.
     """
+    if dtype == torch.float32:
+        return mkl_is_slow()
     known: Any = torch.cpu.get_capabilities()
-    return bool(known.get("avx512_bf16")) and not known.get("amx_tile")
+    return dtype == torch.bfloat16 and bool(known.get("avx512_bf16")) and not known.get("amx_tile")
 
 
 def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether `attend_all` should compute a call that asks for no backend."""
     return (
         query.device.type == "cpu"
-        and query.dtype == key.dtype == value.dtype == torch.bfloat16
-        and min(query.shape[1], key.shape[1]) * min(query.shape[3], 64) >= LEAST_TOKENS * 64
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in LEAST_TOKENS
+        and min(query.shape[1], key.shape[1]) * min(query.shape[3], 64) >= LEAST_TOKENS[query.dtype] * 64
         and query.shape[2] == key.shape[2]
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
         and not torch.compiler.is_compiling()
-        and has_fast_products()
+        and has_fast_products(query.dtype)
     )
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit.layers.linear import mkl_is_slow
+
 SAMPLED = 64
 """Keys that tell how large the scores of a query are where its softmax is."""
 PEAKY = 2.0
@@ -27,9 +29,12 @@ LEVEL_SCORES = 2**22
 _KEPT = local()
 
 
-def score_bytes() -> int:
-    """Return how many bytes of scores the operators of a task should write: as much as the cores' caches hold."""
-    return min(torch.get_num_threads(), 8) * 2**21
+def score_bytes(dtype: torch.dtype) -> int:
+    """Return how many bytes of scores the operators of a task should write: as much as the cores' caches hold.
+
+    oneDNN's products in float32 take new memory each time, of which more than this is cleared page by page.
+    """
+    return 2**21 if dtype == torch.float32 else min(torch.get_num_threads(), 8) * 2**21
 
 
 def levels(query: Tensor, key: Tensor, scale: float) -> Tensor | None:
@@ -94,16 +99,15 @@ def attend_rows(
         operator: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = operator(query[None], key[None], value[None], scale=scale)  # (1, G, R, E), (1, G, R)
         return out[0], lse[0]
+    if query.dtype == torch.float32 and query.device.type == "cpu" and mkl_is_slow():
+        return _by_onednn(query, key, value, scale, hidden, hidden_columns, bias, may_be_empty, return_lse)
     # 1. scores, less the level of each row
     shape = (*query.shape[:2], key.shape[1])
     scores = _scores(query, key, scale, level, shape)  # (G, R, M)
     if level is not None and float(level.mean()) > PEAKY:
         level = level + (scores.amax(-1, keepdim=True) - 1)  # (G, R, 1)
         scores = _scores(query, key, scale, level, shape)
-    if bias is not None:
-        scores[..., -bias.shape[-1] :] += bias.to(scores.dtype)
-    if hidden is not None:
-        scores[..., hidden_columns : hidden_columns + hidden.shape[-1]].masked_fill_(hidden, -torch.inf)
+    _mask(scores, hidden, hidden_columns, bias)
     empty = scores.isneginf().all(-1, keepdim=True) if may_be_empty else None  # (G, R, 1)
     # 2. softmax and the mean of the values
     if not return_lse:
@@ -111,6 +115,43 @@ def attend_rows(
         out = torch.bmm(weights, value)  # (G, R, E)
         return out if empty is None else out.masked_fill(empty, 0), None
     return _with_lse(scores, value, level, empty)
+
+
+def _mask(scores: Tensor, hidden: Tensor | None, hidden_columns: int, bias: Tensor | None) -> None:
+    """Add the bias to scores (G, R, M), and hide pairs."""
+    if bias is not None:
+        scores[..., -bias.shape[-1] :] += bias.to(scores.dtype)
+    if hidden is not None:
+        scores[..., hidden_columns : hidden_columns + hidden.shape[-1]].masked_fill_(hidden, -torch.inf)
+
+
+def _by_onednn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    hidden: Tensor | None,
+    hidden_columns: int,
+    bias: Tensor | None,
+    may_be_empty: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend in float32 by oneDNN's products, see `dit.layers.linear`; one of the G after another."""
+    product: Any = torch.ops.mkldnn._linear_pointwise
+    query = query * scale
+    out = torch.empty_like(query)
+    lse = query.new_empty(query.shape[:2]) if return_lse else None
+    for number in range(len(query)):
+        scores = product(query[number], key[number], None, "none", [], "")  # (R, M)
+        some = hidden if hidden is None or hidden.ndim == 2 else hidden[min(number, len(hidden) - 1)]
+        _mask(scores, some, hidden_columns, None if bias is None else bias[min(number, len(bias) - 1)])
+        weights = torch.softmax(scores, -1, out=_memory("weights", tuple(scores.shape), scores))  # (R, M)
+        out[number] = product(weights, value[number].t(), None, "none", [], "")  # (R, E)
+        if may_be_empty:
+            out[number].masked_fill_(scores.isneginf().all(-1, keepdim=True), 0)
+        if lse is not None:
+            lse[number] = scores.logsumexp(-1)
+    return out, lse
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, level: Tensor | None, shape: tuple[int, ...]) -> Tensor:
@@ -141,7 +182,7 @@ def _with_lse(scores: Tensor, value: Tensor, level: Tensor | None, empty: Tensor
 def _memory(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Return memory of a shape that this thread uses again; scores larger than usual get their own."""
     count = math.prod(shape)
-    if like.device.type != "cpu" or count * like.element_size() > 2 * score_bytes():
+    if like.device.type != "cpu" or count * like.element_size() > 2 * score_bytes(like.dtype):
         return like.new_empty(shape)
     held: dict[Any, Tensor] = vars(_KEPT).setdefault("held", {})
     key = name, like.dtype
