@@ -54,30 +54,42 @@ def run(
     if output is None and not folder.is_dir():
         raise UsageError(f"the model {model!r} has no folder of its own here: name a file with --output")
     wanted: list[Any] = [int(prompt) if prompt.isdecimal() else prompt for prompt in prompts or PROMPTS]
-    plan = _search(pipe, wanted, steps, dense_first, error=error, density=density, min_psnr=min_psnr)
     path = output or folder / PLAN_FILE
+    chart = path.with_suffix(".png")
+    plan = _search(pipe, wanted, steps, dense_first, chart, error=error, density=density, min_psnr=min_psnr)
     plan.save(path)
     console = Console()
+    console.print(f"{chart}: the choice of each head, and the error of other densities")
     console.print(f"{path}: {len(plan.choices)} choices, {len(plan.sigma_bins) + 1} ranges of noise levels")
     for choice, share in sorted(plan.shares().items(), key=lambda one: -one[1]):
         console.print(f"  {share:6.1%}  {choice}", markup=False)
 
 
-def _search(pipe: Any, prompts: list[Any], steps: int | None, dense_first: float, **goals: float | None) -> Any:
-    """Return the plan that reaches the goals.
+def _search(
+    pipe: Any, prompts: list[Any], steps: int | None, dense_first: float, chart: Path, **goals: float | None
+) -> Any:
+    """Return the plan that reaches the goals, and draw what was found.
 
     Raises:
         UsageError: there is none.
     """
+    from apps.commands.attention_chart import draw_search
     from dit.attention.choices import Guards
 
     search: Any = import_module("dit.attention.search")
     tracker = track_steps(pipe)
     options = {} if steps is None else {"num_inference_steps": steps}
     try:
-        return search.search_plan(pipe, prompts, guards=Guards(dense_first=dense_first), **goals, **options)
+        survey = search.survey_attention(pipe, prompts, **options)
+        plan = search.search_plan(
+            pipe, prompts, guards=Guards(dense_first=dense_first), survey=survey, **goals, **options
+        )
     except ValueError as reason:
         raise UsageError(str(reason)) from reason
     finally:
         if tracker is not None:
             tracker.detach()
+    error, density = goals.get("error"), goals.get("density")
+    table = survey.table(error=0.05 if (error, density) == (None, None) else error, density=density)
+    draw_search(survey, table, chart)
+    return plan

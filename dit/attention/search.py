@@ -233,6 +233,7 @@ def search_plan(
     density: float | None = None,
     min_psnr: float | None = None,
     guards: Guards | None = None,
+    survey: Survey | None = None,
     seed: int = 0,
     call: Callable[[Any, str, int], Any] | None = None,
     **options: Any,
@@ -247,6 +248,7 @@ def search_plan(
         min_psnr: the images or frames must be so near to those of dense attention, in dB (least over the prompts):
             the allowed error is halved until they are.
         guards: of the plan, see `dit.attention.plan.Guards`.
+        survey: what `survey_attention` measured before; None measures now.
         seed: see `survey_attention`.
         call: see `survey_attention`.
         **options: of `survey_attention`, and arguments of the pipeline's call.
@@ -259,7 +261,8 @@ def search_plan(
     """
     known = set(inspect.signature(survey_attention).parameters) - {"arguments"}
     run = call or _caller({name: value for name, value in options.items() if name not in known})
-    survey = survey_attention(pipeline, prompts, seed=seed, call=call, **options)
+    if survey is None:
+        survey = survey_attention(pipeline, prompts, seed=seed, call=call, **options)
     if error is None and density is None:
         error = 0.05
     plan = survey.plan(error=error, density=density, guards=guards)
