@@ -198,11 +198,9 @@ def rival_rows(repeats: int) -> list[dict[str, Any]]:
         for dtype in DTYPES:
             query, key, value = draw(4096, 64, dtype)
             one = random_map(4096, 0.35, True)
-            calls = {
-                "flex": lambda q=query, k=key, v=value, m=one: block_sparse_attention(
-                    q, k, v, m, kernel="flex_compiled"
-                ),
-                "gather": lambda q=query, k=key, v=value, m=one: block_sparse_attention(q, k, v, m, kernel="gather"),
+            calls: dict[str, Callable[[], object]] = {
+                name: lambda n=name, q=query, k=key, v=value, m=one: block_sparse_attention(q, k, v, m, kernel=n)
+                for name in ("flex_compiled", "gather")
             }
             times = measure(calls, max(repeats // 2, 1))
             rows.append(
