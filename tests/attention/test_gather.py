@@ -8,7 +8,7 @@ import torch
 
 from dit.attention import TokenGrid, TokenRule, block_sparse_attention
 from dit.attention.block_map import BlockMap, make_block_map
-from dit.attention.kernels import gather
+from dit.attention.kernels import gather, rows
 from dit.attention.kernels.contract import Tail
 from dit.attention.layout import Layout, axes_layout, cluster_layout, morton_layout, raster_layout, tile_layout
 
@@ -137,6 +137,23 @@ def test_large_maps_keep_no_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(block_map)
     assert not any(isinstance(name, tuple) for name in block_map.cache)  # no lists
     compare(make_block_map(layout, block_map.visits[0, 0, :-1, :-1], rule=Near(9)).prune())
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+@pytest.mark.parametrize("fused_keys", [0, 10**6])
+def test_float32_by_any_library(is_slow: bool, fused_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MKL's products, torch's fused kernel, and oneDNN's products where torch has them."""
+    if is_slow and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("torch has no oneDNN here")
+    monkeypatch.setattr(gather, "FUSED_KEYS", fused_keys)
+    for module in (gather, rows):
+        monkeypatch.setattr(module, "mkl_is_slow", lambda: is_slow)
+    torch.manual_seed(0)
+    layout = raster_layout(GRID, 16)
+    visits = torch.rand(1, K, layout.visual_count, layout.visual_count) > 0.5
+    compare(make_block_map(layout, visits))
+    compare(make_block_map(layout, visits), key_mask=torch.rand(B, GRID.length) > 0.2)
+    compare(make_block_map(layout, visits, rule=Near(9)).prune())
 
 
 def test_threads_change_nothing_but_rounding() -> None:

@@ -17,11 +17,12 @@ from torch import Tensor
 from dit.attention.block_map import BlockMap
 from dit.attention.kernels.contract import SparseKernel, Tail, register_kernel
 from dit.attention.kernels.rows import attend_rows, levels, score_bytes
+from dit.layers.linear import mkl_is_slow
 
 LEAST_ROWS = 16
 """Fewest queries of a task, however many keys there are."""
 FUSED_KEYS = 4096
-"""From so many keys on torch's fused kernel is faster in float32, which never writes the scores down."""
+"""From so many keys on torch's fused kernel beats MKL's products in float32: it never writes the scores down."""
 RULE_BYTES = 2**28
 """Most bytes of pairs that don't count which are kept with a map; those of larger maps are found anew in each call."""
 LIST_BYTES = 2**27
@@ -316,7 +317,7 @@ def _split(group: _Group, sample: int, shared_heads: int, dtype: torch.dtype, ke
     length, heads = group.rows.shape[1], range(shared_heads) if shared_heads else group.heads
     # 1. how many queries, and how many heads
     most = max(score_bytes(dtype) // (columns.shape[1] * dtype.itemsize), LEAST_ROWS)
-    if dtype == torch.float32 and columns.shape[1] >= FUSED_KEYS and not group.partial:
+    if dtype == torch.float32 and columns.shape[1] >= FUSED_KEYS and not group.partial and not mkl_is_slow():
         most = length  # of one head
     step = -(-length // -(-length // most))  # pieces of about the same size
     together = -(-len(heads) // -(-len(heads) // max(most // step, 1)))  # as many in each task

@@ -93,14 +93,16 @@ def attend_rows(
         bias: (G', 1, U) with G' of 1 or G, added to the scores of the last U keys.
         may_be_empty: a query may have no key that counts; it gets zeros, and -inf as its LSE.
         return_lse: also return the LSE, (G, R), float32.
-        fused: in float32, with neither `hidden` nor `bias`, use torch's fused kernel: it never writes the scores down.
+        fused: in float32 by MKL, with neither `hidden` nor `bias`, use torch's fused kernel: it never writes the scores
+            down.
     """
-    if fused and query.device.type == "cpu" and query.dtype == torch.float32 and hidden is None and bias is None:
-        operator: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = operator(query[None], key[None], value[None], scale=scale)  # (1, G, R, E), (1, G, R)
-        return out[0], lse[0]
-    if query.dtype == torch.float32 and query.device.type == "cpu" and mkl_is_slow():
-        return _by_onednn(query, key, value, scale, hidden, hidden_columns, bias, may_be_empty, return_lse)
+    if query.dtype == torch.float32 and query.device.type == "cpu":
+        if mkl_is_slow():
+            return _by_onednn(query, key, value, scale, hidden, hidden_columns, bias, may_be_empty, return_lse)
+        if fused and hidden is None and bias is None:
+            operator: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            out, lse = operator(query[None], key[None], value[None], scale=scale)  # (1, G, R, E), (1, G, R)
+            return out[0], lse[0]
     # 1. scores, less the level of each row
     shape = (*query.shape[:2], key.shape[1])
     scores = _scores(query, key, scale, level, shape)  # (G, R, M)
