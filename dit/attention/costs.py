@@ -28,7 +28,7 @@ from dit.runtime.timing import measure
 WIDTHS = (64, 128)
 """Head widths that are measured; others lie on the line through them."""
 TOKENS, HEADS = 1024, 4
-MARGIN = 0.97
+MARGIN = 0.9
 """Sparse attention must be predicted to take less than this share of the time of dense attention."""
 
 
@@ -41,11 +41,13 @@ class AttentionCosts:
         pair: nanoseconds of a query, key and head: (head width 64, 128) by "kernel dtype", for "native" (torch's),
             "products" and "sparse" (the kernel that `block_sparse_attention` takes).
         block: microseconds of a block of queries of sparse attention, whatever it visits.
+        fresh: microseconds of a block of a map that is made anew for each call: its keys have to be listed.
     """
 
     machine: str
     pair: Mapping[str, tuple[float, float]]
     block: float
+    fresh: float = 70.0
 
     def of_pair(self, kernel: str, dtype: torch.dtype, width: int) -> float | None:
         """Return the seconds of a pair and head; None for what was not measured."""
@@ -68,12 +70,13 @@ class AttentionCosts:
         known = [cost for cost in costs if cost is not None]
         return min(known) * batch * heads * length * keys if known else None
 
-    def sparse_seconds(self, query: Tensor, block_map: BlockMap) -> float | None:
+    def sparse_seconds(self, query: Tensor, block_map: BlockMap, online: bool = False) -> float | None:
         """Return the time of a block map.
 
         Args:
             query: (B, N, K, E); only shape and dtype are read.
             block_map: the pairs.
+            online: the map is made anew for each call.
         """
         batch, length, heads, width = query.shape
         cost = self.of_pair("sparse", query.dtype, width)
@@ -82,7 +85,8 @@ class AttentionCosts:
         if "density" not in block_map.cache:
             block_map.cache["density"] = block_map.density()
         pairs = block_map.cache["density"] * length * block_map.keys.grid.length
-        return batch * heads * (pairs * cost + block_map.queries.count * self.block * 1e-6)
+        each = self.block + (self.fresh if online else 0.0)
+        return batch * heads * (pairs * cost + block_map.queries.count * each * 1e-6)
 
     def save(self, path: Path | None = None) -> Path:
         """Write the costs as JSON and return where; None is the user's cache folder."""
@@ -115,6 +119,7 @@ TYPICAL = {
             for dtype in ("float16", "bfloat16", "float32")
         },
         0.0,
+        0.0,
     ),
 }
 """Costs where none were measured."""
@@ -131,16 +136,18 @@ def attention_costs(device: torch.device | str = "cpu") -> AttentionCosts:
     return measured or TYPICAL.get(kind, TYPICAL["cuda"])
 
 
-def pays(query: Tensor, block_map: BlockMap, costs: AttentionCosts | None = None) -> bool:
+def pays(query: Tensor, block_map: BlockMap, costs: AttentionCosts | None = None, *, online: bool = False) -> bool:
     """Return whether a block map is predicted to take less time than dense attention.
 
     Args:
         query: (B, N, K, E); only shape, dtype and device are read.
         block_map: the pairs.
         costs: None means `attention_costs`.
+        online: the map is made anew for each call.
     """
     costs = costs or attention_costs(query.device)
-    sparse, dense = costs.sparse_seconds(query, block_map), costs.dense_seconds(query, block_map.keys.grid.length)
+    sparse = costs.sparse_seconds(query, block_map, online)
+    dense = costs.dense_seconds(query, block_map.keys.grid.length)
     return sparse is None or dense is None or sparse < MARGIN * dense
 
 

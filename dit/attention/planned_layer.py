@@ -384,7 +384,9 @@ class PlannedLayer:
             return self._dense(inputs)
         try:
             block_map = self.maps.get(choice, grid, inputs, mask.keys, self._entry(group, step, "pattern"))
-            if choice.kernel == "auto" and grid.length >= LEAST_WEIGHED and not pays(inputs.query, block_map):
+            online = pattern_info(choice.pattern).online
+            weighed = choice.kernel == "auto" and grid.length >= LEAST_WEIGHED
+            if weighed and not pays(inputs.query, block_map, online=online):
                 raise StaysDense("all pairs are computed faster here")
         except StaysDense as reason:
             self.statistics.reasons[str(reason)] += 1

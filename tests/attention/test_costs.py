@@ -28,6 +28,7 @@ def test_sparse_pays_where_it_is_predicted_to_be_faster() -> None:
     busy = AttentionCosts("made up", COSTS.pair, 40.0)  # 8 blocks of 40 us beside 1 ms of dense attention
     assert not pays(*share(3), busy)
     assert pays(*share(1), busy)
+    assert not pays(*share(1), busy, online=True)  # 70 us more for each block
 
 
 def test_widths_between_are_interpolated() -> None:
