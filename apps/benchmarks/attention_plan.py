@@ -55,7 +55,7 @@ def bench_attention_plan(asked: Asked) -> dict[str, Any]:
         survey = _survey(pipe, prompts, arguments)
         equal += [{"size": size, **row} for row in _equal_density(survey)]
         searched += [{"size": size, **row} for row in _searched(survey)]
-        ends.append({"size": size, **_end_to_end(pipe, survey, prompts, arguments)})
+        ends.append({"shape": size, **_end_to_end(pipe, survey, prompts, arguments)})
     machine = describe_machine(torch.device(pipe.device), pipe.transformer.dtype)
     tables = {"candidates of one density": equal, "searched": searched, "end to end": ends}
     tables |= {"judged": [_judged(pipe, asked, few)]}

@@ -1,5 +1,8 @@
 """The benchmark of attention runs, and reports ratios under names that runs of other days have too."""
 
+import json
+from pathlib import Path
+
 import torch
 
 from apps.benchmarks import attention
@@ -31,3 +34,15 @@ def test_maps_deliver_what_they_say() -> None:
         assert abs(block_map.density() - 0.35) < 0.02
         assert block_map.visits.shape[1] == (1 if shared else attention.HEADS)
         assert torch.equal(block_map.visits.sum(-1).unique(), torch.tensor([11]))
+
+
+def test_a_searched_plan_is_measured_end_to_end(tmp_path: Path) -> None:
+    report = run("attention-plan", smoke=True, prompts=2, output=tmp_path / "plan.json", json_output=True)
+    assert set(report["tables"]) == {"candidates of one density", "searched", "end to end", "judged"}
+    assert {row["corrections"] for row in report["tables"]["searched"]} == {"none", "none or pooled_tail", "all"}
+    end = report["tables"]["end to end"][0]
+    assert end["tokens"] == 180
+    assert 0.15 < end["computed"] < 0.5
+    assert report["tables"]["judged"][0]["clips"] == 2
+    kept = json.loads((tmp_path / "plan.json").read_text())
+    assert {row["ratio"] for row in kept["ranges"]} == {"gain"}
