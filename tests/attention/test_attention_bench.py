@@ -42,7 +42,7 @@ def test_a_searched_plan_is_measured_end_to_end(tmp_path: Path) -> None:
     assert {row["corrections"] for row in report["tables"]["searched"]} == {"none", "none or pooled_tail", "all"}
     end = report["tables"]["end to end"][0]
     assert end["tokens"] == 180
-    assert 0.15 < end["computed"] < 0.5
+    assert 0.15 < end["computed"] < 0.8  # four steps: every range of noise levels begins with a refresh
     assert report["tables"]["judged"][0]["clips"] == 2
     kept = json.loads((tmp_path / "plan.json").read_text())
     assert {row["ratio"] for row in kept["ranges"]} == {"gain"}
