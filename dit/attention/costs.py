@@ -28,6 +28,8 @@ from dit.runtime.timing import measure
 WIDTHS = (64, 128)
 """Head widths that are measured; others lie on the line through them."""
 TOKENS, HEADS = 1024, 4
+GROUP_SECONDS = {False: 3e-4, True: 1e-3}
+"""What a choice costs for each call whatever it computes: splitting heads, and with True choosing blocks."""
 MARGIN = 0.9
 """Sparse attention must be predicted to take less than this share of the time of dense attention."""
 
@@ -87,6 +89,26 @@ class AttentionCosts:
         pairs = block_map.cache["density"] * length * block_map.keys.grid.length
         each = self.block + (self.fresh if online else 0.0)
         return batch * heads * (pairs * cost + block_map.queries.count * each * 1e-6)
+
+    def group_seconds(
+        self, query: Tensor, heads: int, keys: int, density: float, blocks: int, online: bool
+    ) -> float | None:
+        """Return the time of some heads under one choice of a plan, with what is done once for them.
+
+        Args:
+            query: (B, N, K, E); only shape and dtype are read.
+            heads: how many of the K.
+            keys: their number M.
+            density: share of the pairs that is computed.
+            blocks: of queries.
+            online: the map is made anew for each call.
+        """
+        cost = self.of_pair("sparse", query.dtype, query.shape[-1])
+        if cost is None:
+            return None
+        each = blocks * (self.block + (self.fresh if online else 0.0)) * 1e-6
+        pairs = density * query.shape[1] * keys
+        return GROUP_SECONDS[online] + query.shape[0] * heads * (pairs * cost + each)
 
     def save(self, path: Path | None = None) -> Path:
         """Write the costs as JSON and return where; None is the user's cache folder."""
@@ -210,6 +232,7 @@ def _native(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
+@lru_cache(maxsize=1)
 def _machine() -> str:
     """Name processor and torch; threads don't matter."""
     return ", ".join(part for part in machine_key("cpu").split(", ") if not part.endswith(" threads"))

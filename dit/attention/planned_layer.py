@@ -16,7 +16,7 @@ from dit.attention.block_map import BlockMap
 from dit.attention.call_notes import CallNote
 from dit.attention.choices import Choice, Group, Plan, Sink, StaysDense
 from dit.attention.corrections import CorrectionCall, StateEntry, correction, correction_type
-from dit.attention.costs import pays
+from dit.attention.costs import MARGIN, attention_costs, pays
 from dit.attention.functional import attention_reference, log_sum_exp
 from dit.attention.grid import TokenGrid
 from dit.attention.key_masks import KeyMask, read_mask
@@ -31,6 +31,9 @@ from dit.runtime.step_context import StepContext, current_step
 
 KEPT_MAPS = 64
 """Most block maps of static patterns that a plan keeps."""
+SLOWER = "all pairs are computed faster here"
+SPARSEST = 0.1
+"""Density of a map before it was made."""
 LEAST_WEIGHED = 512
 """From so many tokens on a choice of kernel "auto" computes all pairs where that is predicted to be faster."""
 MOST_RULED = 2**14
@@ -83,6 +86,7 @@ class MapCache:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._maps: OrderedDict[Any, BlockMap] = OrderedDict()
+        self.densities: dict[tuple[Any, TokenGrid], float] = {}
 
     def __len__(self) -> int:
         return len(self._maps)
@@ -137,6 +141,13 @@ class MapCache:
             raise AttachError(f"{choice} can't be had on {grid}: {error}") from error
 
 
+def _density_of(block_map: BlockMap) -> float:
+    """Return the density of a map, computed once."""
+    if "density" not in block_map.cache:
+        block_map.cache["density"] = block_map.density()
+    return block_map.cache["density"]
+
+
 def _usual_blocks(name: str, grid: TokenGrid) -> dict[str, int]:
     """Return smaller blocks than a pattern's usual ones for sequences of which these would be a large part."""
     most = next((size for size in (128, 64, 32) if grid.visual_length >= 16 * size), 16)
@@ -164,10 +175,7 @@ class Statistics:
 
     def add_map(self, block_map: BlockMap, share: float) -> None:
         """Count a map that a share of a call's heads computed."""
-        known = block_map.cache.get("density")
-        if known is None:
-            known = block_map.cache["density"] = block_map.density()
-        self.density += known * share
+        self.density += _density_of(block_map) * share
         self.weight += share
         if len(self.maps) < KEPT_MAPS or id(block_map) in self.maps:
             before = self.maps.get(id(block_map), (block_map, 0.0))[1]
@@ -252,6 +260,12 @@ class PlannedLayer:
             out = self._dense(inputs)
             self.statistics.dense += 1
             self.statistics.reasons[str(reason)] += 1
+            self.statistics.seconds["dense"] += self._seconds(begun, inputs)
+            return out
+        if not self._pays(inputs, groups, grid):
+            out = self._dense(inputs)
+            self.statistics.dense += 1
+            self.statistics.reasons[SLOWER] += 1
             self.statistics.seconds["dense"] += self._seconds(begun, inputs)
             return out
         out = self._sparse(inputs.with_all_heads(), groups, grid, mask, step)
@@ -343,6 +357,28 @@ class PlannedLayer:
             raise StaysDense("no step context")
         return groups
 
+    def _pays(self, inputs: Inputs, groups: tuple[Group, ...], grid: TokenGrid) -> bool:
+        """Return whether what the plan says is predicted to take less time than dense attention.
+
+        Nothing is made for it: maps count as they did when they were last made, at first as sparse as plans get.
+        """
+        kernels = {one.choice.kernel for one in groups if not one.choice.is_dense}
+        costs = attention_costs(inputs.query.device)
+        dense = costs.dense_seconds(inputs.query, grid.length)
+        if grid.length < LEAST_WEIGHED or kernels != {"auto"} or dense is None:
+            return True
+        total, count = 0.0, inputs.query.shape[2]
+        for group in groups:
+            heads = count if group.heads is None else len(group.heads)
+            if group.choice.is_dense:
+                total += dense * heads / count
+                continue
+            density = self.maps.densities.get((group.choice.key, grid), SPARSEST)
+            blocks = grid.length // group.choice.params.get("block", 128) + 1
+            online = pattern_info(group.choice.pattern).online
+            total += costs.group_seconds(inputs.query, heads, grid.length, density, blocks, online) or 0.0
+        return total < MARGIN * dense
+
     # ----------------------------------------------------------------------- computing
 
     def _dense(self, inputs: Inputs) -> Tensor:
@@ -384,10 +420,11 @@ class PlannedLayer:
             return self._dense(inputs)
         try:
             block_map = self.maps.get(choice, grid, inputs, mask.keys, self._entry(group, step, "pattern"))
+            self.maps.densities[choice.key, grid] = _density_of(block_map)
             online = pattern_info(choice.pattern).online
             weighed = choice.kernel == "auto" and grid.length >= LEAST_WEIGHED
             if weighed and not pays(inputs.query, block_map, online=online):
-                raise StaysDense("all pairs are computed faster here")
+                raise StaysDense(SLOWER)
         except StaysDense as reason:
             self.statistics.reasons[str(reason)] += 1
             self.statistics.kernels["dense"] += 1

@@ -186,3 +186,17 @@ def test_candidates_fit_the_grid() -> None:
     assert {one.params.get("block") for one in clip} == {None, 32}
     assert {one.params.get("block") for one in image} == {None, 64}
     assert {one.correction for one in image[1:]} == {"pooled_tail", "residual", "ratio_residual"}
+
+
+def test_a_plan_that_would_lose_time_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = Pipe()
+    plan = AttentionPlan.uniform("pooled_topk", keep=0.25, block=16)
+    before = pipe("a fox", torch.Generator().manual_seed(0)).images
+    monkeypatch.setattr("dit.attention.planned_layer.LEAST_WEIGHED", 256)
+    monkeypatch.setattr("dit.attention.planned_layer.pattern", lambda *_, **__: pytest.fail("a map was made"))
+    with plan.attach(pipe.transformer) as handle:
+        made = pipe("a fox", torch.Generator().manual_seed(0)).images
+        report = handle.report()
+    assert torch.equal(made, before)
+    assert report["sparse"] == 0
+    assert report["dense_reasons"] == {"all pairs are computed faster here": 6}
