@@ -24,6 +24,7 @@ from dit.attention.key_masks import KeyMask
 from dit.attention.mechanism import PlannedAttention
 from dit.attention.plan import AttentionPlan
 from dit.attention.planned_layer import Inputs, MapCache, PlannedLayer
+from dit.runtime.hooks import AttachError
 from dit.runtime.step_context import StepContext, current_step
 
 SURVEYED = ("none", "pooled_tail", "residual", "ratio_residual")
@@ -122,15 +123,19 @@ class AttentionSurvey(PlannedAttention):
         sums = self.sums.setdefault(_known(self.sums, key), self._nothing(inputs))
         sums.norm += dense.square().sum((0, 1, 3)).double()
         sums.calls += 1
-        maps: dict[Any, BlockMap] = {}
+        maps: dict[Any, BlockMap | None] = {}
         for number, choice in enumerate(self.candidates):
             if choice.is_dense:
                 sums.density[number] += 1
                 continue
             name = choice.pattern, tuple(sorted(choice.params.items()))
             if name not in maps:  # choices that differ by correction share their map
-                maps[name] = self.survey_maps.get(choice, grid, inputs)
+                maps[name] = self._map(choice, grid, inputs)
             block_map = maps[name]
+            if block_map is None:  # counts as bad as zeros, and as dear as all pairs
+                sums.error[number] += dense.square().sum((0, 1, 3)).double()
+                sums.density[number] += 1
+                continue
             state = None
             if step is not None:
                 state = StateEntry(layer.store, self.name, f"{layer.name}#{number}", step.branch)
@@ -139,6 +144,14 @@ class AttentionSurvey(PlannedAttention):
             out = fix(some.call(block_map, step, state))  # (B, R, K, E)
             sums.error[number] += (out - dense).square().sum((0, 1, 3)).double()
             sums.density[number] += 1 if is_refresh else _computed(block_map, choice.correction == "pooled_tail")
+
+    def _map(self, choice: Choice, grid: TokenGrid, inputs: Inputs) -> BlockMap | None:
+        """Return the map of a candidate; None where so many exact tokens leave no room for its density."""
+        try:
+            return self.survey_maps.get(choice, grid, inputs)
+        except AttachError as reason:
+            self.skipped[str(reason)] += 1
+            return None
 
     def _nothing(self, inputs: Inputs) -> Sums:
         heads, device = inputs.query.shape[2], inputs.query.device

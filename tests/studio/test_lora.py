@@ -275,8 +275,8 @@ def test_several_on_the_command_line(folder, tmp_path, monkeypatch):
         run(make_options(), third, cpu, settings=first)
 
 
-def test_on_the_command_line(folder, tmp_path, monkeypatch):
-    logging.getLogger("apps").setLevel(logging.CRITICAL)
+def test_on_the_command_line(folder, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.CRITICAL, "apps")  # for this test only
     monkeypatch.setattr(
         engine_module.Engine, "_load_pipeline", lambda self, source, device, load_options: tiny_text_to_image_pipeline()
     )
