@@ -107,6 +107,20 @@ def test_nan_stays_with_those_who_see_it() -> None:
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
+def test_nan_in_a_sampled_key_stays_with_those_who_see_it(return_lse: bool) -> None:
+    """In bfloat16 a sample of all keys tells the level of all queries."""
+    layout = raster_layout(TokenGrid(1, 16, 16), 64)
+    query, key, value = (draw(1, 256, 2, 16, dtype=torch.bfloat16) for _ in range(3))
+    key[0, 0] = torch.nan
+    block_map = make_block_map(layout, torch.eye(4, dtype=torch.bool))
+    options: Any = {"kernel": "gather", "return_lse": return_lse}
+    found = block_sparse_attention(query, key, value, block_map, **options)
+    out = found[0] if return_lse else found
+    assert out[:, :64].isnan().all()
+    assert out[:, 64:].isfinite().all()
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("spread", [1.0, 2.5])
 def test_bfloat16_is_near_the_fused_kernel(spread: float, return_lse: bool) -> None:
     torch.manual_seed(0)

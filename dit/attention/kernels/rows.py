@@ -60,7 +60,8 @@ def levels(query: Tensor, key: Tensor, scale: float) -> Tensor | None:
     for start in range(0, query.shape[2], step):
         doubled = (query[:, :, start : start + step] @ some).mul_(2 * scale)  # (B, K, N', 64)
         parts.append(doubled.softmax(-1).mul_(doubled).sum(-1, keepdim=True).mul_(0.5))
-    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    level = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    return level.nan_to_num_(0.0, 0.0, 0.0)  # a key that is NaN concerns those only who look at it
 
 
 def attend_rows(
