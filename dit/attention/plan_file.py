@@ -15,6 +15,8 @@ from dit.runtime.artifacts import ArtifactError, ArtifactHeader, read_artifact, 
 
 KIND = "attention_plan"
 VALUES, LENGTHS = "table.values", "table.lengths"
+MOST_ENTRIES = 2**24
+"""Of the table of a file: a few bytes could name more than there is memory."""
 BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
@@ -66,6 +68,8 @@ def read(path: str | PathLike[str]) -> tuple[ArtifactHeader, list[dict], dict[st
     try:
         bins, layers, heads = (int(size) for size in data["shape"])
         lengths = tensors[LENGTHS].long()
+        if min(bins, layers, heads) < 1 or bins * layers * heads > MOST_ENTRIES:
+            raise ValueError(f"a table of {bins} x {layers} x {heads} entries is none of at most {MOST_ENTRIES}")
         if int(lengths.sum()) != bins * layers * heads or int(lengths.min()) < 1:
             raise ValueError("its table has gaps")
         table = tensors[VALUES].repeat_interleave(lengths).view(layers, heads, bins).permute(2, 0, 1).contiguous()

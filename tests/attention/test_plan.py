@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit.attention import plan_file
 from dit.attention.plan import DENSE, FIRST_FRAME, AttentionPlan, Choice, Guards, PlanEntry, TensorName
-from dit.runtime.artifacts import ArtifactError
+from dit.runtime.artifacts import ArtifactError, ArtifactHeader, write_artifact
 from tests.families.networks import tiny_transformer
 
 SKIP, COARSE = Choice("skip"), Choice("skip", {"block": 32})
@@ -130,3 +131,14 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
         AttentionPlan.load(path)
     with pytest.raises(FileNotFoundError):
         AttentionPlan.load(tmp_path / "none.safetensors")
+
+
+def test_a_file_that_names_more_entries_than_memory_holds_is_refused(tmp_path: Path) -> None:
+    """Run lengths of a few bytes can stand for any number of entries."""
+    path = tmp_path / "plan.safetensors"
+    header = ArtifactHeader(plan_file.KIND, "", "", "", (0, 0, 0), ())
+    tensors = {plan_file.VALUES: torch.zeros(100, dtype=torch.int16), plan_file.LENGTHS: torch.full((100,), 10**9)}
+    data = {"choices": [], "guards": {}, "shape": [10**5, 10**3, 10**3], "masks": {}}
+    write_artifact(path, header, tensors, data)
+    with pytest.raises(ArtifactError, match="none of at most"):
+        AttentionPlan.load(path)
