@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from apps.benchmarks.next_scale import Asked
@@ -23,6 +22,7 @@ from dit.attention import BlockMap, TokenGrid, block_sparse_attention, pattern
 from dit.attention.block_map import make_block_map
 from dit.attention.corrections.pooled import pooled_tail
 from dit.attention.kernels import products
+from dit.attention.kernels.native import attend_native
 from dit.attention.layout import axes_layout, raster_layout
 from dit.runtime.metrics import relative_error
 from dit.runtime.timing import Comparison, measure
@@ -81,24 +81,18 @@ def draw(tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     return query, key, value
 
 
-def native(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend by torch's own kernel, (B, N, K, E)."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, K, N, E)
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-
-
 def dense_row(tokens: int, width: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """Compare dense attention by products with torch's, and with OpenVINO's where it is installed."""
     query, key, value = draw(tokens, width, dtype)
     calls: dict[str, Callable[[], object]] = {
-        "torch": lambda: native(query, key, value),
+        "torch": lambda: attend_native(query, key, value),
         "products": lambda: products.attend_all(query, key, value, width**-0.5),
     }
     other = openvino_attention(tokens, width) if dtype == torch.bfloat16 else None
     if other is not None:
         calls["openvino"] = lambda: other(query, key, value)
     times = measure(calls, max(repeats, 1) * (4 if tokens < 2048 else 1))
-    exact = native(query.double(), key.double(), value.double())
+    exact = attend_native(query.double(), key.double(), value.double())
     errors = {name: relative_error(torch.as_tensor(call()).double(), exact) for name, call in calls.items()}
     row: dict[str, Any] = {
         "shape": f"N {tokens}, E {width}, {str(dtype)[6:]}",
@@ -127,7 +121,7 @@ def sparse_rows(tokens: int, width: int, repeats: int) -> list[dict[str, Any]]:
     for dtype in DTYPES:
         query, key, value = draw(tokens, width, dtype)
         maps = {density: random_map(tokens, density, False) for density in DENSITIES}
-        calls: dict[str, Callable[[], object]] = {"torch": lambda q=query, k=key, v=value: native(q, k, v)}
+        calls: dict[str, Callable[[], object]] = {"torch": lambda q=query, k=key, v=value: attend_native(q, k, v)}
         if products.has_fast_products(dtype):
             calls["products"] = lambda q=query, k=key, v=value: products.attend_all(q, k, v, q.shape[-1] ** -0.5)
         for density, one in maps.items():
@@ -156,7 +150,7 @@ def exact_row(dtype: torch.dtype, repeats: int, smoke: bool) -> dict[str, Any]:
     query, key, value = draw(side * side, 64, dtype)
     times = measure(
         {
-            "torch": lambda: native(query, key, value),
+            "torch": lambda: attend_native(query, key, value),
             "sparse": lambda: block_sparse_attention(query, key, value, block_map),
         },
         repeats,
@@ -178,7 +172,7 @@ def online_row(tokens: int, repeats: int) -> dict[str, Any]:
     block_map = pattern("pooled_topk", grid, query=query, key=key, keep=0.25)
     layout = axes_layout(grid, "twh", BLOCK)
     calls: dict[str, Callable[[], object]] = {
-        "torch": lambda: native(query, key, value),
+        "torch": lambda: attend_native(query, key, value),
         "permutation": lambda: layout.restore(layout.permute(query.transpose(1, 2))),
         "pooled tail": lambda: pooled_tail(key, value, block_map),
     }

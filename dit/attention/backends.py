@@ -35,6 +35,7 @@ class AttentionBackend:
         fetches: it downloads its kernel at its first call, so that no call is tried here.
         compiles: its first call takes seconds.
         is_ours: it stands in this package, not in diffusers.
+        refusal: says of a device and a dtype why the backend would do nothing of its own there; empty if it would.
     """
 
     name: str
@@ -42,6 +43,7 @@ class AttentionBackend:
     fetches: bool = False
     compiles: bool = False
     is_ours: bool = False
+    refusal: Callable[[torch.device | str, torch.dtype], str] = lambda device, dtype: ""
 
     def can_run(
         self,
@@ -65,6 +67,9 @@ class AttentionBackend:
         """
         if self.package and find_spec(self.package) is None:
             return f"{self.package} is not installed"
+        refusal = self.refusal(device, dtype)
+        if refusal:
+            return refusal
         if self.fetches:
             return "it downloads its kernel from the Hugging Face Hub, which is never done unasked"
         try:
@@ -145,4 +150,4 @@ def _reference(
 
 
 register_backend(AttentionBackend("reference", is_ours=True), _reference)
-register_backend(AttentionBackend("products", is_ours=True), products.dispatch)
+register_backend(AttentionBackend("products", is_ours=True, refusal=products.refusal), products.dispatch)

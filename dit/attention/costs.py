@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit.attention.block_map import BlockMap, make_block_map
 from dit.attention.grid import TokenGrid
 from dit.attention.kernels import products
+from dit.attention.kernels.native import attend_native
 from dit.attention.layout import raster_layout
 from dit.runtime.cost_model import cache_path, machine_key
 from dit.runtime.timing import measure
@@ -204,7 +204,7 @@ def _measure(repeats: int) -> AttentionCosts:
         found: dict[str, list[float]] = {}
         for width in WIDTHS:
             query, key, value = (torch.randn(1, TOKENS, HEADS, width).to(dtype) for _ in range(3))
-            calls: dict[str, Any] = {"native": lambda q=query, k=key, v=value: _native(q, k, v)}
+            calls: dict[str, Any] = {"native": lambda q=query, k=key, v=value: attend_native(q, k, v)}
             if products.has_fast_products(dtype):
                 calls["products"] = lambda q=query, k=key, v=value: products.attend_all(q, k, v, q.shape[-1] ** -0.5)
             for name, block_map in maps.items():
@@ -225,11 +225,6 @@ def _first_blocks(count: int, visited: int) -> Tensor:
     """Return a map in which each block visits as many others, (count, count)."""
     index = torch.arange(count)
     return (index[:, None] - index) % count < visited
-
-
-def _native(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, K, N, E)
-    return F.scaled_dot_product_attention(query, key, value)
 
 
 @lru_cache(maxsize=1)

@@ -24,8 +24,9 @@ from torch.overrides import TorchFunctionMode
 from dit.attention.call_notes import CallNote
 from dit.attention.choices import Plan
 from dit.attention.functional import attention
+from dit.attention.kernels.native import attend_native
 from dit.attention.planned_layer import Inputs, MapCache, PlannedLayer
-from dit.attention.processors import DISPATCH, SDPA, asking, attends_itself, mentions, plain_attention
+from dit.attention.processors import DISPATCH, SDPA, asking, attends_itself, mentions
 from dit.runtime.diffusers_compat import register_attention_backend, unregister_attention_backend
 from dit.runtime.families import AttentionLayer, family_of
 from dit.runtime.hooks import AttachError, Attachment, Mechanism
@@ -121,7 +122,7 @@ class PlannedAttention(Mechanism):
         if not asks and not attends_itself(processor) and not mentions(processor or owner, SDPA, DISPATCH):
             self.unreached.append(layer.name)
             return
-        dense = _dense_of(processor, processor._attention_backend) if asks else plain_attention
+        dense = _dense_of(processor, processor._attention_backend) if asks else attend_native
         planned = self.layer_type(
             next(_NUMBERS), layer.name, index, total, layer.kind, layer.axes, self.plan, note, self.maps,
             attachment.state, self.name, dense, self.measure_error,

@@ -48,25 +48,6 @@ class _Functions:
         return getattr(F, name)
 
 
-def plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Call `F.scaled_dot_product_attention` as these processors do, with (B, N, K, E) in and out."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, K, N, E)
-    gqa = {"enable_gqa": True} if enable_gqa else {}
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **gqa
-    )
-    return out.transpose(1, 2)
-
-
 def attends_itself(processor: Any) -> bool:
     """Return whether `asking` can make such a processor ask: its call names the function, through a module `F`."""
     return not isinstance(processor, nn.Module) and _call_of(type(processor)) is not None

@@ -46,6 +46,16 @@ def test_masks_and_dtypes_count() -> None:
     assert attention_backend_table()["native"].can_run("cpu", torch.int32) != ""
 
 
+def test_products_say_where_they_would_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that they don't cover go to torch's own kernel, so a choice that could cover none is refused."""
+    products = attention_backend_table()["products"]
+    assert "for CPUs, not for cuda" in products.can_run("cuda", torch.bfloat16)
+    assert "no float16" in products.can_run("cpu", torch.float16)
+    monkeypatch.setattr(backends.products, "has_fast_products", lambda dtype: dtype == torch.bfloat16)
+    assert products.can_run("cpu", torch.bfloat16) == ""
+    assert "no faster" in products.can_run("cpu", torch.float32)
+
+
 def test_nothing_is_downloaded_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "attention", lambda *_, **__: pytest.fail("a call would fetch the kernel"))
     hub = [one for name, one in attention_backend_table().items() if "hub" in name]

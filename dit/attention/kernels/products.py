@@ -10,9 +10,9 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dit.attention.kernels.native import attend_native
 from dit.attention.kernels.rows import attend_rows, levels, score_bytes
 from dit.layers.linear import mkl_is_slow
 
@@ -83,6 +83,22 @@ def has_fast_products(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and bool(known.get("avx512_bf16")) and not known.get("amx_tile")
 
 
+def refusal(device: torch.device | str, dtype: torch.dtype) -> str:
+    """Return why no call would go through products; empty if long ones would.
+
+    Args:
+        device: where the tensors are.
+        dtype: of query, key and value.
+    """
+    if torch.device(device).type != "cpu":
+        return f"it is for CPUs, not for {torch.device(device).type}"
+    if dtype not in LEAST_TOKENS:
+        return f"it has no {str(dtype).removeprefix('torch.')}; use bfloat16 or float32"
+    if not has_fast_products(dtype):
+        return f"products in {str(dtype).removeprefix('torch.')} are no faster than torch's own kernel on this processor"
+    return ""
+
+
 def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether `attend_all` should compute a call that asks for no backend."""
     return (
@@ -116,11 +132,7 @@ def dispatch(
     covered = not dropout_p and not is_causal and (attn_mask is None or key_mask is not None)
     if covered and suits(query, key, value):
         return attend_all(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, key_mask)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, K, N, E)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    return out.transpose(1, 2)  # (B, N, K, E)
+    return attend_native(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
 def as_key_mask(attn_mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
