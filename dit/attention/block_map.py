@@ -191,17 +191,11 @@ class BlockMap:
 
     def to(self, device: torch.device | str) -> BlockMap:
         """Return the map with its tensors on a device."""
-        if self.visits.device == torch.device(device):
+        queries, keys, visits = self.queries.to(device), self.keys.to(device), self.visits.to(device)
+        if queries is self.queries and keys is self.keys and visits is self.visits:
             return self
         partial = None if self.partial is None else self.partial.to(device)
-        return replace(
-            self,
-            queries=self.queries.to(device),
-            keys=self.keys.to(device),
-            visits=self.visits.to(device),
-            partial=partial,
-            cache={},
-        )
+        return replace(self, queries=queries, keys=keys, visits=visits, partial=partial, cache={})
 
     def _sizes(self) -> Tensor:
         """Return how many pairs each pair of blocks has, (B', K', n, m)."""

@@ -374,7 +374,8 @@ class PlannedLayer:
                 total += dense * heads / count
                 continue
             density = self.maps.densities.get((group.choice.key, grid), SPARSEST)
-            blocks = grid.length // group.choice.params.get("block", 128) + 1
+            sizes = {"block": 128, **_usual_blocks(group.choice.pattern, grid), **group.choice.params}
+            blocks = grid.length // sizes["block"] + 1
             online = pattern_info(group.choice.pattern).online
             total += costs.group_seconds(inputs.query, heads, grid.length, density, blocks, online) or 0.0
         return total < MARGIN * dense

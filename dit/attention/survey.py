@@ -1,6 +1,6 @@
 """Survey of candidate patterns: how far each is from dense attention, by noise level, layer and head.
 
-The pipeline computes dense attention as always. Beside each call some of its queries, drawn once for a grid, are
+The pipeline computes dense attention as always. Beside each call some of its queries, spread over the grid, are
 attended again as each candidate would, from one product of these queries with all keys: for 64 of 4,096 queries that is
 a few percent of the work, whatever the number of candidates. Nothing but sums is kept.
 """
@@ -22,6 +22,7 @@ from dit.attention.grid import TokenGrid
 from dit.attention.kernels.contract import Tail
 from dit.attention.key_masks import KeyMask
 from dit.attention.mechanism import PlannedAttention
+from dit.attention.patterns.scores import sampled_queries
 from dit.attention.plan import AttentionPlan
 from dit.attention.planned_layer import Inputs, MapCache, PlannedLayer
 from dit.runtime.hooks import AttachError
@@ -118,7 +119,7 @@ class AttentionSurvey(PlannedAttention):
         self.grid, self.head_count = grid.shape, inputs.query.shape[2]
         step = current_step()
         key = layer.index, float("nan") if step is None else step.sigma
-        some = SomeQueries.of(inputs, mask, _some_queries(grid, self.rows).to(inputs.query.device))
+        some = SomeQueries.of(inputs, mask, sampled_queries(grid, self.rows).to(inputs.query.device))
         dense = some.dense()[0]  # (B, R, K, E)
         sums = self.sums.setdefault(_known(self.sums, key), self._nothing(inputs))
         sums.norm += dense.square().sum((0, 1, 3)).double()
@@ -171,13 +172,6 @@ def _computed(block_map: BlockMap, has_tail: bool) -> Tensor:
 def _known(sums: dict[tuple[int, float], Sums], key: tuple[int, float]) -> tuple[int, float]:
     """Return the key under which NaN was kept; NaN differs from itself."""
     return next((one for one in sums if one[0] == key[0] and str(one[1]) == str(key[1])), key)
-
-
-def _some_queries(grid: TokenGrid, count: int) -> Tensor:
-    """Draw visual queries, the same ones for all calls of a grid, (R,)."""
-    generator = torch.Generator().manual_seed(grid.length)
-    chosen = torch.randperm(grid.visual_length, generator=generator)[:count]
-    return chosen.sort().values + grid.visual_start
 
 
 @dataclass(frozen=True)
