@@ -95,7 +95,7 @@ def refusal(device: torch.device | str, dtype: torch.dtype) -> str:
     if dtype not in LEAST_TOKENS:
         return f"it has no {str(dtype).removeprefix('torch.')}; use bfloat16 or float32"
     if not has_fast_products(dtype):
-        return f"products in {str(dtype).removeprefix('torch.')} are no faster than torch's own kernel on this processor"
+        return f"its {str(dtype).removeprefix('torch.')} is no faster than torch's own kernel on this processor"
     return ""
 
 
