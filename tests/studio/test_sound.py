@@ -91,9 +91,7 @@ def test_the_command_line_replaces_the_sound(tmp_path, monkeypatch):
     assert pitch_of(read_sound(tmp_path / "fox.mp4", 0.9)) == pytest.approx(660, abs=2)
     run(options, tmp_path / "mute.mp4", device, audio=SILENT)
     assert np.abs(read_sound(tmp_path / "mute.mp4", 0.9).samples).max() < 1e-3
-    for one, other in zip(*(frames_of(tmp_path / name) for name in ("fox.mp4", "mute.mp4")), strict=True):
-        pixels, others = (np.frombuffer(frame, dtype=np.uint8).astype(float) for frame in (one, other))
-        assert np.abs(pixels - others).mean() < 4  # a busy encoder may round otherwise
+    assert frames_of(tmp_path / "mute.mp4") == frames_of(tmp_path / "fox.mp4")
     with pytest.raises(UsageError, match=r"none\.wav"):
         run(options, tmp_path / "fox.mp4", device, audio=str(tmp_path / "none.wav"))
 
