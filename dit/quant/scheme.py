@@ -1,4 +1,4 @@
-"""How one linear layer is quantized: a value that names the format of weights and activations and what prepares them."""
+"""How one linear layer is quantized: a value that names formats, and what prepares weights and activations for them."""
 
 from __future__ import annotations
 

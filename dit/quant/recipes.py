@@ -1,0 +1,150 @@
+"""Recipes: published ways to quantize diffusion transformers, each a scheme for every layer.
+
+All are compositions of the same parts (balance, rotation, low-rank branch, rounding, formats), so a recipe is only a
+choice among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from dit.quant.roles import Role
+from dit.quant.scheme import Scheme, formats_of
+
+BLOCK = 128
+"""Block of Hadamard rotations: larger ones even out more and cost more."""
+RANK = 32
+"""Of low-rank branches, as SVDQuant has it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published way to quantize.
+
+    Attributes:
+        name: of the recipe.
+        summary: what it does, in one line.
+        paper: arXiv id; "" if there is none.
+        bits: short names of the formats that it takes, the usual one first.
+        scheme: role of a layer, and the scheme that only says formats -> the layer's scheme.
+        aggregate: how statistics of several noise levels become one, see `dit.quant.balance`.
+        wants_calibration: whether it needs statistics of activations to be what the paper describes.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    bits: tuple[str, ...]
+    scheme: Callable[[Role, Scheme], Scheme]
+    aggregate: str = "max"
+    wants_calibration: bool = True
+
+
+def recipe(name: str) -> Recipe:
+    """Return a recipe.
+
+    Args:
+        name: one of `recipe_names()`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe is {name!r}; use one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Return the names of all recipes."""
+    return tuple(RECIPES)
+
+
+def layer_scheme(chosen: Recipe, role: Role, bits: str, *, calibrated: bool) -> Scheme:
+    """Return how a recipe quantizes a layer.
+
+    Args:
+        chosen: the recipe.
+        role: the layer.
+        bits: see `formats_of`.
+        calibrated: whether there are statistics of activations; without them channels can't be balanced.
+
+    Raises:
+        ValueError: formats that the recipe does not know.
+    """
+    weights, activations = formats_of(bits)
+    base = Scheme(weights=weights, activations=activations)
+    if role.kind == "modulation":
+        # One token a sample: it costs memory, and hardly any time. Its errors reach every token.
+        eight = replace(base, weights="fp8" if weights in ("fp8", "nvfp4", "mxfp4") else "int8")
+        kept = eight if activations in ("none", "int8", "fp8") else replace(eight, activations="int8")
+        return replace(kept, rotate=BLOCK if kept.activations == "int8" and chosen.name != "int8" else 0)
+    made = chosen.scheme(role, base)
+    if not calibrated:
+        made = replace(made, alpha=None, static=False, rounding=_without_inputs(made.rounding))
+    return made
+
+
+def _without_inputs(rounding: str) -> str:
+    return rounding if rounding in ("nearest", "mse") else "mse"
+
+
+def _plain(role: Role, base: Scheme) -> Scheme:
+    return base
+
+
+def _viditq(role: Role, base: Scheme) -> Scheme:
+    """Static-dynamic channel balancing: scale by what does not change over time, rotate what does."""
+    low = base.weights != "int8" or base.activations in ("int6", "int4")
+    return replace(base, alpha="search", rotate=BLOCK, rounding="mse" if low else "nearest")
+
+
+def _svdquant(role: Role, base: Scheme) -> Scheme:
+    group = 64 if base.activations == "int4" else None
+    return replace(base, alpha="search", rank=RANK, activation_group=group, rounding="gptq")
+
+
+def _fp4dit(role: Role, base: Scheme) -> Scheme:
+    """Floating-point weights, adaptively rounded; what feeds a GELU has levels that are dense near zero."""
+    if base.weights not in ("e2m1", "e1m2", "e3m0"):
+        base = replace(base, weights="e2m1")
+    return replace(base, rotate=BLOCK, alpha="search", rounding="adaround")
+
+
+def _qdit(role: Role, base: Scheme) -> Scheme:
+    group = 128 if base.weights == "int4" else None
+    return replace(base, group=group, rounding="gptq")
+
+
+def _ptq4dit(role: Role, base: Scheme) -> Scheme:
+    return replace(base, alpha=0.5, rounding="adaround", static=base.activations == "int8")
+
+
+def _ditas(role: Role, base: Scheme) -> Scheme:
+    return replace(base, alpha="search", rank=RANK, rounding="nearest")
+
+
+_INTEGERS = ("w8a8", "w4a8", "w6a8", "w4a6", "w4a4", "w8a16", "w4a16")
+
+RECIPES = {
+    one.name: one
+    for one in (
+        Recipe("int8", "Plain rounding, a scale for each output and token.", "", _INTEGERS, _plain, "max", False),
+        Recipe("fp8", "Float8 weights and activations, a scale for each row.", "",
+               ("fp8", "fp8-none"), _plain, "max", False),
+        Recipe("nvfp4", "Four-bit floats in groups of 16, for Blackwell and as storage.", "",
+               ("nvfp4", "nvfp4-none", "mxfp4", "nf4"), _plain, "max", False),
+        Recipe("viditq", "Channels balanced by their noisiest steps, then rotated.", "2406.02540",
+               _INTEGERS, _viditq, "first"),
+        Recipe("svdquant", "Balanced channels, a 16-bit low-rank branch, the rest in few bits.", "2411.05007",
+               ("w4a4", "w4a8", "w8a8", "nvfp4"), _svdquant),
+        Recipe("fp4dit", "Four-bit floats, rounded by what the layer's output loses.", "2503.15465",
+               ("e2m1-int6", "e2m1-int8", "e1m2-int6", "e1m2-int8"), _fp4dit),
+        Recipe("qdit", "Fine groups of weights, rounded by GPTQ.", "2406.17343", ("w4a8", "w8a8", "w6a8"), _qdit),
+        Recipe("ptq4dit", "Channels balanced by the salience of each step, adaptive rounding.", "2405.16005",
+               ("w8a8", "w4a8"), _ptq4dit, "spearman"),
+        Recipe("ditas", "Channels balanced by the largest of all steps, and a low-rank branch.", "2409.07756",
+               ("w4a8", "w8a8"), _ditas),
+    )
+}  # fmt: skip
+"""All recipes by name."""
