@@ -46,6 +46,42 @@ class TokenRule(ABC):
         """
         return None
 
+    def of_head(self, head: int) -> TokenRule | None:
+        """Return the rule of one head; None where all pairs count."""
+        return self
+
+    def of_heads(self, heads: slice | Tensor) -> TokenRule | None:
+        """Return the rule of some heads."""
+        return self
+
+
+@dataclass(frozen=True)
+class RulesByHead(TokenRule):
+    """A rule for each head.
+
+    Args:
+        rules: of each head; None: all pairs count.
+    """
+
+    rules: tuple[TokenRule | None, ...]
+
+    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+        """Refuse: heads differ.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("heads have different rules here; ask of_head(number) for one of them")
+
+    def of_head(self, head: int) -> TokenRule | None:
+        """Return the rule of one head; None where all pairs count."""
+        return self.rules[head]
+
+    def of_heads(self, heads: slice | Tensor) -> TokenRule | None:
+        """Return the rules of some heads."""
+        numbers = range(len(self.rules))[heads] if isinstance(heads, slice) else heads.tolist()
+        return RulesByHead(tuple(self.rules[number] for number in numbers))
+
 
 @dataclass(frozen=True, eq=False)
 class BlockMap:
@@ -59,6 +95,8 @@ class BlockMap:
         rule: which pairs count within visited blocks of visual tokens; None means all.
         partial: bool, as `visits`: the visited blocks in which `rule` must be asked; None means all of them. In others
             all pairs count.
+        alike: for each of the K' heads the first one with the same order, blocks, visits and rule, as far as that is
+            known; None: nothing is known. Kernels prepare what alike heads need once.
 
     Raises:
         ValueError: shapes that don't fit.
@@ -69,6 +107,7 @@ class BlockMap:
     visits: Tensor
     rule: TokenRule | None = None
     partial: Tensor | None = None
+    alike: tuple[int, ...] | None = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What kernels prepare once for a map."""
 
@@ -84,8 +123,8 @@ class BlockMap:
 
     @property
     def is_shared(self) -> bool:
-        """Whether all samples and heads have the same order and blocks; they may visit others of them."""
-        return self.queries.is_shared and self.keys.is_shared
+        """Whether all samples and heads have the same order, blocks and rule; they may visit other blocks."""
+        return self.queries.is_shared and self.keys.is_shared and not isinstance(self.rule, RulesByHead)
 
     @property
     def is_dense(self) -> bool:
@@ -112,7 +151,7 @@ class BlockMap:
         """Return the share of pairs that count: what the rule asks for."""
         if self.asks_nowhere:
             return self.density()
-        if self.queries.is_shared and self.keys.is_shared:
+        if self.is_shared:
             counts, sizes = self._counts(), self._sizes()  # (1, 1, n, m)
             if self.partial is not None:
                 counts = torch.where(self.partial.cpu(), counts, sizes)
@@ -161,9 +200,12 @@ class BlockMap:
         index, keys = (_visual_index(one.grid).to(rows.device) for one in (self.queries, self.keys))
         query = index[rows][:, None]  # (R, 1)
         exact = (query < 0) | (keys < 0)  # (R, M)
-        allowed = exact | self.rule.allowed(query.clamp(min=0), keys.clamp(min=0)[None])  # (R, M)
+        heads = range(len(self.rule.rules)) if isinstance(self.rule, RulesByHead) else (0,)
+        rules = (self.rule.of_head(head) for head in heads)
+        pairs = query.clamp(min=0), keys.clamp(min=0)[None]
+        allowed = torch.stack([torch.ones_like(exact) if one is None else exact | one.allowed(*pairs) for one in rules])
         if self.partial is None:
-            return allowed[None, None]
+            return allowed[None]  # (1, K', R, M)
         return allowed | ~by_key(self._of_rows(self.partial, rows), self.keys)
 
     def prune(self) -> BlockMap:
@@ -187,7 +229,9 @@ class BlockMap:
         queries = replace(self.queries, order=some(self.queries.order), starts=some(self.queries.starts))
         keys = replace(self.keys, order=some(self.keys.order), starts=some(self.keys.starts))
         partial = None if self.partial is None else some(self.partial)
-        return replace(self, queries=queries, keys=keys, visits=some(self.visits), partial=partial, cache={})
+        rule = None if self.rule is None else self.rule.of_heads(heads)
+        changed: dict[str, Any] = {"rule": rule, "alike": None, "cache": {}}
+        return replace(self, queries=queries, keys=keys, visits=some(self.visits), partial=partial, **changed)
 
     def to(self, device: torch.device | str) -> BlockMap:
         """Return the map with its tensors on a device."""
@@ -222,18 +266,19 @@ class BlockMap:
             start += len(rows)
         return counts[None, None]
 
-    def _rule_rows(self) -> Any:
-        """Yield what the rule allows, some queries at a time, (R, M), in the order of the sequence."""
+    def _rule_rows(self, head: int = 0) -> Any:
+        """Yield what the rule of a head allows, some queries at a time, (R, M), in the order of the sequence."""
+        rule = None if self.rule is None else self.rule.of_head(head)
         grid_q, grid_k = self.queries.grid, self.keys.grid
         query, key = _visual_index(grid_q), _visual_index(grid_k)
         step = max(PAIRS_AT_ONCE // max(grid_k.length, 1), 1)
         for start in range(0, grid_q.length, step):
             some = query[start : start + step, None]  # (R, 1)
             exact = (some < 0) | (key < 0)  # (R, M)
-            if self.rule is None:
+            if rule is None:
                 yield torch.ones_like(exact)
             else:
-                yield exact | self.rule.allowed(some.clamp(min=0), key.clamp(min=0)[None])
+                yield exact | rule.allowed(some.clamp(min=0), key.clamp(min=0)[None])
 
     def _mask_rows_of(self, batch: int, head: int) -> Any:
         """Yield the pairs that count of a sample and head, some queries at a time, (R, M)."""
@@ -242,7 +287,7 @@ class BlockMap:
         visits = _of_head(self.visits, batch, head).cpu()  # (n, m)
         whole = torch.zeros_like(visits) if self.partial is None else ~_of_head(self.partial, batch, head).cpu()
         start = 0
-        for rows in self._rule_rows():
+        for rows in self._rule_rows(head):
             some = blocks_q[start : start + len(rows)]  # (R,)
             yield visits[some][:, blocks_k] & (rows | whole[some][:, blocks_k])
             start += len(rows)

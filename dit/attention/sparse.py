@@ -81,9 +81,7 @@ def block_sparse_attention(
     function: SparseFunction = chosen.function
     if not chosen.has_gradient and _needs_gradient(query, key, value, tail):
         function = partial(differentiable, chosen.function)
-    out, lse = function(
-        query, key, value, block_map, scale=scale, key_mask=key_mask, tail=tail, return_lse=return_lse
-    )
+    out, lse = function(query, key, value, block_map, scale=scale, key_mask=key_mask, tail=tail, return_lse=return_lse)
     if lse is None:
         return out
     return out, lse

@@ -8,7 +8,7 @@ import torch
 
 from dit.attention import TokenGrid, TokenRule, block_sparse_attention
 from dit.attention.block_map import BlockMap, make_block_map
-from dit.attention.kernels import gather, rows
+from dit.attention.kernels import gather_tasks, rows
 from dit.attention.kernels.contract import Tail
 from dit.attention.layout import Layout, axes_layout, cluster_layout, morton_layout, raster_layout, tile_layout
 
@@ -144,8 +144,8 @@ def test_bfloat16_is_near_the_fused_kernel(spread: float, return_lse: bool) -> N
 
 
 def test_large_maps_keep_no_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "LIST_BYTES", 0)
-    monkeypatch.setattr(gather, "RULE_BYTES", 0)
+    monkeypatch.setattr(gather_tasks, "LIST_BYTES", 0)
+    monkeypatch.setattr(gather_tasks, "RULE_BYTES", 0)
     layout = raster_layout(GRID, 16)
     block_map = make_block_map(layout, torch.ones(layout.visual_count, layout.visual_count, dtype=torch.bool))
     compare(block_map)
@@ -153,21 +153,52 @@ def test_large_maps_keep_no_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(make_block_map(layout, block_map.visits[0, 0, :-1, :-1], rule=Near(9)).prune())
 
 
-@pytest.mark.parametrize("is_slow", [False, True])
+@pytest.mark.parametrize("library", ["mkl", "fused kernel", "oneDNN"])
 @pytest.mark.parametrize("fused_keys", [0, 10**6])
-def test_float32_by_any_library(is_slow: bool, fused_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_by_any_library(library: str, fused_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """MKL's products, torch's fused kernel, and oneDNN's products where torch has them."""
-    if is_slow and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if library == "oneDNN" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("torch has no oneDNN here")
-    monkeypatch.setattr(gather, "FUSED_KEYS", fused_keys)
-    for module in (gather, rows):
-        monkeypatch.setattr(module, "mkl_is_slow", lambda: is_slow)
+    monkeypatch.setattr(gather_tasks, "FUSED_KEYS", fused_keys)
+    monkeypatch.setattr(rows, "mkl_is_slow", lambda: library != "mkl")
+    for module in (gather_tasks, rows):
+        monkeypatch.setattr(module, "has_fast_onednn", lambda: library == "oneDNN")
+    monkeypatch.setattr(rows, "MIN_MACS", 0)
     torch.manual_seed(0)
     layout = raster_layout(GRID, 16)
     visits = torch.rand(1, K, layout.visual_count, layout.visual_count) > 0.5
     compare(make_block_map(layout, visits))
     compare(make_block_map(layout, visits), key_mask=torch.rand(B, GRID.length) > 0.2)
     compare(make_block_map(layout, visits, rule=Near(9)).prune())
+    counts = layout.sizes.float().log()
+    counts[..., layout.visual_count :] = -torch.inf
+    tail = Tail(draw(B, K, layout.count, E), draw(B, K, layout.count, E), counts)
+    compare(make_block_map(layout, visits, rule=Near(9)).prune(), tail=tail)
+
+
+def test_a_query_whose_first_keys_are_all_hidden_sees_the_others() -> None:
+    """torch's fused kernel looks at 512 keys at a time."""
+    torch.manual_seed(0)
+    query, key, value = draw(1, 4, 8), draw(1, 700, 8), draw(1, 700, 8)
+    hidden = torch.zeros(4, 600).masked_fill(torch.arange(4)[:, None] < 2, -torch.inf)
+    for given in (hidden, hidden[None], hidden.isneginf()):
+        out, lse = rows.attend_rows(query, key, value, 0.5, hidden=given, return_lse=True)
+        scores = query @ key.mT * 0.5
+        scores[..., :600] += hidden
+        torch.testing.assert_close(out, scores.softmax(-1) @ value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_behind_a_rule(dtype: torch.dtype) -> None:
+    """Pairs that don't count are hidden by adding -inf to their scores, which would make NaN of NaN."""
+    layout = raster_layout(TokenGrid(1, 4, 8), 8)
+    query, key, value = (draw(1, 32, 2, 4, dtype=dtype) for _ in range(3))
+    key[0, 0] = torch.nan
+    block_map = make_block_map(layout, torch.ones(4, 4, dtype=torch.bool), rule=Near(3))
+    out = block_sparse_attention(query, key, value, block_map, kernel="gather")
+    assert out[:, :4].isnan().all()
+    assert out[:, 4:].isfinite().all()
 
 
 def test_threads_change_nothing_but_rounding() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dit.attention.block_map import BlockMap
+from dit.attention.block_map import BlockMap, TokenRule
 from dit.attention.kernels.contract import SparseFunction, Tail
 
 SCORES_AT_ONCE = 2**25
@@ -176,6 +176,7 @@ class _Group:
         blocks: (G', n, L), the blocks of keys that each block of queries visits; m for none.
         counts: how many each block of queries visits, the most of all heads.
         asks: whether any of those must be asked for.
+        rule: who is asked.
     """
 
     heads: slice
@@ -188,6 +189,7 @@ class _Group:
     blocks: Tensor
     counts: list[int]
     asks: list[bool]
+    rule: TokenRule | None
 
 
 def _groups(block_map: BlockMap, batch: int, heads: int) -> list[_Group]:
@@ -202,7 +204,7 @@ def _make_groups(block_map: BlockMap, batch: int, heads: int) -> Iterator[_Group
     queries, keys = block_map.queries, block_map.keys
     has_rule = not block_map.asks_nowhere
     partial = block_map.visits if block_map.partial is None else block_map.partial & block_map.visits
-    if queries.is_shared and keys.is_shared:
+    if block_map.is_shared:
         parts = [(0, 0, slice(0, batch * heads))]
     else:
         parts = [(b, h, slice(b * heads + h, b * heads + h + 1)) for b in range(batch) for h in range(heads)]
@@ -227,6 +229,7 @@ def _make_groups(block_map: BlockMap, batch: int, heads: int) -> Iterator[_Group
             blocks[..., : max(counts)].contiguous(),
             counts,
             asked.any(-1).any(0).tolist() if has_rule else [False] * queries.count,
+            None if block_map.rule is None else block_map.rule.of_head(h),
         )
 
 
@@ -261,7 +264,7 @@ def _add_block(sums: _Sums, group: _Group, block: int, rows: Tensor, heads: slic
         columns, is_key, is_asked = _columns(group, block, own)  # (G', C) each
         hidden = ~is_key[:, None]  # (G', 1, C)
         if group.asks[block]:
-            hidden = hidden | (is_asked[:, None] & ~_allowed(block_map, rows, columns))  # (G', R, C)
+            hidden = hidden | (is_asked[:, None] & ~_allowed(group.rule, block_map, rows, columns))  # (G', R, C)
         if sums.key_mask is not None:
             alive = sums.key_mask[every].gather(1, columns.expand(len(here.query), -1))  # (G, C)
             hidden = hidden | ~alive[:, None]
@@ -336,12 +339,12 @@ def _columns(group: _Group, block: int, heads: slice) -> tuple[Tensor, Tensor, T
     return group.key_order[place].flatten(1), is_key.flatten(1), is_asked.flatten(1)
 
 
-def _allowed(block_map: BlockMap, rows: Tensor, columns: Tensor) -> Tensor:
+def _allowed(rule: TokenRule | None, block_map: BlockMap, rows: Tensor, columns: Tensor) -> Tensor:
     """Return which pairs count by the rule, (G', R, C); rows (R,) and columns (G', C) are positions in the sequence."""
     query = (rows - block_map.queries.grid.visual_start)[:, None]  # (R, 1)
     key = (columns - block_map.keys.grid.visual_start)[:, None]  # (G', 1, C)
     is_exact = (query < 0) | (query >= block_map.queries.grid.visual_length)
     is_exact = is_exact | (key < 0) | (key >= block_map.keys.grid.visual_length)  # (G', R, C)
-    rule: Any = block_map.rule
+    assert rule is not None, "only maps with a rule have blocks in which it is asked"
     most = block_map.queries.grid.visual_length - 1, block_map.keys.grid.visual_length - 1
     return is_exact | rule.allowed(query.clamp(0, most[0]), key.clamp(0, most[1]))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from dit.attention.block_map import BlockMap
+from dit.attention.block_map import BlockMap, RulesByHead
 from dit.attention.kernels.contract import SparseKernel, Tail, register_kernel
 from dit.attention.layout import Layout
 
@@ -138,6 +138,8 @@ def _why_not_uniform(block_map: BlockMap) -> str:
 
 
 def _why_not(query: Tensor, key: Tensor, block_map: BlockMap) -> str:
+    if isinstance(block_map.rule, RulesByHead):
+        return "heads have different rules of tokens"
     return _why_not_uniform(block_map)
 
 

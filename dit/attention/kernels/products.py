@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from dit.attention.kernels.native import attend_native
-from dit.attention.kernels.rows import attend_rows, levels, score_bytes
-from dit.layers.linear import mkl_is_slow
+from dit.attention.kernels.rows import attend_rows, has_fast_onednn, levels, score_bytes
 
 MOST_ROWS, LEAST_ROWS = 512, 16
 """Queries of a task."""
@@ -72,13 +71,13 @@ def has_fast_products(dtype: torch.dtype) -> bool:
     """Return whether the processor multiplies so fast that products beat torch's fused kernel.
 
     In bfloat16 they do with AVX-512 BF16; with AMX the fused kernel itself is fast. In float32 they do where oneDNN
-    beats MKL, see `dit.layers.linear`.
+    beats MKL, see `kernels.rows`.
 
     Args:
         dtype: of query, key and value.
     """
     if dtype == torch.float32:
-        return mkl_is_slow()
+        return has_fast_onednn()
     known: Any = torch.cpu.get_capabilities()
     return dtype == torch.bfloat16 and bool(known.get("avx512_bf16")) and not known.get("amx_tile")
 

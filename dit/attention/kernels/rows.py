@@ -9,13 +9,15 @@ them where that does the least harm.
 from __future__ import annotations
 
 import math
+from functools import cache
+from pathlib import Path
 from threading import local
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit.layers.linear import mkl_is_slow
+from dit.layers.linear import MIN_MACS, mkl_is_slow
 
 SAMPLED = 64
 """Keys that tell how large the scores of a query are where its softmax is."""
@@ -72,7 +74,6 @@ def attend_rows(
     *,
     level: Tensor | None = None,
     hidden: Tensor | None = None,
-    hidden_columns: int = 0,
     bias: Tensor | None = None,
     may_be_empty: bool = False,
     return_lse: bool = False,
@@ -89,8 +90,8 @@ def attend_rows(
         value: (G, M, E), contiguous.
         scale: factor of the scores.
         level: (G, R, 1), see `levels`; None leaves scores as they are.
-        hidden: bool, (R, C) or (G, R, C) or (G, 1, C), True for pairs that don't count.
-        hidden_columns: first of the C columns of `hidden` among the M.
+        hidden: (R, C) or (G, R, C), of the first C keys: bool, True for pairs that don't count; or in the dtype of the
+            scores what is added to them, -inf for these pairs and else 0, which is faster and wants finite scores.
         bias: (G', 1, U) with G' of 1 or G, added to the scores of the last U keys.
         may_be_empty: a query may have no key that counts; it gets zeros, and -inf as its LSE.
         return_lse: also return the LSE, (G, R), float32.
@@ -98,34 +99,78 @@ def attend_rows(
             down.
     """
     if query.dtype == torch.float32 and query.device.type == "cpu":
+        is_added = hidden is None or hidden.dtype != torch.bool
+        if mkl_is_slow() and is_added and not may_be_empty and not _suits_onednn(query, key):
+            return _by_fused_kernel(query, key, value, scale, hidden, bias)
         if mkl_is_slow():
-            return _by_onednn(query, key, value, scale, hidden, hidden_columns, bias, may_be_empty, return_lse)
+            return _by_onednn(query, key, value, scale, hidden, bias, may_be_empty, return_lse)
         if fused and hidden is None and bias is None:
-            operator: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            out, lse = operator(query[None], key[None], value[None], scale=scale)  # (1, G, R, E), (1, G, R)
-            return out[0], lse[0]
+            return _by_fused_kernel(query, key, value, scale, None, None)
     # 1. scores, less the level of each row
     shape = (*query.shape[:2], key.shape[1])
     scores = _scores(query, key, scale, level, shape)  # (G, R, M)
     if level is not None and float(level.mean()) > PEAKY:
         level = level + (scores.amax(-1, keepdim=True) - 1)  # (G, R, 1)
         scores = _scores(query, key, scale, level, shape)
-    _mask(scores, hidden, hidden_columns, bias)
+    _mask(scores, hidden, bias)
     empty = scores.isneginf().all(-1, keepdim=True) if may_be_empty else None  # (G, R, 1)
     # 2. softmax and the mean of the values
     if not return_lse:
-        weights = torch.softmax(scores, -1, out=_memory("weights", shape, query))  # (G, R, M)
+        weights = torch.softmax(scores, -1, out=reused("weights", shape, query))  # (G, R, M)
         out = torch.bmm(weights, value)  # (G, R, E)
         return out if empty is None else out.masked_fill(empty, 0), None
     return _with_lse(scores, value, level, empty)
 
 
-def _mask(scores: Tensor, hidden: Tensor | None, hidden_columns: int, bias: Tensor | None) -> None:
+@cache
+def has_fast_onednn() -> bool:
+    """Return whether attention in float32 gains by oneDNN's products on this processor.
+
+    They are written for AVX-512, and double the rate of MKL's, which leaves that unused on other processors than
+    Intel's (`dit.layers.linear`). AMD's Zen 4 (family 25) computes AVX-512 in two halves, at the rate of AVX2.
+    """
+    return mkl_is_slow() and not ("AuthenticAMD" in _processor() and "cpu family\t: 25\n" in _processor())
+
+
+@cache
+def _processor() -> str:
+    """Return what the system says of the first processor; empty where it doesn't."""
+    listing = Path("/proc/cpuinfo")
+    return listing.read_text().partition("\n\n")[0] + "\n" if listing.is_file() else ""
+
+
+def _suits_onednn(query: Tensor, key: Tensor) -> bool:
+    """Return whether oneDNN's products of (R, E) and (M, E) make up for the longer way to them."""
+    return has_fast_onednn() and query.shape[1] * key.shape[1] * query.shape[2] >= MIN_MACS
+
+
+def _mask(scores: Tensor, hidden: Tensor | None, bias: Tensor | None) -> None:
     """Add the bias to scores (G, R, M), and hide pairs."""
     if bias is not None:
         scores[..., -bias.shape[-1] :] += bias.to(scores.dtype)
-    if hidden is not None:
-        scores[..., hidden_columns : hidden_columns + hidden.shape[-1]].masked_fill_(hidden, -torch.inf)
+    if hidden is None:
+        return
+    some = scores[..., : hidden.shape[-1]]
+    if hidden.dtype == torch.bool:
+        some.masked_fill_(hidden, -torch.inf)
+    else:
+        some.add_(hidden)
+
+
+def _by_fused_kernel(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, hidden: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend in float32 by torch's fused kernel, whose products are MKL's; each query has a key that counts."""
+    mask = None
+    if hidden is not None or bias is not None:
+        count = max(len(one) if one is not None and one.ndim == 3 else 1 for one in (hidden, bias))
+        mask = reused("mask", (count, 1, query.shape[1], key.shape[1]), query).zero_()  # (G', 1, R, M)
+        _mask(mask[:, 0], hidden, bias)
+        mask = mask.expand(len(query), -1, -1, -1)
+    operator: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    parts = (x[:, None] for x in (query, key, value))  # (G, 1, R, E), (G, 1, M, E)
+    out, lse = operator(*parts, attn_mask=mask, scale=scale)  # (G, 1, R, E), (G, R, 1) or (G, 1, R)
+    return out[:, 0], lse.reshape(query.shape[:2])
 
 
 def _by_onednn(
@@ -134,7 +179,6 @@ def _by_onednn(
     value: Tensor,
     scale: float,
     hidden: Tensor | None,
-    hidden_columns: int,
     bias: Tensor | None,
     may_be_empty: bool,
     return_lse: bool,
@@ -147,8 +191,8 @@ def _by_onednn(
     for number in range(len(query)):
         scores = product(query[number], key[number], None, "none", [], "")  # (R, M)
         some = hidden if hidden is None or hidden.ndim == 2 else hidden[min(number, len(hidden) - 1)]
-        _mask(scores, some, hidden_columns, None if bias is None else bias[min(number, len(bias) - 1)])
-        weights = torch.softmax(scores, -1, out=_memory("weights", tuple(scores.shape), scores))  # (R, M)
+        _mask(scores, some, None if bias is None else bias[min(number, len(bias) - 1)])
+        weights = torch.softmax(scores, -1, out=reused("weights", tuple(scores.shape), scores))  # (R, M)
         out[number] = product(weights, value[number].t(), None, "none", [], "")  # (R, E)
         if may_be_empty:
             out[number].masked_fill_(scores.isneginf().all(-1, keepdim=True), 0)
@@ -159,7 +203,7 @@ def _by_onednn(
 
 def _scores(query: Tensor, key: Tensor, scale: float, level: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     """Return the scores less the level, (G, R, M)."""
-    memory = _memory("scores", shape, query)
+    memory = reused("scores", shape, query)
     if level is None:
         return torch.baddbmm(query.new_empty(()), query, key.mT, beta=0, alpha=scale, out=memory)
     return torch.baddbmm(level.neg(), query, key.mT, alpha=scale, out=memory)
@@ -182,8 +226,8 @@ def _with_lse(scores: Tensor, value: Tensor, level: Tensor | None, empty: Tensor
     return out, (lse if level is None else lse + level.float())[..., 0]
 
 
-def _memory(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return memory of a shape that this thread uses again; scores larger than usual get their own."""
+def reused(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return memory of a shape that this thread uses again under a name; what is larger than usual gets its own."""
     count = math.prod(shape)
     if like.device.type != "cpu" or count * like.element_size() > 2 * score_bytes(like.dtype):
         return like.new_empty(shape)

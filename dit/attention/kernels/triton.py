@@ -224,6 +224,13 @@ def _best_size(layout: Layout, most: int) -> int:
 
 def _why_not(query: Tensor, key: Tensor, block_map: BlockMap, *, options: TritonOptions = EXACT) -> str:
     """Say why a call can't be computed."""
+    if not block_map.is_shared and not block_map.asks_nowhere:
+        return "a rule of tokens needs an order, blocks and a rule that all heads share"
+    return _why_not_here(query, options)
+
+
+def _why_not_here(query: Tensor, options: TritonOptions) -> str:
+    """Say why no map of such queries can be computed here."""
     if tuple(map(int, version("triton").split(".")[:2])) < LEAST_VERSION:
         return f"it needs triton {'.'.join(map(str, LEAST_VERSION))}, installed is {version('triton')}"
     if query.shape[-1] > WIDEST:

@@ -156,7 +156,7 @@ def _bits(
         `bits` and `bits_of` of `Lists`, and how many pairs count, (n, Q).
     """
     rule: Any = block_map.rule
-    if not (block_map.queries.is_shared and block_map.keys.is_shared):
+    if not block_map.is_shared:
         raise ValueError("a rule of tokens needs an order that all heads share")
     device = wanted.device
     place = "cpu" if any(isinstance(one, Tensor) for one in vars(rule).values()) else device
