@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import nn
 
-from dit.attention.corrections import correction
+from dit.attention.corrections import Correction, correction
 from dit.attention.kernels.contract import kernel_names
 from dit.attention.patterns import pattern_info
 
@@ -48,7 +49,7 @@ class Choice:
         if unknown:
             accepted = ", ".join(known) or "no parameters"
             raise ValueError(f"pattern {self.pattern!r} takes no {', '.join(unknown)}; it takes {accepted}")
-        correction(self.correction, **self.correction_params)  # raises for what is unknown
+        _ = self.fix  # raises for what is unknown
         if self.kernel != "auto" and self.kernel not in kernel_names():
             raise ValueError(f"kernel is {self.kernel!r}; use 'auto' or one of {', '.join(kernel_names())}")
 
@@ -58,6 +59,11 @@ class Choice:
         return self.pattern == "dense"
 
     @property
+    def follows_step(self) -> bool:
+        """Whether the pattern changes with the number of the step."""
+        return pattern_info(self.pattern).follows_step(self.params)
+
+    @cached_property
     def key(self) -> tuple[Any, ...]:
         """What tells choices apart; hashable."""
         return (
@@ -68,12 +74,30 @@ class Choice:
             self.kernel,
         )
 
+    @cached_property
+    def fix(self) -> Correction:
+        """The correction."""
+        return correction(self.correction, **self.correction_params)
+
+    @property
+    def launch(self) -> tuple[Any, ...]:
+        """What groups of heads must have in common to be computed together; hashable."""
+        return self.correction, tuple(sorted(self.correction_params.items())), self.kernel
+
     def __hash__(self) -> int:
         """Return the hash of the key."""
-        return hash(self.key)
+        return self._hash
 
     def __str__(self) -> str:
         """Name the pattern with its parameters, and the correction."""
+        return self._text
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.key)
+
+    @cached_property
+    def _text(self) -> str:
         params = ", ".join(f"{name}={value}" for name, value in self.params.items())
         fixed = "" if self.correction == "none" else f" + {self.correction}"
         return f"{self.pattern}({params}){fixed}"
@@ -168,6 +192,10 @@ class Group(NamedTuple):
     heads: tuple[int, ...] | None
     """None: all."""
 
+    def members(self, count: int) -> tuple[int, ...]:
+        """Return the heads of a layer that has so many."""
+        return tuple(range(count)) if self.heads is None else self.heads
+
 
 class StaysDense(Exception):
     """A call can't be, or should not be, sparse; the text is the reason that is counted."""
@@ -194,6 +222,10 @@ class Plan(Protocol):
     @property
     def is_uniform(self) -> bool:
         """Whether it is one choice for everything."""
+        ...
+
+    def bin_of(self, sigma: float | None) -> int:
+        """Return the number of the range of noise levels in which a level is; all in one resolve alike."""
         ...
 
     def resolve(self, sigma: float | None, layer: int, heads: int) -> tuple[Group, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,8 +29,10 @@ from dit.runtime.timing import measure
 WIDTHS = (64, 128)
 """Head widths that are measured; others lie on the line through them."""
 TOKENS, HEADS = 1024, 4
-GROUP_SECONDS = {False: 3e-4, True: 1e-3}
-"""What a choice costs for each call whatever it computes: splitting heads, and with True choosing blocks."""
+LAUNCH_SECONDS = 3e-4
+"""What heads that are computed together cost for each call, whatever they compute."""
+GROUP_SECONDS = {False: 5e-5, True: 1e-3}
+"""What each choice among them costs: looking up its map, or with True choosing blocks."""
 MARGIN = 0.9
 """Sparse attention must be predicted to take less than this share of the time of dense attention."""
 
@@ -234,7 +237,13 @@ def _machine() -> str:
 
 
 def _path() -> Path:
-    digest = hashlib.sha256(_machine().encode()).hexdigest()[:12]
+    return _path_of(_machine(), os.environ.get("XDG_CACHE_HOME", ""))
+
+
+@lru_cache(maxsize=4)
+def _path_of(machine: str, cache: str) -> Path:
+    """Return the file of a machine; `cache_path` reads the second argument itself."""
+    digest = hashlib.sha256(machine.encode()).hexdigest()[:12]
     return cache_path("cpu").with_name(f"attention-costs-{digest}.json")
 
 

@@ -24,8 +24,10 @@ from torch.overrides import TorchFunctionMode
 from dit.attention.call_notes import CallNote
 from dit.attention.choices import Plan
 from dit.attention.functional import attention
+from dit.attention.inputs import Inputs
 from dit.attention.kernels.native import attend_native
-from dit.attention.planned_layer import Inputs, MapCache, PlannedLayer
+from dit.attention.map_cache import MapCache
+from dit.attention.planned_layer import PlannedLayer
 from dit.attention.processors import DISPATCH, SDPA, asking, attends_itself, mentions
 from dit.runtime.diffusers_compat import register_attention_backend, unregister_attention_backend
 from dit.runtime.families import AttentionLayer, family_of

@@ -19,12 +19,14 @@ from dit.attention.block_map import BlockMap
 from dit.attention.choices import Choice, StaysDense
 from dit.attention.corrections import CorrectionCall, StateEntry, correction
 from dit.attention.grid import TokenGrid
+from dit.attention.inputs import Inputs
 from dit.attention.kernels.contract import Tail
 from dit.attention.key_masks import KeyMask
+from dit.attention.map_cache import MapCache
 from dit.attention.mechanism import PlannedAttention
 from dit.attention.patterns.scores import sampled_queries
 from dit.attention.plan import AttentionPlan
-from dit.attention.planned_layer import Inputs, MapCache, PlannedLayer
+from dit.attention.planned_layer import PlannedLayer
 from dit.runtime.hooks import AttachError
 from dit.runtime.step_context import StepContext, current_step
 
@@ -58,7 +60,7 @@ class SurveyedLayer(PlannedLayer):
         """Attend densely: (B, N, K, E)."""
         out = self._dense(inputs)
         try:
-            grid, mask = self._sequence(inputs)
+            grid, mask = self.decisions.grid(inputs.kind), self._mask(inputs)
         except StaysDense as reason:
             self.survey.skipped[str(reason)] += 1
             return out
@@ -131,7 +133,7 @@ class AttentionSurvey(PlannedAttention):
                 continue
             name = choice.pattern, tuple(sorted(choice.params.items()))
             if name not in maps:  # choices that differ by correction share their map
-                maps[name] = self._map(choice, grid, inputs)
+                maps[name] = self._map(choice, grid, inputs, 0 if step is None else step.step)
             block_map = maps[name]
             if block_map is None:  # counts as bad as zeros, and as dear as all pairs
                 sums.error[number] += dense.square().sum((0, 1, 3)).double()
@@ -146,10 +148,10 @@ class AttentionSurvey(PlannedAttention):
             sums.error[number] += (out - dense).square().sum((0, 1, 3)).double()
             sums.density[number] += 1 if is_refresh else _computed(block_map, choice.correction == "pooled_tail")
 
-    def _map(self, choice: Choice, grid: TokenGrid, inputs: Inputs) -> BlockMap | None:
+    def _map(self, choice: Choice, grid: TokenGrid, inputs: Inputs, number: int) -> BlockMap | None:
         """Return the map of a candidate; None where so many exact tokens leave no room for its density."""
         try:
-            return self.survey_maps.get(choice, grid, inputs)
+            return self.survey_maps.get(choice, grid, inputs, step=number)
         except AttachError as reason:
             self.skipped[str(reason)] += 1
             return None

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from dit.attention import TokenGrid, attention_reference, pattern
 from dit.attention.choices import StaysDense
+from dit.attention.inputs import Inputs
 from dit.attention.key_masks import read_mask
+from dit.attention.map_cache import KEPT_MAPS, MapCache, with_sinks
 from dit.attention.plan import FIRST_FRAME, AttentionPlan, Choice, Guards, PlanEntry
-from dit.attention.planned_layer import KEPT_MAPS, Inputs, MapCache, with_sinks
 from dit.attention.sequences import grid_of
 from dit.runtime.diffusers_compat import active_attention_backend, attention_backend_names
 from dit.runtime.families.tokens import TokenLayout

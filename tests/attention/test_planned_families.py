@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit.attention.decisions import Decision
 from dit.attention.grid import TokenGrid
+from dit.attention.inputs import Inputs
 from dit.attention.plan import AttentionPlan
-from dit.attention.planned_layer import Inputs, PlannedLayer
+from dit.attention.planned_layer import PlannedLayer
 from dit.runtime.families import family_of
 from dit.runtime.hooks import AttachError
 from tests.attention.tiny_networks import NAMES, SPARSE, call, case
@@ -60,7 +62,7 @@ def test_a_full_map_gives_what_dense_attention_gives(name: str, monkeypatch: pyt
     before = call(model, inputs)
     monkeypatch.setattr("dit.attention.block_map.BlockMap.is_dense", property(lambda self: False))
     plan = AttentionPlan.uniform("skip", **SKIP, guards=None)
-    monkeypatch.setattr("dit.attention.planned_layer.pattern", full_pattern)
+    monkeypatch.setattr("dit.attention.map_cache.pattern", full_pattern)
     with plan.attach(model) as handle:
         after = call(model, inputs)
         assert handle.report()["density"] == 1.0
@@ -79,10 +81,10 @@ def test_exact_tokens_are_those_that_the_latents_do_not_change(name: str, monkey
     seen: list[tuple[TokenGrid, Tensor]] = []
     sparse = PlannedLayer._sparse
 
-    def record(self: PlannedLayer, inputs: Inputs, groups: Any, grid: TokenGrid, *rest: Any) -> Tensor:
+    def record(self: PlannedLayer, inputs: Inputs, decision: Decision, *rest: Any) -> Tensor:
         if self.index == first:
-            seen.append((grid, inputs.value))
-        return sparse(self, inputs, groups, grid, *rest)
+            seen.append((decision.grid, inputs.value))
+        return sparse(self, inputs, decision, *rest)
 
     monkeypatch.setattr(PlannedLayer, "_sparse", record)
     row = family_of(model)

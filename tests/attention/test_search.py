@@ -192,8 +192,8 @@ def test_a_plan_that_would_lose_time_is_not_computed(monkeypatch: pytest.MonkeyP
     pipe = Pipe()
     plan = AttentionPlan.uniform("pooled_topk", keep=0.25, block=16)
     before = pipe("a fox", torch.Generator().manual_seed(0)).images
-    monkeypatch.setattr("dit.attention.planned_layer.LEAST_WEIGHED", 256)
-    monkeypatch.setattr("dit.attention.planned_layer.pattern", lambda *_, **__: pytest.fail("a map was made"))
+    monkeypatch.setattr("dit.attention.decisions.LEAST_WEIGHED", 256)
+    monkeypatch.setattr("dit.attention.map_cache.pattern", lambda *_, **__: pytest.fail("a map was made"))
     with plan.attach(pipe.transformer) as handle:
         made = pipe("a fox", torch.Generator().manual_seed(0)).images
         report = handle.report()

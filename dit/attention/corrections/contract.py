@@ -140,6 +140,15 @@ class Correction(ABC):
         """
         return []
 
+    def refresh_share(self, num_steps: int) -> float:
+        """Return which share of the steps of a run compute the dense result too, about."""
+        return 0.0
+
+    @property
+    def joins_heads(self) -> bool:
+        """Whether each head is corrected by itself, by the same parameters, so that any can be corrected together."""
+        return True
+
     def kept_bytes(self, query: Tensor) -> int:
         """Return how many bytes one layer and branch keeps for queries (B, N, K, E)."""
         return 0

@@ -51,6 +51,11 @@ class LinearComplement(Correction):
             if alpha.ndim > 3 or bool(((alpha < 0) | (alpha > 1)).any()):
                 raise ValueError("alpha must be in [0, 1] and of shape (), (K,), (K, n) or (B, K, n)")
 
+    @property
+    def joins_heads(self) -> bool:
+        """Whether alpha is one for all heads."""
+        return self.alpha is None or torch.as_tensor(self.alpha).ndim == 0
+
     def __call__(self, call: CorrectionCall) -> Tensor:
         """Return the corrected output."""
         linear, exists = unvisited_linear(call.query, call.key, call.value, call.block_map, call.key_mask)

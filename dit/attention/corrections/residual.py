@@ -84,6 +84,12 @@ class Residual(Correction):
         intervals = [self._interval(step, sigma) for step, sigma in enumerate(sigmas)]
         return [step for step, one in enumerate(intervals) if step == 0 or one != intervals[step - 1]]
 
+    def refresh_share(self, num_steps: int) -> float:
+        """Return which share of the steps of a run refresh, about."""
+        if self.refresh_sigmas is None:
+            return 1 / self.refresh_every
+        return min(len(self.refresh_sigmas) / max(num_steps, 1), 1.0)
+
     def kept_bytes(self, query: Tensor) -> int:
         """Return how many bytes one layer and branch keeps."""
         return query.numel() * (DTYPES[self.dtype] or query.dtype).itemsize

@@ -7,8 +7,9 @@ idea and registers its patterns on import; the files are imported at the first l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -43,6 +44,9 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 """Files of this folder, and the patterns that each one registers."""
 
+STEP = "step"
+"""The value of a parameter that follows the number of the step."""
+
 _PATTERNS: dict[str, PatternInfo] = {}
 
 
@@ -56,6 +60,7 @@ class PatternInfo:
         summary: first line of its documentation.
         paper: where it was published, e.g. "arXiv 2502.04507"; empty for common knowledge.
         online: it looks at queries and keys.
+        turns: says of a grid after how many steps a pattern repeats that follows them; None: none does.
     """
 
     name: str
@@ -63,26 +68,39 @@ class PatternInfo:
     summary: str
     paper: str
     online: bool
+    turns: Callable[[TokenGrid], int] | None = None
 
-    @property
+    def follows_step(self, params: Mapping[str, Any]) -> bool:
+        """Return whether the pattern with these parameters changes with the number of the step: one is "step"."""
+        return self.turns is not None and STEP in params.values()
+
+    def period_of(self, grid: TokenGrid, params: Mapping[str, Any]) -> int:
+        """Return after how many steps the pattern repeats; 1 where it is always the same."""
+        return self.turns(grid) if self.turns is not None and self.follows_step(params) else 1
+
+    @cached_property
     def parameters(self) -> dict[str, Any]:
         """Names of the parameters with their defaults; those without one have `inspect.Parameter.empty`."""
         known = signature(self.function).parameters
         return {name: one.default for name, one in known.items() if name not in ("grid", "query", "key")}
 
 
-def register_pattern(name: str, *, paper: str = "", online: bool = False) -> Callable[..., Any]:
+def register_pattern(
+    name: str, *, paper: str = "", online: bool = False, turns: Callable[[TokenGrid], int] | None = None
+) -> Callable[..., Any]:
     """Register a function as the pattern of that name; a decorator.
 
     Args:
         name: lower case.
         paper: where it was published.
         online: it takes query and key.
+        turns: see `PatternInfo`; the function then takes `step`, the number of the step, and "step" for a parameter
+            that follows it.
     """
 
     def register(function: Callable[..., BlockMap]) -> Callable[..., BlockMap]:
         summary = (function.__doc__ or "").strip().partition("\n")[0]
-        _PATTERNS[name] = PatternInfo(name, function, summary, paper, online)
+        _PATTERNS[name] = PatternInfo(name, function, summary, paper, online, turns)
         return function
 
     return register

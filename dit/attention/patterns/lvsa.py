@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,10 +12,10 @@ from torch import Tensor
 from dit.attention.block_map import BlockMap, make_block_map
 from dit.attention.grid import TokenGrid
 from dit.attention.layout import chunk_sizes, make_layout
-from dit.attention.patterns import register_pattern
+from dit.attention.patterns import STEP, register_pattern
 
 
-@register_pattern("lvsa", paper="arXiv 2605.31057")
+@register_pattern("lvsa", paper="arXiv 2605.31057", turns=lambda grid: grid.frames)
 def lvsa(
     grid: TokenGrid,
     window: int = 3,
@@ -22,9 +23,10 @@ def lvsa(
     interval: int | None = None,
     reference: int = 21,
     scale: float = 1.0,
-    offset: int = 0,
+    offset: int | Literal["step"] = 0,
     anchors: Sequence[int] = (),
     block: int = 128,
+    step: int | None = None,
 ) -> BlockMap:
     """Let every frame see a window of frames and the anchor frames of the clip (LVSA); all tokens of them.
 
@@ -39,13 +41,20 @@ def lvsa(
         interval: distance of the other anchors; None means `anchor_interval`.
         reference: frames that the model was trained on: Wan 21, HunyuanVideo 33, Cosmos 48, CogVideoX 13.
         scale: how many frames are seen, of the reference.
-        offset: where the anchors begin; the authors can take the number of the step, so that they rotate.
+        offset: where the anchors begin; "step" is the number of the step, so that they rotate during a run.
         anchors: further anchor frames, such as conditions.
         block: most tokens of a block; blocks don't cross frames.
+        step: number of the step, for the offset "step"; plans tell it.
 
     Raises:
-        ValueError: a length out of range, or an anchor outside the clip.
+        ValueError: a length out of range, an anchor outside the clip, or an offset that follows an unknown step.
     """
+    if isinstance(offset, str):
+        if offset != STEP or step is None:
+            raise ValueError(
+                f"offset is {offset!r} and step {step}; use a number, or 'step' in a plan where steps are known"
+            )
+        offset = step
     if window < 0 or first < 0 or reference < 1 or scale <= 0 or (interval is not None and interval < 1):
         raise ValueError(
             f"window {window} and first {first} must be at least 0, reference {reference} and interval {interval} at "
