@@ -67,6 +67,7 @@ class Format(ABC):
         bits: of a code, without scales.
         group: inputs that share a scale unless the caller says otherwise; 0 is the whole row.
         fixed_group: whether no other group can be stored.
+        uniform: whether neighbouring values are equally far apart within a group.
         searches: whether `scales` without `clip` already looks for the least squared error; the others take the scale
             that holds the largest weight.
         clips: factors of the range worth trying when looking for the least squared error.
@@ -76,6 +77,7 @@ class Format(ABC):
     bits: int
     group: int = 0
     fixed_group: bool = False
+    uniform: bool = False
     searches: bool = False
     clips: tuple[float, ...] = tuple(1 - 0.025 * n for n in range(1, 19))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -71,6 +72,7 @@ class SignMagnitude(Format):
     """
 
     bits = 4
+    clips = (1.5, 1.25, *Format.clips)
     levels: ClassVar[tuple[float, ...]]
 
     def snap(self, grouped: Tensor, scales: Scales) -> Tensor:
@@ -112,6 +114,7 @@ class Float4(SignMagnitude):
 
     def __init__(self, name: str, levels: tuple[float, ...]) -> None:
         self.name, self.levels = name, levels  # pyright: ignore[reportAttributeAccessIssue]
+        self.uniform = len({high - low for low, high in pairwise(levels)}) == 1
 
     def scales(self, grouped: Tensor, clip: float | Tensor | None = None, importance: Tensor | None = None) -> Scales:
         """See `Format`; the scale maps the group's largest weight to the largest level."""

@@ -15,7 +15,7 @@ from dit.quant.formats.packing import pack_sixes, unpack_sixes
 class SymmetricInteger(Format):
     """weight = weight_scale[n] * code, code from -limit to limit: the products of signed kernels can't overflow."""
 
-    fixed_group = True
+    fixed_group, uniform = True, True
     limit: ClassVar[int]
 
     def scales(self, grouped: Tensor, clip: float | Tensor | None = None, importance: Tensor | None = None) -> Scales:

@@ -31,7 +31,7 @@ class Int4(Format):
     weight_scale has 16 significant bits: its products with numbers of 7 bits are then exact in fp32, in any order.
     """
 
-    name, bits, group, searches = "int4", 4, 64, True
+    name, bits, group, uniform, searches = "int4", 4, 64, True, True
 
     def scales(self, grouped: Tensor, clip: float | Tensor | None = None, importance: Tensor | None = None) -> Scales:
         """See `Format`; without `clip` row scales, multipliers and zeros are those of the least squared error."""
