@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dit.runtime.scratch import scratch
+
 ROUNDER = 12_582_912.0
 """1.5 * 2^23: a float32 above it keeps no fraction, and its lowest bits are the whole number added."""
 OFFSET = 128
@@ -83,8 +85,8 @@ def _quantize_on_cpu(x: Tensor, levels: int, unsigned: bool, scale: Tensor | Non
     scales = torch.empty(rows, 1) if scale is None else scale.reshape(1, 1)
     step = max(BLOCK_NUMBERS // max(columns, 1), 1)
     height = min(step, rows)
-    exact = torch.empty(height, columns)  # (m, K)
-    magnitudes = torch.empty(height, columns, dtype=x.dtype)  # (m, K)
+    exact = scratch("quantize_rows exact", (height, columns), torch.float32)  # (m, K)
+    magnitudes = scratch("quantize_rows magnitudes", (height, columns), x.dtype)  # (m, K)
     bits = torch.int16 if x.dtype == torch.bfloat16 else torch.int32
     rounder = ROUNDER + (OFFSET if unsigned else 0)
     for start in range(0, rows, step):

@@ -187,7 +187,7 @@ class QuantLinear(nn.Linear):
         down, up = self._parameters.get("low_rank_down"), self._parameters.get("low_rank_up")
         if down is not None and up is not None:
             branch = self._shared(flat, "branch", lambda _: F.linear(prepared.to(down.dtype), down))  # (M, r)
-            out = out.add_(F.linear(branch, up).to(out.dtype))
+            out = out.addmm_(branch.to(out.dtype), up.t().to(out.dtype))  # in place: no second output
         return out.view(*input.shape[:-1], self.out_features)
 
     def _prepare(self, flat: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ from dit.quant.scheme import Scheme, formats_of
 
 BLOCK = 128
 """Block of Hadamard rotations: larger ones even out more and cost more."""
+WIDE, COST = 512, 27
+"""Of layers with as many inputs, blocks have at most one 27th as many channels as the layers that read them have
+outputs: rotating then costs as much of the products' time at most."""
 RANK = 32
 """Of low-rank branches, as SVDQuant has it."""
 
@@ -60,7 +63,7 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(RECIPES)
 
 
-def layer_scheme(chosen: Recipe, role: Role, bits: str, *, calibrated: bool) -> Scheme:
+def layer_scheme(chosen: Recipe, role: Role, bits: str, *, calibrated: bool, outputs: int | None = None) -> Scheme:
     """Return how a recipe quantizes a layer.
 
     Args:
@@ -68,6 +71,7 @@ def layer_scheme(chosen: Recipe, role: Role, bits: str, *, calibrated: bool) -> 
         role: the layer.
         bits: see `formats_of`.
         calibrated: whether there are statistics of activations; without them channels can't be balanced.
+        outputs: of all layers that read the same input; None is those of the layer.
 
     Raises:
         ValueError: formats that the recipe does not know.
@@ -80,6 +84,9 @@ def layer_scheme(chosen: Recipe, role: Role, bits: str, *, calibrated: bool) -> 
         kept = eight if activations in ("none", "int8", "fp8") else replace(eight, activations="int8")
         return replace(kept, rotate=BLOCK if kept.activations == "int8" and chosen.name != "int8" else 0)
     made = chosen.scheme(role, base)
+    if made.rotate and role.slot.linear.in_features >= WIDE:
+        outputs = role.slot.linear.out_features if outputs is None else outputs
+        made = replace(made, rotate=max(min(made.rotate, 2 ** (outputs // COST).bit_length() // 2), 8))
     if not calibrated:
         made = replace(made, alpha=None, static=False, rounding=_without_inputs(made.rounding))
     return made

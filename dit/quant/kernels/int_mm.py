@@ -9,11 +9,12 @@ from dit.quant.activations import Codes
 from dit.quant.formats import weight_format
 from dit.quant.formats.packing import int4_to_int8, unpack_sixes
 from dit.quant.kernels.contract import LinearKernel, Weights, compute_dtype, has_integer_activations
+from dit.runtime.scratch import scratch
 
 PART = 1152
 """Outputs whose weights are unpacked, and multiplied, at a time."""
-SUMS = 2**20
-"""Sums of products that are held at a time: they leave the caches before they are scaled otherwise."""
+ROWS = 512
+"""Rows of the output that are worked on at a time on a CPU: sums leave the caches before they are scaled otherwise."""
 LEAST_ROWS = 17
 """CUDA's product wants more than 16 rows."""
 
@@ -62,20 +63,31 @@ def _multiply_part(
     """Fill some columns of the output (M, N)."""
     dtype = compute_dtype(out.dtype)
     steps = weights.tensors["weight_scale"][columns].float()  # (n,)
+    if len(scale) == 1 and len(values) > 1:  # static; bfloat16 might not hold it
+        steps, scale = steps * scale.flatten(), torch.ones_like(scale)
     bias = None if weights.bias is None else weights.bias[columns].to(dtype)
-    count = len(out)
-    height = max(SUMS // len(unpacked), LEAST_ROWS) if out.device.type == "cpu" else count
+    count = len(values)
+    height = min(ROWS, count) if out.device.type == "cpu" else count
     transposed = unpacked.t()  # (K, n)
-    for start in range(0, count, height):
-        end = min(start + height, count)
-        sums = torch._int_mm(values[start : max(end, min(LEAST_ROWS, len(values)))], transposed)[: end - start]
-        scaled = sums.float().mul_(steps)  # (m, n)
-        factor = scale if len(scale) == 1 else scale[start:end]  # (m, 1)
-        part = out[start:end, columns]
-        if bias is None:
-            part.copy_(scaled.mul_(factor))
+    for start in range(0, len(out), height):
+        rows, part = values[start : start + height], out[start : start + height, columns]
+        sums = _empty("sums", len(rows), len(unpacked), torch.int32, out)
+        torch._int_mm(rows, transposed, out=sums)
+        exact = _empty("exact", len(part), len(unpacked), torch.float32, out)
+        exact.copy_(sums[: len(part)]).mul_(steps)  # (m, n)
+        factor = scale if len(scale) == 1 else scale[start : start + height]  # (m, 1)
+        if out.dtype == dtype and bias is not None:
+            torch.addcmul(bias, part.copy_(exact), factor.to(dtype), out=part)
         else:
-            part.copy_(torch.addcmul(bias, scaled.to(dtype), factor.to(dtype)))
+            exact.mul_(factor)
+            part.copy_(exact if bias is None else exact.add_(bias))
+
+
+def _empty(name: str, rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Return memory for an intermediate result, (rows, columns)."""
+    if like.device.type == "cpu":
+        return scratch(f"int_mm {name}", (rows, columns), dtype)
+    return like.new_empty(rows, columns, dtype=dtype)
 
 
 def _refusal(weights: Weights, x: Tensor) -> str:
