@@ -44,13 +44,13 @@ class Balance:
     """How the channels of a layer's inputs are balanced.
 
     Attributes:
-        scale: s, float32, (K,): inputs are divided by it, weights multiplied.
-        alpha: exponent that it was made with.
+        scale: s, float32, (K,): inputs are divided by it, weights multiplied; None leaves both alone.
+        alpha: exponent that it was made with; None where there is no scale.
         error: mean relative error of the layer's output with it, where it was searched.
     """
 
-    scale: Tensor
-    alpha: float
+    scale: Tensor | None
+    alpha: float | None
     error: float | None = None
 
 
@@ -109,7 +109,7 @@ def balance_scale(input_magnitude: Tensor, weight_magnitude: Tensor, alpha: floa
 
 def search_balance(
     input_magnitude: Tensor, weight_magnitude: Tensor, error: Callable[[Tensor | None], float]
-) -> Balance | None:
+) -> Balance:
     """Find the exponent with the least error of the layer's output.
 
     Args:
@@ -118,22 +118,17 @@ def search_balance(
         error: from s, or None for no balance, to the error of the quantized layer.
 
     Returns:
-        The best balance; None where none at all is better.
+        The best balance; one without a scale where none at all is better.
     """
-    tried: dict[float, Balance] = {}
 
-    def attempt(alpha: float) -> None:
+    def attempt(alpha: float) -> Balance:
         scale = balance_scale(input_magnitude, weight_magnitude, alpha)
-        tried[alpha] = Balance(scale, alpha, error(scale))
+        return Balance(scale, alpha, error(scale))
 
-    for alpha in COARSE:
-        attempt(alpha)
-    middle = _best(tried).alpha
-    for alpha in (middle - FINE, middle + FINE):
-        if 0 <= alpha <= 1:
-            attempt(round(alpha, 2))
-    best = _best(tried)
-    return best if best.error is not None and best.error < error(None) else None
+    coarse = {alpha: attempt(alpha) for alpha in COARSE}
+    middle = min(coarse, key=lambda alpha: _error(coarse[alpha]))
+    fine = [attempt(round(alpha, 2)) for alpha in (middle - FINE, middle + FINE) if 0 <= alpha <= 1]
+    return min([*coarse.values(), *fine, Balance(None, None, error(None))], key=_error)
 
 
 def spearman(x: Tensor, y: Tensor) -> Tensor:
@@ -143,8 +138,8 @@ def spearman(x: Tensor, y: Tensor) -> Tensor:
     return (first @ second / (first.norm() * second.norm()).clamp(min=1e-12)).float()
 
 
-def _best(tried: dict[float, Balance]) -> Balance:
-    return min(tried.values(), key=lambda one: one.error if one.error is not None else torch.inf)
+def _error(balance: Balance) -> float:
+    return math.inf if balance.error is None else balance.error
 
 
 def _ranks(x: Tensor) -> Tensor:

@@ -65,6 +65,38 @@ class LayerStatistics:
             found.setdefault(None if math.isnan(value) else value, []).append(number)
         return list(found.values())
 
+    def second_moments(self, bin_weights: Tensor | None = None) -> Tensor:
+        """Estimate the mean of x x^T, (K, K), float32; it is positive semidefinite.
+
+        Its diagonal is exact. What lies beside it comes from `gram`, or from the sampled rows, and is drawn towards
+        zero as far as so few rows would show correlations that aren't there: the intensity is that of Schaefer and
+        Strimmer (2005, "A shrinkage approach to large-scale covariance matrix estimation"), with the variance of
+        Gaussian inputs.
+
+        Args:
+            bin_weights: of the bins, (L,); None weighs them such that all have the same energy.
+
+        Raises:
+            ValueError: there is neither a Gram matrix nor a row.
+        """
+        square = self.mean_square.float()  # (L, K)
+        weights = 1 / square.mean(1).clamp(min=1e-30) if bin_weights is None else bin_weights.to(square)  # (L,)
+        size = (weights @ square).sqrt()  # (K,)
+        if self.gram is not None:
+            moments, seen = self.gram.clone(), int(self.count.sum())
+        elif len(self.rows):
+            rows = self.rows.float() * weights.to(self.rows.device).sqrt()[self.row_bins, None]  # (R, K)
+            moments, seen = rows.mT @ rows, len(rows)
+        else:
+            raise ValueError("the statistics hold neither rows nor a Gram matrix; calibrate with rows=256 or gram=True")
+        inverse = moments.diagonal().clamp(min=1e-30).rsqrt()  # (K,)
+        correlation = moments.mul_(inverse).mul_(inverse[:, None])  # (K, K)
+        correlation.fill_diagonal_(0)
+        shown, by_chance = float(correlation.square().sum()), self.columns * (self.columns - 1) / max(seen, 1)
+        correlation *= 1 - min(by_chance / max(shown, 1e-30), 1.0)
+        correlation.fill_diagonal_(1)
+        return correlation.mul_(size).mul_(size[:, None])
+
     def check(self, title: str, columns: int | None = None) -> None:
         """Refuse statistics that can't be of a layer.
 
