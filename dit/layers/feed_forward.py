@@ -7,12 +7,14 @@ from dit.layers.linear import Linear
 
 
 class _GELU(nn.Module):
+    approximate = "tanh"  # diffusers' name
+
     def __init__(self, dim_in: int, dim_out: int, bias: bool) -> None:
         super().__init__()
         self.proj = Linear(dim_in, dim_out, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")  # (B, N, F)
+        return F.gelu(self.proj(x), approximate=self.approximate)  # (B, N, F)
 
 
 class _SwiGLU(nn.Module):

@@ -261,6 +261,12 @@ class _Basis:
         scale = None
         if scheme.static and statistics is not None:
             scale = _static_scale(prepared, scheme, self._largest(prepared, statistics), statistics.row_bins)
+        if scheme.per_sample and statistics is not None:  # rows of one bin stand for those of one sample
+            rounded = torch.zeros_like(prepared, dtype=torch.float32)
+            for number in statistics.row_bins.unique():
+                rows_here = (statistics.row_bins == number).to(prepared.device)
+                rounded[rows_here] = fake_quantize_activations(prepared[rows_here], scheme)
+            return _Inputs(prepared, rounded, scale)
         return _Inputs(prepared, fake_quantize_activations(prepared, scheme, scale), scale)
 
     def gram(self, gram: Tensor) -> Tensor:

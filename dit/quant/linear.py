@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -12,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit.quant.activations import LEVELS, Codes, quantize_rows
+from dit.quant.activations import Codes, quantize_rows
 from dit.quant.formats import weight_format
-from dit.quant.kernels.contract import LinearKernel, Weights, has_integer_activations
+from dit.quant.kernels.contract import After, LinearKernel, Use, Weights, activate, has_integer_activations
 from dit.quant.kernels.dequantize import dequantized, multiply
 from dit.quant.kernels.onednn import has_vnni
 from dit.quant.kernels.prepacked import PrepackedWeight
 from dit.quant.kernels.table import choose_kernel
 from dit.quant.rotation import input_factors, prepare, unrotate
-from dit.quant.scheme import Scheme
+from dit.quant.scheme import LEVELS, Scheme
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype by name."""
@@ -155,18 +156,23 @@ class QuantLinear(nn.Linear):
 
     # --------------------------------------------------------------------------- forward
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (..., K) to (..., N)."""
+    def forward(self, input: Tensor, after: After = "") -> Tensor:
+        """Map (..., K) to (..., N).
+
+        Args:
+            input: (..., K).
+            after: activation function of the output that some kernels apply themselves: "gelu_tanh" or "gelu".
+        """
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         if torch.compiler.is_compiling():
-            return self._forward_compiled(input)
+            return activate(self._forward_compiled(input), after)
         if torch.is_grad_enabled() and input.requires_grad:
-            return _WithGradient.apply(input, self)  # pyright: ignore[reportReturnType]
-        return self._multiply(input)
+            return activate(_WithGradient.apply(input, self), after)  # pyright: ignore
+        return self._multiply(input, after)
 
     @torch.no_grad()
-    def _multiply(self, input: Tensor) -> Tensor:
+    def _multiply(self, input: Tensor, after: After = "") -> Tensor:
         if input.shape[-1] != self.in_features:
             raise ValueError(f"the input has {input.shape[-1]} channels, the layer takes {self.in_features}")
         if not input.is_floating_point():
@@ -178,16 +184,21 @@ class QuantLinear(nn.Linear):
             return input.new_empty(*input.shape[:-1], self.out_features)
         weights = self._bundle()
         prepared = self._shared(flat, "prepared", self._prepare)  # (M, K)
+        down, up = self._parameters.get("low_rank_down"), self._parameters.get("low_rank_up")
+        own = after if down is None else ""
+        samples = math.prod(input.shape[:-2]) if input.ndim > 2 and self.scheme.per_sample else len(flat)
         if self.full_precision:
-            out, name = self._multiply_plain(weights, prepared), "full_precision"
+            exact = replace(self.scheme, activations="none", static=False, per_sample=False, activation_group=None)
+            out, name = multiply(replace(weights, scheme=exact), prepared, Use(after=own)), "full_precision"
         else:
             kernel = choose_kernel(weights, prepared, self.kernel)
-            out, name = kernel.function(weights, prepared, self._codes(flat, prepared, kernel)), kernel.name  # (M, N)
+            use = Use(self._codes(flat, prepared, kernel, samples), samples, own)
+            out, name = kernel.function(weights, prepared, use), kernel.name  # (M, N)
         self.calls[name] = self.calls.get(name, 0) + 1
-        down, up = self._parameters.get("low_rank_down"), self._parameters.get("low_rank_up")
         if down is not None and up is not None:
             branch = self._shared(flat, "branch", lambda _: F.linear(prepared.to(down.dtype), down))  # (M, r)
             out = out.addmm_(branch.to(out.dtype), up.t().to(out.dtype))  # in place: no second output
+            out = activate(out, after)
         return out.view(*input.shape[:-1], self.out_features)
 
     def _prepare(self, flat: Tensor) -> Tensor:
@@ -195,20 +206,18 @@ class QuantLinear(nn.Linear):
         factors = input_factors(self._parameters.get("input_balance"), self._parameters.get("rotation_sign"))
         return prepare(flat, factors, self.scheme.rotate)
 
-    def _codes(self, flat: Tensor, prepared: Tensor, kernel: LinearKernel) -> Codes | None:
-        """Quantize prepared inputs as a kernel wants them."""
+    def _codes(self, flat: Tensor, prepared: Tensor, kernel: LinearKernel, samples: int) -> Codes | None:
+        """Quantize prepared inputs (M, K) as a kernel wants them, a scale for each of the samples."""
         if not kernel.codes:
             return None
         levels, unsigned = LEVELS[self.scheme.activations], kernel.codes == "unsigned"
         scale = self._parameters.get("input_scale")
-        return self._shared(
-            flat, f"codes {kernel.codes}", lambda _: quantize_rows(prepared, levels, unsigned=unsigned, scale=scale)
-        )
+        parts = None if samples == len(flat) else samples
 
-    def _multiply_plain(self, weights: Weights, prepared: Tensor) -> Tensor:
-        """Multiply without quantizing activations."""
-        exact = replace(weights.scheme, activations="none", static=False, activation_group=None)
-        return multiply(replace(weights, scheme=exact), prepared)
+        def make(_: Tensor) -> Codes:
+            return quantize_rows(prepared, levels, unsigned=unsigned, scale=scale, samples=parts)
+
+        return self._shared(flat, f"codes {kernel.codes} {parts}", make)
 
     def _shared(self, flat: Tensor, use: str, make: Any) -> Any:
         """Return what is made of the input, once for all layers that read it."""
@@ -258,9 +267,7 @@ class QuantLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         self._unpack()
-        state = dict(vars(self))
-        state["shared"] = None
-        return state
+        return dict(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -287,6 +294,9 @@ class SharedInput:
         self._input: weakref.ref[Tensor] | None = None
         self._version = -1
         self._made: dict[str, tuple[Any, int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"count": self.count, "_input": None, "_version": -1, "_made": {}}
 
     def get(self, flat: Tensor, use: str, make: Any) -> Any:
         """Return what is made of an input, (M, K), for one use of it.

@@ -14,6 +14,7 @@ from dit.quant.balance import Balance
 from dit.quant.calibration import Calibration, calibrate
 from dit.quant.diffusers_config import TesseraQuantConfig
 from dit.quant.diffusers_quantizer import mark_quantized
+from dit.quant.gelu import fused_gelus
 from dit.quant.layer import find_balance, quantize_linear
 from dit.quant.linear import QuantLinear, share_inputs
 from dit.quant.recipes import Recipe, layer_scheme
@@ -138,6 +139,8 @@ def quantize_(
         for role, made, entry in quantized_layers(network, plan, progress):
             replace_layer(network, role, made)
             report.layers.append(entry)
+        for parent, child, module in list(fused_gelus(network)):
+            setattr(parent, child, module)
         _mark(network, plan)
         report.kept[component] = [name for name, one in network.named_modules() if type(one) is nn.Linear]
         report.bytes_after += sum(one.numel() * one.element_size() for one in network.parameters())

@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit.quant.scheme import Scheme
+from dit.quant.scheme import LEVELS, Scheme
 
-LEVELS = {"int8": 127, "int6": 31, "int4": 7}
-"""Largest code of the integer formats; codes are symmetric, so that 0 is exact."""
 LARGEST_FP8 = 448.0
 """Largest number of float8 e4m3."""
 LARGEST_FP4 = 6.0
@@ -24,7 +22,9 @@ SMALLEST = 1e-12
 """Least scale; rows of zeros have it."""
 
 
-def fake_quantize_activations(x: Tensor, scheme: Scheme, input_scale: Tensor | None = None) -> Tensor:
+def fake_quantize_activations(
+    x: Tensor, scheme: Scheme, input_scale: Tensor | None = None, sample_rows: int | None = None
+) -> Tensor:
     """Round activations to what their format can hold.
 
     Args:
@@ -32,6 +32,8 @@ def fake_quantize_activations(x: Tensor, scheme: Scheme, input_scale: Tensor | N
         scheme: its `activations` name the format, its `activation_group` the neighbours that share a scale; without
             groups a token has one scale.
         input_scale: one scale for all tokens, (1,); None finds them in `x`.
+        sample_rows: tokens of a sample, for schemes with a scale for each sample; None means x is one sample, or, of
+            three and more axes, that the last but one is that of a sample's tokens.
 
     Returns:
         float32, (..., K).
@@ -47,6 +49,9 @@ def fake_quantize_activations(x: Tensor, scheme: Scheme, input_scale: Tensor | N
         return fake_quantize_nvfp4(x.float(), input_scale)
     groups = _grouped(x.float(), scheme.activation_group or x.shape[-1])  # (..., G, g)
     largest = groups.abs().amax(dim=-1, keepdim=True)  # (..., G, 1)
+    if scheme.per_sample and largest.numel():
+        samples = largest.reshape(-1, x.shape[-2] if sample_rows is None else sample_rows)  # (S, rows)
+        largest = samples.amax(dim=-1, keepdim=True).expand_as(samples).reshape(largest.shape)
     if scheme.activations == "fp8":
         scale = (largest / LARGEST_FP8).clamp(min=SMALLEST) if input_scale is None else input_scale.float()
         rounded = (groups / scale).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn).float() * scale

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 ACTIVATIONS = ("none", "int8", "int6", "int4", "fp8", "nvfp4")
 """Formats of activations; "none" keeps the dtype of the input."""
+LEVELS = {"int8": 127, "int6": 31, "int4": 7}
+"""Largest code of integer activations; codes are symmetric, so that 0 is exact."""
 ROUNDINGS = ("nearest", "mse", "gptq", "adaround", "signed_sgd")
 """How weights are rounded, see `dit.quant.rounding`."""
 LARGEST_BLOCK = 1024
@@ -24,6 +26,8 @@ class Scheme:
         activations: one of `ACTIVATIONS`.
         activation_group: neighbouring inputs that share a scale of the activations; None is one scale a token.
         static: one scale for all tokens, found by calibration, instead of one a token.
+        per_sample: one scale for all tokens of a sample, found in the input: coarser than one a token, but then the
+            product can add the bias and apply an activation function itself.
         alpha: exponent of the balance between channels of inputs and weights (SmoothQuant, arXiv 2211.10438):
             0 evens out the weights, 1 the inputs; "search" tries several; None leaves both alone.
         rotate: block size of the Hadamard rotation of the inputs (QuaRot, arXiv 2404.00456), a power of two; 0 is none.
@@ -39,6 +43,7 @@ class Scheme:
     activations: str = "int8"
     activation_group: int | None = None
     static: bool = False
+    per_sample: bool = False
     alpha: float | Literal["search"] | None = None
     rotate: int = 0
     rank: int = 0
@@ -60,8 +65,13 @@ class Scheme:
             raise ValueError(f"rotate is {self.rotate!r}; use 0 or a power of two from 8 to {LARGEST_BLOCK}")
         if not _is_whole(self.rank) or not 0 <= self.rank <= LARGEST_RANK:
             raise ValueError(f"rank is {self.rank!r}; use a whole number from 0 to {LARGEST_RANK}")
-        if not isinstance(self.static, bool):
-            raise ValueError(f"static is {self.static!r}; use true or false")
+        for name in ("static", "per_sample"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use true or false")
+        if self.per_sample and (self.static or self.activation_group is not None or self.activations not in LEVELS):
+            raise ValueError(
+                f"per_sample goes with activations {', '.join(LEVELS)}, and without static and activation_group"
+            )
         if self.static and self.activations in ("none", "nvfp4"):
             raise ValueError(f"static scales mean nothing for activations={self.activations!r}; leave static out")
 

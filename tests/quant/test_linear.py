@@ -8,6 +8,7 @@ from torch import nn
 
 from dit.quant.activations import OFFSET, quantize_rows
 from dit.quant.formats import format_names, grouped, weight_format
+from dit.quant.gelu import ProjectedGELU, fused_gelus
 from dit.quant.kernels.onednn import has_vnni
 from dit.quant.kernels.prepacked import PrepackedWeight
 from dit.quant.linear import QuantLinear, share_inputs
@@ -44,6 +45,8 @@ def schemes() -> list[Scheme]:
         Scheme("int8", 0, "int8", alpha=0.5, rotate=64, rank=4),
         Scheme("int4", 64, "int8", alpha=0.5, rotate=64, rank=4),
         Scheme("int8", 0, "int8", static=True),
+        Scheme("int8", 0, "int8", per_sample=True, rotate=64),
+        Scheme("int4", 64, "int8", per_sample=True, rank=4),
         Scheme("int4", 64, "int4", activation_group=64),
     ]
     return found
@@ -63,6 +66,33 @@ def test_every_kernel_equals_the_plain_reference(scheme: Scheme) -> None:
     rounded = x.bfloat16()
     assert relative_error(layer(rounded).float(), slow(rounded.float())) < 0.012
     assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scheme", [schemes()[0], schemes()[2], *schemes()[-5:]], ids=str)
+@pytest.mark.parametrize("after", ["gelu_tanh", "gelu"])
+def test_kernels_apply_the_activation_function(scheme: Scheme, after: str) -> None:
+    layer = make(scheme)
+    x = torch.randn(2, 50, K)
+    expected = nn.functional.gelu(layer(x), approximate="tanh" if after == "gelu_tanh" else "none")
+    assert relative_error(layer(x, after), expected) < 1e-5
+    assert relative_error(layer(x.requires_grad_(), after), expected) < 1e-5
+
+
+def test_a_projection_and_its_gelu_become_one_module() -> None:
+    from diffusers.models.activations import GELU
+
+    network = nn.Sequential(GELU(K, N, approximate="tanh"))
+    network[0].proj = make(Scheme("int8", 0, per_sample=True))
+    x = torch.randn(2, 5, K)
+    with torch.no_grad():
+        expected, names = network(x), list(network.state_dict())
+        for parent, child, module in list(fused_gelus(network)):
+            setattr(parent, child, module)
+        assert isinstance(network[0], ProjectedGELU)
+        assert relative_error(network(x), expected) < 1e-5
+        assert list(network.state_dict()) == names
+        network[0].proj = nn.Linear(K, N)  # what wraps or replaces the layer is used as it is
+        assert torch.equal(network(x), nn.functional.gelu(network[0].proj(x), approximate="tanh"))
 
 
 @pytest.mark.skipif(not has_vnni(), reason="the processor has no VNNI")

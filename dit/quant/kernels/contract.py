@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit.quant.activations import Codes
 from dit.quant.scheme import Scheme
+
+After = Literal["", "gelu_tanh", "gelu"]
 
 
 @dataclass(frozen=True)
@@ -32,20 +36,44 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Use:
+    """One use of quantized weights.
+
+    Attributes:
+        codes: of the inputs, for the kernels that ask for them.
+        samples: parts of the inputs that have one scale each, see `Scheme.per_sample`.
+        after: activation function of the output: "" (none), "gelu_tanh" or "gelu".
+    """
+
+    codes: Codes | None = None
+    samples: int = 1
+    after: After = ""
+
+
+def activate(x: Tensor, after: After) -> Tensor:
+    """Apply an activation function.
+
+    Args:
+        x: (M, N).
+        after: see `Use`.
+    """
+    return x if not after else F.gelu(x, approximate="tanh" if after == "gelu_tanh" else "none")
+
+
+@dataclass(frozen=True)
 class LinearKernel:
     """What multiplies quantized weights.
 
     Attributes:
         name: in reports.
-        function: (weights, inputs (M, K) of a float dtype, their codes) -> (M, N) in the inputs' dtype, bias included.
-            The inputs are balanced and rotated.
+        function: (weights, inputs (M, K) of a float dtype, how they are used) -> (M, N) in the inputs' dtype, bias
+            included. The inputs are balanced and rotated.
         refusal: weights, inputs -> why the kernel can't multiply them; empty if it can.
-        codes: whether the function wants the inputs quantized to integers: "signed", "unsigned" or "" (it is given
-            None).
+        codes: whether the function wants the inputs quantized to integers: "signed", "unsigned" or "".
     """
 
     name: str
-    function: Callable[[Weights, Tensor, Codes | None], Tensor]
+    function: Callable[[Weights, Tensor, Use], Tensor]
     refusal: Callable[[Weights, Tensor], str]
     codes: str = ""
 

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit.layers.linear import linear
-from dit.quant.activations import Codes
 from dit.quant.formats import weight_format
-from dit.quant.kernels.contract import LinearKernel, Weights
+from dit.quant.kernels.contract import LinearKernel, Use, Weights, activate
 from dit.quant.reference import fake_quantize_activations
 
 PART_NUMBERS = 2**22
@@ -32,19 +31,20 @@ def dequantized(weights: Weights, start: int = 0, end: int | None = None) -> Ten
     return weight_format(weights.scheme.weights).unpack(parts, weights.columns, weights.scheme.group or 0)
 
 
-def multiply(weights: Weights, x: Tensor, codes: Codes | None = None) -> Tensor:
+def multiply(weights: Weights, x: Tensor, use: Use) -> Tensor:
     """Multiply by dequantized weights.
 
     Args:
         weights: of the layer.
         x: (M, K).
-        codes: not looked at.
+        use: of the weights.
 
     Returns:
         (M, N).
     """
     if weights.scheme.activations != "none":
-        x = fake_quantize_activations(x, weights.scheme, weights.tensors.get("input_scale")).to(x.dtype)
+        scale = weights.tensors.get("input_scale")
+        x = fake_quantize_activations(x, weights.scheme, scale, len(x) // use.samples).to(x.dtype)
     step = max(PART_NUMBERS // weights.columns, 1)
     outputs = []
     for start in range(0, weights.rows, step):
@@ -52,7 +52,7 @@ def multiply(weights: Weights, x: Tensor, codes: Codes | None = None) -> Tensor:
         bias = None if weights.bias is None else weights.bias[start:end].to(x.dtype)
         part = dequantized(weights, start, end).to(x.dtype)
         outputs.append((linear if x.requires_grad is False else F.linear)(x, part, bias))  # (M, n)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)  # (M, N)
+    return activate(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1), use.after)  # (M, N)
 
 
 def _refusal(weights: Weights, x: Tensor) -> str:

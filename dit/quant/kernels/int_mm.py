@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit.quant.activations import Codes
+from dit.quant.activations import spread_scales
 from dit.quant.formats import weight_format
 from dit.quant.formats.packing import int4_to_int8, unpack_sixes
-from dit.quant.kernels.contract import LinearKernel, Weights, compute_dtype, has_integer_activations
+from dit.quant.kernels.contract import LinearKernel, Use, Weights, activate, compute_dtype, has_integer_activations
 from dit.runtime.scratch import scratch
 
 PART = 1152
@@ -19,18 +19,20 @@ LEAST_ROWS = 17
 """CUDA's product wants more than 16 rows."""
 
 
-def multiply(weights: Weights, x: Tensor, codes: Codes | None) -> Tensor:
+def multiply(weights: Weights, x: Tensor, use: Use) -> Tensor:
     """Multiply codes by the weights' codes, scale, add the bias.
 
     Args:
         weights: of the layer.
         x: (M, K); only its dtype is read.
-        codes: of the inputs, signed.
+        use: of the weights, with signed codes of the inputs.
 
     Returns:
         (M, N).
     """
+    codes = use.codes
     assert codes is not None
+    scale = spread_scales(codes)
     values, missing = codes.values, LEAST_ROWS - len(codes.values)
     if values.device.type == "cuda" and missing > 0:
         values = torch.cat([values, values.new_zeros(missing, values.shape[1])])
@@ -40,8 +42,8 @@ def multiply(weights: Weights, x: Tensor, codes: Codes | None) -> Tensor:
     for start in range(0, weights.rows, width):
         end = min(start + width, weights.rows)
         unpacked = _part(weights, start, end, unpacked)
-        _multiply_part(weights, values, codes.scale, unpacked, out, slice(start, end))
-    return out
+        _multiply_part(weights, values, scale, unpacked, out, slice(start, end))
+    return activate(out, use.after)
 
 
 def _part(weights: Weights, start: int, end: int, memory: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dit.quant.activations import OFFSET, Codes
-from dit.quant.kernels.contract import LinearKernel, Weights, has_integer_activations
+from dit.quant.kernels.contract import After, LinearKernel, Use, Weights, activate, has_integer_activations
 from dit.quant.kernels.prepacked import PrepackedWeight
 
 OUTPUTS = 3 * 2**21
@@ -23,31 +23,42 @@ ROWS = 512
 """Rows of a larger output that are worked on at a time."""
 
 
-def multiply(weights: Weights, x: Tensor, codes: Codes | None) -> Tensor:
+def multiply(weights: Weights, x: Tensor, use: Use) -> Tensor:
     """Multiply codes by prepacked weights, scale, add the bias.
 
     Args:
         weights: of the layer, "weight" a `PrepackedWeight`.
         x: (M, K); only its dtype is read.
-        codes: of the inputs, unsigned.
+        use: of the weights, with unsigned codes of the inputs.
 
     Returns:
         (M, N).
     """
-    assert codes is not None
+    assert use.codes is not None
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     bias = None if weights.bias is None else weights.bias.to(dtype)
-    if len(codes.scale) == 1 and len(codes.values) != 1:  # static
-        return _product(weights, codes.values, float(codes.scale), bias, dtype).to(x.dtype)
-    scale = codes.scale.to(dtype)  # (M, 1), exact
-    count = len(codes.values)
+    scale = use.codes.scale
+    if len(scale) < len(x):  # static, or one for each sample
+        return _multiply_samples(weights, use.codes, bias, dtype, use.after).to(x.dtype)
+    scale, count = scale.to(dtype), len(x)  # (M, 1), exact
     if count * weights.rows <= OUTPUTS:
-        return _scaled(_product(weights, codes.values, 1.0, None, dtype), scale, bias).to(x.dtype)
-    out = torch.empty(count, weights.rows, dtype=dtype)  # (M, N)
-    for start in range(0, count, ROWS):
-        part = _product(weights, codes.values[start : start + ROWS], 1.0, None, dtype)  # (m, N)
-        _scaled(part, scale[start : start + ROWS], bias, out[start : start + ROWS])
-    return out.to(x.dtype)
+        out = _scaled(_product(weights, use.codes.values, 1.0, None, dtype), scale, bias)
+    else:
+        out = torch.empty(count, weights.rows, dtype=dtype)  # (M, N)
+        for start in range(0, count, ROWS):
+            part = _product(weights, use.codes.values[start : start + ROWS], 1.0, None, dtype)  # (m, N)
+            _scaled(part, scale[start : start + ROWS], bias, out[start : start + ROWS])
+    return activate(out, use.after).to(x.dtype)
+
+
+def _multiply_samples(weights: Weights, codes: Codes, bias: Tensor | None, dtype: torch.dtype, after: After) -> Tensor:
+    """Multiply parts of the codes (M, K), each with one scale, with bias and activation function, (M, N)."""
+    size = len(codes.values) // len(codes.scale)
+    parts = [
+        _product(weights, codes.values[first * size : (first + 1) * size], float(scale), bias, dtype, after)
+        for first, scale in enumerate(codes.scale)
+    ]  # (M / S, N) each
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _scaled(product: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -58,13 +69,15 @@ def _scaled(product: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor | N
     return torch.addcmul(bias, product, scale, out=out)
 
 
-def _product(weights: Weights, values: Tensor, scale: float, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _product(
+    weights: Weights, values: Tensor, scale: float, bias: Tensor | None, dtype: torch.dtype, after: After = ""
+) -> Tensor:
     """Return codes (M, K) times weights, scaled by the weights' scales and a number, (M, N)."""
     operator: Any = torch.ops.onednn.qlinear_pointwise
     weight: Any = weights.tensors["weight"]
     return operator(
         values, scale, OFFSET, weight.packed, weights.tensors["weight_scale"], weight.zeros, bias,
-        1.0, 0, dtype, "none", [], "",
+        1.0, 0, dtype, "gelu" if after else "none", [], "tanh" if after == "gelu_tanh" else "none" if after else "",
     )  # fmt: skip
 
 

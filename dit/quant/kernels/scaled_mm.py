@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit.quant.activations import SMALLEST, Codes
-from dit.quant.kernels.contract import LinearKernel, Weights
+from dit.quant.activations import SMALLEST
+from dit.quant.kernels.contract import LinearKernel, Use, Weights, activate
 
 LARGEST = 448.0
 """Largest number of float8 e4m3."""
 CAPABILITY = (8, 9)
 
 
-def multiply(weights: Weights, x: Tensor, codes: Codes | None) -> Tensor:
+def multiply(weights: Weights, x: Tensor, use: Use) -> Tensor:
     """Round activations to float8, a scale for each token, and multiply.
 
     Args:
         weights: of the layer.
         x: (M, K).
-        codes: not looked at.
+        use: of the weights.
 
     Returns:
         (M, N) in the dtype of `x`.
@@ -41,7 +41,7 @@ def multiply(weights: Weights, x: Tensor, codes: Codes | None) -> Tensor:
     )  # (M, N)
     if weights.bias is not None:
         out = out.add_(weights.bias.to(out.dtype))
-    return out.to(x.dtype)
+    return activate(out.to(x.dtype), use.after)
 
 
 def _refusal(weights: Weights, x: Tensor) -> str:
