@@ -128,7 +128,7 @@ def search_balance(
     coarse = {alpha: attempt(alpha) for alpha in COARSE}
     middle = min(coarse, key=lambda alpha: _error(coarse[alpha]))
     fine = [attempt(round(alpha, 2)) for alpha in (middle - FINE, middle + FINE) if 0 <= alpha <= 1]
-    return min([*coarse.values(), *fine, Balance(None, None, error(None))], key=_error)
+    return min([Balance(None, None, error(None)), *coarse.values(), *fine], key=_error)  # the first of equal ones
 
 
 def spearman(x: Tensor, y: Tensor) -> Tensor:
