@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from dit.quant.registration import register_when_imported
+
 if TYPE_CHECKING:
     from pipelines.base import TesseraPipeline
     from pipelines.class_to_image import ClassToImagePipeline
@@ -70,6 +72,9 @@ _MODULE_OF = {
     "observe": "sampling.observe",
     "unload_lora": "pipelines.lora.mixin",
 }
+
+
+register_when_imported()  # quantized models load with `from_pretrained` of diffusers, too
 
 
 def __getattr__(name: str) -> object:

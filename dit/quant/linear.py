@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any, Self
@@ -196,7 +196,7 @@ class QuantLinear(nn.Linear):
             out, name = kernel.function(weights, prepared, use), kernel.name  # (M, N)
         self.calls[name] = self.calls.get(name, 0) + 1
         if down is not None and up is not None:
-            branch = self._shared(flat, "branch", lambda _: F.linear(prepared.to(down.dtype), down))  # (M, r)
+            branch = F.linear(prepared.to(down.dtype), down)  # (M, r), of this layer's own projection
             out = out.addmm_(branch.to(out.dtype), up.t().to(out.dtype))  # in place: no second output
             out = activate(out, after)
         return out.view(*input.shape[:-1], self.out_features)
@@ -320,6 +320,23 @@ class SharedInput:
         return value
 
 
+def can_share(layers: Sequence[QuantLinear]) -> bool:
+    """Return whether layers prepare their inputs alike, so that those that read one input can share what they make.
+
+    Args:
+        layers: one or more.
+    """
+    first = layers[0]
+    for other in layers[1:]:
+        if (other.scheme.activations, other.scheme.rotate) != (first.scheme.activations, first.scheme.rotate):
+            return False
+        for name in ("input_balance", "rotation_sign", "input_scale"):
+            one, two = first.stored.get(name), other.stored.get(name)
+            if (one is None) != (two is None) or (one is not None and two is not None and not torch.equal(one, two)):
+                return False
+    return True
+
+
 def share_inputs(layers: Iterable[QuantLinear]) -> None:
     """Have layers that read the same input quantize it once; they must prepare it alike.
 
@@ -330,14 +347,8 @@ def share_inputs(layers: Iterable[QuantLinear]) -> None:
         ValueError: they prepare their inputs in different ways.
     """
     members = list(layers)
-    first = members[0]
-    for other in members[1:]:
-        same = (other.scheme.activations, other.scheme.rotate) == (first.scheme.activations, first.scheme.rotate)
-        for name in ("input_balance", "rotation_sign", "input_scale"):
-            one, two = first.stored.get(name), other.stored.get(name)
-            same = same and (one is None) == (two is None) and (one is None or two is None or torch.equal(one, two))
-        if not same:
-            raise ValueError("layers that share an input must have one balance, rotation and format of activations")
+    if not can_share(members):
+        raise ValueError("layers that share an input must have one balance, rotation and format of activations")
     shared = SharedInput(len(members))
     for layer in members:
         layer.shared = shared

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from dit.quant import recipes
 from dit.quant.balance import Balance
 from dit.quant.calibration import Calibration, calibrate
 from dit.quant.diffusers_config import TesseraQuantConfig
-from dit.quant.diffusers_quantizer import mark_quantized
 from dit.quant.gelu import fused_gelus
 from dit.quant.layer import find_balance, quantize_linear
-from dit.quant.linear import QuantLinear, share_inputs
+from dit.quant.linear import QuantLinear, can_share, share_inputs
+from dit.quant.marking import mark_quantized
 from dit.quant.recipes import Recipe, layer_scheme
 from dit.quant.roles import Role, network_name, quantizable_layers
 from dit.quant.scheme import Scheme
@@ -200,7 +201,7 @@ def quantized_layers(
     unknown = sorted(set(plan.layers) - {role.name for role in roles})
     if unknown:
         raise ValueError(f"layers names {', '.join(unknown[:3])}, which {network_name(network)} can't quantize")
-    groups = [group for group in _groups(network, roles, plan) if any(scheme for _, scheme in group)]
+    groups = [group for group in layer_groups(network, roles, plan) if any(scheme for _, scheme in group)]
     total, done = sum(len(group) for group in groups), 0
     if not total:
         raise ValueError(f"{network_name(network)} has no linear layer that is to be quantized: look at skip")
@@ -237,8 +238,14 @@ def replace_layer(network: nn.Module, role: Role, made: nn.Module) -> None:
                 setattr(parent, child, made.train(old.training))
 
 
-def _groups(network: nn.Module, roles: Sequence[Role], plan: LayerPlan) -> list[list[tuple[Role, Scheme | None]]]:
-    """Divide layers into those that read one input, with their schemes."""
+def layer_groups(network: nn.Module, roles: Sequence[Role], plan: LayerPlan) -> list[list[tuple[Role, Scheme | None]]]:
+    """Divide layers into those that read one input, with their schemes.
+
+    Args:
+        network: that holds them.
+        roles: the layers.
+        plan: how they are quantized.
+    """
     leaders = _leaders(network, roles, plan)
     groups: dict[str, list[Role]] = {}
     seen: set[nn.Linear] = set()
@@ -246,10 +253,44 @@ def _groups(network: nn.Module, roles: Sequence[Role], plan: LayerPlan) -> list[
         if role.slot.linear not in seen:  # a layer with several parents is one
             seen.add(role.slot.linear)
             groups.setdefault(leaders.get(role.name, role.name), []).append(role)
-    return [
-        [(role, plan.scheme(role, sum(one.slot.linear.out_features for one in group))) for role in group]
-        for group in groups.values()
-    ]
+    found = []
+    for group in groups.values():
+        outputs = sum(one.slot.linear.out_features for one in group)
+        found.append([(role, _readable(network, role, plan.scheme(role, outputs))) for role in group])
+    return found
+
+
+def _readable(network: nn.Module, role: Role, scheme: Scheme | None) -> Scheme | None:
+    """Return a scheme with int8 weights for layers that a network of transformers keeps in float32.
+
+    Such networks cast the input of the layer to the dtype of its weight, unless that is int8; packed codes are uint8.
+    """
+    bare = unwrap(network)
+    kept = set(getattr(bare, "_keep_in_fp32_modules", None) or ())
+    if scheme is None or not isinstance(bare, PreTrainedModel) or kept.isdisjoint(role.name.split(".")):
+        return scheme
+    return replace(scheme, weights="int8", group=None)
+
+
+def connect_layers(network: nn.Module) -> None:
+    """Let quantized layers that read one input share what they make of it, and fuse projections with their GELU.
+
+    What reads one input is known by the network's family. For networks whose layers were loaded; `quantize_` does it.
+
+    Args:
+        network: with quantized layers in place, wrapped or not.
+    """
+    roles = [role for role in quantizable_layers(network) if isinstance(role.slot.linear, QuantLinear)]
+    leaders = _leaders(network, roles, LayerPlan(recipes.recipe("int8"), "w8a8", {}))
+    groups: dict[str, list[QuantLinear]] = {}
+    for role in roles:
+        layer: Any = role.slot.linear
+        groups.setdefault(leaders.get(role.name, role.name), []).append(layer)
+    for group in groups.values():
+        if len(group) > 1 and can_share(group):
+            share_inputs(group)
+    for parent, child, module in list(fused_gelus(network)):
+        setattr(parent, child, module)
 
 
 def _leaders(network: nn.Module, roles: Sequence[Role], plan: LayerPlan) -> dict[str, str]:
@@ -320,9 +361,7 @@ def _check_plain(network: nn.Module) -> None:
 
 
 def _mark(network: nn.Module, plan: LayerPlan) -> None:
-    """Have a network of diffusers know that it is quantized, so that it saves how."""
-    bare: Any = unwrap(network)
-    if hasattr(bare, "register_to_config"):
-        layers = {name: one.scheme for name, one in bare.named_modules() if isinstance(one, QuantLinear)}
-        config = TesseraQuantConfig(plan.recipe.name, plan.bits, list(plan.skip) or None, layers)
-        mark_quantized(bare, config)
+    """Have a network of diffusers or transformers know that it is quantized, so that it saves how."""
+    bare = unwrap(network)
+    layers = {name: one.scheme for name, one in bare.named_modules() if isinstance(one, QuantLinear)}
+    mark_quantized(bare, TesseraQuantConfig(plan.recipe.name, plan.bits, list(plan.skip) or None, layers))

@@ -46,7 +46,9 @@ from pipelines.loading.weight_values import check_loaded
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
-LOADING_OPTIONS = frozenset({*DOWNLOAD_OPTIONS, "variant", "use_safetensors", "low_cpu_mem_usage", "disable_mmap"})
+LOADING_OPTIONS = frozenset(
+    {*DOWNLOAD_OPTIONS, "variant", "use_safetensors", "low_cpu_mem_usage", "disable_mmap", "quantization_config"}
+)
 """Keyword arguments of `from_pretrained` that are no components."""
 
 

@@ -17,11 +17,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from dit.quant.registration import METHOD
 from dit.runtime.diffusers_compat import is_remapped, rename_deprecated
 from pipelines.loading.errors import clear_loading_errors, one_line
 from pipelines.loading.memory import GIB, gib
 from pipelines.loading.settings import check_counts, check_numbers, check_settings
-from pipelines.loading.weight_files import FLOAT_BYTES, StoredTensor, is_quantized
+from pipelines.loading.weight_files import FLOAT_BYTES, STORED_DTYPES, StoredTensor, is_quantized
 
 CALLS_PER_TENSOR = 200
 """Calls of torch that building may take for each stored tensor, with initialisation; tens are usual."""
@@ -84,12 +85,17 @@ def check_network(
     check_numbers(config, source, exact)
     if issubclass(found, ConfigMixin):
         check_settings(found, config, source, exact and is_ours(found))
-    if is_quantized(config) or not issubclass(found, ModelMixin | PreTrainedModel) or is_remapped(found):
+    quantization = config["quantization_config"] if is_quantized(config) else None
+    if quantization is not None and not _is_our_method(quantization):
         return  # the layout in the file is another one than the network's
+    if not issubclass(found, ModelMixin | PreTrainedModel) or is_remapped(found):
+        return
     network = _build(found, folder, config, len(stored), source)
     if network is None:
         return
     _check_tables(network, stored, source)
+    if quantization is not None:
+        _quantize_empty(network, quantization, stored, source)
     _check_formats(folder, network, stored)
     missing, wrong, left = _compare(network, stored)
     if isinstance(network, PreTrainedModel) and (missing or wrong):  # perhaps stored under names of old versions
@@ -101,6 +107,35 @@ def check_network(
         patterns = {_pattern(name) for name in network.state_dict()}
         left = [name for name in left if _pattern(name) in patterns]
     _refuse(folder, found, missing, wrong, left)
+
+
+def _is_our_method(quantization: Any) -> bool:
+    return isinstance(quantization, Mapping) and quantization.get("quant_method") == METHOD
+
+
+def _quantize_empty(
+    network: nn.Module, quantization: Mapping[str, Any], stored: Mapping[str, StoredTensor], source: Path
+) -> None:
+    """Give a network on "meta" the quantized layers that its configuration names, and check what is stored for them."""
+    from dit.quant.diffusers_config import TesseraQuantConfig
+    from dit.quant.loading import check_names, put_empty_layers, tensor_names
+
+    try:
+        layers = TesseraQuantConfig.from_dict(dict(quantization)).layers
+        if layers is None:
+            return  # it is to be quantized while it is loaded
+        if len(layers) > len(stored):
+            raise ValueError(f"it names {len(layers)} layers, and the weight files hold {len(stored)} tensors")
+        put_empty_layers(network, layers)
+    except ValueError as error:
+        raise ValueError(f"{source}: quantization_config can't be used: {error}") from error
+    check_names(stored, layers, network, str(source.parent))
+    for name, (_, dtype) in tensor_names(layers, network).items():
+        if stored[name].dtype != STORED_DTYPES[dtype]:
+            raise ValueError(
+                f"{source.parent}: {name} is stored as {stored[name].dtype}, expected {STORED_DTYPES[dtype]} by its "
+                "scheme in config.json; one of both is damaged."
+            )
 
 
 def is_ours(found: type) -> bool:

@@ -25,6 +25,15 @@ BITS = {
 }
 """All formats, rare ones too -> bits of a value."""
 
+STORED_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""safetensors' names of the number formats of quantized layers."""
+
 MAX_HEADER = 100_000_000
 """Bytes of a header; safetensors' own limit."""
 
