@@ -133,9 +133,9 @@ class QuantLinear(nn.Linear):
 
     def _bundle(self) -> Weights:
         if self._weights is None:
-            self._weights = Weights(
-                self.scheme, self.stored, self.out_features, self.in_features, self._parameters.get("bias")
-            )
+            found = Weights(self.scheme, self.stored, self.out_features, self.in_features, self._parameters.get("bias"))
+            sums = dequantized(found).sum(dim=1) if self.scheme.shift else None  # (N,)
+            self._weights = replace(found, input_sums=sums)
         return self._weights
 
     def _prepack(self) -> None:
@@ -188,7 +188,9 @@ class QuantLinear(nn.Linear):
         own = after if down is None else ""
         samples = math.prod(input.shape[:-2]) if input.ndim > 2 and self.scheme.per_sample else len(flat)
         if self.full_precision:
-            exact = replace(self.scheme, activations="none", static=False, per_sample=False, activation_group=None)
+            exact = replace(
+                self.scheme, activations="none", static=False, per_sample=False, activation_group=None, shift=0.0
+            )
             out, name = multiply(replace(weights, scheme=exact), prepared, Use(after=own)), "full_precision"
         else:
             kernel = choose_kernel(weights, prepared, self.kernel)
@@ -215,7 +217,9 @@ class QuantLinear(nn.Linear):
         parts = None if samples == len(flat) else samples
 
         def make(_: Tensor) -> Codes:
-            return quantize_rows(prepared, levels, unsigned=unsigned, scale=scale, samples=parts)
+            return quantize_rows(
+                prepared, levels, unsigned=unsigned, scale=scale, samples=parts, shift=self.scheme.shift
+            )
 
         return self._shared(flat, f"codes {kernel.codes} {parts}", make)
 

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dit.quant.roles import Role
-from dit.quant.scheme import Scheme, formats_of
+from dit.quant.scheme import LEVELS, Scheme, formats_of
 
 BLOCK = 128
 """Block of Hadamard rotations: larger ones even out more and cost more."""
+GELUS = ("gelu", "approximategelu")
+GELU_SHIFT = 0.17
+"""No output of a GELU is below its negative."""
 WIDE, COST = 512, 27
 """Of layers with as many inputs, blocks have at most one 27th as many channels as the layers that read them have
 outputs: rotating then costs as much of the products' time at most."""
@@ -103,7 +106,14 @@ def _plain(role: Role, base: Scheme) -> Scheme:
 def _viditq(role: Role, base: Scheme) -> Scheme:
     """Static-dynamic channel balancing: scale by what does not change over time, rotate what does."""
     low = base.weights != "int8" or base.activations in ("int6", "int4")
-    return replace(base, alpha="search", rotate=BLOCK, rounding="mse" if low else "nearest")
+    base = replace(base, rounding="mse" if low else "nearest")
+    if base.activations not in LEVELS:
+        return replace(base, alpha="search", rotate=BLOCK)
+    if role.before in GELUS:
+        return replace(base, shift=GELU_SHIFT)  # these inputs have no outliers that grow over time, but only one sign
+    # One scale a sample is enough behind a norm, and lets the product apply the GELU.
+    per_sample = role.after in GELUS and base.activations == "int8"
+    return replace(base, alpha="search", rotate=BLOCK, per_sample=per_sample)
 
 
 def _svdquant(role: Role, base: Scheme) -> Scheme:

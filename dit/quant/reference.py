@@ -56,9 +56,10 @@ def fake_quantize_activations(
         scale = (largest / LARGEST_FP8).clamp(min=SMALLEST) if input_scale is None else input_scale.float()
         rounded = (groups / scale).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn).float() * scale
     else:
-        levels = LEVELS[scheme.activations]
-        scale = round_up_to_bfloat16(largest / levels) if input_scale is None else input_scale.float()
-        rounded = (groups / scale).round().clamp(-levels, levels) * scale  # (..., G, g)
+        levels, shift = LEVELS[scheme.activations], scheme.shift
+        lowest, highest = (0, 2 * levels + 1) if shift else (-levels, levels)
+        scale = round_up_to_bfloat16((largest + shift) / highest) if input_scale is None else input_scale.float()
+        rounded = ((groups + shift) / scale).round().clamp(lowest, highest) * scale - shift  # (..., G, g)
     return rounded.flatten(-2)[..., : x.shape[-1]]  # (..., K)
 
 

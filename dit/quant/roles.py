@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -24,6 +24,8 @@ _FEED_FORWARD_IN = re.compile(
     r"(^|\.)(net\.0\.proj|proj_mlp|linear_1|fc1|w1|w3|wi|wi_0|wi_1|gate_proj|up_proj|linear_in|conv_inverted|proj)$"
 )
 _FEED_FORWARD_OUT = re.compile(r"(^|\.)(net\.2|proj_out|linear_2|fc2|w2|wo|down_proj|linear_out)$")
+_OUT = re.compile(r"(^|\.)net\.0\.proj$")
+"""The first layer of diffusers' feed-forward; the second is `net.2`, and only the activation is between them."""
 _ATTENTION = re.compile(
     r"(^|\.)(to_(q|k|v|qkv|kv|out\.0|out|add_out|added_qkv|q_mlp_proj|qkv_mlp_proj)|add_[qkv]_proj|[qkvo]_proj|[qkvo]|qkv|out_proj)$"
 )
@@ -37,11 +39,13 @@ class Role:
         slot: where it stands.
         kind: what it is for; modulation layers see one token a sample.
         after: name of the activation that its output goes through; "" if it isn't known to.
+        before: name of the activation that its input comes from; "" if it isn't known to.
     """
 
     slot: LinearSlot
     kind: Kind
     after: str = ""
+    before: str = ""
 
     @property
     def name(self) -> str:
@@ -77,7 +81,8 @@ def quantizable_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[Role]
         if any(pattern.match(slot.name) for pattern in patterns) or _is_small(slot.linear):
             continue
         found.append(Role(slot, "modulation" if is_modulation else _kind(slot), _activation(slot)))
-    return found
+    made_by = {_OUT.sub(r"\1net.2", role.name): role.after for role in found if _OUT.search(role.name)}
+    return [replace(role, before=made_by.get(role.name, "")) for role in found]
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...] | None:

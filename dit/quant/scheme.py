@@ -14,6 +14,7 @@ ROUNDINGS = ("nearest", "mse", "gptq", "adaround", "signed_sgd")
 """How weights are rounded, see `dit.quant.rounding`."""
 LARGEST_BLOCK = 1024
 LARGEST_RANK = 1024
+LARGEST_SHIFT = 100.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Scheme:
         static: one scale for all tokens, found by calibration, instead of one a token.
         per_sample: one scale for all tokens of a sample, found in the input: coarser than one a token, but then the
             product can add the bias and apply an activation function itself.
+        shift: number s such that inputs are at least -s, as those behind a GELU are (0.17): codes then begin there, and
+            no level is spent on numbers that don't occur (SVDQuant, arXiv 2411.05007, section 4.2).
         alpha: exponent of the balance between channels of inputs and weights (SmoothQuant, arXiv 2211.10438):
             0 evens out the weights, 1 the inputs; "search" tries several; None leaves both alone.
         rotate: block size of the Hadamard rotation of the inputs (QuaRot, arXiv 2404.00456), a power of two; 0 is none.
@@ -44,6 +47,7 @@ class Scheme:
     activation_group: int | None = None
     static: bool = False
     per_sample: bool = False
+    shift: float = 0.0
     alpha: float | Literal["search"] | None = None
     rotate: int = 0
     rank: int = 0
@@ -72,6 +76,10 @@ class Scheme:
             raise ValueError(
                 f"per_sample goes with activations {', '.join(LEVELS)}, and without static and activation_group"
             )
+        if not _is_number(self.shift) or not 0 <= self.shift < LARGEST_SHIFT:
+            raise ValueError(f"shift is {self.shift!r}; use a number from 0 to {LARGEST_SHIFT}")
+        if self.shift and (self.activations not in LEVELS or self.alpha is not None or self.rotate or self.static):
+            raise ValueError(f"shift goes with activations {', '.join(LEVELS)}, and without alpha, rotate and static")
         if self.static and self.activations in ("none", "nvfp4"):
             raise ValueError(f"static scales mean nothing for activations={self.activations!r}; leave static out")
 

@@ -47,6 +47,8 @@ def schemes() -> list[Scheme]:
         Scheme("int8", 0, "int8", static=True),
         Scheme("int8", 0, "int8", per_sample=True, rotate=64),
         Scheme("int4", 64, "int8", per_sample=True, rank=4),
+        Scheme("int8", 0, "int8", shift=0.17),
+        Scheme("int4", 64, "int6", shift=0.17, rank=4),
         Scheme("int4", 64, "int4", activation_group=64),
     ]
     return found
@@ -56,6 +58,7 @@ def schemes() -> list[Scheme]:
 def test_every_kernel_equals_the_plain_reference(scheme: Scheme) -> None:
     layer = make(scheme)
     x = torch.randn(2, 50, K)
+    x = nn.functional.gelu(x) if scheme.shift else x
     out = layer(x)
     slow = make(scheme)
     slow.kernel = "dequantize"

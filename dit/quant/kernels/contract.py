@@ -26,6 +26,7 @@ class Weights:
         rows: outputs N.
         columns: inputs K.
         bias: (N,) or None.
+        input_sums: sum of the weights of each output, float32, (N,), where inputs are shifted.
     """
 
     scheme: Scheme
@@ -33,6 +34,14 @@ class Weights:
     rows: int
     columns: int
     bias: Tensor | None
+    input_sums: Tensor | None = None
+
+    def shifted_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Return what is added to the product of the codes, (N,): the bias, less what the shift of the inputs adds."""
+        if self.input_sums is None:
+            return None if self.bias is None else self.bias.to(dtype)
+        taken = self.input_sums * -self.scheme.shift
+        return (taken if self.bias is None else taken.add_(self.bias)).to(dtype)
 
 
 @dataclass(frozen=True)

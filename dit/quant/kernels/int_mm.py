@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit.quant.activations import spread_scales
+from dit.quant.activations import OFFSET, spread_scales
 from dit.quant.formats import weight_format
 from dit.quant.formats.packing import int4_to_int8, unpack_sixes
 from dit.quant.kernels.contract import LinearKernel, Use, Weights, activate, compute_dtype, has_integer_activations
@@ -67,7 +67,8 @@ def _multiply_part(
     steps = weights.tensors["weight_scale"][columns].float()  # (n,)
     if len(scale) == 1 and len(values) > 1:  # static; bfloat16 might not hold it
         steps, scale = steps * scale.flatten(), torch.ones_like(scale)
-    bias = None if weights.bias is None else weights.bias[columns].to(dtype)
+    bias = weights.shifted_bias(dtype)
+    bias = None if bias is None else bias[columns]
     count = len(values)
     height = min(ROWS, count) if out.device.type == "cpu" else count
     transposed = unpacked.t()  # (K, n)
@@ -77,6 +78,8 @@ def _multiply_part(
         torch._int_mm(rows, transposed, out=sums)
         exact = _empty("exact", len(part), len(unpacked), torch.float32, out)
         exact.copy_(sums[: len(part)]).mul_(steps)  # (m, n)
+        if weights.input_sums is not None:
+            exact.add_(weights.input_sums[columns], alpha=OFFSET)  # signed codes are less by that
         factor = scale if len(scale) == 1 else scale[start : start + height]  # (m, 1)
         if out.dtype == dtype and bias is not None:
             torch.addcmul(bias, part.copy_(exact), factor.to(dtype), out=part)

@@ -36,7 +36,7 @@ def multiply(weights: Weights, x: Tensor, use: Use) -> Tensor:
     """
     assert use.codes is not None
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    bias = None if weights.bias is None else weights.bias.to(dtype)
+    bias = weights.shifted_bias(dtype)
     scale = use.codes.scale
     if len(scale) < len(x):  # static, or one for each sample
         return _multiply_samples(weights, use.codes, bias, dtype, use.after).to(x.dtype)
@@ -75,8 +75,9 @@ def _product(
     """Return codes (M, K) times weights, scaled by the weights' scales and a number, (M, N)."""
     operator: Any = torch.ops.onednn.qlinear_pointwise
     weight: Any = weights.tensors["weight"]
+    zero = 0 if weights.scheme.shift else OFFSET
     return operator(
-        values, scale, OFFSET, weight.packed, weights.tensors["weight_scale"], weight.zeros, bias,
+        values, scale, zero, weight.packed, weights.tensors["weight_scale"], weight.zeros, bias,
         1.0, 0, dtype, "gelu" if after else "none", [], "tanh" if after == "gelu_tanh" else "none" if after else "",
     )  # fmt: skip
 
