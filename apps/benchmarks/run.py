@@ -15,6 +15,7 @@ to other prompts, sizes, guidance and schedulers.
 `tessera bench attention-plan` searches a plan of sparse attention for the model of clips and measures it end to end.
 `tessera bench attention-gpu` times the Triton kernel of sparse attention beside a GPU's best dense attention.
 `tessera bench attention-corrections` says how near corrections bring sparse attention to dense attention.
+`tessera bench quantization` times quantized layers and a block of DiT-XL on a CPU, with rivals in the same run.
 `tessera bench training` trains several configurations, or reads what they have logged, and compares validation losses.
 """
 
@@ -216,6 +217,13 @@ def bench_attention_corrections(asked: Asked) -> dict[str, Any]:
     return implementation.bench_attention_corrections(asked)
 
 
+def bench_quantization(asked: Asked) -> dict[str, Any]:
+    """Time quantized layers; see `apps.benchmarks.quantization`."""
+    from apps.benchmarks import quantization as implementation
+
+    return implementation.bench_quantization(asked)
+
+
 def bench_attention_gpu(asked: Asked) -> dict[str, Any]:
     """Measure the Triton kernel of sparse attention; see `apps.benchmarks.attention_gpu`."""
     from apps.benchmarks import attention_gpu as implementation
@@ -250,6 +258,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "attention-plan": bench_attention_plan,
     "attention-corrections": bench_attention_corrections,
     "attention-gpu": bench_attention_gpu,
+    "quantization": bench_quantization,
     "training": bench_training,
 }
 
