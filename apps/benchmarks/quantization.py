@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 from apps.benchmarks.attention import clock, least
@@ -63,6 +63,7 @@ def bench_quantization(asked: Asked) -> dict[str, Any]:
         tables = {
             "linear layers": [row for shape in shapes for row in layer_rows(*shape, asked)],
             "a block of DiT-XL": [row for tokens in lengths for row in block_rows(tokens, asked)],
+            "a pipeline of DiT-XL's shape": pipeline_rows(asked),
             "size": size_rows(asked.smoke),
         }
     machine = describe_machine(torch.device("cpu"), torch.bfloat16)
@@ -197,6 +198,47 @@ def _with_products(network: nn.Module, x: Tensor, stack: ExitStack) -> Callable[
     stack.enter_context(backend_scope([network], "products"))
     block = Block(network)
     return lambda: block(x)
+
+
+# --------------------------------------------------------------------------- pipelines
+
+
+def make_pipeline(smoke: bool) -> DiTPipeline:
+    """Make a pipeline of DiT-XL/2 and the autoencoder of Stable Diffusion, of random weights, in bfloat16."""
+    torch.manual_seed(0)
+    heads, width, depth, channels = (2, 64, 1, (32, 32)) if smoke else (HEADS, WIDTH // HEADS, 28, (128, 256, 512, 512))
+    network = DiTTransformer2DModel(
+        heads, width, in_channels=4, out_channels=8, num_layers=depth, sample_size=32, num_embeds_ada_norm=1000
+    )
+    kinds = ("DownEncoderBlock2D",) * len(channels), ("UpDecoderBlock2D",) * len(channels)
+    decoder = AutoencoderKL(
+        down_block_types=kinds[0], up_block_types=kinds[1], block_out_channels=channels,
+        layers_per_block=1 if smoke else 2, latent_channels=4, sample_size=256,
+    )  # fmt: skip
+    pipe = DiTPipeline(network.eval().bfloat16(), decoder.eval().bfloat16(), DPMSolverMultistepScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipeline_rows(asked: Asked) -> list[dict[str, Any]]:
+    """Time an image of 256 pixels with guidance, ten steps, decoded."""
+    pipe = make_pipeline(asked.smoke)
+    plain = pipe.transformer
+    quick = copy.deepcopy(plain)
+    quantize_(quick, "viditq", "w8a8")
+    steps = 1 if asked.smoke else 10
+
+    def generate(network: Any) -> Tensor:
+        pipe.transformer = network
+        seed = torch.Generator().manual_seed(0)
+        image = pipe([1], num_inference_steps=steps, generator=seed, output_type="np").images
+        return torch.from_numpy(image)
+
+    stack = ExitStack()  # what it undoes is gone with the network
+    stack.enter_context(backend_scope([quick], "products"))
+    times = measure({"bfloat16": lambda: generate(plain), "ours": lambda: generate(quick)}, min(asked.repeats, 2))
+    gain = least(times, "bfloat16") / least(times, "ours")
+    return [{"shape": f"DiT-XL/2, 256 pixels, {steps} steps: ours W8A8 viditq", "gain": round(gain, 2)}]
 
 
 # ------------------------------------------------------------------------------- sizes
