@@ -99,11 +99,11 @@ class TesseraQuantConfig(DiffusersMixin, TransformersMixin):
         """Return the fields for JSON; equal schemes of layers are written once."""
         values = {name: copy.deepcopy(getattr(self, name)) for name in _DEFAULTS}
         if self.layers is not None:
-            schemes = list(dict.fromkeys(self.layers.values()))
+            schemes = list(dict.fromkeys(self.layers[name] for name in sorted(self.layers)))
             indices = {scheme: index for index, scheme in enumerate(schemes)}
             values["layers"] = {
                 "schemes": [scheme.to_dict() for scheme in schemes],
-                "scheme_of": {name: indices[scheme] for name, scheme in self.layers.items()},
+                "scheme_of": {name: indices[self.layers[name]] for name in sorted(self.layers)},
             }
         return {"quant_method": METHOD, **values}
 
@@ -124,7 +124,7 @@ class TesseraQuantConfig(DiffusersMixin, TransformersMixin):
         yield from self.to_dict().items()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, TesseraQuantConfig) and self.to_dict() == other.to_dict()
+        return isinstance(other, TesseraQuantConfig) and vars(self) == vars(other)
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 

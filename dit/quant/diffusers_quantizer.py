@@ -30,6 +30,7 @@ from dit.quant.quantize import connect_layers
 from dit.quant.roles import network_name
 from dit.quant.scheme import Scheme
 from dit.quant.tensor_files import TensorFiles, UnmappedTensors
+from dit.runtime.diffusers_compat import forget_config
 
 
 class TesseraQuantizer(DiffusersQuantizer):
@@ -94,7 +95,9 @@ class TesseraQuantizer(DiffusersQuantizer):
         """Return whether a tensor belongs to a quantized layer."""
         return param_name in self._tensors
 
-    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> Literal[True]:
+    def check_quantized_param_shape(
+        self, param_name: str, current_param: Tensor, loaded_param: Tensor
+    ) -> Literal[True]:
         """Accept any shape here: `create_quantized_param` knows what is wrong with it."""
         return True
 
@@ -143,7 +146,7 @@ class TesseraQuantizer(DiffusersQuantizer):
         for name, layer in list(model.named_modules()):
             if isinstance(layer, QuantLinear):
                 put_layer(model, name, plain_layer(layer, dtype))
-        model.register_to_config(quantization_config=None)
+        forget_config(model, "quantization_config")
         return model
 
     @property

@@ -324,6 +324,10 @@ class SharedInput:
         return value
 
 
+_OF_INPUTS = ("activations", "activation_group", "static", "per_sample", "shift", "rotate")
+"""Fields of a scheme that say how inputs are prepared and quantized."""
+
+
 def can_share(layers: Sequence[QuantLinear]) -> bool:
     """Return whether layers prepare their inputs alike, so that those that read one input can share what they make.
 
@@ -332,7 +336,7 @@ def can_share(layers: Sequence[QuantLinear]) -> bool:
     """
     first = layers[0]
     for other in layers[1:]:
-        if (other.scheme.activations, other.scheme.rotate) != (first.scheme.activations, first.scheme.rotate):
+        if any(getattr(other.scheme, name) != getattr(first.scheme, name) for name in _OF_INPUTS):
             return False
         for name in ("input_balance", "rotation_sign", "input_scale"):
             one, two = first.stored.get(name), other.stored.get(name)

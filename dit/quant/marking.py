@@ -12,6 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from dit.quant.diffusers_config import TesseraQuantConfig
 from dit.quant.linear import QuantLinear
+from dit.runtime.diffusers_compat import forget_config
 from dit.runtime.state import unwrap
 
 
@@ -57,6 +58,6 @@ def unmark_quantized(model: nn.Module) -> None:
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(bare).pop(name, None)
     if isinstance(bare, ModelMixin):
-        bare.register_to_config(quantization_config=None)
+        forget_config(bare, "quantization_config")
     elif isinstance(bare, PreTrainedModel):
         vars(bare.config).pop("quantization_config", None)

@@ -43,8 +43,12 @@ PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     ("diffusers.loaders.single_file_utils", "SingleFileComponentError"),
     ("diffusers.models.modeling_utils", "LegacyModelMixin"),
     ("diffusers.models.modeling_utils", "ModelMixin._fix_state_dict_keys_on_load"),
+    ("diffusers.quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING"),
+    ("diffusers.quantizers.auto", "AUTO_QUANTIZER_MAPPING"),
+    ("diffusers.quantizers.auto", "DiffusersAutoQuantizer.from_config"),
 )
-"""Module and name of everything private that this file uses."""
+"""Module and name of everything private that this file uses, and dit/quant/registration.py, which can't import it: it
+runs while diffusers is being imported."""
 
 
 _MISSING = object()
@@ -432,6 +436,18 @@ def rename_deprecated(network: Any, weights: Mapping[str, Any]) -> dict[str, Any
     return _private("diffusers.models.modeling_utils", "ModelMixin._fix_state_dict_keys_on_load")(
         network, dict(weights)
     )
+
+
+def forget_config(model: Any, name: str) -> None:
+    """Take an entry out of a network's configuration, which diffusers only lets grow.
+
+    Args:
+        model: of diffusers.
+        name: of the entry; it may be missing.
+    """
+    config = model._internal_dict
+    if name in config:
+        model._internal_dict = type(config)({key: value for key, value in config.items() if key != name})
 
 
 def missing() -> list[str]:
