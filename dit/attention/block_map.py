@@ -109,7 +109,7 @@ class BlockMap:
     partial: Tensor | None = None
     alike: tuple[int, ...] | None = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """What kernels prepare once for a map."""
+    """What is found out, and what kernels prepare, once for a map."""
 
     def __post_init__(self) -> None:
         expected = (self.queries.count, self.keys.count)
@@ -129,12 +129,18 @@ class BlockMap:
     @property
     def is_dense(self) -> bool:
         """Whether every pair counts."""
-        return self.asks_nowhere and bool(self.visits.all())
+        if "dense" not in self.cache:
+            self.cache["dense"] = self.asks_nowhere and bool(self.visits.all())
+        return self.cache["dense"]
 
     @property
     def asks_nowhere(self) -> bool:
         """Whether all pairs of visited blocks count, because there is no rule or no partial block."""
-        return self.rule is None or (self.partial is not None and not bool(self.partial.any()))
+        if self.rule is None or self.partial is None:
+            return self.rule is None
+        if "asks" not in self.cache:
+            self.cache["asks"] = bool(self.partial.any())
+        return not self.cache["asks"]
 
     def density(self) -> float:
         """Return the share of pairs in visited blocks, over all samples and heads: what is computed."""

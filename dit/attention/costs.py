@@ -22,6 +22,7 @@ from dit.attention.block_map import BlockMap, make_block_map
 from dit.attention.grid import TokenGrid
 from dit.attention.kernels import products
 from dit.attention.kernels.native import attend_native
+from dit.attention.kernels.rows import has_fast_onednn
 from dit.attention.layout import raster_layout
 from dit.runtime.cost_model import cache_path, machine_key
 from dit.runtime.timing import measure
@@ -29,9 +30,9 @@ from dit.runtime.timing import measure
 WIDTHS = (64, 128)
 """Head widths that are measured; others lie on the line through them."""
 TOKENS, HEADS = 1024, 4
-LAUNCH_SECONDS = 3e-4
+LAUNCH_SECONDS = 8e-4
 """What heads that are computed together cost for each call, whatever they compute."""
-GROUP_SECONDS = {False: 5e-5, True: 1e-3}
+GROUP_SECONDS = {False: 5e-5, True: 6e-4}
 """What each choice among them costs: looking up its map, or with True choosing blocks."""
 MARGIN = 0.9
 """Sparse attention must be predicted to take less than this share of the time of dense attention."""
@@ -52,7 +53,7 @@ class AttentionCosts:
     machine: str
     pair: Mapping[str, tuple[float, float]]
     block: float
-    fresh: float = 70.0
+    fresh: float = 20.0
 
     def of_pair(self, kernel: str, dtype: torch.dtype, width: int) -> float | None:
         """Return the seconds of a pair and head; None for what was not measured."""
@@ -125,7 +126,7 @@ class AttentionCosts:
 
 TYPICAL = {
     "cpu": AttentionCosts(
-        "typical",  # an AMD EPYC with AVX-512 BF16, one thread
+        "typical",  # an AMD EPYC whose units are 512 bits wide, one thread
         {
             "native float32": (2.85, 5.3),
             "native bfloat16": (2.95, 5.5),
@@ -135,6 +136,17 @@ TYPICAL = {
             "sparse bfloat16": (1.05, 1.75),
         },
         60.0,
+    ),
+    "cpu, narrow": AttentionCosts(
+        "typical",  # an AMD EPYC that computes AVX-512 in halves, see `kernels.rows.has_fast_onednn`, one thread
+        {
+            "native float32": (3.2, 6.1),
+            "native bfloat16": (3.5, 6.5),
+            "products bfloat16": (2.7, 4.15),
+            "sparse float32": (4.4, 8.6),
+            "sparse bfloat16": (2.8, 4.5),
+        },
+        30.0,
     ),
     "cuda": AttentionCosts(
         "typical",  # relative to a dense kernel at the peak of its rate; a block-sparse one reaches about 0.8 of it
@@ -157,8 +169,9 @@ def attention_costs(device: torch.device | str = "cpu") -> AttentionCosts:
         device: where attention is computed.
     """
     kind = torch.device(device).type
-    measured = _kept(_path(), _machine()) if kind == "cpu" else None
-    return measured or TYPICAL.get(kind, TYPICAL["cuda"])
+    if kind != "cpu":
+        return TYPICAL["cuda"]
+    return _kept(str(_path()), _machine()) or TYPICAL["cpu" if has_fast_onednn() else "cpu, narrow"]
 
 
 def pays(query: Tensor, block_map: BlockMap, costs: AttentionCosts | None = None, *, online: bool = False) -> bool:
@@ -248,8 +261,9 @@ def _path_of(machine: str, cache: str) -> Path:
 
 
 @lru_cache(maxsize=4)
-def _kept(path: Path, machine: str) -> AttentionCosts | None:
+def _kept(file: str, machine: str) -> AttentionCosts | None:
     """Return the costs in a file; None if there is none, or it is of another machine."""
+    path = Path(file)
     if not path.is_file():
         return None
     content = json.loads(path.read_text())

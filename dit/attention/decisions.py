@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit.attention.call_notes import CallNote
-from dit.attention.choices import Choice, Group, Plan, StaysDense
+from dit.attention.choices import Choice, Group, Plan, StaysDense, amount_of
 from dit.attention.costs import LAUNCH_SECONDS, MARGIN, AttentionCosts, attention_costs
 from dit.attention.grid import TokenGrid
 from dit.attention.inputs import CallKind
@@ -28,7 +28,9 @@ from dit.runtime.step_context import StepContext
 
 SLOWER = "all pairs are computed faster here"
 SPARSEST = 0.1
-"""Density of a map before it was made."""
+"""Density of a map before it was made, where no parameter says it."""
+ROUNDED = 0.85
+"""How much of the density that is asked for maps have at least, about: patterns round it down."""
 LEAST_WEIGHED = 512
 """From so many tokens on a choice of kernel "auto" computes all pairs where that is predicted to be faster."""
 KEPT = 256
@@ -183,14 +185,17 @@ class Decisions:
     ) -> bool:
         """Return whether what the plan says is predicted to take less time than dense attention.
 
-        Nothing is made for it: maps count as they did when they were last made, at first as sparse as plans get.
+        Nothing is made for it: maps count as they did when they were last made, at first as `_guess` says.
         """
         sparse = [group for group in groups if not group.choice.is_dense]
         query = torch.empty(call.shape, dtype=call.dtype, device="meta")
         dense = costs.dense_seconds(query, grid.length)
         if grid.length < LEAST_WEIGHED or {one.choice.kernel for one in sparse} != {"auto"} or dense is None:
             return True
-        total, count = LAUNCH_SECONDS * len({one.choice.launch for one in sparse}), call.shape[2]
+        total, count = (
+            LAUNCH_SECONDS * len({(one.choice.launch, _is_online(one.choice)) for one in sparse}),
+            call.shape[2],
+        )
         left = count
         for group in sparse:
             heads = len(group.members(count))
@@ -201,12 +206,24 @@ class Decisions:
 
     def _seconds(self, query: Tensor, choice: Choice, heads: int, grid: TokenGrid, costs: AttentionCosts) -> float:
         """Return the time of some heads under one choice."""
-        density = self.maps.density(choice, grid)
         sizes = {"block": 128, **usual_blocks(choice.pattern, grid), **choice.params}
+        density = self.maps.density(choice, grid)
+        density = _guess(choice) if density is None else density
+        density += choice.fix.extra_density(density, sizes.get("key_block") or sizes["block"])
         blocks = grid.length // sizes["block"] + 1
-        known = SPARSEST if density is None else density
-        online = pattern_info(choice.pattern).online
-        return costs.group_seconds(query, heads, grid.length, known, blocks, online) or 0.0
+        seconds = costs.group_seconds(query, heads, grid.length, density, blocks, _is_online(choice)) or 0.0
+        return seconds + choice.fix.work * 1e-9 * query.numel() * heads / query.shape[2]
+
+
+def _guess(choice: Choice) -> float:
+    """Return the density of a map that was never made: a little less than what is asked for, or as low as they get."""
+    amount = choice.params.get(amount_of(choice.pattern))
+    return ROUNDED * amount if isinstance(amount, float) else SPARSEST
+
+
+def _is_online(choice: Choice) -> bool:
+    """Return whether the pattern of a choice looks at queries and keys."""
+    return pattern_info(choice.pattern).online
 
 
 __all__ = ["LEAST_WEIGHED", "SLOWER", "SPARSEST", "Decision", "Decisions"]

@@ -25,7 +25,7 @@ def share(visited: int) -> tuple[torch.Tensor, object]:
 def test_sparse_pays_where_it_is_predicted_to_be_faster() -> None:
     assert pays(*share(3), COSTS)  # 2 x 3/8 of the dense time
     assert not pays(*share(4), COSTS)  # the same time
-    busy = AttentionCosts("made up", COSTS.pair, 40.0)  # 8 blocks of 40 us beside 1 ms of dense attention
+    busy = AttentionCosts("made up", COSTS.pair, 40.0, 70.0)  # 8 blocks of 40 us beside 1 ms of dense attention
     assert not pays(*share(3), busy)
     assert pays(*share(1), busy)
     assert not pays(*share(1), busy, online=True)  # 70 us more for each block

@@ -108,11 +108,13 @@ class Correction(ABC):
         paper: where it was published; empty for common knowledge.
         keeps_state: it keeps tensors between steps, and calls `dense` at steps that refresh them. Such a call needs
             `step` and `state`.
+        work: nanoseconds that it adds for each number of the queries, about, on one core of a CPU.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     keeps_state: ClassVar[bool] = False
+    work: ClassVar[float] = 0.0
 
     @abstractmethod
     def __call__(self, call: CorrectionCall) -> Tensor:
@@ -142,6 +144,15 @@ class Correction(ABC):
 
     def refresh_share(self, num_steps: int) -> float:
         """Return which share of the steps of a run compute the dense result too, about."""
+        return 0.0
+
+    def extra_density(self, density: float, block: int) -> float:
+        """Return the share of all pairs that it has the kernel compute besides those of the map.
+
+        Args:
+            density: of the map.
+            block: tokens of a block of keys.
+        """
         return 0.0
 
     @property

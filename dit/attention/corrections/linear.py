@@ -44,6 +44,7 @@ class LinearComplement(Correction):
     alpha: Number | None = None
     name: ClassVar[str] = "linear_complement"
     paper: ClassVar[str] = "arXiv 2602.12675"
+    work: ClassVar[float] = 45.0
 
     def __post_init__(self) -> None:
         if self.alpha is not None:
@@ -85,6 +86,7 @@ class LinearBranch(Correction):
     bias: Number | None = None
     name: ClassVar[str] = "linear"
     paper: ClassVar[str] = "arXiv 2509.24006"
+    work: ClassVar[float] = 9.0
 
     def __post_init__(self) -> None:
         if torch.as_tensor(self.weight).ndim not in (0, 2):

@@ -36,10 +36,15 @@ class PooledTail(Correction):
     mode: Literal["row", "centroid"] = "row"
     name: ClassVar[str] = "pooled_tail"
     paper: ClassVar[str] = "arXiv 2607.24027"
+    work: ClassVar[float] = 8.0
 
     def __post_init__(self) -> None:
         if self.mode not in ("row", "centroid"):
             raise ValueError(f"mode is {self.mode!r}; use 'row' or 'centroid'")
+
+    def extra_density(self, density: float, block: int) -> float:
+        """Return the share of pairs with pooled keys, one for each block that isn't visited."""
+        return (1 - density) / block
 
     def __call__(self, call: CorrectionCall) -> Tensor:
         """Return the corrected output."""

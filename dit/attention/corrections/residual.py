@@ -47,6 +47,7 @@ class Residual(Correction):
     device: Literal["auto", "cpu"] = "auto"
     name: ClassVar[str] = "residual"
     paper: ClassVar[str] = "arXiv 2406.08552"
+    work: ClassVar[float] = 2.0
     keeps_state: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

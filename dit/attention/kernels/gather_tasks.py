@@ -17,6 +17,7 @@ from torch import Tensor
 from dit.attention.block_map import BlockMap
 from dit.attention.kernels.contract import Tail
 from dit.attention.kernels.rows import has_fast_onednn, score_bytes
+from dit.attention.layout import Layout
 
 LEAST_ROWS = 16
 """Fewest queries of a task, however many keys there are."""
@@ -136,7 +137,7 @@ def _make_tasks(
     alike = key_mask is None and all(len(one) == 1 for one in parts)
     room = [RULE_BYTES]
     units = _units(block_map, heads)
-    pairs = max(block_map.queries.count * block_map.keys.grid.length, 1)
+    pairs = max(block_map.queries.count * block_map.keys.count, 1)
     step = max(PAIRS_AT_ONCE // pairs, 1)  # units at a time
     for sample in range(1 if alike else batch):
         mask = None if key_mask is None else key_mask[sample]
@@ -174,41 +175,94 @@ def _groups_of(
     """Yield the blocks of queries of some units of a sample, those that visit as many keys together."""
     heads = torch.tensor([one.head for one in units], device=block_map.visits.device)  # (H,)
     visits = _of_heads(block_map.visits, sample, heads).expand(len(units), -1, -1)  # (H, n, m)
-    queries = block_map.queries
-    query_order, query_starts = (_of_heads(x, sample, heads) for x in (queries.order, queries.starts))
-    order, starts = (_of_heads(x, sample, heads) for x in (block_map.keys.order, block_map.keys.starts))  # (H', M), ..
-    block_of = _block_of(starts, order.shape[-1])  # (H', M), of the keys in the layout's order
-    seen = _by_key(visits, block_of)  # (H, n, M)
-    if key_mask is not None:
-        seen = seen & key_mask[order][:, None]
+    queries, keys = _Places.of(block_map.queries, sample, heads), _Places.of(block_map.keys, sample, heads)
+    keys = keys if key_mask is None else keys.alive(key_mask)
     asked = _asked(block_map, sample, heads, visits)  # (H, n, m) or None
-    asked = None if asked is None else _by_key(asked, block_of) & seen  # (H, n, M)
     left_out = None
     if tail is not None:
         counts = _of_heads(tail.log_count, sample, heads)  # (H', m)
         left_out = ~visits & ~counts.isneginf()[:, None]  # (H, n, m)
-    sizes = query_starts.diff(dim=-1).expand(len(units), -1)  # (H, n)
-    numbers = [sizes, seen.sum(-1), *(torch.zeros_like(sizes) if x is None else x.sum(-1) for x in (asked, left_out))]
+    sizes = keys.sizes[:, None]  # (H', 1, m)
+    none = torch.zeros_like(visits[..., 0], dtype=torch.int64)  # (H, n)
+    partial = none if asked is None else (asked * sizes).sum(-1)
+    numbers = [queries.sizes.expand(len(units), -1), (visits * sizes).sum(-1), partial]
+    numbers.append(none if left_out is None else left_out.sum(-1))
     found: dict[tuple[int, ...], list[int]] = {}
     for place, kind in enumerate(torch.stack(numbers, -1).flatten(0, 1).tolist()):  # place: of (H, n)
         if kind[0] and kind[1] + kind[3]:
             found.setdefault(tuple(kind), []).append(place)
-    for (length, count, partial, pooled), places in found.items():
+    for (length, count, first, pooled), places in found.items():
         index = torch.tensor(places, device=visits.device)  # (G,)
-        owner = index // visits.shape[1]  # (G,)
-        columns = _picked(seen, index, count)  # (G, M), in the layout's order
-        if partial and asked is not None:
-            first, last = (_picked(x, index, n) for x, n in ((asked, partial), (seen & ~asked, count - partial)))
-            columns = torch.cat([first, last], dim=1)
-        begins = query_starts.expand(len(units), -1)[:, :-1].flatten()[index]  # (G,)
-        rows = begins[:, None] + torch.arange(length, device=index.device)  # (G, R)
+        owner, block = index // visits.shape[1], index % visits.shape[1]  # (G,)
+        parts = [(visits, count)]
+        if first and asked is not None:
+            parts = [(asked, first), (visits & ~asked, count - first)]
         yield _Group(
             owner.tolist(),
-            _in_sequence(query_order, owner, rows),
-            _in_sequence(order, owner, columns),
-            partial,
-            None if left_out is None or not pooled else _picked(left_out, index, pooled),
+            queries.tokens(owner, torch.arange(len(owner), device=owner.device), block, length),
+            _side_by_side([keys.picked(owner, _rows(x, index), number) for x, number in parts]),
+            first,
+            None if left_out is None or not pooled else _listed(_rows(left_out, index), pooled),
         )
+
+
+class _Places(NamedTuple):
+    """Where the tokens of blocks are.
+
+    Args:
+        order: (H', N), the position in the sequence of each token in the order of a unit; H' is 1 where all share it.
+        starts: (H', n), where each block begins in that order.
+        sizes: (H', n), tokens of each block.
+    """
+
+    order: Tensor
+    starts: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, sample: int, heads: Tensor) -> _Places:
+        """Return the blocks of a layout for some heads of a sample."""
+        order, starts = (_of_heads(x, sample, heads) for x in (layout.order, layout.starts))
+        count = max(len(order), len(starts))
+        order, starts = order.expand(count, -1), starts.expand(count, -1)
+        return cls(order, starts[:, :-1], starts.diff(dim=-1))
+
+    def alive(self, mask: Tensor) -> _Places:
+        """Leave out the tokens for which a mask (N,) is False."""
+        alive = mask[self.order]  # (H', N)
+        before = torch.nn.functional.pad(alive.cumsum(-1), (1, 0))  # (H', N + 1)
+        starts = before.gather(1, self.starts)
+        sizes = before.gather(1, self.starts + self.sizes) - starts
+        return _Places(self.order[alive].view(len(alive), -1), starts, sizes)
+
+    def picked(self, owner: Tensor, picked: Tensor, count: int) -> Tensor:
+        """Return the tokens of the blocks that some rows pick, each as many, as positions in the sequence, (G, count).
+
+        Args:
+            owner: (G,), the unit of each row.
+            picked: bool, (G, n).
+            count: tokens of each row.
+        """
+        row, block = picked.nonzero().unbind(1)
+        return self.tokens(owner, row, block, count)
+
+    def tokens(self, owner: Tensor, row: Tensor, block: Tensor, count: int) -> Tensor:
+        """Return the tokens of blocks one after another, (G, count).
+
+        Args:
+            owner: (G,), the unit of each row.
+            row: (T,), the row that a block belongs to, rising.
+            block: (T,), its number.
+            count: tokens of each row.
+        """
+        order = self.order.flatten()
+        shift = owner[row] if len(self.order) > 1 else torch.zeros_like(row)
+        index = shift * self.starts.shape[1] + block  # (T,)
+        sizes = self.sizes.flatten()[index]
+        first = self.starts.flatten()[index] + shift * self.order.shape[1] - sizes.cumsum(0) + sizes
+        place = torch.repeat_interleave(first, sizes, output_size=len(owner) * count)
+        place += torch.arange(len(place), device=place.device)
+        return order.index_select(0, place).view(len(owner), count)
 
 
 def _of_heads(x: Tensor, sample: int, heads: Tensor) -> Tensor:
@@ -217,40 +271,30 @@ def _of_heads(x: Tensor, sample: int, heads: Tensor) -> Tensor:
     return own if len(own) == 1 else own.index_select(0, heads)
 
 
-def _block_of(starts: Tensor, length: int) -> Tensor:
-    """Return the block of each token in a layout's order, (H', n + 1) to (H', N)."""
-    index = torch.arange(length, device=starts.device).expand(len(starts), -1).contiguous()
-    return torch.searchsorted(starts[:, 1:].contiguous(), index, right=True)
-
-
-def _by_key(of_blocks: Tensor, block_of: Tensor) -> Tensor:
-    """Give each key what belongs to its block: (H, n, m) and (H', M) to (H, n, M)."""
-    if len(block_of) == 1:
-        return of_blocks.index_select(2, block_of[0])
-    return of_blocks.gather(2, block_of[:, None].expand(-1, of_blocks.shape[1], -1))
-
-
 def _asked(block_map: BlockMap, sample: int, heads: Tensor, visits: Tensor) -> Tensor | None:
-    """Return the blocks in which the rule must be asked, (H, n, m); None where there is no rule."""
+    """Return the visited blocks in which the rule must be asked, (H, n, m); None where there is no rule."""
     if block_map.rule is None:
         return None
     if block_map.partial is not None:
-        return _of_heads(block_map.partial, sample, heads).expand_as(visits)
-    visual = torch.zeros_like(visits)
-    visual[:, : block_map.queries.visual_count, : block_map.keys.visual_count] = True
-    return visual
+        return _of_heads(block_map.partial, sample, heads) & visits
+    asked = visits.clone()
+    asked[:, block_map.queries.visual_count :] = False
+    asked[..., block_map.keys.visual_count :] = False
+    return asked
 
 
-def _picked(picked: Tensor, index: Tensor, count: int) -> Tensor:
-    """Return what rows of (H, n, M) pick, each as many, (G, count)."""
-    return picked.flatten(0, 1).index_select(0, index).nonzero()[:, 1].view(len(index), count)  # sorted by row
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Return some rows of (H, n, m), (G, m)."""
+    return x.flatten(0, 1).index_select(0, index)
 
 
-def _in_sequence(order: Tensor, owner: Tensor, places: Tensor) -> Tensor:
-    """Turn places in the orders (H', N) of some units into positions in the sequence, (G, I)."""
-    if len(order) == 1:
-        return order[0][places]
-    return order.flatten()[places + owner[:, None] * order.shape[1]]
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _listed(picked: Tensor, count: int) -> Tensor:
+    """Return what rows of (G, m) pick, each as many, (G, count)."""
+    return picked.nonzero()[:, 1].view(len(picked), count)  # sorted by row
 
 
 # ------------------------------------------------------------------------------------------------- tasks

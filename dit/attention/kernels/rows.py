@@ -164,9 +164,10 @@ def _by_fused_kernel(
     mask = None
     if hidden is not None or bias is not None:
         count = max(len(one) if one is not None and one.ndim == 3 else 1 for one in (hidden, bias))
-        mask = reused("mask", (count, 1, query.shape[1], key.shape[1]), query).zero_()  # (G', 1, R, M)
+        rows = 1 if hidden is None else query.shape[1]  # a bias is the same for all queries
+        mask = reused("mask", (count, 1, rows, key.shape[1]), query).zero_()  # (G', 1, R', M)
         _mask(mask[:, 0], hidden, bias)
-        mask = mask.expand(len(query), -1, -1, -1)
+        mask = mask.expand(len(query), -1, query.shape[1], -1)
     operator: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     parts = (x[:, None] for x in (query, key, value))  # (G, 1, R, E), (G, 1, M, E)
     out, lse = operator(*parts, attn_mask=mask, scale=scale)  # (G, 1, R, E), (G, R, 1) or (G, 1, R)
