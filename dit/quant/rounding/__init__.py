@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from dit.quant.formats import Format, Scales
 from dit.quant.formats.base import grouped, require_finite, ungrouped
 from dit.quant.rounding.adaround import learn_directions
 from dit.quant.rounding.gptq import round_and_compensate
+from dit.quant.rounding.inputs import DAMPING, Inputs, check_inputs, inputs_of, quantized_inputs
 from dit.quant.rounding.nearest import least_squares_scales
-from dit.quant.rounding.output_error import DAMPING, check_inputs, output_error, second_moments
+from dit.quant.rounding.output_error import OutputError, error_behind
 from dit.quant.rounding.signed_sgd import learn_shifts
 from dit.quant.scheme import ROUNDINGS
 
@@ -29,6 +31,7 @@ def round_weight(
     *,
     rows: Tensor | None = None,
     gram: Tensor | None = None,
+    samples: int | None = None,
     importance: Tensor | None = None,
     activation_scheme: Callable[[Tensor], Tensor] | None = None,
     after: Callable[[Tensor], Tensor] | None = None,
@@ -37,8 +40,8 @@ def round_weight(
 ) -> tuple[Tensor, Scales]:
     """Round the weight of a linear layer y = x W^T to values that a format can store.
 
-    With "gptq", "adaround" and "signed_sgd" no output's error on the given inputs is larger than that of the nearest
-    values at the same scales.
+    With "gptq", "adaround" and "signed_sgd" no output's error, as the inputs given here tell it, is larger than that of
+    the nearest values with the scales of the least squared error.
 
     Args:
         weight: (N, K), floating point, in the basis of the quantized layer: balanced, rotated, without low-rank part.
@@ -48,12 +51,16 @@ def round_weight(
             "adaround" (arXiv 2004.10568; for floating-point formats arXiv 2503.15465); "signed_sgd" (arXiv 2309.05516).
         rows: (R, K), sample inputs in the same basis.
         gram: (K, K), X^T X of all inputs X up to a factor, in the same basis.
+        samples: how many inputs `gram` is of; with few of them, products of different inputs are drawn towards 0, as
+            they are with rows alone. None takes gram as it is.
         importance: (K,), weight of each input's squared error where scales are searched; None takes the mean squares of
             the inputs, if there are rows or gram. "nearest" doesn't use it.
         activation_scheme: what the inputs become before the product: their quantized and dequantized values, of the
-            same shape. Adaptive methods then make up for the error of the inputs too; it needs rows.
+            same shape. The weight is then first changed to make up for what their errors have in common with them; it
+            needs rows. "nearest" does without.
         after: the elementwise function behind the layer, as for the first layer of a feed-forward network; "adaround"
-            and "signed_sgd" then look at the error behind it; it needs rows.
+            and "signed_sgd" then look at the error behind it, as far as the rows are enough to tell. It needs rows and
+            is given the outputs of all, (R, N).
         iterations: of "adaround" (300 if None) and "signed_sgd" (200).
         lr: of "adaround" (0.03) and "signed_sgd" (1 / iterations).
 
@@ -66,32 +73,53 @@ def round_weight(
     """
     if method not in ROUNDINGS:
         raise ValueError(f"rounding is {method!r}; use one of {', '.join(ROUNDINGS)}")
-    _refuse_unused(method, after=after, iterations=iterations, lr=lr)
+    _check_arguments(method, samples, after=after, iterations=iterations, lr=lr)
+    if method == "nearest" and activation_scheme is not None:
+        raise ValueError("activation_scheme has no meaning for rounding 'nearest'; leave it out or use 'mse'")
     group = fmt.resolve_group(group)
     groups = grouped(weight, group)
     weight = ungrouped(groups, weight.shape[1])
     rows, gram = check_inputs(weight, rows, gram)
-    importance = None if method == "nearest" else _importance(weight, rows, gram, importance)
     if method == "nearest":
         scales = fmt.scales(groups)
-    else:
-        scales = least_squares_scales(groups, fmt, None if importance is None else grouped(importance[None], group))
+        return ungrouped(fmt.snap(groups, scales), weight.shape[1]), scales
+    inputs, seen, original = inputs_of(rows, gram, samples), rows, weight
+    if activation_scheme is not None:
+        weight, inputs, seen = quantized_inputs(weight, _needed(rows), gram, samples, activation_scheme)
+        groups = grouped(weight, group)
+    weighting = _importance(weight, inputs, importance)
+    scales = least_squares_scales(groups, fmt, None if weighting is None else grouped(weighting[None], group))
     plain = ungrouped(fmt.snap(groups, scales), weight.shape[1])
-    if method in ("nearest", "mse"):
+    if method == "mse":
         return plain, scales
-    error = output_error(weight, rows, gram, activation_scheme, after)
+    if inputs is None:
+        raise ValueError(
+            f"rounding {method!r} needs inputs of the layer: pass gram (K, K) or rows (R, K) from a calibration, or "
+            "use rounding 'nearest' or 'mse'"
+        )
+    error = OutputError.of(weight, inputs)
+    if after is not None:
+        error = replace(error, behind=error_behind(original, _needed(rows), _needed(seen), after))
     if method == "signed_sgd":
         return learn_shifts(weight, fmt, group, scales, error, iterations, lr)
     if method == "gptq":
-        rounded = round_and_compensate(weight, fmt, group, scales, second_moments(rows, gram, activation_scheme))
+        rounded = round_and_compensate(weight, fmt, group, scales, inputs.dense())
     else:
         rounded = learn_directions(weight, fmt, group, scales, error, iterations, lr)
     better = error(rounded) < error(plain)  # (N,)
     return torch.where(better[:, None], rounded, plain), scales
 
 
-def _refuse_unused(method: str, **values: object) -> None:
+def _needed(rows: Tensor | None) -> Tensor:
+    if rows is None:
+        raise ValueError("after and activation_scheme need rows, sample inputs (R, K) of the layer; pass rows")
+    return rows
+
+
+def _check_arguments(method: str, samples: int | None, **values: object) -> None:
     """Raise for arguments that only the learned methods know, and for values out of range."""
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples is {samples!r}; use how many inputs gram is of, at least 1, or None")
     for name, value in values.items():
         if value is not None and method not in LEARNED:
             raise ValueError(
@@ -101,16 +129,14 @@ def _refuse_unused(method: str, **values: object) -> None:
             raise ValueError(f"{name} is {value!r}; use a positive number")
 
 
-def _importance(weight: Tensor, rows: Tensor | None, gram: Tensor | None, importance: Tensor | None) -> Tensor | None:
+def _importance(weight: Tensor, inputs: Inputs | None, importance: Tensor | None) -> Tensor | None:
     """Return the weights of the inputs' squared errors, (K,) fp32, or None for equal ones."""
-    if importance is None and gram is not None:
-        importance = gram.diagonal()
-    elif importance is None and rows is not None:
-        importance = rows.square().mean(0)
+    if importance is None:
+        importance = None if inputs is None else inputs.power.clamp(min=0)
+    elif importance.shape != (weight.shape[1],):
+        raise ValueError(f"importance is {tuple(importance.shape)}; use one number an input, ({weight.shape[1]},)")
     if importance is None:
         return None
-    if importance.shape != (weight.shape[1],):
-        raise ValueError(f"importance is {tuple(importance.shape)}; use one number an input, ({weight.shape[1]},)")
     importance = importance.detach().to(weight.device, torch.float32)
     require_finite("importance", importance)
     if bool((importance < 0).any()):

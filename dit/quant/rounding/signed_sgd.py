@@ -25,9 +25,10 @@ def learn_shifts(
 ) -> tuple[Tensor, Scales]:
     """Learn shifts and ranges by signed gradient descent (AutoRound, arXiv 2309.05516, equations 3 to 6).
 
-    Weights are rounded after V times the distance of the neighbouring values was added, V in -0.5 to 0.5, with the
-    step times a factor of its group. Both go against the sign of their gradient at a rate that falls to 0; rounding is
-    passed straight through. Each output keeps the best weights that were seen.
+    Weights are rounded after V times the distance of the neighbouring values was added, V in -0.5 to 0.5, with the step
+    times a factor of its group; the paper has two factors, for the ends of the range. V and factor go against the sign
+    of their gradient at a rate that falls to 0; gradients pass straight through rounding. Each output keeps the best
+    weights that were seen.
 
     Args:
         weight: (N, K) fp32.
@@ -55,7 +56,8 @@ def learn_shifts(
         clip.requires_grad_()
         now = scales if iteration == 0 else fmt.scales(groups, clip=first_clip * clip.detach())
         with torch.enable_grad():
-            rounded = ungrouped(_straight_through(groups, fmt, now, shift * distance, scales.step * clip), columns)
+            values = _straight_through(groups, fmt, now, shift * distance * clip.detach(), scales.step * clip)
+            rounded = ungrouped(values, columns)
             errors = error(rounded)
             by_shift, by_clip = torch.autograd.grad((errors / least.clamp(min=TINY)).sum(), [shift, clip])
         better = errors.detach() < least
@@ -75,7 +77,7 @@ def _straight_through(groups: Tensor, fmt: Format, scales: Scales, shift: Tensor
         groups: (N, G, g).
         fmt: format of the weights.
         scales: to round with.
-        shift: (N, G, g), added before rounding.
+        shift: (N, G, g), added before rounding; it grows with the step.
         step: (N, G, 1), the step that is learned; its value is not used, the scales have theirs.
 
     Returns:
@@ -87,5 +89,5 @@ def _straight_through(groups: Tensor, fmt: Format, scales: Scales, shift: Tensor
         ends = torch.tensor([-torch.inf, torch.inf], device=groups.device).expand(*groups.shape[:2], 2)
         lowest, highest = fmt.snap(ends, scales).unsqueeze(-2).unbind(-1)  # (N, G, 1) each
         inside = (shifted >= lowest) & (shifted <= highest)
-    by_step = torch.where(inside, values - groups - shift.detach(), values) / scales.step
+    by_step = torch.where(inside, values - groups, values) / scales.step
     return values + torch.where(inside, shift - shift.detach(), 0) + by_step * (step - step.detach())
