@@ -17,8 +17,8 @@ BLOCK = 128
 GELUS = ("gelu", "approximategelu")
 GELU_SHIFT = 0.17
 """No output of a GELU is below its negative."""
-WIDE, COST = 512, 27
-"""Of layers with as many inputs, blocks have at most one 27th as many channels as the layers that read them have
+WIDE, COST = 512, 54
+"""Of layers with as many inputs, blocks have at most one 54th as many channels as the layers that read them have
 outputs: rotating then costs as much of the products' time at most."""
 RANK = 32
 """Of low-rank branches, as SVDQuant has it."""
