@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from pipelines.acceleration.conflicts import check_together
@@ -22,6 +22,7 @@ from pipelines.acceleration.parts import (
     Part,
     StepCachePart,
 )
+from pipelines.acceleration.quantization import QuantizationPart
 from pipelines.acceleration.texts import AccelerationError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class AccelerationConfig(BaseModel):
 
     Attributes:
         version: of the fields, for records.
-        quantization: the seat of quantized weights; only None is accepted yet.
+        quantization: weights, and activations, in few bits.
         few_step: scheduler, steps and guidance of a distilled model.
         offload: weights that wait on the CPU.
         attention: how attention is computed, or among which tokens.
@@ -63,7 +64,7 @@ class AccelerationConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = VERSION
-    quantization: None = None
+    quantization: QuantizationPart | None = None
     few_step: FewStepPart | None = None
     offload: OffloadPart | None = None
     attention: AttentionPart | None = None
@@ -74,12 +75,6 @@ class AccelerationConfig(BaseModel):
     next_scale: NextScalePart | None = None
     decoder_tiling: DecoderTilingPart | None = None
     compile: CompilePart | None = None
-
-    @field_validator("quantization", mode="before")
-    @classmethod
-    def _is_not_here_yet(cls, given: Any) -> None:
-        if given is not None:
-            raise _as_pydantic(AccelerationError("refused.quantization"))
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from pipelines.acceleration.conflicts import check_together
 from pipelines.acceleration.on_memory import DecoderTilingSwitch, OffloadSwitch
 from pipelines.acceleration.on_networks import AttentionSwitch, CompileSwitch
+from pipelines.acceleration.on_quantization import QuantizationSwitch
 from pipelines.acceleration.on_scales import KVCacheSwitch, NextScaleSwitch
 from pipelines.acceleration.on_steps import FewStepSwitch, GuidanceCacheSwitch, ParallelSwitch, StepCacheSwitch
 from pipelines.acceleration.parts import Part
@@ -19,6 +20,7 @@ from pipelines.acceleration.texts import AccelerationError
 _HANDLES = "_acceleration_handles"
 
 SWITCHES: Mapping[str, type[Switch[Any]]] = {
+    "quantization": QuantizationSwitch,  # layers that all others find in place
     "few_step": FewStepSwitch,  # caches and resolvers read the scheduler that it brings
     "offload": OffloadSwitch,  # moves weights, which everything else finds in place
     "attention": AttentionSwitch,

@@ -17,6 +17,7 @@ from dit.runtime.state import unwrap
 from pipelines.acceleration.parts import AttentionPart, CompilePart
 from pipelines.acceleration.report import PartReport, Reason
 from pipelines.acceleration.switch import Switch, Undo, is_next_scale, require_steps
+from pipelines.quantization.carried import carried_plan
 from sampling.step_tracker import TrackedAttachment
 
 NETWORKS = ("transformer", "transformer_2", "unet")
@@ -52,6 +53,7 @@ class AttentionSwitch(Switch[AttentionPart]):
         require_steps(self)
         try:
             plan = self.part.make_plan(getattr(self.pipe, "name_or_path", None))
+            plan = carried_plan(plan, self.networks().values())
             self.mechanism = TrackedAttention(plan, any_weights=self.part.any_weights)
         except (ValueError, OSError) as error:  # of a file that doesn't fit or is none
             raise self.refuse("not_attached", reason=str(error)) from error

@@ -9,6 +9,7 @@ from dit.runtime.state import unwrap
 from pipelines.acceleration.parts import FewStepPart, GuidanceCachePart, ParallelPart, StepCachePart
 from pipelines.acceleration.report import PartReport, Reason
 from pipelines.acceleration.switch import Switch, Undo, require_steps
+from pipelines.quantization.carried import carried_profile
 from sampling.step_cache.reasons import FAILURES
 
 
@@ -65,6 +66,8 @@ class StepCacheSwitch(Switch[StepCachePart]):
         require_steps(self)
         params = self._params()
         try:
+            if "profile" in params:
+                params = {**params, "profile": self._profile(params["profile"])}
             self.mechanism = StepCache.preset(self.part.preset, **params)
         except (ValueError, OSError) as error:  # of a profile that doesn't fit or is no file
             raise self.refuse("not_attached", reason=str(error)) from error
@@ -84,6 +87,13 @@ class StepCacheSwitch(Switch[StepCachePart]):
             return {**self.part.params, "profile": find_profile(self.pipe)}
         except ValueError as error:
             raise self.refuse("no_profile", folder=getattr(self.pipe, "name_or_path", None)) from error
+
+    def _profile(self, given: Any) -> Any:
+        """Return a profile, or the one in a file; one of the network before it was quantized is bound to it."""
+        from sampling.step_cache import Profile
+
+        found = given if isinstance(given, Profile) else Profile.load(given)
+        return carried_profile(found, self.networks().values())
 
     def report(self) -> PartReport:
         """Report what the part did, or why it did nothing."""

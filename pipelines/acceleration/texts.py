@@ -12,6 +12,9 @@ from sampling.step_cache.reasons import TEXTS as STEP_CACHE
 
 ENGLISH: Mapping[str, str] = {
     # What the parts did.
+    "quantization": "quantized {name}: {layers} layers, {before_mib:.1f} to {after_mib:.1f} MiB, products {calls}",
+    "quantization.steps": "quantized {name}: {layers} layers, {before_mib:.1f} to {after_mib:.1f} MiB, products {calls}"
+    ", activations in 16 bits at {full_steps} of {steps} steps",
     "step_cache": "step cache {preset}: {skipped} of {called} calls forecast",
     "guidance_cache": "guidance cache: the unconditional branch left out at {left_out} of {steps} steps",
     "kv_cache": "KV cache {policy}: {share:.0%} of the history kept, peak {peak_mib:.1f} of {full_mib:.1f} MiB",
@@ -45,6 +48,9 @@ ENGLISH: Mapping[str, str] = {
     "why.all_kept": "all tokens fit the budget {budget:g}",
     "why.shortcut_idle": "{part} leaves nothing out: {reason}",
     "why.same_backend": "the layers used this backend already",
+    "why.all_full_precision": "activations kept 16 bits at all {steps} steps",
+    "why.dequantized": "{count} products had no kernel for these formats here: weights were made plain first, which "
+    "saves memory and no time",
     "why.dense_calls": "{count} calls stayed dense: {reason}",
     "why.fits_one_tile": "every image fits one tile",
     "why.one_image": "images came one at a time",
@@ -53,10 +59,17 @@ ENGLISH: Mapping[str, str] = {
     "refused.unknown_field": "{field} is not known; accepted: {accepted}",
     "refused.value": "{field}: {reason}",
     "refused.version": "version {version} of an acceleration is not known; accepted: {accepted}",
-    "refused.quantization": "quantization can't be applied yet, the only accepted value is null; load a quantized "
-    "transformer (GGUF) with load_pipeline instead",
     "refused.together": "{first} and {second} can't go together: {reason}",
     # Refusals of a pipeline.
+    "refused.not_quantized": "{part} without bits is for a quantized model, and {pipeline} is none; give bits, such as "
+    "'w8a8'",
+    "refused.already_quantized": "{pipeline} is quantized already ({found}), not as {asked!r}; leave bits out, or load "
+    "the model that it was made of",
+    "refused.other_quantization": "{pipeline} is quantized by {found}, which has no layers of ours to set or report; "
+    "leave {part} out",
+    "refused.offloaded_before": "{part} needs the weights of {pipeline} in memory, and they are offloaded; load it by "
+    "load_pipeline(..., quantization=...), which quantizes first",
+    "refused.not_first": "{part} must be applied before {others}; give both in one acceleration",
     "refused.already_applied": "{part} is already applied to this pipeline; leave that acceleration first",
     "refused.not_last": "another acceleration was applied to this pipeline afterwards; leave that one first",
     "refused.no_scales": "{part} needs a next-scale pipeline, and {pipeline} is none",

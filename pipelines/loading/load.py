@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from pipelines.acceleration.quantization import QuantizationPart
 from pipelines.base import TesseraPipeline
 from pipelines.info.guider_call import guided_call
 from pipelines.loading.errors import clear_loading_errors
 from pipelines.loading.hub_id import split_revision
-from pipelines.loading.memory import check_memory, explain_out_of_memory, is_out_of_memory, release
+from pipelines.loading.memory import check_memory, explain_out_of_memory, free_memory, is_out_of_memory, release
 from pipelines.loading.modular import check_modular, fetch_any, is_modular, read_modular
 from pipelines.loading.offload import apply_offload, check_offload
 from pipelines.loading.processors import plain_tokenizers
@@ -43,8 +44,12 @@ from pipelines.loading.sources import (
     read_index,
 )
 from pipelines.loading.weight_values import check_loaded
+from pipelines.quantization.loading import as_part, quantize_loaded, quantized_bytes, ready
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
+
+ROOM = 0.8
+"""Fraction of a device's free memory that weights may take while they are quantized there."""
 
 LOADING_OPTIONS = frozenset(
     {*DOWNLOAD_OPTIONS, "variant", "use_safetensors", "low_cpu_mem_usage", "disable_mmap", "quantization_config"}
@@ -75,6 +80,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     offload: str = "none",
+    quantization: str | Mapping[str, Any] | QuantizationPart | None = None,
     revision: str | None = None,
     base: str | os.PathLike | None = None,
     config: str | os.PathLike | None = None,
@@ -96,6 +102,10 @@ def load_pipeline(
         dtype: of the weights, e.g. "bfloat16"; None is bfloat16 on CUDA and float32 elsewhere.
         offload: "none"; or, for an accelerator with too little memory, "model" (one component on the device at a
             time), "group" (layers are brought over just before their use) or "sequential" (each layer when it runs).
+        quantization: formats of the weights and activations of the networks that denoise, "w8a8", "w4a8", "w4a16",
+            "fp8" ..., with a recipe before them if another than the usual one is meant, "svdquant:w4a8"; or the fields
+            of a `pipelines.acceleration.quantization.QuantizationPart`. The weights are quantized once they are loaded,
+            by the calibration in the model's folder or without data. A model that was saved quantized needs none.
         revision: branch, tag or commit of a Hub repository; pin a commit for reproducible results, here or in the name.
         base: for a single file that holds the transformer only (GGUF always does): the pipeline that everything else
             comes from, a built-in name, folder or Hub id.
@@ -116,11 +126,13 @@ def load_pipeline(
         MemoryError: the weights don't fit; the message says what to try.
         ImportError: a GGUF file without the extra `gguf`.
         TypeError: the dtype is no torch dtype.
-        ValueError: a checkpoint that would run code on loading, an unknown class, or settings that don't go together.
+        ValueError: an unknown quantization, or a model that can't have one; a checkpoint that would run code on
+            loading, an unknown class, or settings that don't go together.
 
     Example:
         >>> pipe = load_pipeline("stickers", device="cpu")
         >>> pipe("a red apple").images[0].save("apple.png")
+        >>> pipe = load_pipeline("stickers", quantization="w8a8")
         >>> load_pipeline("flux1-dev-Q4_0.gguf", base="black-forest-labs/FLUX.1-dev", offload="model")
     """
     target = default_device() if device is None else torch.device(device)
@@ -131,11 +143,12 @@ def load_pipeline(
         device=target,
         dtype=default_dtype(target) if dtype is None else as_dtype(dtype),
         offload=offload,
+        quantization=as_part(quantization),
         options={"revision": revision, **kwargs},
     )
     read = _plan(name, base, config, request)
     try:
-        return guided_call(apply_offload(read(), target, offload))
+        return guided_call(ready(apply_offload(_quantized(read(), request), target, offload)))
     except Exception as error:
         release(error)
         if is_out_of_memory(error):
@@ -162,6 +175,7 @@ class _Request:
     device: torch.device
     dtype: torch.dtype
     offload: str
+    quantization: QuantizationPart | None
     options: dict[str, Any]
 
     @property
@@ -176,7 +190,24 @@ class _Request:
 
     def check_memory(self, parts: dict[str, int]) -> None:
         """Refuse what can't fit; see `pipelines.loading.memory.check_memory`."""
-        check_memory(parts, self.device, self.dtype, self.offload)
+        part, size = self.quantization, self.dtype.itemsize
+        quantized = {
+            name: quantized_bytes(parts[name], part, size) for name in parts if part is not None and part.concerns(name)
+        }
+        check_memory(parts, self.device, self.dtype, self.offload, quantized)
+
+
+def _quantized(pipe: DiffusionPipeline, request: _Request) -> DiffusionPipeline:
+    """Quantize a pipeline that was just loaded, if that is asked for: on its device where it fits as it is."""
+    if request.quantization is None:
+        return pipe
+    if request.device.type != "cpu" and request.offload == "none":
+        networks = [one for one in pipe.components.values() if isinstance(one, torch.nn.Module)]
+        whole = sum(one.nbytes for network in networks for one in network.parameters())
+        if whole < free_memory(request.device) * ROOM:
+            pipe.to(request.device)
+    quantize_loaded(pipe, request.quantization)
+    return pipe
 
 
 Reading = Callable[[], DiffusionPipeline]

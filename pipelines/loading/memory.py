@@ -72,7 +72,13 @@ def _process_headroom() -> list[int]:
     return [] if limit == resource.RLIM_INFINITY else [max(limit - psutil.Process().memory_info().vms, 0)]
 
 
-def check_memory(parts: Mapping[str, int], device: torch.device, dtype: torch.dtype, offload: str) -> None:
+def check_memory(
+    parts: Mapping[str, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: str,
+    quantized: Mapping[str, int] | None = None,
+) -> None:
     """Refuse a model whose weights can't fit, before any is read.
 
     Weights pass through the CPU's memory on their way to any device, so both are looked at.
@@ -82,14 +88,17 @@ def check_memory(parts: Mapping[str, int], device: torch.device, dtype: torch.dt
         device: where it should run.
         dtype: number format of the weights.
         offload: "none", "model", "sequential" or "group".
+        quantized: component -> bytes, of those that are quantized once they are loaded; only that much comes to an
+            accelerator.
 
     Raises:
         NotEnoughMemoryError: it says how much is needed, how much is free and what to try.
     """
-    total, largest = sum(parts.values()), max(parts.values(), default=0)
+    resident = {**parts, **(quantized or {})}
+    total, largest = sum(parts.values()), max(resident.values(), default=0)
     wanted = [(torch.device("cpu"), total)]
     if device.type != "cpu" and offload in ("none", "model"):
-        wanted.append((device, total if offload == "none" else largest))
+        wanted.append((device, sum(resident.values()) if offload == "none" else largest))
     for target, need in wanted:
         free = free_memory(target)
         if need <= free:
@@ -99,7 +108,8 @@ def check_memory(parts: Mapping[str, int], device: torch.device, dtype: torch.dt
             tips.append(f"dtype bfloat16 ({gib(total // 2)})")
         if target.type != "cpu":
             tips += ["offload group"] if offload == "model" else [f"offload model ({gib(largest)})", "offload group"]
-        tips.append("a quantized (GGUF) or smaller model")
+            tips += [] if quantized else ["quantization w8a8"]
+        tips.append("a model that was saved quantized (tessera quantize, GGUF) or a smaller one")
         listed = ", ".join(f"{name} {gib(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]))
         raise NotEnoughMemoryError(
             f"The weights need {gib(need)} on {target} in {str(dtype).removeprefix('torch.')} ({listed}), and "

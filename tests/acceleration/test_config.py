@@ -15,6 +15,7 @@ from pipelines.acceleration.parts import MAIN_PARAMETERS, StepCachePart
 from pipelines.acceleration.texts import ENGLISH
 
 EVERY_PART: dict[str, Any] = {
+    "quantization": {"bits": "w4a8", "full_precision_last": 2},
     "few_step": "lcm",
     "offload": {"mode": "model", "device": "cuda:1"},
     "attention": "flex",
@@ -27,9 +28,9 @@ EVERY_PART: dict[str, Any] = {
     "compile": {"scope": "network", "dynamic": False},
 }
 TOGETHER = (
-    ("attention", "step_cache", "guidance_cache", "decoder_tiling", "offload", "compile"),
+    ("quantization", "attention", "step_cache", "guidance_cache", "decoder_tiling", "offload", "compile"),
     ("few_step", "attention", "compile"),
-    ("kv_cache", "next_scale", "attention", "offload"),
+    ("quantization", "kv_cache", "next_scale", "attention", "offload"),
     ("parallel", "step_cache"),
 )
 
@@ -52,7 +53,7 @@ def test_round_trip_through_json(names: tuple[str, ...]) -> None:
 
 
 def test_every_part_is_applied_and_tested() -> None:
-    assert set(AccelerationConfig.model_fields) - {"version", "quantization"} == set(SWITCHES) == set(EVERY_PART)
+    assert set(AccelerationConfig.model_fields) - {"version"} == set(SWITCHES) == set(EVERY_PART)
 
 
 def test_main_values_stand_for_parts() -> None:
@@ -120,6 +121,8 @@ def test_unknown_names_are_refused_with_those_that_are_known(values: dict, field
         ({"next_scale": {}}, "next_scale"),
         ({"next_scale": {"prune": {"-1": 1.5}}}, "next_scale.prune.-1"),
         ({"next_scale": {"refiner": "a/model"}}, "next_scale"),
+        ({"quantization": "w5a8"}, "quantization"),
+        ({"quantization": {"bits": "w8a8", "full_precision_first": -1}}, "quantization.full_precision_first"),
         ({"few_step": "magic"}, "few_step"),
         ({"few_step": {"preset": "sdxl-dmd2", "steps": 8}}, "few_step"),
         ({"offload": "disk"}, "offload.mode"),
@@ -132,11 +135,6 @@ def test_unknown_names_are_refused_with_those_that_are_known(values: dict, field
 def test_wrong_values_are_refused_by_field(values: dict, field: str) -> None:
     error = refusal(values)
     assert (error.key, error.values["field"]) == ("refused.value", field)
-
-
-def test_quantization_has_a_seat_and_is_no_silent_nothing() -> None:
-    assert refusal({"quantization": "int8"}).key == "refused.quantization"
-    assert AccelerationConfig.from_dict({"quantization": None}) == AccelerationConfig()
 
 
 def test_other_versions_are_refused() -> None:
