@@ -124,12 +124,14 @@ class QuantLinear(nn.Linear):
         """Return the weight (N, K), float32, of a plain linear layer with the same output but for the activations."""
         weight = dequantized(self._bundle())  # (N, K), of the balanced and rotated inputs
         down, up = self._parameters.get("low_rank_down"), self._parameters.get("low_rank_up")
-        if down is not None and up is not None:
-            weight = weight + up.float() @ down.float()
+        branch = None if down is None or up is None else up.float() @ down.float()  # (N, K)
+        if branch is not None and not self.scheme.raw_branch:
+            weight = weight + branch
         parameters = self._parameters
         weight = unrotate(weight, parameters.get("rotation_sign"), self.scheme.rotate)  # (N, K)
         balance = parameters.get("input_balance")
-        return weight if balance is None else weight * balance
+        weight = weight if balance is None else weight * balance
+        return weight + branch if branch is not None and self.scheme.raw_branch else weight
 
     def _bundle(self) -> Weights:
         if self._weights is None:
@@ -198,7 +200,8 @@ class QuantLinear(nn.Linear):
             out, name = kernel.function(weights, prepared, use), kernel.name  # (M, N)
         self.calls[name] = self.calls.get(name, 0) + 1
         if down is not None and up is not None:
-            branch = F.linear(prepared.to(down.dtype), down)  # (M, r), of this layer's own projection
+            branched = flat if self.scheme.raw_branch else prepared
+            branch = F.linear(branched.to(down.dtype), down)  # (M, r), of this layer's own projection
             out = out.addmm_(branch.to(out.dtype), up.t().to(out.dtype))  # in place: no second output
             out = activate(out, after)
         return out.view(*input.shape[:-1], self.out_features)

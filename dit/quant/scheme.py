@@ -35,6 +35,7 @@ class Scheme:
             0 evens out the weights, 1 the inputs; "search" tries several; None leaves both alone.
         rotate: block size of the Hadamard rotation of the inputs (QuaRot, arXiv 2404.00456), a power of two; 0 is none.
         rank: of the 16-bit branch beside the quantized weight (SVDQuant, arXiv 2411.05007); 0 is none.
+        raw_branch: the branch reads the input as it is, neither balanced nor rotated; files of SVDQuant hold it so.
         rounding: one of `ROUNDINGS`.
 
     Raises:
@@ -51,6 +52,7 @@ class Scheme:
     alpha: float | Literal["search"] | None = None
     rotate: int = 0
     rank: int = 0
+    raw_branch: bool = False
     rounding: str = "nearest"
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class Scheme:
             raise ValueError(f"rotate is {self.rotate!r}; use 0 or a power of two from 8 to {LARGEST_BLOCK}")
         if not _is_whole(self.rank) or not 0 <= self.rank <= LARGEST_RANK:
             raise ValueError(f"rank is {self.rank!r}; use a whole number from 0 to {LARGEST_RANK}")
-        for name in ("static", "per_sample"):
+        for name in ("static", "per_sample", "raw_branch"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use true or false")
         if self.per_sample and (self.static or self.activation_group is not None or self.activations not in LEVELS):
