@@ -6,10 +6,9 @@ more, written as it is defined.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,7 @@ from dit.quant.rotation import (
     rotation_sign,
     unrotate,
 )
-from dit.quant.rounding import LEARNED, round_weight
-from dit.quant.rounding.output_error import MOST_ROWS
+from dit.quant.rounding import round_weight
 from dit.quant.scheme import Scheme
 from dit.quant.statistics import LayerStatistics
 
@@ -73,7 +71,6 @@ def quantize_linear(
     name: str = "the layer",
     shared_balance: Balance | None = None,
     aggregate: str = "max",
-    after: Callable[[Tensor], Tensor] | None = None,
 ) -> QuantizedWeights:
     """Quantize a linear layer; it stays as it is.
 
@@ -84,8 +81,6 @@ def quantize_linear(
         name: of the layer, for messages.
         shared_balance: of `find_balance` for all layers that read the input; replaces the scheme's `alpha`.
         aggregate: one of `dit.quant.balance.AGGREGATES`.
-        after: elementwise function behind the layer; roundings that are learned then look at the error behind it, as
-            FP4DiT (arXiv 2503.15465) does for the layer before a GELU.
 
     Raises:
         ValueError: weights or statistics with NaN, statistics of another layer, or a scheme that needs statistics where
@@ -120,11 +115,8 @@ def quantize_linear(
     rest = prepared if branch is None else prepared - branch.weight()  # (N, K)
 
     # 4. rounding and packing
-    known = _rounding_inputs(scheme, basis, sample, statistics)
-    if after is not None and inputs is not None and scheme.rounding in LEARNED:
-        some = inputs.prepared[:: -(-len(inputs.prepared) // MOST_ROWS)]  # (R', K)
-        known |= {"rows": some, "after": partial(_behind, after, linear.bias, some, branch)}
-    rounded, scales = round_weight(rest, fmt, scheme.group, scheme.rounding, **known)
+    moments = _second_moments(scheme, basis, sample, statistics)  # (K, K) or None
+    rounded, scales = round_weight(rest, fmt, scheme.group, scheme.rounding, gram=moments)
     tensors = fmt.pack(grouped(rounded, scheme.group or 0), scales, columns)
     tensors.update(basis.tensors())
     if branch is not None:
@@ -196,7 +188,7 @@ def fake_quantized_output(x: Tensor, quantized: QuantizedWeights) -> Tensor:
         (..., N).
     """
     scheme, tensors = quantized.scheme, quantized.tensors
-    x = x.float()
+    x = raw = x.float()
     # the inputs: balanced, then rotated
     if "input_balance" in tensors:
         x = x * tensors["input_balance"]
@@ -208,7 +200,8 @@ def fake_quantized_output(x: Tensor, quantized: QuantizedWeights) -> Tensor:
     y = rounded @ weight.mT
     # what the branch adds sees the inputs unquantized
     if scheme.rank:
-        y = y + x @ tensors["low_rank_down"].float().mT @ tensors["low_rank_up"].float().mT
+        branched = raw if scheme.raw_branch else x
+        y = y + branched @ tensors["low_rank_down"].float().mT @ tensors["low_rank_up"].float().mT
     return y if quantized.bias is None else y + quantized.bias.float()
 
 
@@ -436,23 +429,14 @@ def _static_scale(prepared: Tensor, scheme: Scheme, largest: Tensor, bins: Tenso
     return min((widest * clip for clip in CLIPS), key=error)
 
 
-def _behind(
-    after: Callable[[Tensor], Tensor], bias: Tensor | None, prepared: Tensor, branch: LowRank | None, outputs: Tensor
-) -> Tensor:
-    """Return what follows from outputs (R, N) of the quantized weight alone, once the rest of the layer is added."""
-    if branch is not None:
-        outputs = outputs + prepared @ branch.weight().mT
-    return after(outputs if bias is None else outputs + bias.float())
-
-
-def _rounding_inputs(
+def _second_moments(
     scheme: Scheme, basis: _Basis, sample: _Sample | None, statistics: LayerStatistics | None
-) -> dict[str, Any]:
-    """Return what rounding may know of the inputs, in their basis."""
+) -> Tensor | None:
+    """Return what rounding may know of the prepared inputs, (K, K), all bins of the same weight; None if nothing."""
     if statistics is None or scheme.rounding == "nearest" or (sample is None and statistics.gram is None):
-        return {}
-    moments = statistics.second_moments(None if sample is None else sample.bin_weights.cpu())  # (K, K)
-    return {"gram": basis.gram(moments.to(basis.device))}
+        return None
+    moments = statistics.second_moments(None if sample is None else sample.bin_weights.cpu())
+    return basis.gram(moments.to(basis.device))
 
 
 # ------------------------------------------------------------------------------ what is given

@@ -14,6 +14,13 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+ALIKE, MOST_INDEPENDENT = 20, 1024
+"""Tokens of one image and of neighbouring steps are alike: so many count as one independent sample, and all together as
+so many at most. Taken as independent, GPTQ follows the images at hand: with 4 prompts of the built-in model the layers
+behind the gated units come out 12 % worse than rounded to nearest, and with this 11 % better; with 16 prompts nothing
+is lost."""
+MIN_ROWS = 8
+"""Fewer sampled rows tell nothing about variances."""
 UNKNOWN = -1
 """Number of the level of calls whose noise level nobody told."""
 
@@ -69,9 +76,8 @@ class LayerStatistics:
         """Estimate the mean of x x^T, (K, K), float32; it is positive semidefinite.
 
         Its diagonal is exact. What lies beside it comes from `gram`, or from the sampled rows, and is drawn towards
-        zero as far as so few rows would show correlations that aren't there: the intensity is that of Schaefer and
-        Strimmer (2005, "A shrinkage approach to large-scale covariance matrix estimation"), with the variance of
-        Gaussian inputs.
+        zero as far as so few rows would show correlations that aren't there: by the intensity of Schaefer and Strimmer
+        (2005, "A shrinkage approach to large-scale covariance matrix estimation", equation 10).
 
         Args:
             bin_weights: of the bins, (L,); None weighs them such that all have the same energy.
@@ -82,17 +88,19 @@ class LayerStatistics:
         square = self.mean_square.float()  # (L, K)
         weights = 1 / square.mean(1).clamp(min=1e-30) if bin_weights is None else bin_weights.to(square)  # (L,)
         size = (weights @ square).sqrt()  # (K,)
-        if self.gram is not None:
-            moments, seen = self.gram.clone(), int(self.count.sum())
-        elif len(self.rows):
-            rows = self.rows.float() * weights.to(self.rows.device).sqrt()[self.row_bins, None]  # (R, K)
-            moments, seen = rows.mT @ rows, len(rows)
-        else:
+        rows = self.rows.float() * weights.to(self.rows.device).sqrt()[self.row_bins, None]  # (R, K)
+        if self.gram is None and not len(rows):
             raise ValueError("the statistics hold neither rows nor a Gram matrix; calibrate with rows=256 or gram=True")
-        inverse = moments.diagonal().clamp(min=1e-30).rsqrt()  # (K,)
-        correlation = moments.mul_(inverse).mul_(inverse[:, None])  # (K, K)
+        rows = rows * rows.square().mean(0).clamp(min=1e-30).rsqrt() if len(rows) else rows
+        if self.gram is not None:
+            inverse = self.gram.diagonal().clamp(min=1e-30).rsqrt()  # (K,)
+            correlation = self.gram * inverse * inverse[:, None]  # (K, K)
+            seen = min(max(int(self.count.sum()) // ALIKE, len(rows)), MOST_INDEPENDENT)
+        else:
+            correlation, seen = rows.mT @ rows / len(rows), len(rows)
         correlation.fill_diagonal_(0)
-        shown, by_chance = float(correlation.square().sum()), self.columns * (self.columns - 1) / max(seen, 1)
+        shown = float(correlation.square().sum())
+        by_chance = _chance(rows, self.columns) / max(seen - 1, 1)
         correlation *= 1 - min(by_chance / max(shown, 1e-30), 1.0)
         correlation.fill_diagonal_(1)
         return correlation.mul_(size).mul_(size[:, None])
@@ -160,6 +168,22 @@ class LayerStatistics:
             rows=self.rows[order],
             row_bins=target[self.row_bins][order],
         )
+
+
+def _chance(rows: Tensor, columns: int) -> float:
+    """Return the sum over pairs of channels of the variance of their product.
+
+    Args:
+        rows: with mean squares of 1, (R, K).
+        columns: inputs K; without rows the variance is that of independent Gaussian inputs.
+    """
+    if len(rows) < MIN_ROWS:
+        return float(columns * (columns - 1))
+    square = rows.square()  # (R, K)
+    together = float((square.sum(1).square() - square.square().sum(1)).mean())  # of x_i^2 x_j^2, i and j different
+    moments = rows.mT @ rows / len(rows) if len(rows) >= columns else (rows @ rows.mT) / len(rows)
+    squared_means = float(moments.square().sum()) - columns  # the norm is that of X^T X and of X X^T
+    return max(together - squared_means, 0.0) * len(rows) / (len(rows) - 1)
 
 
 # ------------------------------------------------------------------------------ noise levels

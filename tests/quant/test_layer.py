@@ -164,30 +164,17 @@ def test_rounding_by_output_gains_where_inputs_are_alike() -> None:
         assert errors[rounding] < 0.8 * errors["nearest"], errors
 
 
-def test_few_rows_do_no_harm(wide: tuple[SyntheticLayer, LayerStatistics]) -> None:
-    """256 rows of 384 channels show correlations by chance; followed, GPTQ would be half as good again as nearest."""
-    made, statistics = wide
-    scheme = Scheme(weights="int4", **SDCB)
+def test_few_rows_suffice(wide: tuple[SyntheticLayer, LayerStatistics]) -> None:
+    """64 rows of 384 channels show correlations by chance; GPTQ must not follow them, nor lose what is there."""
+    made, _ = wide
+    few = made.statistics(tokens=1024, rows=64)
+    scheme = Scheme(weights="int4", alpha=0.5, rotate=128)
     nearest, gptq = (
-        made.errors(quantize_linear(made.linear, replace(scheme, rounding=rounding), statistics))
+        made.errors(quantize_linear(made.linear, replace(scheme, rounding=rounding), few))
         for rounding in ("nearest", "gptq")
     )
-    assert max(gptq) < 1.03 * max(nearest)
-
-
-def test_learned_rounding_looks_behind_the_layer(layer: SyntheticLayer, statistics: LayerStatistics) -> None:
-    scheme = Scheme(weights="e3m0", activations="none", rounding="adaround", rank=4)
-    x = layer.inputs(300, seed=8)[1]
-    truth = F.gelu(layer.linear(x).detach())
-
-    def behind(quantized: QuantizedWeights) -> float:
-        return relative_error(F.gelu(fake_quantized_output(x, quantized)), truth)
-
-    nearest = quantize_linear(layer.linear, replace(scheme, rounding="nearest"), statistics)
-    seeing = quantize_linear(layer.linear, scheme, statistics, after=F.gelu)
-    blind = quantize_linear(layer.linear, scheme, statistics)
-    assert not torch.equal(seeing.tensors["weight"], blind.tensors["weight"])
-    assert behind(seeing) < behind(nearest)
+    assert gptq[0] < 0.9 * nearest[0]
+    assert gptq[1] < 0.97 * nearest[1]
 
 
 # --------------------------------------------------------------------------------- siblings
