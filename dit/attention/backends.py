@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit.attention.functional import attention, attention_reference
-from dit.attention.kernels import products
+from dit.attention.kernels import products, quantized
 from dit.runtime.diffusers_compat import attention_backend_names, check_attention_backend, register_attention_backend
 
 PACKAGES = {"flash": "flash_attn", "sage": "sageattention", "xformers": "xformers"}
@@ -151,3 +151,5 @@ def _reference(
 
 register_backend(AttentionBackend("reference", is_ours=True), _reference)
 register_backend(AttentionBackend("products", is_ours=True, refusal=products.refusal), products.dispatch)
+register_backend(AttentionBackend("int8", is_ours=True, refusal=quantized.refusal_int8), quantized.attend_int8)
+register_backend(AttentionBackend("int4", is_ours=True, refusal=quantized.refusal_int4), quantized.attend_int4)
