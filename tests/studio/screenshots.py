@@ -1,7 +1,7 @@
 """Take the images of the studio's tabs that the documents show: `python -m tests.studio.screenshots docs/studio`.
 
 Generates with the built-in models in a server of its own, opens the page in a headless Chromium and keeps each tab at
-the width of a desk and of a phone. Another run on the same machine gives the same images but for the times.
+the width of a desk, one of them on a phone too. Another run on the same machine gives the same images but for the times.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, PROJECT, note_say
 
 WIDTHS = {1280: 900, 390: 844}
 """Of the window, with its height."""
+ON_A_PHONE = ("text",)
+"""Tabs that are taken at the width of a phone too."""
 PATIENCE = 600
 """Seconds that an image may take on a busy machine."""
 PICTURES = (
@@ -52,6 +54,8 @@ class Camera:
         if self._tabs and name not in self._tabs:
             return
         for width, height in WIDTHS.items():
+            if width < 600 and name not in ON_A_PHONE:
+                continue
             self.page.set_viewport_size({"width": width, "height": height})
             self.page.mouse.move(0, 0)
             self.page.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
