@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dit.attention import attention_backend_table
+from dit.attention.backend_scope import backend_scope
 from dit.attention.mechanism import PlannedAttention
 from dit.runtime import diffusers_compat
 from dit.runtime.hooks import Attachment
@@ -68,7 +69,7 @@ class AttentionSwitch(Switch[AttentionPart]):
         if reason:
             raise self.refuse("backend", backend=self.part.backend, reason=reason, accepted=accepted)
         self.before = frozenset(diffusers_compat.chosen_attention_backends(networks))
-        self.layers = undo.enter_context(diffusers_compat.attention_backend_scope(networks, str(self.part.backend)))
+        self.layers = undo.enter_context(backend_scope(networks, str(self.part.backend)))
         if not self.layers:
             raise self.refuse("no_choice")
 

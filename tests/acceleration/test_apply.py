@@ -239,19 +239,21 @@ def test_idle_shortcuts_are_said() -> None:
 @pytest.mark.parametrize("name", ["text", "dit", "next-scale class", "next-scale text", "sd3", "flux"])
 def test_attention_backend(name: str) -> None:
     pipe = make(name)
-    heeds = any(hasattr(getattr(part, "processor", None), "_attention_backend") for part in pipe.transformer.modules())
     config = AccelerationConfig(attention="_native_math")
-    if not heeds:
-        with pytest.raises(AccelerationError) as caught:
-            config.apply(pipe)
-        assert caught.value.key == "refused.no_choice"
-        return
+    layers = [part for part in pipe.transformer.modules() if getattr(part, "processor", None) is not None]
+    processors = [part.processor for part in layers]
+    with config.apply(pipe):  # layers that call torch's function themselves ask meanwhile
+        assert all(one.processor is not old for one, old in zip(layers, processors, strict=True)) or all(
+            hasattr(old, "_attention_backend") for old in processors
+        )
+    assert all(one.processor is old for one, old in zip(layers, processors, strict=True))
     plain, fast, report = check(name, config.to_dict())
     torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-3)
     assert report["attention"].is_active
     assert report["attention"].values["layers"] > 0
-    _, fast, report = check(name, {"attention": "native"})
-    assert [reason.key for reason in report["attention"].reasons] == ["why.same_backend"]
+    if all(hasattr(old, "_attention_backend") for old in processors):
+        _, fast, report = check(name, {"attention": "native"})
+        assert [reason.key for reason in report["attention"].reasons] == ["why.same_backend"]
 
 
 @pytest.mark.parametrize(
