@@ -13,6 +13,7 @@ from apps.service.engine import Engine
 from apps.service.failures import UnknownModelError
 from apps.service.job_store import QueueFullError
 from apps.service.lora import LoraError
+from apps.service.quantized import stored_quantization
 from apps.service.requests import AnyRequest
 from apps.service.uploads import UploadError
 from apps.service.upscaling import UnknownUpscalerError
@@ -71,6 +72,9 @@ def model_row(engine: Engine, key: str) -> dict[str, Any]:
     """Describe a model; of one that isn't loaded only the name, and what its folder tells, is known."""
     row: dict[str, Any] = {"id": key, "object": "model", "created": 0, "owned_by": "local"}
     row["tasks"] = list(engine.abilities(key).tasks)
+    stored = stored_quantization(engine.source(key))
+    if stored is not None:
+        row["quantization"] = {"bits": stored.bits, "recipe": stored.recipe, "bytes": stored.nbytes}
     future = engine.model(key) if key == engine.models[0] else engine.loaded(key)
     if future is None or not future.done() or future.exception() is not None:
         return row

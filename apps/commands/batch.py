@@ -97,9 +97,9 @@ def run_batch(
         rehearsed = check_options(common.changed(prompt=EXAMPLE), source)
         for line in lines:
             _rehearse(line, source)
-        opened = device_options.for_memory_profile(common.value("memory")).engine(
-            source, common.lora, common.value("upscaler")
-        )
+        setup = device_options.for_memory_profile(common.value("memory"))
+        setup = setup.for_quantization(*(line.options.value("quantization") for line in lines))
+        opened = setup.engine(source, common.lora, common.value("upscaler"))
     with no_repetition(), closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
             if rehearsed is not None:

@@ -63,6 +63,7 @@ class DeviceOptions:
     dtype: str = "auto"
     offload: str = "none"
     base: str | None = None
+    quantization: str | None = None
 
     def engine(self, model: str, loras: Sequence[Path] | None = None, upscaler: str | None = None) -> Engine:
         """Make an engine for one model, and the LoRA files and one upscaler (else the built-in ones) that are named.
@@ -83,6 +84,7 @@ class DeviceOptions:
             self.base,
             loras=files,
             upscalers=upscalers,
+            quantization=self.quantization,
         )
 
     def for_memory_profile(self, memory: MemoryName | None) -> DeviceOptions:
@@ -98,6 +100,15 @@ class DeviceOptions:
         if memory_profiles(resolve_device(self.device.split(",")[0])).get(memory):
             return self  # it can't be had here, which the engine says of the request
         return replace(self, offload=PROFILES[memory].offload)
+
+    def for_quantization(self, *wanted: str | None) -> DeviceOptions:
+        """Return it as all requests want the weights, so that no model is loaded in another way first.
+
+        Args:
+            *wanted: of each request.
+        """
+        names = {None if one == "none" else one for one in wanted}
+        return replace(self, quantization=names.pop()) if len(names) == 1 else self
 
 
 def run(
@@ -144,7 +155,9 @@ def run(
         check_upscaler(upscaler)
         rehearsed = check_options(options, source, recorded)
         memory = options.value("memory") or (None if recorded is None else recorded.memory)
-        opened = device_options.for_memory_profile(memory).engine(source, options.lora, upscaler)
+        quantization = options.value("quantization") or (None if recorded is None else recorded.quantization)
+        setup = device_options.for_memory_profile(memory).for_quantization(quantization)
+        opened = setup.engine(source, options.lora, upscaler)
     with no_repetition(), closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
             if rehearsed is not None:

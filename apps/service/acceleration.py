@@ -22,12 +22,13 @@ DENSE_FIRST = 0.2
 """Fraction of the steps that stay dense under a pattern: they decide what is seen."""
 
 
-def config_of(request: AnyRequest, can_tile: bool) -> AccelerationConfig:
+def config_of(request: AnyRequest, can_tile: bool, is_quantized: bool = False) -> AccelerationConfig:
     """Return all that a request asks for as one value: its `acceleration`, and the options that are short for a part.
 
     Args:
         request: with defaults resolved.
         can_tile: whether the decoder of the model can work in tiles.
+        is_quantized: whether the model is; then the report says what its layers did.
 
     Raises:
         RequestError: an unknown step cache, or parts that can't go together.
@@ -45,6 +46,10 @@ def config_of(request: AnyRequest, can_tile: bool) -> AccelerationConfig:
     pattern = getattr(request, "attention_pattern", None)
     if pattern is not None:
         parts["attention"] = _sparse_attention(pattern, getattr(request, "attention_density", None), request.attention)
+    if request.quantization is not None:
+        parts["quantization"] = request.quantization
+    elif is_quantized:
+        parts.setdefault("quantization", {})
     if request.memory is not None and "decoder_tiling" not in parts:
         profile = PROFILES[request.memory]
         if profile.tiles and (can_tile or profile.offload == "none"):

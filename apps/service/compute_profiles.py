@@ -10,12 +10,14 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from apps.service.option_values import MemoryName
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
+from pipelines.acceleration.quantization import QuantizationPart
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ NO_ACCELERATOR = "it moves weights between the CPU and an accelerator, and there
 
 
 class UnavailableError(RequestError):
-    """A profile or a backend that doesn't work here; the message says why and what does."""
+    """A profile, a backend or a quantization that can't be had here; the message says why and what can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +61,33 @@ class LoadOptions:
     Attributes:
         dtype: number format of the weights.
         offload: what waits on the CPU, a word of `pipelines.loading.offload`.
+        quantization: formats of the weights; None leaves them as they are.
     """
 
     dtype: torch.dtype = torch.float32
     offload: str = "none"
+    quantization: QuantizationPart | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `pipelines.load_pipeline`."""
+        return {"dtype": self.dtype, "offload": self.offload, "quantization": self.quantization}
 
 
 def load_options_of(request: AnyRequest, default: LoadOptions) -> LoadOptions:
     """Return what a request wants a model loaded for, by default what its server was started with."""
     dtype = default.dtype if request.dtype is None else FORMATS[request.dtype]
-    return LoadOptions(dtype, default.offload if request.memory is None else PROFILES[request.memory].offload)
+    offload = default.offload if request.memory is None else PROFILES[request.memory].offload
+    part = quantization_of(request)
+    return LoadOptions(dtype, offload, default.quantization if part is None else part.without_steps())
+
+
+def quantization_of(request: AnyRequest) -> QuantizationPart | None:
+    """Return how a request wants the weights of its model quantized; None as they are."""
+    if request.quantization is not None:
+        return QuantizationPart.model_validate(request.quantization)
+    part = None if request.acceleration is None else request.acceleration.quantization
+    return None if part is None or part.bits is None else part
 
 
 def check_request(request: AnyRequest, devices: Sequence[str]) -> None:

@@ -30,18 +30,21 @@ from apps.service.events import Done, Event, EventStream, Failed, ModelLoading, 
 from apps.service.failures import ModelFailedError, UnknownModelError, failure_of
 from apps.service.inference import CancelSignals, StopRequestedError
 from apps.service.job_runner import QueuedJob, WorkerContext, run_job
-from apps.service.job_store import JobStore, QueueFullError, StoredJob, StoredPicture, StoreError
+from apps.service.job_store import JobStore, QueueFullError, StoredJob, StoreError
 from apps.service.limits import ServerLimits
 from apps.service.live_job import LiveJob, restore_job
 from apps.service.logs import no_loading_bars
 from apps.service.lora import LoraFiles, resolve_lora
 from apps.service.model_pool import Abilities, LoadedModel, ModelPool, Pipeline, abilities_on_disk
 from apps.service.option_values import IMAGE_FIELDS, Lora
+from apps.service.quantized import check_not_quantized
+from apps.service.recorded_jobs import RecordedJobs
 from apps.service.requests import AnyRequest
 from apps.service.stored_images import last_event, state_folder, stored_picture_event
 from apps.service.uploads import UploadStore
 from apps.service.upscaling import UpscalerPool
 from apps.service.worker_state import Health, Worker, problems
+from pipelines.acceleration.quantization import QuantizationPart
 from pipelines.loading.memory import is_out_of_memory, release
 from pipelines.loading.offload import check_offload
 
@@ -63,7 +66,7 @@ class _Device:
     pool: ModelPool
 
 
-class Engine:
+class Engine(RecordedJobs):
     """Generate requests and tell how it goes.
 
     Args:
@@ -77,10 +80,11 @@ class Engine:
         upscalers: name -> built-in name, folder or hub id, the first one is the default; None for the built-in ones.
         server_limits: length of the line, time limit, models in memory.
         load: turns a source into a pipeline whatever the setup; for tests and special loaders.
+        quantization: how the weights are quantized where a request says nothing, see `load_pipeline`; None not at all.
 
     Raises:
-        ValueError: no model, an unknown device or dtype, an offload without an accelerator, or an output folder
-            that another process works on.
+        ValueError: no model, an unknown device, dtype or quantization, an offload without an accelerator, or an output
+            folder that another process works on.
     """
 
     def __init__(
@@ -96,10 +100,12 @@ class Engine:
         upscalers: Mapping[str, str] | None = None,
         server_limits: ServerLimits | None = None,
         load: Callable[[str], Pipeline] | None = None,
+        quantization: str | None = None,
     ) -> None:
         self.limits = server_limits or ServerLimits()
         names = [resolve_device(name) for name in device.split(",")]
-        setups = [LoadOptions(resolve_dtype(dtype, name), offload) for name in names]
+        part = None if quantization is None else QuantizationPart.model_validate(quantization)
+        setups = [LoadOptions(resolve_dtype(dtype, name), offload, part) for name in names]
         for name in names:
             check_offload(offload, torch.device(name))
         self.base, self.devices, self.output_dir = base, tuple(names), output_dir
@@ -206,6 +212,7 @@ class Engine:
         if key not in self.models:
             raise UnknownModelError(key, self.models)
         check_request(request, self.devices)
+        check_not_quantized(request, key, self.source(key))
         self.upscalers.check(request)
         for name in (getattr(request, field, None) for field in IMAGE_FIELDS):
             if name is not None:
@@ -335,41 +342,6 @@ class Engine:
                 self._notify_positions()
         return moved
 
-    def waiting(self, owner: str) -> list[str]:
-        """Return the ids of an owner's jobs that wait, in their order."""
-        return self._store.waiting(owner)
-
-    def unfinished(self, owner: str) -> list[StoredJob]:
-        """Return an owner's jobs that run, then those that wait, in their order."""
-        return self._store.unfinished(owner)
-
-    def job(self, job_id: str) -> StoredJob:
-        """Return what is recorded of a job.
-
-        Raises:
-            KeyError: no such job.
-        """
-        stored = self._store.get(job_id)
-        if stored is None:
-            raise KeyError(job_id)
-        return stored
-
-    def jobs(self, owner: str | None = None, limit: int = 100, before: str | None = None) -> list[StoredJob]:
-        """Return the jobs of an owner (None: of all), the newest first; only those older than the job `before`."""
-        return self._store.jobs(owner, limit, before)
-
-    def pictures(self, job_id: str) -> list[StoredPicture]:
-        """Return the images of a job that are done."""
-        return self._store.pictures(job_id)
-
-    def history(self, owner: str | None = None, limit: int = 48, skip: int = 0) -> list[StoredPicture]:
-        """Return the images of an owner (None: of all) that have files, the newest first."""
-        return self._store.history(owner, limit, skip)
-
-    def owner_of_file(self, name: str) -> str | None:
-        """Return whose image a file of the output folder is; None if it is no image's."""
-        return self._store.owner_of_file(name)
-
     def health(self) -> Health:
         """Say how the engine is: whether its workers live and go on, and whether its queue can be written.
 
@@ -379,10 +351,6 @@ class Engine:
         found = [*trouble, *problems(self._workers, self.limits, self._closing)]
         running = sum(worker.job is not None for worker in self._workers)
         return Health(tuple(found), max(len(self._live) - running, 0), running)
-
-    def ahead(self, job_id: str) -> int:
-        """Return how many jobs come before one that waits; 0 for others."""
-        return self._store.ahead().get(job_id, 0)
 
     # ------------------------------------------------------------------ following
 
@@ -600,6 +568,4 @@ class Engine:
 
         base = self.base if Path(source).expanduser().is_file() else None
         with no_loading_bars():  # an event says that it loads
-            return load_pipeline(
-                source, device=device, dtype=load_options.dtype, offload=load_options.offload, base=base
-            )
+            return load_pipeline(source, device=device, base=base, **load_options.arguments)

@@ -145,7 +145,8 @@ def run_pipeline(
         ValueError: the pipeline doesn't accept what is asked.
     """
     pipe, info = model.pipe_for(inputs.request.task), model.info_for(inputs.request.task)
-    arguments, config = _arguments(model, inputs), config_of(inputs.request, info.can_tile)
+    arguments = _arguments(model, inputs)
+    config = config_of(inputs.request, info.can_tile, model.is_quantized)
     with _own_scheduler(pipe, info, inputs.field("scheduler")), accelerated(pipe, config) as acceleration:
         arguments = _without_few_step(arguments, config, info) | acceleration.call_arguments
         watch = _StepCallback(model, info, pipe, inputs, signals, on_step, acceleration)

@@ -55,6 +55,7 @@ class LoadedModel(PipelineInfo):
         infos: what each of them is and can do, by task.
         fingerprint: hash of structure and weights, 16 hex digits.
         schedulers: names of the schedulers that fit.
+        is_quantized: a network that denoises has quantized layers of ours.
     """
 
     key: str
@@ -62,6 +63,7 @@ class LoadedModel(PipelineInfo):
     infos: Mapping[str, PipelineInfo]
     fingerprint: str
     schedulers: tuple[str, ...]
+    is_quantized: bool = False
 
     @property
     def pipe(self) -> Pipeline:
@@ -274,6 +276,7 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
     """
     from pipelines.info.fingerprint import fingerprint
     from pipelines.info.inspection import info_of, pipelines_by_task
+    from pipelines.quantization.networks import has_quantized_layers
 
     pipes = pipelines_by_task(pipe)
     if not pipes:
@@ -293,6 +296,7 @@ def inspect_model(key: str, pipe: Pipeline) -> LoadedModel:
         infos={task: infos[id(one)] for task, one in pipes.items()},
         fingerprint=fingerprint(first),
         schedulers=tuple(scheduler_names(first.scheduler if own.has_scheduler else None)),
+        is_quantized=has_quantized_layers(first),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -44,6 +44,13 @@ AttentionPattern = Literal[
 """Patterns of sparse attention of which a request says how much is computed; "plan" is that in the model's folder."""
 SERVED_ATTENTION = ("backend", "plan", "pattern", "density", "dense_first")
 """Fields of an acceleration's attention that a request may have; of plans only "model"."""
+QuantizationName = Annotated[
+    Literal["none", "w8a8", "w6a8", "w4a8", "w4a4", "w8a16", "w4a16", "fp8", "nvfp4"],
+    AfterValidator(lambda name: None if name == "none" else name),
+]
+"""Formats of weights and activations, see `dit.quant.scheme.formats_of`; "none" is the same as nothing said."""
+SERVED_QUANTIZATION = ("bits", "recipe", "calibration", "full_precision_first", "full_precision_last")
+"""Fields of an acceleration's quantization that a request may have; of calibrations only "model"."""
 DTypeName = Literal["float32", "bfloat16", "float16"]
 SearchMethod = Literal["best_of", "tts", "beam"]
 FileFormat = Literal["png", "webp"]
@@ -254,7 +261,16 @@ class Expand(BaseModel):
         return ",".join(f"{side}={share}" for side, share in parts.items())
 
 
-SERVED = ("few_step", "attention", "step_cache", "guidance_cache", "kv_cache", "next_scale", "decoder_tiling")
+SERVED = (
+    "quantization",
+    "few_step",
+    "attention",
+    "step_cache",
+    "guidance_cache",
+    "kv_cache",
+    "next_scale",
+    "decoder_tiling",
+)
 """Parts of an acceleration that a request may have. Offload belongs to how a model is loaded (`memory`), parallelism to
 how the process was started, and compiling can't be stopped and changes the whole process."""
 BACKEND_NAME = re.compile(r"[a-z0-9_]{1,40}")
@@ -277,6 +293,8 @@ def _refuse_unserved(config: AccelerationConfig) -> None:
         )
     if config.attention is not None:
         _check_attention(config.attention)
+    if config.quantization is not None:
+        _check_fields("quantization", set(config.quantization.model_dump()), SERVED_QUANTIZATION)
     if config.step_cache is not None:
         _check_step_cache(config.step_cache)
 
@@ -289,12 +307,21 @@ def _check_attention(part: AttentionPart) -> None:
     """
     if part.backend is not None and BACKEND_NAME.fullmatch(part.backend) is None:
         raise RequestError("form", "acceleration.attention is no name of a backend.", field="attention", value="")
-    refused = sorted(part.asked - set(SERVED_ATTENTION))
+    _check_fields("attention", part.asked, SERVED_ATTENTION)
+
+
+def _check_fields(part: str, asked: Collection[str], served: Sequence[str]) -> None:
+    """Refuse fields of a part that a request may not have.
+
+    Raises:
+        RequestError: it names them.
+    """
+    refused = sorted(set(asked) - set(served))
     if refused:
-        choices = ", ".join(SERVED_ATTENTION)
+        choices = ", ".join(served)
         raise RequestError(
             "acceleration.part",
-            f"acceleration.attention: a request can't have {', '.join(refused)}; it can have {choices}.",
+            f"acceleration.{part}: a request can't have {', '.join(refused)}; it can have {choices}.",
             names=", ".join(refused),
             choices=choices,
         )

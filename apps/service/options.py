@@ -28,6 +28,7 @@ from apps.service.option_values import (
     Label,
     Loras,
     MemoryName,
+    QuantizationName,
     SchedulerName,
     SearchMethod,
     StepCache,
@@ -283,6 +284,21 @@ class SharedOptions(OptionGroup):
             help="Attention backend: native, flex, xformers ...; see tessera info.",
             panel=SPEED,
             control=Control(kind="choice", place="advanced", row="computing", start="", off=""),
+        ),
+    ] = None
+    quantization: Annotated[
+        QuantizationName | None,
+        Option(
+            help="Formats of weights and activations of the networks that denoise: w8a8, w4a8, w4a16 ...; less memory, "
+            "and less time where a kernel has them.",
+            panel=SPEED,
+            control=Control(
+                kind="choice",
+                place="advanced",
+                start="",
+                off="",
+                choices=("w8a8", "w6a8", "w4a8", "w4a4", "w8a16", "w4a16", "fp8", "nvfp4"),
+            ),
         ),
     ] = None
     acceleration: Annotated[

@@ -68,6 +68,7 @@ Prompt = Annotated[
 
 
 SHORT_FOR = {
+    "quantization": ("quantization",),
     "step_cache": ("step_cache",),
     "attention": ("attention", "attention_pattern", "attention_density"),
     "kv_cache": ("kv_policy", "kv_budget", "kv_dtype"),

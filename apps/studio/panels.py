@@ -12,6 +12,7 @@ from apps.service.engine import Engine
 from apps.service.model_pool import LoadedModel
 from apps.service.named_settings import load_presets
 from apps.service.option_values import MAIN_PARAMETERS
+from apps.service.quantized import model_label
 from apps.service.styles import load_styles
 from apps.studio import controls, fields, lora_rows, views
 from apps.studio.controls import Parts
@@ -78,7 +79,11 @@ def settings_panel(engine: Engine, words: Strings) -> Parts:
     choices = size_choices(words, side, side, 16)
     parts: Parts = {
         "model": fields.Dropdown(
-            list(engine.models), value=engine.models[0], label=words("model"), filterable=False, elem_id="model"
+            [(model_label(key, engine.source(key)), key) for key in engine.models],
+            value=engine.models[0],
+            label=words("model"),
+            filterable=False,
+            elem_id="model",
         ),
         "shape": fields.Radio(choices, value=choices[0][1], label=words("size"), elem_id="shape"),
     }

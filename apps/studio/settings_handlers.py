@@ -30,6 +30,7 @@ from apps.service.prompt_file import (
     request_field_names,
     request_fields,
 )
+from apps.service.quantized import stored_quantization
 from apps.service.sheet import GridSettings, read_sheet
 from apps.service.uploaded_clips import join_frames, last_frames, receive_clip, split_frames
 from apps.service.uploads import UploadError
@@ -179,6 +180,7 @@ class SettingsHandlers:
             **_sampling_controls(model),
             "upscale": gr.update(value=usual_upscale(self._engine, key)),
             "attention": gr.update(choices=attention_choices(self._words, self._engine.devices)),
+            **self._quantization_control(key),
             "memory_note": views.hint(memory_note(self._words, self._engine.devices, model)),
             "words": views.vocabulary(names, key, self._words),
             **chips,
@@ -195,6 +197,12 @@ class SettingsHandlers:
         """
         model = changes.get("model", key)
         return changes if model == key else _over(self.load_model_controls(model, changes["mode"], may_load), changes)
+
+    def _quantization_control(self, key: str) -> Changes:
+        """Offer formats for a model that isn't quantized yet."""
+        if stored_quantization(self._engine.source(key)) is None:
+            return {"quantization": gr.update(visible=True)}
+        return {"quantization": gr.update(visible=False, value="")}
 
     def _step_controls(self, model: LoadedModel) -> Changes:
         """Show the controls of denoising steps for a model that has some."""

@@ -32,6 +32,13 @@ def quantized_layers_of(network: nn.Module) -> list[Any]:
     return [one for one in unwrap(network).modules() if isinstance(one, QuantLinear)]
 
 
+def has_quantized_layers(pipe: Any) -> bool:
+    """Return whether a network of a pipeline that denoises has quantized layers of ours."""
+    parts = getattr(pipe, "components", {})
+    networks = [one for name, one in parts.items() if name.startswith("transformer") and isinstance(one, nn.Module)]
+    return any(quantized_layers_of(one) for one in networks)
+
+
 def quantization_of(network: nn.Module) -> str:
     """Say how a network is quantized: "viditq:w8a8", the name of another library's method, or nothing if it isn't.
 

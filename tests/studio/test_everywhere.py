@@ -28,6 +28,7 @@ MODES = {
     "cached": {"mode": "text", "step_cache": "taylorseer", "steps": 8},
     "batch": {"mode": "text", "num_images": 3, "batch_size": 3},
     "webp": {"mode": "text", "file_format": "webp", "style": "watercolour"},
+    "quantized": {"mode": "text", "quantization": "w4a8"},
     "image": {"strength": 0.7},
     "inpaint": {"repaint": 0.9, "scheduler": "heun"},
     "soft": {"mode": "inpaint", "mask_grow": 2, "mask_blur": 3},
