@@ -463,10 +463,12 @@ def _resolved(
     """Return the scheme that a layer of this size takes, without what has no statistics, and notes of what changed.
 
     Raises:
-        ValueError: static scales or a rounding without the statistics that they need, or a group that the format can't
-            store.
+        ValueError: static scales or a rounding without the statistics that they need, a branch that is only imported, or
+            a group that the format can't store.
     """
     notes = []
+    if scheme.raw_branch and scheme.rank:
+        raise ValueError(f"raw_branch of {name} is for files that hold such a branch; leave it out to make one")
     if scheme.static and (statistics is None or not len(statistics.rows)):
         raise ValueError(
             f"static activations of {name} need statistics with rows; calibrate with rows=256, or leave static out"

@@ -294,6 +294,7 @@ def test_what_cannot_be_quantized_names_the_layer(layer: SyntheticLayer, statist
     bare = replace(statistics, rows=statistics.rows[:0], row_bins=statistics.row_bins[:0])
     refused("statistics of blocks.7.ff hold no rows", layer.linear, Scheme(alpha="search"), bare)
     refused("static activations of blocks.7.ff need statistics", layer.linear, Scheme(static=True), bare)
+    refused("raw_branch of blocks.7.ff is for files", layer.linear, Scheme(rank=4, raw_branch=True))
     refused("group is 32, but nvfp4 always has groups of 16", layer.linear, Scheme(weights="nvfp4", group=32))
     with pytest.raises(ValueError, match=r"the scheme of .* has no alpha"):
         find_balance([layer.linear.weight], Scheme(), statistics, name="blocks.7.ff")
