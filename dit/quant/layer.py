@@ -463,8 +463,8 @@ def _resolved(
     """Return the scheme that a layer of this size takes, without what has no statistics, and notes of what changed.
 
     Raises:
-        ValueError: static scales or a rounding without the statistics that they need, a branch that is only imported, or
-            a group that the format can't store.
+        ValueError: static scales or a rounding without the statistics that they need, a branch that is only imported,
+            or a group that the format can't store.
     """
     notes = []
     if scheme.raw_branch and scheme.rank:
