@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit.cache.plan import CachePlan
 from dit.cache.policies import select_tokens
-from dit.cache.storage import Stored, dequantize_into, quantize, token_nbytes
+from dit.cache.storage import ExactTokens, Int8Tokens, StoredTokens, segment_nbytes, token_nbytes
 from dit.layers.scales import Grid
 from dit.runtime.layer_context import head_scope
 
@@ -62,6 +62,14 @@ class StackedBuffers:
     def token_nbytes(self) -> int:
         """Bytes of a token: keys and values, all rows and heads."""
         return 2 * self.keys[0].numel() * self.keys.element_size()
+
+    def layer_nbytes(self, layer: int) -> int:
+        """Return bytes of the tokens that a layer holds."""
+        return self.lengths[layer] * self.token_nbytes
+
+    def planned_nbytes(self, plan: CachePlan) -> int:
+        """Return the most bytes that a plan stores between two scales."""
+        return max(sum(row) for row in plan.capacities) * self.token_nbytes
 
     @property
     def peak_nbytes(self) -> int:
@@ -155,79 +163,125 @@ class PackedBuffers:
         self.workspace = torch.empty(
             2, batch, heads, plan.max_context(), width, dtype=dtype, device=device
         )  # (2,B,K,M,E)
-        self.kept: list[tuple[Stored, Stored] | None] = [None] * plan.num_layers
+        self.kept: list[StoredTokens | None] = [None] * plan.num_layers
         self.joined = 0  # tokens in the workspace
 
     @property
     def lengths(self) -> list[int]:
         """Tokens that each layer holds."""
-        return [0 if pair is None else pair[0][0].shape[2] for pair in self.kept]
+        return [0 if one is None else one.length for one in self.kept]
 
     @property
     def token_nbytes(self) -> int:
         """Bytes of a stored token: keys and values, all rows and heads."""
         _, batch, heads, _, width = self.workspace.shape
-        return 2 * batch * heads * token_nbytes(width, self.workspace.dtype, self.kv_dtype)
+        return batch * heads * token_nbytes(width, self.workspace.dtype, self.kv_dtype)
+
+    @property
+    def segment_nbytes(self) -> int:
+        """Bytes that a scale takes in a layer beside its tokens, all rows and heads."""
+        _, batch, heads, _, width = self.workspace.shape
+        return batch * heads * segment_nbytes(width, self.kv_dtype)
+
+    def layer_nbytes(self, layer: int) -> int:
+        """Return bytes of what a layer holds."""
+        held = self.kept[layer]
+        return 0 if held is None else held.nbytes
+
+    def planned_nbytes(self, plan: CachePlan) -> int:
+        """Return the most bytes that a plan stores between two scales."""
+        scales = len(plan.capacities)
+        tokens = (sum(row) * self.token_nbytes for row in plan.capacities)
+        segments = (scale * plan.num_layers * self.segment_nbytes for scale in range(scales))
+        return max(a + b for a, b in zip(tokens, segments, strict=True))
 
     @property
     def peak_nbytes(self) -> int:
-        """Bytes of the workspace and of what the layers hold at most."""
-        return self.workspace.nbytes + self.plan.max_stored() * self.token_nbytes
+        """Bytes of the workspace and of what the layers hold at most, one of them while it evicts."""
+        if self.kv_dtype == "auto":
+            return self.workspace.nbytes + self.plan.max_stored() * self.token_nbytes
+        most, last = 0, len(self.plan.capacities) - 1
+        for scale in range(last + 1):
+            held, count = list(self.plan.capacities[scale]), self.plan.token_counts[scale]
+            kept = self.plan.capacities[scale + 1] if scale < last else held
+            for layer, old in enumerate(held):
+                # the old and the new tokens and both joined; then what is joined and what stays of it
+                row = old + count
+                own = old if scale == last else max(2 * row, row + (kept[layer] if kept[layer] < row else 0))
+                most = max(most, (sum(held) - old + own) * self.token_nbytes + self._segments_nbytes(scale, layer))
+                held[layer] = kept[layer]
+        return self.workspace.nbytes + most
+
+    def _segments_nbytes(self, scale: int, layer: int) -> int:
+        """Return bytes of all segments while a layer joins those of a scale: its old ones twice, the new one twice."""
+        segments = scale * self.plan.num_layers + layer
+        return (segments + (scale + 2 if scale < len(self.plan.capacities) - 1 else 0)) * self.segment_nbytes
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
         """Join a layer's history and new tokens (B, N, K, E) in the workspace; returns the row, (B, M, K, E) views."""
         past, held = self.lengths[layer], self.kept[layer]
         self.joined = past + key.shape[1]
-        # dequantize the history into the workspace, append the new tokens
-        for part, new, old in zip(self.workspace, (key, value), held or (None, None), strict=True):
-            if old is not None:
-                dequantize_into(old, part[:, :, :past])
-            part[:, :, past : self.joined] = new.transpose(1, 2)  # (B, K, N, E)
-        self.kept[layer] = None  # it is in the workspace now
-        keys, values = (part[:, :, : self.joined].transpose(1, 2) for part in self.workspace)  # (B, M, K, E) each
-        return keys, values
+        keys, values = self.workspace[0], self.workspace[1]  # (B, K, M', E) each
+        if held is not None:
+            held.write_into(keys[:, :, :past], values[:, :, :past])
+        keys[:, :, past : self.joined] = key.transpose(1, 2)  # (B, K, N, E)
+        values[:, :, past : self.joined] = value.transpose(1, 2)  # (B, K, N, E)
+        if self.kv_dtype == "auto":
+            self.kept[layer] = None  # it is in the workspace now
+        return keys[:, :, : self.joined].transpose(1, 2), values[:, :, : self.joined].transpose(1, 2)  # (B, M, K, E)
 
     def evict(self, layer: int, scale: int, query: Tensor, grid: Grid | None) -> None:
         """Store what the plan keeps of the row in the workspace for the next scale; nothing after the last."""
+        held, self.kept[layer] = self.kept[layer], None
         if scale == len(self.plan.token_counts) - 1:
             return
         keys, values = (part[:, :, : self.joined] for part in self.workspace)  # (B, K, M, E) each
         capacity = self.plan.capacities[scale + 1][layer]
-        # select the tokens that stay
+        is_exact = self.kv_dtype == "auto"
+        tokens = ExactTokens(keys, values) if is_exact else _in_8_bits(held, keys, values)
+        del held
         if capacity < self.joined:
-            kept_indices = select_tokens(self.plan, query.transpose(1, 2), keys, capacity, grid)  # (B, K, c)
-            index = kept_indices[..., None].expand(-1, -1, -1, keys.shape[-1])  # (B, K, c, E)
-            keys, values = keys.gather(2, index), values.gather(2, index)  # (B, K, c, E)
-        elif self.kv_dtype == "auto":
-            keys, values = keys.clone(), values.clone()  # the workspace goes on to the next layer
-        # store them, quantized if asked
-        self.kept[layer] = (quantize(keys, self.kv_dtype), quantize(values, self.kv_dtype))
+            index = select_tokens(self.plan, query.transpose(1, 2), keys, capacity, grid)  # (B, K, c)
+            self.kept[layer] = tokens.gathered(index)
+        else:  # the workspace goes on to the next layer
+            self.kept[layer] = tokens.cloned() if isinstance(tokens, ExactTokens) else tokens
 
-    def load(self, layer: int, pair: KeyValue) -> None:
-        """Take over a layer's tokens (B, K, T, E) from another cache."""
-        self.kept[layer] = (quantize(pair[0].clone(), self.kv_dtype), quantize(pair[1].clone(), self.kv_dtype))
+    def load(self, layer: int, other: StackedBuffers | PackedBuffers) -> None:
+        """Take over a layer's tokens from another cache; those in 8 bits as they are."""
+        held = other.kept[layer] if isinstance(other, PackedBuffers) else None
+        if held is not None and isinstance(held, Int8Tokens) == (self.kv_dtype == "int8"):
+            self.kept[layer] = held
+        else:
+            keys, values = other.stored(layer)  # (B, K, T, E) each
+            self.kept[layer] = (
+                ExactTokens(keys, values).cloned() if self.kv_dtype == "auto" else Int8Tokens.of(keys, values)
+            )
 
     def stored(self, layer: int) -> KeyValue:
         """Return the keys and values of a layer, dequantized, (B, K, T, E) each."""
-        pair = self.kept[layer]
-        if pair is None:
+        held = self.kept[layer]
+        if held is None:
             empty = self.workspace[0][:, :, :0]
             return empty, empty
-        out = [torch.empty(one[0].shape, dtype=self.workspace.dtype, device=self.workspace.device) for one in pair]
-        for one, part in zip(pair, out, strict=True):
-            dequantize_into(one, part)
-        return out[0], out[1]
+        _, batch, heads, _, width = self.workspace.shape
+        keys, values = self.workspace.new_empty(2, batch, heads, held.length, width)
+        held.write_into(keys, values)
+        return keys, values
 
     def select(self, rows: Tensor) -> None:
         """Choose rows by indices (B',)."""
         if len(rows) != self.workspace.shape[1]:
             self.workspace = self.workspace.new_empty(2, len(rows), *self.workspace.shape[2:])
-        for layer, pair in enumerate(self.kept):
-            if pair is not None:
-                key, value = (tuple(part.index_select(0, rows) for part in one) for one in pair)
-                self.kept[layer] = (key, value)
+        self.kept = [None if one is None else one.selected(rows) for one in self.kept]
 
     def reset(self) -> None:
         """Forget everything."""
         self.kept = [None] * self.plan.num_layers
         self.joined = 0
+
+
+def _in_8_bits(held: StoredTokens | None, keys: Tensor, values: Tensor) -> Int8Tokens:
+    """Return the tokens that are held, as they are, and the further ones of a row (B, K, M, E) in 8 bits."""
+    past = 0 if held is None else held.length
+    new = Int8Tokens.of(keys[:, :, past:], values[:, :, past:])
+    return held.joined(new) if isinstance(held, Int8Tokens) else new

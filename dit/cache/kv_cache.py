@@ -132,12 +132,13 @@ class ScaleKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values that later scales will read."""
-        return sum(self.length(layer) for layer in range(self.num_layers)) * self._buffers.token_nbytes
+        held = (layer for layer in range(self.num_layers) if self.length(layer))
+        return sum(self._buffers.layer_nbytes(layer) for layer in held)
 
     @property
     def planned_nbytes(self) -> int:
         """Most bytes that will be stored between two scales, if no token is pruned."""
-        return max(sum(row) for row in self.plan.capacities) * self._buffers.token_nbytes
+        return self._buffers.planned_nbytes(self.plan)
 
     @property
     def peak_nbytes(self) -> int:
@@ -259,7 +260,7 @@ class ScaleKVCache:
             new.workspace = new.workspace.new_empty(*new.workspace.shape[:3], longest, new.workspace.shape[4])
         for layer in range(self.num_layers):
             if self.length(layer):
-                new.load(layer, old.stored(layer))
+                new.load(layer, old)
         self.plan, self._buffers = plan, new
 
     def select(self, rows: Tensor) -> None:

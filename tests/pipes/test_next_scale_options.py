@@ -60,7 +60,9 @@ def test_policies_change_the_picture_little_by_little(pipe: NextScaleClassToImag
     eight = paint(kv_dtype="int8")
     assert ((eight - exact).norm() / exact.norm()) < 1.5
     width = pipe.transformer.config.attention_head_dim
-    assert pipe.kv_report.stored_bytes / full.stored_bytes == pytest.approx((width + 2) / (4 * width))
+    history, scales = sum(a * b for a, b in pipe.transformer.grids[:-1]), len(pipe.transformer.grids) - 1
+    stored = history * (2 * width + 3) + scales * 4 * width  # codes, steps; means and steps of each scale
+    assert pipe.kv_report.stored_bytes / full.stored_bytes == pytest.approx(stored / (history * 8 * width))
 
 
 def test_scalekv_is_calibrated_once(tmp_path: Path) -> None:
