@@ -41,6 +41,7 @@ PRIVATE_NAMES: tuple[tuple[str, str], ...] = (
     ("diffusers.models._modeling_parallel", "ParallelConfig"),
     ("diffusers.loaders.single_file_utils", "fetch_diffusers_config"),
     ("diffusers.loaders.single_file_utils", "SingleFileComponentError"),
+    ("diffusers.loaders.single_file_model", "SINGLE_FILE_LOADABLE_CLASSES"),
     ("diffusers.models.modeling_utils", "LegacyModelMixin"),
     ("diffusers.models.modeling_utils", "ModelMixin._fix_state_dict_keys_on_load"),
     ("diffusers.quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING"),
@@ -436,6 +437,21 @@ def rename_deprecated(network: Any, weights: Mapping[str, Any]) -> dict[str, Any
     return _private("diffusers.models.modeling_utils", "ModelMixin._fix_state_dict_keys_on_load")(
         network, dict(weights)
     )
+
+
+def translated_checkpoint(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the tensors of a publisher's single file in the names of a network.
+
+    Args:
+        model: the network, of diffusers.
+        tensors: by their names in the file.
+
+    Returns:
+        The tensors, cut and joined by rows where the file holds them otherwise; None for networks without such files.
+    """
+    classes = _private("diffusers.loaders.single_file_model", "SINGLE_FILE_LOADABLE_CLASSES")
+    function = classes.get(type(model).__name__, {}).get("checkpoint_mapping_fn")
+    return None if function is None else function(config=dict(model.config), checkpoint=dict(tensors))
 
 
 def forget_config(model: Any, name: str) -> None:
