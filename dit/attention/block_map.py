@@ -95,8 +95,8 @@ class BlockMap:
         rule: which pairs count within visited blocks of visual tokens; None means all.
         partial: bool, as `visits`: the visited blocks in which `rule` must be asked; None means all of them. In others
             all pairs count.
-        alike: for each of the K' heads the first one with the same order, blocks, visits and rule, as far as that is
-            known; None: nothing is known. Kernels prepare what alike heads need once.
+        parts: the maps that this one was joined of, with the heads of each, all of them together those of this one;
+            None for others. Kernels may prepare what they need of these.
 
     Raises:
         ValueError: shapes that don't fit.
@@ -107,7 +107,7 @@ class BlockMap:
     visits: Tensor
     rule: TokenRule | None = None
     partial: Tensor | None = None
-    alike: tuple[int, ...] | None = None
+    parts: tuple[tuple[BlockMap, tuple[int, ...]], ...] | None = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What is found out, and what kernels prepare, once for a map."""
 
@@ -224,7 +224,7 @@ class BlockMap:
             return self
         counts, sizes = self._counts(), self._sizes()  # (1, 1, n, m)
         visits = self.visits & (counts > 0)
-        return replace(self, visits=visits, partial=visits & (counts < sizes), cache={})
+        return replace(self, visits=visits, partial=visits & (counts < sizes), parts=None, cache={})
 
     def for_heads(self, heads: slice | Tensor) -> BlockMap:
         """Return the map of some of the heads."""
@@ -236,7 +236,7 @@ class BlockMap:
         keys = replace(self.keys, order=some(self.keys.order), starts=some(self.keys.starts))
         partial = None if self.partial is None else some(self.partial)
         rule = None if self.rule is None else self.rule.of_heads(heads)
-        changed: dict[str, Any] = {"rule": rule, "alike": None, "cache": {}}
+        changed: dict[str, Any] = {"rule": rule, "parts": None, "cache": {}}
         return replace(self, queries=queries, keys=keys, visits=some(self.visits), partial=partial, **changed)
 
     def to(self, device: torch.device | str) -> BlockMap:
@@ -245,7 +245,7 @@ class BlockMap:
         if queries is self.queries and keys is self.keys and visits is self.visits:
             return self
         partial = None if self.partial is None else self.partial.to(device)
-        return replace(self, queries=queries, keys=keys, visits=visits, partial=partial, cache={})
+        return replace(self, queries=queries, keys=keys, visits=visits, partial=partial, parts=None, cache={})
 
     def _sizes(self) -> Tensor:
         """Return how many pairs each pair of blocks has, (B', K', n, m)."""

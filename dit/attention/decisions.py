@@ -29,8 +29,8 @@ from dit.runtime.step_context import StepContext
 SLOWER = "all pairs are computed faster here"
 SPARSEST = 0.1
 """Density of a map before it was made, where no parameter says it."""
-ROUNDED = 0.85
-"""How much of the density that is asked for maps have at least, about: patterns round it down."""
+ROUNDED = {"density": 0.85, "keep": 1.0}
+"""How much of what is asked for maps have, about: patterns round densities down, and shares of blocks up."""
 LEAST_WEIGHED = 512
 """From so many tokens on a choice of kernel "auto" computes all pairs where that is predicted to be faster."""
 KEPT = 256
@@ -193,7 +193,7 @@ class Decisions:
         if grid.length < LEAST_WEIGHED or {one.choice.kernel for one in sparse} != {"auto"} or dense is None:
             return True
         total, count = (
-            LAUNCH_SECONDS * len({(one.choice.launch, _is_online(one.choice)) for one in sparse}),
+            LAUNCH_SECONDS * len({one.choice.launch for one in sparse}),
             call.shape[2],
         )
         left = count
@@ -217,8 +217,9 @@ class Decisions:
 
 def _guess(choice: Choice) -> float:
     """Return the density of a map that was never made: a little less than what is asked for, or as low as they get."""
-    amount = choice.params.get(amount_of(choice.pattern))
-    return ROUNDED * amount if isinstance(amount, float) else SPARSEST
+    name = amount_of(choice.pattern)
+    amount = choice.params.get(name)
+    return ROUNDED[name] * amount if isinstance(amount, float) else SPARSEST
 
 
 def _is_online(choice: Choice) -> bool:

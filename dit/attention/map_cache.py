@@ -183,4 +183,4 @@ def with_sinks(block_map: BlockMap, sinks: Sequence[Sink], rows: bool) -> BlockM
     partial = block_map.partial
     if block_map.rule is not None:
         partial = (block_map.visits if partial is None else partial) & ~hit
-    return replace(block_map, visits=block_map.visits | hit, partial=partial, cache={})
+    return replace(block_map, visits=block_map.visits | hit, partial=partial, parts=None, cache={})

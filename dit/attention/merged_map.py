@@ -64,6 +64,7 @@ def merge_heads(maps: Sequence[BlockMap], heads: Sequence[Sequence[int]]) -> Blo
     order = tuple(sorted(range(len(numbers)), key=numbers.__getitem__))  # rank of each head among all given ones
     queries, keys = (_join_layouts(tuple(one), sizes, order) for one in zip(*((m.queries, m.keys) for m in maps),
                                                                              strict=True))  # fmt: skip
+    places = {head: place for place, head in enumerate(sorted(numbers))}
     owners = [number for number, size in enumerate(sizes) for _ in range(size)]
     rules = [None if one.asks_nowhere else one.rule for one in maps]
     partial = None
@@ -76,7 +77,7 @@ def merge_heads(maps: Sequence[BlockMap], heads: Sequence[Sequence[int]]) -> Blo
         _join([_pad(one.visits, one, queries, keys) for one in maps], sizes, order),
         _join_rules([rules[owners[rank]] for rank in order]),
         partial,
-        _alike(maps, [owners[rank] for rank in order]),
+        tuple((one, tuple(places[head] for head in group)) for one, group in zip(maps, heads, strict=True)),
     )
 
 
@@ -84,14 +85,6 @@ def _join_rules(rules: list[TokenRule | None]) -> TokenRule | None:
     """Return one rule for heads with these; heads without one are asked nowhere."""
     different = {id(one): one for one in rules if one is not None}
     return RulesByHead(tuple(rules)) if len(different) > 1 else next(iter(different.values()), None)
-
-
-def _alike(maps: Sequence[BlockMap], owners: list[int]) -> tuple[int, ...]:
-    """Return for each head the first one of the same map, where that is the same for all its heads."""
-    return tuple(
-        owners.index(owner) if maps[owner].is_shared and maps[owner].visits.shape[1] == 1 else head
-        for head, owner in enumerate(owners)
-    )
 
 
 def _asked(block_map: BlockMap, rule: TokenRule | None) -> Tensor:

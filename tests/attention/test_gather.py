@@ -8,7 +8,7 @@ import torch
 
 from dit.attention import TokenGrid, TokenRule, block_sparse_attention
 from dit.attention.block_map import BlockMap, make_block_map
-from dit.attention.kernels import gather_tasks, rows
+from dit.attention.kernels import gather_lists, gather_tasks, rows
 from dit.attention.kernels.contract import Tail
 from dit.attention.layout import Layout, axes_layout, cluster_layout, morton_layout, raster_layout, tile_layout
 
@@ -145,7 +145,7 @@ def test_bfloat16_is_near_the_fused_kernel(spread: float, return_lse: bool) -> N
 
 def test_large_maps_keep_no_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather_tasks, "LIST_BYTES", 0)
-    monkeypatch.setattr(gather_tasks, "RULE_BYTES", 0)
+    monkeypatch.setattr(gather_lists, "RULE_BYTES", 0)
     layout = raster_layout(GRID, 16)
     block_map = make_block_map(layout, torch.ones(layout.visual_count, layout.visual_count, dtype=torch.bool))
     compare(block_map)

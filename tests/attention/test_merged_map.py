@@ -137,17 +137,50 @@ def test_gradients_are_those_of_the_parts(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_alike_heads_share_what_is_prepared_of_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dit.attention.kernels.gather_tasks.LEAST_ROWS", 1)
-    monkeypatch.setattr("dit.attention.kernels.gather_tasks.score_bytes", lambda dtype: 1)
-    _, _, joined = parts_of("a rule and none")
-    assert joined.alike == (0, 1, 0)
+def tasks_kept(block_map: BlockMap) -> list[Any]:
+    return next(value for name, value in block_map.cache.items() if isinstance(name, tuple) and name[0] == "gather")
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_heads_of_one_map_share_its_lists(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large blocks are computed by map, so that nothing is copied; small ones together."""
+    if not small:
+        monkeypatch.setattr("dit.attention.kernels.gather_tasks.LEAST_ROWS", 1)
+        monkeypatch.setattr("dit.attention.kernels.gather_tasks.score_bytes", lambda dtype: 1)
+    maps, heads, joined = parts_of("a rule and none")
+    assert [members for _, members in joined.parts or ()] == heads
     query = torch.randn(B, GRID.length, 3, E)
     out = block_sparse_attention(query, query, query, joined, kernel="gather")
-    tasks = next(value for name, value in joined.cache.items() if isinstance(name, tuple) and name[0] == "gather")
-    assert {task.rows.ndim for task in tasks if task.hidden is not None} == {1}
     expected = block_sparse_attention(query, query, query, joined, kernel="reference")
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert {task.rows.ndim for task in tasks_kept(joined) if task.hidden is not None} == {2 if small else 1}
+    # a map that is joined with others, too, prepares nothing again
+    monkeypatch.setattr("dit.attention.kernels.gather_tasks.lists_of", lambda *_: pytest.fail("listed again"))
+    other = merge_heads(maps, [(1, 2), (0,)])
+    out = block_sparse_attention(query, query, query, other, kernel="gather")
+    expected = block_sparse_attention(query, query, query, other, kernel="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_of_several_maps_are_one_task() -> None:
+    _, heads, joined = parts_of("one order")
+    query = torch.randn(B, GRID.length, 4, E)
+    block_sparse_attention(query, query, query, joined, kernel="gather")
+    mixed = [set(task.heads.flatten().tolist()) for task in tasks_kept(joined)]
+    assert any(one & set(heads[0]) and one & set(heads[1]) for one in mixed)
+
+
+def test_lists_of_large_maps_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dit.attention.kernels.gather_tasks.LIST_BYTES", 0)
+    monkeypatch.setattr("dit.attention.kernels.gather_tasks.COPIED_BYTES", 0)
+    monkeypatch.setattr("dit.attention.kernels.gather_lists.RULE_BYTES", 0)
+    for name in ("two rules", "orders by sample"):
+        maps, _, joined = parts_of(name)
+        query = torch.randn(B, GRID.length, sum(len(members) for _, members in joined.parts or ()), E)
+        out = block_sparse_attention(query, query, query, joined, kernel="gather")
+        expected = block_sparse_attention(query, query, query, joined, kernel="reference")
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+        assert not any(isinstance(key, tuple) for one in (joined, *maps) for key in one.cache)
 
 
 def test_heads_of_a_joined_map_can_be_taken_out() -> None:

@@ -36,7 +36,7 @@ class PooledTail(Correction):
     mode: Literal["row", "centroid"] = "row"
     name: ClassVar[str] = "pooled_tail"
     paper: ClassVar[str] = "arXiv 2607.24027"
-    work: ClassVar[float] = 8.0
+    work: ClassVar[float] = 12.0
 
     def __post_init__(self) -> None:
         if self.mode not in ("row", "centroid"):

@@ -1,7 +1,7 @@
 """The gather kernel: for each block of queries copy the keys it visits side by side, then attend by plain products.
 
 Tokens are copied by their index, so orders, ragged blocks, clusters and masked keys cost nothing more: a list of tokens
-is all that is left of them (`gather_tasks`).
+is all that is left of them (`gather_lists`, `gather_tasks`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 from dit.attention.block_map import BlockMap
 from dit.attention.kernels import gather_tasks
 from dit.attention.kernels.contract import SparseKernel, Tail, register_kernel
-from dit.attention.kernels.gather_tasks import Task, hidden_pairs, tasks_of
+from dit.attention.kernels.gather_lists import hidden_pairs
+from dit.attention.kernels.gather_tasks import Task, tasks_of
 from dit.attention.kernels.rows import attend_rows, levels, reused
 
 
