@@ -134,10 +134,13 @@ class QuantLinear(nn.Linear):
         return weight + branch if branch is not None and self.scheme.raw_branch else weight
 
     def _bundle(self) -> Weights:
-        if self._weights is None:
+        if self._weights is None or "_hf_hook" in self.__dict__:
             found = Weights(self.scheme, self.stored, self.out_features, self.in_features, self._parameters.get("bias"))
             sums = dequantized(found).sum(dim=1) if self.scheme.shift else None  # (N,)
-            self._weights = replace(found, input_sums=sums)
+            found = replace(found, input_sums=sums)
+            if "_hf_hook" in self.__dict__:
+                return found  # accelerate takes the tensors away after each call: what is kept would keep their memory
+            self._weights = found
         return self._weights
 
     def _prepack(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DiTTransformer2DModel, PipelineQuantizationConfig
 from diffusers.pipelines.cosmos.mixed_precision import FIRST_LAST_N_FP8_POLICY, parse_diffusion_step_policy
 from diffusers.quantizers import auto
@@ -301,6 +302,18 @@ def test_casts_are_refused_and_devices_are_not(saved: Path) -> None:
     with pytest.raises(ValueError, match="quantized"):
         network.to(torch.bfloat16)
     assert torch.equal(answer(network.to("cpu")), expected)
+
+
+def test_it_can_be_offloaded_layer_by_layer(plain: Path) -> None:
+    chosen = TesseraQuantConfig("int8", "w8a8")
+    network = DiTTransformer2DModel.from_pretrained(plain, quantization_config=chosen)
+    expected = answer(network)  # weights are prepacked now, where the processor has kernels for that
+    cpu_offload(network, execution_device=torch.device("cpu"))
+    for _ in range(2):
+        assert torch.equal(answer(network), expected)
+    for layer in _layers(network):
+        assert all(tensor.is_meta for tensor in layer.stored.values())
+        assert layer._weights is None, "memory that offloading gave back is kept"
 
 
 def test_it_can_be_dequantized(saved: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 
@@ -25,13 +25,15 @@ class PrepackedWeight(Tensor):
     zeros: Tensor
 
     @staticmethod
-    def __new__(cls: type[PrepackedWeight], weight: Tensor) -> PrepackedWeight:
-        """Prepack a plain int8 matrix (N, K) on a CPU."""
+    def __new__(cls: type[PrepackedWeight], weight: Tensor, requires_grad: bool = False) -> PrepackedWeight:
+        """Prepack a plain int8 matrix (N, K) on a CPU; one on another device, where offloading puts it, stays plain."""
+        if weight.device.type != "cpu":
+            return nn.Parameter(weight, requires_grad=requires_grad)  # pyright: ignore[reportReturnType]
         device = torch.device("cpu")
         made = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=torch.int8, device=device, requires_grad=False)
         return made  # pyright: ignore[reportReturnType]
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, requires_grad: bool = False) -> None:
         operator: Any = torch.ops.onednn.qlinear_prepack
         self.packed = operator(weight.detach().contiguous(), None)
         self.zeros = torch.zeros(len(weight), dtype=torch.int64)
