@@ -21,15 +21,19 @@ from torch import Tensor, nn
 from apps.benchmarks.attention import clock, least
 from apps.benchmarks.next_scale import Asked
 from apps.benchmarks.quantization_rivals import Call, rivals_of
+from apps.benchmarks.synthetic_layer import SyntheticLayer
 from apps.environment import describe_machine
 from dit.attention.backend_scope import backend_scope
 from dit.layers.linear import Linear
 from dit.quant.layer import quantize_linear
 from dit.quant.linear import QuantLinear
 from dit.quant.quantize import quantize_
+from dit.quant.recipes import layer_scheme, recipe
+from dit.quant.roles import Role
 from dit.quant.rotation import rotation_sign
 from dit.quant.scheme import Scheme
 from dit.runtime.metrics import relative_error
+from dit.runtime.module_conversion import LinearSlot
 from dit.runtime.timing import measure
 
 WIDTH, HEADS, INNER = 1152, 16, 4608
@@ -51,6 +55,11 @@ SCHEMES = {
     "W4A8 g64, rank 32": Scheme("int4", 64, alpha=0.5, rotate=128, rank=32),
 }
 """Ours, of single layers."""
+ERRORS = tuple(
+    (name, bits) for bits in ("w8a8", "w4a8", "w4a6", "w4a4") for name in ("int8", "viditq", "svdquant")
+    if bits in recipe(name).bits
+)  # fmt: skip
+"""Recipes and bits whose errors are measured."""
 BLOCKS = {"W8A8 plain": ("int8", "w8a8"), "W8A8 viditq": ("viditq", "w8a8"), "W4A8 viditq": ("viditq", "w4a8")}
 """Recipes and bits, of whole blocks."""
 
@@ -65,6 +74,7 @@ def bench_quantization(asked: Asked) -> dict[str, Any]:
             "a block of DiT-XL": [row for tokens in lengths for row in block_rows(tokens, asked)],
             "a pipeline of DiT-XL's shape": pipeline_rows(asked),
             "size": size_rows(asked.smoke),
+            "error with outliers": error_rows(asked),
         }
     machine = describe_machine(torch.device("cpu"), torch.bfloat16)
     return {"machine": {**machine, "clock": clock()}, "tables": tables}
@@ -185,9 +195,9 @@ def block_rows(tokens: int, asked: Asked) -> list[dict[str, Any]]:
     stack = ExitStack()  # what it undoes is gone with the networks
     name = "ours bfloat16, attention by products"
     calls[name] = _with_products(copy.deepcopy(plain).bfloat16(), rounded, stack)
-    for name, (recipe, bits) in BLOCKS.items():
+    for name, (way, bits) in BLOCKS.items():
         network = copy.deepcopy(plain).bfloat16()
-        quantize_(network, recipe, bits)
+        quantize_(network, way, bits)
         calls[f"ours {name}"] = _with_products(network, rounded, stack)
     calls |= rivals_of(exact, (x,), compiled=not asked.smoke)
     return ratios(f"{tokens} tokens of 2 samples", calls, exact(x), x, asked.repeats)
@@ -241,17 +251,37 @@ def pipeline_rows(asked: Asked) -> list[dict[str, Any]]:
     return [{"shape": f"DiT-XL/2, 256 pixels, {steps} steps: ours W8A8 viditq", "gain": round(gain, 2)}]
 
 
+# ------------------------------------------------------------------------------ errors
+
+
+def error_rows(asked: Asked) -> list[dict[str, Any]]:
+    """Return errors of a layer whose inputs have outliers that change with the noise level; the worst of both levels.
+
+    The scheme is the recipe's own for a layer of DiT-XL whose input only it reads; inputs are new ones.
+    """
+    layer = SyntheticLayer.make(128 if asked.smoke else WIDTH)
+    statistics = layer.statistics(256 if asked.smoke else 2048)
+    role = Role(LinearSlot("layer", nn.Identity(), "layer", layer.linear), "other")
+    rows = []
+    for name, bits in ERRORS:
+        found = recipe(name)
+        scheme = layer_scheme(found, role, bits, calibrated=True)
+        made = quantize_linear(layer.linear, scheme, statistics, aggregate=found.aggregate)
+        rows.append({"recipe": name, "bits": bits, "error": round(max(layer.errors(made)), 4)})
+    return rows
+
+
 # ------------------------------------------------------------------------------- sizes
 
 
 def size_rows(smoke: bool) -> list[dict[str, Any]]:
     """Return bytes of the weights of DiT-XL's blocks, quantized, beside bfloat16; scales and all count."""
     rows = []
-    for recipe, bits in (("viditq", "w8a8"), ("viditq", "w4a8"), ("svdquant", "w4a8")):
+    for name, bits in (("viditq", "w8a8"), ("viditq", "w4a8"), ("svdquant", "w4a8")):
         network = make_block(smoke).bfloat16()
-        report = quantize_(network, recipe, bits)
+        report = quantize_(network, name, bits)
         layers = [layer for layer in network.modules() if isinstance(layer, QuantLinear)]
         after = sum(layer.nbytes for layer in layers)
         before = sum(one.bytes_before for one in report.layers)
-        rows.append({"format": f"{recipe} {bits}", "times smaller": round(before / after, 2)})
+        rows.append({"format": f"{name} {bits}", "times smaller": round(before / after, 2)})
     return rows

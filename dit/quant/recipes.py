@@ -82,10 +82,7 @@ def layer_scheme(chosen: Recipe, role: Role, bits: str, *, calibrated: bool, out
     weights, activations = formats_of(bits)
     base = Scheme(weights=weights, activations=activations)
     if role.kind == "modulation":
-        # One token a sample: it costs memory, and hardly any time. Its errors reach every token.
-        eight = replace(base, weights="fp8" if weights in ("fp8", "nvfp4", "mxfp4") else "int8")
-        kept = eight if activations in ("none", "int8", "fp8") else replace(eight, activations="int8")
-        return replace(kept, rotate=BLOCK if kept.activations == "int8" and chosen.name != "int8" else 0)
+        return _modulation(base, chosen.name == "int8", calibrated)
     made = chosen.scheme(role, base)
     if made.rotate and role.slot.linear.in_features >= WIDE:
         outputs = role.slot.linear.out_features if outputs is None else outputs
@@ -99,6 +96,21 @@ def _without_inputs(rounding: str) -> str:
     return rounding if rounding in ("nearest", "mse") else "mse"
 
 
+def _modulation(base: Scheme, is_plain: bool, calibrated: bool) -> Scheme:
+    """Return the scheme of layers that make shifts, scales and gates: their errors reach every token.
+
+    They see one token a sample, so their activations cost no time, and few different ones, which GPTQ knows.
+    """
+    eight = "fp8" if base.weights in ("fp8", "nvfp4", "mxfp4") else "int8"
+    made = replace(base, weights="int4" if base.weights == "int4" else eight)
+    if made.activations not in ("none", "int8", "fp8"):
+        made = replace(made, activations="int8")
+    if is_plain:
+        return made
+    rounding = ("gptq" if calibrated else "mse") if made.weights == "int4" else "nearest"
+    return replace(made, rotate=BLOCK if made.activations == "int8" else 0, rounding=rounding)
+
+
 def _plain(role: Role, base: Scheme) -> Scheme:
     return base
 
@@ -106,7 +118,7 @@ def _plain(role: Role, base: Scheme) -> Scheme:
 def _viditq(role: Role, base: Scheme) -> Scheme:
     """Static-dynamic channel balancing: scale by what does not change over time, rotate what does."""
     low = base.weights != "int8" or base.activations in ("int6", "int4")
-    base = replace(base, rounding="mse" if low else "nearest")
+    base = replace(base, rounding="gptq" if low else "nearest")
     if base.activations not in LEVELS:
         return replace(base, alpha="search", rotate=BLOCK)
     if role.before in GELUS:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apps.benchmarks.synthetic_layer import SyntheticLayer
 from dit.quant.formats import weight_format
 from dit.quant.layer import QuantizedWeights, fake_quantized_output, find_balance, quantize_linear
 from dit.quant.linear import QuantLinear, check_tensors, share_inputs
@@ -17,7 +18,6 @@ from dit.quant.rotation import rotate_slowly, rotation_sign
 from dit.quant.scheme import Scheme
 from dit.quant.statistics import LayerStatistics, RunningStatistics
 from dit.runtime.metrics import relative_error
-from tests.quant.synthetic import SyntheticLayer
 
 
 @pytest.fixture(scope="module")
