@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from apps.benchmarks.command import bench
 from apps.commands.attention_group import attention
+from apps.commands.quantize_command import quantize
 from apps.commands.shared_options import (
     AuthFile,
     Base,
@@ -325,6 +326,7 @@ def evaluate(
 
 
 app.command()(bench)
+app.command()(quantize)
 
 
 @app.command("calibrate-cache")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ BEFORE = "_tessera_before_quantization"
 """Attribute of a network that was quantized in memory: its fingerprints before."""
 _MISSING = object()
 
-Value = TypeVar("Value")
+Fingerprints = tuple[tuple[str, str], tuple[str, str]]
+"""Architecture and weights of a network before it was quantized, and of what it is now."""
 
 
 def quantized_layers_of(network: nn.Module) -> list[Any]:
@@ -135,7 +136,7 @@ def forget(network: nn.Module) -> None:
     vars(unwrap(network)).pop(BEFORE, None)
 
 
-def fingerprints(network: nn.Module) -> tuple[tuple[str, str], tuple[str, str]] | None:
+def fingerprints(network: nn.Module) -> Fingerprints | None:
     """Return what a network that was quantized in memory was before and is now: architecture and weights of each.
 
     Args:

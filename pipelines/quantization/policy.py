@@ -45,17 +45,17 @@ class StepPolicy:
         return (begins or ends) and (self.overlap or not (begins and ends))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as diffusers' `diffusion_step_policy`."""
+        """Return it as diffusers' `diffusion_step_policy`, in the order of a saved configuration."""
         return {
-            "schema_version": SCHEMA_VERSION,
-            "type": KIND,
-            "index_space": INDEX_SPACE,
-            "scope": ["transformer"],
             "default_mode": NATIVE,
             "first_steps": {"count": self.first, "mode": FULL},
+            "index_space": INDEX_SPACE,
             "last_steps": {"count": self.last, "mode": FULL},
             "overlap": FULL if self.overlap else NATIVE,
             "reasoner": NATIVE,
+            "schema_version": SCHEMA_VERSION,
+            "scope": ["transformer"],
+            "type": KIND,
         }
 
     @classmethod
