@@ -59,8 +59,9 @@ def quantize(
     components: Annotated[
         list[str] | None,
         typer.Option(
+            "--components",
             "--component",
-            help="Quantize this component, e.g. text_encoder, instead of the networks that denoise. May be repeated.",
+            help="Quantize this component, e.g. text_encoder, instead of the networks that denoise; several by commas.",
             rich_help_panel=SPEED,
         ),
     ] = None,
@@ -104,7 +105,7 @@ def quantize(
             calib=calib,
             data_free=data_free,
             save_calib=save_calib,
-            components=tuple(components or ()),
+            components=tuple(name.strip() for one in components or () for name in one.split(",")),
             skip=tuple(skip or ()),
             full_precision_first=full_precision_first,
             full_precision_last=full_precision_last,
