@@ -95,8 +95,8 @@ tessera generate "a red apple" --quantization w8a8
 The third way, `tessera quantize`, calibrates on a file of prompts (`--data-free` on none; without either, on prompts of
 the model's own vocabulary or classes), saves the model, and writes a report beside it: `report.md` and `report.json`
 with sizes, the time of a step and the error of each layer, `errors.png`, and `comparison.webp` with images before and
-after, from the same noise. `--save-calib` keeps the calibration for other recipes and formats. Step caches' profiles and
-attention plans in the model's folder are carried over. The studio shows such models in its list with formats and size.
+after, from the same noise. `--save-calib` keeps the calibration for other recipes and formats. Step caches' profiles
+and attention plans in the model's folder are carried over. The studio shows such models with formats and size.
 
 Requests have the same as an option (`--quantization`, `"quantization"` over HTTP, Advanced on the page), which images
 record. It is a part of `AccelerationConfig`, so it is undone to the last bit and goes together with the other parts:
