@@ -81,6 +81,7 @@ pipe = load_pipeline("stickers", quantization="w8a8")            # 1. while it i
 pipe = load_pipeline("stickers", quantization="svdquant:w4a8")   #    calibration in the model's folder
 
 from dit.quant import calibrate, quantize_                       # 2. in memory, calibrated on prompts
+pipe = load_pipeline("stickers")
 report = quantize_(pipe, "viditq", "w4a8", calibrate(pipe, ["a red apple", "a blue fish"]))
 pipe.save_pretrained("stickers-w4a8")
 ```
