@@ -20,6 +20,7 @@ from dit.quant.quantize import LayerPlan, layer_groups
 from dit.quant.recipes import recipe
 from dit.quant.roles import network_name, quantizable_layers
 from dit.quant.scheme import Scheme
+from dit.quant.tensor_files import TensorFiles
 
 _OTHER_TENSORS = ("input_balance", "rotation_sign", "low_rank_down", "low_rank_up", "input_scale")
 
@@ -181,6 +182,22 @@ def put_tensor(model: nn.Module, full_name: str, tensor: Tensor, device: Any) ->
             f"{tuple(shape)} of {dtype} ({layer.scheme}): a file is damaged, or was written with another group size"
         )
     setattr(layer, own, nn.Parameter(tensor.to(device), requires_grad=False))
+
+
+def own_tensors(model: nn.Module, layers: Iterable[str], files: TensorFiles) -> None:
+    """Give quantized layers on the CPU memory of their own in place of tensors that lie in mapped files.
+
+    Args:
+        model: the bare network.
+        layers: names of the layers.
+        files: that hold their tensors; see `dit.quant.tensor_files` for why.
+    """
+    for name in layers:
+        layer: Any = model.get_submodule(name)
+        for own, mapped in layer.stored.items():
+            stored = files.read(f"{name}.{own}") if mapped.device.type == "cpu" else None
+            if stored is not None and (stored.shape, stored.dtype) == (mapped.shape, mapped.dtype):
+                setattr(layer, own, nn.Parameter(stored, requires_grad=False))
 
 
 def check_layers(model: nn.Module, layers: Iterable[str]) -> None:

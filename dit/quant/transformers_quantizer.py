@@ -14,6 +14,7 @@ from dit.quant.linear import QuantLinear
 from dit.quant.loading import (
     check_layers,
     check_names,
+    own_tensors,
     plain_layer,
     planned_layers,
     put_empty_layers,
@@ -24,6 +25,7 @@ from dit.quant.loading import (
 from dit.quant.quantize import connect_layers
 from dit.quant.roles import network_name
 from dit.quant.scheme import Scheme
+from dit.quant.tensor_files import TensorFiles
 
 
 class TesseraHfQuantizer(HfQuantizer):
@@ -48,6 +50,7 @@ class TesseraHfQuantizer(HfQuantizer):
         self.pre_quantized = self.pre_quantized and quantization_config.layers is not None
         self.layers: dict[str, Scheme] = dict(quantization_config.layers or {})
         self._tensors: set[str] = set()
+        self._files = TensorFiles()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Prepare the layers of a model without memory."""
@@ -59,6 +62,7 @@ class TesseraHfQuantizer(HfQuantizer):
         put_empty_layers(model, self.layers)
         self._tensors = set(tensor_names(self.layers, model))
         files = kwargs.get("checkpoint_files") or []
+        self._files = TensorFiles(files)
         if files and all(str(file).endswith(".safetensors") for file in files):
             check_names(_names(files, model.base_model_prefix, self._tensors), self.layers, model, network_name(model))
 
@@ -81,6 +85,8 @@ class TesseraHfQuantizer(HfQuantizer):
         plain = [name for name in self.layers if not isinstance(model.get_submodule(name), QuantLinear)]
         if plain:
             raise ValueError(f"{network_name(model)}: the weight files lack {plain[0]}.weight, so it isn't quantized")
+        own_tensors(model, self.layers, self._files)
+        self._files = TensorFiles()
         check_layers(model, self.layers)
         connect_layers(model)
         if not self.pre_quantized:
