@@ -34,7 +34,7 @@ from pipelines.loading.modular import is_modular
 from pipelines.loading.sources import check_folder as check_saved
 from pipelines.loading.sources import read_index
 from pipelines.quantization.carried import carry_files
-from pipelines.quantization.loading import quantize_loaded, ready
+from pipelines.quantization.loading import quantize_loaded, ready, require_part
 from pipelines.quantization.networks import fingerprints, quantization_of
 
 logger = logging.getLogger(__name__)
@@ -96,14 +96,15 @@ class QuantizeOptions:
         Raises:
             ValueError: an unknown recipe, format or regular expression.
         """
-        return QuantizationPart(
-            bits=self.bits,
-            recipe=self.recipe or usual_recipe(self.bits),
-            components=self.components or None,
-            skip=self.skip,
-            full_precision_first=self.full_precision_first or None,
-            full_precision_last=self.full_precision_last or None,
-        )
+        fields = {
+            "bits": self.bits,
+            "recipe": self.recipe or usual_recipe(self.bits),
+            "components": self.components or None,
+            "skip": self.skip,
+            "full_precision_first": self.full_precision_first or None,
+            "full_precision_last": self.full_precision_last or None,
+        }
+        return require_part(fields)
 
 
 def run(options: QuantizeOptions, json_output: bool = False) -> None:

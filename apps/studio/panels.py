@@ -138,6 +138,7 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
             parts["dtype"] = controls.build("dtype", words, min_width=120)
             usual = [(words("machine.usual"), "")]  # the others come with the model: to find them takes seconds
             parts["attention"] = controls.build("attention", words, choices=usual, min_width=120)
+        parts["quantization"] = controls.build("quantization", words)
         parts |= lora_rows.build(engine.loras, words)
         upscalers = [(words("machine.usual"), ""), *engine.upscalers.names]
         is_shown = len(engine.upscalers.names) > 1

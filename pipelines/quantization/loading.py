@@ -36,8 +36,15 @@ def as_part(spec: str | Mapping[str, Any] | QuantizationPart | None) -> Quantiza
     Raises:
         ValueError: an unknown recipe or format, or a field that a part doesn't have.
     """
-    if spec is None or spec == "none":
-        return None
+    return None if spec is None or spec == "none" else require_part(spec)
+
+
+def require_part(spec: str | Mapping[str, Any] | QuantizationPart) -> QuantizationPart:
+    """Read how a pipeline is to be quantized, where it is to be; see `as_part`.
+
+    Raises:
+        ValueError: an unknown recipe or format, or a field that a part doesn't have; the message names the field.
+    """
     from pipelines.acceleration import AccelerationConfig
 
     given = dict(spec) if isinstance(spec, Mapping) else spec

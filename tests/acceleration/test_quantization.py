@@ -22,7 +22,7 @@ from pipelines.quantization.policy import StepPolicy
 from pipelines.quantization.steps import StepPrecision
 from sampling.step_cache import Profile
 from sampling.step_cache.calibration import calibrate_budget
-from tests.acceleration.test_apply import generate, make
+from tests.acceleration.test_apply import generate, make, offload_each_layer
 from tests.acceleration.test_sparse_attention import paint
 from tests.families.every import build
 from tests.families.tiny import tiny_pipeline
@@ -329,6 +329,27 @@ def test_compiled(scope: str) -> None:
     assert report["compile"].is_active
     assert report["quantization"].values["full_steps"] == 1
     assert torch.equal(paint(pipe, "text_dit"), plain)
+
+
+@pytest.mark.parametrize("mode", ["model", "sequential", "group"])
+def test_with_offload(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the CPU to itself, which sets all hooks."""
+    monkeypatch.setattr("pipelines.acceleration.on_memory.check_offload", lambda *_: None)
+    if mode == "sequential":
+        monkeypatch.setattr("pipelines.acceleration.on_memory.apply_offload", offload_each_layer)
+    pipe = make("text")
+    plain = generate(pipe, "text")
+    with config("w8a8").apply(pipe):
+        quantized = generate(pipe, "text")
+    offload = {"mode": mode, "device": "cpu"}
+    with config({"bits": "w8a8", "full_precision_last": 0}, offload=offload).apply(pipe) as handle:
+        assert torch.equal(generate(pipe, "text"), quantized)
+        assert torch.equal(generate(pipe, "text"), quantized)
+        assert handle.report()["quantization"].is_active
+    assert torch.equal(generate(pipe, "text"), plain)
+    with AccelerationConfig.from_dict({"offload": offload}).apply(pipe):
+        assert refusal(pipe, "w8a8").key == "refused.offloaded_before"
+    assert torch.equal(generate(pipe, "text"), plain)
 
 
 def test_with_few_steps_guidance_cache_and_tiles() -> None:

@@ -185,8 +185,9 @@ def test_a_network_in_memory_and_saved_is_the_same_to_files(tmp_path: Path) -> N
     ],
 )
 def test_wrong_usage(folder: Path, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as caught:
         run(options(folder, tmp_path / "out", **{"compare": 1, **fields}))
+    assert len(str(caught.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
