@@ -224,6 +224,11 @@ class Plan(Protocol):
         """Whether it is one choice for everything."""
         ...
 
+    @property
+    def bins(self) -> int:
+        """How many ranges of noise levels it tells apart."""
+        ...
+
     def bin_of(self, sigma: float | None) -> int:
         """Return the number of the range of noise levels in which a level is; all in one resolve alike."""
         ...

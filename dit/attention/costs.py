@@ -144,9 +144,9 @@ TYPICAL = {
             "native bfloat16": (3.5, 6.5),
             "products bfloat16": (2.7, 4.15),
             "sparse float32": (4.4, 8.6),
-            "sparse bfloat16": (2.8, 4.5),
+            "sparse bfloat16": (3.1, 4.9),
         },
-        30.0,
+        40.0,
     ),
     "cuda": AttentionCosts(
         "typical",  # relative to a dense kernel at the peak of its rate; a block-sparse one reaches about 0.8 of it

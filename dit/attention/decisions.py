@@ -29,8 +29,6 @@ from dit.runtime.step_context import StepContext
 SLOWER = "all pairs are computed faster here"
 SPARSEST = 0.1
 """Density of a map before it was made, where no parameter says it."""
-ROUNDED = {"density": 0.85, "keep": 1.0}
-"""How much of what is asked for maps have, about: patterns round densities down, and shares of blocks up."""
 LEAST_WEIGHED = 512
 """From so many tokens on a choice of kernel "auto" computes all pairs where that is predicted to be faster."""
 KEPT = 256
@@ -200,9 +198,14 @@ class Decisions:
         for group in sparse:
             heads = len(group.members(count))
             left -= heads
-            refreshes = group.choice.fix.refresh_share(steps)
+            refreshes = self._refresh_share(group.choice, steps)
             total += self._seconds(query, group.choice, heads, grid, costs) + refreshes * dense * heads / count
         return total + dense * left / count < MARGIN * dense
+
+    def _refresh_share(self, choice: Choice, steps: int) -> float:
+        """Return which share of the steps of a run compute the dense result too; each noise level begins with one."""
+        share = choice.fix.refresh_share(steps)
+        return min(max(share, self.plan.bins / max(steps, 1)), 1.0) if share else 0.0
 
     def _seconds(self, query: Tensor, choice: Choice, heads: int, grid: TokenGrid, costs: AttentionCosts) -> float:
         """Return the time of some heads under one choice."""
@@ -216,10 +219,9 @@ class Decisions:
 
 
 def _guess(choice: Choice) -> float:
-    """Return the density of a map that was never made: a little less than what is asked for, or as low as they get."""
-    name = amount_of(choice.pattern)
-    amount = choice.params.get(name)
-    return ROUNDED[name] * amount if isinstance(amount, float) else SPARSEST
+    """Return the density of a map that was never made: what is asked for, or as low as they get."""
+    amount = choice.params.get(amount_of(choice.pattern))
+    return amount if isinstance(amount, float) else SPARSEST
 
 
 def _is_online(choice: Choice) -> bool:

@@ -183,6 +183,11 @@ class AttentionPlan:
         """Whether the noise level or number of a step decides anything."""
         return self.guards.needs_step or self.table.shape[0] > 1
 
+    @property
+    def bins(self) -> int:
+        """How many ranges of noise levels it tells apart."""
+        return self.table.shape[0]
+
     def bin_of(self, sigma: float | None) -> int:
         """Return the bin of a noise level."""
         if self.table.shape[0] == 1 or sigma is None:

@@ -126,13 +126,19 @@ def test_parts_of_a_plan_are_found_by_noise_level() -> None:
 
 def test_refreshes_and_corrections_count() -> None:
     def pays(**options: Any) -> bool:
-        plan = AttentionPlan.uniform("svg_spatial", density=0.7, block=64, **options)
+        plan = AttentionPlan.uniform("svg_spatial", density=0.6, block=64, **options)
         return decide(plan).of(call(), at(5)).pays
 
-    assert pays(correction="none")  # 0.85 * 0.7
+    assert pays(correction="none")
     assert pays(correction="residual", correction_params={"refresh_every": 5})
     assert not pays(correction="residual", correction_params={"refresh_every": 2})
     assert not pays(correction="residual", correction_params={"refresh_sigmas": (0.9, 0.7, 0.5, 0.3)})
+    kept = ("residual", {"refresh_every": 5})
+    parts = [PlanEntry(Choice("svg_spatial", {"density": 0.6, "block": 64 + number}, *kept), (low, low + 0.19))
+             for number, low in enumerate((0.0, 0.2, 0.4, 0.6, 0.8))]  # fmt: skip
+    made = decide(AttentionPlan.of_entries(parts))
+    assert not made.of(call(), at(5)).pays, "the first of each two steps refreshes"
+    assert made.of(call(), at(50, 100)).pays
 
 
 # ------------------------------------------------------------------------- patterns that follow the step

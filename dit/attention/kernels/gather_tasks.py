@@ -8,7 +8,7 @@ that was joined of several, the lists are kept with these, which other joined ma
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ FUSED_KEYS = 4096
 """From so many keys on torch's fused kernel beats MKL's products in float32: it never writes the scores down."""
 LIST_BYTES = 2**27
 """Most bytes of lists of keys that are kept with a map."""
+SPARED_PAIRS = 2**15
+"""Most pairs that are added in vain so that there is one task less: a task takes as long as so many."""
 COPIED_BYTES = 2**25
 """Most bytes of pairs that don't count which are copied, so that heads that share them are computed together."""
 
@@ -34,11 +36,11 @@ class Task:
     """Some queries of some heads of a sample, and the keys they visit.
 
     Args:
-        batch: the sample.
-        heads: (G, 1), the head of each row of `rows`, in which heads may stand once for each of their blocks; or the
-            heads that share `rows`.
+        samples: (G, 1), the sample of each row of `rows`; or the samples of the heads that share them.
+        heads: likewise the head. Heads may stand here once for each of their blocks.
         rows: positions of the queries in the sequence: (R,) for heads that share them, else (G, R).
-        columns: positions of the keys, behind them those of pooled keys, likewise (M,) or (G, M).
+        columns: positions of the keys, behind them those of pooled keys, likewise (M,) or (G, M); the position behind
+            the last pooled key is that of one that doesn't count.
         pooled: how many of the last keys are pooled ones.
         partial: how many of the first keys may not count for some queries.
         hidden: (R, partial) or (G, R, partial) in the dtype of the scores: -inf where they don't, else 0. None: ask
@@ -46,7 +48,7 @@ class Task:
         empty: a query may be left without a key.
     """
 
-    batch: int
+    samples: Tensor
     heads: Tensor
     rows: Tensor
     columns: Tensor
@@ -74,10 +76,13 @@ def tasks_of(
     known = block_map.cache.get(kind)
     if known is not None:
         return known
-    tasks = _make_tasks(block_map, batch, heads, dtype, key_mask, tail, (dtype, mask, tail is not None))
+    groups = _groups_of(block_map, batch, heads, dtype, key_mask, tail, (dtype, mask, tail is not None))
+    copies = [COPIED_BYTES]
     if not _fits(block_map, heads):
-        return tasks
-    _keep(block_map, kind, list(tasks))
+        return (task for group in groups for task in _tasks_of_group(group, dtype, copies))
+    end = block_map.keys.grid.length + block_map.keys.count
+    joined = _joined(list(groups), dtype, end)
+    _keep(block_map, kind, [task for group in joined for task in _tasks_of_group(group, dtype, copies)])
     return block_map.cache[kind]
 
 
@@ -97,7 +102,7 @@ def _keep(block_map: BlockMap, kind: tuple[Any, ...], value: Any) -> None:
     block_map.cache[kind] = value
 
 
-def _make_tasks(
+def _groups_of(
     block_map: BlockMap,
     batch: int,
     heads: int,
@@ -105,36 +110,22 @@ def _make_tasks(
     key_mask: Tensor | None,
     tail: Tail | None,
     kind: tuple[Any, ...],
-) -> Iterator[Task]:
-    """Yield the tasks of a map; `kind` tells apart the calls for which a part's lists differ."""
+) -> Iterator[_Group]:
+    """Yield the blocks of all samples and heads; `kind` tells apart the calls for which a part's lists differ."""
     parts = block_map.parts or ((block_map, tuple(range(heads))),)
-    fixed = [_is_fixed(part, key_mask, tail) for part, _ in parts]
-    copies = [COPIED_BYTES]
-    for sample in range(1 if all(fixed) else batch):
-        mask = None if key_mask is None else key_mask[sample]
-        groups: list[_Group] = []
-        for (part, members), is_fixed in zip(parts, fixed, strict=True):
-            own = 0 if is_fixed else sample
-            lists: Iterable[Blocks] | None = part.cache.get(("gather lists", own, *kind))
+    for part, members in parts:
+        fixed = _is_fixed(part, key_mask, tail)
+        for sample in range(1 if fixed else batch):
+            lists: Iterable[Blocks] | None = part.cache.get(("gather lists", sample, *kind))
             if lists is None:
-                lists = lists_of(
-                    part, own, len(members), dtype, mask, _dead_blocks(block_map, part, members, own, tail)
-                )
+                mask = None if key_mask is None else key_mask[sample]
+                dead = _dead_blocks(block_map, part, members, sample, tail)
+                lists = lists_of(part, sample, len(members), dtype, mask, dead)
                 if len(parts) > 1 and _fits(part, len(members)):
                     lists = list(lists)
-                    _keep(part, ("gather lists", own, *kind), lists)
-            found = (_Group.of(one, members) for one in lists)
-            groups += found if len(parts) > 1 else ()
-            for group in () if len(parts) > 1 else found:
-                yield from _of_samples(_tasks_of_group(sample, group, dtype, copies), batch if all(fixed) else 0)
-        for group in _joined(groups, dtype):
-            yield from _of_samples(_tasks_of_group(sample, group, dtype, copies), batch if all(fixed) else 0)
-
-
-def _of_samples(tasks: Iterator[Task], batch: int) -> Iterator[Task]:
-    """Yield tasks, for each sample of a batch where it is not 0."""
-    for task in tasks:
-        yield from (replace(task, batch=sample) for sample in range(batch)) if batch else (task,)
+                    _keep(part, ("gather lists", sample, *kind), lists)
+            samples = range(batch) if fixed else (sample,)
+            yield from (_Group.of(one, tuple(samples), members) for one in lists)
 
 
 def _is_fixed(block_map: BlockMap, key_mask: Tensor | None, tail: Tail | None) -> bool:
@@ -161,9 +152,9 @@ def _dead_blocks(
 
 
 class _Group(NamedTuple):
-    """Blocks of queries that visit as many keys, see `Blocks`, with the heads of the call that share each of them."""
+    """Blocks of queries that visit as many keys, see `Blocks`, with the samples and heads that share each of them."""
 
-    heads: list[tuple[int, ...]]
+    users: list[tuple[tuple[int, int], ...]]
     rows: Tensor
     columns: Tensor
     pooled: int
@@ -172,21 +163,26 @@ class _Group(NamedTuple):
     empty: bool
 
     @classmethod
-    def of(cls, blocks: Blocks, members: tuple[int, ...]) -> _Group:
-        """Return the blocks of a map that is of some heads of the call."""
-        shared = is_shared(blocks.block_map)
-        heads = [members if shared else (members[owner],) for owner in blocks.owners]
+    def of(cls, blocks: Blocks, samples: tuple[int, ...], members: tuple[int, ...]) -> _Group:
+        """Return the blocks of a map that is of some samples and heads of the call."""
+        heads = [members if is_shared(blocks.block_map) else (members[owner],) for owner in blocks.owners]
+        users = [tuple((sample, head) for sample in samples for head in some) for some in heads]
         lists = (blocks.rows, blocks.columns, blocks.pooled, blocks.partial, blocks.hidden, blocks.empty)
-        return cls(heads, *lists)
+        return cls(users, *lists)
 
     @property
     def asks(self) -> bool:
         """Whether the rule is asked in each call."""
         return self.partial > 0 and self.hidden is None
 
+    @property
+    def size(self) -> int:
+        """Rows of all users."""
+        return sum(map(len, self.users)) * self.rows.shape[1]
+
     def is_small(self, dtype: torch.dtype) -> bool:
         """Return whether a task has room for several of the blocks."""
-        widest = max(map(len, self.heads))
+        widest = max(map(len, self.users))
         return not self.asks and 2 * widest * self.rows.shape[1] <= self.most_rows(dtype)
 
     def most_rows(self, dtype: torch.dtype) -> int:
@@ -196,37 +192,90 @@ class _Group(NamedTuple):
             return self.rows.shape[1]  # the fused kernel of one head
         return max(score_bytes(dtype) // (keys * dtype.itemsize), LEAST_ROWS)
 
+    def padded(self, columns: int, pooled: int, partial: int, end: int) -> _Group:
+        """Return the blocks with more keys, which don't count.
 
-def _joined(groups: list[_Group], dtype: torch.dtype) -> Iterator[_Group]:
-    """Yield groups, small blocks of several parts that visit as many keys together."""
+        Args:
+            columns: how many they have then, pooled ones among them.
+            pooled: how many of these are pooled ones.
+            partial: how many of the first keys may not count.
+            end: the position of a pooled key that doesn't count.
+        """
+        if (columns, pooled, partial) == (self.columns.shape[1], self.pooled, self.partial):
+            return self
+        before = columns - pooled - (self.columns.shape[1] - self.pooled)
+        again = self.columns[:, :1].expand(-1, before)  # of a key that is seen anyway: it may be NaN
+        wider = torch.nn.functional.pad(self.columns, (0, pooled - self.pooled), value=end)
+        wider = torch.cat([again, wider], dim=1)
+        assert self.hidden is not None, "only blocks with pairs that don't count are padded"
+        hidden = torch.nn.functional.pad(self.hidden, (before, 0), value=-torch.inf)
+        hidden = torch.nn.functional.pad(hidden, (0, partial - before - self.partial))
+        return self._replace(columns=wider, pooled=pooled, partial=partial, hidden=hidden)
+
+
+def _joined(groups: list[_Group], dtype: torch.dtype, end: int) -> Iterator[_Group]:
+    """Yield groups, small blocks that visit about as many keys together.
+
+    Args:
+        groups: all of a call.
+        dtype: of the scores.
+        end: the position of a pooled key that doesn't count.
+    """
     alike: dict[tuple[int, ...], list[_Group]] = {}
     for number, group in enumerate(groups):
         shape = (group.rows.shape[1], group.columns.shape[1], group.pooled, group.partial)
         alike.setdefault(shape if group.is_small(dtype) else (-1, number), []).append(group)
-    for some in alike.values():
-        if len(some) == 1:
-            yield some[0]
-            continue
-        hidden = [one.hidden for one in some if one.hidden is not None]
-        yield some[0]._replace(
-            heads=[heads for one in some for heads in one.heads],
-            rows=torch.cat([one.rows for one in some]),
-            columns=torch.cat([one.columns for one in some]),
-            hidden=torch.cat(hidden) if hidden else None,
-            empty=any(one.empty for one in some),
-        )
+    same = [_cat(some) for some in alike.values()]
+    ragged = [one for one in same if one.partial and one.is_small(dtype)]
+    yield from (one for one in same if not (one.partial and one.is_small(dtype)))
+    ragged.sort(key=lambda one: (one.rows.shape[1], one.columns.shape[1]))
+    while ragged:
+        first = ragged.pop()
+        while ragged and (both := _pad_together(first, ragged[-1], dtype, end)) is not None:
+            first, _ = both, ragged.pop()
+        yield first
 
 
-def _tasks_of_group(sample: int, group: _Group, dtype: torch.dtype, copies: list[int]) -> Iterator[Task]:
+def _pad_together(one: _Group, other: _Group, dtype: torch.dtype, end: int) -> _Group | None:
+    """Return two groups as one if that spares a task and adds few pairs; the first has no fewer keys."""
+    if one.rows.shape[1] != other.rows.shape[1]:
+        return None
+    pooled = max(one.pooled, other.pooled)
+    keys = max(each.columns.shape[1] - each.pooled for each in (one, other))
+    partial = keys - min(each.columns.shape[1] - each.pooled - each.partial for each in (one, other))
+    added = sum(each.size * (keys + pooled - each.columns.shape[1]) for each in (one, other))
+    if added > SPARED_PAIRS:
+        return None
+    wide = [each.padded(keys + pooled, pooled, partial, end) for each in (one, other)]
+    joined = _cat(wide)
+    before = sum(-(-each.size // each.most_rows(dtype)) for each in (one, other))
+    return joined if -(-joined.size // joined.most_rows(dtype)) < before else None
+
+
+def _cat(groups: list[_Group]) -> _Group:
+    """Return groups of blocks of the same sizes as one."""
+    if len(groups) == 1:
+        return groups[0]
+    hidden = [one.hidden for one in groups if one.hidden is not None]
+    return groups[0]._replace(
+        users=[users for one in groups for users in one.users],
+        rows=torch.cat([one.rows for one in groups]),
+        columns=torch.cat([one.columns for one in groups]),
+        hidden=torch.cat(hidden) if hidden else None,
+        empty=any(one.empty for one in groups),
+    )
+
+
+def _tasks_of_group(group: _Group, dtype: torch.dtype, copies: list[int]) -> Iterator[Task]:
     """Yield the tasks of a group: blocks together, or a large one of heads that share it by itself."""
     most = group.most_rows(dtype)
-    pairs = [(number, head) for number, heads in enumerate(group.heads) for head in heads]
-    repeated = len(pairs) > len(group.heads)
+    pairs = [(number, user) for number, users in enumerate(group.users) for user in users]
+    repeated = len(pairs) > len(group.users)
     size = 0 if group.hidden is None else group.hidden[0].nbytes * len(pairs)
     if group.asks or (repeated and (size > copies[0] or not group.is_small(dtype))):
-        for number, heads in enumerate(group.heads):
+        for number, users in enumerate(group.users):
             own = None if group.hidden is None else group.hidden[number]
-            yield from _split(sample, heads, (group.rows[number], group.columns[number]), own, group, most)
+            yield from _split(users, (group.rows[number], group.columns[number]), own, group, most)
         return
     rows, columns, hidden = group.rows, group.columns, group.hidden
     if repeated:
@@ -234,22 +283,20 @@ def _tasks_of_group(sample: int, group: _Group, dtype: torch.dtype, copies: list
         index = torch.tensor([number for number, _ in pairs], device=rows.device)
         rows, columns = rows.index_select(0, index), columns.index_select(0, index)
         hidden = None if hidden is None else hidden.index_select(0, index)
-    yield from _split(sample, tuple(head for _, head in pairs), (rows, columns), hidden, group, most)
+    yield from _split(tuple(user for _, user in pairs), (rows, columns), hidden, group, most)
 
 
 def _split(
-    sample: int,
-    heads: tuple[int, ...],
+    users: tuple[tuple[int, int], ...],
     lists: tuple[Tensor, Tensor],
     hidden: Tensor | None,
     group: _Group,
     most: int,
 ) -> Iterator[Task]:
-    """Yield tasks whose scores fit into the cache: some heads, or some of the queries of one.
+    """Yield tasks whose scores fit into the cache: some users, or some of the queries of one.
 
     Args:
-        sample: the sample.
-        heads: of each row of the lists, or those that share them.
+        users: sample and head of each row of the lists, or those that share them.
         lists: rows and columns, see `Task`.
         hidden: likewise.
         group: what else tasks have in common.
@@ -258,10 +305,10 @@ def _split(
     rows, columns = lists
     length, shared = rows.shape[-1], rows.ndim == 1
     step = -(-length // -(-length // most))  # pieces of about the same size
-    together = -(-len(heads) // -(-len(heads) // max(most // step, 1)))  # as many in each task
-    for first in range(0, len(heads), together):
+    together = -(-len(users) // -(-len(users) // max(most // step, 1)))  # as many in each task
+    for first in range(0, len(users), together):
         some = slice(first, first + together)
-        numbers = torch.tensor(heads[some], device=rows.device)[:, None]  # (G, 1)
+        samples, heads = torch.tensor(users[some], device=rows.device).T[..., None]  # (G, 1) each
         for start in range(0, length, step):
             piece = slice(start, start + step)
             if shared:
@@ -270,4 +317,4 @@ def _split(
             else:
                 picked = rows[some, piece], columns[some]
                 part = None if hidden is None else hidden[some, piece]
-            yield Task(sample, numbers, *picked, group.pooled, group.partial, part, group.empty)
+            yield Task(samples, heads, *picked, group.pooled, group.partial, part, group.empty)
