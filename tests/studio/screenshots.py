@@ -62,7 +62,7 @@ class Camera:
             self.page.wait_for_timeout(1500)  # until transitions and late fonts have settled
             data = self.page.screenshot(full_page=True)
             with Image.open(io.BytesIO(data)) as shot:
-                shot.convert("RGB").save(self._folder / f"{name}-{width}.webp", quality=80, method=6)
+                shot.convert("RGB").save(self._folder / f"{name}-{width}.webp", quality=60, method=6)
         self.page.set_viewport_size({"width": 1280, "height": WIDTHS[1280]})
 
     def open(self, tab: str) -> None:
