@@ -84,6 +84,18 @@ def test_on_a_pipeline_and_off_again(name: str) -> None:
     assert not attachments(pipe)
 
 
+@pytest.mark.parametrize("name", ["text_dit", "flux", "pixart"])
+@pytest.mark.parametrize("part", ["w4a8", "svdquant:w8a8"])
+def test_it_is_what_quantize_does_in_place(name: str, part: str) -> None:
+    pipe, other = tiny_pipeline(name), tiny_pipeline(name)
+    quantize_(other, *QuantizationPart.from_text(part).values())
+    wanted = paint(other, name)
+    with config(part).apply(pipe):
+        assert torch.equal(paint(pipe, name), wanted)
+        assert [type(one) for one in pipe.transformer.modules()] == [type(one) for one in other.transformer.modules()]
+        assert quantization_of(pipe.transformer) == quantization_of(other.transformer)
+
+
 @pytest.mark.parametrize("name", ["next-scale class", "next-scale text"])
 def test_next_scale_models_and_their_scales(name: str) -> None:
     pipe = make(name)
@@ -250,6 +262,21 @@ def test_a_lora_first_or_later_gives_the_same_and_goes_in_any_order(adapter: Pat
     handle.undo()
     assert torch.equal(paint(pipe, "text_dit"), plain)
     assert (later - adapted).norm() < 0.3 * (adapted - plain).norm()
+
+
+def test_a_lora_on_a_projection_that_was_joined_with_its_gelu_stays_on() -> None:
+    pipe, other = tiny_pipeline("flux"), tiny_pipeline("flux")
+    adapter = peft.LoraConfig(r=2, target_modules=["net.0.proj"], init_lora_weights=False)
+    with config("w8a8").apply(pipe):
+        torch.manual_seed(0)
+        pipe.transformer.add_adapter(adapter)
+        later = paint(pipe, "flux")
+    torch.manual_seed(0)
+    other.transformer.add_adapter(adapter)
+    adapted = paint(other, "flux")
+    assert torch.equal(paint(pipe, "flux"), adapted)
+    with config("w8a8").apply(other):
+        assert (paint(other, "flux") - later).norm() < 0.02 * later.norm()
 
 
 def test_a_lora_is_not_fused_into_codes(adapter: Path) -> None:
