@@ -1,7 +1,7 @@
 """Configuration files: TOML in, frozen pydantic models out; an unknown key is an error that says what was meant.
 
-A file has `[run]`, `[optimizer]` and `[task]` (with `kind`) for every task; the task named by `kind` adds its own
-sections, usually `[data]` and `[model]`, by subclassing `TrainConfig`.
+A file has `[run]`, `[optimizer]` and `[task]` (with `kind`) for every task, and `[quantization]` if it trains rounded
+weights; the task named by `kind` adds its own sections, usually `[data]` and `[model]`, by subclassing `TrainConfig`.
 """
 
 import copy
@@ -12,9 +12,12 @@ import tomllib
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    from dit.quant.training import TrainedQuantization
 
 _Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -163,6 +166,42 @@ class OptimizerConfig(Section):
         return self
 
 
+class QuantizationSection(Section):
+    """Training with rounded weights and inputs, for models that will run quantized; see `dit.quant.training`.
+
+    The export is the quantized model (of adapters only these, which learned beside rounded weights).
+
+    Attributes:
+        bits: Formats of weights and activations, such as `w4a8`.
+        networks: Which of the trained networks round.
+        skip: Regular expressions of layers that stay as they are.
+        width: Range of the levels in mean magnitudes of the weights; unset suits networks that were trained before.
+        anneal_fraction: Share of the run, at its end, in which only weights between two levels still move.
+        boundary: How near to the middle between two levels these are, as a share of their distance.
+    """
+
+    bits: str = "w4a8"
+    networks: list[str] = Field(default=["transformer"], min_length=1)
+    skip: list[str] = []
+    width: float | None = Field(default=None, gt=0)
+    anneal_fraction: float = Field(default=0.1, ge=0, le=1)
+    boundary: float = Field(default=0.005, gt=0, le=0.5)
+
+    def settings(self) -> "TrainedQuantization":
+        """Return what `dit.quant.training` makes of it."""
+        from dit.quant.training import TrainedQuantization
+
+        return TrainedQuantization(self.bits, tuple(self.skip), self.width, self.boundary)
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> "QuantizationSection":
+        try:
+            self.settings()
+        except ValueError as error:
+            raise ValueError(f"quantization.{error}") from error
+        return self
+
+
 class TaskSection(Section):
     """The `[task]` section; tasks add their own settings.
 
@@ -179,6 +218,7 @@ class TrainConfig(Section):
     run: RunConfig
     optimizer: OptimizerConfig
     task: TaskSection
+    quantization: QuantizationSection | None = None
 
 
 Override = tuple[tuple[str, ...], Any]

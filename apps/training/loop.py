@@ -26,6 +26,7 @@ from apps.training.compile import compile_blocks, uncompiled
 from apps.training.config import TrainConfig
 from apps.training.ema import weight_average
 from apps.training.optimizer import make_optimizer
+from apps.training.rounding import RoundedLayers
 from apps.training.run_logger import RunLogger
 from apps.training.schedule import learning_rate
 from apps.training.task import ComparesCheckpoints, Task, TaskContext, task_class
@@ -100,6 +101,7 @@ class Trainer:
         set_seed(options.seed)  # the same weights on every process
         new_task: Any = task_class(config.task.kind)
         self.task: Task = new_task(config, self._context())
+        self.rounded = RoundedLayers(self.task.modules(), config.quantization, options.steps)
         if options.compile:
             compile_blocks(self.task.modules())
         self.model = self.accelerator.prepare(LossModule(self.task, self.accelerator.num_processes > 1))
@@ -161,16 +163,18 @@ class Trainer:
                 loss, values = self.model(batch)
                 accelerator.backward(loss / accumulation)
             window.add(loss, values)
-        # clip the gradient
-        norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), settings.max_grad_norm)
-        # determine and set the learning rate for this step
-        rate = learning_rate(state.step, self.options.steps, settings)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        window.rate, window.norm = rate * state.optimizer.param_groups[0].get("d", 1.0), norm  # d: Prodigy's estimate
-        # update the weights, and free the gradients right after
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        with self.rounded.around_step(state.step):
+            # clip the gradient
+            norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), settings.max_grad_norm)
+            # determine and set the learning rate for this step
+            rate = learning_rate(state.step, self.options.steps, settings)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            window.rate = rate * state.optimizer.param_groups[0].get("d", 1.0)  # d: Prodigy's estimate
+            window.norm = norm
+            # update the weights
+            state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)  # free the gradients right after
         # update the average of the weights
         self.ema.update(state.step)
         state.step += 1
