@@ -1,4 +1,7 @@
-"""Products of int8 matrices by `torch._int_mm`, on CPUs and GPUs; int4 and int6 weights are unpacked part by part."""
+"""Products of int8 matrices by `torch._int_mm`, on CPUs and GPUs; int4 and int6 weights are unpacked part by part.
+
+On GPUs the sums become the output in one pass of a Triton kernel, where Triton is there.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dit.quant.activations import OFFSET, spread_scales
 from dit.quant.formats import weight_format
 from dit.quant.formats.packing import int4_to_int8, unpack_sixes
 from dit.quant.kernels.contract import LinearKernel, Use, Weights, activate, compute_dtype, has_integer_activations
+from dit.quant.kernels.triton_int8 import why_no_triton
 from dit.runtime.scratch import scratch
 
 PART = 1152
@@ -36,6 +40,8 @@ def multiply(weights: Weights, x: Tensor, use: Use) -> Tensor:
     values, missing = codes.values, LEAST_ROWS - len(codes.values)
     if values.device.type == "cuda" and missing > 0:
         values = torch.cat([values, values.new_zeros(missing, values.shape[1])])
+    if values.device.type == "cuda" and not why_no_triton():
+        return _multiply_on_gpu(weights, values, scale, x, use)
     out = torch.empty(len(codes.values), weights.rows, dtype=x.dtype, device=x.device)  # (M, N)
     width = weights.rows if x.device.type == "cuda" else PART
     unpacked = None
@@ -46,6 +52,25 @@ def multiply(weights: Weights, x: Tensor, use: Use) -> Tensor:
     return activate(out, use.after)
 
 
+def _multiply_on_gpu(weights: Weights, values: Tensor, scale: Tensor, x: Tensor, use: Use) -> Tensor:
+    """Multiply codes (M', K), and scale, add and activate in one pass over the sums; (M, N)."""
+    from dit.quant.kernels.triton_product import finish_sums
+
+    out = torch.empty(len(x), weights.rows, dtype=x.dtype, device=x.device)  # (M, N)
+    sums = torch._int_mm(values, _part(weights, 0, weights.rows, None).t())  # (M', N)
+    finish_sums(
+        sums[: len(x)],
+        scale,
+        weights.tensors["weight_scale"].float(),
+        out,
+        bias=weights.shifted_bias(torch.float32),
+        input_sums=weights.input_sums,
+        offset=OFFSET,
+        after=use.after,
+    )
+    return out
+
+
 def _part(weights: Weights, start: int, end: int, memory: Tensor | None) -> Tensor:
     """Return the codes of some outputs' weights, int8, (n, K); they may be in the memory that is given."""
     tensors = weights.tensors
@@ -54,7 +79,7 @@ def _part(weights: Weights, start: int, end: int, memory: Tensor | None) -> Tens
     if weights.scheme.weights == "int6":
         return unpack_sixes(tensors["weight"][start:end], weights.columns).view(torch.int8) - 32
     packed, multiplier, zero = (tensors[name][start:end] for name in ("weight", "weight_multiplier", "weight_zero"))
-    group = weights.scheme.group or weight_format("int4").group
+    group = weight_format("int4").resolve_group(weights.scheme.group)
     kept = None if memory is None or len(memory) != end - start else memory
     return int4_to_int8(packed, multiplier, zero, group, weights.columns, out=kept)
 

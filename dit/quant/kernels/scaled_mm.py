@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dit.quant.activations import SMALLEST
 from dit.quant.kernels.contract import LinearKernel, Use, Weights, activate
+from dit.quant.kernels.triton_int8 import why_no_triton
 
 LARGEST = 448.0
 """Largest number of float8 e4m3."""
@@ -24,24 +25,38 @@ def multiply(weights: Weights, x: Tensor, use: Use) -> Tensor:
     Returns:
         (M, N) in the dtype of `x`.
     """
-    static = weights.tensors.get("input_scale")
-    if static is None:
-        scale = (x.abs().amax(dim=-1, keepdim=True).float() / LARGEST).clamp(min=SMALLEST)  # (M, 1)
-    else:
-        scale = static.reshape(1, 1).expand(len(x), 1).contiguous()
-    rounded = (x.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)  # (M, K)
+    rounded, scale = rounded_rows(x, weights.tensors.get("input_scale"))  # (M, K), (M, 1)
     out = torch._scaled_mm(
         rounded,
         weights.tensors["weight"].t(),
         scale_a=scale,
         scale_b=weights.tensors["weight_scale"].reshape(1, -1).float(),
-        bias=None,
+        bias=None if weights.bias is None else weights.bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,  # the only one that products with scales of rows have
         use_fast_accum=True,
     )  # (M, N)
-    if weights.bias is not None:
-        out = out.add_(weights.bias.to(out.dtype))
     return activate(out.to(x.dtype), use.after)
+
+
+def rounded_rows(x: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Round activations to float8 with a scale for each token: in one pass where Triton is there and they are on a GPU.
+
+    Args:
+        x: (M, K).
+        static: scale of all tokens, one number, or None.
+
+    Returns:
+        (M, K) of float8 e4m3 and the scales, float32, (M, 1).
+    """
+    if x.device.type == "cuda" and not why_no_triton():
+        from dit.quant.kernels.triton_rows import round_rows_to_float8
+
+        return round_rows_to_float8(x, static)
+    if static is None:
+        scale = (x.abs().amax(dim=-1, keepdim=True).float() / LARGEST).clamp(min=SMALLEST)  # (M, 1)
+    else:
+        scale = static.reshape(1, 1).expand(len(x), 1).contiguous()
+    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
 
 
 def _refusal(weights: Weights, x: Tensor) -> str:

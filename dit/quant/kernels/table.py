@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dit.quant.kernels import dequantize, int_mm, onednn, scaled_mm
+from dit.quant.kernels import dequantize, int_mm, onednn, scaled_mm, triton_int8
 from dit.quant.kernels.contract import LinearKernel, Weights
 
 
 def linear_kernels() -> dict[str, LinearKernel]:
     """Return the kernels by name, the fastest first; the last can multiply everything."""
-    found = (onednn.KERNEL, scaled_mm.KERNEL, int_mm.KERNEL, dequantize.KERNEL)
+    found = (onednn.KERNEL, scaled_mm.KERNEL, triton_int8.KERNEL, int_mm.KERNEL, dequantize.KERNEL)
     return {one.name: one for one in found}
 
 
