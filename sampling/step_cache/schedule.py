@@ -14,34 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dit.runtime.noise_levels import remaining_error
+
 RIDGE = 1e-5
 """Added to the diagonal in least squares, as a fraction of its mean."""
 
 SEPARATE_ERROR_WEIGHT = 1.0
 """Weight of each step's own squared error against the summed error in the local search: the cancellation of errors
 seen in calibration is trusted only half."""
-
-
-SIGMA_DATA = 0.5
-"""Standard deviation of the data for `remaining_error`, as in EDM (arXiv 2206.00364, sigma_data)."""
-
-
-def remaining_error(sigmas: Sequence[float]) -> np.ndarray:
-    """Return the factor by which the rest of a run multiplies an error made at each noise level.
-
-    Later steps see the error and correct part of it, so late errors count more. Latents are `k data + sigma noise`; for
-    Gaussian data of deviation s the flow shrinks all distances as the deviation of the latents, hence
-    `s / sqrt((k s)^2 + sigma^2)`.
-
-    Args:
-        sigmas: noise levels, (N,); k is 1 - sigma, or 1 where one exceeds 1 (models of the noise).
-
-    Returns:
-        (N,).
-    """
-    levels = np.asarray(sigmas, np.float64)
-    share = np.ones_like(levels) if levels.max() > 1 else 1 - levels  # (N,): k
-    return SIGMA_DATA / np.hypot(share * SIGMA_DATA, levels)
 
 
 @dataclass(frozen=True)
