@@ -15,7 +15,8 @@ to other prompts, sizes, guidance and schedulers.
 `tessera bench attention-plan` searches a plan of sparse attention for the model of clips and measures it end to end.
 `tessera bench attention-gpu` times the Triton kernel of sparse attention beside a GPU's best dense attention.
 `tessera bench attention-corrections` says how near corrections bring sparse attention to dense attention.
-`tessera bench quantization` times quantized layers and a block of DiT-XL on a CPU, with rivals in the same run.
+`tessera bench quantization` times quantized layers and a block of DiT-XL on a CPU, with rivals in the same run;
+`tessera bench quantization-quality` compares what built-in models generate with quantized networks, ours and others'.
 `tessera bench training` trains several configurations, or reads what they have logged, and compares validation losses.
 """
 
@@ -224,6 +225,13 @@ def bench_quantization(asked: Asked) -> dict[str, Any]:
     return implementation.bench_quantization(asked)
 
 
+def bench_quantization_quality(asked: Asked) -> dict[str, Any]:
+    """Compare what quantized networks generate; see `apps.benchmarks.quantization_quality`."""
+    from apps.benchmarks import quantization_quality as implementation
+
+    return implementation.bench_quality(asked)
+
+
 def bench_attention_gpu(asked: Asked) -> dict[str, Any]:
     """Measure the Triton kernel of sparse attention; see `apps.benchmarks.attention_gpu`."""
     from apps.benchmarks import attention_gpu as implementation
@@ -259,6 +267,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "attention-corrections": bench_attention_corrections,
     "attention-gpu": bench_attention_gpu,
     "quantization": bench_quantization,
+    "quantization-quality": bench_quantization_quality,
     "training": bench_training,
 }
 
