@@ -5,8 +5,9 @@ A `TokenGrid` says what the tokens are, `pattern(name, grid)` which pairs of blo
 file), `kernels/` (one contract), `corrections/` (what stands for the pairs left out).
 
 An `AttentionPlan` says what each layer and head of a network computes at each noise level, and `attach` has the network
-do it; `search_plan` finds one. Files: `choices`, `plan`, `mechanism`, `planned_layer`, `survey`, `search`, `costs`.
-These names are imported on first use, because they know networks, which import attention.
+do it; `search_plan` finds one. Files: `choices`, `plan`, `mechanism`, `planned_layer`, `decisions` (what a kind of call
+computes), `map_cache`, `merged_map` (heads that differ in one launch), `survey`, `search`, `costs`. These names are
+imported on first use, because they know networks, which import attention.
 """
 
 from importlib import import_module

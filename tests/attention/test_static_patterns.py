@@ -199,6 +199,20 @@ def test_lvsa_takes_further_anchors() -> None:
     assert seen[:, 20:24].all()
 
 
+def test_anchors_of_lvsa_follow_a_step_that_is_known() -> None:
+    grid = TokenGrid(9, 2, 2)
+    at = {step: pattern("lvsa", grid, window=0, interval=4, offset="step", step=step).to_mask() for step in (2, 11)}
+    assert torch.equal(at[2], pattern("lvsa", grid, window=0, interval=4, offset=2).to_mask())
+    assert torch.equal(at[2], at[11]), "they repeat after as many steps as there are frames"
+    assert pattern_info("lvsa").period_of(grid, {"offset": "step"}) == 9
+    assert pattern_info("lvsa").period_of(grid, {"offset": 3}) == 1
+    assert pattern_info("radial").period_of(grid, {}) == 1
+    with pytest.raises(ValueError, match="offset is 'step' and step None"):
+        pattern("lvsa", grid, offset="step")
+    with pytest.raises(ValueError, match="offset is 'last'"):
+        pattern("lvsa", grid, offset="last", step=1)
+
+
 @PROPERTY
 @given(grid=grids(4), data=st.data(), block=BLOCKS)
 def test_paro(grid: TokenGrid, data: st.DataObject, block: int) -> None:
