@@ -27,7 +27,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="As --model; for released the clone's folder; for training configuration files, the baseline first.",
+            help="As --model; for released the clone's folder; for training configuration files, the baseline first; "
+            "for quantization tables (linear, block, pipeline, size, error).",
         ),
     ] = None,
     model: Annotated[
@@ -108,7 +109,7 @@ def bench(
     from apps.benchmarks.run import run
 
     names = names or []
-    if what != "training" and len(names) > 1:
+    if what not in ("training", "quantization") and len(names) > 1:
         raise typer.BadParameter(f"{what} measures one model, not {len(names)}: {', '.join(names)}")
     run(
         what=what,

@@ -83,7 +83,7 @@ def run(
         trigger: what asks for what it learned: words behind the prompts, or the name of the object; None takes that of
             the benchmark.
         json_output: print JSON instead of a table.
-        names: configuration files, for training.
+        names: configuration files, for training; tables, for quantization.
         steps: of generating, for lora-style and lora-object; None is the model's own.
         guidance: the same.
         beside: file of a LoRA that is on all the time, such as one for few steps.

@@ -16,7 +16,7 @@ def test_the_benchmark_of_quantization_runs(tmp_path: Path) -> None:
     layers = {row["shape"].split(": ")[1]: row for row in tables["linear layers"]}
     assert layers["torch bfloat16"]["gain"] == 1.0
     assert layers["ours W8A8 plain"]["error"] < 0.02 < layers["ours W4A8 g64"]["error"] < 0.1
-    block = {row["shape"].split(": ")[1]: row for row in tables["a block of DiT-XL"]}
+    block = {row["shape"].split(": ")[1]: row for row in tables["block of DiT-XL"]}
     assert block["torch float32"]["error"] == 0.0
     assert block["ours W8A8 viditq"]["error"] < 0.03
     sizes = {row["format"]: row["times smaller"] for row in tables["size"]}

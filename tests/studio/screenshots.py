@@ -1,7 +1,8 @@
 """Take the images of the studio's tabs that the documents show: `python -m tests.studio.screenshots docs/studio`.
 
 Generates with the built-in models in a server of its own, opens the page in a headless Chromium and keeps each tab at
-the width of a desk, one of them on a phone too. Another run on the same machine gives the same images but for the times.
+the width of a desk, one of them on a phone too. Another run on the same machine gives the same images but for the
+times.
 """
 
 from __future__ import annotations
