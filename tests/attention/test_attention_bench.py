@@ -1,13 +1,17 @@
 """The benchmark of attention runs, and reports ratios under names that runs of other days have too."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from apps.benchmarks import attention
+from apps.benchmarks import attention, attention_plan
 from apps.benchmarks.run import run
 from apps.benchmarks.runs import has_ratios, ranges
+from dit.attention.search import Survey
 
 
 def test_a_short_run_measures_all_tables() -> None:
@@ -36,7 +40,16 @@ def test_maps_deliver_what_they_say() -> None:
         assert torch.equal(block_map.visits.sum(-1).unique(), torch.tensor([11]))
 
 
-def test_a_searched_plan_is_measured_end_to_end(tmp_path: Path) -> None:
+def test_a_searched_plan_is_measured_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    surveys: dict[str, Survey] = {}
+    measure = attention_plan._survey
+
+    def once(pipe: Any, prompts: Sequence[str], arguments: dict[str, Any]) -> Survey:
+        asked = repr((prompts, arguments))
+        surveys[asked] = surveys.get(asked) or measure(pipe, prompts, arguments)
+        return surveys[asked]
+
+    monkeypatch.setattr(attention_plan, "_survey", once)  # two tables ask for the same one
     report = run("attention-plan", smoke=True, prompts=2, output=tmp_path / "plan.json", json_output=True)
     assert set(report["tables"]) == {"candidates of one density", "searched", "end to end", "judged"}
     assert {row["corrections"] for row in report["tables"]["searched"]} == {"none", "none or pooled_tail", "all"}
@@ -44,5 +57,6 @@ def test_a_searched_plan_is_measured_end_to_end(tmp_path: Path) -> None:
     assert end["tokens"] == 180
     assert 0.15 < end["computed"] < 0.8  # four steps: every range of noise levels begins with a refresh
     assert report["tables"]["judged"][0]["clips"] == 2
+    assert len(surveys) == 1
     kept = json.loads((tmp_path / "plan.json").read_text())
     assert {row["ratio"] for row in kept["ranges"]} == {"gain"}

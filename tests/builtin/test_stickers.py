@@ -1,7 +1,5 @@
 """The shipped model generates what it is asked for, at its size, from the network alone."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from apps.stickers import SceneMix, SceneSampler, caption, load_sprites
 from apps.stickers.judge import Judge, score
 from dit.runtime.metrics import psnr
 from pipelines import builtin_models, load_pipeline
+from tests.fresh import run_python
 
 FOLDER = Path(pipelines.__file__).parent / "pretrained" / "stickers"
 MIB = 2**20
@@ -93,5 +92,5 @@ def test_the_pictures_come_from_the_network_alone(tmp_path):
         " generator=torch.Generator().manual_seed(1)).images[0]\n"
         "image.save(sys.argv[1])\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "panda.png")], check=True, capture_output=True)
+    run_python("-c", code, tmp_path / "panda.png")
     assert (tmp_path / "panda.png").stat().st_size > 500

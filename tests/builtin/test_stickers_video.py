@@ -1,7 +1,5 @@
 """The shipped model of clips generates what it is asked for, at its size, from the network alone."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from apps.stickers.scene import BASIC_COLOURS
 from dit.runtime.metrics import psnr
 from pipelines import VideoCompletionPipeline, VideoMask, builtin_models, load_pipeline
 from pipelines.inputs.words import read_words
+from tests.fresh import run_python
 
 FOLDER = Path(pipelines.__file__).parent / "pretrained" / "stickers-video"
 MIB = 2**20
@@ -102,7 +101,7 @@ def test_the_clips_come_from_the_network_alone(tmp_path):
         " generator=torch.Generator().manual_seed(1)).frames[0]\n"
         "frames[0].save(sys.argv[1], save_all=True, append_images=frames[1:])\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "fox.gif")], check=True, capture_output=True)
+    run_python("-c", code, tmp_path / "fox.gif")
     assert (tmp_path / "fox.gif").stat().st_size > 2000
 
 

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -33,6 +31,7 @@ from apps.stickers import load_sprites
 from apps.stickers.moving import load_clips, render_clip
 from apps.stickers.moving.scene import ClipScene, MovingSticker, Pose
 from apps.stickers.vocabulary import COMMON
+from tests.fresh import run_python
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 
@@ -84,8 +83,7 @@ def test_a_track_is_told_from_others():
 
 @pytest.mark.parametrize(("kind", "suffix"), [("object", ".png"), ("motion", ".mp4")])
 def test_the_command_writes_files_with_captions(kind, suffix, tmp_path):
-    command = [sys.executable, "-m", "apps.lora_examples", kind, str(tmp_path / "files")]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    _, shown, _ = run_python("-m", "apps.lora_examples", kind, tmp_path / "files")
     files = sorted(path for path in (tmp_path / "files").iterdir() if path.suffix != ".txt")
     assert shown.startswith("24 files")
     assert len(files) == 24

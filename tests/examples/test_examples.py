@@ -1,7 +1,5 @@
 """The scripts of examples/ run as they stand there, and are short."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ from PIL import Image
 
 from tests.architecture.sources import ROOT
 from tests.families.tiny import tiny_pipeline
+from tests.fresh import run_python
 
 EXAMPLES = ROOT / "examples"
 FEW_STEPS = ("--steps", "2", "--set", "run.batch_size=2", "--set", "data.pool_size=8", "--set", "run.validate_every=2",
@@ -17,11 +16,9 @@ FEW_STEPS = ("--steps", "2", "--set", "run.batch_size=2", "--set", "data.pool_si
 
 def run(name: str, *arguments: str | Path) -> str:
     """Run an example in a process of its own; returns what it prints."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    _, out, _ = run_python(EXAMPLES / f"{name}.py", *arguments, env=environment)
+    return out
 
 
 def test_each_is_short_and_tested() -> None:

@@ -1,7 +1,5 @@
 """DiT and SiT: equal to the released code, and good citizens of diffusers."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit.convert.dit import from_official
 from dit.models.dit import PRESETS, DiT
-from tests.conftest import ROOT
+from tests.fresh import run_python
 from tests.models import dit_reference as ref
 
 FAMILIES = ("dit", "sit")
@@ -171,8 +169,7 @@ def test_saves_and_loads_in_a_fresh_process(tmp_path: Path) -> None:
         "found = model(ref.inputs(8), torch.tensor(0.75), torch.tensor(ref.LABELS)).sample\n"
         f"assert torch.equal(found, torch.load({str(tmp_path / 'expected.pt')!r}))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", code)
 
 
 def test_half_precision_stays_close() -> None:

@@ -1,7 +1,5 @@
 """Class label to image: the released samplers' trajectories, and the call that diffusers users know."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from dit.convert.dit import from_official
 from dit.tokenizers import ViTAutoencoder
 from pipelines.class_to_image import ClassToImagePipeline
 from sampling.schedulers import FlowMatchSDEScheduler
-from tests.conftest import ROOT
+from tests.fresh import run_python
 from tests.models import dit_reference as ref
 
 SIZE = 8
@@ -254,8 +252,7 @@ def test_saves_and_loads_in_a_fresh_process(tmp_path: Path) -> None:
         "assert pipe.scheduler.config.diffusion_norm == 0.5\n"
         f"assert torch.equal(pipe{call}, torch.load({str(tmp_path / 'expected.pt')!r}))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", code)
 
 
 class TestFlowMatchSDEScheduler:

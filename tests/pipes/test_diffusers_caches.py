@@ -1,22 +1,18 @@
 """Step caches of diffusers work on our pipelines once they are imported, with nothing else called before."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.fresh import run_python
 from tests.pipes.diffusers_caches import CONFIGS, PIPELINES
 
 
 @pytest.fixture(scope="module")
 def told():
     """What a fresh process tells."""
-    command = [sys.executable, "-m", "tests.pipes.diffusers_caches"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    _, out, _ = run_python("-m", "tests.pipes.diffusers_caches")
+    return json.loads(out)
 
 
 @pytest.mark.parametrize("cache", CONFIGS)

@@ -20,6 +20,7 @@ from pipelines.loading import load, model_index, sources
 from pipelines.loading.load import load_pipeline
 from pipelines.loading.model_index import COMPONENT_MODULES
 from pipelines.text_to_image import TextToImagePipeline
+from tests.fresh import run_python
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -38,12 +39,6 @@ def picture(saved):
 def paint(pipe, seed=3):
     pipe.set_progress_bar_config(disable=True)
     return pipe("a red apple", generator=torch.Generator().manual_seed(seed), **PAINT).images
-
-
-def in_fresh_process(code, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
 
 
 @pytest.fixture
@@ -66,14 +61,14 @@ pipe = load_pipeline(sys.argv[1], device="cpu")
 picture = pipe("a red apple", generator=torch.Generator().manual_seed(3), num_inference_steps=2, output_type="pt")
 save_file({"picture": picture.images}, sys.argv[2])
 """
-    done = in_fresh_process(code, saved, tmp_path / "picture.safetensors")
-    assert done.returncode == 0, done.stderr
+    run_python("-c", code, saved, tmp_path / "picture.safetensors")
     assert torch.equal(load_file(tmp_path / "picture.safetensors")["picture"], picture)
 
 
 def test_importing_pipelines_imports_nothing_heavy():
     code = "import sys, pipelines; dir(pipelines); print([m for m in ('torch', 'diffusers') if m in sys.modules])"
-    assert in_fresh_process(code).stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_lazy_names():

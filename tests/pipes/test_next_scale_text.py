@@ -1,7 +1,5 @@
 """Generating scale by scale from text: the released sampler's bits, sizes, guidance, and what is refused."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor
 from dit.layers.resolutions import SCALE_SCHEDULES
 from dit.models.next_scale import NextScaleTransformer
 from pipelines import NextScaleClassToImagePipeline, NextScaleTextToImagePipeline, load_pipeline
+from tests.fresh import run_python
 from tests.models import infinity_reference as ref
 from tests.models import tiny_infinity, tiny_next_scale
 from tests.pipes.tiny import tiny_components
@@ -205,7 +204,7 @@ def test_loads_in_a_fresh_process_and_paints_the_same(tmp_path: Path) -> None:
         f"out = pipe('a cat', generator=torch.Generator().manual_seed({ref.SEED}), output_type='latent').images;"
         "torch.save(out, sys.argv[2])"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path, tmp_path / "out.pt"], check=True)
+    run_python("-c", code, tmp_path, tmp_path / "out.pt")
     assert torch.allclose(torch.load(tmp_path / "out.pt"), expected, atol=1e-4)
 
 

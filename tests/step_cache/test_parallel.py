@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +10,19 @@ import pytest
 from dit.runtime.hooks import AttachError
 from sampling.parallel import GuidanceParallel, context_parallel
 from tests.families.tiny import tiny_pipeline
+from tests.fresh import Python
 from tests.step_cache.two_processes import NAMES
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "tests.step_cache.two_processes"]
     files = [str(folder / "store"), str(folder / "result")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([*command, str(rank), *files], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
+    processes = [Python("-m", "tests.step_cache.two_processes", str(rank), *files, env=environment) for rank in (0, 1)]
     for process in processes:
-        _, told = process.communicate(timeout=170)
-        assert process.returncode == 0, told[-2000:]
+        _, told = process.communicate(170)
+        assert process.poll() == 0, told[-2000:]
     return [json.loads(Path(f"{files[1]}.{rank}").read_text()) for rank in (0, 1)]
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from apps.commands import evaluate
-from apps.stickers import BASIC_COLOURS, COLOURS, COMMON, STARTER, load_sprites, render, unique_keywords
+from apps.stickers import BASIC_COLOURS, COLOURS, COMMON, STARTER, SpriteSheet, load_sprites, render, unique_keywords
 from apps.stickers.contact_sheet import contact_sheet
 from apps.stickers.judge import Judge
 from apps.stickers.prompt_sets import SETS, draw_requests, further_sheet_requests, sheet_requests
@@ -49,7 +49,10 @@ def test_a_painter_of_something_else_gets_none(examiner: evaluate.Evaluator) -> 
     assert result["colour"] < 0.6
 
 
-def test_a_random_model_is_reported(tmp_path: Path) -> None:
+def test_a_random_model_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [SHEET.index(name) for name in STARTER]  # the second judge looks at every sticker that it knows
+    small = SpriteSheet(STARTER, tuple(SHEET.keywords[row] for row in rows), SHEET.pixels[rows])
+    monkeypatch.setattr(evaluate, "load_sprites", lambda: small)
     model = tmp_path / "tiny"
     tiny_text_to_image_pipeline().save_pretrained(model)
     with pytest.raises(ValueError, match=r"no vocabulary\.txt"):

@@ -5,22 +5,19 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 import uuid
 from contextlib import ExitStack
-from pathlib import Path
 
 import httpx
 import pytest
 from starlette.requests import Request
 
 from apps.api.ending import EndingApp
+from tests.fresh import Python
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
-PROJECT = Path(__file__).resolve().parents[2]
 LONG = {"prompt": "a fox", "steps": 200}
 
 
@@ -38,23 +35,10 @@ def wait_for_address(process, log, seconds=150):
 @pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])
 def test_a_server_with_open_streams_ends_cleanly(tmp_path, word):
     tiny_text_to_image_pipeline().save_pretrained(tmp_path / "tiny")
-    out, err = tmp_path / "stdout", tmp_path / "stderr"
-    command = [
-        sys.executable,
-        "-m",
-        "apps",
-        "serve",
-        "--model",
-        str(tmp_path / "tiny"),
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    with out.open("w") as stdout, err.open("w") as stderr, ExitStack() as opened:
-        process = subprocess.Popen(
-            [*command, "--output", str(tmp_path / "out")], stdout=stdout, stderr=stderr, cwd=PROJECT
-        )
+    command = ["-m", "apps", "serve", "--model", tmp_path / "tiny", "--port", "0", "--device", "cpu"]
+    process = Python(*command, "--output", tmp_path / "out")
+    out, err = process.files
+    with ExitStack() as opened:
         opened.callback(process.kill)
         address = wait_for_address(process, out)
         client = opened.enter_context(httpx.Client(base_url=address, trust_env=False, timeout=60))

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -21,6 +18,7 @@ from apps.service.metadata import MetadataError, read_picture
 from apps.service.model_pool import name_models
 from apps.service.option_text import parse_size
 from apps.service.usage import UsageError
+from tests.fresh import Python
 from tests.studio.fakes import FakePipeline
 
 
@@ -189,17 +187,17 @@ def test_ctrl_c_leaves_130_and_no_file(tmp_path):
         threading.Thread(target=tell, daemon=True).start()
         cli.main(["generate", "x", "-o", sys.argv[1] + "/a.png", "--steps", "150", "--device", "cpu"])
     """)
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.PIPE, env=os.environ)
+    process = Python("-c", script, tmp_path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "started").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error.decode()
+    _, error = process.communicate(60)
+    assert process.poll() == 130, error
     assert [file.name for file in tmp_path.iterdir()] == ["started"]
-    assert b"Traceback" not in error
+    assert "Traceback" not in error
 
 
 def test_unknown_words_of_the_prompt_are_told(tmp_path, capsys):

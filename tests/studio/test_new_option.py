@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
+
+from tests.fresh import run_python
 
 FIELD = """
     sharpness: Annotated[
@@ -121,17 +121,9 @@ def test_a_field_an_argument_and_a_label_make_an_option(tmp_path, root):
         strings = apps / "studio" / "strings" / f"{language}.json"
         strings.write_text(json.dumps({**json.loads(strings.read_text("utf-8")), "sharpness": label}), "utf-8")
     (tmp_path / "out").mkdir()
-    path = os.pathsep.join([str(tmp_path), str(root)])
-    result = subprocess.run(
-        [sys.executable, "-c", CHECK, str(tmp_path / "out")],
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    line = next(line for line in result.stdout.splitlines() if line.startswith("FOUND "))
+    environment = {**os.environ, "COLUMNS": "200"}
+    _, out, _ = run_python("-c", CHECK, tmp_path / "out", env=environment, cwd=tmp_path, path=[tmp_path])
+    line = next(line for line in out.splitlines() if line.startswith("FOUND "))
     assert json.loads(line.removeprefix("FOUND ")) == {
         "argument": 1.5,
         "recorded": 1.5,
@@ -147,5 +139,5 @@ def test_a_field_an_argument_and_a_label_make_an_option(tmp_path, root):
         "shown": 1.5,
         "grid": [0.1, 0.2],
     }
-    assert "--sharpness" in result.stdout
-    assert "Sharpness of the edges. (0 to 2)" in result.stdout
+    assert "--sharpness" in out
+    assert "Sharpness of the edges. (0 to 2)" in out

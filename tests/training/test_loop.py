@@ -21,6 +21,7 @@ from apps.training.ema import MovingAverage
 from apps.training.loop import LossModule, TrainingDiverged, train
 from apps.training.run_logger import RunLogger, read_log
 from apps.training.schedule import learning_rate
+from tests.fresh import run_python
 from tests.training.helpers import assert_equal_checkpoints, assert_resumes_exactly
 from tests.training.toy import ToyTask
 
@@ -152,9 +153,9 @@ def test_bf16_and_exit_code_in_a_fresh_process(toy, tmp_path):
         f"run({str(tmp_path / 'toy.toml')!r}, ['run.mixed_precision=bf16', 'run.output={tmp_path / 'runs'}'])\n"
         f"run({str(tmp_path / 'toy.toml')!r}, ['run.stesp=3'])\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 1
-    assert "did you mean 'steps'?" in result.stderr
+    code, _, errors = run_python("-c", script, check=False)
+    assert code == 1
+    assert "did you mean 'steps'?" in errors
     weights = load_file(tmp_path / "runs/toy/checkpoint-000006/weights.safetensors")
     assert weights["net/0.weight"].dtype == torch.float32
 

@@ -44,11 +44,13 @@ validation_captions = 2
 """
 
 
-@pytest.fixture
-def configured(tmp_path):
-    path = tmp_path / "value_model.toml"
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory):
+    """Make a configuration of a run by its name; runs of the module share rollouts that are the same."""
+    folder = tmp_path_factory.mktemp("runs")
+    path = folder / "value_model.toml"
     path.write_text(VALUE_MODEL)
-    return lambda output, *more: load_config(path, [f'run.output="{tmp_path / output}"', *more])
+    return lambda name, *more: load_config(path, [f'run.output="{folder}"', f'run.name="{name}"', *more])
 
 
 def test_resume_is_bit_identical_and_the_export_is_a_reward(configured):
@@ -69,7 +71,8 @@ def test_resume_is_bit_identical_and_the_export_is_a_reward(configured):
 
 
 def test_coarse_pictures_come_to_be_scored_like_what_becomes_of_them(configured):
-    trainer = Trainer(configured("learned", "run.steps=30", "optimizer.ema_decay=0.5", "data.hot_fraction=0"))
+    silent = ("run.validate_every=0", "run.preview_every=0", "run.save_every=0")
+    trainer = Trainer(configured("learned", "run.steps=30", "optimizer.ema_decay=0.5", "data.hot_fraction=0", *silent))
     task = trainer.task
 
     def error():
@@ -82,8 +85,8 @@ def test_coarse_pictures_come_to_be_scored_like_what_becomes_of_them(configured)
     assert error() < 0.8 * before  # the built-in scorer has learned it already, though not from these
 
 
-def test_rollouts_are_the_pictures_on_their_way(configured):
-    task = Trainer(configured("seen")).task
+def test_rollouts_are_the_pictures_on_their_way(configured, tmp_path):
+    task = Trainer(configured("seen", f'run.output="{tmp_path}"')).task
     rollouts, scales = task.rollouts, len(task.pipe.transformer.grids)
     assert rollouts.latents.shape[:3] == (6, 3, scales)
     captions = task.data.captions(6, 0)
@@ -95,7 +98,7 @@ def test_rollouts_are_the_pictures_on_their_way(configured):
     assert torch.equal(again.latents[0], rollouts.latents[0])
     assert not torch.equal(rollouts.latents[0, 0], rollouts.latents[0, 1]), "candidates differ"
     assert not torch.equal(other.latents[0], rollouts.latents[0]), "and so do seeds"
-    assert len(list(task.config.run.output.glob("rollouts-*.safetensors"))) == 2
+    assert len(list(tmp_path.glob("rollouts-*.safetensors"))) == 2
 
 
 def test_a_share_is_hot_everywhere_and_temperatures_take_turns(configured):
