@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from dit.quant.step_policy import StepPolicy
 from dit.runtime.diffusers_compat import is_offloaded
 from dit.runtime.hooks import AttachError, Attachment, Mechanism, attachments, find_networks
 from dit.runtime.stages import Stage
@@ -17,7 +18,6 @@ from pipelines.acceleration.switch import Switch, Undo
 from pipelines.quantization.layers import QuantizedNetwork
 from pipelines.quantization.loading import layer_plans
 from pipelines.quantization.networks import kernel_calls, network_bytes, quantization_of, quantized_layers_of
-from pipelines.quantization.policy import StepPolicy
 from pipelines.quantization.steps import StepCounter, StepPrecision, stored_policy
 from sampling.sigma_schedule import scheduler_of
 from sampling.step_tracker import TrackedAttachment

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_serializer, model_validator
 
+from dit.quant.step_policy import StepPolicy
 from pipelines.acceleration.parts import Part
-from pipelines.quantization.policy import StepPolicy
 
 CALIBRATION_FILE = "quantization_statistics.safetensors"
 """The calibration in a model's folder."""

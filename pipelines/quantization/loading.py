@@ -13,10 +13,10 @@ from dit.quant.calibration import Calibration
 from dit.quant.quantize import LayerPlan, Progress, QuantizationReport, quantize_
 from dit.quant.recipes import recipe
 from dit.quant.scheme import formats_of
+from dit.quant.step_policy import StepPolicy
 from dit.runtime.hooks import AttachError, find_networks
 from pipelines.acceleration.quantization import CALIBRATION_FILE, QuantizationPart
 from pipelines.quantization.networks import quantization_of, quantized_layers_of, refuse_fusing, remember
-from pipelines.quantization.policy import StepPolicy
 from pipelines.quantization.steps import StepPrecision, stored_policy
 
 logger = logging.getLogger(__name__)

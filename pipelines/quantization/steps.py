@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from dit.quant.step_policy import StepPolicy
 from dit.runtime.hooks import Attachment, Mechanism
 from dit.runtime.stages import Stage
 from dit.runtime.state import unwrap
 from dit.runtime.step_context import StepContext, current_step
 from pipelines.quantization.networks import quantized_layers_of
-from pipelines.quantization.policy import StepPolicy
 from sampling.step_tracker import TrackedAttachment
 
 
@@ -76,7 +76,7 @@ class StepCounter:
         self._set(network, here is not None and self._is_full(here))
 
     def _is_full(self, here: StepContext) -> bool:
-        is_full = self.policy.is_full(here.step, here.num_steps)
+        is_full = self.policy.is_full(here.step, here.num_steps, here.sigma)
         if (here.run, here.step) != self._last:
             self._last = here.run, here.step
             self.steps += 1

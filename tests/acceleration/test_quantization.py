@@ -12,13 +12,13 @@ from torch import nn
 
 from dit.attention.plan import AttentionPlan
 from dit.quant import QuantLinear, calibrate, quantize_
+from dit.quant.step_policy import StepPolicy
 from dit.runtime.hooks import attachments
 from pipelines import load_pipeline
 from pipelines.acceleration import AccelerationConfig, AccelerationError
 from pipelines.acceleration.quantization import CALIBRATION_FILE, QuantizationPart, usual_recipe
 from pipelines.quantization.loading import ready, store_policy
 from pipelines.quantization.networks import quantization_of
-from pipelines.quantization.policy import StepPolicy
 from pipelines.quantization.steps import StepPrecision
 from sampling.step_cache import Profile
 from sampling.step_cache.calibration import calibrate_budget

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dit.quant import QuantLinear, calibrate
+from dit.quant.step_policy import StepPolicy
 from dit.runtime.metrics import psnr
 from pipelines import load_pipeline
 from pipelines.acceleration.quantization import CALIBRATION_FILE, QuantizationPart
@@ -16,7 +17,6 @@ from pipelines.loading import memory
 from pipelines.loading.memory import GIB, NotEnoughMemoryError, check_memory
 from pipelines.quantization.loading import as_part, quantized_bytes
 from pipelines.quantization.networks import network_bytes, quantization_of
-from pipelines.quantization.policy import StepPolicy
 from pipelines.quantization.steps import stored_policy
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 

@@ -15,11 +15,11 @@ from apps.commands.quantize_images import Painter, likeness
 from apps.service.usage import UsageError
 from dit.quant import QuantLinear, quantize_
 from dit.quant.calibration import Calibration
+from dit.quant.step_policy import StepPolicy
 from dit.runtime.artifacts import model_fingerprint
 from pipelines import load_pipeline
 from pipelines.acceleration import AccelerationConfig
 from pipelines.quantization.networks import quantization_of
-from pipelines.quantization.policy import StepPolicy
 from pipelines.quantization.steps import stored_policy
 from pipelines.step_cache import PROFILE_FILE
 from sampling.step_cache.calibration import calibrate_budget
