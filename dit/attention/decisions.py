@@ -190,10 +190,8 @@ class Decisions:
         dense = costs.dense_seconds(query, grid.length)
         if grid.length < LEAST_WEIGHED or {one.choice.kernel for one in sparse} != {"auto"} or dense is None:
             return True
-        total, count = (
-            LAUNCH_SECONDS * len({one.choice.launch for one in sparse}),
-            call.shape[2],
-        )
+        launches = {(one.choice.launch, _is_online(one.choice)) for one in sparse}
+        total, count = LAUNCH_SECONDS * len(launches), call.shape[2]
         left = count
         for group in sparse:
             heads = len(group.members(count))

@@ -96,10 +96,10 @@ class MapCache:
             keep: the maps come again, so that the merged one is worth keeping.
         """
         if not keep:
-            return merge_heads(maps, heads)
+            return _merge(maps, heads)
         key = (tuple(map(id, maps)), heads)  # the entry holds the maps, so that no other gets their numbers
         if key not in self._merged:
-            self._merged[key] = merge_heads(maps, heads), maps
+            self._merged[key] = _merge(maps, heads), maps
             while len(self._merged) > KEPT_MAPS:
                 self._merged.popitem(last=False)
         self._merged.move_to_end(key)
@@ -126,6 +126,13 @@ class MapCache:
             if not self.plan.is_uniform:
                 raise StaysDense(f"{choice} can't be had with so many exact tokens") from error
             raise AttachError(f"{choice} can't be had on {grid}: {error}") from error
+
+
+def _merge(maps: tuple[BlockMap, ...], heads: tuple[tuple[int, ...], ...]) -> BlockMap:
+    """Join maps, whose densities are known."""
+    joined, count = merge_heads(maps, heads), sum(map(len, heads))
+    joined.cache["density"] = sum(density_of(one) * len(some) for one, some in zip(maps, heads, strict=True)) / count
+    return joined
 
 
 def density_of(block_map: BlockMap) -> float:

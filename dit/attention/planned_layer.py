@@ -213,7 +213,10 @@ class PlannedLayer:
         return Part(group, heads, None if block_map.is_dense else block_map)
 
     def _joined(self, parts: list[Part], device: torch.device) -> list[Launch]:
-        """Return which parts are computed together: dense ones, and those of one correction and kernel."""
+        """Return which parts are computed together: dense ones, and those of one correction and kernel.
+
+        What kernels prepare of static maps is kept, so these are not joined with maps that come only once.
+        """
         sets: dict[Any, list[Part]] = {}
         for number, part in enumerate(parts):
             if part.block_map is None:
@@ -221,7 +224,8 @@ class PlannedLayer:
             elif not part.group.choice.fix.joins_heads:
                 sets[number] = [part]
             else:
-                sets.setdefault(part.group.choice.launch, []).append(part)
+                online = pattern_info(part.group.choice.pattern).online
+                sets.setdefault((part.group.choice.launch, online), []).append(part)
         found = []
         for some in sets.values():
             maps = [one.block_map for one in some if one.block_map is not None]

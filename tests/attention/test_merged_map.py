@@ -308,6 +308,7 @@ def test_one_launch_for_heads_of_one_correction() -> None:
     assert layer.statistics.refreshes == 3, "one of three choices, at the first step"
     assert len(layer.store.entries("planned_attention")) == 1
     first = layer.maps.merged(*_two(layer), keep=True)
+    assert first.cache["density"] == pytest.approx(first.density())
     assert layer.maps.merged(*_two(layer), keep=True) is first, "joined maps of static patterns are kept"
     assert layer.maps.merged(*_two(layer), keep=False) is not first
 
