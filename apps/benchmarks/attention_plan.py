@@ -157,4 +157,3 @@ def _judged(pipe: Any, asked: Asked, arguments: dict[str, Any]) -> dict[str, Any
     before, after = (judged(pipe, requests, clips) for clips in (plain, planned))
     row: dict[str, Any] = {"clips": len(requests), "mean PSNR, dB": round(sum(likeness) / len(likeness), 2)}
     return row | {f"{metric}, %": f"{before[metric]:.1f} -> {after[metric]:.1f}" for metric in before}
-

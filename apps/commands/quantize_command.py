@@ -31,8 +31,8 @@ def quantize(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="viditq, svdquant, fp4dit, qdit, ptq4dit, ditas, int8, fp8, nvfp4; the usual one for the formats if "
-            "absent. docs/quantization.md describes them.",
+            help="viditq, svdquant, fp4dit, int8 ...; docs/quantization.md lists all. The usual one for the formats if "
+            "absent.",
             rich_help_panel=SPEED,
         ),
     ] = None,
