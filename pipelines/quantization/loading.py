@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -176,7 +177,8 @@ def store_policy(found: Mapping[str, nn.Module], policy: StepPolicy) -> None:
         config: Any = getattr(getattr(bare, "config", None), "quantization_config", None)
         if name.startswith("transformer") and hasattr(config, "replace"):
             runtime = {**(config.runtime or {}), "diffusion_step_policy": policy.to_dict()}
-            changed = config.replace(runtime=runtime)
+            in_order = json.loads(json.dumps(runtime, sort_keys=True))  # as it is read back: fingerprints see the order
+            changed = config.replace(runtime=in_order)
             bare.register_to_config(quantization_config=changed)
             bare.hf_quantizer.quantization_config = changed
 
@@ -200,7 +202,7 @@ def ready(pipe: Any) -> Any:
     for network in quantized.values():
         refuse_fusing(network)
     policies = [stored_policy(one) for name, one in quantized.items() if name.startswith("transformer")]
-    policy = next((one for one in policies if one is not None and (one.first or one.last)), None)
+    policy = next((one for one in policies if one is not None and (one.first or one.last or one.levels)), None)
     if policy is not None:
         StepPrecision(policy).attach(pipe)
     return pipe

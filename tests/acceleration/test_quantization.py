@@ -231,6 +231,16 @@ def test_a_saved_policy_is_followed_and_a_part_replaces_it(tmp_path: Path) -> No
     assert [one.mechanism.name for one in attachments(loaded)].count("step_precision") == 1
 
 
+def test_a_policy_by_noise_level_is_followed() -> None:
+    pipe = tiny_pipeline("text_dit")
+    quantize_(pipe, "viditq", "w8a8")
+    store_policy({"transformer": pipe.transformer}, StepPolicy(levels=((1.0, 0.95),)))
+    ready(pipe)
+    (followed,) = [one for one in attachments(pipe) if isinstance(one.mechanism, StepPrecision)]
+    paint(pipe, "text_dit", num_inference_steps=4)
+    assert 0 < followed.report()["full_precision_steps"] < followed.report()["steps"] == 4
+
+
 # ---------------------------------------------------------------------------- LoRA
 
 
