@@ -39,7 +39,8 @@ from dit.quant.quantize import quantize_
 from dit.quant.roles import quantizable_layers
 from dit.quant.scheme import Scheme, formats_of
 from dit.quant.step_choice import choose_policy
-from dit.quant.step_policy import PrecisionByStep, StepPolicy
+from dit.quant.step_policy import StepPolicy
+from dit.quant.step_precision import PrecisionByStep
 from dit.runtime.metrics import psnr
 from dit.runtime.timing import measure
 from pipelines import info_of

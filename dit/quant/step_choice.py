@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dit.quant.linear import QuantLinear
-from dit.quant.step_policy import StepPolicy, is_next_scale, quantized_layers_in, set_full_precision
+from dit.quant.step_policy import StepPolicy
+from dit.quant.step_precision import is_next_scale, quantized_layers_in, set_full_precision
 from dit.runtime.families import call_family_of
 from dit.runtime.hooks import AttachError, Attachment, Mechanism
 from dit.runtime.noise_levels import remaining_error

@@ -14,7 +14,8 @@ from diffusers.pipelines.cosmos.mixed_precision import (
 
 from dit.quant import QuantLinear, TesseraQuantConfig, quantize_
 from dit.quant.step_choice import StepNoise, choose_policy, choose_steps, measure_noise
-from dit.quant.step_policy import PrecisionByStep, StepPolicy, quantized_layers_in
+from dit.quant.step_policy import StepPolicy
+from dit.quant.step_precision import PrecisionByStep, quantized_layers_in
 from dit.runtime.hooks import AttachError
 from dit.runtime.step_context import StepContext, next_run, step_scope
 from sampling.step_tracker import track_steps
