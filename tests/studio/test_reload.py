@@ -177,7 +177,9 @@ def test_two_pages_see_one_queue(server, pages):
     one.click("#drop")
     one.wait_for_function("!document.querySelector('#queue-note').textContent.includes('waiting')")
     other.wait_for_function("!document.querySelector('#queue-note').textContent.includes('waiting')")
+    other.bring_to_front()  # a hidden page draws no frames, which clicks wait for
     stop(other)
+    one.bring_to_front()
     note_says(one, "Stopped")
     idle(one)
 
