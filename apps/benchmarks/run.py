@@ -16,6 +16,7 @@ to other prompts, sizes, guidance and schedulers.
 `tessera bench attention-gpu` times the Triton kernel of sparse attention beside a GPU's best dense attention.
 `tessera bench attention-corrections` says how near corrections bring sparse attention to dense attention.
 `tessera bench quantization` times quantized layers and a block of DiT-XL on a CPU, with rivals in the same run;
+`tessera bench quantization-gpu` does so on a GPU;
 `tessera bench quantization-quality` compares what built-in models generate with quantized networks, ours and others'.
 `tessera bench training` trains several configurations, or reads what they have logged, and compares validation losses.
 """
@@ -239,6 +240,13 @@ def bench_attention_gpu(asked: Asked) -> dict[str, Any]:
     return implementation.bench_attention_gpu(asked)
 
 
+def bench_quantization_gpu(asked: Asked) -> dict[str, Any]:
+    """Time quantized layers and blocks on a GPU; see `apps.benchmarks.quantization_gpu`."""
+    from apps.benchmarks import quantization_gpu as implementation
+
+    return implementation.bench_quantization_gpu(asked)
+
+
 def bench_training(asked: Asked) -> dict[str, Any]:
     """Compare the losses of runs; see `apps.benchmarks.training`."""
     from apps.benchmarks import training as implementation
@@ -267,6 +275,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "attention-corrections": bench_attention_corrections,
     "attention-gpu": bench_attention_gpu,
     "quantization": bench_quantization,
+    "quantization-gpu": bench_quantization_gpu,
     "quantization-quality": bench_quantization_quality,
     "training": bench_training,
 }

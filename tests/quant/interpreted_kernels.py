@@ -10,11 +10,12 @@ from dit.attention import attention_reference
 from dit.attention.kernels.quantized import attend_by_kernel, quantized_attention
 from dit.quant.activations import OFFSET, quantize_rows
 from dit.quant.formats import grouped, weight_format
+from dit.quant.formats.base import ungrouped
 from dit.quant.formats.packing import int4_to_int8
 from dit.quant.kernels import triton_int8
 from dit.quant.kernels.contract import Use, Weights
 from dit.quant.kernels.dequantize import multiply as slow_multiply
-from dit.quant.kernels.triton_product import finish_sums, multiply_int8, unpack_int4
+from dit.quant.kernels.triton_product import finish_sums, multiply_int8, regroup_int4, unpack_int4
 from dit.quant.kernels.triton_rows import quantize_rows_by_triton, round_rows_to_float8
 from dit.quant.layer import quantize_linear
 from dit.quant.scheme import Scheme
@@ -135,6 +136,21 @@ def test_int4_is_unpacked_exactly(group, columns):
     assert torch.equal(unpack_int4(*given), int4_to_int8(*given))
 
 
+@pytest.mark.parametrize(("group", "columns", "name"), [(64, 128, "int4_group"), (32, 80, "int4_group_fp32")])
+def test_groups_of_int4_become_rows_of_int8(group, columns, name):
+    fmt = weight_format(name)
+    groups = grouped(numbers(8, columns), group)
+    scales = fmt.scales(groups)
+    snapped = fmt.snap(groups, scales)
+    tensors = fmt.pack(snapped, scales, columns)
+    found, step = regroup_int4(tensors["weight"], tensors["weight_scale"], columns)
+    exact = fmt.unpack(tensors, columns, group)
+    assert (found * step[:, None] - exact).abs().max() <= step.max() * 0.5001
+    assert found.abs().max() <= 127
+    four_bits = relative_error(exact, ungrouped(groups, columns))
+    assert relative_error(found * step[:, None], exact) < four_bits / 8
+
+
 def test_ranks_are_checked():
     with pytest.raises(ValueError, match="rank is 24"):
         multiply_int8(
@@ -147,6 +163,7 @@ def test_ranks_are_checked():
     "scheme",
     [
         Scheme("int4", 64),
+        Scheme("int4_group", 32),
         Scheme("int8", 0, per_sample=True),
         Scheme("int8", 0, shift=0.17),
     ],
@@ -162,11 +179,12 @@ def test_whole_layers_equal_their_definition(scheme):
         weights = replace(weights, input_sums=dense.sum(1))
     use = Use(samples=4 if scheme.per_sample else 32, after="gelu_tanh")
     with torch.no_grad():
-        assert relative_error(triton_int8.multiply(weights, x, use), slow_multiply(weights, x, use)) < 2e-3
+        most = 0.02 if "group" in scheme.weights else 2e-3
+        assert relative_error(triton_int8.multiply(weights, x, use), slow_multiply(weights, x, use)) < most
     static = replace(weights, scheme=replace(made.scheme, static=True, per_sample=False, shift=0.0), input_sums=None)
     static.tensors["input_scale"] = torch.tensor([0.03])
     with torch.no_grad():
-        assert relative_error(triton_int8.multiply(static, x, Use()), slow_multiply(static, x, Use())) < 2e-3
+        assert relative_error(triton_int8.multiply(static, x, Use()), slow_multiply(static, x, Use())) < most
 
 
 # ------------------------------------------------------------------------------ attention

@@ -68,7 +68,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dit.quant.kernels.triton_product import finish_kernel, product_kernel, unpack_kernel
+from dit.quant.kernels.triton_product import finish_kernel, product_kernel, regroup_kernel, unpack_kernel
 from dit.quant.kernels.triton_rows import rows_kernel
 
 def build(kernel, constants, kinds, warps=8, stages=4):
@@ -92,6 +92,8 @@ for by_tma in (True, False):
 kinds = {**scales, "sums": "*i32", "out": "*bf16", "offset": "fp32"}
 build(finish_kernel, {**flags, "BLOCK_M": 4, "BLOCK_N": 512}, kinds)
 build(unpack_kernel, {"BLOCK": 32}, dict.fromkeys(["packed", "multiplier", "zero"], "*u8") | {"out": "*i8"}, 4)
+kinds = {"packed": "*u8", "scales": "*bf16", "row_scale": "*fp32", "out": "*i8"}
+build(regroup_kernel, {"BLOCK": 1024}, kinds, 4)
 floats = dict.fromkeys(["limit", "shift", "low", "high", "offset", "smallest"], "fp32")
 for float8, kind in ((True, "*fp8e4nv"), (False, "*i8")):
     build(rows_kernel, {"GIVEN": False, "FLOAT8": float8, "BLOCK": 2048, "PARTS": 1},

@@ -1,4 +1,8 @@
-"""Products of int8 by Triton on NVIDIA GPUs: inputs are quantized in one pass, outputs are written once."""
+"""Products of int8 by Triton on NVIDIA GPUs: inputs are quantized in one pass, outputs are written once.
+
+Two-level 4-bit weights become int8 exactly. Those of other libraries' files, whose groups have scales of any size, are
+rounded to 8 bits for each call, `regroup_int4` says by how much; the kernel "dequantize" takes them as they are.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,8 @@ LEAST_VERSION = (3, 4)
 """Of triton: the first whose tiles are described by the host."""
 CAPABILITY = (8, 0)
 """The first GPUs whose products of int8 Triton compiles."""
+GROUPED = ("int4_group", "int4_group_fp32")
+"""Formats of 4 bits with a scale for each group, as SVDQuant and SDNQ store them."""
 
 
 def multiply(weights: Weights, x: Tensor, use: Use) -> Tensor:
@@ -34,11 +40,12 @@ def multiply(weights: Weights, x: Tensor, use: Use) -> Tensor:
     from dit.quant.kernels.triton_product import multiply_int8
 
     codes = use.codes if use.codes is not None else _quantize(weights, x, use)
+    weight, scale = _int8(weights)  # (N, K), (N,)
     return multiply_int8(
         codes.values,
-        _int8(weights),
+        weight,
         spread_scales(codes),
-        weights.tensors["weight_scale"].float(),
+        scale,
         x.dtype,
         bias=weights.shifted_bias(torch.float32),
         input_sums=weights.input_sums,
@@ -60,15 +67,18 @@ def _quantize(weights: Weights, x: Tensor, use: Use) -> Codes:
     )
 
 
-def _int8(weights: Weights) -> Tensor:
-    """Return the codes of the weights, int8, (N, K)."""
-    if weights.scheme.weights == "int8":
-        return weights.tensors["weight"]
-    from dit.quant.kernels.triton_product import unpack_int4
+def _int8(weights: Weights) -> tuple[Tensor, Tensor]:
+    """Return the weights as int8, (N, K), and a scale for each row, (N,)."""
+    from dit.quant.kernels.triton_product import regroup_int4, unpack_int4
 
-    packed, multiplier, zero = (weights.tensors[name] for name in ("weight", "weight_multiplier", "weight_zero"))
+    tensors, scale = weights.tensors, weights.tensors["weight_scale"]
+    if weights.scheme.weights == "int8":
+        return tensors["weight"], scale.float()
+    if weights.scheme.weights in GROUPED:
+        return regroup_int4(tensors["weight"], scale, weights.columns)
     group = weight_format("int4").resolve_group(weights.scheme.group)
-    return unpack_int4(packed, multiplier, zero, group, weights.columns)
+    packed, multiplier, zero = (tensors[name] for name in ("weight", "weight_multiplier", "weight_zero"))
+    return unpack_int4(packed, multiplier, zero, group, weights.columns), scale.float()
 
 
 @cache
@@ -82,7 +92,7 @@ def why_no_triton() -> str:
 
 
 def _refusal(weights: Weights, x: Tensor) -> str:
-    if weights.scheme.weights not in ("int8", "int4") or not has_integer_activations(weights.scheme):
+    if weights.scheme.weights not in ("int8", "int4", *GROUPED) or not has_integer_activations(weights.scheme):
         return "it multiplies int8 and int4 weights and integers with one scale a token"
     if x.device.type != "cuda":
         return f"it runs on CUDA, the inputs are on {x.device.type}"

@@ -2,7 +2,7 @@
 
 `torch._int_mm` writes sums in 32 bits, which are then read, scaled and written again: with 1,152 inputs that takes as
 long as the product. Here the sums of a tile stay in registers until the output is final. `finish_sums` is the same end
-for sums that `torch._int_mm` wrote, and `unpack_int4` makes int8 weights of two-level 4-bit ones.
+for sums that `torch._int_mm` wrote; `unpack_int4` and `regroup_int4` make int8 weights of 4-bit ones.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202, N803 - Triton has its own types
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit.attention.kernels.triton_forward import IS_INTERPRETED, narrow
+from dit.quant.activations import SMALLEST
 from dit.quant.kernels.contract import After
 
 AFTER = {"": 0, "gelu_tanh": 1, "gelu": 2}
@@ -147,6 +148,25 @@ def unpack_kernel(packed, multiplier, zero, out, HALF, GROUPS, COLUMNS, BLOCK: t
     tl.store(out + row * COLUMNS + column + HALF, high.to(tl.int8), mask=is_byte & (column + HALF < COLUMNS))
 
 
+@triton.jit
+def regroup_kernel(packed, scales, row_scale, out, GROUP, GROUPS, COLUMNS, BLOCK: tl.constexpr):
+    """Make int8 codes of BLOCK bytes of a row: two neighbouring 4-bit codes each, whose groups have scales."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    width = GROUPS * GROUP // 2  # bytes of a row
+    is_byte = i < width
+    bytes_ = tl.load(packed + row * width + i, mask=is_byte, other=0).to(tl.int32)
+    scale = tl.load(scales + row * GROUPS + 2 * i // GROUP, mask=is_byte, other=0.0).to(tl.float32)
+    factor = scale / tl.load(row_scale + row)
+    low = (((bytes_ & 15) ^ 8) - 8).to(tl.float32) * factor  # extends the sign
+    high = (((bytes_ >> 4) ^ 8) - 8).to(tl.float32) * factor
+    low = (low + 12582912.0) - 12582912.0  # halves to even
+    high = (high + 12582912.0) - 12582912.0
+    both = tl.interleave(low.to(tl.int32).to(tl.int8), high.to(tl.int32).to(tl.int8))  # (2 BLOCK,)
+    column = tl.program_id(1) * BLOCK * 2 + tl.arange(0, BLOCK * 2)
+    tl.store(out + row * COLUMNS + column, both, mask=column < COLUMNS)
+
+
 def multiply_int8(
     codes: Tensor,
     weight: Tensor,
@@ -192,9 +212,9 @@ def multiply_int8(
         return out
     codes, weight = codes.contiguous(), weight.contiguous()
     described: list[Any] = [codes, weight]
-    can_describe = all(one.data_ptr() % 16 == 0 for one in (codes, weight)) and inner % 16 == 0
-    kernel = tuned_product(can_describe)
-    if can_describe:
+    by_tma = _can_be_described(codes) and _can_be_described(weight)
+    kernel = tuned_product(by_tma)
+    if by_tma:
         descriptor = import_module("triton.tools.tensor_descriptor").TensorDescriptor
         described = [descriptor(one, list(one.shape), list(one.stride()), [128, 64]) for one in (codes, weight)]
 
@@ -206,7 +226,7 @@ def multiply_int8(
         return (-(-rows // meta["BLOCK_M"]) * -(-columns // meta["BLOCK_N"]),)
 
     settings = _INTERPRETED if IS_INTERPRETED else {}
-    if IS_INTERPRETED and can_describe:
+    if IS_INTERPRETED and by_tma:
         _set_boxes({"codes_described": described[0], "weight_described": described[1], **settings})
         settings = {**settings, "TMA": True}
     kernel[grid](
@@ -276,6 +296,32 @@ def unpack_int4(weight: Tensor, multiplier: Tensor, zero: Tensor, group: int, co
     return out
 
 
+def regroup_int4(weight: Tensor, scales: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Round 4-bit weights with a scale a group to int8 with a scale a row, so that one product of integers takes them.
+
+    A weight moves by at most half a step of its row: 1 / 254 of the largest that the row's scales can hold, a
+    fifteenth of what rounding to 4 bits cost where groups are alike.
+
+    Args:
+        weight: uint8, (N, G * g / 2), codes from -8 to 7 in two's complement, even inputs in low nibbles.
+        scales: (N, G).
+        columns: K.
+
+    Returns:
+        int8, (N, K), and the scales of the rows, float32, (N,).
+    """
+    rows, groups = scales.shape
+    row_scale = (scales.float().abs().amax(1) * (8 / 127)).clamp(min=SMALLEST)  # (N,)
+    out = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    width = weight.shape[1]
+    block = min(triton.next_power_of_2(width), 1024)
+    kernel: Any = regroup_kernel
+    kernel[(rows, triton.cdiv(width, block))](
+        weight.contiguous(), scales.contiguous(), row_scale, out, 2 * width // groups, groups, columns, BLOCK=block
+    )
+    return out, row_scale
+
+
 _INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "TMA": False}
 
 
@@ -286,28 +332,27 @@ def _set_boxes(arguments: dict[str, Any]) -> None:
         arguments["weight_described"].block_shape = [arguments["BLOCK_N"], arguments["BLOCK_K"]]
 
 
+def _can_be_described(x: Tensor) -> bool:
+    """Return whether the tensor memory accelerator of Hopper reads tiles of a matrix: it wants multiples of 16."""
+    has_tma = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return has_tma and x.data_ptr() % 16 == 0 and x.shape[1] % 16 == 0
+
+
 @cache
-def tuned_product(can_describe: bool) -> Any:
+def tuned_product(by_tma: bool) -> Any:
     """Return the kernel with the configurations that are tried at its first call for each shape on a GPU.
 
     Args:
-        can_describe: whether tiles can be loaded by the tensor memory accelerator, which is tried besides then.
+        by_tma: whether tiles are loaded by the tensor memory accelerator, or by asynchronous copies.
     """
     if IS_INTERPRETED:
         return product_kernel
-    tiles = [
-        (128, 256, 128, 8, 3),
-        (128, 128, 128, 8, 4),
-        (128, 128, 128, 4, 3),
-        (64, 128, 128, 4, 4),
-        (64, 64, 128, 4, 4),
-    ]
+    tiles = [(128, 256, 128, 8, 3), (128, 128, 128, 8, 4), (128, 128, 128, 4, 3), (64, 64, 128, 4, 4)]
     configs = [
         triton.Config(
             {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "TMA": by_tma}, num_warps=warps, num_stages=stages,
             pre_hook=_set_boxes,
         )
         for m, n, k, warps, stages in tiles
-        for by_tma in ((True, False) if can_describe else (False,))
     ]  # fmt: skip
     return triton.autotune(configs, key=["M_CLASS", "N", "K", "RANK", "AFTER"])(product_kernel)
