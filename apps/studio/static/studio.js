@@ -50,13 +50,14 @@
   };
 
   // Frames of a clip side by side under it; a click shows that one. Drawn from a second copy, so that the clip plays on.
-  const begun = new WeakSet();
+  const begun = new WeakSet(), drawn = new Set();  // the set holds copies that nothing else refers to while they load
   const film = async () => {
     const place = document.querySelector("#stage .film");
     if (!place || begun.has(place)) return;
     begun.add(place);
     const video = Object.assign(document.createElement("video"), { muted: true, preload: "auto", src: place.dataset.clip });
     const until = (event) => new Promise((resolve) => video.addEventListener(event, resolve, { once: true }));
+    drawn.add(video);
     await until("loadeddata");
     const count = 8, height = 96, width = Math.round(height * video.videoWidth / video.videoHeight);
     for (let i = 0; i < count && place.isConnected; i++) {
@@ -70,6 +71,7 @@
       button.append(frame);
       place.append(button);
     }
+    drawn.delete(video);
   };
 
   new MutationObserver(() => {
