@@ -14,6 +14,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor
 
 from dit.quant.diffusers_config import TesseraQuantConfig
+from dit.quant.layer_plan import connect_layers
 from dit.quant.linear import QuantLinear
 from dit.quant.loading import (
     check_layers,
@@ -26,7 +27,6 @@ from dit.quant.loading import (
     put_tensor,
     tensor_names,
 )
-from dit.quant.quantize import connect_layers
 from dit.quant.roles import network_name
 from dit.quant.scheme import Scheme
 from dit.quant.tensor_files import TensorFiles, UnmappedTensors

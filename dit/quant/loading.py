@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dit.quant.diffusers_config import TesseraQuantConfig
 from dit.quant.formats import format_names, weight_format
 from dit.quant.layer import quantize_linear
+from dit.quant.layer_plan import LayerPlan, layer_groups
 from dit.quant.linear import QuantLinear, check_tensors, stored_shapes
-from dit.quant.quantize import LayerPlan, layer_groups
 from dit.quant.recipes import recipe
 from dit.quant.roles import network_name, quantizable_layers
 from dit.quant.scheme import Scheme

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from dit.quant.diffusers_config import TesseraQuantConfig
 from dit.quant.formats import grouped, weight_format
 from dit.quant.formats.base import Scales, ungrouped
+from dit.quant.layer_plan import connect_layers, replace_layer
 from dit.quant.linear import QuantLinear
 from dit.quant.marking import mark_quantized
-from dit.quant.quantize import connect_layers, replace_layer
 from dit.quant.recipes import layer_scheme, recipe
 from dit.quant.reference import fake_quantize_activations
 from dit.quant.roles import network_name, quantizable_layers

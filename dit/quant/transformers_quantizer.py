@@ -10,6 +10,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
 from dit.quant.diffusers_config import TesseraQuantConfig
+from dit.quant.layer_plan import connect_layers
 from dit.quant.linear import QuantLinear
 from dit.quant.loading import (
     check_layers,
@@ -22,7 +23,6 @@ from dit.quant.loading import (
     put_quantized,
     tensor_names,
 )
-from dit.quant.quantize import connect_layers
 from dit.quant.roles import network_name
 from dit.quant.scheme import Scheme
 from dit.quant.tensor_files import TensorFiles

@@ -9,8 +9,8 @@ from torch import nn
 
 from dit.quant.diffusers_config import TesseraQuantConfig
 from dit.quant.gelu import Fused, fused_gelus
+from dit.quant.layer_plan import LayerPlan, Progress, quantized_layers
 from dit.quant.marking import mark_quantized, unmark_quantized
-from dit.quant.quantize import LayerPlan, Progress, quantized_layers
 from dit.quant.scheme import Scheme
 from dit.runtime.state import unwrap
 from pipelines.quantization.networks import (
@@ -32,7 +32,7 @@ class QuantizedNetwork:
     Args:
         network: wrapped or not; it stays as it is.
         plan: how its layers are quantized.
-        progress: see `dit.quant.quantize.Progress`.
+        progress: see `dit.quant.layer_plan.Progress`.
 
     Raises:
         ValueError: it has no layer to quantize, is offloaded, or holds NaN.

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from dit.quant.calibration import Calibration
-from dit.quant.quantize import LayerPlan, Progress, QuantizationReport, quantize_
+from dit.quant.layer_plan import LayerPlan, Progress
+from dit.quant.quantize import QuantizationReport, quantize_
 from dit.quant.recipes import recipe
 from dit.quant.scheme import formats_of
 from dit.quant.step_policy import StepPolicy
@@ -121,7 +122,7 @@ def quantize_loaded(
         pipe: on the CPU or an accelerator, not offloaded.
         part: how. Where it names no calibration, the one in the model's folder is taken if there is one.
         calibration: instead of a file.
-        progress: see `dit.quant.quantize.Progress`.
+        progress: see `dit.quant.layer_plan.Progress`.
 
     Raises:
         ValueError: the pipeline is quantized already, has no such networks, or the calibration is of another.

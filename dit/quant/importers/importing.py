@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from dit.quant.diffusers_config import TesseraQuantConfig
 from dit.quant.importers import bitsandbytes, nunchaku, scaled_floats, sdnq, torchao
 from dit.quant.importers.contract import Checkpoint, Imported, Importer
+from dit.quant.layer_plan import connect_layers
 from dit.quant.linear import QuantLinear
 from dit.quant.loading import linear_at, put_layer
 from dit.quant.marking import mark_quantized
-from dit.quant.quantize import connect_layers
 from dit.quant.roles import network_name
 from dit.quant.scheme import ACTIVATIONS
 from dit.runtime.state import unwrap
