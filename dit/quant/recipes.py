@@ -117,8 +117,7 @@ def _plain(role: Role, base: Scheme) -> Scheme:
 
 def _viditq(role: Role, base: Scheme) -> Scheme:
     """Static-dynamic channel balancing: scale by what does not change over time, rotate what does."""
-    low = base.weights != "int8" or base.activations in ("int6", "int4")
-    base = replace(base, rounding="gptq" if low else "nearest")
+    base = replace(base, rounding="gptq")
     if base.activations not in LEVELS:
         return replace(base, alpha="search", rotate=BLOCK)
     if role.before in GELUS:
