@@ -77,7 +77,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, MAX_HEADER):
-            raise OSError(f"{path} is no safetensors file, or was cut short: fetch it again.")
+            raise OSError(f"{path} is no safetensors file, or was cut short: fetch it again.{_link_hint(path, size)}")
         text = file.read(length)
     try:
         entries = json.loads(text)
@@ -90,6 +90,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     _check_order(path, spans, size - 8 - length)
     return {name: StoredTensor(entries[name]["dtype"], tuple(entries[name]["shape"]), stop - start)
             for name, (start, stop) in spans.items()}  # fmt: skip
+
+
+def _link_hint(path: Path, size: int) -> str:
+    """Return what to do about a file that stands for a link, as git writes them where it can't make links."""
+    text = path.read_bytes() if size < 200 else b""
+    if not text.startswith(b"../"):
+        return ""
+    target = text.decode(errors="replace").strip()
+    return f" It should be a link to {target!r}: run `git config core.symlinks true`, then `git checkout .`"
 
 
 def _span(name: str, entry: Any) -> tuple[int, int]:

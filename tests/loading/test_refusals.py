@@ -113,6 +113,9 @@ def test_damaged_files(copy):
         weights.write_bytes(spoilt)
         with pytest.raises(OSError, match="no safetensors file"):
             load_pipeline(copy)
+    weights.write_bytes(b"../../stickers/transformer/diffusion_pytorch_model.safetensors")  # git's stand-in of a link
+    with pytest.raises(OSError, match=r"should be a link to '\.\./\.\./stickers/.*core\.symlinks true"):
+        load_pipeline(copy)
 
 
 @pytest.mark.parametrize(
