@@ -469,8 +469,18 @@ def convert_lora(
 
 
 @app.command()
-def info(json_output: Json = False) -> None:
-    """Show versions, devices, what is installed and what stands in the way."""
+def info(
+    file: Annotated[
+        Path | None, typer.Argument(help="Image or clip: show how it was made, and by which model.", dir_okay=False)
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Show versions, devices, what is installed and what stands in the way; or how a file was generated."""
+    if file is not None:
+        from apps.commands.file_info import run as run_on_file
+
+        run_on_file(file, json_output=json_output)
+        return
     from apps.commands.info import run
 
     run(json_output=json_output)

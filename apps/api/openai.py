@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -28,12 +27,15 @@ from apps.api.tokens import User
 from apps.service import limits
 from apps.service.engine import Engine
 from apps.service.events import Event, EventStream, Failed, Picture, Step
+from apps.service.metadata import mark_of
 from apps.service.option_text import as_label
 from apps.service.option_values import SchedulerName
 from apps.service.options import NegativePrompt, Upscale, UpscalerName
+from apps.service.provenance import Provenance, generated_by, marked_bytes
 from apps.service.requests import TASKS, AnyRequest, Prompt
 from apps.service.uploads import UploadError
 from apps.service.validation import explain_fields
+from apps.service.xmp import Kind
 
 UPLOAD_PATHS = ("/v1/images/edits", "/v1/images/variations")
 """Paths that take images in multipart bodies of at most `MAX_FORM_BYTES`."""
@@ -47,7 +49,7 @@ IGNORED = ("background", "quality", "style", "moderation", "user", "output_compr
 """Fields of OpenAI's that have no meaning here."""
 USUAL = (None, "", "auto", "standard", "opaque")
 """Values of ignored fields that describe what happens anyway."""
-MEDIA = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
+MEDIA: dict[str, Kind] = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
 
 PARAMS = {"width": "size", "height": "size", "num_images": "n", "file_format": "output_format"}
 """What fields of the engine's requests are called in OpenAI's."""
@@ -398,18 +400,17 @@ def _row(picture: Picture, url: str, body: ImagesRequest) -> dict[str, Any]:
 
 
 def _content(picture: Picture, body: ImagesRequest) -> str:
-    """Return the file of an image in base64, settings and all; a JPEG is made for the answer and carries none."""
+    """Return the file of an image in base64, settings and all; a JPEG is made for the answer and has its mark alone."""
     if picture.path is None or body.output_format == "jpeg":
-        return encode(picture.image, body.output_format or "png")
+        return encode(picture.image, body.output_format or "png", mark_of(picture.metadata))
     return base64.b64encode(picture.path.read_bytes()).decode()
 
 
-def encode(image: Image.Image, form: str) -> str:
-    """Return an image as base64 of a file: `png`, `webp` or `jpeg`."""
-    buffer = io.BytesIO()
+def encode(image: Image.Image, form: str, mark: Provenance, *, is_preview: bool = False) -> str:
+    """Return an image as base64 of a file, `png`, `webp` or `jpeg`, that says how it came to be."""
     options: dict[str, Any] = {"jpeg": {"quality": 95}, "webp": {"lossless": True}}.get(form, {})
-    image.convert("RGB").save(buffer, MEDIA[form], **options)
-    return base64.b64encode(buffer.getvalue()).decode()
+    content = marked_bytes(image.convert("RGB"), MEDIA[form], mark, is_preview=is_preview, **options)
+    return base64.b64encode(content).decode()
 
 
 # ------------------------------------------------------------------------------ streams
@@ -448,7 +449,8 @@ def _partial_image(step: Step, index: int, asked: _Asked) -> str:
     preview = step.preview
     if preview is None:
         raise ValueError("the step has no preview; _Partial chooses those that have one.")
-    content = encode(preview, asked.body.output_format or "png")
+    mark = generated_by(asked.body.model or "", has_source="image" in asked.values)
+    content = encode(preview, asked.body.output_format or "png", mark, is_preview=True)
     data = {**_shown(preview, asked.body), "b64_json": content, "partial_image_index": index}
     return _sent(f"{asked.name}.partial_image", data)
 

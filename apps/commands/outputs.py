@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from apps.service.content_credentials import check_signing
 from apps.service.events import Picture
 from apps.service.media import save_mp4
 from apps.service.metadata import ANIMATIONS, FORMATS, save_animation, save_picture, save_sidecar, sidecar_path
@@ -31,8 +32,11 @@ def check_output(output: Path, sidecar: bool = False) -> None:
         sidecar: whether a JSON file goes beside it.
 
     Raises:
-        UsageError: neither a PNG, a WebP, an MP4 nor a GIF name, or not writable.
+        UsageError: neither a PNG, a WebP, an MP4 nor a GIF name, or not writable, or a signature that is configured and
+            can't be made.
+        ImportError: a signature is configured, and c2pa-python is not installed.
     """
+    check_signing()
     if output.suffix.lower() not in (*FORMATS, *ANIMATIONS, ".mp4"):
         raise UsageError(
             f"{str(output)!r}: images are written as PNG or WebP, which keep their settings; use '.png' "
@@ -122,7 +126,7 @@ def save(picture: Picture, path: Path, keep_settings: bool = True, sidecar: bool
         picture: generated.
         path: PNG or WebP file; of a clip PNG receives some frames side by side, and the clip goes beside it as MP4, and
             MP4, GIF and WebP receive the clip itself.
-        keep_settings: whether the image carries its settings.
+        keep_settings: whether the image carries its settings; that it was generated stands in it in any case.
         sidecar: whether a JSON file beside it does.
 
     Returns:
@@ -132,17 +136,19 @@ def save(picture: Picture, path: Path, keep_settings: bool = True, sidecar: bool
         OSError: the file can't be written; the message names `path`, and not the partial file that became of it.
     """
     written = []
-    settings = picture.metadata if keep_settings else None
+    settings = picture.metadata
     try:
         if picture.clip is not None and path.suffix.lower() in ANIMATIONS:
-            written.append(save_animation(picture.clip.frames, picture.clip.fps, path, settings))
+            written.append(
+                save_animation(picture.clip.frames, picture.clip.fps, path, settings, keep_settings=keep_settings)
+            )
         else:
             if not is_clip(path):
-                written.append(save_picture(picture.image, path, settings))
+                written.append(save_picture(picture.image, path, settings, keep_settings=keep_settings))
             if picture.clip is not None:
-                written.append(save_mp4(picture.clip, path.with_suffix(".mp4"), settings))
+                written.append(save_mp4(picture.clip, path.with_suffix(".mp4"), settings, keep_settings=keep_settings))
         if sidecar:
-            written.append(save_sidecar(picture.metadata, path))
+            written.append(save_sidecar(settings, path))
     except OSError as error:
         raise OSError(f"{str(path)!r} could not be written: {error.strerror or error}.") from error
     return written

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from apps.service.content_credentials import check_signing
 from apps.service.limits import fine_tuning_limits
 from apps.service.temporary import private_folder
 
@@ -70,11 +71,13 @@ def run(
         fine_tuning: see `apps.service.limits.fine_tuning_limits`; None for the defaults.
 
     Raises:
-        ValueError: other machines could reach it without a token, there is no model, or the output folder is in use.
+        ValueError: other machines could reach it without a token, there is no model, the output folder is in use, or
+            a signature that is configured can't be made.
         OSError: the port is taken.
-        ImportError: the extra `studio` is not installed.
+        ImportError: the extra `studio` is not installed, or `c2pa` where signing is configured.
     """
     check_host(host, auth_file)
+    check_signing()
     if find_spec("gradio") is None:
         raise ImportError("The studio needs Gradio: pip install 'tessera[studio]', or `make studio` in the project.")
     port = check_port(host, port)

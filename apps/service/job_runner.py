@@ -31,16 +31,18 @@ from apps.service.inference import (
 from apps.service.job_store import JobStore, StoredPicture
 from apps.service.lora import LoraFiles, loras_applied, resolve_lora
 from apps.service.media import Clip, ClipWriter, contact_strip, require_video, save_mp4
-from apps.service.metadata import PictureSettings, save_picture, save_sidecar
+from apps.service.metadata import PictureSettings, mark_of, save_picture, save_sidecar
 from apps.service.model_pool import LoadedModel
 from apps.service.option_values import parse_timeline
 from apps.service.outpaint import blend, mask_of, pad_for_outpainting, soft_mask
+from apps.service.provenance import Provenance, packet
 from apps.service.reports import encode_reports, report_text
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
 from apps.service.uploaded_clips import cut_note, split_frames
 from apps.service.uploads import UploadStore
 from apps.service.upscaling import UpscalerPool, UpscaleStep
+from apps.service.xmp import append_to_mp4
 
 PART_SIDE = 256
 """Pixels of the longer side of frames that are shown while later ones are generated."""
@@ -148,7 +150,8 @@ def _run_batches(
         clock.begin(_step_count(request, model), first, 1 if request.pick is not None else len(seeds))
         signals.skip.clear()  # one that came too late for its image should not hit the next
         try:
-            with _GrowingClip(_growing_path(queued, first, request, model, context), model.fps, clock.part) as parts:
+            growing = _growing_path(queued, first, request, model, context)
+            with _GrowingClip(growing, model.fps, clock.part, mark_of(request)) as parts:
                 on_part = None if model.frames is None else parts.add
                 result = _keep(inputs, run_pipeline(model, inputs, signals, clock.step, offload, on_part))
             seconds = (time.monotonic() - begun) / len(result.pictures)
@@ -273,11 +276,12 @@ def _finish(
     path = video = None
     if context.output_dir is not None:
         name = _file_name(queued, place, settings.seed)
-        written = settings if queued.request.keep_settings else None
-        path = save_picture(image, context.output_dir / f"{name}.{queued.request.file_format}", written)
+        keep = queued.request.keep_settings
+        file = context.output_dir / f"{name}.{queued.request.file_format}"
+        path = save_picture(image, file, settings, keep_settings=keep)
         if queued.request.sidecar:
             save_sidecar(settings, path)
-        video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), written)
+        video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), settings, keep_settings=keep)
     name = "" if path is None else path.name
     report = report_text(result.reports)
     context.store.add_picture(
@@ -404,10 +408,11 @@ class _GrowingClip:
         path: of the file, which is written from the first part on; None writes none.
         fps: frames a second.
         tell: receives what `add` does, with `fps` first.
+        mark: is written into a file that is left behind.
     """
 
-    def __init__(self, path: Path | None, fps: float | None, tell: Callable[..., None]) -> None:
-        self._path, self._fps, self._tell = path, fps or 1.0, tell
+    def __init__(self, path: Path | None, fps: float | None, tell: Callable[..., None], mark: Provenance) -> None:
+        self._path, self._fps, self._tell, self._mark = path, fps or 1.0, tell, mark
         self._open = contextlib.ExitStack()
         self._writer: ClipWriter | None = None
 
@@ -428,6 +433,8 @@ class _GrowingClip:
         self._open.close()
         if self._path is not None and (kind is None or issubclass(kind, (SkipRequestedError, StopRequestedError))):
             self._path.unlink(missing_ok=True)
+        elif self._writer is not None and self._path is not None:
+            append_to_mp4(self._path, packet(self._mark))
 
 
 class _StepClock:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from apps.service.metadata import MetadataError, PictureSettings, parse
+from apps.service.metadata import MetadataError, PictureSettings, mark_of, parse
+from apps.service.provenance import finish_file
 from apps.service.sound import Sound, add_track, fill_track
 
 STILLS = 4
@@ -191,13 +192,15 @@ def _repeatable() -> dict[str, str]:
     return {"x264-params": "asm=avx2"} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
 
 
-def save_mp4(clip: Clip, path: Path, settings: PictureSettings | None) -> Path:
-    """Write a clip with its settings; the file appears complete or not at all.
+def save_mp4(clip: Clip, path: Path, settings: PictureSettings | None, *, keep_settings: bool = True) -> Path:
+    """Write a clip with its mark and its settings; the file appears complete or not at all.
 
     Args:
         clip: width and height even, as H.264 wants them.
         path: the file to write; an existing one is replaced.
-        settings: what reproduces the clip, stored as the file's comment; None leaves it out.
+        settings: what reproduces the clip, stored as the file's comment; None for a clip that was not generated here,
+            which gets no mark either.
+        keep_settings: write them too, and not the mark alone.
 
     Returns:
         `path`.
@@ -211,8 +214,10 @@ def save_mp4(clip: Clip, path: Path, settings: PictureSettings | None) -> Path:
         raise ValueError(f"{path.name!r} is no MP4 name; clips are written as '.mp4'.")
     partial = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        with ClipWriter(partial, clip.fps, settings, clip.sound) as writer:
+        with ClipWriter(partial, clip.fps, settings if keep_settings else None, clip.sound) as writer:
             writer.append(clip.frames)
+        if settings is not None:
+            finish_file(partial, "MP4", mark_of(settings))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 A PNG carries one `tessera` text chunk, a WebP the EXIF description, a GIF a comment: JSON of `PictureSettings`. Reading
 trusts nothing: the text is capped, parsed as JSON and checked against the schema; it can name neither a path nor a
-class to load.
+class to load. With or without them a generated file is marked as such, see `apps.service.provenance`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image, PngImagePlugin
 from pydantic import Field, ValidationError, model_validator
 
-from apps.service import limits
+from apps.service import limits, xmp
 from apps.service.option_values import SchedulerName
 from apps.service.options import (
     ClassLabel,
@@ -31,6 +31,7 @@ from apps.service.options import (
     StepOptions,
     Strength,
 )
+from apps.service.provenance import Provenance, finish_file, generated_by, packet
 from apps.service.request_error import RequestError
 from apps.service.requests import SHORT_FOR, TASKS, AnyRequest
 
@@ -38,9 +39,9 @@ CHUNK = "tessera"
 """Keyword of the text chunk."""
 DESCRIPTION = 0x010E
 """EXIF tag ImageDescription, which keeps the settings of a WebP file."""
-FORMATS = {".png": "PNG", ".webp": "WEBP"}
+FORMATS: dict[str, xmp.Kind] = {".png": "PNG", ".webp": "WEBP"}
 GIF_BEGINNING = 2 * limits.MAX_METADATA_BYTES
-ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
+ANIMATIONS: dict[str, xmp.Kind] = {".gif": "GIF", ".webp": "WEBP"}
 
 Scalar = bool | int | float | str | None
 ShortText = Annotated[str, Field(max_length=200)]
@@ -126,6 +127,12 @@ class PictureSettings(NextScaleOptions, CompletionOptions, StepOptions, SharedOp
         return {**data, **changed}
 
 
+def mark_of(asked: PictureSettings | AnyRequest) -> Provenance:
+    """Return the mark of an image or a clip that was generated with settings, or for a request."""
+    sources = (getattr(asked, name, None) for name in ("image", "mask", "last_image", "video"))
+    return generated_by(asked.model or "", has_source=any(one is not None for one in sources))
+
+
 def request_from_settings(settings: PictureSettings, **changes: Any) -> AnyRequest:
     """Return the request that generates an image again.
 
@@ -160,13 +167,21 @@ class MetadataError(RequestError):
     """An image carries no settings of ours, or settings that don't pass the checks."""
 
 
-def save_picture(image: Image.Image, path: Path, settings: PictureSettings | None, *, is_fast: bool = False) -> Path:
-    """Write an image with its settings; the file appears complete or not at all.
+def save_picture(
+    image: Image.Image,
+    path: Path,
+    settings: PictureSettings | None,
+    *,
+    keep_settings: bool = True,
+    is_fast: bool = False,
+) -> Path:
+    """Write an image with its mark and its settings; the file appears complete or not at all.
 
     Args:
         image: the image.
         path: the file to write, `.png` or `.webp` (without loss); an existing one is replaced.
-        settings: what reproduces the image; None leaves it out.
+        settings: what reproduces the image; None for an image that was not generated here, which gets no mark either.
+        keep_settings: write them too, and not the mark alone.
         is_fast: compress little, for files that are read by us only.
 
     Returns:
@@ -183,23 +198,32 @@ def save_picture(image: Image.Image, path: Path, settings: PictureSettings | Non
     partial = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with partial.open("xb") as file:
-            image.save(
-                file, format=kind, **_saving_options(kind, settings), **({"compress_level": 1} if is_fast else {})
-            )
+            options = _saving_options(kind, settings, keep_settings) | ({"compress_level": 1} if is_fast else {})
+            image.save(file, format=kind, **options)
+        if settings is not None:
+            finish_file(partial, kind, mark_of(settings))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
 
 
-def save_animation(frames: Sequence[Image.Image], fps: float, path: Path, settings: PictureSettings | None) -> Path:
-    """Write a clip as an animation that plays for ever; the file appears complete or not at all.
+def save_animation(
+    frames: Sequence[Image.Image],
+    fps: float,
+    path: Path,
+    settings: PictureSettings | None,
+    *,
+    keep_settings: bool = True,
+) -> Path:
+    """Write a clip with its mark as an animation that plays for ever; the file appears complete or not at all.
 
     Args:
         frames: RGB images of one size.
         fps: frames a second; the formats count in whole milliseconds, GIF in hundredths of a second.
         path: the file to write, `.gif` (256 colours a frame) or `.webp`; an existing one is replaced.
-        settings: what reproduces the clip; None leaves it out.
+        settings: what reproduces the clip; None for a clip that was not generated here, which gets no mark either.
+        keep_settings: write them too, and not the mark alone.
 
     Returns:
         `path`.
@@ -213,13 +237,15 @@ def save_animation(frames: Sequence[Image.Image], fps: float, path: Path, settin
     first, *rest = frames
     options: dict[str, Any] = {"duration": round(1000 / fps), "loop": 0, "save_all": True, "append_images": rest}
     if kind == "WEBP":
-        options |= {"quality": 90, "method": 4, "exif": _saving_options(kind, settings)["exif"]}
-    elif settings is not None:
+        options |= _saving_options(kind, settings, keep_settings) | {"lossless": False, "quality": 90, "method": 4}
+    elif settings is not None and keep_settings:
         options["comment"] = settings.model_dump_json().encode()
     partial = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with partial.open("xb") as file:
             first.save(file, format=kind, **options)
+        if settings is not None:
+            finish_file(partial, kind, mark_of(settings))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -262,17 +288,14 @@ def read_sidecar(path: Path) -> PictureSettings:
     return parse(text)
 
 
-def _saving_options(kind: str, settings: PictureSettings | None) -> dict[str, Any]:
-    """Return what `Image.save` needs for settings in a format, and for no loss."""
-    if kind == "PNG":
-        text = PngImagePlugin.PngInfo()
-        if settings is not None:
-            text.add_itxt(CHUNK, settings.model_dump_json())
-        return {"pnginfo": text}
-    exif = Image.Exif()
-    if settings is not None:
+def _saving_options(kind: xmp.Kind, settings: PictureSettings | None, keep_settings: bool) -> dict[str, Any]:
+    """Return what `Image.save` needs for settings and mark in a format, and for no loss."""
+    text, exif = PngImagePlugin.PngInfo(), Image.Exif()
+    if settings is not None and keep_settings:
+        text.add_itxt(CHUNK, settings.model_dump_json())
         exif[DESCRIPTION] = json.dumps(settings.model_dump(mode="json"))  # ASCII, as EXIF wants it
-    return {"lossless": True, "exact": True, "exif": exif}
+    options: dict[str, Any] = {"pnginfo": text} if kind == "PNG" else {"lossless": True, "exact": True, "exif": exif}
+    return options if settings is None else options | xmp.pillow_options(kind, packet(mark_of(settings)), text)
 
 
 def read_picture(path: Path) -> PictureSettings:

@@ -13,9 +13,10 @@ from typing import Literal, Self
 from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from apps.service import limits
+from apps.service import limits, xmp
 from apps.service.grid import Axis, Cell, plan, read_axis
-from apps.service.metadata import MetadataError
+from apps.service.metadata import MetadataError, mark_of
+from apps.service.provenance import finish_file, packet
 from apps.service.requests import Request
 
 CHUNK = "tessera-grid"
@@ -51,24 +52,26 @@ class GridSettings(BaseModel):
         return plan(self.request, self.axes)
 
 
-def save_sheet(image: Image.Image, path: Path, settings: GridSettings | None) -> Path:
-    """Write a sheet with the settings of its grid; the file appears complete or not at all.
+def save_sheet(image: Image.Image, path: Path, settings: GridSettings, *, keep_settings: bool = True) -> Path:
+    """Write a sheet with its mark and the settings of its grid; the file appears complete or not at all.
 
     Args:
         image: the sheet.
         path: the PNG file to write; an existing one is replaced.
-        settings: what generates the grid again; None leaves it out.
+        settings: what generates the grid again.
+        keep_settings: write them too, and not only that the sheet was generated.
 
     Returns:
         `path`.
     """
-    text = PngImagePlugin.PngInfo()
-    if settings is not None:
+    text, mark = PngImagePlugin.PngInfo(), mark_of(settings.request)
+    if keep_settings:
         text.add_itxt(CHUNK, settings.model_dump_json())
     partial = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with partial.open("xb") as file:
-            image.save(file, format="PNG", pnginfo=text)
+            image.save(file, format="PNG", **xmp.pillow_options("PNG", packet(mark), text))
+        finish_file(partial, "PNG", mark)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

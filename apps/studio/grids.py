@@ -128,8 +128,8 @@ class Grids:
             return None
         name = f"{datetime.fromtimestamp(record.created):%Y%m%d-%H%M%S}-grid-{record.id}.png"
         settings = record.settings
-        kept = settings if settings.request.keep_settings else None
-        path = save_sheet(compose(settings.axes, filled), self._output / name, kept)
+        sheet = compose(settings.axes, filled)
+        path = save_sheet(sheet, self._output / name, settings, keep_settings=settings.request.keep_settings)
         self._write(record.model_copy(update={"sheet": name}))
         return path
 

@@ -39,6 +39,7 @@ from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.forms import FIXED, least_side, request_to_form, settings_to_form, size_choices
 from apps.studio.generation_handlers import GenerationHandlers
+from apps.studio.origin import origin_of
 from apps.studio.panels import attention_choices, machine_choices, memory_note, usual_upscale
 from apps.studio.problems import explain, problem
 from apps.studio.sessions import LOCAL, Sessions
@@ -273,17 +274,18 @@ class SettingsHandlers:
         return {} if chosen is None else self._apply_settings(chosen.settings, owner)
 
     def load_settings(self, file: str | None, owner: str = LOCAL) -> Changes:
-        """Set every control as for an image, or the sheet of a grid, that was handed in."""
+        """Set every control as for an image, or the sheet of a grid, that was handed in; say how that was made."""
         if not file:
             return {}
-        path = Path(file)
+        path, origin = Path(file), ""
         try:
+            origin = origin_of(path, self._words)
             settings = read_sheet(path) or _read(path)
             if isinstance(settings, PictureSettings):
                 request_from_settings(settings)
         except (ValueError, OSError) as error:
-            return problem(explain(error, self._words))
-        gr.Info(self._words("load_settings.done", name=path.name[:60]))
+            return problem(f"{explain(error, self._words)} {origin}".strip())
+        gr.Info(escape(f"{self._words('load_settings.done', name=path.name[:60])} {origin}".strip()))
         if isinstance(settings, GridSettings):
             return self._apply_grid(settings, owner)
         return self._apply_settings(settings, owner)

@@ -14,6 +14,7 @@ from apps.service.uploaded_clips import cut_note
 from apps.studio import grid_view, views
 from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.grids import Grids
+from apps.studio.origin import origin_of
 from apps.studio.strings import Strings
 from apps.studio.vocabulary import unknown_words
 
@@ -127,7 +128,8 @@ class Stage:
         facts = views.details(
             shown.settings, shown.seconds, self._words, self._words.report(shown.reports) or shown.report
         )
-        return facts + "".join(views.hint(note) for note in self._notes(shown))
+        origin = views.origin(origin_of(shown.clip or shown.path, self._words))
+        return facts + origin + "".join(views.hint(note) for note in self._notes(shown))
 
     def _notes(self, shown: Shown) -> Sequence[str]:
         """Return the notes on an image, in the language of the page where the model's list of words is at hand."""

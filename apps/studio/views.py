@@ -185,6 +185,11 @@ def hint(text: str) -> str:
     return f'<p class="hint">{escape(text)}</p>' if text else ""
 
 
+def origin(text: str) -> str:
+    """Draw what a file says about how it was made; nothing for no text."""
+    return f'<p class="hint origin">{escape(text)}</p>' if text else ""
+
+
 def source(words: Strings, picture: str | None = None, size: tuple[int, int] = (1, 1), mask: str = "") -> str:
     """Draw the image to start from, with the canvas of the brush over it.
 

@@ -201,7 +201,7 @@ def test_a_file_carries_a_grid_only_if_it_passes_the_checks(here, tmp_path):
     plain = Image.new("RGB", (8, 8))
     path = save_sheet(plain, tmp_path / "sheet.png", settings_of())
     assert read_sheet(path) == settings_of()
-    assert read_sheet(save_sheet(plain, tmp_path / "bare.png", None)) is None
+    assert read_sheet(save_sheet(plain, tmp_path / "bare.png", settings_of(), keep_settings=False)) is None
     (tmp_path / "x.png").write_bytes(b"\x89PNG but no")
     assert read_sheet(tmp_path / "x.png") is None
     good = json.loads(settings_of().model_dump_json())

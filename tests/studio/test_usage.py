@@ -189,7 +189,7 @@ def test_a_free_name_is_free_of_clips_and_settings_too(place):
 
 
 def test_a_full_disk_is_work_that_failed_and_names_the_file_asked_for(place, fake, monkeypatch, capsys):
-    def fail(image, path, settings):
+    def fail(image, path, settings, **_):
         raise OSError(errno.ENOSPC, "No space left on device", str(path.with_name(".0123.part")))
 
     monkeypatch.setattr("apps.commands.outputs.save_picture", fail)
