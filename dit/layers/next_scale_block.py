@@ -7,8 +7,10 @@ don't change from scale to scale, so they come ready into the block.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -30,6 +32,23 @@ KeyValue = tuple[Tensor, Tensor]
 """Keys and values, (B, M, K, E) each."""
 
 
+def _attend(one: LayerCache, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
+    return one.cache.attend(one.layer, one.scale, query, key, value, attend)
+
+
+@cache
+def _attend_outside_graphs() -> Callable[..., Tensor]:
+    return torch.compiler.disable(_attend)
+
+
+def _attend_of_caches() -> Callable[..., Tensor]:
+    """Return what attends with a cache, which compiled blocks call as it is.
+
+    A graph would hold the numbers of its layer and scale: one for each pair of them, and torch compiles eight at most.
+    """
+    return _attend_outside_graphs() if "torch._dynamo" in sys.modules else _attend  # importing it takes seconds
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """Access of one layer to the cache at one scale."""
@@ -37,10 +56,11 @@ class LayerCache:
     cache: ScaleKVCache
     layer: int
     scale: int
+    _attend: Callable[..., Tensor] = field(default_factory=_attend_of_caches, repr=False)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
         """Store keys and values (B, N, K, E) and attend to those of all scales so far, (B, N, K, E)."""
-        return self.cache.attend(self.layer, self.scale, query, key, value, attend)
+        return self._attend(self, query, key, value, attend)
 
 
 class NextScaleAttnProcessor(AttnProcessor):

@@ -7,8 +7,11 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
+from dit.models.next_scale import NextScaleTransformer
 from dit.runtime.hooks import attachments
+from dit.tokenizers import MultiScaleVQ
 from pipelines import NextScaleClassToImagePipeline
 from pipelines.acceleration import AccelerationConfig, AccelerationError
 from pipelines.acceleration.texts import ENGLISH
@@ -17,11 +20,12 @@ from sampling.scale_acceleration import ScaleAcceleration
 from sampling.step_cache import StepCache
 from sampling.step_cache.gates import Mask
 from tests.families.tiny import tiny_pipeline
-from tests.models import tiny_next_scale
+from tests.models import next_scale_reference, tiny_next_scale
 from tests.pipes.test_class_to_image import tiny_pipeline as class_pipeline
 from tests.pipes.test_next_scale_text import of_bits
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 from tests.runtime.truth import guided_call
+from tests.tokenizers import multi_scale_reference
 
 STEPS = 6
 DENOISING = ("text", "dit", "sit", "flux", "sd3", "pixart")
@@ -275,6 +279,22 @@ def test_compiled_networks_compute_the_same(name: str, scope: str) -> None:
     assert part.is_active
     assert part.values["calls"] >= part.values["modules"]
     torch.compiler.reset()
+
+
+def test_compiled_blocks_of_next_scale_models_are_the_same_graphs_at_all_layers_and_scales() -> None:
+    layers, sides = 4, (1, 2, 3, 4, 5)
+    config = {**next_scale_reference.CONFIG, "num_layers": layers, "scales": sides}
+    tokenizer = MultiScaleVQ(**{**multi_scale_reference.CONFIG, "scales": sides})
+    pipe = NextScaleClassToImagePipeline(NextScaleTransformer(**config).eval(), tokenizer.eval())
+    pipe.set_progress_bar_config(disable=True)
+    torch.compiler.reset()
+    with AccelerationConfig.from_dict({"compile": {"backend": "eager"}}).apply(pipe):
+        before = counters["frames"].copy()
+        generate(pipe, "next-scale class")
+        frames = counters["frames"] - before
+    torch.compiler.reset()
+    assert frames["ok"] == frames["total"], "some are not compiled: there were too many"
+    assert frames["ok"] < layers * len(sides)
 
 
 def test_compiled_with_a_cache_and_guidance() -> None:
