@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipelines.loading.upscaler import builtin_upscalers, load_upscaler
     from pipelines.lora.mixin import load_lora, unload_lora
     from pipelines.next_scale import NextScaleClassToImagePipeline, NextScaleTextToImagePipeline
+    from pipelines.speed_up import speed_up
     from pipelines.text_to_image import TextToImagePipeline
     from pipelines.text_to_video import TextToVideoPipeline
     from pipelines.upscaling import Upscaler
@@ -49,6 +50,7 @@ __all__ = [
     "load_pipeline",
     "load_upscaler",
     "observe",
+    "speed_up",
     "unload_lora",
 ]
 
@@ -70,6 +72,7 @@ _MODULE_OF = {
     "load_pipeline": "pipelines.loading.load",
     "load_upscaler": "pipelines.loading.upscaler",
     "observe": "sampling.observe",
+    "speed_up": "pipelines.speed_up",
     "unload_lora": "pipelines.lora.mixin",
 }
 

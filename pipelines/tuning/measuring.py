@@ -1,0 +1,183 @@
+"""Apply one acceleration to a pipeline, make the requests, take it back: what it takes and what it changes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dit.runtime.hooks import AttachError
+from pipelines.acceleration import AccelerationConfig, AccelerationError
+from pipelines.tuning.measurement import Measurement
+from pipelines.tuning.memory import modules_of, resident_bytes, weight_bytes, working_memory
+from pipelines.tuning.workload import Result, Times, Workload, similarity
+
+SLOWER = 1.1
+"""A candidate that takes so many times as long as the plain run at its first prompt is not measured further."""
+LONG = 3.0
+"""Seconds of a request from which it isn't repeated: noise matters less."""
+PLAIN_RUNS = 2
+"""Plain runs before a candidate, and after it, that its time is compared with."""
+FAILURES = (AccelerationError, AttachError, ValueError, RuntimeError, OSError, TypeError, NotImplementedError)
+"""What is raised by an acceleration that a pipeline or this machine can't have."""
+
+
+@dataclass
+class Baseline:
+    """Plain runs of the prompts: what errors and times are compared with.
+
+    Attributes:
+        work: the requests.
+        results: of each prompt.
+        memory: bytes that a request needs beside the weights.
+        weights: bytes of all weights.
+        rounds: more runs of the first prompt, for the time.
+    """
+
+    work: Workload
+    results: list[Result]
+    memory: int
+    weights: int
+    rounds: list[Times] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, work: Workload) -> Baseline:
+        """Run all prompts plainly, the first one once before."""
+        with working_memory(work.device) as used:
+            work.generate(0)
+        results = [work.generate(index) for index in range(len(work.prompts))]
+        return cls(work, results, used.size, weight_bytes(modules_of(work.pipe)))
+
+    def again(self) -> list[float]:
+        """Return seconds of more plain runs of the first prompt; none where requests take long."""
+        if self.is_long:
+            return []
+        runs = [self.work.generate(0).times for _ in range(PLAIN_RUNS)]
+        self.rounds += runs
+        return [one.total(self.work.clock) for one in runs]
+
+    @property
+    def times(self) -> list[Times]:
+        """Of all plain runs."""
+        return [*self.rounds, *(one.times for one in self.results)]
+
+    def seconds(self, clock: str | None = None) -> float:
+        """Return the median time of a request.
+
+        Args:
+            clock: "wall" or "process"; None is the one that counts here.
+        """
+        return statistics.median(one.total(clock or self.work.clock) for one in self.times)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether requests take so long that noise hardly matters."""
+        return self.results[0].times.wall >= LONG
+
+    @property
+    def sees_network(self) -> bool:
+        """Whether calls of the network are seen."""
+        return any(one.calls for one in self.times)
+
+    def network_share(self) -> float:
+        """Return the share of a request's time inside the networks; 1 where their calls are not seen."""
+        clock = self.work.clock
+        return statistics.median(one.network(clock) / one.total(clock) if one.calls else 1.0 for one in self.times)
+
+
+@dataclass
+class _Runs:
+    """Requests that were made with an acceleration on the pipeline."""
+
+    results: list[Result]
+    again: list[Times]
+    first_seconds: float
+    memory: int
+    report: Any
+
+    def seconds(self, clock: str) -> float:
+        """Return the least time of a request: other load only adds."""
+        return min(one.total(clock) for one in self.times)
+
+    @property
+    def times(self) -> list[Times]:
+        """Of all requests but the first, which warms up."""
+        return [*(one.times for one in self.results), *self.again]
+
+
+def measure(
+    parts: Mapping[str, Any], baseline: Baseline, purpose: str, *, give_up: bool = True, repeats: int = 1
+) -> Measurement:
+    """Apply an acceleration, make all requests of a baseline, and take it back.
+
+    Args:
+        parts: of an `AccelerationConfig`.
+        baseline: its pipeline and prompts.
+        purpose: see `Measurement`.
+        give_up: stop after the first prompt where it is slower than the plain run.
+        repeats: runs of each prompt, for the time.
+
+    Returns:
+        What was found; with an `error` where the pipeline can't have it or it was given up.
+    """
+    clock, given = baseline.work.clock, dict(parts)
+    plain = baseline.again() or [baseline.seconds()]
+    try:
+        runs = _run(given, baseline, SLOWER * min(plain) if give_up else math.inf, repeats)
+    except FAILURES as reason:
+        text = (str(reason).splitlines() or [""])[0]
+        return Measurement(given, purpose, error=f"{type(reason).__name__}: {text}")
+    plain += baseline.again()
+    usual, taken = min(plain), runs.seconds(clock)
+    outside = [one.total(clock) - one.network(clock) for one in runs.times]
+    network = max(taken - min(outside), 0.0) if baseline.sees_network else taken
+    alike = [similarity(one.pixels, other.pixels) for one, other in zip(runs.results, baseline.results, strict=False)]
+    gave_up = len(runs.results) < len(baseline.results)
+    report = runs.report.to_dict()
+    return Measurement(
+        parts=given,
+        purpose=purpose,
+        share=taken / usual,
+        network_share=network / usual,
+        computed_share=computed_share(report),
+        psnr=tuple(one["psnr"] for one in alike),
+        ssim=tuple(one["ssim"] for one in alike if not math.isnan(one["ssim"])),
+        warm_up=max(runs.first_seconds - min(one.wall for one in runs.times), 0.0),
+        memory=runs.memory,
+        report=tuple(report),
+        inactive=tuple(one.text() for one in runs.report.inactive),
+        error=f"given up: {taken / usual:.2f} times the plain time at the first prompt" if gave_up else "",
+    )
+
+
+def _run(parts: Mapping[str, Any], baseline: Baseline, limit: float, repeats: int) -> _Runs:
+    """Make the requests with an acceleration; only the first one if it takes longer than a limit in seconds."""
+    work = baseline.work
+    begun = time.perf_counter()
+    with AccelerationConfig.from_dict(parts).apply(work.pipe) as handle:
+        arguments = handle.call_arguments
+        with working_memory(work.device) as used:
+            work.generate(0, **arguments)
+        first = time.perf_counter() - begun
+        results = [work.generate(0, **arguments)]
+        if results[0].times.total(work.clock) <= limit:
+            results += [work.generate(index, **arguments) for index in range(1, len(work.prompts))]
+        again = [work.generate(index, **arguments).times for _ in range(repeats - 1) for index in range(len(results))]
+        report = handle.report()
+        weights = resident_bytes(work.pipe, baseline.weights, report.to_dict())
+    return _Runs(results, again, first, weights + max(used.size, 0), report)
+
+
+def computed_share(report: Sequence[Mapping[str, Any]]) -> float:
+    """Return the share of network calls that a step cache computed; 1 without one.
+
+    Args:
+        report: of the acceleration's parts, see `AccelerationReport.to_dict`.
+    """
+    for one in report:
+        if one["part"] == "step_cache" and one["values"]["called"]:
+            return 1 - one["values"]["skipped"] / one["values"]["called"]
+    return 1.0

@@ -1,0 +1,364 @@
+"""The search: tables of single techniques, factors of pairs, predictions, and real runs of the best."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from dit import __version__
+from pipelines.tuning.breakdown import breakdown, other_dtype
+from pipelines.tuning.candidates import Offer, key_of, offer
+from pipelines.tuning.choosing import Measured, choice_of, front_of
+from pipelines.tuning.conditions import Conditions
+from pipelines.tuning.cost_model import CostModel, technique
+from pipelines.tuning.error_model import ErrorModel
+from pipelines.tuning.front import pareto_front
+from pipelines.tuning.goals import Goal
+from pipelines.tuning.measurement import Measurement
+from pipelines.tuning.measuring import Baseline, measure
+from pipelines.tuning.progress import Budget, Listener, Progress
+from pipelines.tuning.record import Choice, TuningRecord
+from pipelines.tuning.solvers import try_solvers
+from pipelines.tuning.tokens import tokens_of
+from pipelines.tuning.workload import Workload
+
+logger = logging.getLogger(__name__)
+
+SINGLES, PAIRS, VERIFIED = 0.5, 0.7, 0.95
+"""Shares of the time after which singles, pairs and verifications end."""
+MOST_VERIFIED = 8
+"""Verifications of one goal."""
+STRENGTHS = 2
+"""Of each technique, that are paired."""
+WORTH = 0.99
+"""A technique has to take at most so much of the plain time to be combined."""
+
+
+@dataclass
+class Tuner:
+    """Tunes one pipeline for goals.
+
+    Attributes:
+        pipe: of ours or diffusers; nothing is attached to it afterwards.
+        learned: prompts of the tables.
+        held_out: prompts that verify.
+        call: arguments of every call, such as the number of steps.
+        path: file that keeps the measurements; read first, if it fits.
+        minutes: that it may take.
+        listener: is told of the progress.
+        only: techniques to try; None is all.
+    """
+
+    pipe: Any
+    learned: Sequence[Any]
+    held_out: Sequence[Any]
+    path: Path
+    call: Mapping[str, Any] = field(default_factory=dict)
+    minutes: float = 10.0
+    listener: Listener | None = None
+    only: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Read what is known, or begin anew.
+
+        Raises:
+            ValueError: the pipeline can't be called with a prompt, or the time is out of range.
+            AttachError: it has no network that denoises.
+        """
+        if not (math.isfinite(self.minutes) and self.minutes > 0):
+            raise ValueError(f"minutes is {self.minutes!r}; give a time above 0, such as 10")
+        self.work = Workload(self.pipe, self.learned, self.call)
+        self.conditions = Conditions.of(self.work)
+        self.record = self._known() or TuningRecord(
+            self.conditions, list(self.learned), list(self.held_out), self.work.seed, _versions()
+        )
+        self.budget = Budget(60 * self.minutes)
+        self._verified: list[Measured] = []
+
+    def _known(self) -> TuningRecord | None:
+        """Return the record of an earlier run, unless it is of something else; then it is replaced."""
+        if not self.path.is_file():
+            return None
+        record = TuningRecord.load(self.path)
+        differences = record.conditions.differences(self.conditions)
+        if (record.learned, record.held_out) != (list(self.learned), list(self.held_out)):
+            differences.append("the prompts are others")
+        if differences:
+            logger.warning("%s is replaced: %s", self.path, "; ".join(differences))
+            return None
+        return record
+
+    # ------------------------------------------------------------------------------ phases
+
+    def run(self, goals: Mapping[str, Goal]) -> TuningRecord:
+        """Measure, predict, verify; the file is written after each measurement.
+
+        Args:
+            goals: name -> goal; the first is served first. All must have the same metric.
+
+        Returns:
+            The record, with a setting in `profiles` for each goal that some setting reaches.
+
+        Raises:
+            ValueError: no goals, or of several metrics.
+        """
+        if len({goal.metric for goal in goals.values()}) != 1:
+            raise ValueError(f"goals are {list(goals)}; give at least one, all with one metric, psnr or ssim")
+        first = next(iter(goals.values()))
+        self.budget = Budget(60 * self.minutes)
+        self._tell("plain", 0, 1, "plain runs")
+        baseline = self._plain()
+        singles = self._singles(baseline, self._offer(first))
+        cost = CostModel(baseline.network_share(), singles)
+        error = ErrorModel(first, singles)
+        self._pairs(baseline, cost, error, goals)
+        self._tell("verify", 0, len(goals), "plain runs of other prompts")
+        unseen = Baseline.of(Workload(self.pipe, self.held_out, self.call, self.work.seed + len(self.learned)))
+        for number, (name, goal) in enumerate(goals.items()):
+            found = self._reach(goal, unseen, cost, ErrorModel(goal, singles, error.pairs, error.exact), number)
+            self.record.profiles.pop(name, None)
+            if found is not None:
+                self.record.profiles[name] = found
+            self._save()
+        self._solvers(baseline)
+        self._save()
+        return self.record
+
+    def _plain(self) -> Baseline:
+        """Run the prompts of the tables plainly."""
+        baseline = Baseline.of(self.work)
+        baseline.again()
+        parts = breakdown(self.work)
+        other = self.record.baseline.get("other_dtype") or other_dtype(self.work)
+        self.record.baseline = {
+            "wall": baseline.seconds("wall"),
+            "process": baseline.seconds("process"),
+            "clock": self.work.clock,
+            "network_share": baseline.network_share(),
+            "memory": baseline.weights + baseline.memory,
+            "breakdown": parts,
+            "other_dtype": other,
+        }
+        self._save()
+        return baseline
+
+    def _offer(self, goal: Goal) -> Offer:
+        """Return what is tried on this pipeline."""
+        tokens = tokens_of(self.work)
+        found = offer(self.pipe, self.conditions, goal, self._cache_profile(), tokens)
+        self.record.left_out = dict(found.left_out)
+        if self.only is None:
+            return found
+        return Offer(tuple(one for one in found.candidates if one.technique in self.only), found.left_out)
+
+    def _cache_profile(self) -> str | None:
+        """Return a file with a profile of the step cache where the model has none: made now, beside the record."""
+        from pipelines.step_cache import PROFILE_FILE
+        from pipelines.tuning.cache_profile import make_profile
+
+        folder = getattr(self.pipe, "name_or_path", None)
+        if folder and (Path(folder) / PROFILE_FILE).is_file():
+            return None
+        if self.only is not None and "step_cache" not in self.only:
+            return None
+        return make_profile(self.work, self.conditions, self.path)
+
+    def _singles(self, baseline: Baseline, offered: Offer) -> dict[str, Measurement]:
+        """Measure each technique alone; return those that are worth combining, by key."""
+        for number, one in enumerate(offered.candidates):
+            if not self.budget.allows(SINGLES):
+                self.record.left_out["time"] = f"{len(offered.candidates) - number} single techniques were not measured"
+                break
+            self._tell("single", number, len(offered.candidates), f"{one.technique} {dict(one.parts)[one.technique]}")
+            self._measure(one.parts, baseline, "single")
+        keys = {one.key for one in offered.candidates}
+        found = [one for one in self.record.measurements if one.purpose == "single" and one.key in keys]
+        return {one.key: one for one in self._worthwhile(found)}
+
+    @staticmethod
+    def _worthwhile(found: Sequence[Measurement]) -> Iterator[Measurement]:
+        """Yield the measurements of each technique that no other of it dominates."""
+        useful = [one for one in found if one.is_useful and (one.share < WORTH or _saves_memory(one))]
+        for name in dict.fromkeys(technique(one) for one in useful):
+            own = [one for one in useful if technique(one) == name]
+            yield from pareto_front(own, lambda one: (one.share, -one.quality("psnr"), one.memory))
+
+    def _pairs(self, baseline: Baseline, cost: CostModel, error: ErrorModel, goals: Mapping[str, Goal]) -> None:
+        """Measure how techniques act together: those of the best combinations, and one pair of each two techniques."""
+        wanted = list(dict.fromkeys(self._wanted_pairs(cost, error, goals)))
+        for number, keys in enumerate(wanted):
+            if not self.budget.allows(PAIRS):
+                self.record.left_out["pairs"] = f"{len(wanted) - number} pairs were not measured"
+                return
+            parts = _together(cost.singles, keys)
+            self._tell("pair", number, len(wanted), " + ".join(parts))
+            found = self._measure(parts, baseline, "pair")
+            if found.is_useful and len(found.psnr) == len(baseline.results):
+                cost.learn(keys, found)
+                error.learn(keys, found)
+
+    def _wanted_pairs(self, cost: CostModel, error: ErrorModel, goals: Mapping[str, Goal]) -> Iterator[tuple[str, str]]:
+        """Yield pairs of keys: for each goal the strongest of each two techniques that could reach it together."""
+        for goal in goals.values():
+            ranked = [keys for _, keys in _ranked(cost, error, goal) if len(keys) == 2]
+            seen: dict[frozenset[str], int] = {}
+            for keys in ranked:
+                names = frozenset(technique(cost.singles[key]) for key in keys)
+                seen[names] = seen.get(names, 0) + 1
+                if seen[names] <= STRENGTHS:
+                    first, second = sorted(keys)
+                    yield first, second
+
+    def _reach(self, goal: Goal, unseen: Baseline, cost: CostModel, error: ErrorModel, number: int) -> Choice | None:
+        """Verify combinations in the order of the predicted time, until none could be faster than one that holds."""
+        best: Measured | None = None
+        offset, tried = 0.0, 0
+        while tried < MOST_VERIFIED and (self.budget.allows(VERIFIED) or (best is None and not tried)):
+            known = {one.measurement.key for one in self._verified}
+            limit = math.inf if best is None else WORTH * best.measurement.share
+            ranked = _ranked(cost, error, goal, offset, self.record.baseline, unseen.seconds("wall"))
+            open_ones = [(share, keys) for share, keys in ranked if share < limit]
+            self._reuse(open_ones, known, cost, error, unseen)
+            fresh = [keys for _, keys in open_ones if key_of(_together(cost.singles, keys)) not in known]
+            if not fresh:
+                break
+            parts = _together(cost.singles, fresh[0])
+            self._tell("verify", tried, MOST_VERIFIED, f"{goal.text()}: " + " + ".join(parts))
+            predicted = error.quality(fresh[0])
+            measured = self._measure(parts, unseen, "verified", repeats=2)
+            tried += 1
+            self._verified.append(Measured(measured, cost.predict(fresh[0]), predicted, tuple(fresh[0])))
+            if measured.is_useful and measured.values(goal.metric):
+                surprise = measured.quality(goal.metric) - predicted
+                offset = surprise if offset == 0 else (offset + surprise) / 2
+            best = self._best(goal, unseen)
+            self.record.front = front_of(self._verified, goal, unseen, cost)
+        best = self._best(goal, unseen)
+        return None if best is None else choice_of(best, goal, unseen, cost)
+
+    def _reuse(
+        self,
+        ranked: Sequence[tuple[float, Sequence[str]]],
+        known: set[str],
+        cost: CostModel,
+        error: ErrorModel,
+        unseen: Baseline,
+    ) -> None:
+        """Take verifications of an earlier run."""
+        for share, keys in ranked:
+            found = self.record.found(key_of(_together(cost.singles, keys)), "verified")
+            if found is not None and found.key not in known and len(found.psnr) == len(unseen.results):
+                known.add(found.key)
+                self._verified.append(Measured(found, share, error.quality(keys), tuple(keys)))
+
+    def _best(self, goal: Goal, unseen: Baseline) -> Measured | None:
+        """Return the verified setting that serves a goal best."""
+        seconds = unseen.seconds("wall")
+        held = [
+            one
+            for one in self._verified
+            if one.measurement.is_useful
+            and goal.is_met(
+                one.measurement.quality(goal.metric), one.measurement.share * seconds, one.measurement.memory
+            )
+        ]
+        if goal.threshold is None and goal.latency is not None:  # time alone: the nearest to the plain run
+            return max(held, key=lambda one: one.measurement.quality(goal.metric), default=None)
+        return min(held, key=lambda one: one.measurement.share, default=None)
+
+    def _solvers(self, baseline: Baseline) -> None:
+        """Run fewer steps of other solvers, if there is time."""
+        argument = self.work.info.arguments.get("steps")
+        if self.record.solvers or argument is None or not self.conditions.steps or self.conditions.steps < 3:
+            return
+        if self.budget.left < 20 * baseline.seconds("wall"):
+            self.record.left_out["solvers"] = "no time was left for fewer steps of other solvers"
+            return
+        self._tell("solvers", 0, 1, "fewer steps of other solvers")
+        self.record.solvers = try_solvers(baseline, self.conditions.steps, argument)
+
+    # ----------------------------------------------------------------------------- helpers
+
+    def _measure(self, parts: Mapping[str, Any], baseline: Baseline, purpose: str, repeats: int = 1) -> Measurement:
+        """Measure, unless an earlier run did; the file is written."""
+        known = self.record.found(key_of(parts), purpose)
+        if known is not None and (known.error or len(known.psnr) == len(baseline.results)):
+            return known
+        give_up = purpose == "single" and not set(parts) & {"decoder_tiling", "offload", "kv_cache"}
+        found = measure(parts, baseline, purpose, give_up=give_up, repeats=repeats)
+        self.record.measurements.append(found)
+        self._save()
+        return found
+
+    def _save(self) -> None:
+        self.record.save(self.path)
+
+    def _tell(self, phase: str, done: int, total: int, text: str) -> None:
+        if self.listener is not None:
+            self.listener(Progress(phase, done, total, self.budget.left, text, tuple(self.record.front)))
+
+
+def combinations_of(candidates: Mapping[str, Measurement]) -> Iterator[tuple[str, ...]]:
+    """Yield all combinations of singles by key, at most one of each technique, at least one in all."""
+    names = list(dict.fromkeys(technique(one) for one in candidates.values()))
+    choices = [[None, *(key for key, one in candidates.items() if technique(one) == name)] for name in names]
+    for chosen in product(*choices):
+        keys = tuple(key for key in chosen if key is not None)
+        if keys:
+            yield keys
+
+
+def _ranked(
+    cost: CostModel,
+    error: ErrorModel,
+    goal: Goal,
+    offset: float = 0.0,
+    baseline: Mapping[str, Any] | None = None,
+    seconds: float | None = None,
+) -> list[tuple[float, tuple[str, ...]]]:
+    """Return combinations that are predicted to reach a goal, with their predicted share of the time, fastest first.
+
+    Args:
+        cost: predicts times.
+        error: predicts the metric.
+        goal: what has to hold; where it names time alone, the nearest to the plain run goes first.
+        offset: added to the predicted metric, by what verifications taught.
+        baseline: of the plain run, for its memory.
+        seconds: of the plain request; None ignores goals of time and memory.
+    """
+    found = []
+    for keys in combinations_of(cost.singles):
+        quality, share = error.quality(keys) + offset, cost.predict(keys)
+        is_slow = seconds is not None and goal.latency is not None and share * seconds > goal.latency
+        is_large = seconds is not None and goal.memory is not None and _memory(cost, keys, baseline) > goal.memory
+        if (goal.threshold is None or quality >= goal.threshold) and not is_slow and not is_large:
+            by_likeness = goal.threshold is None and goal.latency is not None
+            found.append((-quality if by_likeness else share, share, keys))
+    return [(share, keys) for _, share, keys in sorted(found)]
+
+
+def _memory(cost: CostModel, keys: Sequence[str], baseline: Mapping[str, Any] | None) -> float:
+    """Predict memory: each technique saves what it saves alone."""
+    plain = float((baseline or {}).get("memory", 0))
+    return plain + sum(cost.singles[key].memory - plain for key in keys)
+
+
+def _saves_memory(one: Measurement) -> bool:
+    return bool(set(one.parts) & {"decoder_tiling", "offload", "kv_cache", "quantization"})
+
+
+def _together(singles: Mapping[str, Measurement], keys: Sequence[str]) -> dict[str, Any]:
+    """Return the parts of several singles as one setting."""
+    return {name: value for key in sorted(keys) for name, value in singles[key].parts.items()}
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "diffusers": diffusers.__version__, "tessera": __version__}
