@@ -39,11 +39,12 @@ from apps.commands.shared_options import (
     TrainMinutes,
     TrainUserGB,
 )
+from apps.commands.tune import tune
 from apps.service.panels import CHECKPOINT, MEASURED, OUTPUT, SERVER, SPEED
 
 
 class _Commands(TyperGroup):
-    """The commands; the parameters of `generate` are built when it is called, because they bring pydantic along."""
+    """The commands; parameters that derive from options are built when a command is called: they bring pydantic."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Return the command that arguments name, as click asks for it."""
@@ -52,6 +53,10 @@ class _Commands(TyperGroup):
             from apps.commands.generate_options import build_command
 
             return name, build_command(), rest
+        if name == "compare":
+            from apps.commands.compare_options import build_command as build_comparison
+
+            return name, build_comparison(), rest
         if name == "train-lora":
             from apps.commands import train_lora_flags, train_lora_options
 
@@ -227,6 +232,11 @@ def generate() -> None:
 
 
 @app.command()
+def compare() -> None:
+    """Generate one prompt with several settings: images side by side, differences, time, memory, PSNR and SSIM."""
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML file that describes the run.")],
     overrides: Annotated[
@@ -327,6 +337,7 @@ def evaluate(
 
 app.command()(bench)
 app.command()(quantize)
+app.command()(tune)
 
 
 @app.command("calibrate-cache")

@@ -321,10 +321,10 @@ def follow(events: Generator[Event], console: Console) -> Generator[Picture]:
                     noted.update(notes)
                     yield event
                 case Failed():
-                    raise _error_of(event)
+                    raise error_of(event)
 
 
-def _error_of(failed: Failed) -> Exception:
+def error_of(failed: Failed) -> Exception:
     """Return the error of a failure: wrong usage, if what was asked for can't be, else its cause."""
     cause = failed.cause
     if failed.code in USAGE_CODES and not isinstance(cause, UsageError):

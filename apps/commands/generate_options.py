@@ -174,11 +174,11 @@ def generate(
 def _signature() -> inspect.Signature:
     """Return the signature that Typer reads: the parameters above and the derived ones, panel by panel."""
     own = [one for one in inspect.signature(generate).parameters.values() if one.kind is not one.VAR_KEYWORD]
-    derived = [_parameter(name) for name in DERIVED]
-    return inspect.Signature(sorted([*own, *derived], key=lambda one: PANELS.index(_panel(one))))
+    derived = [derived_parameter(name) for name in DERIVED]
+    return inspect.Signature(sorted([*own, *derived], key=lambda one: PANELS.index(panel_of(one))))
 
 
-def _parameter(name: str) -> inspect.Parameter:
+def derived_parameter(name: str) -> inspect.Parameter:
     """Return the parameter of a derived option; as long as it isn't given it is None."""
     one = DERIVED[name]
     flags = [f"--{name.replace('_', '-')}"]
@@ -198,7 +198,7 @@ def _accepted(one: DeclaredOption) -> str:
     return f" (up to {one.high:g})" if one.low is None else f" ({one.low:g} to {one.high:g})"
 
 
-def _panel(one: inspect.Parameter) -> str:
+def panel_of(one: inspect.Parameter) -> str:
     """Return the panel of `--help` that a parameter stands in."""
     found = (getattr(part, "rich_help_panel", None) for part in getattr(one.annotation, "__metadata__", ()))
     return next(filter(None, found), "")

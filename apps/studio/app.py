@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from apps.service.lora import LoraFiles, find_loras
 from apps.service.model_pool import name_models
 from apps.service.stored_images import STATE_FOLDER
 from apps.studio import fine_tune, lora_rows, panels, views
+from apps.studio.compare_handlers import CompareHandlers
 from apps.studio.controls import CONTROLS, Parts
 from apps.studio.examples import EXAMPLES
 from apps.studio.fine_tune_files import add_files
@@ -38,9 +40,9 @@ from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SAVED, SettingsHandlers
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings, languages
-from apps.studio.tabs import TABS
+from apps.studio.tabs import TABS, compare
 from apps.studio.tabs.video import ENDS, SOURCES
-from apps.studio.theme import BRUSH, CAPTIONS, CSS, FILES, LANGUAGE, SCRIPT, theme
+from apps.studio.theme import BRUSH, CAPTIONS, COMPARE, COMPARE_CSS, CSS, FILES, LANGUAGE, SCRIPT, theme
 from pipelines import builtin_models, builtin_upscalers
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -158,7 +160,7 @@ def mount(
             allowed_paths=[] if folder is None else [str(folder)],
             blocked_paths=[] if folder is None else [str(folder / STATE_FOLDER)],
             theme=theme(),
-            css_paths=CSS,
+            css_paths=[COMPARE_CSS, CSS],
             js=SCRIPT.read_text(encoding="utf-8"),
             head=_head(),
         )
@@ -191,7 +193,7 @@ def _head() -> str:
     language = f'<script data-languages="{" ".join(languages())}">{LANGUAGE.read_text(encoding="utf-8")}</script>'
     most = f'data-most="{limits.MAX_UPLOAD_BYTES}" data-together="{limits.MAX_UPLOADS_BYTES}"'
     files = f"<script {most}>{FILES.read_text(encoding='utf-8')}</script>"
-    others = "".join(f"<script>{script.read_text(encoding='utf-8')}</script>" for script in (BRUSH, CAPTIONS))
+    others = "".join(f"<script>{script.read_text(encoding='utf-8')}</script>" for script in (BRUSH, CAPTIONS, COMPARE))
     return f"{language}{files}{others}"
 
 
@@ -235,6 +237,8 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions, runs: FineTun
                 parts |= panels.prompt_panel(words)
             with gr.Column(elem_id="output-panel", elem_classes="card"):
                 parts |= panels.output_panel(words)
+            with gr.Column(elem_id="compare-panel", elem_classes="card"):
+                parts |= compare.result_panel(words)
             with gr.Column(elem_id="settings", elem_classes="card"):
                 parts |= panels.settings_panel(engine, words)
         parts["words"] = gr.HTML("", elem_id="words", js_on_load=None)
@@ -337,6 +341,7 @@ def _connect(
     _connect_following(page, wiring, generation)
     _connect_pictures(wiring, handlers, generation)
     _connect_tabs(wiring, handlers)
+    _connect_comparison(wiring, CompareHandlers(engine, words, sessions))
     if runs is not None:
         fine_tune.connect(page, wiring, parts, words, FineTuneHandlers(engine, runs, words, sessions, handlers))
 
@@ -414,6 +419,20 @@ def _connect_following(page: gr.Blocks, wiring: _Wiring, generation: GenerationH
     wiring.on([page.load, parts["pulse"].change], follow, ["seen", "chosen"], FOLLOWED, concurrency_limit=None)
     timer = gr.Timer(LOOK_SECONDS)
     wiring.on([timer.tick], look, ["seen"], ["pulse"], queue=False)
+
+
+def _connect_comparison(wiring: _Wiring, handlers: CompareHandlers) -> None:
+    parts, own = wiring.parts, ("compare_settings", "compare_runs")
+
+    async def compared(request: gr.Request, *given: Any) -> AsyncGenerator[dict[Any, Any]]:
+        values = wiring.values(given[: -len(own)]) | dict(zip(own, given[-len(own) :], strict=True))
+        with closing(handlers.compare(values, request)) as changes:  # who leaves the page stops the work
+            async for change in paced(changes):
+                yield wiring.by_component(change)
+
+    inputs = [*wiring.request_parts, *own]
+    wiring.on([parts["compare_start"].click], compared, inputs, compare.RESULTS, concurrency_limit=None)
+    wiring.answer(parts["compare_stop"].click, handlers.stop, (), ["queue_note", "problem"], queue=False)
 
 
 async def paced(by_component: Generator[Changes | None]) -> AsyncGenerator[Changes]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import gradio as gr
 
+from apps.service import comparison_page
+
 STATIC = Path(__file__).parent / "static"
 CSS = STATIC / "studio.css"
 SCRIPT = STATIC / "studio.js"
@@ -16,6 +18,8 @@ BRUSH = STATIC / "brush.js"
 LANGUAGE = STATIC / "language.js"
 FILES = STATIC / "files.js"
 CAPTIONS = STATIC / "captions.js"
+COMPARE, COMPARE_CSS = comparison_page.SCRIPT, comparison_page.STYLE
+"""The same in the files that comparisons are saved in."""
 
 PAPER, CARD, SUNK, LINE, INK, SOFT = "#f6f3ee", "#ffffff", "#f3efe8", "#e6dfd4", "#26221d", "#6d6459"
 NIGHT, NIGHT_CARD, NIGHT_SUNK, NIGHT_LINE, CHALK, DIM = (

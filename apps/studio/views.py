@@ -137,6 +137,17 @@ def vocabulary(names: Sequence[str], model: str, words: Strings) -> str:
     )
 
 
+def progress_note(text: str, share: float | None = None) -> str:
+    """Draw a line on how something goes, with a bar above it.
+
+    Args:
+        text: the line.
+        share: work done, 0 to 1; None for no bar.
+    """
+    bar = "" if share is None else f'<div class="grid-bar"><i style="width:{100 * share:.1f}%"></i></div>'
+    return f'{bar}<p role="status" class="note">{escape(text)}</p>'
+
+
 def note(text: str) -> str:
     """Draw a remark on a card; nothing for no text."""
     return f'<p class="remark">{escape(text)}</p>' if text else ""
