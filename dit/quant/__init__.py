@@ -17,18 +17,24 @@ if TYPE_CHECKING:
     from dit.quant.calibration import Calibration, CalibrationObserver, calibrate
     from dit.quant.diffusers_config import TesseraQuantConfig
     from dit.quant.linear import QuantLinear
+    from dit.quant.mixed_precision import plan_precision
+    from dit.quant.precision_plan import MixedPrecisionPlan
     from dit.quant.quantize import QuantizationReport, quantize_
     from dit.quant.recipes import recipe, recipe_names
     from dit.quant.scheme import Scheme
+    from dit.quant.sensitivity_measure import measure_sensitivity
 
 __all__ = [
     "Calibration",
     "CalibrationObserver",
+    "MixedPrecisionPlan",
     "QuantLinear",
     "QuantizationReport",
     "Scheme",
     "TesseraQuantConfig",
     "calibrate",
+    "measure_sensitivity",
+    "plan_precision",
     "quantize_",
     "recipe",
     "recipe_names",
@@ -37,11 +43,14 @@ __all__ = [
 _MODULE_OF = {
     "Calibration": "dit.quant.calibration",
     "CalibrationObserver": "dit.quant.calibration",
+    "MixedPrecisionPlan": "dit.quant.precision_plan",
     "QuantLinear": "dit.quant.linear",
     "QuantizationReport": "dit.quant.quantize",
     "Scheme": "dit.quant.scheme",
     "TesseraQuantConfig": "dit.quant.diffusers_config",
     "calibrate": "dit.quant.calibration",
+    "measure_sensitivity": "dit.quant.sensitivity_measure",
+    "plan_precision": "dit.quant.mixed_precision",
     "quantize_": "dit.quant.quantize",
     "recipe": "dit.quant.recipes",
     "recipe_names": "dit.quant.recipes",

@@ -12,6 +12,7 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersMixin
 
+from dit.quant.precision_plan import MixedPrecisionPlan
 from dit.quant.registration import METHOD, register_when_imported
 from dit.quant.scheme import Scheme, formats_of
 
@@ -35,7 +36,8 @@ class TesseraQuantConfig(DiffusersMixin, TransformersMixin):
 
     Args:
         recipe: one of `dit.quant.recipes.recipe_names()`; None where `layers` say everything.
-        bits: formats of weights and activations, see `dit.quant.scheme.formats_of`.
+        bits: formats of weights and activations, see `dit.quant.scheme.formats_of`; several by commas for mixed
+            precision.
         modules_to_not_convert: regular expressions of layers to leave as they are, each matched at the start of the
             layer's name.
         layers: name of each quantized layer -> its scheme, or the fields of one; or what `to_dict` writes. None lets
@@ -43,6 +45,7 @@ class TesseraQuantConfig(DiffusersMixin, TransformersMixin):
         version: of the storage.
         runtime: how the model is to be run: `{"diffusion_step_policy": {...}}` in the form that diffusers has it. It is
             kept as it is.
+        plan: of mixed precision, what `MixedPrecisionPlan.to_dict` returned: which layer has which of the formats.
         source: the method of the checkpoint that the layers were imported from; None if they were quantized by us.
         quant_method: always "tessera"; configurations that are read back name it.
 
@@ -59,6 +62,7 @@ class TesseraQuantConfig(DiffusersMixin, TransformersMixin):
         version: int = VERSION,
         runtime: Mapping[str, Any] | None = None,
         source: str | None = None,
+        plan: Mapping[str, Any] | None = None,
         quant_method: str = METHOD,
     ) -> None:
         _check_version(version)
@@ -68,9 +72,12 @@ class TesseraQuantConfig(DiffusersMixin, TransformersMixin):
         self.recipe, self.bits, self.version, self.source = recipe, bits, version, source
         self.modules_to_not_convert = _patterns(modules_to_not_convert)
         self.layers = _layers(layers)
-        self.runtime = _runtime(runtime)
+        self.runtime = _json_object("runtime", runtime)
+        self.plan = _json_object("plan", plan)
+        if self.plan is not None:
+            MixedPrecisionPlan.from_dict(self.plan, "plan of quantization_config")
         if self.layers is None:
-            _check_recipe(recipe, bits)
+            _check_recipe(recipe, bits, self.plan)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -98,6 +105,8 @@ class TesseraQuantConfig(DiffusersMixin, TransformersMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON; equal schemes of layers are written once."""
         values = {name: copy.deepcopy(getattr(self, name)) for name in _DEFAULTS}
+        if self.plan is None:
+            del values["plan"]  # versions that know of no plans read all others
         if self.layers is not None:
             schemes = list(dict.fromkeys(self.layers[name] for name in sorted(self.layers)))
             indices = {scheme: index for index, scheme in enumerate(schemes)}
@@ -129,7 +138,9 @@ class TesseraQuantConfig(DiffusersMixin, TransformersMixin):
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
-        shown = {name: value for name, value in self.to_diff_dict().items() if name not in ("quant_method", "layers")}
+        shown = {
+            name: value for name, value in self.to_diff_dict().items() if name not in ("quant_method", "layers", "plan")
+        }
         if self.layers is not None:
             shown["layers"] = f"{len(self.layers)} in {len(set(self.layers.values()))} schemes"
         return f"TesseraQuantConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
@@ -143,6 +154,7 @@ _DEFAULTS: dict[str, Any] = {
     "version": VERSION,
     "runtime": None,
     "source": None,
+    "plan": None,
 }
 
 
@@ -155,13 +167,22 @@ def _check_version(version: Any) -> None:
         )
 
 
-def _check_recipe(name: str | None, bits: str | None) -> None:
-    from dit.quant.recipes import recipe
+def _check_recipe(name: str | None, bits: str | None, plan: Mapping[str, Any] | None) -> None:
+    from dit.quant.recipes import candidate_bits, recipe
 
     if name is None or bits is None:
         raise ValueError(f"recipe is {name!r} and bits is {bits!r}; give both, or layers with the scheme of each")
-    recipe(name)
-    formats_of(bits)
+    if not recipe(name).mixed:
+        formats_of(bits)
+        if plan is not None:
+            raise ValueError(f"recipe is {name!r}, which has one format for all layers: leave plan out")
+        return
+    candidate_bits(name, bits)
+    if plan is None:
+        raise ValueError(
+            f"recipe is {name!r} without a plan: make one with dit.quant.mixed_precision.plan_precision and give "
+            "plan=plan.to_dict(), or quantize the pipeline in memory with quantize_(..., budget=...)"
+        )
 
 
 def _patterns(given: Sequence[str] | None) -> list[str] | None:
@@ -219,8 +240,8 @@ def _scheme(name: str, given: Any) -> Scheme:
         raise ValueError(f"layers: the scheme of {name!r:.80} can't be used: {error}") from error
 
 
-def _runtime(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Copy `runtime`, which must be JSON."""
+def _json_object(name: str, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Copy a field that must be a JSON object."""
     if given is None:
         return None
     try:
@@ -228,7 +249,7 @@ def _runtime(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
             raise TypeError(f"it is a {type(given).__name__}")
         return json.loads(json.dumps(dict(given)))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"runtime can't be stored as a JSON object: {error}") from error
+        raise ValueError(f"{name} can't be stored as a JSON object: {error}") from error
 
 
 register_when_imported()  # whoever has a configuration wants the libraries to know it

@@ -15,7 +15,7 @@ from dit.quant.balance import Balance
 from dit.quant.gelu import fused_gelus
 from dit.quant.layer import find_balance, quantize_linear
 from dit.quant.linear import QuantLinear, can_share, share_inputs
-from dit.quant.recipes import Recipe, layer_scheme
+from dit.quant.recipes import KEPT, Recipe, layer_scheme
 from dit.quant.roles import Role, network_name, quantizable_layers
 from dit.quant.scheme import Scheme
 from dit.quant.statistics import LayerStatistics
@@ -60,6 +60,8 @@ class LayerPlan:
         prefix: of the network's layers in calibrations and reports.
         skip: see `quantize_`.
         layers: see `quantize_`.
+        choices: formats of single layers instead of `bits`, see `dit.quant.mixed_precision`; `KEPT` leaves one as it
+            is.
     """
 
     recipe: Recipe
@@ -68,6 +70,7 @@ class LayerPlan:
     prefix: str = ""
     skip: tuple[str, ...] = ()
     layers: Mapping[str, Scheme | None] = field(default_factory=dict)
+    choices: Mapping[str, str] = field(default_factory=dict)
 
     def scheme(self, role: Role, outputs: int) -> Scheme | None:
         """Return how a layer is quantized; None leaves it as it is.
@@ -78,8 +81,11 @@ class LayerPlan:
         """
         if role.name in self.layers:
             return self.layers[role.name]
+        bits = self.choices.get(role.name, self.bits)
+        if bits == KEPT:
+            return None
         calibrated = self.prefix + role.name in self.statistics
-        return layer_scheme(self.recipe, role, self.bits, calibrated=calibrated, outputs=outputs)
+        return layer_scheme(self.recipe, role, bits, calibrated=calibrated, outputs=outputs)
 
 
 def quantized_layers(
@@ -99,9 +105,12 @@ def quantized_layers(
         ValueError: no layer is to be quantized, or one can't be.
     """
     roles = quantizable_layers(network, plan.skip)
-    unknown = sorted(set(plan.layers) - {role.name for role in roles})
-    if unknown:
-        raise ValueError(f"layers names {', '.join(unknown[:3])}, which {network_name(network)} can't quantize")
+    for field_name, names in (("layers", plan.layers), ("the plan", plan.choices)):
+        unknown = sorted(set(names) - {role.name for role in roles})
+        if unknown:
+            raise ValueError(
+                f"{field_name} names {', '.join(unknown[:3])}, which {network_name(network)} can't quantize"
+            )
     groups = [group for group in layer_groups(network, roles, plan) if any(scheme for _, scheme in group)]
     total, done = sum(len(group) for group in groups), 0
     if not total:

@@ -17,6 +17,7 @@ from dit.quant.formats import format_names, weight_format
 from dit.quant.layer import quantize_linear
 from dit.quant.layer_plan import LayerPlan, layer_groups
 from dit.quant.linear import QuantLinear, check_tensors, stored_shapes
+from dit.quant.precision_plan import MixedPrecisionPlan
 from dit.quant.recipes import recipe
 from dit.quant.roles import network_name, quantizable_layers
 from dit.quant.scheme import Scheme
@@ -42,7 +43,8 @@ def planned_layers(model: nn.Module, config: TesseraQuantConfig) -> dict[str, Sc
     if config.recipe is None or config.bits is None:
         raise ValueError("the configuration has neither layers nor a recipe with bits; give one of both")
     skip = config.modules_to_not_convert or ()
-    plan = LayerPlan(recipe(config.recipe), config.bits, {})
+    choices = {} if config.plan is None else MixedPrecisionPlan.from_dict(config.plan).choices
+    plan = LayerPlan(recipe(config.recipe), config.bits, {}, choices=choices)
     groups = layer_groups(model, quantizable_layers(model, skip), plan)
     found = {role.name: scheme for group in groups for role, scheme in group if scheme is not None}
     if not found:

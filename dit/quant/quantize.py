@@ -15,10 +15,16 @@ from dit.quant.gelu import fused_gelus
 from dit.quant.layer_plan import LayerPlan, LayerReport, Progress, quantized_layers, replace_layer
 from dit.quant.linear import QuantLinear
 from dit.quant.marking import mark_quantized
+from dit.quant.mixed_precision import plan_precision
+from dit.quant.precision_plan import Budget, MixedPrecisionPlan
 from dit.quant.roles import network_name
 from dit.quant.scheme import Scheme
+from dit.quant.sensitivity_measure import measure_sensitivity, single_network
 from dit.runtime.hooks import find_networks
 from dit.runtime.state import unwrap
+
+PLANNED_ON = 4
+"""Prompts that the network is called with to find where mixed precision wants more bits."""
 
 
 @dataclass
@@ -33,6 +39,7 @@ class QuantizationReport:
         kept: linear layers that stay as they are, by component.
         bytes_before: of all parameters of the networks.
         bytes_after: of all parameters now.
+        plan: of mixed precision; None where all layers have one format.
     """
 
     recipe: str
@@ -42,6 +49,7 @@ class QuantizationReport:
     kept: dict[str, list[str]] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
+    plan: MixedPrecisionPlan | None = None
 
     @property
     def ratio(self) -> float:
@@ -51,7 +59,8 @@ class QuantizationReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         layers = [{**vars(one), "scheme": one.scheme.to_dict(), "notes": list(one.notes)} for one in self.layers]
-        return {**vars(self), "layers": layers, "ratio": round(self.ratio, 3)}
+        plan = None if self.plan is None else self.plan.to_dict()
+        return {**vars(self), "layers": layers, "plan": plan, "ratio": round(self.ratio, 3)}
 
 
 def quantize_(
@@ -63,6 +72,8 @@ def quantize_(
     components: Sequence[str] | None = None,
     skip: Sequence[str] = (),
     layers: Mapping[str, Scheme | None] | None = None,
+    budget: str | float | Budget | None = None,
+    plan: MixedPrecisionPlan | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Quantize the linear layers of a network, or of a pipeline's denoising networks, in place.
@@ -73,44 +84,56 @@ def quantize_(
     Args:
         model_or_pipeline: of diffusers, transformers or ours.
         recipe: one of `dit.quant.recipes.recipe_names()`.
-        bits: formats of weights and activations, see `dit.quant.scheme.formats_of`: "w8a8", "w4a8", "fp8", ...
+        bits: formats of weights and activations, see `dit.quant.scheme.formats_of`: "w8a8", "w4a8", "fp8", ...;
+            for recipes of mixed precision several by commas: "w8a8,w6a8,w4a8".
         calibration: what `calibrate` returned, or prompts to calibrate with here. None quantizes without data:
             channels aren't balanced then, and weights are rounded to the least error of their own.
         components: which components of a pipeline; None means those that denoise. Text encoders and autoencoders are
             quantized without data.
         skip: regular expressions of layers to leave as they are, each matched at the start of the layer's name.
         layers: scheme of single layers by name instead of the recipe's, None to leave one as it is.
+        budget: of mixed precision: "5bits" of a weight on average, "40MB", "60%time"; see `Budget.parse`. Formats are
+            then chosen here: by calls of the network if `calibration` are prompts (`PLANNED_ON` of them), else by the
+            errors of single layers on the rows of the calibration, which is quicker and sees less.
+        plan: of mixed precision, made before (`dit.quant.mixed_precision`), instead of a budget.
         progress: see `Progress`.
 
     Returns:
         What was done with each layer.
 
     Raises:
-        ValueError: an unknown recipe or format, a network that is quantized already or has no layer to quantize, or
-            weights that are NaN.
-        ArtifactError: the calibration is of another network.
+        ValueError: an unknown recipe or format, a network that is quantized already or has no layer to quantize,
+            weights that are NaN, or a budget or plan that is missing, can't be kept to, or means nothing here.
+        ArtifactError: the calibration, or the plan, is of another network.
         AttachError: the pipeline has no such components.
     """
     chosen = recipes.recipe(recipe)
     networks = find_networks(model_or_pipeline, components)
     for network in networks.values():
         _check_plain(network)
+    _check_mixed(recipe, bits, budget, plan)
+    prompts: Sequence[Any] = ()
     if calibration is not None and not isinstance(calibration, Calibration):
-        calibration = calibrate(model_or_pipeline, calibration, components=components)
+        prompts, calibration = calibration, calibrate(model_or_pipeline, calibration, components=components)
     if calibration is not None:
         calibration.check(next(iter(networks.values())), getattr(model_or_pipeline, "scheduler", None))
-    report = QuantizationReport(recipe, bits, calibration is not None)
+    if budget is not None:
+        plan = _made_plan(model_or_pipeline, prompts, calibration, budget, recipe, bits, components, skip)
+    if plan is not None:
+        plan.check(single_network(model_or_pipeline, components)[1])
+    report = QuantizationReport(recipe, bits, calibration is not None, plan=plan)
     for component, network in networks.items():
         prefix = "" if component == "transformer" else f"{component}."
         known = {} if calibration is None else calibration.layers
-        plan = LayerPlan(chosen, bits, known, prefix, tuple(skip), layers or {})
+        choices = {} if plan is None else plan.choices
+        how = LayerPlan(chosen, bits, known, prefix, tuple(skip), layers or {}, choices)
         report.bytes_before += sum(one.nbytes for one in network.parameters())
-        for role, made, entry in quantized_layers(network, plan, progress):
+        for role, made, entry in quantized_layers(network, how, progress):
             replace_layer(network, role, made)
             report.layers.append(entry)
         for parent, child, module in list(fused_gelus(network)):
             setattr(parent, child, module)
-        _mark(network, plan)
+        _mark(network, how, plan)
         report.kept[component] = [name for name, one in network.named_modules() if type(one) is nn.Linear]
         report.bytes_after += sum(one.numel() * one.element_size() for one in network.parameters())
     return report
@@ -129,8 +152,55 @@ def _check_plain(network: nn.Module) -> None:
         raise ValueError(f"{network_name(network)} is quantized already{where}: load it without quantization")
 
 
-def _mark(network: nn.Module, plan: LayerPlan) -> None:
+def _mark(network: nn.Module, how: LayerPlan, plan: MixedPrecisionPlan | None) -> None:
     """Have a network of diffusers or transformers know that it is quantized, so that it saves how."""
     bare = unwrap(network)
     layers = {name: one.scheme for name, one in bare.named_modules() if isinstance(one, QuantLinear)}
-    mark_quantized(bare, TesseraQuantConfig(plan.recipe.name, plan.bits, list(plan.skip) or None, layers))
+    stored = None if plan is None else plan.to_dict()
+    mark_quantized(bare, TesseraQuantConfig(how.recipe.name, how.bits, list(how.skip) or None, layers, plan=stored))
+
+
+# ------------------------------------------------------------------------------ mixed precision
+
+
+def _check_mixed(name: str, bits: str, budget: Any, plan: MixedPrecisionPlan | None) -> None:
+    """Refuse mixed precision without a budget, and a budget or plan without mixed precision.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if not recipes.recipe(name).mixed:
+        if budget is not None or plan is not None:
+            raise ValueError(f"recipe is {name!r}, which has one format for all layers: leave budget and plan out")
+        return
+    candidates = recipes.candidate_bits(name, bits)
+    if (budget is None) == (plan is None):
+        raise ValueError(f"recipe {name!r} wants either a budget ('5bits', '40MB', '60%time') or a plan")
+    if plan is not None and (plan.recipe != name or set(plan.candidates) != set(candidates)):
+        raise ValueError(
+            f"recipe is {name!r} and bits is {bits!r}, and the plan is of {plan.recipe!r} with bits={plan.bits!r}: "
+            "give those of the plan"
+        )
+
+
+def _made_plan(
+    pipeline: Any,
+    prompts: Sequence[Any],
+    calibration: Calibration | None,
+    budget: str | float | Budget,
+    name: str,
+    bits: str,
+    components: Sequence[str] | None,
+    skip: Sequence[str],
+) -> MixedPrecisionPlan:
+    """Measure what each layer costs, and plan."""
+    if calibration is None:
+        raise ValueError(
+            f"recipe {name!r} measures which layers want more bits: give prompts or a calibration as `calibration`, or "
+            "a plan that was made before"
+        )
+    limit = Budget.parse(budget)
+    method = "calls" if prompts else "layer"
+    found = measure_sensitivity(pipeline, list(prompts)[:PLANNED_ON], calibration, bits=bits, recipe_name=name,
+                                method=method, components=components, skip=skip)  # fmt: skip
+    return plan_precision(found, limit)

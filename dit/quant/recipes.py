@@ -6,7 +6,7 @@ choice among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dit.quant.roles import Role
@@ -36,6 +36,7 @@ class Recipe:
         scheme: role of a layer, and the scheme that only says formats -> the layer's scheme.
         aggregate: how statistics of several noise levels become one, see `dit.quant.balance`.
         wants_calibration: whether it needs statistics of activations to be what the paper describes.
+        mixed: whether layers have different formats, which `dit.quant.mixed_precision` chooses among several.
     """
 
     name: str
@@ -45,6 +46,11 @@ class Recipe:
     scheme: Callable[[Role, Scheme], Scheme]
     aggregate: str = "max"
     wants_calibration: bool = True
+    mixed: bool = False
+
+
+KEPT = "w16a16"
+"""Format of layers that are left as they are, among the candidates of mixed precision."""
 
 
 def recipe(name: str) -> Recipe:
@@ -64,6 +70,31 @@ def recipe(name: str) -> Recipe:
 def recipe_names() -> tuple[str, ...]:
     """Return the names of all recipes."""
     return tuple(RECIPES)
+
+
+def candidate_bits(name: str, bits: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the formats that a recipe for mixed precision is to choose among.
+
+    Args:
+        name: of the recipe.
+        bits: formats by commas, "w8a8,w4a8", or a sequence of them.
+
+    Raises:
+        ValueError: the recipe has one format for all layers, or there are less than two formats, one twice, or one
+            that the recipe doesn't take.
+    """
+    chosen = recipe(name)
+    if not chosen.mixed:
+        mixed = ", ".join(one.name for one in RECIPES.values() if one.mixed)
+        raise ValueError(f"recipe is {name!r}, which has one format for all layers; use {mixed}")
+    found = tuple(part.strip() for part in bits.split(",")) if isinstance(bits, str) else tuple(bits)
+    known = (*chosen.bits, KEPT)
+    if len(found) < 2 or len(set(found)) < len(found) or not set(found) <= set(known):
+        raise ValueError(
+            f"bits is {bits!r}, and {name} chooses among several: name two or more of {', '.join(known)} by commas, "
+            "such as 'w8a8,w4a8'"
+        )
+    return found
 
 
 def layer_scheme(chosen: Recipe, role: Role, bits: str, *, calibrated: bool, outputs: int | None = None) -> Scheme:
@@ -164,6 +195,8 @@ RECIPES = {
                ("nvfp4", "nvfp4-none", "mxfp4", "nf4"), _plain, "max", False),
         Recipe("viditq", "Channels balanced over all steps, then rotated.", "2406.02540",
                _INTEGERS, _viditq),
+        Recipe("viditq_mp", "As viditq, with the formats of layers chosen by measuring, within a budget.", "2406.02540",
+               _INTEGERS, _viditq, mixed=True),
         Recipe("svdquant", "Balanced channels, a 16-bit low-rank branch, the rest in few bits.", "2411.05007",
                ("w4a4", "w4a8", "w8a8", "nvfp4"), _svdquant),
         Recipe("fp4dit", "Four-bit floats, rounded by what the layer's output loses.", "2503.15465",
