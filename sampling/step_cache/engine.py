@@ -21,9 +21,9 @@ from dit.runtime.stages import Resource, Stage
 from dit.runtime.state import unwrap
 from dit.runtime.step_context import StepContext, current_step
 from sampling.sigma_schedule import SigmaSchedule, scheduler_of
-from sampling.step_cache.call import BranchState, Call
+from sampling.step_cache.call import LEAD, BranchState, Call
 from sampling.step_cache.constants import data
-from sampling.step_cache.forecasters import Anchor, Forecaster, Newton, Weights
+from sampling.step_cache.forecasters import Anchor, Forecaster, Newton
 from sampling.step_cache.gates import Gate, Interval
 from sampling.step_cache.reasons import FAILURES, Reason
 from sampling.step_cache.regions import InstalledRegion, Output, Region
@@ -156,7 +156,9 @@ class StepCache(Mechanism):
         if here is None or reason is not None:
             attachment.skip(str(reason))
             return forward(*args, **kwargs)
-        call = Call(self, attachment, component, here, self._branch_state(attachment, component, here, args, kwargs))
+        parts = _parts_of(attachment.target, model, here)
+        state = self._branch_state(attachment, component, here, parts, args, kwargs)
+        call = Call(self, attachment, component, here, state, parts)
         if self.gate.signal == "input" or self.region.needs_latents:
             family = call_family_of(model)
             call.signal = family.latents(family.bind(model, args, kwargs))
@@ -168,19 +170,25 @@ class StepCache(Mechanism):
         return output
 
     def _branch_state(
-        self, attachment: Attachment, component: str, here: StepContext, args: tuple, kwargs: dict[str, Any]
+        self,
+        attachment: Attachment,
+        component: str,
+        here: StepContext,
+        parts: tuple[str, ...],
+        args: tuple,
+        kwargs: dict[str, Any],
     ) -> BranchState:
         """Return the state of a branch; a new one at the first call of a run, or if the inputs changed their shape."""
         if here.run != self._run:
             self._reset(here.run)
             self._sigmas = _noise_levels(attachment.target, here)
-        key, shapes = (component, here.branch), signature((args, kwargs))
+        key, shapes = (component, LEAD if len(parts) > 1 else here.branch), signature((args, kwargs))
         state = self._states.get(key)
-        if state is not None and state.shapes != shapes:
+        if state is not None and state.shapes.setdefault(here.branch, shapes) != shapes:
             attachment.skip(str(SHAPES_CHANGED))
             state = None
         if state is None:
-            state = self._states[key] = BranchState(shapes=shapes, last_step=here.step - 1)
+            state = self._states[key] = BranchState(shapes={here.branch: shapes}, last_step=here.step - 1)
             state.memory["sigmas"] = self._sigmas
         return state
 
@@ -198,15 +206,12 @@ class StepCache(Mechanism):
 
     def decide(self, call: Call) -> bool:
         """Decide about a call: the rules, then the earlier branch of the step, then the gate."""
-        here, state = call.here, call.state
+        here = call.here
         reason = self._rule(call)
         if reason is None:
-            weights = self.forecaster.weights(state.anchors, here, state.memory)
-            reason = self._why_not_forecast(here, state, weights)
+            reason = self._why_not_forecast(call)
             if reason is not None:
                 call.attachment.skip(str(reason))
-            elif weights is not None:
-                call.weights = weights
         if reason is not None:
             self._computed[reason] += 1
         if self.gate.shared:
@@ -227,7 +232,7 @@ class StepCache(Mechanism):
             return Reason.of("anchor", mechanism=refreshing)
         if self.gate.shared and here.step in self._decisions:
             return self._decisions[here.step]
-        wanted = self._vote(call, self.gate.computes(here, state.memory, call.signal))
+        wanted = self._vote(call, self.gate.computes(here, state.memory, call.lead(call.signal)))
         return Reason.of("gate", gate=type(self.gate).__name__) if wanted else None
 
     def _vote(self, call: Call, wanted: bool) -> bool:
@@ -243,22 +248,29 @@ class StepCache(Mechanism):
         torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX, group=group)
         return bool(vote)
 
-    def _why_not_forecast(self, here: StepContext, state: BranchState, weights: Weights | None) -> Reason | None:
-        """Return why a step cannot be forecast, or None."""
-        if weights is None or not state.anchors:
-            return Reason("nothing_to_forecast_from")
-        if here.step - state.last_step > 1:
+    def _why_not_forecast(self, call: Call) -> Reason | None:
+        """Set the weights of a forecast; return why a step cannot be forecast, or None."""
+        state = call.state
+        for part in call.parts:
+            anchors = state.anchors.get(part, [])
+            weights = self.forecaster.weights(anchors, call.here, state.memory)
+            if weights is None or not anchors:
+                return Reason("nothing_to_forecast_from")
+            call.weights[part] = weights
+        if call.here.step - state.last_step > 1 and not _branches_are_left_out(call.attachment.target):
             return Reason("branch_not_called")
         return None
 
     def _close(self, call: Call, output: Any) -> None:
         here, state, computed = call.here, call.state, bool(call.computed)
         # let the gate update its memory
-        seen = as_one(flatten(output)[0]) if computed and self.gate.signal == "input" else None
-        self.gate.note(here, state.memory, call.signal, computed, seen)
+        seen = call.lead(as_one(flatten(output)[0])) if computed and self.gate.signal == "input" else None
+        self.gate.note(here, state.memory, call.lead(call.signal), computed, seen)
         # branch state: computed steps, forecasts in a row
         if computed:
-            state.anchors = [Anchor(here.step, here.sigma), *state.anchors][: self.forecaster.depth]
+            for part in call.parts:
+                known = state.anchors.get(part, [])
+                state.anchors[part] = [Anchor(here.step, here.sigma), *known][: self.forecaster.depth]
         state.skips = 0 if computed else state.skips + 1
         state.last_step = here.step
         # statistics
@@ -348,6 +360,22 @@ class StepCache(Mechanism):
             "decisions": self.decisions(),
             "strip": {branch: _strip(steps) for branch, steps in self._strip.items()},
         }
+
+
+def _branches_are_left_out(target: Any) -> bool:
+    """Return whether calls for a branch of guidance are left out at some steps, which is no reason to compute later."""
+    return any(one.mechanism.stage is Stage.GUIDANCE for one in attachments(target))
+
+
+def _parts_of(target: Any, model: nn.Module, here: StepContext) -> tuple[str, ...]:
+    """Return the branches in the batch of a call, in order; the call's own where none is ever left out."""
+    if here.branch != "all" or not _branches_are_left_out(target):
+        return (here.branch,)
+    family = call_family_of(model)
+    layout = family.branches(target) or family.branches()
+    if layout is None or layout.kind != "batched" or set(layout.order) != {LEAD, "uncond"}:
+        return (here.branch,)
+    return tuple(layout.order)
 
 
 def _strip(steps: dict[int, bool]) -> str:

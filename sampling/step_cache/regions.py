@@ -83,7 +83,7 @@ class _InstalledOutput:
 
     def run(self, call: Call, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not call.decide(call.signal):
-            return call.forecast("output", self._base(call, call.history("output")[0]))
+            return call.forecast("output", self._base(call, call.newest("output")))
         output = forward(*args, **kwargs)
         call.keep("output", output, self._base(call, flatten(output)[0]))
         return output

@@ -164,11 +164,19 @@ class Stack:
             call.keep("blocks", output, self._gap_inputs(tensors))
 
     def _skipped(self, call: Call, index: int) -> Any:
-        shapes, rebuild = self._shapes[call.here.branch, index]
+        shapes, rebuild = self._shapes_of(call, index)
         if index == self.last:
             nothing = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype, _ in shapes)
             return call.forecast("blocks", self._gap_inputs(nothing))
         return rebuild([torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in shapes])
+
+    def _shapes_of(self, call: Call, index: int) -> tuple[list[tuple], Rebuild]:
+        """Return the shapes of a block's output; a branch that was only computed together with the other has half."""
+        known = self._shapes.get((call.here.branch, index))
+        if known is not None:
+            return known
+        shapes, rebuild = self._shapes["all", index]
+        return [((shape[0] // 2, *shape[1:]), *rest) for shape, *rest in shapes], rebuild
 
     def _gap_inputs(self, tensors: Values) -> Values:
         """Return the gap's input for each tensor that leaves it; zero where no input has its shape."""

@@ -87,6 +87,34 @@ def test_beside_a_step_cache() -> None:
     assert set(strips) == {"all", "cond"}, "the steps without guidance have a track of their own"
 
 
+@pytest.mark.parametrize("name", ["text_dit", "sd3", "cogvideox", "wan"])
+@pytest.mark.parametrize(
+    ("preset", "params"),
+    [("taylorseer", {"every": 3, "first": 2}), ("fora", {"every": 2}), ("easycache", {"threshold": 9.0, "warmup": 1})],
+)
+def test_what_a_step_cache_keeps_of_both_branches_serves_calls_of_one(name: str, preset: str, params: dict) -> None:
+    """The cache skips the same steps as without the other, and errors add up at most."""
+    pipe = tiny_pipeline(name)
+
+    def run() -> torch.Tensor:
+        return paint(pipe, name, num_inference_steps=8)
+
+    exact = run()
+    with StepCache.preset(preset, **params).attach(pipe) as cache:
+        cached, (alone, *_) = run(), cache.report()["strip"].values()
+    with CachedGuidance(every=2).attach(pipe):
+        guided = run()
+    with StepCache.preset(preset, **params).attach(pipe) as cache, CachedGuidance(every=2).attach(pipe):
+        both, strips = run(), cache.report()["strip"]
+    strips = {branch: f"{strip:<8}" for branch, strip in strips.items()}
+    if "all" in strips:  # calls of one kind or the other at each step
+        assert [a if a != " " else b for a, b in zip(strips["all"], strips["cond"], strict=True)] == list(alone)
+    else:
+        assert strips["cond"] == alone
+        assert all(one in (" ", other) for one, other in zip(strips["uncond"], alone, strict=True))
+    assert (both - exact).norm() < 2 * ((cached - exact).norm() + (guided - exact).norm())
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="is empty"):
         CachedGuidance(interval=(0.9, 0.1))
