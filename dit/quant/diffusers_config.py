@@ -224,7 +224,8 @@ def _expanded(schemes: Any, scheme_of: Any) -> dict[str, Any]:
 
 
 def _layer_name(name: Any) -> str:
-    if not isinstance(name, str) or not all(part.isidentifier() or part.isdecimal() for part in name.split(".")):
+    parts = name.replace("-", "_").split(".") if isinstance(name, str) else [""]  # Z-Image names a layer "2-1"
+    if not all(part.replace("_", "a").isalnum() and part.isascii() for part in parts):
         raise ValueError(f"layers names {name!r:.120}, which can't be the name of a layer")
     return name
 
