@@ -1,6 +1,7 @@
 # make studio   start the studio in a web page            make lint     style and import rules
 # make test     run the tests (minutes)                   make format   rewrite the style
 # make test-all also the long sweeps                      make type     static types
+# make docs     the pages of docs/ into build/site
 #
 # Every target keeps to its own .venv and installs only when pyproject.toml or constraints.txt changed.
 # torch is the CPU build where there is no NVIDIA GPU; TORCH_INDEX=cpu, =pypi or =URL chooses (tools/torch_index.py).
@@ -15,7 +16,7 @@ INSTALL := $(BIN)/python -m tools.install
 # One thread a test process: with several of them, threads of torch would only get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: studio test test-all lint format type clean
+.PHONY: studio test test-all lint format type docs clean
 
 studio: $(VENV)/installed-studio
 	$(BIN)/tessera studio $(ARGS)
@@ -39,6 +40,9 @@ format: $(VENV)/installed-dev
 
 type: $(VENV)/installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/installed-dev
+	$(BIN)/mkdocs build --strict $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
