@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from pipelines.loading.upscaler import builtin_upscalers, load_upscaler
     from pipelines.lora.mixin import load_lora, unload_lora
     from pipelines.next_scale import NextScaleClassToImagePipeline, NextScaleTextToImagePipeline
-    from pipelines.speed_up import speed_up
     from pipelines.text_to_image import TextToImagePipeline
     from pipelines.text_to_video import TextToVideoPipeline
+    from pipelines.tuning.speed_up import speed_up
     from pipelines.upscaling import Upscaler
     from pipelines.video_completion import VideoCompletionPipeline
     from sampling.observe import observe
@@ -72,7 +72,7 @@ _MODULE_OF = {
     "load_pipeline": "pipelines.loading.load",
     "load_upscaler": "pipelines.loading.upscaler",
     "observe": "sampling.observe",
-    "speed_up": "pipelines.speed_up",
+    "speed_up": "pipelines.tuning.speed_up",
     "unload_lora": "pipelines.lora.mixin",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from dit.runtime.hooks import AttachError, Attachment
@@ -92,8 +93,14 @@ class StepCacheSwitch(Switch[StepCachePart]):
         """Return a profile, or the one in a file; one of the network before it was quantized is bound to it."""
         from sampling.step_cache import Profile
 
-        found = given if isinstance(given, Profile) else Profile.load(given)
+        found = given if isinstance(given, Profile) else Profile.load(self._beside_model(str(given)))
         return carried_profile(found, self.networks().values())
+
+    def _beside_model(self, file: str) -> Path:
+        """Return a file, looked for in the model's folder where the working directory has none of this name."""
+        folder = getattr(self.pipe, "name_or_path", None)
+        beside = Path(folder or ".") / file
+        return beside if folder and not Path(file).is_file() and beside.is_file() else Path(file)
 
     def report(self) -> PartReport:
         """Report what the part did, or why it did nothing."""

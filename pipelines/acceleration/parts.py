@@ -229,7 +229,7 @@ class StepCachePart(Part):
 
     Attributes:
         preset: one of `sampling.step_cache.PRESETS`.
-        params: of the preset; `profile` is a file, by default the one in the model's folder.
+        params: of the preset; `profile` is a file, also of the model's folder, by default its usual one.
     """
 
     main: ClassVar[str | None] = "preset"

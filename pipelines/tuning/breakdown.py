@@ -72,7 +72,7 @@ def other_dtype(work: Workload) -> dict[str, Any]:
     if not calls or present not in (torch.float32, torch.bfloat16, torch.float16):
         return {}
     args, kwargs = calls[0]
-    other = copy.deepcopy(network).to(wanted)
+    other = nn.Module.to(copy.deepcopy(network), wanted)  # without what diffusers logs of layers kept in float32
 
     def call(model: nn.Module, dtype: torch.dtype) -> Callable[[], object]:
         given = [_cast(one, dtype) for one in args]

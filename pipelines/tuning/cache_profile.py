@@ -1,42 +1,61 @@
-"""The profile of the step cache that a tuning makes for a model without one."""
+"""Profiles of the step cache that a tuning makes beside the model's own, one for each region."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any, get_args
 
 from pipelines.acceleration.switch import is_next_scale
+from pipelines.step_cache import PROFILE_FILE
 from pipelines.tuning.candidates import FEW_STEPS
 from pipelines.tuning.conditions import Conditions
 from pipelines.tuning.measuring import FAILURES
 from pipelines.tuning.workload import Workload
+from sampling.step_cache import Profile, calibrate_budget
+from sampling.step_cache.regions import RegionName
 
 logger = logging.getLogger(__name__)
 
 
-def make_profile(work: Workload, conditions: Conditions, record: Path) -> str | None:
-    """Calibrate the step cache, if its file isn't there from an earlier run.
+def cache_profiles(work: Workload, conditions: Conditions, record: Path) -> list[str | None]:
+    """Return the profiles that budgets can be tried with; those that are missing are calibrated.
+
+    Which region suits depends on the model and on what forecasts cost here, so that both are tried.
 
     Args:
-        work: its prompts are generated once.
+        work: its prompts are generated once for each region.
         conditions: how the pipeline is called.
-        record: file of the tuning; the profile stands beside it.
+        record: file of the tuning; profiles stand beside it.
 
     Returns:
-        The file; None for pipelines that have no use for one, or can't be calibrated, which is logged.
+        Files; None is the profile in the model's folder. Regions that can't be calibrated are logged and left out.
     """
-    from sampling.step_cache import Profile, calibrate_budget
-
     if is_next_scale(work.pipe) or (conditions.steps or 0) < FEW_STEPS:
-        return None
-    path = record.with_suffix(".step_cache.safetensors")
-    try:
-        if path.is_file():
-            Profile.load(path)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            calibrate_budget(work.pipe, work.prompts, seed=work.seed, **work.call).save(path)
-    except FAILURES as reason:
-        logger.warning("the step cache gets no profile, so no budgets are tried: %s", reason)
-        return None
-    return str(path.resolve())
+        return []
+    folder = Path(getattr(work.pipe, "name_or_path", None) or "")
+    found: list[str | None] = []
+    own: str | None = None
+    if folder.name and (folder / PROFILE_FILE).is_file():
+        own = Profile.load(folder / PROFILE_FILE).region
+        found.append(None)
+    for region in get_args(RegionName):
+        if region == own:
+            continue
+        path = record.with_suffix(f".{region}.safetensors")
+        try:
+            _make(work, region, path)
+        except FAILURES as reason:
+            logger.warning("the step cache is not tried on the region %r: %s", region, reason)
+            continue
+        found.append(path.name if path.parent.resolve() == folder.resolve() else str(path.resolve()))
+    return found
+
+
+def _make(work: Workload, region: Any, path: Path) -> None:
+    """Calibrate one region, unless an earlier run did."""
+    if path.is_file():
+        Profile.load(path).check(work.pipe.transformer)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    calibrate_budget(work.pipe, work.prompts, region=region, seed=work.seed, **work.call).save(path)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -24,8 +25,11 @@ FEW_STEPS = 5
 """Models of fewer steps get no step cache: a distilled model's steps differ too much to forecast one of another."""
 PATTERN_TOKENS = 512
 """Sequences of fewer tokens get no pattern: choosing pairs takes longer than computing all."""
-BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
+BUDGETS = (0.07, 0.1, 0.14, 0.18, 0.22, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 """Shares of computed steps."""
+
+Ladders = dict[str, list[Any]]
+"""Values of a part, from strong to weak, by the name of their ladder."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,13 @@ class Candidate:
     Attributes:
         technique: the part's name; combinations take one candidate of each.
         parts: of an `AccelerationConfig`, plain values.
+        ladder: candidates of one ladder go from strong to weak: each is slower than the one before, and nearer to the
+            plain run.
     """
 
     technique: str
     parts: Mapping[str, Any] = field(hash=False)
+    ladder: str = ""
 
     @property
     def key(self) -> str:
@@ -64,70 +71,83 @@ def key_of(parts: Mapping[str, Any]) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
-def offer(pipe: Any, conditions: Conditions, goal: Goal, profile: str | None, tokens: int | None) -> Offer:
-    """Return what can be tried on a pipeline.
+def offer(pipe: Any, conditions: Conditions, goal: Goal, profiles: Sequence[str | None], tokens: int | None) -> Offer:
+    """Return what can be tried on a pipeline, the strongest of each ladder first.
 
     Args:
         pipe: called once before, so that its scheduler has timesteps.
         conditions: how it is called.
         goal: memory brings the techniques that save it.
-        profile: file of the profile for budgets of the step cache; None is the one in the model's folder.
+        profiles: files of profiles for budgets of the step cache; None is the one in the model's folder.
         tokens: of a sequence of the network; None if not known.
     """
     left_out: dict[str, str] = {}
-    found: dict[str, Iterable[Any]] = {
-        "step_cache": _step_caches(conditions, profile, left_out),
-        "compile": [True] if _compiles(pipe, left_out) else [],
+    found: dict[str, Ladders] = {
+        "step_cache": _step_caches(conditions, profiles, left_out),
+        "compile": {"blocks": [True] if _compiles(pipe, left_out) else []},
         "guidance_cache": _guidance_caches(pipe, conditions, left_out),
-        "quantization": ["w8a8", "int8:w8a8", *(["w4a8"] if goal.memory else [])],
+        "quantization": _each(["w8a8", "int8:w8a8", *(["w4a8"] if goal.memory else [])]),
         "attention": _attention(pipe, tokens, left_out),
     }
     if is_next_scale(pipe):
         for name in ("step_cache", "guidance_cache"):
-            found[name] = ()
+            found[name] = {}
             left_out[name] = "the pipeline generates scale by scale"
         found |= {"next_scale": _next_scale(len(pipe.info().grids)), "kv_cache": _kv_caches(pipe, left_out)}
     if goal.memory is not None:
-        found |= _memory_savers(pipe, conditions, left_out)
+        found |= {name: _each(values) for name, values in _memory_savers(pipe, conditions, left_out).items()}
     else:
         left_out["decoder_tiling"] = left_out["offload"] = "no memory goal: these save memory and take time"
-    made = [Candidate(name, {name: value}) for name, values in found.items() for value in values]
-    return Offer(tuple(made), left_out)
+    ladders = [
+        [Candidate(technique, {technique: value}, f"{technique}: {name}") for value in values]
+        for technique, named in found.items()
+        for name, values in named.items()
+    ]
+    rounds = zip_longest(*ladders)
+    return Offer(tuple(one for row in rounds for one in row if one is not None), left_out)
 
 
-def _step_caches(conditions: Conditions, profile: str | None, left_out: dict[str, str]) -> list[Any]:
+def _each(values: Iterable[Any]) -> Ladders:
+    """Return values that say nothing of each other: a ladder each."""
+    return {key_of({"": value}): [value] for value in values}
+
+
+def _step_caches(conditions: Conditions, profiles: Sequence[str | None], left_out: dict[str, str]) -> Ladders:
     steps = conditions.steps or 0
     if steps < FEW_STEPS:
         left_out["step_cache"] = f"{steps} steps differ too much to forecast one of another"
-        return []
-    counts = sorted({max(2, round(share * steps)) for share in BUDGETS}, reverse=True)
-    named = {} if profile is None else {"profile": profile}
-    budgets = [
-        {"preset": "budget", "params": {"budget": round(count / steps, 4), **named}}
-        for count in counts
-        if count < steps
-    ]
-    thresholds = [{"preset": "fbcache", "params": {"threshold": value}} for value in (0.1, 0.2, 0.3)]
-    intervals = [{"preset": "taylorseer", "params": {"every": every}} for every in (2, 3, 4)]
-    return [*budgets, *thresholds, *intervals]
+        return {}
+    counts = sorted({max(2, round(share * steps)) for share in BUDGETS})
+    found: Ladders = {}
+    for profile in profiles:
+        named = {} if profile is None else {"profile": profile}
+        found[f"budget {profile}"] = [
+            {"preset": "budget", "params": {"budget": round(count / steps, 4), **named}}
+            for count in counts
+            if count < steps
+        ]
+    found["fbcache"] = [{"preset": "fbcache", "params": {"threshold": value}} for value in (0.3, 0.2, 0.1)]
+    found["taylorseer"] = [{"preset": "taylorseer", "params": {"every": every}} for every in (4, 3, 2)]
+    return found
 
 
-def _guidance_caches(pipe: Any, conditions: Conditions, left_out: dict[str, str]) -> list[Any]:
+def _guidance_caches(pipe: Any, conditions: Conditions, left_out: dict[str, str]) -> Ladders:
     if conditions.guidance is None or conditions.guidance <= 1:
         left_out["guidance_cache"] = "calls have no unconditional branch"
-        return []
-    every = [{"every": count} for count in (2, 3, 4, 6) if count <= (conditions.steps or 0) // 2]
-    try:
-        sigmas = sorted(SigmaSchedule.of(scheduler_of(pipe)).sigmas)
-    except (AttributeError, ValueError):  # no scheduler, or one without noise levels: no interval can be named
-        return every
+        return {}
+    found: Ladders = {"every": [{"every": count} for count in (6, 4, 3, 2) if count <= (conditions.steps or 0) // 2]}
+    scheduler = scheduler_of(pipe)
+    if scheduler is None or getattr(scheduler, "timesteps", None) is None:
+        left_out["guidance_cache (intervals)"] = "the pipeline has no scheduler with noise levels"
+        return found
+    sigmas = sorted(SigmaSchedule.of(scheduler).sigmas)
     middle = [sigmas[round(share * (len(sigmas) - 1))] for share in (0.25, 0.5, 0.75)]
-    low = [{"interval": [0.0, level]} for level in reversed(middle)]  # no guidance at high noise
-    high = [{"interval": [level, sigmas[-1]]} for level in middle]  # none at low noise
-    return [*every, *low, *high]
+    found["none at high noise"] = [{"interval": [0.0, level]} for level in middle]
+    found["none at low noise"] = [{"interval": [level, sigmas[-1]]} for level in reversed(middle)]
+    return found
 
 
-def _attention(pipe: Any, tokens: int | None, left_out: dict[str, str]) -> list[Any]:
+def _attention(pipe: Any, tokens: int | None, left_out: dict[str, str]) -> Ladders:
     network = next(iter(find_networks(pipe).values()))
     parameter = next((one for one in network.parameters() if one.is_floating_point()), None)
     dtype = torch.float32 if parameter is None else parameter.dtype
@@ -138,14 +158,14 @@ def _attention(pipe: Any, tokens: int | None, left_out: dict[str, str]) -> list[
         if not is_plain and not backend.can_run(device, dtype, mask=True):
             found.append({"backend": name})
     if is_next_scale(pipe):
-        return found
+        return _each(found)
     if tokens is None or tokens < PATTERN_TOKENS:
         left_out["attention (patterns)"] = f"sequences have {tokens} tokens, patterns pay from {PATTERN_TOKENS}"
-        return found
+        return _each(found)
     folder = getattr(pipe, "name_or_path", None)
     plan = [{"plan": "model"}] if folder and (Path(folder) / PLAN_FILE).is_file() else []
-    pooled = [{"pattern": "pooled", "density": share, "dense_first": 0.2} for share in (0.5, 0.35, 0.25)]
-    return [*found, *plan, *pooled]
+    pooled = [{"pattern": "pooled", "density": share, "dense_first": 0.2} for share in (0.15, 0.25, 0.35, 0.5)]
+    return {**_each([*found, *plan]), "pooled": pooled}
 
 
 def _compiles(pipe: Any, left_out: dict[str, str]) -> bool:
@@ -160,25 +180,24 @@ def _compiles(pipe: Any, left_out: dict[str, str]) -> bool:
     return True
 
 
-def _next_scale(scales: int) -> list[Any]:
+def _next_scale(scales: int) -> Ladders:
     last = scales - 1
-    return [
-        {"unguided": [last]},
-        {"unguided": [last - 1, last]},
-        {"prune": {str(last): 0.3}},
-        {"prune": {str(last): 0.5}},
-        {"skip_last": 1},
-        {"skip_last": 2},
-    ]
+    both = {"unguided": [last - 1, last], "prune": {str(last): 0.5}}
+    return {
+        "unguided": [{"unguided": list(range(first, scales))} for first in range(max(last - 2, 1), scales)],
+        "prune": [{"prune": {str(last): share}} for share in (0.7, 0.5, 0.3)],
+        "skip": [{"skip_last": count} for count in (2, 1) if count < last],
+        "both": [both, {"unguided": [last], "prune": {str(last): 0.3}}],
+    }
 
 
-def _kv_caches(pipe: Any, left_out: dict[str, str]) -> list[Any]:
+def _kv_caches(pipe: Any, left_out: dict[str, str]) -> Ladders:
     if pipe.kv_profile is None:
         left_out["kv_cache (scalekv)"] = "the model has no profile of its keys; pipe.calibrate_kv makes one"
-        budgets = [{"policy": "streaming", "budget": share} for share in (0.5, 0.25)]
+        budgets = [{"policy": "streaming", "budget": share} for share in (0.25, 0.5)]
     else:
-        budgets = [{"policy": "scalekv", "budget": share} for share in (0.5, 0.25, 0.1)]
-    return [*budgets, {"policy": "full", "dtype": "int8"}]
+        budgets = [{"policy": "scalekv", "budget": share} for share in (0.1, 0.25, 0.5)]
+    return {"budgets": budgets, "int8": [{"policy": "full", "dtype": "int8"}]}
 
 
 def _memory_savers(pipe: Any, conditions: Conditions, left_out: dict[str, str]) -> dict[str, list[Any]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dit.runtime.hooks import AttachError
-from pipelines.acceleration import AccelerationConfig, AccelerationError
+from pipelines.acceleration import AccelerationConfig, AccelerationError, AccelerationReport
 from pipelines.tuning.measurement import Measurement
 from pipelines.tuning.memory import modules_of, resident_bytes, weight_bytes, working_memory
 from pipelines.tuning.workload import Result, Times, Workload, similarity
@@ -19,9 +19,20 @@ SLOWER = 1.1
 """A candidate that takes so many times as long as the plain run at its first prompt is not measured further."""
 LONG = 3.0
 """Seconds of a request from which it isn't repeated: noise matters less."""
-PLAIN_RUNS = 2
-"""Plain runs before a candidate, and after it, that its time is compared with."""
-FAILURES = (AccelerationError, AttachError, ValueError, RuntimeError, OSError, TypeError, NotImplementedError)
+TIMED = 4
+"""Prompts that are timed: plain before a candidate, with it, and plain after it."""
+FAILURES = (
+    AccelerationError,
+    AttachError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What is raised by an acceleration that a pipeline or this machine can't have."""
 
 
@@ -34,7 +45,7 @@ class Baseline:
         results: of each prompt.
         memory: bytes that a request needs beside the weights.
         weights: bytes of all weights.
-        rounds: more runs of the first prompt, for the time.
+        rounds: more runs of the timed prompts.
     """
 
     work: Workload
@@ -51,13 +62,13 @@ class Baseline:
         results = [work.generate(index) for index in range(len(work.prompts))]
         return cls(work, results, used.size, weight_bytes(modules_of(work.pipe)))
 
-    def again(self) -> list[float]:
-        """Return seconds of more plain runs of the first prompt; none where requests take long."""
+    def again(self) -> list[Times]:
+        """Run the timed prompts plainly once more; what is known already is returned where requests take long."""
         if self.is_long:
-            return []
-        runs = [self.work.generate(0).times for _ in range(PLAIN_RUNS)]
+            return [one.times for one in self.results[:TIMED]]
+        runs = [self.work.generate(index).times for index in range(min(TIMED, len(self.results)))]
         self.rounds += runs
-        return [one.total(self.work.clock) for one in runs]
+        return runs
 
     @property
     def times(self) -> list[Times]:
@@ -90,50 +101,49 @@ class Baseline:
 
 @dataclass
 class _Runs:
-    """Requests that were made with an acceleration on the pipeline."""
+    """Requests that were made with an acceleration on the pipeline.
+
+    Attributes:
+        results: of each prompt; of the first one alone, if it was given up.
+        rounds: times of the timed prompts, in turns.
+        first_seconds: of applying it and of the first request, by the clock.
+        memory: bytes of weights and of what a request needs beside them.
+        report: of the acceleration.
+    """
 
     results: list[Result]
-    again: list[Times]
+    rounds: list[list[Times]]
     first_seconds: float
     memory: int
-    report: Any
-
-    def seconds(self, clock: str) -> float:
-        """Return the least time of a request: other load only adds."""
-        return min(one.total(clock) for one in self.times)
-
-    @property
-    def times(self) -> list[Times]:
-        """Of all requests but the first, which warms up."""
-        return [*(one.times for one in self.results), *self.again]
+    report: AccelerationReport
 
 
-def measure(
-    parts: Mapping[str, Any], baseline: Baseline, purpose: str, *, give_up: bool = True, repeats: int = 1
-) -> Measurement:
+def measure(parts: Mapping[str, Any], baseline: Baseline, purpose: str, *, give_up: bool = True) -> Measurement:
     """Apply an acceleration, make all requests of a baseline, and take it back.
+
+    Each timed prompt runs plainly before and after, and twice with the acceleration; the least time of each counts,
+    because other load on the machine only adds.
 
     Args:
         parts: of an `AccelerationConfig`.
         baseline: its pipeline and prompts.
         purpose: see `Measurement`.
         give_up: stop after the first prompt where it is slower than the plain run.
-        repeats: runs of each prompt, for the time.
 
     Returns:
         What was found; with an `error` where the pipeline can't have it or it was given up.
     """
     clock, given = baseline.work.clock, dict(parts)
-    plain = baseline.again() or [baseline.seconds()]
+    before = baseline.again()
     try:
-        runs = _run(given, baseline, SLOWER * min(plain) if give_up else math.inf, repeats)
+        runs = _run(given, baseline, SLOWER * before[0].total(clock) if give_up else math.inf)
     except FAILURES as reason:
         text = (str(reason).splitlines() or [""])[0]
         return Measurement(given, purpose, error=f"{type(reason).__name__}: {text}")
-    plain += baseline.again()
-    usual, taken = min(plain), runs.seconds(clock)
-    outside = [one.total(clock) - one.network(clock) for one in runs.times]
-    network = max(taken - min(outside), 0.0) if baseline.sees_network else taken
+    best = _least(runs.rounds, clock)
+    plain = _least([before, baseline.again()], clock)[: len(best)]
+    usual, taken = (sum(one.total(clock) for one in times) for times in (plain, best))
+    network = sum(one.network(clock) for one in best) if baseline.sees_network else taken
     alike = [similarity(one.pixels, other.pixels) for one, other in zip(runs.results, baseline.results, strict=False)]
     gave_up = len(runs.results) < len(baseline.results)
     report = runs.report.to_dict()
@@ -145,7 +155,7 @@ def measure(
         computed_share=computed_share(report),
         psnr=tuple(one["psnr"] for one in alike),
         ssim=tuple(one["ssim"] for one in alike if not math.isnan(one["ssim"])),
-        warm_up=max(runs.first_seconds - min(one.wall for one in runs.times), 0.0),
+        warm_up=max(runs.first_seconds - best[0].wall, 0.0),
         memory=runs.memory,
         report=tuple(report),
         inactive=tuple(one.text() for one in runs.report.inactive),
@@ -153,7 +163,12 @@ def measure(
     )
 
 
-def _run(parts: Mapping[str, Any], baseline: Baseline, limit: float, repeats: int) -> _Runs:
+def _least(rounds: Sequence[Sequence[Times]], clock: str) -> list[Times]:
+    """Return the shortest run of each prompt."""
+    return [min(runs, key=lambda one: one.total(clock)) for runs in zip(*rounds, strict=True)]
+
+
+def _run(parts: Mapping[str, Any], baseline: Baseline, limit: float) -> _Runs:
     """Make the requests with an acceleration; only the first one if it takes longer than a limit in seconds."""
     work = baseline.work
     begun = time.perf_counter()
@@ -165,10 +180,12 @@ def _run(parts: Mapping[str, Any], baseline: Baseline, limit: float, repeats: in
         results = [work.generate(0, **arguments)]
         if results[0].times.total(work.clock) <= limit:
             results += [work.generate(index, **arguments) for index in range(1, len(work.prompts))]
-        again = [work.generate(index, **arguments).times for _ in range(repeats - 1) for index in range(len(results))]
+        rounds = [[one.times for one in results[:TIMED]]]
+        if not baseline.is_long:
+            rounds.append([work.generate(index, **arguments).times for index in range(len(rounds[0]))])
         report = handle.report()
         weights = resident_bytes(work.pipe, baseline.weights, report.to_dict())
-    return _Runs(results, again, first, weights + max(used.size, 0), report)
+    return _Runs(results, rounds, first, weights + used.size, report)
 
 
 def computed_share(report: Sequence[Mapping[str, Any]]) -> float:

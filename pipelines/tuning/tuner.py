@@ -15,6 +15,7 @@ import torch
 
 from dit import __version__
 from pipelines.tuning.breakdown import breakdown, other_dtype
+from pipelines.tuning.cache_profile import cache_profiles
 from pipelines.tuning.candidates import Offer, key_of, offer
 from pipelines.tuning.choosing import Measured, choice_of, front_of
 from pipelines.tuning.conditions import Conditions
@@ -25,7 +26,7 @@ from pipelines.tuning.goals import Goal
 from pipelines.tuning.measurement import Measurement
 from pipelines.tuning.measuring import Baseline, measure
 from pipelines.tuning.progress import Budget, Listener, Progress
-from pipelines.tuning.record import Choice, TuningRecord
+from pipelines.tuning.record import TuningRecord
 from pipelines.tuning.solvers import try_solvers
 from pipelines.tuning.tokens import tokens_of
 from pipelines.tuning.workload import Workload
@@ -38,6 +39,8 @@ MOST_VERIFIED = 8
 """Verifications of one goal."""
 STRENGTHS = 2
 """Of each technique, that are paired."""
+SPARE = 4.0
+"""A technique whose error is so many times less than the strictest goal's leaves room for every other."""
 WORTH = 0.99
 """A technique has to take at most so much of the plain time to be combined."""
 
@@ -116,18 +119,20 @@ class Tuner:
         self.budget = Budget(60 * self.minutes)
         self._tell("plain", 0, 1, "plain runs")
         baseline = self._plain()
-        singles = self._singles(baseline, self._offer(first))
+        singles = self._singles(baseline, self._offer(first), goals)
         cost = CostModel(baseline.network_share(), singles)
         error = ErrorModel(first, singles)
         self._pairs(baseline, cost, error, goals)
         self._tell("verify", 0, len(goals), "plain runs of other prompts")
         unseen = Baseline.of(Workload(self.pipe, self.held_out, self.call, self.work.seed + len(self.learned)))
-        for number, (name, goal) in enumerate(goals.items()):
-            found = self._reach(goal, unseen, cost, ErrorModel(goal, singles, error.pairs, error.exact), number)
-            self.record.profiles.pop(name, None)
-            if found is not None:
-                self.record.profiles[name] = found
+        for goal in goals.values():
+            self._reach(goal, unseen, cost, ErrorModel(goal, singles, error.pairs, error.exact))
             self._save()
+        for name, goal in goals.items():  # now, because a setting that one goal verified may serve another better
+            best = self._best(goal, unseen)
+            self.record.profiles.pop(name, None)
+            if best is not None:
+                self.record.profiles[name] = choice_of(best, goal, unseen, cost)
         self._solvers(baseline)
         self._save()
         return self.record
@@ -153,32 +158,30 @@ class Tuner:
     def _offer(self, goal: Goal) -> Offer:
         """Return what is tried on this pipeline."""
         tokens = tokens_of(self.work)
-        found = offer(self.pipe, self.conditions, goal, self._cache_profile(), tokens)
+        has_caches = self.only is None or "step_cache" in self.only
+        profiles = cache_profiles(self.work, self.conditions, self.path) if has_caches else []
+        found = offer(self.pipe, self.conditions, goal, profiles, tokens)
         self.record.left_out = dict(found.left_out)
         if self.only is None:
             return found
         return Offer(tuple(one for one in found.candidates if one.technique in self.only), found.left_out)
 
-    def _cache_profile(self) -> str | None:
-        """Return a file with a profile of the step cache where the model has none: made now, beside the record."""
-        from pipelines.step_cache import PROFILE_FILE
-        from pipelines.tuning.cache_profile import make_profile
+    def _singles(self, baseline: Baseline, offered: Offer, goals: Mapping[str, Goal]) -> dict[str, Measurement]:
+        """Measure each technique alone; return those that are worth combining, by key.
 
-        folder = getattr(self.pipe, "name_or_path", None)
-        if folder and (Path(folder) / PROFILE_FILE).is_file():
-            return None
-        if self.only is not None and "step_cache" not in self.only:
-            return None
-        return make_profile(self.work, self.conditions, self.path)
-
-    def _singles(self, baseline: Baseline, offered: Offer) -> dict[str, Measurement]:
-        """Measure each technique alone; return those that are worth combining, by key."""
+        A ladder ends where all goals could be reached: what follows on it is slower.
+        """
+        ended: set[str] = set()
         for number, one in enumerate(offered.candidates):
+            if one.ladder in ended:
+                continue
             if not self.budget.allows(SINGLES):
                 self.record.left_out["time"] = f"{len(offered.candidates) - number} single techniques were not measured"
                 break
             self._tell("single", number, len(offered.candidates), f"{one.technique} {dict(one.parts)[one.technique]}")
-            self._measure(one.parts, baseline, "single")
+            found = self._measure(one.parts, baseline, "single")
+            if _is_end(found, goals):
+                ended.add(one.ladder)
         keys = {one.key for one in offered.candidates}
         found = [one for one in self.record.measurements if one.purpose == "single" and one.key in keys]
         return {one.key: one for one in self._worthwhile(found)}
@@ -217,12 +220,12 @@ class Tuner:
                     first, second = sorted(keys)
                     yield first, second
 
-    def _reach(self, goal: Goal, unseen: Baseline, cost: CostModel, error: ErrorModel, number: int) -> Choice | None:
+    def _reach(self, goal: Goal, unseen: Baseline, cost: CostModel, error: ErrorModel) -> None:
         """Verify combinations in the order of the predicted time, until none could be faster than one that holds."""
-        best: Measured | None = None
         offset, tried = 0.0, 0
-        while tried < MOST_VERIFIED and (self.budget.allows(VERIFIED) or (best is None and not tried)):
+        while tried < MOST_VERIFIED and (self.budget.allows(VERIFIED) or not (tried or self._verified)):
             known = {one.measurement.key for one in self._verified}
+            best = self._best(goal, unseen)
             limit = math.inf if best is None else WORTH * best.measurement.share
             ranked = _ranked(cost, error, goal, offset, self.record.baseline, unseen.seconds("wall"))
             open_ones = [(share, keys) for share, keys in ranked if share < limit]
@@ -233,16 +236,13 @@ class Tuner:
             parts = _together(cost.singles, fresh[0])
             self._tell("verify", tried, MOST_VERIFIED, f"{goal.text()}: " + " + ".join(parts))
             predicted = error.quality(fresh[0])
-            measured = self._measure(parts, unseen, "verified", repeats=2)
+            measured = self._measure(parts, unseen, "verified")
             tried += 1
             self._verified.append(Measured(measured, cost.predict(fresh[0]), predicted, tuple(fresh[0])))
             if measured.is_useful and measured.values(goal.metric):
                 surprise = measured.quality(goal.metric) - predicted
                 offset = surprise if offset == 0 else (offset + surprise) / 2
-            best = self._best(goal, unseen)
             self.record.front = front_of(self._verified, goal, unseen, cost)
-        best = self._best(goal, unseen)
-        return None if best is None else choice_of(best, goal, unseen, cost)
 
     def _reuse(
         self,
@@ -287,13 +287,13 @@ class Tuner:
 
     # ----------------------------------------------------------------------------- helpers
 
-    def _measure(self, parts: Mapping[str, Any], baseline: Baseline, purpose: str, repeats: int = 1) -> Measurement:
+    def _measure(self, parts: Mapping[str, Any], baseline: Baseline, purpose: str) -> Measurement:
         """Measure, unless an earlier run did; the file is written."""
         known = self.record.found(key_of(parts), purpose)
         if known is not None and (known.error or len(known.psnr) == len(baseline.results)):
             return known
         give_up = purpose == "single" and not set(parts) & {"decoder_tiling", "offload", "kv_cache"}
-        found = measure(parts, baseline, purpose, give_up=give_up, repeats=repeats)
+        found = measure(parts, baseline, purpose, give_up=give_up)
         self.record.measurements.append(found)
         self._save()
         return found
@@ -349,6 +349,18 @@ def _memory(cost: CostModel, keys: Sequence[str], baseline: Mapping[str, Any] | 
     """Predict memory: each technique saves what it saves alone."""
     plain = float((baseline or {}).get("memory", 0))
     return plain + sum(cost.singles[key].memory - plain for key in keys)
+
+
+def _is_end(found: Measurement, goals: Mapping[str, Goal]) -> bool:
+    """Return whether a ladder ends at a measurement: it is slower than the plain run, or near enough for all goals."""
+    if found.error:
+        return found.share > 0
+    thresholds = [goal.threshold for goal in goals.values()]
+    goal = next(iter(goals.values()))
+    known = [value for value in thresholds if value is not None]
+    if len(known) < len(thresholds):
+        return False
+    return goal.distortion(found.quality(goal.metric)) < goal.distortion(max(known)) / SPARE
 
 
 def _saves_memory(one: Measurement) -> bool:

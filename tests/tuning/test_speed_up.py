@@ -3,6 +3,7 @@
 import json
 import logging
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,10 @@ def pipe() -> Any:
     return make("text")
 
 
-def test_the_name_is_callable_whoever_imported_its_module(pipe: Any) -> None:
-    module: Any = import_module("pipelines.speed_up")
-    for call in (module, module.speed_up, pipelines.speed_up):
-        with call(pipe, CACHE), pytest.raises(AccelerationError, match="already applied"):
-            speed_up(pipe, CACHE)
+def test_no_module_takes_the_name_of_the_function() -> None:
+    import_module("pipelines.tuning.speed_up")
+    assert pipelines.speed_up is speed_up
+    assert find_spec("pipelines.speed_up") is None
 
 
 @pytest.mark.parametrize("name", ["text", "dit", "pixart", "flux", "next-scale class"])

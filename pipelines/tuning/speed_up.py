@@ -8,11 +8,9 @@ handle.undo()
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from dit.runtime.json_files import read_object
@@ -166,17 +164,3 @@ def _nearest(record: TuningRecord, goal: Goal) -> str:
         return "no acceleration was faster than the plain run"
     fastest = front[0]
     return f"the fastest verified one is {fastest.gain:.2f}x at {fastest.quality.get(goal.metric, 0):.2f} {goal.metric}"
-
-
-class _CallableModule(ModuleType):
-    """The module `pipelines.speed_up`, which is callable as its function.
-
-    Importing this file makes `pipelines.speed_up` the module, whoever imports it; the name is promised as the function.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> SpeedUpHandle:
-        """See `speed_up`."""
-        return speed_up(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,267 @@
+"""`tessera tune`: measure what makes a model fast on this machine, and keep the best settings that reach a goal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from apps.commands.shared_options import Device, Guidance, Json, ModelName, Precision, Steps
+from apps.service.panels import FILES, MEASURED, OUTPUT
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+    from rich.table import Table
+
+    from pipelines.tuning.goals import Goal
+    from pipelines.tuning.progress import Progress
+    from pipelines.tuning.record import Choice, TuningRecord
+    from pipelines.tuning.tuner import Tuner
+
+FASTER = 0.95
+"""Of the time of a network call: another data type that takes less is taken, where none was asked for."""
+
+
+def tune(
+    model: ModelName = "stickers",
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            help="Least likeness to the plain run, mean over prompts: psnr>=30 (dB) or ssim>=0.95. Without any goal "
+            "three named profiles: balanced (30 dB), faithful (40), fastest (24).",
+            rich_help_panel=MEASURED,
+        ),
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(min=0.0, help="Most seconds of a request.", rich_help_panel=MEASURED)
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Most memory of weights and work, such as 8GB.", rich_help_panel=MEASURED)
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Text file of prompts (or numbers of classes), one a line, at least 2; usual ones if absent. About a "
+            "third are for the tables, the others verify.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Time that it may take.", rich_help_panel=MEASURED)] = 10.0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            dir_okay=False,
+            help="File (.json) to write and to go on from; beside the model, or in the user's cache folder, if absent.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    json_output: Json = False,
+) -> None:
+    """Find the fastest settings of a model that reach a goal, measured on this machine."""
+    from apps.commands.loading import load_for_command
+    from apps.service.usage import checking
+    from apps.service.writable import check_writable
+
+    if output is not None:
+        check_writable(output)
+    with checking():
+        goals = _goals(quality, latency, memory)
+    wanted = None if prompts is None else _read_prompts(prompts)
+    pipe = load_for_command(model, device, dtype)
+    call = _call(pipe, steps, guidance)
+    if dtype == "auto":
+        faster = _faster_dtype(pipe, wanted, call)
+        if faster is not None:
+            pipe = load_for_command(model, device, faster)
+    with checking():
+        tuner = _tuner(pipe, wanted, call, output, minutes)
+    record = _watched(tuner, goals)
+    _show(record, tuner.path, goals, json_output)
+
+
+def _goals(quality: str | None, latency: float | None, memory: str | None) -> dict[str, Goal]:
+    """Return the goals by name: the one that was asked for, and those of the named profiles."""
+    from pipelines.tuning.goals import Goal
+    from pipelines.tuning.profiles import NAMED_GOALS
+
+    if quality is None and latency is None and memory is None:
+        return dict(NAMED_GOALS)
+    asked = Goal.parse(quality, latency, memory)
+    named = NAMED_GOALS if asked.metric == "psnr" and latency is None and memory is None else {}
+    return {asked.text(): asked, **named}
+
+
+def _read_prompts(file: Path) -> list[Any]:
+    """Return the prompts of a file; numbers mean classes.
+
+    Raises:
+        UsageError: fewer than two.
+    """
+    from apps.service.prompt_file import read_text
+    from apps.service.usage import UsageError
+
+    lines = [line.strip() for line in read_text(file.read_bytes(), file.name).splitlines()]
+    found = [int(line) if line.isdecimal() else line for line in lines if line and not line.startswith("#")]
+    if len(found) < 2:
+        raise UsageError(
+            f"{file} has {len(found)} prompts; at least 2 are needed: some are learned from, others verify"
+        )
+    return found
+
+
+def _call(pipe: Any, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """Return the arguments that every call is given."""
+    from pipelines import info_of
+
+    info = info_of(pipe)
+    given = {info.arguments.get("steps", "num_inference_steps"): steps, info.guidance_argument: guidance}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _faster_dtype(pipe: Any, wanted: list[Any] | None, call: Mapping[str, Any]) -> str | None:
+    """Return another data type in which the network is faster, if there is one."""
+    from pipelines.tuning.breakdown import other_dtype
+    from pipelines.tuning.speed_up import usual_prompts_of
+    from pipelines.tuning.workload import Workload
+
+    found = other_dtype(Workload(pipe, wanted or usual_prompts_of(pipe), call))
+    return found["dtype"] if found and found["ratio"] < FASTER else None
+
+
+def _tuner(pipe: Any, wanted: list[Any] | None, call: Mapping[str, Any], output: Path | None, minutes: float) -> Tuner:
+    """Return the tuner."""
+    from pipelines.tuning.conditions import Conditions
+    from pipelines.tuning.prompts import divide
+    from pipelines.tuning.record import record_path
+    from pipelines.tuning.speed_up import usual_prompts_of
+    from pipelines.tuning.tuner import Tuner
+    from pipelines.tuning.workload import Workload
+
+    prompts = wanted or usual_prompts_of(pipe)
+    learned, held_out = divide(prompts)
+    path = output or record_path(pipe, Conditions.of(Workload(pipe, prompts, call)))
+    return Tuner(pipe, learned, held_out, path, call, minutes)
+
+
+def _watched(tuner: Tuner, goals: Mapping[str, Goal]) -> TuningRecord:
+    """Tune, and show the progress with the front so far."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True)
+    with Live(console=console, transient=True, refresh_per_second=2) as live:
+
+        def listen(progress: Progress) -> None:
+            live.update(_status(progress))
+            if not console.is_terminal:
+                line = f"{progress.phase} {progress.done + 1}/{progress.total}, {progress.seconds_left:.0f} s left"
+                console.print(f"{line}: {progress.text}", highlight=False, markup=False)
+
+        tuner.listener = listen
+        return tuner.run(goals)
+
+
+def _status(progress: Progress) -> Group:
+    """Return what a running tuning shows."""
+    from rich.console import Group
+    from rich.text import Text
+
+    minutes, seconds = divmod(round(progress.seconds_left), 60)
+    line = f"{progress.phase} {progress.done + 1}/{progress.total}, {minutes}:{seconds:02d} left: {progress.text}"
+    return Group(Text(line), _table(progress.front)) if progress.front else Group(Text(line))
+
+
+def _table(choices: Any, names: Mapping[int, str] | None = None) -> Table:
+    """Return settings as a table, the fastest first."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("gain", "predicted", "likeness", "predicted", "memory", "setting")
+    if names:
+        table.add_column("goal")
+    for number, one in enumerate(choices):
+        cells = [
+            f"{one.gain:.2f}x",
+            f"{one.predicted_gain:.2f}x",
+            _likeness(one.metric, one.quality.get(one.metric)),
+            _likeness(one.metric, one.predicted_quality),
+            f"{one.memory / 2**20:.0f} MiB",
+            _setting(one),
+        ]
+        table.add_row(*map(Text, cells), *([names.get(number, "")] if names else []))
+    return table
+
+
+def _likeness(metric: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f} dB" if metric == "psnr" else f"{metric} {value:.3f}"
+
+
+def _setting(choice: Choice) -> str:
+    """Return the parts of a setting in one line."""
+    import json
+
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in choice.parts.items())
+
+
+def _show(record: TuningRecord, path: Path, goals: Mapping[str, Goal], json_output: bool) -> None:
+    """Print what was found.
+
+    Raises:
+        UsageError: no setting reaches the first goal.
+    """
+    import json
+
+    from rich.console import Console
+
+    console = Console()
+    if json_output:
+        found = {
+            "file": str(path),
+            "baseline": record.baseline,
+            "profiles": {name: one.to_dict() for name, one in record.profiles.items()},
+            "front": [one.to_dict() for one in record.front],
+            "solvers": record.solvers,
+            "left_out": record.left_out,
+        }
+        console.print_json(json.dumps(found))
+    else:
+        _show_tables(record, console)
+        console.print(f"{path}: use it by speed_up(pipe, profile={str(path)!r})", markup=False, highlight=False)
+    first = next(iter(goals))
+    if first not in record.profiles:
+        raise ValueError(
+            f"no setting that was verified in the time reaches {goals[first].text()}; ask for less, or give more "
+            "--minutes (the file keeps what was measured)"
+        )
+
+
+def _show_tables(record: TuningRecord, console: Console) -> None:
+    """Print the settings of the goals, the front, and what else is worth knowing."""
+    from pipelines.tuning.profiles import Found
+    from pipelines.tuning.reports import notes_on
+
+    plain = record.baseline
+    console.print(f"plain request: {plain['wall']:.2f} s ({plain['process']:.2f} s of processor time), "
+                  f"{plain['network_share']:.0%} of it in the network", highlight=False)  # fmt: skip
+    choices = list(record.profiles.values())
+    if choices:
+        console.print("settings for goals:")
+        console.print(_table(choices, dict(enumerate(record.profiles))))
+        for note in notes_on(Found(choices[0], "", record), {}):
+            console.print(f"  {note}", markup=False, highlight=False)
+    console.print("settings that no other dominates:")
+    console.print(_table(record.front))
+    for name, reason in record.left_out.items():
+        console.print(f"  {name}: {reason}", markup=False, highlight=False)
