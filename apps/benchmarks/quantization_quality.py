@@ -124,11 +124,13 @@ class Variant:
         name: for people.
         bits: of ours that it is compared with.
         make: puts the quantized network into the pipeline.
+        is_foreign: whether another library quantizes; it may fail, and its row then says so.
     """
 
     name: str
     bits: str
     make: Callable[[], Any]
+    is_foreign: bool = False
 
 
 def bench_quality(asked: Asked) -> dict[str, Any]:
@@ -193,7 +195,7 @@ def _variants(subject: Subject, plain: nn.Module, calibration: Calibration) -> l
 
     found = [Variant(f"ours {name}", bits, lambda n=name, b=bits: ours(n, b)) for name, bits in OURS]
     found += [Variant("plain rounding", bits, lambda b=bits: rounded(b)) for bits in BARS]
-    found += [Variant(one.name, one.bits, lambda q=one.quantize: foreign(q)) for one in rivals()]
+    found += [Variant(one.name, one.bits, lambda q=one.quantize: foreign(q), True) for one in rivals()]
     return [one for one in found if one.bits == "w8a8"] if subject.smoke else found
 
 
@@ -206,8 +208,14 @@ def _quality_rows(
     rows.append(_row("float32", "", subject.right(exact), before, likeness(exact, base)))
     ours: dict[str, list[float]] = {}
     for one in _variants(subject, plain, calibration):
-        one.make()
-        made = subject.generate()
+        try:
+            one.make()
+            made = subject.generate()
+        except Exception as error:  # another library's, which may not know the operations of a network
+            if not one.is_foreign:
+                raise
+            rows.append({"network": one.name, "bits": one.bits, "failed": f"{type(error).__name__}: {error}"[:120]})
+            continue
         near = likeness(made, base)
         row = _row(one.name, one.bits, subject.right(made), before, near)
         if one.name.startswith("ours"):

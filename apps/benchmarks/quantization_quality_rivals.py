@@ -47,6 +47,7 @@ def rivals() -> list[Rival]:
             Rival("SDNQ int8", "w8a8", partial(_sdnq, weights="int8")),
             Rival("SDNQ uint4", "w4a8", partial(_sdnq, weights="uint4")),
             Rival("SDNQ float4", "e2m1-int6", partial(_sdnq, weights="float4_e2m1fn")),
+            Rival("SDNQ float4, 16-bit activations", "e2m1-int6", partial(_sdnq, weights="float4_e2m1fn", whole=True)),
         ]
     if find_spec("optimum") is not None and find_spec("optimum.quanto") is not None:
         found += [
@@ -87,14 +88,16 @@ def _torchao_four(network: nn.Module, names: Sequence[str], calibrate: Calibrate
     return network
 
 
-def _sdnq(network: nn.Module, names: Sequence[str], calibrate: Calibrate, weights: str) -> nn.Module:
+def _sdnq(
+    network: nn.Module, names: Sequence[str], calibrate: Calibrate, weights: str, whole: bool = False
+) -> nn.Module:
     library: Any = import_module("sdnq")
     wanted = set(names)
     others = [name for name, one in network.named_modules() if isinstance(one, nn.Linear) and name not in wanted]
     return library.sdnq_post_load_quant(
         network,
         weights_dtype=weights,
-        use_quantized_matmul=True,
+        use_quantized_matmul=not whole,
         add_skip_keys=False,
         minimum_allowed_numel=0,
         modules_to_not_convert=others,
