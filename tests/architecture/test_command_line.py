@@ -9,7 +9,7 @@ from apps import cli
 from tests.architecture.sources import ROOT
 
 HEAVY = ("torch", "diffusers", "transformers", "gradio", "numpy", "PIL")
-COMMANDS = ("studio", "generate", "train", "evaluate", "convert", "info", "attention")
+COMMANDS = ("studio", "generate", "compare", "train", "evaluate", "convert", "info", "attention")
 
 
 def tessera(*arguments: str) -> subprocess.CompletedProcess[str]:

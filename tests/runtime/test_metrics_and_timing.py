@@ -29,6 +29,15 @@ def test_ssim_against_torchmetrics() -> None:
     assert ssim(1 - reference, reference) < 0
 
 
+def test_psnr_and_ssim_are_those_of_scikit_image() -> None:
+    """Numbers of scikit-image 0.26: `structural_similarity(gaussian_weights=True, use_sample_covariance=False)`."""
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing="ij")
+    reference = torch.stack([(x * 7 + y * 3) % 97 / 96, (x * y) % 61 / 60, ((x - y) ** 2) % 89 / 88])  # (3, 24, 32)
+    result = (reference * 0.9 + 0.05 + 0.08 * torch.sin(x.double() / 3 + y / 5)).clamp(0, 1)
+    assert ssim(result[None], reference[None]) == pytest.approx(0.9653504716808361, abs=1e-6)
+    assert psnr(result, reference) == pytest.approx(23.760171955465484, abs=1e-4)
+
+
 def test_relative_errors_by_hand() -> None:
     reference = torch.tensor([3.0, -4.0])
     result = torch.tensor([3.0, -3.0])
