@@ -18,7 +18,7 @@ from sampling.step_cache.regions import RegionName
 logger = logging.getLogger(__name__)
 
 
-def cache_profiles(work: Workload, conditions: Conditions, record: Path) -> list[str | None]:
+def cache_profiles(work: Workload, conditions: Conditions, record: Path, calibrate: bool = True) -> list[str | None]:
     """Return the profiles that budgets can be tried with; those that are missing are calibrated.
 
     Which region suits depends on the model and on what forecasts cost here, so that both are tried.
@@ -27,6 +27,7 @@ def cache_profiles(work: Workload, conditions: Conditions, record: Path) -> list
         work: its prompts are generated once for each region.
         conditions: how the pipeline is called.
         record: file of the tuning; profiles stand beside it.
+        calibrate: whether to; else only the model's own counts.
 
     Returns:
         Files; None is the profile in the model's folder. Regions that can't be calibrated are logged and left out.
@@ -39,7 +40,7 @@ def cache_profiles(work: Workload, conditions: Conditions, record: Path) -> list
     if folder.name and (folder / PROFILE_FILE).is_file():
         own = Profile.load(folder / PROFILE_FILE).region
         found.append(None)
-    for region in get_args(RegionName):
+    for region in get_args(RegionName) if calibrate else ():
         if region == own:
             continue
         path = record.with_suffix(f".{region}.safetensors")

@@ -18,7 +18,6 @@ from pipelines.acceleration.on_memory import can_slice
 from pipelines.acceleration.parts import PLAN_FILE
 from pipelines.acceleration.switch import is_next_scale
 from pipelines.tuning.conditions import Conditions
-from pipelines.tuning.goals import Goal
 from sampling.sigma_schedule import SigmaSchedule, scheduler_of
 
 FEW_STEPS = 5
@@ -71,13 +70,15 @@ def key_of(parts: Mapping[str, Any]) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
-def offer(pipe: Any, conditions: Conditions, goal: Goal, profiles: Sequence[str | None], tokens: int | None) -> Offer:
+def offer(
+    pipe: Any, conditions: Conditions, saves_memory: bool, profiles: Sequence[str | None], tokens: int | None
+) -> Offer:
     """Return what can be tried on a pipeline, the strongest of each ladder first.
 
     Args:
         pipe: called once before, so that its scheduler has timesteps.
         conditions: how it is called.
-        goal: memory brings the techniques that save it.
+        saves_memory: whether techniques that save memory and take time are worth a try.
         profiles: files of profiles for budgets of the step cache; None is the one in the model's folder.
         tokens: of a sequence of the network; None if not known.
     """
@@ -86,7 +87,7 @@ def offer(pipe: Any, conditions: Conditions, goal: Goal, profiles: Sequence[str 
         "step_cache": _step_caches(conditions, profiles, left_out),
         "compile": {"blocks": [True] if _compiles(pipe, left_out) else []},
         "guidance_cache": _guidance_caches(pipe, conditions, left_out),
-        "quantization": _each(["w8a8", "int8:w8a8", *(["w4a8"] if goal.memory else [])]),
+        "quantization": _each(["w8a8", "int8:w8a8", *(["w4a8"] if saves_memory else [])]),
         "attention": _attention(pipe, tokens, left_out),
     }
     if is_next_scale(pipe):
@@ -94,7 +95,7 @@ def offer(pipe: Any, conditions: Conditions, goal: Goal, profiles: Sequence[str 
             found[name] = {}
             left_out[name] = "the pipeline generates scale by scale"
         found |= {"next_scale": _next_scale(len(pipe.info().grids)), "kv_cache": _kv_caches(pipe, left_out)}
-    if goal.memory is not None:
+    if saves_memory:
         found |= {name: _each(values) for name, values in _memory_savers(pipe, conditions, left_out).items()}
     else:
         left_out["decoder_tiling"] = left_out["offload"] = "no memory goal: these save memory and take time"
@@ -155,7 +156,7 @@ def _attention(pipe: Any, tokens: int | None, left_out: dict[str, str]) -> Ladde
     found: list[Any] = []
     for name, backend in attention_backend_table().items():
         is_plain = name in {"native", "reference"} or "varlen" in name or name.startswith("_native_math")
-        if not is_plain and not backend.can_run(device, dtype, mask=True):
+        if not is_plain and not backend.can_run(device, dtype, mask=True, call=not backend.compiles):
             found.append({"backend": name})
     if is_next_scale(pipe):
         return _each(found)

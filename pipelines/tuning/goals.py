@@ -24,12 +24,19 @@ class Goal:
         threshold: least mean over prompts; None asks for no likeness.
         latency: most seconds of a request; None is any.
         memory: most bytes of weights and working memory; None is any.
+        least_memory: not the fastest is chosen, but what needs the least memory.
     """
 
     metric: Metric = "psnr"
     threshold: float | None = None
     latency: float | None = None
     memory: int | None = None
+    least_memory: bool = False
+
+    @property
+    def saves_memory(self) -> bool:
+        """Whether techniques that save memory and take time are worth a try."""
+        return self.least_memory or self.memory is not None
 
     @classmethod
     def parse(cls, quality: str | None = None, latency: float | None = None, memory: str | int | None = None) -> Goal:
@@ -82,6 +89,7 @@ class Goal:
             "" if self.threshold is None else f"{self.metric}>={self.threshold:g}",
             "" if self.latency is None else f"latency<={self.latency:g} s",
             "" if self.memory is None else f"memory<={self.memory / 10**9:g}GB",
+            "least memory" if self.least_memory else "",
         ]
         return ", ".join(filter(None, parts)) or "as fast as can be"
 

@@ -19,8 +19,9 @@ SLOWER = 1.1
 """A candidate that takes so many times as long as the plain run at its first prompt is not measured further."""
 LONG = 3.0
 """Seconds of a request from which it isn't repeated: noise matters less."""
-TIMED = 4
-"""Prompts that are timed: plain before a candidate, with it, and plain after it."""
+TIMED, SHORT = 4, 0.5
+"""Prompts that are timed: plain before a candidate, with it, and plain after it; half as many where a request takes
+more than so many seconds."""
 FAILURES = (
     AccelerationError,
     AttachError,
@@ -65,8 +66,8 @@ class Baseline:
     def again(self) -> list[Times]:
         """Run the timed prompts plainly once more; what is known already is returned where requests take long."""
         if self.is_long:
-            return [one.times for one in self.results[:TIMED]]
-        runs = [self.work.generate(index).times for index in range(min(TIMED, len(self.results)))]
+            return [one.times for one in self.results[: self.timed]]
+        runs = [self.work.generate(index).times for index in range(self.timed)]
         self.rounds += runs
         return runs
 
@@ -87,6 +88,12 @@ class Baseline:
     def is_long(self) -> bool:
         """Whether requests take so long that noise hardly matters."""
         return self.results[0].times.wall >= LONG
+
+    @property
+    def timed(self) -> int:
+        """How many of the prompts are timed again."""
+        wanted = TIMED if self.results[0].times.wall < SHORT else TIMED // 2
+        return min(wanted, len(self.results))
 
     @property
     def sees_network(self) -> bool:
@@ -180,7 +187,7 @@ def _run(parts: Mapping[str, Any], baseline: Baseline, limit: float) -> _Runs:
         results = [work.generate(0, **arguments)]
         if results[0].times.total(work.clock) <= limit:
             results += [work.generate(index, **arguments) for index in range(1, len(work.prompts))]
-        rounds = [[one.times for one in results[:TIMED]]]
+        rounds = [[one.times for one in results[: baseline.timed]]]
         if not baseline.is_long:
             rounds.append([work.generate(index, **arguments).times for index in range(len(rounds[0]))])
         report = handle.report()

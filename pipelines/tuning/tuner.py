@@ -41,6 +41,8 @@ STRENGTHS = 2
 """Of each technique, that are paired."""
 SPARE = 4.0
 """A technique whose error is so many times less than the strictest goal's leaves room for every other."""
+MEMORY_SAVERS = {"decoder_tiling", "offload", "kv_cache", "quantization"}
+"""Techniques that are measured to the end where memory counts, also if they take time."""
 WORTH = 0.99
 """A technique has to take at most so much of the plain time to be combined."""
 
@@ -58,6 +60,7 @@ class Tuner:
         minutes: that it may take.
         listener: is told of the progress.
         only: techniques to try; None is all.
+        calibrate: make profiles of the step cache beside the model's own; their files are named by the settings.
     """
 
     pipe: Any
@@ -68,6 +71,7 @@ class Tuner:
     minutes: float = 10.0
     listener: Listener | None = None
     only: frozenset[str] | None = None
+    calibrate: bool = True
 
     def __post_init__(self) -> None:
         """Read what is known, or begin anew.
@@ -116,10 +120,11 @@ class Tuner:
         if len({goal.metric for goal in goals.values()}) != 1:
             raise ValueError(f"goals are {list(goals)}; give at least one, all with one metric, psnr or ssim")
         first = next(iter(goals.values()))
+        self._saves_memory = any(goal.saves_memory for goal in goals.values())
         self.budget = Budget(60 * self.minutes)
         self._tell("plain", 0, 1, "plain runs")
         baseline = self._plain()
-        singles = self._singles(baseline, self._offer(first), goals)
+        singles = self._singles(baseline, self._offer(), goals)
         cost = CostModel(baseline.network_share(), singles)
         error = ErrorModel(first, singles)
         self._pairs(baseline, cost, error, goals)
@@ -155,12 +160,12 @@ class Tuner:
         self._save()
         return baseline
 
-    def _offer(self, goal: Goal) -> Offer:
+    def _offer(self) -> Offer:
         """Return what is tried on this pipeline."""
         tokens = tokens_of(self.work)
         has_caches = self.only is None or "step_cache" in self.only
-        profiles = cache_profiles(self.work, self.conditions, self.path) if has_caches else []
-        found = offer(self.pipe, self.conditions, goal, profiles, tokens)
+        profiles = cache_profiles(self.work, self.conditions, self.path, self.calibrate) if has_caches else []
+        found = offer(self.pipe, self.conditions, self._saves_memory, profiles, tokens)
         self.record.left_out = dict(found.left_out)
         if self.only is None:
             return found
@@ -175,7 +180,7 @@ class Tuner:
         for number, one in enumerate(offered.candidates):
             if one.ladder in ended:
                 continue
-            if not self.budget.allows(SINGLES):
+            if number and not self.budget.allows(SINGLES):
                 self.record.left_out["time"] = f"{len(offered.candidates) - number} single techniques were not measured"
                 break
             self._tell("single", number, len(offered.candidates), f"{one.technique} {dict(one.parts)[one.technique]}")
@@ -184,15 +189,21 @@ class Tuner:
                 ended.add(one.ladder)
         keys = {one.key for one in offered.candidates}
         found = [one for one in self.record.measurements if one.purpose == "single" and one.key in keys]
-        return {one.key: one for one in self._worthwhile(found)}
+        return {one.key: one for one in self._worthwhile(found, self._saves_memory)}
 
     @staticmethod
-    def _worthwhile(found: Sequence[Measurement]) -> Iterator[Measurement]:
+    def _worthwhile(found: Sequence[Measurement], saves_memory: bool) -> Iterator[Measurement]:
         """Yield the measurements of each technique that no other of it dominates."""
-        useful = [one for one in found if one.is_useful and (one.share < WORTH or _saves_memory(one))]
+        useful = [
+            one
+            for one in found
+            if one.is_useful and (one.share < WORTH or (saves_memory and set(one.parts) & MEMORY_SAVERS))
+        ]
         for name in dict.fromkeys(technique(one) for one in useful):
             own = [one for one in useful if technique(one) == name]
-            yield from pareto_front(own, lambda one: (one.share, -one.quality("psnr"), one.memory))
+            yield from pareto_front(
+                own, lambda one: (one.share, -one.quality("psnr"), float(one.memory if saves_memory else 0))
+            )
 
     def _pairs(self, baseline: Baseline, cost: CostModel, error: ErrorModel, goals: Mapping[str, Goal]) -> None:
         """Measure how techniques act together: those of the best combinations, and one pair of each two techniques."""
@@ -223,10 +234,11 @@ class Tuner:
     def _reach(self, goal: Goal, unseen: Baseline, cost: CostModel, error: ErrorModel) -> None:
         """Verify combinations in the order of the predicted time, until none could be faster than one that holds."""
         offset, tried = 0.0, 0
-        while tried < MOST_VERIFIED and (self.budget.allows(VERIFIED) or not (tried or self._verified)):
+        most = 1 if goal.least_memory else MOST_VERIFIED
+        while tried < most and (self.budget.allows(VERIFIED) or not (tried or self._verified)):
             known = {one.measurement.key for one in self._verified}
             best = self._best(goal, unseen)
-            limit = math.inf if best is None else WORTH * best.measurement.share
+            limit = math.inf if best is None or goal.least_memory else WORTH * best.measurement.share
             ranked = _ranked(cost, error, goal, offset, self.record.baseline, unseen.seconds("wall"))
             open_ones = [(share, keys) for share, keys in ranked if share < limit]
             self._reuse(open_ones, known, cost, error, unseen)
@@ -234,7 +246,7 @@ class Tuner:
             if not fresh:
                 break
             parts = _together(cost.singles, fresh[0])
-            self._tell("verify", tried, MOST_VERIFIED, f"{goal.text()}: " + " + ".join(parts))
+            self._tell("verify", tried, most, f"{goal.text()}: " + " + ".join(parts))
             predicted = error.quality(fresh[0])
             measured = self._measure(parts, unseen, "verified")
             tried += 1
@@ -272,6 +284,8 @@ class Tuner:
         ]
         if goal.threshold is None and goal.latency is not None:  # time alone: the nearest to the plain run
             return max(held, key=lambda one: one.measurement.quality(goal.metric), default=None)
+        if goal.least_memory:
+            return min(held, key=lambda one: (one.measurement.memory, one.measurement.share), default=None)
         return min(held, key=lambda one: one.measurement.share, default=None)
 
     def _solvers(self, baseline: Baseline) -> None:
@@ -292,7 +306,7 @@ class Tuner:
         known = self.record.found(key_of(parts), purpose)
         if known is not None and (known.error or len(known.psnr) == len(baseline.results)):
             return known
-        give_up = purpose == "single" and not set(parts) & {"decoder_tiling", "offload", "kv_cache"}
+        give_up = purpose == "single" and not (self._saves_memory and set(parts) & MEMORY_SAVERS)
         found = measure(parts, baseline, purpose, give_up=give_up)
         self.record.measurements.append(found)
         self._save()
@@ -341,7 +355,8 @@ def _ranked(
         is_large = seconds is not None and goal.memory is not None and _memory(cost, keys, baseline) > goal.memory
         if (goal.threshold is None or quality >= goal.threshold) and not is_slow and not is_large:
             by_likeness = goal.threshold is None and goal.latency is not None
-            found.append((-quality if by_likeness else share, share, keys))
+            first = _memory(cost, keys, baseline) if goal.least_memory else -quality if by_likeness else share
+            found.append((first, share, keys))
     return [(share, keys) for _, share, keys in sorted(found)]
 
 
@@ -361,10 +376,6 @@ def _is_end(found: Measurement, goals: Mapping[str, Goal]) -> bool:
     if len(known) < len(thresholds):
         return False
     return goal.distortion(found.quality(goal.metric)) < goal.distortion(max(known)) / SPARE
-
-
-def _saves_memory(one: Measurement) -> bool:
-    return bool(set(one.parts) & {"decoder_tiling", "offload", "kv_cache", "quantization"})
 
 
 def _together(singles: Mapping[str, Measurement], keys: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The tuner on a tiny pipeline: tables, pairs, verification, front, the file, resuming, and speed_up by a goal."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 
 from dit.runtime.artifacts import ArtifactError
 from pipelines import speed_up
-from pipelines.tuning.candidates import Candidate, key_of, offer
+from pipelines.tuning.candidates import Candidate, Offer, key_of, offer
 from pipelines.tuning.conditions import Conditions
 from pipelines.tuning.front import dominates
 from pipelines.tuning.goals import Goal
@@ -50,6 +52,13 @@ def tuner(path: Path, pipe: Any = None, **more: Any) -> Tuner:
     return Tuner(pipe or tiny(), LEARNED, HELD_OUT, path, CALL, **settings)
 
 
+def offer_few(techniques: Collection[str], *given: Any) -> Offer:
+    """Offer the first two candidates of each technique."""
+    found = offer(*given)
+    kept = [[one for one in found.candidates if one.technique == name][:2] for name in sorted(techniques)]
+    return Offer(tuple(chain(*kept)), found.left_out)
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[TuningRecord, Path, list[Progress]]:
     """One tuning that several tests look at."""
@@ -60,7 +69,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[TuningRecord, Path,
     clean = traces(pipe)
     goals = {"rough": Goal("psnr", 10.0), "exact": Goal("psnr", 99.0)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.tuning.candidates.BUDGETS", (0.35, 0.5))
+        patch.setattr("pipelines.tuning.tuner.offer", partial(offer_few, ONLY))
         patch.setattr("pipelines.tuning.solvers.SHARES", (0.5,))
         record = tuner(path, pipe, listener=told.append).run(goals)
     assert traces(pipe) == clean, "tuning left something on the pipeline"
@@ -198,10 +207,10 @@ def test_a_goal_uses_the_saved_tuning_beside_the_model(tuned: Any, tmp_path: Pat
 
 def test_a_goal_without_a_saved_tuning_runs_the_tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("pipelines.tuning.speed_up.MINUTES", 0.05)
+    monkeypatch.setattr("pipelines.tuning.speed_up.MINUTES", 1.0)
     monkeypatch.setattr("pipelines.tuning.speed_up.usual_prompts_of", lambda pipe: [*LEARNED, *HELD_OUT])
     monkeypatch.setattr("pipelines.tuning.tuner.try_solvers", lambda *_: [])
-    monkeypatch.setattr("pipelines.tuning.tuner.offer", _two_caches)
+    monkeypatch.setattr("pipelines.tuning.tuner.offer", partial(offer_few, {"step_cache"}))
     pipe = tiny()
     pipe.register_to_config(defaults=CALL)
     with pytest.raises(ValueError, match="no setting reaches psnr>=100"):
@@ -209,12 +218,6 @@ def test_a_goal_without_a_saved_tuning_runs_the_tuner(tmp_path: Path, monkeypatc
     with speed_up(pipe, quality="psnr>=5") as handle:
         assert "step_cache" in handle.config.parts
     assert len(list((tmp_path / "tessera").glob("tuning-*.json"))) == 1
-
-
-def _two_caches(*given: Any) -> Any:
-    found = offer(*given)
-    kept = [one for one in found.candidates if one.technique == "step_cache" and "fora" not in one.key]
-    return type(found)(tuple(kept[:2]), found.left_out)
 
 
 def test_candidates_that_cannot_be_had_stand_in_the_file_with_the_reason() -> None:
@@ -229,15 +232,15 @@ def test_few_step_and_short_models_are_offered_no_step_cache_and_no_pattern() ->
     pipe = tiny()
     work = Workload(pipe, LEARNED, {"num_inference_steps": 4})
     work.generate(0)
-    found = offer(pipe, Conditions.of(work), Goal(), [None], 64)
+    found = offer(pipe, Conditions.of(work), False, [None], 64)
     assert "step_cache" not in {one.technique for one in found.candidates}
     assert "4 steps" in found.left_out["step_cache"]
     assert "64 tokens" in found.left_out["attention (patterns)"]
-    assert any("pattern" in one.key for one in offer(pipe, Conditions.of(work), Goal(), [None], 512).candidates)
+    assert any("pattern" in one.key for one in offer(pipe, Conditions.of(work), False, [None], 512).candidates)
 
 
 @pytest.mark.parametrize("name", ["next-scale class", "dit", "flux"])
-def test_every_kind_of_pipeline_can_be_tuned(name: str, tmp_path: Path) -> None:
+def test_every_kind_of_pipeline_can_be_tuned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = make(name)
     is_scales = "scale" in name
     prompts = {"next-scale class": [0, 1], "dit": [0, 1], "flux": ["a cat", "a dog"]}[name]
@@ -247,7 +250,9 @@ def test_every_kind_of_pipeline_can_be_tuned(name: str, tmp_path: Path) -> None:
     Workload(pipe, prompts, call).generate(0)
     clean = traces(pipe)
     only = frozenset({"next_scale"} if is_scales else {"step_cache"})
-    record = Tuner(pipe, prompts[:1], prompts[1:], tmp_path / "t.json", call, 0.05, only=only).run({"any": Goal()})
+    monkeypatch.setattr("pipelines.tuning.tuner.offer", partial(offer_few, only))
+    monkeypatch.setattr("pipelines.tuning.tuner.try_solvers", lambda *_: [])
+    record = Tuner(pipe, prompts[:1], prompts[1:], tmp_path / "t.json", call, 1.0, only=only).run({"any": Goal()})
     assert any(not one.error for one in record.measurements), [one.error for one in record.measurements]
     assert traces(pipe) == clean
 
