@@ -107,10 +107,11 @@ class CompareHandlers:
                     yield {"compare_note": self._note(self._describe(event), event.share)}
 
     def _request(self, values: Mapping[str, Any]) -> AnyRequest:
-        """Return what all settings have in common: what the page asks for, one image of it."""
+        """Return what all settings have in common: what the page asks for, one image of it, as it is generated."""
         model = values["model"]
         tasks = self._engine.abilities(model).tasks if model in self._engine.models else ()
-        return form_to_request({**values, "num_images": 1, "batch_size": 1, "many": []}, tasks)
+        one = {**values, "num_images": 1, "batch_size": 1, "many": []}
+        return form_to_request(one, tasks, {"upscale": None, "upscaler": None})
 
     def _show(self, found: Comparison) -> Changes:
         """Write page and sheet, and put the result onto the page."""
