@@ -121,21 +121,22 @@ class CachedGuidance(Mechanism):
             return forward(*args, **kwargs)
         cond_first = layout.order[0] == "cond"
         difference = self._difference(attachment, component, here)
+        size = 2 * _half_size(model, args, kwargs)
         if difference is None:
             output = forward(*args, **kwargs)
-            halves = [tensor.chunk(2) for tensor in flatten(output)[0]]
-            pairs = [(a, b) if cond_first else (b, a) for a, b in halves]
-            self._keep(attachment, component, here, tuple(uncond - cond for cond, uncond in pairs))
+            first, second = _halves(flatten(output)[0], size)
+            cond, uncond = (first, second) if cond_first else (second, first)
+            self._keep(attachment, component, here, tuple(b - a for a, b in zip(cond, uncond, strict=True)))
             return output
-        size = 2 * _half_size(model, args, kwargs)
         half = partial(_half, size=size, first=cond_first)
         with step_scope(replace(here, branch="cond")):
-            output = forward(*half(args), **half(kwargs))
-        tensors, rebuild = flatten(output)
-        pairs = [
-            (cond, cond + part) for cond, part in zip(tensors, _or_zeros(difference, tensors), strict=True)
-        ]  # (cond, uncond)
-        return rebuild([torch.cat(pair if cond_first else pair[::-1]) for pair in pairs])
+            output = forward(*map(half, args), **half(kwargs))
+        cond, rebuild = flatten(output)
+        uncond = tuple(a + part for a, part in zip(cond, _or_zeros(difference, cond), strict=True))
+        first, second = (cond, uncond) if cond_first else (uncond, cond)
+        if _is_list(cond, size // 2):  # Z-Image returns a list of samples
+            return _with_list(output, [*first, *second])
+        return rebuild([torch.cat(pair) for pair in zip(first, second, strict=True)])
 
     # --------------------------------------------------------------------- two calls
 
@@ -226,6 +227,28 @@ def _half_size(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int:
     return len(family.latents(family.bind(model, args, kwargs))) // 2
 
 
+def _is_list(tensors: Values, size: int) -> bool:
+    """Return whether the tensors of an output are its samples, without a dimension for the batch."""
+    return len(tensors) == size and any(len(tensor) != size for tensor in tensors)
+
+
+def _halves(tensors: Values, size: int) -> tuple[Values, Values]:
+    """Return both halves of an output of `size` samples."""
+    if _is_list(tensors, size):
+        return tensors[: size // 2], tensors[size // 2 :]
+    first, second = zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
+    return first, second
+
+
+def _with_list(output: Any, samples: list[Tensor]) -> Any:
+    """Return an output with another list of samples."""
+    if isinstance(output, list):
+        return samples
+    if isinstance(output, tuple):
+        return (samples, *output[1:])
+    return type(output)(sample=samples)
+
+
 def _half(value: Any, size: int, first: bool) -> Any:
     """Take one half of everything that is as long as the doubled batch."""
     if isinstance(value, Tensor):
@@ -233,7 +256,8 @@ def _half(value: Any, size: int, first: bool) -> Any:
     if isinstance(value, dict):
         return {key: _half(item, size, first) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        if len(value) == size and size and all(isinstance(item, Tensor) for item in value):  # a list of samples
-            return type(value)(value[: size // 2] if first else value[size // 2 :])
+        # a list of samples; tuples of as many tensors are something else, such as cosines and sines
+        if isinstance(value, list) and len(value) == size and size and all(isinstance(item, Tensor) for item in value):
+            return value[: size // 2] if first else value[size // 2 :]
         return type(value)(_half(item, size, first) for item in value)
     return value

@@ -13,6 +13,7 @@ from dit.attention import attention_backend_table
 from dit.attention.backend_scope import backend_scope
 from dit.attention.mechanism import PlannedAttention
 from dit.runtime import diffusers_compat
+from dit.runtime.families import call_family_of
 from dit.runtime.hooks import Attachment
 from dit.runtime.state import unwrap
 from pipelines.acceleration.parts import AttentionPart, CompilePart
@@ -136,6 +137,8 @@ class CompileSwitch(Switch[CompilePart]):
             return [network]
         names = getattr(network, "_repeated_blocks", None) or ()
         blocks = [part for part in network.modules() if type(part).__name__ in names]
+        if not blocks:  # diffusers doesn't name them for all of its networks
+            blocks = [block for _, block in call_family_of(network).blocks(network)]
         if not blocks:
             raise self.refuse("no_blocks", network=type(network).__name__)
         return blocks

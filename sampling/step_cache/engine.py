@@ -156,7 +156,7 @@ class StepCache(Mechanism):
         if here is None or reason is not None:
             attachment.skip(str(reason))
             return forward(*args, **kwargs)
-        parts = _parts_of(attachment.target, model, here)
+        parts = _parts_of(attachment.target, model, here, args, kwargs)
         state = self._branch_state(attachment, component, here, parts, args, kwargs)
         call = Call(self, attachment, component, here, state, parts)
         if self.gate.signal == "input" or self.region.needs_latents:
@@ -367,15 +367,21 @@ def _branches_are_left_out(target: Any) -> bool:
     return any(one.mechanism.stage is Stage.GUIDANCE for one in attachments(target))
 
 
-def _parts_of(target: Any, model: nn.Module, here: StepContext) -> tuple[str, ...]:
-    """Return the branches in the batch of a call, in order; the call's own where none is ever left out."""
+def _parts_of(
+    target: Any, model: nn.Module, here: StepContext, args: tuple, kwargs: dict[str, Any]
+) -> tuple[str, ...]:
+    """Return the branches in the batch of a call, in order; the call's own where none is ever left out.
+
+    Lists of samples have no dimension for the batch: their branches are kept apart.
+    """
     if here.branch != "all" or not _branches_are_left_out(target):
         return (here.branch,)
     family = call_family_of(model)
     layout = family.branches(target) or family.branches()
     if layout is None or layout.kind != "batched" or set(layout.order) != {LEAD, "uncond"}:
         return (here.branch,)
-    return tuple(layout.order)
+    latents = family.bind(model, args, kwargs).get(family.latent_argument)
+    return tuple(layout.order) if isinstance(latents, torch.Tensor) else (here.branch,)
 
 
 def _strip(steps: dict[int, bool]) -> str:

@@ -270,6 +270,8 @@ def test_attention_backend(name: str) -> None:
         ("next-scale text", "blocks"),
         ("flux", "blocks"),
         ("sd3", "network"),
+        ("sd3", "blocks"),
+        ("pixart", "blocks"),
     ],
 )
 def test_compiled_networks_compute_the_same(name: str, scope: str) -> None:
@@ -413,7 +415,6 @@ def test_offloaded_pipelines_are_not_offloaded_again() -> None:
         ("text", {"parallel": "guidance"}, "no_processes"),
         ("flux", {"parallel": "context"}, "no_processes"),
         ("text", {"attention": "no_such"}, "backend"),
-        ("sd3", {"compile": {"backend": "eager"}}, "no_blocks"),
         ("next-scale text", {"compile": {"scope": "network", "backend": "eager"}}, "no_whole_network"),
         ("text", {"decoder_tiling": True}, "no_tiles"),
         ("text", {"offload": "model"}, "offload"),

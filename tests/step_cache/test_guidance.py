@@ -36,7 +36,11 @@ def rows(pipe: Any) -> list[int]:
 # ------------------------------------------------------------------------------ intervals
 
 
-@pytest.mark.parametrize("name", ["text_dit", "dit", "sd3", "pixart", "flux", "wan", "qwen_image"])
+GUIDED = ("text_dit", "dit", "sd3", "pixart", "flux", "wan", "qwen_image", "z_image", "hunyuan_dit", "sana", "lumina2",
+          "cogvideox", "mochi", "latte")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GUIDED)
 def test_guidance_everywhere_and_nowhere(name: str) -> None:
     pipe = tiny_pipeline(name)
     guided, plain = paint(pipe, name), paint(pipe, name, guided=False)
