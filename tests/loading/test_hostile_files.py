@@ -50,7 +50,7 @@ def bad(results: dict[str, str]) -> dict[str, str]:
 # ------------------------------------------------------------------------ safetensors
 
 
-@pytest.mark.parametrize("stride", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_damaged_safetensors_files(published, base, tmp_path, stride):
     folder = tmp_path / "file"
     folder.mkdir()
@@ -69,7 +69,7 @@ def test_damaged_safetensors_files_of_whole_pipelines(published, base, tmp_path)
     folder.mkdir()
     save_file(published, folder / "a.safetensors")
     content, results = (folder / "a.safetensors").read_bytes(), {}
-    for damage in list(of_weights(folder, Path("a.safetensors")))[::3]:
+    for damage in list(of_weights(folder, Path("a.safetensors")))[::6]:
         (folder / "a.safetensors").write_bytes(content)
         damage.apply(folder)
         results[damage.name] = single_file(folder / "a.safetensors", config=base)
