@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,14 @@ class Tuner:
             return None
         record = TuningRecord.load(self.path)
         differences = record.conditions.differences(self.conditions)
-        if (record.learned, record.held_out) != (list(self.learned), list(self.held_out)):
-            differences.append("the prompts are others")
+        if record.learned != list(self.learned):
+            differences.append("the prompts of the tables are others")
         if differences:
             logger.warning("%s is replaced: %s", self.path, "; ".join(differences))
             return None
+        if record.held_out != list(self.held_out):  # the tables stay, verifications don't
+            kept = [one for one in record.measurements if one.purpose != "verified"]
+            return replace(record, held_out=list(self.held_out), measurements=kept, front=[], profiles={})
         return record
 
     # ------------------------------------------------------------------------------ phases

@@ -152,6 +152,13 @@ def test_a_file_of_other_prompts_or_steps_is_replaced(tuned: Any, tmp_path: Path
     other = Tuner(tiny(), LEARNED, HELD_OUT, copy, {"num_inference_steps": STEPS + 1}, only=ONLY)
     assert other.record.measurements == []
     assert "steps is 7 here, and was 6" in caplog.text
+    verifying_others = Tuner(tiny(), LEARNED, ["a dog"], copy, CALL, only=ONLY)
+    kept = verifying_others.record
+    assert [one.purpose for one in kept.measurements].count("single") == len(
+        [one for one in tuned[0].measurements if one.purpose == "single"]
+    )
+    assert not any(one.purpose == "verified" for one in kept.measurements)
+    assert (kept.held_out, kept.front, kept.profiles) == (["a dog"], [], {})
 
 
 def test_files_of_other_models_and_broken_ones_are_refused(tuned: Any, tmp_path: Path) -> None:
