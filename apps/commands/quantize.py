@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from apps.commands.loading import load_for_command
 from apps.commands.quantize_images import Made, Painter, likeness, median_seconds, side_by_side
-from apps.commands.quantize_report import CHART, PAGE, SHEET, write_report
+from apps.commands.quantize_report import CHART, PAGE, PLAN_CHART, SHEET, told, write_report
 from apps.service.logs import no_loading_bars
 from apps.service.prompt_file import MAX_BYTES, parse_lines, read_text
 from apps.service.usage import UsageError, checking
@@ -27,7 +27,11 @@ from apps.service.writable import check_folder, check_writable
 from apps.studio.examples import example_prompts
 from apps.studio.vocabulary import read_vocabulary
 from dit.quant.calibration import Calibration, calibrate
-from dit.runtime.hooks import AttachError, find_networks
+from dit.quant.mixed_precision import plan_precision
+from dit.quant.precision_plan import MixedPrecisionPlan
+from dit.quant.quantize import PLANNED_ON
+from dit.quant.sensitivity_measure import measure_sensitivity
+from dit.runtime.hooks import AttachError, attachments, find_networks
 from pipelines.acceleration.quantization import QuantizationPart, usual_recipe
 from pipelines.loading.memory import gib
 from pipelines.loading.modular import is_modular
@@ -36,6 +40,7 @@ from pipelines.loading.sources import read_index
 from pipelines.quantization.carried import carry_files
 from pipelines.quantization.loading import quantize_loaded, ready, require_part
 from pipelines.quantization.networks import fingerprints, quantization_of
+from sampling.step_tracker import StepTracker
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +69,7 @@ class QuantizeOptions:
         skip: regular expressions of layers.
         full_precision_first: steps.
         full_precision_last: steps.
+        budget: of mixed precision.
         compare: images before and after.
         steps: of each run; None is the model's own.
         guidance: scale; None is the model's own.
@@ -83,6 +89,7 @@ class QuantizeOptions:
     skip: tuple[str, ...] = ()
     full_precision_first: int = 0
     full_precision_last: int = 0
+    budget: str | None = None
     compare: int = 4
     steps: int | None = None
     guidance: float | None = None
@@ -99,6 +106,7 @@ class QuantizeOptions:
         fields = {
             "bits": self.bits,
             "recipe": self.recipe or usual_recipe(self.bits),
+            "budget": self.budget,
             "components": self.components or None,
             "skip": self.skip,
             "full_precision_first": self.full_precision_first or None,
@@ -133,8 +141,8 @@ def run(options: QuantizeOptions, json_output: bool = False) -> None:
         with checking():
             calibration.check(next(iter(found.values())), getattr(pipe, "scheduler", None))
     tried = prompts or _own_prompts(options.model, painter)
+    wanted = prompts or (tried if _knows_prompts(options.model, painter) else [])
     if not options.data_free and calibration is None:
-        wanted = prompts or (tried if _knows_prompts(options.model, painter) else [])
         if wanted:
             calibration = _calibrate(pipe, painter, wanted, options, console)
         else:
@@ -143,10 +151,13 @@ def run(options: QuantizeOptions, json_output: bool = False) -> None:
     if options.save_calib is not None and calibration is not None:
         options.save_calib.parent.mkdir(parents=True, exist_ok=True)
         calibration.save(options.save_calib)
+    plan = None
+    if part.budget is not None:
+        plan = _plan(pipe, painter, part, calibration, wanted, options, console)
     seeds = [(prompt, options.seed + number) for number, prompt in enumerate(tried[: options.compare])]
     before = _paint(painter, seeds, "before", console)
     with _bar(console, "quantizing") as step, checking():
-        report = quantize_loaded(pipe, part, calibration, lambda done, total, name: step(done, total))
+        report = quantize_loaded(pipe, part, calibration, lambda done, total, name: step(done, total), plan)
     ready(pipe)
     after = _paint(painter, seeds, "after", console)
     summary = {
@@ -156,6 +167,7 @@ def run(options: QuantizeOptions, json_output: bool = False) -> None:
         "bits": part.bits,
         "calibration": _said_of(options, calibration, prompts or tried),
         "components": list(found),
+        "mixed_precision": None if plan is None else plan.summary(),
         "full_precision_steps": {"first": options.full_precision_first, "last": options.full_precision_last},
         "bytes_before": report.bytes_before,
         "bytes_after": report.bytes_after,
@@ -164,7 +176,7 @@ def run(options: QuantizeOptions, json_output: bool = False) -> None:
         "images": _images(seeds, before, after),
         "notes": notes,
     }
-    title = f"{part.recipe} {part.bits}"
+    title = f"{part.recipe} {part.bits}" + ("" if plan is None else f" within {plan.budget}")
     with _written(options.output) as folder:
         _save(pipe, folder, found, title, notes)
         if before:
@@ -260,6 +272,37 @@ def _calibrate(
             call=painter.calibrate,
             progress=step,
         )
+
+
+def _plan(
+    pipe: Any,
+    painter: Painter,
+    part: QuantizationPart,
+    calibration: Calibration | None,
+    prompts: Sequence[Any],
+    options: QuantizeOptions,
+    console: Console,
+) -> MixedPrecisionPlan:
+    """Find out which layers want more bits, by calls of the network where prompts are known.
+
+    Raises:
+        UsageError: nothing is known of the layers' inputs, or no choice of formats stays within the budget.
+    """
+    if calibration is None:
+        raise UsageError(
+            f"--budget is {part.budget}: mixed precision measures which layers want more bits, so it needs a "
+            "calibration; leave out --data-free, or give prompts with --calib"
+        )
+    names = {"recipe_name": str(part.recipe), "components": part.components, "skip": part.skip}
+    with _bar(console, "measuring layers") as step, checking():
+        with ExitStack() as stack:
+            if prompts and not attachments(pipe):
+                stack.enter_context(StepTracker().attach(pipe))
+            found = measure_sensitivity(
+                pipe, prompts[:PLANNED_ON], calibration, bits=str(part.bits), method="calls" if prompts else "layer",
+                seed=options.seed, call=painter.calibrate, progress=lambda done, total, _: step(done, total), **names,
+            )  # fmt: skip
+        return plan_precision(found, str(part.budget))
 
 
 def _paint(painter: Painter, seeds: Sequence[tuple[Any, int]], when: str, console: Console) -> list[Made]:
@@ -367,6 +410,8 @@ def _tell(summary: dict[str, Any], layers: int, output: Path, json_output: bool)
     sizes = f"{gib(summary['bytes_before'])} to {gib(summary['bytes_after'])}"
     console.print(f"{output}: {summary['recipe']} {summary['bits']}, {layers} layers, {sizes} "
                   f"({summary['ratio']:.2f} times smaller)", highlight=False)  # fmt: skip
+    if summary["mixed_precision"] is not None:
+        console.print(f"  {told(summary['mixed_precision'])}", highlight=False)
     images = [one["psnr"] for one in summary["images"] if one["psnr"] is not None]
     if images:
         console.print(f"  PSNR mean {sum(images) / len(images):.1f} dB, least {min(images):.1f} dB", highlight=False)
@@ -374,5 +419,5 @@ def _tell(summary: dict[str, Any], layers: int, output: Path, json_output: bool)
     if speed is not None:
         console.print(f"  a step {1000 * speed['before']:.1f} ms before, {1000 * speed['after']:.1f} ms after",
                       highlight=False)  # fmt: skip
-    shown = ", ".join(name for name in (PAGE, CHART, SHEET) if (output / name).is_file())
+    shown = ", ".join(name for name in (PAGE, CHART, PLAN_CHART, SHEET) if (output / name).is_file())
     console.print(f"  [dim]{shown}[/dim]", highlight=False)

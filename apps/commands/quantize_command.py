@@ -24,7 +24,8 @@ def quantize(
     bits: Annotated[
         str,
         typer.Option(
-            help="Formats of weights and activations: w8a8, w6a8, w4a8, w4a6, w4a4, w8a16, w4a16, fp8, nvfp4 ...",
+            help="Formats of weights and activations: w8a8, w6a8, w4a8, w4a6, w4a4, w8a16, w4a16, fp8, nvfp4 ... "
+            "Several by commas are those that mixed precision chooses among: w8a8,w6a8,w4a8.",
             rich_help_panel=SPEED,
         ),
     ] = "w8a8",
@@ -33,6 +34,14 @@ def quantize(
         typer.Option(
             help="viditq, svdquant, fp4dit, int8 ...; docs/quantization.md lists all. The usual one for the formats if "
             "absent.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Of mixed precision (viditq_mp): bits of a weight on average (5bits), a size (40MB) or a share of the "
+            "time in 16 bits (60%time). Layers that the images depend on most have more bits.",
             rich_help_panel=SPEED,
         ),
     ] = None,
@@ -102,6 +111,7 @@ def quantize(
             output=output,
             bits=bits,
             recipe=recipe,
+            budget=budget,
             calib=calib,
             data_free=data_free,
             save_calib=save_calib,

@@ -10,11 +10,20 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dit.quant.quantize import LayerReport, QuantizationReport
+from apps.commands.quantize_plot import draw_plan
+from dit.quant.layer_plan import LayerReport
+from dit.quant.quantize import QuantizationReport
 from pipelines.loading.memory import gib
 
 PAGE, DATA, CHART, SHEET = "report.md", "report.json", "errors.png", "comparison.webp"
+PLAN, PLAN_CHART = "plan.json", "plan.png"
 """Names of the report's files in the model's folder."""
+METHODS = {
+    "calls": "calls of the network with each layer quantized",
+    "relevance": "the relevance of each layer",
+    "layer": "the error of each layer's output",
+}
+"""How layers were measured, for `told`."""
 COLOURS = {
     "attention": "#1f77b4",
     "feed_forward_in": "#2ca02c",
@@ -39,6 +48,9 @@ def write_report(folder: Path, summary: Mapping[str, Any], report: QuantizationR
     data = {**summary, "layers": layers["layers"], "kept": layers["kept"]}
     (folder / DATA).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     has_chart = draw_errors(report.layers, folder / CHART)
+    if report.plan is not None:
+        report.plan.save(folder / PLAN)
+        draw_plan(report.plan, folder / PLAN_CHART)
     (folder / PAGE).write_text(page(summary, report.layers, has_chart), encoding="utf-8")
 
 
@@ -68,6 +80,9 @@ def page(summary: Mapping[str, Any], layers: Sequence[LayerReport], has_chart: b
             "",
             f"![{SHEET}]({SHEET})",
         ]
+    mixed = summary["mixed_precision"]
+    if mixed is not None:
+        lines += ["", "## Mixed precision", "", f"{told(mixed)}.", "", f"![{PLAN_CHART}]({PLAN_CHART})"]
     if has_chart:
         lines += ["", "## Errors of the layers", "", f"![{CHART}]({CHART})"]
     lines += ["", "## Layers", "", *_table(layers)]
@@ -80,6 +95,18 @@ def page(summary: Mapping[str, Any], layers: Sequence[LayerReport], has_chart: b
         f'```python\nfrom pipelines import load_pipeline\n\npipe = load_pipeline("{Path(summary["output"]).name}")\n```'
     )
     return "\n".join([*lines, "", "## Use", "", use, ""])
+
+
+def told(mixed: Mapping[str, Any]) -> str:
+    """Say what a plan of mixed precision chose, in one line.
+
+    Args:
+        mixed: of `MixedPrecisionPlan.summary`.
+    """
+    counts = ", ".join(f"{count} x {bits}" for bits, count in mixed["layers"].items())
+    time = "" if mixed["time"] is None else f", {100 * mixed['time']:.0f} % of the time in 16 bits (predicted)"
+    said = f"layers: {counts}; {mixed['average_bits']:.2f} bits of a weight on average{time}"
+    return f"{said}, within {mixed['budget']}, chosen by {METHODS[mixed['method']]}"
 
 
 def _how(summary: Mapping[str, Any]) -> list[str]:

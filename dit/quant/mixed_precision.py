@@ -67,7 +67,7 @@ def plan_precision(
     items = np.arange(len(chosen))
     layers = tuple(
         PlannedLayer(one.name, group, sensitivity.candidates[choice], one.bytes[choice],
-                     tuple(sensitivity.own[:, unit, choice].tolist()))
+                     tuple(sensitivity.own[:, unit, size[unit].argmin()].tolist()))
         for unit, (members, group, choice) in enumerate(zip(sensitivity.units, sensitivity.groups, chosen, strict=True))
         for one in members
     )  # fmt: skip

@@ -82,7 +82,8 @@ class PlannedLayer:
         group: of its measure, see `dit.quant.sensitivity`.
         bits: formats, "w16a16" where it stays as it is.
         bytes: of its tensors then, without the bias.
-        errors: squared error of its unit by part of the run, in the group's measure.
+        errors: squared error of its unit in the smallest format by part of the run, in the group's measure: how
+            sensitive it is.
     """
 
     name: str
@@ -136,6 +137,11 @@ class MixedPrecisionPlan:
         """Return how many layers have each format, in the order of the candidates."""
         found = Counter(one.bits for one in self.layers)
         return {bits: found[bits] for bits in self.candidates}
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a report says of the whole, as plain values for JSON."""
+        names = ("budget", "method", "average_bits", "error", "time")
+        return {**{name: getattr(self, name) for name in names}, "layers": self.counts()}
 
     def check(self, model: nn.Module) -> None:
         """Refuse the plan unless it was made for a network.

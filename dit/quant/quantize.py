@@ -118,7 +118,7 @@ def quantize_(
     if calibration is not None:
         calibration.check(next(iter(networks.values())), getattr(model_or_pipeline, "scheduler", None))
     if budget is not None:
-        plan = _made_plan(model_or_pipeline, prompts, calibration, budget, recipe, bits, components, skip)
+        plan = make_plan(model_or_pipeline, prompts, calibration, budget, recipe, bits, components, skip)
     if plan is not None:
         plan.check(single_network(model_or_pipeline, components)[1])
     report = QuantizationReport(recipe, bits, calibration is not None, plan=plan)
@@ -183,7 +183,7 @@ def _check_mixed(name: str, bits: str, budget: Any, plan: MixedPrecisionPlan | N
         )
 
 
-def _made_plan(
+def make_plan(
     pipeline: Any,
     prompts: Sequence[Any],
     calibration: Calibration | None,
@@ -193,7 +193,21 @@ def _made_plan(
     components: Sequence[str] | None,
     skip: Sequence[str],
 ) -> MixedPrecisionPlan:
-    """Measure what each layer costs, and plan."""
+    """Measure what quantizing each layer costs, and choose formats within a budget.
+
+    Args:
+        pipeline: not quantized.
+        prompts: `PLANNED_ON` of them are generated; without any the rows of the calibration tell.
+        calibration: of the pipeline.
+        budget: see `quantize_`.
+        name: of the recipe.
+        bits: formats to choose among.
+        components: see `quantize_`.
+        skip: see `quantize_`.
+
+    Raises:
+        ValueError: there is no calibration, or nothing can be chosen within the budget.
+    """
     if calibration is None:
         raise ValueError(
             f"recipe {name!r} measures which layers want more bits: give prompts or a calibration as `calibration`, or "

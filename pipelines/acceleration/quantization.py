@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_serializer, model_validator
 
 from dit.quant.step_policy import StepPolicy
 from pipelines.acceleration.parts import Part
+
+if TYPE_CHECKING:
+    from dit.quant.recipes import Recipe
 
 CALIBRATION_FILE = "quantization_statistics.safetensors"
 """The calibration in a model's folder."""
@@ -20,14 +23,17 @@ USUAL = "viditq"
 class QuantizationPart(Part):
     """Weights, and activations if asked, in few bits.
 
-    Written as text it is the formats alone, or a recipe before them: "w8a8", "svdquant:w4a8".
+    Written as text it is the formats alone, or a recipe before them: "w8a8", "svdquant:w4a8". Mixed precision has
+    several formats and a budget: "viditq_mp:w8a8,w4a8@5bits".
 
     Attributes:
         bits: formats of weights and activations, see `dit.quant.scheme.formats_of`; None is for a model that is
-            quantized already: as it is.
+            quantized already: as it is. Mixed precision has several by commas.
         recipe: one of `dit.quant.recipes.recipe_names()`; None is the usual one for the formats.
         calibration: file of a calibration, see `dit.quant.calibrate`; "model" is the one in the model's folder. None
             quantizes without data.
+        budget: of mixed precision: "5bits", "40MB", "60%time", see `dit.quant.precision_plan.Budget`. Formats are
+            chosen by the calibration when the part is applied.
         components: which networks of the pipeline; None means those that denoise.
         skip: regular expressions of layers to leave as they are, each matched at the start of the layer's name.
         full_precision_first: steps at the beginning whose activations keep 16 bits; the weights are the same.
@@ -38,6 +44,7 @@ class QuantizationPart(Part):
     bits: str | None = None
     recipe: str | None = None
     calibration: str | None = None
+    budget: str | None = None
     components: tuple[str, ...] | None = None
     skip: tuple[str, ...] = ()
     full_precision_first: int | None = Field(default=None, ge=0, le=10_000)
@@ -45,9 +52,11 @@ class QuantizationPart(Part):
 
     @classmethod
     def from_text(cls, text: str) -> dict[str, Any]:
-        """Read "w4a8" or "svdquant:w4a8"."""
-        recipe, colon, bits = (part.strip() for part in text.partition(":"))
-        return {"recipe": recipe, "bits": bits} if colon else {"recipe": usual_recipe(recipe), "bits": recipe}
+        """Read "w4a8", "svdquant:w4a8" or "viditq_mp:w8a8,w4a8@5bits"."""
+        formats, at, budget = (part.strip() for part in text.partition("@"))
+        recipe, colon, bits = (part.strip() for part in formats.partition(":"))
+        fields = {"recipe": recipe, "bits": bits} if colon else {"recipe": usual_recipe(recipe), "bits": recipe}
+        return {**fields, "budget": budget} if at else fields
 
     @model_validator(mode="before")
     @classmethod
@@ -60,14 +69,15 @@ class QuantizationPart(Part):
     @model_validator(mode="after")
     def _is_known(self) -> QuantizationPart:
         if self.bits is None:
-            asked = [name for name in ("recipe", "calibration", "components", "skip") if getattr(self, name)]
+            asked = [name for name in ("recipe", "calibration", "budget", "components", "skip") if getattr(self, name)]
             if asked:
                 raise ValueError(f"{', '.join(asked)} means nothing without bits; give bits, such as 'w8a8'")
             return self
         from dit.quant.recipes import recipe
 
         found = recipe(str(self.recipe))
-        if self.bits not in found.bits:
+        _check_budget(found, self.bits, self.budget)
+        if not found.mixed and self.bits not in found.bits:
             others = ", ".join(_takers(self.bits)) or "none takes them"
             raise ValueError(
                 f"recipe {found.name!r} takes {', '.join(found.bits)}, and bits is {self.bits!r}; choose among these, "
@@ -122,8 +132,31 @@ class QuantizationPart(Part):
         return {} if self.calibration in (None, "model") else {"calibration": str(self.calibration)}
 
 
+def _check_budget(found: Recipe, bits: str, budget: str | None) -> None:
+    """Check the candidates and the budget of mixed precision, or that there is no budget.
+
+    Raises:
+        ValueError: they can't be used.
+    """
+    from dit.quant.precision_plan import Budget
+    from dit.quant.recipes import candidate_bits
+
+    if not found.mixed:
+        if budget is not None:
+            raise ValueError(
+                f"budget is {budget!r}, and recipe {found.name!r} has one format for all layers: leave it out"
+            )
+        return
+    candidate_bits(found.name, bits)
+    if budget is None:
+        raise ValueError(f"recipe {found.name!r} wants a budget: '5bits', '40MB' or '60%time'")
+    Budget.parse(budget)
+
+
 def usual_recipe(bits: str) -> str:
     """Return the recipe for formats where none is named: `USUAL` if it takes them, else the first that does.
+
+    Several formats by commas are those of mixed precision.
 
     Args:
         bits: see `dit.quant.scheme.formats_of`.
@@ -146,4 +179,6 @@ def _takers(bits: str) -> list[str]:
     """Return the recipes that take formats."""
     from dit.quant.recipes import RECIPES
 
-    return [name for name, recipe in RECIPES.items() if bits in recipe.bits]
+    if "," in bits:
+        return [name for name, recipe in RECIPES.items() if recipe.mixed]
+    return [name for name, recipe in RECIPES.items() if bits in recipe.bits and not recipe.mixed]

@@ -12,8 +12,9 @@ from torch import nn
 
 from dit.quant.calibration import Calibration
 from dit.quant.layer_plan import LayerPlan, Progress
-from dit.quant.quantize import QuantizationReport, quantize_
-from dit.quant.recipes import recipe
+from dit.quant.precision_plan import Budget, MixedPrecisionPlan
+from dit.quant.quantize import QuantizationReport, make_plan, quantize_
+from dit.quant.recipes import KEPT, recipe
 from dit.quant.scheme import formats_of
 from dit.quant.step_policy import StepPolicy
 from dit.runtime.hooks import AttachError, find_networks
@@ -64,9 +65,19 @@ def quantized_bytes(size: int, part: QuantizationPart, itemsize: int) -> int:
         part: how it is quantized.
         itemsize: bytes of a weight before.
     """
-    weights, _ = formats_of(str(part.bits))
-    bits = STORED_BITS.get(weights, 4.5)
+    bits = _stored_bits(part, size, itemsize)
     return min(size, round(size * (PLAIN_SHARE + (1 - PLAIN_SHARE) * bits / (8 * itemsize))))
+
+
+def _stored_bits(part: QuantizationPart, size: int, itemsize: int) -> float:
+    """Return the bits of a weight with its scales, about; of mixed precision those that the budget allows."""
+    formats = str(part.bits).split(",")
+    most = max(STORED_BITS.get(formats_of(one)[0], 4.5) if one != KEPT else 8.0 * itemsize for one in formats)
+    budget = None if part.budget is None else Budget.parse(part.budget)
+    if budget is None or budget.kind == "time":
+        return most
+    share = budget.value if budget.kind == "bits" else 8 * itemsize * budget.value / (size * (1 - PLAIN_SHARE))
+    return min(most, share)
 
 
 def read_calibration(pipe: Any, part: QuantizationPart, found: Mapping[str, nn.Module]) -> Calibration | None:
@@ -103,9 +114,14 @@ def layer_plans(pipe: Any, part: QuantizationPart, found: Mapping[str, nn.Module
     """
     calibration = read_calibration(pipe, part, found)
     statistics = {} if calibration is None else calibration.layers
+    choices = {}
+    if part.budget is not None:
+        names = str(part.recipe), str(part.bits), part.components, part.skip
+        plan = make_plan(pipe, (), calibration, part.budget, *names)
+        choices = plan.choices
     prefixes = {name: "" if name == "transformer" else f"{name}." for name in found}
     return {
-        name: LayerPlan(recipe(str(part.recipe)), str(part.bits), statistics, prefix, part.skip)
+        name: LayerPlan(recipe(str(part.recipe)), str(part.bits), statistics, prefix, part.skip, choices=choices)
         for name, prefix in prefixes.items()
     }
 
@@ -115,6 +131,7 @@ def quantize_loaded(
     part: QuantizationPart,
     calibration: Calibration | None = None,
     progress: Progress | None = None,
+    plan: MixedPrecisionPlan | None = None,
 ) -> QuantizationReport:
     """Quantize a pipeline that was just loaded, in place; its plain weights are given up layer by layer.
 
@@ -122,6 +139,7 @@ def quantize_loaded(
         pipe: on the CPU or an accelerator, not offloaded.
         part: how. Where it names no calibration, the one in the model's folder is taken if there is one.
         calibration: instead of a file.
+        plan: of mixed precision, made for the part's budget by calls of the network; None makes one by the calibration.
         progress: see `dit.quant.layer_plan.Progress`.
 
     Raises:
@@ -154,6 +172,8 @@ def quantize_loaded(
         calibration,
         components=part.components,
         skip=part.skip,
+        budget=part.budget if plan is None else None,
+        plan=plan,
         progress=progress,
     )
     if part.policy is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from apps.benchmarks.quantization_mixed import mixed_rows
 from dit.quant import Calibration, QuantLinear, TesseraQuantConfig, calibrate, quantize_
 from dit.quant.costs import LinearCosts, kind_of, measure_linear_costs
 from dit.quant.mixed_precision import knapsack, plan_precision, two_levels
@@ -24,6 +25,11 @@ from dit.quant.sensitivity_measure import measure_sensitivity
 from dit.quant.step_policy import StepPolicy
 from dit.quant.step_precision import PrecisionByStep
 from dit.runtime.artifacts import ArtifactError
+from dit.runtime.metrics import psnr
+from pipelines import load_pipeline
+from pipelines.acceleration import AccelerationConfig
+from pipelines.acceleration.quantization import CALIBRATION_FILE
+from pipelines.quantization.loading import quantized_bytes, require_part
 from tests.families.networks import tiny_transformer
 from tests.families.tiny import tiny_pipeline
 from tests.fresh import run_python
@@ -187,11 +193,11 @@ def test_fewer_bits_cost_more_and_take_less(sensitivity: Sensitivity) -> None:
 def test_an_error_is_that_of_the_network_with_one_unit_quantized(
     sensitivity: Sensitivity, calibration: Calibration
 ) -> None:
-    """The same unit, quantized by `quantize_` in a fresh pipeline, called with what the pipeline calls it with."""
+    """Against the same unit quantized by `quantize_`, called with what the pipeline calls the network with."""
     unit = next(unit for unit in sensitivity.units if unit[0].name.endswith("to_q"))
     number = sensitivity.units.index(unit)
     inputs: list[Any] = []
-    pipe = tiny_pipeline("text_dit")
+    pipe: Any = tiny_pipeline("text_dit")
     hook = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True
     )
@@ -393,15 +399,50 @@ def test_a_plan_is_followed_while_loading(sensitivity: Sensitivity, tmp_path: Pa
     planned = {name: bits for name, bits in plan.choices.items() if bits != KEPT}
     assert found.keys() == planned.keys()
     assert all(found[name].weights in weights[bits] for name, bits in planned.items())
-    for given, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"recipe": "viditq_mp", "bits": BITS}, "without a plan"),
         ({"recipe": "viditq_mp", "bits": "w8a8", "plan": plan.to_dict()}, "name two or more"),
         ({"recipe": "viditq", "bits": "w8a8", "plan": plan.to_dict()}, "leave plan out"),
         ({"recipe": "viditq_mp", "bits": BITS, "plan": {"format": "?"}}, "plan of quantization_config has the format"),
-    ):
+    ]
+    for given, message in wrong:
         with pytest.raises(ValueError, match=message):
             TesseraQuantConfig(**given)
     assert "plan" not in TesseraQuantConfig("viditq", "w8a8").to_dict(), "older versions read what has no plan"
+
+
+def test_pipelines_are_loaded_and_accelerated_within_a_budget(calibration: Calibration, tmp_path: Path) -> None:
+    """By the calibration in the model's folder; an acceleration takes it back to the bit."""
+    tiny_pipeline("text_dit").save_pretrained(tmp_path)
+    spec = f"viditq_mp:{BITS}@11bits"
+    with pytest.raises(ValueError, match="give prompts or a calibration"):
+        load_pipeline(tmp_path, device="cpu", quantization=spec)
+    plain = load_pipeline(tmp_path, device="cpu")
+    calibrate(plain, ["a red cat"], rows=64, **arguments()).save(tmp_path / CALIBRATION_FILE)
+    loaded = load_pipeline(tmp_path, device="cpu", quantization=spec)
+    formats = {name: one.scheme for name, one in quantized(loaded).items()}
+    assert 0 < len(formats) < len(quantizable_layers(plain.transformer)), "some stay as they are"
+    before = {name: one.clone() for name, one in plain.transformer.state_dict().items()}
+    fields = {"recipe": "viditq_mp", "bits": BITS, "budget": "11bits", "calibration": "model"}
+    with AccelerationConfig.from_dict({"quantization": fields}).apply(plain) as handle:
+        assert {name: one.scheme for name, one in quantized(plain).items()} == formats
+        assert f"viditq_mp:{BITS}" in handle.report().text()
+    assert all(torch.equal(before[name], one) for name, one in plain.transformer.state_dict().items())
+    part = require_part(fields)
+    assert quantized_bytes(1_000_000, part, 4) == pytest.approx(1_000_000 * (0.05 + 0.95 * 11 / 32), abs=1)
+    assert quantized_bytes(1_000_000, require_part({**fields, "budget": "0.3MB"}), 4) == pytest.approx(350_000, abs=1)
+    for change, message in (
+        ({"budget": None}, "wants a budget"),
+        ({"budget": "some"}, "budget is 'some'"),
+        ({"bits": "w8a8"}, "name two or more"),
+        ({"recipe": "viditq", "bits": "w8a8"}, "one format for all layers"),
+        ({"recipe": None}, None),
+    ):
+        if message is None:
+            assert require_part({**fields, **change}).recipe == "viditq_mp", "the usual one for several formats"
+            continue
+        with pytest.raises(ValueError, match=message):
+            require_part({**fields, **change})
 
 
 def test_precision_by_step_goes_together_with_a_plan(sensitivity: Sensitivity, calibration: Calibration) -> None:
@@ -420,6 +461,26 @@ def test_precision_by_step_goes_together_with_a_plan(sensitivity: Sensitivity, c
     assert "full_precision" in kinds
     assert not torch.equal(before, by_step)
     assert torch.equal(before, generate())
+
+
+def test_ways_to_choose_formats_are_compared_at_equal_bytes(calibration: Calibration, sensitivity: Sensitivity) -> None:
+    pipe: Any = tiny_pipeline("text_dit")
+    given, before = {**arguments(), "output_type": "latent"}, dict(pipe.transformer.named_modules())
+
+    def generate() -> torch.Tensor:
+        return pipe("a blue dog", generator=torch.Generator().manual_seed(1), **given).images
+
+    exact, size = generate(), sensitivity.bytes().sum(0)
+    budget = float(8 * (size[1] + size[2]) / 2 / sensitivity.weights)
+    found = mixed_rows(
+        pipe, ["a red cat"], calibration, lambda: [psnr(generate(), exact)], seed=0,
+        bits=BITS.split(",")[1:], budgets=(budget,), **arguments(),
+    )  # fmt: skip
+    rows = {row["formats"]: row for row in found}
+    assert rows["all w8a8"]["PSNR, dB"] > rows["planned by calls"]["PSNR, dB"] > rows["all w6a8"]["PSNR, dB"]
+    for name in ("planned by calls", "planned by layer", "8 random choices, mean"):
+        assert rows["all w6a8"]["bits"] < rows[name]["bits"] <= budget
+    assert dict(pipe.transformer.named_modules()) == before
 
 
 def test_candidates_are_read() -> None:

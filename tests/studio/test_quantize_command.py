@@ -13,8 +13,9 @@ from apps.commands import quantize as command
 from apps.commands.quantize import QuantizeOptions, run
 from apps.commands.quantize_images import Painter, likeness
 from apps.service.usage import UsageError
-from dit.quant import QuantLinear, quantize_
+from dit.quant import MixedPrecisionPlan, QuantLinear, calibrate, quantize_
 from dit.quant.calibration import Calibration
+from dit.quant.costs import LinearCosts
 from dit.quant.step_policy import StepPolicy
 from dit.runtime.artifacts import model_fingerprint
 from pipelines import load_pipeline
@@ -26,6 +27,7 @@ from sampling.step_cache.calibration import calibrate_budget
 from tests.families.tiny import tiny_pipeline
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
+COSTS = LinearCosts({"plain": 1e-11, "integers": 4e-12, "packed integers": 5e-12, "dequantized": 13e-12})
 CARD = "---\nlicense: mit\n---\n# Tiny\n"
 
 
@@ -167,6 +169,48 @@ def test_a_network_in_memory_and_saved_is_the_same_to_files(tmp_path: Path) -> N
     assert model_fingerprint(load_pipeline(tmp_path / "small", device="cpu").transformer) == before
 
 
+def test_mixed_precision_within_a_budget(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    bits = "w16a16,w8a8"
+    run(options(folder, tmp_path / "out", recipe="viditq_mp", bits=bits, budget="12bits", calib=prompts, compare=1))
+    report, plan = report_of(tmp_path / "out"), MixedPrecisionPlan.load(tmp_path / "out" / "plan.json")
+    assert report["mixed_precision"] == plan.summary()
+    assert (plan.method, plan.budget) == ("calls", "12bits")
+    assert 8 < plan.average_bits <= 12
+    assert "12bits, chosen by calls of the network" in (tmp_path / "out" / "report.md").read_text()
+    network = load_pipeline(tmp_path / "out", device="cpu").transformer
+    assert quantization_of(network) == f"viditq_mp:{bits}"
+    quantized = {name for name, one in network.named_modules() if isinstance(one, QuantLinear)}
+    assert quantized == {name for name, chosen in plan.choices.items() if chosen == "w8a8"}
+    with Image.open(tmp_path / "out" / "plan.png") as chart:
+        colours = {colour for _, colour in chart.convert("RGB").getcolors(2**20) or []}
+        assert chart.height > 18 * len(plan.layers)
+    assert {(31, 119, 180), (44, 160, 44)} <= colours, "bars of both formats"
+    assert (50, 50, 50) in colours, "the largest error is darkest"
+
+
+def test_mixed_precision_of_a_kept_calibration_and_of_diffusers_pipelines(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their steps are found; where no prompts are known, the calibration tells."""
+    bare, kept = tmp_path / "bare", tmp_path / "kept.safetensors"
+    tiny_text_to_image_pipeline().save_pretrained(bare)
+    fields = {"recipe": "viditq_mp", "bits": "w8a8,w16a16", "budget": "12", "compare": 0}
+    calibrate(load_pipeline(bare, device="cpu"), ["a cat"], num_inference_steps=2).save(kept)
+    run(options(bare, tmp_path / "out", **{**fields, "calib": kept}))
+    assert report_of(tmp_path / "out")["mixed_precision"]["method"] == "layer"
+    with pytest.raises(UsageError, match="leave out --data-free"):
+        run(options(folder, tmp_path / "no", **{**fields, "data_free": True}))
+    monkeypatch.setattr("dit.quant.roles.LEAST_WIDTH", 8)
+    tiny_pipeline("pixart").save_pretrained(tmp_path / "pixart")
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    fields |= {"calib": tmp_path / "prompts.txt", "budget": "90%time"}
+    monkeypatch.setattr("dit.quant.mixed_precision.measure_linear_costs", lambda: COSTS)
+    run(options(tmp_path / "pixart", tmp_path / "clips", **fields))
+    mixed = report_of(tmp_path / "clips")["mixed_precision"]
+    assert mixed["method"] == "calls"
+    assert 0 < mixed["time"] <= 0.9
+
+
 # ---------------------------------------------------------------------------- what is refused
 
 
@@ -175,6 +219,11 @@ def test_a_network_in_memory_and_saved_is_the_same_to_files(tmp_path: Path) -> N
     [
         ({"bits": "w3a3"}, "bits is 'w3a3'"),
         ({"recipe": "magic"}, "recipe is 'magic'; use one of int8"),
+        ({"recipe": "viditq_mp"}, "name two or more of w8a8"),
+        ({"recipe": "viditq_mp", "bits": "w8a8,w4a8"}, "wants a budget"),
+        ({"recipe": "viditq_mp", "bits": "w8a8,w4a8", "budget": "much"}, "budget is 'much'"),
+        ({"bits": "w8a8,w4a8", "budget": "1bits"}, "take .* at least"),
+        ({"budget": "5bits"}, "one format for all layers"),
         ({"recipe": "fp8"}, "'fp8' takes fp8, fp8-none"),
         ({"skip": ("(",)}, "no regular expression"),
         ({"skip": (".*",), "data_free": True}, "no linear layer"),
