@@ -27,6 +27,9 @@ PATTERN_TOKENS = 512
 BUDGETS = (0.07, 0.1, 0.14, 0.18, 0.22, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 """Shares of computed steps."""
 
+OFTEN_SLOWER = {"attention": 2, "quantization": 2}
+"""Techniques whose ladders begin so many rounds later, in case the time is short."""
+
 Ladders = dict[str, list[Any]]
 """Values of a part, from strong to weak, by the name of their ladder."""
 
@@ -99,13 +102,15 @@ def offer(
         found |= {name: _each(values) for name, values in _memory_savers(pipe, conditions, left_out).items()}
     else:
         left_out["decoder_tiling"] = left_out["offload"] = "no memory goal: these save memory and take time"
-    ladders = [
-        [Candidate(technique, {technique: value}, f"{technique}: {name}") for value in values]
-        for technique, named in found.items()
-        for name, values in named.items()
-    ]
+    ladders = [_rungs(technique, name, values) for technique, all_ in found.items() for name, values in all_.items()]
     rounds = zip_longest(*ladders)
     return Offer(tuple(one for row in rounds for one in row if one is not None), left_out)
+
+
+def _rungs(technique: str, name: str, values: Iterable[Any]) -> list[Candidate | None]:
+    """Return the candidates of a ladder by the round in which they are measured."""
+    made = [Candidate(technique, {technique: value}, f"{technique}: {name}") for value in values]
+    return [*[None] * OFTEN_SLOWER.get(technique, 0), *made]
 
 
 def _each(values: Iterable[Any]) -> Ladders:

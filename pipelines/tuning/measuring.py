@@ -147,12 +147,12 @@ def measure(parts: Mapping[str, Any], baseline: Baseline, purpose: str, *, give_
     except FAILURES as reason:
         text = (str(reason).splitlines() or [""])[0]
         return Measurement(given, purpose, error=f"{type(reason).__name__}: {text}")
+    gave_up = len(runs.results) < len(baseline.results)
     best = _least(runs.rounds, clock)
-    plain = _least([before, baseline.again()], clock)[: len(best)]
+    plain = _least([before] if gave_up else [before, baseline.again()], clock)[: len(best)]
     usual, taken = (sum(one.total(clock) for one in times) for times in (plain, best))
     network = sum(one.network(clock) for one in best) if baseline.sees_network else taken
     alike = [similarity(one.pixels, other.pixels) for one, other in zip(runs.results, baseline.results, strict=False)]
-    gave_up = len(runs.results) < len(baseline.results)
     report = runs.report.to_dict()
     return Measurement(
         parts=given,
