@@ -19,7 +19,8 @@ def bench(
             "LoRA learned), style-control (what 24 images tell of a style), attention (dense and sparse, on a CPU), "
             "attention-plan (a searched plan on clips), attention-corrections (what stands for pairs that are left "
             "out), attention-gpu (the kernel on a GPU), quantization (layers and a block, on a CPU), "
-            "quantization-gpu (the same on a GPU), quantization-quality (what quantized built-in models generate), or "
+            "quantization-gpu (the same on a GPU), quantization-quality (what quantized built-in models generate), "
+            "quantization-mixed (formats chosen by measuring, at equal bytes), or "
             "training (validation losses of several configurations)."
         ),
     ],

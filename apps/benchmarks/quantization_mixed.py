@@ -1,4 +1,4 @@
-"""Mixed precision beside other ways to spend as many bytes, for `tessera bench quantization-quality`.
+"""`tessera bench quantization-mixed`: mixed precision beside other ways to spend as many bytes.
 
 All networks hold the same quantized layers, so that only the choice among their formats differs: one format for all
 layers, one for each kind of layer, random choices, and what was planned by measuring.
@@ -12,8 +12,13 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from apps.benchmarks.next_scale import Asked
+from apps.benchmarks.quantization_quality import Subject, likeness
+from apps.benchmarks.step_cache import CALIBRATION_SEED
+from apps.environment import describe_machine
 from dit.quant.calibration import Calibration
 from dit.quant.layer_plan import LayerPlan, quantized_layers
 from dit.quant.mixed_precision import plan_precision
@@ -33,11 +38,35 @@ Choices = Mapping[str, str]
 """Format of each layer."""
 
 
+def bench_mixed(asked: Asked) -> dict[str, Any]:
+    """Measure one model: minutes with one thread; the likeness is the PSNR to the plain network in bfloat16."""
+    torch.set_grad_enabled(False)
+    try:
+        subject = Subject.load(asked)
+        base, calibration = subject.generate(), subject.calibrate()
+        rows = mixed_rows(
+            subject.pipe,
+            subject.learned(),
+            calibration,
+            lambda: likeness(subject.generate(), base),
+            seed=CALIBRATION_SEED,
+            budgets=BUDGETS[: 1 if asked.smoke else None],
+        )
+    finally:
+        torch.set_grad_enabled(True)
+    return {
+        "machine": describe_machine(torch.device(subject.pipe.device), torch.bfloat16),
+        "model": asked.model or "stickers",
+        "prompts": len(subject.requests),
+        "tables": {"mixed precision": rows},
+    }
+
+
 def mixed_rows(
     pipe: Any,
     learned: Sequence[Any],
     calibration: Calibration,
-    likeness: Callable[[], Sequence[float]],
+    near: Callable[[], Sequence[float]],
     *,
     seed: int,
     bits: Sequence[str] = BITS,
@@ -50,7 +79,7 @@ def mixed_rows(
         pipe: with a plain network; it has it again afterwards.
         learned: prompts to measure sensitivity on.
         calibration: of the network.
-        likeness: generates with the pipeline, and returns the PSNR of each image to that of the plain network, dB.
+        near: generates with the pipeline, and returns the PSNR of each image to that of the plain network, dB.
         seed: of the prompts' noise.
         bits: formats to choose among.
         budgets: bits of a weight on average, scales counted.
@@ -63,33 +92,33 @@ def mixed_rows(
 
     def row(name: str, choices: Choices, budget: float | None = None) -> dict[str, Any]:
         with replaced(network, [made[one][layer] for layer, one in choices.items()]):
-            near = likeness()
+            found = near()
         size = sum(_stored(made[one][layer][1]) for layer, one in choices.items())
         return {
             "formats": name,
             "budget, bits": budget,
             "bits": round(8 * size / weights, 3),
-            "PSNR, dB": round(statistics.mean(near), 2),
-            "median": round(statistics.median(near), 2),
-            "least": round(min(near), 2),
+            "PSNR, dB": round(statistics.mean(found), 2),
+            "median": round(statistics.median(found), 2),
+            "least": round(min(found), 2),
         }
 
     rows = [row(f"all {one}", dict.fromkeys(made[one], one)) for one in bits]
     prompts = list(learned[:MEASURED])
-    found: dict[str, Sensitivity] = {}
+    measured: dict[str, Sensitivity] = {}
     for method in methods:
-        found[method] = measure_sensitivity(
+        measured[method] = measure_sensitivity(
             pipe, prompts, calibration, bits=bits, recipe_name=RECIPE, method=method, seed=seed, **call_kwargs
         )
     for budget in budgets:
-        for method, sensitivity in found.items():
+        for method, sensitivity in measured.items():
             for decoupled in (True, False) if method != "layer" else (True,):
                 title = f"planned by {method}" + ("" if decoupled else ", one measure for all groups")
                 plan = plan_precision(sensitivity, budget, decoupled=decoupled)
                 rows.append(row(title, plan.choices, budget))
-        others = [row("", one, budget) for one in _random_choices(found[methods[0]], budget, RANDOM)]
+        others = [row("", one, budget) for one in _random_choices(measured[methods[0]], budget, RANDOM)]
         rows.append(_summary(f"{len(others)} random choices, mean", others, budget))
-        others = [row("", one, budget) for one in _choices_by_kind(network, found[methods[0]], budget)]
+        others = [row("", one, budget) for one in _choices_by_kind(network, measured[methods[0]], budget)]
         if others:
             rows.append(_summary(f"{len(others)} choices by kind of layer, mean", others, budget))
             rows.append({**max(others, key=lambda one: one["PSNR, dB"]), "formats": "the best of these afterwards"})

@@ -4,8 +4,6 @@ The same prompts and seeds are generated in bfloat16, in float32 and with each q
 all of them; the likeness is the PSNR to bfloat16. Next-scale models draw tokens, so that a change in the last bit may
 change a whole image: bfloat16 beside float32 says how often; medians and paired differences stand beside means.
 
-`quantization_mixed` compares ways to choose the formats of layers at equal bytes.
-
 Of clips the flicker is measured too: the mean change from frame to frame of the clip, and of its difference to that in
 float32. What a quantized network has more of it than bfloat16 is the excess that precision by step is to take away.
 Where the model has a profile of a step cache, cached runs with and without quantization are compared.
@@ -26,7 +24,6 @@ from torch import Tensor, nn
 
 from apps.benchmarks.clips import CALIBRATION, draw_requests, generate_requests
 from apps.benchmarks.next_scale import Asked
-from apps.benchmarks.quantization_mixed import mixed_rows
 from apps.benchmarks.quantization_quality_rivals import missing, rivals
 from apps.benchmarks.step_cache import CALIBRATION_SEED, TEST_SEED, draw
 from apps.commands.loading import load_for_command
@@ -152,14 +149,6 @@ def _bench(asked: Asked) -> dict[str, Any]:
     base, exact = subject.generate(), subject.generate(exact_pipe)
     calibration = subject.calibrate()
     tables: dict[str, list[dict[str, Any]]] = {"quality": _quality_rows(subject, plain, calibration, base, exact)}
-    if not subject.smoke:
-        tables["mixed precision"] = mixed_rows(
-            subject.pipe,
-            subject.learned(),
-            calibration,
-            lambda: likeness(subject.generate(), base),
-            seed=CALIBRATION_SEED,
-        )
     if subject.is_video:
         tables["flicker"] = _flicker_rows(subject, plain, calibration, base, exact)
     if (Path(subject.pipe.name_or_path) / PROFILE_FILE).is_file():

@@ -18,6 +18,7 @@ to other prompts, sizes, guidance and schedulers.
 `tessera bench quantization` times quantized layers and a block of DiT-XL on a CPU, with rivals in the same run;
 `tessera bench quantization-gpu` does so on a GPU;
 `tessera bench quantization-quality` compares what built-in models generate with quantized networks, ours and others'.
+`tessera bench quantization-mixed` compares mixed precision by measuring with other choices of formats at equal bytes.
 `tessera bench training` trains several configurations, or reads what they have logged, and compares validation losses.
 """
 
@@ -233,6 +234,13 @@ def bench_quantization_quality(asked: Asked) -> dict[str, Any]:
     return implementation.bench_quality(asked)
 
 
+def bench_quantization_mixed(asked: Asked) -> dict[str, Any]:
+    """Compare choices of formats at equal bytes; see `apps.benchmarks.quantization_mixed`."""
+    from apps.benchmarks import quantization_mixed as implementation
+
+    return implementation.bench_mixed(asked)
+
+
 def bench_attention_gpu(asked: Asked) -> dict[str, Any]:
     """Measure the Triton kernel of sparse attention; see `apps.benchmarks.attention_gpu`."""
     from apps.benchmarks import attention_gpu as implementation
@@ -277,6 +285,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "quantization": bench_quantization,
     "quantization-gpu": bench_quantization_gpu,
     "quantization-quality": bench_quantization_quality,
+    "quantization-mixed": bench_quantization_mixed,
     "training": bench_training,
 }
 
