@@ -22,12 +22,11 @@ from apps.commands.given_options import GenerateOptions
 from apps.commands.options import check_options
 from apps.service.comparison import Comparison, Progress, ReferenceFailedError, Result, compare
 from apps.service.comparison_page import TEXTS, document, numbers
-from apps.service.comparison_settings import plan, read_settings
+from apps.service.comparison_settings import plan, read_settings, read_variation
 from apps.service.comparison_sheet import save_contact_sheet
 from apps.service.compute_profiles import check_request
 from apps.service.content_credentials import check_signing
 from apps.service.events import ModelLoading, Step
-from apps.service.grid import Axis, read_axis
 from apps.service.logs import no_repetition
 from apps.service.model_pool import check_sources
 from apps.service.usage import UsageError, checking
@@ -67,7 +66,7 @@ def run(
     """
     console, device_options = Console(stderr=True, quiet=json_output), device_options or DeviceOptions()
     with checking(ValueError, OSError):
-        compared = read_settings(settings, [_axis(text) for text in vary])
+        compared = read_settings(settings, [read_variation(text) for text in vary])
         page, sheet = _outputs(output)
         source = options.model or DEFAULT_MODEL
         check_sources([source], device_options.base)
@@ -86,18 +85,6 @@ def run(
             raise error_of(error.failed) from error
     _write(found, page, sheet)
     _report(found, page, sheet, json_output)
-
-
-def _axis(text: str) -> Axis:
-    """Read `NAME=A,B`.
-
-    Raises:
-        UsageError: no such form, or no such option.
-    """
-    name, equals, values = text.partition("=")
-    if not equals:
-        raise UsageError(f"--vary {text!r} is not understood; write NAME=A,B, such as steps=4,8.")
-    return read_axis(name.strip().replace("-", "_"), values)
 
 
 def _outputs(output: Path | None) -> tuple[Path, Path]:

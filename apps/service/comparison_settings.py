@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from apps.service.grid import NUMBERS, OFF, Axis
+from apps.service.grid import NUMBERS, OFF, Axis, read_axis
 from apps.service.option_values import Acceleration
 from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, REQUEST, SHORT_FOR, AnyRequest, explain
@@ -121,6 +121,22 @@ def read_settings(texts: Sequence[str], axes: Sequence[Axis] = (), *, may_read_f
             "compare.count", f"{len(found)} settings are compared; give 2 to {MOST}.", value=len(found), most=MOST
         )
     return _distinct(found)
+
+
+def read_variation(text: str) -> Axis:
+    """Read `NAME=A,B,...`, an option and its values.
+
+    Raises:
+        RequestError: no such form, no such option, or a value of another kind.
+    """
+    name, equals, values = text.partition("=")
+    if not equals:
+        raise RequestError(
+            "compare.vary",
+            f"{text[:60]!r} is not understood; write NAME=A,B, such as steps=4,8.",
+            value=text[:60],
+        )
+    return read_axis(_known(name.strip().replace("-", "_")), values)
 
 
 def plan(request: AnyRequest, settings: Sequence[Setting]) -> list[AnyRequest]:

@@ -15,7 +15,7 @@ import gradio as gr
 
 from apps.service.comparison import Comparison, Progress, ReferenceFailedError, StoppedError, compare
 from apps.service.comparison_page import document, fragment
-from apps.service.comparison_settings import SettingError, plan, read_settings
+from apps.service.comparison_settings import SettingError, plan
 from apps.service.comparison_sheet import save_contact_sheet
 from apps.service.compute_profiles import check_request
 from apps.service.engine import Engine
@@ -29,7 +29,7 @@ from apps.studio.problems import explain, explain_failure
 from apps.studio.sessions import Sessions
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings
-from apps.studio.tabs.compare import lines_of
+from apps.studio.tabs.compare import settings_of
 
 PLACE = "compare_problem"
 NEWS_SECONDS = 0.2
@@ -92,7 +92,7 @@ class CompareHandlers:
         return {}
 
     def _run(self, values: Mapping[str, Any], owner: str, stop: threading.Event) -> Generator[Changes | None]:
-        settings = read_settings(lines_of(values), may_read_files=False)
+        settings = settings_of(values)
         wanted = self._request(values)
         for one in plan(wanted, settings):
             check_request(one, self._engine.devices)

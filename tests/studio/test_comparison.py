@@ -53,7 +53,7 @@ from apps.service.requests import NextScaleTextRequest, TextToImageRequest
 from apps.studio.compare_handlers import PLACE, CompareHandlers
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings
-from apps.studio.tabs.compare import STARTS, lines_of
+from apps.studio.tabs.compare import STARTS, settings_of
 from pipelines.acceleration import AccelerationConfig
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 from tests.studio.fakes import FakePipeline
@@ -510,8 +510,24 @@ def test_a_second_click_begins_no_second_comparison(tab):
     assert "compare_result" in run(tab, "default\nsteps=2")[-1]
 
 
+def test_lines_that_vary_make_a_grid():
+    lines = "a:\nb: scheduler=heun\nvary steps=4,8\n# vary dtype=float32,bfloat16"
+    assert [one.label for one in settings_of({"compare_settings": lines})] == [
+        "a, steps=4", "a, steps=8", "b, steps=4", "b, steps=8",
+    ]  # fmt: skip
+    assert [one.label for one in settings_of({"compare_settings": "vary steps=4,8"})] == ["steps=4", "steps=8"]
+    for wrong, key in (
+        ("vary steps", "compare.vary"),
+        ("vary seed=1,2", "compare.field"),
+        ("vary steps=x", "grid.number"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            settings_of({"compare_settings": wrong})
+        assert caught.value.key == key
+
+
 def test_what_the_field_holds_at_first_can_be_read():
-    assert len(read_settings(lines_of({"compare_settings": STARTS}), may_read_files=False)) == 4
+    assert len(settings_of({"compare_settings": STARTS})) == 4
     assert {f"compare.{key}": text for key, text in TEXTS.items()}.items() <= {
         key: ENGLISH(key)
         for key in ENGLISH.keys()  # noqa: SIM118

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from apps.service.comparison import MOST_RUNS
-from apps.service.comparison_settings import MAX_TEXT, MOST
+from apps.service.comparison_settings import MAX_TEXT, MOST, Setting, read_settings, read_variation
 from apps.studio import fields
 from apps.studio.page_values import Values
 from apps.studio.strings import Strings
@@ -65,6 +65,21 @@ def result_panel(words: Strings) -> dict[str, Any]:
                 min_width=80,
             )
     return parts
+
+
+VARY = "vary "
+"""Begins a line that makes a grid: an option and its values."""
+
+
+def settings_of(values: Values) -> list[Setting]:
+    """Return the settings on the page: those of all lines, each with every combination of what lines vary.
+
+    Raises:
+        RequestError: a line isn't understood, or there are too few settings or too many.
+    """
+    lines = lines_of(values)
+    axes = [read_variation(line.removeprefix(VARY).strip()) for line in lines if line.startswith(VARY)]
+    return read_settings([line for line in lines if not line.startswith(VARY)], axes, may_read_files=False)
 
 
 def lines_of(values: Values) -> list[str]:
