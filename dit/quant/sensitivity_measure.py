@@ -260,7 +260,7 @@ class _Study:
             for index, role in enumerate(roles):
                 statistics = self.calibration.layers.get(prefix + role.name)
                 if made and statistics is not None:
-                    errors[:, index, number] = layer_errors(role.slot.linear, made[role.name][1], statistics, sigmas)
+                    errors[:, index, number] = layer_errors(role, made[role.name][1], statistics, sigmas)
         return made_of, errors
 
     def _by_unit(self, errors: np.ndarray) -> np.ndarray:

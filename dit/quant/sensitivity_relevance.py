@@ -15,8 +15,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit.quant.recipes import GELUS
 from dit.quant.roles import Role
 from dit.quant.sensitivity_calls import GROUPS, Group, RecordedCall, Replay
 from dit.quant.statistics import LayerStatistics
@@ -99,13 +101,14 @@ def _kept_outputs(roles: Sequence[Role], outputs: Sequence[list[Tensor]]) -> Ite
 
 
 @torch.no_grad()
-def layer_errors(
-    plain: nn.Linear, quantized: nn.Module, statistics: LayerStatistics, sigmas: Sequence[float]
-) -> np.ndarray:
+def layer_errors(role: Role, quantized: nn.Module, statistics: LayerStatistics, sigmas: Sequence[float]) -> np.ndarray:
     """Return the squared relative errors of a quantized layer's output on the rows of a calibration.
 
+    Where a GELU follows, errors are those behind it: it makes some of the output's numbers matter little, which is
+    what FP4DiT (arXiv 2503.15465, section 4.1) chooses the levels of weights by.
+
     Args:
-        plain: the layer as it is.
+        role: the layer as it is.
         quantized: the same in few bits.
         statistics: of its inputs, with rows.
         sigmas: noise levels, S of them, as the statistics have them; each is that of the nearest bins, NaN that of all.
@@ -116,18 +119,21 @@ def layer_errors(
     Raises:
         ValueError: the statistics hold no rows.
     """
+    plain = role.slot.linear
     rows = statistics.rows.to(plain.weight.device, plain.weight.dtype)  # (R, K)
     if not len(rows):
         raise ValueError("the statistics hold no rows; calibrate with rows=256")
-    exact = nn.functional.linear(rows.float(), plain.weight.float())  # (R, N)
-    bias = 0.0 if plain.bias is None else plain.bias.float()
-    error = (quantized(rows).float() - bias - exact).square().sum(1).cpu()  # (R,)
+    bias = torch.zeros(1, device=rows.device) if plain.bias is None else plain.bias.float()  # (N,)
+    exact, found = F.linear(rows.float(), plain.weight.float()), quantized(rows).float() - bias  # (R, N)
+    if role.after in GELUS:
+        exact, found = F.gelu(exact + bias), F.gelu(found + bias)
+    error = (found - exact).square().sum(1).cpu()  # (R,)
     signal = exact.square().sum(1).cpu()
-    found = []
+    errors = []
     for sigma in sigmas:
         chosen = _near(statistics, sigma)  # (R,)
-        found.append(float(error[chosen].sum() / signal[chosen].sum().clamp(min=1e-30)))
-    return np.array(found)
+        errors.append(float(error[chosen].sum() / signal[chosen].sum().clamp(min=1e-30)))
+    return np.array(errors)
 
 
 def _near(statistics: LayerStatistics, sigma: float) -> Tensor:

@@ -177,8 +177,9 @@ def usual_recipe(bits: str) -> str:
 
 def _takers(bits: str) -> list[str]:
     """Return the recipes that take formats."""
-    from dit.quant.recipes import RECIPES
+    from dit.quant.recipes import KEPT, RECIPES
 
     if "," in bits:
-        return [name for name, recipe in RECIPES.items() if recipe.mixed]
+        wanted = {part.strip() for part in bits.split(",")}
+        return [name for name, recipe in RECIPES.items() if recipe.mixed and wanted <= {*recipe.bits, KEPT}]
     return [name for name, recipe in RECIPES.items() if bits in recipe.bits and not recipe.mixed]

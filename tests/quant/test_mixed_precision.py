@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ import torch
 from apps.benchmarks.quantization_mixed import mixed_rows
 from dit.quant import Calibration, QuantLinear, TesseraQuantConfig, calibrate, quantize_
 from dit.quant.costs import LinearCosts, kind_of, measure_linear_costs
+from dit.quant.layer import quantize_linear
 from dit.quant.mixed_precision import knapsack, plan_precision, two_levels
 from dit.quant.precision_plan import Budget, MixedPrecisionPlan
 from dit.quant.quantize import QuantizationReport
-from dit.quant.recipes import KEPT, candidate_bits
+from dit.quant.recipes import GELUS, KEPT, candidate_bits
 from dit.quant.roles import quantizable_layers
 from dit.quant.scheme import Scheme
 from dit.quant.sensitivity import Sensitivity, layer_group
 from dit.quant.sensitivity_calls import high_pass
 from dit.quant.sensitivity_measure import measure_sensitivity
+from dit.quant.sensitivity_relevance import layer_errors
 from dit.quant.step_policy import StepPolicy
 from dit.quant.step_precision import PrecisionByStep
 from dit.runtime.artifacts import ArtifactError
@@ -231,6 +234,43 @@ def test_cheaper_methods_agree_on_what_fewer_bits_cost(
     if method == "relevance":  # of the same size as what calls measure
         ratio = found.prediction.sum(0)[:, 2] / sensitivity.prediction.sum(0)[:, 2]
         assert 0.2 < float(np.exp(np.log(ratio).mean())) < 5.0
+
+
+def test_errors_of_layers_are_those_behind_a_gelu(calibration: Calibration) -> None:
+    """A bias far below zero leaves little of the errors; without a GELU it changes nothing."""
+    role = next(one for one in quantizable_layers(tiny_pipeline("text_dit").transformer) if one.name.endswith("to_q"))
+    linear, statistics = role.slot.linear, calibration.layers[role.name]
+    linear.bias = torch.nn.Parameter(torch.full((linear.out_features,), 0.5))
+    made = quantize_linear(linear, Scheme("int4", rounding="nearest"))
+    quantized = QuantLinear.from_tensors(
+        made.scheme, made.tensors, linear.in_features, linear.out_features, linear.bias
+    )
+    rows = statistics.rows.float()
+    for after, activation in (("", lambda x: x - 0.5), ("gelu", torch.nn.functional.gelu)):
+        exact, found = (activation(layer(rows).detach()) for layer in (linear, quantized))
+        expected = (found - exact).square().sum() / exact.square().sum()
+        error = layer_errors(replace(role, after=after), quantized, statistics, [math.nan])
+        assert error[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_levels_of_4_bit_floats_are_chosen_layer_by_layer() -> None:
+    """FP4DiT's choice between E2M1, E1M2 and E3M0 for layers before a GELU: the least error is taken."""
+    pipe: Any = tiny_pipeline("class_dit")
+    bits, skip = "e2m1-int8,e1m2-int8,e3m0-int8", (r"(?!transformer_blocks\.0\.ff\.)",)
+    calibration = calibrate(pipe, [1, 2], rows=32, num_inference_steps=2)
+    found = measure_sensitivity(
+        pipe, (), calibration, bits=bits, recipe_name="fp4dit_mp", method="layer", segments=1, skip=skip
+    )
+    roles = quantizable_layers(pipe.transformer, skip)
+    assert [role.after in GELUS for role in roles] == [role.kind == "feed_forward_in" for role in roles]
+    plan = plan_precision(found, 32)
+    for number, unit in enumerate(found.units):
+        assert max(unit[0].bytes) - min(unit[0].bytes) <= 4 * unit[0].columns, "some have a balance"
+        best = found.candidates[int(found.own[:, number].sum(0).argmin())]
+        assert {plan.choices[one.name] for one in unit} == {best}
+    quantize_(pipe, "fp4dit_mp", bits, calibration, plan=plan, skip=skip)
+    formats = {name: one.scheme.weights for name, one in quantized(pipe).items()}
+    assert formats == {name: bits.partition("-")[0] for name, bits in plan.choices.items()}
 
 
 def test_the_network_is_as_before(calibration: Calibration) -> None:
