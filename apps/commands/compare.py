@@ -186,6 +186,7 @@ def _row(place: int, one: Result, found: Comparison) -> dict[str, Any]:
         "ssim": number(one.ssim),
         "on_front": place in found.front,
         "report": one.report,
+        "reports": [part.to_dict() for part in one.reports],
         "notes": list(one.notes),
         "problem": one.problem or None,
         "settings": None if one.settings is None else one.settings.model_dump(mode="json"),

@@ -29,6 +29,7 @@ from apps.service.engine import Engine
 from apps.service.events import Done, Event, Failed, Picture, Queued, Stopped
 from apps.service.metadata import PictureSettings
 from apps.service.requests import AnyRequest
+from pipelines.acceleration import PartReport
 
 MIB = 2**20
 MOST_RUNS = 5
@@ -77,9 +78,11 @@ class Result:
         memory: the most that a later run needed beside what was held before, bytes; 0 where the system doesn't tell.
         psnr: decibels from the reference, over all frames; infinite for equal pixels, None where nothing is compared.
         ssim: structural similarity to the reference, at most 1; None where nothing is compared.
-        report: what accelerators did.
+        report: what accelerators did, in English.
+        reports: the same as values.
         notes: what keeps it from being what was asked for.
-        problem: why it failed; '' if it didn't.
+        problem: why it failed, in English; '' if it didn't.
+        failed: the last event of the run that failed.
     """
 
     setting: Setting
@@ -92,8 +95,10 @@ class Result:
     psnr: float | None = None
     ssim: float | None = None
     report: str = ""
+    reports: tuple[PartReport, ...] = ()
     notes: tuple[str, ...] = ()
     problem: str = ""
+    failed: Failed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +237,7 @@ def _measure(
                 elif isinstance(event, Failed):
                     if place == 0:
                         raise ReferenceFailedError(event)
-                    return Result(setting, problem=event.message)
+                    return Result(setting, problem=event.message, failed=event)
                 yield Progress(place, count, setting.label, run, runs, event)
             if run == 1:
                 first = time.monotonic() - started
@@ -263,6 +268,7 @@ def _result(setting: Setting, pictures: Sequence[Picture], first: float, memory:
         statistics.median(seconds),
         memory,
         report=last.report,
+        reports=tuple(last.reports),
         notes=tuple(last.notes),
     )
 

@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from apps.service.comparison import Comparison, Progress, ReferenceFailedError, StoppedError, compare
+from apps.service.comparison import Comparison, Progress, ReferenceFailedError, Result, StoppedError, compare
 from apps.service.comparison_page import document, fragment
 from apps.service.comparison_settings import SettingError, plan
 from apps.service.comparison_sheet import save_contact_sheet
@@ -115,6 +116,7 @@ class CompareHandlers:
 
     def _show(self, found: Comparison) -> Changes:
         """Write page and sheet, and put the result onto the page."""
+        found = replace(found, results=tuple(map(self._translated, found.results)))
         page, sheet = self._save(found)
         say = self._say
         return {
@@ -124,6 +126,13 @@ class CompareHandlers:
             "compare_sheet": gr.update(value=str(sheet), interactive=True),
             **_busy(False),
         }
+
+    def _translated(self, one: Result) -> Result:
+        """Return a result whose report, or failure, is in the page's language."""
+        report = self._words.report(one.reports) or one.report
+        return replace(
+            one, report=report, problem="" if one.failed is None else explain_failure(one.failed, self._words)
+        )
 
     def _save(self, found: Comparison) -> tuple[Path, Path]:
         folder = self._engine.output_dir

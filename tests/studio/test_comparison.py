@@ -209,6 +209,7 @@ def test_numbers_are_those_of_the_images(found):
     error = np.square(np.asarray(near.frames[0], float) - np.asarray(reference.frames[0], float)).mean()
     assert near.psnr == pytest.approx(10 * math.log10(255**2 / error), abs=1e-3)
     assert "taylorseer" in cached.report
+    assert [part.part for part in cached.reports] == ["step_cache"]
     assert [one.settings.steps for one in (reference, near, same, cached)] == [4, 3, 4, 8]
     assert {one.settings.seed for one in (reference, near, same, cached)} == {5}
     assert all(one.first_seconds > 0 and one.seconds > 0 for one in (reference, near, same, cached))
@@ -234,7 +235,7 @@ def test_times_and_memory_are_those_of_later_runs(monkeypatch, engine):
     with pytest.raises(ValueError, match="runs is 0"):
         next(compare(engine, REQUEST, settings, runs=0))
     pictures = [SimpleNamespace(seconds=s, image=Image.new("RGB", (16, 16)), clip=None, metadata=None, report="",
-                                notes=()) for s in (9.0, 1.0, 2.0, 4.0)]  # fmt: skip
+                                reports=(), notes=()) for s in (9.0, 1.0, 2.0, 4.0)]  # fmt: skip
     result = comparison_module._result(Setting("x"), pictures, 10.0, 7)
     assert (result.first_seconds, result.seconds, result.memory) == (10.0, 2.0, 7)
 
@@ -475,6 +476,15 @@ def test_the_tab_shows_and_saves_what_was_found(tab, tmp_path):
     page, sheet = (last[name]["value"] for name in ("compare_page", "compare_sheet"))
     assert "<!doctype html>" in (tmp_path / page.rsplit("/", 1)[1]).read_text()
     assert read_origin(tmp_path / sheet.rsplit("/", 1)[1]).stated.model == "fake"
+
+
+def test_reports_and_failures_are_in_the_language_of_the_page(found, tab):
+    chinese = CompareHandlers(tab.engine, Strings("zh"), Sessions(None))
+    shown = chinese._show(found.result)["compare_result"]
+    for one in found.result.results:
+        assert not one.report or one.report not in shown
+    assert found.result.results[-1].problem not in shown
+    assert re.search(r"[\u4e00-\u9fff]", chinese._translated(found.result.results[-1]).problem)
 
 
 @pytest.mark.parametrize(
