@@ -142,6 +142,8 @@ def _recorded(
 
 Made = dict[str, tuple[Role, nn.Module]]
 """Layers by name with what replaces them."""
+Described = dict[str, tuple[Scheme, int]]
+"""Scheme and bytes of quantized layers by name, without the bias; they are kept, the layers are not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,15 +218,15 @@ class _Study:
         with _counting(self.units, self.rows):
             exact = [[replay.predictions(calls) for calls in part.runs] for part in replay.segments]
         errors = np.zeros((2, len(replay.segments), len(self.units), len(self.plans)))
-        made_of: list[Made] = []
+        described: list[Described] = []
         for number, made, tell in self.candidates(progress):
-            made_of.append(made)
+            described.append(_described(made))
             for unit, roles in enumerate(self.units):
                 tell(unit)
                 if made:
                     with replaced(self.model, [made[role.name] for role in roles]):
                         errors[:, :, unit, number] = _squares(replay, exact, self.groups[unit])
-        return self._result(replay, made_of, errors, "calls")
+        return self._result(replay, described, errors, "calls")
 
     def by_relevance(self, replay: Replay, seed: int, progress: Progress | None) -> Sensitivity:
         """Multiply the relative errors of the units' outputs by their relevance."""
@@ -233,9 +235,9 @@ class _Study:
             relevance = relevances(replay, self.units, self.groups, seed)  # (2, S, layers)
         is_sigma = self.calibration.axis == "sigma"
         sigmas = [part.sigma if is_sigma else math.nan for part in replay.segments]
-        made_of, errors = self._layer_errors(sigmas, progress)  # (S, layers, C)
+        described, errors = self._layer_errors(self.calibration, sigmas, progress)  # (S, layers, C)
         product = relevance[..., None] * errors  # (2, S, layers, C)
-        return self._result(replay, made_of, self._by_unit(product), "relevance")
+        return self._result(replay, described, self._by_unit(product), "relevance")
 
     def by_layer(self, segments: int, progress: Progress | None) -> Sensitivity:
         """Take the relative errors of the units' outputs, at the noise levels of the calibration."""
@@ -243,55 +245,61 @@ class _Study:
         merged = self.calibration.merged(segments)
         levels = {level for one in merged.layers.values() for level in one.sigmas.tolist() if math.isfinite(level)}
         sigmas = sorted(levels, reverse=merged.axis != "scale") or [math.nan]
-        made_of, errors = self._layer_errors(sigmas, progress)
+        described, errors = self._layer_errors(merged, sigmas, progress)
         whole = self._by_unit(np.stack([errors, errors])) / len(sigmas)
-        return self._sensitivity(tuple(sigmas), made_of, whole, "layer")
+        return self._sensitivity(tuple(sigmas), described, whole, "layer")
 
-    def _layer_errors(self, sigmas: Sequence[float], progress: Progress | None) -> tuple[list[Made], np.ndarray]:
+    def _layer_errors(
+        self, calibration: Calibration, sigmas: Sequence[float], progress: Progress | None
+    ) -> tuple[list[Described], np.ndarray]:
         """Return squared relative errors of the layers' outputs, (S, layers, C), in the order of the units."""
-        assert self.calibration is not None
         roles = [role for unit in self.units for role in unit]
         errors = np.zeros((len(sigmas), len(roles), len(self.plans)))
-        made_of: list[Made] = []
+        described: list[Described] = []
         prefix = next(iter(self.plans.values())).prefix
         for number, made, tell in self.candidates(progress):
-            made_of.append(made)
+            described.append(_described(made))
             tell(0)
             for index, role in enumerate(roles):
-                statistics = self.calibration.layers.get(prefix + role.name)
-                if made and statistics is not None:
+                statistics = calibration.layers.get(prefix + role.name)
+                if made and statistics is not None:  # what was never called makes no error
                     errors[:, index, number] = layer_errors(role, made[role.name][1], statistics, sigmas)
-        return made_of, errors
+        return described, errors
 
     def _by_unit(self, errors: np.ndarray) -> np.ndarray:
         """Sum errors of layers, (2, S, layers, C), over units, (2, S, U, C)."""
         starts = np.cumsum([0, *(len(unit) for unit in self.units[:-1])])
         return np.add.reduceat(errors, starts, axis=2)
 
-    def _result(self, replay: Replay, made_of: list[Made], errors: np.ndarray, method: Method) -> Sensitivity:
+    def _result(self, replay: Replay, described: list[Described], errors: np.ndarray, method: Method) -> Sensitivity:
         """Weigh the errors of the parts, (2, S, U, C), by what they are worth at the end of a run."""
         weights = np.array([part.weight for part in replay.segments])[:, None, None]
-        return self._sensitivity(tuple(part.sigma for part in replay.segments), made_of, errors * weights, method)
+        return self._sensitivity(tuple(part.sigma for part in replay.segments), described, errors * weights, method)
 
     def _sensitivity(
-        self, sigmas: tuple[float, ...], made_of: list[Made], errors: np.ndarray, method: Method
+        self, sigmas: tuple[float, ...], described: list[Described], errors: np.ndarray, method: Method
     ) -> Sensitivity:
-        units = tuple(tuple(self._layer(role, made_of) for role in unit) for unit in self.units)
+        units = tuple(tuple(self._layer(role, described) for role in unit) for unit in self.units)
         fingerprint = model_fingerprint(unwrap(self.model))
         return Sensitivity(self.recipe_name, units, tuple(self.groups), tuple(self.plans), sigmas, errors[0], errors[1],
                            method, fingerprint)  # fmt: skip
 
-    def _layer(self, role: Role, made_of: list[Made]) -> UnitLayer:
+    def _layer(self, role: Role, described: list[Described]) -> UnitLayer:
         linear = role.slot.linear
         schemes: list[Scheme | None] = []
         sizes: list[int] = []
-        for made in made_of:
-            layer: Any = made[role.name][1] if made else None
-            schemes.append(None if layer is None else layer.scheme)
-            sizes.append(linear.weight.nbytes if layer is None else sum(one.nbytes for one in layer.stored.values()))
+        for found in described:
+            scheme, size = found.get(role.name, (None, linear.weight.nbytes))
+            schemes.append(scheme)
+            sizes.append(size)
         usual = 1 if role.kind == "modulation" else USUAL_ROWS
         rows = self.rows.get(role.name, usual)
         return UnitLayer(role.name, linear.in_features, linear.out_features, rows, tuple(schemes), tuple(sizes))
+
+
+def _described(made: Made) -> Described:
+    layers: dict[str, Any] = {name: layer for name, (_, layer) in made.items()}
+    return {name: (one.scheme, sum(part.nbytes for part in one.stored.values())) for name, one in layers.items()}
 
 
 @contextmanager

@@ -205,10 +205,12 @@ def test_mixed_precision_of_a_kept_calibration_and_of_diffusers_pipelines(
     (tmp_path / "prompts.txt").write_text("a red apple\n")
     fields |= {"calib": tmp_path / "prompts.txt", "budget": "90%time"}
     monkeypatch.setattr("dit.quant.mixed_precision.measure_linear_costs", lambda: COSTS)
-    run(options(tmp_path / "pixart", tmp_path / "clips", **fields))
-    mixed = report_of(tmp_path / "clips")["mixed_precision"]
+    run(options(tmp_path / "pixart", tmp_path / "alpha", **fields))
+    mixed = report_of(tmp_path / "alpha")["mixed_precision"]
     assert mixed["method"] == "calls"
     assert 0 < mixed["time"] <= 0.9
+    plan = MixedPrecisionPlan.load(tmp_path / "alpha" / "plan.json")
+    assert {one.group for one in plan.layers} == {"content", "cross"}
 
 
 # ---------------------------------------------------------------------------- what is refused
