@@ -14,7 +14,6 @@ import torch
 
 from dit.attention import attention_backend_table
 from dit.runtime.hooks import find_networks
-from pipelines.acceleration.on_memory import can_slice
 from pipelines.acceleration.parts import PLAN_FILE
 from pipelines.acceleration.switch import is_next_scale
 from pipelines.tuning.conditions import Conditions
@@ -211,10 +210,8 @@ def _memory_savers(pipe: Any, conditions: Conditions, left_out: dict[str, str]) 
     found: dict[str, list[Any]] = {"decoder_tiling": [], "offload": []}
     if isinstance(getattr(vae, "use_tiling", None), bool):
         found["decoder_tiling"] = [{"tiles": True}]
-    elif can_slice(pipe):
-        found["decoder_tiling"] = [{"tiles": False, "slices": True}]
     else:
-        left_out["decoder_tiling"] = "the decoder has neither tiles nor slices"
+        left_out["decoder_tiling"] = "the decoder has no tiles, and slices are for several images at a time"
     if conditions.device == "cpu":
         left_out["offload"] = "the pipeline runs on the CPU, where its weights have to be"
     else:

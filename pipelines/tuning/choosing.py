@@ -42,7 +42,7 @@ def choice_of(found: Measured, goal: Goal, baseline: Baseline, cost: CostModel) 
     """
     one = found.measurement
     values = one.values(goal.metric)
-    seconds = baseline.seconds("wall")
+    seconds = baseline.seconds()
     pays = one.requests_until_gain(seconds)
     reached = None if goal.threshold is None else sum(value >= goal.threshold for value in values) / len(values)
     quality = {name: one.quality(name) for name in ("psnr", "ssim")}
@@ -72,7 +72,12 @@ def front_of(found: Sequence[Measured], goal: Goal, baseline: Baseline, cost: Co
         baseline: plain runs of the same prompts.
         cost: knows the single techniques.
     """
-    useful = [one for one in found if one.measurement.is_useful]
+    plain = baseline.memory + baseline.weights
+    useful = [
+        one
+        for one in found
+        if one.measurement.is_useful and (one.measurement.share < 1 or one.measurement.memory < plain)
+    ]
     kept = pareto_front(
         useful,
         lambda one: (one.measurement.share, -one.measurement.quality(goal.metric), float(one.measurement.memory)),

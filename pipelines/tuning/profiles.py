@@ -24,9 +24,10 @@ STARTING_POINTS: dict[str, dict[str, Any]] = {
     "balanced": {"step_cache": {"preset": "fbcache", "params": {"threshold": 0.08}}},
     "faithful": {"step_cache": {"preset": "fbcache", "params": {"threshold": 0.04}}},
     "fastest": {"step_cache": {"preset": "taylorseer", "params": {"every": 4}}},
-    "low-memory": {"decoder_tiling": {"tiles": True}},
 }
 """For pipelines of families that diffusers has and no tuning is known of; not verified on any checkpoint."""
+SMALLER: dict[str, Any] = {"quantization": {"bits": "w8a8"}}
+"""For pipelines of which no tuning for "low-memory" is known."""
 FAMILIES = (
     "Flux", "Flux2", "QwenImage", "ZImage", "StableDiffusion3", "PixArt", "Sana", "Wan", "LTX", "LTX2", "HunyuanVideo",
     "HunyuanVideo15", "CogVideoX", "Mochi", "Chroma", "CogView4", "HiDreamImage", "Lumina2", "AuraFlow",
@@ -40,7 +41,7 @@ class Found:
 
     Attributes:
         choice: the setting.
-        origin: file, or "family".
+        origin: file, "family" for a starting point, or "general" for what suits all.
         record: that the setting is of; None for a starting point.
         notes: what the user should know, a sentence each.
     """
@@ -77,6 +78,11 @@ def find_profile(pipe: Any, name: str, conditions: Conditions) -> Found:
         record = TuningRecord.load(path)
         if name in record.profiles and not _refusals(record, conditions):
             return Found(record.profiles[name], str(path), record, _notes(record, conditions))
+    if name == "low-memory":
+        note = (
+            "8-bit weights and activations save memory everywhere; likeness is not verified here: tessera tune measures"
+        )
+        return Found(Choice(SMALLER), "general", None, (note,))
     family = next((one for one in FAMILIES if type(pipe).__name__.startswith(one)), None)
     if family is None:
         raise ValueError(

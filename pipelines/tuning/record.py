@@ -32,7 +32,7 @@ class Choice:
         predicted_gain: by the cost model.
         predicted_quality: mean of the goal's metric by the error model.
         reached: share of the prompts that reach the goal's threshold.
-        seconds: of a request.
+        seconds: of a request, by the clock that counts (processor time on a CPU with one thread).
         memory: bytes of weights and working memory.
         warm_up: seconds before the first request is answered.
         pays_after: requests until the warm-up is paid back; None if never.

@@ -23,7 +23,7 @@ class SpeedUpReport:
         measured: part, or "all" -> how many times as fast it was: by `handle.measure` here, else when it was tuned.
         quality: metric -> mean over the prompts that verified the setting; empty if it is not verified.
         predicted_quality: metric -> mean that the tables promised.
-        origin: file of the setting, "family" for a starting point, empty for one that the caller gave.
+        origin: file of the setting, "family" or "general" for a starting point, empty for one that the caller gave.
         notes: what the user should know, a sentence each.
     """
 

@@ -242,7 +242,7 @@ class Tuner:
             known = {one.measurement.key for one in self._verified}
             best = self._best(goal, unseen)
             limit = math.inf if best is None or goal.least_memory else WORTH * best.measurement.share
-            ranked = _ranked(cost, error, goal, offset, self.record.baseline, unseen.seconds("wall"))
+            ranked = _ranked(cost, error, goal, offset, self.record.baseline, unseen.seconds())
             open_ones = [(share, keys) for share, keys in ranked if share < limit]
             self._reuse(open_ones, known, cost, error, unseen)
             fresh = [keys for _, keys in open_ones if key_of(_together(cost.singles, keys)) not in known]
@@ -276,11 +276,12 @@ class Tuner:
 
     def _best(self, goal: Goal, unseen: Baseline) -> Measured | None:
         """Return the verified setting that serves a goal best."""
-        seconds = unseen.seconds("wall")
+        seconds = unseen.seconds()
         held = [
             one
             for one in self._verified
             if one.measurement.is_useful
+            and (goal.saves_memory or one.measurement.share < WORTH)
             and goal.is_met(
                 one.measurement.quality(goal.metric), one.measurement.share * seconds, one.measurement.memory
             )

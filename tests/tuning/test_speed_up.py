@@ -131,11 +131,16 @@ def test_an_outer_acceleration_is_left_first(pipe: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_families_of_diffusers_have_starting_points_that_say_they_are_unverified(name: str) -> None:
-    flux = make("flux")
-    if name == "low-memory":
-        flux.vae.use_tiling = False
-    with speed_up(flux, profile=name) as handle:
+    with speed_up(make("flux"), profile=name) as handle:
         report = handle.report()
-    assert report.origin == "family"
-    assert any("verified on no checkpoint" in note for note in report.notes)
+    assert report.origin == ("general" if name == "low-memory" else "family")
+    assert any("verified" in note and "tessera tune" in note for note in report.notes)
     assert not report.quality
+
+
+def test_quantized_weights_are_undone_to_the_bit(pipe: Any) -> None:
+    plain = generate(pipe, "text")
+    with speed_up(pipe, profile="low-memory") as handle:
+        generate(pipe, "text")
+        assert "quantized" in handle.report().text()
+    assert torch.equal(generate(pipe, "text"), plain)
