@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from dit.quant.registration import register_when_imported
 
 if TYPE_CHECKING:
+    from pipelines.acceleration import AccelerationConfig
     from pipelines.base import TesseraPipeline
     from pipelines.class_to_image import ClassToImagePipeline
     from pipelines.info.inspection import info_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from sampling.observe import observe
 
 __all__ = [
+    "AccelerationConfig",
     "ClassToImagePipeline",
     "NextScaleClassToImagePipeline",
     "NextScaleTextToImagePipeline",
@@ -55,6 +57,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "AccelerationConfig": "pipelines.acceleration",
     "ClassToImagePipeline": "pipelines.class_to_image",
     "NextScaleClassToImagePipeline": "pipelines.next_scale",
     "NextScaleTextToImagePipeline": "pipelines.next_scale",
