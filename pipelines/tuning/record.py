@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -121,9 +120,9 @@ class TuningRecord:
             "front": [one.to_dict() for one in self.front],
             "profiles": {name: one.to_dict() for name, one in self.profiles.items()},
         }
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            json.dump(values, file, indent=1, allow_nan=False)
-        os.replace(file.name, path)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+        unfinished.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TuningRecord:
