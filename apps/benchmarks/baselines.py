@@ -47,6 +47,17 @@ def ours(profile: Profile, budgets: Sequence[float]) -> list[Candidate]:
     return [Candidate(name, {"budget": round(budget, 4)}, cache.attach) for budget, cache in caches.items()]
 
 
+def of_diffusers_without_calibration() -> list[Candidate]:
+    """FirstBlockCache and TaylorSeer of diffusers, their knobs swept for few steps."""
+    first = [(threshold, FirstBlockCacheConfig(threshold=threshold)) for threshold in (0.15, 0.3, 0.5, 0.8, 1.2)]
+    found = [Candidate("diffusers FirstBlockCache", {"threshold": t}, _enabled(config)) for t, config in first]
+    for every, first_steps in ((2, 1), (3, 1), (2, 2), (3, 2)):
+        settings: dict[str, Any] = {"cache_interval": every, "disable_cache_before_step": first_steps, "max_order": 1}
+        config = TaylorSeerCacheConfig(**settings, taylor_factors_dtype=torch.float32, cache_identifiers=MODULES)
+        found.append(Candidate("diffusers TaylorSeer", settings, _enabled(config)))
+    return found
+
+
 def of_diffusers(magnitudes: Sequence[float], steps: int) -> list[Candidate]:
     """FirstBlockCache, MagCache and TaylorSeer of diffusers, their knobs swept."""
     thresholds = (0.08, 0.15, 0.3, 0.5, 0.8)
@@ -96,15 +107,23 @@ def missing() -> list[str]:
     return [] if find_spec("cache_dit") else ["cache-dit: pip install cache-dit"]
 
 
-def of_cache_dit(steps: int) -> list[Candidate]:
-    """DBCache with its TaylorSeer calibrator, dynamic and with masks of steps; empty where it is `missing`."""
+MASKS = ((2, 2), (2, 3), (2, 4), (2, 5), (2, 8))
+
+
+def of_cache_dit(steps: int, masks: Sequence[tuple[int, int]] = MASKS) -> list[Candidate]:
+    """DBCache with its TaylorSeer calibrator, dynamic and with masks of steps; empty where it is `missing`.
+
+    Args:
+        steps: of a run.
+        masks: steps computed first, and of how many later ones one is computed.
+    """
     if missing():
         return []
     found = []
     for threshold, warmup, order in ((0.25, 4, 1), (0.4, 2, 1), (0.7, 3, 1)):
         settings = {"residual_diff_threshold": threshold, "max_warmup_steps": warmup, "order": order}
         found.append(Candidate("cache-dit DBCache + TaylorSeer", settings, _with_cache_dit(settings, steps, None)))
-    for every, warmup in ((2, 2), (3, 2), (4, 2), (5, 2), (8, 2)):
+    for warmup, every in masks:
         mask = [int(step < warmup or (step - warmup) % every == every - 1) for step in range(steps)]
         settings = {"residual_diff_threshold": 0.9, "max_warmup_steps": warmup, "order": 1}
         candidate = _with_cache_dit(settings, steps, mask)

@@ -20,7 +20,8 @@ def bench(
             "attention-plan (a searched plan on clips), attention-corrections (what stands for pairs that are left "
             "out), attention-gpu (the kernel on a GPU), quantization (layers and a block, on a CPU), "
             "quantization-gpu (the same on a GPU), quantization-quality (what quantized built-in models generate), "
-            "quantization-mixed (formats chosen by measuring, at equal bytes), or "
+            "quantization-mixed (formats chosen by measuring, at equal bytes), "
+            "speed-up (the tuner's setting beside what is put together by hand), or "
             "training (validation losses of several configurations)."
         ),
     ],

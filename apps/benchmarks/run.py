@@ -19,6 +19,7 @@ to other prompts, sizes, guidance and schedulers.
 `tessera bench quantization-gpu` does so on a GPU;
 `tessera bench quantization-quality` compares what built-in models generate with quantized networks, ours and others'.
 `tessera bench quantization-mixed` compares mixed precision by measuring with other choices of formats at equal bytes.
+`tessera bench speed-up` compares what `speed_up` reaches with single techniques, fewer steps and other libraries.
 `tessera bench training` trains several configurations, or reads what they have logged, and compares validation losses.
 """
 
@@ -255,6 +256,13 @@ def bench_quantization_gpu(asked: Asked) -> dict[str, Any]:
     return implementation.bench_quantization_gpu(asked)
 
 
+def bench_speed_up(asked: Asked) -> dict[str, Any]:
+    """Compare what the tuner found with what is put together by hand; see `apps.benchmarks.speed_up`."""
+    from apps.benchmarks import speed_up as implementation
+
+    return implementation.bench_speed_up(asked)
+
+
 def bench_training(asked: Asked) -> dict[str, Any]:
     """Compare the losses of runs; see `apps.benchmarks.training`."""
     from apps.benchmarks import training as implementation
@@ -286,6 +294,7 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "quantization-gpu": bench_quantization_gpu,
     "quantization-quality": bench_quantization_quality,
     "quantization-mixed": bench_quantization_mixed,
+    "speed-up": bench_speed_up,
     "training": bench_training,
 }
 
