@@ -30,7 +30,7 @@ from dit.quant.calibration import Calibration, calibrate
 from dit.quant.mixed_precision import plan_precision
 from dit.quant.precision_plan import MixedPrecisionPlan
 from dit.quant.quantize import PLANNED_ON
-from dit.quant.sensitivity_measure import measure_sensitivity
+from dit.quant.sensitivity_measure import measure_sensitivity, single_network, usual_method
 from dit.runtime.hooks import AttachError, attachments, find_networks
 from pipelines.acceleration.quantization import QuantizationPart, usual_recipe
 from pipelines.loading.memory import gib
@@ -293,13 +293,15 @@ def _plan(
             f"--budget is {part.budget}: mixed precision measures which layers want more bits, so it needs a "
             "calibration; leave out --data-free, or give prompts with --calib"
         )
+    with checking():
+        method = usual_method(single_network(pipe, part.components)[1], prompts)
     names = {"recipe_name": str(part.recipe), "components": part.components, "skip": part.skip}
     with _bar(console, "measuring layers") as step, checking():
         with ExitStack() as stack:
-            if prompts and not attachments(pipe):
+            if method == "calls" and not attachments(pipe):
                 stack.enter_context(StepTracker().attach(pipe))
             found = measure_sensitivity(
-                pipe, prompts[:PLANNED_ON], calibration, bits=str(part.bits), method="calls" if prompts else "layer",
+                pipe, prompts[:PLANNED_ON], calibration, bits=str(part.bits), method=method,
                 seed=options.seed, call=painter.calibrate, progress=lambda done, total, _: step(done, total), **names,
             )  # fmt: skip
         return plan_precision(found, str(part.budget))

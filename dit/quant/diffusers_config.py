@@ -73,7 +73,7 @@ class TesseraQuantConfig(DiffusersMixin, TransformersMixin):
         self.modules_to_not_convert = _patterns(modules_to_not_convert)
         self.layers = _layers(layers)
         self.runtime = _json_object("runtime", runtime)
-        self.plan = _json_object("plan", plan)
+        self.plan = _json_object("plan", plan, sort=True)  # as it is read back: fingerprints see the order
         if self.plan is not None:
             MixedPrecisionPlan.from_dict(self.plan, "plan of quantization_config")
         if self.layers is None:
@@ -241,14 +241,14 @@ def _scheme(name: str, given: Any) -> Scheme:
         raise ValueError(f"layers: the scheme of {name!r:.80} can't be used: {error}") from error
 
 
-def _json_object(name: str, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _json_object(name: str, given: Mapping[str, Any] | None, *, sort: bool = False) -> dict[str, Any] | None:
     """Copy a field that must be a JSON object."""
     if given is None:
         return None
     try:
         if not isinstance(given, Mapping):
             raise TypeError(f"it is a {type(given).__name__}")
-        return json.loads(json.dumps(dict(given)))
+        return json.loads(json.dumps(dict(given), sort_keys=sort))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} can't be stored as a JSON object: {error}") from error
 

@@ -19,7 +19,7 @@ from dit.quant.mixed_precision import plan_precision
 from dit.quant.precision_plan import Budget, MixedPrecisionPlan
 from dit.quant.roles import network_name
 from dit.quant.scheme import Scheme
-from dit.quant.sensitivity_measure import measure_sensitivity, single_network
+from dit.quant.sensitivity_measure import measure_sensitivity, single_network, usual_method
 from dit.runtime.hooks import find_networks
 from dit.runtime.state import unwrap
 
@@ -93,8 +93,9 @@ def quantize_(
         skip: regular expressions of layers to leave as they are, each matched at the start of the layer's name.
         layers: scheme of single layers by name instead of the recipe's, None to leave one as it is.
         budget: of mixed precision: "5bits" of a weight on average, "40MB", "60%time"; see `Budget.parse`. Formats are
-            then chosen here: by calls of the network if `calibration` are prompts (`PLANNED_ON` of them), else by the
-            errors of single layers on the rows of the calibration, which is quicker and sees less.
+            then chosen here: by calls of the network if `calibration` are prompts (`PLANNED_ON` of them) and it isn't
+            called scale by scale, else by the errors of single layers on the rows of the calibration, which is quicker
+            and sees less; the plan's `method` says which.
         plan: of mixed precision, made before (`dit.quant.mixed_precision`), instead of a budget.
         progress: see `Progress`.
 
@@ -197,7 +198,8 @@ def make_plan(
 
     Args:
         pipeline: not quantized.
-        prompts: `PLANNED_ON` of them are generated; without any the rows of the calibration tell.
+        prompts: `PLANNED_ON` of them are generated; without any, and for networks that are called scale by scale, the
+            rows of the calibration tell.
         calibration: of the pipeline.
         budget: see `quantize_`.
         name: of the recipe.
@@ -214,7 +216,7 @@ def make_plan(
             "a plan that was made before"
         )
     limit = Budget.parse(budget)
-    method = "calls" if prompts else "layer"
+    method = usual_method(single_network(pipeline, components)[1], prompts)
     found = measure_sensitivity(pipeline, list(prompts)[:PLANNED_ON], calibration, bits=bits, recipe_name=name,
                                 method=method, components=components, skip=skip)  # fmt: skip
     return plan_precision(found, limit)

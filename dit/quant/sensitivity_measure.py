@@ -100,6 +100,16 @@ def measure_sensitivity(
     return study.by_calls(replay, progress) if method == "calls" else study.by_relevance(replay, seed, progress)
 
 
+def usual_method(model: nn.Module, prompts: Sequence[Any]) -> Method:
+    """Return the method where none is asked for: "calls" if the network can be called, else "layer".
+
+    Args:
+        model: wrapped or not; networks that are called scale by scale keep what they have seen.
+        prompts: to call it with; there may be none.
+    """
+    return "calls" if prompts and not is_next_scale(model) else "layer"
+
+
 def single_network(pipeline: Any, components: Sequence[str] | None) -> tuple[str, nn.Module]:
     """Return the only network of a pipeline that is to be quantized, with the name of its component.
 

@@ -23,11 +23,11 @@ from dit.quant.roles import quantizable_layers
 from dit.quant.scheme import Scheme
 from dit.quant.sensitivity import Sensitivity, layer_group
 from dit.quant.sensitivity_calls import high_pass
-from dit.quant.sensitivity_measure import measure_sensitivity
+from dit.quant.sensitivity_measure import measure_sensitivity, usual_method
 from dit.quant.sensitivity_relevance import layer_errors
 from dit.quant.step_policy import StepPolicy
 from dit.quant.step_precision import PrecisionByStep
-from dit.runtime.artifacts import ArtifactError
+from dit.runtime.artifacts import ArtifactError, model_fingerprint
 from dit.runtime.metrics import psnr
 from pipelines import load_pipeline
 from pipelines.acceleration import AccelerationConfig
@@ -36,6 +36,7 @@ from pipelines.quantization.loading import quantized_bytes, require_part
 from tests.families.networks import tiny_transformer
 from tests.families.tiny import tiny_pipeline
 from tests.fresh import run_python
+from tests.models.tiny_next_scale import transformer
 from tests.runtime.truth import guided_call
 
 BITS = "w16a16,w8a8,w6a8"
@@ -379,6 +380,8 @@ def test_a_plan_is_made_here_by_calls_or_by_the_calibration(calibration: Calibra
     plans = [report.plan for report in made]
     assert [plan.method for plan in plans if plan is not None] == ["calls", "layer"]
     assert all(plan is not None and 9 < plan.average_bits <= 11 for plan in plans)
+    assert usual_method(tiny_transformer("text_dit"), ["a red cat"]) == "calls"
+    assert usual_method(transformer(), ["a red cat"]) == "layer", "it is called scale by scale"
     assert json.loads(json.dumps(made[0].to_dict()))["plan"]["budget"] == "11bits"
 
 
@@ -462,6 +465,10 @@ def test_pipelines_are_loaded_and_accelerated_within_a_budget(calibration: Calib
     loaded = load_pipeline(tmp_path, device="cpu", quantization=spec)
     formats = {name: one.scheme for name, one in quantized(loaded).items()}
     assert 0 < len(formats) < len(quantizable_layers(plain.transformer)), "some stay as they are"
+    fingerprint = model_fingerprint(loaded.transformer)
+    loaded.save_pretrained(tmp_path / "small")
+    again = load_pipeline(tmp_path / "small", device="cpu")
+    assert model_fingerprint(again.transformer) == fingerprint, "else files beside it would be refused"
     before = {name: one.clone() for name, one in plain.transformer.state_dict().items()}
     fields = {"recipe": "viditq_mp", "bits": BITS, "budget": "11bits", "calibration": "model"}
     with AccelerationConfig.from_dict({"quantization": fields}).apply(plain) as handle:
