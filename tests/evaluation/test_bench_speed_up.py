@@ -1,5 +1,7 @@
 """`tessera bench speed-up`: the tuner's setting beside others; what fails is told in its row."""
 
+import pytest
+
 from apps.benchmarks.run import run
 from apps.benchmarks.speed_up import best_of
 
@@ -15,6 +17,7 @@ def test_the_fastest_of_each_kind_that_is_near_enough() -> None:
     assert [row["shape"] for row in best_of(rows)] == ["best a: three", "best c: five"]
 
 
+@pytest.mark.slow
 def test_the_smoke_test_compares_all_kinds(tmp_path) -> None:
     report = run("speed-up", model="stickers", smoke=True, output=tmp_path / "speed.json")
     rows = report["tables"]["all"]
