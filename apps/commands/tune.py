@@ -38,7 +38,11 @@ def tune(
         float | None, typer.Option(min=0.0, help="Most seconds of a request.", rich_help_panel=MEASURED)
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="Most memory of weights and work, such as 8GB.", rich_help_panel=MEASURED)
+        str | None,
+        typer.Option(
+            help="Most memory of weights and work, such as 8GB; techniques that save it are measured too.",
+            rich_help_panel=MEASURED,
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -94,11 +98,11 @@ def _goals(quality: str | None, latency: float | None, memory: str | None) -> di
     from pipelines.tuning.goals import Goal
     from pipelines.tuning.profiles import NAMED_GOALS
 
+    named = {name: goal for name, goal in NAMED_GOALS.items() if memory is not None or not goal.saves_memory}
     if quality is None and latency is None and memory is None:
-        return dict(NAMED_GOALS)
+        return named
     asked = Goal.parse(quality, latency, memory)
-    named = NAMED_GOALS if asked.metric == "psnr" and latency is None and memory is None else {}
-    return {asked.text(): asked, **named}
+    return {asked.text(): asked, **(named if asked.metric == "psnr" else {})}
 
 
 def _read_prompts(file: Path) -> list[Any]:

@@ -26,8 +26,8 @@ PATTERN_TOKENS = 512
 BUDGETS = (0.07, 0.1, 0.14, 0.18, 0.22, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 """Shares of computed steps."""
 
-OFTEN_SLOWER = {"attention": 2, "quantization": 2}
-"""Techniques whose ladders begin so many rounds later, in case the time is short."""
+LATER = {"compile": 1, "fbcache": 2, "taylorseer": 2, "attention": 2, "quantization": 2}
+"""Techniques and ladders that begin so many rounds later, in case the time is short: they gain less, or take long."""
 
 Ladders = dict[str, list[Any]]
 """Values of a part, from strong to weak, by the name of their ladder."""
@@ -109,7 +109,7 @@ def offer(
 def _rungs(technique: str, name: str, values: Iterable[Any]) -> list[Candidate | None]:
     """Return the candidates of a ladder by the round in which they are measured."""
     made = [Candidate(technique, {technique: value}, f"{technique}: {name}") for value in values]
-    return [*[None] * OFTEN_SLOWER.get(technique, 0), *made]
+    return [*[None] * LATER.get(name, LATER.get(technique, 0)), *made]
 
 
 def _each(values: Iterable[Any]) -> Ladders:

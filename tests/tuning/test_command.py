@@ -61,11 +61,13 @@ def test_a_model_is_tuned_and_its_file_is_a_profile(
     with speed_up(pipe, profile=str(file)) as handle:
         assert handle.config.to_dict() == {"version": 1, **shown["profiles"]["psnr>=5"]["parts"]}
 
-    monkeypatch.setattr("pipelines.tuning.tuner.measure", None)  # all is known: a second run measures nothing
+    known = [one for one in record.measurements if one.purpose == "single"]
     assert run(str(folder), "--quality", "psnr>=99", *given) == 1
     told = capsys.readouterr()
     assert "no setting that was verified in the time reaches psnr>=99" in told.err
     assert "settings that no other dominates" in told.out
+    again = [one for one in TuningRecord.load(file).measurements if one.purpose == "single"]
+    assert again == known, "tables were measured anew"
 
 
 @pytest.mark.parametrize(
