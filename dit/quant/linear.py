@@ -78,9 +78,18 @@ class QuantLinear(nn.Linear):
         self.full_precision = False
         self.calls: dict[str, int] = {}
         self.shared: SharedInput | None = None
-        self.number = next(_NUMBERS)
         self._weights: Weights | None = None
-        _LAYERS[self.number] = self
+        self._register()
+
+    def _register(self) -> None:
+        """Take a number, by which compiled code finds the layer.
+
+        It is a tensor: a graph would hold an int, and blocks of a network, which are compiled alike, would each need
+        a graph of their own.
+        """
+        number = next(_NUMBERS)
+        self._number = torch.tensor(number, device="cpu")
+        _LAYERS[number] = self
 
     @classmethod
     def from_tensors(
@@ -241,7 +250,7 @@ class QuantLinear(nn.Linear):
             weight = self.effective_weight().to(input.dtype)
             bias = self._parameters.get("bias")
             return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
-        return torch.ops.tessera.quant_linear(input, self.number, self.out_features)
+        return torch.ops.tessera.quant_linear(input, self._number, self.out_features)
 
     # --------------------------------------------------------------------------- module
 
@@ -281,9 +290,8 @@ class QuantLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.number = next(_NUMBERS)  # compiled code of the copied layer must not find this one
         self._weights = None
-        _LAYERS[self.number] = self
+        self._register()  # compiled code of the copied layer must not find this one
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
@@ -443,13 +451,13 @@ class _WithGradient(torch.autograd.Function):
 
 
 @torch.library.custom_op("tessera::quant_linear", mutates_args=())
-def _quant_linear(x: Tensor, number: int, out_features: int) -> Tensor:
-    layer = _LAYERS.get(number)
+def _quant_linear(x: Tensor, number: Tensor, out_features: int) -> Tensor:
+    layer = _LAYERS.get(int(number))
     if layer is None:
         raise RuntimeError("the quantized layer that this code was compiled for is gone; compile it again")
     return layer._multiply(x)
 
 
 @_quant_linear.register_fake
-def _quant_linear_fake(x: Tensor, number: int, out_features: int) -> Tensor:
+def _quant_linear_fake(x: Tensor, number: Tensor, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)

@@ -368,6 +368,18 @@ def test_compiled(scope: str) -> None:
     assert torch.equal(paint(pipe, "text_dit"), plain)
 
 
+def test_blocks_of_quantized_layers_share_one_graph() -> None:
+    pipe = tiny_pipeline("text_dit")
+    torch.compiler.reset()
+    before = counters["frames"].copy()
+    with config("w8a8", compile={"backend": "eager"}).apply(pipe) as handle:
+        paint(pipe, "text_dit")
+        modules = handle.report()["compile"].values["modules"]
+    assert modules > 1
+    assert counters["frames"] - before == {"total": 1, "ok": 1}
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("mode", ["model", "sequential", "group"])
 def test_with_offload(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the CPU to itself, which sets all hooks."""
