@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
 from torch import nn
+from torch._dynamo.utils import counters
 
 from dit.attention.plan import AttentionPlan
 from dit.quant import QuantLinear, calibrate, quantize_
