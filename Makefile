@@ -1,7 +1,7 @@
 # make studio   start the studio in a web page            make lint     style and import rules
 # make test     run the tests (minutes)                   make format   rewrite the style
 # make test-all also the long sweeps                      make type     static types
-# make docs     the pages of docs/ into build/site
+# make docs     the pages of docs/ into build/site      make bench    all figures anew, hours, into build/bench
 #
 # Every target keeps to its own .venv and installs only when pyproject.toml or constraints.txt changed.
 # torch is the CPU build where there is no NVIDIA GPU; TORCH_INDEX=cpu, =pypi or =URL chooses (tools/torch_index.py).
@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python -m tools.install
 # One thread a test process: with several of them, threads of torch would only get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: studio test test-all lint format type docs clean
+.PHONY: studio test test-all lint format type docs bench bench-gpu clean
 
 studio: $(VENV)/installed-studio
 	$(BIN)/tessera studio $(ARGS)
@@ -43,6 +43,21 @@ type: $(VENV)/installed-dev
 
 docs: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict $(ARGS)
+
+# Rivals take part where the extra "bench" is installed. ARGS="--smoke" only shows that all of it runs.
+BENCHES := image start costs cache cache-time clips kv shortcuts attention attention-corrections attention-plan \
+	quantization quantization-quality quantization-mixed speed-up
+BENCHES_GPU := attention-gpu quantization-gpu
+
+bench: $(VENV)/installed-dev
+	mkdir -p build/bench
+	for one in $(BENCHES); do \
+		OMP_NUM_THREADS=1 $(BIN)/tessera bench $$one --output build/bench/$$one.json $(ARGS) || exit 1; done
+
+bench-gpu: $(VENV)/installed-dev
+	mkdir -p build/bench
+	for one in $(BENCHES_GPU); do \
+		$(BIN)/tessera bench $$one --output build/bench/$$one.json $(ARGS) || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
