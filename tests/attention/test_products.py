@@ -17,6 +17,7 @@ def draw(batch: int, count: int, heads: int, width: int) -> list[torch.Tensor]:
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every processor count as one that multiplies fast."""
     monkeypatch.setattr(products, "has_fast_products", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "is_zen4", lambda: False)
 
 
 def test_memory_is_used_again_in_and_out_of_inference_mode() -> None:
@@ -87,3 +88,13 @@ def test_float32_is_exact_and_left_to_torch_where_that_is_as_fast(monkeypatch: p
         )
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
     assert torch.equal(attention(query, key, value), expected)
+
+
+def test_short_sequences_are_left_to_the_fused_kernel_where_avx512_is_computed_in_halves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short, long = draw(1, 300, 2, 64), draw(1, 512, 2, 64)
+    assert products.suits(*short)
+    monkeypatch.setattr(products, "is_zen4", lambda: True)
+    assert not products.suits(*short)
+    assert products.suits(*long)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from dit.attention.kernels.native import attend_native
-from dit.attention.kernels.rows import attend_rows, has_fast_onednn, levels, score_bytes
+from dit.attention.kernels.rows import attend_rows, has_fast_onednn, is_zen4, levels, score_bytes
 
 MOST_ROWS, LEAST_ROWS = 512, 16
 """Queries of a task."""
 LEAST_TOKENS = {torch.bfloat16: 256, torch.float32: 512}
+LEAST_TOKENS_ZEN4 = 512
 """Shortest rows of queries and keys for which it is used unasked; of heads narrower than 64 longer ones."""
 
 
@@ -98,13 +99,18 @@ def refusal(device: torch.device | str, dtype: torch.dtype) -> str:
     return ""
 
 
+def least_tokens(dtype: torch.dtype) -> int:
+    """Return from how many tokens on products pay on this processor; one of `LEAST_TOKENS`, or more on Zen 4."""
+    return max(LEAST_TOKENS[dtype], LEAST_TOKENS_ZEN4 if is_zen4() else 0)
+
+
 def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether `attend_all` should compute a call that asks for no backend."""
     return (
         query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype
         and query.dtype in LEAST_TOKENS
-        and min(query.shape[1], key.shape[1]) * min(query.shape[3], 64) >= LEAST_TOKENS[query.dtype] * 64
+        and min(query.shape[1], key.shape[1]) * min(query.shape[3], 64) >= least_tokens(query.dtype) * 64
         and query.shape[2] == key.shape[2]
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
         and not torch.compiler.is_compiling()

@@ -129,7 +129,12 @@ def has_fast_onednn() -> bool:
     They are written for AVX-512, and double the rate of MKL's, which leaves that unused on other processors than
     Intel's (`dit.layers.linear`). AMD's Zen 4 (family 25) computes AVX-512 in two halves, at the rate of AVX2.
     """
-    return mkl_is_slow() and not ("AuthenticAMD" in _processor() and "cpu family\t: 25\n" in _processor())
+    return mkl_is_slow() and not is_zen4()
+
+
+def is_zen4() -> bool:
+    """Return whether this is one of AMD's processors that compute AVX-512 in two halves."""
+    return "AuthenticAMD" in _processor() and "cpu family\t: 25\n" in _processor()
 
 
 @cache
