@@ -67,12 +67,14 @@ class Subject:
         requests: prompts with the scenes that they mean.
         is_video: whether it makes clips.
         smoke: only to see that it runs.
+        batch: images at once.
     """
 
     pipe: Any
     requests: Sequence[Any]
     is_video: bool
     smoke: bool = False
+    batch: int = BATCH
 
     @classmethod
     def load(cls, asked: Asked) -> Subject:
@@ -88,8 +90,8 @@ class Subject:
         if self.is_video:
             return generate_requests(pipe, self.requests)
         prompts, made = [one.prompt for one in self.requests], []
-        for start in range(0, len(prompts), BATCH):
-            part = prompts[start : start + BATCH]
+        for start in range(0, len(prompts), self.batch):
+            part = prompts[start : start + self.batch]
             noise = [torch.Generator().manual_seed(TEST_SEED + start + row) for row in range(len(part))]
             made.append(pipe(prompt=part, generator=noise, output_type="pt").images.float().cpu())
         return torch.cat(made)
