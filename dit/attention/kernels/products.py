@@ -110,11 +110,11 @@ def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
         query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype
         and query.dtype in LEAST_TOKENS
-        and min(query.shape[1], key.shape[1]) * min(query.shape[3], 64) >= least_tokens(query.dtype) * 64
         and query.shape[2] == key.shape[2]
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
         and not torch.compiler.is_compiling()
         and has_fast_products(query.dtype)
+        and min(query.shape[1], key.shape[1]) * min(query.shape[3], 64) >= least_tokens(query.dtype) * 64
     )
 
 
