@@ -12,7 +12,7 @@ from pipelines.acceleration.on_networks import AttentionSwitch, CompileSwitch
 from pipelines.acceleration.on_quantization import QuantizationSwitch
 from pipelines.acceleration.on_scales import KVCacheSwitch, NextScaleSwitch
 from pipelines.acceleration.on_steps import FewStepSwitch, GuidanceCacheSwitch, ParallelSwitch, StepCacheSwitch
-from pipelines.acceleration.parts import Part
+from pipelines.acceleration.parts import CompilePart, Part
 from pipelines.acceleration.report import AccelerationReport
 from pipelines.acceleration.switch import Switch, Undo
 from pipelines.acceleration.texts import AccelerationError
@@ -35,6 +35,20 @@ SWITCHES: Mapping[str, type[Switch[Any]]] = {
 """Part -> what applies it, in the order of application. Among mechanisms on a network their `Stage` decides."""
 
 
+def order_of(parts: Mapping[str, Part]) -> list[str]:
+    """Return the names of parts in the order of application.
+
+    Blocks are compiled before a step cache is attached, which then goes around their compiled code: inside it a graph
+    would hold the number of the block and the decision of the step.
+    """
+    order = [name for name in SWITCHES if name in parts]
+    compiled = parts.get("compile")
+    if isinstance(compiled, CompilePart) and compiled.scope == "blocks" and "step_cache" in order:
+        order.remove("compile")
+        order.insert(order.index("step_cache"), "compile")
+    return order
+
+
 class AccelerationHandle:
     """An acceleration that is applied; also a context manager that takes it back at its end.
 
@@ -52,7 +66,7 @@ class AccelerationHandle:
 
     def __init__(self, parts: Mapping[str, Part], pipe: Any) -> None:
         self.pipe = pipe
-        self.parts = {name: parts[name] for name in SWITCHES if name in parts}
+        self.parts = {name: parts[name] for name in order_of(parts)}
         self.call_arguments: dict[str, Any] = {}
         self._last_report: AccelerationReport | None = None
         self._switches: list[Switch[Any]] = []

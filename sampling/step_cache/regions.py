@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, get_args
 
+import torch
 from torch import Tensor, nn
 
 from dit.runtime.families import family_of
@@ -197,7 +198,8 @@ class _InstalledModules:
         self.call: Call | None = None
 
     def wrap(self, attachment: Attachment, name: str, module: nn.Module) -> None:
-        attachment.wrap_forward(module, partial(self._around, name))
+        # never part of a graph, which would hold the decision of a step and be compiled anew at each
+        attachment.wrap_forward(module, torch.compiler.disable(partial(self._around, name)))
 
     def run(self, call: Call, forward: Forward, args: tuple, kwargs: dict[str, Any]) -> Any:
         call.decide(call.signal)

@@ -299,6 +299,23 @@ def test_compiled_blocks_of_next_scale_models_are_the_same_graphs_at_all_layers_
     assert frames["ok"] < layers * len(sides)
 
 
+@pytest.mark.parametrize(
+    "cache", ["taylorseer:every=2,first=2", "fbcache:threshold=9", "easycache:threshold=1,warmup=1"]
+)
+def test_a_step_cache_around_compiled_blocks_compiles_nothing_anew(cache: str) -> None:
+    pipe = make("text")
+    with AccelerationConfig.from_dict({"step_cache": cache}).apply(pipe):
+        eager = generate(pipe, "text")
+    torch.compiler.reset()
+    with AccelerationConfig.from_dict({"step_cache": cache, "compile": {"backend": "eager"}}).apply(pipe) as handle:
+        torch.testing.assert_close(generate(pipe, "text"), eager, rtol=1e-4, atol=1e-4)
+        assert handle.report().inactive == ()
+        before = counters["frames"].copy()
+        generate(pipe, "text")
+        assert counters["frames"] == before
+    torch.compiler.reset()
+
+
 def test_compiled_with_a_cache_and_guidance() -> None:
     values = {"step_cache": "taylorseer:every=2,first=2", "guidance_cache": {"every": 2}}
     _, fast, _ = check("text", values)
