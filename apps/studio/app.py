@@ -432,7 +432,7 @@ def _connect_comparison(wiring: _Wiring, handlers: CompareHandlers) -> None:
 
     inputs = [*wiring.request_parts, *own]
     wiring.on([parts["compare_start"].click], compared, inputs, compare.RESULTS, concurrency_limit=None)
-    wiring.answer(parts["compare_stop"].click, handlers.stop, (), ["queue_note", "problem"], queue=False)
+    wiring.answer(parts["compare_stop"].click, handlers.stop_comparison, (), ["queue_note", "problem"], queue=False)
 
 
 async def paced(by_component: Generator[Changes | None]) -> AsyncGenerator[Changes]:

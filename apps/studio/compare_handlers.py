@@ -81,7 +81,7 @@ class CompareHandlers:
             if key is not None and self._stops.get(key) is stop:
                 del self._stops[key]
 
-    def stop(self, request: gr.Request) -> Changes:
+    def stop_comparison(self, request: gr.Request) -> Changes:
         """Stop the comparison of a page within one step.
 
         Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import html
 import json
 from types import SimpleNamespace
 
@@ -111,7 +113,8 @@ def test_who_may_only_look_changes_nothing_through_the_page(served, tmp_path):
         "load_settings": "picture.png", "take_prompts": "prompts.txt",
     }  # fmt: skip
     problem = next(block for block in page.blocks.values() if block.elem_id == "problem")
-    changing = (*given, "start_from", "inpaint_it", "animate_it", "settled", "stop", "clear")
+    changing = (*given, "start_from", "inpaint_it", "animate_it", "settled", "stop", "clear",
+                "stop_comparison")  # fmt: skip
     asked = [fn for fn in page.fns.values() if fn.name in changing]
     assert len(asked) == len(changing)
     for fn in asked:
@@ -124,6 +127,13 @@ def test_who_may_only_look_changes_nothing_through_the_page(served, tmp_path):
         assert ENGLISH("no_rights") in told[problem], fn.name
     assert list((served.folder / "out" / ".tessera" / "uploads").iterdir()) == []
     assert served.engine.loaded("other") is None
+    compared = next(fn for fn in page.fns.values() if fn.name == "compared")
+
+    async def comparing() -> list[str]:
+        return [str(told) async for told in compared.fn(tab("eve"), *[None] * len(compared.inputs))]
+
+    (refusal,) = asyncio.run(comparing())
+    assert html.escape(ENGLISH("no_rights")) in refusal or ENGLISH("no_rights") in refusal
     source = next(fn for fn in asked if fn.name == "take_source")
     assert told_by(source.fn(tab("ann"), str(tmp_path / "picture.png")), "source-view")
 
