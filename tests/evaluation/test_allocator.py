@@ -25,6 +25,7 @@ sys.stdout.write(str([count() for _ in range(3)][-1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's allocator")
 def test_memory_that_is_used_again_is_not_cleared_again():
     faults = {}

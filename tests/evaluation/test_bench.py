@@ -90,6 +90,7 @@ def test_a_report_keeps_the_runs_of_other_days_and_their_range():
     assert add_run(report(0.8), {"benchmark": "costs"})["ranges"][0]["runs"] == 1
 
 
+@pytest.mark.slow
 def test_clips_report_what_a_cache_saves_and_what_length_costs(tmp_path, capsys):
     folder = str(tmp_path / "tiny")
     tiny_video_pipeline(num_frames=4, window_frames=4, window_overlap=1, num_inference_steps=6).save_pretrained(folder)

@@ -9,6 +9,7 @@ from apps.benchmarks.quantization_quality import _row, _share, likeness
 from apps.benchmarks.run import run
 
 
+@pytest.mark.slow
 def test_it_runs_and_keeps_models_beside_each_other(tmp_path: Path) -> None:
     threads, output = torch.get_num_threads(), tmp_path / "quality.json"
     report = run("quantization-quality", model="stickers", smoke=True, output=output)

@@ -116,6 +116,7 @@ def test_requests_are_the_same_for_the_same_seed(sheet):
         assert {request.scene.kind for request in one} == {prompts.kind}
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_report_and_an_animated_sheet(tmp_path, sheet, capsys):
     pipe: TextToVideoPipeline = tiny_video_pipeline(num_inference_steps=1, num_frames=14)
     folder = tmp_path / "model"
