@@ -504,7 +504,7 @@ def test_the_tab_says_what_is_wrong_in_its_place(tab, settings, changes, said):
 
 
 def test_the_tab_stops_and_starts_again(tab):
-    tab.pipe.at_step = lambda step: tab.handlers.stop(TAB)
+    tab.pipe.at_step = lambda step: tab.handlers.stop_comparison(TAB)
     *_, last = run(tab, "default\nsteps=2")
     assert ENGLISH("stopped") in last["compare_note"]
     assert tab.engine.unfinished("local") == []
