@@ -36,6 +36,12 @@ PROFILE = "balanced"
 """Of the tuner; its goal is `GOAL`."""
 BUDGETS = (0.5, 0.375, 0.25, 0.2, 0.15, 0.125)
 """Of step caches alone."""
+OTHERS: dict[str, dict[str, Any]] = {
+    "guidance cache, every 2": {"guidance_cache": {"every": 2}},
+    "guidance cache, every 3": {"guidance_cache": {"every": 3}},
+    "quantization w8a8": {"quantization": "w8a8"},
+}
+"""Techniques that a tuned profile may not have, each alone."""
 MASKS = ((1, 2), (2, 2), (1, 3), (2, 3), (1, 4), (2, 4), (1, 6))
 """Of cache-dit: steps computed first, and of how many later ones one is computed."""
 STEPS_KEPT = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25)
@@ -159,6 +165,8 @@ def _ways(subject: Subject, smoke: bool) -> Iterator[Way]:
     for budget in BUDGETS[: 1 if smoke else None]:
         config = AccelerationConfig.from_dict({"step_cache": {"preset": "budget", "params": {"budget": budget}}})
         yield Way("one technique", f"step cache, budget {budget:g}", config.apply)
+    for name, part in OTHERS.items():
+        yield Way("one technique", name, AccelerationConfig.from_dict(part).apply)
     steps = _steps(subject.pipe)
     counts = sorted({max(2, round(share * steps)) for share in STEPS_KEPT} - {steps})
     for candidate in baselines.fewer_steps(counts[: 1 if smoke else None]):
