@@ -148,10 +148,11 @@ class Call:
 
 
 def split(values: Values, parts: int) -> list[Values]:
-    """Return the values of each part of a batch: views of tensors (parts * B, ...)."""
+    """Return the values of each part of a batch: views of tensors (parts * B, ...); scalars belong to every part."""
     if parts == 1:
         return [values]
-    return [tuple(pieces) for pieces in zip(*(tensor.chunk(parts) for tensor in values), strict=True)]
+    pieces = [tensor.chunk(parts) if tensor.ndim else (tensor,) * parts for tensor in values]
+    return list(zip(*pieces, strict=True))
 
 
 def join(parts: list[Values]) -> Values:

@@ -13,6 +13,7 @@ from sampling.few_step import few_step, few_step_names
 from sampling.guidance_caching import CachedGuidance, guider_interval
 from sampling.schedulers import FlowMatchAB2Scheduler
 from sampling.step_cache import StepCache
+from sampling.step_cache.call import join, split
 from sampling.step_cache.gates import Mask
 from tests.families.tiny import tiny_pipeline
 from tests.runtime.truth import guided_call
@@ -117,6 +118,15 @@ def test_what_a_step_cache_keeps_of_both_branches_serves_calls_of_one(name: str,
         assert strips["cond"] == alone
         assert all(one in (" ", other) for one, other in zip(strips["uncond"], alone, strict=True))
     assert (both - exact).norm() < 2 * ((cached - exact).norm() + (guided - exact).norm())
+
+
+def test_values_of_both_branches_are_divided_and_joined_again() -> None:
+    values = torch.arange(8.0).view(4, 2), torch.arange(4.0)
+    first, second = split((*values, torch.zeros(())), 2)
+    assert torch.equal(first[0], values[0][:2])
+    assert torch.equal(second[1], values[1][2:])
+    assert first[2].ndim == second[2].ndim == 0, "what stands for a stream that nothing is taken off"
+    assert all(torch.equal(*pair) for pair in zip(join([first[:2], second[:2]]), values, strict=True))
 
 
 def test_refusals() -> None:
