@@ -122,19 +122,18 @@ class Tuner:
         """
         if len({goal.metric for goal in goals.values()}) != 1:
             raise ValueError(f"goals are {list(goals)}; give at least one, all with one metric, psnr or ssim")
-        first = next(iter(goals.values()))
         self._saves_memory = any(goal.saves_memory for goal in goals.values())
         self.budget = Budget(60 * self.minutes)
         self._tell("plain", 0, 1, "plain runs")
         baseline = self._plain()
         singles = self._singles(baseline, self._offer(), goals)
         cost = CostModel(baseline.network_share(), singles)
-        error = ErrorModel(first, singles)
+        error = ErrorModel(next(iter(goals.values())), singles)
         self._pairs(baseline, cost, error, goals)
         self._tell("verify", 0, len(goals), "plain runs of other prompts")
         unseen = Baseline.of(Workload(self.pipe, self.held_out, self.call, self.work.seed + len(self.learned)))
         for goal in goals.values():
-            self._reach(goal, unseen, cost, ErrorModel(goal, singles, error.pairs, error.exact))
+            self._reach(goal, unseen, cost, error)
             self._save()
         for name, goal in goals.items():  # now, because a setting that one goal verified may serve another better
             best = self._best(goal, unseen)
@@ -186,7 +185,7 @@ class Tuner:
             if number and not self.budget.allows(SINGLES):
                 self.record.left_out["time"] = f"{len(offered.candidates) - number} single techniques were not measured"
                 break
-            self._tell("single", number, len(offered.candidates), f"{one.technique} {dict(one.parts)[one.technique]}")
+            self._tell("single", number, len(offered.candidates), f"{one.technique} {one.parts[one.technique]}")
             found = self._measure(one.parts, baseline, "single")
             if _is_end(found, goals):
                 ended.add(one.ladder)
@@ -245,15 +244,16 @@ class Tuner:
             ranked = _ranked(cost, error, goal, offset, self.record.baseline, unseen.seconds())
             open_ones = [(share, keys) for share, keys in ranked if share < limit]
             self._reuse(open_ones, known, cost, error, unseen)
-            fresh = [keys for _, keys in open_ones if key_of(_together(cost.singles, keys)) not in known]
-            if not fresh:
+            fresh = next((one for one in open_ones if key_of(_together(cost.singles, one[1])) not in known), None)
+            if fresh is None:
                 break
-            parts = _together(cost.singles, fresh[0])
+            share, keys = fresh
+            parts = _together(cost.singles, keys)
             self._tell("verify", tried, most, f"{goal.text()}: " + " + ".join(parts))
-            predicted = error.quality(fresh[0])
+            predicted = error.quality(keys)
             measured = self._measure(parts, unseen, "verified")
             tried += 1
-            self._verified.append(Measured(measured, cost.predict(fresh[0]), predicted, tuple(fresh[0])))
+            self._verified.append(Measured(measured, share, predicted, keys))
             if measured.is_useful and measured.values(goal.metric):
                 surprise = measured.quality(goal.metric) - predicted
                 offset = surprise if offset == 0 else (offset + surprise) / 2
@@ -261,18 +261,22 @@ class Tuner:
 
     def _reuse(
         self,
-        ranked: Sequence[tuple[float, Sequence[str]]],
+        ranked: Sequence[tuple[float, tuple[str, ...]]],
         known: set[str],
         cost: CostModel,
         error: ErrorModel,
         unseen: Baseline,
     ) -> None:
-        """Take verifications of an earlier run."""
+        """Take verifications of an earlier run, and add their keys to those that are known."""
+        earlier = {one.key: one for one in self.record.measurements
+                   if one.purpose == "verified" and len(one.psnr) == len(unseen.results)}  # fmt: skip
+        if earlier.keys() <= known:  # as it mostly is; there may be thousands of combinations
+            return
         for share, keys in ranked:
-            found = self.record.found(key_of(_together(cost.singles, keys)), "verified")
-            if found is not None and found.key not in known and len(found.psnr) == len(unseen.results):
-                known.add(found.key)
-                self._verified.append(Measured(found, share, error.quality(keys), tuple(keys)))
+            key = key_of(_together(cost.singles, keys))
+            if key in earlier and key not in known:
+                known.add(key)
+                self._verified.append(Measured(earlier[key], share, error.quality(keys), keys))
 
     def _best(self, goal: Goal, unseen: Baseline) -> Measured | None:
         """Return the verified setting that serves a goal best."""
