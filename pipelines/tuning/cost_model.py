@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 
 from pipelines.tuning.measurement import Measurement
+from pipelines.tuning.pair_factors import PairFactors
 
 CACHE = "step_cache"
 
@@ -25,14 +26,14 @@ class CostModel:
     Attributes:
         network: share of the plain request inside the networks.
         singles: key of the parts -> measurement of one technique.
-        pairs: names of two techniques -> factors on the time of computed calls that were measured.
-        exact: keys of two singles -> the factor of that very pair.
     """
 
     network: float
     singles: Mapping[str, Measurement]
-    pairs: dict[frozenset[str], list[float]] = field(default_factory=dict)
-    exact: dict[frozenset[str], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Begin without factors of pairs, which multiply the time of computed calls."""
+        self._factors = PairFactors({key: technique(one) for key, one in self.singles.items()})
 
     def predict(self, keys: Sequence[str]) -> float:
         """Return the time of a combination as a share of the plain request's.
@@ -41,9 +42,8 @@ class CostModel:
             keys: of singles, one a technique.
         """
         inside, forecasts = self._inside(keys)
-        outside = (1 - self.network) + sum(self._outside_change(self.singles[key]) for key in keys)
         factor = math.prod(self.factor(first, second) for first, second in combinations(keys, 2))
-        return max(outside, 0.0) + inside * factor + forecasts
+        return self._outside(keys) + inside * factor + forecasts
 
     def learn(self, keys: Sequence[str], measured: Measurement) -> None:
         """Learn the factor of a pair from a measurement of both together.
@@ -53,12 +53,9 @@ class CostModel:
             measured: of both.
         """
         inside, forecasts = self._inside(keys)
-        names = frozenset(technique(self.singles[key]) for key in keys)
-        outside = max((1 - self.network) + sum(self._outside_change(self.singles[key]) for key in keys), 0.0)
-        found = (measured.share - outside - forecasts) / inside if inside > 0 else 1.0
-        found = min(max(found, 0.25), 4.0)
-        self.pairs.setdefault(names, []).append(found)
-        self.exact[frozenset(keys)] = found
+        found = (measured.share - self._outside(keys) - forecasts) / inside if inside > 0 else 1.0
+        first, second = keys
+        self._factors.learn(first, second, min(max(found, 0.25), 4.0))
 
     def factor(self, first: str, second: str) -> float:
         """Return how many times as long two techniques take together as the product says; 1 where not measured.
@@ -67,12 +64,7 @@ class CostModel:
             first: key of a single.
             second: key of another.
         """
-        exact = self.exact.get(frozenset((first, second)))
-        if exact is not None:
-            return exact
-        names = frozenset((technique(self.singles[first]), technique(self.singles[second])))
-        known = self.pairs.get(names)
-        return math.exp(sum(map(math.log, known)) / len(known)) if known else 1.0
+        return self._factors.of(first, second)
 
     def _inside(self, keys: Sequence[str]) -> tuple[float, float]:
         """Return the shares of computed calls, by the product, and of forecasts."""
@@ -86,9 +78,11 @@ class CostModel:
                 inside *= one.network_share / self.network
         return inside, forecasts
 
-    def _outside_change(self, one: Measurement) -> float:
-        """Return by how much a technique changes the time outside the networks."""
-        return (one.share - one.network_share) - (1 - self.network)
+    def _outside(self, keys: Sequence[str]) -> float:
+        """Return the share outside the networks: that of the plain request, and what each technique changes of it."""
+        plain = 1 - self.network
+        singles = (self.singles[key] for key in keys)
+        return max(plain + sum((one.share - one.network_share) - plain for one in singles), 0.0)
 
 
 def technique(single: Measurement) -> str:

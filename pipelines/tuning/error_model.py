@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 
 from pipelines.tuning.cost_model import technique
 from pipelines.tuning.goals import Goal
 from pipelines.tuning.measurement import Measurement
+from pipelines.tuning.pair_factors import PairFactors
 
 
 @dataclass
@@ -22,16 +23,16 @@ class ErrorModel:
     """Errors of techniques for one metric, by prompt.
 
     Attributes:
-        goal: says which metric, and how its values become errors that add.
+        goal: says which metric, and how its values become errors that add; its threshold means nothing here.
         singles: key of the parts -> measurement of one technique.
-        pairs: names of two techniques -> factors on the sum of their errors that were measured.
-        exact: keys of two singles -> the factor of that very pair.
     """
 
     goal: Goal
     singles: Mapping[str, Measurement]
-    pairs: dict[frozenset[str], list[float]] = field(default_factory=dict)
-    exact: dict[frozenset[str], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Begin without factors of pairs, which multiply the sum of their errors."""
+        self._factors = PairFactors({key: technique(one) for key, one in self.singles.items()})
 
     def predict(self, keys: Sequence[str]) -> tuple[float, ...]:
         """Return the value of the metric that is expected of each prompt.
@@ -40,11 +41,13 @@ class ErrorModel:
             keys: of singles, one a technique.
         """
         tables = [self._errors(self.singles[key]) for key in keys]
+        pairs = list(combinations(range(len(keys)), 2))
+        factors = [self.factor(keys[first], keys[second]) for first, second in pairs]
         found = []
         for errors in zip(*tables, strict=True):
             total = sum(errors)
-            for (first, one), (second, other) in combinations(zip(keys, errors, strict=True), 2):
-                total += (self.factor(first, second) - 1) * (one + other)
+            for (first, second), factor in zip(pairs, factors, strict=True):
+                total += (factor - 1) * (errors[first] + errors[second])
             found.append(self.goal.value(max(total, 0.25 * max(errors))))
         return tuple(found)
 
@@ -65,10 +68,8 @@ class ErrorModel:
             max(found, 1e-12) / max(total, 1e-12) for found, total in zip(self._errors(measured), sums, strict=False)
         ]
         factor = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        factor = min(max(factor, 0.1), 100.0)
-        names = frozenset(technique(self.singles[key]) for key in keys)
-        self.pairs.setdefault(names, []).append(factor)
-        self.exact[frozenset(keys)] = factor
+        first, second = keys
+        self._factors.learn(first, second, min(max(factor, 0.1), 100.0))
 
     def factor(self, first: str, second: str) -> float:
         """Return the measured factor of two techniques on the sum of their errors; 1 where none was measured.
@@ -77,12 +78,7 @@ class ErrorModel:
             first: key of a single.
             second: key of another.
         """
-        exact = self.exact.get(frozenset((first, second)))
-        if exact is not None:
-            return exact
-        names = frozenset((technique(self.singles[first]), technique(self.singles[second])))
-        known = self.pairs.get(names)
-        return math.exp(sum(map(math.log, known)) / len(known)) if known else 1.0
+        return self._factors.of(first, second)
 
     def _errors(self, one: Measurement) -> list[float]:
         return [self.goal.distortion(value) for value in one.values(self.goal.metric)]
