@@ -16,13 +16,9 @@ say nothing.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,8 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apps.benchmarks.next_scale import Asked
+from apps.benchmarks.on_gpu import Rows, fill_tables, find_device, run_in_interpreter
 from apps.environment import describe_machine
-from apps.service.usage import UsageError
 from dit.attention import BlockMap, TokenGrid, pattern
 from dit.attention.block_map import TokenRule, make_block_map
 from dit.attention.corrections.pooled import pooled_tail
@@ -94,16 +90,10 @@ def bench_attention_gpu(asked: Asked) -> dict[str, Any]:
     Raises:
         UsageError: no triton, or no GPU.
     """
-    if find_spec("triton") is None:
-        raise UsageError(
-            "attention-gpu needs triton, which is not installed; install the extra: pip install 'tessera[triton]'"
-        )
-    device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        return _run(_small(device) if asked.smoke else Scale(device, repeats=min(asked.repeats, 5)))
-    if not asked.smoke:
-        raise UsageError(f"attention-gpu needs a CUDA device, got {device.type}; --smoke shows anywhere that it runs")
-    return _in_interpreter()
+    device = find_device(asked, "attention-gpu")
+    if device.type != "cuda":
+        return run_in_interpreter(__name__)
+    return _run(_small(device) if asked.smoke else Scale(device, repeats=min(asked.repeats, 5)))
 
 
 def _small(device: torch.device) -> Scale:
@@ -113,43 +103,21 @@ def _small(device: torch.device) -> Scale:
     )  # fmt: skip
 
 
-def _in_interpreter() -> dict[str, Any]:
-    """Run the smoke test in another process: the variable must be set before triton is imported."""
-    command = [sys.executable, "-m", "apps.benchmarks.attention_gpu"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"the benchmark failed in Triton's interpreter: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def _run(scale: Scale) -> dict[str, Any]:
     """Fill the tables, until the time is over."""
-    begun = time.monotonic()
     dtype = torch.bfloat16 if scale.device.type == "cuda" else torch.float32
     tables: dict[str, list[dict[str, Any]]] = {"checks": [], "dense": [], "sparse": [], "eight bits": []}
-    left_out: list[str] = []
-    parts: list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]] = [
-        ("checks", lambda: check_rows(scale)),
-        ("dense", lambda: dense_rows(scale, dtype)),
-        ("sparse", lambda: sparse_rows(scale, dtype, _best(tables["dense"]))),
-        ("eight bits", lambda: eight_bit_rows(scale, dtype, _best(tables["dense"]))),
-    ]
-    with torch.no_grad():
-        for name, rows in parts:
-            for row in rows():
-                tables[name].append(row)
-                if time.monotonic() - begun > SECONDS:
-                    left_out.append(f"the rest of {name!r} and what follows: {SECONDS:.0f} s are over")
-                    break
-            if left_out:
-                break
+    parts: dict[str, Callable[[], Rows]] = {
+        "checks": lambda: check_rows(scale),
+        "dense": lambda: dense_rows(scale, dtype),
+        "sparse": lambda: sparse_rows(scale, dtype, _best(tables["dense"])),
+        "eight bits": lambda: eight_bit_rows(scale, dtype, _best(tables["dense"])),
+    }
+    spent = fill_tables(tables, parts, SECONDS)
     return {
         "machine": describe_machine(scale.device, dtype),
         "shape": {"tokens": scale.grid[0] * scale.grid[1] * scale.grid[2], "heads": scale.heads, "width": scale.width},
-        "seconds in all": round(time.monotonic() - begun, 1),
-        "left out": left_out,
+        **spent,
         "tables": {name: rows for name, rows in tables.items() if rows},
     }
 

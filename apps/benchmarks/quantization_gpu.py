@@ -18,14 +18,10 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.benchmarks.next_scale import Asked
+from apps.benchmarks.on_gpu import Rows, fill_tables, find_device, run_in_interpreter
 from apps.benchmarks.quantization import Block, make_block
 from apps.environment import describe_machine
-from apps.service.usage import UsageError
 from dit.quant.activations import quantize_rows
 from dit.quant.formats import grouped, weight_format
 from dit.quant.formats.packing import int4_to_int8
@@ -95,18 +91,10 @@ def bench_quantization_gpu(asked: Asked) -> dict[str, Any]:
     Raises:
         UsageError: no triton, or no GPU.
     """
-    if find_spec("triton") is None:
-        raise UsageError(
-            "quantization-gpu needs triton, which is not installed; install the extra: pip install 'tessera[triton]'"
-        )
-    device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        return _run(_small(device) if asked.smoke else Sizes(device, repeats=min(asked.repeats, 5)))
-    if not asked.smoke:
-        raise UsageError(
-            f"quantization-gpu needs a CUDA device, got {device.type}; --smoke shows anywhere that it runs"
-        )
-    return _in_interpreter()
+    device = find_device(asked, "quantization-gpu")
+    if device.type != "cuda":
+        return run_in_interpreter(__name__)
+    return _run(_small(device) if asked.smoke else Sizes(device, repeats=min(asked.repeats, 5)))
 
 
 def _small(device: torch.device) -> Sizes:
@@ -114,42 +102,16 @@ def _small(device: torch.device) -> Sizes:
     return Sizes(device, dtype, ((20, 64, 32),), 1, is_small=True)
 
 
-def _in_interpreter() -> dict[str, Any]:
-    """Run the smoke test in another process: the variable must be set before triton is imported."""
-    command = [sys.executable, "-m", "apps.benchmarks.quantization_gpu"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"the benchmark failed in Triton's interpreter: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def _run(sizes: Sizes) -> dict[str, Any]:
     """Fill the tables, until the time is over."""
-    begun = time.monotonic()
     tables: dict[str, list[dict[str, Any]]] = {}
-    left_out: list[str] = []
-    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+    parts: dict[str, Callable[[], Rows]] = {
         "checks": lambda: check_rows(sizes),
         "linear layers": lambda: layer_rows(sizes),
         "blocks": lambda: block_rows(sizes),
     }
-    with torch.no_grad():
-        for name, rows in parts.items():
-            for row in rows():
-                tables.setdefault(name, []).append(row)
-                if time.monotonic() - begun > SECONDS:
-                    left_out.append(f"the rest of {name!r} and what follows: {SECONDS:.0f} s are over")
-                    break
-            if left_out:
-                break
-    return {
-        "machine": describe_machine(sizes.device, sizes.dtype),
-        "seconds in all": round(time.monotonic() - begun, 1),
-        "left out": left_out,
-        "tables": tables,
-    }
+    spent = fill_tables(tables, parts, SECONDS)
+    return {"machine": describe_machine(sizes.device, sizes.dtype), **spent, "tables": tables}
 
 
 # ---------------------------------------------------------------------------------------- checks

@@ -42,7 +42,7 @@ def test_without_a_gpu_only_the_smoke_test_runs():
 
 
 def test_triton_is_named_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(quantization_gpu, "find_spec", lambda name: None)
+    monkeypatch.setattr("apps.benchmarks.on_gpu.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"tessera\[triton\]"):
         run("quantization-gpu", device="cpu", smoke=True)
 
