@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -109,17 +110,19 @@ def read_settings(texts: Sequence[str], axes: Sequence[Axis] = (), *, may_read_f
         may_read_files: see `read_setting`.
 
     Raises:
-        RequestError: fewer than two settings, or too many.
+        RequestError: fewer than two settings, or too many; an option varied twice.
         OSError: a file can't be read.
     """
+    if len({axis.name for axis in axes}) < len(axes):
+        raise RequestError("grid.twice", "An option is varied twice; vary each once, with all of its values.")
+    bases = len(texts) or bool(axes)
+    count = (2 if bases == 1 and not axes else bases) * math.prod(len(axis.values) for axis in axes)
+    if not 2 <= count <= MOST:  # before anything is made: combinations grow exponentially with the axes
+        raise RequestError("compare.count", f"{count} settings are compared; give 2 to {MOST}.", value=count, most=MOST)
     found = [read_setting(text, may_read_files=may_read_files) for text in texts]
     if len(found) == 1 and not axes:
         found.insert(0, Setting(DEFAULT))
     found = [_combined(one, axes, values) for one in found or [Setting("")] for values in _combinations(axes)]
-    if not 2 <= len(found) <= MOST:
-        raise RequestError(
-            "compare.count", f"{len(found)} settings are compared; give 2 to {MOST}.", value=len(found), most=MOST
-        )
     return _distinct(found)
 
 

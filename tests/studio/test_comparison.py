@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from apps.cli import main
 from apps.service import comparison as comparison_module
+from apps.service import comparison_settings
 from apps.service import engine as engine_module
 from apps.service.comparison import (
     Comparison,
@@ -170,6 +171,23 @@ def test_lists_and_grids_of_settings():
     for texts in ([], ["x: steps=1"] * (MOST + 1)):
         with pytest.raises(RequestError, match=f"give 2 to {MOST}"):
             read_settings(texts)
+
+
+def test_too_many_settings_are_refused_before_one_is_made(monkeypatch):
+    def made(*args, **names):
+        raise AssertionError("a setting was made although there are too many")
+
+    monkeypatch.setattr(comparison_settings, "_combinations", made)
+    monkeypatch.setattr(comparison_settings, "read_setting", made)
+    many = {"steps": "1,2,3,4,5,6,7,8", "guidance": "1,2,3,4,5,6,7,8", "temperature": "1,2", "top_k": "1,2"}
+    lines = [f"vary {name}={values}" for name, values in many.items()]
+    for settings, said in (
+        ("\n".join(lines), "256 settings"),
+        ("default\n" * 20_000, "20000 settings"),
+        ("vary steps=1,2\n" * 5_000, "varied twice"),  # 2 ** 5000 combinations
+    ):
+        with pytest.raises(RequestError, match=said):
+            settings_of({"compare_settings": settings})
 
 
 def test_a_plan_changes_what_a_setting_says_and_nothing_else():
