@@ -154,13 +154,15 @@ def _collect(media_type: str, parts: Iterator[Part]) -> Embedded:
 
 
 def _png_parts(file: BinaryIO) -> Iterator[Part]:
-    position = 8
+    position, has_met_xmp = 8, False
     while True:
         file.seek(position)
         length, kind = struct.unpack(">I4s", file.read(8))
         position += 12 + length
-        if kind == b"iTXt" and length <= MAX_PACKET + 512:
-            yield _itxt_packet(file.read(length)), False
+        if kind == b"iTXt" and not has_met_xmp and length <= MAX_PACKET + 512:
+            data = file.read(length)
+            has_met_xmp = data.startswith(PNG_KEYWORD.encode() + b"\x00")  # a file has one; many would take long
+            yield _itxt_packet(data), False
         elif kind == b"caBX":
             yield MANIFEST
         else:

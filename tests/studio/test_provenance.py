@@ -330,6 +330,17 @@ def test_broken_files_end_the_search(tmp_path):
     assert xmp.find_embedded(tmp_path / "bomb.png").packet is None
 
 
+def test_one_compressed_packet_of_a_file_is_unpacked(tmp_path, monkeypatch):
+    many, unpacked = PngImagePlugin.PngInfo(), []
+    for _ in range(50):
+        many.add_itxt(xmp.PNG_KEYWORD, " " * 100_000, zip=True)
+    FRAMES[0].save(tmp_path / "many.png", pnginfo=many)
+    unpack = xmp._itxt_packet
+    monkeypatch.setattr(xmp, "_itxt_packet", lambda data: unpacked.append(data) or unpack(data))
+    assert xmp.find_embedded(tmp_path / "many.png").packet is None
+    assert len(unpacked) == 1, "a file of some megabytes would keep a processor busy for a quarter of a minute"
+
+
 # ---------------------------------------------------------------------------- signed
 
 
