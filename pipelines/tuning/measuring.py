@@ -12,7 +12,7 @@ from typing import Any
 from dit.runtime.hooks import AttachError
 from pipelines.acceleration import AccelerationConfig, AccelerationError, AccelerationReport
 from pipelines.tuning.measurement import Measurement
-from pipelines.tuning.memory import modules_of, resident_bytes, weight_bytes, working_memory
+from pipelines.tuning.memory import resident_bytes, weight_bytes, working_memory
 from pipelines.tuning.workload import Result, Times, Workload, similarity
 
 SLOWER = 1.1
@@ -61,7 +61,7 @@ class Baseline:
         with working_memory(work.device) as used:
             work.generate(0)
         results = [work.generate(index) for index in range(len(work.prompts))]
-        return cls(work, results, used.size, weight_bytes(modules_of(work.pipe)))
+        return cls(work, results, used.size, weight_bytes(work.pipe))
 
     def again(self) -> list[Times]:
         """Run the timed prompts plainly once more; what is known already is returned where requests take long."""

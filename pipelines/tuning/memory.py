@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import nn
 
+from dit.runtime.timing import count_bytes
 from pipelines.loading.memory import peak_memory
 
 _FORGET_PEAK = Path("/proc/self/clear_refs")
@@ -54,18 +55,12 @@ def _forget_peak() -> bool:
     return True
 
 
-def weight_bytes(modules: Iterable[nn.Module]) -> int:
-    """Return the bytes of all weights of modules, each counted once."""
-    tensors = {
-        (tensor.device, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
-        for module in modules
-        for tensor in (*module.parameters(), *module.buffers())
-    }
-    return sum(tensors.values())
+def weight_bytes(pipe: Any) -> int:
+    """Return the bytes of all weights of a pipeline's networks, each counted once."""
+    return count_bytes(nn.ModuleList(_networks(pipe)))
 
 
-def modules_of(pipe: Any) -> list[nn.Module]:
-    """Return the networks of a pipeline."""
+def _networks(pipe: Any) -> list[nn.Module]:
     return [part for part in pipe.components.values() if isinstance(part, nn.Module)]
 
 
@@ -85,6 +80,6 @@ def resident_bytes(pipe: Any, plain: int, report: Iterable[Mapping[str, Any]]) -
         if one["part"] == "quantization":
             size -= (values["before_mib"] - values["after_mib"]) * MIB
         if one["part"] == "offload":  # one component at a time, or a few of its layers
-            largest = max(weight_bytes([part]) for part in modules_of(pipe))
+            largest = max(map(count_bytes, _networks(pipe)))
             size = largest if values["mode"] == "model" else largest / 4
     return round(size)
