@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
-from torch import nn
 
 from dit.runtime.families import call_family_of
-from dit.runtime.hooks import find_networks
-from pipelines.tuning.workload import Workload
+from pipelines.tuning.workload import Workload, first_network_call
 
 
 def tokens_of(work: Workload) -> int | None:
@@ -18,21 +14,11 @@ def tokens_of(work: Workload) -> int | None:
     Args:
         work: makes one request.
     """
-    found: list[int] = []
-    network = next(iter(find_networks(work.pipe).values()))
-
-    def note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if found:
-            return
-        family = call_family_of(model)
-        try:
-            found.append(math.prod(family.token_grid(model, family.bind(model, args, kwargs)).grid))
-        except (ValueError, TypeError, KeyError):  # an unknown family; then no pattern is tried, and the record says so
-            found.append(0)
-
-    handle = network.register_forward_pre_hook(note, with_kwargs=True)
+    seen = first_network_call(work)
+    if seen is None:
+        return None
+    family = call_family_of(seen.network)
     try:
-        work.generate(0)
-    finally:
-        handle.remove()
-    return found[0] if found and found[0] else None
+        return math.prod(family.token_grid(seen.network, family.bind(seen.network, seen.args, seen.kwargs)).grid)
+    except (ValueError, TypeError, KeyError):  # an unknown family; then no pattern is tried, and the record says so
+        return None

@@ -153,6 +153,45 @@ class Workload:
         return {**made, **self.call}
 
 
+@dataclass(frozen=True, slots=True)
+class NetworkCall:
+    """How the denoising network is called.
+
+    Attributes:
+        network: the first one of the pipeline.
+        args: positional arguments.
+        kwargs: the others.
+    """
+
+    network: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def first_network_call(work: Workload) -> NetworkCall | None:
+    """Make one request, and return how it calls the network first; None where it isn't called as a module.
+
+    Args:
+        work: its pipeline and prompts.
+
+    Raises:
+        AttachError: the pipeline has no network that denoises.
+    """
+    network = next(iter(find_networks(work.pipe).values()))
+    found: list[NetworkCall] = []
+
+    def note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not found:
+            found.append(NetworkCall(model, args, kwargs))
+
+    handle = network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        work.generate(0)
+    finally:
+        handle.remove()
+    return found[0] if found else None
+
+
 def similarity(result: Tensor, reference: Tensor) -> dict[Metric, float]:
     """Return PSNR (decibels, at most `EXACT_DB`) and SSIM of the pixels (F, 3, H, W) of two results.
 
