@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from pipelines.tuning.progress import Progress
     from pipelines.tuning.record import Choice, TuningRecord
     from pipelines.tuning.tuner import Tuner
-
-FASTER = 0.95
-"""Of the time of a network call: another data type that takes less is taken, where none was asked for."""
 
 
 def tune(
@@ -133,8 +131,8 @@ def _call(pipe: Any, steps: int | None, guidance: float | None) -> dict[str, Any
 
 
 def _faster_dtype(pipe: Any, wanted: list[Any] | None, call: Mapping[str, Any]) -> str | None:
-    """Return another data type in which the network is faster, if there is one."""
-    from pipelines.tuning.breakdown import other_dtype
+    """Return the other usual data type where the network is faster in it by more than what `FASTER` says."""
+    from pipelines.tuning.breakdown import FASTER, other_dtype
     from pipelines.tuning.speed_up import usual_prompts_of
     from pipelines.tuning.workload import Workload
 
@@ -185,8 +183,13 @@ def _status(progress: Progress) -> Group:
     return Group(Text(line), _table(progress.front)) if progress.front else Group(Text(line))
 
 
-def _table(choices: Any, names: Mapping[int, str] | None = None) -> Table:
-    """Return settings as a table, the fastest first."""
+def _table(choices: Sequence[Choice], names: Sequence[str] = ()) -> Table:
+    """Return verified settings as a table.
+
+    Args:
+        choices: in the order of the rows.
+        names: of the goals that they were chosen for; () leaves the column out.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -199,10 +202,10 @@ def _table(choices: Any, names: Mapping[int, str] | None = None) -> Table:
             f"{one.predicted_gain:.2f}x",
             _likeness(one.metric, one.quality.get(one.metric)),
             _likeness(one.metric, one.predicted_quality),
-            f"{one.memory / 2**20:.0f} MiB",
+            f"{(one.memory or 0) / 2**20:.0f} MiB",
             _setting(one),
         ]
-        table.add_row(*map(Text, cells), *([names.get(number, "")] if names else []))
+        table.add_row(*map(Text, cells), *names[number : number + 1])
     return table
 
 
@@ -214,8 +217,6 @@ def _likeness(metric: str, value: float | None) -> str:
 
 def _setting(choice: Choice) -> str:
     """Return the parts of a setting in one line."""
-    import json
-
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in choice.parts.items())
 
 
@@ -223,10 +224,8 @@ def _show(record: TuningRecord, path: Path, goals: Mapping[str, Goal], json_outp
     """Print what was found.
 
     Raises:
-        UsageError: no setting reaches the first goal.
+        ValueError: no setting reaches the first goal.
     """
-    import json
-
     from rich.console import Console
 
     console = Console()
@@ -262,7 +261,7 @@ def _show_tables(record: TuningRecord, console: Console) -> None:
     choices = list(record.profiles.values())
     if choices:
         console.print("settings for goals:")
-        console.print(_table(choices, dict(enumerate(record.profiles))))
+        console.print(_table(choices, list(record.profiles)))
         for note in notes_on(Found(choices[0], "", record), {}):
             console.print(f"  {note}", markup=False, highlight=False)
     console.print("settings that no other dominates:")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.acceleration import AccelerationReport
+from pipelines.tuning.breakdown import FASTER
 from pipelines.tuning.profiles import Found
 from pipelines.tuning.solvers import winner
 
@@ -84,7 +85,7 @@ class SpeedUpReport:
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
                  for row in rows]  # fmt: skip
-        lines.insert(1, "-" * max(len(line) for line in lines[:1]))
+        lines.insert(1, "-" * len(lines[0]))
         return "\n".join([*lines, *(f"note: {one}" for one in self.notes)])
 
     def _gains(self, name: str) -> tuple[str, str]:
@@ -98,12 +99,10 @@ class SpeedUpReport:
             return "likeness to the plain run not verified"
         parts = []
         for name, value in self.quality.items():
-            unit = " dB" if name == "psnr" else ""
+            digits, unit = (1, " dB") if name == "psnr" else (3, "")
             promised = self.predicted_quality.get(name)
-            said = (
-                "" if promised is None else f" (predicted {promised:.1f})" if unit else f" (predicted {promised:.3f})"
-            )
-            parts.append(f"{name} {value:.1f}{unit}{said}" if unit else f"{name} {value:.3f}{said}")
+            said = "" if promised is None else f" (predicted {promised:.{digits}f})"
+            parts.append(f"{name} {value:.{digits}f}{unit}{said}")
         return ", ".join(parts) + " to the plain run"
 
 
@@ -124,7 +123,7 @@ def notes_on(found: Found | None, measured: Mapping[str, float]) -> tuple[str, .
     if found.record is None:
         return tuple(notes)
     other = found.record.baseline.get("other_dtype") or {}
-    if other and other["ratio"] < 0.95:
+    if other and other["ratio"] < FASTER:
         notes.append(f"in {other['dtype']} a network call takes {other['ratio']:.2f} of the time: load the model in it")
     if choice.gain is not None:
         rival = winner(found.record.solvers, choice.quality.get("psnr", 100.0), 1 / choice.gain)
