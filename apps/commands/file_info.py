@@ -14,7 +14,7 @@ from rich.table import Table
 from apps.service.content_credentials import Credentials
 from apps.service.media import read_mp4
 from apps.service.metadata import MetadataError, PictureSettings, read_picture
-from apps.service.provenance import FileOrigin, Provenance, read_origin
+from apps.service.provenance import UNPRINTABLE, FileOrigin, Provenance, read_origin
 from apps.service.usage import UsageError
 
 SHOWN = ("prompt", "negative_prompt", "label", "seed", "width", "height", "frames", "fps", "steps", "guidance",
@@ -38,7 +38,7 @@ def run(file: Path, json_output: bool = False) -> None:
         raise UsageError(f"{str(file)!r} can't be read: {error.strerror or error}.") from error
     settings, why_none = _settings(file)
     if json_output:
-        Console(soft_wrap=True).print_json(json.dumps(_values(file, origin, settings, why_none)))
+        Console(soft_wrap=True).print_json(json.dumps(_values(file, origin, settings, why_none)), ensure_ascii=True)
         return
     console = Console(soft_wrap=True)
     table = Table.grid(padding=(0, 2))
@@ -54,7 +54,12 @@ def rows(origin: FileOrigin, settings: PictureSettings | None, why_none: str) ->
         return {**found, "settings": why_none}
     values = settings.model_dump(mode="json")
     shown = {name: values[name] for name in SHOWN if values.get(name) not in (None, "")}
-    return {**found, **{name.replace("_", " "): " ".join(str(value).split()) for name, value in shown.items()}}
+    return {**found, **{name.replace("_", " "): _printable(value) for name, value in shown.items()}}
+
+
+def _printable(value: object) -> str:
+    """Return a value of a file on one line, without characters that a terminal obeys."""
+    return UNPRINTABLE.sub("", " ".join(str(value).split()))
 
 
 def origin_sentence(origin: FileOrigin) -> str:

@@ -474,6 +474,17 @@ def test_info_of_foreign_files_says_what_is_missing(tmp_path, capsys):
         assert said in capsys.readouterr().out
 
 
+def test_info_prints_nothing_that_a_terminal_obeys(tmp_path, capsys):
+    hostile = SETTINGS.model_copy(update={"prompt": "a fox\x1b[2J\x1b]0;x\x07 \x9b31m\u202e end", "model": "m\x1b[31m"})
+    save_picture(FRAMES[0], tmp_path / "a.png", hostile)
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit):
+            main(["info", str(tmp_path / "a.png"), *more])
+        said = capsys.readouterr().out
+        assert "a fox" in said
+        assert not set(said) & set("\x1b\x07\x9b\u202e")
+
+
 def test_each_state_of_a_signature_has_its_sentence():
     states = [Credentials(state, "S", problems=("p.q",)) for state in ("trusted", "valid", "invalid", "unchecked")]
     for language in ("en", "zh"):
