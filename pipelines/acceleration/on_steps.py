@@ -97,10 +97,9 @@ class StepCacheSwitch(Switch[StepCachePart]):
         return carried_profile(found, self.networks().values())
 
     def _beside_model(self, file: str) -> Path:
-        """Return a file, looked for in the model's folder where the working directory has none of this name."""
-        folder = getattr(self.pipe, "name_or_path", None)
-        beside = Path(folder or ".") / file
-        return beside if folder and not Path(file).is_file() and beside.is_file() else Path(file)
+        """Return a file: a bare name means one of the model's folder, if it has one of this name."""
+        beside = Path(getattr(self.pipe, "name_or_path", None) or ".") / file
+        return beside if Path(file).name == file and beside.is_file() else Path(file)
 
     def report(self) -> PartReport:
         """Report what the part did, or why it did nothing."""

@@ -229,7 +229,8 @@ class StepCachePart(Part):
 
     Attributes:
         preset: one of `sampling.step_cache.PRESETS`.
-        params: of the preset; `profile` is a file, also of the model's folder, by default its usual one.
+        params: of the preset; `profile` is a file, by default the usual one of the model's folder. A bare name means a
+            file of that folder if there is one, `./name` one of the working directory.
     """
 
     main: ClassVar[str | None] = "preset"

@@ -1,6 +1,8 @@
 """Accelerations on our pipelines and diffusers': the output changes as it should, the report says so, undo is exact."""
 
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from dit.runtime.hooks import attachments
 from dit.tokenizers import MultiScaleVQ
 from pipelines import NextScaleClassToImagePipeline
 from pipelines.acceleration import AccelerationConfig, AccelerationError
+from pipelines.acceleration.on_steps import StepCacheSwitch
+from pipelines.acceleration.parts import StepCachePart
 from pipelines.acceleration.texts import ENGLISH
 from sampling.guidance_caching import CachedGuidance
 from sampling.scale_acceleration import ScaleAcceleration
@@ -101,6 +105,22 @@ def test_step_cache(name: str) -> None:
     assert part.is_active
     assert 0 < part.values["skipped"] < part.values["called"]
     assert all("." in strip for strip in part.values["strip"].values())
+
+
+def test_a_bare_name_of_a_profile_means_one_of_the_models_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A setting that ships with a model must not find another file because of where it is used."""
+    model, here = tmp_path / "model", tmp_path / "here"
+    for folder in (model, here):
+        folder.mkdir()
+        (folder / "own.safetensors").write_bytes(b"")
+    monkeypatch.chdir(here)
+    pipe = SimpleNamespace(name_or_path=str(model))
+    switch = StepCacheSwitch(StepCachePart.of("budget", 0.5), pipe, {})
+    assert switch._beside_model("own.safetensors") == model / "own.safetensors"
+    assert switch._beside_model("./own.safetensors").resolve() == here / "own.safetensors"
+    assert switch._beside_model("missing.safetensors") == Path("missing.safetensors")
 
 
 @pytest.mark.parametrize("name", GUIDED)
