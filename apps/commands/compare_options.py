@@ -4,13 +4,12 @@ It only parses, as `apps.commands.generate_options` does, which says how options
 """
 
 import functools
-import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from apps.commands.generate_options import PANELS, derived_parameter, panel_of
+from apps.commands.generate_options import PANELS, command_of
 from apps.commands.given_options import DERIVED
 from apps.commands.shared_options import BASE_HELP, Device, Json, ModelName, Offload, Precision
 from apps.service.panels import COUNT, EDITING, MEASURED, OUTPUT, PROMPT
@@ -94,17 +93,7 @@ def compare(
     run(options, settings or [], vary or [], runs, output, device_options, json_output)
 
 
-def _signature() -> inspect.Signature:
-    """Return the signature that Typer reads: the parameters above and the derived ones, panel by panel."""
-    own = [one for one in inspect.signature(compare).parameters.values() if one.kind is not one.VAR_KEYWORD]
-    derived = [derived_parameter(name) for name in DERIVED if name not in LEFT_OUT]
-    return inspect.Signature(sorted([*own, *derived], key=lambda one: ORDER.index(panel_of(one))))
-
-
 @functools.cache
 def build_command() -> Any:
     """Return the command, with all of its parameters."""
-    compare.__signature__ = _signature()  # type: ignore[attr-defined]
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    app.command(name="compare", context_settings={"help_option_names": ["-h", "--help"]})(compare)
-    return typer.main.get_command(app)
+    return command_of(compare, (name for name in DERIVED if name not in LEFT_OUT), ORDER)

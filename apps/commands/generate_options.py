@@ -6,6 +6,7 @@ options bring pydantic along.
 
 import functools
 import inspect
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -171,11 +172,21 @@ def generate(
     run_batch(batch, folder, options, device_options, json_output, keep_settings, sidecar)
 
 
-def _signature() -> inspect.Signature:
-    """Return the signature that Typer reads: the parameters above and the derived ones, panel by panel."""
-    own = [one for one in inspect.signature(generate).parameters.values() if one.kind is not one.VAR_KEYWORD]
-    derived = [derived_parameter(name) for name in DERIVED]
-    return inspect.Signature(sorted([*own, *derived], key=lambda one: PANELS.index(panel_of(one))))
+def command_of(function: Callable[..., None], derived: Iterable[str], panels: Sequence[str]) -> Any:
+    """Return the command of a function that takes derived options as keyword arguments.
+
+    Args:
+        function: with parameters of its own, as Typer reads them, and `**derived`.
+        derived: names of the options that become parameters too.
+        panels: of the help, in order.
+    """
+    own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
+    parameters = [*own, *map(derived_parameter, derived)]
+    ordered = sorted(parameters, key=lambda one: panels.index(panel_of(one)))
+    function.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app.command(name=function.__name__, context_settings={"help_option_names": ["-h", "--help"]})(function)
+    return typer.main.get_command(app)
 
 
 def derived_parameter(name: str) -> inspect.Parameter:
@@ -207,7 +218,4 @@ def panel_of(one: inspect.Parameter) -> str:
 @functools.cache
 def build_command() -> Any:
     """Return the command, with all of its parameters."""
-    generate.__signature__ = _signature()  # type: ignore[attr-defined]
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    app.command(name="generate", context_settings={"help_option_names": ["-h", "--help"]})(generate)
-    return typer.main.get_command(app)
+    return command_of(generate, DERIVED, PANELS)
