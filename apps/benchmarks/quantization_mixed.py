@@ -40,8 +40,7 @@ Choices = Mapping[str, str]
 
 def bench_mixed(asked: Asked) -> dict[str, Any]:
     """Measure one model: minutes with one thread; the likeness is the PSNR to the plain network in bfloat16."""
-    torch.set_grad_enabled(False)
-    try:
+    with torch.no_grad():
         subject = Subject.load(asked)
         base, calibration = subject.generate(), subject.calibrate()
         rows = mixed_rows(
@@ -52,8 +51,6 @@ def bench_mixed(asked: Asked) -> dict[str, Any]:
             seed=CALIBRATION_SEED,
             budgets=BUDGETS[: 1 if asked.smoke else None],
         )
-    finally:
-        torch.set_grad_enabled(True)
     return {
         "machine": describe_machine(torch.device(subject.pipe.device), torch.bfloat16),
         "model": asked.model or "stickers",

@@ -85,7 +85,7 @@ def bench_speed_up(asked: Asked) -> dict[str, Any]:
 
 
 def _faster_dtype(subject: Subject, repeats: int) -> torch.dtype:
-    """Return the data type in which the plain pipeline is faster; it stays in the other one."""
+    """Return the data type in which the plain pipeline is faster, by copies of it."""
     kinds = (torch.float32, torch.bfloat16)
     pipes = {kind: copy.deepcopy(subject.pipe).to(kind) for kind in kinds}
     for pipe in pipes.values():
