@@ -38,6 +38,11 @@ class Goal:
         """Whether techniques that save memory and take time are worth a try."""
         return self.least_memory or self.memory is not None
 
+    @property
+    def is_of_time_alone(self) -> bool:
+        """Whether the nearest to the plain run is chosen among what is fast enough."""
+        return self.threshold is None and self.latency is not None
+
     @classmethod
     def parse(cls, quality: str | None = None, latency: float | None = None, memory: str | int | None = None) -> Goal:
         """Read a goal as users write it.

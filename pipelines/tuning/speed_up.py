@@ -15,6 +15,7 @@ from typing import Any
 
 from dit.runtime.json_files import read_object
 from pipelines.acceleration import AccelerationConfig
+from pipelines.info.inspection import info_of
 from pipelines.tuning.conditions import Conditions
 from pipelines.tuning.goals import Goal
 from pipelines.tuning.handle import SpeedUpHandle
@@ -123,8 +124,6 @@ def _conditions(pipe: Any) -> Conditions:
 
 def usual_prompts_of(pipe: Any) -> list[Any]:
     """Return the prompts that a pipeline is tuned with where none are named."""
-    from pipelines.info.inspection import info_of
-
     return usual_prompts(info_of(pipe))
 
 

@@ -290,7 +290,7 @@ class Tuner:
                 one.measurement.quality(goal.metric), one.measurement.share * seconds, one.measurement.memory
             )
         ]
-        if goal.threshold is None and goal.latency is not None:  # time alone: the nearest to the plain run
+        if goal.is_of_time_alone:
             return max(held, key=lambda one: one.measurement.quality(goal.metric), default=None)
         if goal.least_memory:
             return min(held, key=lambda one: (one.measurement.memory, one.measurement.share), default=None)
@@ -362,8 +362,7 @@ def _ranked(
         is_slow = seconds is not None and goal.latency is not None and share * seconds > goal.latency
         is_large = seconds is not None and goal.memory is not None and _memory(cost, keys, baseline) > goal.memory
         if (goal.threshold is None or quality >= goal.threshold) and not is_slow and not is_large:
-            by_likeness = goal.threshold is None and goal.latency is not None
-            first = _memory(cost, keys, baseline) if goal.least_memory else -quality if by_likeness else share
+            first = _memory(cost, keys, baseline) if goal.least_memory else -quality if goal.is_of_time_alone else share
             found.append((first, share, keys))
     return [(share, keys) for _, share, keys in sorted(found)]
 
