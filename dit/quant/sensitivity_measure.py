@@ -143,7 +143,7 @@ def _recorded(
     """Generate the prompts, and keep the calls that stand for the parts of the runs."""
     recorder = CallRecorder(segments, components)
     with recorder.attach(pipeline):  # `calibrate` knows how pipelines are called; what it finds isn't needed
-        calibrate(pipeline, prompts, rows=0, levels=1, seed=seed, components=components, call=call, **dict(arguments))
+        calibrate(pipeline, prompts, rows=0, levels=1, seed=seed, components=components, call=call, **arguments)
     guidance = float(getattr(pipeline, "guidance_scale", None) or 1.0)
     return Replay(model, pipeline, guidance, recorder.result())
 
@@ -162,7 +162,6 @@ class _Study:
 
     Attributes:
         model: the network.
-        recipe_name: of all plans.
         plans: how all layers would be quantized, by candidate.
         units: layers that read one input.
         groups: of the units.
@@ -171,7 +170,6 @@ class _Study:
     """
 
     model: nn.Module
-    recipe_name: str
     plans: dict[str, LayerPlan]
     units: list[list[Role]]
     groups: list[Group]
@@ -190,13 +188,13 @@ class _Study:
     ) -> _Study:
         """Divide the layers into units, and say how each would be quantized."""
         known = {} if calibration is None else calibration.layers
-        prefix = "" if component in ("", "transformer") else f"{component}."
+        prefix = "" if component == "transformer" else f"{component}."
         plans = {bits: LayerPlan(recipe(recipe_name), bits, known, prefix, skip) for bits in candidates}
         groups = layer_groups(model, quantizable_layers(model, skip), next(iter(plans.values())))
         units = [[role for role, _ in group] for group in groups]
         if not units:
             raise ValueError(f"{network_name(model)} has no linear layer that is to be quantized: look at skip")
-        return cls(model, recipe_name, plans, units, [layer_group(model, one[0]) for one in units], calibration, {})
+        return cls(model, plans, units, [layer_group(model, one[0]) for one in units], calibration, {})
 
     def made(self, candidate: str) -> Made:
         """Quantize all layers in a candidate; the network stays as it is."""
@@ -291,7 +289,8 @@ class _Study:
     ) -> Sensitivity:
         units = tuple(tuple(self._layer(role, described) for role in unit) for unit in self.units)
         fingerprint = model_fingerprint(unwrap(self.model))
-        return Sensitivity(self.recipe_name, units, tuple(self.groups), tuple(self.plans), sigmas, errors[0], errors[1],
+        name = next(iter(self.plans.values())).recipe.name
+        return Sensitivity(name, units, tuple(self.groups), tuple(self.plans), sigmas, errors[0], errors[1],
                            method, fingerprint)  # fmt: skip
 
     def _layer(self, role: Role, described: list[Described]) -> UnitLayer:

@@ -65,10 +65,10 @@ def _of_step(
             if group in group_of:
                 views.append((group, replay.measured(parts, group)))
     flat = [(index, one) for index, kept in enumerate(outputs) for one in kept]
+    tensors = [one for _, one in flat]
     for group, view in views:
         for _ in range(PROBES):
             probe = torch.randn(view.shape, generator=generator).to(view)
-            tensors = [one for _, one in flat]
             gradients = torch.autograd.grad(view, tensors, probe, retain_graph=True, allow_unused=True)
             for (index, output), gradient in zip(flat, gradients, strict=True):
                 if gradient is not None and group in (None, group_of[index]):
