@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit.runtime.artifacts import ArtifactError
+from pipelines.acceleration import AccelerationConfig
 from pipelines.tuning.conditions import Conditions
 from pipelines.tuning.goals import Goal
 from pipelines.tuning.record import TUNING_FILE, Choice, TuningRecord, record_path
@@ -62,7 +63,7 @@ def find_profile(pipe: Any, name: str, conditions: Conditions) -> Found:
 
     Raises:
         ValueError: no setting of this name is known for the model; the message says what to do.
-        ArtifactError: the file is of another model.
+        ArtifactError: the file is of another model, or names files elsewhere.
         FileNotFoundError: there is no such file.
     """
     if name not in NAMES:
@@ -73,10 +74,12 @@ def find_profile(pipe: Any, name: str, conditions: Conditions) -> Found:
         if not record.profiles:
             raise ArtifactError(f"{name} holds no setting: no combination reached its goal; see its measurements")
         chosen = next(iter(record.profiles.values()))
+        _check_files(chosen, Path(name))
         return Found(chosen, name, record, _notes(record, conditions))
     for path in _files(pipe, conditions):
         record = TuningRecord.load(path)
         if name in record.profiles and not _refusals(record, conditions):
+            _check_files(record.profiles[name], path)
             return Found(record.profiles[name], str(path), record, _notes(record, conditions))
     if name == "low-memory":
         note = (
@@ -102,6 +105,9 @@ def find_goal(pipe: Any, goal: Goal, conditions: Conditions) -> tuple[Choice, Tu
         pipe: of ours or diffusers.
         goal: what has to hold.
         conditions: of its usual calls.
+
+    Raises:
+        ArtifactError: the setting names files elsewhere.
     """
     for path in _files(pipe, conditions):
         record = TuningRecord.load(path)
@@ -114,6 +120,7 @@ def find_goal(pipe: Any, goal: Goal, conditions: Conditions) -> tuple[Choice, Tu
             named = record.profiles.get(goal.text())
             best = named or min(held, key=lambda one: -(one.gain or 0.0), default=None)
         if best is not None:
+            _check_files(best, path)
             return best, record, path
     return None
 
@@ -142,6 +149,24 @@ def _check(record: TuningRecord, conditions: Conditions, name: str) -> None:
     refusals = _refusals(record, conditions)
     if refusals:
         raise ArtifactError(f"{name} does not fit this pipeline: {'; '.join(refusals)}. Tune it with tessera tune.")
+
+
+def _check_files(choice: Choice, path: Path) -> None:
+    """Refuse a setting of a tuning that names what the tuner never does: files elsewhere, or models of the hub.
+
+    Tunings come with models of anybody. The tuner names files beside its own, and those of the model by their names.
+
+    Raises:
+        ArtifactError: it names something else.
+    """
+    folder = path.parent.resolve()
+    for field, named in AccelerationConfig.from_dict(choice.parts).files().items():
+        file = Path(str(named))
+        if file.name != str(named) and file.parent.resolve() != folder:
+            raise ArtifactError(
+                f"{path} names {str(named)!r:.200} as {field}; a tuning may name files of its own folder ({folder}) "
+                "alone. Make it anew with tessera tune, or give speed_up these parts as config if you trust them."
+            )
 
 
 def _notes(record: TuningRecord, conditions: Conditions) -> tuple[str, ...]:

@@ -143,24 +143,42 @@ class TuningRecord:
             raise ArtifactError(f"{file} is no tuning of the format {FORMAT!r}: run tessera tune")
         try:
             return cls.from_values(values)
-        except (TypeError, KeyError, ValueError) as reason:
-            raise ArtifactError(f"{file} can't be read ({reason}): run tessera tune anew") from reason
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as reason:
+            raise ArtifactError(f"{file} can't be read ({reason!s:.300}): run tessera tune anew") from reason
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TuningRecord:
         """Make a record of plain values.
 
         Raises:
-            TypeError: an unknown field.
+            TypeError: an unknown field, or one of another type.
             KeyError: one is missing.
+            AttributeError: `profiles` is no object.
+            OverflowError: a number is out of range.
         """
         made = {
             "conditions": Conditions.from_dict(values["conditions"]),
             "measurements": [Measurement.from_dict(one) for one in values.get("measurements", ())],
-            "front": [Choice(**one) for one in values.get("front", ())],
-            "profiles": {name: Choice(**one) for name, one in values.get("profiles", {}).items()},
+            "front": [_read_choice(one) for one in values.get("front", ())],
+            "profiles": {name: _read_choice(one) for name, one in values.get("profiles", {}).items()},
         }
         return cls(**{**values, **made})
+
+
+def _read_choice(values: Mapping[str, Any]) -> Choice:
+    """Make a setting of plain values.
+
+    Raises:
+        TypeError: an unknown field, or one that is read later is of another type.
+    """
+    choice = Choice(**values)
+    for name in ("parts", "quality", "part_gains"):
+        if not isinstance(getattr(choice, name), dict):
+            raise TypeError(f"{name} of a setting is a {type(getattr(choice, name)).__name__} instead of an object")
+    numbers = [*choice.quality.values(), choice.gain, choice.seconds, choice.memory]
+    if not all(one is None or isinstance(one, int | float) for one in numbers):
+        raise TypeError("quality, gain, seconds or memory of a setting is no number")
+    return choice
 
 
 def record_path(pipe: Any, conditions: Conditions) -> Path:

@@ -1,7 +1,10 @@
 """The tuner on a tiny pipeline: tables, pairs, verification, front, the file, resuming, and speed_up by a goal."""
 
 import json
+import math
+import shutil
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,6 +20,7 @@ from pipelines.tuning.conditions import Conditions
 from pipelines.tuning.front import dominates
 from pipelines.tuning.goals import Goal
 from pipelines.tuning.measuring import Baseline, measure
+from pipelines.tuning.profiles import find_profile
 from pipelines.tuning.progress import Progress
 from pipelines.tuning.prompts import divide, usual_prompts
 from pipelines.tuning.record import TUNING_FILE, Choice, TuningRecord, record_path
@@ -182,6 +186,51 @@ def test_files_of_other_models_and_broken_ones_are_refused(tuned: Any, tmp_path:
     assert record.profiles
 
 
+def test_fields_of_other_types_are_refused_by_name(tuned: Any, tmp_path: Path) -> None:
+    values = json.loads(tuned[1].read_text())
+    broken = tmp_path / "broken.json"
+    setting = values["profiles"]["rough"]
+    for change, said in (
+        ({"profiles": []}, "can't be read"),
+        ({"conditions": {**values["conditions"], "shape": [math.inf, 1, 1]}}, "can't be read"),
+        ({"profiles": {"rough": {**setting, "parts": ["step_cache"]}}}, "parts of a setting is a list"),
+        ({"profiles": {"rough": {**setting, "quality": {"psnr": "high"}}}}, "is no number"),
+    ):
+        broken.write_text(json.dumps({**values, **change}))
+        with pytest.raises(ArtifactError, match=said):
+            TuningRecord.load(broken)
+
+
+def test_a_tuning_that_came_with_a_model_names_no_files_elsewhere(
+    tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("sampling.step_cache.Profile.load", lambda path: opened.append(str(path)))
+    tiny().save_pretrained(tmp_path / "model")
+    pipe = type(tiny()).from_pretrained(tmp_path / "model")
+    conditions = Conditions.of(Workload(pipe, usual_prompts(pipe.info())))
+    (choice,) = tuned[0].profiles.values()
+    elsewhere = ("../other.safetensors", str(tmp_path / "other.safetensors"), "model/../../other.safetensors")
+    for parts in (
+        *({"step_cache": {"preset": "budget", "params": {"profile": file}}} for file in elsewhere),
+        {"next_scale": {"refiner": "somebody/model", "refine_from": 3}},
+        {"attention": {"plan": "/dev/zero"}},
+    ):
+        named = replace(choice, parts=parts)
+        record = TuningRecord(conditions, front=[named], profiles={"balanced": named})
+        record.save(tmp_path / "model" / TUNING_FILE)
+        for profile in ("balanced", str(tmp_path / "model" / TUNING_FILE)):
+            with pytest.raises(ArtifactError, match="own folder"):
+                speed_up(pipe, profile=profile)
+        with pytest.raises(ArtifactError, match="own folder"):
+            speed_up(pipe, quality="psnr>=10")
+    assert opened == []
+    for file in ("mine.safetensors", str(tmp_path / "model" / "mine.safetensors")):
+        mine = replace(choice, parts={"step_cache": {"preset": "budget", "params": {"profile": file}}})
+        TuningRecord(conditions, profiles={"balanced": mine}).save(tmp_path / "model" / TUNING_FILE)
+        assert find_profile(pipe, "balanced", conditions).choice == mine
+
+
 def test_a_tuned_file_is_a_profile_whose_gains_are_reported(tuned: Any) -> None:
     record, path, _ = tuned
     pipe = tiny()
@@ -205,7 +254,10 @@ def test_a_goal_uses_the_saved_tuning_beside_the_model(tuned: Any, tmp_path: Pat
     record = tuned[0]
     path = record_path(pipe, Conditions.of(work))
     assert path == tmp_path / "model" / TUNING_FILE
-    TuningRecord(Conditions.of(work), front=record.front, profiles=record.profiles).save(path)
+    for file in tuned[1].parent.glob("*.safetensors"):  # profiles of step caches, which the settings name
+        shutil.copy(file, path.parent)
+    path.write_text(tuned[1].read_text().replace(f"{tuned[1].parent}/", ""))
+    replace(TuningRecord.load(path), conditions=Conditions.of(work)).save(path)
     with speed_up(pipe, quality="psnr>=10") as handle:
         assert handle.config.to_dict()["version"] == 1
         assert set(handle.config.parts) == set(record.profiles["rough"].parts)
