@@ -194,8 +194,9 @@ class MixedPrecisionPlan:
                 str(values["architecture"]),
                 str(values["weights"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{source} can't be read as a plan of mixed precision: {error}; make it anew") from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            reason = f"{error!s:.300}"  # it may repeat a value of the file, which may be long
+            raise ValueError(f"{source} can't be read as a plan of mixed precision: {reason}; make it anew") from error
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan as JSON.

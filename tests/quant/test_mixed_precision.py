@@ -401,10 +401,14 @@ def test_plans_survive_files_and_belong_to_a_network(sensitivity: Sensitivity, t
         ({"average_bits": "many"}, "can't be read"),
         ({"budget": "much"}, "can't be read"),
         ({"layers": None}, "can't be read"),
+        ({"error": 10**400}, "can't be read"),
+        ({"layers": [{**content["layers"][0], "bytes": math.inf}]}, "can't be read"),
+        ({"average_bits": "9x" * 10_000}, "can't be read"),
     ):
         (tmp_path / "broken.json").write_text(json.dumps({**content, **change}))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as caught:
             MixedPrecisionPlan.load(tmp_path / "broken.json")
+        assert len(str(caught.value)) < 1_000, "a message repeats little of a file"
 
 
 CHILD = """
