@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -179,7 +180,8 @@ class CompareHandlers:
 
 def _runs(value: object) -> int:
     """Read the number of runs; what isn't one is refused by `compare`."""
-    return int(value) if isinstance(value, int | float) else 0
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return int(value) if is_number else 0  # type: ignore[call-overload]
 
 
 def _busy(is_busy: bool) -> Changes:

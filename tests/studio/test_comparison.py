@@ -521,6 +521,13 @@ def test_the_tab_says_what_is_wrong_in_its_place(tab, settings, changes, said):
     assert tab.pipe.steps_run == 0
 
 
+@pytest.mark.parametrize("runs", [math.inf, math.nan, 10**400, -1, "2", None])
+def test_runs_that_no_slider_sends_are_refused(tab, runs):
+    *_, last = run(tab, "default\nsteps=2", compare_runs=runs)
+    assert 'role="alert"' in last[PLACE]
+    assert tab.pipe.steps_run == 0
+
+
 def test_the_tab_stops_and_starts_again(tab):
     tab.pipe.at_step = lambda step: tab.handlers.stop_comparison(TAB)
     *_, last = run(tab, "default\nsteps=2")
