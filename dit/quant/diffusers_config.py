@@ -223,9 +223,12 @@ def _expanded(schemes: Any, scheme_of: Any) -> dict[str, Any]:
     return {name: parsed[index] for name, index in scheme_of.items()}
 
 
+_LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+"""Names of modules are mostly identifiers and numbers; ModuleDict takes others too, such as "2-1"."""
+
+
 def _layer_name(name: Any) -> str:
-    parts = name.replace("-", "_").split(".") if isinstance(name, str) else [""]  # Z-Image names a layer "2-1"
-    if not all(part.replace("_", "a").isalnum() and part.isascii() for part in parts):
+    if not isinstance(name, str) or not _LAYER_NAME.fullmatch(name):
         raise ValueError(f"layers names {name!r:.120}, which can't be the name of a layer")
     return name
 
