@@ -1,12 +1,15 @@
 """The cost and the error model against combinations that follow their assumptions, and those that don't."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from pipelines.tuning.cost_model import CostModel
 from pipelines.tuning.error_model import ErrorModel
 from pipelines.tuning.goals import Goal
 from pipelines.tuning.measurement import Measurement
-from pipelines.tuning.tuner import combinations_of
+from pipelines.tuning.progress import Budget
+from pipelines.tuning.tuner import Tuner, combinations_of
 
 NETWORK = 0.8
 """Share of a plain request inside the network."""
@@ -48,6 +51,28 @@ def test_a_factor_of_a_pair_is_learned_and_carried_to_other_strengths() -> None:
     assert model.predict(keys) == pytest.approx(0.45)
     assert model.predict([STRONGER.key, HALF.key]) == pytest.approx(0.2 + 1.5 * 0.5 * 0.08 + 0.08)
     assert model.predict([CACHE.key, GUIDANCE.key]) == pytest.approx(0.2 + 0.75 * 0.2 + 0.1), "no other pair changes"
+
+
+def test_the_strongest_pairs_that_could_reach_a_goal_are_measured_and_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, measured = Tuner.__new__(Tuner), []
+    tuner.budget = Budget(60.0)
+    tuner.record = SimpleNamespace(left_out={})  # pyright: ignore[reportAttributeAccessIssue]
+
+    def measure(parts: dict, baseline: object, purpose: str) -> Measurement:
+        measured.append(frozenset(parts))
+        return Measurement(parts, purpose, 0.9, psnr=(20.0, 21.0))  # far slower and worse than what was predicted
+
+    monkeypatch.setattr(tuner, "_measure", measure)
+    monkeypatch.setattr(tuner, "_tell", lambda *_: None)
+    goal = Goal("psnr", 30.0)
+    cost, error, keys = CostModel(NETWORK, SINGLES), ErrorModel(goal, SINGLES), [CACHE.key, HALF.key]
+    before = cost.predict(keys), error.quality(keys)
+    baseline = SimpleNamespace(results=[None, None])
+    tuner._pairs(baseline, cost, error, {"goal": goal})  # pyright: ignore[reportArgumentType]
+    pairs = [frozenset(pair) for pair in (("step_cache", "compile"), ("step_cache", "guidance_cache"))]
+    assert {*pairs, frozenset({"compile", "guidance_cache"})} == set(measured)
+    assert cost.predict(keys) > before[0]
+    assert error.quality(keys) < before[1]
 
 
 def test_squared_errors_add_until_a_pair_is_measured() -> None:

@@ -80,7 +80,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[TuningRecord, Path,
     return record, path, told
 
 
-def test_tables_hold_single_techniques_and_measured_pairs(tuned: Any) -> None:
+def test_tables_hold_single_techniques(tuned: Any) -> None:
     record, _, _ = tuned
     singles = [one for one in record.measurements if one.purpose == "single"]
     assert {next(iter(one.parts)) for one in singles} == set(ONLY)
@@ -89,9 +89,6 @@ def test_tables_hold_single_techniques_and_measured_pairs(tuned: Any) -> None:
     assert all(len(one.psnr) == len(one.ssim) == len(LEARNED) for one in measured)
     caches = [one for one in measured if "step_cache" in one.parts and not one.inactive]
     assert all(0 < one.computed_share < 1 for one in caches)
-    for one in record.measurements:
-        if one.purpose == "pair":
-            assert len(one.parts) == 2
 
 
 def test_settings_are_verified_on_prompts_that_no_table_saw(tuned: Any) -> None:
