@@ -25,8 +25,10 @@ import torch
 from PIL import Image
 
 from apps.service.comparison_settings import Setting, plan
-from apps.service.engine import Engine
+from apps.service.engine import POLL_SECONDS, Engine
 from apps.service.events import Done, Event, Failed, Picture, Queued, Stopped
+from apps.service.failures import failure_of
+from apps.service.job_store import QueueFullError
 from apps.service.metadata import PictureSettings
 from apps.service.requests import AnyRequest
 from pipelines.acceleration import PartReport
@@ -170,7 +172,7 @@ def compare(
         stop: set it from any thread to stop within one step.
 
     Yields:
-        `Progress` with each event of the engine, then one `Comparison`.
+        `Progress` with each event of the engine, the last one again while nothing happens, then one `Comparison`.
 
     Raises:
         ValueError: `runs` is out of range, or a setting can't be had for the task.
@@ -224,10 +226,13 @@ def _measure(
         _give_memory_back()
         with (
             working_memory(torch.device(engine.devices[0])) as used,
-            closing(engine.generate(request, stop, owner)) as events,
+            closing(_follow(engine, request, stop, owner)) as events,
         ):
-            started = time.monotonic()
+            started, last = time.monotonic(), Progress(place, count, setting.label, run, runs, Queued(ahead=0))
             for event in events:
+                if event is None:  # whoever follows is called again and again, also while the job waits in line
+                    yield last
+                    continue
                 if isinstance(event, Queued):
                     started = time.monotonic()
                 elif isinstance(event, Picture):
@@ -238,13 +243,40 @@ def _measure(
                     if place == 0:
                         raise ReferenceFailedError(event)
                     return Result(setting, problem=event.message, failed=event)
-                yield Progress(place, count, setting.label, run, runs, event)
+                last = Progress(place, count, setting.label, run, runs, event)
+                yield last
             if run == 1:
                 first = time.monotonic() - started
         memory = used.size if run <= 2 else max(memory, used.size)  # the first run also loads and prepares
     if not pictures:  # it was skipped
         raise StoppedError
     return _result(setting, pictures, first, memory)
+
+
+def _follow(engine: Engine, request: AnyRequest, stop: threading.Event | None, owner: str) -> Generator[Event | None]:
+    """Submit a request and follow it like `Engine.generate`, with None where nothing happens for `POLL_SECONDS`."""
+    try:
+        job_id = engine.submit(request, owner, stop)
+    except (QueueFullError, ValueError) as error:
+        yield failure_of(error)
+        return
+    stream, seen = engine.stream(job_id), 0
+    try:
+        while True:
+            was_closed, before = stream.is_closed, seen
+            for number, event in stream.read(seen, POLL_SECONDS):
+                seen = number
+                yield event
+            if was_closed:
+                return
+            if stop is not None and stop.is_set():
+                engine.stop(job_id)
+            if seen == before:
+                yield None
+    finally:
+        if not stream.is_closed:
+            engine.stop(job_id)
+            stream.wait_closed()
 
 
 def _give_memory_back() -> None:

@@ -9,6 +9,8 @@ import json
 import math
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -535,6 +537,23 @@ def test_the_tab_stops_and_starts_again(tab):
     assert tab.engine.unfinished("local") == []
     tab.pipe.at_step = lambda step: None
     assert "compare_result" in run(tab, "default\nsteps=2")[-1]
+
+
+def test_a_comparison_that_waits_in_line_holds_no_thread(tab):
+    gate = threading.Event()
+    tab.pipe.at_step = lambda step: gate.wait(60)
+    with closing(
+        tab.engine.generate(TextToImageRequest(prompt="a fox", steps=2, model="fake"), None, "other")
+    ) as ahead:
+        next(ahead)
+        changes = tab.handlers.compare({**VALUES, "compare_settings": "default\nsteps=2"}, TAB)
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                for _ in range(4):
+                    assert pool.submit(next, changes).result(20), "the page waits for the job ahead"
+            finally:
+                gate.set()
+        changes.close()
 
 
 def test_a_second_click_begins_no_second_comparison(tab):
