@@ -18,8 +18,10 @@ BRUSH = STATIC / "brush.js"
 LANGUAGE = STATIC / "language.js"
 FILES = STATIC / "files.js"
 CAPTIONS = STATIC / "captions.js"
-COMPARE, COMPARE_CSS = comparison_page.SCRIPT, comparison_page.STYLE
-"""The same in the files that comparisons are saved in."""
+SCRIPTS = (BRUSH, CAPTIONS, comparison_page.SCRIPT)
+"""What runs before the page is drawn, beside the scripts that are told something of the server."""
+STYLES = (comparison_page.STYLE, CSS)
+"""Style sheets of the page; comparisons have the same in the files that they are saved in."""
 
 PAPER, CARD, SUNK, LINE, INK, SOFT = "#f6f3ee", "#ffffff", "#f3efe8", "#e6dfd4", "#26221d", "#6d6459"
 NIGHT, NIGHT_CARD, NIGHT_SUNK, NIGHT_LINE, CHALK, DIM = (

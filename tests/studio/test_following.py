@@ -17,10 +17,10 @@ from apps.service.prompt_file import PromptLine
 from apps.service.requests import TextToImageRequest
 from apps.studio import views
 from apps.studio.album import Shown
-from apps.studio.app import POLL_SECONDS, paced
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SettingsHandlers
+from apps.studio.wiring import POLL_SECONDS, paced
 from tests.studio.fakes import FakePipeline
 from tests.studio.test_page import ENGLISH, PAGE, TAB, follow, followed, generate, pictures, studio  # noqa: F401
 

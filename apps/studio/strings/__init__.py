@@ -1,4 +1,4 @@
-"""What the page says, in the languages of the JSON files beside this one."""
+"""What the page says, in the languages of the JSON files beside this one and in the folders of its areas."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pipelines.acceleration import AccelerationError, PartReport
 from pipelines.acceleration.texts import render
 
 FOLDER = Path(__file__).parent
+AREAS: tuple[str, ...] = ()
+"""Folders of parts of the page that keep their strings together; their keys begin with the name of the folder."""
 
 
 class Strings:
@@ -27,7 +29,9 @@ class Strings:
 
     def __init__(self, language: str) -> None:
         self.language = language
-        self._strings: dict[str, str] = json.loads((FOLDER / f"{language}.json").read_text(encoding="utf-8"))
+        self._strings: dict[str, str] = _read(FOLDER / f"{language}.json")
+        for area in AREAS:
+            self._strings |= _read(FOLDER / area / f"{language}.json")
 
     def __call__(self, key: str, /, **values: Any) -> str:
         """Return a string with its values put in.
@@ -51,7 +55,7 @@ class Strings:
         """Return the sentences of `apps.service.reports`; English stands there."""
         if self.language == "en":
             return TEXTS
-        return json.loads((FOLDER / "reports" / f"{self.language}.json").read_text(encoding="utf-8"))
+        return _read(FOLDER / "reports" / f"{self.language}.json")
 
     def __contains__(self, key: str) -> bool:
         return key in self._strings
@@ -59,6 +63,10 @@ class Strings:
     def keys(self) -> set[str]:
         """Return the keys of all strings."""
         return set(self._strings)
+
+
+def _read(file: Path) -> dict[str, str]:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 @functools.cache
