@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,18 +22,23 @@ DENSE_FIRST = 0.2
 """Fraction of the steps that stay dense under a pattern: they decide what is seen."""
 
 
-def config_of(request: AnyRequest, can_tile: bool, is_quantized: bool = False) -> AccelerationConfig:
+def config_of(
+    request: AnyRequest, can_tile: bool, is_quantized: bool = False, profile: Mapping[str, Any] | None = None
+) -> AccelerationConfig:
     """Return all that a request asks for as one value: its `acceleration`, and the options that are short for a part.
 
     Args:
         request: with defaults resolved.
         can_tile: whether the decoder of the model can work in tiles.
         is_quantized: whether the model is; then the report says what its layers did.
+        profile: parts that the profile of the request means, see `apps.service.speed_profiles`.
 
     Raises:
         RequestError: an unknown step cache, or parts that can't go together.
     """
-    parts: dict[str, Any] = {} if request.acceleration is None else dict(request.acceleration.parts)
+    parts: dict[str, Any] = dict(profile or {})
+    if request.acceleration is not None:
+        parts |= request.acceleration.parts
     cache = getattr(request, "step_cache", None)
     if cache is not None:
         if cache.preset not in MAIN_PARAMETERS:
@@ -51,8 +56,8 @@ def config_of(request: AnyRequest, can_tile: bool, is_quantized: bool = False) -
     elif is_quantized:
         parts.setdefault("quantization", {})
     if request.memory is not None and "decoder_tiling" not in parts:
-        profile = PROFILES[request.memory]
-        if profile.tiles and (can_tile or profile.offload == "none"):
+        wanted = PROFILES[request.memory]
+        if wanted.tiles and (can_tile or wanted.offload == "none"):
             parts["decoder_tiling"] = DecoderTilingPart()
     with refusing():
         return AccelerationConfig.from_dict(parts)

@@ -16,7 +16,7 @@ from apps.service.named_settings import preset_values
 from apps.service.option_values import parse_timeline, write_timeline
 from apps.service.outpaint import expanded_size
 from apps.service.request_error import RequestError
-from apps.service.requests import OPTIONS, SHORT_FOR, AnyRequest, VideoCompletionRequest
+from apps.service.requests import DECIDED_BY_PROFILE, OPTIONS, SHORT_FOR, AnyRequest, VideoCompletionRequest
 from apps.service.styles import apply_style
 from apps.service.uploads import UploadStore
 
@@ -38,6 +38,8 @@ def resolve_defaults(request: AnyRequest, model: LoadedModel, uploads: UploadSto
     decided = {name for part in _parts(request) for name in SHORT_FOR.get(part, ())}
     if "few_step" in _parts(request):
         decided.add("step_cache")  # which a few-step preset can't have
+    if request.profile is not None:
+        decided.update(DECIDED_BY_PROFILE)
     # 1. the preset, for what the request doesn't say itself
     if request.preset is not None:
         preset = {n: value for n, value in preset_values(request.preset, fields).items() if n not in decided}

@@ -27,6 +27,7 @@ from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, AnyRequest
 from apps.service.schedulers import make_scheduler
 from apps.service.sound import Sound, sound_of
+from apps.service.speed_profiles import resolve_profile
 from pipelines.acceleration import AccelerationConfig, AccelerationHandle, PartReport
 from pipelines.info.record import PipelineInfo
 
@@ -146,7 +147,9 @@ def run_pipeline(
     """
     pipe, info = model.pipe_for(inputs.request.task), model.info_for(inputs.request.task)
     arguments = _arguments(model, inputs)
-    config = config_of(inputs.request, info.can_tile, model.is_quantized)
+    name = inputs.request.profile
+    profile = None if name is None else resolve_profile(name, pipe, info, arguments)
+    config = config_of(inputs.request, info.can_tile, model.is_quantized, profile and profile.parts)
     with _own_scheduler(pipe, info, inputs.field("scheduler")), accelerated(pipe, config) as acceleration:
         arguments = _without_few_step(arguments, config, info) | acceleration.call_arguments
         watch = _StepCallback(model, info, pipe, inputs, signals, on_step, acceleration)
@@ -158,6 +161,7 @@ def run_pipeline(
             raise
         used = pipe.scheduler if info.has_scheduler else None
         reports = reports_on(pipe, acceleration, output, inputs.request, offload)
+        reports = reports if profile is None else (profile.report, *reports)
     if watch.late:
         raise TimeoutError
     if signals.stop.is_set():

@@ -51,6 +51,8 @@ QuantizationName = Annotated[
 """Formats of weights and activations, see `dit.quant.scheme.formats_of`; "none" is the same as nothing said."""
 SERVED_QUANTIZATION = ("bits", "recipe", "calibration", "full_precision_first", "full_precision_last")
 """Fields of an acceleration's quantization that a request may have; of calibrations only "model"."""
+ProfileName = Literal["balanced", "faithful", "fastest", "low-memory"]
+"""Named settings of speed, see `pipelines.tuning.profiles.NAMED_GOALS`."""
 DTypeName = Literal["float32", "bfloat16", "float16"]
 SearchMethod = Literal["best_of", "tts", "beam"]
 FileFormat = Literal["png", "webp"]

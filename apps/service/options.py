@@ -28,6 +28,7 @@ from apps.service.option_values import (
     Label,
     Loras,
     MemoryName,
+    ProfileName,
     QuantizationName,
     SchedulerName,
     SearchMethod,
@@ -308,6 +309,15 @@ class SharedOptions(OptionGroup):
             panel=SPEED,
             is_axis=False,
             control=Control(kind="text", place="advanced", start="", off=""),
+        ),
+    ] = None
+    profile: Annotated[
+        ProfileName | None,
+        Option(
+            help="Named setting of speed, from a tuning of the model (tessera tune): balanced (30 dB to the plain "
+            "image), faithful (40), fastest (24), low-memory. It decides the ways to be faster.",
+            panel=SPEED,
+            control=Control(kind="choice", place="sampling", start="", off=""),
         ),
     ] = None
     upscale: Upscale = None

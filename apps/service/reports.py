@@ -11,6 +11,11 @@ from pipelines.acceleration.texts import ENGLISH
 
 TEXTS: Mapping[str, str] = {
     **ENGLISH,
+    "profile.psnr": "profile {name}: {gain:.1f}x at {quality:.1f} dB when tuned",
+    "profile.ssim": "profile {name}: {gain:.1f}x at a similarity of {quality:.3f} when tuned",
+    "profile.start": "profile {name}: a starting point, not verified on this model",
+    "why.profile_unserved": "without {names}, which no request may have",
+    "why.profile_conditions": "tuned with other values of: {names}",
     "search": "search: {finished} of {first} candidates finished, best fits {fits}, {cost:.2f} x the tokens",
     "search.asked": "search {method}",
     "why.no_candidates": "the pipeline reports no candidates",

@@ -75,6 +75,11 @@ SHORT_FOR = {
     "few_step": ("steps", "guidance", "scheduler"),
 }
 """Part of an acceleration -> options that are short for it."""
+DECIDED_BY_PROFILE = (
+    "acceleration",
+    *(name for part, names in SHORT_FOR.items() if part != "few_step" for name in names),
+)
+"""Options that a named setting of speed decides."""
 
 
 class BaseRequest(SharedOptions, RunOptions):
@@ -117,6 +122,19 @@ class BaseRequest(SharedOptions, RunOptions):
                     field=said[0],
                     names=f"acceleration.{part}",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_profile(self) -> Self:
+        """Refuse ways to be faster beside a profile, which decides them."""
+        said = [name for name in DECIDED_BY_PROFILE if getattr(self, name, None) is not None]
+        if self.profile is not None and said:
+            raise RequestError(
+                "acceleration.twice",
+                f"profile and {', '.join(said)} say the same; give one of them.",
+                field=said[0],
+                names="profile",
+            )
         return self
 
     def batches(self) -> list[list[int]]:

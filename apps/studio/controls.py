@@ -52,7 +52,8 @@ def build(name: str, words: Strings, option: DeclaredOption | None = None, **mor
             return gr.Textbox(control.start, placeholder=hint, max_length=limits.MAX_PROMPT_CHARS, **common)
         case "radio":
             return fields.Radio(**{"choices": [*one.choices], "value": control.start, **common})
-    choices = [*(control.choices or one.choices)]
+    keys = {f"{name}.{value}": value for value in control.choices or one.choices}
+    choices = [(words(key), value) if key in words else value for key, value in keys.items()]
     offered = [(words(_none(name, words)), ""), *choices] if control.off == "" else choices
     return fields.Dropdown(**{"choices": offered, "value": control.start, "filterable": False, **common})
 

@@ -61,7 +61,8 @@ def _decided_by_acceleration(fields: Mapping[str, Any]) -> set[str]:
     parts = getattr(fields.get("acceleration"), "parts", {})
     keeps_all = fields.get("kv_policy") in (None, OPTIONS["kv_policy"].option.idle)
     decided = {"few_step": {"steps", "guidance"}, "kv_cache": set(SHORT_FOR["kv_cache"]) if keeps_all else set()}
-    return set().union(*(names for part, names in decided.items() if part in parts))
+    asked = [*parts, *(["kv_cache"] if fields.get("profile") else [])]  # a profile decides that too
+    return set().union(*(names for part, names in decided.items() if part in asked))
 
 
 def _composed(values: Values) -> dict[str, Any]:
