@@ -28,6 +28,7 @@ from apps.service.compute_profiles import LoadOptions, check_request, load_optio
 from apps.service.devices import resolve_device, resolve_dtype
 from apps.service.events import Done, Event, EventStream, Failed, ModelLoading, Queued, Stopped
 from apps.service.failures import ModelFailedError, UnknownModelError, failure_of
+from apps.service.gallery import Gallery
 from apps.service.inference import CancelSignals, StopRequestedError
 from apps.service.job_runner import QueuedJob, WorkerContext, run_job
 from apps.service.job_store import JobStore, QueueFullError, StoredJob, StoreError
@@ -117,6 +118,7 @@ class Engine(RecordedJobs):
         ]
         state = state_folder(output_dir)
         self._store = JobStore(None if state is None else state / "jobs.sqlite")
+        self._gallery = None if state is None or output_dir is None else Gallery(self._store, output_dir, state)
         self.uploads = UploadStore(None if state is None else state / "uploads", self._store)
         self._devices = [
             _Device(

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from apps.service import gallery_schema
 from apps.service.request_error import TranslatableError
 
 SCHEMA = """
@@ -143,6 +144,7 @@ class JobStore:
             self._add_column("pictures", "report", "TEXT NOT NULL DEFAULT ''")
             self._add_column("pictures", "notes", "TEXT NOT NULL DEFAULT '[]'")
             self._add_column("pictures", "reports", "TEXT NOT NULL DEFAULT '[]'")
+            gallery_schema.prepare(self._db)
         except sqlite3.Error as error:
             self._db.close()
             if "locked" in str(error):
@@ -168,8 +170,8 @@ class JobStore:
         self._change("INSERT OR REPLACE INTO served VALUES ('', 0)")  # nobody has this name
 
     @contextmanager
-    def _using(self) -> Iterator[sqlite3.Connection]:
-        """Use the database alone.
+    def using(self) -> Iterator[sqlite3.Connection]:
+        """Use the database alone; its tables are those of this module and of `apps.service.gallery_schema`.
 
         Raises:
             StoreError: it can't be read or written.
@@ -205,7 +207,7 @@ class JobStore:
             QueueFullError: the line is full, or the owner has too many in it.
             StoreError: it can't be written.
         """
-        with self._using() as db:
+        with self.using() as db:
             rows = "SELECT owner, count(*) FROM jobs WHERE state IN ('queued', 'running') GROUP BY owner"
             counts = dict(db.execute(rows).fetchall())
             mine = counts.setdefault(owner, 0)
@@ -227,7 +229,7 @@ class JobStore:
         Raises:
             StoreError: it can't be written.
         """
-        with self._using() as db:
+        with self.using() as db:
             order = self._order()
             if not order:
                 return None
@@ -290,7 +292,7 @@ class JobStore:
         Raises:
             StoreError: it can't be written.
         """
-        with self._using() as db:
+        with self.using() as db:
             db.execute(
                 "UPDATE jobs SET state = 'failed', code = 'crashed', ended = ?, message = ? "
                 "WHERE state = 'running' AND attempts >= ?",
@@ -303,19 +305,19 @@ class JobStore:
 
     def ahead(self) -> dict[str, int]:
         """Return for every waiting job how many come before it, running ones included."""
-        with self._using() as db:
+        with self.using() as db:
             running = db.execute("SELECT count(*) FROM jobs WHERE state = 'running'").fetchone()[0]
             return {job: running + place for place, job in enumerate(self._order())}
 
     def waiting(self, owner: str) -> list[str]:
         """Return the ids of an owner's jobs that wait, in their order."""
-        with self._using() as db:
+        with self.using() as db:
             query = f"SELECT id {LINE} WHERE state = 'queued' AND owner = ? ORDER BY {TURN}"
             return [job for (job,) in db.execute(query, (owner,))]
 
     def unfinished(self, owner: str) -> list[StoredJob]:
         """Return an owner's jobs that run, then those that wait, in their order."""
-        with self._using() as db:
+        with self.using() as db:
             query = f"SELECT {COLUMNS} {LINE} WHERE state IN ('queued', 'running') AND owner = ?"
             return [StoredJob(*row) for row in db.execute(f"{query} ORDER BY state DESC, {TURN}", (owner,))]
 
@@ -329,7 +331,7 @@ class JobStore:
         Returns:
             False if the job doesn't wait.
         """
-        with self._using() as db:
+        with self.using() as db:
             query = (
                 f"SELECT id, {TURN} {LINE} WHERE state = 'queued' "
                 f"AND owner = (SELECT owner FROM jobs WHERE id = ?) ORDER BY {TURN}"
@@ -348,7 +350,7 @@ class JobStore:
 
     def get(self, job_id: str) -> StoredJob | None:
         """Return a job, or None."""
-        with self._using() as db:
+        with self.using() as db:
             row = db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return None if row is None else StoredJob(*row)
 
@@ -362,7 +364,7 @@ class JobStore:
         """
         query = f"SELECT {COLUMNS} FROM jobs WHERE (? IS NULL OR owner = ?) "
         query += "AND (? IS NULL OR number < (SELECT number FROM jobs WHERE id = ?)) ORDER BY number DESC LIMIT ?"
-        with self._using() as db:
+        with self.using() as db:
             return [StoredJob(*row) for row in db.execute(query, (owner, owner, before, before, limit))]
 
     def add_picture(self, picture: StoredPicture) -> None:
@@ -371,29 +373,29 @@ class JobStore:
 
     def add_skipped(self, job_id: str, places: Iterable[int]) -> None:
         """Record images that nobody wants any more, so that a second attempt leaves them out too."""
-        with self._using() as db:
+        with self.using() as db:
             db.executemany("INSERT OR IGNORE INTO skipped VALUES (?, ?)", [(job_id, place) for place in places])
 
     def skipped(self, job_id: str) -> set[int]:
         """Return the places of a job's images that were skipped."""
-        with self._using() as db:
+        with self.using() as db:
             return {place for (place,) in db.execute("SELECT place FROM skipped WHERE job = ?", (job_id,))}
 
     def pictures(self, job_id: str) -> list[StoredPicture]:
         """Return the images of a job that count, in their order."""
-        with self._using() as db:
+        with self.using() as db:
             rows = db.execute("SELECT * FROM pictures WHERE job = ? ORDER BY place", (job_id,))
             return [StoredPicture(*row) for row in rows]
 
     def owner_of_file(self, name: str) -> str | None:
-        """Return whose image a file of the output folder is; None if it is no image's."""
-        query = "SELECT owner FROM pictures JOIN jobs ON jobs.id = pictures.job WHERE name = ? AND name != '' LIMIT 1"
-        with self._using() as db:
+        """Return whose image, or sheet, a file of the output folder is; None if it is nobody's, or was deleted."""
+        query = "SELECT owner FROM gallery_items WHERE name = ? AND deleted IS NULL"
+        with self.using() as db:
             row = db.execute(query, (name,)).fetchone()
         return None if row is None else row[0]
 
     def history(self, owner: str | None, limit: int, skip: int = 0) -> list[StoredPicture]:
-        """Return images that have a file, the newest first.
+        """Return images that have a file and were not deleted, the newest first.
 
         Args:
             owner: whose; None for all.
@@ -402,9 +404,10 @@ class JobStore:
         """
         query = (
             "SELECT pictures.* FROM pictures JOIN jobs ON jobs.id = pictures.job WHERE name != '' "
+            "AND NOT EXISTS (SELECT 1 FROM gallery_items AS item WHERE item.name = pictures.name AND deleted NOT NULL) "
             "AND (? IS NULL OR owner = ?) ORDER BY jobs.number DESC, place DESC LIMIT ? OFFSET ?"
         )
-        with self._using() as db:
+        with self.using() as db:
             return [StoredPicture(*row) for row in db.execute(query, (owner, owner, limit, skip))]
 
     # ------------------------------------------------------------------ uploads
@@ -431,7 +434,7 @@ class JobStore:
         Returns:
             Hashes; images that a waiting or running job names are not among them.
         """
-        with self._using() as db:
+        with self.using() as db:
             rows = db.execute("SELECT name, bytes, used FROM uploads WHERE owner = ? ORDER BY used DESC", (owner,))
             stale, count, total, oldest = [], 0, 0, time.time() - seconds
             for name, size, used in rows.fetchall():
@@ -444,7 +447,7 @@ class JobStore:
 
     def drop_upload(self, name: str, owner: str) -> bool:
         """Forget an owner's image; True if nobody else has it, so that its file can go."""
-        with self._using() as db:
+        with self.using() as db:
             db.execute("DELETE FROM uploads WHERE name = ? AND owner = ?", (name, owner))
             return db.execute("SELECT 1 FROM uploads WHERE name = ?", (name,)).fetchone() is None
 
@@ -457,7 +460,7 @@ class JobStore:
         return StoredJob(*self._db.execute(f"SELECT {COLUMNS} FROM jobs WHERE {condition}", values).fetchone())
 
     def _change(self, query: str, *values: object) -> int:
-        with self._using() as db:
+        with self.using() as db:
             return db.execute(query, values).rowcount
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from apps.service.gallery import Gallery
 from apps.service.job_store import JobStore, StoredJob, StoredPicture
 
 
@@ -9,6 +10,18 @@ class RecordedJobs:
     """Questions that a job store answers; any thread may ask them."""
 
     _store: JobStore
+    _gallery: Gallery | None
+
+    @property
+    def gallery(self) -> Gallery:
+        """The images in the output folder.
+
+        Raises:
+            ValueError: there is no output folder.
+        """
+        if self._gallery is None:
+            raise ValueError("The engine has no output folder, so it has no gallery; give it one: output_dir=...")
+        return self._gallery
 
     def waiting(self, owner: str) -> list[str]:
         """Return the ids of an owner's jobs that wait, in their order."""
@@ -38,11 +51,11 @@ class RecordedJobs:
         return self._store.pictures(job_id)
 
     def history(self, owner: str | None = None, limit: int = 48, skip: int = 0) -> list[StoredPicture]:
-        """Return the images of an owner (None: of all) that have files, the newest first."""
+        """Return the images of an owner (None: of all) that have files and were not deleted, the newest first."""
         return self._store.history(owner, limit, skip)
 
     def owner_of_file(self, name: str) -> str | None:
-        """Return whose image a file of the output folder is; None if it is no image's."""
+        """Return whose image, or sheet, a file of the output folder is; None if it is nobody's, or was deleted."""
         return self._store.owner_of_file(name)
 
     def ahead(self, job_id: str) -> int:
