@@ -119,6 +119,7 @@ def run(
             server.should_exit = True
         if runs is not None:
             runs.close()
+            app.state.tunings.close()
         if engine is not None:
             engine.close()
         _wait_until_ended(server)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,16 +64,37 @@ def tune(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Technique to try, such as step_cache, guidance_cache, attention; may be repeated. All if absent.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    width: Annotated[int | None, typer.Option(min=16, help="Pixels; the model's own if absent.")] = None,
+    height: Annotated[int | None, typer.Option(min=16, help="Pixels; the model's own if absent.")] = None,
     device: Device = "auto",
     dtype: Precision = "auto",
     json_output: Json = False,
+    json_lines: Annotated[
+        bool,
+        typer.Option(
+            "--json-lines",
+            help="Print the progress and the result as JSON objects, one a line, instead of text.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
 ) -> None:
     """Find the fastest settings of a model that reach a goal, measured on this machine."""
     from apps.commands.loading import load_for_command
     from apps.service.usage import checking
     from apps.service.writable import check_writable
+
+    if json_output and json_lines:
+        raise typer.BadParameter("--json and --json-lines are two forms of the result; give one of them")
+    techniques = _techniques(only)
 
     if output is not None:
         check_writable(output)
@@ -80,15 +102,22 @@ def tune(
         goals = _goals(quality, latency, memory)
     wanted = None if prompts is None else _read_prompts(prompts)
     pipe = load_for_command(model, device, dtype)
-    call = _call(pipe, steps, guidance)
+    call = _call(pipe, {"steps": steps, "guidance": guidance, "width": width, "height": height})
     if dtype == "auto":
         faster = _faster_dtype(pipe, wanted, call)
         if faster is not None:
             pipe = load_for_command(model, device, faster)
     with checking():
         tuner = _tuner(pipe, wanted, call, output, minutes)
-    record = _watched(tuner, goals)
-    _show(record, tuner.path, goals, json_output)
+    tuner.only = techniques
+    if json_lines:
+        tuner.listener = lambda progress: print_line(progress_line(progress))
+        record = tuner.run(goals)
+        print_line({"event": "done", **_result(record, tuner.path)})
+    else:
+        record = _watched(tuner, goals)
+        _show(record, tuner.path, json_output)
+    _check_found(record, goals)
 
 
 def _goals(quality: str | None, latency: float | None, memory: str | None) -> dict[str, Goal]:
@@ -121,13 +150,27 @@ def _read_prompts(file: Path) -> list[Any]:
     return found
 
 
-def _call(pipe: Any, steps: int | None, guidance: float | None) -> dict[str, Any]:
-    """Return the arguments that every call is given."""
+def _techniques(only: Sequence[str] | None) -> frozenset[str] | None:
+    """Return the techniques to try; None for all.
+
+    Raises:
+        UsageError: there is no such technique.
+    """
+    from apps.service.usage import UsageError
+    from pipelines.tuning.candidates import TECHNIQUES
+
+    if unknown := sorted(set(only or ()) - set(TECHNIQUES)):
+        raise UsageError(f"--only is {', '.join(unknown)}; choose among {', '.join(TECHNIQUES)}")
+    return frozenset(only) if only else None
+
+
+def _call(pipe: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that every call is given, under the names that the pipeline has for them."""
     from pipelines import info_of
 
     info = info_of(pipe)
-    given = {info.arguments.get("steps", "num_inference_steps"): steps, info.guidance_argument: guidance}
-    return {name: value for name, value in given.items() if value is not None}
+    names = {"steps": info.arguments.get("steps", "num_inference_steps"), "guidance": info.guidance_argument}
+    return {names.get(name, name): value for name, value in wanted.items() if value is not None}
 
 
 def _faster_dtype(pipe: Any, wanted: list[Any] | None, call: Mapping[str, Any]) -> str | None:
@@ -220,28 +263,48 @@ def _setting(choice: Choice) -> str:
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in choice.parts.items())
 
 
-def _show(record: TuningRecord, path: Path, goals: Mapping[str, Goal], json_output: bool) -> None:
-    """Print what was found.
+def _result(record: TuningRecord, path: Path) -> dict[str, Any]:
+    """Return what was found as plain values."""
+    return {
+        "file": str(path),
+        "baseline": record.baseline,
+        "profiles": {name: one.to_dict() for name, one in record.profiles.items()},
+        "front": [one.to_dict() for one in record.front],
+        "solvers": record.solvers,
+        "left_out": record.left_out,
+    }
 
-    Raises:
-        ValueError: no setting reaches the first goal.
-    """
+
+def progress_line(progress: Progress) -> dict[str, Any]:
+    """Return a moment of a tuning as plain values."""
+    values = {name: getattr(progress, name) for name in ("phase", "done", "total", "seconds_left", "text")}
+    return {"event": "progress", **values, "front": [one.to_dict() for one in progress.front]}
+
+
+def print_line(values: Mapping[str, Any]) -> None:
+    """Print a JSON object in one line, at once."""
+    typer.echo(json.dumps(values))
+    sys.stdout.flush()
+
+
+def _show(record: TuningRecord, path: Path, json_output: bool) -> None:
+    """Print what was found."""
     from rich.console import Console
 
     console = Console()
     if json_output:
-        found = {
-            "file": str(path),
-            "baseline": record.baseline,
-            "profiles": {name: one.to_dict() for name, one in record.profiles.items()},
-            "front": [one.to_dict() for one in record.front],
-            "solvers": record.solvers,
-            "left_out": record.left_out,
-        }
-        console.print_json(json.dumps(found))
-    else:
-        _show_tables(record, console)
-        console.print(f"{path}: use it by speed_up(pipe, profile={str(path)!r})", markup=False, highlight=False)
+        console.print_json(json.dumps(_result(record, path)))
+        return
+    _show_tables(record, console)
+    console.print(f"{path}: use it by speed_up(pipe, profile={str(path)!r})", markup=False, highlight=False)
+
+
+def _check_found(record: TuningRecord, goals: Mapping[str, Goal]) -> None:
+    """Refuse to end well without a setting.
+
+    Raises:
+        ValueError: no setting reaches the first goal.
+    """
     first = next(iter(goals))
     if first not in record.profiles:
         raise ValueError(

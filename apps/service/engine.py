@@ -145,6 +145,11 @@ class Engine(RecordedJobs):
         """Keys of the models that requests may name, the default first."""
         return self._devices[0].pool.keys
 
+    @property
+    def dtype(self) -> str:
+        """Data type in which models are loaded where a request says nothing, such as "float32"."""
+        return str(self._devices[0].context.dtype).removeprefix("torch.")
+
     def model(self, key: str | None = None) -> Future[LoadedModel]:
         """Return a model as a future, and start to load it if it isn't loaded: call it early to warm up.
 

@@ -28,13 +28,13 @@ from apps.service.fine_tuning_process import (
     TrainingProcess,
     failure_of,
     run_check,
-    tail,
 )
 from apps.service.fine_tuning_run import CACHE, NAME, Record, RunFolder, to_toml
 from apps.service.lora import LoraFiles
 from apps.service.media import Clip, save_mp4
 from apps.service.metadata import save_picture
 from apps.service.tether import is_free
+from apps.service.tethered import tail
 from apps.service.uploaded_clips import split_frames
 from apps.service.uploads import UploadStore, read_upload
 

@@ -6,35 +6,22 @@ Nothing that a visitor typed is part of a command line: it names a file of setti
 from __future__ import annotations
 
 import json
-import os
-import re
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from apps.service.request_error import RequestError
+from apps.service.tethered import CODE, command_of, environment, reason_of
 
-CODE = Path(__file__).resolve().parents[2]
-"""Folder that holds the package `apps`."""
 CHECK_SECONDS = 900.0
 """That a check may take: it loads the model and encodes all images."""
 INTERRUPTED = 130
-ERROR = re.compile(r"^error:\s*(.+)$", re.MULTILINE)
-ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-QUOTED_PATH = re.compile(r"(['\"])((?:/|[A-Za-z]:\\)[^'\"\n]*)\1")
-PATH = re.compile(r"(?<![^\s'\"()\[{=,:;])(?:~|[A-Za-z]:(?=\\))?[/\\](?:[^\s:'\",;()/\\]+[/\\]?)+")
-"""A path in a text; one with spaces ends at the first of them, unless it is in quotes."""
-TAIL_BYTES = 64 * 1024
-"""Of what a training said, that are looked at for why it failed."""
 LOOK_SECONDS = 15.0
 """Between two looks at a training whether it has come to a limit."""
-LONGEST = 600
-"""Characters of a reason that are kept."""
 
 
 class FineTuningError(RequestError):
@@ -104,12 +91,12 @@ class TrainingProcess:
         self._started, self._ended = time.monotonic(), threading.Event()
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                _command(lock, ["train-lora", str(config), *more]),
+                command_of(lock, ["train-lora", str(config), *more]),
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=CODE,
-                env=_environment(),
+                env=environment(),
                 start_new_session=True,  # Ctrl-C in the terminal of the server reaches it through its pipe, once
             )
         self._waiting = threading.Thread(target=self._wait, name="fine-tuning", daemon=True)
@@ -154,7 +141,7 @@ def run_check(config: Path, lock: Path) -> CheckReport:
     Raises:
         FineTuningError: the settings can't be used, or the process failed or took too long.
     """
-    command = _command(lock, ["train-lora", str(config), "--dry-run", "--json"])
+    command = command_of(lock, ["train-lora", str(config), "--dry-run", "--json"])
     # Its standard input stays open, see `tether`, because nothing is written to it.
     process = subprocess.Popen(
         command,
@@ -162,7 +149,7 @@ def run_check(config: Path, lock: Path) -> CheckReport:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=CODE,
-        env=_environment(),
+        env=environment(),
         start_new_session=True,
         encoding="utf-8",
         errors="replace",
@@ -224,47 +211,7 @@ def failure_of(said: str, code: int, folder: Path) -> FineTuningError:
         code: its exit code.
         folder: of the run.
     """
-    plain = ANSI.sub("", said).replace("  (--debug shows the trace)", "")
-    found = ERROR.findall(plain)
-    if not found and code in (-9, 137):
+    message = reason_of(said, code, folder)
+    if not message:
         return FineTuningError("ft.killed", "The system ended the process, often because memory ran out.")
-    lines = found or [line.strip() for line in plain.splitlines() if line.strip()] or [f"exit code {code}"]
-    message = without_paths(lines[-1], folder)[:LONGEST]
     return FineTuningError("ft.failed", f"Fine-tuning failed: {message}", message=message)
-
-
-def without_paths(text: str, *folders: Path) -> str:
-    """Return a text with the name of a file or folder where its path stood; addresses of the web stay.
-
-    Args:
-        text: of a library, or of ours.
-        folders: whose paths are known to be in it, such as those with spaces.
-    """
-    text = QUOTED_PATH.sub(lambda found: found[1] + _last_part(found[2]) + found[1], text)
-    for one in (*folders, CODE):
-        text = text.replace(f"{one}{os.sep}", "").replace(str(one), one.name)
-    return PATH.sub(lambda found: _last_part(found[0]), text)
-
-
-def _last_part(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-
-
-def tail(log: Path) -> str:
-    """Return the end of what a process has said; nothing where it said nothing."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
-            return file.read().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
-
-
-def _command(lock: Path, arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "apps.service.tether", str(lock), *arguments]
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment of the process: the server's, with an output that can be read by programs."""
-    return {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "PYTHONUNBUFFERED": "1",
-            "PYTHONIOENCODING": "utf-8"}  # fmt: skip

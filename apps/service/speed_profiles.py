@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,8 @@ from apps.service.option_values import SERVED
 from apps.service.request_error import RequestError
 from pipelines.acceleration import PartReport, Reason
 from pipelines.info.record import PipelineInfo
+
+logger = logging.getLogger(__name__)
 
 _CONDITIONS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 """Pipeline -> what it is tuned for with its usual arguments; its weights are looked at once."""
@@ -55,7 +58,7 @@ def resolve_profile(name: str, pipe: Any, info: PipelineInfo, arguments: Mapping
             f"out: {error}",
             value=name,
         ) from error
-    parts = {part: value for part, value in found.choice.parts.items() if part in SERVED}
+    parts = _served(found.choice.parts)
     reasons = []
     if unserved := sorted(found.choice.parts.keys() - parts.keys()):
         reasons.append(Reason("why.profile_unserved", {"names": ", ".join(unserved)}))
@@ -68,6 +71,35 @@ def resolve_profile(name: str, pipe: Any, info: PipelineInfo, arguments: Mapping
         key = "profile.psnr" if choice.metric == "psnr" else "profile.ssim"
         values |= {"gain": choice.gain, "quality": float("nan") if quality is None else quality}
     return ResolvedProfile(parts, PartReport("profile", key, values, bool(parts), tuple(reasons)))
+
+
+def known_profiles(pipe: Any, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Return the settings that tunings of a pipeline have found, as plain values; none of its starting points.
+
+    Args:
+        pipe: in memory.
+        names: of profiles.
+    """
+    from dit.runtime.artifacts import ArtifactError
+    from dit.runtime.hooks import AttachError
+    from pipelines.info.inspection import info_of
+    from pipelines.tuning.profiles import find_profile
+
+    known: dict[str, Mapping[str, Any]] = {}
+    for name in names:
+        try:
+            found = find_profile(pipe, name, _conditions_of(pipe, info_of(pipe), {}))
+        except (ValueError, AttachError, ArtifactError) as error:
+            logger.info("no setting %r is known for a %s: %s", name, type(pipe).__name__, error)
+            continue
+        if found.record is not None:
+            known[name] = {**found.choice.to_dict(), "parts": _served(found.choice.parts)}
+    return known
+
+
+def _served(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts that requests may have."""
+    return {name: value for name, value in parts.items() if name in SERVED}
 
 
 def _conditions_of(pipe: Any, info: PipelineInfo, arguments: Mapping[str, Any]) -> Any:

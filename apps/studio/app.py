@@ -18,7 +18,8 @@ from apps.service.limits import FineTuningLimits, ServerLimits
 from apps.service.lora import LoraFiles, find_loras
 from apps.service.model_pool import name_models
 from apps.service.stored_images import STATE_FOLDER
-from apps.studio import fine_tune, panels, views
+from apps.service.tuning import Tunings
+from apps.studio import fine_tune, panels, speed, views
 from apps.studio.controls import Parts
 from apps.studio.fine_tune_files import add_files
 from apps.studio.gate import Gate
@@ -92,10 +93,11 @@ def mount(
     folder, sessions, handed_in = engine.output_dir, Sessions(tokens), HandedIn()
     runs = None if folder is None else FineTuning(folder, engine.uploads, engine.lora_files, fine_tuning)
     app.state.fine_tuning = runs
+    app.state.tunings = tunings = Tunings()
     if runs is not None:
         add_files(app, runs, sessions.has_users)
     for language in reversed(languages()):  # the page at `/` last, because it answers for every address
-        page = build_page(engine, Strings(language), sessions, runs)
+        page = build_page(engine, Strings(language), sessions, runs, tunings)
         page.queue(max_size=4 * engine.limits.queue, default_concurrency_limit=4 * engine.limits.queue, api_open=False)
         gr.mount_gradio_app(
             app,
@@ -151,7 +153,13 @@ def _head() -> str:
     return f"{language}{files}{others}"
 
 
-def build_page(engine: Engine, words: Strings, sessions: Sessions, runs: FineTuning | None = None) -> gr.Blocks:
+def build_page(
+    engine: Engine,
+    words: Strings,
+    sessions: Sessions,
+    runs: FineTuning | None = None,
+    tunings: Tunings | None = None,
+) -> gr.Blocks:
     """Lay the page out and connect it.
 
     Args:
@@ -159,6 +167,7 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions, runs: FineTun
         words: of its language.
         sessions: who is on it.
         runs: the fine-tuning of the server; None leaves its tab out.
+        tunings: what measures what makes models fast; None leaves its tab out.
     """
     other = next(name for name in languages() if name != words.language)
     with gr.Blocks(title="tessera studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
@@ -175,6 +184,10 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions, runs: FineTun
                 with gr.Tab(words("tab.gallery"), id="gallery", elem_id="tab-gallery", render_children=True) as one:
                     parts |= panels.gallery_panel(words)
                 parts["tab_gallery"] = one
+                if tunings is not None:
+                    with gr.Tab(words("tab.speed"), id="speed", elem_id="tab-speed", render_children=True) as one:
+                        parts |= speed.build(engine, words)
+                    parts["tab_speed"] = one
                 if runs is not None:
                     label = words("tab.fine_tune")
                     with gr.Tab(label, id="fine_tune", elem_id="tab-fine-tune", render_children=True) as one:
@@ -196,5 +209,5 @@ def build_page(engine: Engine, words: Strings, sessions: Sessions, runs: FineTun
             with gr.Column(elem_id="settings", elem_classes="card"):
                 parts |= panels.settings_panel(engine, words)
         parts["words"] = gr.HTML("", elem_id="words", js_on_load=None)
-        connect(page, engine, words, sessions, parts, runs)
+        connect(page, engine, words, sessions, parts, runs, tunings)
     return page

@@ -10,7 +10,8 @@ from typing import Any
 import gradio as gr
 
 from apps.service import limits
-from apps.service.fine_tuning_process import FineTuningError, without_paths
+from apps.service.fine_tuning_process import FineTuningError
+from apps.service.tethered import without_paths
 from apps.studio import fields
 from apps.studio.strings import Strings
 from apps.training.config import ConfigError, Section, validate_document

@@ -10,7 +10,8 @@ import gradio as gr
 
 from apps.service.engine import Engine
 from apps.service.fine_tuning import FineTuning
-from apps.studio import fine_tune, lora_rows
+from apps.service.tuning import Tunings
+from apps.studio import fine_tune, lora_rows, speed
 from apps.studio.compare_handlers import CompareHandlers
 from apps.studio.controls import Parts
 from apps.studio.examples import EXAMPLES
@@ -21,6 +22,7 @@ from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SAVED, SettingsHandlers
+from apps.studio.speed_handlers import SpeedHandlers
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings
 from apps.studio.tabs import TABS, compare
@@ -36,7 +38,13 @@ REMEMBER = "(...all) => [Object.fromEntries(%s.map((name, i) => [name, all[i]]))
 
 
 def connect(
-    page: gr.Blocks, engine: Engine, words: Strings, sessions: Sessions, parts: Parts, runs: FineTuning | None
+    page: gr.Blocks,
+    engine: Engine,
+    words: Strings,
+    sessions: Sessions,
+    parts: Parts,
+    runs: FineTuning | None,
+    tunings: Tunings | None,
 ) -> None:
     """Connect controls and listeners."""
     wiring = Wiring(parts, words, sessions)
@@ -47,6 +55,8 @@ def connect(
     _connect_pictures(wiring, handlers, generation)
     _connect_tabs(wiring, handlers)
     _connect_comparison(wiring, CompareHandlers(engine, words, sessions))
+    if tunings is not None:
+        speed.connect(wiring, SpeedHandlers(engine, tunings, words, sessions, handlers))
     if runs is not None:
         fine_tune.connect(page, wiring, parts, words, FineTuneHandlers(engine, runs, words, sessions, handlers))
 

@@ -26,6 +26,11 @@ PATTERN_TOKENS = 512
 BUDGETS = (0.07, 0.1, 0.14, 0.18, 0.22, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
 """Shares of computed steps."""
 
+TECHNIQUES = (
+    "step_cache", "compile", "guidance_cache", "quantization", "attention", "next_scale", "kv_cache", "decoder_tiling",
+    "offload",
+)  # fmt: skip
+"""All that may be tried; which of them are depends on the pipeline."""
 LATER = {"compile": 1, "fbcache": 2, "taylorseer": 2, "attention": 2, "quantization": 2}
 """Techniques and ladders that begin so many rounds later, in case the time is short: they gain less, or take long."""
 

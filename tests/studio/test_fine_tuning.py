@@ -21,11 +21,12 @@ from apps.service.engine import Engine
 from apps.service.events import Failed
 from apps.service.fine_tuning import FineTuning, offer_runs, receive_image
 from apps.service.fine_tuning_plan import MOST_FILES, Example, Plan
-from apps.service.fine_tuning_process import FineTuningError, failure_of, read_report, tail, without_paths
+from apps.service.fine_tuning_process import FineTuningError, failure_of, read_report
 from apps.service.fine_tuning_run import Best, Point, to_toml
 from apps.service.lora import LoraError, LoraFiles
 from apps.service.option_values import Lora
 from apps.service.requests import TextToImageRequest
+from apps.service.tethered import tail, without_paths
 from apps.service.uploads import UploadError, UploadStore
 from apps.studio import fine_tune_views
 from apps.studio.generation_handlers import GenerationHandlers

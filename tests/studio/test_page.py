@@ -48,7 +48,7 @@ from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SAVED, SettingsHandlers
-from apps.studio.strings import Strings, languages
+from apps.studio.strings import AREAS, Strings, languages
 from apps.studio.tabs.classes import read_label
 from apps.studio.vocabulary import read_vocabulary
 from pipelines.info.inspection import pipelines_by_task
@@ -533,6 +533,8 @@ def test_every_string_is_used_and_every_use_has_one(root):
         "origin.",
         "signature.",
         "compare.",
+        "profile.",
+        *(f"{area}." for area in AREAS),
     )  # put together from parts
     for key in sorted(ENGLISH.keys()):
         assert (
