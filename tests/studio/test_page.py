@@ -129,7 +129,7 @@ def followed(told):
 def test_a_change_is_repeated_for_a_moment(monkeypatch):
     """Gradio loses what only the first of two messages says that arrive together."""
     clock = iter([0.0, 0.1, 1.0, 1.5, 2.5, 2.6])
-    monkeypatch.setattr(following_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(following_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     told = [
         {"strip": ["a"], "stage": "step"},
         {"stage": "step 2"},

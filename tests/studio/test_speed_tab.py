@@ -6,18 +6,24 @@ import json
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from apps.api.app import create_app
+from apps.api.tokens import TokenTable, add_user
 from apps.commands.serve import _start, check_port
 from apps.service import tuning
 from apps.service.engine import Engine
 from apps.service.tuning import TECHNIQUES, Tuning, TuningError, Tunings, TuningSettings
 from apps.studio import speed, speed_views
 from apps.studio.app import FORMS, UPLOADS, mount
+from apps.studio.page_values import PageError
+from apps.studio.sessions import Sessions
+from apps.studio.speed_handlers import SpeedHandlers
 from apps.studio.strings import Strings
-from tests.studio.serving import ROLES, client_of, pages_of, serving_page
+from tests.studio.fakes import FakePipeline
+from tests.studio.serving import ROLES
 from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS
 
 ENGLISH = Strings("en")
@@ -135,16 +141,28 @@ def test_every_moment_of_a_tuning_is_said(news, said):
     assert said in speed_views.progress(Tuning(TuningSettings("mine", "x", 1.0), "running", news), ENGLISH)
 
 
-def test_only_administrators_may_tune_where_people_sign_in(tmp_path):
-    with serving_page(tmp_path) as served:
-        page = pages_of(served.app)[""]
-        start = next(fn for fn in page.fns.values() if fn.name == "start" and "speed" in fn.fn.__qualname__)
-        for name in ROLES:
-            with client_of(served, name) as client:
-                body = {"fn_index": start._id, "data": ["fake", 0.5], "session_hash": "abc"}
-                said = client.post("/gradio_api/run/predict", json=body).text
-                assert ("rights" in said or "may only" in said) == (name != "root"), (name, said)
-        served.app.state.tunings.close()
+def test_only_administrators_may_tune_where_people_sign_in(tmp_path, tunings):
+    for name, role in ROLES.items():
+        add_user(tmp_path / "users.json", name, role)
+    table, found = TokenTable(tmp_path / "users.json"), tunings(f"print('{json.dumps(DONE)}')")
+    engine = Engine({"fake": "x"}, None, device="cpu", load=lambda source: FakePipeline(0.005))
+    handlers = SpeedHandlers(engine, found, ENGLISH, Sessions(table), SimpleNamespace())
+    try:
+        for name in ("ann", "eve"):
+            for listener, given in ((handlers.start, ("fake", 1.0)), (handlers.stop, ("fake",))):
+                with pytest.raises(PageError, match="no_rights"):
+                    listener(SimpleNamespace(username=name), *given)
+        assert found.last is None
+        shown = handlers.open(SimpleNamespace(username="ann"), "fake")
+        assert shown["speed_start"]["interactive"] is False
+        handlers.start(SimpleNamespace(username="root"), "fake", 1.0)
+        assert found.wait(20)
+        shown = handlers.open(SimpleNamespace(username="ann"), "fake")  # what holds for all may be used by all
+        assert shown["speed_use_balanced"]["visible"] is True
+        with pytest.raises(PageError, match="no_model"):
+            handlers.start(SimpleNamespace(username="root"), "/etc", 1.0)
+    finally:
+        engine.close()
 
 
 @pytest.mark.slow
