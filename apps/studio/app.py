@@ -34,9 +34,10 @@ from pipelines import builtin_models, builtin_upscalers
 STATES = {
     "visit": [], "chosen": None, "many": [], "gallery_items": [], "source": None, "page": 0,
     "first_image": None, "last_image": None, "video": None, "video_frames": None,
-    "job": None, "seen": None, "fitted": None,
+    "job": None, "seen": None, "fitted": None, "replaced": None,
 }  # fmt: skip
-"""What the page remembers while it is open; `fitted` is the model whose defaults its controls show."""
+"""What the page remembers while it is open; `fitted` is the model whose defaults its controls show, and
+`replaced` the one that was chosen before a tab chose another."""
 
 
 def build_engine(

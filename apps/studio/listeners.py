@@ -11,7 +11,7 @@ import gradio as gr
 from apps.service.engine import Engine
 from apps.service.fine_tuning import FineTuning
 from apps.service.tuning import Tunings
-from apps.studio import fine_tune, lora_rows, speed
+from apps.studio import clip_length, fine_tune, lora_rows, speed
 from apps.studio.compare_handlers import CompareHandlers
 from apps.studio.controls import Parts
 from apps.studio.examples import EXAMPLES
@@ -19,6 +19,7 @@ from apps.studio.fine_tune_handlers import FineTuneHandlers
 from apps.studio.following import restated
 from apps.studio.forms import FIXED
 from apps.studio.generation_handlers import GenerationHandlers
+from apps.studio.model_choice import ModelChoice
 from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SAVED, SettingsHandlers
@@ -53,7 +54,8 @@ def connect(
     _connect_generation(wiring, generation)
     _connect_following(page, wiring, generation)
     _connect_pictures(wiring, handlers, generation)
-    _connect_tabs(wiring, handlers)
+    _connect_tabs(wiring, handlers, ModelChoice(engine, words, handlers))
+    clip_length.connect(parts, engine, **QUIET)
     _connect_comparison(wiring, CompareHandlers(engine, words, sessions))
     if tunings is not None:
         speed.connect(wiring, SpeedHandlers(engine, tunings, words, sessions, handlers))
@@ -232,8 +234,11 @@ def _connect_pictures(wiring: Wiring, handlers: SettingsHandlers, generation: Ge
     answer(parts["refused"].change, refuse, ["refused"], [PLACE], queue=False)
 
 
-def _connect_tabs(wiring: Wiring, handlers: SettingsHandlers) -> None:
+def _connect_tabs(wiring: Wiring, handlers: SettingsHandlers, models: ModelChoice) -> None:
     parts = wiring.parts
+
+    def enter(request: gr.Request, key: str, mode: str, replaced: str | None) -> Changes:
+        return models.enter(key, mode, replaced, wiring.sessions.may_generate(request))
 
     def turned(by: int) -> Callable[..., Any]:
         def listener(page: int, request: gr.Request) -> dict[Any, Any]:
@@ -245,12 +250,7 @@ def _connect_tabs(wiring: Wiring, handlers: SettingsHandlers) -> None:
         chosen = parts[f"tab_{name}"].select(
             None, None, [parts["mode"], parts["problem"]], js=GO % (name, name), **QUIET
         )
-        chosen.then(
-            lambda key, mode: wiring.by_component(handlers.check_support(key, mode)),
-            wiring.components(["model", "mode"]),
-            wiring.components(wiring.changing),
-            **QUIET,
-        )
+        wiring.follow(chosen, enter, ["model", "mode", "replaced"])
     gallery_items = parts["tab_gallery"].select(None, js="() => window.tessera.go('gallery')", **QUIET)
     gallery_items.then(turned(0), parts["page"], wiring.components(wiring.changing), **QUIET)
     wiring.on([parts["newer"].click], turned(-1), ["page"])

@@ -34,7 +34,7 @@ from apps.service.quantized import stored_quantization
 from apps.service.sheet import GridSettings, read_sheet
 from apps.service.uploaded_clips import join_frames, last_frames, receive_clip, split_frames
 from apps.service.uploads import UploadError
-from apps.studio import controls, lora_rows, views
+from apps.studio import clip_length, controls, lora_rows, views
 from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.forms import FIXED, least_side, request_to_form, settings_to_form, size_choices
@@ -167,7 +167,7 @@ class SettingsHandlers:
             **sides,
             **self._step_controls(model),
             **({} if model.guidance is None else {"guidance": gr.update(value=model.guidance)}),
-            "frames": gr.update(value=model.frames),
+            **clip_length.shown(model, self._words),
             "timeline": gr.update(value="", visible=_takes(model, "text_to_image", "prompt_schedule")),
             **_end_controls(model),
             "scheduler": gr.update(choices=[own, *model.schedulers], value="", visible=bool(model.schedulers)),

@@ -114,6 +114,15 @@ class Wiring:
         changing = self.changing if outputs is None else outputs
         return gr.on(triggers, listener, self.components(inputs), self.components(changing), **QUIET, **more)
 
+    def follow(self, event: Any, listener: Callable[..., Changes], inputs: Sequence[str] = ()) -> None:
+        """Connect a listener to the end of another one; it gets the request before its inputs, see `answered`."""
+
+        def answering(request: gr.Request, *given: Any) -> dict[Any, Any]:
+            return self.answered(listener, request, *given)
+
+        answering.__name__ = listener.__name__  # by which Gradio knows it
+        event.then(answering, self.components(inputs), self.components(self.changing), **QUIET)
+
     def answer(
         self,
         trigger: Any,

@@ -92,6 +92,7 @@ def diffusers_info(pipe: Any) -> PipelineInfo:
         guidance=float(guidance) if isinstance(guidance, int | float) else None,
         guidance_kind=kind,
         frames=None if frames is None else default_frames(defaults.get(frames), network_config(pipe), clips),
+        frame_step=1 if frames is None else frame_step(pipe),
         fps=default_fps(defaults, clips),
         output="images" if frames is None else "frames",
         labels=class_table(count_classes(pipe), ids) if "class_labels" in parameters else {},
@@ -265,6 +266,13 @@ def side_multiple(pipe: Any, packs: bool = False) -> int:
     if across == 1 and (packs or is_silent):
         across = 2  # pipelines that pack 2 x 2 cells into a token keep silent about it in the config
     return math.lcm((latent_scale(pipe) or FALLBACK_MULTIPLE) * across, FALLBACK_MULTIPLE)
+
+
+def frame_step(pipe: Any) -> int:
+    """Return how many frames of a clip share a latent frame; its first has one of its own."""
+    names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
+    found = (getattr(pipe, name, None) for name in names)
+    return int(next((step for step in found if isinstance(step, int | float) and step >= 1), 1))
 
 
 def clip_defaults(pipe: Any) -> ClipDefaults | None:

@@ -58,6 +58,7 @@ class PipelineInfo:
         guidance_kind: "classifier_free" runs a second branch for the negative prompt; "true_cfg" does so only if there
             is a negative prompt; "distilled" is an input of the network and takes no negative prompt.
         frames: default number of frames; None for images.
+        frame_step: clips have 1 frame, or 1 more than a multiple of this; other numbers are rounded by the call.
         fps: frames a second of its clips.
         output: attribute of the output that holds the result; "frames" holds a list of clips.
         labels: classes by number, with their names where they have any; empty unless it generates classes.
@@ -93,6 +94,7 @@ class PipelineInfo:
     guidance: float | None = None
     guidance_kind: Guidance = "none"
     frames: int | None = None
+    frame_step: int = 1
     fps: float = FALLBACK_FPS
     output: Literal["images", "frames"] = "images"
     labels: Mapping[int, str] = field(default_factory=_nothing)
@@ -133,6 +135,10 @@ class PipelineInfo:
     def guidance_argument(self) -> str:
         """What the call names the guidance scale."""
         return self.arguments.get("guidance", "guidance_scale")
+
+    def nearest_frames(self, frames: float) -> int:
+        """Return the number of frames nearest to one that clips can have; at least that of one step."""
+        return 1 + self.frame_step * max(round((frames - 1) / self.frame_step), 1)
 
     @property
     def frames_argument(self) -> str:

@@ -78,6 +78,8 @@ def test_the_tab_of_clips_is_where_it_is_at_home(world):
     assert "text_to_image" in model.tasks
     assert all(side % model.multiple == 0 for side in SIZES[world.name])
     assert world.name != "ltx2" or model.multiple == 32  # what its call checks
+    assert model.frame_step == {"ltx2": 8, "hunyuan_video15": 2}.get(world.name, 4)
+    assert model.nearest_frames(FRAMES + 1) == FRAMES
     sessions, words = Sessions(None), Strings("en")
     handlers = SettingsHandlers(world.engine, words, sessions, GenerationHandlers(world.engine, words, sessions))
     assert handlers.load_model_controls("tiny", "text")["mode"] == "video"

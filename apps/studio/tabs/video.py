@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from apps.service.metadata import PictureSettings
-from apps.studio import controls, views
+from apps.studio import clip_length, controls, views
 from apps.studio.page_values import PageError, Values
 from apps.studio.strings import Strings
 from apps.studio.tabs.base import Tab
@@ -31,7 +31,8 @@ def _build(words: Strings) -> dict[str, gr.components.Component]:
                         choose, size="sm", elem_id=f"{name.replace('_', '-')}-file", min_width=80
                     )
                     parts[f"{name}_drop"] = gr.Button(words("end.drop"), size="sm", visible=False, min_width=60)
-    return parts | controls.lay_out("video", words)
+    parts |= clip_length.build(words)
+    return parts | controls.lay_out("video", words, besides=parts)
 
 
 def _task_of(values: Values, able: Collection[str]) -> str:
