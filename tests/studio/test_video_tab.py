@@ -70,6 +70,14 @@ def test_lengths_are_those_that_clips_can_have(world):
     shown = clip_length.shown(model, WORDS)
     assert shown["seconds"]["value"] == pytest.approx(model.frames / model.fps)
     assert "multiple" not in shown["frames_note"]
-    info = PipelineInfo(("text_to_image",), {}, frozenset(), frames=81, frame_step=4, fps=16.0, output="frames")
+    info = PipelineInfo(
+        tasks=("text_to_image",),
+        arguments={},
+        parameters=frozenset(),
+        frames=81,
+        frame_step=4,
+        fps=16.0,
+        output="frames",
+    )
     assert [info.nearest_frames(seconds * info.fps) for seconds in (0.01, 1, 2.04, 5.06)] == [5, 17, 33, 81]
     assert "multiple of 4" in clip_length.shown(info, WORDS)["frames_note"]
