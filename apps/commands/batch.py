@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from apps.commands.generate import DEFAULT_MODEL, DeviceOptions, follow, make_re
 from apps.commands.given_options import GenerateOptions, make_options
 from apps.commands.options import check_options, read_line
 from apps.commands.outputs import picture_paths, save
+from apps.commands.own_files import with_own_preset
 from apps.service.compute_profiles import check_request
 from apps.service.engine import Engine
 from apps.service.logs import no_repetition
@@ -90,7 +91,9 @@ def run_batch(
     """
     device_options, source = device_options or DeviceOptions(), common.model or DEFAULT_MODEL
     with checking():
-        lines = list(read_lines(file, common))
+        read = list(read_lines(file, common))
+        lines = [replace(line, options=with_own_preset(line.options, folder)) for line in read]
+        common = with_own_preset(common, folder)
         check_folder(folder)
         check_sources([source], device_options.base)
         check_upscaler(common.value("upscaler"))

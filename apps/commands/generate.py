@@ -33,6 +33,7 @@ from apps.commands.outputs import (
     save,
     with_sound,
 )
+from apps.commands.own_files import with_own_preset
 from apps.service.compute_profiles import PROFILES, check_request, memory_profiles
 from apps.service.devices import resolve_device
 from apps.service.engine import Engine
@@ -66,6 +67,7 @@ class DeviceOptions:
     quantization: str | None = None
 
     def engine(self, model: str, loras: Sequence[Path] | None = None, upscaler: str | None = None) -> Engine:
+    wildcards: Path | None = None
         """Make an engine for one model, and the LoRA files and one upscaler (else the built-in ones) that are named.
 
         Raises:
@@ -87,6 +89,7 @@ class DeviceOptions:
             quantization=self.quantization,
         )
 
+            wildcards=self.wildcards,
     def for_memory_profile(self, memory: MemoryName | None) -> DeviceOptions:
         """Return it as a memory profile wants it from the start, so that no model is loaded in another way first.
 
@@ -157,6 +160,7 @@ def run(
         memory = options.value("memory") or (None if recorded is None else recorded.memory)
         quantization = options.value("quantization") or (None if recorded is None else recorded.quantization)
         setup = device_options.for_memory_profile(memory).for_quantization(quantization)
+        options = with_own_preset(options, None if output is None else output.parent)
         opened = setup.engine(source, options.lora, upscaler)
     with no_repetition(), closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):

@@ -58,6 +58,16 @@ def generate(
             rich_help_panel=COUNT,
         ),
     ] = None,
+    wildcards: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of text files, of which __name__ in a prompt takes a line.",
+            show_default="wildcards beside the output, or in outputs",
+            rich_help_panel=PROMPT,
+        ),
+    ] = None,
     lora: Annotated[
         list[Path] | None,
         typer.Option(
@@ -142,6 +152,7 @@ def generate(
     """Generate an image from a prompt, repeat one from its settings, or work through a file of prompts."""
     from apps.commands.generate import DeviceOptions, run
     from apps.commands.given_options import make_options
+    from apps.commands.own_files import usual_wildcards
 
     options = make_options(
         prompt=prompt,
@@ -156,7 +167,9 @@ def generate(
         dtype=None if dtype == "auto" else dtype,
         **derived,
     )
-    device_options = DeviceOptions(device=device, dtype=dtype, offload=offload, base=base)
+    beside = None if output is None else output if batch is not None else output.parent
+    lists = wildcards or usual_wildcards(beside)
+    device_options = DeviceOptions(device=device, dtype=dtype, offload=offload, base=base, wildcards=lists)
     if prompt is None and settings is None and batch is None:
         raise typer.BadParameter("There is nothing to generate: give a prompt, --settings or --batch.")
     if batch is None:

@@ -23,6 +23,8 @@ from pipelines import builtin_models, builtin_upscalers
 
 DEFAULT_SEED = 0
 """The same words give the same image, unless a seed is given."""
+DEFAULT_SYNTAX = "dynamic"
+"""How prompts that are typed are read, see `apps.service.prompt_texts`."""
 ANY_IMAGE = "0" * 64
 """Stands for an image that is read later."""
 FIRST_TASKS = ("text_to_image", "class_to_image", "next_scale_text", "next_scale_class")
@@ -105,7 +107,8 @@ def complete(values: dict[str, Any], prompt: str | None, task: str) -> AnyReques
     """
     if prompt is None:
         raise UsageError("There is nothing to generate: give a prompt, or --settings with an image.")
-    subject = {"label": as_label(prompt)} if task in ("class_to_image", "next_scale_class") else {"prompt": prompt}
+    takes_class = task in ("class_to_image", "next_scale_class")
+    subject = {"label": as_label(prompt)} if takes_class else {"prompt": prompt, "prompt_syntax": DEFAULT_SYNTAX}
     try:
         return REQUEST.validate_python({"seed": DEFAULT_SEED, **values, **subject, "task": task})
     except ValidationError as error:
@@ -130,7 +133,8 @@ def complete_again(values: dict[str, Any], prompt: str | None, recorded: Picture
             values = preset_values(values["preset"], kind.model_fields) | values
         del values["preset"]
     if prompt is not None:
-        values = {**values, **({"prompt": prompt} if recorded.label is None else {"label": as_label(prompt)})}
+        typed = {"prompt": prompt, "prompt_syntax": DEFAULT_SYNTAX, **values}  # what was typed now is read as such
+        values = typed if recorded.label is None else {**values, "label": as_label(prompt)}
     unknown = sorted(set(values) - set(kind.model_fields))
     if unknown:
         names = ", ".join(map(_flag, unknown))

@@ -12,7 +12,7 @@ from typing import Any
 
 from apps.service import limits
 from apps.service.model_pool import LoadedModel
-from apps.service.named_settings import preset_values
+from apps.service.named_settings import Preset, preset_values
 from apps.service.option_values import parse_timeline, write_timeline
 from apps.service.outpaint import expanded_size
 from apps.service.request_error import RequestError
@@ -35,15 +35,9 @@ def resolve_defaults(request: AnyRequest, model: LoadedModel, uploads: UploadSto
     accepted = model.accepts(request.task)
     fields = type(request).model_fields
     values: dict[str, Any] = {"model": model.key, "style": None, "preset": None}
-    decided = {name for part in _parts(request) for name in SHORT_FOR.get(part, ())}
-    if "few_step" in _parts(request):
-        decided.add("step_cache")  # which a few-step preset can't have
-    if request.profile is not None:
-        decided.update(DECIDED_BY_PROFILE)
+    decided = _decided(request)
     # 1. the preset, for what the request doesn't say itself
-    if request.preset is not None:
-        preset = {n: value for n, value in preset_values(request.preset, fields).items() if n not in decided}
-        request = request.model_copy(update={n: value for n, value in preset.items() if getattr(request, n) is None})
+    request = with_preset(request)
     # 2. the default of the option, else of the model; not of what a part of its acceleration decides
     for name in fields:
         if getattr(request, name) is None and name not in decided:
@@ -57,6 +51,34 @@ def resolve_defaults(request: AnyRequest, model: LoadedModel, uploads: UploadSto
     values |= _upscale(request, values, model)
     values |= _texts(request)
     return request.model_copy(update={name: value for name, value in values.items() if name in fields})
+
+
+def _decided(request: AnyRequest) -> set[str]:
+    """Return the options that parts of the acceleration, or a profile, decide."""
+    decided = {name for part in _parts(request) for name in SHORT_FOR.get(part, ())}
+    if "few_step" in _parts(request):
+        decided.add("step_cache")  # which a few-step preset can't have
+    if request.profile is not None:
+        decided.update(DECIDED_BY_PROFILE)
+    return decided
+
+
+def with_preset(request: AnyRequest, own: Mapping[str, Preset] | None = None) -> AnyRequest:
+    """Return a request with what its preset says of what it leaves open, and without the preset.
+
+    Args:
+        request: what was asked.
+        own: presets of the user, beside the built-in ones.
+
+    Raises:
+        RequestError: no such preset, or it sets what the request has no field for.
+    """
+    if request.preset is None:
+        return request
+    decided, fields = _decided(request), type(request).model_fields
+    preset = {n: value for n, value in preset_values(request.preset, fields, own).items() if n not in decided}
+    left_open = {name: value for name, value in preset.items() if getattr(request, name) in (None, ())}
+    return request.model_copy(update={**left_open, "preset": None})
 
 
 def _parts(request: AnyRequest) -> Collection[str]:
@@ -101,7 +123,7 @@ def _texts(request: AnyRequest) -> dict[str, str]:
         raise RequestError(
             "setting", "Styles are for prompts; leave the style out for an image of a class.", field="style"
         )
-    styled, negative = apply_style(request.style, prompt, negative)
+    styled, negative = apply_style(request.style, prompt, negative, getattr(request, "prompt_syntax", None))
     timeline = getattr(request, "timeline", None)
     if timeline is None:
         return {"prompt": styled, "negative_prompt": negative}

@@ -24,7 +24,10 @@ from pathlib import Path
 
 import torch
 
+from apps.service import user_presets
+from apps.service import wildcards as wildcard_files
 from apps.service.compute_profiles import LoadOptions, check_request, load_options_of
+from apps.service.defaults import with_preset
 from apps.service.devices import resolve_device, resolve_dtype
 from apps.service.events import Done, Event, EventStream, Failed, ModelLoading, Queued, Stopped
 from apps.service.failures import ModelFailedError, UnknownModelError, failure_of
@@ -37,13 +40,16 @@ from apps.service.live_job import LiveJob, restore_job
 from apps.service.logs import no_loading_bars
 from apps.service.lora import LoraFiles, resolve_lora
 from apps.service.model_pool import Abilities, LoadedModel, ModelPool, Pipeline, abilities_on_disk
+from apps.service.named_settings import load_presets
 from apps.service.option_values import IMAGE_FIELDS, Lora
+from apps.service.prompt_texts import check_texts
 from apps.service.quantized import check_not_quantized
 from apps.service.recorded_jobs import RecordedJobs
 from apps.service.requests import AnyRequest
 from apps.service.stored_images import last_event, state_folder, stored_picture_event
 from apps.service.uploads import UploadStore
 from apps.service.upscaling import UpscalerPool
+from apps.service.user_presets import UserPresets
 from apps.service.worker_state import Health, Worker, problems
 from pipelines.acceleration.quantization import QuantizationPart
 from pipelines.loading.memory import is_out_of_memory, release
@@ -82,6 +88,7 @@ class Engine(RecordedJobs):
         server_limits: length of the line, time limit, models in memory.
         load: turns a source into a pipeline whatever the setup; for tests and special loaders.
         quantization: how the weights are quantized where a request says nothing, see `load_pipeline`; None not at all.
+        wildcards: folder of lists that prompts may name; None for `wildcards` in the output folder.
 
     Raises:
         ValueError: no model, an unknown device, dtype or quantization, an offload without an accelerator, or an output
@@ -102,6 +109,7 @@ class Engine(RecordedJobs):
         server_limits: ServerLimits | None = None,
         load: Callable[[str], Pipeline] | None = None,
         quantization: str | None = None,
+        wildcards: Path | None = None,
     ) -> None:
         self.limits = server_limits or ServerLimits()
         names = [resolve_device(name) for name in device.split(",")]
@@ -112,19 +120,20 @@ class Engine(RecordedJobs):
         self.base, self.devices, self.output_dir = base, tuple(names), output_dir
         self.lora_files = loras if isinstance(loras, LoraFiles) else LoraFiles(loras)
         self.upscalers = UpscalerPool(upscalers)
+        beside = None if output_dir is None else output_dir / wildcard_files.FOLDER
+        self.wildcards = wildcard_files.Wildcards(beside if wildcards is None else wildcards)
         pools = [
             ModelPool(models, partial(self._load, load, name), self.limits.loaded_models, one)
             for name, one in zip(names, setups, strict=True)
         ]
         state = state_folder(output_dir)
+        self.presets = UserPresets(None if state is None else state / user_presets.FOLDER)
         self._store = JobStore(None if state is None else state / "jobs.sqlite")
         self._gallery = None if state is None or output_dir is None else Gallery(self._store, output_dir, state)
         self.uploads = UploadStore(None if state is None else state / "uploads", self._store)
+        shared = (self._store, self.uploads, output_dir, self.lora_files, self.upscalers, self.wildcards)
         self._devices = [
-            _Device(
-                WorkerContext(name, one.dtype, self._store, self.uploads, output_dir, self.lora_files, self.upscalers),
-                pool,
-            )
+            _Device(WorkerContext(name, one.dtype, *shared), pool)
             for name, one, pool in zip(names, setups, pools, strict=True)
         ]
         self._live: dict[str, LiveJob] = {}
@@ -218,6 +227,9 @@ class Engine(RecordedJobs):
         key = self.models[0] if request.model is None else request.model
         if key not in self.models:
             raise UnknownModelError(key, self.models)
+        if request.preset is not None and request.preset not in load_presets():  # checked like what they say themselves
+            own = with_preset(request, self.presets.of(owner))
+            request = type(request).model_validate_json(own.model_dump_json())
         check_request(request, self.devices)
         check_not_quantized(request, key, self.source(key))
         self.upscalers.check(request)
@@ -228,6 +240,7 @@ class Engine(RecordedJobs):
             loras = tuple(self.check_lora(one, owner) for one in request.loras)
             request = request.model_copy(update={"loras": loras})
         seeded = request.with_seed().model_copy(update={"model": key})
+        check_texts(seeded, self.wildcards)
         job_id = secrets.token_hex(8)
         with self._moved:
             if self._closing:

@@ -10,8 +10,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +23,7 @@ from apps.service.acceleration import accelerated, config_of, reports_on, search
 from apps.service.media import candidate_sheet
 from apps.service.model_pool import LoadedModel, Pipeline
 from apps.service.option_values import parse_timeline
+from apps.service.prompt_texts import spans_of, without_weights
 from apps.service.request_error import RequestError
 from apps.service.requests import OPTIONS, AnyRequest
 from apps.service.schedulers import make_scheduler
@@ -146,6 +147,8 @@ def run_pipeline(
         ValueError: the pipeline doesn't accept what is asked.
     """
     pipe, info = model.pipe_for(inputs.request.task), model.info_for(inputs.request.task)
+    weights = _weights(pipe, inputs)
+    inputs = replace(inputs, request=without_weights(inputs.request))
     arguments = _arguments(model, inputs)
     name = inputs.request.profile
     profile = None if name is None else resolve_profile(name, pipe, info, arguments)
@@ -154,7 +157,7 @@ def run_pipeline(
         arguments = _without_few_step(arguments, config, info) | acceleration.call_arguments
         watch = _StepCallback(model, info, pipe, inputs, signals, on_step, acceleration)
         try:
-            with watch.attached(arguments):
+            with weights, watch.attached(arguments):
                 output = pipe(**arguments) if on_part is None else _streamed(pipe, info, arguments, on_part)
         except BaseException:
             pipe.maybe_free_model_hooks()  # the pipeline's last line, which a stop or an error has skipped
@@ -172,6 +175,28 @@ def run_pipeline(
     # Only the frames of a clip that is ended early are led to their end; its sound is noise still.
     sound = sound_of(pipe, output) if watch.ended_after is None else None
     return BatchResult(pictures, watch.ended_after, used, reports, sound)
+
+
+def _weights(pipe: Pipeline, inputs: BatchInputs) -> AbstractContextManager[None]:
+    """Return what has the text encoders weight words, as the prompts of a batch ask for.
+
+    Raises:
+        RequestError: this pipeline can't.
+    """
+    spans = spans_of(inputs.request)
+    if not spans:
+        return nullcontext()
+    from pipelines.inputs.prompt_syntax import Span
+    from pipelines.inputs.prompt_weights import trouble_with, weighted  # with transformers, imported by now
+
+    trouble = trouble_with(pipe)
+    if trouble:
+        raise RequestError(
+            "prompt.weights", f"prompt: words can't be weighted, because {trouble}; leave the weights out."
+        )
+    timeline = inputs.field("timeline")
+    later = [(Span(text),) for _, text in parse_timeline(timeline)] if timeline else []
+    return weighted(pipe, [*spans.values(), *later])
 
 
 def _streamed(pipe: Any, info: PipelineInfo, arguments: dict[str, Any], on_part: OnPart) -> Any:

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from apps.service.metadata import PictureSettings, mark_of, save_picture, save_s
 from apps.service.model_pool import LoadedModel
 from apps.service.option_values import parse_timeline
 from apps.service.outpaint import blend, mask_of, pad_for_outpainting, soft_mask
+from apps.service.prompt_texts import one_by_one, texts_of, without_weights
 from apps.service.provenance import Provenance, packet
 from apps.service.reports import encode_reports, report_text
 from apps.service.request_error import RequestError
@@ -42,6 +43,7 @@ from apps.service.requests import AnyRequest
 from apps.service.uploaded_clips import cut_note, split_frames
 from apps.service.uploads import UploadStore
 from apps.service.upscaling import UpscalerPool, UpscaleStep
+from apps.service.wildcards import Wildcards
 from apps.service.xmp import append_to_mp4
 
 PART_SIDE = 256
@@ -60,6 +62,7 @@ class WorkerContext:
         output_dir: receives the files; None hands images over in memory only.
         loras: LoRA files, each for those who may choose it.
         upscalers: that requests may choose.
+        wildcards: that prompts may name.
     """
 
     device: str
@@ -69,6 +72,7 @@ class WorkerContext:
     output_dir: Path | None
     loras: LoraFiles = field(default_factory=LoraFiles)
     upscalers: UpscalerPool = field(default_factory=UpscalerPool)
+    wildcards: Wildcards = field(default_factory=Wildcards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,9 @@ def _run_batches(
         if done.issuperset(range(first, min(first + len(seeds), wanted))):
             clock.skip()
             continue
-        inputs = _batch_inputs(request, tuple(seeds), model, context.uploads)
+        texts = texts_of(request, seeds[0], context.wildcards)
+        inputs = _batch_inputs(texts.request, tuple(seeds), model, context.uploads)
+        plain = replace(inputs, request=without_weights(texts.request))
         begun = time.monotonic()
         clock.begin(_step_count(request, model), first, 1 if request.pick is not None else len(seeds))
         signals.skip.clear()  # one that came too late for its image should not hit the next
@@ -160,10 +166,11 @@ def _run_batches(
                     continue
                 settings, since = _settings(inputs, i, model, context, result, frames), time.monotonic()
                 if upscale is not None:
+                settings = settings.model_copy(update=texts.recorded)
                     settings = settings.model_copy(update={"upscaler_fingerprint": upscale.loaded.fingerprint})
-                    frames = upscale.run(inputs, i, frames, clock.upscaling(i))
+                    frames = upscale.run(plain, i, frames, clock.upscaling(i))
                 place, took = first + i if request.pick is None else 0, seconds + time.monotonic() - since
-                notes = notes_on(request, model, context.uploads)
+                notes = (*texts.notes, *notes_on(plain.request, model, context.uploads))
                 tell(_finish(queued, place, model, context, settings, frames, took, result, notes))
         except SkipRequestedError:
             context.store.add_skipped(queued.id, range(first, first + len(seeds)))

@@ -62,6 +62,8 @@ class PictureSettings(NextScaleOptions, CompletionOptions, StepOptions, SharedOp
         negative_prompt: the text that was kept away from.
         seed: of this image's noise, drawn on the CPU in float32.
         height: pixels, before upscaling.
+        prompt_template: the prompt before its alternatives were chosen, see `apps.service.prompt_texts`.
+        negative_prompt_template: the negative prompt before that.
         width: pixels, before upscaling.
         fps: frames a second of a clip.
         model: name of the model in the list it was chosen from; never a path.
@@ -86,6 +88,8 @@ class PictureSettings(NextScaleOptions, CompletionOptions, StepOptions, SharedOp
     negative_prompt: NegativePrompt = ""
     seed: int = Field(ge=0, le=limits.MAX_SEED)
     height: int = Field(ge=1, le=limits.MAX_SIDE)
+    prompt_template: str | None = Field(default=None, max_length=limits.MAX_PROMPT_CHARS)
+    negative_prompt_template: str | None = Field(default=None, max_length=limits.MAX_PROMPT_CHARS)
     width: int = Field(ge=1, le=limits.MAX_SIDE)
     fps: float | None = Field(default=None, gt=0, le=240)
     model: ShortText

@@ -38,27 +38,28 @@ def load_presets(file: Path = PRESETS) -> dict[str, Preset]:
     return dict(found)
 
 
-def unknown_preset(name: str) -> RequestError:
-    """Return the error of a name that no preset has."""
-    names = ", ".join(load_presets())
+def unknown_preset(name: str, own: Mapping[str, Preset] | None = None) -> RequestError:
+    """Return the error of a name that no preset has, neither a built-in one nor one of the user's own."""
+    names = ", ".join([*load_presets(), *(own or {})])
     return RequestError(
         "choice", f"There is no such preset; choose among {names}.", field="preset", value=name, choices=names
     )
 
 
-def preset_values(name: str, fields: Collection[str]) -> dict[str, Any]:
+def preset_values(name: str, fields: Collection[str], own: Mapping[str, Preset] | None = None) -> dict[str, Any]:
     """Return what a preset sets in a request.
 
     Args:
         name: of the preset.
         fields: that the request has.
+        own: presets of the user, beside the built-in ones.
 
     Raises:
         ValueError: no such preset, or it sets what the request has no field for.
     """
-    presets = load_presets()
+    presets = {**(own or {}), **load_presets()}
     if name not in presets:
-        raise unknown_preset(name)
+        raise unknown_preset(name, own)
     values = presets[name].values()
     missing = sorted(set(values) - set(fields))
     if missing:

@@ -38,6 +38,9 @@ from apps.service.option_values import (
 )
 from apps.service.panels import COUNT, EDITING, OUTPUT, PROMPT, SAMPLING, SCALES, SPEED
 
+PromptSyntax = Literal["plain", "weights", "dynamic", "a1111"]
+"""See `apps.service.prompt_texts`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
@@ -162,6 +165,21 @@ class OptionGroup(BaseModel):
     """Base of the groups."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PromptOptions(OptionGroup):
+    """What tasks with a prompt have besides; of what a prompt becomes an image records the outcome."""
+
+    prompt_syntax: Annotated[
+        PromptSyntax | None,
+        Option(
+            help="How prompts are read. plain: as they are; weights: (word:1.2) counts; dynamic: {a|b} and "
+            "__wildcard__ too; a1111: (word) and [word] too.",
+            panel=PROMPT,
+            is_axis=False,
+            control=Control(kind="choice", place="advanced", start="dynamic", off="plain"),
+        ),
+    ] = None
 
 
 class RunOptions(OptionGroup):

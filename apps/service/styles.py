@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
 from apps.service import limits
+from apps.service.prompt_texts import as_literal
 from apps.service.request_error import RequestError
 
 STYLES = Path(__file__).parent / "presets" / "styles.json"
@@ -49,13 +50,14 @@ def load_styles(file: Path = STYLES) -> dict[str, Style]:
     return dict(found)
 
 
-def apply_style(name: str, prompt: str, negative_prompt: str) -> tuple[str, str]:
+def apply_style(name: str, prompt: str, negative_prompt: str, syntax: str | None = None) -> tuple[str, str]:
     """Put a prompt into a style.
 
     Args:
         name: of the style.
         prompt: what to generate.
         negative_prompt: what to avoid.
+        syntax: of both, see `apps.service.prompt_texts`; the style's own words are taken as they are.
 
     Returns:
         Prompt and negative prompt.
@@ -73,8 +75,10 @@ def apply_style(name: str, prompt: str, negative_prompt: str) -> tuple[str, str]
             choices=", ".join(styles),
         )
     style = styles[name]
-    text = style.prompt.replace("{prompt}", prompt)
-    avoided = ", ".join(part for part in (negative_prompt.strip(), style.negative_prompt) if part)
+    before, behind = (as_literal(part, syntax) for part in style.prompt.split("{prompt}"))
+    text = f"{before}{prompt}{behind}"
+    own = as_literal(style.negative_prompt, syntax)
+    avoided = ", ".join(part for part in (negative_prompt.strip(), own) if part)
     if max(len(text), len(avoided)) > limits.MAX_PROMPT_CHARS:
         raise RequestError(
             "style.long",

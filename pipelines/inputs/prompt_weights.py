@@ -229,11 +229,12 @@ class _Weighting:
     def __init__(
         self, name: str, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, Sequence[Span]], method: Method
     ) -> None:
-        self._name, self._tokenizer, self._method = name, tokenizer, method
+        self._name, self._tokenizer = name, tokenizer
+        self._method: Method = method
         self._tokens = [one for spans in texts.values() for one in tokenize_weighted(tokenizer, spans)]
         self._blank = tuple(tokenizer("", verbose=False)["input_ids"])
-        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self._fillers = frozenset(one for one in ends if one is not None)
+        ends: tuple[Any, ...] = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self._fillers: frozenset[int] = frozenset(one for one in ends if one is not None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the output of an encoder with weighted states."""
