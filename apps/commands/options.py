@@ -110,7 +110,7 @@ def complete(values: dict[str, Any], prompt: str | None, task: str) -> AnyReques
     takes_class = task in ("class_to_image", "next_scale_class")
     subject = {"label": as_label(prompt)} if takes_class else {"prompt": prompt, "prompt_syntax": DEFAULT_SYNTAX}
     try:
-        return REQUEST.validate_python({"seed": DEFAULT_SEED, **values, **subject, "task": task})
+        return REQUEST.validate_python({"seed": DEFAULT_SEED, **subject, **values, "task": task})
     except ValidationError as error:
         raise UsageError(_sentence(explain(error))) from None
 

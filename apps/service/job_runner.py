@@ -140,6 +140,7 @@ def _run_batches(
 ) -> None:
     """Generate the batches of a job, each unless its images count already or were skipped."""
     done = {picture.place for picture in context.store.pictures(queued.id)} | context.store.skipped(queued.id)
+    request = one_by_one(request)
     wanted = 1 if request.pick is not None else request.num_images
     batches = request.batches()
     upscale = _upscale_step(request, context, signals, tell)

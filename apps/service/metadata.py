@@ -27,6 +27,7 @@ from apps.service.options import (
     NegativePrompt,
     NextScaleOptions,
     SharedOptions,
+    PromptOptions,
     SourceClip,
     StepOptions,
     Strength,
@@ -51,7 +52,7 @@ Task = Literal[
 ]  # fmt: skip
 
 
-class PictureSettings(NextScaleOptions, CompletionOptions, StepOptions, SharedOptions):
+class PictureSettings(PromptOptions, NextScaleOptions, CompletionOptions, StepOptions, SharedOptions):
     """Everything needed to generate one image again: the options that it inherits, and what stands here.
 
     Attributes:

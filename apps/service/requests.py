@@ -26,6 +26,7 @@ from apps.service.options import (
     NegativePrompt,
     NextScaleOptions,
     Option,
+    PromptOptions,
     RunOptions,
     SharedOptions,
     SourceClip,
@@ -165,7 +166,7 @@ class DenoisingRequest(BaseRequest, DenoisingOptions):
         return self
 
 
-class TextToImageRequest(ClipOptions, DenoisingRequest):
+class TextToImageRequest(PromptOptions, ClipOptions, DenoisingRequest):
     """Ask for images of a text, or for a clip of it."""
 
     task: Literal["text_to_image"] = "text_to_image"
@@ -173,7 +174,7 @@ class TextToImageRequest(ClipOptions, DenoisingRequest):
     negative_prompt: NegativePrompt = ""
 
 
-class ImageToImageRequest(ClipOptions, DenoisingRequest):
+class ImageToImageRequest(PromptOptions, ClipOptions, DenoisingRequest):
     """Ask for variations of an image, or for a clip that begins with it, which has no strength."""
 
     task: Literal["image_to_image"] = "image_to_image"
@@ -183,7 +184,7 @@ class ImageToImageRequest(ClipOptions, DenoisingRequest):
     strength: Strength = None
 
 
-class InpaintRequest(MaskOptions, DenoisingRequest):
+class InpaintRequest(PromptOptions, MaskOptions, DenoisingRequest):
     """Ask for a part of an image, or what lies beyond its sides, to be generated; every other pixel is kept as it is.
 
     With a soft edge (`mask_blur`) the result blends into the image around the grown mask; all beyond it is kept.
@@ -209,7 +210,7 @@ class InpaintRequest(MaskOptions, DenoisingRequest):
         return self
 
 
-class VideoCompletionRequest(CompletionOptions, DenoisingRequest):
+class VideoCompletionRequest(PromptOptions, CompletionOptions, DenoisingRequest):
     """Ask for what is missing of a clip; every pixel that is kept comes out as it was.
 
     A clip that is to be longer than what is given goes on from there. Without a mask all that isn't given is generated.
@@ -265,7 +266,7 @@ class NextScaleClassRequest(NextScaleRequest):
     label: ClassLabel
 
 
-class NextScaleTextRequest(NextScaleRequest):
+class NextScaleTextRequest(PromptOptions, NextScaleRequest):
     """Ask a next-scale model for images of a text."""
 
     task: Literal["next_scale_text"] = "next_scale_text"
