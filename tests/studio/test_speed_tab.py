@@ -115,7 +115,7 @@ def test_a_result_is_kept_and_the_next_tuning_may_start(tunings):
 
 
 def test_why_a_tuning_failed_is_told_without_paths(tunings):
-    found = tunings("import sys; sys.exit('error: /home/ann/models/x has no network that denoises')")
+    found = tunings("import sys; sys.exit('error: /data/models/x has no network that denoises')")
     found.start(TuningSettings("mine", "x"))
     assert found.wait(20)
     assert found.last.state == "failed"
