@@ -140,12 +140,13 @@ def _texts(request: AnyRequest) -> dict[str, str]:
 def _frames(request: AnyRequest, model: LoadedModel) -> dict[str, int | None]:
     """Return the number of frames of a clip, if the model makes clips."""
     asked = getattr(request, "frames", None)
-    if asked is not None and model.frames is None:
-        raise RequestError(
-            "setting",
-            f"The model {model.key!r} generates images, not clips; leave out the number of frames.",
-            field="frames",
-        )
+    for field in ("frames", "fps"):
+        if getattr(request, field, None) is not None and model.frames is None:
+            raise RequestError(
+                "setting",
+                f"The model {model.key!r} generates images, not clips; leave out {field}.",
+                field=field,
+            )
     if "frames" not in type(request).model_fields:
         return {}
     if not isinstance(request, VideoCompletionRequest) or model.frames is None:

@@ -257,6 +257,7 @@ def _arguments(model: LoadedModel, inputs: BatchInputs) -> dict[str, Any]:
     given |= {"image": inputs.image, "last_image": inputs.last_image, "mask_image": inputs.mask}
     given |= {"num_images_per_prompt": several}
     given |= _class_labels(model, inputs) | _prompt_schedule(inputs) | _given_video(inputs)
+    given |= _frame_rate(info, inputs.field("fps"))
     arguments = {name: value for name, value in given.items() if value not in (None, "")}
     if inputs.image is not None:  # it has the size already, and some pipelines take the size from it
         arguments = {name: value for name, value in arguments.items() if name in accepts or name not in _SIDES}
@@ -277,6 +278,14 @@ def _arguments(model: LoadedModel, inputs: BatchInputs) -> dict[str, Any]:
 
 
 _SIDES = ("height", "width")
+
+
+def _frame_rate(info: PipelineInfo, fps: float | None) -> dict[str, Any]:
+    """Return the frame rate for a call that takes one, as a number of the kind of its default."""
+    name = next((one for one in ("frame_rate", "fps") if one in info.parameters), None)
+    if fps is None or fps == info.fps or name is None:
+        return {}
+    return {name: round(fps) if isinstance(info.defaults.get(name), int) else fps}
 
 
 def _prompt_schedule(inputs: BatchInputs) -> dict[str, Any]:

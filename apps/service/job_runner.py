@@ -158,7 +158,7 @@ def _run_batches(
         signals.skip.clear()  # one that came too late for its image should not hit the next
         try:
             growing = _growing_path(queued, first, request, model, context)
-            with _GrowingClip(growing, model.fps, clock.part, mark_of(request)) as parts:
+            with _GrowingClip(growing, fps_of(request, model), clock.part, mark_of(request)) as parts:
                 on_part = None if model.frames is None else parts.add
                 result = _keep(inputs, run_pipeline(model, inputs, signals, clock.step, offload, on_part))
             seconds = (time.monotonic() - begun) / len(result.pictures)
@@ -279,7 +279,7 @@ def _finish(
     notes: tuple[str, ...],
 ) -> Picture:
     """Write an image, or a clip and an image of some of its frames; then it counts."""
-    clip = None if model.frames is None else Clip(tuple(frames), model.fps, result.sound)
+    clip = None if model.frames is None else Clip(tuple(frames), fps_of(queued.request, model), result.sound)
     image = frames[0] if clip is None else contact_strip(frames)
     path = video = None
     if context.output_dir is not None:
@@ -360,7 +360,7 @@ def _settings(
             "height": frames[0].height,
             # A clip that was ended early has fewer frames than its pace was set for.
             "frames": None if model.frames is None else len(frames) if ended is None else inputs.field("frames"),
-            "fps": None if model.frames is None else model.fps,
+            "fps": None if model.frames is None else fps_of(inputs.request, model),
             "fingerprint": model.fingerprint,
             "sampler": inputs.field("scheduler"),
             "scheduler": {} if result.scheduler is None else _scheduler_settings(result.scheduler),
@@ -371,6 +371,11 @@ def _settings(
             "versions": _versions(),
         }
     )
+
+
+def fps_of(request: AnyRequest, model: LoadedModel) -> float:
+    """Return how many frames a second a clip has: those asked for, or the model's own."""
+    return getattr(request, "fps", None) or model.fps
 
 
 def _scheduler_settings(scheduler: Any) -> dict[str, Any]:

@@ -424,6 +424,17 @@ class ClipOptions(OptionGroup):
             control=Control(kind="number", place="video", off=None),
         ),
     ] = None
+    fps: Annotated[
+        float | None,
+        Field(ge=1, le=120),
+        Option(
+            help="Frames a second of a clip; models that are told it move accordingly, clips of others play faster or "
+            "slower. The model's own if absent.",
+            panel=COUNT,
+            is_axis=False,
+            control=Control(kind="number", place="video", off=None),
+        ),
+    ] = None
     last_image: Annotated[
         ImageId | None, Option(help="Hash of an uploaded image that a clip ends with.", is_axis=False)
     ] = None

@@ -23,19 +23,22 @@ def build(words: Strings) -> Parts:
         seconds = fields.Slider(
             0.1, limits.MAX_FRAMES / FPS, 1.0, step=0.1, label=words("seconds"), elem_id="seconds", min_width=160
         )
-        frames = controls.build("frames", words, min_width=100)
-    return {"seconds": seconds, "frames": frames, "frames_note": gr.HTML("", elem_id="frames-note", js_on_load=None)}
+        frames = controls.build("frames", words, min_width=80)
+        fps = controls.build("fps", words, min_width=80)
+    note = gr.HTML("", elem_id="frames-note", js_on_load=None)
+    return {"seconds": seconds, "frames": frames, "fps": fps, "frames_note": note}
 
 
 def shown(model: LoadedModel, words: Strings) -> dict[str, Any]:
     """Return the controls as they are for a model: its usual length, and what others there are."""
     if model.frames is None:
-        return {"frames": gr.update(value=None), "frames_note": ""}
-    step, fps = model.frame_step, f"{model.fps:g}"
-    note = words("frames.any", fps=fps) if step == 1 else words("frames.steps", fps=fps, step=step)
+        return {"frames": gr.update(value=None), "fps": gr.update(value=None), "frames_note": ""}
+    step = model.frame_step
+    note = "" if step == 1 else words("frames.steps", step=step)
     most = round(limits.MAX_FRAMES / model.fps, 1)
     return {
         "frames": gr.update(value=model.frames),
+        "fps": gr.update(value=model.fps),
         "seconds": gr.update(value=round(model.frames / model.fps, 2), maximum=most),
         "frames_note": views.hint(note),
     }
@@ -50,20 +53,25 @@ def connect(parts: Parts, engine: Engine, **quiet: Any) -> None:
         **quiet: arguments of all listeners.
     """
 
-    def frames_of(seconds: Any, key: str) -> Any:
-        model = _clips(engine, key)
-        if model is None or not isinstance(seconds, int | float):
+    def frames_of(seconds: Any, fps: Any, key: str) -> Any:
+        model, rate = _clips(engine, key), _rate(fps)
+        if model is None or rate is None or not isinstance(seconds, int | float):
             return gr.skip()
-        return min(model.nearest_frames(seconds * model.fps), limits.MAX_FRAMES)
+        return min(model.nearest_frames(seconds * rate), limits.MAX_FRAMES)
 
-    def seconds_of(frames: Any, key: str) -> Any:
-        model = _clips(engine, key)
-        if model is None or not isinstance(frames, int | float):
-            return gr.skip()
-        return round(frames / model.fps, 2)
+    def seconds_of(frames: Any, fps: Any) -> Any:
+        rate = _rate(fps)
+        return gr.skip() if rate is None or not isinstance(frames, int | float) else round(frames / rate, 2)
 
-    parts["seconds"].input(frames_of, [parts["seconds"], parts["model"]], parts["frames"], **quiet)
-    parts["frames"].change(seconds_of, [parts["frames"], parts["model"]], parts["seconds"], **quiet)
+    length = [parts["frames"], parts["fps"]]
+    asked = [parts["seconds"], parts["fps"], parts["model"]]
+    parts["seconds"].input(frames_of, asked, parts["frames"], **quiet)
+    gr.on([one.change for one in length], seconds_of, length, parts["seconds"], **quiet)
+
+
+def _rate(fps: object) -> float | None:
+    """Return a number of frames a second that can be divided by; None for anything else."""
+    return float(fps) if isinstance(fps, int | float) and fps > 0 else None
 
 
 def _clips(engine: Engine, key: object) -> LoadedModel | None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 
 from apps.service.engine import Engine
+from apps.service.events import Failed, Picture
+from apps.service.media import read_mp4
+from apps.service.metadata import request_from_settings
+from apps.service.requests import TextToImageRequest
 from apps.studio import clip_length
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.model_choice import ModelChoice
@@ -81,3 +85,22 @@ def test_lengths_are_those_that_clips_can_have(world):
     )
     assert [info.nearest_frames(seconds * info.fps) for seconds in (0.01, 1, 2.04, 5.06)] == [5, 17, 33, 81]
     assert "multiple of 4" in clip_length.shown(info, WORDS)["frames_note"]
+
+
+def test_clips_play_at_the_rate_that_is_asked_for_and_models_are_told_it(world, monkeypatch):
+    _, engine, _ = world
+    model, told = engine.model("stickers-video").result(60), []
+    stream = type(model.pipe).stream
+    monkeypatch.setattr(type(model.pipe), "stream", lambda pipe, **call: told.append(call) or stream(pipe, **call))
+    asked = {"prompt": "a dog", "model": "stickers-video", "frames": 4, "steps": 1, "width": 32, "height": 32}
+    for fps, call in ((None, None), (model.fps, None), (20.0, 20.0)):
+        request = TextToImageRequest.model_validate({**asked, "fps": fps})
+        picture = next(event for event in engine.generate(request) if isinstance(event, Picture))
+        assert told[-1].get("frame_rate") == call
+        settings = read_mp4(picture.video)
+        assert settings.fps == (fps or model.fps)
+        assert picture.clip.fps == settings.fps
+        assert request_from_settings(settings).fps == settings.fps
+    *_, last = engine.generate(TextToImageRequest(prompt="a dog", model="stickers", fps=8.0))
+    assert isinstance(last, Failed)
+    assert "leave out fps" in last.message
