@@ -46,7 +46,7 @@ docs: $(VENV)/installed-dev
 
 # Rivals take part where the extra "bench" is installed. ARGS="--smoke" only shows that all of it runs.
 BENCHES := image start costs cache cache-time clips kv shortcuts attention attention-corrections attention-plan \
-	quantization quantization-quality quantization-mixed speed-up
+	quantization quantization-quality quantization-mixed speed-up speed-up-shapes
 BENCHES_GPU := attention-gpu quantization-gpu
 
 bench: $(VENV)/installed-dev

@@ -21,7 +21,8 @@ def bench(
             "out), attention-gpu (the kernel on a GPU), quantization (layers and a block, on a CPU), "
             "quantization-gpu (the same on a GPU), quantization-quality (what quantized built-in models generate), "
             "quantization-mixed (formats chosen by measuring, at equal bytes), "
-            "speed-up (the tuner's setting beside what is put together by hand), or "
+            "speed-up (the tuner's setting beside what is put together by hand), speed-up-shapes (the tuner's "
+            "predictions for a network of published size), or "
             "training (validation losses of several configurations)."
         ),
     ],

@@ -19,7 +19,8 @@ to other prompts, sizes, guidance and schedulers.
 `tessera bench quantization-gpu` does so on a GPU;
 `tessera bench quantization-quality` compares what built-in models generate with quantized networks, ours and others'.
 `tessera bench quantization-mixed` compares mixed precision by measuring with other choices of formats at equal bytes.
-`tessera bench speed-up` compares what `speed_up` reaches with single techniques, fewer steps and other libraries.
+`tessera bench speed-up` compares what `speed_up` reaches with single techniques, fewer steps and other libraries;
+`tessera bench speed-up-shapes` compares what the tuner predicts for a network of published size with real runs.
 `tessera bench training` trains several configurations, or reads what they have logged, and compares validation losses.
 """
 
@@ -263,6 +264,13 @@ def bench_speed_up(asked: Asked) -> dict[str, Any]:
     return implementation.bench_speed_up(asked)
 
 
+def bench_speed_up_shapes(asked: Asked) -> dict[str, Any]:
+    """Compare predictions of the tuner with real runs; see `apps.benchmarks.speed_up_shapes`."""
+    from apps.benchmarks import speed_up_shapes as implementation
+
+    return implementation.bench_speed_up_shapes(asked)
+
+
 def bench_training(asked: Asked) -> dict[str, Any]:
     """Compare the losses of runs; see `apps.benchmarks.training`."""
     from apps.benchmarks import training as implementation
@@ -295,11 +303,12 @@ BENCHMARKS: Mapping[str, Callable[[Asked], dict[str, Any]]] = {
     "quantization-quality": bench_quantization_quality,
     "quantization-mixed": bench_quantization_mixed,
     "speed-up": bench_speed_up,
+    "speed-up-shapes": bench_speed_up_shapes,
     "training": bench_training,
 }
 
-CHOOSES_STEPS = ("lora-style", "lora-object")
-"""Benchmarks whose images are generated at steps and guidance that can be chosen."""
+CHOOSES_STEPS = ("lora-style", "lora-object", "speed-up-shapes")
+"""Benchmarks whose images are generated at steps, and guidance, that can be chosen."""
 
 OLD_NAMES = {"paint": "image"}
 """Benchmarks by their names in earlier versions."""

@@ -4,6 +4,7 @@ import pytest
 
 from apps.benchmarks.run import run
 from apps.benchmarks.speed_up import best_of
+from apps.benchmarks.speed_up_shapes import dit_pipeline
 
 
 def test_the_fastest_of_each_kind_that_is_near_enough() -> None:
@@ -29,3 +30,17 @@ def test_the_smoke_test_compares_all_kinds(tmp_path) -> None:
     assert all("failed" in row or row["gain"] > 0 for row in rows)
     assert report["steps"] == 8
     assert (tmp_path / "speed.json").is_file()
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path) -> None:
+    report = run("speed-up-shapes", smoke=True, output=tmp_path / "shapes.json")
+    (rows,) = report["tables"].values()
+    assert {row["chosen for"] for row in rows} >= {"psnr>=30"}
+    for row in rows:
+        assert row["predicted time, % of measured"] == pytest.approx(100 * row["gain"] / row["predicted"], abs=1.5)
+        assert row["PSNR, dB"] >= 24
+
+
+def test_blocks_of_the_random_network_act() -> None:
+    pipe = dit_pipeline("DiT-S/4", 32, (8, 16))
+    assert all(weight.any() for name, weight in pipe.transformer.named_parameters() if name.endswith("weight"))
