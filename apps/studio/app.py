@@ -19,7 +19,7 @@ from apps.service.lora import LoraFiles, find_loras
 from apps.service.model_pool import name_models
 from apps.service.stored_images import STATE_FOLDER
 from apps.service.tuning import Tunings
-from apps.studio import fine_tune, panels, speed, views
+from apps.studio import fine_tune, panels, prompt_tools, speed, views
 from apps.studio.controls import Parts
 from apps.studio.fine_tune_files import add_files
 from apps.studio.gate import Gate
@@ -210,5 +210,6 @@ def build_page(
             with gr.Column(elem_id="settings", elem_classes="card"):
                 parts |= panels.settings_panel(engine, words)
         parts["words"] = gr.HTML("", elem_id="words", js_on_load=None)
+        gr.HTML(prompt_tools.help_list(parts, words), elem_id="help", js_on_load=None)
         connect(page, engine, words, sessions, parts, runs, tunings)
     return page

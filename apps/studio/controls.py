@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,15 @@ Parts = dict[str, Any]
 
 CONTROLS = {name: one for name, one in OPTIONS.items() if one.option.control is not None}
 """Options with a control of the same name on the page."""
+HELD = {
+    "prompt": "prompt", "model": "model", "width": "width", "height": "height", "seed": "seed", "seed_mode": "seed",
+    "preset": "preset", "step_cache": "step_cache", "cache_amount": "step_cache", "label": "label",
+    "scale_label": "label", "inpaint_label": "label", "repaint": "strength", "grow_left": "expand",
+    "grow_top": "expand", "grow_right": "expand", "grow_bottom": "expand",
+}  # fmt: skip
+"""Controls of another making -> option that they hold, or a part of it."""
+FLAG = re.compile(r"^(?:With --[a-z-]+: |Next-scale models, |Next-scale models: )")
+"""Beginning of a help that a page doesn't need, because the controls that it is about stand together."""
 SHARED = ("sampling", "count", "advanced")
 """Places whose controls all tabs have."""
 
@@ -61,6 +71,32 @@ def build(name: str, words: Strings, option: DeclaredOption | None = None, **mor
 def _none(name: str, words: Strings) -> str:
     """Return the key of what a choice is called that isn't made."""
     return f"{name}.none" if f"{name}.none" in words else "machine.usual"
+
+
+def help_of(name: str, words: Strings) -> str:
+    """Return the help of an option as the page shows it: that of its declaration, in the language of the page.
+
+    Args:
+        name: of the option.
+        words: of the page.
+    """
+    text = words.help(name) or FLAG.sub("", OPTIONS[name].option.help)
+    return text[:1].upper() + text[1:]
+
+
+def help_texts(parts: Parts, words: Strings) -> dict[str, str]:
+    """Return the help of every control that holds an option, or a part of one.
+
+    Args:
+        parts: of the page; those that hold none are left out.
+        words: of the page.
+
+    Returns:
+        Element of the page -> text.
+    """
+    held = {**{name: name for name in CONTROLS}, **HELD}
+    found = {name: option for name, option in held.items() if getattr(parts.get(name), "elem_id", None)}
+    return {parts[name].elem_id: help_of(option, words) for name, option in found.items()}
 
 
 def lay_out(place: str, words: Strings, besides: Collection[str] = (), **more: Any) -> Parts:

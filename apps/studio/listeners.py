@@ -21,6 +21,8 @@ from apps.studio.forms import FIXED
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.model_choice import ModelChoice
 from apps.studio.problems import PLACE
+from apps.studio.prompt_listeners import connect_prompt
+from apps.studio.prompt_tools import PromptTools
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SAVED, SettingsHandlers
 from apps.studio.speed_handlers import SpeedHandlers
@@ -77,12 +79,7 @@ def connect(
     wiring.answer(page.load, opened, ["saved", *wiring.request_parts])
     wiring.answer(parts["model"].input, settled, ["model", "mode"])
     wiring.answer(parts["switch"].click, switched, ["mode"])
-    parts["preset"].input(
-        lambda name, key: wiring.by_component(handlers.choose_preset(name, key)),
-        wiring.components(["preset", "model"]),
-        wiring.components(wiring.changing),
-        **QUIET,
-    )
+    connect_prompt(page, wiring, PromptTools(engine, words), words, handlers.choose_preset)
     # A typed seed is meant to be used.
     parts["seed"].input(lambda: FIXED, None, parts["seed_mode"], **QUIET)
     chosen = wiring.components(lora_rows.NAMES)

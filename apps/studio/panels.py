@@ -14,7 +14,7 @@ from apps.service.named_settings import load_presets
 from apps.service.option_values import MAIN_PARAMETERS
 from apps.service.quantized import model_label
 from apps.service.styles import load_styles
-from apps.studio import controls, fields, lora_rows, views
+from apps.studio import controls, fields, lora_rows, prompt_tools, views
 from apps.studio.controls import Parts
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.forms import FIXED, RANDOM, size_choices
@@ -45,6 +45,7 @@ def prompt_panel(words: Strings) -> Parts:
         parts["finish"] = gr.Button(words("finish"), elem_id="finish", interactive=False, scale=2, min_width=80)
         parts["skip"] = gr.Button(words("skip"), elem_id="skip", visible=False, scale=1, min_width=80)
         parts["stop"] = gr.Button(words("stop"), elem_id="stop", interactive=False, scale=1, min_width=80)
+    parts |= prompt_tools.tool_row(words)
     with gr.Row(elem_id="queue"):
         parts["queue_note"] = gr.HTML("", elem_id="queue-note", js_on_load=None)
         parts["clear"] = gr.Button(words("queue.clear"), size="sm", visible=False, elem_id="clear", min_width=80)
@@ -115,8 +116,9 @@ def _advanced(engine: Engine, words: Strings) -> Parts:
         presets = [(words("preset.none"), ""), *load_presets()]
         parts: Parts = {
             "preset": fields.Dropdown(presets, value="", label=words("preset"), filterable=False, elem_id="preset"),
-            "negative_prompt": controls.build("negative_prompt", words),
         }
+        parts |= prompt_tools.preset_row(words)
+        parts["negative_prompt"] = controls.build("negative_prompt", words)
         with gr.Row():
             styles = [(words("style.none"), ""), *load_styles()]
             parts["style"] = controls.build("style", words, choices=styles)

@@ -34,7 +34,7 @@ from apps.service.quantized import stored_quantization
 from apps.service.sheet import GridSettings, read_sheet
 from apps.service.uploaded_clips import join_frames, last_frames, receive_clip, split_frames
 from apps.service.uploads import UploadError
-from apps.studio import clip_length, controls, lora_rows, views
+from apps.studio import clip_length, controls, lora_rows, prompt_tools, views
 from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.forms import FIXED, least_side, request_to_form, settings_to_form, size_choices
@@ -237,13 +237,13 @@ class SettingsHandlers:
         future = self._engine.loaded(key) if isinstance(key, str) else None  # a page may hand over anything
         return None if future is None or not future.done() or future.exception() else future.result()
 
-    def choose_preset(self, name: str, key: str) -> Changes:
-        """Set the controls that a preset is about; none sets them as the model has them."""
+    def choose_preset(self, name: str, key: str, owner: str = LOCAL) -> Changes:
+        """Set the controls that a preset is about, one of the user's own too; none sets them as the model has them."""
         model = self._loaded(key)
         own = {"steps": model and model.steps, "guidance": model and model.guidance}
-        presets = load_presets()
+        presets = {**self._engine.presets.of(owner), **load_presets()} if name else {}
         if name and name not in presets:
-            return problem(explain(unknown_preset(name), self._words))
+            return problem(explain(unknown_preset(name, presets), self._words))
         chosen = presets[name].values() if name else {}
         cache: StepCache | None = chosen.get("step_cache")
         shown = {name: value for name, value in own.items() if value is not None} | {"scheduler": ""}
@@ -251,6 +251,8 @@ class SettingsHandlers:
             **shown,
             **controls.to_values(chosen),
             "step_cache": cache.preset if cache else "",
+            **prompt_tools.shown_size(chosen),
+            **(lora_rows.show(chosen["loras"]) if "loras" in chosen else {}),
             "cache_amount": (cache.amount or 0) if cache else 0,
         }
 

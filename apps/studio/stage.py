@@ -10,11 +10,13 @@ from PIL import Image
 
 from apps.service import limits
 from apps.service.engine import Engine
+from apps.service.prompt_texts import is_prompt_note, without_weights
 from apps.service.uploaded_clips import cut_note
 from apps.studio import grid_view, views
 from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.grids import Grids
 from apps.studio.origin import origin_of
+from apps.studio.prompt_notes import became
 from apps.studio.strings import Strings
 from apps.studio.vocabulary import unknown_words
 
@@ -133,15 +135,17 @@ class Stage:
 
     def _notes(self, shown: Shown) -> Sequence[str]:
         """Return the notes on an image, in the language of the page where the model's list of words is at hand."""
-        others = tuple(note for note in shown.notes if note != cut_note())
-        cut = (self._words("video.cut", most=limits.MAX_FRAMES),) if others != shown.notes else ()
+        others = tuple(note for note in shown.notes if note != cut_note() and not is_prompt_note(note))
+        cut = (self._words("video.cut", most=limits.MAX_FRAMES),) if cut_note() in shown.notes else ()
+        told = became(shown.settings, self._words)
         try:
-            text = f"{shown.settings.prompt} {shown.settings.negative_prompt}"
+            plain = without_weights(shown.settings)
+            text = f"{plain.prompt} {plain.negative_prompt}"
             unknown = unknown_words(self._engine.source(shown.settings.model), text) if others else ()
         except (KeyError, ValueError):  # the model isn't here any more, or its list can't be read
             unknown = ()
         said = (self._words("facts.unknown", words=", ".join(unknown[:MAX_NAMED])),) if unknown else others
-        return (*said, *cut)
+        return (*told, *said, *cut)
 
 
 def _file(shown: Finished) -> str:

@@ -13,7 +13,7 @@ from pipelines.acceleration import AccelerationError, PartReport
 from pipelines.acceleration.texts import render
 
 FOLDER = Path(__file__).parent
-AREAS: tuple[str, ...] = ("speed",)
+AREAS: tuple[str, ...] = ("prompts", "speed")
 """Folders of parts of the page that keep their strings together; their keys begin with the name of the folder."""
 
 
@@ -30,6 +30,8 @@ class Strings:
     def __init__(self, language: str) -> None:
         self.language = language
         self._strings: dict[str, str] = _read(FOLDER / f"{language}.json")
+        help_file = FOLDER / "help" / f"{language}.json"
+        self._help: dict[str, str] = _read(help_file) if help_file.is_file() else {}
         for area in AREAS:
             self._strings |= _read(FOLDER / area / f"{language}.json")
 
@@ -45,6 +47,10 @@ class Strings:
     def report(self, parts: Iterable[PartReport]) -> str:
         """Return what accelerators did as one line in the page's language."""
         return report_text(parts, self._report_texts())
+
+    def help(self, option: str) -> str:
+        """Return the help of an option in the page's language; empty where only its declaration has one, in English."""
+        return self._help.get(option, "")
 
     def refusal(self, error: AccelerationError) -> str:
         """Return why an acceleration is refused."""
