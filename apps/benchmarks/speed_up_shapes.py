@@ -52,15 +52,12 @@ def dit_pipeline(preset: str = "DiT-XL/2", side: int = 256, channels: tuple[int,
         for name, weight in transformer.named_parameters():
             if not weight.any() and name.endswith("weight"):
                 nn.init.normal_(weight.data, std=DEVIATION)
-        kinds = len(channels)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * kinds,
-            up_block_types=("UpDecoderBlock2D",) * kinds,
-            block_out_channels=channels,
-            layers_per_block=2,
-            latent_channels=4,
-            norm_num_groups=min(32, channels[0]),
-        )
+        sizes: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+            "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+            "block_out_channels": channels,
+        }
+        vae = AutoencoderKL(**sizes, layers_per_block=2, latent_channels=4, norm_num_groups=min(32, channels[0]))
     pipe = ClassToImagePipeline(transformer.eval(), vae.eval(), DDIMScheduler(clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     return pipe
