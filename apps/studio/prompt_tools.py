@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from apps.service.engine import Engine
 from apps.service.named_settings import load_presets
@@ -143,7 +144,7 @@ class PromptTools:
 
     def offer(self, owner: str, chosen: str | None = None) -> Changes:
         """Offer the presets of a user; `chosen` is shown, what was chosen before if it is None."""
-        shown = {} if chosen is None else {"value": chosen}
+        shown: Changes = {} if chosen is None else {"value": chosen}
         return {"preset": gr.update(choices=self.choices(owner), **shown)}
 
     def save(self, owner: str, name: str, values: Mapping[str, Any]) -> Changes:
@@ -175,7 +176,7 @@ class PromptTools:
 
     def export(self, owner: str) -> str:
         """Write the presets of a user to a file for the browser; return its path."""
-        folder = Path(tempfile.mkdtemp(prefix="presets-", dir=gr.utils.get_upload_folder()))
+        folder = Path(tempfile.mkdtemp(prefix="presets-", dir=get_upload_folder()))
         file = folder / "tessera-presets.json"
         file.write_text(self._engine.presets.export(owner), encoding="utf-8")
         return str(file)

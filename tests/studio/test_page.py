@@ -534,6 +534,7 @@ def test_every_string_is_used_and_every_use_has_one(root):
         "signature.",
         "compare.",
         "profile.",
+        "prompt_syntax.",
         *(f"{area}." for area in AREAS),
     )  # put together from parts
     for key in sorted(ENGLISH.keys()):
