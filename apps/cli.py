@@ -38,6 +38,7 @@ from apps.commands.shared_options import (
     TrainMegapixels,
     TrainMinutes,
     TrainUserGB,
+    WildcardFolder,
 )
 from apps.commands.tune import tune
 from apps.service.panels import CHECKPOINT, MEASURED, OUTPUT, SERVER, SPEED
@@ -122,6 +123,7 @@ def studio(
     ] = True,
     auth_file: AuthFile = None,
     lora: LoraFolder = None,
+    wildcards: WildcardFolder = None,
     upscaler: OfferedUpscalers = None,
     train_minutes: TrainMinutes = 240,
     train_megapixels: TrainMegapixels = 4,
@@ -141,6 +143,7 @@ def studio(
         output_dir=output,
         auth_file=auth_file,
         lora=lora,
+        wildcards=wildcards,
         upscalers=upscaler or [],
         fine_tuning=(train_minutes, train_megapixels, train_user_gb, train_gb),
     )
@@ -171,6 +174,7 @@ def serve(
     ] = True,
     auth_file: AuthFile = None,
     lora: LoraFolder = None,
+    wildcards: WildcardFolder = None,
     upscaler: OfferedUpscalers = None,
     train_minutes: TrainMinutes = 240,
     train_megapixels: TrainMegapixels = 4,
@@ -192,6 +196,7 @@ def serve(
         page=page,
         auth_file=auth_file,
         lora=lora,
+        wildcards=wildcards,
         upscalers=upscaler or [],
         fine_tuning=(train_minutes, train_megapixels, train_user_gb, train_gb),
     )

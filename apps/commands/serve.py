@@ -48,6 +48,7 @@ def run(
     page: bool = True,
     auth_file: Path | None = None,
     lora: Path | None = None,
+    wildcards: Path | None = None,
     upscalers: list[str] | None = None,
     fine_tuning: tuple[float, float, float, float] | None = None,
 ) -> None:
@@ -67,6 +68,7 @@ def run(
         page: serve the web page.
         auth_file: users and their tokens; None lets everybody in who can reach the address.
         lora: folder of LoRA files to offer.
+        wildcards: folder of lists that prompts may name; None for `wildcards` in the output folder.
         upscalers: offered besides the built-in ones: folders or hub ids.
         fine_tuning: see `apps.service.limits.fine_tuning_limits`; None for the defaults.
 
@@ -97,7 +99,7 @@ def run(
 
             set_up()
             tokens = None if auth_file is None else TokenTable(auth_file)
-            engine = build_engine(models, output_dir, device, dtype, offload, base, lora, upscalers)
+            engine = build_engine(models, output_dir, device, dtype, offload, base, lora, upscalers, wildcards)
             engine.model().add_done_callback(lambda _: hide_prompts())  # the libraries are imported then
             app = create_app(engine, tokens, _names(host), api, uploads=UPLOADS, forms=FORMS, scratch=private)
             if page:

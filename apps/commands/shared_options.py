@@ -66,6 +66,17 @@ AuthFile = Annotated[
         rich_help_panel=SERVER,
     ),
 ]
+WildcardFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--wildcards",
+        exists=True,
+        file_okay=False,
+        help="Folder of text files, of which __name__ in a prompt takes a line.",
+        show_default="wildcards in the output folder",
+        rich_help_panel=MODELS,
+    ),
+]
 LoraFolder = Annotated[
     Path | None,
     typer.Option(

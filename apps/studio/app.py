@@ -49,6 +49,7 @@ def build_engine(
     base: str | None = None,
     lora: Path | None = None,
     upscalers: Sequence[str] | None = None,
+    wildcards: Path | None = None,
 ) -> Engine:
     """Create the engine of a server and start to load its default model.
 
@@ -64,7 +65,16 @@ def build_engine(
     offer_runs(folder, loras)
     named = name_models([*builtin_upscalers(), *(upscalers or ())])
     engine = Engine(
-        sources, folder, device, dtype, offload, base, loras=loras, upscalers=named, server_limits=ServerLimits()
+        sources,
+        folder,
+        device,
+        dtype,
+        offload,
+        base,
+        loras=loras,
+        upscalers=named,
+        server_limits=ServerLimits(),
+        wildcards=wildcards,
     )
     engine.model()  # so that it is there when the first prompt comes
     return engine
