@@ -166,8 +166,8 @@ def _run_batches(
                 if request.pick not in (None, i):
                     continue
                 settings, since = _settings(inputs, i, model, context, result, frames), time.monotonic()
-                if upscale is not None:
                 settings = settings.model_copy(update=texts.recorded)
+                if upscale is not None:
                     settings = settings.model_copy(update={"upscaler_fingerprint": upscale.loaded.fingerprint})
                     frames = upscale.run(plain, i, frames, clock.upscaling(i))
                 place, took = first + i if request.pick is None else 0, seconds + time.monotonic() - since
