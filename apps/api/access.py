@@ -14,6 +14,7 @@ from apps.service.failures import UnknownModelError
 from apps.service.job_store import QueueFullError
 from apps.service.lora import LoraError
 from apps.service.quantized import stored_quantization
+from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
 from apps.service.uploads import UploadError
 from apps.service.upscaling import UnknownUpscalerError
@@ -64,6 +65,8 @@ def enqueue(engine: Engine, wanted: AnyRequest, user: User) -> str:
         raise HTTPException(422, error_body("unknown_picture", str(error))) from error
     except UnavailableError as error:
         raise HTTPException(422, error_body("unavailable", str(error))) from error
+    except RequestError as error:  # a preset, a wildcard or a prompt that can't be had
+        raise HTTPException(422, error_body("bad_request", str(error))) from error
     except QueueFullError as error:
         raise HTTPException(429, error_body("queue_full", str(error)), {"Retry-After": "5"}) from error
 

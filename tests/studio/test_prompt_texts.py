@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from fastapi.testclient import TestClient
 
+from apps.api.app import create_app
 from apps.commands.generate import DeviceOptions, run
 from apps.commands.given_options import make_options
 from apps.commands.own_files import own_presets, usual_wildcards, with_own_preset
@@ -206,6 +208,17 @@ def test_a_refusal_comes_before_the_queue(world):
     with pytest.raises(RequestError, match="no wildcard"):
         engine.submit(asked("__nothing__"))
     assert engine.unfinished("local") == []
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": "__nothing__", "prompt_syntax": "dynamic"}, {"prompt": "a", "preset": "none"}]
+)
+def test_over_http_a_refusal_is_no_failure_of_the_server(world, body):
+    engine, _ = world
+    with TestClient(create_app(engine), base_url="http://127.0.0.1") as client:
+        answer = client.post("/v1/jobs", json={"task": "text_to_image", **body})
+    assert answer.status_code == 422
+    assert "choose among" in answer.text
 
 
 def test_weights_change_the_image_and_are_repeated_bit_by_bit(tmp_path):
