@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI
 from gradio.utils import get_upload_folder
+from starlette.responses import RedirectResponse
 from starlette.routing import Mount
 
 from apps.api.tokens import TokenTable
@@ -109,6 +110,8 @@ def mount(
         add_files(app, runs, sessions.has_users)
     for language in reversed(languages()):  # the page at `/` last, because it answers for every address
         page = build_page(engine, Strings(language), sessions, runs, tunings)
+        if language != "en":  # Gradio answers with the slash alone, and the page at `/` for all else
+            app.add_api_route(f"/{language}", _with_slash(language), include_in_schema=False)
         page.queue(max_size=4 * engine.limits.queue, default_concurrency_limit=4 * engine.limits.queue, api_open=False)
         gr.mount_gradio_app(
             app,
@@ -134,6 +137,11 @@ def mount(
         page.has_launched = True  # else Gradio does not check that files which requests name were uploaded
         _guard(app, page, handed_in)
     return runs
+
+
+def _with_slash(language: str) -> Callable[[], RedirectResponse]:
+    """Return what leads to the page of a language from its address without the slash at the end."""
+    return lambda: RedirectResponse(f"/{language}/")
 
 
 def _guard(app: FastAPI, page: gr.Blocks, handed_in: HandedIn) -> None:

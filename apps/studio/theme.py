@@ -18,7 +18,7 @@ BRUSH = STATIC / "brush.js"
 LANGUAGE = STATIC / "language.js"
 FILES = STATIC / "files.js"
 CAPTIONS = STATIC / "captions.js"
-SCRIPTS = (BRUSH, CAPTIONS, STATIC / "prompt.js", comparison_page.SCRIPT)
+SCRIPTS = (BRUSH, CAPTIONS, STATIC / "tabs.js", STATIC / "prompt.js", comparison_page.SCRIPT)
 """What runs before the page is drawn, beside the scripts that are told something of the server."""
 STYLES = (comparison_page.STYLE, CSS, STATIC / "prompt.css", STATIC / "speed.css")
 """Style sheets of the page; comparisons have the same in the files that they are saved in."""

@@ -17,6 +17,7 @@ class FakePipeline:
     _callback_tensor_inputs = ("latents", "denoised_latents")
     default_sample_size = 8
     vae_scale_factor = 16
+    device = torch.device("cpu")
 
     def __init__(self, step_seconds: float = 0.0) -> None:
         self.step_seconds = step_seconds
