@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from apps.service.content_credentials import Credentials
-from apps.service.media import read_mp4
-from apps.service.metadata import MetadataError, PictureSettings, read_picture
+from apps.service.foreign_files import ReadSettings, read_file
+from apps.service.metadata import MetadataError, PictureSettings
 from apps.service.provenance import UNPRINTABLE, FileOrigin, Provenance, read_origin
 from apps.service.usage import UsageError
 
@@ -36,13 +36,18 @@ def run(file: Path, json_output: bool = False) -> None:
         origin = read_origin(file)
     except OSError as error:
         raise UsageError(f"{str(file)!r} can't be read: {error.strerror or error}.") from error
-    settings, why_none = _settings(file)
+    read, why_none = _settings(file)
+    settings = None if read is None else read.settings
     if json_output:
-        Console(soft_wrap=True).print_json(json.dumps(_values(file, origin, settings, why_none)), ensure_ascii=True)
+        values = _values(file, origin, settings, why_none) | _foreign(read)
+        Console(soft_wrap=True).print_json(json.dumps(values), ensure_ascii=True)
         return
     console = Console(soft_wrap=True)
     table = Table.grid(padding=(0, 2))
-    for name, value in rows(origin, settings, why_none).items():
+    shown = rows(origin, settings, why_none)
+    if read is not None and read.program:
+        shown |= {"written by": read.program, "not kept": _printable(" ".join(map(str, read.notes))) or "nothing"}
+    for name, value in shown.items():
         table.add_row(f"  {name}", escape(value))
     console.print(f"[bold]{escape(file.name)}[/]", table, sep="\n", highlight=False)
 
@@ -93,10 +98,17 @@ def signature_sentence(credentials: Credentials | None) -> str:
     )
 
 
-def _settings(file: Path) -> tuple[PictureSettings | None, str]:
-    """Return the settings in a file, or why there are none."""
+def _foreign(read: ReadSettings | None) -> dict[str, Any]:
+    """Return which other program wrote the settings, and what of them has no like here."""
+    if read is None or not read.program:
+        return {"settings_program": None, "settings_notes": []}
+    return {"settings_program": read.program, "settings_notes": [str(note) for note in read.notes]}
+
+
+def _settings(file: Path) -> tuple[ReadSettings | None, str]:
+    """Return the settings in a file, of ours or of another program, or why there are none."""
     try:
-        return (read_mp4 if file.suffix.lower() == ".mp4" else read_picture)(file), ""
+        return read_file(file), ""
     except (MetadataError, ImportError) as error:
         return None, str(error)
 

@@ -20,7 +20,7 @@ from apps.commands.options import (
     complete_again,
     named_model,
     named_upscaler,
-    read_settings,
+    read_any_settings,
     task_of,
 )
 from apps.commands.outputs import (
@@ -38,11 +38,13 @@ from apps.service.compute_profiles import PROFILES, check_request, memory_profil
 from apps.service.devices import resolve_device
 from apps.service.engine import Engine
 from apps.service.events import ClipPart, Event, Failed, ModelLoading, Picture, Step, Upscaling
+from apps.service.foreign_files import ReadSettings
 from apps.service.logs import no_repetition
 from apps.service.lora import one_lora
 from apps.service.metadata import PictureSettings
 from apps.service.model_pool import check_sources, check_upscaler, name_models
 from apps.service.option_values import IMAGE_FIELDS, Lora, MemoryName
+from apps.service.provenance import UNPRINTABLE
 from apps.service.requests import AnyRequest
 from apps.service.stored_images import STATE_FOLDER
 from apps.service.uploaded_clips import receive_clip
@@ -65,9 +67,9 @@ class DeviceOptions:
     offload: str = "none"
     base: str | None = None
     quantization: str | None = None
+    wildcards: Path | None = None
 
     def engine(self, model: str, loras: Sequence[Path] | None = None, upscaler: str | None = None) -> Engine:
-    wildcards: Path | None = None
         """Make an engine for one model, and the LoRA files and one upscaler (else the built-in ones) that are named.
 
         Raises:
@@ -87,9 +89,9 @@ class DeviceOptions:
             loras=files,
             upscalers=upscalers,
             quantization=self.quantization,
+            wildcards=self.wildcards,
         )
 
-            wildcards=self.wildcards,
     def for_memory_profile(self, memory: MemoryName | None) -> DeviceOptions:
         """Return it as a memory profile wants it from the start, so that no model is loaded in another way first.
 
@@ -149,18 +151,20 @@ def run(
     """
     console, device_options = Console(stderr=True, quiet=json_output), device_options or DeviceOptions()
     with checking(ValueError, FileNotFoundError):
-        recorded = None if settings is None else read_settings(settings)
+        read = None if settings is None else read_any_settings(settings)
+        recorded = None if read is None else read.settings
+        tell_foreign(read, console)
         source = options.model or (DEFAULT_MODEL if recorded is None else named_model(recorded))
         check_output(output or DEFAULT_OUTPUT, sidecar)
         check_audio(audio, output)
         check_sources([source], device_options.base)
         upscaler = options.value("upscaler") or (None if recorded is None else named_upscaler(recorded, options))
         check_upscaler(upscaler)
+        options = with_own_preset(options, None if output is None else output.parent)
         rehearsed = check_options(options, source, recorded)
         memory = options.value("memory") or (None if recorded is None else recorded.memory)
         quantization = options.value("quantization") or (None if recorded is None else recorded.quantization)
         setup = device_options.for_memory_profile(memory).for_quantization(quantization)
-        options = with_own_preset(options, None if output is None else output.parent)
         opened = setup.engine(source, options.lora, upscaler)
     with no_repetition(), closing(opened) as engine:
         with checking(ValueError, FileNotFoundError):
@@ -175,7 +179,7 @@ def run(
         with closing(follow(engine.generate(request), console)) as pictures:
             heard = (with_sound(picture, audio) for picture in pictures)
             written = [(save(picture, next(paths), keep_settings, sidecar), picture) for picture in heard]
-    if recorded is not None:
+    if recorded is not None and read is not None and not read.program:
         warn_differences(recorded, written[0][1].metadata, console)
     report(written, json_output)
 
@@ -268,6 +272,16 @@ def _upload(file: Path | None, wanted: str | None, settings: Path | None, engine
             "--last-image, --video)."
         )
     return engine.uploads.add(read_upload(kept.read_bytes()))
+
+
+def tell_foreign(read: ReadSettings | None, console: Console) -> None:
+    """Say what of another program's settings could not be kept."""
+    if read is None or not read.program:
+        return
+    console.print(f"[yellow]note[/yellow] the settings are those of {read.program}", highlight=False)
+    for note in read.notes:
+        said = UNPRINTABLE.sub("", str(note))
+        console.print(f"[yellow]note[/yellow] {escape(said)}", highlight=False)
 
 
 def warn_differences(recorded: PictureSettings, generated: PictureSettings, console: Console) -> None:

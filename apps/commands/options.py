@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from apps.commands.given_options import DERIVED, NEEDS, GenerateOptions, command_type, make_options
-from apps.service.media import read_mp4
-from apps.service.metadata import PictureSettings, read_picture, read_sidecar, request_from_settings
+from apps.service.foreign_files import ReadSettings, read_file
+from apps.service.metadata import PictureSettings, request_from_settings
 from apps.service.model_pool import abilities_on_disk
 from apps.service.named_settings import load_presets, preset_values
 from apps.service.option_text import as_label, parse_size
@@ -217,7 +217,12 @@ def named_upscaler(recorded: PictureSettings, options: GenerateOptions) -> str |
 
 
 def read_settings(file: Path) -> PictureSettings:
-    """Read the settings of an image, a clip or a JSON file.
+    """Read the settings of an image, a clip or a JSON file, see `read_any_settings`."""
+    return read_any_settings(file).settings
+
+
+def read_any_settings(file: Path) -> ReadSettings:
+    """Read the settings of an image, a clip or a JSON file, of ours or of another program.
 
     Raises:
         MetadataError: it carries none that pass the checks.
@@ -225,6 +230,4 @@ def read_settings(file: Path) -> PictureSettings:
     """
     if not file.is_file():
         raise FileNotFoundError(f"No file {str(file)!r} to take the settings from.")
-    if file.suffix.lower() == ".json":
-        return read_sidecar(file)
-    return read_mp4(file) if file.suffix.lower() == ".mp4" else read_picture(file)
+    return read_file(file)

@@ -88,7 +88,7 @@ def run(
     private = folders.enter_context(private_folder())
     os.environ["GRADIO_TEMP_DIR"] = str(private)
     console = Console()
-    engine = server = runs = None
+    engine = server = runs = app = None
     try:
         with console.status("Starting"):
             # Here, because they read the environment at import.
@@ -121,7 +121,8 @@ def run(
             server.should_exit = True
         if runs is not None:
             runs.close()
-            app.state.tunings.close()
+        if (tunings := getattr(getattr(app, "state", None), "tunings", None)) is not None:
+            tunings.close()
         if engine is not None:
             engine.close()
         _wait_until_ended(server)

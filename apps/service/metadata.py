@@ -1,8 +1,9 @@
 """The settings that reproduce an image, written into its PNG, WebP or GIF file and read back as untrusted text.
 
-A PNG carries one `tessera` text chunk, a WebP the EXIF description, a GIF a comment: JSON of `PictureSettings`. Reading
-trusts nothing: the text is capped, parsed as JSON and checked against the schema; it can name neither a path nor a
-class to load. With or without them a generated file is marked as such, see `apps.service.provenance`.
+A PNG carries one `tessera` text chunk, a WebP the EXIF description, a GIF a comment: JSON of `PictureSettings`; beside
+it stands what other programs read, see `apps.service.metadata_dialects`. Reading trusts nothing: the text is capped,
+parsed as JSON and checked against the schema; it can name neither a path nor a class to load. With or without them a
+generated file is marked as such, see `apps.service.provenance`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from PIL import Image, PngImagePlugin
 from pydantic import Field, ValidationError, model_validator
 
 from apps.service import limits, xmp
+from apps.service.metadata_dialects import add_to_exif, add_to_png, write_dialects
 from apps.service.option_values import SchedulerName
 from apps.service.options import (
     ClassLabel,
@@ -26,8 +28,8 @@ from apps.service.options import (
     CompletionOptions,
     NegativePrompt,
     NextScaleOptions,
-    SharedOptions,
     PromptOptions,
+    SharedOptions,
     SourceClip,
     StepOptions,
     Strength,
@@ -61,10 +63,10 @@ class PictureSettings(PromptOptions, NextScaleOptions, CompletionOptions, StepOp
         task: what was asked for.
         prompt: the text that was generated; empty for an image of a class.
         negative_prompt: the text that was kept away from.
-        seed: of this image's noise, drawn on the CPU in float32.
-        height: pixels, before upscaling.
         prompt_template: the prompt before its alternatives were chosen, see `apps.service.prompt_texts`.
         negative_prompt_template: the negative prompt before that.
+        seed: of this image's noise, drawn on the CPU in float32.
+        height: pixels, before upscaling.
         width: pixels, before upscaling.
         fps: frames a second of a clip.
         model: name of the model in the list it was chosen from; never a path.
@@ -87,10 +89,10 @@ class PictureSettings(PromptOptions, NextScaleOptions, CompletionOptions, StepOp
     task: Task = "text_to_image"
     prompt: str = Field(default="", max_length=limits.MAX_PROMPT_CHARS)
     negative_prompt: NegativePrompt = ""
-    seed: int = Field(ge=0, le=limits.MAX_SEED)
-    height: int = Field(ge=1, le=limits.MAX_SIDE)
     prompt_template: str | None = Field(default=None, max_length=limits.MAX_PROMPT_CHARS)
     negative_prompt_template: str | None = Field(default=None, max_length=limits.MAX_PROMPT_CHARS)
+    seed: int = Field(ge=0, le=limits.MAX_SEED)
+    height: int = Field(ge=1, le=limits.MAX_SIDE)
     width: int = Field(ge=1, le=limits.MAX_SIDE)
     fps: float | None = Field(default=None, gt=0, le=240)
     model: ShortText
@@ -299,6 +301,9 @@ def _saving_options(kind: xmp.Kind, settings: PictureSettings | None, keep_setti
     if settings is not None and keep_settings:
         text.add_itxt(CHUNK, settings.model_dump_json())
         exif[DESCRIPTION] = json.dumps(settings.model_dump(mode="json"))  # ASCII, as EXIF wants it
+        dialects = write_dialects(settings)
+        add_to_png(dialects, text)
+        add_to_exif(dialects, exif)
     options: dict[str, Any] = {"pnginfo": text} if kind == "PNG" else {"lossless": True, "exact": True, "exif": exif}
     return options if settings is None else options | xmp.pillow_options(kind, packet(mark_of(settings)), text)
 

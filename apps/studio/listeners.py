@@ -206,7 +206,7 @@ def _connect_pictures(wiring: Wiring, handlers: SettingsHandlers, generation: Ge
         )
 
     def load_settings(request: gr.Request, file: str | None, key: str) -> Changes:
-        return handlers.adapted(handlers.load_settings(file, wiring.sessions.submitter(request)), key)
+        return handlers.adapted(handlers.load_settings(file, wiring.sessions.submitter(request), key), key)
 
     def refuse(request: gr.Request, by_component: str) -> Changes:
         return handlers.refuse_file(by_component)

@@ -15,9 +15,10 @@ from PIL import Image
 from apps.service import limits
 from apps.service.defaults import default_of
 from apps.service.engine import Engine
+from apps.service.foreign_files import read_file
 from apps.service.lora import LoraError
-from apps.service.media import contact_strip, read_mp4
-from apps.service.metadata import PictureSettings, read_picture, read_sidecar, request_from_settings
+from apps.service.media import contact_strip
+from apps.service.metadata import PictureSettings, request_from_settings
 from apps.service.model_pool import LoadedModel
 from apps.service.named_settings import load_presets, unknown_preset
 from apps.service.option_values import Lora, StepCache
@@ -37,6 +38,7 @@ from apps.service.uploads import UploadError
 from apps.studio import clip_length, controls, lora_rows, prompt_tools, views
 from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.examples import EXAMPLES, example_prompts
+from apps.studio.foreign_settings import fit_foreign
 from apps.studio.forms import FIXED, least_side, request_to_form, settings_to_form, size_choices
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.origin import origin_of
@@ -250,9 +252,9 @@ class SettingsHandlers:
         return {
             **shown,
             **controls.to_values(chosen),
-            "step_cache": cache.preset if cache else "",
             **prompt_tools.shown_size(chosen),
             **(lora_rows.show(chosen["loras"]) if "loras" in chosen else {}),
+            "step_cache": cache.preset if cache else "",
             "cache_amount": (cache.amount or 0) if cache else 0,
         }
 
@@ -275,19 +277,30 @@ class SettingsHandlers:
             return self._apply_grid(chosen.record.settings, owner)
         return {} if chosen is None else self._apply_settings(chosen.settings, owner)
 
-    def load_settings(self, file: str | None, owner: str = LOCAL) -> Changes:
-        """Set every control as for an image, or the sheet of a grid, that was handed in; say how that was made."""
+    def load_settings(self, file: str | None, owner: str = LOCAL, key: str = "") -> Changes:
+        """Set every control as for an image, or the sheet of a grid, that was handed in; say how that was made.
+
+        Args:
+            file: of this program or, as far as there is a like here, of another one.
+            owner: who hands it in.
+            key: of the model that the page is fitted to.
+        """
         if not file:
             return {}
         path, origin = Path(file), ""
         try:
             origin = origin_of(path, self._words)
-            settings = read_sheet(path) or _read(path)
+            settings, said = read_sheet(path), ""
+            if settings is None:
+                settings = (read := read_file(path)).settings
+                if read.program:
+                    offered = self._engine.lora_files.names(owner)
+                    settings, said = fit_foreign(read, offered, self._loaded(key), self._words)
             if isinstance(settings, PictureSettings):
                 request_from_settings(settings)
         except (ValueError, OSError) as error:
             return problem(f"{explain(error, self._words)} {origin}".strip())
-        gr.Info(escape(f"{self._words('load_settings.done', name=path.name[:60])} {origin}".strip()))
+        gr.Info(escape(f"{self._words('load_settings.done', name=path.name[:60])} {said} {origin}".strip()))
         if isinstance(settings, GridSettings):
             return self._apply_grid(settings, owner)
         return self._apply_settings(settings, owner)
@@ -585,11 +598,3 @@ def _fitting_tab(mode: str, model: LoadedModel) -> str:
 def _takes(model: LoadedModel, task: str, argument: str) -> bool:
     """Whether a model does a task, and its pipeline's call has an argument."""
     return task in model.tasks and argument in model.accepts(task)
-
-
-def _read(path: Path) -> PictureSettings:
-    """Read the settings of an image, a clip or the JSON file beside one."""
-    kind = path.suffix.lower()
-    if kind == ".json":
-        return read_sidecar(path)
-    return read_mp4(path) if kind == ".mp4" else read_picture(path)

@@ -16,7 +16,7 @@
   // than everything else; the listeners refuse them.
   const KINDS = {
     "#prompt-file": ".txt,.jsonl", "#source": ".png,.jpg,.jpeg,.webp", "#ends": ".png,.jpg,.jpeg,.webp,.mp4,.webm,.gif",
-    "#settings": ".png,.webp,.mp4,.json", "#ft-files": ".png,.jpg,.jpeg,.webp,.txt,.mp4,.webm,.gif",
+    "#settings": ".png,.webp,.jpg,.jpeg,.mp4,.json", "#ft-files": ".png,.jpg,.jpeg,.webp,.txt,.mp4,.webm,.gif",
   };
   const offer = () => {
     for (const [place, kinds] of Object.entries(KINDS))
