@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from apps.benchmarks.command import bench
 from apps.commands.attention_group import attention
+from apps.commands.models import models as models_group
 from apps.commands.quantize_command import quantize
 from apps.commands.shared_options import (
     AuthFile,
@@ -26,6 +27,7 @@ from apps.commands.shared_options import (
     Json,
     LoraFolder,
     ModelName,
+    ModelsFolder,
     Offered,
     OfferedUpscalers,
     Offload,
@@ -75,6 +77,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(attention, name="attention")
+app.add_typer(models_group, name="models")
 
 
 def _print_version(wanted: bool) -> None:
@@ -124,6 +127,7 @@ def studio(
     auth_file: AuthFile = None,
     lora: LoraFolder = None,
     wildcards: WildcardFolder = None,
+    models: ModelsFolder = None,
     upscaler: OfferedUpscalers = None,
     train_minutes: TrainMinutes = 240,
     train_megapixels: TrainMegapixels = 4,
@@ -144,6 +148,7 @@ def studio(
         auth_file=auth_file,
         lora=lora,
         wildcards=wildcards,
+        own_models=models,
         upscalers=upscaler or [],
         fine_tuning=(train_minutes, train_megapixels, train_user_gb, train_gb),
     )
@@ -175,6 +180,7 @@ def serve(
     auth_file: AuthFile = None,
     lora: LoraFolder = None,
     wildcards: WildcardFolder = None,
+    models: ModelsFolder = None,
     upscaler: OfferedUpscalers = None,
     train_minutes: TrainMinutes = 240,
     train_megapixels: TrainMegapixels = 4,
@@ -197,6 +203,7 @@ def serve(
         auth_file=auth_file,
         lora=lora,
         wildcards=wildcards,
+        own_models=models,
         upscalers=upscaler or [],
         fine_tuning=(train_minutes, train_megapixels, train_user_gb, train_gb),
     )

@@ -49,6 +49,7 @@ def run(
     auth_file: Path | None = None,
     lora: Path | None = None,
     wildcards: Path | None = None,
+    own_models: Path | None = None,
     upscalers: list[str] | None = None,
     fine_tuning: tuple[float, float, float, float] | None = None,
 ) -> None:
@@ -69,6 +70,7 @@ def run(
         auth_file: users and their tokens; None lets everybody in who can reach the address.
         lora: folder of LoRA files to offer.
         wildcards: folder of lists that prompts may name; None for `wildcards` in the output folder.
+        own_models: folder of models; None for `models` beside the output folder.
         upscalers: offered besides the built-in ones: folders or hub ids.
         fine_tuning: see `apps.service.limits.fine_tuning_limits`; None for the defaults.
 
@@ -95,15 +97,19 @@ def run(
             from apps.api.app import create_app
             from apps.api.tokens import TokenTable
             from apps.service.logs import hide_prompts, set_up
+            from apps.service.own_models import OwnModels, models_folder
             from apps.studio.app import FORMS, UPLOADS, build_engine, mount
 
             set_up()
             tokens = None if auth_file is None else TokenTable(auth_file)
-            engine = build_engine(models, output_dir, device, dtype, offload, base, lora, upscalers, wildcards)
+            folder = models_folder(output_dir) if own_models is None else own_models
+            engine = build_engine(models, output_dir, device, dtype, offload, base, lora, upscalers, wildcards, folder)
             engine.model().add_done_callback(lambda _: hide_prompts())  # the libraries are imported then
             app = create_app(engine, tokens, _names(host), api, uploads=UPLOADS, forms=FORMS, scratch=private)
+            app.state.own_models = OwnModels(engine, folder)
             if page:
-                runs = mount(app, engine, tokens, None if fine_tuning is None else fine_tuning_limits(*fine_tuning))
+                most = None if fine_tuning is None else fine_tuning_limits(*fine_tuning)
+                runs = mount(app, engine, tokens, most, app.state.own_models)
             server = _start(app, host, port)
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{port}"
@@ -119,12 +125,9 @@ def run(
     finally:
         if server is not None:
             server.should_exit = True
-        if runs is not None:
-            runs.close()
-        if (tunings := getattr(getattr(app, "state", None), "tunings", None)) is not None:
-            tunings.close()
-        if engine is not None:
-            engine.close()
+        for one in (runs, getattr(getattr(app, "state", None), "tunings", None), engine):
+            if one is not None:
+                one.close()
         _wait_until_ended(server)
         folders.close()
 

@@ -77,6 +77,16 @@ WildcardFolder = Annotated[
         rich_help_panel=MODELS,
     ),
 ]
+ModelsFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--models",
+        file_okay=False,
+        help="Folder of models of your own: diffusers folders, .safetensors, .gguf, and LoRA files.",
+        show_default="models beside the output folder",
+        rich_help_panel=MODELS,
+    ),
+]
 LoraFolder = Annotated[
     Path | None,
     typer.Option(

@@ -16,9 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,8 +37,9 @@ from apps.service.limits import ServerLimits
 from apps.service.live_job import LiveJob, restore_job
 from apps.service.logs import no_loading_bars
 from apps.service.lora import LoraFiles, resolve_lora
-from apps.service.model_pool import Abilities, LoadedModel, ModelPool, Pipeline, abilities_on_disk
+from apps.service.model_pool import LoadedModel, ModelPool, Pipeline
 from apps.service.named_settings import load_presets
+from apps.service.offered_models import EngineDevice, OfferedModels
 from apps.service.option_values import IMAGE_FIELDS, Lora
 from apps.service.prompt_texts import check_texts
 from apps.service.quantized import check_not_quantized
@@ -65,15 +64,7 @@ FAILURES_KEPT = 64
 """Failed jobs whose cause can be given in another language after they have ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Device:
-    """A device and the models on it."""
-
-    context: WorkerContext
-    pool: ModelPool
-
-
-class Engine(RecordedJobs):
+class Engine(RecordedJobs, OfferedModels):
     """Generate requests and tell how it goes.
 
     Args:
@@ -133,7 +124,7 @@ class Engine(RecordedJobs):
         self.uploads = UploadStore(None if state is None else state / "uploads", self._store)
         shared = (self._store, self.uploads, output_dir, self.lora_files, self.upscalers, self.wildcards)
         self._devices = [
-            _Device(WorkerContext(name, one.dtype, *shared), pool)
+            EngineDevice(WorkerContext(name, one.dtype, *shared), pool)
             for name, one, pool in zip(names, setups, pools, strict=True)
         ]
         self._live: dict[str, LiveJob] = {}
@@ -146,44 +137,6 @@ class Engine(RecordedJobs):
         for worker, one in zip(self._workers, self._devices, strict=True):
             worker.thread = threading.Thread(target=self._serve, args=(worker, one), name="worker", daemon=True)
             worker.thread.start()
-
-    # -------------------------------------------------------------------- models
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """Keys of the models that requests may name, the default first."""
-        return self._devices[0].pool.keys
-
-    @property
-    def dtype(self) -> str:
-        """Data type in which models are loaded where a request says nothing, such as "float32"."""
-        return str(self._devices[0].context.dtype).removeprefix("torch.")
-
-    def model(self, key: str | None = None) -> Future[LoadedModel]:
-        """Return a model as a future, and start to load it if it isn't loaded: call it early to warm up.
-
-        Args:
-            key: one of `models`; None for the default.
-
-        Raises:
-            KeyError: not in the list.
-        """
-        return self._devices[0].pool.get(self.models[0] if key is None else key)
-
-    def loaded(self, key: str) -> Future[LoadedModel] | None:
-        """Return the future of a model if it is loaded or being loaded, else None."""
-        return self._devices[0].pool.get_if_loaded(key)
-
-    def abilities(self, key: str) -> Abilities:
-        """Return what a model can be asked for, as far as that is known without loading it."""
-        future = self.loaded(key)
-        if future is not None and future.done() and future.exception() is None:
-            return future.result().abilities
-        return abilities_on_disk(self.source(key))
-
-    def source(self, key: str) -> str:
-        """Return the built-in name, folder or hub id behind a key (for the owner's eyes only)."""
-        return self._devices[0].pool.source(key)
 
     @property
     def loras(self) -> tuple[str, ...]:
@@ -442,7 +395,7 @@ class Engine(RecordedJobs):
 
     # -------------------------------------------------------------------- working
 
-    def _serve(self, worker: Worker, device: _Device) -> None:
+    def _serve(self, worker: Worker, device: EngineDevice) -> None:
         """Work on one job after another, for as long as the engine lives, whatever happens to one of them."""
         while (job := self._next()) is not None:
             worker.begin(job.queued.id)
@@ -480,7 +433,7 @@ class Engine(RecordedJobs):
                     return job
         return None
 
-    def _run(self, job: LiveJob, worker: Worker, device: _Device) -> Event:
+    def _run(self, job: LiveJob, worker: Worker, device: EngineDevice) -> Event:
         """Work on a job; whatever happens becomes its last event."""
         started = time.monotonic()
 
@@ -504,7 +457,7 @@ class Engine(RecordedJobs):
             return failure_of(error)
         return Done(time.monotonic() - started)
 
-    def _wait_for_model(self, job: LiveJob, device: _Device) -> LoadedModel:
+    def _wait_for_model(self, job: LiveJob, device: EngineDevice) -> LoadedModel:
         key = job.queued.request.model or self.models[0]
         future = device.pool.get(key, load_options_of(job.queued.request, device.pool.default_options))
         if not future.done():

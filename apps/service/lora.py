@@ -68,6 +68,11 @@ class LoraFiles(Mapping[str, Path]):
             own = {name: file for name, (file, whose) in self._trained.items() if whose == owner}
             return {**self._offered, **{name: file for name, file in own.items() if name not in self._offered}}
 
+    def offer(self, files: Mapping[str, Path]) -> None:
+        """Offer more files to everybody; names that are taken keep their file."""
+        with self._lock:
+            self._offered = {**files, **self._offered}
+
     def put(self, run: str, files: Mapping[str, Path], owner: str) -> None:
         """Offer to a user what a run of theirs has made, in place of what it had made before.
 

@@ -132,7 +132,6 @@ class ModelPool:
     ) -> None:
         if not sources:
             raise ValueError("The list of models is empty; name at least one built-in model, folder or hub id.")
-        self.keys = tuple(sources)
         self._sources = dict(sources)
         self._load = load
         self._capacity = capacity
@@ -140,6 +139,37 @@ class ModelPool:
         self._futures: OrderedDict[tuple[str, LoadOptions], Future[LoadedModel]] = OrderedDict()
         self._table = threading.Lock()  # guards _futures
         self._loading = threading.Lock()  # two models are never read at once: memory and disk are shared
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the models, the default first."""
+        with self._table:
+            return tuple(self._sources)
+
+    def add(self, key: str, source: str) -> None:
+        """Offer another model.
+
+        Raises:
+            ValueError: the key is taken.
+        """
+        with self._table:
+            if key in self._sources:
+                raise ValueError(f"There is a model {key!r} already; choose another name.")
+            self._sources[key] = source
+
+    def remove(self, key: str) -> None:
+        """Offer a model no more; jobs that run keep their reference to it.
+
+        Raises:
+            KeyError: not in the list.
+            ValueError: it is the only one.
+        """
+        with self._table:
+            if key in self._sources and len(self._sources) == 1:
+                raise ValueError(f"{key!r} is the only model; add another one first.")
+            del self._sources[key]
+            for place in [place for place in self._futures if place[0] == key]:
+                del self._futures[place]
 
     def get(self, key: str, load_options: LoadOptions | None = None) -> Future[LoadedModel]:
         """Return the future of a model and start loading it unless that has been done.

@@ -18,9 +18,10 @@ from apps.service.fine_tuning import FineTuning, offer_runs
 from apps.service.limits import FineTuningLimits, ServerLimits
 from apps.service.lora import LoraFiles, find_loras
 from apps.service.model_pool import name_models
+from apps.service.own_models import OwnModels, models_folder, own_loras, own_models
 from apps.service.stored_images import STATE_FOLDER
 from apps.service.tuning import Tunings
-from apps.studio import fine_tune, panels, prompt_tools, speed, views
+from apps.studio import fine_tune, models, panels, prompt_tools, speed, views
 from apps.studio.controls import Parts
 from apps.studio.fine_tune_files import add_files
 from apps.studio.gate import Gate
@@ -51,6 +52,7 @@ def build_engine(
     lora: Path | None = None,
     upscalers: Sequence[str] | None = None,
     wildcards: Path | None = None,
+    own: Path | None = None,
 ) -> Engine:
     """Create the engine of a server and start to load its default model.
 
@@ -59,10 +61,13 @@ def build_engine(
             use.
     """
     sources = name_models([*models, *builtin_models()])
+    own = models_folder(output_dir) if own is None else own
+    sources |= own_models(own, sources)
     if not sources:
         raise ValueError("No built-in model is installed; name one with --model: a pipeline folder or a hub id.")
     folder = limits.output_folder(output_dir)
     loras = LoraFiles(None if lora is None else find_loras(lora))
+    loras.offer(own_loras(own))
     offer_runs(folder, loras)
     named = name_models([*builtin_upscalers(), *(upscalers or ())])
     engine = Engine(
@@ -89,7 +94,11 @@ FORMS = tuple(f"{prefix}/gradio_api/{path}" for prefix in _PREFIXES for path in 
 
 
 def mount(
-    app: FastAPI, engine: Engine, tokens: TokenTable | None = None, fine_tuning: FineTuningLimits | None = None
+    app: FastAPI,
+    engine: Engine,
+    tokens: TokenTable | None = None,
+    fine_tuning: FineTuningLimits | None = None,
+    own: OwnModels | None = None,
 ) -> FineTuning | None:
     """Put the page onto a server, in every language: English at `/`, others at their names.
 
@@ -98,6 +107,7 @@ def mount(
         engine: generates.
         tokens: the users; the guard of the server has asked for theirs.
         fine_tuning: limits of it.
+        own: the list of the owner's models; None leaves its tab out.
 
     Returns:
         The fine-tuning of the server, which is to be closed with it; None without an output folder.
@@ -109,7 +119,7 @@ def mount(
     if runs is not None:
         add_files(app, runs, sessions.has_users)
     for language in reversed(languages()):  # the page at `/` last, because it answers for every address
-        page = build_page(engine, Strings(language), sessions, runs, tunings)
+        page = build_page(engine, Strings(language), sessions, runs, tunings, own)
         if language != "en":  # Gradio answers with the slash alone, and the page at `/` for all else
             app.add_api_route(f"/{language}", _with_slash(language), include_in_schema=False)
         page.queue(max_size=4 * engine.limits.queue, default_concurrency_limit=4 * engine.limits.queue, api_open=False)
@@ -178,6 +188,7 @@ def build_page(
     sessions: Sessions,
     runs: FineTuning | None = None,
     tunings: Tunings | None = None,
+    own: OwnModels | None = None,
 ) -> gr.Blocks:
     """Lay the page out and connect it.
 
@@ -187,6 +198,7 @@ def build_page(
         sessions: who is on it.
         runs: the fine-tuning of the server; None leaves its tab out.
         tunings: what measures what makes models fast; None leaves its tab out.
+        own: the list of the owner's models; None leaves its tab out.
     """
     other = next(name for name in languages() if name != words.language)
     with gr.Blocks(title="tessera studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
@@ -203,6 +215,10 @@ def build_page(
                 with gr.Tab(words("tab.gallery"), id="gallery", elem_id="tab-gallery", render_children=True) as one:
                     parts |= panels.gallery_panel(words)
                 parts["tab_gallery"] = one
+                if own is not None:
+                    with gr.Tab(words("tab.models"), id="models", elem_id="tab-models", render_children=True) as one:
+                        parts |= models.build(words)
+                    parts["tab_models"] = one
                 if tunings is not None:
                     with gr.Tab(words("tab.speed"), id="speed", elem_id="tab-speed", render_children=True) as one:
                         parts |= speed.build(engine, words)
@@ -229,5 +245,5 @@ def build_page(
                 parts |= panels.settings_panel(engine, words)
         parts["words"] = gr.HTML("", elem_id="words", js_on_load=None)
         gr.HTML(prompt_tools.help_list(parts, words), elem_id="help", js_on_load=None)
-        connect(page, engine, words, sessions, parts, runs, tunings)
+        connect(page, engine, words, sessions, parts, runs, tunings, own)
     return page

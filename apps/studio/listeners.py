@@ -10,8 +10,9 @@ import gradio as gr
 
 from apps.service.engine import Engine
 from apps.service.fine_tuning import FineTuning
+from apps.service.own_models import OwnModels
 from apps.service.tuning import Tunings
-from apps.studio import clip_length, fine_tune, lora_rows, speed
+from apps.studio import clip_length, fine_tune, lora_rows, models, speed
 from apps.studio.compare_handlers import CompareHandlers
 from apps.studio.controls import Parts
 from apps.studio.examples import EXAMPLES
@@ -20,6 +21,7 @@ from apps.studio.following import restated
 from apps.studio.forms import FIXED
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.model_choice import ModelChoice
+from apps.studio.models_handlers import ModelsHandlers
 from apps.studio.problems import PLACE
 from apps.studio.prompt_listeners import connect_prompt
 from apps.studio.prompt_tools import PromptTools
@@ -48,6 +50,7 @@ def connect(
     parts: Parts,
     runs: FineTuning | None,
     tunings: Tunings | None,
+    own: OwnModels | None,
 ) -> None:
     """Connect controls and listeners."""
     wiring = Wiring(parts, words, sessions)
@@ -59,6 +62,8 @@ def connect(
     _connect_tabs(wiring, handlers, ModelChoice(engine, words, handlers))
     clip_length.connect(parts, engine, **QUIET)
     _connect_comparison(wiring, CompareHandlers(engine, words, sessions))
+    if own is not None:
+        models.connect(wiring, ModelsHandlers(engine, own, words, sessions, handlers))
     if tunings is not None:
         speed.connect(wiring, SpeedHandlers(engine, tunings, words, sessions, handlers))
     if runs is not None:

@@ -15,7 +15,10 @@ from tests.studio.test_server import browser, note_says, open_page, page, proble
 __all__ = ["browser", "page", "server"]
 LEAST = 4.5
 """Contrast of text that WCAG 2.1 AA asks for."""
-TABS = ("text", "image", "inpaint", "video", "classes", "scales", "grid", "compare", "gallery", "speed", "fine_tune")
+TABS = (
+    "text", "image", "inpaint", "video", "classes", "scales", "grid", "compare", "gallery", "models", "speed",
+    "fine_tune",
+)  # fmt: skip
 PAIRS = (
     ("body_text_color", "body_background_fill"),
     ("body_text_color", "background_fill_primary"),

@@ -1,0 +1,77 @@
+"""The tab Models: what there is and what it needs; use one, mark it, add and remove."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from apps.studio import fields
+from apps.studio.controls import Parts
+from apps.studio.strings import Strings
+from apps.studio.wiring import QUIET, Wiring
+
+if TYPE_CHECKING:
+    from apps.studio.models_handlers import ModelsHandlers
+
+MOST_SOURCE = 500
+SHOWN = ("models_table", "models_chosen", "models_problem", "models_remove", "models_add", "model")
+"""Parts that a change of the list changes."""
+
+
+def build(words: Strings) -> Parts:
+    """Lay the tab out and return its parts by name."""
+    gr.HTML(f'<p class="hint">{escape(words("models.hint"))}</p>', js_on_load=None)
+    parts: Parts = {}
+    with gr.Row(elem_id="models-choice"):
+        parts["models_chosen"] = fields.Dropdown(
+            [], label=words("model"), filterable=True, elem_id="models-chosen", scale=3, min_width=200
+        )
+        for name in ("use", "mark", "remove"):
+            parts[f"models_{name}"] = gr.Button(
+                words(f"models.{name}"),
+                variant="primary" if name == "use" else "secondary",
+                elem_id=f"models-{name}",
+                interactive=name != "remove",
+                min_width=90,
+            )
+    parts["models_problem"] = gr.HTML("", elem_id="models-problem", js_on_load=None)
+    parts["models_table"] = gr.HTML("", elem_id="models-table", js_on_load=None)
+    with gr.Row(elem_id="models-adding"):
+        parts["models_source"] = gr.Textbox(
+            "",
+            label=words("models.source"),
+            placeholder=words("models.source.hint"),
+            max_length=MOST_SOURCE,
+            elem_id="models-source",
+            scale=3,
+        )
+        parts["models_add"] = gr.Button(words("models.add"), elem_id="models-add", min_width=90)
+        parts["models_refresh"] = gr.Button(words("models.refresh"), elem_id="models-refresh", min_width=90)
+    return parts
+
+
+def connect(wiring: Wiring, handlers: ModelsHandlers) -> None:
+    """Connect the parts of the tab."""
+    parts = wiring.parts
+
+    def on(trigger: Any, listener: Any, *inputs: str) -> None:
+        answered = handlers.answered(listener)
+
+        def answering(request: gr.Request, *given: Any) -> dict[Any, Any]:
+            return wiring.by_component(answered(request, *given))
+
+        answering.__name__ = listener.__name__  # by which Gradio knows it
+        outputs = wiring.components([*SHOWN, "models_source", "queue_note"])
+        trigger(answering, wiring.components(inputs), outputs, **QUIET)
+
+    opened = parts["tab_models"].select(None, js="() => window.tessera.go('models')", **QUIET)
+    on(opened.then, handlers.open, "models_chosen")
+    on(parts["models_chosen"].input, handlers.choose, "models_chosen")
+    on(parts["models_mark"].click, handlers.mark, "models_chosen")
+    on(parts["models_remove"].click, handlers.remove, "models_chosen")
+    on(parts["models_refresh"].click, handlers.refresh, "models_chosen")
+    on(parts["models_add"].click, handlers.add, "models_source")
+    on(parts["models_source"].submit, handlers.add, "models_source")
+    wiring.answer(parts["models_use"].click, handlers.use, ["models_chosen", "fitted"])

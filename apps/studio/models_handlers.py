@@ -1,0 +1,141 @@
+"""The listeners of the tab Models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from apps.service.engine import Engine
+from apps.service.own_models import OwnModels
+from apps.service.quantized import model_label
+from apps.service.request_error import RequestError
+from apps.studio import models_views as drawn
+from apps.studio import views
+from apps.studio.page_values import PageError
+from apps.studio.problems import explain
+from apps.studio.sessions import Sessions
+from apps.studio.settings_handlers import SettingsHandlers
+from apps.studio.stage import Changes
+from apps.studio.strings import Strings
+
+PLACE = "models_problem"
+
+
+class ModelsHandlers:
+    """The listeners of the tab.
+
+    Args:
+        engine: of the server.
+        own: the list of models.
+        words: of the page.
+        sessions: who is on the page.
+        settings: puts a model in place.
+    """
+
+    def __init__(
+        self, engine: Engine, own: OwnModels, words: Strings, sessions: Sessions, settings: SettingsHandlers
+    ) -> None:
+        self._engine, self._own, self._words = engine, own, words
+        self._sessions, self._settings = sessions, settings
+
+    def answered(self, listener: Callable[..., Changes]) -> Callable[..., Changes]:
+        """Return a listener whose refusals are said in the tab."""
+
+        def answering(request: gr.Request, *given: Any) -> Changes:
+            try:
+                return {PLACE: ""} | listener(request, *given)
+            except PageError as error:
+                return {PLACE: views.problem(self._words(error.key))}
+            except RequestError as error:
+                return {PLACE: views.problem(explain(error, self._words))}
+
+        answering.__name__ = listener.__name__  # by which Gradio knows it
+        return answering
+
+    def open(self, request: gr.Request, chosen: str | None) -> Changes:
+        """Show the models as they are."""
+        return self._show(request, chosen)
+
+    def choose(self, request: gr.Request, chosen: str | None) -> Changes:
+        """Offer what can be done with a model."""
+        rows = {one.key: one for one in self._own.rows(self._sessions.user(request))}
+        can_remove = chosen in rows and rows[chosen].is_added and self._is_owner(request)
+        return {"models_remove": gr.update(interactive=can_remove)}
+
+    def mark(self, request: gr.Request, chosen: str | None) -> Changes:
+        """Mark a model as a favourite, or unmark it."""
+        self._own.mark(chosen or "", self._sessions.submitter(request))
+        return self._show(request, chosen)
+
+    def add(self, request: gr.Request, source: str) -> Changes:
+        """Add a model by path or hub id; of the owner alone.
+
+        Raises:
+            PageError: the user may not.
+        """
+        self._check_owner(request)
+        key = self._own.add(source)
+        gr.Info(self._words("models.added", name=key))
+        return {**self._show(request, key), "models_source": ""}
+
+    def remove(self, request: gr.Request, chosen: str | None) -> Changes:
+        """Take a model off the list; its files stay.
+
+        Raises:
+            PageError: the user may not.
+        """
+        self._check_owner(request)
+        self._own.remove(chosen or "")
+        return self._show(request, None)
+
+    def refresh(self, request: gr.Request, chosen: str | None) -> Changes:
+        """Look into the folder again.
+
+        Raises:
+            PageError: the user may not.
+        """
+        self._check_owner(request)
+        new = self._own.refresh()
+        gr.Info(self._words("models.found", count=len(new)))
+        return self._show(request, chosen)
+
+    def use(self, request: gr.Request, chosen: str | None, fitted: str) -> Changes:
+        """Choose a model in the tab that generates with it.
+
+        Raises:
+            PageError: there is no such model, or the user may only look.
+        """
+        self._sessions.submitter(request)
+        if chosen not in self._engine.models:
+            raise PageError("no_model")
+        abilities = self._engine.abilities(str(chosen))
+        mode = "video" if abilities.output == "frames" else "text"
+        changes: Changes = {"model": chosen, "mode": mode, "tabs": gr.update(selected=mode)}
+        return self._settings.adapted(changes, fitted, self._sessions.may_generate(request))
+
+    # ------------------------------------------------------------------ helpers
+
+    def _is_owner(self, request: gr.Request) -> bool:
+        """Whether a user may change what holds for all: everybody on a server without users, else administrators."""
+        return self._sessions.may_generate(request) and self._sessions.viewer(request) is None
+
+    def _check_owner(self, request: gr.Request) -> None:
+        if not self._is_owner(request):
+            raise PageError("no_rights")
+
+    def _show(self, request: gr.Request, chosen: str | None) -> Changes:
+        rows = self._own.rows(self._sessions.user(request))
+        is_owner = self._is_owner(request)
+        keys = [one.key for one in rows]
+        at = chosen if chosen in keys else keys[0]
+        labels = [(model_label(key, self._engine.source(key)), key) for key in keys]
+        added = {one.key for one in rows if one.is_added}
+        return {
+            "models_table": drawn.table(rows, self._own.unusable() if is_owner else [], self._words),
+            "models_chosen": gr.update(choices=labels, value=at),
+            "models_remove": gr.update(interactive=is_owner and at in added),
+            "models_add": gr.update(interactive=is_owner),
+            "model": gr.update(choices=labels),
+        }
