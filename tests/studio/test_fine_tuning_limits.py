@@ -104,7 +104,7 @@ def test_a_training_that_comes_to_a_limit_is_stopped(tmp_path, seconds, bytes_, 
 def test_a_process_is_looked_at_while_it_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("apps.service.fine_tuning_process.LOOK_SECONDS", 0.01)
     monkeypatch.setattr(
-        "apps.service.fine_tuning_process._command",
+        "apps.service.fine_tuning_process.command_of",
         lambda lock, arguments: [tether.sys.executable, "-c", "import sys; sys.stdin.read()"],
     )
     ends = []

@@ -74,9 +74,8 @@ def test_no_event_reads_a_file_that_its_user_has_not_uploaded(local, users, name
                     assert (status, "secret prompts" in text) == (403, False), (prefix, number, path)
                     nested = {**body, "data": [[{"x": body["data"]}]]}
                     assert client.post(f"{prefix}/gradio_api/queue/join", json=nested).status_code == 403
-    assert (
-        seen == 14
-    )  # seven a language: an image to start from, two ends of a clip, a clip, settings, prompts, training
+    # Eight a language: an image to start from, two ends of a clip, a clip, settings, prompts, presets, training.
+    assert seen == 16
 
 
 def test_without_the_gate_gradio_itself_would_refuse(users):
