@@ -127,7 +127,11 @@ def _look(path: Path, root: Path) -> FoundModel | None:
     one = FoundModel(shown, path, kind)
     if shown != name:
         return replace(one, problem="its name holds characters that can't be shown; rename it")
-    if not path.resolve().is_relative_to(root):
+    try:
+        is_inside = path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError) as error:  # a link to itself
+        return replace(one, problem=_shown(error, root))
+    if not is_inside:
         return replace(one, problem="it is a link that leads out of the folder of models; move it there")
     try:
         return _look_into_folder(one, root) if is_dir else _look_into_file(one)

@@ -69,7 +69,19 @@ def added_sources(folder: Path) -> list[str]:
     except (OSError, ValueError, KeyError) as error:
         logger.warning("%s can't be read, so what was added is not offered: %s", file, error)
         return []
-    return [one for one in sources[:MOST_ADDED] if isinstance(one, str) and 0 < len(one) <= MOST_NAME]
+    return [one for one in sources[:MOST_ADDED] if _is_source(one)]
+
+
+def _is_source(value: object) -> bool:
+    """Whether an entry of the list is a folder or file that is there, or a hub id; others are logged."""
+    if not isinstance(value, str) or not 0 < len(value) <= MOST_NAME:
+        return False
+    try:
+        check_sources([value])
+    except (UsageError, ValueError, OSError) as error:
+        logger.warning("%r in the list of models is not offered: %s", value, error)
+        return False
+    return True
 
 
 def own_models(folder: Path, taken: Iterable[str] = ()) -> dict[str, str]:

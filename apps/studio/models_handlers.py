@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
 import gradio as gr
 
 from apps.service.engine import Engine
-from apps.service.own_models import OwnModels
+from apps.service.own_models import OwnModels, is_hub_id
 from apps.service.quantized import model_label
 from apps.service.request_error import RequestError
 from apps.studio import models_views as drawn
@@ -70,18 +71,41 @@ class ModelsHandlers:
         return self._show(request, chosen)
 
     def add(self, request: gr.Request, source: str) -> Changes:
-        """Add a model by path or hub id; of the owner alone.
+        """Add a model by path, or start to download a hub id; of the owner alone.
+
+        Raises:
+            PageError: the user may not.
+            RequestError: there is no such model, or it can't be fetched now.
+        """
+        self._check_owner(request)
+        if is_hub_id(source):
+            self._own.fetch(source)
+            return {**self._show(request, None), "models_source": ""}
+        key = self._own.add(source)
+        gr.Info(escape(self._words("models.added", name=key)))
+        return {**self._show(request, key), "models_source": ""}
+
+    def cancel(self, request: gr.Request, chosen: str | None) -> Changes:
+        """End the download that runs.
 
         Raises:
             PageError: the user may not.
         """
         self._check_owner(request)
-        key = self._own.add(source)
-        gr.Info(self._words("models.added", name=key))
-        return {**self._show(request, key), "models_source": ""}
+        self._own.downloads.cancel()
+        return self._show(request, chosen)
+
+    def tick(self, request: gr.Request, chosen: str | None, seen: Any) -> Changes:
+        """Show how a download goes if there is news."""
+        last = self._own.downloads.last
+        if last is None or (last.state != "running" and seen == last.state):
+            return {}
+        if last.state == "running":
+            return self._download(request)
+        return self._show(request, last.keys[0] if last.keys else chosen)
 
     def remove(self, request: gr.Request, chosen: str | None) -> Changes:
-        """Take a model off the list; its files stay.
+        """Take a model off the list; files stay, unless they were downloaded here.
 
         Raises:
             PageError: the user may not.
@@ -133,9 +157,21 @@ class ModelsHandlers:
         labels = [(model_label(key, self._engine.source(key)), key) for key in keys]
         added = {one.key for one in rows if one.is_added}
         return {
+            **self._download(request),
             "models_table": drawn.table(rows, self._own.unusable() if is_owner else [], self._words),
             "models_chosen": gr.update(choices=labels, value=at),
             "models_remove": gr.update(interactive=is_owner and at in added),
-            "models_add": gr.update(interactive=is_owner),
             "model": gr.update(choices=labels),
+        }
+
+    def _download(self, request: gr.Request) -> Changes:
+        """Return how the download stands; what it is of is for the owner."""
+        last, is_owner = self._own.downloads.last, self._is_owner(request)
+        is_running = last is not None and last.state == "running"
+        return {
+            "models_note": drawn.download(last if is_owner else None, self._words),
+            "models_add": gr.update(interactive=is_owner and not is_running),
+            "models_cancel": gr.update(interactive=is_owner and is_running),
+            "models_timer": gr.update(active=is_running),
+            "models_seen": None if last is None else last.state,
         }

@@ -210,3 +210,13 @@ def test_the_command_line_lists_adds_and_removes(folder, tmp_path):
     assert added_sources(own) == [added.output.strip()]
     assert run(command_line, ["models", "remove", added.output.strip(), "--models", str(own)]).exit_code == 0
     assert added_sources(own) == []
+
+
+def test_hostile_links_and_entries_keep_no_server_from_starting(tmp_path):
+    (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
+    (tmp_path / LIST).write_text(json.dumps({
+        "format": "tessera-models-1",
+        "sources": ["a/b@main", str(tmp_path / "private" / "gone"), 3, "x\0y", f"someone/model@{COMMIT}"],
+    }))  # fmt: skip
+    assert [one.name for one in scan(tmp_path) if not one.is_usable] == ["loop"]
+    assert own_models(tmp_path).keys() == {f"someone/model@{COMMIT}"}  # and no path of the machine
