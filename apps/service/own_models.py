@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from apps.service.engine import Engine
+from apps.service.model_download import (
+    REPOSITORY,
+    Download,
+    DownloadError,
+    Downloads,
+    Hub,
+    downloaded_folder,
+    pinned,
+)
 from apps.service.model_facts import ModelFacts, facts_of
 from apps.service.model_folder import FOLDER, FoundModel, scan
 from apps.service.model_pool import check_sources, name_models
@@ -42,6 +52,7 @@ class OfferedModel:
         is_favourite: of the user who looks.
         is_loaded: it is in memory.
         is_added: it was added to the list, and can be removed from it.
+        origin: `owner/name@commit` of one that was downloaded into the folder.
     """
 
     key: str
@@ -49,6 +60,7 @@ class OfferedModel:
     is_favourite: bool
     is_loaded: bool
     is_added: bool
+    origin: str = ""
 
 
 def models_folder(output_dir: Path) -> Path:
@@ -133,6 +145,12 @@ def commit_of(repository: str, revision: str | None = None) -> str:
     return found
 
 
+def is_hub_id(source: str) -> bool:
+    """Return whether a source has the form of a hub id, and is neither built in nor a file or folder here."""
+    wanted = source.strip()[:MOST_NAME]
+    return REPOSITORY.fullmatch(wanted.partition("@")[0]) is not None and not Path(wanted).expanduser().exists()
+
+
 def add_source(
     folder: Path, source: str, resolve: Callable[[str, str | None], str] = commit_of, known: Collection[str] = ()
 ) -> str:
@@ -206,11 +224,19 @@ class OwnModels:
         engine: offers them.
         folder: of the owner's models; created when the first one is added.
         resolve: finds the commit of a hub id.
+        hub: where repositories are downloaded from.
     """
 
-    def __init__(self, engine: Engine, folder: Path, resolve: Callable[[str, str | None], str] = commit_of) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        resolve: Callable[[str, str | None], str] = commit_of,
+        hub: Hub | None = None,
+    ) -> None:
         self._engine, self.folder, self._resolve = engine, folder.expanduser(), resolve
         self._lock = threading.Lock()
+        self.downloads = Downloads(self.folder, self.refresh, hub)
 
     # ------------------------------------------------------------------ looking
 
@@ -223,7 +249,11 @@ class OwnModels:
             loading = self._engine.loaded(key)
             is_loaded = loading is not None and loading.done() and loading.exception() is None
             facts = facts_of(source, self._engine.devices[0], self._engine.dtype, is_loaded=is_loaded)
-            rows.append(OfferedModel(key, facts, key in favourites, is_loaded, source in added))
+            place = downloaded_folder(source, self.folder)
+            found = None if place is None else pinned(place)
+            origin = "" if found is None else "@".join(found)
+            is_added = source in added or found is not None
+            rows.append(OfferedModel(key, facts, key in favourites, is_loaded, is_added, origin))
         return sorted(rows, key=lambda one: not one.is_favourite)
 
     def unusable(self) -> list[FoundModel]:
@@ -234,12 +264,27 @@ class OwnModels:
 
     def refresh(self) -> list[str]:
         """Offer what has come into the folder since; returns the new keys."""
-        known = {self._engine.source(key) for key in self._engine.models}
-        new = {key: one for key, one in own_models(self.folder, self._engine.models).items() if one not in known}
-        for key, source in new.items():
-            self._engine.add_model(key, source)
+        with self._lock:
+            known = {self._engine.source(key) for key in self._engine.models}
+            new = {key: one for key, one in own_models(self.folder).items() if one not in known}
+            free = [(self._free(key), source) for key, source in new.items()]
+            for key, source in free:
+                self._engine.add_model(key, source)
         self._engine.lora_files.offer(own_loras(self.folder))
-        return list(new)
+        return [key for key, _ in free]
+
+    def fetch(self, source: str) -> Download:
+        """Start to download a hub id into the folder, at the commit that it has now unless it names one.
+
+        Raises:
+            DownloadError: there is none, it is there already, another one is being fetched, or the disk has no room.
+        """
+        wanted = source.strip()[:MOST_NAME]
+        try:
+            repository, revision = split_revision(wanted)
+        except ValueError as error:
+            raise DownloadError("models.source", str(error), value=wanted[:200]) from error
+        return self.downloads.start(repository, revision)
 
     def add(self, source: str) -> str:
         """Offer a model, and keep it in the list.
@@ -261,15 +306,30 @@ class OwnModels:
         return key
 
     def remove(self, key: str) -> None:
-        """Take a model that was added off the list; its files stay.
+        """Take a model off the list; the files of one that was downloaded are removed, those of others stay.
 
         Raises:
-            OwnModelError: it isn't there, or was not added to the list.
+            OwnModelError: it isn't there, was not added to the list, or is the only one.
         """
         with self._lock:
-            source = self._engine.source(key) if key in self._engine.models else key
-            remove_source(self.folder, source, key)
-            self._engine.remove_model(key)
+            is_there = key in self._engine.models
+            source = self._engine.source(key) if is_there else key
+            place = downloaded_folder(source, self.folder) if is_there else None
+            gone = [key] if place is None else self._keys_in(place)
+            is_ours = place is not None or source in added_sources(self.folder)
+            if is_ours and set(self._engine.models) <= set(gone):
+                raise OwnModelError("models.last", f"{key[:200]!r} is the only model; add another one first.",
+                                    value=key[:200])  # fmt: skip
+            if place is None:
+                remove_source(self.folder, source, key)
+            for one in gone if is_there else ():
+                self._engine.remove_model(one)
+            if place is not None:
+                shutil.rmtree(place)
+
+    def _keys_in(self, place: Path) -> list[str]:
+        """Return the models whose files lie in a folder."""
+        return [key for key in self._engine.models if Path(self._engine.source(key)).is_relative_to(place)]
 
     def _free(self, key: str) -> str:
         number, name = 1, key

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from apps.studio.models_handlers import ModelsHandlers
 
 MOST_SOURCE = 500
-SHOWN = ("models_table", "models_chosen", "models_problem", "models_remove", "models_add", "model")
+LOOK_SECONDS = 1.0
+"""Between two looks at a download while the tab is open."""
+SHOWN = ("models_table", "models_chosen", "models_problem", "models_remove", "models_add", "models_cancel",
+         "models_note", "models_timer", "models_seen", "model")  # fmt: skip
 """Parts that a change of the list changes."""
 
 
@@ -48,7 +51,13 @@ def build(words: Strings) -> Parts:
             scale=3,
         )
         parts["models_add"] = gr.Button(words("models.add"), elem_id="models-add", min_width=90)
+        parts["models_cancel"] = gr.Button(
+            words("models.cancel"), elem_id="models-cancel", interactive=False, min_width=90
+        )
         parts["models_refresh"] = gr.Button(words("models.refresh"), elem_id="models-refresh", min_width=90)
+    parts["models_note"] = gr.HTML("", elem_id="models-note", js_on_load=None)
+    parts["models_timer"] = gr.Timer(LOOK_SECONDS, active=False)
+    parts["models_seen"] = gr.State(None)
     return parts
 
 
@@ -56,7 +65,7 @@ def connect(wiring: Wiring, handlers: ModelsHandlers) -> None:
     """Connect the parts of the tab."""
     parts = wiring.parts
 
-    def on(trigger: Any, listener: Any, *inputs: str) -> None:
+    def on(trigger: Any, listener: Any, *inputs: str, **more: Any) -> None:
         answered = handlers.answered(listener)
 
         def answering(request: gr.Request, *given: Any) -> dict[Any, Any]:
@@ -64,7 +73,7 @@ def connect(wiring: Wiring, handlers: ModelsHandlers) -> None:
 
         answering.__name__ = listener.__name__  # by which Gradio knows it
         outputs = wiring.components([*SHOWN, "models_source", "queue_note"])
-        trigger(answering, wiring.components(inputs), outputs, **QUIET)
+        trigger(answering, wiring.components(inputs), outputs, **QUIET, **more)
 
     opened = parts["tab_models"].select(None, js="() => window.tessera.go('models')", **QUIET)
     on(opened.then, handlers.open, "models_chosen")
@@ -74,4 +83,14 @@ def connect(wiring: Wiring, handlers: ModelsHandlers) -> None:
     on(parts["models_refresh"].click, handlers.refresh, "models_chosen")
     on(parts["models_add"].click, handlers.add, "models_source")
     on(parts["models_source"].submit, handlers.add, "models_source")
+    on(parts["models_cancel"].click, handlers.cancel, "models_chosen", queue=False)
+    on(parts["models_timer"].tick, handlers.tick, "models_chosen", "models_seen")
+    for name, tab in parts.items():
+        if isinstance(tab, gr.Tab) and name != "tab_models":
+            tab.select(_leave, None, parts["models_timer"], **QUIET)
     wiring.answer(parts["models_use"].click, handlers.use, ["models_chosen", "fitted"])
+
+
+def _leave() -> Any:
+    """Look at a download no more while another tab is open."""
+    return gr.update(active=False)

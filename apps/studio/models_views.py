@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from apps.service.model_download import Download
 from apps.service.model_folder import FoundModel
 from apps.service.own_models import OfferedModel
+from apps.studio import views
 from apps.studio.strings import Strings
 from pipelines.loading.memory import gib
 
+SHORT = 12
+"""Digits of a commit that are shown."""
 COLUMNS = ("name", "kind", "size", "parameters", "memory", "licence")
 
 
@@ -24,10 +28,26 @@ def table(rows: Sequence[OfferedModel], unusable: Sequence[FoundModel], words: S
     return found
 
 
+def download(last: Download | None, words: Strings) -> str:
+    """Draw how a download goes, or how the last one ended; nothing where there was none."""
+    if last is None:
+        return ""
+    if last.state == "failed":
+        return views.problem(words("models.failed", name=last.repository, message=last.reason))
+    if last.state != "running":
+        ended = "models.fetched" if last.state == "done" else "models.stopped"
+        return views.progress_note(words(ended, name=last.repository, commit=last.commit[:SHORT]))
+    if last.is_cancelled:
+        return views.progress_note(words("models.cancelling", name=last.repository))
+    said = words("models.fetching", name=last.repository, done=gib(last.fetched), total=gib(last.nbytes))
+    return views.progress_note(said, last.share)
+
+
 def _row(one: OfferedModel, words: Strings) -> str:
     facts = one.facts
     star = "\u2605 " if one.is_favourite else ""
-    marks = words("models.loaded") if one.is_loaded else ""
+    commit = words("models.pinned", commit=one.origin.rpartition("@")[2][:SHORT]) if one.origin else ""
+    marks = ", ".join(filter(None, [words("models.loaded") if one.is_loaded else "", commit]))
     cells = [
         words(f"models.kind.{facts.kind}"),
         gib(facts.nbytes) if facts.nbytes else "",
