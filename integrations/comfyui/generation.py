@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from apps.service.engine import Engine
     from apps.service.events import Picture
 
+LOOK_SECONDS = 0.2
+"""Between two looks at whether the work is to be ended."""
 OnStep = Callable[[int, int, Image.Image | None], None]
 """Called after each step: steps done, steps in all, a preview if there is one; raises to end the work."""
 
@@ -38,13 +40,13 @@ def generate(model: Model, fields: Mapping[str, Any], images: Mapping[str, Tenso
     Raises:
         ValueError: something can't be had; the message says what.
     """
-    from apps.service.events import Failed, Picture, Step
+    from apps.service.events import Failed, Picture, Step, Stopped
 
     engine = ENGINES.of(model)
     request = make_request(model, engine, fields, images)
     found: list[Picture] = []
     stop, told = threading.Event(), watcher()
-    with closing(engine.generate(request, stop, OWNER)) as events:
+    with _ended_by_comfyui(stop), closing(engine.generate(request, stop, OWNER)) as events:
         for event in events:
             if isinstance(event, Step):
                 done = (event.picture - 1) * event.steps + event.step * event.batch
@@ -53,7 +55,33 @@ def generate(model: Model, fields: Mapping[str, Any], images: Mapping[str, Tenso
                 found.append(event)
             elif isinstance(event, Failed):
                 raise ValueError(event.message) from event.cause
+            elif isinstance(event, Stopped):
+                told(0, 1, None)  # raises what ComfyUI ends a workflow with
+                raise ValueError("The work was stopped; queue the workflow again.")
     return found
+
+
+@contextmanager
+def _ended_by_comfyui(stop: threading.Event) -> Iterator[None]:
+    """Look whether the user of ComfyUI ends the work, also while a model is loaded, when no step is told."""
+    management, done = _module("comfy.model_management"), threading.Event()
+
+    def look() -> None:
+        while not done.wait(LOOK_SECONDS):
+            if management.processing_interrupted():
+                stop.set()
+                return
+
+    if not hasattr(management, "processing_interrupted"):
+        yield
+        return
+    thread = threading.Thread(target=look, name="ComfyUI's stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def make_request(model: Model, engine: Engine, fields: Mapping[str, Any], images: Mapping[str, Tensor | None]) -> Any:
@@ -74,7 +102,12 @@ def make_request(model: Model, engine: Engine, fields: Mapping[str, Any], images
     if model.quantization != "none":
         values["quantization"] = model.quantization
     values |= {name: one for name, one in _speed_of(model).items() if one}
-    return kind.model_validate({name: value for name, value in values.items() if name in kind.model_fields})
+    if unknown := sorted(values.keys() - kind.model_fields.keys()):
+        raise ValueError(
+            f"{model.source} can't be given {', '.join(unknown)} for this task; leave them at the model's own, or "
+            "unconnected."
+        )
+    return kind.model_validate(values)
 
 
 def _supported(task: str, engine: Engine) -> str:
@@ -91,7 +124,13 @@ def _speed_of(model: Model) -> dict[str, Any]:
 
 
 def to_image(tensor: Tensor) -> Image.Image:
-    """Return the first image of a batch, (B, H, W, 3), or mask, (B, H, W), in [0, 1]."""
+    """Return an image, (1, H, W, 3), or mask, (1, H, W), in [0, 1].
+
+    Raises:
+        ValueError: it is a batch of several.
+    """
+    if len(tensor) != 1:
+        raise ValueError(f"{len(tensor)} images are connected where one is taken; choose one of the batch.")
     array = (tensor[0].detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     return Image.fromarray(array).convert("RGB")
 

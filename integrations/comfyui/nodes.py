@@ -153,7 +153,8 @@ def _common() -> dict[str, Any]:
 
 def _asked(given: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a request, with None for what is the model's own."""
-    own = {"steps": 0, "guidance": -1.0, "width": 0, "height": 0, "frames": 0, "fps": 0.0, "negative_prompt": ""}
+    own = {"steps": 0, "guidance": -1.0, "width": 0, "height": 0, "frames": 0, "fps": 0.0, "strength": 0.0}
+    own["negative_prompt"] = ""
     return {name: None if name in own and value == own[name] else value for name, value in given.items()}
 
 
@@ -169,7 +170,7 @@ class GenerateImage:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
         """Return the inputs as ComfyUI wants them."""
-        strength = _number("FLOAT", 0.7, 0.05, 1.0, "How much of the image, or the part, changes.", 0.05)
+        strength = _number("FLOAT", 0.0, 0.0, 1.0, f"How much of the image, or the part, changes; 0 is {OWN}.", 0.05)
         return {
             "required": {**_common(), "batch_size": _number("INT", 1, 1, 8, "Images of one call")},
             "optional": {"image": ("IMAGE",), "mask": ("MASK",), "strength": strength},
@@ -180,7 +181,7 @@ class GenerateImage:
         model: Model,
         image: Tensor | None = None,
         mask: Tensor | None = None,
-        strength: float = 0.7,
+        strength: float = 0.0,
         batch_size: int = 1,
         **given: Any,
     ) -> tuple[Tensor, str]:
@@ -191,8 +192,10 @@ class GenerateImage:
         """
         if mask is not None and image is None:
             raise ValueError("mask is connected, and image is not; connect the image that it belongs to.")
-        fields = _asked(given) | {"num_images": batch_size, "batch_size": batch_size}
-        fields["strength"] = strength if image is not None else None
+        if strength and image is None:
+            raise ValueError("strength is set, and image is not connected; connect one, or set strength to 0.")
+        asked = {**given, "strength": strength}
+        fields = _asked(asked) | {"num_images": batch_size, "batch_size": batch_size}
         found = generate(model, fields, {"image": image, "mask": mask})
         return to_tensor([one.image for one in found]), _report(found)
 

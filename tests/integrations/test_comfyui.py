@@ -184,5 +184,34 @@ def test_few_models_stay_in_memory():
 
 
 def test_images_go_there_and_back():
-    tensor = torch.rand(2, 5, 4, 3).mul(255).round() / 255
-    assert torch.allclose(to_tensor([to_image(tensor)])[0], tensor[0], atol=1e-6)
+    tensor = torch.rand(1, 5, 4, 3).mul(255).round() / 255
+    assert torch.allclose(to_tensor([to_image(tensor)]), tensor, atol=1e-6)
+    with pytest.raises(ValueError, match="2 images are connected"):
+        to_image(tensor.repeat(2, 1, 1, 1))
+
+
+def test_what_a_model_can_not_be_given_is_refused_and_not_left_out():
+    node = NODE_CLASS_MAPPINGS["TesseraGenerateImage"]()
+    asked = {**plain(workflow())["3"]["inputs"], "model": Model("stickers-var"), "width": 0, "height": 0}
+    with pytest.raises(ValueError, match="can't be given steps"):
+        node.generate(**asked)
+    images, _ = node.generate(**{**asked, "steps": 0})
+    assert images.shape[0] == 1
+    with pytest.raises(ValueError, match="strength is set"):
+        node.generate(**{**asked, "steps": 0}, strength=0.5)
+
+
+def test_a_stop_is_heard_while_no_step_is_told(monkeypatch):
+    class Interrupted(Exception):
+        pass
+
+    def end():
+        raise Interrupted
+
+    management = SimpleNamespace(processing_interrupted=lambda: True, throw_exception_if_processing_interrupted=end)
+    monkeypatch.setitem(sys.modules, "comfy", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "comfy.model_management", management)
+    monkeypatch.setattr("integrations.comfyui.generation.LOOK_SECONDS", 0.001)
+    asked = {**plain(workflow())["3"]["inputs"], "model": Model("stickers"), "steps": 100, "width": 512, "height": 512}
+    with pytest.raises(Interrupted):
+        NODE_CLASS_MAPPINGS["TesseraGenerateImage"]().generate(**asked)
