@@ -22,8 +22,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Match
 
-from apps.api import login_page, openai
-from apps.api.access import Creator, ServerEngine, Viewer, enqueue, model_row
+from apps.api import login_page, models, openai
+from apps.api.access import Creator, ServerEngine, Viewer, enqueue
 from apps.api.guards import BodyLimits, Guard
 from apps.api.logins import LoginTable
 from apps.api.messages import CODES, MoveRequest, error_body, job_row
@@ -88,6 +88,7 @@ def create_app(
     if api:
         _add_read_routes(app)
         _add_write_routes(app)
+        app.include_router(models.router)
         app.include_router(openai.router)
         _add_rest(app)
     if logins is not None:
@@ -125,7 +126,8 @@ def _add_errors(app: FastAPI) -> None:
 
 def _explained(error: ValidationError) -> str:
     """Say what is wrong with a body."""
-    return explain_fields(error, MoveRequest) if error.title == MoveRequest.__name__ else explain(error)
+    bodies = {one.__name__: one for one in (MoveRequest, models.AddModelRequest)}
+    return explain_fields(error, bodies[error.title]) if error.title in bodies else explain(error)
 
 
 def _add_rest(app: FastAPI) -> None:
@@ -188,10 +190,6 @@ def _add_read_routes(app: FastAPI) -> None:
         if user is not None:  # strangers needn't know what ails it
             body |= {"problems": list(found.problems), "waiting": found.waiting, "running": found.running}
         return JSONResponse(body, 503 if found.problems else 200)
-
-    @app.get("/v1/models")
-    def models(user: Viewer, engine: ServerEngine) -> dict[str, Any]:
-        return {"object": "list", "data": [model_row(engine, key) for key in engine.models]}
 
     @app.get("/v1/loras")
     def loras(user: Viewer, engine: ServerEngine) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from apps.api.access import Creator, ServerEngine, Viewer, enqueue, model_row
+from apps.api.access import Creator, ServerEngine, enqueue
 from apps.api.messages import STATUS, error_body, picture_url
 from apps.api.schema import MASKS, PICTURES, STREAMED, takes, takes_form
 from apps.api.tokens import User
@@ -163,14 +163,6 @@ class VariationRequest(ImagesRequest):
 
 
 # ------------------------------------------------------------------------------- routes
-
-
-@router.get("/v1/models/{model_id:path}")
-def model(model_id: str, user: Viewer, engine: ServerEngine) -> dict[str, Any]:
-    """Describe a model."""
-    if model_id not in engine.models:
-        raise HTTPException(404, error_body("model_not_found", "There is no such model here; see /v1/models.", "model"))
-    return model_row(engine, model_id)
 
 
 @router.post("/v1/images/generations", responses=STREAMED, openapi_extra=takes(GenerationRequest))

@@ -125,7 +125,8 @@ def run(
     finally:
         if server is not None:
             server.should_exit = True
-        for one in (runs, getattr(getattr(app, "state", None), "tunings", None), engine):
+        state = getattr(app, "state", None)
+        for one in (runs, getattr(state, "tunings", None), getattr(state, "own_models", None), engine):
             if one is not None:
                 one.close()
         _wait_until_ended(server)

@@ -238,6 +238,10 @@ class OwnModels:
         self._lock = threading.Lock()
         self.downloads = Downloads(self.folder, self.refresh, hub)
 
+    def close(self) -> None:
+        """End the download that runs, at the end of the server."""
+        self.downloads.close()
+
     # ------------------------------------------------------------------ looking
 
     def rows(self, owner: str) -> list[OfferedModel]:

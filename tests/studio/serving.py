@@ -14,6 +14,7 @@ from apps.api.tokens import TokenTable, add_user
 from apps.commands.serve import _start, check_port
 from apps.service.engine import Engine
 from apps.service.limits import ServerLimits
+from apps.service.own_models import OwnModels
 from apps.studio.app import FORMS, UPLOADS, mount
 from tests.studio.fakes import FakePipeline
 
@@ -30,7 +31,8 @@ def serving_page(folder, pipe=None, *, with_users=True, out="out", sizes=None, *
                     server_limits=ServerLimits(**limits))  # fmt: skip
     engine.model().result(10)
     app = create_app(engine, table, uploads=UPLOADS, forms=FORMS, sizes=sizes)
-    mount(app, engine, table)
+    app.state.own_models = own = OwnModels(engine, folder / "models", hub=NoHub())
+    mount(app, engine, table, own=own)
     port = check_port("127.0.0.1", 0)
     server = _start(app, "127.0.0.1", port)
     try:
@@ -40,7 +42,15 @@ def serving_page(folder, pipe=None, *, with_users=True, out="out", sizes=None, *
         )  # fmt: skip
     finally:
         server.should_exit = True
+        own.close()
         engine.close()
+
+
+class NoHub:
+    """A Hub that can't be reached."""
+
+    def files(self, repository, revision):
+        raise ConnectionError("The Hub can't be reached.")
 
 
 @contextmanager

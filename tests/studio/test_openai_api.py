@@ -208,8 +208,9 @@ def test_unknown_paths_and_wrong_methods_have_the_shape_too(fake):
         answer = client.post(path, json={})
         assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
     for method, path, allowed in (
-        ("GET", "/v1/images/generations", "POST"), ("PUT", "/v1/images/edits", "POST"), ("POST", "/v1/models", "GET"),
-        ("DELETE", "/v1/models/fake", "GET"), ("PUT", "/v1/jobs", "GET, POST"),
+        ("GET", "/v1/images/generations", "POST"), ("PUT", "/v1/images/edits", "POST"),
+        ("PUT", "/v1/models", "GET, POST"),
+        ("PUT", "/v1/models/fake", "GET, DELETE"), ("PUT", "/v1/jobs", "GET, POST"),
     ):  # fmt: skip
         answer = client.request(method, path)
         assert (answer.status_code, error_of(answer)["code"]) == (405, "method_not_allowed")
