@@ -11,8 +11,10 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import save
+from typer.testing import CliRunner
 
 from apps.api.app import create_app
+from apps.cli import app as command_line
 from apps.commands.serve import _start, check_port
 from apps.service import model_download
 from apps.service.engine import Engine
@@ -224,6 +226,29 @@ def test_only_what_was_downloaded_here_is_ever_deleted(world, tmp_path):
 def test_a_damaged_pin_is_none(tmp_path, text):
     (tmp_path / PIN).write_text(text)
     assert pinned(tmp_path) is None
+
+
+def test_the_command_line_fetches_shows_and_removes(tmp_path, monkeypatch):
+    hub, folder = FakeHub(PIPELINE), str(tmp_path / "models")
+    monkeypatch.setattr(model_download, "HuggingFaceHub", lambda: hub)
+
+    def run(*words):
+        return CliRunner().invoke(command_line, ["models", *words, "--models", folder])
+
+    added = run("add", "someone/flux")
+    assert added.exit_code == 0, added.output
+    assert added.output.splitlines()[-1] == f"someone/flux@{COMMIT}"
+    values = json.loads(run("info", "someone--flux", "--json").output)
+    assert (values["origin"], values["kind"], values["licence"]) == (f"someone/flux@{COMMIT}", "pipeline", "mit")
+    assert values["tasks"] == ["text_to_image"]
+    assert "someone--flux" in run("info", "someone--flux").output
+    hub.content = {"style.safetensors": b"\xff" * 40}
+    assert run("add", "someone/flux").exit_code != 0  # it is there
+    removed = json.loads(run("remove", "someone--flux", "--json").output)
+    assert removed["files_removed"] is True
+    assert not (tmp_path / "models" / "someone--flux").exists()
+    assert run("add", "someone/flux").exit_code != 0  # damaged
+    assert list((tmp_path / "models").iterdir()) == []
 
 
 # ------------------------------------------------------------------------------ HTTP
