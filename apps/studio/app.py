@@ -21,9 +21,10 @@ from apps.service.model_pool import name_models
 from apps.service.own_models import OwnModels, models_folder, own_loras, own_models
 from apps.service.stored_images import STATE_FOLDER
 from apps.service.tuning import Tunings
-from apps.studio import fine_tune, models, panels, prompt_tools, speed, views
+from apps.studio import fine_tune, gallery_tab, models, panels, prompt_tools, speed, views
 from apps.studio.controls import Parts
 from apps.studio.fine_tune_files import add_files
+from apps.studio.gallery_routes import add_routes
 from apps.studio.gate import Gate
 from apps.studio.handed_in import HandedIn
 from apps.studio.listeners import connect
@@ -118,6 +119,8 @@ def mount(
     app.state.tunings = tunings = Tunings()
     if runs is not None:
         add_files(app, runs, sessions.has_users)
+    if folder is not None:
+        add_routes(app, engine.gallery, sessions.has_users)
     for language in reversed(languages()):  # the page at `/` last, because it answers for every address
         page = build_page(engine, Strings(language), sessions, runs, tunings, own)
         if language != "en":  # Gradio answers with the slash alone, and the page at `/` for all else
@@ -213,7 +216,7 @@ def build_page(
                         parts |= tab.build(words)
                     parts[f"tab_{name}"] = one
                 with gr.Tab(words("tab.gallery"), id="gallery", elem_id="tab-gallery", render_children=True) as one:
-                    parts |= panels.gallery_panel(words)
+                    parts |= gallery_tab.build(words)
                 parts["tab_gallery"] = one
                 if own is not None:
                     with gr.Tab(words("tab.models"), id="models", elem_id="tab-models", render_children=True) as one:

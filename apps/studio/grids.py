@@ -131,6 +131,8 @@ class Grids:
         sheet = compose(settings.axes, filled)
         path = save_sheet(sheet, self._output / name, settings, keep_settings=settings.request.keep_settings)
         self._write(record.model_copy(update={"sheet": name}))
+        owner, prompt = self._engine.job(record.jobs[0]).owner, str(getattr(settings.request, "prompt", ""))
+        self._engine.gallery.add_sheet(owner, name, prompt, settings.request.model or "", sheet.size, record.jobs)
         return path
 
     def files(self, record: GridRecord) -> Cells:

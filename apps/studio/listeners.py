@@ -12,13 +12,14 @@ from apps.service.engine import Engine
 from apps.service.fine_tuning import FineTuning
 from apps.service.own_models import OwnModels
 from apps.service.tuning import Tunings
-from apps.studio import clip_length, fine_tune, lora_rows, models, speed
+from apps.studio import clip_length, fine_tune, gallery_tab, lora_rows, models, speed
 from apps.studio.compare_handlers import CompareHandlers
 from apps.studio.controls import Parts
 from apps.studio.examples import EXAMPLES
 from apps.studio.fine_tune_handlers import FineTuneHandlers
 from apps.studio.following import restated
 from apps.studio.forms import FIXED
+from apps.studio.gallery_tab import GalleryHandlers
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.model_choice import ModelChoice
 from apps.studio.models_handlers import ModelsHandlers
@@ -62,6 +63,7 @@ def connect(
     _connect_tabs(wiring, handlers, ModelChoice(engine, words, handlers))
     clip_length.connect(parts, engine, **QUIET)
     _connect_comparison(wiring, CompareHandlers(engine, words, sessions))
+    gallery_tab.connect(wiring, GalleryHandlers(engine, sessions, generation))
     if own is not None:
         models.connect(wiring, ModelsHandlers(engine, own, words, sessions, handlers))
     if tunings is not None:
@@ -165,11 +167,7 @@ def _connect_pictures(wiring: Wiring, handlers: SettingsHandlers, generation: Ge
     def choose(request: gr.Request, visit: Any, event: gr.SelectData) -> dict[Any, Any]:
         return wiring.by_component(held(request, handlers.choose(visit, event)))
 
-    def look(request: gr.Request, gallery_items: Any, event: gr.SelectData) -> dict[Any, Any]:
-        return wiring.by_component(held(request, handlers.look(gallery_items, event)))
-
     wiring.on([parts["strip"].select], choose, ["visit"], [*STAGE_PARTS, "queue_note"])
-    wiring.on([parts["gallery"].select], look, ["gallery_items"])
 
     def start_from(request: gr.Request, chosen: Any) -> Changes:
         return handlers.send(chosen, "image", wiring.sessions.submitter(request))
@@ -242,18 +240,8 @@ def _connect_tabs(wiring: Wiring, handlers: SettingsHandlers, models: ModelChoic
     def enter(request: gr.Request, key: str, mode: str, replaced: str | None) -> Changes:
         return models.enter(key, mode, replaced, wiring.sessions.may_generate(request))
 
-    def turned(by: int) -> Callable[..., Any]:
-        def listener(page: int, request: gr.Request) -> dict[Any, Any]:
-            return wiring.by_component(handlers.turn_page(page, by, request))
-
-        return listener
-
     for name in TABS:
         chosen = parts[f"tab_{name}"].select(
             None, None, [parts["mode"], parts["problem"]], js=GO % (name, name), **QUIET
         )
         wiring.follow(chosen, enter, ["model", "mode", "replaced"])
-    gallery_items = parts["tab_gallery"].select(None, js="() => window.tessera.go('gallery')", **QUIET)
-    gallery_items.then(turned(0), parts["page"], wiring.components(wiring.changing), **QUIET)
-    wiring.on([parts["newer"].click], turned(-1), ["page"])
-    wiring.on([parts["older"].click], turned(1), ["page"])

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from apps.studio import fields
+from apps.studio import models_views as drawn
 from apps.studio.controls import Parts
 from apps.studio.strings import Strings
 from apps.studio.wiring import QUIET, Wiring
 
 if TYPE_CHECKING:
     from apps.studio.models_handlers import ModelsHandlers
+    from apps.studio.stage import Changes
 
 MOST_SOURCE = 500
 LOOK_SECONDS = 1.0
 """Between two looks at a download while the tab is open."""
 SHOWN = ("models_table", "models_chosen", "models_problem", "models_remove", "models_add", "models_cancel",
-         "models_note", "models_timer", "models_seen", "model")  # fmt: skip
+         "models_note", "models_timer", "models_seen")  # fmt: skip
 """Parts that a change of the list changes."""
 
 
@@ -64,22 +66,31 @@ def build(words: Strings) -> Parts:
 def connect(wiring: Wiring, handlers: ModelsHandlers) -> None:
     """Connect the parts of the tab."""
     parts = wiring.parts
+    lists = [name for name in drawn.LISTS if name in parts]
+
+    def known(changes: Changes) -> dict[Any, Any]:
+        return wiring.by_component({name: value for name, value in changes.items() if name in parts})
 
     def on(trigger: Any, listener: Any, *inputs: str, **more: Any) -> None:
         answered = handlers.answered(listener)
 
         def answering(request: gr.Request, *given: Any) -> dict[Any, Any]:
-            return wiring.by_component(answered(request, *given))
+            return known(answered(request, *given))
 
         answering.__name__ = listener.__name__  # by which Gradio knows it
-        outputs = wiring.components([*SHOWN, "models_source", "queue_note"])
+        outputs = wiring.components([*SHOWN, *lists, "models_source", "queue_note"])
         trigger(answering, wiring.components(inputs), outputs, **QUIET, **more)
 
+    def offer() -> dict[Any, Any]:
+        return known(handlers.offer())
+
+    # When the page opens: its lists were made when the server started.
+    gr.on(None, offer, [], wiring.components(lists), **QUIET)
     opened = parts["tab_models"].select(None, js="() => window.tessera.go('models')", **QUIET)
     on(opened.then, handlers.open, "models_chosen")
     on(parts["models_chosen"].input, handlers.choose, "models_chosen")
     on(parts["models_mark"].click, handlers.mark, "models_chosen")
-    on(parts["models_remove"].click, handlers.remove, "models_chosen")
+    on(parts["models_remove"].click, handlers.remove, "models_chosen", "fitted")
     on(parts["models_refresh"].click, handlers.refresh, "models_chosen")
     on(parts["models_add"].click, handlers.add, "models_source")
     on(parts["models_source"].submit, handlers.add, "models_source")

@@ -104,7 +104,11 @@ class ModelsHandlers:
             return self._download(request)
         return self._show(request, last.keys[0] if last.keys else chosen)
 
-    def remove(self, request: gr.Request, chosen: str | None) -> Changes:
+    def offer(self) -> Changes:
+        """Offer the models that there are now where one is chosen."""
+        return self._lists([(model_label(key, self._engine.source(key)), key) for key in self._engine.models])
+
+    def remove(self, request: gr.Request, chosen: str | None, fitted: str | None = None) -> Changes:
         """Take a model off the list; files stay, unless they were downloaded here.
 
         Raises:
@@ -112,7 +116,10 @@ class ModelsHandlers:
         """
         self._check_owner(request)
         self._own.remove(chosen or "")
-        return self._show(request, None)
+        shown = self._show(request, None)
+        if fitted in self._engine.models:
+            return shown
+        return shown | {"model": gr.update(choices=shown["model"]["choices"], value=self._engine.models[0])}
 
     def refresh(self, request: gr.Request, chosen: str | None) -> Changes:
         """Look into the folder again.
@@ -161,8 +168,12 @@ class ModelsHandlers:
             "models_table": drawn.table(rows, self._own.unusable() if is_owner else [], self._words),
             "models_chosen": gr.update(choices=labels, value=at),
             "models_remove": gr.update(interactive=is_owner and at in added),
-            "model": gr.update(choices=labels),
+            **self._lists(labels),
         }
+
+    def _lists(self, labels: list[tuple[str, str]]) -> Changes:
+        """Return the lists of models in the tabs; one update each, because Gradio takes them apart."""
+        return {name: gr.update(choices=labels) for name in drawn.LISTS}
 
     def _download(self, request: gr.Request) -> Changes:
         """Return how the download stands; what it is of is for the owner."""

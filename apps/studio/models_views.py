@@ -14,6 +14,8 @@ from pipelines.loading.memory import gib
 
 SHORT = 12
 """Digits of a commit that are shown."""
+LISTS = ("model", "speed_model")
+"""Parts that a model is chosen with; the second is there where models can be tuned."""
 COLUMNS = ("name", "kind", "size", "parameters", "memory", "licence")
 
 

@@ -18,9 +18,16 @@ BRUSH = STATIC / "brush.js"
 LANGUAGE = STATIC / "language.js"
 FILES = STATIC / "files.js"
 CAPTIONS = STATIC / "captions.js"
-SCRIPTS = (BRUSH, CAPTIONS, STATIC / "tabs.js", STATIC / "prompt.js", comparison_page.SCRIPT)
+SCRIPTS = (BRUSH, CAPTIONS, STATIC / "tabs.js", STATIC / "gallery.js", STATIC / "prompt.js", comparison_page.SCRIPT)
 """What runs before the page is drawn, beside the scripts that are told something of the server."""
-STYLES = (comparison_page.STYLE, CSS, STATIC / "prompt.css", STATIC / "speed.css", STATIC / "models.css")
+STYLES = (
+    comparison_page.STYLE,
+    CSS,
+    STATIC / "prompt.css",
+    STATIC / "speed.css",
+    STATIC / "models.css",
+    STATIC / "gallery.css",
+)
 """Style sheets of the page; comparisons have the same in the files that they are saved in."""
 
 PAPER, CARD, SUNK, LINE, INK, SOFT = "#f6f3ee", "#ffffff", "#f3efe8", "#e6dfd4", "#26221d", "#6d6459"

@@ -155,7 +155,7 @@ def shoot(camera: Camera) -> None:
     camera.generate(*PICTURES[-1])
     camera.take("grid")
     camera.open("gallery")
-    page.locator("#gallery img").first.wait_for()
+    page.locator(".gallery-cell img").first.wait_for()
     camera.take("gallery")
     _fine_tune(camera)
 

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from apps.service.metadata import read_picture
+from apps.studio.strings import Strings
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -368,7 +369,8 @@ def test_chinese_gallery_and_a_hostile_upload(server, page, tmp_path):
     page.locator(".chip:visible").first.wait_for()
     assert page.inner_text("#generate") == STRINGS["generate"]
     page.get_by_role("tab", name=STRINGS["tab.gallery"], exact=True).first.click()
-    page.locator("#gallery img").first.click()
+    page.locator(".gallery-cell").first.dblclick()
+    page.get_by_role("button", name=Strings("zh")("gallery.use")).click()
     seed = str(read_picture(painted).seed)
     page.wait_for_function("seed => document.querySelector('#details')?.textContent.includes(seed)", arg=seed)
     hostile = PngImagePlugin.PngInfo()
