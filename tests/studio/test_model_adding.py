@@ -343,6 +343,18 @@ def test_a_model_is_added_by_path_marked_used_and_generates_without_a_reload(bro
         job = engine.jobs(None, 1)[0]
         assert json.loads(job.request)["model"] == "tiny"
         assert own.favourites("local") == {"tiny"}
+        page.reload()  # the lists of the page were made when the server started
+        page.wait_for_selector("#generate:not([disabled])")
+        page.wait_for_function("document.querySelector('#model input')?.value.startsWith('tiny')")
+        page.fill("#prompt textarea", "a green pear")
+        page.click("#generate")
+        page.wait_for_selector("#stage img", timeout=60_000)
+        assert [json.loads(one.request)["model"] for one in engine.jobs(None, 5)] == ["tiny", "tiny"]
+        page.click("#tabs button[role=tab]:has-text('Models')")
+        page.click("#models-remove:not([disabled])")
+        row.wait_for(state="detached")
+        assert engine.models == ("stickers",)
+        assert page.locator("#model input").input_value().startswith("stickers")
     finally:
         page.close()
         server.should_exit = True
