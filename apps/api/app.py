@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Match
 
-from apps.api import login_page, models, openai
+from apps.api import gallery, login_page, models, openai
 from apps.api.access import Creator, ServerEngine, Viewer, enqueue
 from apps.api.guards import BodyLimits, Guard
 from apps.api.logins import LoginTable
@@ -88,6 +88,7 @@ def create_app(
     if api:
         _add_read_routes(app)
         _add_write_routes(app)
+        app.include_router(gallery.router)
         app.include_router(models.router)
         app.include_router(openai.router)
         _add_rest(app)

@@ -218,7 +218,9 @@ class GalleryStore:
 
     def _contains(self, word: str) -> tuple[str, list[object]]:
         """Return the condition that a text contains a word; what means something to SQLite means itself here."""
-        if self._is_indexed and len(word) >= TRIGRAM and "\0" not in word:
+        if "\0" in word:  # to SQLite a pattern ends there
+            return "0", []
+        if self._is_indexed and len(word) >= TRIGRAM:
             quoted = '"' + word.replace('"', '""') + '"'
             return "item.number IN (SELECT rowid FROM gallery_texts WHERE gallery_texts MATCH ?)", [quoted]
         escaped = word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
