@@ -91,6 +91,16 @@ def scan(folder: Path) -> list[FoundModel]:
     return sorted(found.values(), key=lambda one: one.name.lower())
 
 
+def look_at(path: Path) -> FoundModel | None:
+    """Return what one file or folder is, wherever it lies; None for what is no model.
+
+    Args:
+        path: that the owner named; links in it may lead anywhere, as those of the Hub's cache do.
+    """
+    place = path.expanduser().resolve()
+    return _look(place, Path(place.anchor))
+
+
 def _entries(folder: Path, depth: int) -> Iterator[Path]:
     """Yield files and folders that may be models; a folder that is one is not looked into, nor is a link."""
     for path in _listed(folder):

@@ -21,7 +21,7 @@ from apps.service.model_download import (
     pinned,
 )
 from apps.service.model_facts import ModelFacts, facts_of
-from apps.service.model_folder import FOLDER, FoundModel, scan
+from apps.service.model_folder import FOLDER, FoundModel, look_at, scan
 from apps.service.model_pool import check_sources, name_models
 from apps.service.request_error import RequestError
 from apps.service.usage import UsageError
@@ -182,6 +182,7 @@ def add_source(
         ) from error
     path = Path(wanted).expanduser()
     if path.exists():
+        _check_path(path, wanted)
         named = str(path.resolve())
     else:
         named = wanted if revision is not None else f"{repository}@{resolve(repository, None)}"
@@ -192,6 +193,24 @@ def add_source(
         raise OwnModelError("models.most", f"The list holds {MOST_ADDED} models; remove one.", most=MOST_ADDED)
     _write_list(folder, [*added, named])
     return named
+
+
+def _check_path(path: Path, wanted: str) -> None:
+    """Refuse a file or folder that can't be loaded as a model.
+
+    Raises:
+        OwnModelError: it is none, it is damaged, or an adapter.
+    """
+    found = look_at(path)
+    shown = wanted[:200]
+    if found is None:
+        raise OwnModelError("models.kind", f"{shown!r} is no model: name a folder with a model_index.json, a "
+                            ".safetensors or a .gguf file.", value=shown)  # fmt: skip
+    if not found.is_usable:
+        raise OwnModelError("models.damaged", f"{shown!r} can't be used: {found.problem}.", value=shown,
+                            message=found.problem)  # fmt: skip
+    if found.kind == "lora":
+        raise OwnModelError("models.lora", f"{shown!r} is a LoRA: put it into the folder of models.", value=shown)
 
 
 def remove_source(folder: Path, source: str, key: str = "") -> None:

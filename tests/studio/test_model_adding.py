@@ -222,6 +222,27 @@ def test_only_what_was_downloaded_here_is_ever_deleted(world, tmp_path):
     assert downloaded_folder(str(folder / "someone--flux"), folder) is None
 
 
+def test_a_path_that_holds_no_model_is_refused_with_the_reason(world, tmp_path):
+    (tmp_path / "style.safetensors").write_bytes(LORA)
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 40)
+    (tmp_path / "bomb.ckpt").write_bytes(b"\x80\x04x")
+    (tmp_path / "text.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    refusals = {
+        "style.safetensors": "models.lora",
+        "bad.safetensors": "models.damaged",
+        "bomb.ckpt": "models.damaged",
+        "empty": "models.kind",
+        "text.txt": "models.kind",
+    }
+    for name, key in refusals.items():
+        with pytest.raises(OwnModelError) as refused:
+            world.own.add(str(tmp_path / name))
+        assert refused.value.key == key, name
+    assert world.engine.models == ("fake",)
+    assert not world.folder.exists()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "tessera-pin-1", "repository": "../x", "commit": "y"}'])
 def test_a_damaged_pin_is_none(tmp_path, text):
     (tmp_path / PIN).write_text(text)
