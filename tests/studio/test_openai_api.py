@@ -204,11 +204,11 @@ def test_an_unknown_model_is_not_found(fake):
 
 def test_unknown_paths_and_wrong_methods_have_the_shape_too(fake):
     client, _ = fake
-    for path in ("/v1", "/v1/chat/completions", "/v1/nothing/at/all", "/v1/images"):
+    for path in ("/v1", "/v1/chat/completions", "/v1/nothing/at/all"):
         answer = client.post(path, json={})
         assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
     for method, path, allowed in (
-        ("GET", "/v1/images/generations", "POST"), ("PUT", "/v1/images/edits", "POST"),
+        ("GET", "/v1/images/generations", "POST"), ("PUT", "/v1/images/edits", "POST"), ("POST", "/v1/images", "GET"),
         ("PUT", "/v1/models", "GET, POST"),
         ("PUT", "/v1/models/fake", "GET, DELETE"), ("PUT", "/v1/jobs", "GET, POST"),
     ):  # fmt: skip
