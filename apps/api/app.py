@@ -88,7 +88,7 @@ def create_app(
     if api:
         _add_read_routes(app)
         _add_write_routes(app)
-        app.include_router(gallery.router)
+        app.include_router(gallery.router, prefix="/v1")
         app.include_router(models.router)
         app.include_router(openai.router)
         _add_rest(app)

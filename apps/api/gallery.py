@@ -30,8 +30,8 @@ from apps.service.thumbnails import ThumbnailError
 from apps.service.uploads import UploadError
 from apps.service.validation import explain_fields
 
-router = APIRouter(prefix="/v1")
-BASE = router.prefix
+router = APIRouter()
+"""Served under `/v1`, and to the page under an address of its own."""
 MOST_IDS = 10_000
 """Images that one request changes."""
 MOST_ROWS = 200
@@ -180,10 +180,10 @@ def _one(gallery: Gallery, who: Person, number: int) -> Item:
     return found[0]
 
 
-def _row(item: Item) -> dict[str, Any]:
-    """Describe an image in a list."""
+def _row(item: Item, request: Request) -> dict[str, Any]:
+    """Describe an image in a list; addresses begin as that of the request does."""
     values = asdict(item)
-    here = f"{BASE}/images/{item.number}"
+    here = f"{request.url.path.partition('/images')[0]}/images/{item.number}"
     kept = ("kind", "name", "model", "seed", "width", "height", "frames", "fps", "favourite")
     return {
         "id": item.number,
@@ -226,20 +226,21 @@ def images(
     gallery: Images,
     who: Looking,
     wanted: Search,
+    request: Request,
     limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 50,
     before: Annotated[int | None, Query(ge=1, le=MAX_NUMBER, description="Number: only lower ones.")] = None,
     ids: Annotated[str | None, Query(max_length=MOST_ROWS * 17, description="Only these, in this order.")] = None,
 ) -> dict[str, Any]:
     """List images, the newest first; `next` is `before` of the next page."""
     if ids is not None:
-        rows = [_row(item) for item in gallery.items(who, _read_ids(ids, MOST_ROWS))]
+        rows = [_row(item, request) for item in gallery.items(who, _read_ids(ids, MOST_ROWS))]
         return {"images": rows, "count": len(rows), "next": None}
     try:
         found, count = gallery.page(who, wanted, limit, before), gallery.count(who, wanted)
     except NoBoardError:
         raise _no_board() from None
     following = found[-1].number if len(found) == limit else None
-    return {"images": [_row(item) for item in found], "count": count, "next": following}
+    return {"images": [_row(item, request) for item in found], "count": count, "next": following}
 
 
 @router.get("/images/index")
@@ -279,10 +280,10 @@ def archive(
 
 
 @router.get("/images/{number:int}")
-def image(number: Number, gallery: Images, who: Looking, engine: ServerEngine) -> dict[str, Any]:
+def image(number: Number, gallery: Images, who: Looking, engine: ServerEngine, request: Request) -> dict[str, Any]:
     """Describe an image with all its settings."""
     item = _one(gallery, who, number)
-    return _row(item) | _details(engine, gallery, item) | {"boards": gallery.boards_of(who, number)}
+    return _row(item, request) | _details(engine, gallery, item) | {"boards": gallery.boards_of(who, number)}
 
 
 pictures = files("image/png", "image/webp")

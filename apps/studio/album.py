@@ -9,6 +9,7 @@ from pathlib import Path
 
 from apps.service.engine import Engine
 from apps.service.events import Picture
+from apps.service.gallery_store import Item
 from apps.service.job_store import StoredPicture
 from apps.service.media import clip_of
 from apps.service.metadata import PictureSettings, parse
@@ -100,6 +101,14 @@ class Album:
             if (shown := self._on_disk(picture)) is not None:
                 found.append(shown)
         return found
+
+    def of_item(self, item: Item) -> Finished | None:
+        """Return an item of the gallery as it is shown; None if its file is gone."""
+        if item.kind == "sheet":
+            record = self._grids.of_sheet(item.name)
+            return None if record is None else self.sheet(record)
+        stored = (one for one in self._engine.pictures(item.job) if one.place == item.place)
+        return next((shown for one in stored if (shown := self._on_disk(one)) is not None), None)
 
     def take(self, picture: Picture) -> Shown:
         """Return an image as it was reported.

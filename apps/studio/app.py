@@ -11,6 +11,7 @@ from gradio.utils import get_upload_folder
 from starlette.responses import RedirectResponse
 from starlette.routing import Mount
 
+from apps.api import gallery
 from apps.api.tokens import TokenTable
 from apps.service import limits
 from apps.service.engine import Engine
@@ -24,7 +25,6 @@ from apps.service.tuning import Tunings
 from apps.studio import fine_tune, gallery_tab, models, panels, prompt_tools, speed, views
 from apps.studio.controls import Parts
 from apps.studio.fine_tune_files import add_files
-from apps.studio.gallery_routes import add_routes
 from apps.studio.gate import Gate
 from apps.studio.handed_in import HandedIn
 from apps.studio.listeners import connect
@@ -35,7 +35,7 @@ from apps.studio.theme import FILES, LANGUAGE, SCRIPT, SCRIPTS, STYLES, theme
 from pipelines import builtin_models, builtin_upscalers
 
 STATES = {
-    "visit": [], "chosen": None, "many": [], "gallery_items": [], "source": None, "page": 0,
+    "visit": [], "chosen": None, "many": [], "source": None,
     "first_image": None, "last_image": None, "video": None, "video_frames": None,
     "job": None, "seen": None, "fitted": None, "replaced": None,
 }  # fmt: skip
@@ -120,7 +120,8 @@ def mount(
     if runs is not None:
         add_files(app, runs, sessions.has_users)
     if folder is not None:
-        add_routes(app, engine.gallery, sessions.has_users)
+        app.include_router(gallery.router, prefix=gallery_tab.ADDRESS, include_in_schema=False)
+        gallery_tab.record_sheets(engine)
     for language in reversed(languages()):  # the page at `/` last, because it answers for every address
         page = build_page(engine, Strings(language), sessions, runs, tunings, own)
         if language != "en":  # Gradio answers with the slash alone, and the page at `/` for all else

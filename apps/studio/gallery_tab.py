@@ -13,6 +13,7 @@ from apps.service.gallery_store import MAX_NUMBER, Person
 from apps.studio.album import Album
 from apps.studio.controls import Parts
 from apps.studio.generation_handlers import GenerationHandlers
+from apps.studio.grids import Grids
 from apps.studio.page_values import PageError
 from apps.studio.sessions import Sessions
 from apps.studio.stage import Changes
@@ -20,6 +21,8 @@ from apps.studio.strings import Strings
 from apps.studio.wiring import QUIET, Wiring
 
 AREA = "gallery."
+ADDRESS = "/gallery"
+"""Where the script finds the routes of `apps.api.gallery`, also on a server that has no API."""
 OPEN = "() => { window.tessera.go('gallery'); window.tesseraGallery?.open(); }"
 ACTIONS = ("use", "reuse_settings", "start_from")
 """What may be done with a chosen image beside looking at it; the rest is done by the script."""
@@ -32,6 +35,11 @@ def build(words: Strings) -> Parts:
     place = f'<div class="gallery-app" data-words="{escape(json.dumps(said))}"></div>'
     gr.HTML(place, elem_id="gallery", js_on_load=None)
     return {"gallery_pick": gr.Textbox("", elem_id="gallery-pick", elem_classes="offstage", container=False)}
+
+
+def record_sheets(engine: Engine) -> None:
+    """Put the sheets of grids on record that an older version has written."""
+    Grids(engine).record_sheets()
 
 
 class GalleryHandlers:
@@ -58,11 +66,10 @@ class GalleryHandlers:
         who = Person(self._sessions.user(request), self._sessions.viewer(request) is None)
         found = self._engine.gallery.items(who, [int(number)])
         album: Album = self._generation.album
-        stored = [one for item in found for one in self._engine.pictures(item.job) if one.place == item.place]
-        shown = album.gallery_items(stored[:1])
-        if not shown:
+        shown = album.of_item(found[0]) if found else None
+        if shown is None:
             raise PageError("gallery.gone")
-        changes = self._generation.show(shown[-1])
+        changes = self._generation.show(shown)
         self._generation.displays.hold(request, changes["chosen"])
         return {**changes, "mode": "text", "tabs": gr.update(selected="text")}
 
@@ -75,5 +82,5 @@ def connect(wiring: Wiring, handlers: GalleryHandlers) -> None:
     def pick(request: gr.Request, told: str) -> dict[Any, Any]:
         return wiring.answered(handlers.pick, request, told)
 
-    picked = wiring.on([parts["gallery_pick"].input], pick, ["gallery_pick"])
+    picked = wiring.on([parts["gallery_pick"].change], pick, ["gallery_pick"])
     picked.then(None, parts["gallery_pick"], js="(told) => window.tesseraGallery?.next(told)", **QUIET)

@@ -154,10 +154,6 @@ class GenerationHandlers:
         """Put something finished onto the stage."""
         return self._stage.show(shown)
 
-    def thumbnail(self, shown: Finished, caption: str) -> tuple[Any, str]:
-        """Return an item of the gallery, see `Stage.thumbnail`."""
-        return self._stage.thumbnail(shown, caption)
-
     def _mine(self, request: gr.Request, job: str | None) -> str | None:
         """Return a job if it is one of the user of a page, who may change it."""
         owner = self._sessions.submitter(request)

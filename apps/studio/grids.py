@@ -131,9 +131,37 @@ class Grids:
         sheet = compose(settings.axes, filled)
         path = save_sheet(sheet, self._output / name, settings, keep_settings=settings.request.keep_settings)
         self._write(record.model_copy(update={"sheet": name}))
-        owner, prompt = self._engine.job(record.jobs[0]).owner, str(getattr(settings.request, "prompt", ""))
-        self._engine.gallery.add_sheet(owner, name, prompt, settings.request.model or "", sheet.size, record.jobs)
+        self._record(record, name, sheet.size)
         return path
+
+    def _record(self, record: GridRecord, name: str, size: tuple[int, int]) -> None:
+        """Put a sheet into the gallery of whose grid it is."""
+        request = record.settings.request
+        owner, prompt = self._engine.job(record.jobs[0]).owner, str(getattr(request, "prompt", ""))
+        self._engine.gallery.add_sheet(owner, name, prompt, request.model or "", size, record.jobs)
+
+    def of_sheet(self, name: str) -> GridRecord | None:
+        """Return the grid whose sheet has this file name."""
+        return next((one for one in self._all() if one.sheet == name), None)
+
+    def record_sheets(self) -> None:
+        """Put the sheets that are not in the gallery there, as those of an older version."""
+        for record in self._all():
+            path = self._output / record.sheet
+            if not record.sheet or not path.is_file() or self._engine.owner_of_file(record.sheet) is not None:
+                continue
+            try:
+                with Image.open(path, formats=["PNG"]) as image:
+                    self._record(record, record.sheet, image.size)
+            except (OSError, ValueError, SyntaxError, KeyError, Image.DecompressionBombError) as error:
+                logger.warning("the sheet %s does not come into the gallery: %s", record.sheet, error)
+
+    def _all(self) -> list[GridRecord]:
+        """Return all grids, those in files that were not read yet too."""
+        for file in sorted(self._folder.glob("*.json")) if self._folder.is_dir() else ():
+            if file.stem not in self._known:
+                self._read(file)
+        return [record for record in self._known.values() if record is not None]
 
     def files(self, record: GridRecord) -> Cells:
         """Return the image of each cell that has one, and the seconds that it took."""

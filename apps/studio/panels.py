@@ -1,4 +1,4 @@
-"""The shared panels of the page: prompt, settings, output, gallery. Each returns its components by name."""
+"""The shared panels of the page: prompt, settings, output. Each returns its components by name."""
 
 from __future__ import annotations
 
@@ -211,22 +211,3 @@ def output_panel(words: Strings) -> Parts:
         elem_id="strip",
     )
     return parts
-
-
-def gallery_panel(words: Strings) -> Parts:
-    """Lay out the gallery."""
-    with gr.Row(elem_id="gallery-pages"):
-        newer = gr.Button(words("newer"), size="sm", interactive=False, elem_id="newer", min_width=80)
-        note = gr.HTML("", elem_id="gallery-note", js_on_load=None)
-        older = gr.Button(words("older"), size="sm", interactive=False, elem_id="older", min_width=80)
-    gallery_items = gr.Gallery(
-        show_label=False,
-        columns=6,
-        height="auto",
-        object_fit="cover",
-        allow_preview=False,
-        interactive=False,
-        buttons=[],
-        elem_id="gallery",
-    )
-    return {"newer": newer, "gallery_note": note, "older": older, "gallery": gallery_items}

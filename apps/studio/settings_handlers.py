@@ -1,4 +1,4 @@
-"""What happens besides generating: the model's own settings, images chosen and used again, the gallery, reloads."""
+"""What happens besides generating: the model's own settings, images chosen and used again, reloads."""
 
 from __future__ import annotations
 
@@ -53,8 +53,6 @@ from apps.studio.vocabulary import read_vocabulary
 
 logger = logging.getLogger(__name__)
 
-PAGE = 24
-"""Images on a page of the gallery."""
 PROMPT_FILES = (".txt", ".jsonl")
 """Endings of files of prompts; a table would be read as prompts, line by line."""
 CONTINUED = 5
@@ -516,38 +514,6 @@ class SettingsHandlers:
     def drop_prompts(self) -> Changes:
         """Forget the prompts of a file."""
         return {"many": [], "many_note": "", "many_drop": gr.update(visible=False)}
-
-    # ------------------------------------------------------------------------- gallery
-
-    def turn_page(self, page: int, by: int, request: gr.Request) -> Changes:
-        """Turn the pages of the gallery."""
-        first = max(int(page) + by, 0) * PAGE
-        found = self._engine.history(self._sessions.viewer(request), PAGE + 1, first)
-        shown = self._generation.album.gallery_items(found[:PAGE])
-        items = [self._generation.thumbnail(one, self._caption(one)) for one in shown]
-        count = sum(isinstance(one, Shown) for one in shown)  # sheets show images of the page once more
-        note = self._words("gallery.page", first=first + 1, last=first + count) if shown else ""
-        return {
-            "page": first // PAGE,
-            "gallery_items": shown,
-            "gallery": gr.update(value=items, visible=bool(items)),
-            "gallery_note": views.note(note or self._words("gallery.empty")),
-            "newer": gr.update(interactive=first > 0),
-            "older": gr.update(interactive=len(found) > PAGE),
-        }
-
-    def _caption(self, shown: Finished) -> str:
-        if isinstance(shown, ShownSheet):
-            prompt = getattr(shown.record.settings.request, "prompt", "")
-            return f"{self._words('tab.grid')}: {prompt}"
-        return shown.settings.prompt or str(shown.settings.label)
-
-    def look(self, gallery_items: Sequence[Finished], event: gr.SelectData) -> Changes:
-        """Show the image of the gallery that was clicked."""
-        index = event.index if isinstance(event.index, int) else -1
-        if not 0 <= index < len(gallery_items):
-            return {}
-        return {**self._generation.show(gallery_items[index]), **self._go("text")}
 
 
 def _over(changes: Changes, values: Mapping[str, Any]) -> Changes:

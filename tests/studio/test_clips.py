@@ -28,6 +28,7 @@ from apps.service import job_runner
 from apps.service.defaults import resolve_defaults
 from apps.service.engine import Engine
 from apps.service.events import ClipPart, Picture, Step, Upscaling
+from apps.service.gallery_store import Person, Wanted
 from apps.service.media import Clip, read_mp4, save_mp4
 from apps.service.metadata import MetadataError, request_from_settings
 from apps.service.option_values import parse_timeline
@@ -36,6 +37,7 @@ from apps.service.styles import apply_style, load_styles
 from apps.service.uploads import UploadError
 from apps.studio import views
 from apps.studio.app import mount
+from apps.studio.gallery_tab import GalleryHandlers
 from apps.studio.generation_handlers import GenerationHandlers
 from apps.studio.live import PictureView
 from apps.studio.sessions import Sessions
@@ -96,8 +98,10 @@ def test_the_stage_plays_the_clip_with_its_strip_as_poster(world, painted):
     assert shown["save"]["value"] == str(painted.shown.clip)
     assert shown["start_from"]["interactive"] is False  # a strip of frames is no image to start from
     assert "9 frames, 16 a second" in shown["details"]
-    gallery_items = world.handlers.turn_page(0, 0, TAB)["gallery_items"]
-    assert "<video" in world.handlers.look(gallery_items, SimpleNamespace(index=0))["stage"]
+    (newest, *_) = world.engine.gallery.page(Person("local"), Wanted(), 1)
+    assert newest.kind == "clip"
+    gallery = GalleryHandlers(world.engine, Sessions(None), world.generation)
+    assert "<video" in gallery.pick(TAB, f"{newest.number}")["stage"]
 
 
 def test_a_clip_whose_file_is_gone_is_shown_by_its_frames(painted, world, tmp_path):

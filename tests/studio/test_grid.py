@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from apps.service.gallery_store import Person, Wanted
 from apps.service.grid import Axis, Filled, compose, mosaic
 from apps.service.metadata import MetadataError, parse
 from apps.service.prompt_file import PromptLine
@@ -18,11 +18,15 @@ from apps.service.requests import TextToImageRequest
 from apps.service.sheet import CHUNK, GridSettings, read_sheet, save_sheet
 from apps.studio import grid_view
 from apps.studio.album import ShownSheet
+from apps.studio.gallery_tab import GalleryHandlers, record_sheets
 from apps.studio.grids import GridRecord
+from apps.studio.page_values import PageError
 from apps.studio.problems import PLACE
+from apps.studio.sessions import Sessions
 from tests.studio.test_following import PHONE, acts_on, last, open_studio, until
 from tests.studio.test_page import ENGLISH, PAGE, TAB, follow, followed, generate, pictures
 
+LOCAL = Person("local")
 GRID = {"mode": "grid", "grid_x": "steps", "grid_x_values": "2, 3", "grid_y": "guidance", "grid_y_values": "1, 4.5"}
 
 
@@ -78,18 +82,32 @@ def test_what_a_style_or_an_open_size_was_comes_back(here):
 def test_a_grid_is_in_the_strip_and_in_the_gallery_before_its_cells(here):
     list(generate(here, **GRID))
     list(generate(here, seed=50))
-    gallery_items = here.handlers.turn_page(0, 0, TAB)
-    kinds = [isinstance(one, ShownSheet) for one in gallery_items["gallery_items"]]
-    assert kinds == [False, True, False, False, False, False]
-    assert gallery_items["gallery"]["value"][1][1].splitlines() == ["Grid: a fox", "Grid: a fox"]
-    assert gallery_items["gallery"]["value"][0][1].splitlines() == ["a fox", "a fox, seed 50"]
-    looked = here.handlers.look(gallery_items["gallery_items"], SimpleNamespace(index=1))
-    assert looked["chosen"] == gallery_items["gallery_items"][1]
+    items = here.engine.gallery.page(LOCAL, Wanted(), 10)
+    assert [item.kind for item in items] == ["image", "sheet", "image", "image", "image", "image"]
+    gallery = GalleryHandlers(here.engine, Sessions(None), here.generation)
+    looked = gallery.pick(TAB, f"{items[1].number} use")
+    sheet = looked["chosen"]
+    assert isinstance(sheet, ShownSheet)
     assert "<table>" in looked["stage"]
+    assert (items[1].text, items[1].seed, items[1].width > 0) == ("a fox", None, True)
     opened = list(follow(here, PHONE, seen=None))
     assert [caption.splitlines()[0] for _, caption in last(opened, "strip")["value"]][:2] == ["50", "Grid"]
-    gallery_items["gallery_items"][1].path.unlink()  # by its user, and the cells stay
-    assert not any(isinstance(one, ShownSheet) for one in here.handlers.turn_page(0, 0, TAB)["gallery_items"])
+    sheet.path.unlink()  # by its user, and the cells stay
+    with pytest.raises(PageError, match="gone"):
+        gallery.pick(TAB, f"{items[1].number} use")
+
+
+def test_a_sheet_of_an_older_version_comes_into_the_gallery(here):
+    list(generate(here, **GRID))
+    with here.engine._store.using() as db:
+        db.execute("DELETE FROM gallery_items WHERE kind = 'sheet'")
+    for _ in range(2):
+        record_sheets(here.engine)
+        assert len(here.engine.gallery.page(LOCAL, Wanted(kind="sheet"), 10)) == 1
+    gone = here.engine.gallery.remove(LOCAL, [here.engine.gallery.page(LOCAL, Wanted(kind="image"), 1)[0].number])
+    assert len(gone.numbers) == 2  # the sheet shows what was deleted
+    record_sheets(here.engine)
+    assert here.engine.gallery.numbers(LOCAL, Wanted(kind="sheet")) == []
 
 
 def test_the_thumbnail_of_a_grid_fits_a_dark_page_too(here):
@@ -105,7 +123,7 @@ def test_the_thumbnail_of_a_grid_fits_a_dark_page_too(here):
     assert {gap[3] for gap in gaps} == {0}
     corners = [small.getpixel((x, y)) for x in (0, small.width - 1) for y in (0, small.height - 1)]
     assert {corner[3] for corner in corners} == {255}
-    assert here.handlers.turn_page(0, 0, TAB)["gallery"]["value"][0][0] is small  # made once
+    assert last(list(follow(here, PHONE, seen=None)), "strip")["value"][0][0] is small  # made once
     told = list(generate(here, **GRID | {"grid_y": "", "grid_y_values": ""}))
     wide = last(told, "strip")["value"][0][0]
     assert wide.width == wide.height  # the page would cut the sides off

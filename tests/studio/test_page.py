@@ -19,6 +19,7 @@ from apps.commands.serve import check_host, check_port
 from apps.service import limits
 from apps.service.engine import Engine
 from apps.service.events import Done
+from apps.service.gallery_store import Person, Wanted
 from apps.service.grid import Axis, Filled, compose, plan, read_axis
 from apps.service.metadata import parse, save_picture
 from apps.service.model_pool import inspect_model
@@ -44,7 +45,9 @@ from apps.studio.forms import (
     settings_to_form,
     size_choices,
 )
+from apps.studio.gallery_tab import GalleryHandlers
 from apps.studio.generation_handlers import GenerationHandlers
+from apps.studio.page_values import PageError
 from apps.studio.problems import PLACE
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SAVED, SettingsHandlers
@@ -326,18 +329,25 @@ def test_hostile_settings_are_refused(studio, tmp_path):
     assert "x.png can&#x27;t be read" in studio.handlers.load_settings(str(tmp_path / "x.png"))[PLACE]
 
 
+def pick(studio, told):
+    return GalleryHandlers(studio.engine, studio.sessions, studio.generation).pick(TAB, told)
+
+
 def test_pictures_of_strip_and_gallery_can_be_chosen(studio):
     visit = pictures(list(generate(studio, seed=9, num_images=3)))
     assert studio.handlers.choose(visit, SimpleNamespace(index=0))["chosen"] == visit[0]
     for index in (7, -1, "0", None):
         assert studio.handlers.choose(visit, SimpleNamespace(index=index)) == {}
-    gallery_items = studio.handlers.turn_page(0, 0, TAB)
-    assert [one.settings.seed for one in gallery_items["gallery_items"]] == [11, 10, 9]
-    assert gallery_items["older"]["interactive"] is False
+    newest, *_ = numbers = studio.engine.gallery.numbers(Person("local"), Wanted())
+    shown = [pick(studio, f"{number} use 1") for number in numbers]
+    assert [one["chosen"].settings.seed for one in shown] == [11, 10, 9]
+    assert shown[0]["mode"] == "text"
     visit[0].path.unlink()
-    assert len(studio.handlers.turn_page(0, 0, TAB)["gallery_items"]) == 2  # what was removed from disk is not hung
-    assert studio.handlers.look(gallery_items["gallery_items"], SimpleNamespace(index=1))["chosen"].settings.seed == 10
-    assert studio.handlers.turn_page(0, -1, TAB)["page"] == 0
+    for gone in (f"{newest} use", "999 use"):
+        with pytest.raises(PageError, match="gone"):
+            pick(studio, gone)
+    for told in ("", "x", "1" * 400, "-1 use", "\u00b2 use"):
+        assert pick(studio, told) == {}
 
 
 def test_a_painted_picture_can_be_started_from(studio):

@@ -43,7 +43,7 @@
   };
   // Gradio calls a thumbnail "Thumbnail 1 of 24"; the second line of its caption, which isn't shown, says what it is.
   const name = () => {
-    for (const caption of document.querySelectorAll("#strip .caption-label, #gallery .caption-label")) {
+    for (const caption of document.querySelectorAll("#strip .caption-label")) {
       const text = caption.textContent.split("\n")[1], thumbnail = caption.closest("button");
       if (text && thumbnail && thumbnail.getAttribute("aria-label") !== text) thumbnail.setAttribute("aria-label", text);
     }
