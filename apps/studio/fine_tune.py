@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import gradio as gr
 
 from apps.service.engine import Engine
-from apps.service.failures import is_storage_failure
-from apps.service.request_error import TranslatableError
 from apps.studio import fields, lora_rows, views
 from apps.studio import fine_tune_views as drawn
+from apps.studio.answers import QUIET, Answers, PageWiring
 from apps.studio.controls import Parts
 from apps.studio.fine_tune_handlers import AWAY_SECONDS, BUTTONS, PLACE, FineTuneHandlers, trainable
 from apps.studio.fine_tune_settings import MOST_TEXT, SETTINGS, TEXTS, build_settings
-from apps.studio.page_values import PageError
-from apps.studio.problems import explain
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings
 from apps.training.tasks.lora_config import starting_rate
@@ -33,16 +29,6 @@ PICKER = (*lora_rows.NAMES, *lora_rows.ROWS)
 """The choice of LoRAs in the tabs that generate."""
 WAITING = "() => [`<p class='hint ft-waiting' role='status'>%s</p>`, '']"
 MOST_NAME = 40
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-"""Of every listener, see `apps.studio.app`."""
-
-
-class Wiring(Protocol):
-    """What connects listeners that speak of parts by name, see `apps.studio.app`."""
-
-    changing: list[str]
-
-    def components(self, names: Sequence[str]) -> list[Any]: ...  # noqa: D102
 
 
 def build(engine: Engine, words: Strings) -> Parts:
@@ -112,59 +98,9 @@ def _runs(words: Strings) -> Parts:
 # ------------------------------------------------------------------------------ listeners
 
 
-class _Answers:
-    """Connects the listeners of the tab, whose refusals are said in its own place."""
-
-    def __init__(self, wiring: Wiring, parts: Parts, words: Strings) -> None:
-        self._wiring, self._parts, self._words = wiring, parts, words
-
-    def on(
-        self,
-        trigger: Any,
-        listener: Callable[..., Changes],
-        inputs: Sequence[str] = (),
-        outputs: Sequence[str] | None = None,
-        *,
-        first: Changes | None = None,
-    ) -> None:
-        """Connect a listener that gets the request before its inputs and returns changes by name.
-
-        Args:
-            trigger: of Gradio, an event of a part or what follows another listener.
-            listener: what answers.
-            inputs: names of parts.
-            outputs: names of parts, beside the place of errors; None for any.
-            first: what changes whatever the listener says; None takes away what was said before.
-        """
-        before = {PLACE: ""} if first is None else first
-
-        def answering(request: gr.Request, *given: Any) -> dict[Any, Any]:
-            changes = before | self._answered(listener, request, *given)
-            return {self._parts[name]: value for name, value in (changes or {PLACE: gr.skip()}).items()}
-
-        answering.__name__ = listener.__name__  # by which Gradio knows it
-        named = self._wiring.changing if outputs is None else list(dict.fromkeys((*outputs, PLACE)))
-        trigger(answering, self._wiring.components(inputs), self._wiring.components(named), **QUIET)
-
-    def _answered(self, listener: Callable[..., Changes], *given: Any) -> Changes:
-        try:
-            return listener(*given)
-        except PageError as error:
-            text = self._words(error.key)
-        except TranslatableError as error:
-            text = explain(error, self._words)
-        except gr.Error as error:
-            text = str(error.message)
-        except OSError as error:
-            if not is_storage_failure(error):
-                raise
-            text = explain(error, self._words)
-        return {PLACE: views.problem(text)}
-
-
-def connect(page: gr.Blocks, wiring: Wiring, parts: Parts, words: Strings, handlers: FineTuneHandlers) -> None:
+def connect(page: gr.Blocks, wiring: PageWiring, parts: Parts, words: Strings, handlers: FineTuneHandlers) -> None:
     """Connect the parts of the tab."""
-    answers = _Answers(wiring, parts, words)
+    answers = Answers(wiring, parts, words, PLACE)
     _connect_form(answers, parts, words, handlers)
     _connect_runs(answers, parts, handlers)
     opened = parts["tab_fine_tune"].select(None, js="() => window.tessera.go('fine_tune')", **QUIET)
@@ -177,7 +113,7 @@ def connect(page: gr.Blocks, wiring: Wiring, parts: Parts, words: Strings, handl
     answers.on(parts["ft_timer"].tick, handlers.tick, inputs, [*RUNS, *PICKER], first={})
 
 
-def _connect_form(answers: _Answers, parts: Parts, words: Strings, handlers: FineTuneHandlers) -> None:
+def _connect_form(answers: Answers, parts: Parts, words: Strings, handlers: FineTuneHandlers) -> None:
     def check(request: gr.Request, *given: Any) -> Changes:
         return handlers.check(request, dict(zip(FORM, given, strict=True)))
 
@@ -194,7 +130,7 @@ def _connect_form(answers: _Answers, parts: Parts, words: Strings, handlers: Fin
     answers.on(parts["ft_start"].click, start, FORM, ["ft_report", "ft_name", *RUNS])
 
 
-def _connect_runs(answers: _Answers, parts: Parts, handlers: FineTuneHandlers) -> None:
+def _connect_runs(answers: Answers, parts: Parts, handlers: FineTuneHandlers) -> None:
     def confirm(request: gr.Request) -> Changes:
         del request
         return {"ft_confirm": gr.update(visible=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import gradio as gr
 
 from apps.studio import fields
 from apps.studio import models_views as drawn
+from apps.studio.answers import Answers
 from apps.studio.controls import Parts
 from apps.studio.strings import Strings
 from apps.studio.wiring import QUIET, Wiring
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 MOST_SOURCE = 500
 LOOK_SECONDS = 1.0
 """Between two looks at a download while the tab is open."""
-SHOWN = ("models_table", "models_chosen", "models_problem", "models_remove", "models_add", "models_cancel",
+PLACE = "models_problem"
+"""Part of the tab that shows errors."""
+SHOWN = ("models_table", "models_chosen", "models_remove", "models_add", "models_cancel",
          "models_note", "models_timer", "models_seen")  # fmt: skip
 """Parts that a change of the list changes."""
 
@@ -68,34 +72,35 @@ def connect(wiring: Wiring, handlers: ModelsHandlers) -> None:
     parts = wiring.parts
     lists = [name for name in drawn.LISTS if name in parts]
 
-    def known(changes: Changes) -> dict[Any, Any]:
-        return wiring.by_component({name: value for name, value in changes.items() if name in parts})
+    answers = Answers(wiring, parts, handlers.words, PLACE)
 
-    def on(trigger: Any, listener: Any, *inputs: str, **more: Any) -> None:
-        answered = handlers.answered(listener)
+    def known(listener: Callable[..., Changes]) -> Callable[..., Changes]:
+        """Return a listener without the lists of tabs that this page has not."""
 
-        def answering(request: gr.Request, *given: Any) -> dict[Any, Any]:
-            return known(answered(request, *given))
+        def answering(*given: Any) -> Changes:
+            return {name: value for name, value in listener(*given).items() if name in parts}
 
-        answering.__name__ = listener.__name__  # by which Gradio knows it
-        outputs = wiring.components([*SHOWN, *lists, "models_source", "queue_note"])
-        trigger(answering, wiring.components(inputs), outputs, **QUIET, **more)
+        answering.__name__ = listener.__name__
+        return answering
+
+    def on(trigger: Any, listener: Callable[..., Changes], inputs: Sequence[str], **more: Any) -> None:
+        answers.on(trigger, known(listener), inputs, [*SHOWN, *lists, "models_source"], **more)
 
     def offer() -> dict[Any, Any]:
-        return known(handlers.offer())
+        return wiring.by_component(known(handlers.offer)())
 
     # When the page opens: its lists were made when the server started.
     gr.on(None, offer, [], wiring.components(lists), **QUIET)
     opened = parts["tab_models"].select(None, js="() => window.tessera.go('models')", **QUIET)
-    on(opened.then, handlers.open, "models_chosen")
-    on(parts["models_chosen"].input, handlers.choose, "models_chosen")
-    on(parts["models_mark"].click, handlers.mark, "models_chosen")
-    on(parts["models_remove"].click, handlers.remove, "models_chosen", "fitted")
-    on(parts["models_refresh"].click, handlers.refresh, "models_chosen")
-    on(parts["models_add"].click, handlers.add, "models_source")
-    on(parts["models_source"].submit, handlers.add, "models_source")
-    on(parts["models_cancel"].click, handlers.cancel, "models_chosen", queue=False)
-    on(parts["models_timer"].tick, handlers.tick, "models_chosen", "models_seen")
+    on(opened.then, handlers.open, ["models_chosen"])
+    on(parts["models_chosen"].input, handlers.choose, ["models_chosen"])
+    on(parts["models_mark"].click, handlers.mark, ["models_chosen"])
+    on(parts["models_remove"].click, handlers.remove, ["models_chosen", "fitted"])
+    on(parts["models_refresh"].click, handlers.refresh, ["models_chosen"])
+    on(parts["models_add"].click, handlers.add, ["models_source"])
+    on(parts["models_source"].submit, handlers.add, ["models_source"])
+    on(parts["models_cancel"].click, handlers.cancel, ["models_chosen"], queue=False)
+    on(parts["models_timer"].tick, handlers.tick, ["models_chosen", "models_seen"], first={})
     for name, tab in parts.items():
         if isinstance(tab, gr.Tab) and name != "tab_models":
             tab.select(_leave, None, parts["models_timer"], **QUIET)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -11,17 +10,12 @@ import gradio as gr
 from apps.service.engine import Engine
 from apps.service.own_models import OwnModels, is_hub_id
 from apps.service.quantized import model_label
-from apps.service.request_error import RequestError
 from apps.studio import models_views as drawn
-from apps.studio import views
 from apps.studio.page_values import PageError
-from apps.studio.problems import explain
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings
-
-PLACE = "models_problem"
 
 
 class ModelsHandlers:
@@ -38,22 +32,8 @@ class ModelsHandlers:
     def __init__(
         self, engine: Engine, own: OwnModels, words: Strings, sessions: Sessions, settings: SettingsHandlers
     ) -> None:
-        self._engine, self._own, self._words = engine, own, words
+        self._engine, self._own, self.words = engine, own, words
         self._sessions, self._settings = sessions, settings
-
-    def answered(self, listener: Callable[..., Changes]) -> Callable[..., Changes]:
-        """Return a listener whose refusals are said in the tab."""
-
-        def answering(request: gr.Request, *given: Any) -> Changes:
-            try:
-                return {PLACE: ""} | listener(request, *given)
-            except PageError as error:
-                return {PLACE: views.problem(self._words(error.key))}
-            except RequestError as error:
-                return {PLACE: views.problem(explain(error, self._words))}
-
-        answering.__name__ = listener.__name__  # by which Gradio knows it
-        return answering
 
     def open(self, request: gr.Request, chosen: str | None) -> Changes:
         """Show the models as they are."""
@@ -82,7 +62,7 @@ class ModelsHandlers:
             self._own.fetch(source)
             return {**self._show(request, None), "models_source": ""}
         key = self._own.add(source)
-        gr.Info(escape(self._words("models.added", name=key)))
+        gr.Info(escape(self.words("models.added", name=key)))
         return {**self._show(request, key), "models_source": ""}
 
     def cancel(self, request: gr.Request, chosen: str | None) -> Changes:
@@ -129,7 +109,7 @@ class ModelsHandlers:
         """
         self._check_owner(request)
         new = self._own.refresh()
-        gr.Info(self._words("models.found", count=len(new)))
+        gr.Info(self.words("models.found", count=len(new)))
         return self._show(request, chosen)
 
     def use(self, request: gr.Request, chosen: str | None, fitted: str) -> Changes:
@@ -165,7 +145,7 @@ class ModelsHandlers:
         added = {one.key for one in rows if one.is_added}
         return {
             **self._download(request),
-            "models_table": drawn.table(rows, self._own.unusable() if is_owner else [], self._words),
+            "models_table": drawn.table(rows, self._own.unusable() if is_owner else [], self.words),
             "models_chosen": gr.update(choices=labels, value=at),
             "models_remove": gr.update(interactive=is_owner and at in added),
             **self._lists(labels),
@@ -180,7 +160,7 @@ class ModelsHandlers:
         last, is_owner = self._own.downloads.last, self._is_owner(request)
         is_running = last is not None and last.state == "running"
         return {
-            "models_note": drawn.download(last if is_owner else None, self._words),
+            "models_note": drawn.download(last if is_owner else None, self.words),
             "models_add": gr.update(interactive=is_owner and not is_running),
             "models_cancel": gr.update(interactive=is_owner and is_running),
             "models_timer": gr.update(active=is_running),

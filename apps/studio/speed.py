@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import gradio as gr
 from apps.service.engine import Engine
 from apps.service.tuning import MOST_MINUTES
 from apps.studio import fields
+from apps.studio.answers import Answers
 from apps.studio.controls import Parts
 from apps.studio.speed_views import PROFILES
 from apps.studio.strings import Strings
@@ -24,7 +24,9 @@ MINUTES = 5.0
 """That the tab offers at first."""
 LOOK_SECONDS = 1.0
 """Between two looks at a tuning while the tab is open."""
-SHOWN = ("speed_note", "speed_problem", "speed_result", "speed_start", "speed_stop", "speed_timer", "speed_seen",
+PLACE = "speed_problem"
+"""Part of the tab that shows errors."""
+SHOWN = ("speed_note", PLACE, "speed_result", "speed_start", "speed_stop", "speed_timer", "speed_seen",
          *(f"speed_use_{name}" for name in PROFILES))  # fmt: skip
 """Parts that a tuning changes."""
 
@@ -59,21 +61,14 @@ def connect(wiring: Wiring, handlers: SpeedHandlers) -> None:
     """Connect the parts of the tab."""
     parts = wiring.parts
 
-    def on(trigger: Any, listener: Callable[..., Changes], *inputs: str, **more: Any) -> None:
-        answered = handlers.answered(listener)
-
-        def answering(request: gr.Request, *given: Any) -> dict[Any, Any]:
-            return wiring.by_component(answered(request, *given))
-
-        answering.__name__ = listener.__name__  # by which Gradio knows it
-        trigger(answering, wiring.components(inputs), wiring.components([*SHOWN, "queue_note"]), **QUIET, **more)
-
+    answers = Answers(wiring, parts, handlers.words, PLACE)
+    model = ["speed_model"]
     opened = parts["tab_speed"].select(None, js="() => window.tessera.go('speed')", **QUIET)
-    on(opened.then, handlers.open, "speed_model")
-    on(parts["speed_model"].input, handlers.open, "speed_model")
-    on(parts["speed_start"].click, handlers.start, "speed_model", "speed_minutes", queue=False)
-    on(parts["speed_stop"].click, handlers.stop, "speed_model", queue=False)
-    on(parts["speed_timer"].tick, handlers.tick, "speed_model", "speed_seen")
+    answers.on(opened.then, handlers.open, model, SHOWN)
+    answers.on(parts["speed_model"].input, handlers.open, model, SHOWN)
+    answers.on(parts["speed_start"].click, handlers.start, ["speed_model", "speed_minutes"], SHOWN, queue=False)
+    answers.on(parts["speed_stop"].click, handlers.stop, model, SHOWN, queue=False)
+    answers.on(parts["speed_timer"].tick, handlers.tick, ["speed_model", "speed_seen"], SHOWN, first={})
     for name, tab in parts.items():
         if isinstance(tab, gr.Tab) and name != "tab_speed":
             tab.select(_leave, None, parts["speed_timer"], **QUIET)

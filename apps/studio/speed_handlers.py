@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
 
 from apps.service.engine import Engine
-from apps.service.request_error import RequestError
 from apps.service.requests import DECIDED_BY_PROFILE
 from apps.service.speed_profiles import known_profiles
 from apps.service.tuning import Tuning, TuningError, Tunings, TuningSettings
 from apps.studio import speed_views as drawn
-from apps.studio import views
 from apps.studio.controls import CONTROLS
 from apps.studio.page_values import PageError
-from apps.studio.problems import explain
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.speed_views import PROFILES
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings
-
-PLACE = "speed_problem"
 
 
 class SpeedHandlers:
@@ -40,22 +35,8 @@ class SpeedHandlers:
     def __init__(
         self, engine: Engine, tunings: Tunings, words: Strings, sessions: Sessions, settings: SettingsHandlers
     ) -> None:
-        self._engine, self._tunings, self._words = engine, tunings, words
+        self._engine, self._tunings, self.words = engine, tunings, words
         self._sessions, self._settings = sessions, settings
-
-    def answered(self, listener: Callable[..., Changes]) -> Callable[..., Any]:
-        """Return a listener whose refusals are said in the tab."""
-
-        def answering(request: gr.Request, *given: Any) -> Changes:
-            try:
-                return listener(request, *given)
-            except PageError as error:
-                return {PLACE: views.problem(self._words(error.key))}
-            except RequestError as error:
-                return {PLACE: views.problem(explain(error, self._words))}
-
-        answering.__name__ = listener.__name__  # by which Gradio knows it
-        return answering
 
     def open(self, request: gr.Request, model: str) -> Changes:
         """Show how the tuning of a model goes, or what is known of it."""
@@ -108,7 +89,7 @@ class SpeedHandlers:
         mode = "video" if self._engine.abilities(model).output == "frames" else "text"
         changes: Changes = {"model": model, "mode": mode, "tabs": gr.update(selected=mode)}
         adapted = self._settings.adapted(changes, fitted, self._sessions.may_generate(request))
-        gr.Info(self._words("speed.used", name=self._words(f"profile.{name}")))
+        gr.Info(self.words("speed.used", name=self.words(f"profile.{name}")))
         return {**adapted, **_nothing_else(), "profile": name}
 
     # ------------------------------------------------------------------ helpers
@@ -129,9 +110,9 @@ class SpeedHandlers:
         is_running = last is not None and last.state == "running"
         profiles, front, plain = self._found(model, last)
         changes: Changes = {
-            PLACE: drawn.failure(last, self._words),
-            "speed_note": drawn.progress(last, self._words),
-            "speed_result": drawn.result(profiles, front, plain, self._words),
+            "speed_problem": drawn.failure(last, self.words),
+            "speed_note": drawn.progress(last, self.words),
+            "speed_result": drawn.result(profiles, front, plain, self.words),
             "speed_start": gr.update(interactive=not is_running and self._sessions.viewer(request) is None),
             "speed_stop": gr.update(interactive=is_running),
             "speed_timer": gr.update(active=is_running),
@@ -140,9 +121,9 @@ class SpeedHandlers:
         for name in PROFILES:
             known = profiles.get(name)
             gain = None if known is None else known.get("gain")
-            label = self._words(f"profile.{name}")
+            label = self.words(f"profile.{name}")
             said = label if gain is None else f"{label} ({gain:.1f}\u00d7)"
-            use = self._words("speed.use", name=said)
+            use = self.words("speed.use", name=said)
             changes[f"speed_use_{name}"] = gr.update(visible=known is not None, value=use)
         return changes
 

@@ -107,3 +107,19 @@ def test_the_address_of_a_language_needs_no_slash(served):
     answer = httpx.get(f"{served.address}/zh", trust_env=False)
     assert answer.status_code == 307
     assert answer.headers["location"] == "/zh/"
+
+
+def test_a_tab_that_no_model_can_do_leaves_the_tabs_beside_it_as_they_are(browser, served):
+    page = opened(browser, served)
+    page.get_by_role("tab", name="Class").click()
+    page.locator("#need .cannot").wait_for()
+    assert not page.locator("#prompt-tools, #go").first.is_visible()
+    for name, part in (
+        ("Models", "#models-chosen"),
+        ("Speed", "#speed-start"),
+        ("Gallery", ".gallery-app"),
+        ("Text", "#go"),
+    ):
+        page.get_by_role("tab", name=name, exact=True).click()
+        page.locator(part).wait_for(state="visible")
+    page.close()

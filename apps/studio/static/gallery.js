@@ -461,7 +461,9 @@
   };
 
   const table = (all) => {
-    const names = [...new Set(all.flatMap((one) => Object.keys(one)))];
+    const first = ["prompt", "negative_prompt", "model", "seed", "steps", "guidance", "width", "height"];
+    const held = new Set(all.flatMap((one) => Object.keys(one)));
+    const names = [...first.filter((name) => held.has(name)), ...[...held].filter((name) => !first.includes(name))];
     const text = (value) => value === undefined || value === null ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
     const body = make("tbody");
     for (const name of names) {
