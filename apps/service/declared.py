@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from apps.service.options import Option
+from apps.service.option import Option
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apps.service.model_folder import metadata_of
+from apps.service.model_pool import existing_path
 from apps.service.tethered import without_paths
 from dit.runtime.json_files import read_object
 
@@ -81,8 +82,8 @@ def facts_of(source: str, device: str = "cpu", dtype: str = "float32", *, is_loa
     from pipelines.loading.memory import free_memory
 
     is_builtin = source in builtin_models()
-    path = PRETRAINED / source if is_builtin else Path(source).expanduser()
-    if not path.exists():
+    path = PRETRAINED / source if is_builtin else existing_path(source)
+    if path is None:
         return ModelFacts("hub")
     kind = "built-in" if is_builtin else _kind(path)
     licence = _licence(path)

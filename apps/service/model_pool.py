@@ -235,14 +235,23 @@ def name_models(sources: Iterable[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for source in dict.fromkeys(sources):
         split_revision(source)  # a wrong pin is refused now, and not when somebody waits for the model
-        folder = Path(source).expanduser()
-        base = folder.resolve().name if folder.exists() else source
+        folder = existing_path(source)
+        base = source if folder is None else folder.resolve().name
         key, count = base, 1
         while key in named:
             count += 1
             key = f"{base} ({count})"
-        named[key] = str(folder) if folder.exists() else source
+        named[key] = source if folder is None else str(folder)
     return named
+
+
+def existing_path(source: str) -> Path | None:
+    """Return the folder or file that a name stands for; None where there is none, or can be none of that name."""
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, with a NUL, of an unknown user
+        return None
 
 
 def check_sources(sources: Collection[str], base: str | None = None) -> None:
@@ -263,7 +272,7 @@ def check_sources(sources: Collection[str], base: str | None = None) -> None:
     for source in (*sources, *([] if base is None else [base])):
         with checking():
             split_revision(source)
-        named = source in builtin_models() or Path(source).expanduser().exists()
+        named = source in builtin_models() or existing_path(source) is not None
         if not named and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[0-9a-fA-F]{40})?", source) is None:
             raise UsageError(
                 f"There is no model {source!r}; name a folder or file that exists, a hub id such as user/repository, "

@@ -22,7 +22,7 @@ from apps.service.model_download import (
 )
 from apps.service.model_facts import ModelFacts, facts_of
 from apps.service.model_folder import FOLDER, FoundModel, look_at, scan
-from apps.service.model_pool import check_sources, name_models
+from apps.service.model_pool import check_sources, existing_path, name_models
 from apps.service.request_error import RequestError
 from apps.service.usage import UsageError
 from dit.runtime.json_files import read_object
@@ -90,7 +90,7 @@ def _is_source(value: object) -> bool:
         return False
     try:
         check_sources([value])
-    except (UsageError, ValueError, OSError) as error:
+    except (UsageError, ValueError) as error:
         logger.warning("%r in the list of models is not offered: %s", value, error)
         return False
     return True
@@ -148,7 +148,7 @@ def commit_of(repository: str, revision: str | None = None) -> str:
 def is_hub_id(source: str) -> bool:
     """Return whether a source has the form of a hub id, and is neither built in nor a file or folder here."""
     wanted = source.strip()[:MOST_NAME]
-    return REPOSITORY.fullmatch(wanted.partition("@")[0]) is not None and not Path(wanted).expanduser().exists()
+    return REPOSITORY.fullmatch(wanted.partition("@")[0]) is not None and existing_path(wanted) is None
 
 
 def add_source(
@@ -180,8 +180,8 @@ def add_source(
             f"There is no model {wanted!r}: give a folder or file of this machine, or a hub id.",
             value=wanted[:200],
         ) from error
-    path = Path(wanted).expanduser()
-    if path.exists():
+    path = existing_path(wanted)
+    if path is not None:
         _check_path(path, wanted)
         named = str(path.resolve())
     else:

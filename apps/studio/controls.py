@@ -103,7 +103,7 @@ def lay_out(place: str, words: Strings, besides: Collection[str] = (), **more: A
     """Lay out the controls of a place in the order of their declaration, those of one row side by side.
 
     Args:
-        place: see `apps.service.options.Control`.
+        place: see `apps.service.option.Control`.
         words: of the page.
         besides: names of controls that have been laid out already.
         **more: arguments of all components that differ.

@@ -126,7 +126,18 @@ def test_a_hub_id_is_pinned_to_its_commit(world):
 
 
 @pytest.mark.parametrize(
-    "source", ["", "/nowhere/at/all", "a/b/c", "someone/model@main", "x\0y", "<b>/x", "file:///etc"]
+    "source",
+    [
+        "",
+        "/nowhere/at/all",
+        "a/b/c",
+        "someone/model@main",
+        "x\0y",
+        "<b>/x",
+        "file:///etc",
+        "0" * 500,
+        "~nobody-here/x/y",
+    ],
 )
 def test_what_is_no_model_is_refused(world, source):
     _, own = world

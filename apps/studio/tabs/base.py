@@ -28,7 +28,7 @@ class Tab:
         has_source: whether an image to start from is asked for.
         output: what the model has to make, "images" or "frames" (clips); empty for either.
         task_of: chooses among the tasks by what stands on the page; None takes the first one that the model can do.
-        places: whose options it asks for beside those that all tabs have, see `apps.service.options.Control`.
+        places: whose options it asks for beside those that all tabs have, see `apps.service.option.Control`.
     """
 
     name: str
