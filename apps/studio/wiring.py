@@ -79,10 +79,10 @@ class Wiring:
         # Gradio wants a word even where nothing changes.
         return {self.parts[name]: value for name, value in changes.items()} or {self.parts["queue_note"]: gr.skip()}
 
-    def answered(self, listener: Callable[..., Changes], *given: Any) -> dict[Any, Any]:
+    def answered(self, listener: Callable[..., Changes], *given: Any, clears: bool = True) -> dict[Any, Any]:
         """Return what a listener changes; what it refuses is said in the one place for that, which it else clears."""
         try:
-            return self.by_component({"problem": ""} | listener(*given))
+            return self.by_component(({"problem": ""} if clears else {}) | listener(*given))
         except PageError as error:
             return self.by_component({"problem": views.problem(self._words(error.key))})
         except gr.Error as error:
@@ -118,7 +118,8 @@ class Wiring:
         """Connect a listener to the end of another one; it gets the request before its inputs, see `answered`."""
 
         def answering(request: gr.Request, *given: Any) -> dict[Any, Any]:
-            return self.answered(listener, request, *given)
+            # What was refused meanwhile stays said: this comes later than what the user did.
+            return self.answered(listener, request, *given, clears=False)
 
         answering.__name__ = listener.__name__  # by which Gradio knows it
         event.then(answering, self.components(inputs), self.components(self.changing), **QUIET)

@@ -10,7 +10,6 @@ import math
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -540,20 +539,23 @@ def test_the_tab_stops_and_starts_again(tab):
 
 
 def test_a_comparison_that_waits_in_line_holds_no_thread(tab):
-    gate = threading.Event()
-    tab.pipe.at_step = lambda step: gate.wait(60)
-    with closing(
-        tab.engine.generate(TextToImageRequest(prompt="a fox", steps=2, model="fake"), None, "other")
-    ) as ahead:
-        next(ahead)
-        changes = tab.handlers.compare({**VALUES, "compare_settings": "default\nsteps=2"}, TAB)
-        with ThreadPoolExecutor(1) as pool:
-            try:
-                for _ in range(4):
-                    assert pool.submit(next, changes).result(20), "the page waits for the job ahead"
-            finally:
-                gate.set()
-        changes.close()
+    begun, gate = threading.Event(), threading.Event()
+
+    def hold(step):
+        begun.set()
+        assert gate.wait(60)
+
+    tab.pipe.at_step = hold
+    tab.engine.submit(TextToImageRequest(prompt="a fox", steps=2, model="fake"), "other")
+    assert begun.wait(10)
+    changes = tab.handlers.compare({**VALUES, "compare_settings": "default\nsteps=2"}, TAB)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            for _ in range(4):  # the first says that it begins, the others that it waits
+                pool.submit(next, changes).result(20)
+        finally:
+            gate.set()
+    changes.close()
 
 
 def test_a_second_click_begins_no_second_comparison(tab):
