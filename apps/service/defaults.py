@@ -11,9 +11,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from apps.service import limits
+from apps.service.masked_area import area_box, mask_edge
 from apps.service.model_pool import LoadedModel
 from apps.service.named_settings import Preset, preset_values
 from apps.service.option_values import parse_timeline, write_timeline
+from apps.service.options import MaskOptions
 from apps.service.outpaint import expanded_size
 from apps.service.request_error import RequestError
 from apps.service.requests import DECIDED_BY_PROFILE, OPTIONS, SHORT_FOR, AnyRequest, VideoCompletionRequest
@@ -197,10 +199,19 @@ def _size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> dict
 
 
 def open_size(request: AnyRequest, model: LoadedModel, uploads: UploadStore) -> tuple[int, int]:
-    """Return width and height of a request without a size: the model's, in the shape of the image handed in."""
+    """Return width and height of a request without a size: the model's, in the shape of the image handed in.
+
+    Where only a masked area is generated, in the shape of that.
+    """
     name = getattr(request, "image", None)
     if name is None:
         return model.width, model.side
+    if isinstance(request, MaskOptions) and request.mask is not None and request.mask_padding is not None:
+        edge = request.mask_grow or 0, request.mask_blur or 0
+        left, top, right, bottom = area_box(
+            mask_edge(uploads.get(request.mask), uploads.size(name), *edge), request.mask_padding, None
+        )
+        return fit_size((right - left, bottom - top), model)
     return fit_size(expanded_size(uploads.size(name), getattr(request, "expand", None)), model)
 
 

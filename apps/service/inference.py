@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from apps.service.acceleration import accelerated, config_of, reports_on, search_argument, step_strip
+from apps.service.masked_area import MaskedArea
 from apps.service.media import candidate_sheet
 from apps.service.model_pool import LoadedModel, Pipeline
 from apps.service.option_values import parse_timeline
@@ -63,6 +64,7 @@ class BatchInputs:
         video: frames of a clip that is completed, of the size of the request.
         mask: where to generate, of the size of the request.
         alpha: how much of the result shows, of the size of the request; None for all of it on the mask.
+        area: the masked area that image and mask are, if only that is generated.
     """
 
     request: AnyRequest
@@ -72,6 +74,7 @@ class BatchInputs:
     video: tuple[Image.Image, ...] = ()
     mask: Image.Image | None = None
     alpha: Image.Image | None = None
+    area: MaskedArea | None = None
 
     def field(self, name: str) -> Any:
         """Return a field of the request; None where its task has no such field."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from apps.service.batch_inputs import batch_inputs, keep_rest
 from apps.service.compute_profiles import LoadOptions, load_options_of
 from apps.service.defaults import resolve_defaults
 from apps.service.events import ClipPart, Event, ModelLoading, Picture, Step, Upscaling
@@ -34,13 +35,12 @@ from apps.service.media import Clip, ClipWriter, contact_strip, require_video, s
 from apps.service.metadata import PictureSettings, mark_of, save_picture, save_sidecar
 from apps.service.model_pool import LoadedModel
 from apps.service.option_values import parse_timeline
-from apps.service.outpaint import blend, mask_of, pad_for_outpainting, soft_mask
 from apps.service.prompt_texts import one_by_one, texts_of, without_weights
 from apps.service.provenance import Provenance, packet
 from apps.service.reports import encode_reports, report_text
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
-from apps.service.uploaded_clips import cut_note, split_frames
+from apps.service.uploaded_clips import cut_note
 from apps.service.uploads import UploadStore
 from apps.service.upscaling import UpscalerPool, UpscaleStep
 from apps.service.wildcards import Wildcards
@@ -151,7 +151,7 @@ def _run_batches(
             clock.skip()
             continue
         texts = texts_of(request, seeds[0], context.wildcards)
-        inputs = _batch_inputs(texts.request, tuple(seeds), model, context.uploads)
+        inputs = batch_inputs(texts.request, tuple(seeds), model, context.uploads)
         plain = replace(inputs, request=without_weights(texts.request))
         begun = time.monotonic()
         clock.begin(_step_count(request, model), first, 1 if request.pick is not None else len(seeds))
@@ -160,7 +160,7 @@ def _run_batches(
             growing = _growing_path(queued, first, request, model, context)
             with _GrowingClip(growing, fps_of(request, model), clock.part, mark_of(request)) as parts:
                 on_part = None if model.frames is None else parts.add
-                result = _keep(inputs, run_pipeline(model, inputs, signals, clock.step, offload, on_part))
+                result = keep_rest(inputs, run_pipeline(model, inputs, signals, clock.step, offload, on_part))
             seconds = (time.monotonic() - begun) / len(result.pictures)
             for i, frames in enumerate(result.pictures):
                 if request.pick not in (None, i):
@@ -170,6 +170,8 @@ def _run_batches(
                 if upscale is not None:
                     settings = settings.model_copy(update={"upscaler_fingerprint": upscale.loaded.fingerprint})
                     frames = upscale.run(plain, i, frames, clock.upscaling(i))
+                if inputs.area is not None:
+                    frames = [inputs.area.put_back(frames[0])]
                 place, took = first + i if request.pick is None else 0, seconds + time.monotonic() - since
                 notes = (*texts.notes, *notes_on(plain.request, model, context.uploads))
                 tell(_finish(queued, place, model, context, settings, frames, took, result, notes))
@@ -199,58 +201,6 @@ def _upscale_step(
     loaded = context.upscalers.get(request.upscaler, context.device)
     loaded.check_scale(request.upscale)
     return UpscaleStep(request.upscale, loaded, context.uploads, signals)
-
-
-# ------------------------------------------------------------------------ inputs
-
-
-def _batch_inputs(request: AnyRequest, seeds: tuple[int, ...], model: LoadedModel, uploads: UploadStore) -> BatchInputs:
-    """Fetch the images that a request names, laid out at the size of the request."""
-    width, height = getattr(request, "width", None), getattr(request, "height", None)
-    size = (width or model.width, height or model.side)
-
-    def fetch(field: str) -> Image.Image | None:
-        name = getattr(request, field, None)
-        picture = None if name is None else uploads.get(name)
-        return picture if picture is None or picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
-
-    if getattr(request, "image", None) is None or "mask" not in type(request).model_fields:
-        video = _video(request, size, uploads)
-        return BatchInputs(
-            request=request, seeds=seeds, image=fetch("image"), last_image=fetch("last_image"), video=video
-        )
-    picture = uploads.get(getattr(request, "image"))  # noqa: B009
-    mask, expand = getattr(request, "mask"), getattr(request, "expand")  # noqa: B009
-    keep_shape = expand is not None or bool(model.sizes)
-    padded = pad_for_outpainting(picture, None if mask is None else uploads.get(mask), size, expand, keep_shape)
-    grow, blur = getattr(request, "mask_grow", None) or 0, getattr(request, "mask_blur", None) or 0
-    if not grow and not blur:
-        return BatchInputs(request=request, seeds=seeds, image=padded.image, mask=padded.mask)
-    alpha = soft_mask(padded.mask, grow, blur)
-    return BatchInputs(request=request, seeds=seeds, image=padded.image, mask=mask_of(alpha), alpha=alpha)
-
-
-def _video(request: AnyRequest, size: tuple[int, int], uploads: UploadStore) -> tuple[Image.Image, ...]:
-    """Fetch the frames of the clip that a request names; frames that have the size stay as they are."""
-    name, count = getattr(request, "video", None), getattr(request, "video_frames", None)
-    if name is None or count is None:
-        return ()
-    frames = split_frames(uploads.get(name), count)[: getattr(request, "frames", None)]
-    return tuple(one if one.size == size else one.resize(size, Image.Resampling.LANCZOS) for one in frames)
-
-
-def _keep(inputs: BatchInputs, result: BatchResult) -> BatchResult:
-    """After inpainting, lay what is kept over the result, which pipelines of diffusers change a little."""
-    if inputs.image is None or inputs.mask is None:
-        return result
-    from pipelines.inputs.inpaint import keep_pixels
-
-    for frames in result.pictures:
-        if inputs.alpha is None:
-            frames[0] = keep_pixels(inputs.image, frames[0], inputs.mask)
-        else:
-            frames[0] = blend(inputs.image, frames[0], inputs.alpha)
-    return result
 
 
 def _step_count(request: AnyRequest, model: LoadedModel) -> int:
@@ -358,6 +308,7 @@ def _settings(
             "seed": inputs.seeds[place],
             "width": frames[0].width,
             "height": frames[0].height,
+            "whole": None if inputs.area is None else inputs.area.original.size,
             # A clip that was ended early has fewer frames than its pace was set for.
             "frames": None if model.frames is None else len(frames) if ended is None else inputs.field("frames"),
             "fps": None if model.frames is None else fps_of(inputs.request, model),

@@ -33,6 +33,8 @@ MAX_MASK_GROW = 128
 """Pixels that the mask of inpainting may grow on every side."""
 MAX_MASK_BLUR = 64
 """Pixels that the soft edge of a mask may be wide."""
+MAX_MASK_PADDING = 512
+"""Pixels around a masked area that a model may see when only that area is generated."""
 MAX_UPSCALE = 4
 """Pixels a side that an upscaler may make of one."""
 MAX_UPSCALED_PIXELS = 4_096 * 4_096

@@ -48,6 +48,7 @@ ANIMATIONS: dict[str, xmp.Kind] = {".gif": "GIF", ".webp": "WEBP"}
 
 Scalar = bool | int | float | str | None
 ShortText = Annotated[str, Field(max_length=200)]
+WholeSide = Annotated[int, Field(ge=1, le=limits.MAX_UPLOAD_SIDE)]
 Task = Literal[
     "text_to_image", "image_to_image", "inpaint", "video_completion", "class_to_image", "next_scale_class",
     "next_scale_text",
@@ -83,6 +84,7 @@ class PictureSettings(PromptOptions, NextScaleOptions, CompletionOptions, StepOp
         batch_size: images that were generated at once.
         pick: which of them this is.
         upscaler_fingerprint: hash of the upscaler's weights, 16 hex digits; None if nothing was upscaled.
+        whole: width and height of the image into which a masked area was put back; None where all was generated.
     """
 
     schema_version: Literal[1, 2, 3, 4] = 4
@@ -109,12 +111,13 @@ class PictureSettings(PromptOptions, NextScaleOptions, CompletionOptions, StepOp
     batch_size: int = Field(default=1, ge=1, le=limits.MAX_BATCH)
     pick: int | None = Field(default=None, ge=0, lt=limits.MAX_BATCH)
     upscaler_fingerprint: str | None = Field(default=None, pattern=r"^[0-9a-f]{16}$")
+    whole: tuple[WholeSide, WholeSide] | None = None
 
     @property
     def shown_size(self) -> tuple[int, int]:
         """Width and height of the image, or of a clip's frames, as it was written: upscaled, if it was."""
         scale = self.upscale or 1
-        return self.width * scale, self.height * scale
+        return self.whole or (self.width * scale, self.height * scale)
 
     @model_validator(mode="before")
     @classmethod

@@ -447,6 +447,15 @@ class MaskOptions(OptionGroup):
             control=Control(kind="slider", place="inpaint", row="mask-edge", start=0, step=1, off=0),
         ),
     ] = None
+    mask_padding: Annotated[
+        int | None,
+        Field(ge=1, le=limits.MAX_MASK_PADDING),
+        Option(
+            help="With --mask: generate the masked area only, with so many pixels around it, at the model's size.",
+            panel=EDITING,
+            control=Control(kind="slider", place="inpaint", row="mask-edge", start=0, low=0, step=1, off=0),
+        ),
+    ] = None
 
 
 class NextScaleOptions(MaskOptions, SourceOptions):

@@ -52,7 +52,7 @@ def pad_for_outpainting(
     Returns:
         The image, scaled only if it must be, and the mask with all that lies beyond the image added to it.
     """
-    box = _box(image.size, size, expand, keep_shape)
+    box = canvas_box(image.size, size, expand, keep_shape)
     inner = box[2] - box[0], box[3] - box[1]
     padded = Image.new("L", size, 255)
     marked = Image.new("L", inner, 0) if mask is None else mask.convert("L").resize(inner, Image.Resampling.NEAREST)
@@ -61,6 +61,27 @@ def pad_for_outpainting(
     scaled = scaled if scaled.size == inner else scaled.resize(inner, Image.Resampling.LANCZOS)
     free = ((box[1], size[1] - box[3]), (box[0], size[0] - box[2]), (0, 0))
     return PaddedImage(Image.fromarray(np.pad(np.asarray(scaled), free, mode="edge")), padded)
+
+
+def canvas_box(picture: Size, canvas: Size, expand: Expand | None, keep_shape: bool) -> tuple[int, int, int, int]:
+    """Return where an image lies on its canvas: left, top, right, bottom. See `pad_for_outpainting`.
+
+    Args:
+        picture: size of the image.
+        canvas: size of the canvas.
+        expand: what is added to the sides.
+        keep_shape: whether the image keeps its shape.
+    """
+    left, top, _, _ = _margins(picture, expand)
+    width, height = expanded_size(picture, expand)
+    across, down = canvas[0] / width, canvas[1] / height
+    if keep_shape:
+        across = down = min(across, down)
+    # What is free beyond the margins is shared out evenly.
+    x = round(left * across + (canvas[0] - width * across) / 2)
+    y = round(top * down + (canvas[1] - height * down) / 2)
+    right, bottom = x + max(round(picture[0] * across), 1), y + max(round(picture[1] * down), 1)
+    return x, y, min(right, canvas[0]), min(bottom, canvas[1])
 
 
 def soft_mask(mask: Image.Image, grow: int = 0, blur: int = 0) -> Image.Image:
@@ -132,17 +153,3 @@ def _margins(size: Size, expand: Expand | None) -> tuple[int, int, int, int]:
         round(expand.right * width),
         round(expand.bottom * height),
     )
-
-
-def _box(picture: Size, canvas: Size, expand: Expand | None, keep_shape: bool) -> tuple[int, int, int, int]:
-    """Return where the image lies on the canvas: left, top, right, bottom."""
-    left, top, _, _ = _margins(picture, expand)
-    width, height = expanded_size(picture, expand)
-    across, down = canvas[0] / width, canvas[1] / height
-    if keep_shape:
-        across = down = min(across, down)
-    # What is free beyond the margins is shared out evenly.
-    x = round(left * across + (canvas[0] - width * across) / 2)
-    y = round(top * down + (canvas[1] - height * down) / 2)
-    right, bottom = x + max(round(picture[0] * across), 1), y + max(round(picture[1] * down), 1)
-    return x, y, min(right, canvas[0]), min(bottom, canvas[1])

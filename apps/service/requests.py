@@ -52,11 +52,18 @@ def _check_part(image: ImageId | None, mask: ImageId | None, expand: Expand | No
         )
 
 
-def _check_mask_edge(image: ImageId | None, grow: int | None, blur: int | None) -> None:
-    """Refuse an edge of a mask where there is none."""
-    if image is None and (grow or blur):
+def _check_mask(asked: MaskOptions, image: ImageId | None) -> None:
+    """Refuse what is said of a mask where there is none."""
+    if image is None and (asked.mask_grow or asked.mask_blur):
         raise RequestError(
             "mask.alone", "mask_grow and mask_blur are for a mask; give image with mask or expand, or leave them out."
+        )
+    if asked.mask_padding is not None and (asked.mask is None or asked.expand is not None):
+        raise RequestError(
+            "mask.area",
+            "mask_padding generates the masked area of an image only; give image and mask without expand, or leave it "
+            "out.",
+            field="mask_padding",
         )
 
 
@@ -187,7 +194,8 @@ class ImageToImageRequest(PromptOptions, ClipOptions, DenoisingRequest):
 class InpaintRequest(PromptOptions, MaskOptions, DenoisingRequest):
     """Ask for a part of an image, or what lies beyond its sides, to be generated; every other pixel is kept as it is.
 
-    With a soft edge (`mask_blur`) the result blends into the image around the grown mask; all beyond it is kept.
+    With a soft edge (`mask_blur`) the result blends into the image around the grown mask; all beyond it is kept. With
+    `mask_padding` width and height are those of the masked area while it is generated; the image keeps its own.
     """
 
     task: Literal["inpaint"] = "inpaint"
@@ -207,6 +215,7 @@ class InpaintRequest(PromptOptions, MaskOptions, DenoisingRequest):
     @model_validator(mode="after")
     def _check_part(self) -> Self:
         _check_part(self.image, self.mask, self.expand)
+        _check_mask(self, self.image)
         return self
 
 
@@ -251,7 +260,7 @@ class NextScaleRequest(NextScaleOptions, BaseRequest):
     @model_validator(mode="after")
     def _check_part(self) -> Self:
         _check_part(self.image, self.mask, self.expand)
-        _check_mask_edge(self.image, self.mask_grow, self.mask_blur)
+        _check_mask(self, self.image)
         if self.candidates is not None and self.search is None:
             raise RequestError(
                 "candidates", "candidates are for a search; name one, such as best_of, or leave them out"

@@ -198,7 +198,7 @@ class UpscaleStep:
         generator = torch.Generator("cpu").manual_seed(inputs.seeds[place])
         prompt = inputs.field("prompt") or ""
         large = self.loaded.enlarge(list(frames), self.scale, prompt=prompt, generator=generator, on_chunk=on_chunk)
-        return [self._keep(inputs, large[0]), *large[1:]] if inputs.mask is not None else large
+        return [self._keep(inputs, large[0]), *large[1:]] if inputs.mask is not None and inputs.area is None else large
 
     def _keep(self, inputs: BatchInputs, large: Image.Image) -> Image.Image:
         """After inpainting an image of the size of the result, lay what is kept of it over the result, bit for bit."""

@@ -32,6 +32,7 @@ MODES = {
     "image": {"strength": 0.7},
     "inpaint": {"repaint": 0.9, "scheduler": "heun"},
     "soft": {"mode": "inpaint", "mask_grow": 2, "mask_blur": 3},
+    "area": {"mode": "inpaint", "mask_grow": 2, "mask_blur": 3, "mask_padding": 4},
 }
 
 
@@ -66,8 +67,9 @@ def pixels(path):
 @pytest.mark.parametrize("name", MODES)
 def test_the_file_is_enough(world, tmp_path, name):
     engine, generation, handlers, address = world
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    mask = Image.new("L", (32, 32))
+    width, height = (90, 70) if name == "area" else (32, 32)
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    mask = Image.new("L", picture.size)
     mask.paste(255, (8, 8, 24, 24))
     page = {**PAGE, "mode": name, "model": "stickers", "shape": "auto", "seed": 21, **MODES[name]}
     if page["mode"] in ("image", "inpaint"):
@@ -95,6 +97,6 @@ def test_the_file_is_enough(world, tmp_path, name):
             assert image.convert("RGB").tobytes() == pixels(first.path)
     if page["mode"] == "inpaint":
         kept = np.asarray(soft_mask(mask, settings.mask_grow or 0, settings.mask_blur or 0)) == 0
-        assert bool((~kept).sum() > 256) is (name == "soft")
+        assert bool((~kept).sum() > 256) is (name in ("soft", "area"))
         with Image.open(first.path) as image:
             assert (np.asarray(image.convert("RGB"))[kept] == np.asarray(picture)[kept]).all()

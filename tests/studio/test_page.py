@@ -67,7 +67,7 @@ PAGE = {name: one.option.control.start for name, one in CONTROLS.items()} | {
     "steps": 4, "guidance": 4.0, "seed_mode": FIXED, "seed": 3, "num_images": 1, "batch_size": 1, "style": "",
     "scheduler": "", **lora_rows.show([]), "step_cache": "", "cache_amount": 0, "file_format": "png",
     "memory": "", "dtype": "", "attention": "", "grow_left": 0, "grow_top": 0, "grow_right": 0, "grow_bottom": 0,
-    "mask_grow": 0, "mask_blur": 0,
+    "mask_grow": 0, "mask_blur": 0, "mask_padding": 0,
     "inpaint_label": None, "keep_settings": True, "sidecar": False, "strength": 0.6, "repaint": 1.0,
     "label": None, "scale_label": None, "top_k": 900, "top_p": 0.95, "temperature": 1, "smooth": False,
     "kv_policy": "full", "kv_budget": 0.1, "kv_dtype": "auto", "search": "", "candidates": 4, "grid_x": "steps",
