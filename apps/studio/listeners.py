@@ -32,6 +32,7 @@ from apps.studio.speed_handlers import SpeedHandlers
 from apps.studio.stage import Changes
 from apps.studio.strings import Strings
 from apps.studio.tabs import TABS, compare
+from apps.studio.tabs.inpaint import SIDES
 from apps.studio.tabs.video import ENDS
 from apps.studio.wiring import FOLLOWED, QUEUE, QUIET, STAGE_PARTS, Wiring, paced
 
@@ -95,6 +96,8 @@ def connect(
     names = str(list(SAVED))
     gr.on(changed, None, wiring.components(SAVED), [parts["saved"], parts["problem"]], js=REMEMBER % names, **QUIET)
     parts["mask"].change(None, None, parts["problem"], js="() => ''", **QUIET)  # the browser doesn't keep it
+    grown = wiring.components([f"grow_{side}" for side in SIDES])
+    gr.on([part.change for part in grown], None, grown, None, js="(...sides) => tesseraGrown(...sides)", **QUIET)
 
 
 def _connect_generation(wiring: Wiring, generation: GenerationHandlers) -> None:

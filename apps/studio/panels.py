@@ -14,7 +14,7 @@ from apps.service.named_settings import load_presets
 from apps.service.option_values import MAIN_PARAMETERS
 from apps.service.quantized import model_label
 from apps.service.styles import load_styles
-from apps.studio import controls, fields, lora_rows, prompt_tools, views
+from apps.studio import brush_views, controls, fields, lora_rows, prompt_tools, views
 from apps.studio.controls import Parts
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.forms import FIXED, RANDOM, size_choices
@@ -68,9 +68,9 @@ def prompt_panel(words: Strings) -> Parts:
 
 def source_panel(words: Strings) -> Parts:
     """Lay out the image to start from, and the brush that marks a part of it."""
-    view = gr.HTML(views.source(words), elem_id="source-view", js_on_load=None)
+    view = gr.HTML(brush_views.source(words), elem_id="source-view", js_on_load=None)
     file = gr.UploadButton(words("source.choose"), size="sm", elem_id="source-file")
-    gr.HTML(views.brush_tools(words), elem_id="brush-tools", js_on_load=None)
+    gr.HTML(brush_views.brush_tools(words), elem_id="brush-tools", js_on_load=None)
     return {"source_view": view, "source_file": file}
 
 

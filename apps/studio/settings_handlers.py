@@ -35,7 +35,7 @@ from apps.service.quantized import stored_quantization
 from apps.service.sheet import GridSettings, read_sheet
 from apps.service.uploaded_clips import join_frames, last_frames, receive_clip, split_frames
 from apps.service.uploads import UploadError
-from apps.studio import clip_length, controls, lora_rows, prompt_tools, views
+from apps.studio import brush_views, clip_length, controls, lora_rows, prompt_tools, views
 from apps.studio.album import Finished, Shown, ShownSheet
 from apps.studio.examples import EXAMPLES, example_prompts
 from apps.studio.foreign_settings import fit_foreign
@@ -448,7 +448,7 @@ class SettingsHandlers:
         drawn = "" if mask is None else views.preview_uri(self._engine.uploads.get(mask))
         return {
             "source": name,
-            "source_view": views.source(self._words, views.preview_uri(self._shown(name)), size, drawn),
+            "source_view": brush_views.source(self._words, views.preview_uri(self._shown(name)), size, drawn),
             "mask": drawn,
         }
 

@@ -18,11 +18,21 @@ BRUSH = STATIC / "brush.js"
 LANGUAGE = STATIC / "language.js"
 FILES = STATIC / "files.js"
 CAPTIONS = STATIC / "captions.js"
-SCRIPTS = (BRUSH, CAPTIONS, STATIC / "tabs.js", STATIC / "gallery.js", STATIC / "prompt.js", comparison_page.SCRIPT)
+SCRIPTS = (
+    BRUSH,
+    STATIC / "brush_view.js",
+    STATIC / "outpaint.js",
+    CAPTIONS,
+    STATIC / "tabs.js",
+    STATIC / "gallery.js",
+    STATIC / "prompt.js",
+    comparison_page.SCRIPT,
+)
 """What runs before the page is drawn, beside the scripts that are told something of the server."""
 STYLES = (
     comparison_page.STYLE,
     CSS,
+    STATIC / "brush.css",
     STATIC / "prompt.css",
     STATIC / "speed.css",
     STATIC / "models.css",

@@ -201,25 +201,6 @@ def origin(text: str) -> str:
     return f'<p class="hint origin">{escape(text)}</p>' if text else ""
 
 
-def source(words: Strings, picture: str | None = None, size: tuple[int, int] = (1, 1), mask: str = "") -> str:
-    """Draw the image to start from, with the canvas of the brush over it.
-
-    Args:
-        words: of the page.
-        picture: data URI; None draws a place to drop one.
-        size: of the image, pixels.
-        mask: data URI of a mask to begin with.
-    """
-    if picture is None:
-        return f'<div class="brush empty"><p>{escape(words("source.none"))}</p></div>'
-    width, height = size
-    crisp = "crisp" if max(size) <= PIXEL_SIDE else ""
-    return (
-        f'<div class="brush" style="--w:{width};--h:{height}"><img class="{crisp}" src="{picture}" alt="">'
-        f'<canvas width="{width}" height="{height}" data-mask="{mask}"></canvas></div>'
-    )
-
-
 def end_image(name: str, words: Strings, picture: str | None = None, note: str = "") -> str:
     """Draw the image that clips begin or end with.
 
@@ -237,19 +218,6 @@ def end_image(name: str, words: Strings, picture: str | None = None, note: str =
     )
     empty = " empty" if picture is None else ""
     return f'<figure class="end-image{empty}"><figcaption>{title}</figcaption>{inside}{hint(note)}</figure>'
-
-
-def brush_tools(words: Strings) -> str:
-    """Draw the tools of the brush."""
-    pressed = {"draw": ' aria-pressed="true"', "erase": ' aria-pressed="false"'}
-    tools = "".join(
-        f'<button type="button" data-tool="{tool}"{pressed.get(tool, "")}>{escape(words(f"brush.{tool}"))}</button>'
-        for tool in ("draw", "erase", "undo", "clear", "invert")
-    )
-    width = (
-        f'<label>{escape(words("brush.size"))}<input id="brush-size" type="range" min="2" max="40" value="14"></label>'
-    )
-    return f'<div class="tools">{tools}{width}</div><p class="hint">{escape(words("brush.hint"))}</p>'
 
 
 def file_address(path: Path) -> str:

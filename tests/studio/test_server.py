@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from apps.service.metadata import read_picture
+from apps.studio.forms import read_mask
 from apps.studio.strings import Strings
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 
@@ -345,6 +346,70 @@ def test_inpaint_with_the_brush(server, page):
     assert (after[marked] != before[marked]).any()
     page.click("[data-tool=undo]")
     page.wait_for_function("document.querySelector('#mask textarea, #mask input').value === ''")
+
+
+@pytest.mark.browser
+def test_the_brush_is_sized_and_the_image_zoomed_a_mask_is_loaded_and_a_side_dragged(server, page, tmp_path):
+    Image.effect_noise((120, 80), 90).convert("RGB").save(tmp_path / "in.png")
+    given = Image.new("L", (240, 160))
+    given.paste(255, (40, 40, 80, 80))
+    given.save(tmp_path / "mask.png")
+    given.resize((160, 160)).save(tmp_path / "square.png")
+    handed = "document.querySelector('#mask textarea, #mask input').value"
+    tab(page, "Inpaint")
+    page.set_input_files("#source input[type=file]:not(#mask-file)", tmp_path / "in.png")
+    canvas = page.locator("#source canvas")
+    canvas.wait_for()
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    width, middle = page.input_value("#brush-size"), (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.move(*middle)
+    page.mouse.wheel(0, -100)
+    assert int(page.input_value("#brush-size")) > int(width)
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -300)
+    page.keyboard.up("Control")
+    assert canvas.bounding_box()["width"] > 2 * box["width"]
+    page.mouse.click(*middle)  # what is under the pointer is marked, at any zoom
+    marked = read_mask(page.evaluate(handed))
+    assert marked.getpixel((60, 40)) == 255
+    assert 0 < np.asarray(marked).mean() < 255 / 4
+    canvas.press("0")
+    assert canvas.bounding_box() == box
+    canvas.press("Control+z")
+    assert page.evaluate(handed) == ""
+    canvas.press("Control+Shift+z")
+    assert read_mask(page.evaluate(handed)).tobytes() == marked.tobytes()
+
+    page.set_input_files("#mask-file", tmp_path / "square.png")
+    page.get_by_text("The mask has 160 \u00d7 160 pixels").wait_for()
+    drawn = page.evaluate(handed)
+    page.set_input_files("#mask-file", tmp_path / "mask.png")
+    page.wait_for_function(f"drawn => {handed} !== drawn", arg=drawn)
+    assert read_mask(page.evaluate(handed)).getbbox() == (20, 20, 40, 40)  # of the image's size
+
+    handle = page.locator("#source .handle[data-side=right]").bounding_box()
+    start = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
+    page.mouse.move(*start)
+    page.mouse.down()
+    page.mouse.move(start[0] + 0.5 * box["width"], start[1], steps=4)
+    page.mouse.up()
+    page.wait_for_function("document.querySelector('#grow-right input').value === '50'")
+    shown, whole = page.locator("#source .view").bounding_box(), page.locator("#source .brush").bounding_box()
+    assert shown["width"] / whole["width"] == pytest.approx(1 / 1.5, abs=0.01)
+    page.fill("#grow-right input", "0")  # the field moves the side back
+    page.wait_for_function("!document.querySelector('#source .brush-frame').classList.contains('grown')")
+
+    page.fill("#mask-padding input[type=number]", "8")
+    page.press("#mask-padding input[type=number]", "Tab")
+    painted = paint_one(page, server[1], "a fox")
+    found = read_picture(painted)
+    assert (found.mask_padding, found.whole) == (8, (120, 80))
+    with Image.open(painted) as image, Image.open(tmp_path / "in.png") as before:
+        changed = np.asarray(image.convert("RGB")) != np.asarray(before)
+    assert changed[20:40, 20:40].any()
+    changed[20:40, 20:40] = False
+    assert not changed.any()
 
 
 @pytest.mark.browser

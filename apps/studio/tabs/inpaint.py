@@ -30,8 +30,8 @@ def _build(words: Strings) -> dict[str, gr.components.Component]:
         "repaint": controls.build("repaint", words, declared_options(InpaintRequest)["strength"]),
         **controls.lay_out("inpaint", words, min_width=190),
     }
-    with gr.Accordion(words("expand"), open=False, elem_id="expand"):
-        gr.HTML(f'<p class="hint">{words("expand.hint")}</p>', js_on_load=None)
+    with gr.Column(elem_id="expand"):  # no accordion: Gradio keeps the fields of a closed one from `static/outpaint.js`
+        gr.HTML(f'<p class="hint"><b>{words("expand")}.</b> {words("expand.hint")}</p>', js_on_load=None)
         with gr.Row(elem_id="sides-grown"):
             for side in SIDES:
                 parts[f"grow_{side}"] = fields.Number(
