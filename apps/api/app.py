@@ -64,6 +64,7 @@ def create_app(
     *,
     uploads: Mapping[str, int] | None = None,
     forms: tuple[str, ...] = (),
+    public: tuple[str, ...] = (),
     sizes: BodyLimits | None = None,
     scratch: Path | None = None,
 ) -> FastAPI:
@@ -76,6 +77,7 @@ def create_app(
         api: serve the routes under `/v1`.
         uploads: further paths whose bodies are files, such as the page's, and how many bytes each takes.
         forms: paths that take what the page hands over.
+        public: further paths that need no user; nothing private is in them.
         sizes: limits of bodies.
         scratch: private folder for files that arrive; None for the system's folder of temporary files.
     """
@@ -95,7 +97,7 @@ def create_app(
     if logins is not None:
         login_page.add_login(app, logins)
     _add_files(app)
-    public = (*PUBLIC, *(login_page.PATHS if logins is not None else ()))
+    public = (*PUBLIC, *public, *(login_page.PATHS if logins is not None else ()))
     guard = {"tokens": tokens, "logins": logins, "public": public, "forms": forms, "sizes": sizes}
     app.add_middleware(Guard, uploads=UPLOADS | dict(uploads or {}), **guard)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))

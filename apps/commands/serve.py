@@ -99,20 +99,29 @@ def run(
             from apps.service.logs import hide_prompts, set_up
             from apps.service.own_models import OwnModels, models_folder
             from apps.studio.app import FORMS, UPLOADS, build_engine, mount
+            from apps.studio.pwa import PUBLIC
 
             set_up()
             tokens = None if auth_file is None else TokenTable(auth_file)
             folder = models_folder(output_dir) if own_models is None else own_models
             engine = build_engine(models, output_dir, device, dtype, offload, base, lora, upscalers, wildcards, folder)
             engine.model().add_done_callback(lambda _: hide_prompts())  # the libraries are imported then
-            app = create_app(engine, tokens, _names(host), api, uploads=UPLOADS, forms=FORMS, scratch=private)
+            app = create_app(
+                engine,
+                tokens,
+                _names(host),
+                api,
+                uploads=UPLOADS,
+                forms=FORMS,
+                public=PUBLIC if page else (),
+                scratch=private,
+            )
             app.state.own_models = OwnModels(engine, folder)
             if page:
                 most = None if fine_tuning is None else fine_tuning_limits(*fine_tuning)
                 runs = mount(app, engine, tokens, most, app.state.own_models)
             server = _start(app, host, port)
-        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{port}"
+        address = _address(host, port)
         what = "tessera studio" if page else "tessera API"
         console.print(f"[bold]{what}[/bold]  [link]{address}[/link]{'  API under /v1' if page and api else ''}")
         console.print(f"[dim]images go to {output_dir}, Ctrl-C ends[/dim]", highlight=False)
@@ -131,6 +140,12 @@ def run(
                 one.close()
         _wait_until_ended(server)
         folders.close()
+
+
+def _address(host: str, port: int) -> str:
+    """Return the address that a browser on this machine opens."""
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}"
 
 
 def _start(app: Any, host: str, port: int) -> Any:

@@ -22,7 +22,7 @@ from apps.service.model_pool import name_models
 from apps.service.own_models import OwnModels, models_folder, own_loras, own_models
 from apps.service.stored_images import STATE_FOLDER
 from apps.service.tuning import Tunings
-from apps.studio import fine_tune, gallery_tab, models, panels, prompt_tools, speed, views
+from apps.studio import fine_tune, gallery_tab, models, panels, prompt_tools, pwa, speed, views
 from apps.studio.controls import Parts
 from apps.studio.fine_tune_files import add_files
 from apps.studio.gate import Gate
@@ -31,7 +31,7 @@ from apps.studio.listeners import connect
 from apps.studio.sessions import Sessions
 from apps.studio.strings import Strings, languages
 from apps.studio.tabs import TABS, compare
-from apps.studio.theme import FILES, LANGUAGE, SCRIPT, SCRIPTS, STYLES, theme
+from apps.studio.theme import FILES, LANGUAGE, SCRIPT, SCRIPTS, STATIC, STYLES, theme
 from pipelines import builtin_models, builtin_upscalers
 
 STATES = {
@@ -117,6 +117,7 @@ def mount(
     runs = None if folder is None else FineTuning(folder, engine.uploads, engine.lora_files, fine_tuning)
     app.state.fine_tuning = runs
     app.state.tunings = tunings = Tunings()
+    pwa.add_app(app, has_users=sessions.has_users)
     if runs is not None:
         add_files(app, runs, sessions.has_users)
     if folder is not None:
@@ -137,14 +138,14 @@ def mount(
             run_history=False,
             mcp_server=False,
             ssr_mode=False,
-            pwa=False,
+            pwa=False,  # see `apps.studio.pwa`
             footer_links=[],
             max_file_size=limits.MAX_UPLOAD_BYTES,
             # For the copies that Gradio makes of what the page shows; the gate serves the copies only.
             allowed_paths=[] if folder is None else [str(folder)],
             blocked_paths=[] if folder is None else [str(folder / STATE_FOLDER)],
             theme=theme(),
-            css_paths=list(STYLES),
+            css_paths=[*STYLES, STATIC / "pwa.css"],
             js=SCRIPT.read_text(encoding="utf-8"),
             head=_head(),
         )
@@ -183,7 +184,7 @@ def _head() -> str:
     most = f'data-most="{limits.MAX_UPLOAD_BYTES}" data-together="{limits.MAX_UPLOADS_BYTES}"'
     files = f"<script {most}>{FILES.read_text(encoding='utf-8')}</script>"
     others = "".join(f"<script>{script.read_text(encoding='utf-8')}</script>" for script in SCRIPTS)
-    return f"{language}{files}{others}"
+    return f"{language}{pwa.head()}{files}{others}"
 
 
 def build_page(
