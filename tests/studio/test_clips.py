@@ -182,6 +182,7 @@ def test_a_clip_begins_with_a_picture(tmp_path):
     engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_browser_plays_it(world, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")

@@ -321,6 +321,7 @@ def test_the_owner_adds_and_removes_over_http(served, tmp_path):
 # --------------------------------------------------------------------------- browser
 
 
+@pytest.mark.slow
 def test_a_model_is_added_by_path_marked_used_and_generates_without_a_reload(browser, tmp_path):
     tiny_text_to_image_pipeline().save_pretrained(tmp_path / "tiny")
     (tmp_path / "out").mkdir()

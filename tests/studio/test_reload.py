@@ -152,6 +152,7 @@ def test_a_reload_goes_on_with_the_same_job_and_its_queue(server, pages):
     assert states(server)[-2:] == ["stopped", "stopped"]
 
 
+@pytest.mark.slow
 def test_another_page_finds_what_a_closed_one_asked_for(server, pages):
     first = pages()
     ask(first, "a ghost", 300)
@@ -167,6 +168,7 @@ def test_another_page_finds_what_a_closed_one_asked_for(server, pages):
     assert third.locator("#stop").is_disabled()
 
 
+@pytest.mark.slow
 def test_two_pages_see_one_queue(server, pages):
     one, other = pages(), pages()
     ask(one, "a ghost", 400)
@@ -244,6 +246,7 @@ def test_a_picture_of_the_gallery_can_be_used_while_another_is_generated(server,
     idle(page)
 
 
+@pytest.mark.slow
 def test_a_grid_survives_a_reload_and_can_be_read(server, pages):
     page = pages()
     tab(page, "Grid")

@@ -256,6 +256,7 @@ def test_type_paint_stop(server, page, width, height):
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_slow_browser_shows_the_picture_in_its_strip(server, page):
     """It takes in an image, 'done' and what follows at once, and Gradio turns each message into the next in place."""

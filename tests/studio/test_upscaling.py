@@ -422,6 +422,7 @@ def test_the_line_under_the_stage_says_it(language):
     assert [share for _, share in lines] == [0.5] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_browser_shows_the_enlarged_image_of_a_built_in_model(tmp_path):
     """The switch is on when the page opens; turned off, the image comes as the model makes it."""
