@@ -184,10 +184,9 @@ def worker(has_users: bool) -> bytes:
 
 def head() -> str:
     """Return what the head of the page says of the app, and the script that does the rest."""
-    script = f'<script data-languages="{" ".join(languages())}">{_template("pwa.js")}</script>'
+    colours = f'data-light="{theme.PAPER}" data-night="{theme.NIGHT}"'
+    script = f'<script data-languages="{" ".join(languages())}" {colours}>{_template("pwa.js")}</script>'
     return (
-        f'<meta name="theme-color" media="(prefers-color-scheme: light)" content="{theme.PAPER}">'
-        f'<meta name="theme-color" media="(prefers-color-scheme: dark)" content="{theme.NIGHT}">'
         '<meta name="mobile-web-app-capable" content="yes"><meta name="apple-mobile-web-app-capable" content="yes">'
         f'<meta name="apple-mobile-web-app-title" content="{escape(Strings("en")("app.short_name"))}">'
         '<link rel="apple-touch-icon" href="/apple-touch-icon.png">'

@@ -1,6 +1,6 @@
 // The page as an app: the manifest in its language, the area under the notch, the colour of the bar above it, the worker.
 (() => {
-  const { languages } = document.currentScript.dataset;
+  const { languages, light, night } = document.currentScript.dataset;
   const here = location.pathname.split("/")[1];
   const language = languages.split(" ").includes(here) ? here : "";
 
@@ -10,13 +10,14 @@
   const viewport = document.querySelector("meta[name=viewport]");
   if (viewport && !viewport.content.includes("viewport-fit")) viewport.content += ", viewport-fit=cover";
 
-  // The button for dark and light goes before what the system asks for.
-  const colours = [...document.querySelectorAll("meta[name=theme-color]")].map((one) => one.content);
+  // Made here, because Gradio keeps one of a name only. The button for dark and light goes before what the system asks for.
+  const colours = { light, dark: night };
+  const metas = Object.entries(colours).map(([scheme, content]) =>
+    Object.assign(document.createElement("meta"), { name: "theme-color", media: `(prefers-color-scheme: ${scheme})`, content }));
+  document.head.append(...metas);
   const paint = () => {
-    const dark = document.body.classList.contains("dark");
-    for (const one of document.querySelectorAll("meta[name=theme-color]")) {
-      if (one.content !== colours[Number(dark)]) one.content = colours[Number(dark)];
-    }
+    const content = colours[document.body.classList.contains("dark") ? "dark" : "light"];
+    for (const one of metas) one.content = content;
   };
   const watch = () => {
     paint();
