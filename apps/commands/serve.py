@@ -52,6 +52,7 @@ def run(
     own_models: Path | None = None,
     upscalers: list[str] | None = None,
     fine_tuning: tuple[float, float, float, float] | None = None,
+    mcp: bool = False,
 ) -> None:
     """Serve until Ctrl-C; what is unfinished then goes on at the next start.
 
@@ -73,17 +74,17 @@ def run(
         own_models: folder of models; None for `models` beside the output folder.
         upscalers: offered besides the built-in ones: folders or hub ids.
         fine_tuning: see `apps.service.limits.fine_tuning_limits`; None for the defaults.
+        mcp: serve the tools of the Model Context Protocol at `/mcp`; with `auth_file` each request there needs a token.
 
     Raises:
         ValueError: other machines could reach it without a token, there is no model, the output folder is in use, or
             a signature that is configured can't be made.
         OSError: the port is taken.
-        ImportError: the extra `studio` is not installed, or `c2pa` where signing is configured.
+        ImportError: the extra `studio` is not installed, or `mcp`, or `c2pa` where signing is configured.
     """
     check_host(host, auth_file)
     check_signing()
-    if find_spec("gradio") is None:
-        raise ImportError("The studio needs Gradio: pip install 'tessera[studio]', or `make studio` in the project.")
+    _check_packages(mcp)
     port = check_port(host, port)
     os.environ.update(QUIET)
     folders = ExitStack()
@@ -116,14 +117,15 @@ def run(
                 public=PUBLIC if page else (),
                 scratch=private,
             )
-            app.state.own_models = OwnModels(engine, folder)
+            app.state.own_models = own = OwnModels(engine, folder)
+            if mcp:
+                _add_mcp(app, engine, tokens)
             if page:
-                most = None if fine_tuning is None else fine_tuning_limits(*fine_tuning)
-                runs = mount(app, engine, tokens, most, app.state.own_models)
+                runs = mount(app, engine, tokens, fine_tuning_limits(*fine_tuning) if fine_tuning else None, own)
             server = _start(app, host, port)
         address = _address(host, port)
-        what = "tessera studio" if page else "tessera API"
-        console.print(f"[bold]{what}[/bold]  [link]{address}[/link]{'  API under /v1' if page and api else ''}")
+        more = ("  API under /v1" if page and api else "") + ("  MCP at /mcp" if mcp else "")
+        console.print(f"[bold]tessera {'studio' if page else 'API'}[/bold]  [link]{address}[/link]{more}")
         console.print(f"[dim]images go to {output_dir}, Ctrl-C ends[/dim]", highlight=False)
         if open_browser and page:
             webbrowser.open(address)
@@ -140,6 +142,24 @@ def run(
                 one.close()
         _wait_until_ended(server)
         folders.close()
+
+
+def _check_packages(mcp: bool) -> None:
+    """Refuse to start without an optional package that is needed.
+
+    Raises:
+        ImportError: it names the extra.
+    """
+    if find_spec("gradio") is None:
+        raise ImportError("The studio needs Gradio: pip install 'tessera[studio]', or `make studio` in the project.")
+    if mcp and find_spec("mcp") is None:
+        raise ImportError("--mcp needs the package mcp: pip install 'tessera[mcp]'")
+
+
+def _add_mcp(app: Any, engine: Any, tokens: Any) -> None:
+    from apps.mcp.server import add_mcp
+
+    add_mcp(app, engine, has_users=tokens is not None)
 
 
 def _address(host: str, port: int) -> str:

@@ -66,6 +66,14 @@ AuthFile = Annotated[
         rich_help_panel=SERVER,
     ),
 ]
+Mcp = Annotated[
+    bool,
+    typer.Option(
+        "--mcp",
+        help="Offer the engine as tools of the Model Context Protocol too, at /mcp; needs the extra mcp.",
+        rich_help_panel=SERVER,
+    ),
+]
 WildcardFolder = Annotated[
     Path | None,
     typer.Option(
