@@ -1,6 +1,7 @@
 # make studio   start the studio in a web page            make lint     style and import rules
 # make test     run the tests (minutes)                   make format   rewrite the style
 # make test-all also the long sweeps                      make type     static types
+# make test-firefox  the tests of the page in Firefox
 # make docs     the pages of docs/ into build/site      make bench    all figures anew, hours, into build/bench
 #
 # Every target keeps to its own .venv and installs only when pyproject.toml or constraints.txt changed.
@@ -16,7 +17,7 @@ INSTALL := $(BIN)/python -m tools.install
 # One thread a test process: with several of them, threads of torch would only get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: studio test test-all lint format type docs bench bench-gpu clean
+.PHONY: studio test test-all test-firefox lint format type docs bench bench-gpu clean
 
 studio: $(VENV)/installed-studio
 	$(BIN)/tessera studio $(ARGS)
@@ -28,6 +29,9 @@ test: $(VENV)/installed-dev
 
 test-all: $(VENV)/installed-dev
 	$(PYTEST) --timeout 3600 -m "not network" $(ARGS)
+
+test-firefox: $(VENV)/installed-dev
+	TESSERA_BROWSER=firefox $(PYTEST) -m "browser" $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -20,7 +20,8 @@ from PIL import Image
 from apps.lora_examples.captioned_folder import write_captioned
 from apps.lora_examples.new_object import draw_object_examples
 from apps.stickers import load_sprites
-from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, PROJECT, note_says, open_page, wait_for_address
+from tests.studio.browsers import fill_number, open_browser
+from tests.studio.test_server import PROJECT, note_says, open_page, wait_for_address
 
 WIDTHS = {1280: 900, 390: 844}
 """Of the window, with its height."""
@@ -88,7 +89,7 @@ class Camera:
     def generate(self, prompt: str, seed: int) -> None:
         """Generate an image with a fixed seed and wait for it."""
         self.page.fill("#prompt textarea", prompt)
-        self.page.fill("#seed input", str(seed))
+        fill_number(self.page, "#seed input", str(seed))
         self.page.press("#seed input", "Tab")
         self.page.wait_for_function("document.querySelector('#seed-mode input:checked')?.value === 'fixed'")
         self.page.evaluate("document.querySelector('#stage .note').textContent = ''")  # that of the last image
@@ -187,7 +188,6 @@ def main(folder: Path, tabs: tuple[str, ...]) -> None:
         folder: receives the images.
         tabs: only these; all if empty.
     """
-    from playwright.sync_api import sync_playwright
 
     with tempfile.TemporaryDirectory() as place:
         log = Path(place) / "log"
@@ -199,13 +199,11 @@ def main(folder: Path, tabs: tuple[str, ...]) -> None:
             cwd=PROJECT,
         )
         try:
-            with sync_playwright() as playwright:
-                browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+            with open_browser() as browser:
                 page = browser.new_page(viewport={"width": 1280, "height": WIDTHS[1280]}, reduced_motion="reduce")
                 page.set_default_timeout(1000 * PATIENCE)
                 open_page(page, wait_for_address(process, log, PATIENCE))
                 shoot(Camera(page, folder, tabs))
-                browser.close()
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(120)

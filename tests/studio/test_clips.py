@@ -45,8 +45,9 @@ from apps.studio.settings_handlers import SettingsHandlers
 from apps.studio.strings import Strings
 from tests.families.tiny import tiny_pipeline
 from tests.pipes.tiny_video import tiny_video_pipeline
+from tests.studio.browsers import fill_number, open_browser
 from tests.studio.test_page import PAGE, TAB, generate_values, pictures
-from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, note_says, open_page
+from tests.studio.test_server import note_says, open_page
 
 WORDS = Strings("en")
 ASK = {
@@ -185,11 +186,7 @@ def test_a_clip_begins_with_a_picture(tmp_path):
 @pytest.mark.slow
 @pytest.mark.browser
 def test_a_browser_plays_it(world, tmp_path):
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium here; apt-get install --no-install-recommends chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+    with open_browser() as browser:
         page = browser.new_page(viewport={"width": 390, "height": 844})
         page.set_default_timeout(60_000)
         requests, errors = [], []
@@ -223,12 +220,11 @@ def test_a_browser_plays_it(world, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         page.reload()
         page.locator(".chip:visible").first.wait_for()
-        page.fill("#steps input[type=number]", "7")
+        fill_number(page, "#steps input[type=number]", "7")
         page.set_input_files("#settings input[type=file]", newest)
         page.wait_for_function("document.querySelector('#steps input[type=number]').value === '2'")
         assert errors == []
         assert [url for url in requests if not url.startswith((world.address, "data:", "blob:"))] == []
-        browser.close()
 
 
 def test_a_file_depends_on_its_frames_not_on_what_is_left_in_memory(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from apps.service.gallery_store import Person, Wanted
 from apps.service.job_store import StoredPicture
 from apps.studio.strings import Strings
+from tests.studio.browsers import double_click
 from tests.studio.serving import client_of, serving_page
 from tests.studio.test_server import browser
 
@@ -156,7 +157,7 @@ def test_the_viewer_zooms_pans_and_goes_to_neighbours(local):
     record(local.served, "a second")
     record(local.served, "a <b>first</b>", image=source)
     open_gallery(page, 2)
-    page.locator(".gallery-cell").first.dblclick()
+    double_click(page.locator(".gallery-cell").first)
     view, image = page.locator(".gallery-view"), page.locator(".gallery-frame img").first
     view.locator("td", has_text="a <b>first</b>").wait_for()
     assert view.locator("h2").inner_text() == "a <b>first</b>"
@@ -209,7 +210,7 @@ def test_settings_stand_side_by_side_and_what_was_chosen_is_used(local):
     press(page, "Before/after of two")
     page.locator(".gallery-pair img").nth(1).wait_for()
     page.keyboard.press("Escape")
-    page.locator(".gallery-cell").nth(1).dblclick()
+    double_click(page.locator(".gallery-cell").nth(1))
     press(page, "Reuse settings")
     page.wait_for_function("document.querySelector('#steps input[type=number]')?.value === '4'")
     assert page.input_value("#prompt textarea") == "a fox by hand"

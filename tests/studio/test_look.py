@@ -10,6 +10,7 @@ from PIL import Image
 from apps.service import limits
 from apps.studio.forms import read_mask
 from apps.studio.theme import CLAY, theme
+from tests.studio.browsers import fill_number
 from tests.studio.test_server import browser, note_says, open_page, page, problem_says, server
 
 __all__ = ["browser", "page", "server"]
@@ -167,7 +168,7 @@ def test_the_brush_and_the_button_that_generates_are_on_one_screen(server, page,
 @pytest.mark.slow
 def test_the_stage_stays_in_sight_while_settings_are_tuned(server, page):
     page.fill("#prompt textarea", "a fox")
-    page.fill("#steps input[type=number]", "2")
+    fill_number(page, "#steps input[type=number]", "2")
     page.click("#generate")
     note_says(page, "Done")
     page.locator("#strip img").first.wait_for()  # with facts and thumbnails the stage's panel is at its highest
@@ -216,7 +217,7 @@ def test_an_error_is_in_sight_and_goes_when_its_cause_goes(server, page, tmp_pat
 def test_a_picture_sent_to_another_tab_is_in_sight_there(server, page):
     page.set_viewport_size({"width": 390, "height": 844})
     page.fill("#prompt textarea", "a fox")
-    page.fill("#steps input[type=number]", "2")
+    fill_number(page, "#steps input[type=number]", "2")
     page.click("#generate")
     note_says(page, "Done")
     page.click("#inpaint-it")
@@ -292,7 +293,7 @@ def test_nothing_breaks_on_a_narrow_screen(server, browser, language):
 @pytest.mark.slow
 def test_thumbnails_are_named_by_what_they_show(server, page):
     page.fill("#prompt textarea", "a red apple")
-    page.fill("#seed input", "41")
+    fill_number(page, "#seed input", "41")
     page.click("#generate")
     page.locator("#strip button[aria-label='a red apple, seed 41']").first.wait_for()
     choose(page, "gallery")

@@ -15,10 +15,10 @@ from apps.studio.prompt_notes import became
 from apps.studio.prompt_tools import EARLIER, PromptTools, settings_of
 from apps.studio.sessions import Sessions
 from apps.studio.strings import FOLDER, Strings, languages
+from tests.studio.browsers import open_browser
 from tests.studio.fakes import FakePipeline
 from tests.studio.serving import serving_page
 from tests.studio.test_page import PAGE, studio
-from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS
 
 __all__ = ["studio"]
 ENGLISH = Strings("en")
@@ -114,13 +114,8 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright_module = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium here; apt-get install --no-install-recommends chromium")
-    with playwright_module.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        yield opened
-        opened.close()
+    with open_browser() as one:
+        yield one
 
 
 @pytest.fixture

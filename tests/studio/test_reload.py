@@ -12,6 +12,7 @@ import pytest
 
 from apps.service.metadata import read_picture
 from tests.fresh import Python
+from tests.studio.browsers import double_click, fill_number
 from tests.studio.test_server import browser, note_says, open_page, problem_says, tab, wait_for_address
 
 pytestmark = pytest.mark.browser
@@ -84,7 +85,7 @@ def ask(page, prompt, seed, steps=100, count=16):
     for name, value in (("steps", steps), ("num-images", count)):
         page.fill(f"#{name} input[type=number]", str(value))
         page.press(f"#{name} input[type=number]", "Tab")
-    page.fill("#seed input", str(seed))
+    fill_number(page, "#seed input", str(seed))
     page.press("#seed input", "Tab")
     page.wait_for_function("document.querySelector('#seed-mode input:checked')?.value === 'fixed'")
     page.click("#generate")
@@ -235,7 +236,7 @@ def test_a_picture_of_the_gallery_can_be_used_while_another_is_generated(server,
     ask(page, "a ghost", 1000)
     note_says(page, "Image 1")
     tab(page, "Gallery")
-    page.locator(".gallery-cell[aria-label^='a fox']").first.dblclick()
+    double_click(page.locator(".gallery-cell[aria-label^='a fox']").first)
     page.get_by_role("button", name="Show on the stage").click()
     page.wait_for_function("document.querySelector('#details').textContent.includes('seed 900')")
     line_says(page, "step")

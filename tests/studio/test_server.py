@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,22 +19,12 @@ from apps.service.metadata import read_picture
 from apps.studio.forms import read_mask
 from apps.studio.strings import Strings
 from tests.pipes.tiny import tiny_text_to_image_pipeline
+from tests.studio.browsers import double_click, fill_number, only_chromium, open_browser
 
 PROJECT = Path(__file__).resolve().parents[2]
 STRINGS = json.loads((PROJECT / "apps" / "studio" / "strings" / "zh.json").read_text(encoding="utf-8"))
 AFTER_DONE = 2_000
 """Milliseconds until the page has heard the last word of a job; leaving it before that is an error in its console."""
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMIUM_FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +115,8 @@ def test_the_page_offers_no_api(server):
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium here; apt-get install --no-install-recommends chromium")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        yield chromium
-        chromium.close()
+    with open_browser() as one:
+        yield one
 
 
 @pytest.fixture
@@ -231,8 +215,8 @@ def test_type_paint_stop(server, page, width, height):
     for side in ("#width", "#height"):
         page.fill(f"{side} input[type=number]", "128")
         page.press(f"{side} input[type=number]", "Tab")
-    page.fill("#num-images input[type=number]", "16")
-    page.fill("#steps input[type=number]", "100")
+    fill_number(page, "#num-images input[type=number]", "16")
+    fill_number(page, "#steps input[type=number]", "100")
     page.press("#steps input[type=number]", "Tab")
     page.get_by_role("button", name="Generate", exact=True).click()
     page.wait_for_function(  # stops within the page: a fast machine is through with all sixteen in seconds
@@ -256,6 +240,7 @@ def test_type_paint_stop(server, page, width, height):
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
 
 
+@only_chromium
 @pytest.mark.slow
 @pytest.mark.browser
 def test_a_slow_browser_shows_the_picture_in_its_strip(server, page):
@@ -298,7 +283,7 @@ def test_words_examples_and_dark_mode(page):
 def test_settings_of_a_picture_paint_it_again(server, page):
     """The bar: from the file alone, in a page that knows nothing of it, bit for bit."""
     _, out = server
-    page.fill("#steps input[type=number]", "7")
+    fill_number(page, "#steps input[type=number]", "7")
     page.press("#steps input[type=number]", "Tab")
     first = paint_one(page, out)
     page.wait_for_timeout(AFTER_DONE)
@@ -398,10 +383,10 @@ def test_the_brush_is_sized_and_the_image_zoomed_a_mask_is_loaded_and_a_side_dra
     page.wait_for_function("document.querySelector('#grow-right input').value === '50'")
     shown, whole = page.locator("#source .view").bounding_box(), page.locator("#source .brush").bounding_box()
     assert shown["width"] / whole["width"] == pytest.approx(1 / 1.5, abs=0.01)
-    page.fill("#grow-right input", "0")  # the field moves the side back
+    fill_number(page, "#grow-right input", "0")  # the field moves the side back
     page.wait_for_function("!document.querySelector('#source .brush-frame').classList.contains('grown')")
 
-    page.fill("#mask-padding input[type=number]", "8")
+    fill_number(page, "#mask-padding input[type=number]", "8")
     page.press("#mask-padding input[type=number]", "Tab")
     painted = paint_one(page, server[1], "a fox")
     found = read_picture(painted)
@@ -416,7 +401,7 @@ def test_the_brush_is_sized_and_the_image_zoomed_a_mask_is_loaded_and_a_side_dra
 @pytest.mark.browser
 def test_what_was_set_survives_a_reload(page):
     page.fill("#prompt textarea", "a pizza")
-    page.fill("#steps input[type=number]", "9")
+    fill_number(page, "#steps input[type=number]", "9")
     page.press("#steps input[type=number]", "Tab")
     page.wait_for_function("(localStorage.getItem('tessera-settings') ?? '').length > 100")
     time.sleep(0.5)
@@ -435,7 +420,7 @@ def test_chinese_gallery_and_a_hostile_upload(server, page, tmp_path):
     page.locator(".chip:visible").first.wait_for()
     assert page.inner_text("#generate") == STRINGS["generate"]
     page.get_by_role("tab", name=STRINGS["tab.gallery"], exact=True).first.click()
-    page.locator(".gallery-cell").first.dblclick()
+    double_click(page.locator(".gallery-cell").first)
     page.get_by_role("button", name=Strings("zh")("gallery.use")).click()
     seed = str(read_picture(painted).seed)
     page.wait_for_function("seed => document.querySelector('#details')?.textContent.includes(seed)", arg=seed)

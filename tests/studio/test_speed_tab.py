@@ -22,9 +22,9 @@ from apps.studio.page_values import PageError
 from apps.studio.sessions import Sessions
 from apps.studio.speed_handlers import SpeedHandlers
 from apps.studio.strings import Strings
+from tests.studio.browsers import open_browser
 from tests.studio.fakes import FakePipeline
 from tests.studio.serving import ROLES
-from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS
 
 ENGLISH = Strings("en")
 PROGRESS = {
@@ -166,10 +166,8 @@ def test_only_administrators_may_tune_where_people_sign_in(tmp_path, tunings):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.browser
 def test_three_clicks_from_a_model_to_a_tuned_request(tmp_path, monkeypatch):
-    from playwright.sync_api import sync_playwright
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(speed, "MINUTES", 0.5)
     (tmp_path / "out").mkdir()
@@ -180,8 +178,7 @@ def test_three_clicks_from_a_model_to_a_tuned_request(tmp_path, monkeypatch):
     port = check_port("127.0.0.1", 0)
     server = _start(app, "127.0.0.1", port)
     try:
-        with sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        with open_browser() as browser:
             page = browser.new_page()
             page.goto(f"http://127.0.0.1:{port}/")
             page.wait_for_selector("#generate:not([disabled])")
@@ -194,7 +191,6 @@ def test_three_clicks_from_a_model_to_a_tuned_request(tmp_path, monkeypatch):
             page.click("#generate")
             page.get_by_text("profile balanced").first.wait_for(timeout=60_000)
             assert page.locator(".speed-table tbody tr").count() >= 2
-            browser.close()
     finally:
         app.state.tunings.close()
         server.should_exit = True

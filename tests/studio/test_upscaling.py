@@ -40,10 +40,11 @@ from pipelines import Upscaler
 from tests.families.tiny import tiny_pipeline
 from tests.pipes.tiny import tiny_text_to_image_pipeline
 from tests.pipes.tiny_upscalers import tiny_latent_upscale_pipeline, tiny_network
+from tests.studio.browsers import open_browser
 from tests.studio.fakes import FakePipeline
 from tests.studio.test_api import ASK, serving
 from tests.studio.test_page import PAGE, generate_values, pictures
-from tests.studio.test_server import CHROMIUM, CHROMIUM_FLAGS, PROJECT, note_says, open_page, wait_for_address
+from tests.studio.test_server import PROJECT, note_says, open_page, wait_for_address
 
 CPU = DeviceOptions(device="cpu")
 WORDS = Strings("en")
@@ -426,11 +427,7 @@ def test_the_line_under_the_stage_says_it(language):
 @pytest.mark.browser
 def test_a_browser_shows_the_enlarged_image_of_a_built_in_model(tmp_path):
     """The switch is on when the page opens; turned off, the image comes as the model makes it."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium here; apt-get install --no-install-recommends chromium")
-    with built_in_studio(tmp_path) as address, sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+    with open_browser() as browser, built_in_studio(tmp_path) as address:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(120_000)
         errors = []
@@ -451,7 +448,6 @@ def test_a_browser_shows_the_enlarged_image_of_a_built_in_model(tmp_path):
         sizes = sorted(Image.open(file).size for file in (tmp_path / "out").glob("*.png"))
         assert sizes == [(128, 128), (512, 512)]
         assert errors == []
-        browser.close()
 
 
 @contextmanager

@@ -124,7 +124,10 @@
   });
 
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) document.querySelector("#generate").click();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();  // else Firefox goes on to submit the line too
+      document.querySelector("#generate").click();
+    }
     if (event.key === "Escape") document.querySelector("#stop:not([disabled])")?.click();
   });
 }
