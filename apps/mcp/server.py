@@ -31,6 +31,7 @@ from apps.mcp.tools import MAX_WAIT_SECONDS, Tools
 from apps.service import limits
 from apps.service.engine import Engine
 from apps.service.requests import TextToImageRequest, explain
+from apps.service.validation import accepted
 from dit import __version__
 
 PATH = "/mcp"
@@ -100,13 +101,26 @@ class ToolServer(GradioMCPServer):
         unknown = [str(name)[:40] for name in arguments if name not in known]
         if unknown:
             return f"{unknown[0]!a}: {tool} has no such setting; leave it out"
-        if not tool.startswith("generate"):
-            return ""
-        values = {name: value for name, value in arguments.items() if name in self._options and value is not None}
-        try:
-            TextToImageRequest.model_validate(values)
-        except ValidationError as error:
-            return explain(error)
+        if tool.startswith("generate"):
+            values = {name: value for name, value in arguments.items() if name in self._options and value is not None}
+            try:
+                TextToImageRequest.model_validate(values)
+            except ValidationError as error:
+                return explain(error)
+        return self._outside(tool, arguments)
+
+    def _outside(self, tool: str, arguments: Mapping[str, Any]) -> str:
+        """Say which argument is outside the schema of a tool, without repeating it; empty for none."""
+        from jsonschema import Draft202012Validator
+
+        schema, _ = self.get_input_schema(tool)
+        for error in Draft202012Validator(schema).iter_errors(dict(arguments)):
+            if not error.path:
+                missing = [name for name in schema.get("required", ()) if name not in arguments]
+                return f"{', '.join(missing)}: is missing"
+            name = str(error.path[0])
+            wanted = accepted(schema["properties"][name])
+            return f"{name}: {wanted if wanted.startswith('choose') else f'{wanted}; see the schema of {tool}'}"
         return ""
 
     def get_input_schema(

@@ -57,9 +57,9 @@ def told(tool: Callable[..., Awaitable[Answer]]) -> Callable[..., Awaitable[Answ
     """Have a tool say in its own words what is wrong with a request, and of all other errors nothing."""
 
     @functools.wraps(tool)
-    async def call(*args: Any, **kwargs: Any) -> Answer:
+    async def call(self: Tools, *args: Any, **kwargs: Any) -> Answer:
         try:
-            return await tool(*args, **kwargs)
+            return await tool(self, *args, **kwargs)
         except ToolError:
             raise
         except HTTPException as error:
@@ -72,6 +72,8 @@ def told(tool: Callable[..., Awaitable[Answer]]) -> Callable[..., Awaitable[Answ
         except ValueError as error:  # of ours, written for people: RequestError and its kind
             raise ToolError(str(error)) from error
         except Exception as error:
+            if self.is_closing:  # the queue is closed before the last connection
+                raise ToolError("The server ends; try again later.") from error
             logger.exception("a tool failed")
             raise ToolError("Something went wrong; the log of the server says what.") from error
 
@@ -106,6 +108,11 @@ class Tools:
             self.job_status,
             self.stop_job,
         )
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the server ends."""
+        return self._engine.is_closing
 
     # ------------------------------------------------------------------------ asking
 
@@ -261,7 +268,7 @@ class Tools:
         """Wait until a job has ended, or the time is over, or the server ends; reports progress meanwhile.
 
         Raises:
-            ToolError: its user waits for as many jobs as one may.
+            ToolError: its user waits for as many jobs as one may, or the server ends.
         """
         stream, most = self._engine.live_stream(job_id), self._engine.limits.streams_per_user
         if stream is None or seconds <= 0:
@@ -271,7 +278,7 @@ class Tools:
         deadline, last, seen = time.monotonic() + seconds, 0.0, 0
         self._waiting[user.name] += 1
         try:
-            while not stream.is_closed and not self._engine.is_closing and time.monotonic() < deadline:
+            while not stream.is_closed and not self.is_closing and time.monotonic() < deadline:
                 await asyncio.sleep(POLL_SECONDS)
                 news = stream.read(seen)
                 seen = news[-1][0] if news else seen
@@ -282,6 +289,8 @@ class Tools:
             self._waiting[user.name] -= 1
             if not self._waiting[user.name]:
                 del self._waiting[user.name]
+        if self.is_closing:
+            raise ToolError(f"The server ends. The job {job_id} goes on when it starts again; ask job_status then.")
 
     def _job(self, job_id: str, user: User) -> StoredJob:
         """Return a job of a user; another's looks as if it weren't there.
