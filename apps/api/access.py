@@ -14,6 +14,7 @@ from apps.service.failures import UnknownModelError
 from apps.service.job_store import QueueFullError
 from apps.service.lora import LoraError
 from apps.service.quantized import stored_quantization
+from apps.service.quotas import QuotaError
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
 from apps.service.uploads import UploadError
@@ -38,6 +39,7 @@ def require(role: Role) -> Any:
 
 Viewer = Annotated[User, require("view")]
 Creator = Annotated[User, require("generate")]
+Admin = Annotated[User, require("admin")]
 
 
 def _engine(request: Request) -> Engine:
@@ -67,6 +69,9 @@ def enqueue(engine: Engine, wanted: AnyRequest, user: User) -> str:
         raise HTTPException(422, error_body("unavailable", str(error))) from error
     except RequestError as error:  # a preset, a wildcard or a prompt that can't be had
         raise HTTPException(422, error_body("bad_request", str(error))) from error
+    except QuotaError as error:
+        wait = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        raise HTTPException(429, error_body("quota", str(error)), wait) from error
     except QueueFullError as error:
         raise HTTPException(429, error_body("queue_full", str(error)), {"Retry-After": "5"}) from error
 

@@ -14,7 +14,14 @@ from apps.service.events import ClipPart, Done, Event, Failed, ModelLoading, Pic
 from apps.service.job_store import StoredJob, StoredPicture
 from apps.service.media import clip_uri
 
-STATUS = {"queue_full": 429, "unknown_model": 404, "too_slow": 504, "out_of_memory": 507, "bad_request": 422}
+STATUS = {
+    "queue_full": 429,
+    "quota": 429,
+    "unknown_model": 404,
+    "too_slow": 504,
+    "out_of_memory": 507,
+    "bad_request": 422,
+}
 """HTTP status of a failure; 500 for the others."""
 SERVER_CODES = (
     "failed",

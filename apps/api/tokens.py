@@ -1,7 +1,7 @@
 """Who may do what: a file of users with the hashes of their tokens.
 
 Tokens are drawn by us, 256 bits each, and never chosen by people; that is why one round of a salted hash is enough to
-keep a stolen file useless. A user's token is also the password of the web page.
+keep a stolen file useless. A user's token is also the password of the web page. A row holds the user's quotas too.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import json
 import os
 import secrets
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from apps.service.quotas import NO_QUOTAS, Quotas
 
 Role = Literal["view", "generate", "admin"]
 RANKS: dict[Role, int] = {"view": 0, "generate": 1, "admin": 2}
@@ -27,8 +30,8 @@ MAX_TOKEN_CHARS = 256
 """Longer ones are nobody's; they are not hashed, because that is done once for each user."""
 
 
-class User(BaseModel):
-    """One row of the file.
+class User(Quotas):
+    """One row of the file; its quotas are fields of it, and absent where there is no limit.
 
     Attributes:
         name: of the user, who owns jobs by it.
@@ -36,8 +39,6 @@ class User(BaseModel):
         salt: 32 hex digits.
         digest: SHA-256 of salt and token, 64 hex digits.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")
     role: Role = "generate"
@@ -53,6 +54,11 @@ class User(BaseModel):
     def may(self, role: Role) -> bool:
         """Whether the user's role includes another."""
         return RANKS[self.role] >= RANKS[role]
+
+    @property
+    def quotas(self) -> Quotas:
+        """What the user may use."""
+        return Quotas(**{name: getattr(self, name) for name in Quotas.model_fields})
 
 
 class _File(BaseModel):
@@ -102,6 +108,17 @@ class TokenTable:
         self._refresh()
         return next((user for user in self._users if user.name == name), None)
 
+    @property
+    def users(self) -> tuple[User, ...]:
+        """All users, in the order of the file."""
+        self._refresh()
+        return tuple(self._users)
+
+    def quotas_of(self, name: str) -> Quotas:
+        """Return what a user may use; of somebody who isn't in the file any more nothing is known."""
+        user = self.named(name)
+        return NO_QUOTAS if user is None else user.quotas
+
     def _refresh(self) -> None:
         with self._lock:
             stamp = self._file.stat().st_mtime_ns if self._file.is_file() else 0
@@ -126,29 +143,37 @@ def read_users(file: Path) -> list[User]:
         raise ValueError(f"{file} is no file of users; make one: tessera token NAME --auth-file {file}") from error
 
 
-def add_user(file: Path, name: str, role: str = "generate") -> str:
-    """Add a user, or give one a new token and role.
+def add_user(file: Path, name: str, role: str = "generate", quotas: Mapping[str, float | None] | None = None) -> str:
+    """Add a user, or give one a new token and role; quotas that are not given stay as they are.
 
     Args:
         file: created if absent, readable by its owner only.
         name: letters, digits and `_.-`, at most 40.
         role: what it may do.
+        quotas: field of `Quotas` -> value; None takes a quota away.
 
     Returns:
         The token, which is stored nowhere.
 
     Raises:
-        ValueError: the name or the role isn't allowed, or the file isn't of this form.
+        ValueError: the name, the role or a quota isn't allowed, or the file isn't of this form.
     """
     token, salt = f"tessera-{secrets.token_urlsafe(32)}", secrets.token_hex(16)
+    users = read_users(file) if file.exists() else []
+    kept = next((user.quotas.model_dump() for user in users if user.name == name), {})
+    given = {"name": name, "role": role, "salt": salt, "digest": _digest(salt, token)}
     try:
-        user = User.model_validate({"name": name, "role": role, "salt": salt, "digest": _digest(salt, token)})
+        user = User.model_validate({**kept, **(quotas or {}), **given})
     except ValidationError as error:
+        wrong = next((str(one["loc"][0]) for one in error.errors() if one["loc"][0] in Quotas.model_fields), None)
+        if wrong is not None:
+            value = (quotas or {})[wrong]
+            raise ValueError(f"{wrong} is {value!r}; give a number from 0, or none for no limit.") from error
         if RANKS.keys().isdisjoint({role, OLD_ROLES.get(role)}):
             raise ValueError(f"role is {role!r}; choose among {', '.join(RANKS)}.") from error
         raise ValueError(f"{name!r} is no name: use letters, digits and _.-, at most 40.") from error
-    others = [other for other in (read_users(file) if file.exists() else []) if other.name != name]
-    text = json.dumps({"users": [one.model_dump() for one in (*others, user)]}, indent=2)
+    others = [other for other in users if other.name != name]
+    text = json.dumps({"users": [one.model_dump(exclude_none=True) for one in (*others, user)]}, indent=2)
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     partial.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:

@@ -174,6 +174,7 @@ class Engine(RecordedJobs, OfferedModels):
             UnavailableError: this machine hasn't the memory profile or the attention backend that it asks for.
             LoraError: it names a LoRA file that is not offered, or was another one.
             UnknownUpscalerError: it names an upscaler that is not offered.
+            QuotaError: it needs more than is left of what its user may use.
             QueueFullError: as many wait as may.
             StoreError: the queue can't be written.
         """
@@ -198,6 +199,7 @@ class Engine(RecordedJobs, OfferedModels):
         with self._moved:
             if self._closing:
                 raise QueueFullError("queue.closing", "The server is shutting down; try again later.")
+            self.check_submit(seeded, owner)
             stored = self._store.add(
                 job_id, owner, seeded.model_dump_json(), self.limits.queue, self.limits.queue_per_user
             )
@@ -448,6 +450,7 @@ class Engine(RecordedJobs, OfferedModels):
             signals = CancelSignals(job.stop, job.finish, job.skip, time.monotonic() + self.limits.seconds)
             if job.stop.is_set():
                 return Stopped()
+            self.check_begin(job.queued.owner)
             run_job(job.queued, model, device.context, signals, tell)
         except StopRequestedError:
             return Stopped()

@@ -166,7 +166,7 @@ class Failed:
 
     Attributes:
         code: for programs: queue_full, unknown_model, model_failed, bad_request, out_of_memory, missing_extra,
-            too_slow, crashed, storage, failed.
+            too_slow, crashed, storage, quota, failed.
         message: for people; holds no path and no trace, so that it may be shown to strangers.
         cause: the error itself, for the log and for the owner of the machine.
     """

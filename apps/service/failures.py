@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from apps.service.events import Failed
 from apps.service.job_store import QueueFullError, StoreError
+from apps.service.quotas import QuotaError
 from apps.service.request_error import RequestError
 from pipelines.loading.memory import explain_out_of_memory, is_out_of_memory
 
@@ -56,6 +57,7 @@ def is_storage_failure(error: Exception) -> bool:
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _FAILURES: tuple[tuple[type[Exception], str, str], ...] = (
+    (QuotaError, "quota", ""),
     (QueueFullError, "queue_full", ""),
     (UnknownModelError, "unknown_model", ""),
     (TimeoutError, "too_slow", "This took longer than the server allows; ask for fewer or smaller images."),

@@ -32,7 +32,7 @@ from apps.service.inference import (
 from apps.service.job_store import JobStore, StoredPicture
 from apps.service.lora import LoraFiles, loras_applied, resolve_lora
 from apps.service.media import Clip, ClipWriter, contact_strip, require_video, save_mp4
-from apps.service.metadata import PictureSettings, mark_of, save_picture, save_sidecar
+from apps.service.metadata import PictureSettings, mark_of, save_picture, save_sidecar, sidecar_path
 from apps.service.model_pool import LoadedModel
 from apps.service.option_values import parse_timeline
 from apps.service.prompt_texts import one_by_one, texts_of, without_weights
@@ -107,6 +107,14 @@ def run_job(
     Raises:
         Exception: whatever goes wrong, in the words of where it did.
     """
+    with context.store.meter.running(queued.id, queued.owner):
+        _run_job(queued, model, context, signals, tell)
+
+
+def _run_job(
+    queued: QueuedJob, model: LoadedModel, context: WorkerContext, signals: CancelSignals, tell: Callable[[Event], None]
+) -> None:
+    """Resolve what is open in a request, and generate its images on the model with its LoRA files."""
     request = resolve_defaults(queued.request, model, context.uploads)
     load_options = load_options_of(request, LoadOptions(context.dtype))
     request = request.model_copy(update={"dtype": str(load_options.dtype).removeprefix("torch.")})
@@ -241,6 +249,7 @@ def _finish(
             save_sidecar(settings, path)
         video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), settings, keep_settings=keep)
     name = "" if path is None else path.name
+    files = [] if path is None else [path, path.with_suffix(".mp4"), sidecar_path(path)]
     report = report_text(result.reports)
     context.store.add_picture(
         StoredPicture(
@@ -252,6 +261,7 @@ def _finish(
             report,
             json.dumps(notes),
             encode_reports(result.reports),
+            sum(file.stat().st_size for file in files if file.is_file()),
         )
     )
     return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes, result.reports)

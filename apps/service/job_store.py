@@ -5,8 +5,8 @@ counts when its row is written, and its file, whose name follows from the job, i
 running when the process died goes back into the line, skips the images that count, and replaces by its equal the one
 file that may lie there uncounted. So nothing is lost and nothing is doubled.
 
-Users take turns: the next job is the first one of the user who was served longest ago, so that somebody with thirty
-jobs in the queue lets another pass.
+Users share the devices: whose job is next is decided in `apps.service.shares`, and what they have used is recorded in
+the transaction that records the end of a job, or an image of it (`apps.service.accounting`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import os
 import sqlite3
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from apps.service import gallery_schema
+from apps.service import accounting, gallery_schema, shares
+from apps.service.accounting import Meter
 from apps.service.request_error import TranslatableError
+from apps.service.shares import LINE, TURN, Shares
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs(
@@ -34,7 +35,7 @@ CREATE INDEX IF NOT EXISTS jobs_by_owner ON jobs(owner, number);
 CREATE TABLE IF NOT EXISTS pictures(
     job TEXT NOT NULL REFERENCES jobs(id), place INTEGER NOT NULL, name TEXT NOT NULL, settings TEXT NOT NULL,
     seconds REAL NOT NULL, report TEXT NOT NULL DEFAULT '', notes TEXT NOT NULL DEFAULT '[]',
-    reports TEXT NOT NULL DEFAULT '[]',
+    reports TEXT NOT NULL DEFAULT '[]', bytes INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY(job, place)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS skipped(
     job TEXT NOT NULL REFERENCES jobs(id), place INTEGER NOT NULL, PRIMARY KEY(job, place)) WITHOUT ROWID;
@@ -45,9 +46,6 @@ CREATE TABLE IF NOT EXISTS uploads(
     name TEXT NOT NULL, owner TEXT NOT NULL, bytes INTEGER NOT NULL, used REAL NOT NULL,
     PRIMARY KEY(name, owner)) WITHOUT ROWID;
 """
-LINE = "FROM jobs LEFT JOIN turns ON turns.job = jobs.id"
-TURN = "coalesce(turn, number)"
-"""A job's place in the line: its number, unless it was moved."""
 COLUMNS = "id, owner, request, state, attempts, created, ended, code, message"
 
 
@@ -103,6 +101,7 @@ class StoredPicture:
         report: what accelerators did, see `apps.service.events.Picture`.
         notes: what keeps it from being what was asked for, a JSON list of sentences.
         reports: what each accelerator did, as JSON, see `apps.service.reports`.
+        bytes: of its files; 0 where that was not recorded.
     """
 
     job: str
@@ -113,6 +112,7 @@ class StoredPicture:
     report: str = ""
     notes: str = "[]"
     reports: str = "[]"
+    bytes: int = 0
 
 
 class JobStore:
@@ -120,14 +120,22 @@ class JobStore:
 
     Args:
         file: of the database; None keeps the line in memory.
+        clock: seconds since 1970, for shares and days.
+        ticks: seconds of a clock that never goes back, by which jobs are measured.
 
     Raises:
         StoreInUseError: another process has it open.
     """
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(
+        self,
+        file: Path | None,
+        clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._lock = threading.RLock()
         self._trouble = ""
+        self.meter, self.clock = Meter(ticks), clock
         if file is not None:
             _create_private(file)
         self._db = sqlite3.connect(
@@ -144,6 +152,8 @@ class JobStore:
             self._add_column("pictures", "report", "TEXT NOT NULL DEFAULT ''")
             self._add_column("pictures", "notes", "TEXT NOT NULL DEFAULT '[]'")
             self._add_column("pictures", "reports", "TEXT NOT NULL DEFAULT '[]'")
+            self._add_column("pictures", "bytes", "INTEGER NOT NULL DEFAULT 0")
+            self._db.executescript(accounting.SCHEMA + shares.SCHEMA)
             gallery_schema.prepare(self._db)
         except sqlite3.Error as error:
             self._db.close()
@@ -155,6 +165,7 @@ class JobStore:
                 f"The queue {file} can't be used ({error}). Make it writable, or move it away to begin with an empty "
                 "queue; images that were finished stay where they are."
             ) from error
+        self._shares = Shares(self._db, self.meter, clock)
 
     @property
     def trouble(self) -> str:
@@ -186,6 +197,23 @@ class JobStore:
             if self._db.total_changes != changes:  # a full disk can be read as ever, so reading proves nothing
                 self._trouble = ""
 
+    @contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """Use the database alone for several changes, of which all are made or none.
+
+        Raises:
+            StoreError: it can't be written.
+        """
+        with self.using() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
     def close(self) -> None:
         """Let go of the file."""
         with self._lock:
@@ -207,7 +235,7 @@ class JobStore:
             QueueFullError: the line is full, or the owner has too many in it.
             StoreError: it can't be written.
         """
-        with self.using() as db:
+        with self._changing() as db:
             rows = "SELECT owner, count(*) FROM jobs WHERE state IN ('queued', 'running') GROUP BY owner"
             counts = dict(db.execute(rows).fetchall())
             mine = counts.setdefault(owner, 0)
@@ -217,6 +245,7 @@ class JobStore:
             if sum(counts.values()) >= capacity and mine >= max(capacity // len(counts), 1):
                 message = f"The line is full ({capacity} requests wait); try again in a moment."
                 raise QueueFullError("queue.full", message, most=capacity)
+            self._shares.welcome(owner)
             db.execute(
                 "INSERT INTO jobs(id, owner, request, state, created) VALUES (?, ?, ?, 'queued', ?)",
                 (job_id, owner, request, time.time()),
@@ -229,51 +258,45 @@ class JobStore:
         Raises:
             StoreError: it can't be written.
         """
-        with self.using() as db:
-            order = self._order()
-            if not order:
+        with self._changing() as db:
+            job_id = self._shares.next()
+            if job_id is None:
                 return None
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                row = db.execute(
-                    f"UPDATE jobs SET state = 'running', attempts = attempts + 1 WHERE id = ? RETURNING {COLUMNS}",
-                    (order[0],),
-                ).fetchone()
-                taken = StoredJob(*row)
-                number = "(SELECT coalesce(max(number), 0) + 1 FROM served)"
-                db.execute(f"INSERT OR REPLACE INTO served VALUES (?, {number})", (taken.owner,))
-                db.execute("COMMIT")
-            except sqlite3.Error:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
+            query = f"UPDATE jobs SET state = 'running', attempts = attempts + 1 WHERE id = ? RETURNING {COLUMNS}"
+            taken = StoredJob(*db.execute(query, (job_id,)).fetchone())
+            self._shares.serve(taken.owner)
             return taken
 
-    def _order(self) -> list[str]:
-        """Return the ids of the waiting jobs in the order of service: owners in turn, each one's jobs in theirs."""
-        rows = self._db.execute(f"SELECT id, owner, {TURN} {LINE} WHERE state = 'queued' ORDER BY {TURN}").fetchall()
-        queues: dict[str, deque[tuple[str, int]]] = defaultdict(deque)
-        for job, owner, turn in rows:
-            queues[owner].append((job, turn))
-        served = dict(self._db.execute("SELECT owner, number FROM served").fetchall())
-        latest, order = max(served.values(), default=0), []
-        while queues:
-            owner = min(queues, key=lambda one: (served.get(one, 0), queues[one][0][1]))
-            order.append(queues[owner].popleft()[0])
-            latest += 1
-            served[owner] = latest
-            if not queues[owner]:
-                del queues[owner]
-        return order
-
     def put_back(self, job_id: str) -> None:
-        """Put a running job back to its place in the line, as if it had not been begun."""
-        self._change("UPDATE jobs SET state = 'queued', attempts = attempts - 1 WHERE id = ?", job_id)
+        """Put a running job back to its place in the line, as if it had not been begun; its seconds are charged."""
+        with self._charging(job_id) as db:
+            db.execute("UPDATE jobs SET state = 'queued', attempts = attempts - 1 WHERE id = ?", (job_id,))
+        self.meter.forget(job_id, has_ended=False)
 
     def end(self, job_id: str, state: str, code: str = "", message: str = "") -> None:
-        """Record how a job ended: done, stopped or failed."""
+        """Record how a job ended, done, stopped or failed, and what it used."""
         query = "UPDATE jobs SET state = ?, code = ?, message = ?, ended = ? WHERE id = ?"
-        self._change(query, state, code, message, time.time(), job_id)
+        with self._charging(job_id, has_ended=True) as db:
+            db.execute(query, (state, code, message, time.time(), job_id))
+        self.meter.forget(job_id, has_ended=True)
+
+    @contextmanager
+    def _charging(self, job_id: str, *, images: int = 0, has_ended: bool = False) -> Iterator[sqlite3.Connection]:
+        """Charge what a job has used since it was last charged to its owner, together with other changes.
+
+        Args:
+            job_id: the job.
+            images: of it that are recorded now.
+            has_ended: the job has.
+        """
+        seconds, whole = self.meter.due(job_id), self.meter.total(job_id) if has_ended else None
+        with self._changing() as db:
+            row = db.execute("SELECT owner FROM jobs WHERE id = ?", (job_id,)).fetchone()
+            if row is not None and (seconds or images):
+                accounting.add(db, row[0], self.clock(), images=images, seconds=seconds)
+                self._shares.charge(row[0], seconds, whole)
+            yield db
+        self.meter.settle(job_id, seconds)
 
     def stop_waiting(self, job_id: str) -> bool:
         """Take a job out of the line; False if it doesn't wait any more."""
@@ -307,7 +330,7 @@ class JobStore:
         """Return for every waiting job how many come before it, running ones included."""
         with self.using() as db:
             running = db.execute("SELECT count(*) FROM jobs WHERE state = 'running'").fetchone()[0]
-            return {job: running + place for place, job in enumerate(self._order())}
+            return {job: running + place for place, job in enumerate(self._shares.order())}
 
     def waiting(self, owner: str) -> list[str]:
         """Return the ids of an owner's jobs that wait, in their order."""
@@ -315,11 +338,11 @@ class JobStore:
             query = f"SELECT id {LINE} WHERE state = 'queued' AND owner = ? ORDER BY {TURN}"
             return [job for (job,) in db.execute(query, (owner,))]
 
-    def unfinished(self, owner: str) -> list[StoredJob]:
-        """Return an owner's jobs that run, then those that wait, in their order."""
+    def unfinished(self, owner: str | None) -> list[StoredJob]:
+        """Return an owner's jobs (None: all) that run, then those that wait, in their order."""
         with self.using() as db:
-            query = f"SELECT {COLUMNS} {LINE} WHERE state IN ('queued', 'running') AND owner = ?"
-            return [StoredJob(*row) for row in db.execute(f"{query} ORDER BY state DESC, {TURN}", (owner,))]
+            query = f"SELECT {COLUMNS} {LINE} WHERE state IN ('queued', 'running') AND (? IS NULL OR owner = ?)"
+            return [StoredJob(*row) for row in db.execute(f"{query} ORDER BY state DESC, {TURN}", (owner, owner))]
 
     def move(self, job_id: str, position: int) -> bool:
         """Move a waiting job among those of its owner, who keep their places in the line between them.
@@ -369,7 +392,8 @@ class JobStore:
 
     def add_picture(self, picture: StoredPicture) -> None:
         """Record an image, whose file is complete; from here on it counts."""
-        self._change("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *astuple(picture))
+        with self._charging(picture.job, images=1) as db:
+            db.execute("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", astuple(picture))
 
     def add_skipped(self, job_id: str, places: Iterable[int]) -> None:
         """Record images that nobody wants any more, so that a second attempt leaves them out too."""

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
+from apps.service import accounting
+from apps.service.accounting import Meter, Totals, Used
 from apps.service.gallery import Gallery
 from apps.service.job_store import JobStore, StoredJob, StoredPicture
+from apps.service.quotas import NO_QUOTAS, Quotas, check_begin, check_submit
+from apps.service.requests import AnyRequest
 
 
 class RecordedJobs:
@@ -11,6 +18,8 @@ class RecordedJobs:
 
     _store: JobStore
     _gallery: Gallery | None
+    quotas_of: Callable[[str], Quotas] = staticmethod(lambda owner: NO_QUOTAS)
+    """What a user may use; whoever knows the users sets it."""
 
     @property
     def gallery(self) -> Gallery:
@@ -27,8 +36,8 @@ class RecordedJobs:
         """Return the ids of an owner's jobs that wait, in their order."""
         return self._store.waiting(owner)
 
-    def unfinished(self, owner: str) -> list[StoredJob]:
-        """Return an owner's jobs that run, then those that wait, in their order."""
+    def unfinished(self, owner: str | None) -> list[StoredJob]:
+        """Return an owner's jobs (None: those of all) that run, then those that wait, in their order."""
         return self._store.unfinished(owner)
 
     def job(self, job_id: str) -> StoredJob:
@@ -61,3 +70,48 @@ class RecordedJobs:
     def ahead(self, job_id: str) -> int:
         """Return how many jobs come before one that waits; 0 for others."""
         return self._store.ahead().get(job_id, 0)
+
+    def places(self) -> dict[str, int]:
+        """Return for every waiting job how many come before it."""
+        return self._store.ahead()
+
+    # ------------------------------------------------------------------ accounts
+
+    @property
+    def meter(self) -> Meter:
+        """Measures the device seconds of the jobs that run."""
+        return self._store.meter
+
+    def used(self, owner: str) -> Used:
+        """Return what a user has used today, running jobs included, and waits for."""
+        with self._store.using() as db:
+            found = accounting.used(db, owner, self._store.clock())
+        return replace(found, seconds=found.seconds + self.meter.pending(owner))
+
+    def totals(self) -> Totals:
+        """Return what all users have used together, as far as it was charged."""
+        with self._store.using() as db:
+            return accounting.totals(db)
+
+    def active_owners(self) -> set[str]:
+        """Return who has jobs that wait or run."""
+        with self._store.using() as db:
+            return accounting.active(db)
+
+    def check_submit(self, request: AnyRequest, owner: str) -> None:
+        """Refuse a request that a user's quotas have no room for.
+
+        Raises:
+            QuotaError: there is no room.
+            StoreError: what is used can't be read.
+        """
+        quotas = self.quotas_of(owner)
+        if quotas != NO_QUOTAS:
+            images = 1 if request.pick is not None else request.num_images
+            check_submit(quotas, self.used(owner), images, self._store.clock())
+
+    def check_begin(self, owner: str) -> None:
+        """Refuse to begin a job of a user who has no device seconds left, see `check_submit`."""
+        quotas = self.quotas_of(owner)
+        if quotas.seconds_per_day is not None:
+            check_begin(quotas, self.used(owner), self._store.clock())

@@ -23,7 +23,7 @@ from tests.studio.test_page import ENGLISH, PAGE
 CHINESE = Strings("zh")
 NAMES_OF_ERRORS = {"RequestError", "UploadError", "LoraError", "UnavailableError", "UnknownModelError", "MetadataError",
                    "QueueFullError", "PromptFileError", "FineTuningError", "TuningError", "OwnModelError",
-                   "DownloadError"}  # fmt: skip
+                   "DownloadError", "QuotaError"}  # fmt: skip
 LEFT = ("Input", "should", "Value error", "field required", "choose", "valid")
 """English words of pydantic and of ours."""
 

@@ -13,7 +13,7 @@ from pipelines.acceleration import AccelerationError, PartReport
 from pipelines.acceleration.texts import render
 
 FOLDER = Path(__file__).parent
-AREAS: tuple[str, ...] = ("app", "brush", "gallery", "models", "prompts", "speed")
+AREAS: tuple[str, ...] = ("app", "brush", "gallery", "models", "prompts", "server", "speed")
 """Folders of parts of the page that keep their strings together; their keys begin with the name of the folder."""
 
 
