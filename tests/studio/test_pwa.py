@@ -17,6 +17,7 @@ from apps.service.engine import Engine
 from apps.studio import pwa, theme
 from apps.studio.app import FORMS, UPLOADS, mount
 from apps.studio.strings import Strings
+from tests.studio.browsers import only_chromium
 from tests.studio.fakes import FakePipeline
 from tests.studio.serving import serving_page
 from tests.studio.test_server import browser, note_says, open_page
@@ -122,6 +123,7 @@ IN_CACHES = """async () => {
 ALLOWED = re.compile(r"/offline\.html|(/zh)?/assets/[\w.-]+-[\w-]{8}\.(js|css)")
 
 
+@only_chromium
 @pytest.mark.browser
 def test_a_phone_installs_it_keeps_nothing_private_and_says_that_the_server_is_gone(local, browser):
     context = browser.new_context(viewport={"width": 390, "height": 844}, locale="zh-CN")
@@ -158,6 +160,13 @@ def test_a_phone_installs_it_keeps_nothing_private_and_says_that_the_server_is_g
     assert len(kept[name]) > 1
     assert [path for path in kept[name] if not ALLOWED.fullmatch(path)] == []
     assert errors == []
+
+    page.route("http://other.example/", lambda route: route.fulfill(body=f'<a href="{local.address}/zh/">here</a>'))
+    page.goto("http://other.example/")
+    with page.expect_navigation() as followed:
+        page.click("a")
+    assert followed.value.status == 200  # the worker has not made another request of a link than the guard lets in
+    page.wait_for_selector("#generate")
 
     context.set_offline(True)
     page.goto(f"{local.address}/", wait_until="load")

@@ -21,6 +21,7 @@ self.addEventListener("activate", (event) => {
   const tidy = async () => {
     const old = (await caches.keys()).filter((name) => name.startsWith("tessera-") && name !== NAME);
     await Promise.all(old.map((name) => caches.delete(name)));
+    await self.registration.navigationPreload?.enable();
     await self.clients.claim();
   };
   event.waitUntil(tidy());
@@ -29,17 +30,19 @@ self.addEventListener("activate", (event) => {
 self.addEventListener("fetch", (event) => {
   const { request } = event, url = new URL(request.url);
   if (request.method !== "GET" || url.origin !== location.origin) return;
-  // Only these pages: a request that a worker repeats looks to the server as if no other site had asked for it.
   if (request.mode === "navigate") {
-    if (PAGES.includes(url.pathname)) event.respondWith(page(request));
+    if (self.registration.navigationPreload || PAGES.includes(url.pathname)) event.respondWith(page(event));
   } else if (KEEPS_ASSETS && !url.search && ASSET.test(url.pathname)) {
     event.respondWith(asset(request));
   }
 });
 
-async function page(request) {
+// The browser's own request is waited for: one that a worker repeats says that it is for no document, and where that came
+// from a link on another site the server would refuse it. Browsers that can't do that have the page without a server for
+// some addresses only.
+async function page(event) {
   try {
-    return await fetch(request);
+    return (await event.preloadResponse) ?? (await fetch(event.request));
   } catch (error) {
     return (await caches.match(OFFLINE, { cacheName: NAME })) ?? Response.error();
   }
