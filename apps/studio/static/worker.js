@@ -33,7 +33,7 @@ self.addEventListener("fetch", (event) => {
   if (request.mode === "navigate") {
     if (self.registration.navigationPreload || PAGES.includes(url.pathname)) event.respondWith(page(event));
   } else if (KEEPS_ASSETS && !url.search && ASSET.test(url.pathname)) {
-    event.respondWith(asset(request));
+    event.respondWith(asset(event));
   }
 });
 
@@ -48,10 +48,11 @@ async function page(event) {
   }
 }
 
-async function asset(request) {
-  const cache = await caches.open(NAME), kept = await cache.match(request);
+async function asset(event) {
+  const cache = await caches.open(NAME).catch(() => null);  // a browser without room, or that keeps nothing, loads them
+  const kept = await cache?.match(event.request);
   if (kept) return kept;
-  const answer = await fetch(request);
-  if (answer.status === 200 && answer.type === "basic") await cache.put(request, answer.clone());
+  const answer = await fetch(event.request);
+  if (cache && answer.status === 200 && answer.type === "basic") event.waitUntil(cache.put(event.request, answer.clone()));
   return answer;
 }
