@@ -24,6 +24,7 @@ from apps.commands.shared_options import (
     Device,
     DType,
     Guidance,
+    ImagesPerDay,
     Json,
     LoraFolder,
     Mcp,
@@ -35,8 +36,11 @@ from apps.commands.shared_options import (
     PictureFolder,
     Port,
     Precision,
+    QueuedJobs,
+    SecondsPerDay,
     Seed,
     Steps,
+    StorageMB,
     TrainGB,
     TrainMegapixels,
     TrainMinutes,
@@ -234,13 +238,19 @@ def token(
     name: Annotated[str, typer.Argument(help="Of the user: letters, digits and _.-")],
     auth_file: Annotated[Path, typer.Option(dir_okay=False, help="File of users; created if absent.")],
     role: Annotated[str, typer.Option(help="view: see own jobs; generate: submit jobs; admin: all jobs.")] = "generate",
+    images_per_day: ImagesPerDay = None,
+    seconds_per_day: SecondsPerDay = None,
+    queued_jobs: QueuedJobs = None,
+    storage_mb: StorageMB = None,
 ) -> None:
-    """Add a user of the server, or give one a new token; it is shown once."""
+    """Add a user of the server, or give one a new token; it is shown once. Quotas not given stay as they are."""
     from apps.api.tokens import add_user
+    from apps.service.quotas import read_quotas
     from apps.service.usage import checking
 
-    with checking():  # every ValueError there is about the name or the file
-        typer.echo(add_user(auth_file, name, role))
+    given = {"images_per_day": images_per_day, "seconds_per_day": seconds_per_day, "queued_jobs": queued_jobs}
+    with checking():  # every ValueError there is about the name, a quota or the file
+        typer.echo(add_user(auth_file, name, role, read_quotas({**given, "storage_mb": storage_mb})))
 
 
 @app.command()

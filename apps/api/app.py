@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Match
 
-from apps.api import gallery, login_page, models, openai
+from apps.api import admin, gallery, login_page, metrics, models, openai
 from apps.api.access import Creator, ServerEngine, Viewer, enqueue
 from apps.api.guards import BodyLimits, Guard
 from apps.api.logins import LoginTable
@@ -45,7 +45,7 @@ JobId = Annotated[str, PathPart(pattern=r"^[0-9a-f]{16}$")]
 Place = Annotated[int, PathPart(ge=0, lt=limits.MAX_PICTURES)]
 MEDIA_TYPES = {".png": "image/png", ".webp": "image/webp", ".mp4": "video/mp4"}
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\.(png|webp|mp4)")
-PUBLIC = ("/v1/health",)
+PUBLIC = ("/v1/health", metrics.READY)
 """Paths that need no token."""
 CLIP_TYPES = ("video/mp4", "video/webm", "image/gif")
 UPLOADS = {
@@ -87,12 +87,15 @@ def create_app(
     app.state.streams = JobStreams(engine)
     app.state.decoder = ThreadPoolExecutor(1, "decoder")  # of its own: images wait for each other, and nobody else
     logins = None if tokens is None else LoginTable(tokens)
+    if tokens is not None:
+        engine.quotas_of = tokens.quotas_of
     if api:
         _add_read_routes(app)
         _add_write_routes(app)
         app.include_router(gallery.router, prefix="/v1")
         app.include_router(models.router)
         app.include_router(openai.router)
+        app.include_router(admin.router)
         _add_rest(app)
     if logins is not None:
         login_page.add_login(app, logins)
@@ -101,6 +104,7 @@ def create_app(
     guard = {"tokens": tokens, "logins": logins, "public": public, "forms": forms, "sizes": sizes}
     app.add_middleware(Guard, uploads=UPLOADS | dict(uploads or {}), **guard)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    metrics.prepare(app, engine)
     _add_errors(app)
     return app
 

@@ -126,6 +126,18 @@ TrainUserGB = Annotated[
 TrainGB = Annotated[
     float, typer.Option(min=0.01, help="All fine-tuning runs take so much at most.", rich_help_panel=SERVER)
 ]
+ImagesPerDay = Annotated[
+    str | None, typer.Option(metavar="N", help="Images and clips a day at most; none for no limit.")
+]
+SecondsPerDay = Annotated[
+    str | None, typer.Option(metavar="SECONDS", help="Device seconds a day at most; none for no limit.")
+]
+QueuedJobs = Annotated[
+    str | None, typer.Option(metavar="N", help="Requests that wait at once at most; none for no limit.")
+]
+StorageMB = Annotated[
+    str | None, typer.Option(metavar="MB", help="Megabytes of images and clips at most; none for no limit.")
+]
 Json = Annotated[
     bool,
     typer.Option(

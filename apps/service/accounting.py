@@ -130,12 +130,20 @@ class Histogram:
     """
 
     def __init__(self, bounds: tuple[float, ...] = BOUNDS) -> None:
-        self.bounds, self.counts, self.total = bounds, [0] * (len(bounds) + 1), 0.0
+        self.bounds = bounds
+        self._counts, self._total = [0] * (len(bounds) + 1), 0.0
+        self._lock = threading.Lock()
 
     def add(self, value: float) -> None:
-        """Count a value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+        """Count a value; one that is equal to an upper end belongs to its class."""
+        with self._lock:
+            self._counts[bisect_left(self.bounds, value)] += 1
+            self._total += value
+
+    def read(self) -> tuple[list[int], float]:
+        """Return how many values each class has, and the sum of all values."""
+        with self._lock:
+            return list(self._counts), self._total
 
 
 @dataclass(slots=True)

@@ -199,6 +199,15 @@ class ModelPool:
             found = [future for (name, _), future in self._futures.items() if name == key]
             return self._futures.get((key, self.default_options), found[-1] if found else None)
 
+    def states(self) -> dict[str, bool]:
+        """Return the models that are asked for: key -> whether it is in memory, and not still being loaded."""
+        with self._table:
+            found: dict[str, bool] = {}
+            for (key, _), future in self._futures.items():
+                if not future.done() or future.exception() is None:
+                    found[key] = found.get(key, False) or future.done()
+            return found
+
     def source(self, key: str) -> str:
         """Return the name, folder or hub id behind a key."""
         return self._sources[key]

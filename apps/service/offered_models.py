@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from apps.service.device_state import DeviceState, state_of
 from apps.service.job_runner import WorkerContext
 from apps.service.model_pool import Abilities, LoadedModel, ModelPool, abilities_on_disk
 
@@ -70,6 +71,10 @@ class OfferedModels:
     def loaded(self, key: str) -> Future[LoadedModel] | None:
         """Return the future of a model if it is loaded or being loaded, else None."""
         return self._devices[0].pool.get_if_loaded(key)
+
+    def device_states(self) -> list[DeviceState]:
+        """Return how full each device is and which models are on it."""
+        return [state_of(device.context.device, device.pool.states()) for device in self._devices]
 
     def abilities(self, key: str) -> Abilities:
         """Return what a model can be asked for, as far as that is known without loading it."""

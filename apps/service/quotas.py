@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apps.service.accounting import Used, end_of_day
 from apps.service.job_store import QueueFullError
 
 MB = 1_000_000
+WHOLE = ("images_per_day", "queued_jobs")
+"""Quotas that are whole numbers."""
 
 
 class QuotaError(QueueFullError):
@@ -41,7 +44,7 @@ class Quotas(BaseModel):
 
     images_per_day: int | None = Field(default=None, ge=0, le=10**9)
     seconds_per_day: float | None = Field(default=None, ge=0, le=10**9, allow_inf_nan=False)
-    queued_jobs: int | None = Field(default=None, ge=0, le=10**6)
+    queued_jobs: int | None = Field(default=None, ge=0, le=10**9)
     storage_mb: float | None = Field(default=None, ge=0, le=10**9, allow_inf_nan=False)
 
 
@@ -122,3 +125,28 @@ def _until_midnight(moment: float) -> tuple[int, int, int]:
     """Return hours and minutes until the day ends, rounded up to minutes, and both as seconds."""
     left = math.ceil(max(end_of_day(moment) - moment, 1.0) / 60)
     return left // 60, left % 60, 60 * left
+
+
+def read_quotas(given: Mapping[str, str | None]) -> dict[str, float | None]:
+    """Read quotas from a command line.
+
+    Args:
+        given: field of `Quotas` -> a number, or `none` for no limit; None where nothing was given.
+
+    Returns:
+        Those that were given; None for no limit.
+
+    Raises:
+        ValueError: one is no number from 0, or no whole one where it has to be.
+    """
+    found: dict[str, float | None] = {}
+    for name, text in given.items():
+        if text is None:
+            continue
+        try:
+            value = None if text.lower() == "none" else Quotas.model_validate({name: text}).model_dump()[name]
+        except ValidationError as error:
+            option, kind = f"--{name.replace('_', '-')}", "a whole number" if name in WHOLE else "a number"
+            raise ValueError(f"{option} is {text!r}; give {kind} from 0 to 10^9, or none for no limit.") from error
+        found[name] = value
+    return found

@@ -98,6 +98,14 @@ class RecordedJobs:
         with self._store.using() as db:
             return accounting.active(db)
 
+    def check_store(self) -> None:
+        """Write to the store, to see whether it can be written.
+
+        Raises:
+            StoreError: it can't.
+        """
+        self._store.check()
+
     def check_submit(self, request: AnyRequest, owner: str) -> None:
         """Refuse a request that a user's quotas have no room for.
 

@@ -29,8 +29,8 @@ TURN = "coalesce(turn, number)"
 WAITING = """
     WITH RECURSIVE waiting(owner) AS (
         SELECT min(owner) FROM jobs INDEXED BY jobs_waiting WHERE state = 'queued' UNION ALL
-        SELECT (SELECT min(owner) FROM jobs INDEXED BY jobs_waiting WHERE state = 'queued' AND owner > waiting.owner) FROM waiting
-        WHERE waiting.owner IS NOT NULL)
+        SELECT (SELECT min(owner) FROM jobs INDEXED BY jobs_waiting WHERE state = 'queued' AND owner > waiting.owner)
+        FROM waiting WHERE waiting.owner IS NOT NULL)
     SELECT waiting.owner, coalesce(level, 0.0), coalesce(at, 0.0), job_seconds, coalesce(served.number, 0) FROM waiting
     LEFT JOIN shares ON shares.owner = waiting.owner LEFT JOIN served ON served.owner = waiting.owner
     WHERE waiting.owner IS NOT NULL
