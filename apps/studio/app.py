@@ -22,7 +22,7 @@ from apps.service.model_pool import name_models
 from apps.service.own_models import OwnModels, models_folder, own_loras, own_models
 from apps.service.stored_images import STATE_FOLDER
 from apps.service.tuning import Tunings
-from apps.studio import fine_tune, gallery_tab, models, panels, prompt_tools, pwa, speed, views
+from apps.studio import fine_tune, gallery_tab, models, panels, prompt_tools, pwa, server, speed, views
 from apps.studio.controls import Parts
 from apps.studio.fine_tune_files import add_files
 from apps.studio.gate import Gate
@@ -233,6 +233,7 @@ def build_page(
                     with gr.Tab(label, id="fine_tune", elem_id="tab-fine-tune", render_children=True) as one:
                         parts |= fine_tune.build(engine, words)
                     parts["tab_fine_tune"] = one
+                parts |= server.build_tab(words, is_shown=not sessions.has_users)
             parts["tabs"] = tabs
             parts["mode"] = gr.Textbox("text", elem_id="mode", elem_classes="offstage", container=False)
             # No gr.State: of one that is changed by a listener beside Gradio's queue the page isn't informed.

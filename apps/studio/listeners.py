@@ -12,7 +12,7 @@ from apps.service.engine import Engine
 from apps.service.fine_tuning import FineTuning
 from apps.service.own_models import OwnModels
 from apps.service.tuning import Tunings
-from apps.studio import clip_length, fine_tune, gallery_tab, lora_rows, models, speed
+from apps.studio import clip_length, fine_tune, gallery_tab, lora_rows, models, server, speed
 from apps.studio.compare_handlers import CompareHandlers
 from apps.studio.controls import Parts
 from apps.studio.examples import EXAMPLES
@@ -26,6 +26,7 @@ from apps.studio.models_handlers import ModelsHandlers
 from apps.studio.problems import PLACE
 from apps.studio.prompt_listeners import connect_prompt
 from apps.studio.prompt_tools import PromptTools
+from apps.studio.server_handlers import ServerHandlers
 from apps.studio.sessions import Sessions
 from apps.studio.settings_handlers import SAVED, SettingsHandlers
 from apps.studio.speed_handlers import SpeedHandlers
@@ -65,6 +66,7 @@ def connect(
     clip_length.connect(parts, engine, **QUIET)
     _connect_comparison(wiring, CompareHandlers(engine, words, sessions))
     gallery_tab.connect(wiring, GalleryHandlers(engine, sessions, generation))
+    server.connect(wiring, ServerHandlers(engine, words, sessions))
     if own is not None:
         models.connect(wiring, ModelsHandlers(engine, own, words, sessions, handlers))
     if tunings is not None:

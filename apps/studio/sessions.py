@@ -36,6 +36,11 @@ class Sessions:
         return "" if user is None else None if user.may("admin") else user.name
 
     @property
+    def table(self) -> TokenTable | None:
+        """The users; None for a server that asks nobody."""
+        return self._tokens
+
+    @property
     def has_users(self) -> bool:
         """Whether people sign in."""
         return self._tokens is not None

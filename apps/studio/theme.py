@@ -26,6 +26,7 @@ SCRIPTS = (
     STATIC / "tabs.js",
     STATIC / "gallery.js",
     STATIC / "prompt.js",
+    STATIC / "server.js",
     comparison_page.SCRIPT,
 )
 """What runs before the page is drawn, beside the scripts that are told something of the server."""
@@ -36,6 +37,7 @@ STYLES = (
     STATIC / "prompt.css",
     STATIC / "speed.css",
     STATIC / "models.css",
+    STATIC / "server.css",
     STATIC / "gallery.css",
 )
 """Style sheets of the page; comparisons have the same in the files that they are saved in."""
