@@ -10,6 +10,8 @@ import gradio as gr
 
 from apps.service.engine import Engine
 from apps.service.gallery_store import MAX_NUMBER, Person
+from apps.service.metadata import PictureSettings
+from apps.service.requests import OPTIONS
 from apps.studio.album import Album
 from apps.studio.controls import Parts
 from apps.studio.generation_handlers import GenerationHandlers
@@ -31,10 +33,19 @@ ACTIONS = ("use", "reuse_settings", "start_from")
 def build(words: Strings) -> Parts:
     """Lay the tab out: a place for the script, and the field by which it tells what was chosen."""
     said = {key.removeprefix(AREA): words(key) for key in sorted(words.keys()) if key.startswith(AREA)}
-    said = {key: text for key, text in said.items() if not key.startswith("foreign")}
+    said = _setting_labels(words) | {key: text for key, text in said.items() if not key.startswith("foreign")}
     place = f'<div class="gallery-app" data-words="{escape(json.dumps(said))}"></div>'
     gr.HTML(place, elem_id="gallery", js_on_load=None)
     return {"gallery_pick": gr.Textbox("", elem_id="gallery-pick", elem_classes="offstage", container=False)}
+
+
+def _setting_labels(words: Strings) -> dict[str, str]:
+    """Return what the settings of an image are called on the page, by `label.` and their names."""
+    named = {
+        name: OPTIONS[name].option.label or name if name in OPTIONS else name for name in PictureSettings.model_fields
+    }
+    known = words.keys()
+    return {f"label.{name}": words(key) for name, key in named.items() if key in known}
 
 
 def record_sheets(engine: Engine) -> None:

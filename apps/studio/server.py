@@ -57,7 +57,7 @@ def connect(wiring: Wiring, handlers: ServerHandlers) -> None:
     opened = parts["tab_server"].select(None, js="() => window.tessera.go('server')", **QUIET)
     answers.on(opened.then, handlers.open, (), SHOWN)
     answers.on(parts["server_timer"].tick, handlers.tick, (), SHOWN, first={}, queue=False)
-    answers.on(parts["server_stop"].change, handlers.stop, ["server_stop"], SHOWN, queue=False)
+    answers.on(parts["server_stop"].change, handlers.stop_job, ["server_stop"], SHOWN, queue=False)
     for name, tab in parts.items():
         if isinstance(tab, gr.Tab) and name != "tab_server":
             tab.select(_leave, None, parts["server_timer"], **QUIET)

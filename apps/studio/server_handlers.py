@@ -66,7 +66,7 @@ class ServerHandlers:
             "server_devices": drawn.devices(engine.device_states(), words),
         }
 
-    def stop(self, request: gr.Request, told: str) -> Changes:
+    def stop_job(self, request: gr.Request, told: str) -> Changes:
         """Stop somebody's job.
 
         Args:

@@ -203,7 +203,7 @@ def test_settings_stand_side_by_side_and_what_was_chosen_is_used(local):
     press(page, "Compare settings")
     differs = page.locator(".gallery-view tr.differs th")
     differs.first.wait_for()
-    assert {text.split()[0] for text in differs.all_inner_texts()} == {"steps", "seed"}
+    assert {text.split()[0] for text in differs.all_inner_texts()} == {"Steps", "Seed"}
     row = page.locator(".gallery-view tr", has=page.locator("th", has_text="steps")).locator("td")
     assert row.all_inner_texts() == ["9", "4"]
     page.keyboard.press("Escape")

@@ -469,7 +469,7 @@
     for (const name of names) {
       const values = all.map((one) => text(one[name])), differs = new Set(values).size > 1;
       if (!differs && ["", "[]", "{}", "false"].includes(values[0])) continue;  // what nobody has set
-      const row = make("tr", { className: differs ? "differs" : "" }, make("th", { scope: "row", textContent: name }));
+      const row = make("tr", { className: differs ? "differs" : "" }, make("th", { scope: "row", textContent: words[`label.${name}`] ?? name, title: name }));
       if (differs) row.firstChild.append(make("em", { textContent: ` (${say("differs")})` }));
       row.append(...values.map((value) => make("td", { textContent: value })));
       body.append(row);
