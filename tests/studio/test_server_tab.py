@@ -57,7 +57,7 @@ def test_only_administrators_see_the_tab_and_every_listener_asks_again(server):
     handlers, told = server.handlers, f"{server.job} {time.time_ns() // 10**6}"
     for name in ("ann", "eve", "a stranger"):
         assert not shows(handlers.offer(tab(name)))
-        for way in (handlers.open, handlers.tick, lambda who: handlers.stop(who, told)):
+        for way in (handlers.open, handlers.tick, lambda who: handlers.stop_job(who, told)):
             with pytest.raises(PageError, match=r"server\.rights"):
                 way(tab(name))
     assert server.engine.job(server.job).state == "running"
@@ -74,14 +74,14 @@ def test_an_administrator_sees_who_uses_the_server_and_stops_a_job(server, monke
     assert all(name in opened["server_users"] for name in ROLES)
     assert "server_timer" not in handlers.tick(tab("root"))
     for told in ("", "x", f"{server.job}", f"{server.job}; 1", f"{'0' * 16} 5"):
-        assert ENGLISH("server.gone") in handlers.stop(tab("root"), told)["server_problem"]
+        assert ENGLISH("server.gone") in handlers.stop_job(tab("root"), told)["server_problem"]
     said: list[str] = []
     monkeypatch.setattr(gr, "Info", said.append)
-    handlers.stop(tab("root"), f"{server.job} 5")
+    handlers.stop_job(tab("root"), f"{server.job} 5")
     assert server.engine.stream(server.job).wait_closed(30)
     assert said == [ENGLISH("server.stopped")]
     assert server.engine.job(server.job).state == "stopped"
-    assert ENGLISH("server.gone") in handlers.stop(tab("root"), f"{server.job} 6")["server_problem"]
+    assert ENGLISH("server.gone") in handlers.stop_job(tab("root"), f"{server.job} 6")["server_problem"]
     assert ENGLISH("server.empty") in handlers.tick(tab("root"))["server_queue"]
 
 
