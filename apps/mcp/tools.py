@@ -33,6 +33,7 @@ from apps.service.metadata import PictureSettings, parse, read_picture, request_
 from apps.service.model_pool import LoadedModel
 from apps.service.option_text import as_label
 from apps.service.requests import TASKS, AnyRequest, explain
+from apps.service.usage import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def told(tool: Callable[..., Awaitable[Answer]]) -> Callable[..., Awaitable[Answ
             raise ToolError(explain(error)) from error
         except StoreError as error:
             raise ToolError("The server can't read or write its queue now; its log says why.") from error
-        except ValueError as error:  # of ours, written for people: RequestError and its kind
+        except UsageError as error:  # written for people
             raise ToolError(str(error)) from error
         except Exception as error:
             if self.is_closing:  # the queue is closed before the last connection
@@ -275,15 +276,16 @@ class Tools:
             return
         if self._waiting[user.name] >= most:
             raise ToolError(f"You wait for {most} jobs already. This one is {job_id}; ask job_status for it later.")
-        deadline, last, seen = time.monotonic() + seconds, 0.0, 0
+        deadline, last, share, seen = time.monotonic() + seconds, 0.0, -1.0, 0
         self._waiting[user.name] += 1
         try:
             while not stream.is_closed and not self.is_closing and time.monotonic() < deadline:
                 await asyncio.sleep(POLL_SECONDS)
                 news = stream.read(seen)
                 seen = news[-1][0] if news else seen
-                if news and time.monotonic() > last + SAY_SECONDS and (line := _progress(news[-1][1])) is not None:
-                    last = time.monotonic()
+                line = _progress(news[-1][1]) if news and time.monotonic() > last + SAY_SECONDS else None
+                if line is not None and line[0] > share:  # the protocol has progress grow
+                    last, share = time.monotonic(), line[0]
                     await self.report(*line)
         finally:
             self._waiting[user.name] -= 1
