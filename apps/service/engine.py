@@ -45,7 +45,7 @@ from apps.service.prompt_texts import check_texts
 from apps.service.quantized import check_not_quantized
 from apps.service.recorded_jobs import RecordedJobs
 from apps.service.requests import AnyRequest
-from apps.service.stored_images import last_event, state_folder, stored_picture_event
+from apps.service.stored_images import last_event, measure_stored, state_folder, stored_picture_event
 from apps.service.uploads import UploadStore
 from apps.service.upscaling import UpscalerPool
 from apps.service.user_presets import UserPresets
@@ -120,6 +120,9 @@ class Engine(RecordedJobs, OfferedModels):
         state = state_folder(output_dir)
         self.presets = UserPresets(None if state is None else state / user_presets.FOLDER)
         self._store = JobStore(None if state is None else state / "jobs.sqlite")
+        if output_dir is not None:
+            with self._store.using() as db:
+                measure_stored(db, output_dir)
         self._gallery = None if state is None or output_dir is None else Gallery(self._store, output_dir, state)
         self.uploads = UploadStore(None if state is None else state / "uploads", self._store)
         shared = (self._store, self.uploads, output_dir, self.lora_files, self.upscalers, self.wildcards)

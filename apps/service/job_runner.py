@@ -32,7 +32,7 @@ from apps.service.inference import (
 from apps.service.job_store import JobStore, StoredPicture
 from apps.service.lora import LoraFiles, loras_applied, resolve_lora
 from apps.service.media import Clip, ClipWriter, contact_strip, require_video, save_mp4
-from apps.service.metadata import PictureSettings, mark_of, save_picture, save_sidecar, sidecar_path
+from apps.service.metadata import PictureSettings, mark_of, save_picture, save_sidecar
 from apps.service.model_pool import LoadedModel
 from apps.service.option_values import parse_timeline
 from apps.service.prompt_texts import one_by_one, texts_of, without_weights
@@ -40,6 +40,7 @@ from apps.service.provenance import Provenance, packet
 from apps.service.reports import encode_reports, report_text
 from apps.service.request_error import RequestError
 from apps.service.requests import AnyRequest
+from apps.service.stored_images import stored_bytes
 from apps.service.uploaded_clips import cut_note
 from apps.service.uploads import UploadStore
 from apps.service.upscaling import UpscalerPool, UpscaleStep
@@ -249,7 +250,6 @@ def _finish(
             save_sidecar(settings, path)
         video = None if clip is None else save_mp4(clip, path.with_suffix(".mp4"), settings, keep_settings=keep)
     name = "" if path is None else path.name
-    files = [] if path is None else [path, path.with_suffix(".mp4"), sidecar_path(path)]
     report = report_text(result.reports)
     context.store.add_picture(
         StoredPicture(
@@ -261,7 +261,7 @@ def _finish(
             report,
             json.dumps(notes),
             encode_reports(result.reports),
-            sum(file.stat().st_size for file in files if file.is_file()),
+            0 if path is None else stored_bytes(path),
         )
     )
     return Picture(path, settings.seed, settings, image, seconds, clip, video, report, notes, result.reports)

@@ -209,8 +209,14 @@ def test_the_engine_charges_what_it_generates(tmp_path):
         assert used.stored == sum((tmp_path / one.name).stat().st_size for one in engine.pictures(job))
         assert engine.totals().images == 2
         assert sum(engine.meter.jobs.read()[0]) == 1
+        with engine._store.using() as db:
+            db.execute("UPDATE pictures SET bytes = 0")  # as an older version has left them
     finally:
         engine.close()
+    again = Engine({"fake": "x"}, tmp_path, device="cpu", load=lambda source: FakePipeline(0.002))
+    assert again.used("ann").stored == used.stored > 0
+    assert again.used("ann").seconds == pytest.approx(used.seconds)
+    again.close()
 
 
 def test_a_meter_adds_what_it_measured_in_parts():
