@@ -99,15 +99,18 @@ class Readiness:
         return ""
 
     def _store_trouble(self) -> str:
-        with self._lock:
-            if time.monotonic() - self._checked >= CHECK_SECONDS:
-                try:
-                    self._engine.check_store()
-                    self._trouble = ""
-                except StoreError:
-                    self._trouble = "The queue can't be written."
-                self._checked = time.monotonic()
+        # Who asks while another one's write is under way gets the last answer: floods should not fill the threads.
+        if time.monotonic() - self._checked < CHECK_SECONDS or not self._lock.acquire(blocking=False):
             return self._trouble
+        try:
+            self._engine.check_store()
+            self._trouble = ""
+        except StoreError:
+            self._trouble = "The queue can't be written."
+        finally:
+            self._checked = time.monotonic()
+            self._lock.release()
+        return self._trouble
 
 
 def render(engine: Engine, responses: Mapping[str, int]) -> str:
@@ -117,7 +120,8 @@ def render(engine: Engine, responses: Mapping[str, int]) -> str:
         engine: of the server.
         responses: class of status -> how many were sent.
     """
-    health, totals, devices = engine.health(), engine.totals(), engine.device_states()
+    health, totals, workers = engine.health(), engine.totals(), engine.device_states()
+    devices = {one.device: one for one in workers}.values()  # several workers may share one
     nothing: dict[str, str] = {}
     parts = [
         _metric("tessera_jobs_waiting", "gauge", "Jobs that wait.", [(nothing, health.waiting)]),
@@ -140,7 +144,13 @@ def render(engine: Engine, responses: Mapping[str, int]) -> str:
             "tessera_models_loaded",
             "gauge",
             "Models in memory.",
-            [({"device": one.device}, sum(one.models.values())) for one in devices],
+            [
+                (
+                    {"device": one.device},
+                    sum(sum(each.models.values()) for each in workers if each.device == one.device),
+                )
+                for one in devices
+            ],
         ),
         _metric(
             "tessera_http_responses_total",

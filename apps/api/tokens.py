@@ -115,8 +115,15 @@ class TokenTable:
         return tuple(self._users)
 
     def quotas_of(self, name: str) -> Quotas:
-        """Return what a user may use; of somebody who isn't in the file any more nothing is known."""
-        user = self.named(name)
+        """Return what a user may use; of somebody who isn't in the file any more nothing is known.
+
+        Raises:
+            RuntimeError: the file can't be read any more.
+        """
+        try:
+            user = self.named(name)
+        except ValueError as error:  # names the file, which is the owner's business: a job's failure should not
+            raise RuntimeError("The file of users can't be read, so nobody's quotas are known.") from error
         return NO_QUOTAS if user is None else user.quotas
 
     def _refresh(self) -> None:

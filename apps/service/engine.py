@@ -4,9 +4,9 @@
     for event in engine.generate(TextToImageRequest(prompt="a red apple")):
         ...
 
-Requests wait in one queue, first come, first served; one worker a device takes the next one. The queue is on disk
-(`apps.service.job_store`), so it goes on where it stood after a restart, a crash or a kill. Any thread may submit,
-follow, stop, finish or move a job.
+Requests wait in one queue, fair by device seconds (`apps.service.shares`), within the quotas of their users
+(`apps.service.quotas`); one worker a device takes the next one. The queue is on disk (`apps.service.job_store`), so it
+goes on where it stood after a restart, a crash or a kill. Any thread may submit, follow, stop, finish or move a job.
 """
 
 from __future__ import annotations

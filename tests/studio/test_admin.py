@@ -10,6 +10,7 @@ import pytest
 from apps.api import metrics
 from apps.api.tokens import add_user
 from apps.service.accounting import Histogram
+from apps.service.engine import Engine
 from apps.service.job_store import StoreError
 from tests.studio.fakes import FakePipeline
 from tests.studio.serving import bearer, client_of, serving_page
@@ -127,6 +128,16 @@ def test_a_histogram_counts_up_to_each_bound():
     assert buckets == {'le="1"': 2, 'le="5"': 3, 'le="+Inf"': 4}
     assert (found["x_sum", None], found["x_count", None]) == (104.0, 4)
     assert metrics._sample("x", {"device": 'a"b\\c\n'}, 1) == 'x{device="a\\"b\\\\c\\n"} 1\n'
+
+
+def test_two_workers_on_one_device_are_one_device_in_the_metrics():
+    engine = Engine({"fake": "x"}, None, device="cpu,cpu", load=lambda source: FakePipeline())
+    try:
+        values, _ = parse(metrics.render(engine, {"2xx": 7}))
+    finally:
+        engine.close()
+    assert values["tessera_models_loaded", 'device="cpu"'] == 0
+    assert values["tessera_http_responses_total", 'class="2xx"'] == 7
 
 
 def test_ready_says_why_it_is_not_and_asks_nobody_to_sign_in(served, monkeypatch):

@@ -129,6 +129,11 @@ def test_a_user_keeps_quotas_until_new_ones_are_given(tmp_path):
     table = TokenTable(file)
     assert table.quotas_of("ann").queued_jobs == 4
     assert table.quotas_of("a stranger") == NO_QUOTAS
+    file.chmod(0o644)
+    table._stamp = 0
+    with pytest.raises(RuntimeError) as broken:  # a job that fails by it says no path
+        table.quotas_of("ann")
+    assert str(tmp_path) not in str(broken.value)
 
 
 def test_a_file_of_users_of_an_older_version_is_read_and_stays_as_it_was(tmp_path):
