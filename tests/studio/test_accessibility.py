@@ -82,9 +82,9 @@ def test_tabs_are_moved_through_by_arrows(browser, served):
     page.get_by_role("tab", name="Text").focus()
     for key, name in (
         ("ArrowRight", "Image"),
-        ("End", "Fine-tune"),
+        ("End", "Server"),
         ("ArrowRight", "Text"),
-        ("ArrowLeft", "Fine-tune"),
+        ("ArrowLeft", "Server"),
     ):
         page.keyboard.press(key)
         page.wait_for_function(
