@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from apps.api import metrics
 from apps.api.tokens import add_user
+from apps.service import device_state
 from apps.service.accounting import Histogram
 from apps.service.engine import Engine
 from apps.service.job_store import StoreError
@@ -96,6 +99,14 @@ def test_devices_tell_memory_and_models(served):
     memory = cpu["memory"]
     assert 0 < memory["free"] <= memory["total"]
     assert memory["used"] == memory["total"] - memory["free"]
+
+
+def test_a_gpu_is_named_and_what_others_hold_of_it_counts_as_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=100))
+    monkeypatch.setattr(device_state, "free_memory", lambda device: 30)
+    found = device_state.state_of("cuda:1", {"fake": False})
+    assert (found.device, found.name, found.total, found.used, found.free) == ("cuda:1", "GPU 1", 100, 70, 30)
 
 
 def test_metrics_are_prometheus_text_without_names(served):
