@@ -187,6 +187,7 @@ def test_two_pages_see_one_queue(server, pages):
     idle(one)
 
 
+@pytest.mark.slow
 def test_a_page_finds_its_jobs_after_the_server_was_killed(server, pages):
     page = pages()
     ask(page, "a ghost", 600, steps=40)

@@ -192,7 +192,7 @@ def tab(page, name):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), pytest.param(390, 844, marks=pytest.mark.slow)])
 def test_type_paint_stop(server, page, width, height):
     _, out = server
     page.set_viewport_size({"width": width, "height": height})
